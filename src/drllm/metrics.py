@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from drllm.paths import Decision
 from drllm.statistics.verdicts import judge_counts
@@ -79,8 +79,13 @@ def ratios(counts: Counts) -> dict[str, float | None]:
     """Turn counts of at least one target into metrics, named as on a line of `metrics.jsonl`.
 
     Returns:
-        `routers_loss` (mean over targets and layers; None without losses), those of
-        `hit_ratios`, and `avg_layers` (mean executions of the decisions).
+        `routers_loss` (mean over targets and layers; None without losses), `accuracy` (share of
+        the labels that were hit), `macro_f1` (mean of the F1 that are defined), `f1_*` (None where
+        a class is neither a label nor decided), `acc_skip` and `acc_repeat` (share of a class'
+        labels that were hit; None where it has none), and `avg_layers` (mean executions).
+
+    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
+        out of the mean is ours.
 
     Example:
         >>> ratios(Counts(confusion=(((1, 1, 0), (0, 2, 0), (0, 0, 0)),), executions=3, examples=1))
@@ -89,35 +94,20 @@ def ratios(counts: Counts) -> dict[str, float | None]:
          'f1_skip': 0.6666666666666666, 'f1_execute': 0.8, 'f1_repeat': None, 'acc_skip': 0.5,
          'acc_repeat': None, 'avg_layers': 3.0}
     """
-    return {
-        "routers_loss": None if counts.loss is None else counts.loss / counts.examples,
-        **hit_ratios(reduce(_add, counts.confusion)),
-        "avg_layers": counts.executions / counts.examples,
-    }
-
-
-def hit_ratios(confusion: Confusion) -> dict[str, float | None]:
-    """Return the metrics of one confusion: a layer's, or that of all layers; it has a label.
-
-    Returns:
-        `accuracy` (share of the labels that were hit), `macro_f1` (mean of the F1 that are
-        defined), `f1_*` (None where a class is neither a label nor decided), `acc_skip` and
-        `acc_repeat` (share of a class' labels that were hit; None where it has none).
-
-    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
-        out of the mean is ours.
-    """
+    confusion = reduce(_add, counts.confusion)
     hits = [confusion[decision][decision] for decision in DECISIONS]
     labelled = [sum(row) for row in confusion]
     decided = [sum(column) for column in zip(*confusion, strict=True)]
     f1 = [_ratio(2 * hits[i], labelled[i] + decided[i]) for i in DECISIONS]
     defined = [value for value in f1 if value is not None]
     return {
+        "routers_loss": None if counts.loss is None else counts.loss / counts.examples,
         "accuracy": sum(hits) / sum(labelled),
         "macro_f1": sum(defined) / len(defined),
         **{f"f1_{name}": value for name, value in zip(NAMES, f1, strict=True)},
         "acc_skip": _ratio(hits[0], labelled[0]),
         "acc_repeat": _ratio(hits[2], labelled[2]),
+        "avg_layers": counts.executions / counts.examples,
     }
 
 
@@ -169,23 +159,6 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
         examples=int(examples),
         loss=None,
     )
-
-
-def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
-    """Return what the routers' config says of routers and baselines, for the model card.
-
-    That is `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by
-    name) and `verdict` (one sentence).
-    """
-    trained = parts[TRAIN].labels
-    compared = {split: with_baselines(counts, trained) for split, counts in parts.items()}
-    split = VALIDATION if VALIDATION in parts else TRAIN
-    return {
-        "split": split,
-        "examples": parts[split].examples,
-        "systems": {name: ratios(counts) for name, counts in compared[split].items()},
-        "verdict": verdict(compared),
-    }
 
 
 def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:

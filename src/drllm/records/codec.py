@@ -31,9 +31,6 @@ SCHEMA_VERSION = 2
 """The newest form of our files that this version reads, and the one it writes. In version 1 the KL
 of a path was called `damage`."""
 
-Upgrade = Callable[[bytes, str], bytes]
-"""Rewrites a line (the second argument says where it is) of an older version as one of ours."""
-
 
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
@@ -108,7 +105,7 @@ def read_json(path: Path | str, kind: type[T]) -> T:
 
 
 def read_json_lines(
-    path: Path | str, kind: type[T], upgrade: Upgrade | None = None
+    path: Path | str, kind: type[T], upgrade: Callable[[bytes], bytes] = bytes
 ) -> Iterator[tuple[int, T]]:
     """Yield `(line number from 1, value)` for each line of a JSON lines file.
 
@@ -117,8 +114,7 @@ def read_json_lines(
     number = 0
     with _opened(Path(path)) as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            yield number, decode(upgrade(line, where) if upgrade else line, kind, where)
+            yield number, decode(upgrade(line), kind, f"{path}, line {number}")
     if not number:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 

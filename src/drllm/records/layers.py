@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
+from drllm.metrics import (
+    DECISIONS,
+    ROUTERS,
+    TRAIN,
+    VALIDATION,
+    Counts,
+    ratios,
+    verdict,
+    with_baselines,
+)
 from drllm.records.codec import decode, encode, read_json
 
 LAYERS_FILE = "layers.json"
@@ -58,6 +67,19 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def judged(self) -> str:
         """The part by which routers are judged: the held-out one, if there is one."""
         return TRAIN if self.validation is None else VALIDATION
+
+    def against_baselines(self) -> dict[str, Any]:
+        """Return what the routers' config says of routers and baselines, for the model card.
+
+        That is `split` (the part judged), `examples`, `systems` (metrics by name) and `verdict`.
+        """
+        systems = self.parts[self.judged]
+        return {
+            "split": self.judged,
+            "examples": systems[ROUTERS].examples,
+            "systems": {name: ratios(counts) for name, counts in systems.items()},
+            "verdict": verdict(self.parts),
+        }
 
     def title(self, part: str) -> str:
         """Return what a part is called, with its size."""

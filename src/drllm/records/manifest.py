@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,6 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.records.codec import (
     SCHEMA_VERSION,
-    Upgrade,
     encode,
     read_json,
     read_json_lines,
@@ -127,7 +126,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     return manifest
 
 
-def read_records(path: Path, kind: type[T], schema: str, upgrade: Upgrade | None = None) -> list[T]:
+def read_records(
+    path: Path, kind: type[T], schema: str, upgrade: Callable[[bytes], bytes] = bytes
+) -> list[T]:
     """Read and check a whole records file, of the schema (`search`, …) that its manifest says.
 
     Besides what `read_json_lines` and `read_manifest` refuse, a file that isn't the one its

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -186,11 +186,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def routed(self) -> System | None:
         """The routed model, if it was evaluated."""
         return self.system(ROUTED)
-
-    @property
-    def baselines(self) -> tuple[System, ...]:
-        """What the routed model is compared with besides base."""
-        return tuple(each for each in self.systems if each.name not in (BASE, ROUTED))
 
     @property
     def above_chance(self) -> bool:
@@ -402,20 +397,6 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Seconds."""
         return statistics.median(self.seconds)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """By the median."""
-        return self.num_tokens / self.median
-
-
-class Rounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What was compared round by round: the rounds' median, lowest and highest."""
-
-    values: tuple[float, ...]
-    median: float
-    lowest: float
-    highest: float
-
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Measured times of several systems, which took turns in every round.
@@ -438,11 +419,6 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Turns that every system had."""
         return len(self.timings[0].seconds)
 
-    @property
-    def batch_sizes(self) -> list[int]:
-        """All that were timed."""
-        return sorted({each.batch_size for each in self.timings})
-
     def of(self, system: str, phase: str, batch_size: int) -> Timing:
         """Return one timing; KeyError if it wasn't measured."""
         wanted = (system, phase, batch_size)
@@ -451,32 +427,27 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 return timing
         raise KeyError(f"no timing of {wanted}")
 
-    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> Rounds:
-        """Return how many times as long one system took as another in the same round."""
-        return self._compared(operator.truediv, above, below, phase, batch_size)
+    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
+        """Return how many times as long one system took as another, round by round."""
+        ours, theirs = (self.of(each, phase, batch_size).seconds for each in (above, below))
+        return list(map(operator.truediv, ours, theirs))
 
     def labels(self) -> dict[tuple[str, int], str]:
         """Say of each phase and batch size whether the routed model is faster."""
-        timed = [(phase, size) for phase in (PREFILL, DECODE) for size in self.batch_sizes]
-        labels = judge_times([self.ratio(ROUTED, BASE, *each).values for each in timed])
+        sizes = sorted({each.batch_size for each in self.timings})
+        timed = [(phase, size) for phase in (PREFILL, DECODE) for size in sizes]
+        labels = judge_times([self.ratio(ROUTED, BASE, *each) for each in timed])
         return dict(zip(timed, labels, strict=True))
 
-    def router_seconds(self, batch_size: int) -> Rounds:
-        """Return what the routers take while a batch is read: differences within a round.
+    def router_seconds(self, batch_size: int) -> list[float]:
+        """Return what the routers take while a batch is read, round by round.
 
         Between routers whose every answer is to execute and a routed model without routers. Noise
         can make it negative. In decode routers don't run.
         """
-        return self._compared(operator.sub, ROUTERS_EXECUTE, ATTACHED, PREFILL, batch_size)
-
-    def _compared(
-        self, how: Callable[[float, float], float], one: str, other: str, phase: str, size: int
-    ) -> Rounds:
-        ours, theirs = self.of(one, phase, size).seconds, self.of(other, phase, size).seconds
-        found = tuple(map(how, ours, theirs))
-        return Rounds(
-            values=found, median=statistics.median(found), lowest=min(found), highest=max(found)
-        )
+        systems = (ROUTERS_EXECUTE, ATTACHED)
+        ours, theirs = (self.of(each, PREFILL, batch_size).seconds for each in systems)
+        return list(map(operator.sub, ours, theirs))
 
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ import msgspec
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
-from drllm.records.codec import decode, encode
 from drllm.records.manifest import read_manifest, read_records
 
 _DECISIONS = frozenset((0, 1, 2))
-_DAMAGE = b'"damage"'
 
 
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,19 +118,9 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def read_search(path: Path | str) -> list[SearchRecord]:
     """Read and check a whole `search.jsonl`; see `read_records`."""
-    return read_records(Path(path), SearchRecord, "search", upgrade=_from_version_1)
-
-
-def _from_version_1(line: bytes, where: str) -> bytes:
-    """Rename `damage` to `kl`, as it is called since version 2 of the schema."""
-    if _DAMAGE not in line:
-        return line
-    row = decode(line, dict[str, Any], where)
-    paths = row.get("paths")
-    for path in paths if isinstance(paths, list) else []:
-        if isinstance(path, dict) and "damage" in path and "kl" not in path:
-            path["kl"] = path.pop("damage")
-    return encode(row)
+    # The name of version 1; inside a text its quotes would be escaped.
+    upgrade = operator.methodcaller("replace", b'"damage":', b'"kl":')
+    return read_records(Path(path), SearchRecord, "search", upgrade)
 
 
 class SearchRecords(tuple[SearchRecord, ...]):

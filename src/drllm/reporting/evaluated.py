@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
 
 from drllm.cost import share_saved
 from drllm.paths import Decision, Decisions, num_executions
@@ -214,9 +215,9 @@ def _timed(found: Timings) -> list[list[str]]:
     for (phase, size), label in found.labels().items():
         base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
         ratio, own = found.ratio(ROUTED, BASE, phase, size), found.router_seconds(size)
-        ratios = [plain(each, 2) for each in (ratio.median, ratio.lowest, ratio.highest)]
+        ratios = [plain(each, 2) for each in (median(ratio), min(ratio), max(ratio))]
         # In some round they took less than nothing: noise. In decoding they don't run.
-        alone = _ms(own.median) if own.lowest > 0 else "too noisy"
+        alone = _ms(median(own)) if min(own) > 0 else "too noisy"
         rows.append(
             [
                 f"{PHASES[phase]}, {count(size)}",
@@ -224,7 +225,7 @@ def _timed(found: Timings) -> list[list[str]]:
                 _ms(routed.median),
                 f"{ratios[0]} ({ratios[1]} to {ratios[2]})",
                 label,
-                count(round(routed.tokens_per_second)),
+                count(round(routed.num_tokens / routed.median)),
                 plain(routed.executions, 2),
                 alone if phase == PREFILL else "none",
             ]

@@ -93,7 +93,7 @@ def _unbeaten(evaluation: Evaluation) -> System | None:
     routed, found = evaluation.routed, list[System]()
     if routed is None:
         return None
-    for system in evaluation.baselines:
+    for system in evaluation.systems:
         near = abs(system.executions - routed.executions) <= SMALL * evaluation.num_layers
         verdict, is_path = against(system), system.reads_question is False and system.draws == 1
         if near and is_path and system.name != PERMUTED and verdict and not verdict.is_better:

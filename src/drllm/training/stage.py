@@ -34,7 +34,7 @@ from drllm.config import TrainConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener
-from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
+from drllm.metrics import TRAIN, VALIDATION, Counts
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
@@ -298,7 +298,7 @@ def _write_routers(
         "num_held_out": len(each_once(examples, trainer.held_out)),
         "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
         "metrics": [row for row in trainer.rows if row["epoch"] == epoch],
-        "against_baselines": against_baselines(parts),
+        "against_baselines": layers.against_baselines(),
     }
     if trainer.best is not None:
         training |= {"best_epoch": epoch, "last_epoch": last}
