@@ -205,14 +205,14 @@ def flags_of(verb: Verb) -> Iterator[Flag]:
     """Return a verb's flags, its own first; settings that only YAML files have are among them."""
     yield from verb.flags
     for group in verb.settings:
-        kinds = kinds_of(group)
+        kinds, helps = kinds_of(group), group.helps()
         for each in dataclasses.fields(group):
             rules, kind = each.metadata, kinds[each.name][0]
             choices = tuple(rules["choices"] or ())
             value = {int: "N", float: "X"}.get(kind, "DIR" if "_dir" in each.name else "NAME")
             yield Flag(
                 each.name,
-                rules["help"],
+                helps[each.name],
                 each.default,
                 value=rules["value"] or "|".join(choices) or value,
                 basic=rules["basic"],

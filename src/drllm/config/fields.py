@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pkgutil
 import re
 import typing
@@ -28,7 +29,6 @@ class NamesIn(Iterable[str]):
 
 def setting(
     default: Any,
-    help: str,
     *,
     minimum: float | None = None,
     maximum: float | None = None,
@@ -40,7 +40,7 @@ def setting(
     value: str | None = None,
     basic: bool = False,
 ) -> Any:
-    """Declare one field: its default, one line for `--help` with the unit, and what it accepts.
+    """Declare one field: its default and what it accepts; what it is, the class's docstring says.
 
     `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
     the default; `alias` is a flag under which published commands know the setting; `idle` is
@@ -52,14 +52,14 @@ def setting(
     return field(default=default, metadata=rules)
 
 
-def basic(default: Any, help: str, **rules: Any) -> Any:
+def basic(default: Any, **rules: Any) -> Any:
     """Declare a field that `--help` shows."""
-    return setting(default, help, basic=True, **rules)
+    return setting(default, basic=True, **rules)
 
 
-def incidental(default: Any, help: str, **rules: Any) -> Any:
+def incidental(default: Any, **rules: Any) -> Any:
     """Declare a field that results don't depend on: places, memory, who does the work."""
-    return setting(default, help, decisive=False, **rules)
+    return setting(default, decisive=False, **rules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,13 @@ class Settings:
                     f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
                     f"{_shown(idle[1])}; leave it out, or give another {flag_of(idle[0])}"
                 )
+
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        """Return the text of each setting for `--help`, from the attributes in the docstring."""
+        listed = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")[2]
+        texts = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+        return {name: " ".join(text.split()) for name, text in texts}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""

@@ -1,6 +1,7 @@
 """Every setting of every stage, once: type, default, bounds, unit and help text.
 
-A field here is all it takes to add a flag, a key of YAML files and their checks.
+A field here and its line under `Attributes` are all it takes to add a flag, a key of YAML files and
+their checks.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ FEATURE_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
-    """Which base model, and how it is loaded."""
+    """Which base model, and how it is loaded.
 
-    model: str = basic(
-        "smollm2-135m", "base model: an alias, a hub id or a local folder", alias="model_id"
-    )
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
-    dtype: str = setting(
-        "auto", "weights: auto is bfloat16 on a GPU that has it, else float32", choices=DTYPES
-    )
-    device: str = setting("auto", "where to run: auto is cuda, else mps, else cpu")
-    attn_implementation: str | None = setting(None, "attention code of transformers, e.g. sdpa")
-    trust_remote_code: bool = setting(False, "run modelling code that comes with a hub model")
+    Attributes:
+        model: base model: an alias, a hub id or a local folder
+        revision: branch, tag or commit of a hub model
+        dtype: weights: auto is bfloat16 on a GPU that has it, else float32
+        device: where to run: auto is cuda, else mps, else cpu
+        attn_implementation: attention code of transformers, e.g. sdpa
+        trust_remote_code: run modelling code that comes with a hub model
+    """
+
+    model: str = basic("smollm2-135m", alias="model_id")
+    revision: str | None = setting(None)
+    dtype: str = setting("auto", choices=DTYPES)
+    device: str = setting("auto")
+    attn_implementation: str | None = setting(None)
+    trust_remote_code: bool = setting(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,74 +56,59 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(Settings):
-    """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
+    """The tree search over layer paths; its numbers are the paper's unless said otherwise.
 
-    dataset: str = basic(
-        "builtin_facts", "tasks (comma list), or a .jsonl file of your own", value="TASKS"
-    )
-    output_dir: str = incidental(
-        "data/", "folder that receives search.jsonl and supervision.jsonl", basic=True
-    )
-    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
-    split: str = setting("search", "which questions", choices=SPLITS)
-    limit: int | None = basic(
-        None, "at most this many questions a task, drawn with the seed", minimum=1
-    )
-    reward: str | None = basic(
-        None, "graded by: of a comma list the first that fits the task; default: the task's own"
-    )
-    num_simulations: int = basic(50, "paths tried a question (paper: 50)", minimum=1)
-    budget: float = basic(
-        2.0, "maximum executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
-    )
-    strategy: str = setting(
-        "tree",
-        "tree, sweep (single edits, then pairs) or walk (one chain)",
-        choices=NamesIn("drllm.search.strategies:STRATEGIES"),
-    )
-    stop_rule: str = setting(
-        "exhaust", "when a question is done before its simulations are", choices=STOP_RULES
-    )
-    exploration_constant: float = setting(1.8, "c of the UCB rule (paper: 1.8)", minimum=0.0)
-    length_penalty: float = setting(3.0, "lambda of the UCB rule (paper: 3.0)", minimum=0.0)
-    random_child_probability: float = setting(
-        0.1, "share of selections made at random (paper)", minimum=0.0, maximum=1.0
-    )
-    leaves_per_round: int = setting(
-        1, "paths of a question evaluated together; above 1 with virtual losses", minimum=1
-    )
-    kl: bool = setting(
-        True, "keep each path's mean KL from the full path over the prompt, in nats a token"
-    )
-    margin_tolerance: float = setting(
-        0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
-    )
-    block_size: int = setting(32, "questions searched together", minimum=1)
-    state_cache_gb: float = incidental(
-        4.0, "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU", above=0.0
-    )
-    paths_per_pass: int | None = incidental(
-        None, "maximum paths in a forward pass; as many as memory allows unless given", minimum=1
-    )
-    shard: str | None = setting(
-        None, "search part i of n (i/n, from 1), to be joined by supervise", value="I/N"
-    )
-    executor: str = incidental(
-        "local", "where to search: in this process, or on Ray", choices=EXECUTORS, basic=True
-    )
-    num_workers: int | None = incidental(
-        None,
-        "with --executor ray: processes, one a device; as many as there are unless given",
-        minimum=1,
-        idle=("executor", "local"),
-    )
-    ray_address: str | None = incidental(
-        None,
-        "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
-        value="HOST:PORT",
-        idle=("executor", "local"),
-    )
-    seed: int = setting(0, "seed of the search and of --limit", minimum=0)
+    Attributes:
+        dataset: tasks (comma list), or a .jsonl file of your own
+        output_dir: folder that receives search.jsonl and supervision.jsonl
+        data_dir: folder with SPLIT.jsonl[.gz] files by task
+        split: which questions
+        limit: at most this many questions a task, drawn with the seed
+        reward: graded by: of a comma list the first that fits the task; default: the task's own
+        num_simulations: paths tried a question (paper: 50)
+        budget: maximum executions of a path, as a factor of L (paper: 2)
+        strategy: tree, sweep (single edits, then pairs) or walk (one chain)
+        stop_rule: when a question is done before its simulations are
+        exploration_constant: c of the UCB rule (paper: 1.8)
+        length_penalty: lambda of the UCB rule (paper: 3.0)
+        random_child_probability: share of selections made at random (paper)
+        leaves_per_round: paths of a question evaluated together; above 1 with virtual losses
+        kl: keep each path's mean KL from the full path over the prompt, in nats a token
+        margin_tolerance: re-test: nats a path's margin may lie below the full path's
+        block_size: questions searched together
+        state_cache_gb: memory for shared path prefixes, in GB; shared by Ray's workers on one CPU
+        paths_per_pass: maximum paths in a forward pass; as many as memory allows unless given
+        shard: search part i of n (i/n, from 1), to be joined by supervise
+        executor: where to search: in this process, or on Ray
+        num_workers: with --executor ray: processes, one a device; as many as there are unless given
+        ray_address: with --executor ray: HOST:PORT of a cluster, or auto; else one starts here
+        seed: seed of the search and of --limit
+    """
+
+    dataset: str = basic("builtin_facts", value="TASKS")
+    output_dir: str = incidental("data/", basic=True)
+    data_dir: str | None = incidental(None)
+    split: str = setting("search", choices=SPLITS)
+    limit: int | None = basic(None, minimum=1)
+    reward: str | None = basic(None)
+    num_simulations: int = basic(50, minimum=1)
+    budget: float = basic(2.0, minimum=1.0, maximum=2.0)
+    strategy: str = setting("tree", choices=NamesIn("drllm.search.strategies:STRATEGIES"))
+    stop_rule: str = setting("exhaust", choices=STOP_RULES)
+    exploration_constant: float = setting(1.8, minimum=0.0)
+    length_penalty: float = setting(3.0, minimum=0.0)
+    random_child_probability: float = setting(0.1, minimum=0.0, maximum=1.0)
+    leaves_per_round: int = setting(1, minimum=1)
+    kl: bool = setting(True)
+    margin_tolerance: float = setting(0.5, minimum=0.0)
+    block_size: int = setting(32, minimum=1)
+    state_cache_gb: float = incidental(4.0, above=0.0)
+    paths_per_pass: int | None = incidental(None, minimum=1)
+    shard: str | None = setting(None, value="I/N")
+    executor: str = incidental("local", choices=EXECUTORS, basic=True)
+    num_workers: int | None = incidental(None, minimum=1, idle=("executor", "local"))
+    ray_address: str | None = incidental(None, value="HOST:PORT", idle=("executor", "local"))
+    seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,114 +120,80 @@ class SearchConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseConfig(Settings):
-    """How one target path is chosen for each searched question."""
+    """How one target path is chosen for each searched question.
 
-    target: str = basic(
-        "least_kl",
-        "rule that picks among the tried paths",
-        choices=NamesIn("drllm.supervision.rules:TARGETS"),
-    )
-    min_saving: float | None = basic(
-        None,
-        "with --target least_kl: least share of the executions that a target saves (0.05)",
-        above=0.0,
-        maximum=1.0,
-    )
-    path_weights: str = setting(
-        "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
-    )
-    quotas: str | None = setting(
-        None,
-        "maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit",
-        value="TASK=N,...",
-    )
-    quota_improving: float | None = setting(
-        None,
-        "keep this share of improving targets by dropping others (published: 0.30)",
-        above=0.0,
-        maximum=1.0,
-    )
+    Attributes:
+        target: rule that picks among the tried paths
+        min_saving: with --target least_kl: least share of the executions that a target saves (0.05)
+        path_weights: also write all valid paths for --soft-targets, weighted so
+        quotas: maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit
+        quota_improving: keep this share of improving targets by dropping others (published: 0.30)
+    """
+
+    target: str = basic("least_kl", choices=NamesIn("drllm.supervision.rules:TARGETS"))
+    min_saving: float | None = basic(None, above=0.0, maximum=1.0)
+    path_weights: str = setting("none", choices=PATH_WEIGHTS)
+    quotas: str | None = setting(None, value="TASK=N,...")
+    quota_improving: float | None = setting(None, above=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """The routers and their training: the paper's numbers, but for warm-up and class weights."""
+    """The routers and their training: the paper's numbers, but for warm-up and class weights.
 
-    num_epochs: int = basic(25, "passes over the targets (paper: 25)", minimum=1)
-    learning_rate: float = basic(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
-    weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
-    warmup_steps: float = setting(
-        0.1, "linear warm-up: a share of the steps below 1, else steps (paper: 500)", minimum=0.0
-    )
-    gradient_accumulation: int = setting(
-        16, "examples an optimiser step (paper: 1 x 16)", minimum=1
-    )
-    loss_reduction: str = setting(
-        "mean", "what a step makes of its examples' losses (released: sum)", choices=REDUCTIONS
-    )
-    max_grad_norm: float | None = setting(
-        None, "clip a step's gradients to this norm; none unless given (released: 1)", above=0.0
-    )
-    num_windows: int = basic(8, "windows W a router averages the prompt into (paper: 8)", minimum=1)
-    feature_dtype: str = setting(
-        "float32", "how routers' inputs are stored; bfloat16 halves them", choices=FEATURE_DTYPES
-    )
-    router_width: int = setting(128, "hidden width of a router (paper: 128)", minimum=1)
-    loss: str = setting("focal", "what is minimised (paper: focal)", choices=LOSSES)
-    gamma: float = setting(
-        2.0, "focal loss exponent (paper: 2)", minimum=0.0, idle=("loss", "cross_entropy")
-    )
-    class_weights: str = setting(
-        "none", "whether rare decisions weigh more (paper: effective_number)", choices=CLASS_WEIGHTS
-    )
-    beta: float = setting(
-        0.999,
-        "effective-number class weights (paper: 0.999)",
-        minimum=0.0,
-        maximum=0.9999999,
-        idle=("class_weights", "none"),
-    )
-    logit_adjustment: float = setting(
-        0.0, "tau: adds tau times each layer's log label frequency in the loss", minimum=0.0
-    )
-    soft_targets: bool = setting(
-        False, "learn the weighted mix of all valid paths (supervise --path-weights)"
-    )
-    dropout: float = setting(
-        0.0, "share of a router's hidden units left out of a step", minimum=0.0, maximum=0.9
-    )
-    normalise_features: bool = setting(
-        False, "scale each component of the routers' inputs to mean 0, deviation 1"
-    )
-    validation_fraction: float = setting(
-        0.1, "share of the targets held out for metrics (ours)", minimum=0.0, maximum=0.5
-    )
-    early_stopping: int | None = setting(
-        None,
-        "epochs without a lower held-out loss before it ends; keeps the best",
-        minimum=1,
-        idle=("validation_fraction", 0.0),
-    )
-    calibrate: bool = setting(
-        False,
-        "divide the logits by a temperature fitted on targets held out",
-        idle=("validation_fraction", 0.0),
-    )
-    on_policy_rounds: int = setting(
-        0, "rounds that also train on what the routers read along their own routes", minimum=0
-    )
-    seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
-    num_seeds: int = setting(
-        1,
-        "routers from so many seeds, counting up from --seed; see seed_S in the output",
-        minimum=1,
-    )
-    report_to: str | None = incidental(
-        None,
-        "trackers of accelerate (comma list), such as tensorboard,wandb; off by default",
-        basic=True,
-        value="NAMES",
-    )
+    Attributes:
+        num_epochs: passes over the targets (paper: 25)
+        learning_rate: peak of the cosine schedule (paper: 1e-3)
+        weight_decay: AdamW weight decay (paper: 0.01)
+        warmup_steps: linear warm-up: a share of the steps below 1, else steps (paper: 500)
+        gradient_accumulation: examples an optimiser step (paper: 1 x 16)
+        loss_reduction: what a step makes of its examples' losses (released: sum)
+        max_grad_norm: clip a step's gradients to this norm; none unless given (released: 1)
+        num_windows: windows W a router averages the prompt into (paper: 8)
+        feature_dtype: how routers' inputs are stored; bfloat16 halves them
+        router_width: hidden width of a router (paper: 128)
+        loss: what is minimised (paper: focal)
+        gamma: focal loss exponent (paper: 2)
+        class_weights: whether rare decisions weigh more (paper: effective_number)
+        beta: effective-number class weights (paper: 0.999)
+        logit_adjustment: tau: adds tau times each layer's log label frequency in the loss
+        soft_targets: learn the weighted mix of all valid paths (supervise --path-weights)
+        dropout: share of a router's hidden units left out of a step
+        normalise_features: scale each component of the routers' inputs to mean 0, deviation 1
+        validation_fraction: share of the targets held out for metrics (ours)
+        early_stopping: epochs without a lower held-out loss before it ends; keeps the best
+        calibrate: divide the logits by a temperature fitted on targets held out
+        on_policy_rounds: rounds that also train on what the routers read along their own routes
+        seed: seed of initial weights, order and held-out part
+        num_seeds: routers from so many seeds, counting up from --seed; see seed_S in the output
+        report_to: trackers of accelerate (comma list), such as tensorboard,wandb; off by default
+    """
+
+    num_epochs: int = basic(25, minimum=1)
+    learning_rate: float = basic(1e-3, above=0.0)
+    weight_decay: float = setting(0.01, minimum=0.0)
+    warmup_steps: float = setting(0.1, minimum=0.0)
+    gradient_accumulation: int = setting(16, minimum=1)
+    loss_reduction: str = setting("mean", choices=REDUCTIONS)
+    max_grad_norm: float | None = setting(None, above=0.0)
+    num_windows: int = basic(8, minimum=1)
+    feature_dtype: str = setting("float32", choices=FEATURE_DTYPES)
+    router_width: int = setting(128, minimum=1)
+    loss: str = setting("focal", choices=LOSSES)
+    gamma: float = setting(2.0, minimum=0.0, idle=("loss", "cross_entropy"))
+    class_weights: str = setting("none", choices=CLASS_WEIGHTS)
+    beta: float = setting(0.999, minimum=0.0, maximum=0.9999999, idle=("class_weights", "none"))
+    logit_adjustment: float = setting(0.0, minimum=0.0)
+    soft_targets: bool = setting(False)
+    dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
+    normalise_features: bool = setting(False)
+    validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)
+    early_stopping: int | None = setting(None, minimum=1, idle=("validation_fraction", 0.0))
+    calibrate: bool = setting(False, idle=("validation_fraction", 0.0))
+    on_policy_rounds: int = setting(0, minimum=0)
+    seed: int = setting(0, minimum=0)
+    num_seeds: int = setting(1, minimum=1)
+    report_to: str | None = incidental(None, basic=True, value="NAMES")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,29 +221,25 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Settings):
-    """How text is generated."""
+    """How text is generated.
 
-    max_new_tokens: int = basic(64, "maximum tokens generated", minimum=1)
-    chat: bool | None = basic(
-        None, "ask through the chat template or not; without it as the routers were trained"
-    )
-    batch_size: int | None = setting(
-        None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
-    )
-    route_first: bool = setting(
-        True, "with --file: route all prompts first, to decode equal plans together"
-    )
-    temperature: float = basic(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
-    top_p: float | None = setting(
-        None,
-        "sample from the likeliest tokens of this share; 1 unless given",
-        above=0.0,
-        maximum=1.0,
-        idle=("temperature", 0.0),
-    )
-    seed: int | None = setting(
-        None, "sampling seed; 0 unless given", minimum=0, idle=("temperature", 0.0)
-    )
+    Attributes:
+        max_new_tokens: maximum tokens generated
+        chat: ask through the chat template or not; without it as the routers were trained
+        batch_size: with --file: maximum prompts decoded together; 16 unless given
+        route_first: with --file: route all prompts first, to decode equal plans together
+        temperature: sampling temperature; 0 is greedy
+        top_p: sample from the likeliest tokens of this share; 1 unless given
+        seed: sampling seed; 0 unless given
+    """
+
+    max_new_tokens: int = basic(64, minimum=1)
+    chat: bool | None = basic(None)
+    batch_size: int | None = setting(None, minimum=1)
+    route_first: bool = setting(True)
+    temperature: float = basic(0.0, minimum=0.0)
+    top_p: float | None = setting(None, above=0.0, maximum=1.0, idle=("temperature", 0.0))
+    seed: int | None = setting(None, minimum=0, idle=("temperature", 0.0))
 
     def sampling(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that say how tokens are chosen.
@@ -303,23 +256,21 @@ class GenerateConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig(Settings):
-    """How deep the routers go: one knob, or none for the routers as they were trained."""
+    """How deep the routers go: one knob, or none for the routers as they were trained.
 
-    depth_bias: float = setting(
-        0.0, "price of an execution in logits; below 0 runs more", minimum=-1e6, maximum=1e6
-    )
-    target_executions: float | None = basic(
-        None, "mean executions wanted; a bias that gives them is looked for", minimum=1.0
-    )
-    calibration: str | None = basic(
-        None, "prompts (.jsonl) that --target-executions looks on", value="FILE"
-    )
-    router_penalty: float | None = setting(
-        None, "published knob: -1 skips all, 0.5 executes all", minimum=-1.0, maximum=1.0
-    )
-    static_routing: bool = setting(
-        False, "execute every layer, whatever the routers say", alias="is_static_routing"
-    )
+    Attributes:
+        depth_bias: price of an execution in logits; below 0 runs more
+        target_executions: mean executions wanted; a bias that gives them is looked for
+        calibration: prompts (.jsonl) that --target-executions looks on
+        router_penalty: published knob: -1 skips all, 0.5 executes all
+        static_routing: execute every layer, whatever the routers say
+    """
+
+    depth_bias: float = setting(0.0, minimum=-1e6, maximum=1e6)
+    target_executions: float | None = basic(None, minimum=1.0)
+    calibration: str | None = basic(None, value="FILE")
+    router_penalty: float | None = setting(None, minimum=-1.0, maximum=1.0)
+    static_routing: bool = setting(False, alias="is_static_routing")
 
     def knob(self) -> str | None:
         """Return the name of the setting that is turned, None where the routers decide alone.
@@ -350,85 +301,60 @@ class DepthConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
-    """What is evaluated, on which questions, against which baselines."""
+    """What is evaluated, on which questions, against which baselines.
 
-    tasks: str = basic(
-        "builtin_facts",
-        "tasks (comma list), ours or the harness' own, or a .jsonl file of your own",
-        value="TASKS",
-    )
-    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
-    split: str = basic("test", "which questions", choices=SPLITS)
-    limit: int | None = basic(
-        None, "at most this many questions a task, drawn with the seed", minimum=1
-    )
+    Attributes:
+        tasks: tasks (comma list), ours or the harness' own, or a .jsonl file of your own
+        data_dir: folder with SPLIT.jsonl[.gz] files by task
+        split: which questions
+        limit: at most this many questions a task, drawn with the seed
+        limits: other limits for some tasks: a number, or all
+        splits: other splits for some tasks
+        fitted_on: other tasks on whose questions depths are chosen and baselines fitted
+        num_fewshot: worked examples before each question; each task's own unless given
+        chat: ask through the tokenizer's chat template
+        baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
+        search: search.jsonl, for baselines that are fitted on it
+        supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
+        curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
+        epsilon: with --curve: points of accuracy; finds the cheapest depth shown to lose less
+        max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
+            given
+        worked_answers: with --epsilon: a task (gsm8k) on whose right answers the loss may rise no
+            more
+        num_calibration: select questions that depths are found and baselines fitted on; 64 unless
+            given
+        num_texts: questions whose text's next-token loss is read too, at most
+        num_random_draws: draws of the random baselines a question; 10 unless given
+        batch_size: questions a forward pass
+        latency_rounds: turns in which base and routed are timed; 0 measures no time
+        seed: seed of permutations, random draws and --limit
+    """
+
+    tasks: str = basic("builtin_facts", value="TASKS")
+    data_dir: str | None = incidental(None)
+    split: str = basic("test", choices=SPLITS)
+    limit: int | None = basic(None, minimum=1)
     limits: dict[str, int | str] | None = setting(
-        None,
-        "other limits for some tasks: a number, or all",
-        minimum=1,
-        choices=("all",),
-        value="{gsm8k: 30, arc_easy: all}",
+        None, minimum=1, choices=("all",), value="{gsm8k: 30, arc_easy: all}"
     )
-    splits: dict[str, str] | None = setting(
-        None, "other splits for some tasks", choices=SPLITS, value="{gsm8k: select}"
-    )
-    fitted_on: dict[str, str] | None = setting(
-        None,
-        "other tasks on whose questions depths are chosen and baselines fitted",
-        value="{hellaswag: arc_easy}",
-    )
-    num_fewshot: int | None = setting(
-        None, "worked examples before each question; each task's own unless given", minimum=0
-    )
-    chat: bool = setting(False, "ask through the tokenizer's chat template")
-    baselines: str = basic(
-        "quick", "comma list, quick, all or none; 'drllm ls baselines' explains them", value="NAMES"
-    )
-    search: str | None = setting(
-        None, "search.jsonl, for baselines that are fitted on it", value="FILE"
-    )
-    supervision: str | None = setting(
-        None,
-        "supervision.jsonl, for baselines that are fitted on the routers' targets",
-        value="FILE",
-    )
-    curve: str | None = basic(
-        None,
-        "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each",
-        value="X,X,...",
-    )
-    epsilon: float | None = setting(
-        None,
-        "with --curve: points of accuracy; finds the cheapest depth shown to lose less",
-        above=0.0,
-        maximum=100.0,
-    )
-    max_loss_increase: float | None = setting(
-        None,
-        "with --epsilon: nats a token that the loss of texts may rise; 0.05 unless given",
-        above=0.0,
-    )
-    worked_answers: str | None = setting(
-        None,
-        "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more",
-        value="TASK",
-    )
-    num_calibration: int | None = setting(
-        None,
-        "select questions that depths are found and baselines fitted on; 64 unless given",
-        minimum=1,
-    )
-    num_texts: int = setting(
-        100, "questions whose text's next-token loss is read too, at most", minimum=1
-    )
-    num_random_draws: int | None = setting(
-        None, "draws of the random baselines a question; 10 unless given", minimum=1
-    )
-    batch_size: int = setting(16, "questions a forward pass", minimum=1)
-    latency_rounds: int = incidental(
-        3, "turns in which base and routed are timed; 0 measures no time", minimum=0
-    )
-    seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
+    splits: dict[str, str] | None = setting(None, choices=SPLITS, value="{gsm8k: select}")
+    fitted_on: dict[str, str] | None = setting(None, value="{hellaswag: arc_easy}")
+    num_fewshot: int | None = setting(None, minimum=0)
+    chat: bool = setting(False)
+    baselines: str = basic("quick", value="NAMES")
+    search: str | None = setting(None, value="FILE")
+    supervision: str | None = setting(None, value="FILE")
+    curve: str | None = basic(None, value="X,X,...")
+    epsilon: float | None = setting(None, above=0.0, maximum=100.0)
+    max_loss_increase: float | None = setting(None, above=0.0)
+    worked_answers: str | None = setting(None, value="TASK")
+    num_calibration: int | None = setting(None, minimum=1)
+    num_texts: int = setting(100, minimum=1)
+    num_random_draws: int | None = setting(None, minimum=1)
+    batch_size: int = setting(16, minimum=1)
+    latency_rounds: int = incidental(3, minimum=0)
+    seed: int = setting(0, minimum=0)
 
     def limit_of(self, task: str) -> int | None:
         """Return how many questions of a task are asked at most; None for all."""
