@@ -85,12 +85,8 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
         >>> to_decisions([0, 1, 3, 3, 4], num_layers=5)
         (1, 1, 0, 2, 1)
     """
-    counts, previous = [0] * num_layers, 0
-    for layer in path:
-        if not 0 <= layer < num_layers:
-            raise PathError(
-                f"layer {layer} is not in a model of {num_layers} layers (0 to {num_layers - 1})"
-            )
+    checked, counts = check_path(path, num_layers), [0] * num_layers
+    for previous, layer in zip((0, *checked), checked, strict=False):
         if layer < previous:
             raise PathError(
                 f"layer {layer} follows layer {previous}; decisions can only express paths "
@@ -102,8 +98,7 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
                 f"layer {layer} is visited more than twice; decisions can only express "
                 f"paths that visit a layer once or twice"
             )
-        previous = layer
-    return check_decisions(counts, num_layers)
+    return tuple(counts)
 
 
 def sketch(decisions: Sequence[int]) -> str:

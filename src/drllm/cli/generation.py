@@ -71,9 +71,12 @@ def generate(request: Request, terminal: Terminal) -> None:
     config.sampling()
     _check(request, config, depth)
     file, place = request.optional_path("file"), request.optional_path("routers")
-    is_chat = not request.values["prompt"] and file is None and _are_terminals(terminal)
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    is_chat = (
+        not request.values["prompt"] and file is None and is_typed and terminal.out.is_terminal
+    )
     prompt = request.values["prompt"] or ("" if file or is_chat else _from_standard_input())
-    asked = None if file is None else read_prompts(file, chat=config.chat is not False)
+    asked = None if file is None else read_prompts(file)
     texts: list[tuple[str, bool]] = []
     if depth.calibration is not None:
         from drllm.models.routers.depth_control import read_calibration
@@ -83,9 +86,10 @@ def generate(request: Request, terminal: Terminal) -> None:
     form = _form(config, routers)
     talks = [row.line for row in asked or () if not isinstance(row.prompt, str)]
     if talks and not form.chat:
+        why = "the routers were trained without" if config.chat is None else "--no-chat is given"
         raise TaskError(
-            f"{file}, line {talks[0]}: 'messages' need the chat template, and the routers were "
-            f"trained without; give --chat, or 'prompt' instead"
+            f"{file}, line {talks[0]}: 'messages' need the chat template, and {why}; give --chat, "
+            f"or 'prompt' instead"
         )
     with loaded(model_of(request, routers), terminal) as base:
         from drllm.models.routers.depth_control import encode_calibration, policy_for
@@ -112,10 +116,6 @@ def generate(request: Request, terminal: Terminal) -> None:
             else:
                 _answer(routed, form.put(prompt), form, config, terminal)
             _say_form(form, routers, terminal)
-
-
-def _are_terminals(terminal: Terminal) -> bool:
-    return terminal.out.is_terminal and sys.stdin is not None and sys.stdin.isatty()
 
 
 def _from_standard_input() -> str:
@@ -193,17 +193,16 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
             raise ConfigError(f"{said}; leave it out")
 
 
-def read_prompts(path: Path, *, chat: bool) -> list[Asked]:
+def read_prompts(path: Path) -> list[Asked]:
     """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped.
 
-    Messages need `chat`: the chat template alone can render them. A row that can't be used is a
-    TaskError that names file and line.
+    A row that can't be used is a TaskError that names file and line.
     """
     asked: list[Asked] = []
     lines: dict[str, int] = {}
     for line, row in read_rows(path):
         try:
-            found = _asked(row, line, chat)
+            found = _asked(row, line)
             first = lines.setdefault(str(found.id), line)
             if first != line:
                 raise TaskError(
@@ -215,7 +214,7 @@ def read_prompts(path: Path, *, chat: bool) -> list[Asked]:
     return asked
 
 
-def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
+def _asked(row: dict[str, Any], line: int) -> Asked:
     kinds = [kind for kind in KINDS if kind in row]
     if len(kinds) != 1:
         what = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else f"none of {', '.join(KINDS)}"
@@ -233,8 +232,6 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
             raise TaskError(f"'messages' holds {message!r}; expected objects with role and content")
         for key in ("role", "content"):
             text_of(message, key)
-    if not chat:
-        raise TaskError("'messages' need the chat template; leave --no-chat out, or give 'prompt'")
     return Asked(line, own_id, messages)
 
 

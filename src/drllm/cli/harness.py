@@ -12,12 +12,12 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from unittest.mock import patch
 
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> None:
     What is refused here or by our model is a DrllmError; after its own messages the harness exits.
     """
     setup_logging()
-    with _replaced(sys, "argv", ["drllm lm-eval", *words]):
+    with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
         group = harness._subparsers.choices["run"].add_argument_group(
             "drllm",
@@ -114,7 +114,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             from lm_eval.caching import cache
 
             place = str(Path(cache.PATH) / f"drllm-{_key(args, own)}")
-            stack.enter_context(_replaced(cache, "PATH", place))
+            stack.enter_context(patch.object(cache, "PATH", place))
         if own is not None:
             for task in own.tasks if is_first else ():
                 for note in task.notes:
@@ -190,14 +190,3 @@ def _key(args: Namespace, own: OwnTasks | None) -> str:
     words = sorted((name, value) for name, value in vars(args).items() if name not in others)
     content = (own.files.key if own else "", words, version("lm_eval"), version("drllm"))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute inside the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

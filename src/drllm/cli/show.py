@@ -25,7 +25,7 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file
-from drllm.records.layers import LAYERS_FILE, calibration_of, read_layers
+from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
@@ -225,7 +225,7 @@ def _check_weights(path: Path) -> None:
 
 def _show_agreement(path: Path, terminal: Terminal) -> None:
     """Compare the saved routers with decisions that ignore the question, on each part."""
-    layers = read_layers(path)
+    layers = read_json(path, Layers)
     for part, systems in layers.parts.items():
         scores = {shown(name): ratios(counts) for name, counts in systems.items()}
         title = f"after epoch {layers.epoch}, on {layers.title(part)}"

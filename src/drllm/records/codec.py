@@ -58,12 +58,13 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
     """
     try:
         raw = data.encode() if isinstance(data, str) else data
+        if b'"schema_version"' in raw:
+            _refuse_newer(raw, where)
         value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
         # Our own files are byte for byte what we would write; only others need the slow look.
         if _ENCODER.encode(value) != raw.rstrip():
             json.loads(raw, object_pairs_hook=_refuse_duplicates)
     except msgspec.ValidationError as error:
-        _refuse_newer(data, where)
         raise RecordError(f"{where}: {worded(error)}") from error
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error
@@ -73,8 +74,6 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise RecordError(f"{where}: nested too deep to be read") from error
     except ValueError as error:  # from _refuse_duplicates, or a whole number of thousands of digits
         raise RecordError(f"{where}: {error}") from error
-    if b'"schema_version"' in raw:
-        _refuse_newer(data, where)
     return value
 
 
@@ -266,7 +265,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_newer(data: bytes | str, where: str) -> None:
+def _refuse_newer(data: bytes, where: str) -> None:
     """Refuse a file of a newer version by its version's name, where it says one."""
     try:
         version = msgspec.json.decode(data, type=Version)

@@ -6,7 +6,6 @@ Axes: L layers, C = 3 decisions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +20,7 @@ from drllm.metrics import (
     verdict,
     with_baselines,
 )
-from drllm.records.codec import decode, encode, read_json
+from drllm.records.codec import decode, encode
 
 LAYERS_FILE = "layers.json"
 SIZE = len(DECISIONS)
@@ -85,11 +84,6 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Return what a part is called, with its size."""
         kind = "held-out targets" if part == VALIDATION else "targets trained on"
         return f"{self.parts[part][ROUTERS].examples} {kind}"
-
-
-def read_layers(path: Path) -> Layers:
-    """Read one `layers.json`; raises RecordError where it can't be trusted."""
-    return read_json(path, Layers)
 
 
 class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from msgspec.structs import asdict
 from drllm import records
 from drllm.errors import RecordError
 from drllm.records import SearchRecord, SupervisionRecord, sha256
-from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of, read_layers
+from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
@@ -166,7 +166,7 @@ def _read_routers(run: Run) -> None:
         run.epochs = sorted(found, key=lambda epoch: epoch.epoch)
     missed = "the routers layer by layer" if run.epochs else ""
     if run.has(f"routers/{LAYERS_FILE}", missed):
-        run.layers = read_layers(folder / LAYERS_FILE)
+        run.layers = records.read_json(folder / LAYERS_FILE, Layers)
 
 
 def _read_results(run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from drllm.cli import main
 from drllm.cli.chat import Reply
 from drllm.cli.generation import read_prompts, to_line
 from drllm.config import GenerateConfig
@@ -36,11 +37,11 @@ def test_rows_ask_by_prompt_question_or_messages_gzipped_or_not(tmp_path: Path):
         {"messages": TALK, "id": 7},
     )
 
-    asked = read_prompts(path, chat=True)
+    asked = read_prompts(path)
 
     gzipped = tmp_path / "p.jsonl.gz"
     gzipped.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_prompts(gzipped, chat=True) == asked
+    assert read_prompts(gzipped) == asked
     assert [(row.line, row.id, row.prompt) for row in asked] == [
         (1, "sky", "Why is the sky blue?"),
         (3, "line-3", "What is ice?"),
@@ -67,14 +68,14 @@ def test_rows_ask_by_prompt_question_or_messages_gzipped_or_not(tmp_path: Path):
 def test_a_row_that_cannot_be_asked_is_refused_with_file_and_line(tmp_path, row, message):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "first"}, row)
     with pytest.raises((TaskError, RecordError), match=message) as error:
-        read_prompts(path, chat=True)
+        read_prompts(path)
     assert str(error.value).startswith(f"{path}, line 2")
 
 
-def test_messages_are_refused_where_no_chat_template_is_used(tmp_path: Path):
+def test_messages_are_refused_where_no_chat_template_is_used(tmp_path: Path, capsys):
     path = write(tmp_path / "p.jsonl", {"messages": TALK})
-    with pytest.raises(TaskError, match="line 1: 'messages' need the chat template"):
-        read_prompts(path, chat=False)
+    assert main(["generate", "--no-chat", "--file", str(path)]) == 2
+    assert "line 1: 'messages' need the chat template" in capsys.readouterr().err
 
 
 def test_an_answer_is_one_line_with_its_cost():

@@ -13,7 +13,8 @@ from drllm.cli.show import show, show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
-from drllm.records.layers import read_layers
+from drllm.records import read_json
+from drllm.records.layers import Layers
 from drllm.records.results import Evaluation
 from drllm.reporting.numbers import plain
 
@@ -152,7 +153,7 @@ def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(layers, 
     show(layers, Terminal())
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    for systems in read_layers(layers).parts.values():
+    for systems in read_json(layers, Layers).parts.values():
         scores = [ratios(counts) for counts in systems.values()]
         for name in scores[0]:
             assert [name, *(plain(each[name], 3) for each in scores)] in rows
@@ -165,7 +166,7 @@ def test_the_verdict_stands_below_the_tables(layers: Path, capsys: pytest.Captur
     terminal = Terminal()
     terminal.out.width = 400
     show(layers, terminal)
-    agreement = read_layers(layers)
+    agreement = read_json(layers, Layers)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [by_layer(agreement.parts["validation"]), verdict(agreement.parts)]
 

@@ -176,15 +176,6 @@ def test_what_is_chosen_is_confirmed_on_other_questions_and_goes_into_a_file():
     )
 
 
-def test_only_what_was_chosen_is_confirmed_and_only_once():
-    choice = chosen([point(27)])
-    with pytest.raises(ValueError, match="was chosen, not 'routed, 24 layers'"):
-        confirmed(choice, point(24))
-    for other in (confirmed(choice, point(27)), chosen([point(27, lost=60)])):
-        with pytest.raises(ValueError, match="only once"):
-            confirmed(other, point(27))
-
-
 @pytest.mark.parametrize(
     ("field", "texts", "message"),
     [

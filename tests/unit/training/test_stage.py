@@ -8,7 +8,8 @@ from small import IDENTITY, QUICK, BrokenOffError, Watching, files_of, make_feat
 from drllm.errors import ConfigError
 from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
-from drllm.records.layers import read_layers
+from drllm.records import read_json
+from drllm.records.layers import Layers
 from drllm.training.checkpoint import is_finished
 from drllm.training.split import hold_out
 from drllm.training.stage import train_on
@@ -93,7 +94,7 @@ def test_metrics_have_a_line_for_each_epoch_and_part(tmp_path):
 def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_path):
     features, settings = make_features(60), replace(STOPPING, early_stopping=2)
     rows = train_on(features, IDENTITY, settings, tmp_path)
-    agreement, stack = read_layers(tmp_path / "layers.json"), load_routers(tmp_path)
+    agreement, stack = read_json(tmp_path / "layers.json", Layers), load_routers(tmp_path)
     best = stack.config.training["best_epoch"]
     assert agreement.epoch == best < rows[-1]["epoch"]
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
@@ -109,7 +110,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_pat
 
 def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the_question(tmp_path):
     trained(tmp_path, 60)
-    agreement = read_layers(tmp_path / "layers.json")
+    agreement = read_json(tmp_path / "layers.json", Layers)
     told = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
     assert told["systems"] == {name: ratios(counts) for name, counts in systems.items()}
