@@ -44,8 +44,7 @@ def test_decisions_that_execute_nothing_are_refused(decisions):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ([0, -1], r"layer -1 .* 3 layers \(0 to 2\)"),
-        ([0, 3], r"layer 3 .* 3 layers \(0 to 2\)"),
+        ([0, -1], "-1 at position 1"),
         ([0, 2, 0], "layer 0 follows layer 2"),
         ([0, 1, 1, 1], "layer 1 is visited more than twice"),
         ([], "at least one layer must be executed"),

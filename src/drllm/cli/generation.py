@@ -72,9 +72,7 @@ def generate(request: Request, terminal: Terminal) -> None:
     _check(request, config, depth)
     file, place = request.optional_path("file"), request.optional_path("routers")
     is_typed = sys.stdin is not None and sys.stdin.isatty()
-    is_chat = (
-        not request.values["prompt"] and file is None and is_typed and terminal.out.is_terminal
-    )
+    is_chat = not (request.values["prompt"] or file) and is_typed and terminal.out.is_terminal
     prompt = request.values["prompt"] or ("" if file or is_chat else _from_standard_input())
     asked = None if file is None else read_prompts(file)
     texts: list[tuple[str, bool]] = []
