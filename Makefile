@@ -21,9 +21,7 @@ VERSION_STAMPS := $(VERSIONS:%=.venvs/%/.set-up)
 OLDEST_PYTHON ?= $(shell for python in python3.10 "$$HOME"/.pyenv/versions/3.10.*/bin/python \
 	python3.11 $(PYTHON); \
 	do "$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
-EVERY_SHORT := -m "(thorough or not thorough) and not hour"
-# They stand in one file, so tests are shared out instead of files.
-HOUR := -m "thorough and hour"
+EVERY := -m "thorough or not thorough"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,8 +42,8 @@ test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
 test-quick: $(STAMP)  ## run the tests that need no model and start no processes
 	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
 
-test-thorough: $(STAMP)  ## run what make test leaves out, the hour-long tests aside
-	$(BIN)/python $(PYTEST) -m "thorough and not hour" $(ARGS)
+test-thorough: $(STAMP)  ## run what make test leaves out
+	$(BIN)/python $(PYTEST) -m thorough $(ARGS)
 
 test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each supported transformers
 	@failed=; for place in here $(VERSIONS); do \
@@ -58,11 +56,10 @@ test-upstream: $(STAMP)  ## run transformers' own tests on routed models (TESTS=
 	$(BIN)/python tests/upstream/run.py "$(TESTS)" $(ARGS)
 
 test-here: $(STAMP)
-	$(BIN)/python $(PYTEST) $(EVERY_SHORT) $(ARGS)
-	$(BIN)/python $(PYTEST) --dist load $(HOUR) $(ARGS)
+	$(BIN)/python $(PYTEST) $(EVERY) $(ARGS)
 
 $(VERSIONS:%=test-%): test-%: .venvs/%/.set-up
-	.venvs/$*/bin/python $(PYTEST) $(EVERY_SHORT) $(ARGS)
+	.venvs/$*/bin/python $(PYTEST) $(EVERY) $(ARGS)
 
 check: lint types layers test  ## all that continuous integration asks for
 
