@@ -257,17 +257,17 @@ def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
     terminal.say(verdict)
     terminal.table(
-        f"system|layers\nrun|{evaluation.score}\n%|less base's\n(95 % interval)|token\nloss"
-        "|routed\nis",
+        f"system|layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
+        "|verdict\non routed",
         map(_system, evaluation.systems),
         numbers_from=1,
     )
     if evaluation.curve:
         terminal.table(
-            f"depth|system|layers\nrun|{evaluation.score}\n%|less base's\n(95 % interval)"
+            f"depth|system|layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)"
             "|token\nloss",
             _depths(evaluation.curve),
-            title="at other depths; next-token loss less base's",
+            title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
     for finding in rest:
@@ -293,8 +293,8 @@ def _depths(curve: Sequence[Point]) -> Iterator[list[str]]:
         for point in curve:
             if point.setting == setting:
                 numbers = plain(point.executions, 2), plain(100 * point.accuracy)
-                less = difference(point.against_base.accuracy if point.against_base else None)
-                yield [name, point.system, *numbers, less, _losses(point.against_base)[1]]
+                change = difference(point.against_base.accuracy if point.against_base else None)
+                yield [name, point.system, *numbers, change, _losses(point.against_base)[1]]
                 name = ""
         yield []
 
@@ -303,8 +303,8 @@ def show_sweep(path: Path, terminal: Terminal) -> None:
     """Print the settings of a sweep side by side, and which one was chosen."""
     sweep = read_sweep_file(path)
     terminal.table(
-        "setting|depth|seeds|layers\nrun|accuracy less\nbase's, points|gold log-p.\nless base's"
-        "|text loss\nless base's",
+        "setting|depth|seeds|layers\nrun|accuracy minus\nbase's, points|gold log-p.\nminus base's"
+        "|text loss\nminus base's",
         _settings(sweep),
         title=f"settings on {sweep.chosen_on}, means over seeds",
         numbers_from=2,

@@ -353,7 +353,7 @@ class EvaluateConfig(Settings):
     num_texts: int = setting(100, minimum=1)
     num_random_draws: int | None = setting(None, minimum=1)
     batch_size: int = setting(16, minimum=1)
-    latency_rounds: int = incidental(3, minimum=0)
+    latency_rounds: int = incidental(8, minimum=0)
     seed: int = setting(0, minimum=0)
 
     def limit_of(self, task: str) -> int | None:

@@ -65,7 +65,7 @@ def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
 def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
     low, high = map(verdict.write, verdict.interval)
     size, said = verdict.write(verdict.mean), f"95 % interval {low} to {high}; {note}"
-    return Tile(f"{title}, routed less base", f"{size} {unit}", said, verdict.label)
+    return Tile(f"{title}, routed minus base", f"{size} {unit}", said, verdict.label)
 
 
 def sections(run: Run, evaluation: Result) -> list[Section]:
@@ -97,7 +97,7 @@ def _plot(evaluation: Evaluation) -> Figure:
         name=f"{evaluation.task} systems",
         alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {shown}.",
         caption=f"Higher is better, further left is cheaper. Bars are 95 % intervals of base and "
-        f"routed{depths}.",
+        f"routed; the horizontal line is base's accuracy{depths}.",
         is_large=True,
     )
 

@@ -63,9 +63,9 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
         what = "Look for the cheapest depth that is shown to lose less than you allow:"
         yield what, f"drllm evaluate … {curve}"
     if rival := _unbeaten(evaluation):
-        what = f"The routed model less {rival.name}, which reads no question: "
-        what += f"{difference(against(rival))} points, {label(against(rival))}. One path for "
-        what += "all questions can be exported as an ordinary, smaller checkpoint:"
+        what = f"Routed minus {rival.name}, which reads no question: "
+        what += f"{difference(against(rival))} points, {label(against(rival))}. A path that needs "
+        what += "no router can be exported as an ordinary, smaller checkpoint:"
         yield what, "drllm export --decisions FILE --output FOLDER"
     if not is_worse and saves:
         routers = shlex.quote(evaluation.routers)

@@ -37,6 +37,10 @@ from drllm.supervision.summary import class_counts, edit_effects, summarise
 
 MIN_QUESTIONS = 5
 """Single edits that were tried on fewer questions aren't named as best or worst."""
+ROUTING = (
+    "Routers choose, once per question, which layers of the model to skip, execute or repeat. Base "
+    "is the same model with every layer executed once."
+)
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
 
@@ -84,7 +88,7 @@ def _first(run: Run) -> list[Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
     lines = [(e.task if several else "", evaluated.first_line(e)) for e in run.evaluations]
-    first: list[Block] = [Verdicts(lines or [("", "Nothing was evaluated yet.")])]
+    first: list[Block] = [ROUTING, Verdicts(lines or [("", "Nothing was evaluated yet.")])]
     first += run.notes
     if several:
         return [*first, Tiles([evaluated.time_tile(run.latency)])]

@@ -26,7 +26,7 @@ SWEEP_FILE = "sweep.json"
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A routed model at one depth (in words) of one task: the mean over its seeds, less base.
+    """A routed model at one depth (in words) of one task: the mean over its seeds, minus base.
 
     `num_seeds` are those whose routers could be brought to the depth.
     """
@@ -143,7 +143,7 @@ def drawn(candidates: Sequence[Candidate], colours: Colours, width: float) -> Fi
                 axes.hlines(rows, lows, highs, color=colour, linewidth=1.2)
                 axes.plot(middles, rows, marker, color=colour, markersize=3.5, label=name)
         axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
-        axes.set_xlabel(f"{label}, less base's")
+        axes.set_xlabel(f"{label}, minus base's")
         axes.locator_params(axis="x", nbins=3)
     left.set_yticks(range(len(candidates)), [each.name for each in candidates])
     left.invert_yaxis()

@@ -110,7 +110,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             >>> judge_counts(2, 6, 8).sentence()[:42]
             'Too few questions to tell (about 33 would '
         """
-        compared = f"{self._words.title} of {ours} less {theirs}"
+        compared = f"{self._words.title} of {ours} minus {theirs}"
         if self.shown == "too few":
             return f"{_upper(self.claim)}: {lower(compared)} {self.numbers}."
         return f"{compared}: {self.numbers}: {self.claim}."
@@ -143,7 +143,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             needed = self.needed or 0
             unit = 10 ** max(0, len(str(needed)) - 2)  # two digits that count, rounded up
             said = f"too few {self._words.things} to tell"
-            also = f"about {-(-needed // unit) * unit} would show {target}"
+            also = f"about {-(-needed // unit) * unit} would show a difference of {target}"
         reasons = "; ".join(filter(None, (also, self.reason)))
         return f"{said} ({reasons})" if reasons else said
 

@@ -82,7 +82,7 @@ def test_routes_that_run_more_layers_save_none(run):
 
 def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder, text_of):
     header, *rows = table(text_of(folder.path), "system | layers run | accuracy")
-    assert header[4:6] == ["routed less it, points", "routed is"]
+    assert header[4:6] == ["routed minus it, points", "verdict"]
     names = [row[0] for row in rows]
     assert names == ["base", "**routed**", "permuted routes ×10", "last layers"]
     assert rows[0][4].startswith("−20.0 (")
@@ -93,7 +93,7 @@ def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder, t
 def test_what_is_not_known_of_costs_is_a_dash_and_what_is_not_measured_is_said(folder, text_of):
     replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
     text = text_of(folder.path)
-    assert table(text, "system | reading | saved")[1][3:6] == ["–", "–", "–"]
+    assert table(text, "system | layers run, reading | saved")[1][3:6] == ["–", "–", "–"]
     assert "No time was measured (--latency-rounds 0)." in text
 
 
@@ -107,7 +107,7 @@ def test_generated_answers_have_decoding_and_no_log_probability(folder, text_of)
     text = text_of(folder.path)
     assert "answers generated" in text
     assert "gold log-probability" not in text
-    assert table(text, "system | reading | decoding")[2][2] == "**1.00**"
+    assert table(text, "system | layers run, reading | layers run, decoding")[2][2] == "**1.00**"
 
 
 def test_grades_are_named_by_their_metric(folder, text_of):

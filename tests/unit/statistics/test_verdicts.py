@@ -155,7 +155,7 @@ def test_a_sentence_has_the_size_first_unless_too_few_questions_could_tell(verdi
     said = verdict.sentence("ours", "theirs")
     places = [said.index(part) for part in parts]
     assert places == sorted(places)
-    assert said.lower().index("of ours less theirs") < places[-1]
+    assert said.lower().index("of ours minus theirs") < places[-1]
 
 
 @pytest.mark.parametrize("few", [False, True])
