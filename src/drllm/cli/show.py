@@ -24,21 +24,8 @@ from drllm.cli.show_search import (
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
-from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file
+from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file, results
 from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
-from drllm.records.results import (
-    EVALUATION_SCHEMA,
-    LATENCY_FILE,
-    ROUTED,
-    Evaluation,
-    Point,
-    System,
-    read_evaluation,
-    read_latency,
-    read_results,
-    results_in,
-    schema_of,
-)
 from drllm.reporting.evaluated import measured_line
 from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, read_sweep_file
@@ -104,8 +91,8 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         parts.insert(0, (folder / CHUNKS_FOLDER, show_unfinished))
     places = (folder / "eval", folder, folder / "test" / "eval")
     for place in places:
-        schemas = map(schema_of, results_in(place))
-        parts += [(place, show_results)] * (EVALUATION_SCHEMA in schemas)
+        schemas = map(results.schema_of, results.results_in(place))
+        parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:
         raise RecordError(
             f"{folder} holds no search.jsonl, supervision.jsonl, routers or results; "
@@ -129,7 +116,7 @@ def _show_json(path: Path, terminal: Terminal) -> None:
     elif path.name.endswith(".manifest.json"):
         _show_lines(path.with_name(path.name.replace(".manifest.json", ".jsonl")), terminal)
     else:
-        show_results(path.parent, terminal, [read_evaluation(path).task])
+        show_results(path.parent, terminal, [results.read_evaluation(path).task])
 
 
 def _first_row(path: Path) -> dict[str, Any]:
@@ -239,7 +226,7 @@ def _show_agreement(path: Path, terminal: Terminal) -> None:
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
     """Print the tables of an `eval` folder: of some tasks, or of all."""
-    for evaluation in read_results(folder):
+    for evaluation in results.read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
     show_measured(folder, terminal)
@@ -247,11 +234,11 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
 
 def show_measured(folder: Path, terminal: Terminal) -> None:
     """Print the measured times of an `eval` folder, where it holds any."""
-    if measured := read_latency(folder):
+    if measured := results.read_latency(folder):
         terminal.say(measured_line(measured))
 
 
-def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
+def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     """Print what one task's results show, the tables, then what else is to be known."""
     verdict, *rest = evaluation.findings or ("",)
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
@@ -274,7 +261,7 @@ def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
         terminal.say(finding)
 
 
-def _system(system: System) -> list[Text]:
+def _system(system: results.System) -> list[Text]:
     found = system.against_base
     cells = [
         system.name + (f" ×{system.draws}" if system.draws > 1 else ""),
@@ -284,10 +271,10 @@ def _system(system: System) -> list[Text]:
         plain(system.text_loss, 3),
         label(against(system)),
     ]
-    return [Text(cell, style="bold" if system.name == ROUTED else "") for cell in cells]
+    return [Text(cell, style="bold" if system.name == results.ROUTED else "") for cell in cells]
 
 
-def _depths(curve: Sequence[Point]) -> Iterator[list[str]]:
+def _depths(curve: Sequence[results.Point]) -> Iterator[list[str]]:
     for setting in dict.fromkeys(point.setting for point in curve if point.setting):
         name = setting
         for point in curve:
@@ -339,7 +326,7 @@ def _losses(found: Differences | None) -> list[str]:
 _JSON: dict[str, Renderer] = {
     "router_config.json": _show_routers,
     "run.manifest.json": lambda path, terminal: _show_folder(path.parent, terminal),
-    LATENCY_FILE: lambda path, terminal: show_measured(path.parent, terminal),
+    results.LATENCY_FILE: lambda path, terminal: show_measured(path.parent, terminal),
     LAYERS_FILE: _show_agreement,
     SWEEP_FILE: show_sweep,
 }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from drllm import records
 from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show, show_results
@@ -28,16 +29,6 @@ from drllm.evaluation.questions import check_output, tasks_of
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
-from drllm.records import (
-    clear_half_written,
-    join_supervision,
-    manifest_path,
-    only_writer,
-    read_manifest,
-    rejected_path,
-    sha256,
-    to_lines,
-)
 from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
@@ -84,12 +75,14 @@ def search(request: Request, terminal: Terminal) -> None:
         terminal.say(f"{file} is complete already; nothing was searched again")
     terminal.fact("search", file)
     show_search(found, terminal, edits=False)
-    if failed := (read_manifest(file, "search") or {}).get("num_failed"):
+    if failed := (records.read_manifest(file, "search") or {}).get("num_failed"):
         terminal.fact(
             "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"
         )
-    with only_writer(folder, "search", "--output-dir"):
-        clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
+    with records.only_writer(folder, "search", "--output-dir"):
+        records.clear_half_written(
+            supervision, records.manifest_path(supervision), records.rejected_path(supervision)
+        )
         _supervise(found, targets_config, supervision, terminal)
 
 
@@ -107,13 +100,15 @@ def _supervise(
 ) -> None:
     found = targets(searched, config)
     if output.is_file():
-        manifest = read_manifest(output, "supervision")
+        manifest = records.read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
-        if manifest is None and output.read_bytes() != to_lines(found).encode():
+        if manifest is None and output.read_bytes() != records.to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
         made = manifest or {}
-        of_this = sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
+        of_this = (
+            records.sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
+        )
         # Targets by a rule that `supervise` was given stay, unless another is asked for here.
         if of_this and config.to_dict() in (made.get("config"), SuperviseConfig().to_dict()):
             terminal.say(f"{output} is made from this search already; it stays as it is")
@@ -211,11 +206,11 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     config.check_effects()
     check_tracking(config)
     files = published.supervision_files(request)
-    records = join_supervision(files)
+    found = records.join_supervision(files)
     if config.soft_targets:
         from drllm.training.targets import check_soft_targets
 
-        check_soft_targets(records)  # refused before the model is loaded
+        check_soft_targets(found)  # refused before the model is loaded
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:
@@ -230,7 +225,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         )
     with loaded(request.of(ModelConfig), terminal) as base:
         rewards = check_targets(files, base.identity)
-        train(base, records, config, output, features=features, rewards=rewards, listener=terminal)
+        train(base, found, config, output, features=features, rewards=rewards, listener=terminal)
     for folder in folders:
         terminal.fact("routers", folder)
         show(folder, terminal)

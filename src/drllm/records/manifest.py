@@ -12,17 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from drllm.errors import RecordError
-from drllm.records.codec import (
-    SCHEMA_VERSION,
-    encode,
-    read_json,
-    read_json_lines,
-    refuse_odd_file,
-    sha256,
-    worded,
-    write_atomically,
-    write_json,
-)
+from drllm.records import codec
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 
@@ -94,12 +84,12 @@ def new_manifest(
             libraries[name] = importlib.metadata.version(name)
     return {
         "schema": f"drllm.{schema}",
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": codec.SCHEMA_VERSION,
         "drllm_version": importlib.metadata.version("drllm"),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": dict(model),
         "config": dict(config),
-        "inputs": {file.name if distinct else str(file): sha256(file) for file in inputs},
+        "inputs": {file.name if distinct else str(file): codec.sha256(file) for file in inputs},
         "libraries": libraries,
         **(extra or {}),
     }
@@ -111,9 +101,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     One that is broken, of another kind of file, or of a newer version is a RecordError.
     """
     file = manifest_path(path)
-    if not refuse_odd_file(file, "read"):
+    if not codec.refuse_odd_file(file, "read"):
         return None
-    manifest = read_json(file, dict[str, Any])
+    manifest = codec.read_json(file, dict[str, Any])
     if manifest.get("schema") != f"drllm.{kind}":
         raise RecordError(
             f"{file} says {manifest.get('schema')!r}; expected 'drllm.{kind}'. Is it the right "
@@ -122,7 +112,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     try:
         msgspec.convert(manifest, _Manifest)
     except msgspec.ValidationError as error:
-        raise RecordError(f"{file}: {worded(error)}; make {path.name} again") from error
+        raise RecordError(f"{file}: {codec.worded(error)}; make {path.name} again") from error
     return manifest
 
 
@@ -137,7 +127,7 @@ def read_records(
     manifest = read_manifest(path, schema)
     records: list[T] = []
     seen: dict[tuple[str, str], int] = {}
-    for line, record in read_json_lines(path, kind, upgrade):
+    for line, record in codec.read_json_lines(path, kind, upgrade):
         earlier = seen.setdefault((record.task, record.id), line)
         if earlier != line:
             raise RecordError(
@@ -145,7 +135,7 @@ def read_records(
                 f"{earlier} already; keep one of them"
             )
         records.append(record)
-    if manifest is not None and manifest.get("sha256") != sha256(path):
+    if manifest is not None and manifest.get("sha256") != codec.sha256(path):
         raise RecordError(
             f"{path} was changed or cut off after it was written (its manifest has another hash); "
             f"make it again, or delete {manifest_path(path).name} to use it as a file of your own"
@@ -155,7 +145,7 @@ def read_records(
 
 def to_lines(records: Iterable[Any]) -> str:
     """Write records as the text of a JSON lines file."""
-    return b"".join(encode(record) + b"\n" for record in records).decode()
+    return b"".join(codec.encode(record) + b"\n" for record in records).decode()
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
@@ -164,11 +154,13 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
     The manifest, from `new_manifest`, gets the number of records and the file's hash.
     """
     text, about = to_lines(records), manifest_path(path)
-    refuse_odd_file(path, "write")
-    if refuse_odd_file(about, "write"):
+    codec.refuse_odd_file(path, "write")
+    if codec.refuse_odd_file(about, "write"):
         try:
             about.unlink()  # never a new file with an old manifest
         except OSError as error:
             raise RecordError(f"can't write {about}: {error.strerror}") from error
-    write_atomically(path, text)
-    write_json(about, {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)})
+    codec.write_atomically(path, text)
+    codec.write_json(
+        about, {**manifest, "num_records": text.count("\n"), "sha256": codec.sha256(path)}
+    )

@@ -27,16 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from drllm.errors import ConfigError, RecordError
-from drllm.records.codec import (
-    SCHEMA_VERSION,
-    clear_half_written,
-    decode,
-    encode,
-    read_json,
-    refuse_odd_file,
-    write_atomically,
-    write_json,
-)
+from drllm.records import codec
 
 T = TypeVar("T")
 
@@ -57,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = _VERSION
     identity: dict[str, Any]
     later: dict[str, Any]
@@ -123,7 +114,7 @@ class Chunks:
         try:
             if file.is_symlink():
                 raise RecordError(f"{file} is a link")
-            return read_json(file, kind) if file.exists() else None
+            return codec.read_json(file, kind) if file.exists() else None
         except RecordError as error:
             with self._refusing():
                 file.replace(file.with_name(file.name + BROKEN))
@@ -134,10 +125,10 @@ class Chunks:
         """Keep a finished chunk; its parts go."""
         if not self._is_marked:
             marker = _Marker(identity=self._identity, later=self._later)
-            write_json(self.folder / MARKER_FILE, marker)
+            codec.write_json(self.folder / MARKER_FILE, marker)
             self._is_marked = True
         file = self._file(key)
-        write_atomically(file, encode(value) + b"\n")
+        codec.write_atomically(file, codec.encode(value) + b"\n")
         for name in self._names():
             if name.startswith(file.stem + ".") and name not in (file.name, file.name + BROKEN):
                 (self.folder / name).unlink(missing_ok=True)
@@ -150,7 +141,7 @@ class Chunks:
         found = self.get(key, kind)
         if found is None:
             self.put(key, make())
-            found = read_json(self._file(key), kind)
+            found = codec.read_json(self._file(key), kind)
         return found
 
     def within(self, key: str) -> Chunks:
@@ -191,10 +182,10 @@ class Chunks:
                 f"{self.folder} is a link or a file; what a {self.stage} keeps lies in a folder of "
                 f"its own: delete it, or choose another --output-dir"
             )
-        if not refuse_odd_file(self.folder / MARKER_FILE, "read"):
+        if not codec.refuse_odd_file(self.folder / MARKER_FILE, "read"):
             return None
         try:
-            return read_json(self.folder / MARKER_FILE, _Marker)
+            return codec.read_json(self.folder / MARKER_FILE, _Marker)
         except RecordError as error:
             raise RecordError(f"{error}; delete {self.folder} to begin anew") from error
 
@@ -214,7 +205,7 @@ class Chunks:
         """Delete half-written files, and parts of chunks that are finished."""
         for name in self._names():
             if (half := _HALF_WRITTEN.fullmatch(name)) and _is_ours(name):
-                clear_half_written(self.folder / half[1])
+                codec.clear_half_written(self.folder / half[1])
         names = set(self._names())
         for name in names:
             chunk = name.removesuffix(BROKEN)
@@ -269,7 +260,7 @@ def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return decode(encode(identity), dict[str, Any], "the identity of a run")
+    return codec.decode(codec.encode(identity), dict[str, Any], "the identity of a run")
 
 
 def _short(value: Any) -> str:

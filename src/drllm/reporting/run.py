@@ -16,19 +16,8 @@ from msgspec.structs import asdict
 
 from drllm import records
 from drllm.errors import RecordError
-from drllm.records import SearchRecord, SupervisionRecord, sha256
+from drllm.records import SearchRecord, SupervisionRecord, results, sha256
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
-from drllm.records.results import (
-    EVALUATION_SCHEMA,
-    LATENCY_FILE,
-    SAMPLES_FILE,
-    Latency,
-    Result,
-    read_latency,
-    read_results,
-    results_in,
-    schema_of,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +56,8 @@ class Run:
     epochs: Sequence[Epoch] = ()
     layers: Layers | None = None
     calibration: Calibration | None = None
-    evaluations: Sequence[Result] = ()
-    latency: Latency | None = None
+    evaluations: Sequence[results.Result] = ()
+    latency: results.Latency | None = None
     recipe: str | None = None
     sources: list[Source] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -171,19 +160,22 @@ def _read_routers(run: Run) -> None:
 
 def _read_results(run: Run) -> None:
     """Read `eval/`, or results that lie in the folder itself, as `drllm evaluate` leaves them."""
-    own = any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(run.folder))
+    own = any(
+        results.schema_of(path) == results.EVALUATION_SCHEMA
+        for path in results.results_in(run.folder)
+    )
     prefix = "" if own and not (run.folder / "eval").is_dir() else "eval/"
     folder = run.folder / prefix
-    paths = results_in(folder)
+    paths = results.results_in(folder)
     if not paths:
         run.absent.append("eval/TASK.json (accuracy and routes)")
         return
-    run.evaluations = read_results(folder)
-    run.latency = read_latency(folder)
-    run.has(f"{prefix}{SAMPLES_FILE}", "routes and questions")
+    run.evaluations = results.read_results(folder)
+    run.latency = results.read_latency(folder)
+    run.has(f"{prefix}{results.SAMPLES_FILE}", "routes and questions")
     for path, evaluation in zip(paths, run.evaluations, strict=True):
         run.has(f"{prefix}{path.name}", "", evaluation)
-    run.has(f"{prefix}{LATENCY_FILE}", "measured time", run.latency)
+    run.has(f"{prefix}{results.LATENCY_FILE}", "measured time", run.latency)
 
 
 def _agree(run: Run) -> None:

@@ -16,16 +16,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from drllm.statistics import power
 from drllm.statistics.intervals import is_single, mean_interval
 from drllm.statistics.paired import Outcomes, holm, mcnemar_exact, paired_interval, won_lost
-from drllm.statistics.power import (
-    ALPHA,
-    FEWEST_DIFFERENT,
-    POWER,
-    chance_to_show,
-    detectable_mean,
-    questions_needed,
-)
 
 Quantity: TypeAlias = Literal["accuracy", "gold_logprob", "text_loss"]
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
@@ -222,7 +215,7 @@ def judge_counts(
     Source: ours, of McNemar's exact test and Tango's interval.
     """
     interval, p = paired_interval(won, lost, n), mcnemar_exact(won, lost)
-    by_test = (p if p_corrected is None else p_corrected) < ALPHA
+    by_test = (p if p_corrected is None else p_corrected) < power.ALPHA
     by_interval = not interval[0] <= 0 <= interval[1]
     reason = None
     if by_interval and not by_test:
@@ -248,11 +241,11 @@ def judge_counts(
     if by_test and by_interval:
         return replace(verdict, shown="higher" if won > lost else "lower")
     # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
-    alpha, discordant, target = ALPHA / num_tests, (won + lost) / n, verdict.target
-    power = chance_to_show(n, max(discordant, target), target, alpha)
-    if power >= POWER or _within(interval, target):
+    alpha, discordant, target = power.ALPHA / num_tests, (won + lost) / n, verdict.target
+    chance = power.chance_to_show(n, max(discordant, target), target, alpha)
+    if chance >= power.POWER or _within(interval, target):
         return verdict
-    needed = questions_needed(n, discordant, target, alpha=alpha)
+    needed = power.questions_needed(n, discordant, target, alpha=alpha)
     return replace(verdict, shown="too few", needed=needed)
 
 
@@ -276,14 +269,14 @@ def judge_means(
     tolerance = ROUNDING / _WORDS[quantity].scale
     differing = sum(abs(value) > tolerance for value in values)
     if low > 0 or high < 0:
-        if differing >= FEWEST_DIFFERENT:
+        if differing >= power.FEWEST_DIFFERENT:
             return replace(verdict, shown="higher" if low > 0 else "lower")
         verdict = replace(verdict, reason=f"the interval excludes 0, but only {differing} differ")
-    least = detectable_mean(values)
+    least = power.detectable_mean(values)
     times = 1.0 if least is None else (least / verdict.target) ** 2
-    if n >= FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
+    if n >= power.FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
         return verdict
-    needed = max(FEWEST_DIFFERENT, math.ceil(n * times))
+    needed = max(power.FEWEST_DIFFERENT, math.ceil(n * times))
     return replace(verdict, shown="too few", needed=needed)
 
 
@@ -321,7 +314,7 @@ def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
         ['faster', 'too noisy to tell']
     """
     sides = [(sum(each < 1 for each in one), sum(each > 1 for each in one)) for one in ratios]
-    shown = [p < ALPHA for p in holm([mcnemar_exact(*each) for each in sides])]
+    shown = [p < power.ALPHA for p in holm([mcnemar_exact(*each) for each in sides])]
     return [
         ("faster" if less > more else "slower") if is_shown else "too noisy to tell"
         for (less, more), is_shown in zip(sides, shown, strict=True)
