@@ -491,7 +491,6 @@ def test_a_new_file_never_has_an_old_manifest(two_lines, monkeypatch):
         seen.append((path.name, manifest_path(two_lines).exists()))
         write(path, text)
 
-    monkeypatch.setattr(manifest, "write_atomically", watch)
     monkeypatch.setattr(codec, "write_atomically", watch)
     written(two_lines, RECORD)
     assert seen == [("search.jsonl", False), ("search.manifest.json", False)]
