@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
@@ -43,7 +42,6 @@ class ModelShape:
         heads: Query heads.
         kv_heads: Heads of keys and values: fewer, where several query heads share one.
         head_size: Of a query, key or value.
-        windows: For each layer the tokens that it sees, itself included; None for all, `[L]`.
         kv_itemsize: Bytes of a number in the cache.
     """
 
@@ -52,7 +50,6 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_size: int
-    windows: tuple[int | None, ...]
     kv_itemsize: int
 
     @classmethod
@@ -77,14 +74,12 @@ class ModelShape:
                 )
         heads = int(config.num_attention_heads)
         groups = [getattr(part, "num_key_value_groups", 1) for part in layers.modules()]
-        entries = DynamicCache(config=model.config).layers
         return cls(
             matrices=tuple(sum(_matrices(layer, name)) for layer in layers),
             head=int(model.get_output_embeddings().weight.numel()),
             heads=heads,
             kv_heads=heads // int(max(groups)),
             head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-            windows=tuple(getattr(entry, "sliding_window", None) for entry in entries),
             kv_itemsize=model.dtype.itemsize,
         )
 
@@ -111,8 +106,7 @@ def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
 
     Example:
-        >>> one_layer = ModelShape((100,), 50, heads=2, kv_heads=1, head_size=4, windows=(None,),
-        ...                        kv_itemsize=4)
+        >>> one_layer = ModelShape((100,), 50, heads=2, kv_heads=1, head_size=4, kv_itemsize=4)
         >>> prompt_flops(one_layer, [2], num_tokens=3)
         Flops(weights=1300, attention=576)
     """
@@ -126,19 +120,16 @@ def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -
     )
 
 
-def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -> int:
-    """Return the bytes of K and V that one sequence keeps.
+def kv_bytes(shape: ModelShape, decisions: Sequence[int]) -> int:
+    """Return the bytes of K and V that a token leaves, as long as every layer still sees it.
 
-    A skipped layer keeps none, a repeated one keeps those of both passes. One token read gives the
-    bytes a token, as long as no layer has more tokens than it sees. PathError as `prompt_flops`.
+    A skipped layer keeps none, a repeated one keeps those of both passes. PathError as
+    `prompt_flops`.
 
     Example:
-        >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8,
-        ...                         windows=(None, None), kv_itemsize=2)
-        >>> kv_bytes(two_layers, [0, 2]), kv_bytes(two_layers, [1, 1], num_tokens=10)
-        (128, 1280)
+        >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8, kv_itemsize=2)
+        >>> kv_bytes(two_layers, [0, 2])
+        128
     """
-    a_token = 2 * shape.kv_heads * shape.head_size * shape.kv_itemsize
-    checked = check_decisions(decisions, len(shape.matrices))
-    kept = [num_tokens if w is None else min(num_tokens, w - 1) for w in shape.windows]
-    return sum(count * tokens * a_token for count, tokens in zip(checked, kept, strict=True))
+    executions = sum(check_decisions(decisions, len(shape.matrices)))
+    return 2 * executions * shape.kv_heads * shape.head_size * shape.kv_itemsize

@@ -15,13 +15,13 @@ import os
 import shutil
 import struct
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from drllm.errors import RecordError
@@ -197,15 +197,9 @@ class Store:
             rest = rest[self._file.write(rest) :]
 
     def _map(self) -> None:
-        """Map the rows into memory."""
-        dtype = DTYPES[self.dtype][0]
-        with self._refusing("read"):
-            rows = np.memmap(
-                self.path, f"<i{dtype.itemsize}", "r", offset=self._start, shape=self._shape
-            )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-            self.means = torch.from_numpy(rows).view(dtype)
+        """Map the rows into memory, as safetensors does with all that it opens."""
+        with self._refusing("read"), safe_open(self.path, framework="pt") as file:
+            self.means = file.get_tensor("means")
 
     def _missing(self) -> int:
         return int((self.filled == NOT_DONE).sum())

@@ -30,7 +30,6 @@ from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
 from drllm.training.targets import (
     OVERFLOWS,
-    Targets,
     are_too_many,
     set_aside,
     soft_targets,
@@ -101,22 +100,14 @@ class Aggregate:
         self.filled = torch.cat([part.filled for part in parts])
         self.questions = [text for part in parts for text in part.questions]
         self.tasks = [name for part in parts for name in part.tasks]
+        self._places = [(part, row) for part in parts for row in range(part.num_targets)]
         soft = [part.soft for part in parts if part.soft is not None]
         self.soft = torch.cat(soft) if soft else None
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read some rows' windows, `[B, L, W, D]`, each from its own part."""
-        wanted = torch.as_tensor(index, dtype=torch.int64)
-        means = self.parts[0].rows([])
-        means = means.new_empty(len(wanted), *means.shape[1:])
-        start = 0
-        for part in self.parts:
-            end = start + len(part.labels)
-            mine = (start <= wanted) & (wanted < end)
-            if bool(mine.any()):
-                means[mine] = part.rows((wanted[mine] - start).tolist())
-            start = end
-        return means
+        found = (self._places[row] for row in index)
+        return torch.cat([self.parts[0].rows([]), *(part.rows([row]) for part, row in found)])
 
 
 Examples: TypeAlias = Features | Aggregate
@@ -158,12 +149,12 @@ def collect(
     listener = listener or Listener()
     routed = RoutedModel(model)
     try:
-        targets = targets_for(model, tokenizer, routed.num_layers, records)
-        decisions = [record.optimal_layer_config for record in targets.records]
+        kept, prompts, rejected = targets_for(model, tokenizer, routed.num_layers, records)
+        decisions = [record.optimal_layer_config for record in kept]
         identity, labels, N = describe(model), torch.tensor(decisions), len(decisions)
         made_from = {
             "number": N,
-            "prompts_sha256": _sha256(repr(prompt).encode() for prompt in targets.prompts),
+            "prompts_sha256": _sha256(repr(prompt).encode() for prompt in prompts),
             "decisions_sha256": _sha256(repr(path).encode() for path in decisions),
         }
         if routers is not None:
@@ -182,10 +173,10 @@ def collect(
             store.opened(manifest, shape, listener.note),
             listener.progress("feature pass", "targets") as progress,
         ):
-            _check_finite(model, targets, store.filled)
+            _check_finite(model, kept, len(rejected), store.filled)
             missing = [
                 rows
-                for rows in batches([len(tokens) for tokens in targets.prompts], batch_size)
+                for rows in batches([len(tokens) for tokens in prompts], batch_size)
                 if bool((store.filled[rows] == NOT_DONE).any())
             ]
             done = N - sum(map(len, missing))
@@ -194,22 +185,22 @@ def collect(
             for rows in missing:
                 follows = FixedPolicy(labels[rows], labels.shape[1])
                 policy = RecordingPolicy(RouterPolicy(routers) if routers else follows, num_windows)
-                _forward(routed, policy, [targets.prompts[row] for row in rows])
+                _forward(routed, policy, [prompts[row] for row in rows])
                 finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
                 store.put(
                     rows,
                     torch.where(finite[:, None, None, None], policy.means, 0.0),
                     torch.where(finite, policy.filled.to(finite.device), NOT_FINITE),
                 )
-                _check_finite(model, targets, store.filled)
+                _check_finite(model, kept, len(rejected), store.filled)
                 done += len(rows)
                 progress(done, N)
     finally:
         routed.detach()
 
     is_used = store.filled != NOT_FINITE
-    used = list(itertools.compress(targets.records, is_used.tolist()))
-    broken = itertools.compress(targets.records, (~is_used).tolist())
+    used = list(itertools.compress(kept, is_used.tolist()))
+    broken = itertools.compress(kept, (~is_used).tolist())
     overflown = [set_aside(record, OVERFLOWS) for record in broken]
     return Features(
         means=store.means,
@@ -219,7 +210,7 @@ def collect(
         questions=tuple(record.question for record in used),
         tasks=tuple(record.task for record in used),
         places=is_used.nonzero().flatten() if overflown else None,
-        rejected=(*targets.rejected, *overflown),
+        rejected=(*rejected, *overflown),
     )
 
 
@@ -257,13 +248,16 @@ def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[lis
         )
 
 
-def _check_finite(model: Any, targets: Targets, filled: Tensor) -> None:
+def _check_finite(
+    model: Any, records: Sequence[SupervisionRecord], num_rejected: int, filled: Tensor
+) -> None:
     """Stop the pass if too many targets would be set aside."""
     broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
-    if broken and are_too_many(len(targets.rejected) + len(broken), targets.total):
+    total = num_rejected + len(records)
+    if broken and are_too_many(num_rejected + len(broken), total):
         raise ModelError(
-            f"{len(broken)} of {targets.total} targets, the first is question "
-            f"{targets.records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
+            f"{len(broken)} of {total} targets, the first is question "
+            f"{records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
             f"in {model.dtype}; load it with --dtype float32"
         )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +29,18 @@ MAXIMUM_SET_ASIDE = 0.1
 """Share of the targets that may be set aside; one of them always may."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Targets:
-    """Targets that the base model can run, with their tokens, in the order of the file.
-
-    `rejected` are those that were set aside, `total` is the number of both.
-    """
-
-    records: list[SupervisionRecord]
-    prompts: list[list[int]]
-    rejected: list[RejectedQuestion]
-    total: int
-
-
 def targets_for(
     model: Any, tokenizer: Any, num_layers: int, records: Sequence[SupervisionRecord]
-) -> Targets:
+) -> tuple[list[SupervisionRecord], list[list[int]], list[RejectedQuestion]]:
     """Tokenise the targets, and set aside those whose prompts the model can't read.
 
+    Returns the targets that it can read, their tokens, and those that were set aside, in order.
     No targets, one with another number of layers, and too many to set aside are a RecordError.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
     context = context_length(model)
-    found = Targets(records=[], prompts=[], rejected=[], total=len(records))
+    kept, prompts, rejected = [], [], []
     for record in records:
         if len(record.optimal_layer_config) != num_layers:
             raise RecordError(
@@ -63,19 +50,19 @@ def targets_for(
             )
         tokens = encode(tokenizer, record.prompt)
         if not tokens:
-            found.rejected.append(set_aside(record, NO_TOKENS))
+            rejected.append(set_aside(record, NO_TOKENS))
         elif context is not None and len(tokens) > context:
-            found.rejected.append(set_aside(record, TOO_LONG))
+            rejected.append(set_aside(record, TOO_LONG))
         else:
-            found.records.append(record)
-            found.prompts.append(tokens)
-    if are_too_many(len(found.rejected), len(records)):
+            kept.append(record)
+            prompts.append(tokens)
+    if are_too_many(len(rejected), len(records)):
         raise RecordError(
-            f"{len(found.rejected)} of {len(records)} targets can't be used with this base model "
-            f"({reasons_of(found.rejected)}; its context holds {context} tokens), the first is "
-            f"question {found.rejected[0].id!r}; give targets that were searched with this model"
+            f"{len(rejected)} of {len(records)} targets can't be used with this base model "
+            f"({reasons_of(rejected)}; its context holds {context} tokens), the first is "
+            f"question {rejected[0].id!r}; give targets that were searched with this model"
         )
-    return found
+    return kept, prompts, rejected
 
 
 def set_aside(record: SupervisionRecord, reason: str) -> RejectedQuestion:
