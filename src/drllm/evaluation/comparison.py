@@ -95,31 +95,25 @@ class Shared:
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
         """Return the questions of a task, by way of a task folder; one for each use of a split.
 
-        The harness' own tasks need no folder.
+        The harness' own tasks need no folder. An evaluation of other questions isn't resumed.
         """
+        config, folder, places = self.config, self.output / TASKS_FOLDER / f"{use}{split}", None
         if isinstance(task, StockTask):
-            stock, places = task.asked(limit, self.config.seed, self.config.num_fewshot)
-            chat = self.config.chat
-            return self._expected(
-                AskedTask(stock, task.tasks, self.lm, chat=chat, places=places), split, limit
+            written, places = task.asked(limit, config.seed, config.num_fewshot)
+        else:
+            [written], files = task_folder(
+                [task],
+                split=split,
+                limit=limit,
+                seed=config.seed,
+                data_dir=config.data_dir,
+                num_fewshot=config.num_fewshot,
+                max_length=self.lm.max_length,
             )
-        folder = self.output / TASKS_FOLDER / f"{use}{split}"
-        [written], files = task_folder(
-            [task],
-            split=split,
-            limit=limit,
-            seed=self.config.seed,
-            data_dir=self.config.data_dir,
-            num_fewshot=self.config.num_fewshot,
-            max_length=self.lm.max_length,
-        )
-        files.write(folder)
-        asked = AskedTask(written, folder, self.lm, chat=self.config.chat)
-        return self._expected(asked, split, limit)
-
-    def _expected(self, asked: AskedTask, split: str, limit: int | None) -> AskedTask:
-        """Refuse to resume where other questions were asked."""
-        questions = f"{asked.written.name}, {limit or 'all'} of {split}"
+            files.write(folder)
+        source = task.tasks if isinstance(task, StockTask) else folder
+        asked = AskedTask(written, source, self.lm, chat=config.chat, places=places)
+        questions = f"{written.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": asked.digest()})
         return asked
 

@@ -39,9 +39,7 @@ class BlockInfluence(LayerDropping):
         return self.by_influence[:-1][:number]
 
 
-def block_influence(
-    routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
-) -> list[float]:
+def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Measure how much each layer turns the hidden states that pass through it, `[L]`.
 
     The influence of a layer is 1 minus the mean cosine between its input and its output, over the
@@ -78,7 +76,7 @@ def block_influence(
         for place, layer in enumerate(routed.injection.layers):
             handle = layer.register_forward_hook(hook_at(place), with_kwargs=True)
             hooks.callback(handle.remove)
-        routes_of(routed, KeepsReadable(), prompts, batch_size=batch_size)
+        routes_of(routed, KeepsReadable(), prompts)
     influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence
 

@@ -50,7 +50,7 @@ def lens(routed):
 
 @pytest.fixture(scope="module")
 def measured(routed, lens, prompts):
-    return confidences(routed, lens, prompts, batch_size=6)
+    return confidences(routed, lens, prompts)
 
 
 @pytest.fixture(scope="module")

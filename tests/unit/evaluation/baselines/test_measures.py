@@ -37,7 +37,7 @@ def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_l
 
 def test_paths_are_measured_like_decisions(material, slow_gold_logprob):
     paths = [(0, 1, 2, 3), (0, 1, 2, 1, 2, 3), (3, 0), (0, 1, 1, 1, 2, 3)]
-    found = measures.by_answers_along(material)(paths)
+    found = measures.MEASURES["answers along"](material)(paths)
     assert found == pytest.approx([slow_gold_logprob(path) for path in paths], abs=TOLERANCE)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drllm.evaluation.baselines.fitting.measures import by_answers, by_answers_along
+from drllm.evaluation.baselines.fitting.measures import MEASURES, by_answers
 from drllm.evaluation.baselines.repeat import BlockRepeat, repeated
 from drllm.models.base.load import BaseModel
 from drllm.models.export import export_path
@@ -36,7 +36,7 @@ def test_the_best_block_equals_that_of_trying_one_path_at_a_time(
         for end in range(start, L)
     }
     assert len(by_hand) == 10
-    assert best_block(by_answers_along(material)) == max(by_hand, key=by_hand.get)
+    assert best_block(MEASURES["answers along"](material)) == max(by_hand, key=by_hand.get)
 
 
 def test_of_equal_blocks_the_shortest_and_first_is_taken_and_none_is_longer_than_eight(best_block):
@@ -47,7 +47,7 @@ def test_of_equal_blocks_the_shortest_and_first_is_taken_and_none_is_longer_than
 def test_the_exported_model_scores_what_was_measured(
     model, material, material_of, tiny_tokenizer, tmp_path, best_block
 ):
-    measure = by_answers_along(material)
+    measure = MEASURES["answers along"](material)
     path = repeated(*best_block(measure), L)
     export_path(BaseModel(model, tiny_tokenizer, "tiny"), path, tmp_path / "repeat")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "repeat", dtype=torch.float32).eval()

@@ -56,16 +56,14 @@ def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
     return lens.logits(last).softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
 
 
-def confidences(
-    routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
-) -> Tensor:
+def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
 
     Until it stops a prompt runs the full path, so these numbers say where it stops at any
     threshold. The model has at least two layers. See `recorded`.
     """
-    read, layers = partial(confidence, lens), range(1, routed.num_layers)
-    return recorded(routed, prompts, read, layers, decision=1, batch_size=batch_size)
+    layers = range(1, routed.num_layers)
+    return recorded(routed, prompts, partial(confidence, lens), layers, decision=1)
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from drllm.errors import ModelError
@@ -24,6 +25,14 @@ BATCH_SIZE = 16
 STATE_CACHE_GB = 1.0
 
 
+def _under_plans(batch: ChoiceBatch, plans: Sequence[Decisions]) -> list[list[tuple[float, ...]]]:
+    """Score a batch under each plan, and give up its states: each batch may hold as many."""
+    num = len(batch.questions)
+    sums = batch.logprobs([(row, plan) for plan in plans for row in range(num)])
+    batch.forget()
+    return [sums[start : start + num] for start in range(0, len(sums), num)]
+
+
 def by_loss(material: Material) -> Measure:
     """Return the mean log-probability of a token of the calibration prompts, but their first ones.
 
@@ -34,45 +43,22 @@ def by_loss(material: Material) -> Measure:
     return _measure(material, texts, lambda _, sums: sums[0], num_tokens)
 
 
-def by_answers(material: Material) -> Measure:
-    """Return the mean log-probability of the gold options, of the options and not of the text.
-
-    Source: TALE (arXiv 2510.22767), by log-probability (D-18).
-    """
-    return _by_answers(material, _under_plans)
-
-
-def by_answers_along(material: Material) -> Measure:
-    """Return the same of paths that decisions can't express."""
-    return _by_answers(material, ChoiceBatch.path_logprobs)
-
-
-MEASURES: dict[str, Callable[[Material], Measure]] = {
-    "loss": by_loss,
-    "answers": by_answers,
-    "answers along": by_answers_along,
-}
-
-
 def log_share(sums: Sequence[float], place: int) -> float:
     """Return the log of an option's share of the probability, from all options' summed logs."""
     highest = max(sums)
     return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
 
 
-def _by_answers(material: Material, score: Callable[..., Any]) -> Measure:
+def by_answers(material: Material, score: Callable[..., Any] = _under_plans) -> Measure:
+    """Return the mean log-probability of the gold options, of the options and not of the text.
+
+    Source: TALE (arXiv 2510.22767), by log-probability (D-18).
+    """
+
     def of_gold(place: int, sums: Sequence[float]) -> float:
         return log_share(sums, material.golds[place])
 
     return _measure(material, material.questions, of_gold, len(material.questions), score)
-
-
-def _under_plans(batch: ChoiceBatch, plans: Sequence[Decisions]) -> list[list[tuple[float, ...]]]:
-    """Score a batch under each plan, and give up its states: each batch may hold as many."""
-    num = len(batch.questions)
-    sums = batch.logprobs([(row, plan) for plan in plans for row in range(num)])
-    batch.forget()
-    return [sums[start : start + num] for start in range(0, len(sums), num)]
 
 
 def _measure(
@@ -98,6 +84,14 @@ def _measure(
         return [total / count for total in totals]
 
     return measure
+
+
+MEASURES: dict[str, Callable[[Material], Measure]] = {
+    "loss": by_loss,
+    "answers": by_answers,
+    # The same of paths that decisions can't express.
+    "answers along": partial(by_answers, score=ChoiceBatch.path_logprobs),
+}
 
 
 def _finite(value: float) -> float:

@@ -120,14 +120,12 @@ def first_input(prompts: PromptView) -> Tensor:
     return prompts.windows(1).means[:, 0]
 
 
-def first_inputs(
-    routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
-) -> Tensor:
+def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return `first_input` at the first layer, where nothing but the embedding has run, `[N, D]`.
 
     All layers are skipped, of which routing runs the last one all the same; see `recorded`.
     """
-    return recorded(routed, prompts, first_input, [0], decision=0, batch_size=batch_size)[:, 0]
+    return recorded(routed, prompts, first_input, [0], decision=0)[:, 0]
 
 
 def recorded(
@@ -137,7 +135,6 @@ def recorded(
     layers: Collection[int],
     *,
     decision: int,
-    batch_size: int = 16,
 ) -> Tensor:
     """Return what is read of every prompt at some layers, while all take the same decision.
 
@@ -154,7 +151,7 @@ def recorded(
             return [decision] * prompts.num_rows
 
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    routes_of(routed, Recorder(), [prompts[row] for row in by_length], batch_size=batch_size)
+    routes_of(routed, Recorder(), [prompts[row] for row in by_length])
     starts = range(0, len(kept), len(layers))
     values = torch.cat([torch.stack(kept[at : at + len(layers)], dim=1) for at in starts])
     return values[torch.tensor(by_length).argsort()]
