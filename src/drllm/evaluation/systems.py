@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -112,11 +113,6 @@ the key: were they others after an interruption (what is trained is trained agai
 would be asked again."""
 
 
-def unkept(_key: str, _share: float, ask: Callable[[], Answered]) -> Answered:
-    """Ask a block now, and keep nothing."""
-    return ask()
-
-
 class TaskRun:
     """All questions of a task, under one system after another.
 
@@ -151,9 +147,7 @@ class TaskRun:
         texts = [[*text.context, *text.continuation] for text in self._texts]
         self.num_tokens = sum(lengths) + sum(map(len, texts))
 
-    def run(
-        self, name: str, drawn: Sequence[Drawn], setting: str = "", keep: Keep = unkept
-    ) -> SystemRun:
+    def run(self, name: str, drawn: Sequence[Drawn], setting: str, keep: Keep) -> SystemRun:
         """Run a system that decides by a policy, a path, or one or more draws of plans."""
         first = drawn[0]
         plans: list[Plan] = [
@@ -201,7 +195,7 @@ class TaskRun:
             system.decode_executions = decode_executions(found.routes[0], tokens)
         return system
 
-    def texts(self, name: str, policy: Policy, setting: str = "", keep: Keep = unkept) -> SystemRun:
+    def texts(self, name: str, policy: Policy, setting: str, keep: Keep) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
         The policy decides on the questions' prompts, as before an answer is generated. The rest is
@@ -227,7 +221,7 @@ class TaskRun:
             keep(
                 f"block {number} {json.dumps(decided(block))}",
                 (number + 1) / len(self._blocks),
-                lambda block=block: ask(block),  # type: ignore[misc]
+                partial(ask, block),
             )
             for number, block in enumerate(self._blocks)
         ]

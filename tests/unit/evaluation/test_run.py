@@ -445,7 +445,7 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         files.write(tmp_path)
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
-        read = TaskRun(lm, asked, num_texts=8).texts("routed", policy)
+        read = TaskRun(lm, asked, num_texts=8).texts("routed", policy, "", lambda *asks: asks[-1]())
         routes = []
         for prompt in asked.prompts():
             with lm.routed.using(policy), torch.no_grad():

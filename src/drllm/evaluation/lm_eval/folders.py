@@ -12,7 +12,7 @@ torch, and the harness itself only to look up its names.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,8 @@ class HarnessTask:
     """A task of a task folder; `harness_name` is what to give to the harness' `--tasks`.
 
     Attributes:
-        leaves: Names of the harness' tasks that hold the questions: itself, or a group's parts.
+        leaves: The harness' tasks that hold the questions, itself or a group's parts, by name:
+            how many questions each holds.
         metric: The metric that counts.
         filter: The harness' filter that it is taken from; `none` for most.
         kind: Options are scored, or answers are generated.
@@ -61,7 +62,7 @@ class HarnessTask:
 
     name: str
     harness_name: str
-    leaves: tuple[str, ...]
+    leaves: Mapping[str, int]
     metric: str
     filter: str
     kind: Literal["choices", "generated"]
@@ -87,13 +88,12 @@ class HarnessTask:
 class FolderFiles:
     """The files of a task folder, before there is one.
 
-    By name: the content of each task file, where rows are given below the folder; the text of each
-    rows file, by its name below the folder; and how many questions a task has that holds any.
+    By name: the content of each task file, where rows are given below the folder; and the text of
+    each rows file, by its name below the folder.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
-    num_questions: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -109,7 +109,6 @@ class FolderFiles:
             text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[use])
             places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
             self.rows[places[use]] = text
-        self.num_questions[leaf] = len(rows[ASKED])
         self.tasks[f"{leaf}.yaml"] = {
             **({"include": str(harness_file(file))} if file else {}),
             "task": leaf,
@@ -229,8 +228,8 @@ def task_folder(
         if entry.generated:
             settings |= _lengths(entry, lines, examples, shots, max_length, notes)
         parts = sorted({part for part, _ in lines})
-        leaves = [f"{name}_{part}" if part else name for part in parts]
-        for leaf, part in zip(leaves, parts, strict=True):
+        leaves = {}
+        for part in parts:
             own = {
                 use: [row for place, row in each if place == part]
                 for use, each in ((ASKED, lines), (SHOWN, examples))
@@ -240,12 +239,13 @@ def task_folder(
                     f"task {task.name!r}{f' ({part})' if part else ''} has {most} worked examples "
                     f"to show, and num_fewshot is {shots}; give at most {most}"
                 )
-            file = entry.file.format(part=part)
+            leaf, file = f"{name}_{part}" if part else name, entry.file.format(part=part)
+            leaves[leaf] = len(own[ASKED])
             files._add(leaf, file, own, {"num_fewshot": shots, **settings})
         if entry.part_of:
             files.tasks[f"{name}.yaml"] = {
                 "group": name,
-                "task": leaves,
+                "task": [*leaves],
                 "aggregate_metric_list": [{"metric": entry.metric, "weight_by_size": True}],
                 "metadata": {"version": 1},
             }
@@ -253,7 +253,7 @@ def task_folder(
             HarnessTask(
                 name=task.name,
                 harness_name=name,
-                leaves=tuple(leaves),
+                leaves=leaves,
                 metric=entry.metric,
                 filter=entry.filter,
                 kind="generated" if entry.generated else "choices",
@@ -329,9 +329,7 @@ def room_for_answer(prompt: int, max_length: int) -> int:
 
 def harness_file(name: str) -> Path:
     """Return where the installed harness has a task file, by its name below `tasks`."""
-    spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None and spec.origin is not None, "lm_eval is a dependency"  # noqa: PT018
-    path = Path(spec.origin).parent / "tasks" / name
+    path = Path(str(importlib.resources.files("lm_eval"))) / "tasks" / name
     if not path.is_file():
         raise TaskError(
             f"the installed lm_eval has no task file {name}; install lm-eval 0.4.13 or newer"
@@ -413,14 +411,15 @@ def own_tasks(
     found, files = task_folder(
         tasks, limit=None if limit is None else int(limit), seed=SEED, data_dir=data_dir, **more
     )
-    for name, number in files.num_questions.items():
+    leaves = {name: number for task in found for name, number in task.leaves.items()}
+    for name, number in leaves.items():
         if number < num_processes:  # which would end the harness
             raise TaskError(
                 f"task {name!r} has {number} questions for {num_processes} processes, and the "
                 f"harness wants one for each; give a higher --limit, or start fewer processes"
             )
     if others or include_path is not None:
-        taken = {*files.num_questions, *(task.harness_name for task in found)}
+        taken = {*leaves, *(task.harness_name for task in found)}
         _check_others(others, taken, include_path)
     called = (task.harness_name for task in found)
     ordered = []

@@ -82,11 +82,10 @@ class RequestScorer:
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(found):
             keys = [found.keys[place] for place in places]
-            if isinstance(decides, Mapping):
-                plan = [decides[key] for key in keys]
-                each, route = self._under(batch, FixedPolicy(plan, self.routed.num_layers))
-            else:
-                each, route = self._under(batch, decides)
+            policy = decides
+            if isinstance(policy, Mapping):
+                policy = FixedPolicy([policy[key] for key in keys], self.routed.num_layers)
+            each, route = self._under(batch, policy)
             self.counts.add(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))

@@ -89,7 +89,7 @@ class StockTask(Task):
         written = HarnessTask(
             name=self.name,
             harness_name=self.name,
-            leaves=tuple(places),
+            leaves={leaf: len(own) for leaf, own in places.items()},
             metric=self.metric,
             filter=first._filters[0].name,
             kind=self.kind,  # type: ignore[arg-type]

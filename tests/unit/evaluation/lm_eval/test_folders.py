@@ -95,7 +95,7 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
     if not sets[set_name].file or (num_fewshot and harness.only_zero_shot):
         pytest.skip("the harness has no file for it, or shows no examples")
     task, found = asked(set_name, num_fewshot=num_fewshot)
-    assert tuple(found) == task.leaves
+    assert list(found) == list(task.leaves)
     rows = rows_of(set_name)
     shown = get_task(set_name).shots("test") if num_fewshot else []
     for part in PARTS if "{part}" in sets[set_name].file else ("",):

@@ -53,7 +53,7 @@ def test_a_file_goes_by_the_name_that_its_folder_gives_it(tmp_path):
 
 
 def test_a_limit_is_a_number_of_questions():
-    assert chosen("builtin_facts", limit=3.0).files.num_questions == {"builtin_facts": 3}
+    assert chosen("builtin_facts", limit=3.0).tasks[0].leaves == {"builtin_facts": 3}
     for limit in (0.5, 0, 2.5):
         with pytest.raises(ConfigError, match="give a whole number from 1"):
             chosen("builtin_facts", limit=limit)
