@@ -128,10 +128,8 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     `num_calibration` has no effect; TaskError if it names a task that there isn't.
     """
     others = config.fitted_on or {}
-    for setting, value in (
-        ("fitted_on", config.fitted_on),
-        ("--num-calibration", config.num_calibration),
-    ):
+    given = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
+    for setting, value in given.items():
         if value is not None and not is_fitted(config):
             raise ConfigError(
                 f"{setting} {value} has no effect on the baselines {config.baselines} "

@@ -52,10 +52,9 @@ MENTIONED = 0.01
 class TaskRuns:
     """All that was run on one task.
 
-    Systems are base, then at each depth routed and its baselines; notes are what a reader must
-    know. The shape is the model's, or why its cost can't be derived; tokens are those of the
-    questions' prompts. `seeds` are, depth by depth, routers of several seeds on the same questions,
-    and their own routes permuted, if that was asked for.
+    Systems are base, then at each depth routed and its baselines. The shape is the model's, or why
+    its cost can't be derived; tokens are those of the questions' prompts. `seeds` are, depth by
+    depth, routers of several seeds on the same questions, and their own routes permuted, if any.
     """
 
     asked: AskedTask

@@ -22,7 +22,7 @@ from torch import Tensor
 from drllm.errors import ModelError, RecordError
 from drllm.listener import Listener
 from drllm.models.base.identity import describe
-from drllm.models.base.prompts import left_padded
+from drllm.models.routers.depth_control import read_under
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -185,7 +185,7 @@ def collect(
             for rows in missing:
                 follows = FixedPolicy(labels[rows], labels.shape[1])
                 policy = RecordingPolicy(RouterPolicy(routers) if routers else follows, num_windows)
-                _forward(routed, policy, [prompts[row] for row in rows])
+                read_under(routed, policy, [prompts[row] for row in rows])
                 finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
                 store.put(
                     rows,
@@ -233,19 +233,6 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def _sha256(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[list[int]]) -> None:
-    """Run one left-padded batch; the policy keeps what the routers read."""
-    ids, mask = left_padded(prompts, routed.model.device)
-    with routed.using(policy):
-        routed.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
 
 
 def _check_finite(

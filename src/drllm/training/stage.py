@@ -284,7 +284,8 @@ def _write_routers(
     trainer: Trainer, parts: Mapping[str, Counts], told: Mapping[str, Any], output: Path
 ) -> None:
     """Write everything that a folder of finished routers holds, what is told of the targets too."""
-    examples, epoch, last = trainer.examples, trainer.kept_epoch, trainer.epochs_done
+    examples, last = trainer.examples, trainer.epochs_done
+    epoch = trainer.best[0] if trainer.best else last
     _write_metrics(output, trainer.rows)
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")

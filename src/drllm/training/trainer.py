@@ -140,13 +140,12 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """Return AdamW; biases don't decay, as in the Trainer of transformers."""
-        named = list(self.stack.named_parameters())
         groups = [
             {
-                "params": [weight for name, weight in named if name.endswith("bias") == is_bias],
-                "weight_decay": 0.0 if is_bias else self.config.weight_decay,
-            }
-            for is_bias in (False, True)
+                "params": [self.stack.hidden_weight, self.stack.decision_weight],
+                "weight_decay": self.config.weight_decay,
+            },
+            {"params": [self.stack.hidden_bias, self.stack.decision_bias], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, fused=self.device.type in FUSED)
 
@@ -189,11 +188,6 @@ class Trainer:
     def steps_done(self) -> int:
         """Steps up to the last epoch's end; all of them once the training is over."""
         return self.steps if self.is_over else self.epochs_done * self.steps_per_epoch
-
-    @property
-    def kept_epoch(self) -> int:
-        """The epoch whose weights a finished training has."""
-        return self.epochs_done if self.best is None else self.best[0]
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: a line up, then half a cosine to 0.

@@ -47,13 +47,13 @@ def folder(tmp_path):
 def passes(monkeypatch):
     """How many prompts each forward pass had."""
     sizes: list[int] = []
-    forward = features_module._forward
+    forward = features_module.read_under
 
     def counted(routed: Any, policy: Any, prompts: Any) -> None:
         sizes.append(len(prompts))
         forward(routed, policy, prompts)
 
-    monkeypatch.setattr(features_module, "_forward", counted)
+    monkeypatch.setattr(features_module, "read_under", counted)
     return sizes
 
 

@@ -46,14 +46,10 @@ Measure: TypeAlias = Callable[[Sequence[Path]], list[float]]
 class Material:
     """What baselines may be fitted on, never what is reported on; empty is what isn't there.
 
-    Attributes:
-        routed: The model with its routers.
-        prompts: Token ids of each calibration prompt, `[N]`.
-        questions: The same questions with their options, where they have any.
-        golds: The right option of each question.
-        search: The search log of the training questions.
-        supervision: The routers' own targets.
-        seed: Of what is drawn of the search log.
+    Prompts are the token ids of each calibration prompt, `[N]`; questions are the same with their
+    options, where they have any, and golds say which of these are right. The search log is that of
+    the training questions, the supervision holds the routers' own targets, and the seed is of what
+    is drawn of the log.
     """
 
     routed: RoutedModel
@@ -143,9 +139,9 @@ def register(kind: Kind) -> Kind:
 class FittedBaselines:
     """The baselines of one routed model on one task, fitted once and asked for any executions.
 
-    The name is that of the task whose questions they are fitted on; `prepare` gives these when they
-    are first needed. `remember`, given the name of a measure, candidates and the measure itself,
-    returns what it gives, asking it unless that is known: by far the longest part of fitting.
+    They are fitted on the named task's questions, which `prepare` gives when they are first needed.
+    `remember`, given the name of a measure, candidates and the measure itself, returns what it
+    gives, asking it unless that is known: by far the longest part of fitting.
     """
 
     def __init__(

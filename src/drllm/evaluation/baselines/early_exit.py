@@ -1,16 +1,23 @@
-"""Baseline: stop as soon as the model is confident, and skip all layers that are left."""
+"""Baseline: stop as soon as the model is confident, and skip all layers that are left.
+
+Axes: N prompts, B rows, T tokens, D hidden, L layers.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from drllm.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.base import CALIBRATION, Baseline, Drawn, executions_of, register
+from drllm.models.routing.policies import Policy, PromptView
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from drllm.models.routing.routed_model import RoutedModel
     from drllm.models.scoring.logit_lens import LogitLens
 
 
@@ -31,7 +38,6 @@ class ConfidenceExit(Baseline):
     @cached_property
     def measured(self) -> tuple[LogitLens, Tensor]:
         """Logits after any layer, and the calibration prompts' confidences, `[N, L − 1]`."""
-        from drllm.evaluation.baselines.fitting.exit_policy import confidences
         from drllm.models.scoring.logit_lens import LogitLens
 
         lens = LogitLens(self.routed)
@@ -39,11 +45,75 @@ class ConfidenceExit(Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the exit policy."""
-        from drllm.evaluation.baselines.fitting.exit_policy import ExitPolicy, find_threshold
-
         lens, measured = self.measured
         found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
         return Drawn(
             policy=ExitPolicy(lens, found.value),
             note=f"exits above a confidence of {found.value:.4f}",
         )
+
+
+class ExitPolicy(Policy):
+    """Executes layers until what the model would say behind one of them is likely enough.
+
+    Behind every layer but the last, the state of the prompt's last real token goes through the
+    model's own final norm and output head. Once the likeliest token's probability exceeds the
+    threshold, all further layers are skipped, for the prompt and for what is generated behind it.
+    Nothing is trained. The first layer always runs; at a threshold of 1 every layer does, at 0 only
+    the first.
+
+    Source: CALM (arXiv 2207.07061), changed as D-18 says.
+    """
+
+    _running: Tensor
+
+    def __init__(self, lens: LogitLens, threshold: float) -> None:
+        self.lens = lens
+        self.threshold = threshold
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return 1 for the rows that go on, and 0 for those that have stopped."""
+        import torch
+
+        device = prompts.hidden.device  # layers may lie on several
+        if layer == 0:
+            self._running = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
+        elif bool(self._running.any()):
+            is_unsure = confidence(self.lens, prompts) <= self.threshold
+            self._running = self._running.to(device) & is_unsure
+        return self._running.long()
+
+
+def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
+    """Return the probability of the likeliest token behind each prompt's last real one, `[B]`."""
+    import torch
+
+    T = prompts.hidden.shape[1]
+    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
+    rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
+    last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
+    with torch.no_grad():
+        logits = lens.logits(last)
+    return logits.softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
+
+
+def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
+
+    Until it stops a prompt runs the full path, so these numbers say where it stops at any
+    threshold. The model has at least two layers. See `recorded`.
+    """
+    from drllm.evaluation.baselines.fitting.planners import recorded
+
+    layers = range(1, routed.num_layers)
+    return recorded(routed, prompts, partial(confidence, lens), layers, decision=1)
+
+
+def find_threshold(confidences: Tensor, executions: float) -> Setting:
+    """Find the threshold at which the calibration prompts run the wanted executions on average."""
+
+    def mean(threshold: float) -> float:
+        goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
+        return float((1 + goes_on.sum(dim=1)).double().mean())
+
+    return nearest_setting(mean, executions, 0.0, 1.0)

@@ -16,13 +16,9 @@ class _ByMeasure(LayerDropping):
     measure = ""
 
     @cached_property
-    def greedy(self) -> Greedy:
-        """The order, as far as it was asked for."""
+    def dropped(self) -> Greedy:
+        """The greedy order, as far as it was asked for."""
         return Greedy(self.fitted.measure(self.measure), self.num_layers)
-
-    def dropped(self, number: int) -> Sequence[int]:
-        """Return the first layers of the greedy order."""
-        return self.greedy(number)
 
 
 @register

@@ -83,19 +83,24 @@ def routes_of(
     try:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
-            ids, mask = left_padded([prompts[row] for row in rows], routed.model.device)
-            with routed.using(policy):
-                routed.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+            read_under(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:
         routed.driver.keep(before)
     return routes
+
+
+def read_under(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
+    """Have the model read one left-padded batch of prompts under a policy."""
+    ids, mask = left_padded(prompts, routed.model.device)
+    with routed.using(policy):
+        routed.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        )
 
 
 def find_depth_bias(

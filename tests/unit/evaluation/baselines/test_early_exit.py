@@ -3,11 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drllm.evaluation.baselines.fitting.exit_policy import (
-    ExitPolicy,
-    confidences,
-    find_threshold,
-)
+from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_threshold
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
