@@ -26,7 +26,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.config import EvaluateConfig
 from drllm.cost import mean_executions
-from drllm.errors import ConfigError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE
@@ -100,16 +99,8 @@ def measure(
 
     Copies that share the untouched model's weights are timed, each under a policy; None is the
     model as it is. A round that isn't measured comes first. Without a clock, which gives seconds,
-    one waits for the device. ConfigError if there are no prompts, or one without tokens;
-    RoutingError for a model that is routed already.
-
-    Example:
-        >>> found = measure(model, with_router_time(routers), prompts, rounds=3)  # doctest: +SKIP
-        >>> found.ratio("routed", "base", "prefill", 16)  # doctest: +SKIP
-        [0.91, 0.93, 0.9]
+    one waits for the device. RoutingError for a model that is routed already.
     """
-    if not prompts or not min(map(len, prompts)):
-        raise ConfigError("time is measured on prompts; give at least one, each with tokens")
     T = min(PROMPT_TOKENS, *map(len, prompts))
     clock = clock or device_clock(model.device)
     models = {name: twin(model) for name in systems}

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError
-from drllm.evaluation.baselines.label_frequency import expected_executions, label_frequency, tilted
-from drllm.evaluation.baselines.own_routes import permuted, random_like, share_unchanged
+from drllm.evaluation.baselines.random_routes import (
+    expected_executions,
+    label_frequency,
+    permuted,
+    random_like,
+    share_unchanged,
+    tilted,
+)
 
 
 def rng(seed=0):
