@@ -25,8 +25,7 @@ import torch
 
 from drllm.evaluation.baselines.base import Material
 from drllm.evaluation.baselines.fitting.measures import by_loss
-from drllm.evaluation.baselines.greedy import Greedy
-from drllm.evaluation.baselines.influence import block_influence, order_by_influence
+from drllm.evaluation.baselines.layer_dropping import Greedy, block_influence, order_by_influence
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose

@@ -1,21 +1,35 @@
 """Baselines that drop layers in an order of their own, whatever the question, at any executions.
 
-Axes: Q questions, L layers, k layers dropped.
+Axes: Q questions, B rows, T tokens, D hidden, L layers, k layers dropped.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import ExitStack
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import NOTHING, Baseline, Drawn, executions_of, register
+from drllm.evaluation.baselines.base import (
+    CALIBRATION,
+    CHOICE,
+    NOTHING,
+    Baseline,
+    Drawn,
+    Measure,
+    executions_of,
+    register,
+)
+from drllm.models.routing.policies import Policy, PromptView
 from drllm.paths import Decisions, num_executions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from drllm.models.routing.routed_model import RoutedModel
 
 
 class LayerDropping(Baseline):
@@ -88,6 +102,66 @@ class EvenlySpaced(LayerDropping):
         return [1 + (2 * i + 1) * between // (2 * k) for i in range(k)]
 
 
+@register
+class BlockInfluence(LayerDropping):
+    """Drops the layers that turn the hidden state least."""
+
+    name = "block influence"
+    description = "the layers that turn the hidden state least are dropped"
+    source = "ShortGPT, arXiv 2403.03853"
+    fitted_on = CALIBRATION
+    order = 60
+
+    @cached_property
+    def by_influence(self) -> list[int]:
+        """All layers, the least influential first."""
+        return order_by_influence(block_influence(self.routed, self.fitted.material.prompts))
+
+    def dropped(self, number: int) -> Sequence[int]:
+        """Return the least influential layers; the most influential one stays."""
+        return self.by_influence[:-1][:number]
+
+
+class _ByMeasure(LayerDropping):
+    measure = ""
+
+    @cached_property
+    def dropped(self) -> Greedy:
+        """The greedy order, as far as it was asked for."""
+        return Greedy(self.fitted.measure(self.measure), self.num_layers)
+
+
+@register
+class GreedyByLoss(_ByMeasure):
+    """Drops by the next-token loss of the calibration prompts."""
+
+    name = "greedy by loss"
+    description = (
+        "layers are dropped one by one, each time the one whose absence raises the next-token "
+        "loss least"
+    )
+    source = "SLEB, arXiv 2402.09025"
+    fitted_on = CALIBRATION
+    order = 70
+    measure = "loss"
+
+
+@register
+class GreedyByAnswers(_ByMeasure):
+    """Drops by the gold answers' log-probability."""
+
+    name = "greedy by answers"
+    description = (
+        "layers are dropped one by one, each time the one whose absence lowers the gold answers' "
+        "log-probability least"
+    )
+    source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"
+    fitted_on = CHOICE
+    order = 80
+    needs = ("questions", "a task with options")
+    measure = "answers"
+
+
 def without(layers: Collection[int], num_layers: int) -> Decisions:
     """Return the full path's decisions without some layers."""
     return tuple(int(layer not in layers) for layer in range(num_layers))
@@ -117,3 +191,82 @@ def mixture(
     share = (executions - low) / (high - low) if high > low else 0.0
     takes_second = torch.randperm(num_questions, generator=generator) < round(share * num_questions)
     return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))
+
+
+def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """Measure how much each layer turns the hidden states that pass through it, `[L]`.
+
+    The influence of a layer is 1 minus the mean cosine between its input and its output, over the
+    real tokens of all prompts, each token counting alike. A layer that hands on what it is given
+    has influence 0; the maximum is 2. The base model runs, once a prompt; nothing is left on it.
+    ConfigError if there are no prompts, one without tokens, or one longer than the model's context.
+
+    Source: ShortGPT (arXiv 2403.03853).
+    """
+    import torch
+
+    from drllm.models.routers.depth_control import routes_of
+
+    readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
+    sums = torch.zeros(routed.num_layers, dtype=torch.float64)
+
+    class KeepsReadable(Policy):
+        def decide(self, layer: int, prompts: PromptView) -> list[int]:
+            nonlocal readable
+            readable = prompts.readable
+            return [1] * prompts.num_rows
+
+    def hook_at(layer: int) -> Any:
+        def add(_module: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            before: Tensor = args[0] if args else kwargs["hidden_states"]
+            after: Tensor = output[0] if isinstance(output, tuple) else output
+            cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
+            sums[layer] += cosines[readable].cpu().double().sum()
+
+        return add
+
+    with ExitStack() as hooks:
+        for place, layer in enumerate(routed.injection.layers):
+            handle = layer.register_forward_hook(hook_at(place), with_kwargs=True)
+            hooks.callback(handle.remove)
+        routes_of(routed, KeepsReadable(), prompts)
+    influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
+    return influence
+
+
+def order_by_influence(influence: Sequence[float]) -> list[int]:
+    """Return all layers, the least influential first; of equal ones the deepest first."""
+    return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
+
+
+class Greedy:
+    """An order of dropping layers, found as far as it is asked for.
+
+    A step tries every layer that is left, so k steps take about k · L candidates; all candidates
+    of a step are measured at once. One layer is always left. Of equal layers the deepest goes.
+
+    Those in `keep` are never dropped.
+
+    Attributes:
+        layers: Those dropped so far, in order.
+        values: The measure with the first layer dropped, with the first two, and so on.
+
+    Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
+    """
+
+    def __init__(self, measure: Measure, num_layers: int, keep: Sequence[int] = ()) -> None:
+        self.measure = measure
+        self.num_layers = num_layers
+        self.layers: list[int] = []
+        self.values: list[float] = []
+        self._left = [layer for layer in reversed(range(num_layers)) if layer not in keep]
+
+    def __call__(self, number: int) -> list[int]:
+        """Return the first layers that are dropped, `number` of them or all that can be."""
+        while len(self.layers) < min(number, self.num_layers - 1) and self._left:
+            candidates = [without([*self.layers, each], self.num_layers) for each in self._left]
+            found = self.measure(candidates)
+            best = found.index(max(found))  # the first of equal ones
+            self.layers.append(self._left.pop(best))
+            self.values.append(found[best])
+        return self.layers[:number]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from drllm.evaluation.baselines.fitting.measures import by_answers
-from drllm.evaluation.baselines.greedy import Greedy
+from drllm.evaluation.baselines.layer_dropping import Greedy
 
 L = 4
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.influence import block_influence, order_by_influence
+from drllm.evaluation.baselines.layer_dropping import block_influence, order_by_influence
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 
