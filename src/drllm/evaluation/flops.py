@@ -36,11 +36,10 @@ class ModelShape:
     """The numbers of a model that its cost is derived from.
 
     Attributes:
-        matrices: For each layer, the entries of all matrices that it multiplies a token with,
-            `[L]`.
+        matrices: The entries of all matrices that a layer multiplies a token with, `[L]`.
         head: Entries of the output matrix.
         heads: Query heads.
-        kv_heads: Heads of keys and values: fewer, where several query heads share one.
+        kv_heads: Heads of keys and values.
         head_size: Of a query, key or value.
         kv_itemsize: Bytes of a number in the cache.
     """
@@ -56,8 +55,8 @@ class ModelShape:
     def of(cls, model: Any) -> ModelShape:
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
-        Matrices, and how many query heads share a head of keys, are taken from the model itself: a
-        configuration doesn't say how many matrices an MLP has, and may hold what no layer reads.
+        Matrices, and how many query heads share a head of keys, are taken from the model itself,
+        since a configuration may hold what no layer reads.
 
         Raises:
             ArchitectureError: A model whose layers can't be found, or whose cost doesn't follow

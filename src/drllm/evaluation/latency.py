@@ -1,9 +1,8 @@
 """Measured time: base and routed model reading prompts and decoding, taking turns.
 
-Everything here is a measurement of this machine; nothing is derived from counts. Models under
-comparison share their weights and are timed in interleaved rounds, each round in another order, so
-that whatever else the machine does hits all of them alike; what is reported are medians, and ratios
-of one round. Time belongs to the machine as it is now, so it isn't kept for resuming.
+Everything here is a measurement of this machine as it is now. Models under comparison share their
+weights and are timed in interleaved rounds, each round in another order, so that whatever else the
+machine does hits all of them alike; what is reported are medians, and ratios of one round.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -91,15 +90,12 @@ def measure(
     rounds: int,
     clock: Clock | None = None,
 ) -> Timings:
-    """Time systems on one model while they read prompts and while they decode.
+    """Time systems, each a policy or None for base, while they read prompts and while they decode.
 
-    Prompts are real ones, since a router's route depends on them. All are cut to one length, the
-    shortest one's or `PROMPT_TOKENS`, so that no padding is timed; a batch of more rows than there
-    are prompts holds some several times.
-
-    Copies that share the untouched model's weights are timed, each under a policy; None is the
-    model as it is. A round that isn't measured comes first. Without a clock, which gives seconds,
-    one waits for the device. RoutingError for a model that is routed already.
+    Prompts are cut to one length, the shortest one's or `PROMPT_TOKENS`, so that no padding is
+    timed; a batch of more rows than there are prompts holds some several times. A round that isn't
+    measured comes first. Without a clock, which gives seconds, one waits for the device.
+    RoutingError for a model that is routed already.
     """
     T = min(PROMPT_TOKENS, *map(len, prompts))
     clock = clock or device_clock(model.device)
@@ -211,8 +207,7 @@ def write_latency(
     """Time the base model, not routed yet, and the routed one, and write `latency.json`.
 
     Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
-    result is shown with another one's times. Routers lie on the model's device; prompts are all
-    those of the evaluation.
+    result is shown with another one's times.
     """
     path = output / LATENCY_FILE
     if not config.latency_rounds:
@@ -237,9 +232,8 @@ def write_latency(
 def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
     """Draw the prompts that are timed: one a row of the largest batch, if there are so many.
 
-    All are read at one length, so those that are long enough are drawn first, then the longest of
-    the others. Of each its last tokens are kept: with worked examples or a chat template all
-    prompts of a task begin alike.
+    Those that are long enough are drawn first, then the longest of the others. Of each its last
+    tokens are kept: with worked examples or a chat template all prompts of a task begin alike.
     """
     drawn = random.Random(seed).sample(list(prompts), len(prompts))
     drawn.sort(key=lambda ids: -min(len(ids), PROMPT_TOKENS))  # stable: else as drawn

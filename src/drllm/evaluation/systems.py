@@ -1,8 +1,7 @@
 """The systems of a comparison, run on one task's questions: base, routed, and its baselines.
 
-A system runs block by block and gives its outcomes by question, and the next-token loss on held-out
-texts under the same routes. Routers read the question alone: one route holds for all of its
-options, and for the text that it stands in.
+Routers read the question alone: one route holds for all of its options, and for the text that it
+stands in.
 
 Axes: Q questions, L layers.
 """
@@ -57,18 +56,17 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One system's outcomes on a task, by question.
+    """One system's outcomes on a task, by question; the mean over draws, or of the first one.
 
     Attributes:
         setting: Its depth in words; empty for the routers as they were trained.
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
-        correct: For each question, the score of its answer by the task's metric, averaged over
-            the draws.
-        metrics: The same of all that the harness says of an answer, by name.
-        answers: For each question, the option chosen or the text generated, of the first draw.
-        gold_logprob: For each question, the gold option's log-probability among the options, in
-            nats, likewise; empty where answers are generated.
-        text_loss: For each text, its mean next-token loss in nats a token, of the first draw.
+        correct: The mean score of each answer by the task's metric.
+        answers: The option chosen or the text generated, of the first draw.
+        metrics: Mean scores by all metrics of the harness, by name.
+        gold_logprob: The gold option's mean log-probability among the options, in nats; empty where
+            answers are generated.
+        text_loss: Of each text, the mean next-token loss in nats a token, of the first draw.
         seconds: Wall time of the first draw, measured block by block and added up.
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
@@ -108,9 +106,8 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 Keep: TypeAlias = Callable[[str, float, Callable[[], Answered]], Answered]
 """Called with a block's key, the share of the questions that are answered with it, and what asks
-it; returns the answers that were kept under the same key, else those of now. Decisions are part of
-the key: were they others after an interruption (what is trained is trained again then), the block
-would be asked again."""
+it; returns the answers that were kept under the same key, else those of now. The key has the
+decisions: were they others after an interruption, the block would be asked again."""
 
 
 class TaskRun:
@@ -198,8 +195,7 @@ class TaskRun:
     def texts(self, name: str, policy: Policy, setting: str, keep: Keep) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
-        The policy decides on the questions' prompts, as before an answer is generated. The rest is
-        as in `run`; the system has losses and routes, and no answers.
+        The policy decides on the questions' prompts, as before an answer is generated.
         """
 
         def read(block: Block) -> Answered:

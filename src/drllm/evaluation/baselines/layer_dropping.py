@@ -242,10 +242,8 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
 class Greedy:
     """An order of dropping layers, found as far as it is asked for.
 
-    A step tries every layer that is left, so k steps take about k · L candidates; all candidates
-    of a step are measured at once. One layer is always left. Of equal layers the deepest goes.
-
-    Those in `keep` are never dropped.
+    A step measures the drop of every layer that is left at once; of equal layers the deepest goes.
+    One layer is always left, and those in `keep` are.
 
     Attributes:
         layers: Those dropped so far, in order.

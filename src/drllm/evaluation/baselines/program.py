@@ -5,6 +5,7 @@ Axes: L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -74,19 +75,16 @@ def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:
 
     Most programs were tried on a question or two, and of thousands some were lucky. So the share
     is shrunk: (valid + k · p) / (tried + k) with k = `PRIOR_TRIES` and p the share of all tries at
-    the same number of executions that were valid.
-
-    Which programs a search tries on a question depends on how others fared there, so even a shrunk
-    share is no estimate to report; it only says what to look at again (`best_program`).
+    the same number of executions that were valid. It is no estimate to report, since what a search
+    tries on a question depends on how others fared there.
 
     Source: Re-PoLar (arXiv 2609.31360); the shrinkage is the usual beta-binomial one.
     """
     outcomes: defaultdict[Decisions, list[bool]] = defaultdict(list)
     of_kind: defaultdict[int, list[bool]] = defaultdict(list)
-    for record in records:
-        for path in record.paths:
-            outcomes[path.decisions].append(is_valid(path))
-            of_kind[num_executions(path.decisions)].append(is_valid(path))
+    for path in itertools.chain.from_iterable(record.paths for record in records):
+        outcomes[path.decisions].append(is_valid(path))
+        of_kind[num_executions(path.decisions)].append(is_valid(path))
     found = {}
     for decisions, own in outcomes.items():
         kind = of_kind[num_executions(decisions)]
@@ -105,10 +103,9 @@ def best_program(
     """Pick the program that is best on the questions that may be chosen on, at given executions.
 
     A program may run fewer executions than wanted (more, if more than L are wanted): a share of
-    the questions then runs the full path, so that the mean is what it should be. What counts is
-    the mixture, which for any mean over questions is the mean of the two by their shares. Those
-    candidates whose mixtures answer the most questions by the log are measured. Some program can be
-    mixed to the executions; returned with it is the share of questions that run the full path.
+    the questions, which is returned too, then runs the full path. What counts is the mixture, which
+    for any mean over questions is the mean of the two by their shares. Those candidates whose
+    mixtures answer the most questions by the log are measured; there is one.
 
     Source: Re-PoLar (arXiv 2609.31360); the mixture is ours.
     """

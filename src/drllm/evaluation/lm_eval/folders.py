@@ -4,8 +4,7 @@
     FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
     FOLDER/cache/                 what `datasets` makes of the rows
 
-A rows file is named by its content: with other rows it is another file, so that neither `datasets`
-nor anybody else can take old rows for new ones; and files that stay are not touched. Loads no
+A rows file is named by its content, so that `datasets` can't take old rows for new ones. Loads no
 torch, and the harness itself only to look up its names.
 """
 
@@ -126,25 +125,19 @@ class FolderFiles:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the files below a folder, which may hold others; rows that are there stay.
-
-        Places in them become absolute.
-        """
+        """Write the files below a folder, which may hold others; rows that are there stay."""
         folder = folder.resolve()
         for name, text in self.rows.items():
             path = folder / name
             if not path.is_file() or path.read_bytes() != text.encode():
                 write_atomically(path, text)
         for name, content in self.tasks.items():
-            if "dataset_kwargs" in content:
-                places = content["dataset_kwargs"]["data_files"]
-                rows = {use: str(folder / place) for use, place in places.items()}
+            if places := content.get("dataset_kwargs"):  # which become absolute
+                rows = {use: str(folder / place) for use, place in places["data_files"].items()}
                 placed = {"data_files": rows, "cache_dir": str(folder / CACHE)}
                 content = {**content, "dataset_kwargs": placed}
-            text = yaml.dump(
-                content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
-            )
-            write_atomically(folder / name, text)
+            how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 100}
+            write_atomically(folder / name, yaml.dump(content, Dumper=_Dumper, **how))
 
 
 def task_folder(

@@ -24,10 +24,7 @@ RULE = ("reward", "answer", "other_answers", "letters")
 
 
 def entry_of(task: Task) -> Harness:
-    """Return how the harness asks a task: as the task says itself, or as a search asks it.
-
-    In the second case options are scored, else answers graded, as the first of its rewards says.
-    """
+    """Return how the harness asks a task: as the task says itself, or by its first reward."""
     if task.harness is not None:
         return task.harness
 

@@ -65,9 +65,8 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
     scored once. What is longer than the `max_length` tokens that the model reads loses tokens at
     its start, as the harness has it; a continuation is never cut: TaskError if it is longer.
 
-    With `by_prompt` somebody will decide on the prompt of a question, so there must be one
-    (TaskError if its contexts have no common beginning), and its contexts are cut alike. Otherwise
-    contexts that have nothing in common are questions of their own, each cut by itself.
+    With `by_prompt` a question's contexts are cut alike; TaskError if they have no common beginning
+    to decide on. Otherwise such contexts are questions of their own, each cut by itself.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, request in enumerate(requests):
@@ -129,10 +128,9 @@ def fitted(
     """Return requests for generated answers with no more tokens asked for than there is room.
 
     What a request gets depends on its own prompt alone, so that it is the same in whatever batch
-    or process. Requests for no more than half of the context stay as they are, as do those that
-    fit; those that change are copied. One warning a task says what was asked for and what is given,
-    if this is the process that warns. The model reads and writes `max_length` tokens in all;
-    `max_new_tokens` are for answers whose request doesn't say.
+    or process. Those that ask for no more than half of the context, or fit, stay as they are. The
+    model reads and writes `max_length` tokens in all; `max_new_tokens` are for answers whose
+    request doesn't say.
 
     Source: ours (docs/differences.md, D-27).
     """

@@ -74,8 +74,7 @@ class RequestScorer:
     ) -> tuple[list[Answer], dict[Hashable, Decisions]]:
         """Return the answer to each request, and each question's one route; see `requests.asked`.
 
-        `by_prompt`: the route is decided by the question's prompt. `on_progress` is called with the
-        number of continuations that were scored.
+        `on_progress` is called with the number of continuations that were scored.
         """
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
@@ -107,10 +106,7 @@ class RequestScorer:
         return [_answers(found, each) for each in scores]
 
     def score_path(self, requests: Sequence[Request], path: Path) -> list[Answer]:
-        """Score requests along one path, which decisions needn't be able to express.
-
-        Which continuations are the likeliest ones isn't said: all are called not greedy.
-        """
+        """Score requests along any path; all continuations are called not greedy."""
         found = asked(requests, self.max_length, by_prompt=True)
         scores: dict[int, Score] = {}
         for places, batch in self._batches(found):
@@ -137,8 +133,7 @@ class RequestScorer:
     def _batches(self, found: Asked) -> Iterator[tuple[list[int], ChoiceBatch]]:
         """Yield the questions of each pass, with their places, the longest first.
 
-        A pass ends early where what follows is so short that padding it would cost more than a
-        pass of its own.
+        A pass ends early where padding what follows would cost more than a pass of its own.
         """
         questions, model = found.questions, self.routed.model
         order = sorted(

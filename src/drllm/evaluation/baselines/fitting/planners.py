@@ -1,8 +1,6 @@
 """Planners make all decisions before the first layer runs, from what it reads of the prompt.
 
-Reading prompts at a layer, following a planner (`UpFrontPolicy`), the depth bias for wanted
-executions, how planners are trained, and two of them: a linear map for the whole model, and the
-whole program predicted segment by segment.
+There are two: a linear map for the whole model, and the whole program, segment by segment.
 
 Axes: N examples or prompts, B rows, D hidden, L layers, H width, C = 3 decisions.
 """
@@ -100,8 +98,7 @@ class UpFrontPolicy(Policy):
 def find_bias(planner: Planner, inputs: Tensor, executions: float) -> Setting:
     """Find the depth bias under which prompts run the wanted executions on average.
 
-    What such a planner reads doesn't depend on its decisions, so the mean only falls as the bias
-    grows, and no forward pass is needed.
+    What a planner reads doesn't depend on its decisions, so no forward pass is needed.
 
     Source: ours (D-20).
     """
@@ -138,9 +135,7 @@ def recorded(
 ) -> Tensor:
     """Return what is read of every prompt at some layers, while all take the same decision.
 
-    It is `[N, layers, …]` on the CPU, in the order of the prompts; those of like length share a
-    batch. The model's policy and its last route stay what they are. ConfigError if there are no
-    prompts, one without tokens, or one longer than the model's context.
+    It is `[N, layers, …]` on the CPU, in the order of the prompts. See `routes_of`.
     """
     kept: list[Tensor] = []  # batch by batch, layer by layer
 
@@ -185,11 +180,11 @@ def fit(
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.01)
     num_steps = num_epochs * math.ceil(len(learned) / batch_size)
     step, least, best = 0, math.inf, None
+    [group] = optimizer.param_groups
     for _ in range(num_epochs):
         order = learned[torch.randperm(len(learned), generator=generator)]
         for places in torch.split(order, batch_size):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (0.5 * (1 + math.cos(math.pi * step / num_steps)))
+            group["lr"] = learning_rate * (0.5 * (1 + math.cos(math.pi * step / num_steps)))
             optimizer.zero_grad()
             loss(places).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -204,15 +199,12 @@ def fit(
     module.eval().requires_grad_(False)
 
 
-def linear(
-    num_inputs: int, num_outputs: int, generator: torch.Generator | None = None
-) -> nn.Linear:
+def linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """Return a linear map with zero bias and Xavier weights of this generator, or zeros."""
     made: nn.Linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)  # type: ignore[no-untyped-call]
-    nn.init.zeros_(made.bias)
-    if generator is None:
-        nn.init.zeros_(made.weight)
-    else:
+    for weights in (made.bias, made.weight):
+        nn.init.zeros_(weights)
+    if generator is not None:
         nn.init.xavier_uniform_(made.weight, generator=generator)
     return made
 
@@ -231,7 +223,7 @@ class SequenceRouter(Planner):
         self.num_layers = num_layers
         # Zeros: of fewer prompts than components, training would never move what random weights
         # say about the others.
-        self.linear = linear(inputs.shape[1], num_layers * 3)
+        self.linear = linear(inputs.shape[1], num_layers * 3, None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of skip, execute and repeat, `[B, D]` to `[B, L, C]`."""
@@ -248,9 +240,8 @@ def train_sequence_router(
 ) -> SequenceRouter:
     """Train a router on target paths, by cross-entropy at every layer.
 
-    Executions are set by a bias afterwards, which moves all layers alike, so the decisions' classes
-    are not weighted: with the routers' weights, near 1, little would change. Inputs are
-    `first_inputs` of the targets' prompts, labels their decisions `[N, L]`; settings are `fit`'s.
+    Classes are not weighted, since a bias sets the executions afterwards. Inputs are `first_inputs`
+    of the targets' prompts, labels their decisions `[N, L]`; settings are `fit`'s.
     """
     router = SequenceRouter(inputs, labels.shape[1])
 
@@ -289,8 +280,8 @@ class Programs:
 
     Attributes:
         questions: `[N]`: the places, among the records, of the questions with a valid program.
-        starts: `[N, L]`: the weight of those with a segment that starts at the layer. All start
-            one at layer 0, whose weight, at most 1, is that of all together.
+        starts: `[N, L]`: the weight of those with a segment that starts at the layer; at layer 0
+            that of all.
         operations: `[N, L, C]`: the weight of those that do this from there, each divided by its
             number of segments.
     """
@@ -303,10 +294,9 @@ class Programs:
 def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
     """Collect the valid programs of a search log.
 
-    A question without a valid path teaches nothing and is left out. Of more than `MAXIMUM_PATHS`
-    that many are drawn. If a shorter path is valid too, the full path counts `FULL_PATH_WEIGHT`, so
-    that the predictor isn't drawn to it; each weight is then divided by the question's number of
-    paths, so that no question counts more than another. RecordError if no record has a valid path.
+    Of more than `MAXIMUM_PATHS` that many are drawn. If a shorter path is valid too, the full path
+    counts `FULL_PATH_WEIGHT`, so that the predictor isn't drawn to it; each weight is divided by
+    the question's number of paths. RecordError if no record has a valid path.
 
     Source: PoLar (arXiv 2606.06574), and the published code for what 0.30 is a weight of.
     """
@@ -423,7 +413,6 @@ def program_losses(starts: Tensor, operations: Tensor, programs: Programs, rows:
 
     The loss of a program is the mean binary cross-entropy of the starts (but the first layer's,
     which always is one) plus the mean cross-entropy of the operations where its segments start.
-    Logits are `[B, L]` and `[B, L, C]`; `rows` are the places of the questions.
     """
     starting = programs.starts[rows]
     log_start, log_inside = nn.functional.logsigmoid(starts), nn.functional.logsigmoid(-starts)
