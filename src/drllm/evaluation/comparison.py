@@ -196,12 +196,13 @@ class Comparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        depths, num_seeds = ["", *shared.shares], len(shared.routers) - 1
+        depths = ["", *shared.shares]
         a_question = self.questions.num_tokens // len(self.asked.keys)
         self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
         self._choice_cost = sum(map(self._cost, depths))
-        shared.plan(self._cost("") + sum(map(self._at_depth_cost, depths)))
-        shared.plan(num_seeds * sum(self._at_depth_cost(each, (PERMUTED,)) for each in depths))
+        self.first, *self.other_seeds = shared.routers
+        costs = [self._costs(folder, setting) for folder in shared.routers for setting in depths]
+        shared.plan(self._cost("") + sum(sum(each.values()) for each in costs))
         shared.plan(self._choice_cost if config.epsilon is not None else 0)
 
     def _cost(self, setting: str, questions: TaskRun | None = None) -> int:
@@ -209,20 +210,18 @@ class Comparison:
         share = 1 - self.shared.shares.get(setting, 0.0)
         return round((questions or self.questions).num_tokens * share)
 
-    def _baseline_cost(self, name: str, setting: str) -> int:
-        if setting and BASELINES.get(name).has_own_depth:
-            return 0
-        return self._cost(setting) * self._num_draws(name)
-
     def _num_draws(self, name: str) -> int:
         num = self.config.num_random_draws or NUM_RANDOM_DRAWS
         return num if BASELINES.get(name).is_drawn else 1
 
-    def _at_depth_cost(self, setting: str, names: Sequence[str] | None = None) -> int:
-        """Return what routers and their baselines cost at a depth, or those of them named."""
-        baselines = [each for each in self.shared.baselines if names is None or each in names]
-        cost = self._cost(setting) + sum(self._baseline_cost(each, setting) for each in baselines)
-        return cost + (self._depth_cost if setting else 0)
+    def _costs(self, folder: Path, setting: str) -> dict[str, int]:
+        """Return what is run with some routers at a depth, by name, and what it costs."""
+        costs = {"depth": self._depth_cost if setting else 0, ROUTED: self._cost(setting)}
+        for name in self.shared.baselines:
+            is_the_same = setting and BASELINES.get(name).has_own_depth
+            if name == PERMUTED or (folder == self.first and not is_the_same):
+                costs[name] = costs[ROUTED] * self._num_draws(name)
+        return costs
 
     def run(self) -> TaskRuns:
         """Run base, then at each depth the routed model, its baselines, and other seeds' routers.
@@ -233,10 +232,9 @@ class Comparison:
         config, lm = self.config, self.shared.lm
         base = self._by_policy(f"{self.task.name}: {BASE}", self.questions, BASE, FullPolicy())
         chance = self.asked.written.chance or 0.0
-        first, *other_seeds = self.shared.routers
-        policies = {"": RouterPolicy(self.shared.routers[first])}
+        policies = {"": RouterPolicy(self.shared.routers[self.first])}
         for setting in self.shared.shares:
-            if policy := self._at_depth(first, setting, f"Not evaluated at {setting}"):
+            if policy := self._at_depth(self.first, setting, f"Not evaluated at {setting}"):
                 policies[setting] = policy
         systems, seeds = [base], []
         for setting, policy in policies.items():
@@ -245,14 +243,14 @@ class Comparison:
             baselines = self._baselines(at, routed[0])
             permuted = [each for each in baselines if each.name == PERMUTED]
             systems += [*routed, *baselines]
-            for folder in other_seeds:
-                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}", (PERMUTED,))
+            for folder in self.other_seeds:
+                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}")
                 if own is None:
                     continue
                 routed.append(self._routed(f" of {folder}{at}", own, setting))
                 if permuted:
                     permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
-            if other_seeds:
+            if self.other_seeds:
                 seeds.append((routed, permuted))
         choice = None
         if config.epsilon is not None:
@@ -275,13 +273,8 @@ class Comparison:
             seeds=seeds,
         )
 
-    def _at_depth(
-        self, folder: Path, setting: str, otherwise: str, names: Sequence[str] | None = None
-    ) -> RouterPolicy | None:
-        """Return the policy under which routers save so much.
-
-        Where none does, it is noted, and their baselines (or those of them named) aren't run.
-        """
+    def _at_depth(self, folder: Path, setting: str, otherwise: str) -> RouterPolicy | None:
+        """Return the policy under which routers save so much; where none does, it is noted."""
         routers, lm = self.shared.routers[folder], self.shared.lm
         if not setting:
             return RouterPolicy(routers)
@@ -297,7 +290,7 @@ class Comparison:
                 found = self.shared.chunks.once(key, float, find)
             except ConfigError as error:
                 self.notes.append(f"{otherwise}: {error}")
-                self.shared.plan(self._depth_cost - self._at_depth_cost(setting, names))
+                self.shared.plan(self._depth_cost - sum(self._costs(folder, setting).values()))
                 return None
         return RouterPolicy(routers, depth_bias=found)
 
@@ -313,14 +306,14 @@ class Comparison:
 
     def _baselines(self, which: str, routed: SystemRun) -> list[SystemRun]:
         systems = []
-        for name in self.shared.baselines:
-            if routed.setting and BASELINES.get(name).has_own_depth:
-                continue  # it would be the same system again
+        for name, cost in self._costs(self.first, routed.setting).items():
+            if name not in BASELINES:
+                continue
             if obstacle := self.fitted.obstacle(name, routed.executions):
                 self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
-                self.shared.plan(-self._baseline_cost(name, routed.setting))
-                continue
-            systems.append(self._baseline(name, which, routed))
+                self.shared.plan(-cost)
+            else:
+                systems.append(self._baseline(name, which, routed))
         return systems
 
     def _baseline(self, name: str, which: str, routed: SystemRun) -> SystemRun:
@@ -337,7 +330,7 @@ class Comparison:
                 system.unchanged = [share_unchanged(routes, plan) for plan in plans]
             return system
 
-        cost = self._baseline_cost(name, routed.setting)
+        cost = self._cost(routed.setting) * self._num_draws(name)
         return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)
 
     # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
