@@ -68,8 +68,7 @@ TARGETS: Registry[Rule] = Registry("target rule")
 def shortest(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among the paths that survived the re-test, then largest margin in it.
 
-    The full path is one of them: a question that no shorter path answers then teaches the routers
-    to execute everything.
+    The full path is one of them, for a question that no shorter path answers.
     """
     return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
 
@@ -109,9 +108,8 @@ def released(record: SearchRecord) -> list[TriedPath] | str:
 def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[TriedPath] | str:
     """Least KL from the full path among the paths that save enough, right or not.
 
-    Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
-    options, many tries. How far a path's next-token distributions lie from the full path's is a
-    mean over all tokens of the prompt, and regular enough to be learned.
+    Whether one answer came out right is mostly chance: few options, many tries. How far a path's
+    next-token distributions lie from the full path's is regular enough to be learned.
 
     Source: ours (docs/differences.md, D-24).
     """

@@ -133,11 +133,7 @@ class EditEffect:
 
 
 def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what skipping, or repeating, one layer and nothing else did.
-
-    One effect per layer on which the edit was tried, in order of layer; the records are of one
-    model.
-    """
+    """Return what skipping, or repeating, one layer alone did, in order of layer, where tried."""
     tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
     for record in records:
         for path in record.paths:

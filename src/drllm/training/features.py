@@ -132,14 +132,12 @@ def collect(
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer, after the labelled decisions of the layers
-    before it; with routers, after the decisions that these took. The batches follow from the
-    prompts' lengths alone, so that a pass that was killed and resumed ends with the bytes of one
-    that wasn't, on the same machine with the same number of threads.
+    before it; where `routers` are given, after those that they took, while the labels stay. The
+    batches follow from the prompts' lengths alone, so that a pass that was killed and resumed ends
+    with the bytes of one that wasn't, on the same machine with the same number of threads.
 
     The model is without routing; a few targets that it can't run are set aside. The store is
-    resumed or used again. Where `routers` are given, their own routes are followed in place of the
-    target paths, whose decisions the labels stay. `soft` gives the features soft targets too. The
-    listener is told what the pass needs on disk, and of its progress.
+    resumed or used again. `soft` gives the features soft targets too.
 
     Raises:
         ConfigError: The store holds features of something else.
@@ -295,9 +293,9 @@ def sizes(examples: Examples) -> Tensor:
 def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (never 0), `[L, D]` in float64, of each layer's filled windows.
 
-    Every target counts the same, however many windows it fills, as in the loss. A component that
-    hardly varies, compared with the size of its layer's states, gets a floor as its deviation, so
-    that dividing by it doesn't blow up rounding errors.
+    Every target counts the same, however many windows it fills. The deviation of a component that
+    hardly varies, compared with the size of its layer's states, gets a floor, so that dividing by
+    it doesn't blow up rounding errors.
     """
     total = square = torch.zeros(())
     for part in parts_of(index):

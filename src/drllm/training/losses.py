@@ -20,8 +20,8 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     labels has no effective number: it gets weight 1, that of an average class. No training label
     can meet that weight; it only prices the labels of a held-out part that has the class.
 
-    One of the counts is above 0; soft targets give fractions. β is in [0, 1): 0 gives equal
-    weights, values near 1 inverse frequencies.
+    Soft targets give fractions. β is in [0, 1): 0 gives equal weights, values near 1 inverse
+    frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
 
@@ -30,8 +30,6 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
         [0.916, 0.905, 1.179]
     """
     present = [count for count in counts if count > 0]
-    if not present:
-        raise ValueError(f"no class has a label in {list(counts)}")
 
     def inverse(count: float) -> float:
         return (1 - beta) / (1.0 if beta == 0 else -math.expm1(count * math.log(beta)))

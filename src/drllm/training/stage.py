@@ -199,9 +199,9 @@ def train_on(
     """Train the routers of one seed and one round on features, and write their folder.
 
     After every epoch a checkpoint is written, from which the same call resumes. It is removed last
-    of all, so that a call that was killed before leaves nothing that the next one doesn't remove.
-    Then nothing needs the `used` features; they are deleted. The listener is told of each step;
-    steps that stopping early spares count as done.
+    of all, after the `used` features that nothing needs any more, so that a call that was killed
+    before leaves nothing that the next one doesn't remove. Steps that stopping early spares are
+    told as done.
 
     Returns the lines of `metrics.jsonl`. Those of the training part are counted while training:
     each example before the step that learns from it. A loss that is no longer finite, or a tracker

@@ -1,10 +1,9 @@
 """Temperature scaling: how far routers' probabilities can be believed, and what mends it best.
 
-A temperature T divides all logits of a stack, so no decision changes unless depth control is used.
-What changes is what that means: a price of `depth_bias` nats is set against the logits, and
-`router_penalty` blends probabilities. One T for all layers, not one each: a layer has a few hundred
-held-out decisions, nearly all of them execute, so that its own T would be noise, and often
-unbounded; and one T keeps the order in which a depth bias reaches the layers.
+A temperature T divides all logits of a stack, so no decision changes unless depth control is used,
+which sets a price against the logits, or blends probabilities. One T for all layers, not one each:
+of a layer's few hundred held-out decisions nearly all execute, so that its own T would be noise;
+and one T keeps the order in which a depth bias reaches the layers.
 
 Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 """
@@ -104,10 +103,9 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
     """Compare confidence with hits in at most `BINS` bins of equal mass, the least confident first.
 
-    With bins of equal width nearly all decisions of a router would share the last one. Decisions
-    of exactly equal confidence count as hit in their common share, so that their order doesn't
-    matter. Confidence `[M]`, M ≥ 1, is the probability of what was decided; hits `[M]` are the
-    shares that the target gives to that, 0 or 1 for labels.
+    Decisions of exactly equal confidence count as hit in their common share. Confidence `[M]`,
+    M ≥ 1, is the probability of what was decided; hits `[M]` are the shares that the target gives
+    to that, 0 or 1 for labels.
 
     Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
     """

@@ -53,15 +53,12 @@ def divide(
 class Trainer:
     """One training of the routers, from one seed.
 
-    `base_identity` holds the base model's id, revision, class, num_layers, hidden_size and
-    fingerprint. Weights and batches are on `device` in `dtype`; the features stay where they are.
-    Features of another number of windows, and a setting for which nothing is held out that it
-    needs, are a ConfigError.
+    Weights and batches are on `device` in `dtype`. Features of another number of windows, and a
+    setting for which nothing is held out that it needs, are a ConfigError.
 
     Attributes:
         trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
-        once: Those of `trained` along their target path. Whatever counts labels counts these, so
-            that it doesn't change with the number of routes.
+        once: Those of `trained` along their target path: whatever counts labels counts these.
         targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
         offsets: `[L, C]`: added to the logits before the loss.
         label_counts: `[L][C]`: labels of the target paths trained on.
@@ -203,8 +200,7 @@ class Trainer:
     def epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
         """Train for one epoch and measure; a loss that isn't finite raises DivergedError.
 
-        After each step `on_step` is told how many are done, and what was counted of the rows that
-        it learned from, before it did.
+        After each step `on_step` is told how many are done, and what was counted before it learned.
         """
         number, config = self.epochs_done + 1, self.config
         order = epoch_batches(self.trained, config.gradient_accumulation, config.seed, number)
@@ -261,9 +257,6 @@ class Trainer:
 
     def _step(self, rows: list[int], rate: float, kept_units: Tensor | None) -> Counts:
         """Learn from rows, and count how they fared before.
-
-        The gradient is that of the mean loss or of the sum, so it equals accumulating the rows
-        one at a time.
 
         Source: sum and clipping are those of transformers' Trainer in the released code
             (docs/differences.md, D-32).
