@@ -50,10 +50,6 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     routes: list[list[Decisions]]
     seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        if len({*map(len, self.answers), *map(len, self.routes)}) != 1:
-            raise ValueError("not as many questions in every draw")
-
 
 class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One system's outcomes on a task, by question; the mean over draws, or of the first one.

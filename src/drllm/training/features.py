@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from drllm.errors import ModelError, RecordError
+from drllm.errors import ModelError
 from drllm.listener import Listener
 from drllm.models.base.identity import describe
 from drllm.models.routers.depth_control import read_under
@@ -274,20 +274,10 @@ def digest(examples: Examples) -> str:
 
 
 def sizes(examples: Examples) -> Tensor:
-    """Return the mean size of each router's inputs, `[N, L]`, which tells sets of means apart.
-
-    Means that are NaN or infinite, which no feature pass leaves, raise RecordError.
-    """
+    """Return the mean size of each router's inputs, `[N, L]`, which tells sets of means apart."""
     parts = parts_of(range(len(examples.labels)))
     means = itertools.chain.from_iterable(map(examples.rows, parts))
-    found = torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
-    finite = found.isfinite().all(dim=1).tolist()
-    if not all(finite):
-        raise RecordError(
-            f"the features of question {examples.questions[finite.index(False)]!r} hold NaN or "
-            f"infinity; pool them again"
-        )
-    return found
+    return torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
 
 
 def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ def divide(
 class Trainer:
     """One training of the routers, from one seed.
 
-    Weights and batches are on `device` in `dtype`. Features of another number of windows, and a
-    setting for which nothing is held out that it needs, are a ConfigError.
+    Weights and batches are on `device` in `dtype`. A setting for which nothing is held out that it
+    needs is a ConfigError.
 
     Attributes:
         trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
@@ -117,11 +117,7 @@ class Trainer:
         """Return untrained routers for the base model, their weights drawn from the seed."""
         _, L, W, D = shape(self.examples)
         assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
-        if self.config.num_windows != W:
-            raise ConfigError(
-                f"--num-windows is {self.config.num_windows}, but the features were pooled in {W} "
-                f"windows; give {W}, or pool them again"
-            )
+        assert self.config.num_windows == W, "the features are pooled in other windows"
         described = RouterConfig(
             num_layers=L,
             hidden_size=D,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.errors import RecordError
 from drllm.evaluation.systems import Answered, joined
 from drllm.models.scoring.batching import blocks_of
 from drllm.records import decode, encode
@@ -64,9 +62,3 @@ def test_answers_come_back_from_a_file_to_the_last_bit(logprob, text):
     answers, routes = [[[(logprob, True)], [text]]], [[(1, 0), (2, 1)]]
     answered = Answered(answers=answers, routes=routes, seconds=0.1)
     assert decode(encode(answered), Answered, "here") == answered
-
-
-def test_answers_to_other_numbers_of_questions_in_two_draws_are_refused():
-    values = {"answers": [[["a"]], [["a"], ["b"]]], "routes": [], "seconds": 1.0}
-    with pytest.raises(RecordError, match="not as many questions"):
-        decode(encode(values), Answered, "here")

@@ -242,15 +242,6 @@ def test_sizes_are_of_each_target_and_layer():
     assert shape(features) == (40, *features.means.shape[1:])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_by_question(value):
-    features = make_features(40)
-    means = features.means.clone()
-    means[35, 1, 0, 3] = value
-    with pytest.raises(RecordError, match="features of question 'question 35' hold NaN or infin"):
-        sizes(replace(features, means=means))
-
-
 def softened(target: str, **paths: float) -> SupervisionRecord:
     """A target and its valid paths, by decisions behind a letter: `p102=0.5`."""
     valid = [

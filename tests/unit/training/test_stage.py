@@ -173,12 +173,6 @@ def test_targets_that_only_execute_train_routers_that_only_execute_and_are_logge
     assert "every target executes every layer" in caplog.text
 
 
-def test_features_of_another_number_of_windows_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--num-windows is 8, but the features were pooled in 4"):
-        trained(tmp_path, config=replace(QUICK, num_windows=8))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(tmp_path):
     seen = []
     watching = Watching(lambda *progress: seen.append(progress))
