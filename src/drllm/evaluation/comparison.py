@@ -53,8 +53,7 @@ MAX_LOSS_INCREASE = 0.05
 class Shared:
     """What all tasks of one evaluation share.
 
-    Routers are by folder; baselines are compared with the first ones. `prompts` are the tokens of
-    the prompts asked so far, and `chunks` keeps finished systems and blocks.
+    `prompts` are the tokens of those asked so far, and `chunks` keeps finished systems and blocks.
     """
 
     on_progress: OnProgress
@@ -168,16 +167,15 @@ class Shared:
         """Return what baselines are fitted on, and depths are looked for on."""
         num = self.config.num_calibration or NUM_CALIBRATION
         asked = self.asked(source, chosen_on(source, self.config), num)
-        questions: list[Question] = []
-        golds: list[int] = []
+        questions: dict[int, Question] = {}  # by place
         for place, requests in enumerate(asked.requests() if asked.has_options else ()):
             context = requests[0].context
-            if all(request.context == context for request in requests):
-                questions.append(Question(context, [each.continuation for each in requests]))
-                golds.append(asked.gold(place))
             # Else the options stand in the context, and there is no one prompt.
+            if all(request.context == context for request in requests):
+                questions[place] = Question(context, [each.continuation for each in requests])
+        asked_with_options = [*questions.values()], [*map(asked.gold, questions)]
         logs, prompts = (self._search, self._targets), asked.prompt_tokens
-        return Material(self.lm.routed, prompts, questions, golds, *logs, self.config.seed)
+        return Material(self.lm.routed, prompts, *asked_with_options, *logs, self.config.seed)
 
 
 class Comparison:

@@ -160,12 +160,8 @@ def task_folder(
         limit: Maximum questions a task, drawn with the seed; None asks all.
         seed: Of the drawing.
         data_dir: Folder of task data; None asks the hub.
-        num_fewshot: Worked examples before each question, never from the split that is asked;
-            None leaves it to each task (5 for GSM8K, else none).
+        num_fewshot: Worked examples before each question; None leaves it to each task.
         max_length: Maximum tokens that the model reads and writes in all; None doesn't cap answers.
-
-    Returns:
-        One entry a task, in order, and the files of all.
 
     Raises:
         ConfigError: A negative number of examples.
@@ -366,11 +362,10 @@ def own_tasks(
     num_processes: int,
     **more: Any,
 ) -> OwnTasks:
-    """Return the tasks of a command line of which some are ours.
+    """Return the tasks of a command line, in its `--tasks`, of which some are ours.
 
-    `names` stand in `--tasks`; a task of ours has at most `limit` questions, drawn with `SEED` and
-    shared by the processes; the folder `include_path` has tasks of the user's own. `data_dir` and
-    `more` (split, num_fewshot, max_length) are as `task_folder`'s.
+    Processes share a task's questions; the folder `include_path` has tasks of the user's own.
+    `data_dir` and `more` (split, num_fewshot, max_length) are as `task_folder`'s.
 
     Raises:
         ConfigError: None of the names is ours, a `data_dir` that none of them reads, or a limit

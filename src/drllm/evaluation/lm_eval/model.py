@@ -338,8 +338,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes next to its results.
 
-        `prompts` are those of all processes, each question once. Of rolling texts they are the
-        windows, with those that the harness repeats where processes have unequally many.
+        `prompts` are those of all processes, each question once, of rolling texts the windows.
         """
         counts = self.shared_counts if self.world_size > 1 else self.scorer.counts
         return {

@@ -21,13 +21,9 @@ PREFERRED = ("acc", "exact_match")
 
 
 class StockTask(Task):
-    """A task of the harness, or all of a group or of a task file of the user's.
+    """A task of the harness, or all of a group or of a task file, by what its `--tasks` takes.
 
-    Prompt, worked examples, metrics and questions are the harness'; it has no questions besides
-    those that it reports, so that nothing is fitted or chosen on them.
-
-    Args:
-        name: What `--tasks` of the harness takes.
+    It has no questions besides those that it reports, so that nothing is fitted or chosen on them.
 
     Raises:
         TaskError: An unknown name, questions that can't be fetched, or a task that doesn't score
@@ -48,10 +44,8 @@ class StockTask(Task):
                 f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; 'evaluate' takes "
                 f"{wanted}; 'drllm lm-eval run --model drllm' has the rest"
             )
-        if any(
-            getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
-            for task in self.tasks.values()
-        ):
+        forbidden = ("UNSAFE_CODE", "MULTIMODAL")
+        if any(getattr(task, each, False) for task in self.tasks.values() for each in forbidden):
             raise TaskError(f"task {name!r} runs code or shows images, which 'evaluate' doesn't")
         self.kind = KINDS[kinds.pop()]
         self.metric = next((metric for metric in PREFERRED if metric in shared), shared[0])
@@ -74,10 +68,7 @@ class StockTask(Task):
     def asked(
         self, limit: int | None, seed: int, num_fewshot: int | None
     ) -> tuple[HarnessTask, dict[str, list[int]]]:
-        """Return the task, and by name of its parts which of their questions are asked.
-
-        Arguments are as `task_folder`'s.
-        """
+        """Return the task, and by name of its parts which of their questions are asked."""
         drawn, shots = choose(self._examples, limit, seed), []
         places: dict[str, list[int]] = {}
         for leaf, place, _ in drawn:
