@@ -229,7 +229,6 @@ class Comparison:
         """
         config, lm = self.config, self.shared.lm
         base = self._by_policy(f"{self.task.name}: {BASE}", self.questions, BASE, FullPolicy())
-        chance = self.asked.written.chance or 0.0
         policies = {"": RouterPolicy(self.shared.routers[self.first])}
         for setting in self.shared.shares:
             if policy := self._at_depth(self.first, setting, f"Not evaluated at {setting}"):
@@ -253,7 +252,7 @@ class Comparison:
         choice = None
         if config.epsilon is not None:
             del policies[""]
-            choice = self._choice(config.epsilon, systems, policies, chance)
+            choice = self._choice(config.epsilon, systems, policies)
         self.shared.prompts += self.asked.prompt_tokens
         try:
             shape: ModelShape | str = ModelShape.of(lm.routed.model)
@@ -267,7 +266,6 @@ class Comparison:
             config=config,
             num_layers=lm.routed.num_layers,
             shape=shape,
-            num_tokens=[len(ids) for ids in self.asked.prompt_tokens],
             seeds=seeds,
         )
 
@@ -338,7 +336,6 @@ class Comparison:
         epsilon: float,
         systems: Sequence[SystemRun],
         policies: Mapping[str, Policy],
-        chance: float,
     ) -> Choice:
         """Choose a depth on one split, and test it once on the one that is evaluated.
 
@@ -361,7 +358,7 @@ class Comparison:
             Limits(
                 epsilon=epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
             ),
-            chance=asked.written.chance or 0.0,
+            chance=asked.written.chance,
             seed=config.seed,
             worked_answers=None if worked is None else worked.name,
             chosen_on=f"{source.name} ({split})",
@@ -373,7 +370,7 @@ class Comparison:
         tested = self._with_worked(
             [systems[0], ours], chosen, lambda task: config.split_of(task.name)
         )
-        return confirm(choice, *tested, chance=chance, seed=config.seed)
+        return confirm(choice, *tested, chance=self.asked.written.chance, seed=config.seed)
 
     def _with_worked(
         self,

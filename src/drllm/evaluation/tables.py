@@ -53,8 +53,8 @@ class TaskRuns:
     """All that was run on one task.
 
     Systems are base, then at each depth routed and its baselines. The shape is the model's, or why
-    its cost can't be derived; tokens are those of the questions' prompts. `seeds` are, depth by
-    depth, routers of several seeds on the same questions, and their own routes permuted, if any.
+    its cost can't be derived. `seeds` are, depth by depth, routers of several seeds on the same
+    questions, and their own routes permuted, if any.
     """
 
     asked: AskedTask
@@ -64,7 +64,6 @@ class TaskRuns:
     config: EvaluateConfig
     num_layers: int
     shape: ModelShape | str
-    num_tokens: Sequence[int]
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
 
     @property
@@ -72,15 +71,11 @@ class TaskRuns:
         """The systems at the depth that the routers were trained for: base and routed first."""
         return [system for system in self.systems if not system.setting]
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return self.asked.written.chance or 0.0
-
     @cached_property
     def above_chance(self) -> bool:
         """Whether base is shown to be better than guessing; only then is anything claimed."""
-        return accuracy_interval(self.systems[0].correct, self.config.seed)[0] > self.chance
+        lowest, _ = accuracy_interval(self.systems[0].correct, self.config.seed)
+        return lowest > self.asked.written.chance
 
     def table(self) -> tuple[System, ...]:
         """Return the systems at the depth that the routers were trained for."""
@@ -111,9 +106,9 @@ class TaskRuns:
         if isinstance(self.shape, str) or not draws:
             return None, None
         flops = [
-            prompt_flops(self.shape, decisions, num_tokens)
+            prompt_flops(self.shape, decisions, len(tokens))
             for draw in draws
-            for decisions, num_tokens in zip(draw, self.num_tokens, strict=True)
+            for decisions, tokens in zip(draw, self.asked.prompt_tokens, strict=True)
         ]
         weights, attention = fmean(f.weights for f in flops), fmean(f.attention for f in flops)
         kv = fmean(kv_bytes(self.shape, decisions) for draw in draws for decisions in draw)
@@ -185,7 +180,7 @@ class TaskRuns:
             split=self.config.split_of(written.name),
             **{name: getattr(written, name) for name in FROM_TASK},
             num_layers=self.num_layers,
-            chance=self.chance,
+            chance=self.asked.written.chance,
             systems=tuple(table),
             curve=self.curve(),
             seeds=seeds,
@@ -196,7 +191,7 @@ class TaskRuns:
 
     def _findings(self, table: Sequence[System], seeds: Sequence[Seeds]) -> list[str]:
         """Return what a reader may conclude, what is shown of the routed model first."""
-        rows = {system.name: system for system in table}
+        rows, written = {system.name: system for system in table}, self.asked.written
         routed, against = rows[ROUTED], rows[ROUTED].against_base
         assert against is not None
         saved = 100 * share_saved(routed.executions, self.num_layers)
@@ -204,8 +199,8 @@ class TaskRuns:
         said = [against.headline(f"{cost} ({routed.executions:.2f} of {self.num_layers} run)")]
         if not self.above_chance:
             said.append(
-                f"On {self.asked.written.name} the base model is not shown to be above chance "
-                f'({100 * self.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
+                f"On {written.name} the base model is not shown to be above chance "
+                f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
         if against.gold_logprob is not None:
             said.append(against.gold_logprob.sentence())

@@ -48,7 +48,6 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
         config=EvaluateConfig(),
         num_layers=30,
         shape="it has experts",
-        num_tokens=[],
         seeds=seeds,
     )
 

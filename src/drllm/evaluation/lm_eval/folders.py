@@ -76,10 +76,10 @@ class HarnessTask:
         return len(self.examples)
 
     @property
-    def chance(self) -> float | None:
-        """Accuracy of guessing, the mean over the questions; None for generated answers."""
+    def chance(self) -> float:
+        """Accuracy of guessing, the mean over the questions; 0 for generated answers."""
         if self.kind == "generated":
-            return None
+            return 0.0
         return fmean(1 / len(example.choices) for example in self.examples)
 
 

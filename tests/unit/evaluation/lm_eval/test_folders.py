@@ -171,7 +171,7 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
     assert set(found["n-shot"].values()) == {0}
     for task in tasks:
         results = {**found["results"], **found.get("groups", {})}
-        assert (task.chance is None) == (task.kind == "generated")
+        assert (task.chance == 0.0) == (task.kind == "generated")
         result = results[task.harness_name][f"{task.metric},{task.filter}"]
         assert 0 <= result <= 1
         samples = [one for leaf in task.leaves for one in found["samples"][leaf]]
