@@ -150,8 +150,6 @@ def chosen_on(source: Task, config: EvaluateConfig) -> str:
 def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
     """Return the task whose right answers a certified choice reads as texts, if any.
 
-    Depths are chosen on one split of that task and tested on another, as for the tasks that are
-    evaluated; a question belongs to one split by its text, so no worked answer serves both.
     ConfigError for a task with options, or the only one that is evaluated; TaskError for an unknown
     task, a split that it hasn't got, or too few questions in one.
     """

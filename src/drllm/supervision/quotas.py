@@ -39,13 +39,11 @@ def over_quota(
 ) -> set[int]:
     """Return the places of the targets that have to go.
 
-    Without a share, a task keeps its first targets. With a share and a quota, it keeps its first
-    targets too, and as long as too few of them improve, the next improving target beyond the
-    quota takes the place of the first one that doesn't; a task that runs out of improving targets
-    stays below the share, as in the published code. With a share and no quota there is nothing to
-    take from: the last targets that don't improve go, until the others have the share; each task
-    by itself where any task has a quota, else all of them together. The targets are in the order of
-    the questions, the share is in (0, 1].
+    A task with a quota keeps its first targets. With a share too, and as long as too few of them
+    improve, the next improving target beyond the quota takes the place of the first one that
+    doesn't; a task that runs out of improving targets stays below the share, as in the published
+    code. With a share and no quota the last targets that don't improve go, until the others have
+    the share; each task by itself where any task has a quota, else all of them together.
 
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).

@@ -29,20 +29,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Count what the search found and what became of it: targets kept, others by reason.
 
-    Of records with the same question the first one counts, whatever their tasks and files.
-
-    Returns:
-        `questions` = `targets` + the sum of `rejected` (every reason is there, zeros too);
-        `copies`, the records that are left out of every other count since an earlier one has the
-        same question; `base_correct`, the questions that the full path answers right; `valid_…`,
-        `saving_…` and `improving_…`, the questions with at least one such path (the full path is
-        valid too where it is right), `…_before_retest` by the search alone and `…_after_retest`
-        among the paths that survived; `paths`, how many saving and improving paths there were,
-        before and after (every one of them is re-tested, other right paths aren't); `tasks`, all
-        counts of questions by task, with `targets` and `improving_targets`; `wrong_targets`, how
-        many targets answer wrong, as only rules that don't ask can choose; `executions`, the
-        targets' mean (None without any); `class_counts`, how often the targets skip, execute and
-        repeat, and `class_counts_by_layer`, `[L][3]`.
+    Of records with the same question the first one counts, whatever their tasks and files. Keys
+    are those of `summary` in docs/formats.md: `questions` = `targets` + the sum of `rejected`, in
+    which every reason is; questions with at least one valid (the full path, too), saving or
+    improving path, by the search alone and among the paths that survived; such paths themselves;
+    all counts of questions by task; and the decisions of the targets.
     """
     by_layer = class_counts([record.optimal_layer_config for record in kept])
     by_question: dict[str, SearchRecord] = {}

@@ -120,9 +120,6 @@ class Baseline(ABC):
         Args:
             routes: `[Q, L]`, those that the routed model took on the questions.
             generator: Source of randomness.
-
-        Raises:
-            ConfigError: It can't be had at these executions.
         """
 
 

@@ -1,7 +1,4 @@
-"""Baseline: the one program of the search log that serves the most questions.
-
-Axes: L layers.
-"""
+"""Baseline: the one program of the search log that serves the most questions."""
 
 from __future__ import annotations
 

@@ -136,12 +136,10 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     """Return each layer's frequencies of the targets, tilted to mean executions, `[L, 3]`.
 
     A decision d is weighted by its count times exp(-θ d), with one θ for all layers, so that
-    drawing by the weights runs the wanted executions on average. Of all distributions with that
-    mean these are the nearest to the targets' own (in relative entropy), so layers that the
-    targets skip more often than others are still skipped more often. A decision that was never
-    the target at a layer stays impossible there; if the labels can't reach the executions, these
-    are the probabilities that come nearest. Counts are those of `router_config.json`, `[L][3]`;
-    CheckpointError if the routers carry none.
+    drawing by the weights runs the wanted executions on average, or comes as near as labels allow.
+    Of all distributions with that mean these are the nearest to the targets' own (in relative
+    entropy). Counts are those of `router_config.json`, `[L][3]`; CheckpointError if the routers
+    carry none.
 
     Source: ours (docs/differences.md, D-18).
     """

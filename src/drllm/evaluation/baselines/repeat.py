@@ -2,8 +2,6 @@
 
 The block is repeated as a whole (`0 1 2 3 2 3 4`), which decisions can't express beyond a single
 layer; the baseline is a path, at its own executions, that can be exported as an ordinary model.
-
-Axes: L layers.
 """
 
 from __future__ import annotations

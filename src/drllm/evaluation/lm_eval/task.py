@@ -35,12 +35,8 @@ FEWSHOT_SEED = 1234
 class AskedTask:
     """The questions of one task, as the harness renders them: `keys`, requests and rows of each.
 
-    Args:
-        written: An entry of `task_folder`, or what a `StockTask` is asked.
-        source: The folder that it was written to, or the harness' own tasks.
-        lm: Whose tokenizer and chat template are used.
-        chat: Ask through the chat template, worked examples as turns.
-        places: Which questions of each of the tasks are asked; None asks all.
+    The source is the folder that the task was written to, or the harness' own tasks, of which the
+    questions at some places are asked. With `chat` worked examples are turns.
     """
 
     def __init__(
