@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drllm.config import DepthConfig, ModelConfig
+from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
 from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer
@@ -63,6 +64,10 @@ PASSED_ON = (
     *("think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Arguments of the harness' own class that keep their meaning."""
+PUBLISHED = "is_static_routing"
+"""The published name of `static_routing`."""
+DEPTH = (*(each.name for each in dataclasses.fields(DepthConfig)), PUBLISHED)
+LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
 FIXED = "give a fixed plan (decisions=FILE, or static_routing=true)"
 
 
@@ -81,22 +86,13 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         base: With a folder of routers: the base model, where its config names none that is here.
         num_windows: Windows W of the routers; a check, since trained routers can't change it.
         decisions: A file with decisions or a path, followed whatever the prompt.
-        depth_bias: See `policies.biased`.
-        target_executions: Mean executions wanted on the prompts of `calibration`.
-        calibration: A `.jsonl` file of prompts.
-        router_penalty: The published knob.
-        static_routing: Execute every layer.
-        is_static_routing: The same by its published name.
-        dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
-        revision: Of a base model on the hub.
-        trust_remote_code: Run modelling code that comes with a hub model.
-        attn_implementation: Attention code of transformers.
         batch_size: Rows a pass, as the harness has it; a question with all its continuations is
             one. `auto` goes by memory.
         max_batch_size: Maximum rows a pass with `auto`.
         max_length: Maximum tokens read; the model's own context length unless given.
-        others: Arguments of the harness' `HFLM` that keep their meaning: `PASSED_ON`.
+        others: Settings of `DepthConfig` and of `ModelConfig` by name (`DEPTH` and `LOADING`), and
+            arguments of the harness' `HFLM` that keep their meaning (`PASSED_ON`).
 
     Raises:
         ConfigError: An argument that there isn't, or that has no effect.
@@ -114,17 +110,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         base: str | None = None,
         num_windows: int | None = None,
         decisions: str | None = None,
-        depth_bias: float = 0.0,
-        target_executions: float | None = None,
-        calibration: str | None = None,
-        router_penalty: float | None = None,
-        static_routing: bool = False,
-        is_static_routing: bool = False,
-        dtype: str = "auto",
         device: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        attn_implementation: str | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = MAX_ROWS,
         max_length: int | None = None,
@@ -133,21 +119,18 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         for name, value in others.items():
             if name in NOT_TAKEN:
                 raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
-            if name not in PASSED_ON:
-                known = {*signature(RoutedLM).parameters, *PASSED_ON}
+            if name not in (known := (*DEPTH, *LOADING, *PASSED_ON)):
+                known = (*known, *signature(RoutedLM).parameters)
                 raise ConfigError(unknown_name("model argument", name, known))
         batch_size = 1 if batch_size is None else batch_size
         if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
             raise ConfigError(
                 f"--batch_size is '{batch_size}'; give auto, or a whole number from 1"
             )
-        depth = DepthConfig(
-            depth_bias=float(depth_bias),
-            target_executions=target_executions,
-            calibration=calibration,
-            router_penalty=router_penalty,
-            static_routing=bool(static_routing or is_static_routing),
-        )
+        knobs = {name: others.pop(name) for name in DEPTH if name in others}
+        if knobs.pop(PUBLISHED, False):
+            knobs["static_routing"] = True
+        depth = changed(DepthConfig, None, knobs)
         depth.knob()
         stack, source, named = _routers_and_base(pretrained, routers, base)
         if num_windows is not None and stack is None:
@@ -169,17 +152,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 cpu=device == "cpu" or not torch.cuda.is_available(),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
+        loading = {name: others.pop(name) for name in LOADING if name in others}
         loaded = pretrained
         if not isinstance(loaded, BaseModel):
-            config = ModelConfig(
-                model=source,
-                revision=revision or named,
-                dtype=str(dtype),
-                device=str(accelerator.device) if accelerator else device or "auto",
-                trust_remote_code=bool(trust_remote_code),
-                attn_implementation=attn_implementation,
-            )
-            loaded = load(config)
+            loading |= {"model": source, "revision": loading.get("revision") or named}
+            loading["device"] = str(accelerator.device) if accelerator else device or "auto"
+            loaded = load(changed(ModelConfig, None, loading))
         with quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
             super().__init__(
                 loaded.model,
@@ -187,7 +165,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 batch_size=batch_size,
                 max_batch_size=max_batch_size or MAX_ROWS,
                 max_length=max_length,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=loading.get("trust_remote_code", False),
                 **others,
             )
         if accelerator is not None:
