@@ -1,19 +1,33 @@
+"""Layers dropped in a fixed order, in that of their influence, and in a greedy one."""
+
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from drllm.errors import ConfigError
+from drllm.evaluation.baselines.fitting.measures import by_answers
 from drllm.evaluation.baselines.layer_dropping import (
     EvenlySpaced,
+    Greedy,
     LastLayers,
     LayerDropping,
+    block_influence,
     mixture,
+    order_by_influence,
 )
+from drllm.models.routing.policies import FixedPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
-L = 30
+L, SHALLOW = 30, 4
+TOLERANCE = 1e-4
+"""Nats, as in the parity tests of scoring."""
+COSINE_TOLERANCE = 1e-5
+"""Means of float32 cosines, computed in batches or alone; 1e-7 was seen."""
 
 
 class Measured(LayerDropping):
@@ -110,3 +124,94 @@ def test_a_mixture_of_unlike_decisions_meets_the_mean(executions):
 def test_a_mixture_cannot_leave_its_ends(executions):
     with pytest.raises(ConfigError, match="give a number from 2 to 5"):
         mixture((1, 0, 1, 0), (2, 1, 1, 1), executions, 50, rng())
+
+
+def by_hand(model, prompts):
+    """One prompt at a time, from the hidden states that the plain model gives out."""
+    plain = copy.deepcopy(model)
+    plain.model.norm = nn.Identity()  # else the last hidden state is behind it
+    cosines = []
+    for prompt in prompts:
+        with torch.no_grad():
+            states = plain.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        pairs = itertools.pairwise(states)
+        cosines.append(torch.stack([torch.cosine_similarity(a, b, dim=-1)[0] for a, b in pairs]))
+    return (1 - torch.cat(cosines, dim=1).double().mean(dim=1)).tolist()
+
+
+@pytest.mark.parametrize("decisions", [None, [0, 2, 1, 0]])
+def test_influence_is_that_of_the_base_model_s_hidden_states_whatever_batch_and_policy(
+    model, some_prompts, decisions
+):
+    model = copy.deepcopy(model)  # with an embedding of the padding token, which would be zeros
+    model.model.embed_tokens.weight.data[0] = model.model.embed_tokens.weight[7]
+    prompts = some_prompts(37)
+    policy = None if decisions is None else FixedPolicy(decisions, 4)
+    routed = RoutedModel(copy.deepcopy(model), policy=policy)
+    found = block_influence(routed, prompts)
+    assert found == pytest.approx(by_hand(model, prompts), abs=COSINE_TOLERANCE)
+    assert max(found) - min(found) > 100 * COSINE_TOLERANCE
+
+
+def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first(tiny_llama, some_prompts):
+    model = tiny_llama(num_layers=4)
+    for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+        linear.weight.data.zero_()
+    found = block_influence(RoutedModel(model), some_prompts(11))
+    assert found[2] == pytest.approx(0, abs=COSINE_TOLERANCE)
+    assert order_by_influence(found)[0] == 2
+
+
+def test_nothing_is_left_on_the_model(routed, some_prompts):
+    routed.model(torch.tensor([[5, 6]]))
+    before = routed.last_route.tolist()
+    block_influence(routed, some_prompts(11))
+    with pytest.raises(ConfigError, match="there are no prompts"):
+        block_influence(routed, [])
+    assert not any(layer._forward_hooks for layer in routed.injection.layers)
+    assert before == routed.last_route.tolist()
+
+
+def brute_force(measure, num_layers):
+    """Drop layers one path at a time, without a batch or a shared beginning."""
+    path, order, values = list(range(num_layers)), [], []
+    while len(path) > 1:
+        tried = {layer: measure([each for each in path if each != layer]) for layer in path}
+        best = max(tried, key=tried.get)
+        path.remove(best)
+        order.append(best)
+        values.append(tried[best])
+    return order, values
+
+
+def test_the_order_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
+    greedy = Greedy(by_answers(material), SHALLOW)
+    order, values = brute_force(slow_gold_logprob, SHALLOW)
+    assert greedy(SHALLOW - 1) == greedy(SHALLOW) == order
+    assert greedy.values == pytest.approx(values, abs=TOLERANCE)
+    assert sorted(order) != order, "the order must not be that of the layers themselves"
+
+
+def test_steps_are_made_as_far_as_they_are_asked_for_each_with_all_its_candidates():
+    sizes = []
+
+    def counting(plans):
+        sizes.append(len(plans))
+        return [float(plan[0] - plan[2]) for plan in plans]
+
+    greedy = Greedy(counting, SHALLOW)
+    assert greedy(0) == []
+    assert sizes == []
+    assert (greedy(2), greedy(1)) == ([2, 3], [2])
+    assert sizes == [4, 3]
+    greedy(3)
+    assert sizes == [4, 3, 2]
+
+
+def test_layers_that_are_kept_are_never_dropped():
+    greedy = Greedy(lambda plans: [0.0] * len(plans), SHALLOW, keep=[0, 3])
+    assert greedy(3) == [2, 1]
+
+
+def test_of_equal_layers_the_deepest_goes():
+    assert Greedy(lambda plans: [0.0] * len(plans), SHALLOW)(3) == [3, 2, 1]
