@@ -10,6 +10,7 @@ from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, System
 from drllm.reporting.numbers import against, count, difference, label
 from drllm.reporting.run import Run
+from drllm.supervision.rules import MIN_SAVING
 
 Step: TypeAlias = tuple[str, str]
 """Something to do, and what to type for it."""
@@ -80,12 +81,14 @@ def _better_targets(run: Run) -> Iterator[Step]:
         what = f"Search more questions than these {searched}, and train again:"
         yield what, f"drllm search … --limit {4 * len(run.search)}"
     used = run.supervised("config")
-    if used.get("target") == "least_kl" and used.get("min_saving"):
-        what = "Take targets that save less:"
-        yield what, f"drllm supervise … --target least_kl --min-saving {used['min_saving'] / 2:g}"
+    if used.get("target") == "least_kl":
+        saving = MIN_SAVING if used.get("min_saving") is None else used["min_saving"]
+        if saving:
+            less = f"drllm supervise … --min-saving {saving / 2:g}"
+            yield "Take targets that save less:", less
     elif run.supervision:
         what = "Take other targets, the paths that change the model's answers least:"
-        yield what, "drllm supervise … --target least_kl --min-saving 0.05"
+        yield what, "drllm supervise … --target least_kl"
 
 
 def _unbeaten(evaluation: Evaluation) -> System | None:

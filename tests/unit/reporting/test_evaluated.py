@@ -267,7 +267,14 @@ def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):
 def test_routers_that_are_worse_need_more_or_other_targets(run):
     codes = [code for _, code in next_steps(run)]
     assert codes[0] == f"drllm search … --limit {4 * len(run.search)}"
-    assert codes[1] == "drllm supervise … --target least_kl --min-saving 0.05"
+    assert codes[1] == "drllm supervise … --target least_kl"
+
+
+def test_targets_of_the_default_saving_are_to_save_half_of_it(run):
+    manifest = {"config": {"target": "least_kl", "min_saving": None}}
+    named = [each for each in run.sources if each.name == "supervision.jsonl"]
+    run = dataclasses.replace(run, sources=[dataclasses.replace(named[0], manifest=manifest)])
+    assert "drllm supervise … --min-saving 0.025" in [code for _, code in next_steps(run)]
 
 
 def test_one_depth_asks_for_a_curve_and_a_curve_for_a_certified_choice(run):
