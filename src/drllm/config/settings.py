@@ -15,15 +15,8 @@ from drllm.config.fields import NamesIn, Settings, basic, flag_of, incidental, s
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
-EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PATH_WEIGHTS = ("none", "equal", "shorter", "closer")
-LOSSES = ("focal", "cross_entropy")
-REDUCTIONS = ("mean", "sum")
-CLASS_WEIGHTS = ("effective_number", "none")
-FEATURE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +34,7 @@ class ModelConfig(Settings):
 
     model: str = basic("smollm2-135m", alias="model_id")
     revision: str | None = setting(None)
-    dtype: str = setting("auto", choices=DTYPES)
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = setting("auto")
     attn_implementation: str | None = setting(None)
     trust_remote_code: bool = setting(False)
@@ -105,7 +98,7 @@ class SearchConfig(Settings):
     state_cache_gb: float = incidental(4.0, above=0.0)
     paths_per_pass: int | None = incidental(None, minimum=1)
     shard: str | None = setting(None, value="I/N")
-    executor: str = incidental("local", choices=EXECUTORS, basic=True)
+    executor: str = incidental("local", choices=("local", "ray"), basic=True)
     num_workers: int | None = incidental(None, minimum=1, idle=("executor", "local"))
     ray_address: str | None = incidental(None, value="HOST:PORT", idle=("executor", "local"))
     seed: int = setting(0, minimum=0)
@@ -132,7 +125,7 @@ class SuperviseConfig(Settings):
 
     target: str = basic("least_kl", choices=NamesIn("drllm.supervision.rules:TARGETS"))
     min_saving: float | None = basic(None, above=0.0, maximum=1.0)
-    path_weights: str = setting("none", choices=PATH_WEIGHTS)
+    path_weights: str = setting("none", choices=("none", "equal", "shorter", "closer"))
     quotas: str | None = setting(None, value="TASK=N,...")
     quota_improving: float | None = setting(None, above=0.0, maximum=1.0)
 
@@ -174,14 +167,14 @@ class TrainConfig(Settings):
     weight_decay: float = setting(0.01, minimum=0.0)
     warmup_steps: float = setting(0.1, minimum=0.0)
     gradient_accumulation: int = setting(16, minimum=1)
-    loss_reduction: str = setting("mean", choices=REDUCTIONS)
+    loss_reduction: str = setting("mean", choices=("mean", "sum"))
     max_grad_norm: float | None = setting(None, above=0.0)
     num_windows: int = basic(8, minimum=1)
-    feature_dtype: str = setting("float32", choices=FEATURE_DTYPES)
+    feature_dtype: str = setting("float32", choices=("float32", "bfloat16"))
     router_width: int = setting(128, minimum=1)
-    loss: str = setting("focal", choices=LOSSES)
+    loss: str = setting("focal", choices=("focal", "cross_entropy"))
     gamma: float = setting(2.0, minimum=0.0, idle=("loss", "cross_entropy"))
-    class_weights: str = setting("none", choices=CLASS_WEIGHTS)
+    class_weights: str = setting("none", choices=("effective_number", "none"))
     beta: float = setting(0.999, minimum=0.0, maximum=0.9999999, idle=("class_weights", "none"))
     logit_adjustment: float = setting(0.0, minimum=0.0)
     soft_targets: bool = setting(False)
