@@ -480,38 +480,29 @@ def test_a_run_folder_is_shown_without_torch(finished_run: Path):
         assert done.stdout.splitlines()[-1] == f"{2 * (len(words) > 1)} set()"
 
 
-@pytest.mark.parametrize(
-    ("dataset", "stop"),
-    [
-        ("builtin_facts", signal.SIGINT),
-        ("letters", signal.SIGKILL),
-        pytest.param("builtin_arithmetic", signal.SIGKILL, marks=pytest.mark.thorough),
-    ],
-)
-def test_a_search_that_was_stopped_goes_on_and_ends_as_an_unbroken_one(
-    dataset, stop, tmp_path, model, start, assert_same_run
+def test_a_search_that_ctrl_c_stopped_goes_on_and_ends_as_an_unbroken_one(
+    tmp_path, model, start, assert_same_run
 ):
-    if dataset == "letters":  # answered by a letter; the tiny model's babble is right at times
-        dataset = str(tmp_path / "letters.jsonl")
-        choices = {"answer": "C", "grader": "letter"}
-        rows = [{"question": f"Is {n} A) odd, B) even or C) big?", **choices} for n in range(40)]
-        Path(dataset).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["search", *model, "--dataset", dataset, "--num-simulations", "8", "--limit", "10"]
+    # Answered by a letter; the tiny model's babble is right at times.
+    choices = {"answer": "C", "grader": "letter"}
+    rows = [{"question": f"Is {n} A) odd, B) even or C) big?", **choices} for n in range(40)]
+    dataset = tmp_path / "letters.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["search", *model, "--dataset", str(dataset), "--num-simulations", "8", "--limit", "10"]
     words += ["--block-size", "2", "--output-dir"]
     stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
     process, said = start([*words, str(stopped)])
     while not num_batches_kept(stopped / CHUNKS_FOLDER):
         assert process.is_alive(), said.read_text()
         time.sleep(0.001)
-    os.kill(process.pid, stop)
+    os.kill(process.pid, signal.SIGINT)
     process.join()
 
-    if stop == signal.SIGINT:
-        assert process.exitcode == 130
-        assert "Traceback" not in said.read_text()
-        again = shlex.join([*words, str(stopped)])
-        sentence = f"interrupted; finished work is kept. To resume: drllm {again}"
-        assert said.read_text().splitlines()[-1] == f"drllm: {sentence}"
+    assert process.exitcode == 130
+    assert "Traceback" not in said.read_text()
+    again = shlex.join([*words, str(stopped)])
+    sentence = f"interrupted; finished work is kept. To resume: drllm {again}"
+    assert said.read_text().splitlines()[-1] == f"drllm: {sentence}"
     kept = [file for file in (stopped / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
     assert 1 <= num_batches_kept(stopped / CHUNKS_FOLDER) < 5  # the stop came in the middle of it
     chunk = next(json.loads(f.read_text()) for f in kept if f.name.startswith("batch-"))
@@ -526,5 +517,4 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_an_unbroken_one(
     assert all(record in rows for record in chunk["records"])  # times too: not searched again
     resumed, expected = (read_search(run / "search.jsonl") for run in (stopped, unbroken))
     assert_same_run(resumed, expected)
-    if dataset != "builtin_arithmetic":  # too hard for a model of random weights
-        assert {path.reward for record in expected for path in record.paths} == {0.0, 1.0}
+    assert {path.reward for record in expected for path in record.paths} == {0.0, 1.0}

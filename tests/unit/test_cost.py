@@ -6,7 +6,6 @@ from drllm.cost import (
     decode_executions,
     distinct_executions,
     max_executions,
-    mean_executions,
     share_saved,
 )
 from drllm.errors import ConfigError
@@ -23,10 +22,6 @@ def test_a_rounding_error_never_costs_an_execution(num_layers):
 def test_a_budget_below_1_is_refused(budget):
     with pytest.raises(ConfigError, match="not even the full path fits"):
         max_executions(budget, 30)
-
-
-def test_the_mean_is_over_rows():
-    assert mean_executions([[1, 1, 1], [1, 0, 0]]) == 2.0
 
 
 def test_decoding_reads_an_answer_token_by_token_but_for_the_first():

@@ -172,15 +172,6 @@ def test_edits_that_were_hardly_tried_are_not_ranked(printed):
     assert "of 1 layers first" in printed()
 
 
-def test_the_story_of_a_search_fits_eighty_columns(narrow, capsys):
-    long = [
-        record(*one.paths, id=one.id, task=f"quite_a_long_name_{number}", seconds=12345.6)
-        for number, one in enumerate(FOUND * 2)
-    ]
-    show_search(long, narrow)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 def test_after_a_search_layers_are_not_ranked(printed):
     show_search(FOUND, Terminal(), edits=False)
     out = printed()
@@ -275,18 +266,6 @@ def test_a_long_answer_keeps_its_path_on_one_line(narrow, line_of):
     show_question([record(*paths, reward="boxed")], "q1", SEARCH, narrow)
     assert line_of("full path").endswith("…")
     assert "so and so" in line_of("full path")
-
-
-def test_a_questions_tree_fits_eighty_columns(narrow, capsys):
-    rows = ["1" * 30, *("1" * n + "0" + "1" * (29 - n) for n in range(30))]
-    rows += [text[:28] + "02" for text in rows[1:20]]
-    found = record(
-        *(tried(text, margin=-12.34, kl=12.345, retest=LOST, answer="so " * 9) for text in rows),
-        question="Why? " * 40,
-        reward="boxed",
-    )
-    show_question([found], "q1", SEARCH, narrow)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_an_unknown_id_names_the_nearest():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 
-import msgspec
 import pytest
 
 from drllm.statistics.intervals import mean_interval
@@ -13,7 +12,6 @@ from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
     Differences,
-    Verdict,
     compare,
     correct_together,
     judge_counts,
@@ -173,8 +171,3 @@ def test_times_are_told_apart_only_where_the_rounds_agree_whatever_else_was_time
     assert judge_times([agree, split]) == ["too noisy to tell"] * 2  # one of two tests
     assert judge_times([agree]) == ["faster"]
     assert judge_times([[1.1] * 8, split, [0.5] * 3]) == ["slower", *["too noisy to tell"] * 2]
-
-
-def test_a_verdict_is_the_same_after_a_file():
-    found = judge_counts(12, 8, 120)
-    assert msgspec.json.decode(msgspec.json.encode(found), type=Verdict) == found
