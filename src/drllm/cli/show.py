@@ -12,15 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from drllm.cli.parser import Flag, Request, verb
-from drllm.cli.show_search import (
-    say_classes,
-    show_failed,
-    show_question,
-    show_rejected,
-    show_search,
-    show_supervision,
-    show_unfinished,
-)
+from drllm.cli.show_search import LINES, say_classes, show_question, show_unfinished
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
@@ -333,11 +325,7 @@ _JSON: dict[str, Renderer] = {
 """By name, what prints a file."""
 
 _LINES: dict[str, tuple[str, Renderer]] = {
-    "paths": ("search", lambda path, terminal: show_search(read_search(path), terminal)),
-    "optimal_layer_config": ("supervision", show_supervision),
-    "reason": ("questions without a target", show_rejected),
-    "error": ("questions that failed", show_failed),
+    **LINES,
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", _show_metrics),
 }
-"""By a field of the first line, what a file of records holds and what prints it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,7 @@ from drllm.records import (
     TriedPath,
     read_json_lines,
     read_manifest,
+    read_search,
     read_supervision,
     rejected_path,
 )
@@ -345,3 +346,12 @@ def show_rejected(path: Path, terminal: Terminal) -> None:
     reasons = Counter((question.task, question.reason) for question in questions)
     rows = [(task, reason, count(n)) for (task, reason), n in reasons.items()]
     terminal.table("task|reason|records", rows, numbers_from=2)
+
+
+LINES: dict[str, tuple[str, Callable[[Path, Terminal], None]]] = {
+    "paths": ("search", lambda path, terminal: show_search(read_search(path), terminal)),
+    "optimal_layer_config": ("supervision", show_supervision),
+    "reason": ("questions without a target", show_rejected),
+    "error": ("questions that failed", show_failed),
+}
+"""By a field of the first line, what a file of records holds and what prints it."""

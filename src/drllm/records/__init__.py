@@ -14,13 +14,13 @@ from drllm.records.codec import refuse_odd_file as refuse_odd_file
 from drllm.records.codec import sha256 as sha256
 from drllm.records.codec import write_atomically as write_atomically
 from drllm.records.codec import write_json as write_json
-from drllm.records.lock import only_writer as only_writer
 from drllm.records.manifest import manifest_path as manifest_path
 from drllm.records.manifest import new_manifest as new_manifest
 from drllm.records.manifest import read_manifest as read_manifest
 from drllm.records.manifest import read_records as read_records
 from drllm.records.manifest import to_lines as to_lines
 from drllm.records.manifest import write_records as write_records
+from drllm.records.places import only_writer as only_writer
 from drllm.records.resume import Chunks as Chunks
 from drllm.records.resume import differences as differences
 from drllm.records.resume import refuse_other_run as refuse_other_run

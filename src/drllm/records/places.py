@@ -1,11 +1,14 @@
-"""Where results may be written: what is refused before any work is done and anything is made."""
+"""Where results may be written, which is checked before anything is made; one writer at a time."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from drllm.errors import ConfigError, RecordError
 from drllm.records.codec import read_json, refuse_odd_file
@@ -47,3 +50,31 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
         is_ours |= held.startswith("drllm.") and held != f"drllm.{schema}"
     if is_ours:
         raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
+
+
+@contextmanager
+def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
+    """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
+
+    Where another is writing, it is refused, naming the `flag` by which another folder is chosen.
+    The lock goes with the process, however that ends, so a killed run blocks nobody.
+    """
+    path = folder / f".{stage}.lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RecordError(
+            f"another {stage} is writing to {folder}; wait until it ends, or choose another {flag}"
+        ) from None
+    except OSError as error:
+        raise RecordError(
+            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows keeps a file that is open
+            path.unlink(missing_ok=True)  # while it is held: whoever waited sees that it is gone
+        lock.release()

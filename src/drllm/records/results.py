@@ -188,11 +188,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.system(ROUTED)
 
     @property
-    def above_chance(self) -> bool:
-        """Whether base is shown to be better than guessing; if not, there is nothing to lose."""
-        return self.base.interval[0] > self.chance
-
-    @property
     def score(self) -> str:
         """What is averaged over the questions, in words."""
         return self.metric if self.is_graded else "accuracy"
@@ -254,9 +249,9 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     samples: tuple[Sample, ...] = ()
 
-    def routes(self, name: str = ROUTED) -> list[Decisions]:
-        """Return the decisions that a system took on the questions, in their order."""
-        outcomes = [sample.systems[name] for sample in self.samples if name in sample.systems]
+    def routes(self) -> list[Decisions]:
+        """Return the decisions that the routed model took on the questions, in their order."""
+        outcomes = [each.systems[ROUTED] for each in self.samples if ROUTED in each.systems]
         return [outcome.decisions for outcome in outcomes if outcome.decisions]
 
 
@@ -421,11 +416,10 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def of(self, system: str, phase: str, batch_size: int) -> Timing:
         """Return one timing; KeyError if it wasn't measured."""
-        wanted = (system, phase, batch_size)
-        for timing in self.timings:
-            if (timing.system, timing.phase, timing.batch_size) == wanted:
-                return timing
-        raise KeyError(f"no timing of {wanted}")
+        found: dict[tuple[str, str, int], Timing] = {
+            (each.system, each.phase, each.batch_size): each for each in self.timings
+        }
+        return found[system, phase, batch_size]
 
     def ratio(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
         """Return how many times as long one system took as another, round by round."""

@@ -48,7 +48,7 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     accuracy, loss = routed.against_base.accuracy, routed.against_base.text_loss
     saves = share_saved(routed.executions, evaluation.num_layers) > 0
     is_worse = any(each is not None and each.is_better is False for each in (accuracy, loss))
-    if not evaluation.above_chance:
+    if evaluation.base.interval[0] <= evaluation.chance:
         what = f"Take a task that the base model can do; on {task} it may be guessing. Or show it"
         yield f"{what} worked examples:", "drllm evaluate … --num-fewshot 5"
     if accuracy.needed is not None:
