@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drllm.tasks.published.task import forget
+from drllm.tasks.published import task as published
 
 
 @pytest.fixture
@@ -60,11 +60,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
-    forget()
+    monkeypatch.setattr(published, "_thinned", {})
+    published._read.cache_clear()
     fake = FakeHub(datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
     yield fake
-    forget()
+    published._read.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -51,26 +51,23 @@ CONNECT_TIMEOUT_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Ready(NamedTuple):
-    """What a worker says once it has loaded the model: which, how it runs, and its process."""
-
-    identity: Mapping[str, Any]
-    runtime: Mapping[str, Any]
-    pid: int
-
-
 class Worker:
     """A process with a copy of the base model; Ray makes it an actor."""
 
-    def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
-        """Load the base model and route it; so many workers share the memory that it is in."""
+    def load(
+        self, model: ModelConfig, num_threads: int, num_sharing: int
+    ) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Load the base model and route it; so many workers share the memory that it is in.
+
+        Returns which model it is, how it runs, and the process.
+        """
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
         with quiet():
             base = load(model)
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         self.local = LocalExecutor(routed, base.identity, base.runtime)
-        return Ready(base.identity, base.runtime, os.getpid())
+        return base.identity, base.runtime, os.getpid()
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return what the model reads of each prompt; None where its template refuses it."""
@@ -261,7 +258,7 @@ class RayExecutor:
     def _take_in(self, seat: Seat) -> None:
         """Note that a worker has loaded the model; one whose model differs is refused."""
         try:
-            ready: Ready = self._get(seat.starting)
+            identity, runtime, pid = self._get(seat.starting)
         except self._lost as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -272,8 +269,8 @@ class RayExecutor:
             self._replace(seat)
             return
         if not self.identity:
-            self.identity, self.runtime = ready.identity, ready.runtime
-        theirs = {**ready.identity, **ready.runtime}
+            self.identity, self.runtime = identity, runtime
+        theirs = {**identity, **runtime}
         for name, ours in {**self.identity, **self.runtime}.items():
             if ours != theirs.get(name):
                 raise ModelError(
@@ -281,7 +278,7 @@ class RayExecutor:
                     f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are alike"
                 )
         self._failed_starts = 0
-        seat.starting, seat.pid = None, ready.pid
+        seat.starting, seat.pid = None, pid
 
     def _get(self, promised: Any) -> Any:
         """Return what was promised; an error of ours that a worker met is raised as it was."""

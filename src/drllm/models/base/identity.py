@@ -8,7 +8,6 @@ Axes: D hidden, L layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,9 +21,6 @@ from drllm.models.base.layers import base_of, find_layers
 FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
 WRAPPED = ("base_layer", "original_module")
 """The names by which PEFT's layers keep the module that they stand in for."""
-
-Weight = tuple[str, tuple[nn.Module, ...], str]
-"""A weight: its name in the module looked at, the modules around it (owner last), its own name."""
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -64,28 +60,14 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _weights(module: nn.Module, prefix: str, around: tuple[nn.Module, ...]) -> Iterator[Weight]:
-    """Yield every weight, in the order and by the name that it has without an adapter."""
-    around = (*around, module)
-    children = dict(module.named_children())
-    wrapped = next((children[name] for name in WRAPPED if name in children), None)
-    if wrapped is not None:
-        yield from _weights(wrapped, prefix, around)
-        return
-    for own, _ in module.named_parameters(recurse=False):
-        yield f"{prefix}{own}", around, own
-    for name, child in children.items():
-        yield from _weights(child, f"{prefix}{name}.", around)
-
-
 def _content(place: str, module: nn.Module) -> bytes:
     """Return what is hashed of a module's first matrix: name, shape, signs."""
-    name, around, own = next(
-        weight
-        for weight in _weights(module, "", ())
-        if weight[1][-1].get_parameter(weight[2]).dim() == 2
-    )
-    name = place if place == "embedding" else f"{place}.{name}"
+    # An adapter's layers have what they stand in for as their first part.
+    path = next(name for name, weight in module.named_parameters() if weight.dim() == 2)
+    *parts, own = path.split(".")
+    name = ".".join([place, *(part for part in (*parts, own) if part not in WRAPPED)])
+    name = place if place == "embedding" else name
+    around = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     owner = around[-1]
     with ExitStack() as fetched:
         for holder in reversed(around):  # accelerate's hook sits on the owner, or further out

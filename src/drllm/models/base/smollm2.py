@@ -3,8 +3,8 @@
 The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
 checked, and it is converted once to safetensors in the user's cache folder. Everything is written
 and synced in a temporary folder next to the final one and renamed in one step, the manifest last; a
-later run compares the file sizes of the manifest only. Transformers reads the weights; what the
-conversion needs is loaded when it is needed.
+later run compares the file sizes of the manifest only. What the conversion needs (gguf, torch) is
+loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from filelock import FileLock
@@ -23,6 +23,9 @@ from filelock import FileLock
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
 from drllm.records import read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,13 +53,6 @@ class Manifest(msgspec.Struct):
     source: str
 
 
-class Source(NamedTuple):
-    """A GGUF file that a model is converted from, and the hash that it must have."""
-
-    path: Path
-    sha256: str
-
-
 def cache_folder() -> Path:
     """Return `DRLLM_CACHE_DIR`, else `drllm` in `XDG_CACHE_HOME`, which is `~/.cache` if unset."""
     if own := os.environ.get(CACHE_VARIABLE):
@@ -76,7 +72,7 @@ def folder() -> Path | None:
     if (place := converted()) or (file := _find_gguf()) is None:
         return place
     need("demo", f"model {ALIAS!r} of the package {DISTRIBUTION}")
-    return convert_once(Source(file, SHA256), _target())
+    return convert_once(file, SHA256, _target())
 
 
 def converted() -> Path | None:
@@ -103,7 +99,7 @@ def is_complete(target: Path, source_sha256: str) -> bool:
     )
 
 
-def convert_once(source: Source, target: Path) -> Path:
+def convert_once(source: Path, expected: str, target: Path) -> Path:
     """Convert a GGUF file to a folder, unless another process has done so meanwhile; return it.
 
     A lock file lets one process convert while others wait; a temporary folder that the holder of
@@ -118,18 +114,17 @@ def convert_once(source: Source, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if is_complete(target, source.sha256):
+            if is_complete(target, expected):
                 return target
-            found = sha256(source.path)
-            if found != source.sha256:
+            found = sha256(source)
+            if found != expected:
                 raise ModelError(
-                    f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
-                    f"{_REINSTALL}"
+                    f"{source} has SHA-256 {found[:16]}…, expected {expected[:16]}…; {_REINSTALL}"
                 )
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()
-                _convert(source, temporary)
+                _convert(source, expected, temporary)
                 if target.exists():
                     shutil.rmtree(target)
                 temporary.rename(target)
@@ -162,18 +157,16 @@ def _find_gguf() -> Path | None:
     return found[0]
 
 
-def _convert(source: Source, target: Path) -> None:
+def _convert(source: Path, source_sha256: str, target: Path) -> None:
     """Write and sync files that every supported transformers reads alike, the manifest last.
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
     import gguf
     from safetensors.torch import save_file
-    from torch import float32  # which alone holds the quantised values exactly
-    from transformers import AutoModelForCausalLM
 
-    logger.info("converting %s to %s, once", source.path.name, target.parent)
-    reader = gguf.GGUFReader(source.path)
+    logger.info("converting %s to %s, once", source.name, target.parent)
+    reader = gguf.GGUFReader(source)
 
     def read(key: str) -> Any:
         return reader.fields[key].contents()
@@ -182,16 +175,12 @@ def _convert(source: Source, target: Path) -> None:
     write_json(target / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(target / "generation_config.json", ids)
-    weights = AutoModelForCausalLM.from_pretrained(
-        source.path.parent, gguf_file=source.path.name, dtype=float32
-    ).state_dict()
-    del weights["lm_head.weight"]  # the embeddings once more
-    save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
     sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
-    manifest = Manifest(FORMAT, source.sha256, sizes, source.path.name)
+    manifest = Manifest(FORMAT, source_sha256, sizes, source.name)
     write_json(target / MANIFEST_FILE, manifest)
     for file in (*target.iterdir(), target):
         _sync(file)
@@ -224,6 +213,30 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
         "pad_token_id": read("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
+
+
+def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in float32, which alone holds the quantised values exactly."""
+    import gguf
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    weights = {}
+    for name, _ in model.named_parameters():
+        found = stored[names.get_name(name, try_suffixes=(".weight",))]
+        values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type)))
+        if num_heads := heads.get(name.split(".")[-2]):
+            # GGUF interleaves the two halves that RoPE turns against each other.
+            pairs = values.view(num_heads, -1, 2, values.shape[-1])  # [heads, dim / 2, 2, D]
+            values = pairs.transpose(1, 2).reshape(values.shape)
+        weights[name] = values
+    return weights
 
 
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:

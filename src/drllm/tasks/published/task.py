@@ -261,12 +261,6 @@ _thinned: dict[tuple[str, str | None, str], list[Row]] = {}
 """What was kept of files of the hub, which are long, and which several tasks may share."""
 
 
-def forget() -> None:
-    """Forget every question that was read, for tests whose hub changes."""
-    _read.cache_clear()
-    _thinned.clear()
-
-
 def find_file(folder: Path, stem: str) -> Path | None:
     """Return the file of a folder that holds the rows of `stem`, or None where there is none.
 

