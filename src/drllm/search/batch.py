@@ -228,11 +228,6 @@ def search_in_step(
     ]
 
 
-def key_of(batch: Batch) -> str:
-    """Return the key under which a batch is kept."""
-    return f"batch {batch.number}"
-
-
 class LocalExecutor:
     """Searches in this process, one batch after the other.
 
@@ -268,9 +263,9 @@ class LocalExecutor:
     ) -> Iterator[tuple[Batch, Searched]]:
         """Search batches, each taken when it can be, and hand it over as soon as it is done.
 
-        What is done of a batch is kept in `chunks`, under `key_of`.
+        What is done of a batch is kept in `chunks`, under its key.
         """
         for batch in batches:
-            parts = None if chunks is None else chunks.within(key_of(batch))
+            parts = None if chunks is None else chunks.within(batch.key)
             on_step = None if on_share is None else partial(on_share, batch)
             yield batch, search_batch(self.routed, batch, config, parts=parts, on_step=on_step)

@@ -58,6 +58,11 @@ class Batch:
         """The name of their task."""
         return self.questions[0].task
 
+    @property
+    def key(self) -> str:
+        """The key under which what is done of them is kept."""
+        return f"batch {self.number}"
+
 
 def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQuestion]:
     """Return the questions that a search asks, each one once.

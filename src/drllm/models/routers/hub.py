@@ -6,14 +6,12 @@ import dataclasses
 import re
 import tempfile
 import warnings
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
@@ -29,7 +27,7 @@ from drllm.models.routers.checkpoint import (
 )
 from drllm.models.routers.stack import RouterStack
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
 NEW_TOKEN = (
     "make one with write access in your settings there, then pass it as token=... or set "
     + hub.TOKEN_VARIABLE
@@ -57,35 +55,20 @@ def find(place: Path | str, revision: str | None = None, **options: Any) -> Path
         return folder
     try:
         with hub.quiet():
-            folder = _fetched(name, revision, options)
+            fetched = huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=FILES, **options
+            )
     except hub.FETCH_ERRORS as error:
         otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
         said = hub.explain(error, "routers repository", name, revision, otherwise)
         raise CheckpointError(f"{said}; there is no folder {name!r} either") from error
+    folder = Path(fetched)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"the hub repository {name!r} has no {CONFIG_FILE}; is it a base model? Then give it "
             f"as --model"
         )
     return folder
-
-
-def _fetched(name: str, revision: str | None, options: dict[str, Any]) -> Path:
-    """Return where routers lie in the cache, fetched into it unless it has the whole commit.
-
-    A commit never changes, so the hub needn't be asked. Some versions of its library ask all the
-    same for the list of files, where an older version put them there.
-    """
-    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
-    fetch = partial(
-        huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=files, **options
-    )
-    if revision is not None and COMMIT.fullmatch(revision):
-        with suppress(LocalEntryNotFoundError):
-            folder = Path(fetch(local_files_only=True))
-            if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-                return folder
-    return Path(fetch())
 
 
 def push_routers(

@@ -245,10 +245,8 @@ def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
-    import torch
-
     weights = probabilities.to(generator.device)
-    return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
+    return weights.multinomial(num_rows, replacement=True, generator=generator)
 
 
 @POLICIES.register("routers")
