@@ -216,14 +216,6 @@ def test_detaching_leaves_the_checkpointing_function_as_it_was(tiny_llama):
 # --- copying and saving ------------------------------------------------------------------------
 
 
-def test_a_deep_copy_of_the_model_is_routed_by_itself(planned):
-    twin = copy.deepcopy(planned.model)
-    expected = planned.model(**prompts()).logits
-    planned.detach()
-    assert torch.equal(expected, twin(**prompts()).logits)
-    assert not torch.equal(expected, planned.model(**prompts()).logits)
-
-
 def test_a_model_saved_whole_is_routed_when_it_is_loaded(planned):
     file = io.BytesIO()
     torch.save(planned.model, file)

@@ -190,17 +190,6 @@ def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(endless, tiny_toke
     assert sum(each) / len(each) == pytest.approx(answer.logprob, abs=1e-4)
 
 
-def test_more_pairs_than_one_pass_takes_keep_their_places(endless, tiny_tokenizer):
-    routed, pairs = RoutedModel(endless), some_pairs(37, seed=6)
-    batch = AnswerBatch(routed, tiny_tokenizer, CONTEXTS, 1.0)
-    limits = [1 + place % 3 for place in range(len(pairs))]
-    answers = batch.answers(pairs, limits, lambda place, _, ended: float(place) if ended else None)
-    assert [float(place) for place in range(len(pairs))] == [a.grade for a in answers]
-    assert limits == [len(answer.tokens) for answer in answers]
-    scores = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs)
-    assert_sums(scores[-5:], ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs[-5:]))
-
-
 def test_what_all_prompts_begin_with_is_run_once_for_all_of_them(tiny_llama):
     pairs = some_pairs(24)
     batch = check_sums(tiny_llama(), WITH_STEM, pairs, parts=2)
@@ -274,11 +263,14 @@ def test_scores_and_answers_do_not_depend_on_how_paths_are_split(
     def both(number):
         scores = ChoiceBatch(routed, WITH_STEM, 1.0, paths_per_pass=number)
         answers = AnswerBatch(routed, tiny_tokenizer, STEM_CONTEXTS, 1.0, paths_per_pass=number)
-        return scores.logprobs(pairs), answers.answers(pairs, limits, never)
+        place_at_end = lambda place, _, ended: float(place) if ended else None  # noqa: E731
+        return scores.logprobs(pairs), answers.answers(pairs, limits, place_at_end)
 
     whole, split = both(100), both(num_paths)
     assert_sums(whole[0], split[0])
     assert tokens(whole[1]) == tokens(split[1])
+    assert limits == [len(answer.tokens) for answer in split[1]]
+    assert [*range(14)] == [answer.grade for answer in split[1]]
     assert [a.logprob for a in whole[1]] == pytest.approx(
         [a.logprob for a in split[1]], abs=SUM_TOLERANCE
     )

@@ -228,21 +228,13 @@ def search_in_step(
     ]
 
 
+@dataclass(eq=False)
 class LocalExecutor:
-    """Searches in this process, one batch after the other.
+    """Searches in this process, one batch after the other; the model has its tokenizer."""
 
-    The identity says which base model it is, the runtime how it runs: another dtype, say, is
-    another search. A model without its tokenizer is a TaskError.
-    """
-
-    def __init__(
-        self, routed: RoutedModel, identity: Mapping[str, Any], runtime: Mapping[str, Any]
-    ) -> None:
-        if routed.tokenizer is None:
-            raise TaskError("the search asks questions as text; give the model's tokenizer")
-        self.routed = routed
-        self.identity = identity
-        self.runtime = runtime
+    routed: RoutedModel
+    identity: Mapping[str, Any]  # which base model it is
+    runtime: Mapping[str, Any]  # how it runs: in another dtype, say, it is another search
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return what the model reads of each prompt; None where its template refuses it."""

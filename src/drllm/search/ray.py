@@ -50,11 +50,8 @@ CONNECT_TIMEOUT_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Worker(LocalExecutor):
+class Worker:
     """A process with a copy of the base model; Ray makes it an actor."""
-
-    def __init__(self) -> None:
-        """Make a worker that has no model before `load`."""
 
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
@@ -68,13 +65,17 @@ class Worker(LocalExecutor):
         with quiet():
             base = load(model)
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        super().__init__(routed, base.identity, base.runtime)
+        self.local = LocalExecutor(routed, base.identity, base.runtime)
         return base.identity, base.runtime, os.getpid()
 
-    def search_one(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return what the model reads of each prompt; None where its template refuses it."""
+        return self.local.texts(prompts)
+
+    def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
         """Search a batch."""
         with quiet():
-            return search_batch(self.routed, batch, config, parts=parts)
+            return search_batch(self.local.routed, batch, config, parts=parts)
 
 
 @dataclass(eq=False)
@@ -174,7 +175,7 @@ class RayExecutor:
                     if batch is None:
                         break
                     parts = None if kept is None else kept.within(batch.key)
-                    seat.jobs.append((seat.worker.search_one.remote(batch, stored, parts), batch))
+                    seat.jobs.append((seat.worker.search.remote(batch, stored, parts), batch))
             if not jobs.again and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._news():

@@ -88,13 +88,6 @@ def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):
         assert {None} == {path.kl for path in record.paths}
 
 
-def test_paths_a_pass_change_no_record(routed, facts, assert_same_run):
-    examples = facts.examples("search")[:3]
-    as_many_as_fit = drllm.search_paths(routed, examples, settings())
-    one = drllm.search_paths(routed, examples, settings(paths_per_pass=1))
-    assert_same_run(as_many_as_fit, one)
-
-
 @pytest.fixture
 def retested(facts):
     """Questions of which some are asked again."""

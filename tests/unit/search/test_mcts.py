@@ -222,32 +222,6 @@ def test_fifty_simulations_are_both_broad_and_deep():
     assert search.num_simulations_done - len(search.root.children) >= 14
 
 
-HARMLESS = (3, 7, 8, 11, 12, 20)
-
-
-def harm(decisions: Decisions) -> float:
-    """A score: nothing for skips of harmless layers, 1 nat for every other change."""
-    return -float(sum(count != 1 for i, count in enumerate(decisions) if i not in HARMLESS))
-
-
-def with_scores(score: Callable[[Decisions], float | None], seed: int) -> TreeSearch:
-    """A search whose rewards say nothing, since all of them are the same."""
-    search = TreeSearch(30, SearchConfig(num_simulations=100), Random(seed))
-    while asked := search.ask():
-        search.tell(*asked, 0.5, score(*asked))
-    return search
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_edits_that_scored_well_before_are_made_more_often(seed):
-    """Measured: mean scores of -0.95 to -1.04 with, of -1.38 to -1.59 without."""
-
-    def mean(search: TreeSearch) -> float:
-        return sum(harm(decisions) for decisions in search.tried) / len(search.tried)
-
-    assert mean(with_scores(harm, seed)) > 0.8 * mean(with_scores(lambda decisions: None, seed))
-
-
 L = 12
 
 
