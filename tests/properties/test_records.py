@@ -9,20 +9,11 @@ from hypothesis import strategies as st
 
 from drllm.errors import RecordError
 from drllm.paths import full_decisions
-from drllm.records import (
-    Retest,
-    SearchRecord,
-    SupervisionRecord,
-    TriedPath,
-    decode,
-    encode,
-    new_manifest,
-    question_key,
-    read_search,
-    read_supervision,
-    split_of,
-    write_records,
-)
+from drllm.records.codec import decode, encode
+from drllm.records.manifest import new_manifest, write_records
+from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
+from drllm.records.splits import question_key, split_of
+from drllm.records.supervision import SupervisionRecord, read_supervision
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 filled = texts.filter(str.strip)

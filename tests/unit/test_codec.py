@@ -16,16 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drllm.errors import RecordError
-from drllm.records import (
-    codec,
+from drllm.records import codec
+from drllm.records.codec import (
+    SCHEMA_VERSION,
     decode,
     encode,
     read_json,
     read_json_lines,
+    read_text,
+    sha256,
     write_atomically,
     write_json,
 )
-from drllm.records.codec import SCHEMA_VERSION, read_text, sha256
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

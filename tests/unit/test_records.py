@@ -11,29 +11,18 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.errors import ConfigError, RecordError
-from drllm.records import (
-    SCHEMA_VERSION,
-    Retest,
-    SearchRecord,
-    SupervisionRecord,
-    TriedPath,
-    WeightedPath,
-    codec,
-    decode,
-    encode,
-    join_supervision,
-    manifest,
-    manifest_path,
-    new_manifest,
-    read_manifest,
-    read_search,
-    read_supervision,
-    sha256,
-    split_of,
-    write_atomically,
-    write_records,
-)
+from drllm.records import codec, manifest
+from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
+from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
 from drllm.records.places import check_file
+from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
+from drllm.records.splits import split_of
+from drllm.records.supervision import (
+    SupervisionRecord,
+    WeightedPath,
+    join_supervision,
+    read_supervision,
+)
 
 RECORD = SearchRecord(
     id="q1",

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 
 from drllm import __version__
 from drllm.cli.help import say_help, say_overview
@@ -46,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _before(words: Sequence[str], end: str) -> Sequence[str]:
-    return words[: words.index(end)] if end in words else words
-
-
 def _run(words: list[str], terminal: Terminal) -> int:
     if not words:
         raise ConfigError("no verb is given; 'drllm --help' lists them, first try: drllm ls tasks")
@@ -62,7 +59,7 @@ def _run(words: list[str], terminal: Terminal) -> int:
         from drllm.cli import harness
 
         harness.run(words[1:])
-    elif asked := {word.replace("_", "-") for word in _before(words, "--")} & set(HELP):
+    elif asked := {word.replace("_", "-") for word in takewhile("--".__ne__, words)} & set(HELP):
         say_help(verb_of(words[0]), terminal, everything="--help-all" in asked)
     else:
         request = parse(words)

@@ -17,17 +17,10 @@ from drllm.cost import distinct_executions
 from drllm.errors import RecordError
 from drllm.listener import duration
 from drllm.paths import Decision, Decisions
-from drllm.records import (
-    FailedQuestion,
-    RejectedQuestion,
-    SearchRecord,
-    TriedPath,
-    read_json_lines,
-    read_manifest,
-    read_search,
-    read_supervision,
-    rejected_path,
-)
+from drllm.records.codec import read_json_lines
+from drllm.records.manifest import read_manifest
+from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
+from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
 from drllm.search import num_batches_kept
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action

@@ -63,7 +63,7 @@ def report(
     target = own if output is None else _target(Path(output))
     with listener.busy("drawing the report"):
         found = document([read_run(folder) for folder in run_folders])
-        figures, text = _figures_folder(target), target.with_suffix(".md")
+        figures, text = target.with_name(f"{target.stem}_figures"), target.with_suffix(".md")
         contents: dict[Path, str | bytes] = {
             figures / f"{name}.png": png(figure.draw, WIDE if figure.is_large else NARROW)
             for figure, name in found.figures().items()
@@ -79,7 +79,7 @@ def report(
 
 def figures_of(page: Path) -> list[Path]:
     """Return the pictures that belong to a report, given its HTML file, in their order."""
-    places = _figures_folder(page).glob("*.png")
+    places = page.with_name(f"{page.stem}_figures").glob("*.png")
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
 
 
@@ -89,10 +89,6 @@ def _folder_of(results: Results) -> Path:
             "these results were not written; give evaluate(..., output_dir='runs/NAME/eval')"
         )
     return results.folder.parent if results.folder.name == "eval" else results.folder
-
-
-def _figures_folder(page: Path) -> Path:
-    return page.with_name(f"{page.stem}_figures")
 
 
 def _target(output: Path) -> Path:

@@ -21,16 +21,9 @@ from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.errors import RecordError
 from drllm.paths import Decision
-from drllm.records import (
-    FailedQuestion,
-    Retest,
-    SearchRecord,
-    TriedPath,
-    new_manifest,
-    to_lines,
-    write_atomically,
-    write_records,
-)
+from drllm.records.codec import write_atomically
+from drllm.records.manifest import new_manifest, to_lines, write_records
+from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import supervise, targets
 
