@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from drllm.errors import ConfigError, RoutingError
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.requests import STEPS
+from drllm.evaluation.lm_eval.scoring import STEPS
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers

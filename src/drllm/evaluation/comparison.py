@@ -19,8 +19,7 @@ from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.stock import StockTask
-from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.lm_eval.task import AskedTask, StockTask
 from drllm.evaluation.questions import chosen_on, sources_of, worked_task
 from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns

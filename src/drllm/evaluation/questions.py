@@ -79,7 +79,7 @@ def _tasks(given: Sequence[Task | str]) -> list[Task]:
         elif is_task_name(each) or not each or ("/" in each and not each.endswith(".yaml")):
             tasks += get_tasks(each)
         else:
-            from drllm.evaluation.lm_eval.stock import StockTask  # which loads the harness
+            from drllm.evaluation.lm_eval.task import StockTask  # which loads the harness
 
             tasks.append(StockTask(each))
     for name, count in Counter(task.name for task in tasks).items():

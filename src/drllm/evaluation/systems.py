@@ -21,8 +21,7 @@ from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.requests import Request
-from drllm.evaluation.lm_eval.scoring import Answer, Plan
+from drllm.evaluation.lm_eval.scoring import Answer, Plan, Request
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.scoring.batching import blocks_of

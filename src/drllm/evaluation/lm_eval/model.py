@@ -28,8 +28,14 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
-from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
-from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer
+from drllm.evaluation.lm_eval.scoring import (
+    Answer,
+    Counts,
+    Request,
+    RequestScorer,
+    fitted,
+    without_padding,
+)
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers import hub
@@ -218,7 +224,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     # --- log-likelihoods ---
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Score continuations, those of one question together; see `requests.asked`."""
+        """Score continuations, those of one question together; see `scoring.asked`."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
         rows = [self.request_of(each) for each in requests]
@@ -288,7 +294,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate answers; decisions are taken in the prefill, and pinned.
 
-        Answers that the model has no room for are shorter, with a warning (see `requests.fitted`).
+        Answers that the model has no room for are shorter, with a warning (see `scoring.fitted`).
         """
         wanted, places = without_padding(requests)
         room = self.max_length, self.max_gen_toks

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval import requests
-from drllm.evaluation.lm_eval.requests import STEPS, Request, asked, fitted
+from drllm.evaluation.lm_eval.scoring import STEPS, Request, asked, fitted
 
 LONG = 1000
 CONTEXT = 160

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from drllm.config import EvaluateConfig
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.stock import StockTask
+from drllm.evaluation.lm_eval.task import StockTask
 from drllm.evaluation.questions import tasks_of
 from drllm.evaluation.run import evaluate
 from drllm.models.base.identity import fingerprint
