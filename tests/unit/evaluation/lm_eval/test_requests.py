@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
-from drllm.evaluation.lm_eval import requests
+from drllm.evaluation.lm_eval import scoring
 from drllm.evaluation.lm_eval.scoring import STEPS, Request, asked, fitted
 
 LONG = 1000
@@ -98,7 +98,7 @@ def lengths(wanted):
 @pytest.fixture
 def task():
     """A name that nothing was said of yet."""
-    requests._warn.cache_clear()
+    scoring._warn.cache_clear()
     return next(NAMES)
 
 
