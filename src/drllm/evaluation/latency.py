@@ -88,17 +88,15 @@ def measure(
     systems: Mapping[str, Policy | None],
     prompts: Sequence[Sequence[int]],
     rounds: int,
-    clock: Clock | None = None,
 ) -> Timings:
     """Time systems, each a policy or None for base, while they read prompts and while they decode.
 
     Prompts are cut to one length, the shortest one's or `PROMPT_TOKENS`, so that no padding is
     timed; a batch of more rows than there are prompts holds some several times. A round that isn't
-    measured comes first. Without a clock, which gives seconds, one waits for the device.
-    RoutingError for a model that is routed already.
+    measured comes first. RoutingError for a model that is routed already.
     """
     T = min(PROMPT_TOKENS, *map(len, prompts))
-    clock = clock or device_clock(model.device)
+    clock = device_clock(model.device)
     models = {name: twin(model) for name in systems}
     routed = {
         name: RoutedModel(models[name], policy=policy)

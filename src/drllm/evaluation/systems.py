@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -286,13 +287,12 @@ def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
         >>> distinct([0, 1, 2, 3], ["a", "b", "a", "a"])
         [[0, 1], [2], [3]]
     """
-    parts: list[dict[str, int]] = []
+    parts: defaultdict[int, list[int]] = defaultdict(list)
+    seen: Counter[str] = Counter()
     for place in block:
-        free = next((part for part in parts if prompts[place] not in part), None)
-        if free is None:
-            parts.append(free := {})
-        free[prompts[place]] = place
-    return [list(part.values()) for part in parts]
+        parts[seen[prompts[place]]].append(place)
+        seen[prompts[place]] += 1
+    return list(parts.values())
 
 
 def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:

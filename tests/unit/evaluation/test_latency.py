@@ -10,6 +10,7 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import RoutingError
+from drllm.evaluation import latency
 from drllm.evaluation.latency import (
     BATCH_SIZES,
     choose_prompts,
@@ -61,10 +62,10 @@ def test_systems_take_turns_in_another_order_every_round():
     assert rounds == [dict.fromkeys("abc", 1.0)] * 8
 
 
-def test_every_system_phase_and_batch_size_has_its_timing(base, routers):
+def test_every_system_phase_and_batch_size_has_its_timing(base, routers, monkeypatch):
     ticks = itertools.count()
-    systems = with_router_time(routers)
-    found = measure(base.model, systems, PROMPTS, 2, lambda: 0.5 * next(ticks))
+    monkeypatch.setattr(latency, "device_clock", lambda _: lambda: 0.5 * next(ticks))
+    found = measure(base.model, with_router_time(routers), PROMPTS, 2)
     timed = [(each.phase, each.batch_size, each.system) for each in found.timings]
     assert sorted(timed) == sorted(itertools.product(PHASES, BATCH_SIZES, SYSTEMS))
     for each in found.timings:

@@ -245,18 +245,13 @@ class Greedy:
     A step measures the drop of every layer that is left at once; of equal layers the deepest goes.
     One layer is always left, and those in `keep` are.
 
-    Attributes:
-        layers: Those dropped so far, in order.
-        values: The measure with the first layer dropped, with the first two, and so on.
-
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
     """
 
     def __init__(self, measure: Measure, num_layers: int, keep: Sequence[int] = ()) -> None:
         self.measure = measure
         self.num_layers = num_layers
-        self.layers: list[int] = []
-        self.values: list[float] = []
+        self.layers: list[int] = []  # those dropped so far, in order
         self._left = [layer for layer in reversed(range(num_layers)) if layer not in keep]
 
     def __call__(self, number: int) -> list[int]:
@@ -266,5 +261,4 @@ class Greedy:
             found = self.measure(candidates)
             best = found.index(max(found))  # the first of equal ones
             self.layers.append(self._left.pop(best))
-            self.values.append(found[best])
         return self.layers[:number]

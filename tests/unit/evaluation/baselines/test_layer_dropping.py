@@ -24,8 +24,6 @@ from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 
 L, SHALLOW = 30, 4
-TOLERANCE = 1e-4
-"""Nats, as in the parity tests of scoring."""
 COSINE_TOLERANCE = 1e-5
 """Means of float32 cosines, computed in batches or alone; 1e-7 was seen."""
 
@@ -174,21 +172,19 @@ def test_nothing_is_left_on_the_model(routed, some_prompts):
 
 def brute_force(measure, num_layers):
     """Drop layers one path at a time, without a batch or a shared beginning."""
-    path, order, values = list(range(num_layers)), [], []
+    path, order = list(range(num_layers)), []
     while len(path) > 1:
         tried = {layer: measure([each for each in path if each != layer]) for layer in path}
         best = max(tried, key=tried.get)
         path.remove(best)
         order.append(best)
-        values.append(tried[best])
-    return order, values
+    return order
 
 
 def test_the_order_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
     greedy = Greedy(by_answers(material), SHALLOW)
-    order, values = brute_force(slow_gold_logprob, SHALLOW)
+    order = brute_force(slow_gold_logprob, SHALLOW)
     assert greedy(SHALLOW - 1) == greedy(SHALLOW) == order
-    assert greedy.values == pytest.approx(values, abs=TOLERANCE)
     assert sorted(order) != order, "the order must not be that of the layers themselves"
 
 
