@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from drllm.errors import ConfigError
 from drllm.paths import num_executions, to_path
 
 
 def max_executions(budget: float, num_layers: int) -> int:
     """Return the most executions of a path within a budget, a factor of L from 1.
 
-    A rounding error of the product never costs one. A budget below 1, which the full path itself
-    would break, is a ConfigError.
+    A rounding error of the product never costs one.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
 
@@ -25,11 +23,6 @@ def max_executions(budget: float, num_layers: int) -> int:
         >>> max_executions(1.1, 30)
         33
     """
-    if not budget >= 1:
-        raise ConfigError(
-            f"budget {budget} is below 1, so not even the full path fits; "
-            f"give a factor of the number of layers from 1 to 2"
-        )
     return math.floor(budget * num_layers + 1e-9)
 
 

@@ -36,7 +36,7 @@ def run(request: Request, terminal: Terminal) -> None:
     """Carry out a recipe: all stages in a row, skipping what is done."""
     path, folder = _places(request, "recipe")
     recipe = read_recipe(path, request.values["data_dir"])
-    done = run_folder.run(recipe, folder, listener=terminal)
+    done = run_folder.run(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()
     for stage in done:
@@ -55,7 +55,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
     """Train with many settings, choose one, test it once."""
     path, folder = _places(request, "sweep")
     plan = read_sweep(path, request.values["data_dir"])
-    chosen = sweeps.sweep(plan, folder, listener=terminal)
+    chosen = sweeps.sweep(plan, folder, terminal)
     show_sweep(folder / SWEEP_FILE, terminal)
     if chosen is not None:
         show_results(folder / "test" / "eval", terminal)

@@ -25,7 +25,7 @@ from drllm.errors import RecordError
 from drllm.evaluation.baselines.registry import files_needed
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
-from drllm.pipeline.recipes import Recipe, read_recipe
+from drllm.pipeline.recipes import Recipe
 from drllm.records.places import check_folder
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
@@ -133,10 +133,8 @@ class StageTime(NamedTuple):
     done_before: bool
 
 
-def run(
-    recipe: Recipe | Path | str, folder: Path | str, *, listener: Listener | None = None
-) -> list[StageTime]:
-    """Carry out a recipe, or the one in a YAML file, in a folder that receives everything.
+def run(recipe: Recipe, folder: Path, listener: Listener) -> list[StageTime]:
+    """Carry out a recipe in a folder that receives everything.
 
     What is done there already is skipped. Returned are the stages in order.
 
@@ -145,9 +143,6 @@ def run(
         TaskError: An unknown task, or no questions to be had; nothing has been written then.
         RecordError: The folder holds files that can't be trusted, or no question has a target.
     """
-    folder, listener = Path(folder), listener or Listener()
-    if not isinstance(recipe, Recipe):
-        recipe = read_recipe(Path(recipe))
     recipe.check()
     check_folder(folder, "--output-dir")
     with loader(recipe.model, listener) as load:

@@ -20,13 +20,12 @@ from drllm.records.places import check_folder
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, drawn, read_candidate
 
 
-def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) -> str | None:
+def sweep(plan: SweepPlan, folder: Path, listener: Listener) -> str | None:
     """Train with every setting of a sweep, choose one on `select`, and test it once.
 
     The folder receives everything. Returned is the name of the chosen setting; None where none can
     be brought to any depth. Raises as `run` does, and RecordError where a setting has no targets.
     """
-    listener = listener or Listener()
     recipes = {
         name: dataclasses.replace(setting, evaluate=plan.choosing)
         for name, setting in plan.settings.items()

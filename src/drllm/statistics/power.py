@@ -51,8 +51,7 @@ def smallest_certifiable(
 
     For a system that in truth is as good as the other, with a one-sided bound of this confidence
     (see `paired.maximum_loss`). Where the share of different answers is an estimate, so is the
-    result. An ε above it can be certified, one equal to it can't. Numbers out of range are a
-    ValueError.
+    result. An ε above it can be certified, one equal to it can't.
 
     Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
 
@@ -80,8 +79,8 @@ def smallest_certifiable(
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
-    The difference of the accuracies, a share of the questions in [0, 1], needs at least as many
-    different answers; numbers out of range are a ValueError. The test is two-sided at the level α.
+    The difference of the accuracies, a share of the questions, is at most that of the different
+    answers. The test is two-sided at the level α.
 
     Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
         averaged over that number.
@@ -91,8 +90,6 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
         0.8394
     """
     weights, differing, won = _outcomes(n, discordant)
-    if not 0 <= difference <= discordant:
-        raise ValueError(f"a difference of {difference} with {discordant} answered differently")
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
     shown = (2 * tails < alpha) & (won > np.maximum(0.0, differing - won))
     share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
@@ -146,8 +143,6 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 @functools.lru_cache(maxsize=4)
 def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
     """Return how likely `[M, 1]` what numbers `[M, 1]` differ, and how many may be won `[1, W]`."""
-    if n < 1 or not 0 <= discordant <= 1:
-        raise ValueError(f"a share {discordant} of {n} questions is impossible")
     every = np.arange(n + 1, dtype=np.float64)
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE
