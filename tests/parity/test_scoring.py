@@ -74,7 +74,6 @@ def test_scores_across_calls_reuse_states_and_stay_equal(tiny_llama):
     at_once = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs)
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     assert_sums(at_once, [batch.logprobs([pair])[0] for pair in pairs])
-    assert sum(sum(decisions) for _, decisions in pairs) == batch.states.executions_asked
     assert len(prefixes(pairs)) == batch.states.executions_run, "every state is run exactly once"
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 SEARCH_FILE = "search.jsonl"
@@ -17,5 +16,5 @@ CHUNKS_FOLDER = "search.partial"
 
 def num_batches_kept(folder: Path) -> int:
     """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    return sum(bool(re.fullmatch(r"batch-\d+-[0-9a-f]{12}\.json", name)) for name in names)
+    # What is kept of a batch under way has a second suffix.
+    return sum(file.name.count(".") == 1 for file in folder.glob("batch-*.json"))

@@ -101,8 +101,7 @@ def gold_text(prompt: Prompt) -> str:
 class Evaluator:
     """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
 
-    The prompts, all of one reward, may be read already. The shared `states` count executions run
-    and asked for.
+    The prompts, all of one reward, may be read already.
 
     Args:
         state_cache_gb: Maximum memory for shared states, in GB. States that a pass needs and the

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.folders import room_for_answer
-from drllm.models.base.capabilities import can_pack
+from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize

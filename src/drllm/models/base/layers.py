@@ -1,16 +1,37 @@
-"""Which layers a model has, found by a rule instead of a table of model names.
+"""Which layers a model has, and what its loop allows: routing, packed rows, prompts in parts.
 
-Models whose layers hold a state that skipping or repeating would break are refused.
+Layers are found by a rule instead of a table of model names. Configurations and return annotations
+don't say reliably what may be done with them, and a state may lie in the modules themselves, so
+`probe` runs one token through the model before anything is put on it.
+
+Axes: P rows, T tokens, K keys.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from drllm.errors import ArchitectureError
+from drllm.models.base.prompts import context_length
+
+FOREIGN = tuple(
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
+    if hasattr(cache_utils, name)  # newer than the oldest supported transformers
+)
+"""Cache entries that hold more than K/V."""
+
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+"""Names of the number of tokens that layers see which don't see all."""
 
 
 def base_of(model: Any) -> Any:
@@ -77,3 +98,124 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{type(decoder).__name__}, expected one; this architecture can't be routed yet"
         )
     return found[0]
+
+
+def is_kv(entry: Any) -> bool:
+    """Tell whether a cache entry holds K/V and nothing else."""
+    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, FOREIGN)
+
+
+def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
+    """Run one token with the model's own cache, and tell whether its layers return tuples.
+
+    The model isn't routed yet; decoder and layers are those of `find_layers`.
+
+    Raises:
+        ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
+            than its hidden state, or the layers remember anything but K/V.
+    """
+    name = type(base_of(model)).__name__
+    device = base_of(model).device
+    if device.type == "meta":  # offloaded: accelerate's hooks move the input where it belongs
+        device = torch.device("cpu")
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    outputs: list[Any] = []
+
+    def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        modes = [(module, module.training) for module in decoder.modules()]
+        for module, _ in modes:  # dropout and checkpointing off
+            module.training = False
+        try:
+            with torch.no_grad():
+                return decoder(input_ids=token, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes:
+                module.training = mode
+
+    result = run(lambda _layer, _inputs, output: outputs.append(output))
+    if len(outputs) != len(layers):
+        raise ArchitectureError(
+            f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
+            f"its loop can't be routed"
+        )
+    if foreign := _foreign_state(result, len(layers)):
+        raise ArchitectureError(
+            f"{name} keeps state other than K/V in its layers ({foreign}); it can't be routed"
+        )
+    if not isinstance(outputs[0], tuple):
+        return False
+    try:
+        alone = run(lambda _layer, _inputs, output: output[:1])
+    except (IndexError, TypeError, ValueError):  # the loop unpacks more
+        alone = None
+    if alone is None or not torch.equal(alone[0], result[0]):
+        raise ArchitectureError(
+            f"the layers of {name} return more than a hidden state; what a skipped layer should "
+            f"return isn't known, so it can't be routed"
+        )
+    return True
+
+
+def _foreign_state(output: Any, num_layers: int) -> str | None:
+    """Say how layers remember a token in anything but one K/V entry each; None if they don't."""
+    cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+    if cache is None:
+        return "no K/V cache comes back from a forward pass"
+    entries = getattr(cache, "layers", [])
+    if foreign := sorted({type(entry).__name__ for entry in entries if not is_kv(entry)}):
+        return f"its cache holds {', '.join(foreign)}"
+    if len(entries) != num_layers:
+        return f"its cache has {len(entries)} entries for {num_layers} layers"
+    if any(int(entry.get_seq_length()) != 1 for entry in entries):
+        return "some of its layers store nothing of a token"
+    return None
+
+
+def can_pack(model: Any, length: int) -> bool:
+    """Say whether the continuations of a prompt may stand in one row after a single copy of it.
+
+    That takes attention that is told by a mask what it may see. Such a mask replaces a window, or
+    is cut by it column by column, and some models keep one as wide as their context, so no row may
+    be longer than these; `length` is that of the longest.
+    """
+    return _takes_any_mask(model) and length <= min(_window(model), context_length(model) or length)
+
+
+def can_split(model: Any) -> bool:
+    """Say whether a prompt may be read in parts, the later ones with the K/V of the earlier.
+
+    That takes attention that is told by a mask what it may see, all of it at every layer, and
+    rotations that don't depend on how much is read at once.
+    """
+    rotations = [
+        str(module.rope_type) for module in model.modules() if hasattr(module, "rope_type")
+    ]
+    return (
+        _takes_any_mask(model)
+        and _window(model) == math.inf
+        and not any("dynamic" in kind or "longrope" in kind for kind in rotations)
+    )
+
+
+def _takes_any_mask(model: Any) -> bool:
+    """Say whether a mask and positions may be given that no ordinary text has."""
+    decoder, _ = find_layers(model)
+    # Up to transformers 5.0 XGLM and few others take a mask `[P, 1, T, K]` for one of ones and
+    # zeros, by this function, which later versions have no use for.
+    inverting = "_prepare_4d_causal_attention_mask"
+    return (
+        model.config._attn_implementation in ("sdpa", "eager")
+        and "position_ids" in inspect.signature(decoder.forward).parameters
+        # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
+        and not getattr(model.config.get_text_config(), "alibi", False)
+        and not hasattr(sys.modules[type(decoder).__module__], inverting)
+    )
+
+
+def _window(model: Any) -> float:
+    """Return how many tokens the layers see that see the fewest; infinity if all see all."""
+    sizes = [getattr(model.config.get_text_config(), name, None) for name in WINDOWS]
+    return min((size for size in sizes if size), default=math.inf)  # 0 is none too

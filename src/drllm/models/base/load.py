@@ -62,11 +62,6 @@ class BaseModel:
         """L."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return int(self.model.config.get_text_config().hidden_size)
-
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What manifests and router checkpoints store to recognise the model again."""
@@ -144,20 +139,6 @@ def _settings(
         (config if name in kinds_of(ModelConfig) else others)[name] = value
     config["dtype"] = str(config.get("dtype", "auto")).removeprefix("torch.")
     return ModelConfig(**config), others
-
-
-def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
-    """Return a model of transformers that is loaded already as a base model, in evaluation mode.
-
-    A `BaseModel` is returned as it is; the tokenizer of any other is loaded unless it is given.
-    """
-    if isinstance(model, BaseModel):
-        return model
-    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-    if tokenizer is None:
-        raise ConfigError("the model comes without a tokenizer or a name; give it as tokenizer=")
-    model.eval()
-    return BaseModel(model, tokenizer, str(getattr(model, "name_or_path", "") or "in memory"))
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -242,15 +242,15 @@ def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) ->
     B, T = hidden.shape[:2]
     mask = forward.attention_mask
     given = _readable.get(driver)
-    if forward.opaque_mask and given is None:
-        raise RoutingError(
-            "the attention mask is of a kind that doesn't say which tokens are padding; give a "
-            "mask of ones and zeros, or a fixed plan"
-        )
     if given is not None:
         readable = given
     elif mask is None:
         readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
+    elif not isinstance(mask, Tensor):
+        raise RoutingError(
+            "the attention mask is of a kind that doesn't say which tokens are padding; give a "
+            "mask of ones and zeros, or a fixed plan"
+        )
     elif mask.dim() == 2:
         readable = mask[:, -T:].bool()
     else:

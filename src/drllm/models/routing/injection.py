@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
-from drllm.models.base.capabilities import probe
-from drllm.models.base.layers import find_layers
+from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
@@ -65,8 +64,8 @@ class Driver:
 class Forward:
     """One forward pass of the decoder, from its pre-hook to its post-hook."""
 
-    attention_mask: Tensor | None  # as the caller gave it: [B, K], [B, 1, T, K]; None: no padding
-    opaque_mask: bool  # the caller gave one that doesn't say which tokens are padding
+    # As the caller gave it: [B, K], [B, 1, T, K]; None: no padding; of other kinds: it isn't said.
+    attention_mask: Any
     rejected: tuple[str, ...]  # names of requested outputs that routing can't give
     driver: Driver = field(init=False)
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
@@ -191,10 +190,7 @@ class Injection:
             asked = kwargs.get(name)
             if getattr(self.decoder.config, name, False) if asked is None else asked:
                 rejected.append(name)
-        is_tensor = isinstance(mask, Tensor)
-        forward = Forward(
-            mask if is_tensor else None, mask is not None and not is_tensor, tuple(rejected)
-        )
+        forward = Forward(mask, tuple(rejected))
         forward.driver = (_driver.get(self) or self.default).begin(forward)
         self.current.begin(forward)
 

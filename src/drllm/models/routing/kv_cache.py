@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
-from drllm.models.base.capabilities import is_kv
+from drllm.models.base.layers import is_kv
 
 
 def _by_representative(name: str) -> Callable[..., Any]:

@@ -93,9 +93,15 @@ def unrouted(
                 model = loading.load(model)
         if isinstance(model, RoutedModel):
             model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
-        base = loading.as_base_model(model, tokenizer)
-        stack.callback(_take_off(base.model))
-        yield base
+        if not isinstance(model, BaseModel):
+            tokenizer = loading.tokenizer_of(model) if tokenizer is None else tokenizer
+            if tokenizer is None:
+                said = "the model comes without a tokenizer or a name; give it as tokenizer="
+                raise ConfigError(said)
+            name = str(getattr(model, "name_or_path", "") or "in memory")
+            model = BaseModel(model.eval(), tokenizer, name)
+        stack.callback(_take_off(model.model))
+        yield model
 
 
 def _take_off(model: Any) -> Callable[[], None]:

@@ -84,7 +84,6 @@ class AnswerBatch:
         penalty in a model's generation settings is not applied (docs/differences.md, D-19). `kl`
         measures that too, in the passes that read the prompts.
         """
-        self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
         columns = self.rows.packed.mask.shape[-1]
         size = PathSize(columns, columns if kl else 1, keeps_kv=True)
         return self._batcher.run(

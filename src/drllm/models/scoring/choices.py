@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.base.capabilities import can_pack
+from drllm.models.base.layers import can_pack
 from drllm.models.routing.driver import PathsDriver
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
@@ -135,7 +135,6 @@ class ChoiceBatch:
         `kl` measures that too, in the same passes; `greedy` says which are the likeliest.
         """
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
-        self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
         packed = self._rows.packed
         each = zip(packed.num_own, packed.num_after, strict=True)
         size = PathSize(packed.mask.shape[-1], 1 + max(after + kl * own for own, after in each))

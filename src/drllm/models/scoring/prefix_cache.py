@@ -49,7 +49,6 @@ class PrefixCache:
     peak_bytes: int = 0  # the largest that `num_bytes` was
     executions_run: int = 0  # states that were computed
     tokens_run: int = 0  # the sum of their tokens
-    executions_asked: int = 0  # of all paths that were asked for
     _states: OrderedDict[Key, PrefixState] = field(default_factory=OrderedDict)
     _needed: Counter[Key] = field(default_factory=Counter)  # by how many passes
 

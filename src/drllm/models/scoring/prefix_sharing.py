@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
-from drllm.models.base.capabilities import can_split
+from drllm.models.base.layers import can_split
 from drllm.models.routing.driver import identity
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of

@@ -6,8 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.capabilities import probe
-from drllm.models.base.layers import find_layers
+from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.routed_model import RoutedModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
