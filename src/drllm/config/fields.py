@@ -82,11 +82,11 @@ class Settings:
         for declared in dataclasses.fields(self):
             value, idle = getattr(self, declared.name), declared.metadata["idle"]
             if idle and value != declared.default and getattr(self, idle[0]) == idle[1]:
-                given = "" if value is True else f" {_shown(value)}"
-                raise ConfigError(
-                    f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
-                    f"{_shown(idle[1])}; leave it out, or give another {flag_of(idle[0])}"
-                )
+                given, other = "" if value is True else f" {_shown(value)}", flag_of(idle[0])
+                why = f"with {other} {_shown(idle[1])}; leave it out, or give another {other}"
+                if idle[1] is None:
+                    why = f"without {other}; give that too, or leave it out"
+                raise ConfigError(f"{flag_of(declared.name)}{given} has no effect {why}")
 
     @classmethod
     def helps(cls) -> dict[str, str]:

@@ -261,7 +261,7 @@ class DepthConfig(Settings):
 
     depth_bias: float = setting(0.0, minimum=-1e6, maximum=1e6)
     target_executions: float | None = basic(None, minimum=1.0)
-    calibration: str | None = basic(None, value="FILE")
+    calibration: str | None = basic(None, value="FILE", idle=("target_executions", None))
     router_penalty: float | None = setting(None, minimum=-1.0, maximum=1.0)
     static_routing: bool = setting(False, alias="is_static_routing")
 
@@ -284,11 +284,7 @@ class DepthConfig(Settings):
                 f"--target-executions {self.target_executions:g} needs prompts to look on; give "
                 f"a file of them as --calibration, for example supervision.jsonl"
             )
-        if self.calibration is not None and self.target_executions is None:
-            raise ConfigError(
-                f"--calibration {self.calibration} has no effect without --target-executions; "
-                f"give both or neither"
-            )
+        self.check_effects()
         return names[0] if names else None
 
 
@@ -339,9 +335,9 @@ class EvaluateConfig(Settings):
     search: str | None = setting(None, value="FILE")
     supervision: str | None = setting(None, value="FILE")
     curve: str | None = basic(None, value="X,X,...")
-    epsilon: float | None = setting(None, above=0.0, maximum=100.0)
-    max_loss_increase: float | None = setting(None, above=0.0)
-    worked_answers: str | None = setting(None, value="TASK")
+    epsilon: float | None = setting(None, above=0.0, maximum=100.0, idle=("curve", None))
+    max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
+    worked_answers: str | None = setting(None, value="TASK", idle=("epsilon", None))
     num_calibration: int | None = setting(None, minimum=1)
     num_texts: int = setting(100, minimum=1)
     num_random_draws: int | None = setting(None, minimum=1)

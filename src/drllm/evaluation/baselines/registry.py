@@ -63,18 +63,7 @@ def check(config: EvaluateConfig) -> None:
     """
     every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
     depths(config.curve)
-    if config.epsilon is not None and config.curve is None:
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} has no effect without depths to choose from; give "
-            f"them as --curve, for example 0.1,0.2,0.3"
-        )
-    for setting in ("max_loss_increase", "worked_answers"):
-        value = getattr(config, setting)
-        if value is not None and config.epsilon is None:
-            raise ConfigError(
-                f"{flag_of(setting)} {value} has no effect without a certified choice; give "
-                f"--epsilon too, for example 2, or leave it out"
-            )
+    config.check_effects()
     using = {file: [b for b in every if b.needs and b.needs[0] == file] for file in FILES}
     using = {"num_random_draws": [each for each in every if each.is_drawn], **using}
     for setting, users in using.items():

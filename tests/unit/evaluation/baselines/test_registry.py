@@ -60,7 +60,7 @@ def test_draws_that_no_baseline_has_a_use_for_are_refused():
 )
 def test_limits_of_a_choice_are_refused_without_one(limit):
     [name] = limit
-    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* give --epsilon too"):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* without --epsilon"):
         check(EvaluateConfig(curve="0.1", **limit))
     check(EvaluateConfig(curve="0.1", epsilon=2.0, **limit))
 
