@@ -75,9 +75,6 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
     """Make a frozen model of a family in float32, 6 layers of width 32, with random weights.
 
     `overrides` are fields of its configuration, in place of those of the table.
-
-    Raises:
-        ArchitectureError: A family that the table or the installed transformers doesn't have.
     """
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))

@@ -142,11 +142,7 @@ def _settings(
 
 
 def tokenizer_of(model: Any) -> Any:
-    """Load the tokenizer of a model from where the model is from; None if it has no name.
-
-    Raises:
-        ModelError: There is none, or it can't be had.
-    """
+    """Load the tokenizer of a model from where the model is from; None if it has no name."""
     base = base_of(model)
     name, revision = getattr(base, "name_or_path", ""), getattr(base.config, "_commit_hash", None)
     if not name:

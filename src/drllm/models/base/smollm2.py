@@ -52,10 +52,6 @@ def folder() -> Path | None:
     """Return the folder of the packaged model; convert it if that wasn't done yet.
 
     It is None where neither is there, neither package nor converted model.
-
-    Raises:
-        ConfigError: The package is installed, and gguf isn't, which reads its file.
-        ModelError: The package lacks its file, or `convert_once` fails.
     """
     if (place := converted()) or (file := _find_gguf()) is None:
         return place
@@ -80,9 +76,6 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
 
     A lock file lets one process convert while others wait; a temporary folder that the holder of
     the lock finds was left by a killed process.
-
-    Raises:
-        ModelError: Another hash, or a folder that can't be written.
     """
     from safetensors import SafetensorError
 

@@ -154,11 +154,7 @@ def load_routers(folder: Path | str) -> RouterStack:
 
 
 def read_config(folder: Path | str) -> RouterConfig:
-    """Read and check the `router_config.json` of a routers folder.
-
-    Raises:
-        CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
-    """
+    """Read the `router_config.json` of a routers folder, or refuse it by a CheckpointError."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(_no_config(path.parent))

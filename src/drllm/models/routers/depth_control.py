@@ -233,9 +233,6 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
     Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
     and `search.jsonl` are known by what else they hold: their prompts are what the model reads, a
     chat template included.
-
-    Raises:
-        RecordError: A file that can't be read, or a line without a text; names file and line.
     """
     texts = []
     for line, row in read_json_lines(path, dict[str, Any]):

@@ -85,9 +85,6 @@ class PathSearch(ABC):
 
         The score tells paths of equal reward apart (see `graded`). It helps to choose edits, and is
         never a part of the reward.
-
-        Raises:
-            ValueError: A reward out of range.
         """
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
