@@ -1,7 +1,5 @@
 """`python -m drllm` is the same as `drllm`."""
 
-from __future__ import annotations
-
 import sys
 
 from drllm.cli import main

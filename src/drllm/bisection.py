@@ -1,7 +1,5 @@
 """Bisection: where a condition turns, and the setting of one knob that gives a wanted mean."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Costs are floats in *layer equivalents* (1.0 = one execution of one layer), so t
 runs only in part can be priced later. Measured time is never derived from here. Loads no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

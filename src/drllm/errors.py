@@ -6,8 +6,6 @@ line prints it on one line and exits with status 2; any other exception is a def
 keeps its traceback.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

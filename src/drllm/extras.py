@@ -1,7 +1,5 @@
 """Extras: the packages that single parts of drllm need, installed only with those parts."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from drllm.errors import ConfigError

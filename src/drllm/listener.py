@@ -4,8 +4,6 @@ A stage takes a `Listener` and never prints. The command line passes its termina
 Python passes an own subclass, or nothing: then notes go to the log and progress nowhere.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

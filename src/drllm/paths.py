@@ -5,8 +5,6 @@ layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a pat
 decision vector only if it visits the layers in order and none more than twice. Loads no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias

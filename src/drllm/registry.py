@@ -3,8 +3,6 @@
 Adding one is a class (or function) in a module that the registry knows, under its decorator.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

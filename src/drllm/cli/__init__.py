@@ -4,8 +4,6 @@ Errors of the user's become one line and exit status 2, an interruption one sent
 anything else is a defect of ours and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -3,8 +3,6 @@
 `run` also takes `--data_dir` and `--split`; all other words are the harness' to read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """What `--help` prints: the verbs, or the flags of one; on a terminal its lines break at words."""
 
-from __future__ import annotations
-
 from drllm.cli.parser import CONFIG, FOREIGN, VERBS, Flag, Verb, flags_of
 from drllm.cli.terminal import Terminal
 

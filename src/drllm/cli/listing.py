@@ -1,7 +1,5 @@
 """`drllm ls`: everything that is chosen by name, and what a model's architecture allows."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections import Counter
 from typing import Any

@@ -3,8 +3,6 @@
 `--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from drllm.cli.parser import Request

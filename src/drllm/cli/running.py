@@ -1,7 +1,5 @@
 """`drllm run` and `drllm sweep`: recipes, by file or by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from drllm.cli.parser import Flag, Request, verb

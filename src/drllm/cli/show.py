@@ -3,8 +3,6 @@
 Claims about results are the evaluation's own findings and verdicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

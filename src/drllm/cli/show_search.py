@@ -1,7 +1,5 @@
 """A search and its targets as people read them; one question's paths as a tree. Loads no torch."""
 
-from __future__ import annotations
-
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

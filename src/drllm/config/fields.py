@@ -1,7 +1,5 @@
 """What a setting is: a field with a type, bounds and help text, checked when its group is made."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import pkgutil

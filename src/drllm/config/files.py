@@ -4,8 +4,6 @@ Names may have dashes or be published ones. Numbers are read as texts, and becom
 is: 1.10 may be the name of a branch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Everything in them is checked before a model is loaded and before anything is written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ OUT/test/                 what was chosen, evaluated once
 OUT/sweep.json, sweep.png
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from pathlib import Path

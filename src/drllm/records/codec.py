@@ -4,8 +4,6 @@ Values are typed (msgspec structs, or plain `dict` and `list`), files are writte
 what can't be trusted is refused with one `RecordError` that names file, line and place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """A records file and its manifest: what made it, from what, and its hash."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Axes: L layers.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

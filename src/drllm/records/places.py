@@ -1,7 +1,5 @@
 """Where results may be written, which is checked before anything is made; one writer at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Which split a question belongs to, from its text alone."""
 
-from __future__ import annotations
-
 import hashlib
 
 BOUNDS = {

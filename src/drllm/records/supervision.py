@@ -3,8 +3,6 @@
 `docs/formats.md` says of each field what it means.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence

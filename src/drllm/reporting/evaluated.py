@@ -4,8 +4,6 @@ What is claimed are the evaluation's own findings and the labels of its verdicts
 here, and nothing derived is called measured. `drllm show` prints `measured_line`. Axes: L layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from statistics import median

@@ -1,7 +1,5 @@
 """What to do next, by what was found: concrete commands and settings, the most urgent first."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """How numbers and verdicts are written in reports and tables: digits, units, signs."""
 
-from __future__ import annotations
-
 from drllm.records.results import System
 from drllm.statistics import verdicts
 from drllm.statistics.verdicts import Verdict

@@ -4,8 +4,6 @@ Every text is escaped. Markup, colours and layout are in `templates/`. Figures o
 pictures in a folder next to the file; what is folded in the page is open there.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from pathlib import Path

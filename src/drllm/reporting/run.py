@@ -4,8 +4,6 @@ Files that don't exist are noted in `Run.absent`. A file that can't be trusted, 
 another model than the others, is an error. Axes: L layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

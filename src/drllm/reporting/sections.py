@@ -3,8 +3,6 @@
 Axes: L layers.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping, Sequence

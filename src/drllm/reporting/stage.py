@@ -1,7 +1,5 @@
 """Write the report of one or more run folders: an HTML page, and Markdown with pictures."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Everything that draws takes a seed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist

@@ -15,8 +15,6 @@ all that pass would need a correction. What is chosen on one split is then teste
 Losses of accuracy are points here, as on the command line.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean

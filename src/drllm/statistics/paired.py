@@ -4,8 +4,6 @@ Of `n` questions, `won` are those that the first system has right and the second
 other way round.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

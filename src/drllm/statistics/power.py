@@ -7,8 +7,6 @@ these are won; nothing is drawn. Differences and losses are shares of the questi
 Axes: M numbers of questions answered differently, W numbers of those that are won.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ interval alone. A difference of accuracy or of the gold answers' log-probability
 where base is above chance.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean
