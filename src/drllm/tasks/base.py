@@ -113,8 +113,8 @@ class Harness:
     Attributes:
         file: The harness' task file below its `tasks`, with `{part}` where there is one for each
             part of the set; empty where `settings` are all there is.
-        columns: The columns that the task file reads: names that are taken as they stand, or a
-            function that makes them of a question and its row.
+        columns: The columns that the task file reads: names that are taken as they stand, the
+            question's field for each, or a function that makes them of a question and its row.
         settings: Changes to the harness' file or, without one, the whole task.
         generated: Answers are generated; else options are scored.
         metric: The metric that counts, of those that the harness reports.
@@ -126,7 +126,7 @@ class Harness:
         notes: What a reader of results must know.
     """
 
-    columns: tuple[str, ...] | Callable[[Example, Row], dict[str, Any]]
+    columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
     file: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     generated: bool = False
@@ -142,6 +142,8 @@ class Harness:
         """Return the columns of one question, or refuse a row that lacks one of them."""
         if callable(self.columns):
             return self.columns(example, row)
+        if isinstance(self.columns, Mapping):
+            return {name: getattr(example, field) for name, field in self.columns.items()}
         if missing := [name for name in self.columns if name not in row]:
             raise TaskError(f"{missing[0]!r} is missing")
         return {name: row[name] for name in self.columns}

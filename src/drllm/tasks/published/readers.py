@@ -122,11 +122,6 @@ def cleaned(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def hellaswag_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the texts cleaned."""
-    return {"query": example.question, "choices": list(example.choices), "label": example.gold}
-
-
 def mmlu(row: Row) -> Example:
     """Read `subject`, `question`, `choices` and `answer` (index from 0).
 
@@ -283,11 +278,6 @@ def aime(row: Row) -> Example:
     if not answer.isdecimal():
         raise TaskError(f"{key!r} is {row.get(key)!r}; expected a whole number")
     return Example(question=text_of(row, problem), answer=answer)
-
-
-def aime_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the hub's columns."""
-    return {"Problem": example.question, "Answer": example.answer}
 
 
 def squad(row: Row) -> Example:
