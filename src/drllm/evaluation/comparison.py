@@ -1,7 +1,5 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

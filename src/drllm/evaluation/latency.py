@@ -7,8 +7,6 @@ machine does hits all of them alike; what is reported are medians, and ratios of
 Axes: B rows, T tokens, L layers.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import platform

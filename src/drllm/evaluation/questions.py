@@ -4,8 +4,6 @@ What is chosen or fitted is never reported on the same questions. All of it is c
 model is loaded. Loads no torch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ stands in.
 Axes: Q questions, L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter, defaultdict

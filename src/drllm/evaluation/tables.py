@@ -3,8 +3,6 @@
 Every difference is a `Verdict`, and the findings are their sentences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

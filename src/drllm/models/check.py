@@ -7,8 +7,6 @@ plain model whose list of layers *is* the path, one unpadded row at a time and w
 Axes: B rows, L layers, T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ a class builds from it, not looked up by the model's name.
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import shutil

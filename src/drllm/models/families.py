@@ -1,7 +1,5 @@
 """The families of models that are known here, and which of them are refused. Loads no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

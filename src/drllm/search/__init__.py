@@ -4,8 +4,6 @@
 `retest` asks again. Loads no torch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 SEARCH_FILE = "search.jsonl"

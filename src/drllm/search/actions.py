@@ -5,8 +5,6 @@ layer is changed at most once on the way from the full path: there are no edits 
 nothing, no cycles, no counts above 2, and every decision vector within the budget can be reached.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from drllm.paths import Decision, Decisions, num_executions

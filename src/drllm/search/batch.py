@@ -4,8 +4,6 @@ Questions that can't be searched with others are searched alone, and set aside w
 failing. `LocalExecutor` searches batches in this process; what offers the same on Ray is in `ray`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """The re-test: right paths are asked again in other ways before they count as targets."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial

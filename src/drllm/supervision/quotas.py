@@ -1,7 +1,5 @@
 """Quotas: how many targets a task may have, and which share of them must improve. No torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

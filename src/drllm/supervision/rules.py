@@ -5,8 +5,6 @@ A rule is one function here (or in a module that `TARGETS` names), under
 `select`. Loads no torch.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

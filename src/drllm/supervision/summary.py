@@ -3,8 +3,6 @@
 Loads no torch. Axes: L layers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 They stand in `data/`, written for this project, each with its split. Loads no torch.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

@@ -5,8 +5,6 @@ works in the main thread only and clobbers the caller's. Here it runs in a proce
 is ended when an answer takes too long: any thread may ask.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import json

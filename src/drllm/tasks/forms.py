@@ -4,8 +4,6 @@ The prompts of `OPTIONS` under `loglikelihood` are byte for byte what lm-evaluat
 for ARC and PIQA, and in its cloze form for MMLU. Loads no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt

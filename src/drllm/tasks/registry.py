@@ -3,8 +3,6 @@
 Loads no torch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import TypeVar

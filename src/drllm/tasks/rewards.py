@@ -5,8 +5,6 @@ in a module that `REWARDS` names), under `@REWARDS.register("name")`. Whether tw
 equal is decided in `equality`. Loads no torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import ClassVar

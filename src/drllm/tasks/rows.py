@@ -3,8 +3,6 @@
 Loads no torch.
 """
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections.abc import Iterator, Mapping

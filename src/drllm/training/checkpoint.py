@@ -4,8 +4,6 @@
 they belong to, the metrics so far, and which training made them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ itself, ahead of them, so that a kill at any moment loses the last seconds and n
 Axes: N targets, B rows, L layers, W windows, D hidden.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -8,8 +8,6 @@ Axes: N targets (or examples, if each is there several times), B rows, T tokens,
 layers, W windows, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence

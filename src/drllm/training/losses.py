@@ -3,8 +3,6 @@
 Axes: L layers, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Each draw is a function of the seed and of what it is for: resuming needs no state of a generator.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence

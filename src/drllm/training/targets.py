@@ -6,8 +6,6 @@ to another model, and it is refused.
 Axes: N targets, T tokens, L layers, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

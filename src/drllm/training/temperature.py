@@ -8,8 +8,6 @@ and one T keeps the order in which a depth bias reaches the layers.
 Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

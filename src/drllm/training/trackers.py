@@ -4,8 +4,6 @@ A training is one run of each tracker, and resumes it after a kill. A tracker on
 weight depends on one.
 """
 
-from __future__ import annotations
-
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence

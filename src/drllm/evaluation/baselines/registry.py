@@ -1,7 +1,5 @@
 """Baselines by name: which ones users ask for, and what is refused of the settings that do."""
 
-from __future__ import annotations
-
 from drllm.config import EvaluateConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, unknown_name

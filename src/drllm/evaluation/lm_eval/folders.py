@@ -8,8 +8,6 @@ A rows file is named by its content, so that `datasets` can't take old rows for 
 torch, and the harness itself only to look up its names.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.resources
 import json

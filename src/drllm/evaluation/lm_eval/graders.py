@@ -4,8 +4,6 @@ Task files name the functions here by `!function`; among them are SQuAD's two me
 harness would fetch from the net. Loads no torch.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import string

@@ -9,8 +9,6 @@ scored.
 Axes: P questions, L layers.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging

@@ -1,7 +1,5 @@
 """A task as lm-evaluation-harness renders it: of a task folder of ours, or its own by any name."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The Hugging Face hub: find a model's commit, explain errors in one line, quiet libraries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

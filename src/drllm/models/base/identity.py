@@ -5,8 +5,6 @@ A PEFT adapter changes neither, and weights that accelerate keeps elsewhere are 
 Axes: D hidden, L layers.
 """
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import ExitStack
 from typing import Any

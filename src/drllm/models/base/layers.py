@@ -7,8 +7,6 @@ don't say reliably what may be done with them, and a state may lie in the module
 Axes: P rows, T tokens, K keys.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

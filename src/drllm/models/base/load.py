@@ -4,8 +4,6 @@ Weights come from safetensors only, and code that comes with a model runs only w
 for it. What transformers reports over many lines and by many exceptions becomes one line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import logging

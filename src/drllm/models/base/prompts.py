@@ -3,8 +3,6 @@
 Every stage encodes through here, so that routers are trained on exactly what they will read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime

@@ -3,8 +3,6 @@
 What isn't recorded there isn't claimed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

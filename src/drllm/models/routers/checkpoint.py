@@ -6,8 +6,6 @@ the base model that they are attached to.
 Axes: D hidden, L layers, H router width.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

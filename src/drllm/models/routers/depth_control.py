@@ -5,8 +5,6 @@ The bias is found on a calibration set by measuring the routes that its prompts 
 Axes: N prompts, L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

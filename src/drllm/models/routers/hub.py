@@ -1,7 +1,5 @@
 """Routers on the hub: fetched by name, and pushed with a model card."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import tempfile

@@ -7,8 +7,6 @@ pass's K/V would take memory for all prompts at once.
 Axes: N prompts, B rows of a batch, T tokens, L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ attribute, which a compiled graph guards, that says whether there is anything to
 open block a model compiles without graph breaks; inside one it runs correctly, with graph breaks.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

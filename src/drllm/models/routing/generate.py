@@ -5,8 +5,6 @@ The decoding itself is the model's own.
 Axes: B prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

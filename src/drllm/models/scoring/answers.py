@@ -7,8 +7,6 @@ routed batch with a cache of its own.
 Axes: P prompts, N pairs, V vocabulary.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

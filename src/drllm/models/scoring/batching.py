@@ -3,8 +3,6 @@
 Results don't depend on how paths are split over passes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import sys

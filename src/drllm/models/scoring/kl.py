@@ -3,8 +3,6 @@
 Axes: T tokens of a prompt in one row, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

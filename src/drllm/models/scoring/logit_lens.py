@@ -5,8 +5,6 @@ The two are found by rule, and checked to be all that lies between the last laye
 Axes: N states, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Axes: T tokens, D hidden, H heads, E head size.
 """
 
-from __future__ import annotations
-
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ knows no model: the caller asks for paths and tells their rewards. Loads no torc
 Axes: L layers.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from random import Random
 from typing import ClassVar, NamedTuple

@@ -3,8 +3,6 @@
 Axes: L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

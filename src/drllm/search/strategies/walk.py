@@ -3,8 +3,6 @@
 Axes: L layers.
 """
 
-from __future__ import annotations
-
 from random import Random
 
 from drllm.config import SearchConfig

@@ -6,8 +6,6 @@ given at once, so that candidates share the beginnings that they have in common.
 `ModelError` on a log-probability that isn't finite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -5,8 +5,6 @@ There are two: a linear map for the whole model, and the whole program, segment 
 Axes: N examples or prompts, B rows, D hidden, L layers, H width, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import random
