@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -11,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 
 import pytest
 
@@ -33,14 +36,27 @@ def model(model_folder):
     return ModelConfig(model=str(model_folder()), device="cpu", dtype="float32")
 
 
+@contextmanager
+def leaving_things_open():
+    """Older versions of Ray leave files and processes to the garbage collector, which warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def own_ray():
     """A Ray of this process with cores to spare, so that a test can start a third worker."""
     ray = pytest.importorskip("ray")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address="local", num_cpus=2 * (os.cpu_count() or 1), include_dashboard=False, **quiet)
+    with leaving_things_open():
+        ray.init(
+            address="local", num_cpus=2 * (os.cpu_count() or 1), include_dashboard=False, **quiet
+        )
     yield ray
-    ray.shutdown()
+    with leaving_things_open():
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
