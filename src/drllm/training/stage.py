@@ -224,7 +224,7 @@ def train_on(
             progress(done, trainer.steps)
             tracking.step(done, counts)
 
-        progress(trainer.steps_done, trainer.steps)
+        progress(trainer.epochs_done * trainer.steps_per_epoch, trainer.steps)
         try:
             while not trainer.is_over:
                 trainer.epoch(on_step)

@@ -177,11 +177,6 @@ class Trainer:
             return True
         return self.epochs_done == self.config.num_epochs
 
-    @property
-    def steps_done(self) -> int:
-        """Steps up to the last epoch's end; all of them once the training is over."""
-        return self.steps if self.is_over else self.epochs_done * self.steps_per_epoch
-
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: a line up, then half a cosine to 0.
 
