@@ -169,7 +169,7 @@ def at_files(at):
     with (
         mock.patch.object(feature_store, "COMMIT_S", 0.0),
         mock.patch("os.fsync", lambda file: (at(), write(file))),
-        mock.patch.object(Path, "replace", lambda *paths: (at(), put(*paths))),
+        mock.patch.object(Path, "replace", lambda *paths: (at(), put(*paths))[1]),
         mock.patch.object(Path, "unlink", lambda *path, **how: (at(), unlink(*path, **how))),
     ):
         yield
