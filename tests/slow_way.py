@@ -3,8 +3,6 @@
 And what such tests are made of: routers that decide, paths, and how scores are compared.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Sequence

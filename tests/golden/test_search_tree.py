@@ -3,8 +3,6 @@
 python tests/golden/test_search_tree.py     writes the stored tree anew
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from random import Random
 

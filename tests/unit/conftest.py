@@ -1,7 +1,5 @@
 """What the tests of single modules share: data folders, and a hub of one's own."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """docs/architecture.md shows the tree, the import order, the calls and the files that there are."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

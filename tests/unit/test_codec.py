@@ -1,7 +1,5 @@
 """One reader and writer of JSON: what is refused, and that a message names file, line and place."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

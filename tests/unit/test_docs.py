@@ -1,7 +1,5 @@
 """The Python of README and docs: every block runs, in order, and prints what the page says."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

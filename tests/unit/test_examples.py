@@ -1,7 +1,5 @@
 """Every script in examples/ runs, on a tiny model, without network."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """What is installed with drllm, and what only with an extra: as declared, and as used."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from pathlib import Path

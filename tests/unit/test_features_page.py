@@ -1,7 +1,5 @@
 """docs/features.md names modules and tests that exist."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Links between the pages of the documentation lead to a file, and to a heading that it has."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Counts of hits add up, and baselines are what deciding label by label would score."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

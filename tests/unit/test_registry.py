@@ -1,7 +1,5 @@
 """Registries: names, nearest names, aliases, and modules that are imported on the first look-up."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """Resuming: the same run goes on, another is refused, and no kill or foreign file does harm."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

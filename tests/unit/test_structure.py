@@ -1,7 +1,5 @@
 """The shape of the house: who imports whom, what loads torch, how long a module may get."""
 
-from __future__ import annotations
-
 import ast
 import doctest
 import importlib

@@ -4,8 +4,6 @@ The glossary (docs/concepts.md) has the words that are used. The changelog, the 
 results of earlier commits keep the words of their time.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

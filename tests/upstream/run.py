@@ -20,8 +20,6 @@ run to run by themselves is counted as unstable. What starts processes or compil
 (`LEFT_OUT`).
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import random

@@ -1,7 +1,5 @@
 """Questions in blocks: each in one, of like length, and put back into their own order."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

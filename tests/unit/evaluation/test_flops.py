@@ -1,7 +1,5 @@
 """Derived costs against torch's own counter, and against the tensors in a real cache."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

@@ -1,7 +1,5 @@
 """What is timed is what is said; no times are checked."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 

@@ -1,7 +1,5 @@
 """Which questions are asked, and which depths and baselines are fitted on."""
 
-from __future__ import annotations
-
 import pytest
 
 from drllm.config import EvaluateConfig

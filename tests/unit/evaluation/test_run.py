@@ -1,7 +1,5 @@
 """The evaluation stage on a tiny model, against asking question by question."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """What is made of the systems of a task: curve, seeds and findings."""
 
-from __future__ import annotations
-
 import random
 from types import SimpleNamespace
 

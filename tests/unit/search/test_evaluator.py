@@ -1,7 +1,5 @@
 """Outcomes against asking the plain model one path, one question, one choice at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter

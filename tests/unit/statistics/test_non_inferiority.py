@@ -1,7 +1,5 @@
 """The certified choice never passes more than its tests allow, and says what it did."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

@@ -1,7 +1,5 @@
 """What n questions can show: against simulation, counting, and published numbers."""
 
-from __future__ import annotations
-
 import functools
 import math
 

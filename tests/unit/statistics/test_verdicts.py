@@ -1,7 +1,5 @@
 """A verdict never says more than its numbers allow, and says it once."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

@@ -1,7 +1,5 @@
 """The page on adding a task: its row, its file and their tests, put where it says, work."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

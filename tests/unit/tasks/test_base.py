@@ -1,7 +1,5 @@
 """The table of tasks: names, lists of names, and what importing them costs."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

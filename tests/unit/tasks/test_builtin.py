@@ -1,7 +1,5 @@
 """The built-in questions: the same everywhere, right, and none of them in two splits."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter, defaultdict

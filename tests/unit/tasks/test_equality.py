@@ -1,7 +1,5 @@
 """Comparing LaTeX answers: as math-verify does, in any thread, within a time limit."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from decimal import Decimal

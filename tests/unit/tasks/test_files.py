@@ -1,7 +1,5 @@
 """A user's own `.jsonl` file: both kinds of rows, the splits, and every row that can't be used."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from typing import Any

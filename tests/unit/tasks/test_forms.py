@@ -1,7 +1,5 @@
 """How a search asks: options, letters, boxes, words of a passage; and how it asks again."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Published questions: which file serves which split, what is left out, broken or absent."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

@@ -1,7 +1,5 @@
 """Grades, verdicts on unfinished answers, and the scoring of options."""
 
-from __future__ import annotations
-
 import numpy
 import pytest
 from hypothesis import example, given, settings

@@ -1,7 +1,5 @@
 """Every published set: what its rows mean, what is refused, and prompts as the harness has them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import warnings

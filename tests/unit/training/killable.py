@@ -1,7 +1,5 @@
 """A small model, its targets and trainings; as a script such work, killed: WORK FOLDER KILLS."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

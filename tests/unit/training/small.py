@@ -1,7 +1,5 @@
 """A small set of features, the base model it stands for, and who listens to its training."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

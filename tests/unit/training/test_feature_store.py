@@ -1,7 +1,5 @@
 """Features on disk: what is stored, used again, refused, and kept whatever breaks a pass off."""
 
-from __future__ import annotations
-
 import errno
 import json
 import resource

@@ -1,7 +1,5 @@
 """Rounds on the routers' own routes, against hooks that listen and passes made one by one."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import shutil

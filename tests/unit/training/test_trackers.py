@@ -1,7 +1,5 @@
 """Trackers are told of a training under known names, and change nothing about it."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import replace

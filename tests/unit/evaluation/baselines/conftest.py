@@ -1,7 +1,5 @@
 """A tiny model of four layers, a few questions, the slow way of scoring them, search records."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The page on adding a baseline, followed literally."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What stands in the way of comparing a baseline, and what is said of one beside its numbers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

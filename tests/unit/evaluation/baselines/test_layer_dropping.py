@@ -1,7 +1,5 @@
 """Layers dropped in a fixed order, in that of their influence, and in a greedy one."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

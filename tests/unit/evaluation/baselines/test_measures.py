@@ -1,7 +1,5 @@
 """What candidates are measured by: the same whatever batches the questions fall into."""
 
-from __future__ import annotations
-
 import random
 from statistics import fmean
 

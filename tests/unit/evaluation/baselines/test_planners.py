@@ -1,7 +1,5 @@
 """Planners: what they read, how they are followed and trained, the router and the predictor."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

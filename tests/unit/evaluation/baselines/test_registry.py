@@ -1,7 +1,5 @@
 """The baselines by name, and what is refused of the settings that name them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

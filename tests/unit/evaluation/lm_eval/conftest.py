@@ -3,8 +3,6 @@
 And the way from a task folder of ours to requests.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Task folders: the stock harness makes of them what its own task files make of the same rows."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """Grading in task folders: our three rules through a row, and SQuAD's two metrics."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

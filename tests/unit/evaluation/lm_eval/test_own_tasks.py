@@ -1,7 +1,5 @@
 """Our names among the harness' tasks: told apart, or refused; and where their folder stands."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

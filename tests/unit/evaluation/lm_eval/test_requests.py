@@ -1,7 +1,5 @@
 """The harness' requests: which make up a question, and answers that a model has room for."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

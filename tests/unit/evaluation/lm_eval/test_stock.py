@@ -1,7 +1,5 @@
 """Tasks of the harness itself: asked and scored as it does, question by question."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Any
