@@ -13,8 +13,6 @@ Source of the rounds: Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1 with β 
 0 after.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

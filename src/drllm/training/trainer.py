@@ -6,8 +6,6 @@ the training's device.
 Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
