@@ -288,10 +288,10 @@ search --config s.yaml => s.yaml: unknown setting 'buget' => s.yaml: buget: 1.5\
 search --config s.yaml => s.yaml holds NoneType, not names and values => s.yaml:
 search --config s.yaml => s.yaml is not a UTF-8 text => s.yaml: @no_utf8
 evaluate --routers r --config s.yaml => s.yaml: --curve is True => s.yaml: curve: true\\n
-evaluate --routers r --config s.yaml => s.yaml: --curve is [0.1] => s.yaml: curve: [0.1]\\n
+evaluate --routers r --config s.yaml => s.yaml: --curve is ['0.1'] => s.yaml: curve: [0.1]\\n
 evaluate --routers r --config s.yaml => s.yaml: --limit is 'x' => s.yaml: limit: x\\n
-train --supervision x --run-name y --config s.yaml => s.yaml: --learning-rate is '1e-3' \
-=> s.yaml: learning-rate: 1e-3\\n
+train --supervision x --run-name y --config s.yaml => s.yaml: --learning-rate is '0x1F' \
+=> s.yaml: learning-rate: 0x1F\\n
 RECIPE => r.yaml, line 2: not YAML => r.yaml: search: [limit\\n
 RECIPE => r.yaml holds list, not names and values => r.yaml: - search\\n- train\\n
 RECIPE => r.yaml: section 'train' is 3; give settings => r.yaml: train: 3\\n
