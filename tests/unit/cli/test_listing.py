@@ -51,10 +51,10 @@ def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("baselines", ["permuted-routes", "greedy-by-loss", "block-repeat", "program-predictor"]),
+        ("baselines", ["permuted-routes", "greedy-by-loss", "block-repeat", "sequence-router"]),
         ("strategies", ["tree", "sweep", "walk"]),
         ("targets", ["least_kl", "shortest", "largest_margin", "paper", "released"]),
-        ("policies", ["full", "routers", "label-frequency"]),
+        ("policies", ["fixed", "full", "routers"]),
         ("rewards", ["loglikelihood", "letter", "boxed", "exact"]),
     ],
 )

@@ -76,7 +76,7 @@ curve:
       routed_against: null, {POINT}}}
   - {{system: routed, setting: 10 % saved, executions: 27.0, against_base: *worse,
       routed_against: null, {POINT}}}
-  - {{system: program predictor, setting: 10 % saved, executions: 26.5, against_base: null,
+  - {{system: sequence router, setting: 10 % saved, executions: 26.5, against_base: null,
       routed_against: null, {POINT}}}
   - {{system: routed, setting: 20 % saved, executions: 24.0, against_base: *worse,
       routed_against: null, {POINT}}}
@@ -105,7 +105,7 @@ def test_other_depths_stand_below_each_with_its_differences(capsys: pytest.Captu
     out = shown(capsys, EVALUATION, 80)
     rows = [" ".join(line.split()) for line in out.split("at other depths")[1].splitlines()]
     assert "10 % saved routed 27.00 75.0 +25.0 (+5.0 to +45.0) –" in rows
-    assert "program predictor 26.50 75.0 – –" in rows
+    assert "sequence router 26.50 75.0 – –" in rows
     assert "20 % saved routed 24.00 75.0 +25.0 (+5.0 to +45.0) –" in rows
     alone = replace(EVALUATION, curve=())
     assert "at other depths" not in shown(capsys, alone, 80)
@@ -115,7 +115,7 @@ def test_80_columns_hold_a_system_a_line(capsys: pytest.CaptureFixture[str]):
     out = shown(capsys, replace(EVALUATION, findings=()), 80)
     assert max(map(len, out.splitlines())) <= 80
     assert sum("random decisions" in line for line in out.splitlines()) == 1
-    assert sum("program predictor" in line for line in out.splitlines()) == 1
+    assert sum("sequence router" in line for line in out.splitlines()) == 1
 
 
 def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from drllm.bisection import bisect
+from drllm.errors import CheckpointError
 from drllm.evaluation.baselines.base import (
     ROUTES,
     TARGETS,
@@ -145,9 +146,13 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     """
     import torch
 
-    from drllm.models.routing.policies import label_frequencies
-
-    probabilities = frequencies = label_frequencies(label_counts)
+    counts = torch.tensor(label_counts, dtype=torch.float64)
+    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
+        raise CheckpointError(
+            "these routers carry no label counts for some layer, so decisions can't be drawn by "
+            "label frequency; use routers that 'drllm train' has written"
+        )
+    probabilities = frequencies = counts / counts.sum(dim=1, keepdim=True)
     decisions = torch.arange(3, dtype=torch.float64)
 
     def are_few(theta: float) -> bool:  # executions fall as θ grows

@@ -10,7 +10,6 @@ Axes: B rows, T tokens, D hidden, L layers, W windows.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
-from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.errors import RoutingError
 from drllm.paths import Decision, check_decisions
 from drllm.registry import Registry
 
@@ -163,90 +162,6 @@ class RecordingPolicy(Policy):
 
         device = self._means[0].device
         return torch.stack([means.to(device) for means in self._means], dim=1)
-
-
-@POLICIES.register("random")
-class RandomPolicy(Policy):
-    """Draw each decision at random with the same probabilities at every layer.
-
-    Raises:
-        ConfigError: Anything but three probabilities, of skip, execute and repeat.
-    """
-
-    reads_prompt = False
-
-    def __init__(self, probabilities: Sequence[float], generator: torch.Generator) -> None:
-        import torch
-
-        given = list(probabilities)
-        are_shares = len(given) == len(Decision) and all(0 <= value <= 1 for value in given)
-        if not are_shares or not math.isclose(sum(given), 1.0, abs_tol=1e-6):
-            raise ConfigError(
-                f"the probabilities of skip, execute and repeat are {given}; give three numbers "
-                f"from 0 to 1 that add up to 1"
-            )
-        self.probabilities = torch.tensor(given)
-        self.generator = generator
-
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return one draw per row."""
-        return _draw(self.probabilities, prompts.num_rows, self.generator)
-
-
-@POLICIES.register("label-frequency")
-class LabelFrequencyPolicy(Policy):
-    """Draw each decision at random, as often as it was the target of its layer in training.
-
-    The null hypothesis for routers: what they would do if they knew how often each layer is
-    skipped and repeated, and nothing of the prompt. Counts are `[L][3]`, as in
-    `router_config.json`.
-
-    Raises:
-        CheckpointError: A layer without counts.
-
-    Example:
-        >>> import torch
-        >>> policy = LabelFrequencyPolicy([[0, 9, 0], [5, 0, 0]], torch.Generator())
-        >>> prompts = PromptView(torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
-        >>> [policy.decide(layer, prompts).tolist() for layer in (0, 1)]
-        [[1, 1], [0, 0]]
-    """
-
-    reads_prompt = False
-
-    def __init__(self, label_counts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
-        self.frequencies = label_frequencies(label_counts)  # [L, 3]
-        self.generator = generator
-
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return one draw per row; the counts must go up to this layer."""
-        if layer >= len(self.frequencies):
-            raise RoutingError(
-                f"there are label counts of {len(self.frequencies)} layers, the model has more; "
-                f"use the counts of routers that were trained for this model"
-            )
-        return _draw(self.frequencies[layer], prompts.num_rows, self.generator)
-
-
-def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
-    """Return how often each decision was the target of each layer, `[L, 3]` in float64.
-
-    Counts are those of `router_config.json`, and refused where a layer has none.
-    """
-    import torch
-
-    counts = torch.tensor(label_counts, dtype=torch.float64)
-    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
-        raise CheckpointError(
-            "these routers carry no label counts for some layer, so decisions can't be drawn by "
-            "label frequency; use routers that 'drllm train' has written"
-        )
-    return counts / counts.sum(dim=1, keepdim=True)
-
-
-def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
-    weights = probabilities.to(generator.device)
-    return weights.multinomial(num_rows, replacement=True, generator=generator)
 
 
 @POLICIES.register("routers")

@@ -14,7 +14,7 @@ from drllm.evaluation.baselines.registry import NOT_COMPARED, check, files_neede
 NAMES = [
     *("permuted routes", "random decisions", "label frequency", "last layers", "evenly spaced"),
     *("block influence", "greedy by loss", "greedy by answers", "best program", "confidence exit"),
-    *("block repeat", "sequence router", "program predictor"),
+    *("block repeat", "sequence router"),
 ]
 
 
@@ -28,7 +28,7 @@ def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
 def test_baselines_are_listed_without_torch():
     code = (
         "import sys\nfrom drllm.evaluation.baselines.registry import ordered\n"
-        "assert len(ordered()) == 13\nassert 'torch' not in sys.modules"
+        "assert len(ordered()) == 12\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
@@ -69,7 +69,7 @@ def test_every_baseline_says_in_a_line_what_it_is():
             assert text
             assert "\n" not in text
     reading = {baseline.name for baseline in ordered() if baseline.reads_question}
-    assert reading == {"confidence exit", "sequence router", "program predictor"}
+    assert reading == {"confidence exit", "sequence router"}
 
 
 def test_what_is_not_compared_has_a_reason_and_is_no_baseline():

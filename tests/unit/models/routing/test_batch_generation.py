@@ -11,7 +11,7 @@ from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
 
 from drllm.errors import ConfigError, RoutingError
 from drllm.models.routing.batch_generation import REFUSED, _cut, generate_many, prompt_tokens
-from drllm.models.routing.policies import RandomPolicy
+from drllm.models.routing.policies import Policy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import tiny_routers
 
@@ -200,9 +200,17 @@ def test_plans_for_another_number_of_prompts_are_refused(routed):
         generate_many(routed, PROMPTS[:4], chat=False)
 
 
-def test_random_decisions_are_drawn_once_and_reported(routed):
+class Drawn(Policy):
+    """Decides at random, anew each time it is asked."""
+
     generator = torch.Generator().manual_seed(0)
-    with routed.using(RandomPolicy((0.3, 0.4, 0.3), generator)):
+
+    def decide(self, layer, prompts):
+        return torch.randint(3, (prompts.num_rows,), generator=self.generator)
+
+
+def test_decisions_that_are_drawn_are_drawn_once_and_reported(routed):
+    with routed.using(Drawn()):
         answers = generate_many(routed, PROMPTS[:6], max_new_tokens=5, chat=False)
     assert len({answer.route for answer in answers}) > 1
     for answer in answers:

@@ -3,15 +3,13 @@ import math
 import pytest
 import torch
 
-from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.errors import ConfigError
 from drllm.models.routers.stack import RouterConfig, RouterStack, Spans
 from drllm.models.routing.policies import (
     FixedPolicy,
     FullPolicy,
-    LabelFrequencyPolicy,
     Policy,
     PromptView,
-    RandomPolicy,
     RecordingPolicy,
     RouterPolicy,
     biased,
@@ -48,8 +46,6 @@ def random_logits(rows=500, size=5.0, seed=0):
         (FullPolicy(), False),
         (FixedPolicy([1, 0], 2), False),
         (RecordingPolicy(FullPolicy(), 4), True),  # the record depends on the prompt
-        (RandomPolicy((0.1, 0.8, 0.1), rng()), False),
-        (LabelFrequencyPolicy([[1, 2, 3]], rng()), False),
         (RouterPolicy(new_routers()), True),
     ],
     ids=lambda value: type(value).__name__,
@@ -85,56 +81,6 @@ def test_the_labels_are_followed_and_the_routers_inputs_recorded():
     expected = [Spans(each.readable, 4).means(each.hidden).means for each in views]
     assert torch.equal(torch.stack(expected, dim=1), policy.means)
     assert policy.filled.tolist() == [4, 4]
-
-
-def shares(policy, layer, rows=20_000):
-    drawn = policy.decide(layer, view(rows, tokens=1))
-    return [float((drawn == decision).double().mean()) for decision in range(3)]
-
-
-def test_random_decisions_have_the_given_probabilities_at_every_layer():
-    policy = RandomPolicy((0.2, 0.7, 0.1), rng())
-    for layer in (0, 5):
-        assert shares(policy, layer) == pytest.approx([0.2, 0.7, 0.1], abs=0.015)
-
-
-@pytest.mark.parametrize(
-    "probabilities",
-    [(0.5, 0.5), (0.5, 0.5, 0.5), (-0.1, 1.0, 0.1), (math.nan, 0.5, 0.5), (0.0, 0.0, 0.0), ()],
-)
-def test_numbers_that_are_no_probabilities_are_refused(probabilities):
-    with pytest.raises(ConfigError, match="three numbers from 0 to 1 that add up to 1"):
-        RandomPolicy(probabilities, rng())
-
-
-COUNTS = [[30, 60, 10], [0, 95, 5], [0, 7, 0]]
-
-
-def test_each_layer_is_drawn_with_the_frequencies_of_its_labels():
-    policy = LabelFrequencyPolicy(COUNTS, rng())
-    assert shares(policy, 0) == pytest.approx([0.3, 0.6, 0.1], abs=0.015)
-    assert shares(policy, 1) == pytest.approx([0.0, 0.95, 0.05], abs=0.015)
-    assert shares(policy, 1)[0] == 0, "what was never a label is never drawn"
-    assert shares(policy, 2) == [0, 1, 0]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda g: RandomPolicy((0.3, 0.4, 0.3), g), lambda g: LabelFrequencyPolicy(COUNTS, g)],
-    ids=["random", "label frequency"],
-)
-def test_the_same_seed_draws_the_same_decisions_and_another_seed_others(make):
-    first, again, other = (make(rng(seed)).decide(0, view(50)).tolist() for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
-
-
-def test_label_counts_that_lack_a_layer_are_refused():
-    for counts in ((), [[0, 1, 0], [0, 0, 0]]):
-        with pytest.raises(CheckpointError, match="carry no label counts"):
-            LabelFrequencyPolicy(counts, rng())
-    with pytest.raises(RoutingError, match="label counts of 3 layers, the model has more"):
-        LabelFrequencyPolicy(COUNTS, rng()).decide(3, view(1))
 
 
 def test_without_a_knob_the_largest_logit_decides():

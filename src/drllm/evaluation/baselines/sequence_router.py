@@ -1,0 +1,61 @@
+"""The baseline that decides everything before the first layer, by one linear router."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from drllm.evaluation.baselines.base import TARGETS, Baseline, Drawn, executions_of, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from drllm.evaluation.baselines.fitting.sequence_router import SequenceRouter
+
+
+@register
+class SequenceRouterBaseline(Baseline):
+    """Shows what knowing the prompt's tokens, but nothing that a layer made of them, is worth.
+
+    It follows the router at the depth bias that gives the wanted executions.
+    """
+
+    name = "sequence router"
+    description = (
+        "one linear router decides for all layers, from the mean of the prompt's embeddings"
+    )
+    source = "MindSkip in Router-Tuning, arXiv 2410.13184, on our targets"
+    fitted_on = TARGETS
+    order = 120
+    needs = ("supervision", "the routers' targets; give them as --supervision")
+    reads_question = True
+
+    @cached_property
+    def trained(self) -> tuple[SequenceRouter, Tensor]:
+        """The router, and what it reads of the calibration prompts, `[N, D]`."""
+        import torch
+
+        from drllm.evaluation.baselines.fitting.sequence_router import (
+            first_inputs,
+            train_sequence_router,
+        )
+        from drllm.models.base.prompts import encode
+
+        material, tokenizer = self.fitted.material, self.routed.tokenizer
+        targets = material.supervision
+        inputs = first_inputs(self.routed, [encode(tokenizer, each.prompt) for each in targets])
+        labels = torch.tensor([each.optimal_layer_config for each in targets])
+        router = train_sequence_router(inputs, labels)
+        return router, first_inputs(self.routed, material.prompts)
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return the router's policy."""
+        from drllm.evaluation.baselines.fitting.sequence_router import (
+            SequenceRouterPolicy,
+            find_bias,
+        )
+
+        router, inputs = self.trained
+        bias = find_bias(router, inputs, executions_of(routes)).value
+        return Drawn(policy=SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
