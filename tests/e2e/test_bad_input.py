@@ -318,7 +318,6 @@ show new.rejected.jsonl => new.rejected.jsonl, line 1: \
 
 HEAVY = """\
 TARGETS --run-name x --report-to wanb => --report-to: unknown tracker 'wanb'
-TARGETS --run-name x --soft-targets => --soft-targets has no effect
 search --model MODEL --device cuda:97 => --device is 'cuda:97'
 search --model smollm2-135 --output-dir new => 'smollm2-135'
 search --model run --output-dir new => the folder run doesn't hold a model

@@ -308,15 +308,14 @@ def test_several_seeds_are_trained_and_evaluated_together(train, tmp_path, drllm
     assert "Routers of 2 seeds: accuracy" in " ".join(drllm(command, *evaluate).out.split())
 
 
-def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
+def test_several_seeds_are_trained_each_in_its_own_folder(
     run_copy, train, tmp_path, monkeypatch, drllm
 ):
     monkeypatch.chdir(tmp_path)
-    rule = "--target least_kl --path-weights closer"
-    drllm(f"supervise --search run/search.jsonl --output soft.jsonl {rule}")
-    words = ["--run-name", "soft", "--soft-targets", "--num-seeds", "2", "--seed", "5"]
-    out = train(*words, targets="soft.jsonl").out
-    folders = [Path("checkpoints/soft"), Path("checkpoints/soft/seed_6")]
+    drllm("supervise --search run/search.jsonl --output kl.jsonl --target least_kl")
+    words = ["--run-name", "kl", "--num-seeds", "2", "--seed", "5"]
+    out = train(*words, targets="kl.jsonl").out
+    folders = [Path("checkpoints/kl"), Path("checkpoints/kl/seed_6")]
     configs = [json.loads((folder / "router_config.json").read_text()) for folder in folders]
     assert [config["training"]["settings"]["seed"] for config in configs] == [5, 6]
     assert all(f"routers        {folder}" in out for folder in folders)

@@ -17,7 +17,6 @@ from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
 from drllm.records.splits import split_of
 from drllm.records.supervision import (
     SupervisionRecord,
-    WeightedPath,
     join_supervision,
     read_supervision,
 )
@@ -171,26 +170,6 @@ BROKEN_TARGETS = {
     "an empty question": ({"question": " "}, "'question' is empty"),
     "an empty prompt": ({"prompt": ""}, "'prompt' is empty"),
     "executions of another path": ({"executions": 2.0}, "'executions' is 2.0"),
-    "a valid path of another depth": (
-        {"valid_paths": [{"decisions": [1, 0], "weight": 1}]},
-        "2 decisions .* 3 layers",
-    ),
-    "a valid path without weight": (
-        {"valid_paths": [{"decisions": [1, 0, 2]}]},
-        r"`weight`.*`valid_paths\[0\]`",
-    ),
-    "a valid path of weight 0": (
-        {"valid_paths": [{"decisions": [1, 0, 2], "weight": 0}]},
-        r"'weight' is 0.0.*`valid_paths\[0\]`",
-    ),
-    "a valid path twice": (
-        {"valid_paths": [{"decisions": [1, 0, 2], "weight": 1}] * 2},
-        "'valid_paths' holds the same decisions twice",
-    ),
-    "valid paths without the target": (
-        {"valid_paths": [{"decisions": [1, 1, 2], "weight": 1}]},
-        "'valid_paths' lacks the target path itself",
-    ),
 }
 
 
@@ -199,16 +178,6 @@ def test_a_supervision_line_is_refused_with(what):
     values, message = BROKEN_TARGETS[what]
     with pytest.raises(RecordError, match=message):
         read_row(json.loads(encode(TARGET)) | values, SupervisionRecord)
-
-
-def test_valid_paths_are_written_where_they_were_asked_for():
-    paths = (
-        WeightedPath(decisions=(1, 0, 2), weight=1.0),
-        WeightedPath(decisions=(1, 1, 1), weight=0.5),
-    )
-    soft = replace(TARGET, valid_paths=paths)
-    assert read_row(json.loads(encode(soft)), SupervisionRecord) == soft
-    assert "valid_paths" not in json.loads(encode(TARGET))
 
 
 def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path):

@@ -1,5 +1,4 @@
 import json
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -144,14 +143,7 @@ def test_a_kl_target_saves_the_least_share_or_more(least, expected):
     assert chosen("least_kl", paths, least=least) == expected
 
 
-def soft(target: str, path_weights: str, paths: str, **settings: Any) -> dict[str, float]:
-    """The valid paths written with the target, as text, with their weights."""
-    config = SuperviseConfig(target=target, path_weights=path_weights, **settings)
-    [found] = targets([record(paths)], config)
-    return {"".join(map(str, path.decisions)): path.weight for path in found.valid_paths or ()}
-
-
-SOFT_PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
+PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
 
 
 @pytest.mark.parametrize(
@@ -164,31 +156,14 @@ SOFT_PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
         ("least_kl", {"1110", "1100", "1000", "0001"}),
     ],
 )
-def test_the_valid_paths_are_those_that_the_rule_picks_from(target, expected):
-    assert set(soft(target, "equal", SOFT_PATHS)) == expected
+def test_a_rule_picks_from_these_paths(target, expected):
+    def found(**settings: float) -> set[str]:
+        paths = candidates(record(PATHS), target, **settings)
+        return {"".join(map(str, path.decisions)) for path in paths}
+
+    assert found() == expected
     if target == "least_kl":
-        found = soft(target, "equal", SOFT_PATHS, min_saving=0.5)
-        assert set(found) == {"1100", "1000", "0001"}
-
-
-def test_valid_paths_weigh_the_same_half_by_execution_or_by_kl_and_none_are_written_unasked():
-    assert soft("shortest", "none", SOFT_PATHS) == {}
-    assert soft("shortest", "equal", SOFT_PATHS) == {"1111": 1, "1110": 1, "1100": 1}
-    assert soft("shortest", "shorter", SOFT_PATHS) == {"1111": 0.25, "1110": 0.5, "1100": 1}
-    closer = soft("shortest", "closer", SOFT_PATHS)
-    expected = {"1111": 1, "1110": math.exp(-0.2), "1100": math.exp(-0.7)}
-    assert closer == pytest.approx(expected)
-
-
-def test_weights_by_kl_need_the_kl():
-    with pytest.raises(ConfigError, match="--path-weights closer needs each path's KL"):
-        soft("shortest", "closer", "1111+~0 1110+")
-
-
-def test_valid_paths_do_not_change_the_target():
-    [softened] = targets([record(SOFT_PATHS)], replace(SHORTEST, path_weights="shorter"))
-    [plain] = targets([record(SOFT_PATHS)], SHORTEST)
-    assert softened.optimal_layer_config == plain.optimal_layer_config
+        assert found(min_saving=0.5) == {"1100", "1000", "0001"}
 
 
 SAVING, IMPROVING, FULL_ONLY = "1111+ 1100+", "1111! 2110+", "1111+"
@@ -309,9 +284,8 @@ def test_the_least_saving_has_no_use_but_for_kl():
     assert check_settings(SuperviseConfig(target="least_kl", min_saving=0.2), ["facts"]) == {}
 
 
-@pytest.mark.parametrize("by_kl", [{"target": "least_kl"}, {"path_weights": "closer"}])
-def test_targets_by_kl_are_refused_before_a_search_that_computes_none(by_kl):
-    config = SuperviseConfig(**{"target": "shortest", **by_kl})
+def test_targets_by_kl_are_refused_before_a_search_that_computes_none():
+    config = SuperviseConfig(target="least_kl")
     check_settings(config, ["facts"], SearchConfig())
     with pytest.raises(ConfigError, match=r"--no-kl leaves out what --\w+.* needs"):
         check_settings(config, ["facts"], SearchConfig(kl=False))

@@ -207,10 +207,6 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     check_tracking(config)
     files = published.supervision_files(request)
     found = records.join_supervision(files)
-    if config.soft_targets:
-        from drllm.training.targets import check_soft_targets
-
-        check_soft_targets(found)  # refused before the model is loaded
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:

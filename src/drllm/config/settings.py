@@ -118,14 +118,12 @@ class SuperviseConfig(Settings):
     Attributes:
         target: rule that picks among the tried paths
         min_saving: with --target least_kl: least share of the executions that a target saves (0.05)
-        path_weights: also write all valid paths for --soft-targets, weighted so
         quotas: maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit
         quota_improving: keep this share of improving targets by dropping others (published: 0.30)
     """
 
     target: str = basic("least_kl", choices=NamesIn("drllm.supervision.rules:TARGETS"))
     min_saving: float | None = basic(None, above=0.0, maximum=1.0)
-    path_weights: str = setting("none", choices=("none", "equal", "shorter", "closer"))
     quotas: str | None = setting(None, value="TASK=N,...")
     quota_improving: float | None = setting(None, above=0.0, maximum=1.0)
 
@@ -150,7 +148,6 @@ class TrainConfig(Settings):
         class_weights: whether rare decisions weigh more (paper: effective_number)
         beta: effective-number class weights (paper: 0.999)
         logit_adjustment: tau: adds tau times each layer's log label frequency in the loss
-        soft_targets: learn the weighted mix of all valid paths (supervise --path-weights)
         dropout: share of a router's hidden units left out of a step
         normalise_features: scale each component of the routers' inputs to mean 0, deviation 1
         validation_fraction: share of the targets held out for metrics (ours)
@@ -177,7 +174,6 @@ class TrainConfig(Settings):
     class_weights: str = setting("none", choices=("effective_number", "none"))
     beta: float = setting(0.999, minimum=0.0, maximum=0.9999999, idle=("class_weights", "none"))
     logit_adjustment: float = setting(0.0, minimum=0.0)
-    soft_targets: bool = setting(False)
     dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
     normalise_features: bool = setting(False)
     validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)

@@ -172,7 +172,7 @@ class Shared:
                 questions[place] = Question(context, [each.continuation for each in requests])
         asked_with_options = [*questions.values()], [*map(asked.gold, questions)]
         logs, prompts = (self._search, self._targets), asked.prompt_tokens
-        return Material(self.lm.routed, prompts, *asked_with_options, *logs, self.config.seed)
+        return Material(self.lm.routed, prompts, *asked_with_options, *logs)
 
 
 class Comparison:

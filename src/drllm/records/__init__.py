@@ -17,7 +17,6 @@ from drllm.records.codec import write_json as write_json
 from drllm.records.manifest import manifest_path as manifest_path
 from drllm.records.manifest import new_manifest as new_manifest
 from drllm.records.manifest import read_manifest as read_manifest
-from drllm.records.manifest import read_records as read_records
 from drllm.records.manifest import to_lines as to_lines
 from drllm.records.manifest import write_records as write_records
 from drllm.records.places import only_writer as only_writer
@@ -25,7 +24,6 @@ from drllm.records.resume import Chunks as Chunks
 from drllm.records.resume import differences as differences
 from drllm.records.resume import refuse_other_run as refuse_other_run
 from drllm.records.search import FailedQuestion as FailedQuestion
-from drllm.records.search import Question as Question
 from drllm.records.search import Retest as Retest
 from drllm.records.search import SearchRecord as SearchRecord
 from drllm.records.search import TriedPath as TriedPath
@@ -34,7 +32,6 @@ from drllm.records.splits import question_key as question_key
 from drllm.records.splits import split_of as split_of
 from drllm.records.supervision import RejectedQuestion as RejectedQuestion
 from drllm.records.supervision import SupervisionRecord as SupervisionRecord
-from drllm.records.supervision import WeightedPath as WeightedPath
 from drllm.records.supervision import join_supervision as join_supervision
 from drllm.records.supervision import read_supervision as read_supervision
 from drllm.records.supervision import rejected_path as rejected_path

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
@@ -24,24 +23,11 @@ _SAME_TARGET = ("question", "prompt", "optimal_layer_config")
 """What has to be equal for two lines to be one target; a margin differs in its last bits."""
 
 
-class WeightedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of a question's valid paths, and what it counts beside the others in soft targets."""
-
-    decisions: Decisions
-    weight: float
-
-    def __post_init__(self) -> None:
-        check_decisions(self.decisions)
-        if not self.weight > 0:
-            raise ValueError(f"'weight' is {self.weight}; it must be above 0")
-
-
 class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One target path to train routers on; one line of `supervision.jsonl`.
 
     A file of one's own needs `question`, `optimal_layer_config` and `answer` only, and may have
-    further columns. `valid_paths`, all paths that might have been the target, the target too, is
-    unset where they weren't asked for.
+    further columns.
     """
 
     question: str
@@ -53,7 +39,6 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     executions: float = math.nan
     improving: bool = False
     margin: float | None = None
-    valid_paths: tuple[WeightedPath, ...] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         try:
@@ -73,13 +58,6 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "executions", cost)
         elif self.executions != cost:
             raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
-        valid = [path.decisions for path in self.valid_paths or ()]
-        for decisions in valid:
-            check_decisions(decisions, len(self.optimal_layer_config))
-        if valid and self.optimal_layer_config not in valid:
-            raise ValueError("'valid_paths' lacks the target path itself")
-        if len(set(valid)) != len(valid):
-            raise ValueError("'valid_paths' holds the same decisions twice")
 
 
 class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):

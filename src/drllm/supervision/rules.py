@@ -7,10 +7,9 @@ A rule is one function here (or in a module that `TARGETS` names), under
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
-from drllm.errors import ConfigError
 from drllm.records import SearchRecord, TriedPath
 from drllm.registry import Registry
 
@@ -149,25 +148,3 @@ def candidates(
 def reads_min_saving(target: str) -> bool:
     """Tell whether a rule depends on `--min-saving`."""
     return "min_saving" in inspect.signature(TARGETS.get(target)).parameters
-
-
-def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
-    """Return what each of a question's candidates, at least one, counts in its soft targets.
-
-    The same if `equal`; half for each execution more than the shortest has if `shorter`; if
-    `closer`, exp(−KL), the KL in nats a token: ConfigError where it wasn't computed.
-
-    Source: ours.
-    """
-    if path_weights == "equal":
-        return [1.0 for _ in paths]
-    if path_weights == "shorter":
-        fewest = min(path.executions for path in paths)
-        return [2.0 ** (fewest - path.executions) for path in paths]
-    known = [path.kl for path in paths if path.kl is not None]
-    if len(known) < len(paths):
-        raise ConfigError(
-            "--path-weights closer needs each path's KL, which the search has not kept; "
-            "search again with --kl, or choose --path-weights shorter"
-        )
-    return [math.exp(-kl) for kl in known]

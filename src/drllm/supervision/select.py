@@ -10,8 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import UNSET
-
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
@@ -20,7 +18,6 @@ from drllm.records import (
     SearchRecord,
     SupervisionRecord,
     TriedPath,
-    WeightedPath,
     new_manifest,
     question_key,
     rejected_path,
@@ -39,7 +36,6 @@ from drllm.supervision.rules import (
     candidates,
     is_improving,
     reads_min_saving,
-    weigh,
 )
 from drllm.supervision.summary import summarise
 
@@ -159,13 +155,10 @@ def check_settings(
     Those are quotas that can't be read or name another task, a least saving with a rule that has no
     use for it, and targets by KL after a search that computes none.
     """
-    by_kl = "--target least_kl" if config.target == "least_kl" else None
-    if config.path_weights == "closer":
-        by_kl = "--path-weights closer"
-    if search is not None and not search.kl and by_kl:
+    if search is not None and not search.kl and config.target == "least_kl":
         raise ConfigError(
-            f"--no-kl leaves out what {by_kl} needs; leave --no-kl out, or choose another, such as "
-            f"--target shortest"
+            "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
+            "rule, such as --target shortest"
         )
     if config.min_saving is not None and not reads_min_saving(config.target):
         raise ConfigError(
@@ -184,8 +177,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
     or without a target. Quotas are filled in the order of the questions. No targets at all is a
-    result like any other. What `check_settings` refuses, and weights by a KL that a path lacks, are
-    a ConfigError.
+    result like any other. What `check_settings` refuses is a ConfigError.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
@@ -199,7 +191,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
             paths = candidates(record, config.target, min_saving=config.min_saving)
         reasons.append(paths if isinstance(paths, str) else None)
         if not isinstance(paths, str):
-            found[place] = _supervision_record(record, paths, config.path_weights)
+            found[place] = _with_target(record, paths[0])
     places = list(found)
     for dropped in over_quota(list(found.values()), quotas, config.quota_improving):
         del found[places[dropped]]
@@ -211,17 +203,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     return supervision
 
 
-def _supervision_record(
-    record: SearchRecord, paths: Sequence[TriedPath], path_weights: str
-) -> SupervisionRecord:
-    """Return a question's target, the best of its candidates, with the others if they count."""
-    target, weighted = paths[0], []
-    if path_weights != "none":
-        paths = sorted(paths, key=lambda path: path.simulation)
-        weighted = [
-            WeightedPath(decisions=path.decisions, weight=weight)
-            for path, weight in zip(paths, weigh(paths, path_weights), strict=True)
-        ]
+def _with_target(record: SearchRecord, target: TriedPath) -> SupervisionRecord:
     return SupervisionRecord(
         question=record.question,
         optimal_layer_config=target.decisions,
@@ -232,7 +214,6 @@ def _supervision_record(
         executions=target.executions,
         improving=is_improving(target, record),
         margin=target.margin,
-        valid_paths=tuple(weighted) or UNSET,
     )
 
 

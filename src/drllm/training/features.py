@@ -26,13 +26,7 @@ from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPo
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
-from drllm.training.targets import (
-    OVERFLOWS,
-    are_too_many,
-    set_aside,
-    soft_targets,
-    targets_for,
-)
+from drllm.training.targets import OVERFLOWS, are_too_many, set_aside, targets_for
 
 BATCH_SIZE = 8
 MAXIMUM_TOKENS = 16_384
@@ -53,7 +47,6 @@ class Features:
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
         tasks: `[N]`: the tasks' names.
-        soft: `[N, L, C]`: what `soft_targets` returns; None without.
         places: `[N]`: where each target lies in `means`; None if that is its own place.
         rejected: Targets that were set aside, and why.
     """
@@ -63,7 +56,6 @@ class Features:
     labels: Tensor
     questions: Sequence[str]
     tasks: Sequence[str]
-    soft: Tensor | None = None
     places: Tensor | None = None
     rejected: tuple[RejectedQuestion, ...] = ()
 
@@ -99,8 +91,6 @@ class Aggregate:
         self.questions = [text for part in parts for text in part.questions]
         self.tasks = [name for part in parts for name in part.tasks]
         self._places = [(part, row) for part in parts for row in range(part.num_targets)]
-        soft = [part.soft for part in parts if part.soft is not None]
-        self.soft = torch.cat(soft) if soft else None
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read some rows' windows, `[B, L, W, D]`, each from its own part."""
@@ -122,7 +112,6 @@ def collect(
     *,
     num_windows: int,
     store: Store,
-    soft: bool = False,
     routers: RouterStack | None = None,
     batch_size: int = BATCH_SIZE,
     listener: Listener | None = None,
@@ -135,7 +124,7 @@ def collect(
     with the bytes of one that wasn't, on the same machine with the same number of threads.
 
     The model is without routing; a few targets that it can't run are set aside. The store is
-    resumed or used again. `soft` gives the features soft targets too.
+    resumed or used again.
 
     Raises:
         ConfigError: The store holds features of something else.
@@ -202,7 +191,6 @@ def collect(
         means=store.means,
         filled=store.filled[is_used],
         labels=labels[is_used],
-        soft=soft_targets(used) if soft else None,
         questions=tuple(record.question for record in used),
         tasks=tuple(record.task for record in used),
         places=is_used.nonzero().flatten() if overflown else None,
@@ -267,8 +255,7 @@ def digest(examples: Examples) -> str:
     N, (_, *sizes) = examples.num_targets, shape(examples)
     parts = ((N, *sizes), tuple(examples.questions[:N]), tuple(examples.tasks[:N]))
     numbers = (examples.filled[:N].tolist(), examples.labels[:N].tolist())
-    softened = () if examples.soft is None else (examples.soft[:N].tolist(),)
-    return hashlib.sha256(repr((parts, numbers, *softened)).encode()).hexdigest()
+    return hashlib.sha256(repr((parts, numbers)).encode()).hexdigest()
 
 
 def sizes(examples: Examples) -> Tensor:

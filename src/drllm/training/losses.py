@@ -18,7 +18,7 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     labels has no effective number: it gets weight 1, that of an average class. No training label
     can meet that weight; it only prices the labels of a held-out part that has the class.
 
-    Soft targets give fractions. β is in [0, 1): 0 gives equal weights, values near 1 inverse
+    β is in [0, 1): 0 gives equal weights, values near 1 inverse
     frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
@@ -58,8 +58,7 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float)
     `[..., C]` gives it: 1 for the label alone, or a distribution. The weights `[C]`, from
     `class_weights`, are not divided out. γ = 0 gives weighted cross-entropy.
 
-    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
-        soft targets is ours.
+    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """
     log_p = logits.log_softmax(dim=-1)
     # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power

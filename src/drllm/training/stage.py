@@ -46,7 +46,7 @@ from drllm.training import checkpoint, temperature
 from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, Features, collect, digest, each_once, sizes
-from drllm.training.targets import check_soft_targets, reasons_of, write_rejected
+from drllm.training.targets import reasons_of, write_rejected
 from drllm.training.trackers import check_trackers, forget, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
 
@@ -128,15 +128,12 @@ def _train(
     check_folder(output, "output")
     for settings in seeds.values():
         divide([target.question for target in targets], settings, len(targets))
-    if config.soft_targets:
-        check_soft_targets(targets)
     pool = functools.partial(
         collect,
         base.model,
         base.tokenizer,
         targets,
         num_windows=config.num_windows,
-        soft=config.soft_targets,
         listener=listener,
     )
 

@@ -1,9 +1,9 @@
-"""The targets that a base model can be trained on, tokenised, and their soft form.
+"""The targets that a base model can be trained on, tokenised.
 
 A target whose prompt this model can't read is set aside and counted; if many are, the file belongs
 to another model, and it is refused.
 
-Axes: N targets, T tokens, L layers, C = 3 decisions.
+Axes: N targets, T tokens, L layers.
 """
 
 from collections import Counter
@@ -11,12 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from drllm.errors import ConfigError, RecordError
+from drllm.errors import RecordError
 from drllm.models.base.prompts import context_length, encode
-from drllm.models.routers.stack import NUM_DECISIONS
 from drllm.records import RejectedQuestion, SupervisionRecord, to_lines, write_atomically
 
 TOO_LONG = "longer than the base model's context"
@@ -92,30 +88,3 @@ def reasons_of(rejected: Sequence[RejectedQuestion]) -> str:
     """Count targets that were set aside by reason, in words."""
     counts = Counter(question.reason for question in rejected)
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
-
-
-def check_soft_targets(records: Sequence[SupervisionRecord]) -> None:
-    """Refuse targets of which none has a valid path beside its own, so that none would be soft."""
-    if not any(len(record.valid_paths or ()) > 1 for record in records):
-        raise ConfigError(
-            "--soft-targets has no effect: no target has a valid path beside its own; make the "
-            "targets with supervise --path-weights equal, or leave it out"
-        )
-
-
-def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
-    """Return decisions' shares of the weight of a question's valid paths, by layer: `[N, L, C]`.
-
-    A target without valid paths keeps its own decisions. The routers still read the states along
-    the target path: the mix is what a router should say of a prompt, not of one path. Sums over C
-    are 1, in float64.
-
-    Source: ours.
-    """
-    L = len(records[0].optimal_layer_config)
-    mixes = torch.zeros(len(records), L, NUM_DECISIONS, dtype=torch.float64)
-    for mix, record in zip(mixes, records, strict=True):
-        valid = [(path.decisions, path.weight) for path in record.valid_paths or ()]
-        for decisions, weight in valid or [(record.optimal_layer_config, 1.0)]:
-            mix[torch.arange(L), list(decisions)] += weight
-    return mixes / mixes.sum(dim=-1, keepdim=True)

@@ -83,10 +83,7 @@ class Trainer:
         self.trained, self.held_out = divide(examples.questions, config, examples.num_targets)
         self.once = each_once(examples, self.trained)
         self.label_counts = count_labels(examples.labels[self.once])
-        hard = F.one_hot(examples.labels, NUM_DECISIONS)
-        shares = examples.soft if config.soft_targets else hard
-        assert shares is not None, "features without soft targets"
-        self.targets = shares.double()
+        self.targets = F.one_hot(examples.labels, NUM_DECISIONS).double()
         learned = self.targets[self.once]
         beta = config.beta if config.class_weights == "effective_number" else 0.0
         self.class_weights = class_weights(learned.sum(dim=(0, 1)).tolist(), beta)

@@ -9,12 +9,12 @@ import torch
 from killable import CONTEXT, D, L, Letters, make_model, make_record, pooled
 from small import W, Watching, assert_windows, make_features
 
-from drllm.errors import ConfigError, ModelError, RecordError
+from drllm.errors import ModelError, RecordError
 from drllm.models.base.prompts import encode
-from drllm.records import RejectedQuestion, SupervisionRecord, WeightedPath, read_json_lines
+from drllm.records import RejectedQuestion, read_json_lines
 from drllm.training.feature_store import Store
 from drllm.training.features import CONSTANT, digest, moments, shape, sizes
-from drllm.training.targets import check_soft_targets, soft_targets, write_rejected
+from drllm.training.targets import write_rejected
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -231,49 +231,9 @@ def test_the_digest_tells_targets_apart_and_not_last_bits():
     labels[0, 0] = (labels[0, 0] + 1) % 3
     assert digest(features) != digest(replace(features, labels=labels))
     assert digest(features) == digest(replace(features, means=features.means * 1.1))
-    soft = torch.full((12, 3, 3), 1 / 3)
-    softened = [replace(features, soft=soft), replace(features, soft=soft * 0.5)]
-    assert len({digest(each) for each in (features, *softened)}) == 3
 
 
 def test_sizes_are_of_each_target_and_layer():
     features = make_features(40)
     torch.testing.assert_close(sizes(features), features.means.abs().mean(dim=(2, 3)))
     assert shape(features) == (40, *features.means.shape[1:])
-
-
-def softened(target: str, **paths: float) -> SupervisionRecord:
-    """A target and its valid paths, by decisions behind a letter: `p102=0.5`."""
-    valid = [
-        WeightedPath(decisions=tuple(map(int, path[1:])), weight=weight)
-        for path, weight in paths.items()
-    ]
-    return SupervisionRecord(
-        question=target,
-        optimal_layer_config=tuple(map(int, target)),
-        answer="yes",
-        valid_paths=tuple(valid),
-    )
-
-
-def test_each_layer_gets_the_share_of_the_weight_of_each_decision():
-    [mix] = soft_targets([softened("102", p102=1.0, p111=2.0, p101=1.0)])
-    expected = [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.75, 0.25]]
-    assert mix.tolist() == expected
-
-
-def test_a_target_without_valid_paths_keeps_its_decisions():
-    _, hard = soft_targets([softened("10", p10=1.0, p11=1.0), softened("20")])
-    assert hard.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
-
-
-def test_only_the_proportions_of_the_weights_count():
-    one = soft_targets([softened("10", p10=1.0, p11=3.0)])
-    other = soft_targets([softened("10", p10=1e-9, p11=3e-9)])
-    torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("records", [[softened("10")], [softened("10", p10=2.0), softened("11")]])
-def test_targets_of_which_none_is_soft_are_refused(records):
-    with pytest.raises(ConfigError, match="--soft-targets has no effect: no target has a valid"):
-        check_soft_targets(records)

@@ -30,14 +30,12 @@ from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import WeightedPath
 from drllm.training import stage
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
 from drllm.training.feature_store import Store
 from drllm.training.features import Aggregate, collect, digest, each_once, sizes
 from drllm.training.split import hold_out
 from drllm.training.stage import discard, train_on
-from drllm.training.targets import soft_targets
 from drllm.training.trainer import Trainer
 
 IDENTITY = BASE.identity
@@ -127,9 +125,6 @@ def test_rows_of_an_aggregate_are_those_of_its_parts_one_after_the_other(parts):
 def test_an_aggregate_is_of_the_same_targets_whose_sizes_are_those_of_its_parts(parts):
     whole = Aggregate(parts)
     assert digest(whole) == digest(parts[0])
-    soft = torch.rand(N, L, 3, dtype=torch.float64)
-    softened = [replace(part, soft=soft[N - len(part.labels) :]) for part in parts]
-    assert digest(Aggregate(softened)) == digest(softened[0]) != digest(whole)
     assert torch.equal(sizes(whole), torch.cat([sizes(part) for part in parts]))
 
 
@@ -227,28 +222,6 @@ def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path, monkeypa
         tmp_path / "seed_1" / "round_0" / "features",
     ]
     assert seen[0][1] != seen[1][1]
-
-
-def test_soft_targets_stay_those_of_the_question(tmp_path, monkeypatch):
-    full = (1,) * L
-    records = make_records(N)
-    for row, record in enumerate(records):
-        own, weight = record.optimal_layer_config, 3.0 if row % 2 == 0 else 0.5
-        paths = [WeightedPath(decisions=own, weight=weight)]
-        if own != full:
-            paths.append(WeightedPath(decisions=full, weight=1.0))
-        records[row] = structs.replace(record, valid_paths=tuple(paths))
-    given = []
-
-    def fit(examples, *arguments, **options):
-        given.append(examples.soft)
-        return train_on(examples, *arguments, **options)
-
-    monkeypatch.setattr(stage, "train_on", fit)
-    train(tmp_path, replace(ONE, soft_targets=True), records=records)
-    expected = soft_targets(records)
-    assert torch.equal(given[0], expected)
-    assert torch.equal(given[1], torch.cat([expected, expected]))
 
 
 def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(

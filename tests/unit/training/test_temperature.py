@@ -165,14 +165,6 @@ def test_calibrated_routers_need_no_further_temperature(tmp_path):
     assert again.ece_before == pytest.approx(told["ece_after"], abs=1e-6)
 
 
-def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learned(tmp_path):
-    soft = 0.7 * torch.eye(3).double()[FEATURES.labels] + 0.1
-    config = replace(CONFIG, soft_targets=True)
-    _, told = told_of(tmp_path, config, replace(FEATURES, soft=soft))
-    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))
-    assert told["nll_after"] > entropy  # no distribution comes below that of the targets
-
-
 def test_without_held_out_targets_nothing_is_told(tmp_path):
     assert told_of(tmp_path, features=make_features(9))[1] is None
 

@@ -140,37 +140,13 @@ def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
     assert (said[:, 1].argmax(dim=-1) == 1).all()
 
 
-@pytest.fixture
-def soft():
-    mixed = ONE_HOT.clone()
-    mixed[::2] = 0.6 * mixed[::2] + 0.4 * torch.tensor([0.0, 1.0, 0.0])
-    return mixed
-
-
-def test_soft_targets_replace_the_labels_in_the_loss(logits, soft):
-    trainer = prepared(replace(FEATURES, soft=soft), soft_targets=True, **PLAIN)
-    expected = F.cross_entropy(logits.flatten(0, 1), soft[:4].flatten(0, 1))
-    assert loss_of(trainer, logits, range(4)) == pytest.approx(float(expected), rel=1e-12)
-    unwanted = prepared(replace(FEATURES, soft=soft), **PLAIN)
-    assert loss_of(unwanted, logits, range(4)) == loss_of(prepared(**PLAIN), logits, range(4))
-
-
-@pytest.mark.parametrize("is_soft", [False, True])
-def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions(soft, is_soft):
-    blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means), soft=soft)
+def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions():
+    blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means))
     fit = {"num_epochs": 200, "gradient_accumulation": 40, "validation_fraction": 0.0}
-    trainer = fitted(blind, config_of(**PLAIN, **fit, soft_targets=is_soft))
+    trainer = fitted(blind, config_of(**PLAIN, **fit))
     said = trainer.routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
-    expected = (soft if is_soft else ONE_HOT).mean(dim=0)
+    expected = ONE_HOT.mean(dim=0)
     torch.testing.assert_close(said, expected, rtol=0, atol=0.01)
-
-
-def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
-    weighted = {"class_weights": "effective_number", "validation_fraction": 0.0}
-    found = prepared(replace(FEATURES, soft=soft), soft_targets=True, **weighted)
-    expected = class_weights(soft.sum(dim=(0, 1)).tolist(), 0.999)
-    assert found.class_weights == pytest.approx(expected)
-    assert found.label_counts == prepared(validation_fraction=0.0).label_counts
 
 
 def test_dropout_leaves_out_the_share_of_units_and_scales_the_others():

@@ -33,8 +33,7 @@ ROUTES = "nothing but the routed model's own routes on these questions"
 CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
-SEARCH_LOG = "the search log"
-PROGRAMS = f"{SEARCH_LOG}, then {CHOICE}"
+PROGRAMS = f"the search log, then {CHOICE}"
 QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
 """What is fitted on questions of the split that settings are chosen on."""
 
@@ -48,8 +47,7 @@ class Material:
 
     Prompts are the token ids of each calibration prompt, `[N]`; questions are the same with their
     options, where they have any, and golds say which of these are right. The search log is that of
-    the training questions, the supervision holds the routers' own targets, and the seed is of what
-    is drawn of the log.
+    the training questions, the supervision holds the routers' own targets.
     """
 
     routed: RoutedModel
@@ -58,7 +56,6 @@ class Material:
     golds: Sequence[int] = ()
     search: Sequence[SearchRecord] = ()
     supervision: Sequence[SupervisionRecord] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence
     Until it stops a prompt runs the full path, so these numbers say where it stops at any
     threshold. The model has at least two layers. See `recorded`.
     """
-    from drllm.evaluation.baselines.fitting.reading import recorded
+    from drllm.models.routers.depth_control import recorded
 
     layers = range(1, routed.num_layers)
     return recorded(routed, prompts, partial(confidence, lens), layers, decision=1)

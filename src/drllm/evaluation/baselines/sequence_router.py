@@ -36,26 +36,22 @@ class SequenceRouterBaseline(Baseline):
         """The router, and what it reads of the calibration prompts, `[N, D]`."""
         import torch
 
-        from drllm.evaluation.baselines.fitting.sequence_router import (
-            first_inputs,
-            train_sequence_router,
-        )
+        from drllm.evaluation.baselines.fitting import sequence_router
         from drllm.models.base.prompts import encode
 
         material, tokenizer = self.fitted.material, self.routed.tokenizer
         targets = material.supervision
-        inputs = first_inputs(self.routed, [encode(tokenizer, each.prompt) for each in targets])
+        prompts = [encode(tokenizer, each.prompt) for each in targets]
+        inputs = sequence_router.first_inputs(self.routed, prompts)
         labels = torch.tensor([each.optimal_layer_config for each in targets])
-        router = train_sequence_router(inputs, labels)
-        return router, first_inputs(self.routed, material.prompts)
+        router = sequence_router.train_sequence_router(inputs, labels)
+        return router, sequence_router.first_inputs(self.routed, material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the router's policy."""
-        from drllm.evaluation.baselines.fitting.sequence_router import (
-            SequenceRouterPolicy,
-            find_bias,
-        )
+        from drllm.evaluation.baselines.fitting import sequence_router
 
         router, inputs = self.trained
-        bias = find_bias(router, inputs, executions_of(routes)).value
-        return Drawn(policy=SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
+        bias = sequence_router.find_bias(router, inputs, executions_of(routes)).value
+        policy = sequence_router.SequenceRouterPolicy(router, bias)
+        return Drawn(policy=policy, note=f"with a bias of {bias:.4g}")

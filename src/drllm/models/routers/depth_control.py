@@ -6,7 +6,7 @@ Axes: N prompts, L layers.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import read_json_lines
 
@@ -86,6 +86,33 @@ def routes_of(
     finally:
         routed.driver.keep(before)
     return routes
+
+
+def recorded(
+    routed: RoutedModel,
+    prompts: Sequence[Sequence[int]],
+    read: Callable[[PromptView], Tensor],
+    layers: Collection[int],
+    *,
+    decision: int,
+) -> Tensor:
+    """Return what is read of every prompt at some layers, while all take the same decision.
+
+    It is `[N, layers, …]` on the CPU, in the order of the prompts. See `routes_of`.
+    """
+    kept: list[Tensor] = []  # batch by batch, layer by layer
+
+    class Recorder(Policy):
+        def decide(self, layer: int, prompts: PromptView) -> list[int]:
+            if layer in layers:
+                kept.append(read(prompts).cpu())
+            return [decision] * prompts.num_rows
+
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    routes_of(routed, Recorder(), [prompts[row] for row in by_length])
+    starts = range(0, len(kept), len(layers))
+    values = torch.cat([torch.stack(kept[at : at + len(layers)], dim=1) for at in starts])
+    return values[torch.tensor(by_length).argsort()]
 
 
 def read_under(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:

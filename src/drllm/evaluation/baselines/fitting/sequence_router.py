@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.fitting.reading import recorded
+from drllm.models.routers.depth_control import recorded
 from drllm.models.routing.policies import Policy, PromptView, biased, full_precision
 from drllm.models.routing.routed_model import RoutedModel
 
