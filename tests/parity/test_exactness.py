@@ -38,7 +38,7 @@ LEAST_SHARE = 0.1
 COMPARED = 50
 """So many of the paths that are evaluated together are compared, drawn with a seed. Of 1,000 paths
 a reward all were, once, which took 80 minutes: docs/results/log.md."""
-MARGINS_CHECKED = 3
+MARGINS_CHECKED = 5
 """One of them in so many has its margins of answers checked: each takes several plain forwards."""
 
 BOXED_SHOTS = (

@@ -112,7 +112,6 @@ def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tasks": "arc_eas"}, "did you mean 'arc_easy'"),
         ({"limits": {"arc_easy": 3}}, "limits: .*arc_easy"),
         ({"limit": 4, "limits": {"builtin_facts": 3}}, "--limit 4 has no effect"),
         ({"curve": "0.1", "epsilon": 2.0, "num_texts": 29}, "--num-texts 29 are too few"),

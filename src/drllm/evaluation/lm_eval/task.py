@@ -281,12 +281,16 @@ def golds_of(task: Any, doc: Mapping[str, Any]) -> list[int]:
     return [one for one in places if isinstance(one, int) and 0 <= one < len(choices)]
 
 
+_of_the_harness = functools.cache(TaskManager)
+"""Its own tasks; to list them it reads thousands of files, which takes seconds."""
+
+
 def _loaded(name: str) -> dict[str, Any]:
     """Return the harness' tasks that a name stands for, with their questions."""
     with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
         if name.endswith(".yaml") and Path(name).is_file():  # a group there names its neighbours
             manager = TaskManager(include_path=Path(name).parent, include_defaults=False)
-        elif name not in (manager := TaskManager()).task_index:
+        elif name not in (manager := _of_the_harness()).task_index:
             raise TaskError(
                 f"{nearest_name('task', name, {*task_names(), *manager.task_index})}; 'drllm ls "
                 f"tasks' and 'drllm lm-eval ls tasks' list all; of others, write the questions "
