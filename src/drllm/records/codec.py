@@ -57,7 +57,7 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
     try:
         raw = data.encode() if isinstance(data, str) else data
         if b'"schema_version"' in raw:
-            _refuse_newer(raw, where)
+            _refuse_newer(raw)
         value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
         # Our own files are byte for byte what we would write; only others need the slow look.
         if _ENCODER.encode(value) != raw.rstrip():
@@ -70,7 +70,7 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise RecordError(f"{where}: {_malformed(data, str(error))}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deep to be read") from error
-    except ValueError as error:  # from _refuse_duplicates, or a whole number of thousands of digits
+    except ValueError as error:  # of _refuse_…, or a whole number of thousands of digits
         raise RecordError(f"{where}: {error}") from error
     return value
 
@@ -263,17 +263,16 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_newer(data: bytes, where: str) -> None:
-    """Refuse a file of a newer version by its version's name, where it says one."""
+def _refuse_newer(data: bytes) -> None:
+    """Refuse, by ValueError, a file of a newer version by its version's name, if it says one."""
     try:
         version = msgspec.json.decode(data, type=Version)
     except (msgspec.MsgspecError, RecursionError):
         return
     if version.schema_version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{where} was written by drllm {version.drllm_version} (schema version "
-            f"{version.schema_version}); this one reads up to {SCHEMA_VERSION}; install a newer "
-            f"drllm"
+        raise ValueError(
+            f"written by drllm {version.drllm_version} (schema version {version.schema_version}); "
+            f"this one reads up to {SCHEMA_VERSION}; install a newer drllm"
         )
 
 
