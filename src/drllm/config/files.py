@@ -66,7 +66,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text; {remedy}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # Of YAML's own errors some have a place; values such as 2020-99-99 raise ValueError.
+        # Of YAML's own errors some have a place; a text "\U00110000" raises ValueError.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
@@ -97,7 +97,7 @@ def sections_of(
 ) -> dict[str, dict[str, Any]]:
     """Return the sections of a file; one that isn't known, or holds no settings, is refused."""
     known, found = list(known), {}
-    for name, section in values.items():
+    for name, section in with_underscores(values).items():
         if name not in known:
             raise ConfigError(f"{path}: " + unknown_name("section", name, known))
         if not isinstance(section, dict | None):

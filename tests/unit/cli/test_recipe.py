@@ -104,6 +104,7 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_
         (COMMON + "settings: {a: {}, b: {trian: {gamma: 1}}}\n", "did you mean 'train'"),
         (COMMON + "settings: {a: {}, b: {search: {limit: 1}}}\n", "Valid: supervise, train"),
         (COMMON + "settings: {a: {}, b: 3}\n", "setting 'b' is 3; give sections"),
+        (COMMON + "settings: {a: {}, b: {on: {}}}\n", "unknown section 'True'"),  # true to YAML
         (COMMON + "settings: {a: {}, b: {train: 3}}\n", "section 'train' is 3"),
         (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),
         (COMMON + "settings: {a: {}, ../b: {train: {gamma: 1}}}\n", "named '../b'"),
