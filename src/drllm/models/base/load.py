@@ -300,6 +300,8 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
         return ModelError(
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
+    if name in ALIASES:
+        said += f"; delete {smollm2.converted()}, and it is converted anew"
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {said}")
     return ModelError(f"model {name!r} can't be opened: {said}")

@@ -140,6 +140,15 @@ def not_packaged(monkeypatch, tmp_path):
     monkeypatch.setattr(alias, "DISTRIBUTION", "drllm-no-such-distribution")
 
 
+def test_a_converted_model_that_is_broken_is_to_be_deleted(copied, monkeypatch):
+    monkeypatch.setenv(alias.CACHE_VARIABLE, str(copied.parent))
+    cut_off(copied)
+    made = copied.rename(copied.with_name(f"{alias.ALIAS}-v{alias.FORMAT}"))
+    assert f"delete {made}, and it is converted" in refused(ModelError, alias.ALIAS)
+    (made / "model.safetensors").unlink()
+    assert f"delete {made}, and it is converted" in refused(ModelError, alias.ALIAS)
+
+
 def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
     not_packaged, cached, saved, caplog
 ):
