@@ -35,7 +35,7 @@ from drllm.records import Retest, SearchRecord, TriedPath, to_lines
 from drllm.search import ray as ray_executor
 from drllm.search.batch import Searched
 from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
-from drllm.search.ray import RayExecutor, Ready
+from drllm.search.ray import RayExecutor
 from drllm.search.run import run_search
 from drllm.tasks.base import Example, Prompt, Task
 
@@ -63,13 +63,10 @@ class ManyQuestions(Task):
             for n in range(self.number)
         ]
 
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return how the question is asked."""
-        return Prompt(text=f"Question: {example.question}\nAnswer:", reward=reward, answer="one")
-
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return four other ways of asking, as many as a multiple-choice task has."""
-        return (self.prompt(example, reward),) * 4
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how the question is asked, and four other ways, as many as of a choice."""
+        text = f"Question: {example.question}\nAnswer:"
+        return (Prompt(text=text, reward=reward, answer="one"),) * 5
 
 
 def ready_made(questions: Sequence[SearchQuestion]) -> Searched:
@@ -143,10 +140,12 @@ class ReadyMade:
 class ReadyMadeWorker:
     """A worker of Ray whose batches cost it next to nothing: one is made, and sent every time."""
 
-    def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
+    def load(
+        self, model: ModelConfig, num_threads: int, num_sharing: int
+    ) -> tuple[dict[str, Any], dict[str, Any], int]:
         """Say that there is a model."""
         self.made: dict[int, Searched] = {}
-        return Ready(IDENTITY, RUNTIME, os.getpid())
+        return IDENTITY, RUNTIME, os.getpid()
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the prompts' texts."""

@@ -274,6 +274,16 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
             assert 0 < point["own_gib"] < point["peak_gib"]
 
 
+def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_path):
+    driver, config = benchmark("driver"), SearchConfig()
+    questions = driver.questions_of([driver.ManyQuestions(40)], config)
+    batches = driver.batches_of(questions, config.block_size)
+    ready = driver.ReadyMade({each.number: driver.ready_made(each.questions) for each in batches})
+    assert len(driver.run_search(ready, questions, config, tmp_path, driver.Clock())) == 40
+    assert {len(question.retests) for question in questions} == {4}
+    assert driver.ReadyMadeWorker().load(ModelConfig(), 1, 1)[0] == driver.IDENTITY
+
+
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     pytest.importorskip("economize", reason="the peer library isn't installed")
     figures = figures_of("baselines", "--skipped", "4")
