@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ def test_whole_features_are_used_again_without_a_pass_and_without_writing(
     assert passes == []
     assert said == [f"the routers' inputs in {folder} are used again"]
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's maps in a file")
+def test_the_map_is_no_writable_one_so_that_features_may_be_larger_than_the_memory(folder):
+    for used in (pool(folder, N), pool(folder, N)):  # mapped after a pass, and when used again
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ours = {line.split()[1] for line in maps if line.endswith(f"{folder / FEATURES_FILE}")}
+        assert (ours, used.num_targets) == ({"r--s"}, N)
 
 
 RECORDS = make_records(N)
