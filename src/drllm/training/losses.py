@@ -18,8 +18,7 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     labels has no effective number: it gets weight 1, that of an average class. No training label
     can meet that weight; it only prices the labels of a held-out part that has the class.
 
-    β is in [0, 1): 0 gives equal weights, values near 1 inverse
-    frequencies.
+    β is in [0, 1): 0 gives equal weights, values near 1 inverse frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
 
