@@ -262,6 +262,13 @@ def test_attentions_are_refused_under_routing_and_given_without(tiny_llama):
         assert len(routed.model(IDS, output_attentions=True).attentions) == 6
 
 
+def test_an_error_inside_a_forward_leaves_routing_usable(routed):
+    with routed.fixed([PLANS["repeats"]] * 3), pytest.raises(RoutingError, match="3 prompts"):
+        routed.model(IDS)
+    routed.model(IDS)
+    assert routed.last_route.tolist() == [[1] * 6]
+
+
 def test_beams_without_a_cache_equal_beams_with_one(routed):
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}
     with routed.fixed(MIXED):
