@@ -53,9 +53,8 @@ def log_priors(counts: Tensor) -> Tensor:
 def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
 
-    p_c is the probability that the router gives decision c, and q_c the share that the target
-    `[..., C]` gives it: 1 for the label alone, or a distribution. The weights `[C]`, from
-    `class_weights`, are not divided out. γ = 0 gives weighted cross-entropy.
+    p_c is the router's probability of decision c; q_c, of the targets `[..., C]`, 1 for the label,
+    else 0. The weights `[C]` are not divided out. γ = 0 gives weighted cross-entropy.
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """

@@ -101,9 +101,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
     """Compare confidence with hits in at most `BINS` bins of equal mass, the least confident first.
 
-    Decisions of exactly equal confidence count as hit in their common share. Confidence `[M]`,
-    M ≥ 1, is the probability of what was decided; hits `[M]` are the shares that the target gives
-    to that, 0 or 1 for labels.
+    Decisions of exactly equal confidence count as hit in their common share. Confidence `[M]` is
+    the probability of what was decided; hits `[M]` are 1 where that is the target, else 0.
 
     Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
     """

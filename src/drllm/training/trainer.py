@@ -57,7 +57,7 @@ class Trainer:
     Attributes:
         trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
         once: Those of `trained` along their target path: whatever counts labels counts these.
-        targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
+        targets: `[N, L, C]` float64: 1 for the label, 0 for the other decisions.
         offsets: `[L, C]`: added to the logits before the loss.
         label_counts: `[L][C]`: labels of the target paths trained on.
         sizes: `[N, L]`: mean size of each router's inputs, which tells other features apart.
