@@ -212,6 +212,7 @@ def trained(benchmark, figures_of, model_folder):
         return figures_of("training", *words, folder=model_folder())
 
 
+@pytest.mark.thorough
 def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(trained):
     result = trained["result"]
     assert (result["questions"], result["epochs"]) == (12, 25)
@@ -248,6 +249,7 @@ def test_losses_are_equal_that_differ_by_little_or_by_ten_times_what_rounding_do
     assert benchmark("training").are_equal(found, [1e-8, 1e-6, 1e-3]) is are_equal
 
 
+@pytest.mark.thorough
 def test_the_bound_is_made_of_epochs_batches_and_routers(trained):
     result = trained["result"]
     assert trained["speedup"] == result["speedup"] < result["bound"]
@@ -262,6 +264,7 @@ def test_a_fit_is_measured_at_parts_of_each_side(benchmark):
     assert parts == [(2000, 30, 576), (4000, 15, 576), (4000, 30, 288), (1000, 30, 576)]
 
 
+@pytest.mark.thorough
 def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
     sizes = [(point["N"], point["L"], point["D"]) for point in trained["scale"]]
     assert sizes == [(14, 4, 32), (7, 4, 32)]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("run.py")
 TESTS = """
 import unittest
@@ -37,6 +39,7 @@ class LlamaModelTest(unittest.TestCase):
 """
 
 
+@pytest.mark.thorough
 def test_outputs_of_tests_are_compared_with_those_of_routed_models(tmp_path):
     folder = tmp_path / "tests" / "models" / "llama"
     folder.mkdir(parents=True)
