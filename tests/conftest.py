@@ -66,7 +66,9 @@ MODEL_FOLDERS = (
     "tests/versions",
     "tests/properties/test_generation_fuzz.py",
 )
-STARTS_PROCESSES = re.compile(r"^\s*(?:import|from) (?:subprocess|multiprocessing|ray)\b", re.M)
+STARTS_PROCESSES = re.compile(
+    r"^\s*(?:import|from) (?:subprocess|multiprocessing|ray|killable)\b", re.M
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

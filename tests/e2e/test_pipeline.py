@@ -479,6 +479,7 @@ def test_a_run_folder_is_shown_without_torch(finished_run: Path):
         assert done.stdout.splitlines()[-1] == f"{2 * (len(words) > 1)} set()"
 
 
+@pytest.mark.thorough
 def test_a_search_that_ctrl_c_stopped_goes_on_and_ends_as_an_unbroken_one(
     tmp_path, model, start, assert_same_run
 ):

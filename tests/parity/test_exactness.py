@@ -174,8 +174,7 @@ def check_answers(base, prompts, found, sample):
     ("num_questions", "num_paths", "reward"),
     [
         (3, 3, "loglikelihood"),
-        (3, 3, "letter"),
-        *(pytest.param(3, 3, each, marks=pytest.mark.thorough) for each in ("boxed", "exact")),
+        *(pytest.param(3, 3, each, marks=pytest.mark.thorough) for each in REWARDS[1:]),
         *(pytest.param(12, 12, each, marks=pytest.mark.thorough) for each in REWARDS),
     ],
 )

@@ -30,11 +30,13 @@ def findings():
     return {family: check(family) for family in FAMILIES}
 
 
+@pytest.mark.thorough
 def test_no_family_is_routed_wrongly_and_those_of_the_suite_are_exact(findings):
     assert [family for family, found in findings.items() if found.status == "differs"] == []
     assert dict.fromkeys(IN_SUITE, "exact") == {name: findings[name].status for name in IN_SUITE}
 
 
+@pytest.mark.thorough
 def test_what_the_page_says_is_so(findings):
     assert list(FAMILIES) == list(DOCUMENTED)
     refused = [family for family, status in DOCUMENTED.items() if status == "refused"]
@@ -44,6 +46,7 @@ def test_what_the_page_says_is_so(findings):
         assert {family: found.status for family, found in findings.items()} == DOCUMENTED
 
 
+@pytest.mark.thorough
 def test_a_refusal_gives_its_reason_in_one_line_and_what_was_compared_a_difference(findings):
     for found in findings.values():
         assert (found.greatest_difference is not None) == (found.status in ("exact", "broken"))

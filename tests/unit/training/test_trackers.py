@@ -54,7 +54,9 @@ def scalars(folder) -> dict[str, dict[int, float]]:
     }
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    "tracker", ["tensorboard", pytest.param("wandb", marks=pytest.mark.thorough)]
+)
 def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
     pytest.importorskip(tracker)
     if tracker == "wandb":

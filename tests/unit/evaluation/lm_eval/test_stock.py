@@ -137,6 +137,7 @@ def test_nothing_is_fitted_on_questions_that_are_reported(task_file):
     assert tasks_of(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
 
 
+@pytest.mark.thorough  # lists thousands of files
 def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monkeypatch, capfd):
     with pytest.raises(TaskError, match="unknown task 'boolqq'; did you mean 'boolq'"):
         tasks_of(config_of("boolqq"))

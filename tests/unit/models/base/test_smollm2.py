@@ -242,6 +242,7 @@ def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(tiny, tmp_p
     assert not leftover.exists()
 
 
+@pytest.mark.thorough
 def test_of_two_processes_at_once_one_converts_and_both_get_the_model(tiny, tmp_path):
     barrier = tmp_path / "go"
     children = [_child(tiny, tmp_path / "model", "tokenizer", str(barrier)) for _ in range(2)]
