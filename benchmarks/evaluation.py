@@ -60,7 +60,7 @@ def executing_routers(base: BaseModel) -> RouterStack:
     """Return routers that read every prompt and always execute."""
     config = RouterConfig(
         num_layers=base.num_layers,
-        hidden_size=base.hidden_size,
+        hidden_size=base.model.config.hidden_size,
         base_model=base.name,
         base_fingerprint=fingerprint(base.model),
     )
