@@ -46,7 +46,7 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     accuracy, loss = routed.against_base.accuracy, routed.against_base.text_loss
     saves = share_saved(routed.executions, evaluation.num_layers) > 0
     is_worse = any(each is not None and each.is_better is False for each in (accuracy, loss))
-    if evaluation.base.interval[0] <= evaluation.chance:
+    if accuracy.shown == "guessing":
         what = f"Take a task that the base model can do; on {task} it may be guessing. Or show it"
         yield f"{what} worked examples:", "drllm evaluate … --num-fewshot 5"
     if accuracy.needed is not None:
@@ -82,8 +82,8 @@ def _better_targets(run: Run) -> Iterator[Step]:
     if used.get("target") == "least_kl":
         saving = MIN_SAVING if used.get("min_saving") is None else used["min_saving"]
         if saving:
-            less = f"drllm supervise … --min-saving {saving / 2:g}"
-            yield "Take targets that save less:", less
+            what = "Take targets that save less:"
+            yield what, f"drllm supervise … --min-saving {saving / 2:g}"
     elif run.supervision:
         what = "Take other targets, the paths that change the model's answers least:"
         yield what, "drllm supervise … --target least_kl"
