@@ -241,12 +241,13 @@ def time_tile(measured: Latency | None) -> Tile:
     """Return what the measured times show, in a tile."""
     if measured is None:
         return Tile("Measured time", "not measured", "--latency-rounds 0")
-    rows = _timed(measured.measured)
-    labels = [row[4] for row in rows]
+    found = measured.measured
+    places = found.labels()
+    labels = list(places.values())
     most = max(labels, key=labels.count)
-    value = most if len({*labels}) == 1 else f"{most} in {labels.count(most)} of {len(rows)}"
-    ratios = sorted(row[3].split()[0] for row in rows)
-    note = f"{ratios[0]} to {ratios[-1]} times base's, by phase and batch"
+    value = most if len({*labels}) == 1 else f"{most} in {labels.count(most)} of {len(labels)}"
+    ratios = [median(found.ratio(ROUTED, BASE, *place)) for place in places]
+    note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 
 
@@ -254,8 +255,9 @@ def measured_line(measured: Latency) -> str:
     """Say in one line what the measured times show."""
     found = measured.measured
     shown: dict[str, list[str]] = {}
-    for row in _timed(found):
-        shown.setdefault(row[4], []).append(f"{row[0].replace(',', '')} ({row[3].split()[0]})")
+    for (phase, size), label in found.labels().items():
+        ratio = plain(median(found.ratio(ROUTED, BASE, phase, size)), 2)
+        shown.setdefault(label, []).append(f"{PHASES[phase]} {count(size)} ({ratio})")
     said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
     return (
         f"Measured time, routed / base by rows of a batch, {found.num_rounds} rounds of "
