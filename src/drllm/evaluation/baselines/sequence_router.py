@@ -40,10 +40,9 @@ class SequenceRouterBaseline(Baseline):
         from drllm.models.base.prompts import encode
 
         material, tokenizer = self.fitted.material, self.routed.tokenizer
-        targets = material.supervision
-        prompts = [encode(tokenizer, each.prompt) for each in targets]
+        prompts = [encode(tokenizer, each.prompt) for each in material.supervision]
         inputs = sequence_router.first_inputs(self.routed, prompts)
-        labels = torch.tensor([each.optimal_layer_config for each in targets])
+        labels = torch.tensor([each.optimal_layer_config for each in material.supervision])
         router = sequence_router.train_sequence_router(inputs, labels)
         return router, sequence_router.first_inputs(self.routed, material.prompts)
 
