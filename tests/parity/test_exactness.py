@@ -36,10 +36,10 @@ TIE = 3e-4
 LEAST_SHARE = 0.1
 """Of right verdicts, and of wrong ones, in each sample."""
 COMPARED = 40
-"""So many of the paths that are evaluated together are compared, drawn with a seed. Of 1,000 paths
-a reward all were, once, which took 80 minutes: docs/results/log.md."""
+"""How many of the paths are compared one by one, drawn with a seed. All 1,000 paths of each reward
+were compared once, in 80 minutes: docs/results/log.md."""
 MARGINS_CHECKED = 5
-"""One of them in so many has its margins of answers checked: each takes several plain forwards."""
+"""Of every so many of them one has its margin checked, which takes several plain forwards."""
 
 BOXED_SHOTS = (
     "Problem: Tom has 2 apples and buys 3 more. How many has he?\nAnswer: 5\nBoxed: \\boxed{5}\n\n"

@@ -39,8 +39,8 @@ class SequenceRouter(nn.Module):
         # A component that never varies carries nothing: whatever it is, it counts as its mean.
         self.register_buffer("deviation", torch.where(deviation > 0, deviation, torch.inf))
         self.num_layers = num_layers
-        # Zeros: of fewer prompts than components, training would never move what random weights
-        # say about the others. And no number is drawn for them.
+        # Zeros, without a draw: with fewer prompts than components, training would never move
+        # random weights in the directions that no prompt has.
         self.linear = nn.utils.skip_init(nn.Linear, inputs.shape[1], num_layers * 3)  # type: ignore[no-untyped-call]
         for weights in self.linear.parameters():
             nn.init.zeros_(weights)
