@@ -69,6 +69,7 @@ def core_alone(tmp_path, model_folder, recipe):
     return run
 
 
+@pytest.mark.thorough  # a process a command
 def test_all_but_evaluations_and_reports_works_without_extras(core_alone, tmp_path: Path):
     commands = WORKS.splitlines()
     statuses, said = core_alone(commands)
@@ -76,6 +77,7 @@ def test_all_but_evaluations_and_reports_works_without_extras(core_alone, tmp_pa
     assert (tmp_path / "exported" / "config.json").is_file()
 
 
+@pytest.mark.thorough  # a process a command
 def test_what_needs_an_extra_says_so_in_one_line_before_it_writes_anything(core_alone, tmp_path):
     before = set(tmp_path.rglob("*"))
     statuses, said = core_alone(list(REFUSED))

@@ -84,7 +84,7 @@ def outcome(folder: Path) -> tuple[Any, Any]:
     return {**result, "created": None, "systems": rows}, (folder / "samples.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [1, pytest.param(15, marks=pytest.mark.thorough)])
 def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
     kills, processes, finished_run, tmp_path
 ):

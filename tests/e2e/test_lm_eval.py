@@ -263,6 +263,7 @@ sys.exit(main(words))
 """
 
 
+@pytest.mark.thorough  # two processes that import torch
 def test_two_processes_give_the_numbers_of_one(evaluate, finished_run, tmp_path, processes):
     words = (
         "--model drllm --tasks builtin_facts,builtin_arithmetic --split test --limit 7 "

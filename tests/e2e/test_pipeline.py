@@ -166,6 +166,7 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(run_copy, rerun, quick_r
     assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
 
 
+@pytest.mark.thorough
 def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
     recipe, tmp_path, drllm, quick_report
 ):

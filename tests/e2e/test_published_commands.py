@@ -82,6 +82,7 @@ def refused(command: Callable[..., str]) -> Callable[[str], str]:
     return line
 
 
+@pytest.mark.thorough  # each of its commands is parsed by the tests above
 def test_search_training_and_evaluation_chain(command: Callable[..., str], folder: Path):
     search = "--model MODEL --dataset arc,dart --output_dir data/mcts_paths --num_simulations 50"
     command(f"search {search} --budget 2 --device cpu --limit 2 --data_dir sets")

@@ -267,6 +267,7 @@ def compiled(model, **options):
 
 
 @needs_tracing
+@pytest.mark.thorough
 @pytest.mark.parametrize("plan", [PLAN, MIXED], ids=["one plan", "a plan a row"])
 def test_a_plan_compiles_to_one_graph(tiny_llama, plan):
     routed = RoutedModel(tiny_llama(), policy=FixedPolicy(plan, 6))

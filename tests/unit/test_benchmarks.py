@@ -98,6 +98,7 @@ def found(figures_of):
     return figures_of("search_quality")
 
 
+@pytest.mark.thorough
 def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_away(found):
     assert found["strategies"].keys() == {"tree", "sweep", "walk"}
     assert found["speedup"].keys() == {"tree / sweep", "tree / walk"}
@@ -182,6 +183,7 @@ def searched(figures_of):
     return figures_of("search", "--questions", "3", "--paths", "4", "--sample", "12")
 
 
+@pytest.mark.thorough
 def test_the_evaluator_is_compared_on_every_reward_and_comes_to_the_same_verdicts(searched):
     rewards = {"loglikelihood", "letter", "boxed"}
     assert rewards == searched["speedup"].keys() == searched["kl_overhead"].keys()
@@ -194,6 +196,7 @@ def test_the_evaluator_is_compared_on_every_reward_and_comes_to_the_same_verdict
     assert set(searched["verdicts_that_differ"].values()) == {0}
 
 
+@pytest.mark.thorough
 def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(searched):
     for result in searched["results"]:
         shares = result["executions_a_path"]

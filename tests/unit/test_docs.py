@@ -52,6 +52,7 @@ def empty_folder(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )

@@ -394,6 +394,7 @@ def _base_above_chance(monkeypatch):
     monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_base_above_chance")
 def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(run, tmp_path):
     calls = []
@@ -468,6 +469,7 @@ def test_depths_are_shares_each_named_once():
             depths(wrong)
 
 
+@pytest.mark.thorough
 def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     first, second = two_tasks
     own = {"curve": "0.1", "baselines": "block-influence", "epsilon": 50.0, "limit": 12}
@@ -484,6 +486,7 @@ def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     assert f"{second.name}: base on select" not in names
 
 
+@pytest.mark.thorough
 def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
     run, base, routers_dir, tmp_path
 ):

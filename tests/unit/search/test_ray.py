@@ -83,6 +83,7 @@ def in_process(model, facts):
     return drllm.search_paths(model, [facts], CONFIG)
 
 
+@pytest.mark.thorough
 def test_two_workers_give_the_records_of_one_process(
     workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
@@ -94,6 +95,7 @@ def test_two_workers_give_the_records_of_one_process(
     )
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
     workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
@@ -112,6 +114,7 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
     assert killed[0] not in {seat.pid for seat in workers.seats}
 
 
+@pytest.mark.thorough
 def test_no_more_batches_are_out_than_the_workers_can_hold(workers, facts):
     batches = batches_of(questions_of([facts], CONFIG), CONFIG.block_size)
     taken = []
@@ -165,6 +168,7 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
+@pytest.mark.thorough
 def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     workers, facts, tmp_path, monkeypatch
 ):
@@ -218,6 +222,7 @@ def test_a_model_that_workers_cannot_load_is_said_as_ever(workers, model):
         RayExecutor(other, num_workers=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("device", "num_workers", "says"),
     [
@@ -286,6 +291,7 @@ def test_an_address_at_which_somebody_listens_is_left_to_ray(host):
     assert ray.asked["address"] == address
 
 
+@pytest.mark.thorough
 def test_what_ray_says_is_passed_on_in_one_line():
     says = r"--ray-address 'auto' can't be reached \(Could not find any running"
     with pytest.raises(ConfigError, match=says):

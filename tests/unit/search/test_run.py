@@ -305,6 +305,7 @@ def test_another_chat_template_does_not_resume_a_run(routed, tmp_path, monkeypat
         run(routed, tmp_path, [task], limit=2)
 
 
+@pytest.mark.thorough
 def test_a_search_is_resumed_the_next_day_under_a_template_that_prints_the_date(
     routed, tmp_path, monkeypatch, set_date, assert_same_run
 ):
@@ -398,6 +399,7 @@ def read_failed(folder):
     return [row for _, row in read_json_lines(folder / "search.failed.jsonl", FailedQuestion)]
 
 
+@pytest.mark.thorough
 def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_ever(
     some_fail, tmp_path, assert_same_run
 ):

@@ -188,6 +188,7 @@ def test_a_choice_without_enough_texts_is_refused(field, texts, message):
         chosen([bare], reference=reference, worked_answers="gsm8k")
 
 
+@pytest.mark.thorough
 def test_settings_that_all_lose_as_much_as_epsilon_are_rarely_passed_however_many_there_are():
     # Every setting loses exactly ε in truth, so every pass is wrong. In the fixed order that
     # happens as often as for one setting; taking any that passes would err several times as often.

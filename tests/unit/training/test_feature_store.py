@@ -176,12 +176,14 @@ def killed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_pass_killed_at_any_step_ends_with_the_bytes_of_an_unbroken_one(killed):
     kills = kills_that_changed_nothing(killed / "once", 1, FEATURES_FILE)
     assert kills > 4 + 3 * 3  # a write for each of four rows, and three steps a commit
     assert not list(killed.rglob("*.lock"))
 
 
+@pytest.mark.thorough
 def test_a_pass_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(killed):
     assert bytes_of(killed / "often" / "killed") == bytes_of(killed / "often" / "unbroken")
 

@@ -95,6 +95,7 @@ def interrupted(config, folder) -> None:
     assert (folder / CHECKPOINT_FILE).exists()
 
 
+@pytest.mark.thorough
 def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
@@ -106,6 +107,7 @@ def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, 
     assert not any("tensorboard" in message for message in ours)
 
 
+@pytest.mark.thorough
 def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     interrupted(QUICK, tmp_path)
@@ -114,6 +116,7 @@ def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(t
     assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
 
 
+@pytest.mark.thorough
 def test_wandb_offline_keeps_settings_baselines_and_curves(tmp_path, offline):
     rows = train_on(FEATURES, IDENTITY, WANDB, tmp_path)
     ((_, config, history),) = offline
@@ -129,6 +132,7 @@ def test_wandb_offline_keeps_settings_baselines_and_curves(tmp_path, offline):
         assert values == [row["macro_f1"] for row in rows if row["split"] == split]
 
 
+@pytest.mark.thorough
 def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belong_together(
     tmp_path, offline, caplog
 ):

@@ -132,6 +132,7 @@ def tokenizer(real):
     return AutoTokenizer.from_pretrained(real)
 
 
+@pytest.mark.thorough
 @pytest.mark.smollm2
 def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real, tokenizer):
     config = json.loads((real / "config.json").read_text())
@@ -226,7 +227,8 @@ def _child(tiny, target, stop, barrier):
     )
 
 
-@pytest.mark.parametrize("stop", [pytest.param("tokenizer", marks=pytest.mark.thorough), "rename"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("stop", ["tokenizer", "rename"])
 def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(tiny, tmp_path, stop):
     target = tmp_path / "model"
     with _child(tiny, target, stop, "") as child:
