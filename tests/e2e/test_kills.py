@@ -38,9 +38,8 @@ def to_the_end(processes: Any, words: list[str]) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize(
-    ("kills", "simulations"), [(3, 8), pytest.param(20, 50, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kills", "simulations"), [(3, 8), (20, 50)])
 def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
     kills, simulations, processes, words, tmp_path, assert_same_run
 ):

@@ -23,6 +23,7 @@ PLANS = {
     "mixed": [[0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2], [1, 0, 2, 0, 1, 2], [1, 1, 1, 1, 1, 1]],
 }
 """One row of decisions for each prompt."""
+TELLING_PLANS = ("all but one skipped", "mixed")
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 25], [20, 21, 22]]
 """One is longer than the tokens that a sliding layer sees; with their answers all but one are."""
@@ -34,22 +35,24 @@ END = 2
 def pytest_generate_tests(metafunc):
     """Let a test that takes a family or a plan run on all of them.
 
-    A module may name in TELLING_ONLY the ways that are tried on everything in `make test-all`
+    A module may say with TELLING_ONLY that its ways are tried on everything in `make test-all`
     alone.
     """
+    only = getattr(metafunc.module, "TELLING_ONLY", False)
+
+    def among(names, telling):
+        left_out = set(names) - set(telling) if only else ()
+        return [
+            pytest.param(name, marks=[pytest.mark.thorough] if name in left_out else [])
+            for name in names
+        ]
+
     if "family" in metafunc.fixturenames:
-        only = getattr(metafunc.module, "TELLING_ONLY", False)
-        metafunc.parametrize(
-            "family",
-            [
-                pytest.param(
-                    name, marks=[pytest.mark.thorough] if only and name not in TELLING else []
-                )
-                for name in IN_SUITE
-            ],
-        )
-    if "plan" in metafunc.fixturenames and "family" in metafunc.fixturenames:
-        metafunc.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+        metafunc.parametrize("family", among(IN_SUITE, TELLING))
+        if "plan" in metafunc.fixturenames:
+            plans = among(PLANS, TELLING_PLANS)
+            values = [pytest.param(PLANS[each.values[0]], marks=each.marks) for each in plans]
+            metafunc.parametrize("plan", values, ids=PLANS.keys())
 
 
 class Slow:
