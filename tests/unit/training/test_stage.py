@@ -108,6 +108,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_pat
     assert ratios(agreement.parts["validation"]["routers"]) == kept
 
 
+@pytest.mark.thorough
 def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the_question(tmp_path):
     trained(tmp_path, 60)
     agreement = read_json(tmp_path / "layers.json", Layers)

@@ -144,6 +144,7 @@ def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belon
     assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
 
 
+@pytest.mark.thorough
 def test_a_wandb_run_of_the_caller_is_left_alone(tmp_path, offline):
     import wandb
 

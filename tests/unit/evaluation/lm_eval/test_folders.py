@@ -414,6 +414,7 @@ def test_the_real_files_are_asked_as_the_harness_asks_them(
     assert requests_of(found) == rendered_by_the_harness(of_those, file)
 
 
+@pytest.mark.thorough
 def test_every_real_set_can_be_evaluated(data_dir, write, loaded):
     names = "arc,commonsense_qa,commonsense_qa_cloze,hellaswag,mmlu,mmlu_cloze,squad_v2,winogrande"
     tasks = write(names, data_dir=data_dir, limit=20)
