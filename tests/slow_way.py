@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div
 
 from drllm.models.base.prompts import left_padded
 from drllm.models.routers.stack import RouterConfig, RouterStack
-from drllm.paths import to_path
+from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
 LOGIT_TOLERANCE = 2e-5
 """Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
@@ -46,7 +46,8 @@ class ListedModel:
     Args:
         model: A model that isn't routed; it stays as it is.
         decisions: `[L]`.
-        path: Layers in any order, instead of decisions.
+        path: Layers in any order, instead of decisions; a `Step` for a layer that runs in part or
+            damped.
         cached: Give each listed layer a copy of its own and number them anew, so that the model
             can be run with a cache too: one entry a listed layer.
     """
@@ -56,10 +57,11 @@ class ListedModel:
         model: Any,
         decisions: Sequence[int] | None = None,
         *,
-        path: Sequence[int] = (),
+        path: Sequence[int | Step] = (),
         cached: bool = False,
     ) -> None:
-        path = path if decisions is None else to_path(decisions)
+        steps = [step_of(item) for item in (path if decisions is None else to_path(decisions))]
+        path = [step.layer for step in steps]
         shared = {id(weight): weight for weight in model.parameters()}
         self.model = copy.deepcopy(model, dict(shared))
         lists = [  # the largest list of modules is that of the layers
@@ -72,6 +74,7 @@ class ListedModel:
         layers = getattr(stack, name)
         assert decisions is None or len(layers) == len(decisions)
         listed = [copy.deepcopy(layers[i], dict(shared)) if cached else layers[i] for i in path]
+        listed = [changed(layer, step) for layer, step in zip(listed, steps, strict=True)]
         if cached:
             for place, layer in enumerate(listed):
                 for part in layer.modules():
@@ -114,6 +117,54 @@ class ListedModel:
                 logits[never] = -torch.inf
             row.append(int(logits.argmax()))
         return row[len(tokens) :]
+
+
+SUBLAYERS = {
+    ATTENTION: ("self_attn", "self_attention", "attn", "attention", "mixer"),
+    MLP: ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe", "ffn"),
+}
+"""What families call their sublayers."""
+LAST_MAPS = (
+    *("o_proj", "out_proj", "c_proj", "dense", "fc_out", "wo"),  # of attention
+    *("down_proj", "dense_4h_to_h", "fc2", "w2", "output_linear"),  # of MLPs, and of experts
+    "bias",  # jetmoe: of the sublayer itself
+)
+"""What they call the last linear map of one."""
+
+
+def changed(layer: nn.Module, step: Step) -> nn.Module:
+    """Return a layer that does what a step says: sublayers left out have a last map of zeros."""
+    for left_out in {ATTENTION: [MLP], MLP: [ATTENTION]}.get(step.run, []):
+        layer = copy.deepcopy(layer)
+        zeroed = [
+            weight.zero_()
+            for name, weight in layer.named_parameters()
+            if name.split(".")[0] in SUBLAYERS[left_out]
+            and any(part.startswith(LAST_MAPS) for part in name.split(".")[1:])
+        ]
+        assert zeroed, f"{type(layer).__name__}: {[name for name, _ in layer.named_parameters()]}"
+    return layer if step.scale == 1 else Damped(layer, step.scale)
+
+
+class Damped(nn.Module):
+    """A layer whose update counts less."""
+
+    def __init__(self, layer: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = scale
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # the model's loop asks a layer for its kind of attention
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(hidden, *args, **kwargs)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        damped = hidden + self.scale * (first - hidden)
+        return (damped, *rest) if isinstance(output, tuple) else damped
 
 
 def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> list[list[float]]:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.models.routing.routed_model import RoutedModel as RoutedModel
     from drllm.models.routing.routed_model import attach as attach
     from drllm.models.routing.routed_model import detach as detach
+    from drllm.paths import StaticPath as StaticPath
+    from drllm.paths import Step as Step
     from drllm.paths import sketch as sketch
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
@@ -64,7 +66,7 @@ _NAMES = {
     "models.routing.batch_generation": "generate_many",
     "models.routing.policies": "POLICIES FixedPolicy FullPolicy Policy PromptView RouterPolicy",
     "models.routing.routed_model": "RoutedModel attach detach",
-    "paths": "sketch to_decisions to_path",
+    "paths": "StaticPath Step sketch to_decisions to_path",
     "reporting.stage": "report",
     "search.run": "search_paths",
     "supervision.select": "supervise",

@@ -2,14 +2,18 @@
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
-decision vector only if it visits the layers in order and none more than twice. Loads no torch.
+decision vector only if it visits the layers in order and none more than twice. A `StaticPath` can
+say more: that of a layer only the attention or the MLP runs, or that its update counts less. Loads
+no torch.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from drllm.errors import PathError
+from drllm.errors import PathError, unknown_name
 
 Decisions: TypeAlias = tuple[int, ...]
 """One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
@@ -116,14 +120,7 @@ def edits(decisions: Sequence[int]) -> str:
         >>> edits([1, 0, 2, 0]), edits([1, 1])
         ('skips layers 1 and 3, repeats layer 2', 'runs every layer once')
     """
-    parts = []
-    for verb, decision in (("skips", Decision.SKIP), ("repeats", Decision.REPEAT)):
-        layers = [str(layer) for layer, value in enumerate(decisions) if value == decision]
-        if layers:
-            *others, last = layers
-            named = f"s {', '.join(others)} and {last}" if others else f" {last}"
-            parts.append(f"{verb} layer{named}")
-    return ", ".join(parts) or "runs every layer once"
+    return _edits(to_path(decisions), len(decisions))
 
 
 def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -131,9 +128,164 @@ def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
     if not len(path):
         raise PathError("the path is empty; at least one layer must be executed")
     for place, layer in enumerate(path):
-        if isinstance(layer, bool) or layer not in range(num_layers):
-            raise PathError(
-                f"{layer!r} at position {place} of the path (counted from 0) is not a layer of a "
-                f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
-            )
+        _check_layer(layer, place, num_layers)
     return tuple(int(layer) for layer in path)
+
+
+def _check_layer(layer: object, place: int, num_layers: int) -> None:
+    if isinstance(layer, bool) or layer not in range(num_layers):
+        raise PathError(
+            f"{layer!r} at position {place} of the path (counted from 0) is not a layer of a "
+            f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
+        )
+
+
+# --- static paths ------------------------------------------------------------------------------
+
+ALL, ATTENTION, MLP = "all", "attention", "mlp"
+RUNS = (ALL, ATTENTION, MLP)
+"""What a step may run of a layer: all of it, or one sublayer while the other adds nothing."""
+
+
+class Step(NamedTuple):
+    """One execution of a layer, or of a part of it.
+
+    Attributes:
+        layer: Index of the layer, from 0.
+        run: `all`, or the one sublayer that runs: `attention` or `mlp`.
+        scale: What the update counts, in (0, 1]: the step leads from a state h to
+            h + scale · (layer(h) − h).
+    """
+
+    layer: int
+    run: str = ALL
+    scale: float = 1.0
+
+
+Steps: TypeAlias = "tuple[int | Step, ...]"
+"""What a path runs in order: an index is a whole layer, undamped."""
+
+
+def step_of(item: int | Step) -> Step:
+    """Return an item of `Steps` as a step."""
+    return item if isinstance(item, Step) else Step(item)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPath:
+    """A path that is the same for a whole task: steps in the order executed, at least one.
+
+    Given are layer indices, `Step`s, or mappings with their fields. Steps that run a whole layer
+    undamped are kept as its index, so that equal paths compare equal.
+
+    Raises:
+        PathError: No steps, a sublayer that there isn't, or a scale outside (0, 1].
+
+    Example:
+        >>> StaticPath([0, Step(1), {"layer": 2, "run": "mlp"}]).steps
+        (0, 1, Step(layer=2, run='mlp', scale=1.0))
+    """
+
+    steps: Steps
+
+    def __init__(self, steps: Iterable[int | Step | Mapping[str, Any]]) -> None:
+        checked = tuple(_checked(step, place) for place, step in enumerate(steps))
+        if not checked:
+            raise PathError("the path is empty; at least one layer must be executed")
+        object.__setattr__(self, "steps", checked)
+
+    def check(self, num_layers: int) -> "StaticPath":
+        """Return the path itself if a model of L layers has all of its layers; else a PathError."""
+        for place, item in enumerate(self.steps):
+            _check_layer(step_of(item).layer, place, num_layers)
+        return self
+
+    def path(self) -> Path:
+        """Return the layer indices of a path of whole layers; a PathError for any other."""
+        for item in self.steps:
+            if isinstance(item, Step):
+                raise PathError(
+                    f"the path runs {_part(item)}, which indices of layers can't express"
+                )
+        return tuple(int(item) for item in self.steps if not isinstance(item, Step))
+
+    def decisions(self, num_layers: int) -> Decisions:
+        """Return the same as decisions `[L]`; a PathError where these can't express it."""
+        return to_decisions(self.path(), num_layers)
+
+    def edits(self, num_layers: int) -> str:
+        """Say in words what the path changes about the full one of L layers.
+
+        Example:
+            >>> StaticPath([0, Step(1, "mlp"), 3, Step(3, scale=0.5)]).edits(4)
+            'skips layer 2, skips the attention of layer 1, repeats layer 3 at half weight'
+        """
+        return _edits(self.steps, num_layers)
+
+
+Plan: TypeAlias = "Decisions | StaticPath"
+"""What one row runs: decisions, or a path that may say more."""
+
+
+def steps_of(plan: Plan) -> Steps:
+    """Return what a plan runs, in order."""
+    return plan.steps if isinstance(plan, StaticPath) else to_path(plan)
+
+
+def _checked(given: Any, place: int) -> int | Step:
+    where = f"at position {place} of the path (counted from 0)"
+    if isinstance(given, Mapping):
+        given = Step(**given) if given.keys() <= set(Step._fields) and "layer" in given else None
+    step = given if isinstance(given, Step) else Step(given)
+    if not isinstance(step.layer, int) or isinstance(step.layer, bool) or step.layer < 0:
+        raise PathError(f"{step.layer!r} {where} is no layer; give an index from 0, or a Step")
+    if step.run not in RUNS:
+        raise PathError(f"{where}: " + unknown_name("part of a layer", str(step.run), RUNS))
+    if not 0 < step.scale <= 1:
+        raise PathError(f"the scale {step.scale!r} {where} is not in (0, 1]; give 1 for all of it")
+    plain = step.run == ALL and step.scale == 1
+    return int(step.layer) if plain else Step(step.layer, step.run, float(step.scale))
+
+
+def _part(step: Step) -> str:
+    what = f"layer {step.layer}" if step.run == ALL else f"the {_SAID[step.run]} of {step.layer}"
+    return what if step.scale == 1 else f"{what} at weight {step.scale:g}"
+
+
+_SAID = {ATTENTION: "attention", MLP: "MLP"}
+
+
+def _edits(steps: Steps, num_layers: int) -> str:
+    first: dict[int, Step] = {}
+    again: list[Step] = []
+    for step in map(step_of, steps):
+        if step.layer in first:
+            again.append(step)
+        else:
+            first[step.layer] = step
+    skipped: list[tuple[str, list[str]]] = [
+        ("layer", [str(layer) for layer in range(num_layers) if layer not in first])
+    ]
+    for run, other in ((MLP, ATTENTION), (ATTENTION, MLP)):
+        layers = [str(layer) for layer, step in sorted(first.items()) if step.run == run]
+        skipped.append((f"the {_SAID[other]} of layer", layers))
+    parts = [f"skips {_listed(what, layers)}" for what, layers in skipped if layers]
+    damped = [step for step in first.values() if step.scale != 1]
+    for verb, found in (("runs", damped), ("repeats", again)):
+        of = Counter((step.run, step.scale) for step in found)
+        for run, scale in of:
+            layers = [str(step.layer) for step in found if (step.run, step.scale) == (run, scale)]
+            what = "layer" if run == ALL else f"the {_SAID[run]} of layer"
+            weight = {1.0: "", 0.5: " at half weight", 0.25: " at a quarter of the weight"}
+            parts.append(
+                f"{verb} {_listed(what, layers)}{weight.get(scale, f' at weight {scale:g}')}"
+            )
+    order = [step_of(item).layer for item in steps]
+    return ", ".join(parts) or (
+        "runs every layer once" if order == sorted(order) else "runs the layers in another order"
+    )
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{what}s {', '.join(others)} and {last}" if others else f"{what} {last}"

@@ -39,7 +39,7 @@ WORDS = {
     "AGAIN": "run run/run.yaml --output-dir run",
     "LONG": "x" * 600,
     "FILE": "generate --file p.jsonl",
-    "EXPORT": "export --model MODEL --device cpu --decisions plan --output",
+    "EXPORT": "export --model MODEL --device cpu --path plan --output",
 }
 """What words in capitals stand for, apart from the folders of tiny models."""
 
@@ -377,7 +377,7 @@ AGAIN => run/search.jsonl was made with => run/run.yaml: num_simulations: 6 -> n
 AGAIN => dtype => run/run.yaml: dtype: auto -> dtype: bfloat16
 HARNESS --tasks some_tex --include_path . => unknown task 'some_tex'; did you mean 'some_text'? \
 => some_text.yaml: task: some_text\\n
-LM_EVAL --model_args pretrained=MODEL,decisions=plan.json ASKED => plan.json \
+LM_EVAL --model_args pretrained=MODEL,path=plan.json ASKED => plan.json \
 => plan.json: {"decisions": [1, 3, 1, 1]}
 """
 

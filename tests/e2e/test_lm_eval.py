@@ -231,7 +231,7 @@ def test_text_without_a_prompt_is_refused_under_routers(finished_run, tmp_path, 
     routers = f"pretrained={finished_run / 'routers'}"
     said = drllm(words, "--model_args", routers, status=2).err.splitlines()[-1]
     assert "rolling log-likelihoods have no prompt" in said
-    assert "decisions=FILE, or static_routing=true" in said
+    assert "path=FILE, or static_routing=true" in said
 
 
 def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(

@@ -197,7 +197,7 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     plain = copy.deepcopy(base.model)
     file = tmp_path / "plan.json"
     file.write_text(f'{{"decisions": {list(plan)}}}')
-    lm = RoutedLM(base, decisions=str(file))
+    lm = RoutedLM(base, path=str(file))
     requests = instances(QUESTIONS)
     for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
         context, continuation = lm._encode_pair(*request.args)

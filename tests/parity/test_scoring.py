@@ -1,5 +1,6 @@
 """Shared prefixes and packed choices against running every path alone, choice by choice."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -12,6 +13,7 @@ from drllm.models.scoring import prefix_sharing as sharing
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
+from drllm.paths import ATTENTION, MLP, StaticPath, Step
 from slow_way import (
     FULL,
     SUM_TOLERANCE,
@@ -316,26 +318,40 @@ PATHS = [
 ]
 
 
+PARTIAL = [
+    (0, 1, Step(2, ATTENTION), 3, Step(4, MLP), 5),
+    (0, 1, Step(2, MLP), 2, Step(2, ATTENTION), 4, 5),
+    (0, 1, 2, 3, Step(2, scale=0.5), Step(3, scale=0.25), 4, 5),
+    (Step(0, MLP), Step(1, ATTENTION, 0.5), 5),
+]
+"""Paths that run layers in part, or damped."""
+
+
+def along(paths):
+    return [(row, StaticPath(path)) for path in paths for row in range(2)]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("paths_per_pass", [1, 3, 100])
-def test_scores_along_paths_equal_those_of_each_path_alone(tiny_model, kind, paths_per_pass):
-    model = tiny_model(kind)
-    lists = [ListedModel(model, path=path) for path in PATHS]
-    expected = [[slow.sums(q.context, q.continuations) for q in QUESTIONS[:2]] for slow in lists]
-    batch = ChoiceBatch(RoutedModel(model), QUESTIONS[:2], 1.0)
-    found = batch.path_logprobs(PATHS, paths_per_pass=paths_per_pass)
-    for slow_sums, fast_sums in zip(expected, found, strict=True):
-        assert_sums(slow_sums, fast_sums)
+@pytest.mark.parametrize("questions", ["apart", "with a common beginning"])
+def test_scores_along_paths_equal_those_of_each_path_alone(
+    tiny_model, kind, paths_per_pass, questions
+):
+    model, asked, paths = tiny_model(kind), QUESTIONS[:2], [*PATHS, *PARTIAL]
+    if questions != "apart":
+        asked = [dataclasses.replace(q, context=[*range(3, 15), *q.context]) for q in asked]
+    lists = [ListedModel(model, path=path) for path in paths]
+    expected = [slow.sums(q.context, q.continuations) for slow in lists for q in asked]
+    routed = RoutedModel(model)
+    batch = ChoiceBatch(routed, asked, 1.0, paths_per_pass=paths_per_pass)
+    assert_sums(expected, batch.logprobs(along(paths)))
 
 
 def test_the_beginnings_of_a_pass_are_run_once(tiny_llama):
-    model, runs = tiny_llama(), []
-    batch = ChoiceBatch(RoutedModel(model), QUESTIONS[:2], 1.0)
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda *_: runs.append(1))
-    batch.path_logprobs(PATHS, paths_per_pass=len(PATHS))
+    batch = ChoiceBatch(RoutedModel(tiny_llama()), QUESTIONS[:2], 1.0)
+    batch.logprobs(along(PATHS))
     beginnings = {path[:length] for path in PATHS for length in range(1, len(path) + 1)}
-    assert len(runs) == len(beginnings) < sum(map(len, PATHS))
+    assert batch.states.executions_run == 2 * len(beginnings) < 2 * sum(map(len, PATHS))
 
 
 def test_along_paths_the_policy_in_force_and_the_last_route_stay(tiny_llama):
@@ -343,6 +359,6 @@ def test_along_paths_the_policy_in_force_and_the_last_route_stay(tiny_llama):
     batch = ChoiceBatch(routed, QUESTIONS[:2], 1.0)
     with routed.fixed(PATH):
         routed.model(torch.tensor([[5, 6]]))
-        [found] = batch.path_logprobs([PATHS[0]])
+        found = batch.logprobs(along([PATHS[0]]))
     assert routed.last_route.tolist() == [list(PATH)]
     assert_sums(found, batch.routed_scores(FullPolicy())[0])

@@ -29,9 +29,9 @@ from drllm.evaluation.questions import check_output, tasks_of
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
-from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
+from drllm.records.static_paths import read_path
 from drllm.records.supervision import check_targets
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
@@ -327,10 +327,12 @@ def report(request: Request, terminal: Terminal) -> None:
 
 @verb(
     "export",
-    example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
+    example="drllm export --model smollm2-135m --path plan.json --output exported/",
     settings=(ModelConfig,),
     flags=(
-        Flag("decisions", 'decisions or a path, such as {"path": [0, 1, 3]}', required=True),
+        Flag(
+            "path", 'such as {"path": [0, 1, 3]}, or paths.json:NAME', required=True, value="FILE"
+        ),
         Flag("output", "folder to make", required=True, value="DIR"),
     ),
 )
@@ -339,11 +341,11 @@ def export(request: Request, terminal: Terminal) -> None:
     from drllm.models.export import check_output, export_path
 
     output = request.path("output")
-    plan = read_path_file(request.path("decisions"))
+    plan = read_path(str(request.path("path")))
     check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
-        path = plan.path(base.num_layers)
+        path = plan.path(base.num_layers).path()
         with terminal.busy("writing and checking"):
             made = export_path(base, path, output)
     terminal.say(f"export      {made.folder}")

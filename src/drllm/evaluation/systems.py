@@ -148,7 +148,11 @@ class TaskRun:
         ]
 
         def decided(block: Block) -> Any:
-            return [self._rows(plan, block) for plan in plans] or first.path or first.note
+            return (
+                [self._rows(plan, block) for plan in plans]
+                or (first.path and first.path.steps)
+                or first.note
+            )
 
         found = self._by_blocks(keep, decided, lambda block: self._ask(block, first, plans))
         draws = [self.asked.grade(answers) for answers in found.answers]
@@ -171,8 +175,9 @@ class TaskRun:
             golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
             system.gold_logprob = _mean(golds)
         if first.path is not None:
-            system.executions = float(len(first.path))
-            system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, first.path))
+            system.executions = float(len(first.path.steps))
+            [texts] = self.lm.scorer.score_plans(self._texts, [first.path])
+            system.text_loss = self._losses(texts)
             return system
         [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
         routes = dict(zip(self.asked.keys, found.routes[0], strict=True))
@@ -222,7 +227,7 @@ class TaskRun:
         scorer, routes = self.lm.scorer, list[list[Decisions]]()
         started = self._clock()
         if first.path is not None:
-            scored = scorer.score_path(self._requests_of(block), first.path)
+            [scored] = scorer.score_plans(self._requests_of(block), [first.path])
             answers = [self._by_question(block, scored)]
         else:
             answered, taken = self._under(block, first.policy or plans[0])

@@ -27,9 +27,10 @@ from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.routers.card import template
-from drllm.models.routing.driver import PathsDriver
+from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.injection import Injection
-from drllm.paths import check_path, to_decisions
+from drllm.models.routing.policies import PathPolicy
+from drllm.paths import StaticPath, check_path, to_decisions
 
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
@@ -96,7 +97,7 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
     check_output(output)
     with hub.quiet():
         listed = _build(model, path)
-        injection = Injection(model, PathsDriver([path]))
+        injection = Injection(model, RoutingDriver(PathPolicy(StaticPath(path), base.num_layers)))
         try:
             expected = _logits(model)
         finally:

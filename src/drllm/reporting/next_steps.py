@@ -65,7 +65,7 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
         what = f"Routed minus {rival.name}, which reads no question: "
         what += f"{difference(against(rival))} points, {label(against(rival))}. A path that needs "
         what += "no router can be exported as an ordinary, smaller checkpoint:"
-        yield what, "drllm export --decisions FILE --output FOLDER"
+        yield what, "drllm export --path FILE --output FOLDER"
     if not is_worse and saves:
         routers = shlex.quote(evaluation.routers)
         yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"

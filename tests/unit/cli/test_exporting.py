@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from drllm.errors import PathError, RecordError
-from drllm.paths import to_path
-from drllm.records.path_files import PathFile, read_path_file
+from drllm.paths import Step, to_path
+from drllm.records.static_paths import PathFile, read_path
 
 
 def written(folder: Path, text: str) -> Path:
@@ -25,6 +25,8 @@ def written(folder: Path, text: str) -> Path:
         ("0 1 2 3 1 2 3 4", (0, 1, 2, 3, 1, 2, 3, 4)),
         ("0, 1,3 3\t4\r\n", (0, 1, 3, 3, 4)),
         ("2\n", (2,)),
+        ('{"path": [0, {"layer": 3, "run": "mlp"}]}', (0, Step(3, "mlp"))),
+        ('{"path": [{"layer": 3}, {"layer": 3, "scale": 0.5}]}', (3, Step(3, scale=0.5))),
         ("0 1 2 1", (0, 1, 2, 1)),  # four numbers can't be decisions of five layers
         ("0 0 0 0 0", (0, 0, 0, 0, 0)),  # nor can five that skip everything
         ("1 2", (0, 1, 1)),  # no path of two layers: it names a third
@@ -32,14 +34,14 @@ def written(folder: Path, text: str) -> Path:
 )
 def test_every_form_gives_its_path(tmp_path: Path, text: str, path: tuple[int, ...]) -> None:
     num_layers = 2 if text == "1 2" else 5
-    assert read_path_file(written(tmp_path, text)).path(num_layers) == path
+    assert read_path(str(written(tmp_path, text))).path(num_layers).steps == path
 
 
 def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: Path) -> None:
-    plan = read_path_file(written(tmp_path, "1 1 0 2 1"))
+    plan = read_path(str(written(tmp_path, "1 1 0 2 1")))
     with pytest.raises(PathError, match=r'\{"decisions": \[1, …\]\} or \{"path": \[1, …\]\}'):
         plan.path(5)
-    assert plan.path(6) == (1, 1, 0, 2, 1)
+    assert plan.path(6).steps == (1, 1, 0, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: 
 def test_a_file_of_another_form_is_refused_with_the_place(tmp_path, text, says):
     file = written(tmp_path, text)
     with pytest.raises((RecordError, PathError)) as caught:
-        read_path_file(file)
+        read_path(str(file))
     message = str(caught.value)
     assert says in message
     assert str(file) in message
@@ -95,13 +97,13 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, says in (("none", "doesn't exist"), ("", "is a folder"), ("binary", "UTF-8")):
         with pytest.raises(RecordError, match=says):
-            read_path_file(tmp_path / name)
+            read_path(str(tmp_path / name))
 
 
 @pytest.fixture
 def export(model_folder, drllm):
     """A function that exports a plan of a tiny model to a folder."""
-    command = f"export --device cpu --model {model_folder(num_layers=5)} --decisions"
+    command = f"export --device cpu --model {model_folder(num_layers=5)} --path"
     return lambda plan, to, status=0: drllm(command, plan, "--output", to, status=status)
 
 
@@ -131,7 +133,7 @@ def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(smollm2,
     decisions[12], decisions[20] = 0, 2
     plan = written(tmp_path, json.dumps({"decisions": decisions}))
     output = tmp_path / "out"
-    said = drllm("export --device cpu --decisions", plan, "--output", output).out
+    said = drllm("export --device cpu --path", plan, "--output", output).out
     assert " ".join(map(str, to_path(decisions))) in said
     tokenizer = AutoTokenizer.from_pretrained(output)
     plain = AutoModelForCausalLM.from_pretrained(output)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.cost import mean_executions
-from drllm.paths import Path
+from drllm.paths import Path, StaticPath
 from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 
@@ -71,7 +71,7 @@ class Drawn:
 
     plan: Tensor | None = None
     policy: Policy | None = None
-    path: Path | None = None
+    path: StaticPath | None = None
     note: str = ""
 
 

@@ -22,7 +22,7 @@ from drllm.evaluation.baselines.base import (
     register,
 )
 from drllm.evaluation.baselines.layer_dropping import mixture
-from drllm.paths import Decisions, Path, edits, full_decisions, num_executions
+from drllm.paths import Decisions, Path, StaticPath, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid
 
@@ -107,7 +107,9 @@ class BlockRepeat(Baseline):
         """Return its path, whatever the routes."""
         start, end = self.block
         block = f"layers {start} to {end}" if end > start else f"layer {start}"
-        return Drawn(path=repeated(start, end, self.num_layers), note=f"runs {block} twice")
+        return Drawn(
+            path=StaticPath(repeated(start, end, self.num_layers)), note=f"runs {block} twice"
+        )
 
 
 def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:

@@ -42,11 +42,11 @@ from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import FixedPolicy, Policy, reads_prompt
+from drllm.models.routing.policies import Policy, reads_prompt
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
-from drllm.paths import Decisions, to_decisions
-from drllm.records.path_files import read_path_file
+from drllm.paths import Decisions
+from drllm.records.static_paths import read_path
 
 MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
@@ -74,7 +74,7 @@ PUBLISHED = "is_static_routing"
 """The published name of `static_routing`."""
 DEPTH = (*(each.name for each in dataclasses.fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
-FIXED = "give a fixed plan (decisions=FILE, or static_routing=true)"
+FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
 
 
 @register_model("drllm")
@@ -91,7 +91,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         routers: With a base model: its routers, a folder or a hub id; from Python also routers.
         base: With a folder of routers: the base model, where its config names none that is here.
         num_windows: Windows W of the routers; a check, since trained routers can't change it.
-        decisions: A file with decisions or a path, followed whatever the prompt.
+        path: FILE or FILE:NAME, a static path that is run whatever the prompt; see `read_path`.
         device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
         batch_size: Rows a pass, as the harness has it; a question with all its continuations is
             one. `auto` goes by memory.
@@ -115,7 +115,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         routers: str | RouterStack | None = None,
         base: str | None = None,
         num_windows: int | None = None,
-        decisions: str | None = None,
+        path: str | None = None,
         device: str | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = MAX_ROWS,
@@ -181,7 +181,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.base = loaded
         self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
         self.routers_source = None if stack is None else str(routers or pretrained)
-        self.policy = self._policy(depth, decisions)
+        self.policy = self._policy(depth, path)
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
@@ -208,15 +208,14 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         flags = {name: value for name, value in (additional_config or {}).items() if value}
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
-    def _policy(self, depth: DepthConfig, decisions: str | None) -> Policy:
-        if decisions is not None:
+    def _policy(self, depth: DepthConfig, path: str | None) -> Policy:
+        if path is not None:
             if other := "routers" if self.routed.routers is not None else depth.knob():
                 raise ConfigError(
-                    f"decisions={decisions} and {other} are given, but only one of them can decide"
+                    f"path={path} and {other} are given, but only one of them can decide"
                     f"; leave one out"
                 )
-            L = self.routed.num_layers
-            return FixedPolicy(to_decisions(read_path_file(Path(decisions)).path(L), L), L)
+            return self.routed.policy_of(read_path(path).path(self.routed.num_layers))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]

@@ -31,7 +31,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
 from drllm.models.scoring.packing import Question
-from drllm.paths import Decisions, Path
+from drllm.paths import Decisions, StaticPath
 
 Answer: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
@@ -108,7 +108,7 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
         if by_prompt and not common:
             raise TaskError(
                 f"the requests of {_named(key)} have no prompt in common, so nothing can decide on "
-                f"their route; give a fixed plan (decisions=FILE, or static_routing=true)"
+                f"their route; give a fixed plan (path=FILE, or static_routing=true)"
             )
         for prompt in [common] if common else dict.fromkeys(contexts.values()):
             continuations: dict[tuple[tuple[int, ...], int], int] = {}
@@ -192,29 +192,23 @@ class RequestScorer:
             on_progress(sum(len(question.continuations) for question in batch.questions))
         return _answers(found, scores), routes
 
-    def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[list[Answer]]:
+    def score_plans(
+        self, requests: Sequence[Request], plans: Sequence[Plan | StaticPath]
+    ) -> list[list[Answer]]:
         """Return the answers under each plan; what their paths have in common runs once."""
         found = asked(requests, self.max_length, by_prompt=True)
+
+        def of(plan: Plan | StaticPath, place: int) -> Decisions | StaticPath:
+            return plan if isinstance(plan, StaticPath) else plan[found.keys[place]]
+
         scores: list[dict[int, Score]] = [{} for _ in plans]
         for places, batch in self._batches(found):
-            pairs = [
-                (row, plan[found.keys[place]]) for plan in plans for row, place in enumerate(places)
-            ]
+            pairs = [(row, of(plan, place)) for plan in plans for row, place in enumerate(places)]
             each = iter(batch.scores(pairs, greedy=True))
             for of_plan in scores:
                 of_plan.update((place, next(each)) for place in places)
             batch.forget()
         return [_answers(found, each) for each in scores]
-
-    def score_path(self, requests: Sequence[Request], path: Path) -> list[Answer]:
-        """Score requests along any path; all continuations are called not greedy."""
-        found = asked(requests, self.max_length, by_prompt=True)
-        scores: dict[int, Score] = {}
-        for places, batch in self._batches(found):
-            [sums] = batch.path_logprobs([path])
-            for place, values in zip(places, sums, strict=True):
-                scores[place] = Score(values, greedy=(False,) * len(values))
-        return _answers(found, scores)
 
     def _under(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.

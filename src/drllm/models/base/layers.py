@@ -10,7 +10,8 @@ Axes: P rows, T tokens, K keys.
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,26 +113,17 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
         ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
             than its hidden state, or the layers remember anything but K/V.
     """
-    name = type(base_of(model)).__name__
-    device = base_of(model).device
-    if device.type == "meta":  # offloaded: accelerate's hooks move the input where it belongs
-        device = torch.device("cpu")
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    name, token = type(base_of(model)).__name__, one_token(model)
     outputs: list[Any] = []
 
     def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
         handles = [layer.register_forward_hook(hook) for layer in layers]
-        modes = [(module, module.training) for module in decoder.modules()]
-        for module, _ in modes:  # dropout and checkpointing off
-            module.training = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(decoder):
                 return decoder(input_ids=token, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes:
-                module.training = mode
 
     result = run(lambda _layer, _inputs, output: outputs.append(output))
     if len(outputs) != len(layers):
@@ -155,6 +147,27 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"return isn't known, so it can't be routed"
         )
     return True
+
+
+def one_token(model: Any) -> torch.Tensor:
+    """Return a prompt of one token, `[1, 1]`, where the model takes it."""
+    device = base_of(model).device
+    if device.type == "meta":  # offloaded: accelerate's hooks move the input where it belongs
+        device = torch.device("cpu")
+    return torch.zeros(1, 1, dtype=torch.long, device=device)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and checkpointing off inside the block, in all parts of a module."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _foreign_state(output: Any, num_layers: int) -> str | None:

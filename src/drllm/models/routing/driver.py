@@ -1,15 +1,16 @@
 """What happens at a layer of a routed model: ask for decisions once, pin them, run those rows.
 
 `RoutingDriver` turns a policy's decisions into executions, with a cache and without, and records
-the route taken; `PathsDriver` runs paths that decisions can't express; a `Bypass` says what a
-skipped layer passes on.
+the route taken; `PathPass` runs a static path, which decisions may not be able to express; a
+`Bypass` says what a skipped layer passes on.
 
-Axes: B rows, T tokens, D hidden, K keys, L layers, N paths.
+Axes: B rows, T tokens, D hidden, K keys, L layers.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, TypeAlias
@@ -22,8 +23,14 @@ from drllm.models.routers.stack import Spans
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
-from drllm.models.routing.policies import FullPolicy, Policy, PromptView, reads_prompt
-from drllm.paths import Path
+from drllm.models.routing.policies import (
+    FullPolicy,
+    PathPolicy,
+    Policy,
+    PromptView,
+    reads_prompt,
+)
+from drllm.paths import MLP, StaticPath, Step, step_of
 
 Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
 """Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
@@ -129,9 +136,15 @@ class RoutedPass(Driver):
         self._readable: Tensor | None = None
         self._spans: dict[int, Spans] = {}
         self._plan: dict[int, tuple[int, ...]] = {}
+        self._has_begun = False
+        self._along: PathPass | None = None
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
+        if not self._has_begun:
+            self._has_begun, self._along = True, self._path_pass(call, hidden)
+        if self._along is not None:
+            return self._along.layer(call, hidden)
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
         decisions = self._pinned(entry, call.index)
         if decisions is None:
@@ -140,17 +153,25 @@ class RoutedPass(Driver):
                 entry.pin(decisions)
             elif self.generate is not None:
                 self.generate.decisions[call.index] = decisions
-        if len(decisions) != hidden.shape[0]:
-            raise RoutingError(
-                f"decisions for {len(decisions)} rows are pinned, but the batch has "
-                f"{hidden.shape[0]}; a continuation must keep the rows of its prompts"
-            )
+        check_rows(decisions, hidden)
         return self._execute(call, hidden, decisions, entry)
 
     def end(self) -> None:
         """Keep the route if this pass decided one."""
         if self.route:
             self.driver.keep(self.route)
+
+    def _path_pass(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
+        """Return what runs a static path, where the cache has one pinned or the policy is one."""
+        entry = None if call.cache is None else routed_entry(call.cache, call.index)
+        if entry is not None and entry.decisions is not None:
+            return None if entry.path is None else PathPass(entry.path)
+        if not isinstance(self.policy, PathPolicy):
+            return None
+        layers = range(call.num_layers)
+        counts = Counter(step_of(item).layer for item in self.policy.path.steps)
+        self.driver.keep([(counts[layer],) * hidden.shape[0] for layer in layers])
+        return PathPass(self.policy.path)
 
     def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> tuple[int, ...] | None:
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
@@ -276,39 +297,68 @@ def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) ->
     return readable
 
 
-class PathsDriver(Driver):
-    """Runs every row along paths in any order, such as a repeated block of several layers.
+class PathPass(Driver):
+    """One forward pass along a static path, the same for all rows.
 
-    The model's loop carries the input of the first layer up to the last one; there the driver runs
-    all paths, each layer with the arguments of its own place, and returns one path after the other,
-    `[N · B, T, D]`, so that norm and head see these. So nothing depends on what a config says of
-    layers: masks and positions are those that the base model makes for its own layers. What
-    neighbouring paths begin with in common is run once, so sorted paths run every distinct
-    beginning once. The pass must be one without a cache, which holds one entry a layer.
+    A step is run as soon as the model's loop has called its layer, with the arguments of that
+    call; so a block of several layers that is repeated runs where its last layer is called. Nothing
+    depends on what a config says of layers: masks and positions are those that the base model makes
+    for its own. With a cache, an execution has an entry of its own; one of an MLP alone has none.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = [tuple(path) for path in paths]
+    def __init__(self, path: StaticPath) -> None:
+        self.path = path
+        self._left = [step_of(item) for item in reversed(path.steps)]
         self._calls: list[LayerCall] = []
-
-    def begin(self, forward: Forward) -> PathsDriver:
-        """Start a pass, of its own where one is running."""
-        return PathsDriver(self.paths)
+        self._entries: list[RoutedCacheLayer | None] = []
+        self._num_run: Counter[int] = Counter()  # executions that keep K/V, by layer
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return the ends of all paths at the last layer, and its input at any other."""
+        """Run the steps that can be run now, `[B, T, D]` to `[B, T, D]`."""
+        if call.module.training and getattr(call.module, "gradient_checkpointing", False):
+            raise RoutingError(
+                "layers that run in part or in another order can't be recomputed one by one; "
+                "switch gradient checkpointing off"
+            )
         self._calls.append(call)
-        if not call.is_last:
-            return hidden
-        states, ends = [hidden], []  # states along the path being run; no others are held
-        before: Path = ()
-        for path in self.paths:
-            num_shared = 0
-            while before[: num_shared + 1] == path[: num_shared + 1] and num_shared < len(path):
-                num_shared += 1
-            del states[num_shared + 1 :]
-            for layer in path[num_shared:]:
-                states.append(self._calls[layer].run(states[-1]))
-            ends.append(states[-1])
-            before = path
-        return ends[0] if len(ends) == 1 else torch.cat(ends)
+        self._entries.append(self._entry(call, hidden))
+        while self._left and self._left[-1].layer <= call.index:
+            hidden = self._run(self._left.pop(), hidden)
+        return hidden
+
+    def _entry(self, call: LayerCall, hidden: Tensor) -> RoutedCacheLayer | None:
+        if call.cache is None:
+            return None
+        entry = routed_entry(call.cache, call.index)
+        if entry.decisions is None:
+            kept = sum(step_of(s).layer == call.index and keeps_kv(s) for s in self.path.steps)
+            entry.pin((kept,) * hidden.shape[0], self.path)
+        check_rows(entry.decisions or (), hidden)
+        if entry.shadow is not None:
+            entry.lengthen_shadow(hidden.shape[1], hidden)
+        return entry
+
+    def _run(self, step: Step, hidden: Tensor) -> Tensor:
+        entry = self._entries[step.layer] if keeps_kv(step) else None
+        if entry is not None:
+            entry.begin_pass(self._num_run[step.layer])
+            self._num_run[step.layer] += 1
+        try:
+            return self._calls[step.layer].run(hidden, part=step.run, scale=step.scale)
+        finally:
+            if entry is not None:
+                entry.end_pass()
+
+
+def keeps_kv(item: int | Step) -> bool:
+    """Tell whether an execution keeps K/V: one of an MLP alone doesn't."""
+    return step_of(item).run != MLP
+
+
+def check_rows(decisions: Sequence[int], hidden: Tensor) -> None:
+    """Refuse a batch that isn't the one that decisions were pinned for."""
+    if len(decisions) != hidden.shape[0]:
+        raise RoutingError(
+            f"decisions for {len(decisions)} rows are pinned, but the batch has "
+            f"{hidden.shape[0]}; a continuation must keep the rows of its prompts"
+        )

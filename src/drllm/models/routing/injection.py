@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
+from drllm.paths import ALL, StaticPath, step_of
+
+if TYPE_CHECKING:
+    from drllm.models.routing.sublayers import Sublayers
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 
@@ -122,6 +126,8 @@ class Injection:
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         for handle in self.handles:
             handle.layer.forward = handle.forward
+        if "sublayers" in self.__dict__:
+            self.sublayers.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, always_call=True),
@@ -137,6 +143,8 @@ class Injection:
                     f"the forward of layer {handle.index} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
+        if "sublayers" in self.__dict__:
+            self.sublayers.remove()
         for handle in ours:
             if handle.previous is None:
                 del handle.layer.forward
@@ -152,6 +160,18 @@ class Injection:
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers of this model inside the block; `Driver()` for none."""
         return _driver.set(self, driver)
+
+    @cached_property
+    def sublayers(self) -> Sublayers:
+        """What leaves attention or MLP out; an ArchitectureError where they can't be told apart."""
+        from drllm.models.routing.sublayers import Sublayers
+
+        return Sublayers(self)
+
+    def prepare(self, path: StaticPath) -> None:
+        """Find attention and MLP now if a path needs them, not in the middle of a pass."""
+        if any(step_of(item).run != ALL for item in path.steps):
+            _ = self.sublayers
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -293,20 +313,33 @@ class LayerCall:
                         f"of transformers; paged and other foreign caches can't be routed"
                     )
 
-    def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        rows: tuple[int, ...] | None = None,
+        *,
+        part: str = ALL,
+        scale: float = 1.0,
+    ) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
         `rows` says of each of the R inputs which row of the original batch it is; None: itself.
+        `part` and `scale` are those of a `Step`.
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._rows_of, rows))
-        output = self._handle.original()(hidden, *args, **kwargs)
+        forward = self._handle.original()
+        if part == ALL:
+            output = forward(hidden, *args, **kwargs)
+        else:
+            with self._handle.injection.sublayers.only(part):
+                output = forward(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
             output = output[0]
         result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
-        return result
+        return result if scale == 1 else hidden + scale * (result - hidden)
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
         """Return this call for rows that are cut to their last tokens, the first being padding.

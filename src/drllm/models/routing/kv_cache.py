@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import is_kv
+from drllm.paths import StaticPath
 
 
 def _by_representative(name: str) -> Callable[..., Any]:
@@ -46,6 +47,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     must not meet decisions of this one."""
 
     decisions: tuple[int, ...] | None
+    path: StaticPath | None
     passes: list[CacheLayerMixin]
     rows: list[tuple[int, ...]]
     shadow: CacheLayerMixin | None
@@ -69,9 +71,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # --- what routing calls ---
 
-    def pin(self, decisions: tuple[int, ...]) -> None:
-        """Fix the decisions `[B]` of all rows, once, before the first token is stored."""
-        self.decisions = decisions
+    def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
+        """Fix the decisions `[B]` of all rows, once, before the first token is stored.
+
+        Where all rows run a path, that is fixed, and the decisions count its executions that keep
+        K/V.
+        """
+        self.decisions, self.path = decisions, path
         for count in range(max(decisions)):
             self.passes.append(copy.deepcopy(self.pristine))
             self.rows.append(tuple(r for r, value in enumerate(decisions) if value > count))
@@ -170,6 +176,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything, the decisions too."""
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
+        self.path = None
         self._uncounted = 0
 
     def activate_past_recording(self) -> None:

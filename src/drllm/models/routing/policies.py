@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import RoutingError
-from drllm.paths import Decision, check_decisions
+from drllm.paths import Decision, StaticPath, check_decisions, step_of
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -129,6 +129,28 @@ class FixedPolicy(Policy):
                 f"{prompts.num_rows}; give one row each, or one for all"
             )
         return [row[layer] for row in self.plan]
+
+
+class PathPolicy(Policy):
+    """Run one static path for all rows, which decisions may not be able to express.
+
+    Args:
+        path: What is run.
+        num_layers: L of the model.
+
+    Raises:
+        PathError: The model doesn't have one of the layers.
+    """
+
+    reads_prompt = False
+
+    def __init__(self, path: StaticPath, num_layers: int) -> None:
+        self.path = path.check(num_layers)
+
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
+        """Return how often the layer runs, in whole or in part; the driver runs the path itself."""
+        count = sum(step_of(item).layer == layer for item in self.path.steps)
+        return [count] * prompts.num_rows
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import ModelConfig
-from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
 from drllm.listener import Listener
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
@@ -27,7 +27,14 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import (
+    FixedPolicy,
+    FullPolicy,
+    PathPolicy,
+    Policy,
+    RouterPolicy,
+)
+from drllm.paths import StaticPath
 
 
 def attach(
@@ -313,14 +320,32 @@ class RoutedModel:
         return self.driver.using(policy)
 
     def fixed(
-        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor
+        self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> AbstractContextManager[None]:
-        """Pin decisions inside the block, `[L]` for every row or `[B, L]`.
+        """Pin decisions inside the block, `[L]` for every row or `[B, L]`, or a static path.
+
+        A path may run parts of layers, damped steps and layers in any order; `last_route` then says
+        how often each layer ran, in whole or in part.
 
         Raises:
-            PathError: Decisions that this model can't run.
+            PathError: Decisions or a path that this model can't run.
+            ArchitectureError: A path that runs a part of a layer, on a model whose attention and
+                MLP can't be told apart.
         """
-        return self.using(FixedPolicy(decisions, self.num_layers))
+        return self.using(self.policy_of(plan))
+
+    def policy_of(
+        self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
+    ) -> Policy:
+        """Return the policy for what `fixed` takes; one of decisions where these can say it all."""
+        if not isinstance(plan, StaticPath):
+            return FixedPolicy(plan, self.num_layers)
+        plan.check(self.num_layers)
+        try:
+            return FixedPolicy(plan.decisions(self.num_layers), self.num_layers)
+        except PathError:
+            self.injection.prepare(plan)
+            return PathPolicy(plan, self.num_layers)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Question, Tokens
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
-from drllm.models.scoring.prefix_sharing import Pair, packed_rows
+from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
@@ -148,7 +148,7 @@ class AnswerBatch:
 
     def _read(
         self, pairs: Sequence[Pair], kl: bool
-    ) -> tuple[Tensor, Cache, dict[Pair, float | None]]:
+    ) -> tuple[Tensor, Cache, dict[PlanPair, float | None]]:
         """Return the prompts' last logits `[N, V]`, the routed cache of N rows, and the KL."""
         asked = self._kl.with_full(pairs) if kl else list(dict.fromkeys(pairs))
         keep = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]

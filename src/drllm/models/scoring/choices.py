@@ -1,7 +1,7 @@
-"""Choice log-likelihoods for many (prompt, decisions) pairs at once.
+"""Choice log-likelihoods for many (prompt, plan) pairs at once.
 
-`ChoiceBatch` scores the continuations of each prompt under given decisions, under a policy, or
-along paths in any order. Paths of one prompt share their common prefixes, within a call and across
+`ChoiceBatch` scores the continuations of each prompt under given decisions, along static paths, or
+under a policy. Paths of one prompt share their common prefixes, within a call and across
 calls, and prompts share what they begin with.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
@@ -17,15 +17,13 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.driver import PathsDriver
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
-from drllm.models.scoring.prefix_sharing import PackedRows, Pair, packed_rows
-from drllm.paths import Path
+from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +119,14 @@ class ChoiceBatch:
         """Whether the prompts begin alike, so that paths read their beginning once for all."""
         return self._rows.past is not None
 
-    def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+    def logprobs(self, pairs: Sequence[PlanPair]) -> list[tuple[float, ...]]:
         """Return, for each pair as in `scores`, the `logprobs` of its score."""
         return [score.logprobs for score in self.scores(pairs)]
 
     def scores(
-        self, pairs: Sequence[Pair], *, kl: bool = False, greedy: bool = False
+        self, pairs: Sequence[PlanPair], *, kl: bool = False, greedy: bool = False
     ) -> list[Score]:
-        """Return how each pair of a question's place and decisions scores its continuations.
+        """Return how each pair of a question's place and plan scores its continuations.
 
         `kl` measures that too, in the same passes; `greedy` says which are the likeliest.
         """
@@ -140,7 +138,7 @@ class ChoiceBatch:
         found = iter(self._batcher.run(of_rows, size, score))
         return [_joined([next(found) for _ in self._places[place]]) for place, _ in pairs]
 
-    def _scores(self, pairs: Sequence[Pair], *, kl: bool, greedy: bool) -> list[Score]:
+    def _scores(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
         """Return how each path scores its row; KL with the first row of a question alone."""
         num_own, num_after = self._rows.packed.num_own, self._rows.packed.num_after
         first = {places[0] for places in self._places} if kl else set()
@@ -148,7 +146,7 @@ class ChoiceBatch:
         asked = list(dict.fromkeys([*measured, *pairs]))
         ahead = [num_own[row] - 1 if row in first else 0 for row, _ in asked]
         keep = [num + num_after[row] + 1 for num, (row, _) in zip(ahead, asked, strict=True)]
-        kls: dict[Pair, float | None] = {}
+        kls: dict[PlanPair, float | None] = {}
         with self._rows.run(asked, keep) as shared:
             each = list(zip(asked, ahead, shared.logits, strict=True))
             scores = self._scored([(pair[0], logits[num:]) for pair, num, logits in each], greedy)
@@ -172,26 +170,6 @@ class ChoiceBatch:
         rows = [places[0] for places in self._places]  # one for each question
         driver.keep([tuple([layer[row] for row in rows]) for layer in driver.last_route])
         return scores, self.routed.last_route
-
-    def path_logprobs(
-        self, paths: Sequence[Path], *, paths_per_pass: int = 8
-    ) -> list[list[tuple[float, ...]]]:
-        """Return, for each path, the sums of every question; decisions needn't express the paths.
-
-        What paths begin with in common is run once where they share a pass; nothing is kept
-        between passes. For decisions, `logprobs` does less work. Each path of a pass takes the
-        memory of all questions.
-        """
-        found: list[list[tuple[float, ...]]] = [[] for _ in paths]
-        by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))
-        for start in range(0, len(paths), paths_per_pass):
-            part = by_beginning[start : start + paths_per_pass]
-            with self.routed.injection.driven_by(PathsDriver([paths[place] for place in part])):
-                each = torch.split(self._whole_logits(), len(self._parts))
-            for place, logits in zip(part, each, strict=True):
-                scores = self._whole_scores(logits, greedy=False)
-                found[place] = [score.logprobs for score in scores]
-        return found
 
     def forget(self) -> None:
         """Drop all shared states."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drllm.models.scoring.prefix_sharing import PackedRows, Pair
-from drllm.paths import Decisions, full_decisions
+from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair
+from drllm.paths import Plan, full_decisions
 
 SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that the full path's distributions may take."""
@@ -33,16 +33,18 @@ class KlFromFull:
         # The full path's distributions on each row `[T, V]`, and their negative entropy `[T]`.
         self._distributions: dict[int, tuple[Tensor, Tensor]] = {}
         self._prefix = KlFromFull(rows.past) if rows.past is not None else None
-        self._prefix_sums: dict[Decisions, float] = {}
+        self._prefix_sums: dict[Plan, float] = {}
 
-    def with_full(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def with_full(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
         """Return the pairs of a pass with the full paths that it needs, these first."""
         rows = dict.fromkeys(row for row, decisions in pairs if decisions != self._full)
         missing = [(row, self._full) for row in rows if row not in self._distributions]
         asked = [pair for pair in pairs if pair[1] == self._full]
         return list(dict.fromkeys([*missing, *asked, *pairs]))
 
-    def measure(self, pairs: Sequence[Pair], logits: Sequence[Tensor]) -> dict[Pair, float | None]:
+    def measure(
+        self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]
+    ) -> dict[PlanPair, float | None]:
         """Return the KL of the pairs that `with_full` gave; None where a number isn't finite.
 
         Logits are those of the prompt's own tokens, `[T, V]`.
@@ -54,7 +56,7 @@ class KlFromFull:
         if self._prefix is not None:
             num_prefix = self._prefix._rows.packed.num_own[0]
             self._measure_prefix([decisions for _, decisions in pairs], num_prefix)
-        kls: dict[Pair, float | None] = {}
+        kls: dict[PlanPair, float | None] = {}
         for (row, decisions), own in zip(pairs, sums, strict=True):
             total = own + self._prefix_sums.get(decisions, 0.0)
             count = self._rows.packed.num_own[row] + num_prefix
@@ -68,7 +70,7 @@ class KlFromFull:
         if self._prefix is not None:
             self._prefix.forget()
 
-    def _sum(self, pair: Pair, logits: Tensor) -> Tensor:
+    def _sum(self, pair: PlanPair, logits: Tensor) -> Tensor:
         """Return the sum over tokens of the full path's KL from a path, in nats, as a scalar."""
         row, decisions = pair
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -83,7 +85,7 @@ class KlFromFull:
             self._rows.states.count_other(_num_bytes(self._distributions[row]))
         return 0 * self._distributions[row][1].sum()  # not a number if that isn't
 
-    def _measure_prefix(self, wanted: Sequence[Decisions], length: int) -> None:
+    def _measure_prefix(self, wanted: Sequence[Plan], length: int) -> None:
         """Measure the tokens that all prompts begin with, under paths not measured yet."""
         assert self._prefix is not None
         new = [(0, d) for d in dict.fromkeys(wanted) if d not in self._prefix_sums]

@@ -10,12 +10,12 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from drllm.paths import Path
+from drllm.paths import Steps
 
 GIGABYTE = 1e9
 
-Key: TypeAlias = tuple[int, int, Path]
-"""Number of the packed rows that a row belongs to; the row; the layers executed so far."""
+Key: TypeAlias = tuple[int, int, Steps]
+"""Number of the packed rows that a row belongs to; the row; what was executed so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """Many paths of many prompts in one forward pass, each shared prefix computed once.
 
-A *state* is what a row of tokens is after a sequence of executed layers: skipping keeps the state,
+A *state* is what a row of tokens is after a sequence of executions: skipping keeps the state,
 repeating builds on the first execution, and two paths that agree so far share a state. Exact: a
 state's value is what running that path alone gives, up to the last bits of batched arithmetic.
 
-Axes: P rows of the batch, N (row, decisions) pairs, U states run at once, T tokens, F past tokens,
+Axes: P rows of the batch, N (row, plan) pairs, U states run at once, T tokens, F past tokens,
 D hidden, H heads, E head size, S kept tokens, V vocabulary.
 """
 
@@ -25,19 +25,22 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
-from drllm.models.routing.driver import identity
+from drllm.models.routing.driver import identity, keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
-from drllm.paths import Decisions, Path, to_path
+from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, step_of, steps_of
 
 Pair: TypeAlias = tuple[int, Decisions]
 """A prompt's row and the decisions it runs under."""
 
-RowPath: TypeAlias = tuple[int, Path]
-"""A row and the layers executed so far."""
+PlanPair: TypeAlias = tuple[int, Plan]
+"""A prompt's row and what it runs: decisions, or a static path."""
+
+RowPath: TypeAlias = tuple[int, Steps]
+"""A row and what was executed so far."""
 
 PADDING_WORTH_A_RUN = {"cpu": 48}
 """Tokens of padding that take as long as running a layer once more, by device: on a processor
@@ -67,7 +70,9 @@ class PackedRows:
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @contextmanager
-    def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[PrefixSharingDriver]:
+    def run(
+        self, pairs: Sequence[PlanPair], keep_last: Sequence[int]
+    ) -> Iterator[PrefixSharingDriver]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
         `keep_last` says for each pair how many of its last tokens' logits are wanted. A bypass
@@ -78,6 +83,8 @@ class PackedRows:
                 "paths can share their prefixes only where a skipped layer passes its input on as "
                 "it is; make the RoutedModel without bypass=..."
             )
+        for plan in {plan for _, plan in pairs if isinstance(plan, StaticPath)}:
+            self.routed.injection.prepare(plan)
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
             past = None
@@ -145,7 +152,7 @@ class PrefixSharingDriver(Driver):
     """
 
     rows: PackedRows
-    pairs: Sequence[Pair]  # of each result
+    pairs: Sequence[PlanPair]  # of each result
     # For each pair, how many of its last tokens are wanted in the end. They alone are returned,
     # `[1, sum, D]`, so that the head computes nothing else; None returns all, `[N, T, D]`.
     keep_last: Sequence[int] | None
@@ -158,16 +165,18 @@ class PrefixSharingDriver(Driver):
         self.uses_cache = self.rows.keep_kv or self.past is not None
         self.states = self.rows.states
         self.lengths = list(map(operator.add, packed.num_own, packed.num_after))
-        self._paths = {decisions: to_path(decisions) for _, decisions in self.pairs}
+        self._paths = {plan: steps_of(plan) for _, plan in self.pairs}
         self._used: dict[RowPath, PrefixState] = {}
+        self._calls: list[LayerCall] = []
         self._pristine: list[object] = []
-        self._start = [self._deepest(row, self._paths[d]) for row, d in self.pairs]
+        # For each pair, how many executions are known or were run.
+        self._done = [self._deepest(row, self._paths[plan]) for row, plan in self.pairs]
 
     @property
     def knows_all(self) -> bool:
         """Whether every state was known already, so that no layer has to run."""
-        each = zip(self._start, self.pairs, strict=True)
-        return all(start == len(self._paths[decisions]) for start, (_, decisions) in each)
+        each = zip(self._done, self.pairs, strict=True)
+        return all(done == len(self._paths[plan]) for done, (_, plan) in each)
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that can't be right."""
@@ -176,35 +185,47 @@ class PrefixSharingDriver(Driver):
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run every state that ends with this layer and isn't known yet."""
+        """Run every state that can be run now and isn't known yet."""
         if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
-        for count in range(2):
-            reached = [
-                (self._row_path(pair, call.index, count), start)
-                for pair, start in zip(self.pairs, self._start, strict=True)
-                if pair[1][call.index] > count
-            ]
-            # A dict keeps the order of first mention.
-            wanted = {s: None for s, start in reached if len(s[1]) > start and s not in self._used}
-            for group in self._groups(list(wanted), hidden.device):
-                self._run(call, hidden, group)
+        self._calls.append(call)
+        while wanted := self._wanted(call.index):
+            for step, states in wanted.items():
+                for group in self._groups(list(states), hidden.device):
+                    self._run(step_of(step), hidden, group)
         if not call.is_last:
             return hidden
-        final = [self._used[row, self._paths[d]].hidden for row, d in self.pairs]
+        final = [self._used[row, self._paths[plan]].hidden for row, plan in self.pairs]
         if self.keep_last is None:
             return left_padded_stack(final, hidden.shape[1])
         kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
         return torch.cat(kept)[None]
+
+    def _wanted(self, layer: int) -> dict[int | Step, dict[RowPath, None]]:
+        """Return the states to run next, by the step that leads to them.
+
+        A pair's next step can be run once the loop has called its layer.
+        """
+        wanted: dict[int | Step, dict[RowPath, None]] = {}  # dicts keep the order of first mention
+        for number, (row, plan) in enumerate(self.pairs):
+            steps, done = self._paths[plan], self._done[number]
+            while done < len(steps) and step_of(steps[done]).layer <= layer:
+                state = row, steps[: done + 1]
+                if state not in self._used:
+                    wanted.setdefault(steps[done], {})[state] = None
+                    break
+                done += 1
+            self._done[number] = done
+        return wanted
 
     def release(self) -> None:
         """Allow the states of this pass to be evicted."""
         self.states.release((self.rows.number, *used) for used in self._used)
         self._used.clear()
 
-    def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
+    def kv(self, row: int, path: Steps) -> tuple[Tensor, Tensor]:
         """Return K and V of a path's last execution, `[H, F + T, E]`, past ones included."""
         state = self._used[row, path]
         assert state.keys is not None
@@ -235,14 +256,14 @@ class PrefixSharingDriver(Driver):
             self.cache.layers[index] = entry
         return self.cache
 
-    def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
+    def _past_kv(self, row: int, path: Steps) -> tuple[Tensor, Tensor]:
         """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
         assert self.past is not None
         keys, values = self.past.kv(self.rows.past_rows[row], path)
         num_past = self.rows.packed.num_past[row]
         return keys[:, :num_past], values[:, :num_past]
 
-    def _deepest(self, row: int, path: Path) -> int:
+    def _deepest(self, row: int, path: Steps) -> int:
         """Return how many executions of a path are cached, and keep their states."""
         lengths = range(len(path), 0, -1)
         known = next((length for length in lengths if self._hold(row, path[:length])), 0)
@@ -251,7 +272,7 @@ class PrefixSharingDriver(Driver):
             return next((n - 1 for n in held if not self._hold(row, path[:n])), known)
         return known
 
-    def _hold(self, row: int, path: Path) -> bool:
+    def _hold(self, row: int, path: Steps) -> bool:
         if (row, path) in self._used:
             return True
         state = self.states.get((self.rows.number, row, path))
@@ -282,8 +303,9 @@ class PrefixSharingDriver(Driver):
             groups[-1].append(state)
         return groups
 
-    def _run(self, call: LayerCall, prompts: Tensor, wanted: list[RowPath]) -> None:
-        """Run the layer on states of like length."""
+    def _run(self, step: Step, prompts: Tensor, wanted: list[RowPath]) -> None:
+        """Run a step on states of like length."""
+        call = self._calls[step.layer]
         rows = tuple(row for row, _ in wanted)
         before = [
             self._used[row, path[:-1]].hidden if path[1:] else prompts[row, -self.lengths[row] :]
@@ -296,18 +318,19 @@ class PrefixSharingDriver(Driver):
             entry = DynamicLayer()
             assert call.cache is not None
             call.cache.layers[call.index] = entry
-        if entry is not None and self.past is not None:
+        if entry is not None and self.past is not None and keeps_kv(step):
             kv = [self._past_kv(row, path) for row, path in wanted]
             keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
             num_past = keys.shape[2]
             entry.update(keys, values)
-        outputs = call.last_tokens(inputs.shape[1], num_past).run(inputs, rows)
+        cut = call.last_tokens(inputs.shape[1], num_past)
+        outputs = cut.run(inputs, rows, part=step.run, scale=step.scale)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         for place, (row, path) in enumerate(wanted):
             # Clones: a view would keep the whole batch alive as long as one of its states.
             kept = [outputs[place]]
-            if entry is not None and self.rows.keep_kv:
+            if entry is not None and self.rows.keep_kv and keeps_kv(step):
                 kept += [entry.keys[place], entry.values[place]]
             state = PrefixState(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
             self._used[row, path] = state

@@ -41,7 +41,7 @@ def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused()
     found = asked(wanted, LONG, by_prompt=False)
     assert [question.context for question in found.questions] == [(1, 2), (5,)]
     assert found.places == [(0, 0), (1, 0), (0, 1)]
-    with pytest.raises(TaskError, match=r"pmi 3 have no prompt in common.*decisions=FILE"):
+    with pytest.raises(TaskError, match=r"pmi 3 have no prompt in common.*path=FILE"):
         asked(wanted, LONG, by_prompt=True)
 
 

@@ -16,19 +16,24 @@ from drllm.evaluation.baselines.base import Material, Measure
 from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import Decisions
+from drllm.paths import Decisions, Path, Plan, StaticPath
 
 BATCH_SIZE = 16
 """Questions a pass; of like length, so that little is padding."""
 STATE_CACHE_GB = 1.0
 
 
-def _under_plans(batch: ChoiceBatch, plans: Sequence[Decisions]) -> list[list[tuple[float, ...]]]:
+def _under_plans(batch: ChoiceBatch, plans: Sequence[Plan]) -> list[list[tuple[float, ...]]]:
     """Score a batch under each plan, and give up its states: each batch may hold as many."""
     num = len(batch.questions)
     sums = batch.logprobs([(row, plan) for plan in plans for row in range(num)])
     batch.forget()
     return [sums[start : start + num] for start in range(0, len(sums), num)]
+
+
+def _along(batch: ChoiceBatch, paths: Sequence[Path]) -> list[list[tuple[float, ...]]]:
+    """Score a batch along each path, in whatever order it runs the layers."""
+    return _under_plans(batch, [StaticPath(path) for path in paths])
 
 
 def by_loss(material: Material) -> Measure:
@@ -88,7 +93,7 @@ MEASURES: dict[str, Callable[[Material], Measure]] = {
     "loss": by_loss,
     "answers": by_answers,
     # The same of paths that decisions can't express.
-    "answers along": partial(by_answers, score=ChoiceBatch.path_logprobs),
+    "answers along": partial(by_answers, score=_along),
 }
 
 

@@ -1,0 +1,204 @@
+"""`paths.json`, the static paths that `drllm tune` found; and any file that says which layers run.
+
+Axes: L layers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from drllm.errors import PathError, RecordError, unknown_name
+from drllm.paths import StaticPath, check_decisions, step_of, to_path
+from drllm.records.codec import Version, decode, read_json, read_text
+from drllm.records.results import Header
+from drllm.statistics.non_inferiority import Choice
+from drllm.statistics.verdicts import Differences
+
+PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
+FORMS = (
+    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, layer indices '
+    "on one line, or a paths.json of 'drllm tune'"
+)
+
+
+class StepRecord(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One step of a path; see `drllm.paths.Step`."""
+
+    layer: int
+    run: Literal["all", "attention", "mlp"] = "all"
+    scale: float = 1.0
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a path did on some questions; `docs/formats.md` has the fields.
+
+    The objective is the larger the better; `against_full` is what the path has more than the full
+    one.
+    """
+
+    num_questions: int
+    objective: float
+    accuracy: float | None = None
+    text_loss: float | None = None
+    against_full: Differences | None = None
+
+
+class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One path of a `paths.json`: its cost in layer equivalents, and how it did by split."""
+
+    name: str
+    steps: tuple[StepRecord, ...]
+    executions: float
+    measured: dict[str, Measured] = {}
+
+    @property
+    def path(self) -> StaticPath:
+        """The path itself."""
+        return StaticPath(msgspec.structs.asdict(step) for step in self.steps)
+
+
+class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `drllm tune` found: paths from the most executions to the fewest, the full one first."""
+
+    tasks: tuple[str, ...]
+    objective: str
+    num_layers: int
+    paths: tuple[NamedPath, ...]
+    choice: Choice | None = None
+
+    @property
+    def certified(self) -> str | None:
+        """The name of the path that is certified, if one is."""
+        found = self.choice and self.choice.certified
+        return found.name if found else None
+
+    def find(self, name: str | None, file: Path) -> NamedPath:
+        """Return a path by name, the certified one without; a PathError where there is none."""
+        names = [each.name for each in self.paths]
+        wanted = self.certified if name is None else name
+        if wanted is None:
+            raise PathError(
+                f"{file} certifies no path; name one, as in {file}:{names[-1]} (there are "
+                f"{', '.join(names)})"
+            )
+        if wanted not in names:
+            raise PathError(f"{file}: " + unknown_name("path", wanted, names))
+        return self.paths[names.index(wanted)]
+
+
+def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
+    """Return a path as it is written."""
+    steps = map(step_of, path.steps)
+    return tuple(StepRecord(layer=s.layer, run=s.run, scale=s.scale) for s in steps)  # type: ignore[arg-type]
+
+
+def read_paths(file: Path) -> StaticPaths:
+    """Read a `paths.json`, or refuse it by a RecordError."""
+    return read_json(file, StaticPaths)
+
+
+# --- a file that a user gives -------------------------------------------------------------------
+
+
+class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    decisions: tuple[int, ...] | None = None
+    path: tuple[int | StepRecord, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathFile:
+    """What a file says, before it is known how many layers the model has.
+
+    Its `kind` is `decisions` or `path`, or None where the file doesn't say which; `name` is that of
+    a path of a `paths.json`.
+    """
+
+    file: Path
+    kind: str | None
+    values: tuple[int | StepRecord, ...]
+    name: str = ""
+
+    def path(self, num_layers: int) -> StaticPath:
+        """Return the path for a model of L layers.
+
+        Values that it can't run, or that could be decisions and a path, are a PathError.
+        """
+        kind, numbers = self.kind, [v for v in self.values if isinstance(v, int)]
+        if kind is None:
+            distinct, is_one_a_layer = set(numbers), len(numbers) == num_layers
+            kind = "decisions" if is_one_a_layer and {0} != distinct <= {0, 1, 2} else "path"
+            if kind == "decisions" and distinct <= set(range(num_layers)):
+                shown = f"[{numbers[0]}, …]"
+                raise PathError(
+                    f"{self.file}: {num_layers} numbers from 0 to 2 can be decisions or a path of "
+                    f'this model; write {{"decisions": {shown}}} or {{"path": {shown}}} to say '
+                    f"which"
+                )
+        try:
+            if kind == "decisions":
+                return StaticPath(to_path(check_decisions(numbers, num_layers)))
+            steps = [v if isinstance(v, int) else msgspec.structs.asdict(v) for v in self.values]
+            return StaticPath(steps).check(num_layers)
+        except PathError as error:
+            raise PathError(f"{self.file}: {error}") from error
+
+
+def read_path(given: str) -> PathFile:
+    """Read `FILE` or `FILE:NAME`: any of `FORMS`; the name is that of a path of a `paths.json`.
+
+    No such file, no text, or another form is a RecordError; no numbers, a value that isn't a whole
+    number, a name that there isn't, or none where one is needed, a PathError.
+    """
+    file, name = Path(given), None
+    if not file.exists() and ":" in given:
+        before, _, name = given.rpartition(":")
+        file = Path(before)
+    text = read_text(file).strip()
+    if not text or (text[0] not in "{[" and "\n" in text):
+        raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
+    if text[0] in "{[" and decode_version(text) == PATHS_SCHEMA:
+        found = read_paths(file).find(name, file)
+        return PathFile(file, "path", found.steps, found.name)
+    if name is not None:
+        raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
+    return _read_numbers(file, text)
+
+
+def decode_version(text: str) -> str:
+    """Return the schema that a JSON object names; empty where it names none."""
+    try:
+        return msgspec.json.decode(text, type=Version).schema
+    except msgspec.DecodeError:
+        return ""
+
+
+def _read_numbers(file: Path, text: str) -> PathFile:
+    if text[0] in "{[":
+        try:
+            given = decode(text, _Given, str(file))
+        except RecordError as error:
+            raise RecordError(f"{error}; give {FORMS}") from error
+        if (given.decisions is None) == (given.path is None):
+            raise RecordError(f"{file} must have one of 'decisions' and 'path'; give {FORMS}")
+        kind = "decisions" if given.path is None else "path"
+        values: Sequence[int | StepRecord] = given.decisions or given.path or ()
+        found = PathFile(file, kind, tuple(values))
+    else:
+        words = [word for word in re.split(r"[\s,]+", text) if word]
+        for place, word in enumerate(words):
+            if not re.fullmatch(r"[+-]?[0-9]{1,9}", word):
+                raise PathError(
+                    f"{file}: {word[:40]!r} at position {place} of the line (counted from 0) is "
+                    f"not a whole number; give {FORMS}"
+                )
+        found = PathFile(file, None, tuple(map(int, words)))
+    if not found.values:
+        what = found.kind or "the line"
+        raise PathError(f"{file}: {what} is empty; at least one layer must be executed")
+    return found

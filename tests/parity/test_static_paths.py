@@ -1,0 +1,185 @@
+"""Static paths, of parts of layers too, against the plain model that is changed by hand.
+
+A sublayer that is left out is one whose last linear map, weight and bias, is zero.
+"""
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from drllm.errors import ArchitectureError, PathError, RoutingError
+from drllm.models.base.prompts import left_padded
+from drllm.models.check import known_to_transformers, make_tiny
+from drllm.models.families import FAMILIES, REFUSED
+from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import ATTENTION, MLP, StaticPath, Step
+from slow_way import ListedModel, answers
+
+PATHS = {
+    "attention of two left out": [0, Step(1, MLP), 2, Step(3, MLP), 4, 5],
+    "MLP of two left out": [Step(0, ATTENTION), 1, 2, 3, Step(4, ATTENTION), 5],
+    "whole layers, attention and MLPs left out": [0, Step(1, MLP), Step(3, ATTENTION), 4],
+    "no attention at all": [Step(layer, MLP) for layer in range(6)],
+    "a damped repeat": [0, 1, 2, Step(2, scale=0.5), 3, 4, Step(4, scale=0.25), 5],
+    "a block of three repeated": [0, 1, 2, 3, 1, 2, 3, 4, 5],
+    "a damped block, in part": [0, 1, 2, Step(1, MLP, 0.5), Step(2, scale=0.5), 3, 4, 5],
+    "any order": [3, 0, 5, 0],
+}
+NO_PARTS = {
+    **dict.fromkeys(("biogpt", "opt", "xglm"), "no module of its own for the MLP"),
+    **dict.fromkeys(("bloom", "mpt"), "more with its attention and MLP than add"),
+    "llama4_text": "changes the shape",
+}
+"""Families that are routed, but not in parts → why."""
+
+ROUTED = sorted(FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group})
+END = 2
+TOLERANCE = 5e-5
+"""Greatest difference of two logits; 2.2e-5 was measured, on models whose biases aren't zero."""
+generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
+
+
+def tiny(family):
+    """Return a model with biases that aren't zero, as after any training."""
+    if not known_to_transformers(family):
+        pytest.skip(f"not in this transformers: {family}")
+    model = make_tiny(family)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_padded_batch_says_what_each_row_says_alone(family, path, prompts):
+    model = tiny(family)
+    slow = ListedModel(model, path=path)
+    expected = [slow.greedy(prompt, 8, never=END) for prompt in prompts]
+    routed = RoutedModel(model)
+    with routed.fixed(StaticPath(path)):
+        assert generate(routed, prompts) == expected
+        assert generate(routed, prompts, use_cache=False) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=[] if each in ("falcon", "gemma2") else pytest.mark.thorough)
+        for each in ROUTED
+    ],
+)
+def test_parts_of_layers_are_the_plain_models_or_refused_with_the_reason(name):
+    model, ids = tiny(name), torch.tensor([[5, 6, 7, 8, 9]])
+    path = PATHS["whole layers, attention and MLPs left out"]
+    routed = RoutedModel(model)
+    if name in NO_PARTS:
+        with pytest.raises(ArchitectureError, match=NO_PARTS[name]):
+            routed.fixed(StaticPath(path))
+        return
+    with routed.fixed(StaticPath(path)), torch.no_grad():
+        found = routed(ids, use_cache=False).logits[0]
+        cached = routed.generate(
+            ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    routed.detach()
+    slow = ListedModel(model, path=path)
+    torch.testing.assert_close(slow.logits(ids[0].tolist()), found, atol=TOLERANCE, rtol=0)
+    expected = slow.logits(cached.sequences[0].tolist())[-5:-1]
+    decoded = torch.cat(cached.logits)
+    torch.testing.assert_close(expected, decoded, atol=TOLERANCE, rtol=0)
+
+
+def test_a_path_that_decisions_can_express_is_run_as_these(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with routed.fixed(StaticPath([0, 2, 2, 3, 4, 5])):
+        found = routed(torch.tensor([[5, 6, 7]])).logits
+    assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
+    with routed.fixed([1, 0, 2, 1, 1, 1]):
+        assert torch.equal(routed(torch.tensor([[5, 6, 7]])).logits, found)
+
+
+def test_the_last_route_counts_the_executions_of_a_path_whole_or_in_part(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with routed.fixed(StaticPath([0, 1, 0, Step(3, MLP), 5])):
+        routed(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    assert routed.last_route.tolist() == [[2, 1, 0, 1, 0, 1]] * 2
+
+
+def test_only_executions_with_attention_keep_k_and_v(tiny_llama):
+    routed, cache = RoutedModel(tiny_llama()), DynamicCache()
+    name = cache_argument(routed.model)
+    with routed.fixed(StaticPath([0, 1, 2, 1, 2, Step(4, MLP), Step(5, ATTENTION)])):
+        routed(torch.tensor([[5, 6, 7]] * 2), **{name: cache})
+    assert stored_rows(cache) == 2 * 6
+    assert [int(entry.get_seq_length()) for entry in cache.layers] == [3] * 6
+
+
+def test_a_continuation_follows_the_path_that_its_cache_has_pinned(tiny_llama):
+    path = [0, Step(1, MLP), 2, 3, 2, 3, 4, 5]
+    slow = ListedModel(tiny_llama(), path=path)
+    routed, cache = RoutedModel(tiny_llama()), DynamicCache()
+    name = cache_argument(routed.model)
+    with routed.fixed(StaticPath(path)), torch.no_grad():
+        routed(torch.tensor([[5, 6, 7]]), **{name: cache})
+    with torch.no_grad(), routed.fixed([1, 1, 1, 1, 1, 1]):
+        found = routed(torch.tensor([[8]]), **{name: cache}).logits[0]
+    expected = slow.logits([5, 6, 7, 8])[-1:]
+    torch.testing.assert_close(expected, found, atol=TOLERANCE, rtol=0)
+
+
+def test_beams_follow_a_path_as_the_plain_model_does(tiny_llama):
+    path = PATHS["a damped block, in part"]
+    routed = RoutedModel(tiny_llama())
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with routed.fixed(StaticPath(path)):
+        found = routed.generate(torch.tensor([[5, 6, 7]]), **options)
+        alone = routed.generate(torch.tensor([[5, 6, 7]]), **options, use_cache=False)
+    expected = ListedModel(tiny_llama(), path=path).model.generate(
+        torch.tensor([[5, 6, 7]]), **options, use_cache=False
+    )
+    assert found.tolist() == alone.tolist() == expected.tolist()
+
+
+def test_after_detaching_the_model_is_what_it_was(tiny_llama):
+    model = tiny_llama()
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    routed = RoutedModel(model)
+    with routed.fixed(StaticPath([0, Step(1, MLP), 2, 3, 4, 5])):
+        routed(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(routed(torch.tensor([[5, 6, 7]])).logits, before)
+    pickle.dumps(model)
+    routed.detach()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+
+
+def test_left_padding_changes_nothing_along_a_path(tiny_llama):
+    path = StaticPath(PATHS["whole layers, attention and MLPs left out"])
+    routed = RoutedModel(tiny_llama())
+    ids, mask = left_padded([[5, 6, 7, 8], [9]], "cpu")
+    with routed.fixed(path), torch.no_grad():
+        padded = routed(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        alone = routed(torch.tensor([[9]])).logits[0, -1]
+    torch.testing.assert_close(padded.logits[1, -1], alone, atol=TOLERANCE, rtol=0)
+
+
+def test_a_path_of_another_model_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with pytest.raises(PathError, match="6 at position 1"):
+        routed.fixed(StaticPath([0, 6]))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+def test_checkpointing_along_a_path_is_refused(tiny_llama):
+    model = tiny_llama().requires_grad_(True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    routed = RoutedModel(model)
+    path = StaticPath([0, Step(1, MLP), 2, 3, 4, 5])
+    with routed.fixed(path), pytest.raises(RoutingError, match="checkpointing"):
+        routed(torch.tensor([[5, 6, 7]]), use_cache=False)
