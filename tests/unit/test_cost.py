@@ -6,9 +6,10 @@ from drllm.cost import (
     decode_executions,
     distinct_executions,
     max_executions,
+    path_executions,
     share_saved,
 )
-from drllm.paths import to_path
+from drllm.paths import ATTENTION, MLP, StaticPath, Step, to_path
 
 
 @pytest.mark.parametrize("num_layers", range(1, 129))
@@ -31,6 +32,13 @@ def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():
     assert share_saved(27.0, 30) == pytest.approx(0.1)
     assert share_saved(30.0, 30) == 0.0
     assert share_saved(33.0, 30) == pytest.approx(-0.1)
+
+
+def test_a_part_of_a_layer_costs_its_share_and_damping_saves_nothing():
+    shares = [(0.25, 0.75), (0.5, 0.5)]
+    steps = [Step(0, ATTENTION), Step(0, MLP, 0.5), Step(1, MLP), Step(1, scale=0.25), 1]
+    assert path_executions(StaticPath(steps), shares) == 0.25 + 0.75 + 0.5 + 1 + 1
+    assert path_executions(StaticPath([0, 1, 1]), ()) == 3  # no shares are needed
 
 
 @given(
