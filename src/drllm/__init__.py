@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.config import SearchConfig as SearchConfig
     from drllm.config import SuperviseConfig as SuperviseConfig
     from drllm.config import TrainConfig as TrainConfig
+    from drllm.config import TuneConfig as TuneConfig
     from drllm.errors import ArchitectureError as ArchitectureError
     from drllm.errors import CheckpointError as CheckpointError
     from drllm.errors import ConfigError as ConfigError
@@ -51,11 +52,13 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.supervision.select import supervise as supervise
     from drllm.tasks.registry import get_task as get_task
     from drllm.training.stage import train as train
+    from drllm.tuning.run import tune as tune
 
     __version__: str
 
 _NAMES = {
-    "config": "DepthConfig EvaluateConfig ModelConfig SearchConfig SuperviseConfig TrainConfig",
+    "config": "DepthConfig EvaluateConfig ModelConfig SearchConfig SuperviseConfig TrainConfig "
+    "TuneConfig",
     "errors": "ArchitectureError CheckpointError ConfigError DrllmError ModelError PathError "
     "RecordError RoutingError TaskError",
     "evaluation.run": "evaluate",
@@ -72,6 +75,7 @@ _NAMES = {
     "supervision.select": "supervise",
     "tasks.registry": "get_task",
     "training.stage": "train",
+    "tuning.run": "tune",
 }
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -138,7 +138,7 @@ class _Verbs(Mapping[str, Verb]):
 _OF_STAGES = "search supervise train evaluate report export"
 VERBS = _Verbs(
     {"run": "running", "sweep": "running", **dict.fromkeys(_OF_STAGES.split(), "stages")}
-    | {"generate": "generation", "show": "show", "ls": "listing"}
+    | {"tune": "tuning", "generate": "generation", "show": "show", "ls": "listing"}
 )
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}

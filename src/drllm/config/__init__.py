@@ -9,3 +9,4 @@ from drllm.config.settings import ModelConfig as ModelConfig
 from drllm.config.settings import SearchConfig as SearchConfig
 from drllm.config.settings import SuperviseConfig as SuperviseConfig
 from drllm.config.settings import TrainConfig as TrainConfig
+from drllm.config.settings import TuneConfig as TuneConfig

@@ -349,3 +349,43 @@ class EvaluateConfig(Settings):
     def split_of(self, task: str) -> str:
         """Return which questions of a task are asked."""
         return (self.splits or {}).get(task, self.split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(Settings):
+    """The search for one path that serves a whole task.
+
+    Attributes:
+        tasks: tasks (comma list), or a .jsonl file of your own
+        data_dir: folder with SPLIT.jsonl[.gz] files by task
+        max_skipped: layers left out, at most; a sixth of the layers unless given
+        objective: what is kept high; gold_logprob with options, else next_token_loss
+        edits: skip layers; their attention or MLP too (sublayers); start from a repeat too
+        beam: paths of a level that are edited further
+        num_fit: questions of a task that paths are fitted on, at most
+        num_judged: questions of a task that choose, certify and test a path, at most, each
+        max_loss: nats of the objective that a path may lie below the full one to be edited further
+        epsilon: points of accuracy; certifies the shortest path shown to lose less
+        max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
+            given
+        weights: with several tasks: what each counts; 1 unless given
+        minutes: time after which no further level is begun
+        state_cache_gb: memory for shared path prefixes, in GB
+        seed: seed of --num-fit and --num-judged
+    """
+
+    tasks: str = basic("builtin_facts", value="TASKS")
+    data_dir: str | None = incidental(None)
+    max_skipped: float | None = basic(None, above=0.0)
+    objective: str | None = basic(None, choices=("gold_logprob", "next_token_loss", "kl"))
+    edits: str = basic("layers", choices=("layers", "sublayers", "repeats"))
+    beam: int = setting(3, minimum=1)
+    num_fit: int = setting(300, minimum=1)
+    num_judged: int | None = setting(None, minimum=2)
+    max_loss: float = setting(0.1, minimum=0.0)
+    epsilon: float | None = basic(None, above=0.0, maximum=100.0)
+    max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
+    weights: dict[str, float] | None = setting(None, above=0.0, value="{arc_easy: 2}")
+    minutes: float | None = basic(None, above=0.0)
+    state_cache_gb: float = incidental(1.0, above=0.0)
+    seed: int = setting(0, minimum=0)

@@ -36,26 +36,29 @@ class StepRecord(
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a path did on some questions; `docs/formats.md` has the fields.
+    """How a path did on one part of a task's questions; `docs/formats.md` has the fields.
 
-    The objective is the larger the better; `against_full` is what the path has more than the full
-    one.
+    The objective is the larger the better; `change` is what the path has more of it than the full
+    one, with its 95 % interval, and `against_full` the same of all that is reported.
     """
 
+    task: str
+    part: str
     num_questions: int
     objective: float
+    change: tuple[float, float, float] | None = None
     accuracy: float | None = None
     text_loss: float | None = None
     against_full: Differences | None = None
 
 
 class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One path of a `paths.json`: its cost in layer equivalents, and how it did by split."""
+    """One path of a `paths.json`, its cost in layer equivalents, and how it did."""
 
     name: str
     steps: tuple[StepRecord, ...]
     executions: float
-    measured: dict[str, Measured] = {}
+    measured: tuple[Measured, ...] = ()
 
     @property
     def path(self) -> StaticPath:
@@ -64,10 +67,15 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `drllm tune` found: paths from the most executions to the fewest, the full one first."""
+    """What `drllm tune` found: paths from the most executions to the fewest, the full one first.
+
+    `divided` names the tasks whose own splits weren't used, so that their questions were divided
+    anew; the objective is that of each task.
+    """
 
     tasks: tuple[str, ...]
-    objective: str
+    divided: tuple[str, ...] = ()
+    objective: dict[str, str]
     num_layers: int
     paths: tuple[NamedPath, ...]
     choice: Choice | None = None

@@ -16,13 +16,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from drllm.errors import ModelError, TaskError, nearest_name
-from drllm.evaluation.baselines.fitting.measures import log_share
 from drllm.evaluation.lm_eval.folders import HarnessTask, name_for_harness
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Answer, Request
 from drllm.listener import quiet
 from drllm.tasks.base import Example, Task, choose, with_options
 from drllm.tasks.registry import task_names
+from drllm.tuning.judge import log_share
 
 Key: TypeAlias = tuple[str, int]
 """Which question: the harness' task, and the row's number there."""

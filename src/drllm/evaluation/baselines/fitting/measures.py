@@ -17,6 +17,7 @@ from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import Decisions, Path, Plan, StaticPath
+from drllm.tuning.judge import log_share
 
 BATCH_SIZE = 16
 """Questions a pass; of like length, so that little is padding."""
@@ -44,12 +45,6 @@ def by_loss(material: Material) -> Measure:
     texts = [Question(ids[:1], [ids[1:]]) for ids in material.prompts if len(ids) > 1]
     num_tokens = sum(len(text.continuations[0]) for text in texts)
     return _measure(material, texts, lambda _, sums: sums[0], num_tokens)
-
-
-def log_share(sums: Sequence[float], place: int) -> float:
-    """Return the log of an option's share of the probability, from all options' summed logs."""
-    highest = max(sums)
-    return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
 
 
 def by_answers(material: Material, score: Callable[..., Any] = _under_plans) -> Measure:

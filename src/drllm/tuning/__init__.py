@@ -1,0 +1,1 @@
+"""One static path for a whole task: search, choice, certificate."""

@@ -1,0 +1,98 @@
+"""Beam search over edits of a path, with successive halving over questions. Loads no torch.
+
+Paths are grouped in levels by what they save, in whole multiples of the smallest part that can be
+left out. Levels are filled from the least saved to the most: the candidates of a level are the
+edits of the best paths of all levels before it. Most candidates are dropped after few questions.
+
+Source: ours, of greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767) and successive
+halving (Jamieson and Talwalkar 2016, AISTATS).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from drllm.cost import path_executions
+from drllm.paths import StaticPath
+from drllm.tuning.edits import REPEATS, repeats, skips
+from drllm.tuning.parts import rungs
+
+Floats: TypeAlias = "npt.NDArray[np.float64]"
+Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
+"""Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
+Shares: TypeAlias = Sequence[tuple[float, float]]
+"""What attention and MLP of each layer cost, in layer equivalents, `[L]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The best paths that save about as much, the best first."""
+
+    saved: float  # the least that one of them saves, in layer equivalents
+    paths: tuple[StaticPath, ...]
+    num_tried: int  # candidates of the level
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """How a search goes: which edits, how wide, how far, and on how many questions.
+
+    `shares` are what the parts of each layer cost.
+    """
+
+    kind: str
+    width: int
+    max_saved: float
+    num_questions: int
+    shares: Shares
+
+    def levels(self, measure: Measure, grows: Callable[[StaticPath], bool]) -> Iterator[Level]:
+        """Yield the levels from the least saved to the most.
+
+        A path is only edited further while `grows` says so, asked once its level was yielded.
+        """
+        L = len(self.shares)
+        full = StaticPath(range(L))
+        by_level: dict[int, dict[StaticPath, None]] = {}
+        self._put(by_level, [full])
+        if self.kind == REPEATS:
+            self._put(by_level, self._best(list(repeats(L)), measure))
+        seen = {path for paths in by_level.values() for path in paths}
+        while by_level:
+            number = min(by_level)
+            candidates = list(by_level.pop(number))
+            if number > self._level(self.max_saved):
+                return
+            best = candidates if full in candidates else self._best(candidates, measure)
+            if full not in candidates:
+                saved = min(self.saved(path) for path in best)
+                yield Level(saved, tuple(best), len(candidates))
+            for path in best:
+                if path == full or grows(path):
+                    new = [each for each in skips(path, self.kind) if each not in seen]
+                    seen.update(new)
+                    self._put(by_level, new)
+
+    def saved(self, path: StaticPath) -> float:
+        """Return what a path saves, in layer equivalents; negative where it runs more."""
+        return len(self.shares) - path_executions(path, self.shares)
+
+    def _level(self, saved: float) -> int:
+        unit = min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
+        return round(saved / unit)
+
+    def _put(self, by_level: dict[int, dict[StaticPath, None]], paths: list[StaticPath]) -> None:
+        for path in paths:
+            by_level.setdefault(self._level(self.saved(path)), {})[path] = None
+
+    def _best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
+        """Return the best candidates, those of few questions first dropped on few."""
+        left = candidates
+        for num_questions, kept in rungs(self.num_questions, self.width):
+            values = measure(left, num_questions)
+            order = sorted(range(len(left)), key=lambda place: -values[place])
+            left = [left[place] for place in order[:kept]]
+        return left

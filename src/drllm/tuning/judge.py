@@ -1,0 +1,185 @@
+"""How good paths are on questions: the objective, right answers and next-token losses.
+
+Many paths of many questions are scored in common passes that share what paths begin with.
+
+Axes: N paths, Q questions.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from drllm.errors import ModelError
+from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import blocks_of
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Question
+from drllm.paths import StaticPath, Step, step_of
+from drllm.search.evaluator import Reading, read
+from drllm.tasks.base import Prompt
+from drllm.tasks.rewards import grade
+
+Floats = npt.NDArray[np.float64]
+
+GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
+OBJECTIVES = (GOLD, LOSS, KL)
+"""The gold option's log-probability among the options; that of a token of the right answer; minus
+the KL from the full path over the prompt's tokens. All in nats, the larger the better."""
+
+BLOCK_SIZE = 32
+"""Questions scored together, of like length."""
+
+
+class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What paths are worth on questions, `[N][Q]`; `right` is empty where nothing is chosen."""
+
+    objective: list[list[float]]
+    right: list[list[float]] = []
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question as it is scored: tokens, and which continuation is the right one."""
+
+    question: Question
+    gold: int | None = None
+
+
+class Judge:
+    """Scores paths on a fixed list of questions, by one objective."""
+
+    def __init__(
+        self, routed: RoutedModel, items: Sequence[Item], objective: str, state_cache_gb: float
+    ) -> None:
+        self.routed, self.items, self.objective = routed, items, objective
+        self.state_cache_gb = state_cache_gb
+
+    def scores(self, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
+        """Score paths on the questions from `first` up to `last`, all of a block in common passes.
+
+        A log-probability that isn't finite counts as minus infinity would: a path with one is the
+        worst; of the full path it is a ModelError.
+        """
+        started = time.perf_counter()
+        places = range(first, last)
+        found = np.zeros((2, len(paths), len(places)))
+        lengths = [self.items[place].question.length for place in places]
+        for block in blocks_of(lengths, least=1, batch_size=BLOCK_SIZE):
+            found[:, :, block] = self._block(paths, [places[i] for i in block])
+        has_options = self.objective == GOLD
+        return Scores(
+            objective=found[0].tolist(),
+            right=found[1].tolist() if has_options else [],
+            seconds=time.perf_counter() - started,
+        )
+
+    def _block(self, paths: Sequence[StaticPath], places: Sequence[int]) -> Floats:
+        items = [self.items[place] for place in places]
+        batch = ChoiceBatch(self.routed, [item.question for item in items], self.state_cache_gb)
+        pairs = list(itertools.product(range(len(items)), paths))
+        # Path by path, so that paths which begin alike stand in one pass.
+        pairs.sort(key=lambda pair: _order(pair[1]))
+        found = np.zeros((2, len(paths), len(items)))
+        number = {path: at for at, path in enumerate(paths)}
+        for (row, path), score in zip(
+            pairs, batch.scores(pairs, kl=self.objective == KL), strict=True
+        ):
+            value, right = self._value(items[row], score.logprobs, score.kl)
+            if not math.isfinite(value):
+                value = WORST
+                self._refuse_full(path)
+            found[:, number[path], row] = value, right
+        return found
+
+    def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, float]:
+        if self.objective == KL:
+            return (-math.inf if kl is None else -kl), 0.0
+        if self.objective == LOSS:
+            return sums[0] / len(item.question.continuations[0]), 0.0
+        assert item.gold is not None
+        if not all(map(math.isfinite, sums)):
+            return -math.inf, 0.0
+        return log_share(sums, item.gold), float(sums.index(max(sums)) == item.gold)
+
+    def _refuse_full(self, path: StaticPath) -> None:
+        if path.steps == tuple(range(self.routed.num_layers)):
+            raise ModelError(
+                "the base model's own log-probabilities are not finite; load it with --dtype "
+                "float32"
+            )
+
+
+WORST = -100.0
+"""Nats that stand for a value that isn't finite, which can't be averaged."""
+
+
+def _order(path: StaticPath) -> tuple[Step, ...]:
+    return tuple(map(step_of, path.steps))
+
+
+def log_share(sums: Sequence[float], place: int) -> float:
+    """Return the log of an option's share of the probability, from all options' summed logs."""
+    highest = max(sums)
+    return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
+
+
+def items_of(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
+    """Return prompts as they are scored.
+
+    ConfigError, ModelError: what `read` refuses.
+    """
+    return [_item(reading, objective) for reading in _readings(routed, prompts)]
+
+
+def _readings(routed: RoutedModel, prompts: Sequence[Prompt]) -> Iterator[Reading]:
+    for prompt in prompts:
+        yield read(routed, prompt)
+
+
+def _item(reading: Reading, objective: str) -> Item:
+    continuations = reading.continuations
+    if objective == GOLD:
+        return Item(Question(reading.tokens, continuations), reading.prompt.gold)
+    right = continuations[reading.prompt.gold or 0]
+    return Item(Question(reading.tokens, [right[:1] if objective == KL else right]))
+
+
+def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
+    """Return the prompts with their right answers as texts; every token but the first counts."""
+    found = []
+    for reading in _readings(routed, prompts):
+        tokens = [*reading.tokens, *reading.continuations[reading.prompt.gold or 0]]
+        found.append(Item(Question(tokens[:1], [tokens[1:]])))
+    return found
+
+
+def graded(
+    routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt], batch_size: int = 16
+) -> list[float]:
+    """Generate the answers of prompts along a path, and grade them."""
+    found = [0.0] * len(prompts)
+    with routed.fixed(path):
+        by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].max_new_tokens)
+        for length, group in itertools.groupby(by_length, lambda i: prompts[i].max_new_tokens):
+            places = list(group)
+            for chat, chosen in itertools.groupby(places, lambda i: prompts[i].chat):
+                ours = list(chosen)
+                answers = generate_many(
+                    routed,
+                    [prompts[place].text for place in ours],
+                    batch_size=batch_size,
+                    max_new_tokens=length,
+                    chat=chat,
+                    route_first=False,
+                )
+                for place, answer in zip(ours, answers, strict=True):
+                    found[place] = grade(prompts[place], answer.text)
+    return found

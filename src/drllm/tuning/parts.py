@@ -1,0 +1,105 @@
+"""Which questions of a task fit, choose, certify and test a static path. Loads no torch.
+
+What is chosen or fitted is never reported on the same questions.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drllm.config import SPLITS
+from drllm.errors import TaskError
+from drllm.records import question_key
+from drllm.tasks.base import Example, Task, choose
+
+FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
+BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
+"""Where the share of each part ends, of a set that doesn't have all four splits."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskParts:
+    """The questions of one task by part; `is_divided` says that its own splits weren't used."""
+
+    task: Task
+    examples: dict[str, list[Example]]
+    is_divided: bool
+
+
+def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskParts:
+    """Divide the questions of a task.
+
+    Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses, `fit` and
+    what is left of `search` certify, and `test` tests. A task that lacks one of the splits has all
+    of its questions divided anew by their texts, 20 % for each of the first three parts.
+
+    Raises:
+        TaskError: No questions, or none in one of the parts.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    problems: list[str] = []
+    splits = {split: _examples(task, split, folder, problems) for split in SPLITS}
+    found = {split: examples for split, examples in splits.items() if examples}
+    if len(found) == len(SPLITS):
+        fit = choose(found["search"], num_fit, seed)
+        fitted = {question_key(example.question) for example in fit}
+        left = [each for each in found["search"] if question_key(each.question) not in fitted]
+        parts = {
+            FIT: fit,
+            SELECT: found["select"],
+            CERTIFY: [*found["fit"], *left],
+            TEST: found["test"],
+        }
+        return TaskParts(task, parts, is_divided=False)
+    if not found:
+        raise TaskError(problems[0] if problems else f"task {task.name!r} has no questions")
+    parts = {name: [] for name in PARTS}
+    for example in (each for examples in found.values() for each in examples):
+        parts[part_of(example.question)].append(example)
+    parts[FIT] = choose(parts[FIT], num_fit, seed)
+    for name, examples in parts.items():
+        if not examples:
+            raise TaskError(
+                f"task {task.name!r} has no questions for part {name!r}; give more questions"
+            )
+    return TaskParts(task, parts, is_divided=True)
+
+
+def _examples(task: Task, split: str, folder: Path | None, problems: list[str]) -> list[Example]:
+    try:
+        return task.examples(split, folder)
+    except TaskError as error:
+        problems.append(str(error))
+        return []
+
+
+def part_of(question: str) -> str:
+    """Return the part of a question of a set that is divided by its texts.
+
+    Example:
+        >>> part_of("What is ice?") == part_of(" what is  ICE?")
+        True
+    """
+    # Not the hash of `split_of`: in a set with some of the splits it would fill some parts only.
+    digest = hashlib.sha256(f"tune:{question_key(question)}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return next(part for part, bound in BOUNDS.items() if share < bound or bound == 1)
+
+
+def rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
+    """Return how many questions each rung of successive halving asks, and how many paths it keeps.
+
+    An eighth of the questions for all candidates, a third for those that are left, then all.
+
+    Example:
+        >>> rungs(300, 3)
+        [(38, 12), (100, 6), (300, 3)]
+    """
+    sizes = [max(min(num, 24), -(-num // 8)), max(min(num, 24), -(-num // 3)), num]
+    kept = [4 * beam, 2 * beam, beam]
+    return [
+        (size, keep)
+        for place, (size, keep) in enumerate(zip(sizes, kept, strict=True))
+        if place == 0 or size > sizes[place - 1]
+    ]

@@ -1,0 +1,461 @@
+"""Tuning as a stage: questions of one or more tasks in, `paths.json` out, resumable.
+
+Paths are fitted on one part of the questions, chosen on another, certified on a third and tested
+once on the rest; see `parts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from drllm.config import TuneConfig
+from drllm.config.fields import changed
+from drllm.cost import path_executions
+from drllm.errors import ConfigError
+from drllm.listener import Listener
+from drllm.models.base.load import BaseModel
+from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.models.routing.shares import layer_shares
+from drllm.paths import StaticPath
+from drllm.records import Chunks, new_manifest, only_writer, refuse_other_run, write_json
+from drllm.records.static_paths import (
+    PATHS_FILE,
+    PATHS_SCHEMA,
+    Measured,
+    NamedPath,
+    StaticPaths,
+    read_paths,
+    steps_to_write,
+)
+from drllm.statistics.intervals import accuracy_interval, mean_interval
+from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
+from drllm.statistics.paired import Outcomes
+from drllm.statistics.verdicts import compare, signed
+from drllm.tasks.base import OPTIONS_REWARD, Prompt, Task
+from drllm.tasks.base import choose as draw
+from drllm.tasks.registry import get_tasks
+from drllm.tasks.rewards import check_installed
+from drllm.tuning.beam import Beam, Floats, Level
+from drllm.tuning.edits import LAYERS
+from drllm.tuning.judge import GOLD, LOSS, Item, Judge, Scores, graded, items_of, texts_of
+from drllm.tuning.parts import CERTIFY, FIT, SELECT, TEST, TaskParts, parts_of
+
+CHUNKS_FOLDER = "paths.partial"
+MAX_LOSS_INCREASE = 0.05
+"""Nats a token that the next-token loss may rise, unless another limit is given."""
+SHARE_SKIPPED = 1 / 6
+"""Of the layers, unless another number is given."""
+NUM_TEXTS = 100
+"""Questions of a part whose text's next-token loss is read too, at most."""
+
+logger = logging.getLogger(__name__)
+
+
+def tune(
+    model: Any,
+    tasks: Task | str | Sequence[Task | str] | None = None,
+    config: TuneConfig | None = None,
+    output_dir: Path | str | None = None,
+    *,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> StaticPaths:
+    """Find static paths that save layers on tasks at the least loss, and write `paths.json`.
+
+    What is done is kept; after an interruption the same call resumes, and ends with the same paths.
+
+    Args:
+        model: A name or a `ModelConfig` (loaded here), what `load` returns, a `RoutedModel`, or a
+            causal language model of transformers.
+        tasks: Tasks, their names or files of questions; None for those of the config.
+        config: The settings.
+        output_dir: Folder for `paths.json`; None writes none.
+        tokenizer: The model's; None loads the one of its name, unless it comes with one.
+        listener: Hears how far it is.
+        settings: Settings of `TuneConfig` by name, in place of the config's.
+
+    Returns:
+        The full path and the best path of each cost, from the most executions to the fewest; a
+        path is left out where one that saves as much does better.
+
+    Raises:
+        ConfigError: Settings without effect or that make no sense, or a folder of another run.
+        TaskError: An unknown task, or too few questions.
+        ArchitectureError: Sublayers are to be skipped that can't be told apart.
+
+    Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
+    """
+    config, listener = changed(TuneConfig, config, settings), listener or Listener()
+    divided = questions_of(config, tasks)
+    with unrouted(model, tokenizer, listener) as base, _attached(base) as routed:
+        if output_dir is None:
+            return _Tuning(base, routed, divided, config, None, listener).run()
+        folder = Path(output_dir)
+        with only_writer(folder, "tuning", "--output-dir"):
+            return _Tuning(base, routed, divided, config, folder, listener).run()
+
+
+def questions_of(
+    config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
+) -> list[TaskParts]:
+    """Return the tasks with their questions by part, if they can be tuned on."""
+    config.check_effects()
+    given = config.tasks if tasks is None else tasks
+    listed = [given] if isinstance(given, (str, Task)) else list(given)
+    named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
+    found = [task for each in named for task in each]
+    for task in found:
+        check_installed(_reward(task, _objective(task, config)))
+    names = [task.name for task in found]
+    for name in config.weights or {}:
+        if name not in names:
+            raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
+    return [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
+
+
+@contextmanager
+def _attached(base: BaseModel) -> Iterator[RoutedModel]:
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    try:
+        yield routed
+    finally:
+        routed.detach()
+
+
+def _objective(task: Task, config: TuneConfig) -> str:
+    has_options = OPTIONS_REWARD in task.rewards
+    if config.objective == GOLD and not has_options:
+        raise ConfigError(
+            f"--objective {GOLD} needs options, and the answers of {task.name} are generated; "
+            f"leave it out, or give {LOSS}"
+        )
+    return config.objective or (GOLD if has_options else LOSS)
+
+
+def _reward(task: Task, objective: str) -> str:
+    return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
+
+
+class _OfTask:
+    """One task's questions, and what is known of paths on them."""
+
+    def __init__(
+        self, routed: RoutedModel, divided: TaskParts, config: TuneConfig, chunks: Chunks | None
+    ) -> None:
+        self.routed, self.config, self.chunks = routed, config, chunks
+        self.task, self.divided = divided.task, divided
+        self.name = divided.task.name
+        self.objective = _objective(self.task, config)
+        self.weight = (config.weights or {}).get(self.name, 1.0)
+        self.seconds = 0.0
+        self._judges: dict[str, Judge] = {}
+        self._known: dict[tuple[str, StaticPath], Scores] = {}
+
+    def prompts(self, part: str) -> list[Prompt]:
+        """Return how the questions of a part are asked."""
+        examples = self.divided.examples[part]
+        if part != FIT:
+            examples = draw(examples, self.config.num_judged, self.config.seed)
+        else:  # in random order, since a search looks at the first ones first
+            order = np.random.RandomState(self.config.seed).permutation(len(examples))
+            examples = [examples[place] for place in order]
+        reward = _reward(self.task, self.objective)
+        return [self.task.prompt(example, reward) for example in examples]
+
+    def judge(self, part: str) -> Judge:
+        """Return what scores paths on a part; `texts of PART` reads the texts of its questions."""
+        if part not in self._judges:
+            of_texts = part.removeprefix("texts of ")
+            prompts = self.prompts(of_texts)
+            items: list[Item]
+            if of_texts == part:
+                items, objective = items_of(self.routed, prompts, self.objective), self.objective
+            else:
+                items, objective = texts_of(self.routed, prompts[:NUM_TEXTS]), LOSS
+            self._judges[part] = Judge(self.routed, items, objective, self.config.state_cache_gb)
+        return self._judges[part]
+
+    def scores(
+        self, part: str, paths: Sequence[StaticPath], num: int | None = None
+    ) -> list[Scores]:
+        """Return how paths do on the first questions of a part, each asked once."""
+        judge = self.judge(part)
+        num = len(judge.items) if num is None else min(num, len(judge.items))
+        none = Scores(objective=[[]], right=[[]])
+        by_known: dict[int, list[StaticPath]] = {}
+        for path in dict.fromkeys(paths):
+            known = len(self._known.get((part, path), none).objective[0])
+            if known < num:
+                by_known.setdefault(known, []).append(path)
+        for known, unknown in by_known.items():
+            found = self._once(part, unknown, known, num)
+            self.seconds += found.seconds
+            for place, path in enumerate(unknown):
+                before = self._known.get((part, path), none)
+                right = found.right[place] if found.right else []
+                self._known[part, path] = Scores(
+                    objective=[[*before.objective[0], *found.objective[place]]],
+                    right=[[*before.right[0], *right]],
+                )
+        return [self._known[part, path] for path in paths]
+
+    def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
+        ask = partial(self.judge(part).scores, paths, first, last)
+        if self.chunks is None:
+            return ask()
+        key = f"{self.name} {part} {first} to {last} {_digest(paths)}"
+        return self.chunks.once(key, Scores, ask)
+
+    def correct(self, part: str, path: StaticPath) -> list[float]:
+        """Return which questions of a part are answered right; empty where nothing says so."""
+        if self.objective == GOLD:
+            return self.scores(part, [path])[0].right[0]
+        if self.objective != LOSS:
+            return []
+        ask = partial(graded, self.routed, path, self.prompts(part))
+        if self.chunks is None:
+            return ask()
+        return self.chunks.once(f"{self.name} answers {part} {_digest([path])}", list[float], ask)
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        if self.objective != GOLD:
+            return 0.0
+        examples = self.divided.examples[SELECT]
+        return fmean(1 / len(example.choices) for example in examples)
+
+
+class _Tuning:
+    """One run: search, choice, certificate."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        routed: RoutedModel,
+        divided: Sequence[TaskParts],
+        config: TuneConfig,
+        folder: Path | None,
+        listener: Listener,
+    ) -> None:
+        self.routed, self.config, self.folder, self.listener = routed, config, folder, listener
+        L = routed.num_layers
+        self.full = StaticPath(range(L))
+        self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
+        self.header = new_manifest(PATHS_SCHEMA, model=base.identity, config=config.to_dict())
+        self.chunks = None
+        if folder is not None:
+            self.chunks = Chunks(
+                folder / CHUNKS_FOLDER, self._identity(base, divided), stage="tuning"
+            )
+        self.tasks = [_OfTask(routed, each, config, self.chunks) for each in divided]
+
+    def _identity(self, base: BaseModel, divided: Sequence[TaskParts]) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for each in divided:
+            digest.update(repr((each.task.name, each.examples)).encode())
+        return {
+            "settings": self.config.decisive(),
+            "model": base.identity,
+            "runtime": base.runtime,
+            "questions_sha256": digest.hexdigest(),
+        }
+
+    def run(self) -> StaticPaths:
+        """Search, or return what an earlier run of the same has written."""
+        if self.folder is not None and (self.folder / PATHS_FILE).exists():
+            found = read_paths(self.folder / PATHS_FILE)
+            refuse_other_run(
+                f"the tuning in {self.folder / PATHS_FILE}",
+                {"settings": TuneConfig(**found.config).decisive(), "model": found.model},
+                {"settings": self.config.decisive(), "model": self.header["model"]},
+                "choose another --output-dir, or delete the old one",
+            )
+            return found
+        if self.chunks is not None:
+            self.chunks.open()
+        with self.listener.progress("tuning", "") as self.on_progress:
+            levels = self._search()
+            paths = [self.full, *self._pareto(levels)]
+            choice = None if self.config.epsilon is None else self._certify(paths)
+            result = self._result(paths, choice)
+        if self.folder is not None and self.chunks is not None:
+            write_json(self.folder / PATHS_FILE, result)
+            self.chunks.remove()
+        return result
+
+    # --- search ---
+
+    def _search(self) -> list[Level]:
+        config, L = self.config, self.routed.num_layers
+        most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
+        if most >= L:
+            raise ConfigError(
+                f"--max-skipped {most:g} leaves nothing of {L} layers; give at most {L - 1}"
+            )
+        num = max(len(task.judge(FIT).items) for task in self.tasks)
+        beam = Beam(config.edits, config.beam, most, num, self.shares)
+        levels = []
+        for level in beam.levels(self._measure, self._grows):
+            self._select(level.paths)
+            levels.append(level)
+            best = max(level.paths, key=self._gain)
+            said = f"{level.saved:g} saved: {signed(self._gain(best), 3)} nats on select"
+            self.on_progress(min(level.saved, most), most, said)
+            self.listener.note(f"{said}, {best.edits(L)}")
+            if config.minutes is not None and self._seconds > 60 * config.minutes:
+                said = f"{config.minutes:g} minutes are over; no further level is begun"
+                self.listener.note(said)
+                break
+        return levels
+
+    @property
+    def _seconds(self) -> float:
+        return sum(task.seconds for task in self.tasks)
+
+    def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
+        """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
+        most = max(len(task.judge(FIT).items) for task in self.tasks)
+        total = np.zeros(len(paths))
+        for task in self.tasks:
+            own = len(task.judge(FIT).items)
+            scores = task.scores(FIT, paths, -(-num_questions * own // most))
+            total += task.weight * np.array([np.mean(each.objective[0]) for each in scores])
+        weighted: Floats = total / sum(task.weight for task in self.tasks)
+        return weighted
+
+    def _select(self, paths: Sequence[StaticPath]) -> None:
+        for task in self.tasks:
+            task.scores(SELECT, [self.full, *paths])
+
+    def _differences(self, task: _OfTask, part: str, path: StaticPath) -> list[float]:
+        ours, full = task.scores(part, [path, self.full])
+        return [a - b for a, b in zip(ours.objective[0], full.objective[0], strict=True)]
+
+    def _gain(self, path: StaticPath) -> float:
+        """Return what a path has more of the objective than the full one, on `select`."""
+        total = sum(t.weight * fmean(self._differences(t, SELECT, path)) for t in self.tasks)
+        return total / sum(task.weight for task in self.tasks)
+
+    def _grows(self, path: StaticPath) -> bool:
+        """Tell whether no task shows that a path loses more than is allowed."""
+        for task in self.tasks:
+            _, highest = mean_interval(self._differences(task, SELECT, path), self.config.seed)
+            if highest < -self.config.max_loss:
+                return False
+        return True
+
+    def _pareto(self, levels: Sequence[Level]) -> list[StaticPath]:
+        """Return the best path of each level, but those that a shorter one does better than."""
+        kept: list[StaticPath] = []
+        for level in reversed(levels):
+            best = max(level.paths, key=self._gain)
+            if not kept or self._gain(best) > self._gain(kept[-1]):
+                kept.append(best)
+        return kept[::-1]
+
+    # --- choice and result ---
+
+    def _name(self, path: StaticPath) -> str:
+        if path == self.full:
+            return "full"
+        saved = self.routed.num_layers - self._executions(path)
+        return f"skip{saved:.3g}" if saved >= 0 else f"more{-saved:.3g}"
+
+    def _executions(self, path: StaticPath) -> float:
+        return path_executions(path, self.shares)
+
+    def _outcomes(self, part: str, path: StaticPath, tasks: Sequence[_OfTask]) -> Outcomes:
+        gold = [task for task in tasks if task.objective == GOLD]
+        return Outcomes(
+            name=self._name(path),
+            executions=self._executions(path),
+            correct=[value for task in tasks for value in task.correct(part, path)],
+            gold_logprob=[v for t in gold for v in t.scores(part, [path])[0].objective[0]],
+            text_loss=[
+                -v for t in tasks for v in t.scores(f"texts of {part}", [path])[0].objective[0]
+            ],
+        )
+
+    def _certify(self, paths: Sequence[StaticPath]) -> Choice:
+        """Choose the shortest path within the limits, and test it once."""
+        config = self.config
+        assert config.epsilon is not None
+        if any(task.objective not in (GOLD, LOSS) for task in self.tasks):
+            raise ConfigError("--epsilon needs right answers; leave --objective kl out")
+        limits = Limits(
+            epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
+        )
+        chance = fmean(task.chance for task in self.tasks)
+        base, *others = [self._outcomes(CERTIFY, path, self.tasks) for path in paths]
+        choice = choose(base, others, limits, chance=chance, seed=config.seed)
+        if choice.chosen is None:
+            return choice
+        chosen = next(path for path in paths if self._name(path) == choice.chosen.name)
+        full, tested = (self._outcomes(TEST, path, self.tasks) for path in (self.full, chosen))
+        return confirm(choice, full, tested, chance=chance, seed=config.seed)
+
+    def _result(self, paths: Sequence[StaticPath], choice: Choice | None) -> StaticPaths:
+        tasks = tuple(task.name for task in self.tasks)
+        return StaticPaths(
+            **self.header,
+            tasks=tasks,
+            divided=tuple(task.name for task in self.tasks if task.divided.is_divided),
+            objective={task.name: task.objective for task in self.tasks},
+            num_layers=self.routed.num_layers,
+            paths=tuple(
+                NamedPath(
+                    name=self._name(path),
+                    steps=steps_to_write(path),
+                    executions=self._executions(path),
+                    measured=tuple(
+                        self._measured(task, part, path)
+                        for part in (FIT, SELECT, TEST)
+                        for task in self.tasks
+                    ),
+                )
+                for path in paths
+            ),
+            choice=choice,
+        )
+
+    def _measured(self, task: _OfTask, part: str, path: StaticPath) -> Measured:
+        [scores] = task.scores(part, [path])
+        told = Measured(
+            task=task.name,
+            part=part,
+            num_questions=len(scores.objective[0]),
+            objective=fmean(scores.objective[0]),
+        )
+        is_full = path == self.full
+        if not is_full:
+            differences = self._differences(task, part, path)
+            low, high = mean_interval(differences, self.config.seed)
+            told = msgspec.structs.replace(told, change=(fmean(differences), low, high))
+        if part == FIT:  # on which paths were fitted: nothing is claimed there
+            return told
+        ours = self._outcomes(part, path, [task])
+        told = msgspec.structs.replace(told, text_loss=fmean(ours.text_loss))
+        if not ours.correct:
+            return told
+        full = self._outcomes(part, self.full, [task])
+        lowest, _ = accuracy_interval(full.correct, self.config.seed)
+        verdicts = compare(ours, full, self.config.seed, above_chance=lowest > task.chance)
+        return msgspec.structs.replace(
+            told, accuracy=fmean(ours.correct), against_full=None if is_full else verdicts
+        )
+
+
+def _digest(paths: Sequence[StaticPath]) -> str:
+    return hashlib.sha256(repr([path.steps for path in paths]).encode()).hexdigest()[:16]
