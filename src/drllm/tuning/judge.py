@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from drllm.errors import ModelError
+from drllm.errors import ModelError, PathError
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import StaticPath, Step, step_of
+from drllm.paths import Plan, StaticPath, Step, step_of
 from drllm.search.evaluator import Reading, read
 from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
@@ -84,20 +84,28 @@ class Judge:
     def _block(self, paths: Sequence[StaticPath], places: Sequence[int]) -> Floats:
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.question for item in items], self.state_cache_gb)
-        pairs = list(itertools.product(range(len(items)), paths))
         # Path by path, so that paths which begin alike stand in one pass.
-        pairs.sort(key=lambda pair: _order(pair[1]))
+        order = sorted(range(len(paths)), key=lambda number: _order(paths[number]))
+        asked = list(itertools.product(order, range(len(items))))
+        plans = [self._plan(path) for path in paths]
+        scores = batch.scores(
+            [(row, plans[number]) for number, row in asked], kl=self.objective == KL
+        )
         found = np.zeros((2, len(paths), len(items)))
-        number = {path: at for at, path in enumerate(paths)}
-        for (row, path), score in zip(
-            pairs, batch.scores(pairs, kl=self.objective == KL), strict=True
-        ):
+        for (number, row), score in zip(asked, scores, strict=True):
             value, right = self._value(items[row], score.logprobs, score.kl)
             if not math.isfinite(value):
                 value = WORST
-                self._refuse_full(path)
-            found[:, number[path], row] = value, right
+                self._refuse_full(paths[number])
+            found[:, number, row] = value, right
         return found
+
+    def _plan(self, path: StaticPath) -> Plan:
+        """Return a path as decisions where these can express it: they tell the full path."""
+        try:
+            return path.decisions(self.routed.num_layers)
+        except PathError:
+            return path
 
     def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, float]:
         if self.objective == KL:

@@ -30,7 +30,6 @@ from drllm.paths import StaticPath
 from drllm.records import Chunks, new_manifest, only_writer, refuse_other_run, write_json
 from drllm.records.static_paths import (
     PATHS_FILE,
-    PATHS_SCHEMA,
     Measured,
     NamedPath,
     StaticPaths,
@@ -47,7 +46,7 @@ from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tuning.beam import Beam, Floats, Level
 from drllm.tuning.edits import LAYERS
-from drllm.tuning.judge import GOLD, LOSS, Item, Judge, Scores, graded, items_of, texts_of
+from drllm.tuning.judge import GOLD, KL, LOSS, Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import CERTIFY, FIT, SELECT, TEST, TaskParts, parts_of
 
 CHUNKS_FOLDER = "paths.partial"
@@ -111,6 +110,11 @@ def questions_of(
 ) -> list[TaskParts]:
     """Return the tasks with their questions by part, if they can be tuned on."""
     config.check_effects()
+    if config.epsilon is not None and config.objective == KL:
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at none;"
+            f" leave one of them out"
+        )
     given = config.tasks if tasks is None else tasks
     listed = [given] if isinstance(given, (str, Task)) else list(given)
     named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
@@ -253,7 +257,7 @@ class _Tuning:
         L = routed.num_layers
         self.full = StaticPath(range(L))
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
-        self.header = new_manifest(PATHS_SCHEMA, model=base.identity, config=config.to_dict())
+        self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
         self.chunks = None
         if folder is not None:
             self.chunks = Chunks(
@@ -392,8 +396,6 @@ class _Tuning:
         """Choose the shortest path within the limits, and test it once."""
         config = self.config
         assert config.epsilon is not None
-        if any(task.objective not in (GOLD, LOSS) for task in self.tasks):
-            raise ConfigError("--epsilon needs right answers; leave --objective kl out")
         limits = Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
         )

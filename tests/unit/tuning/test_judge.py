@@ -1,0 +1,108 @@
+"""Scores of paths against each path and question run alone."""
+
+import math
+
+import pytest
+
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import MLP, StaticPath, Step
+from drllm.search.evaluator import read
+from drllm.tasks.base import Prompt
+from drllm.tasks.registry import get_task
+from drllm.tuning.judge import GOLD, KL, LOSS, Judge, graded, items_of, log_share, texts_of
+from slow_way import ListedModel, kls_alone
+
+PATHS = [
+    StaticPath(range(6)),
+    StaticPath([0, 2, 3, 4, 5]),
+    StaticPath([0, 1, Step(2, MLP), 3, 4, 5]),
+    StaticPath([0, 1, 2, Step(1, scale=0.5), Step(2, scale=0.5), 3, 4, 5]),
+]
+TOLERANCE = 1e-4
+
+
+def prompts(task, num=6):
+    chosen = get_task(task)
+    return [chosen.prompt(each, chosen.rewards[0]) for each in chosen.examples("select")[:num]]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return prompts("builtin_facts")
+
+
+def judged(routed, items, objective):
+    return Judge(routed, items, objective, 1.0).scores(PATHS, 0, len(items))
+
+
+@pytest.fixture(scope="module")
+def slow(tiny_llama):
+    model = tiny_llama(max_position_embeddings=1024)
+    return [ListedModel(model, path=path.steps) for path in PATHS]
+
+
+def test_the_gold_log_probability_and_the_choice_are_those_of_each_path_alone(routed, asked, slow):
+    found = judged(routed, items_of(routed, asked, GOLD), GOLD)
+    for path, values, right in zip(slow, found.objective, found.right, strict=True):
+        for prompt, value, is_right in zip(asked, values, right, strict=True):
+            reading = read(routed, prompt)
+            sums = path.sums(reading.tokens, reading.continuations)
+            assert value == pytest.approx(log_share(sums, prompt.gold), abs=TOLERANCE)
+            assert is_right == (sums.index(max(sums)) == prompt.gold)
+
+
+def test_the_loss_of_right_answers_is_that_of_each_path_alone(routed, slow):
+    asked = prompts("builtin_arithmetic", 4)
+    found = judged(routed, items_of(routed, asked, LOSS), LOSS)
+    for path, values in zip(slow, found.objective, strict=True):
+        for prompt, value in zip(asked, values, strict=True):
+            reading = read(routed, prompt)
+            [tokens] = reading.continuations
+            each = path.each(reading.tokens, tokens)
+            assert value == pytest.approx(sum(each) / len(each), abs=TOLERANCE)
+
+
+def test_a_text_is_read_whole_but_its_first_token(routed, asked, slow):
+    items = texts_of(routed, asked)
+    found = judged(routed, items, LOSS)
+    reading = read(routed, asked[0])
+    tokens = [*reading.tokens, *reading.continuations[asked[0].gold]]
+    each = slow[1].each(tokens[:1], tokens[1:])
+    assert found.objective[1][0] == pytest.approx(sum(each) / len(each), abs=TOLERANCE)
+
+
+def test_the_kl_is_that_of_the_prompts_tokens_and_needs_no_answer(routed, asked, tiny_llama):
+    found = judged(routed, items_of(routed, asked, KL), KL)
+    assert found.objective[0] == [0.0] * len(asked)
+    contexts = [read(routed, prompt).tokens for prompt in asked]
+    pairs = [(row, (1, 0, 1, 1, 1, 1)) for row in range(len(asked))]
+    expected = kls_alone(tiny_llama(max_position_embeddings=1024), contexts, pairs)
+    assert found.objective[1] == pytest.approx([-kl for kl in expected], abs=TOLERANCE)
+
+
+def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):
+    judge = Judge(routed, items_of(routed, asked, GOLD), GOLD, 1.0)
+    whole = judge.scores(PATHS, 0, 6)
+    first, rest = judge.scores(PATHS, 0, 2), judge.scores(PATHS, 2, 6)
+    for path in range(len(PATHS)):
+        joined = first.objective[path] + rest.objective[path]
+        assert joined == pytest.approx(whole.objective[path], abs=TOLERANCE)
+
+
+def test_a_value_that_is_not_finite_is_the_worst_there_is(routed, asked, monkeypatch):
+    judge = Judge(routed, items_of(routed, asked[:1], GOLD), GOLD, 1.0)
+    monkeypatch.setattr(judge, "_value", lambda *_: (-math.inf, 0.0))
+    assert judge.scores(PATHS[1:2], 0, 1).objective == [[-100.0]]
+
+
+def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    path = PATHS[2]
+    slow = ListedModel(tiny_llama(), path=path.steps)
+    prompt = Prompt(text="abc", reward="exact", answer="x", max_new_tokens=4)
+    tokens = read(routed, prompt).tokens
+    says = tiny_tokenizer.decode(slow.greedy(tokens, 4), skip_special_tokens=True)
+    right = Prompt(text="abc", reward="exact", answer=says.strip() or "?", max_new_tokens=4)
+    assert graded(routed, path, [right, prompt])[1] == 0.0
+    if says.strip():
+        assert graded(routed, path, [right]) == [1.0]

@@ -1,0 +1,67 @@
+"""Which questions fit, choose, certify and test."""
+
+import pytest
+
+from drllm.errors import TaskError
+from drllm.records import question_key
+from drllm.tasks.base import Task, with_options
+from drllm.tasks.registry import get_task
+from drllm.tuning.parts import CERTIFY, FIT, PARTS, SELECT, TEST, parts_of, rungs
+
+
+class OneSet(Task):
+    """A set of which only one split is there."""
+
+    name = description = "one set"
+
+    def __init__(self, num):
+        self.num = num
+
+    def examples(self, split, data_dir=None):
+        if split != "test":
+            raise TaskError(f"no {split}")
+        return [with_options(f"question {i}", ("a", "b"), 0, str(i)) for i in range(self.num)]
+
+
+def keys(examples):
+    return {question_key(example.question) for example in examples}
+
+
+@pytest.mark.parametrize("task", [get_task("builtin_facts"), OneSet(500)], ids=["facts", "one set"])
+def test_no_question_is_in_two_parts(task):
+    parts = parts_of(task, None, 100, 0).examples
+    assert sum(len(keys(parts[part])) for part in PARTS) == len(
+        set.union(*(keys(parts[part]) for part in PARTS))
+    )
+
+
+def test_a_task_with_four_splits_is_fitted_on_search_and_tested_on_test():
+    task = get_task("builtin_facts")
+    found = parts_of(task, None, 100, 0)
+    search = task.examples("search")
+    assert len(found.examples[FIT]) == 100
+    assert keys(found.examples[FIT]) <= keys(search)
+    assert found.examples[SELECT] == task.examples("select")
+    assert found.examples[TEST] == task.examples("test")
+    assert len(found.examples[CERTIFY]) == len(task.examples("fit")) + len(search) - 100
+    assert not found.is_divided
+
+
+def test_a_set_of_one_split_is_divided_by_its_texts():
+    found = parts_of(OneSet(2000), None, 10_000, 0)
+    shares = [len(found.examples[part]) / 2000 for part in PARTS]
+    assert found.is_divided
+    assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.03)
+
+
+def test_too_few_questions_are_refused_with_the_part_that_has_none():
+    with pytest.raises(TaskError, match="part '"):
+        parts_of(OneSet(2), None, 100, 0)
+
+
+def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():
+    for num in (5, 24, 60, 300):
+        sizes, kept = zip(*rungs(num, 2), strict=True)
+        assert list(sizes) == sorted(set(sizes))
+        assert sizes[-1] == num
+        assert list(kept) == sorted(kept, reverse=True)

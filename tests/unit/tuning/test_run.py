@@ -1,0 +1,178 @@
+"""The stage on a tiny model: what is found, kept, resumed, certified and refused."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+
+from drllm.errors import ConfigError, PathError
+from drllm.listener import Listener
+from drllm.paths import StaticPath
+from drllm.records.static_paths import read_path, read_paths
+from drllm.tuning.judge import Judge
+from drllm.tuning.run import CHUNKS_FOLDER, tune
+
+SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
+
+
+def tuned(routed, folder=None, **settings):
+    return tune(routed, "builtin_facts", None, folder, **{**SMALL, **settings})
+
+
+@pytest.fixture(scope="module")
+def unbroken(routed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    return tuned(routed, folder, max_loss=10.0), folder
+
+
+def test_the_paths_go_from_the_full_one_to_the_shortest(unbroken):
+    found, _ = unbroken
+    assert found.paths[0].name == "full"
+    assert found.paths[0].path == StaticPath(range(6))
+    executions = [path.executions for path in found.paths]
+    assert executions == sorted(executions, reverse=True)
+    assert [path.executions for path in found.paths] == [
+        float(len(path.path.steps)) for path in found.paths
+    ]
+
+
+def test_a_path_is_listed_only_where_none_that_saves_as_much_does_better(unbroken):
+    gains = [
+        next(m.change[0] for m in path.measured if m.part == "select")
+        for path in unbroken[0].paths[1:]
+    ]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_every_path_is_measured_on_what_it_was_fitted_chosen_and_tested_on(unbroken):
+    for path in unbroken[0].paths:
+        assert [m.part for m in path.measured] == ["fit", "select", "test"]
+        tested = path.measured[-1]
+        assert tested.num_questions == 40
+        assert (tested.against_full is None) == (path.name == "full")
+        assert path.measured[0].accuracy is None
+
+
+def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, monkeypatch):
+    found, folder = unbroken
+    assert read_paths(folder / "paths.json") == found
+    assert not (folder / CHUNKS_FOLDER).exists()
+    monkeypatch.setattr(Judge, "scores", None)
+    assert tuned(routed, folder, max_loss=10.0) == found
+
+
+def test_another_tuning_in_the_same_folder_is_refused(unbroken, routed):
+    with pytest.raises(ConfigError, match="beam 2, now 1"):
+        tuned(routed, unbroken[1], max_loss=10.0, beam=1)
+
+
+def test_a_path_is_read_by_its_name(unbroken):
+    found, folder = unbroken
+    last = found.paths[-1]
+    assert read_path(f"{folder}/paths.json:{last.name}").path(6) == last.path
+    with pytest.raises(PathError, match="certifies no path"):
+        read_path(str(folder / "paths.json"))
+    with pytest.raises(PathError, match="skip9"):
+        read_path(f"{folder}/paths.json:skip9")
+
+
+class Stopped(Listener):
+    """Interrupts a run at its first level."""
+
+    @contextmanager
+    def progress(self, title, unit):
+        def stop(done, total, note=""):
+            raise KeyboardInterrupt
+
+        yield stop
+
+
+def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
+    unbroken, routed, tmp_path, monkeypatch
+):
+    counted = num_scored(monkeypatch)
+    tuned(routed, tmp_path / "again", max_loss=10.0)
+    whole = sum(counted)
+    counted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tuned(routed, tmp_path / "out", max_loss=10.0, listener=Stopped())
+    assert list((tmp_path / "out" / CHUNKS_FOLDER).iterdir())
+    found = tuned(routed, tmp_path / "out", max_loss=10.0)
+    assert found.paths == unbroken[0].paths
+    assert sum(counted) == whole, "nothing was scored twice"
+
+
+def num_scored(monkeypatch):
+    """Return a list to which every scoring adds its number of paths times questions."""
+    counted, scores = [], Judge.scores
+
+    def counting(self, paths, first, last):
+        counted.append(len(paths) * (last - first))
+        return scores(self, paths, first, last)
+
+    monkeypatch.setattr(Judge, "scores", counting)
+    return counted
+
+
+def test_when_time_is_over_no_further_level_is_begun(routed):
+    found = tuned(routed, max_loss=10.0, minutes=1e-9)
+    assert [path.name for path in found.paths] == ["full", "skip1"]
+
+
+def test_several_tasks_are_kept_high_together_and_each_is_measured(routed):
+    tasks = ["builtin_facts", "builtin_arithmetic"]
+    found = tune(routed, tasks, None, None, **{**SMALL, "max_skipped": 1, "num_judged": 30})
+    assert found.objective == {
+        "builtin_facts": "gold_logprob",
+        "builtin_arithmetic": "next_token_loss",
+    }
+    assert {m.task for m in found.paths[-1].measured} == set(tasks)
+
+
+def test_where_base_only_guesses_nothing_is_certified(routed):
+    found = tuned(routed, max_loss=10.0, epsilon=50.0)
+    assert found.certified is None
+    assert found.choice.obstacle is not None
+    assert "chance" in found.choice.obstacle
+
+
+def test_with_sublayers_costs_are_parts_of_layers(routed):
+    found = tuned(routed, edits="sublayers", max_skipped=1, max_loss=10.0)
+    assert any(path.executions % 1 for path in found.paths)
+    assert {step.run for path in found.paths for step in path.steps} > {"all"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_skipped": 6}, "at most 5"),
+        ({"weights": {"arc_easy": 2.0}}, "isn't tuned on"),
+        ({"max_loss_increase": 0.1}, "no effect"),
+        ({"objective": "kl", "epsilon": 2.0}, "right answers"),
+        ({"edits": "all"}, "unknown value"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_scored(
+    routed, settings, says, monkeypatch
+):
+    monkeypatch.setattr(Judge, "scores", None)
+    with pytest.raises(ConfigError, match=says):
+        tuned(routed, **settings)
+
+
+def test_gold_answers_of_a_task_without_options_are_refused(routed):
+    with pytest.raises(ConfigError, match="next_token_loss"):
+        tune(routed, "builtin_arithmetic", objective="gold_logprob")
+
+
+def test_the_command_prints_every_path_and_where_the_file_lies(drllm, model_folder, tmp_path):
+    said = drllm(
+        "tune --device cpu --num-fit 24 --num-judged 24 --max-skipped 1 --beam 1 --model",
+        model_folder(),
+        "--output-dir",
+        tmp_path,
+    ).out
+    names = [path["name"] for path in json.loads((tmp_path / "paths.json").read_text())["paths"]]
+    assert all(name in said for name in names)
+    assert str(tmp_path / "paths.json") in said
+    assert drllm("show", tmp_path / "paths.json").out in said
