@@ -54,6 +54,8 @@ MAX_LOSS_INCREASE = 0.05
 """Nats a token that the next-token loss may rise, unless another limit is given."""
 SHARE_SKIPPED = 1 / 6
 """Of the layers, unless another number is given."""
+FINAL = 1
+"""Levels whose time certifying and testing takes, about."""
 NUM_TEXTS = 100
 """Questions of a part whose text's next-token loss is read too, at most."""
 
@@ -292,6 +294,7 @@ class _Tuning:
         with self.listener.progress("tuning", "") as self.on_progress:
             levels = self._search()
             paths = [self.full, *self._pareto(levels)]
+            self.on_progress(1, 1 + FINAL, "certifying and testing")
             choice = None if self.config.epsilon is None else self._certify(paths)
             result = self._result(paths, choice)
         if self.folder is not None and self.chunks is not None:
@@ -316,7 +319,7 @@ class _Tuning:
             levels.append(level)
             best = max(level.paths, key=self._gain)
             said = f"{level.saved:g} saved: {signed(self._gain(best), 3)} nats on select"
-            self.on_progress(min(level.saved, most), most, said)
+            self.on_progress(min(level.saved, most), most + FINAL, said)
             self.listener.note(f"{said}, {best.edits(L)}")
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"

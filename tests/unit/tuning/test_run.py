@@ -119,6 +119,7 @@ def test_when_time_is_over_no_further_level_is_begun(routed):
     assert [path.name for path in found.paths] == ["full", "skip1"]
 
 
+@pytest.mark.thorough
 def test_several_tasks_are_kept_high_together_and_each_is_measured(routed):
     tasks = ["builtin_facts", "builtin_arithmetic"]
     found = tune(routed, tasks, None, None, **{**SMALL, "max_skipped": 1, "num_judged": 30})
@@ -136,6 +137,7 @@ def test_where_base_only_guesses_nothing_is_certified(routed):
     assert "chance" in found.choice.obstacle
 
 
+@pytest.mark.thorough
 def test_with_sublayers_costs_are_parts_of_layers(routed):
     found = tuned(routed, edits="sublayers", max_skipped=1, max_loss=10.0)
     assert any(path.executions % 1 for path in found.paths)
