@@ -345,7 +345,7 @@ def export(request: Request, terminal: Terminal) -> None:
     check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
-        path = plan.path(base.num_layers).path()
+        path = plan.path_of(base.identity).path()
         with terminal.busy("writing and checking"):
             made = export_path(base, path, output)
     terminal.say(f"export      {made.folder}")

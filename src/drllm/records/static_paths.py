@@ -4,10 +4,10 @@ Axes: L layers.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,6 +19,8 @@ from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
 PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
+IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
+"""What is compared of the models' identities."""
 FORMS = (
     '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, layer indices '
     "on one line, or a paths.json of 'drllm tune'"
@@ -99,6 +101,25 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise PathError(f"{file}: " + unknown_name("path", wanted, names))
         return self.paths[names.index(wanted)]
 
+    def check_model(self, model: Mapping[str, Any], file: Path) -> None:
+        """Refuse, by a PathError, a model that these paths weren't found for.
+
+        `model` is its identity. A fingerprint tells the same weights under another name; where one
+        side has none, the names count.
+        """
+        found = {**self.model, "num_layers": self.num_layers}
+        both = [key for key in IDENTITY if found.get(key) and model.get(key)]
+        differences = [
+            f"{key} {found[key]} (this model has {model[key]})"
+            for key in both
+            if found[key] != model[key] and (key != "id" or "fingerprint" not in both)
+        ]
+        if differences:
+            raise PathError(
+                f"{file} has paths of {self.model.get('id') or 'another model'} with "
+                f"{', '.join(differences)}; give that model as --model, or tune this one"
+            )
+
 
 def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
     """Return a path as it is written."""
@@ -123,14 +144,24 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PathFile:
     """What a file says, before it is known how many layers the model has.
 
-    Its `kind` is `decisions` or `path`, or None where the file doesn't say which; `name` is that of
-    a path of a `paths.json`.
+    Its `kind` is `decisions` or `path`, or None where the file doesn't say which; `found` and
+    `record` are the path and the whole of a `paths.json`.
     """
 
     file: Path
     kind: str | None
     values: tuple[int | StepRecord, ...]
-    name: str = ""
+    found: NamedPath | None = None
+    record: StaticPaths | None = None
+
+    def path_of(self, model: Mapping[str, Any]) -> StaticPath:
+        """Return the path for a model of this identity; one that it wasn't made for is a PathError.
+
+        Only a `paths.json` says which model it is for.
+        """
+        if self.record is not None:
+            self.record.check_model(model, self.file)
+        return self.path(model["num_layers"])
 
     def path(self, num_layers: int) -> StaticPath:
         """Return the path for a model of L layers.
@@ -171,8 +202,9 @@ def read_path(given: str) -> PathFile:
     if not text or (text[0] not in "{[" and "\n" in text):
         raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
     if text[0] in "{[" and decode_version(text) == PATHS_SCHEMA:
-        found = read_paths(file).find(name, file)
-        return PathFile(file, "path", found.steps, found.name)
+        record = read_paths(file)
+        found = record.find(name, file)
+        return PathFile(file, "path", found.steps, found, record)
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
     return _read_numbers(file, text)

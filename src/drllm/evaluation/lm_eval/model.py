@@ -215,7 +215,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                     f"path={path} and {other} are given, but only one of them can decide"
                     f"; leave one out"
                 )
-            return self.routed.policy_of(read_path(path).path(self.routed.num_layers))
+            return self.routed.policy_of(read_path(path).path_of(self.base.identity))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]

@@ -1,0 +1,90 @@
+"""A small `paths.json` as `drllm tune` writes it, for tests of whatever reads one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.paths import StaticPath, Step
+from drllm.records import new_manifest, write_json
+from drllm.records.static_paths import Measured, NamedPath, StaticPaths, steps_to_write
+from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
+from drllm.statistics.verdicts import Differences, Verdict
+
+PATHS: dict[str, list[int | Step]] = {
+    "full": [0, 1, 2, 3, 4, 5],
+    "5.00": [0, 1, 3, 4, 5],
+    "4.60": [0, Step(1, "mlp"), 2, Step(3, "attention"), 4],
+    "damped": [0, 1, 2, Step(2, scale=0.5), 3, 4, 5],
+}
+
+
+def written_paths(
+    file: Path,
+    model: Mapping[str, Any],
+    *,
+    certified: str | None = None,
+    paths: Mapping[str, list[int | Step]] = PATHS,
+) -> Path:
+    """Write a `paths.json` of a model with this identity, and return where it lies."""
+    trials = [
+        Trial(
+            name=name, executions=5.0, num_questions=400, won=12, lost=10, maximum_loss=1.5,
+            texts=LossBound(num_texts=400, increase=0.01, maximum=0.03), worked=None, failures=(),
+        )
+        for name in [certified] * (certified is not None)
+    ]  # fmt: skip
+    choice = Choice(
+        limits=Limits(epsilon=2.0, max_loss_increase=0.1),
+        num_questions=400,
+        trials=tuple(trials),
+        obstacle=None if trials else "too few questions",
+        confirmation=trials[0] if trials else None,
+    )
+    manifest = new_manifest("paths", model=model, config={"max_skipped": 0.2, "seed": 3})
+    record = StaticPaths(
+        **manifest,
+        tasks=("arc_easy", "builtin_facts"),
+        objective={"arc_easy": "gold_logprob", "builtin_facts": "gold_logprob"},
+        num_layers=model["num_layers"],
+        paths=tuple(
+            NamedPath(
+                name=name,
+                steps=steps_to_write(StaticPath(steps)),
+                executions=float(len(steps)),
+                measured=(
+                    _measured("select", 200, None if name == "full" else (9, 4)),
+                    _measured("test", 400, None if name == "full" else (12, 10)),
+                ),
+            )
+            for name, steps in paths.items()
+        ),
+        choice=choice,
+    )
+    write_json(file, record)
+    return file
+
+
+def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -> Measured:
+    against = None
+    if outcomes is not None:
+        won, lost = outcomes
+        shown: dict[str, Any] = {"n": num_questions, "shown": "none shown"}
+        against = Differences(
+            accuracy=Verdict(
+                quantity="accuracy", mean=(won - lost) / num_questions, interval=(-0.02, 0.03),
+                won=won, lost=lost, p=0.5, **shown,
+            ),
+            gold_logprob=Verdict(
+                quantity="gold_logprob", mean=0.05, interval=(-0.01, 0.11), **shown
+            ),
+        )  # fmt: skip
+    return Measured(
+        task="arc_easy",
+        part=part,
+        num_questions=num_questions,
+        objective=-1.25,
+        change=None if outcomes is None else (0.05, -0.01, 0.11),
+        accuracy=0.62,
+        text_loss=2.5,
+        against_full=against,
+    )

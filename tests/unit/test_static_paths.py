@@ -1,0 +1,46 @@
+"""`paths.json`: which of its paths is meant, and for which model."""
+
+import pytest
+
+from drllm.errors import PathError
+from drllm.records.static_paths import read_path
+from paths_json import PATHS, written_paths
+
+MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num_layers": 6}
+MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
+
+
+def test_a_path_is_found_by_its_name_and_the_certified_one_without(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    assert read_path(f"{file}:4.60").path_of(MODEL).steps == tuple(PATHS["4.60"])
+    assert read_path(str(file)).path_of(MODEL).steps == tuple(PATHS["5.00"])
+
+
+def test_without_a_certified_path_a_name_is_needed_and_the_names_are_listed(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    with pytest.raises(PathError, match=r"certifies no path; .*full, 5.00, 4.60, damped"):
+        read_path(str(file))
+    with pytest.raises(PathError, match="unknown path '4.06'; did you mean '4.60'"):
+        read_path(f"{file}:4.06")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"num_layers": 5}, r"num_layers 6 \(this model has 5\)"),
+        ({"hidden_size": 64}, r"hidden_size 32 \(this model has 64\)"),
+        ({"class": "GPT2LMHeadModel"}, "class LlamaForCausalLM"),
+        ({"fingerprint": "f" * 16}, "fingerprint 0123456789abcdef"),
+        ({"fingerprint": "", "id": "owner/other"}, r"id owner/name \(this model has owner/other\)"),
+    ],
+)
+def test_paths_of_another_model_are_refused_in_one_line(tmp_path, other, said):
+    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    with pytest.raises(PathError, match=f"paths of owner/name with .*{said}") as caught:
+        read_path(str(file)).path_of({**MODEL, **other})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    read_path(str(file)).path_of({**MODEL, "id": "models/copy", "revision": "abc"})
