@@ -1,0 +1,187 @@
+"""How many candidates a second a tuning scores, against plain evaluation of each of them.
+
+Ours: all candidates of a step in passes that share the beginnings of their paths, all options of a
+question in one row.
+Theirs: the plain model with its layers listed along each path, a forward pass for each option; and
+beside it the same with all options of several questions in a padded batch.
+All score the same paths on the same questions, taking turns in one run; values are compared.
+
+    python benchmarks/tune.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR] [--task TASK]
+        [--model MODEL] [--device DEVICE] [--questions N] [--candidates N] [--repeats N]
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import left_padded
+from drllm.models.check import layers_listed
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath
+from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.registry import get_task
+from drllm.tuning.edits import LAYERS, skips
+from drllm.tuning.judge import GOLD, Item, Judge, items_of, log_share
+
+QUICK = {"repeats": 1, "questions": 4, "candidates": 6}
+WHOLE = {"repeats": 3, "questions": 64, "candidates": 30}
+BATCH_SIZE = 16
+"""Questions of a plain batch."""
+
+OURS = "drllm: all candidates of a step in passes that share their beginnings"
+THEIRS = "the listed layers of each candidate, one forward pass an option"
+BATCHED = "the listed layers of each candidate, questions and options in padded batches"
+TOLERANCE = 1e-3
+"""Nats that two ways may differ by on a question."""
+
+Values = list[list[float]]
+
+
+def candidates_of(num_layers: int, num: int) -> list[StaticPath]:
+    """Return paths as a search has them in its second step: without the middle layer, and one."""
+    full = StaticPath(range(num_layers))
+    middle = [path for path in skips(full, LAYERS) if num_layers // 2 not in path.path()]
+    return list(skips(middle[0], LAYERS))[:num]
+
+
+def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
+    """Score every option of every question in a forward pass of its own."""
+    values = []
+    with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
+        for item in items:
+            context = list(item.question.context)
+            sums = []
+            for option in item.question.continuations:
+                ids = torch.tensor([context + list(option)], device=base.model.device)
+                logits = base.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
+                logprobs = logits.float().log_softmax(-1)
+                sums.append(float(logprobs[range(len(option)), list(option)].sum()))
+            values.append(log_share(sums, item.gold or 0))
+    return values
+
+
+def batched(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
+    """Score all options of several questions of like length at once."""
+    values = [0.0] * len(items)
+    order = sorted(range(len(items)), key=lambda place: items[place].question.length)
+    with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
+        for start in range(0, len(order), BATCH_SIZE):
+            places = order[start : start + BATCH_SIZE]
+            rows = [
+                (place, list(items[place].question.context), list(option))
+                for place in places
+                for option in items[place].question.continuations
+            ]
+            texts = [context + option for _, context, option in rows]
+            ids, mask = left_padded(texts, base.model.device)
+            longest = max(len(option) for _, _, option in rows)
+            logits = base.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=longest + 1,
+            ).logits.float()
+            sums: dict[int, list[float]] = {place: [] for place in places}
+            for (place, _, option), kept in zip(rows, logits, strict=True):
+                logprobs = kept[-len(option) - 1 : -1].log_softmax(-1)
+                sums[place].append(float(logprobs[range(len(option)), option].sum()))
+            for place in places:
+                values[place] = log_share(sums[place], items[place].gold or 0)
+    return values
+
+
+def compare(
+    base: BaseModel, items: Sequence[Item], paths: Sequence[StaticPath], repeats: int, clock: Any
+) -> dict[str, Any]:
+    """Let each way score all candidates, in turns, and compare what they found."""
+
+    def ours() -> Values:
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        try:
+            return Judge(routed, items, GOLD, 1.0).scores(paths, 0, len(items)).objective
+        finally:
+            routed.detach()
+
+    ways: dict[str, Callable[[], Values]] = {
+        "ours": ours,
+        "theirs": lambda: [one_by_one(base, items, path) for path in paths],
+        "batched": lambda: [batched(base, items, path) for path in paths],
+    }
+    runs, values = [], {}
+    for repeat in range(repeats + 1):  # the first one warms up
+        seconds = {}
+        for name in sorted(ways, reverse=repeat % 2 == 1):
+            started = clock()
+            values[name] = ways[name]()
+            seconds[name] = clock() - started
+        runs.append(seconds)
+    away = {
+        name: float(np.abs(np.subtract(values[name], values["ours"])).max())
+        for name in ("theirs", "batched")
+    }
+    if max(away.values()) > TOLERANCE:
+        raise SystemExit(f"the ways differ by up to {away} nats; no figure is given")
+    medians = {name: statistics.median(run[name] for run in runs[1:]) for name in ways}
+    return {
+        "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs[1:]),
+        "speedup_over_batches": statistics.median(run["batched"] / run["ours"] for run in runs[1:]),
+        "candidates_per_second": {name: len(paths) / medians[name] for name in ways},
+        "largest_difference": away,
+        "runs": runs[1:],
+    }
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = common.parser_of(__doc__, "few questions and candidates, under a minute")
+    common.add_clock(parser)
+    parser.add_argument("--data-dir", type=Path, help="of the task, where it needs one")
+    parser.add_argument("--task", default="builtin_facts", help="with options")
+    common.add_model(parser, devices=True)
+    parser.add_argument("--questions", type=int)
+    parser.add_argument("--candidates", type=int, help="paths scored together")
+    parser.add_argument("--repeats", type=int)
+    options = parser.parse_args()
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    clock = common.clock_of(options)
+    base = common.base_of(options)
+    task = get_task(options.task)
+    examples = choose(task.examples("search", options.data_dir), sizes["questions"], seed=0)
+    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    items = items_of(routed, prompts, GOLD)
+    routed.detach()
+    paths = candidates_of(base.num_layers, sizes["candidates"])
+    result = compare(base, items, paths, sizes["repeats"], clock)
+    rates = result["candidates_per_second"]
+    print(
+        f"{len(paths)} candidates on {len(items)} questions of {options.task}: "
+        f"{rates['ours']:.2f} a second by ours, {rates['theirs']:.2f} one option a pass "
+        f"(speedup {result['speedup']:.1f}), {rates['batched']:.2f} in batches (speedup "
+        f"{result['speedup_over_batches']:.1f}); largest difference "
+        f"{max(result['largest_difference'].values()):.1e} nats"
+    )
+    figures = {
+        **result,
+        "repeats": sizes["repeats"],
+        "ours": OURS,
+        "theirs": THEIRS,
+        "batched": BATCHED,
+        "task": options.task,
+        **common.of(base, options),
+        **sizes,
+    }
+    common.write(options, figures)
+
+
+if __name__ == "__main__":
+    main()
