@@ -11,7 +11,7 @@ ARGS ?=
 # Test files are shared out to this many processes. WORKERS=0 runs them in one, for a debugger.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
-QUICK := -m "not model and not processes"
+QUICK := -m "not model and not harness and not processes"
 
 # Environments of other versions of transformers, each bound by tests/versions/NAME.txt. The oldest
 # tries the oldest Python too, where there is one.
@@ -39,7 +39,7 @@ demo: $(STAMP)  ## search, supervise, train, evaluate and report on a small mode
 test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
 	$(BIN)/python $(PYTEST) $(ARGS)
 
-test-quick: $(STAMP)  ## run the tests that need no model and start no processes
+test-quick: $(STAMP)  ## run the tests that need no model, no harness and no processes
 	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
 
 test-thorough: $(STAMP)  ## run what make test leaves out

@@ -66,13 +66,14 @@ MODEL_FOLDERS = (
     "tests/versions",
     "tests/properties/test_generation_fuzz.py",
 )
+HARNESS_FOLDERS = ("tests/unit/evaluation/lm_eval",)
 STARTS_PROCESSES = re.compile(
     r"^\s*(?:import|from) (?:subprocess|multiprocessing|ray|killable)\b", re.M
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a model or starts processes, so that `-m` can leave it out."""
+    """Mark what needs a model, the harness or processes, so that `-m` can leave it out."""
     starts = functools.cache(lambda file: bool(STARTS_PROCESSES.search(file.read_text("utf-8"))))
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -81,6 +82,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("smollm2")
         if fixtures & MODEL_FIXTURES or folder.startswith(MODEL_FOLDERS):
             item.add_marker("model")
+        if folder.startswith(HARNESS_FOLDERS):
+            item.add_marker("harness")
         if starts(item.path):
             item.add_marker("processes")
 
