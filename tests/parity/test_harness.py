@@ -8,13 +8,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from drllm.errors import ConfigError, RoutingError
+from drllm.errors import ConfigError, PathError, RoutingError
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import STEPS
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import RouterPolicy
+from drllm.paths import Step
+from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
 LOGPROB_TOLERANCE = 1e-4
@@ -208,6 +210,40 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     assert slow.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
         lm.loglikelihood_rolling(texts, disable_tqdm=True), abs=LOGPROB_TOLERANCE
     )
+
+
+def test_a_path_of_parts_scores_and_answers_as_the_plain_model_changed_by_hand(base, tmp_path):
+    path = [0, Step(1, "mlp"), 2, Step(3, "attention"), 4, Step(4, scale=0.5), 5]
+    plain = copy.deepcopy(base.model)
+    file = written_paths(
+        tmp_path / "paths.json", base.identity, paths={"full": [*range(6)], "less": path}
+    )
+    lm = RoutedLM(base, path=f"{file}:less", batch_size=2)
+    slow = ListedModel(plain, path=path)
+    requests = instances(QUESTIONS)
+    for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        assert slow.sums(context, [continuation])[0] == pytest.approx(
+            logprob, abs=LOGPROB_TOLERANCE
+        )
+    cached = HFLM(
+        pretrained=ListedModel(plain, path=path, cached=True).model, tokenizer=base.tokenizer
+    )
+    texts = rolling("some text")
+    assert cached.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
+        lm.loglikelihood_rolling(texts, disable_tqdm=True), abs=LOGPROB_TOLERANCE
+    )
+    asked = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
+    assert lm.generate_until(asked, disable_tqdm=True) == cached.generate_until(
+        asked, disable_tqdm=True
+    )
+
+
+def test_a_path_of_another_model_is_refused(base, tmp_path):
+    other = {**base.identity, "fingerprint": "f" * 16}
+    file = written_paths(tmp_path / "paths.json", other, certified="5.00")
+    with pytest.raises(PathError, match="fingerprint ffffffffffffffff"):
+        RoutedLM(base, path=str(file))
 
 
 def test_a_knob_without_routers_is_refused(base):

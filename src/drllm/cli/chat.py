@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drllm.cli.terminal import Terminal
 from drllm.config import GenerateConfig
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 LEAVE = "/exit"
 HALF = "\ufffd"
 """Stands in a text for a character of which only the first token is there."""
+
+
+class Along(NamedTuple):
+    """A static path that every prompt runs: what it changes, and its cost in layer equivalents."""
+
+    edits: str
+    executions: float
 
 
 class Reply:
@@ -96,16 +103,24 @@ class Reply:
         self._num_shown = max(self._num_shown, len(text))
 
 
-def chat(routed: RoutedModel, form: PromptForm, config: GenerateConfig, terminal: Terminal) -> None:
-    """Answer what is typed until the user leaves; each turn takes a route of its own."""
+def chat(
+    routed: RoutedModel,
+    form: PromptForm,
+    config: GenerateConfig,
+    terminal: Terminal,
+    along: Along | None = None,
+) -> None:
+    """Answer what is typed until the user leaves; each turn takes a route, or runs the path."""
     import torch
 
     with contextlib.suppress(ImportError):  # not on Windows
         importlib.import_module("readline")  # `input` gets a history and can be edited
     torch.manual_seed(config.seed or 0)
     remembers = form.chat and getattr(routed.tokenizer, "chat_template", None) is not None
+    if along is not None:
+        terminal.note(f"path        {along.edits}")
     turn = (
-        "reads the conversation again, since it takes a route of its own"
+        f"reads the conversation again{', since it takes a route of its own' * (along is None)}"
         if remembers
         else "stands alone, as in training; --chat remembers the conversation"
     )
@@ -136,15 +151,18 @@ def chat(routed: RoutedModel, form: PromptForm, config: GenerateConfig, terminal
             pass  # what was said so far counts
         if reply.tokens:
             messages.append({"role": "assistant", "content": reply.text})
-            _say_cost(reply, terminal)
+            _say_cost(reply, along, terminal)
         else:
             messages.pop()
 
 
-def _say_cost(reply: Reply, terminal: Terminal) -> None:
-    route = reply.routed.last_route[0].tolist()
+def _say_cost(reply: Reply, along: Along | None, terminal: Terminal) -> None:
     speed = f", {reply.speed:.1f} a second" if reply.speed else ""
+    if along is None:
+        route = reply.routed.last_route[0].tolist()
+        cost = f"{sketch(route)}  {num_executions(route)}"
+    else:
+        cost = f"{along.executions:.4g}"
     terminal.say(
-        f"{sketch(route)}  {num_executions(route)} of {len(route)} executions, "
-        f"{len(reply.tokens)} tokens{speed}\n"
+        f"{cost} of {reply.routed.num_layers} executions, {len(reply.tokens)} tokens{speed}\n"
     )

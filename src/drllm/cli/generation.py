@@ -11,19 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drllm.cli.chat import Reply, chat
+from drllm.cli.chat import Along, Reply, chat
 from drllm.cli.parser import VERBS, Flag, Request, verb
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.fields import flag_of
-from drllm.cost import mean_executions
+from drllm.cost import mean_executions, path_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
-from drllm.paths import num_executions
+from drllm.paths import ALL, StaticPath, num_executions, step_of
 from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file
+from drllm.records.static_paths import read_path
 from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
@@ -60,10 +61,11 @@ class Asked(NamedTuple):
             "routers: a folder or a hub id; without, every layer is executed",
             value="DIR",
         ),
+        Flag("path", "instead of routers: one path for every prompt, such as paths.json:NAME"),
         Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
         Flag("output", "with --file: answers to write (.jsonl); default: print them"),
     ),
-    model_from_routers=True,
+    model_from="the routers or a paths.json name",
 )
 def generate(request: Request, terminal: Terminal) -> None:
     """Answer a prompt or a file of them, with the route taken; or chat."""
@@ -81,6 +83,7 @@ def generate(request: Request, terminal: Terminal) -> None:
 
         texts = read_calibration(Path(depth.calibration).expanduser())
     routers = None if place is None else read_routers(place)[1]
+    path = None if (given := request.optional_path("path")) is None else read_path(str(given))
     form = _form(config, routers)
     talks = [row.line for row in asked or () if not isinstance(row.prompt, str)]
     if talks and not form.chat:
@@ -89,7 +92,7 @@ def generate(request: Request, terminal: Terminal) -> None:
             f"{file}, line {talks[0]}: 'messages' need the chat template, and {why}; give --chat, "
             f"or 'prompt' instead"
         )
-    with loaded(model_of(request, routers), terminal) as base:
+    with loaded(model_of(request, routers, path), terminal) as base:
         from drllm.models.routers.depth_control import encode_calibration, policy_for
         from drllm.models.routing.routed_model import RoutedModel
 
@@ -104,15 +107,19 @@ def generate(request: Request, terminal: Terminal) -> None:
                 f"executions a forward pass on {found.num_prompts} calibration prompts; next time "
                 f"give --depth-bias {found.depth_bias}"
             )
+        along = None
+        if path is not None:
+            static = path.path_of(base.identity)
+            policy, along = routed.policy_of(static), _along(routed, static)
         with routed.using(policy):
             if is_chat:
                 _say_form(form, routers, terminal)
-                chat(routed, form, config, terminal)
+                chat(routed, form, config, terminal, along)
                 return
             if asked is not None:
-                _answer_file(routed, asked, form, request, terminal)
+                _answer_file(routed, asked, form, request, along, terminal)
             else:
-                _answer(routed, form.put(prompt), form, config, terminal)
+                _answer(routed, form.put(prompt), form, config, along, terminal)
             _say_form(form, routers, terminal)
 
 
@@ -162,11 +169,25 @@ def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal)
     terminal.note(f"asked       {said}")
 
 
+def _along(routed: RoutedModel, path: StaticPath) -> Along:
+    """Describe the path that every prompt runs."""
+    from drllm.models.routing.shares import layer_shares
+
+    is_whole = all(step_of(item).run == ALL for item in path.steps)
+    cost = path_executions(path, () if is_whole else layer_shares(routed))
+    return Along(path.edits(routed.num_layers), cost)
+
+
 def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:
-    """Refuse neither or both of PROMPT and `--file`, and what has no effect."""
-    prompt, file, output, routers = (
-        request.values[name] for name in ("prompt", "file", "output", "routers")
+    """Refuse both of PROMPT and `--file`, both of routers and a path, and what has no effect."""
+    prompt, file, output, routers, path = (
+        request.values[name] for name in ("prompt", "file", "output", "routers", "path")
     )
+    if routers and path:
+        raise ConfigError(
+            f"--routers {routers} and --path {path} are both given, but only one of them can "
+            f"decide; leave one out"
+        )
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if file and output:
@@ -234,7 +255,12 @@ def _asked(row: dict[str, Any], line: int) -> Asked:
 
 
 def _answer(
-    routed: RoutedModel, prompt: str, form: PromptForm, config: GenerateConfig, terminal: Terminal
+    routed: RoutedModel,
+    prompt: str,
+    form: PromptForm,
+    config: GenerateConfig,
+    along: Along | None,
+    terminal: Terminal,
 ) -> None:
     """Answer a prompt, word by word on a terminal, and say what it took."""
     import torch
@@ -247,11 +273,13 @@ def _answer(
     route = routed.last_route[0].tolist()
     num_new = len(reply.tokens)
     terminal.say()
-    terminal.show(draw_route(route))
-    terminal.say(
-        f"executions  {_share(num_executions(route), routed, 0)}, {num_new} forward "
-        f"pass{'es' * (num_new > 1)}"
-    )
+    if along is None:
+        terminal.show(draw_route(route))
+        cost = _share(num_executions(route), routed, 0)
+    else:
+        terminal.say(f"path        {along.edits}")
+        cost = _share(along.executions, routed, 2)
+    terminal.say(f"executions  {cost}, {num_new} forward pass{'es' * (num_new > 1)}")
     terminal.say(f"tokens      {reply.num_read} read, {num_new} generated")
     start, first, last = reply.times[0], reply.times[1], reply.times[-1]
     decode = ""
@@ -265,6 +293,7 @@ def _answer_file(
     asked: Sequence[Asked],
     form: PromptForm,
     request: Request,
+    along: Along | None,
     terminal: Terminal,
 ) -> None:
     """Answer all prompts, write or print the answers, and say what it took."""
@@ -299,7 +328,9 @@ def _answer_file(
         replace(given, prompt=row.prompt, text=form.answer(given.text))
         for row, given in zip(asked, answers, strict=True)
     ]
-    text = "".join(to_line(row.id, given) + "\n" for row, given in zip(asked, answers, strict=True))
+    cost = along and along.executions
+    lines = [to_line(row.id, given, cost) for row, given in zip(asked, answers, strict=True)]
+    text = "".join(line + "\n" for line in lines)
     tell: Callable[[str], None] = terminal.note
     if output := request.optional_path("output"):
         write_atomically(output, text)
@@ -309,20 +340,27 @@ def _answer_file(
         terminal.out.out(text, end="")
     routes = [given.route for given in answers]
     plans, new = len(set(routes)), sum(len(given.tokens) for given in answers)
-    tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
-    tell(f"executions  {_share(mean_executions(routes), routed, 2)}")
+    if along is None:
+        tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
+    else:
+        tell(f"prompts     {len(answers)} along one path")
+        tell(f"path        {along.edits}")
+    tell(f"executions  {_share(cost or mean_executions(routes), routed, 2)}")
     tell(f"tokens      {num_read} read, {new} generated")
     tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
 
 
-def to_line(own_id: str | int, given: Answer) -> str:
-    """Write an answer as one line of JSON, without the newline; see docs/formats.md."""
+def to_line(own_id: str | int, given: Answer, executions: float | None = None) -> str:
+    """Write an answer as one line of JSON, without the newline; see docs/formats.md.
+
+    `executions` is the cost of the route where decisions don't tell it.
+    """
     values = {
         "id": own_id,
         "prompt" if isinstance(given.prompt, str) else "messages": given.prompt,
         "answer": given.text.strip(),
         "route": given.route,
-        "executions": float(num_executions(given.route)),
+        "executions": executions or float(num_executions(given.route)),
         "tokens": len(given.tokens),
     }
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))

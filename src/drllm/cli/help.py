@@ -65,8 +65,8 @@ def _name(flag: Flag, everything: bool) -> str:
 def _text(flag: Flag, verb: Verb) -> str:
     if flag.in_files:
         return f"{flag.help} (in the file of --config)"
-    if flag.name == "model" and verb.model_from_routers:
-        return f"{flag.help}; without it the one that the routers name"
+    if flag.name == "model" and verb.model_from:
+        return f"{flag.help}; without it the one that {verb.model_from}"
     if flag.default is None or flag.default is False:
         return flag.help
     shown = f"{flag.default:g}" if isinstance(flag.default, float) else str(flag.default)

@@ -106,7 +106,7 @@ class Verb:
     run: Callable[[Request, Terminal], None]
     settings: tuple[type[Settings], ...] = ()  # groups that become flags
     flags: tuple[Flag, ...] = ()
-    model_from_routers: bool = False  # without --model, the routers name the base model
+    model_from: str = ""  # what names the base model where --model isn't given
     resumes: bool = False  # the same command resumes after an interruption
 
 

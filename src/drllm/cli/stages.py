@@ -27,11 +27,12 @@ from drllm.config import (
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, tasks_of
 from drllm.listener import duration
+from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import PathFile, read_path
 from drllm.records.supervision import check_targets
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
@@ -258,7 +259,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
         ),
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from_routers=True,
+    model_from="the routers name",
     resumes=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
@@ -287,10 +288,17 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
     return folder, load_routers(folder)
 
 
-def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
-    """Return the settings of the base model: the user's, or the one that the routers name."""
+def model_of(
+    request: Request, routers: RouterStack | None = None, path: PathFile | None = None
+) -> ModelConfig:
+    """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
     config = request.of(ModelConfig)
-    if request.model_given or routers is None:
+    if request.model_given:
+        return config
+    if path is not None and path.record is not None and (made_for := path.record.model).get("id"):
+        revision = config.revision or made_for.get("revision")
+        return dataclasses.replace(config, model=made_for["id"], revision=revision)
+    if routers is None:
         return config
     if not routers.config.base_model:
         given = request.values["routers"]
@@ -335,21 +343,24 @@ def report(request: Request, terminal: Terminal) -> None:
         ),
         Flag("output", "folder to make", required=True, value="DIR"),
     ),
+    model_from="a paths.json names",
 )
 def export(request: Request, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
     from drllm.models.export import check_output, export_path
+    from drllm.models.export_card import step_in_words, zeros_in_words
 
     output = request.path("output")
     plan = read_path(str(request.path("path")))
     check_folder(output, "--output")
     check_output(output)
-    with loaded(request.of(ModelConfig), terminal) as base:
-        path = plan.path_of(base.identity).path()
-        with terminal.busy("writing and checking"):
-            made = export_path(base, path, output)
+    with (
+        loaded(model_of(request, path=plan), terminal) as base,
+        terminal.busy("writing and checking"),
+    ):
+        made = export_path(base, plan, output)
     terminal.say(f"export      {made.folder}")
-    terminal.say(f"path        {' '.join(map(str, made.path))}")
+    terminal.say(f"path        {' '.join(map(step_in_words, made.path))}")
     terminal.say(f"layers      {len(made.path)}, the base model has {base.num_layers}")
     size = f"{made.num_bytes / 1e6:.1f} MB in {made.dtype}"
     if made.num_repeated_bytes:
@@ -358,4 +369,9 @@ def export(request: Request, terminal: Terminal) -> None:
             f"since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")
+    if zeros := zeros_in_words(StaticPath(made.path)):
+        terminal.say(
+            f"zeros       for the last linear map of {zeros}: whatever loads the checkpoint still "
+            f"computes these parts, so they save no time there; only whole layers do"
+        )
     terminal.say("checked     loaded again, its logits equal the path's bit by bit")

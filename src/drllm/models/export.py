@@ -2,16 +2,16 @@
 
 Build the stock class for the path, give it the base model's weights, write it, load it again and
 compare; only then the folder appears. What a config means is found out by comparing the layers that
-a class builds from it, not looked up by the model's name.
+a class builds from it, not looked up by the model's name. An attention or MLP that is left out has
+zeros for its last linear map (`zeroed`).
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
 
-import importlib.metadata
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,13 @@ from drllm.models.base import hub
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
-from drllm.models.routers.card import template
+from drllm.models.export_card import model_card
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.injection import Injection
 from drllm.models.routing.policies import PathPolicy
-from drllm.paths import StaticPath, check_path, to_decisions
+from drllm.models.zeroed import zeroed_weights
+from drllm.paths import StaticPath, Steps, step_of
+from drllm.records.static_paths import PathFile
 
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
@@ -55,37 +57,44 @@ class Export(NamedTuple):
 
     Attributes:
         folder: The checkpoint.
-        path: Layer indices of the base model in the order executed.
+        path: The steps in the order executed: indices of the base model's layers, and a `Step` for
+            one of which a part is left out.
         dtype: Of the weights.
         num_bytes: Size of the weights.
         num_repeated_bytes: The part of it that is there a second time or more.
     """
 
     folder: Path
-    path: tuple[int, ...]
+    path: Steps
     dtype: str
     num_bytes: int
     num_repeated_bytes: int
 
 
-def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Export:
+def export_path(
+    base: BaseModel, path: StaticPath | PathFile | Sequence[int], output: Path | str
+) -> Export:
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads by itself.
 
     The folder holds config, weights, generation config, tokenizer and a model card, and loading it
     needs no code of ours. A stock checkpoint can't say that two layers are the same, so a layer
-    that the path runs twice is written twice. The folder appears when all is written and checked:
-    loaded again, every weight is the base model's, and the logits of a short row of tokens equal
-    those of the base model run along the path, bit by bit.
+    that the path runs twice is written twice. Nor can it say that a layer has no attention or no
+    MLP: the last linear map of one that is left out is written as zeros, so the numbers are right,
+    but whatever loads the checkpoint still computes it. The folder appears when all is written and
+    checked: loaded again, every weight is as it should be, and the logits of a short row of tokens
+    equal those of the base model run along the path, bit by bit.
 
     Args:
         base: The base model, not routed; it stays as it is.
-        path: Layer indices in the order executed: in any order, each any number of times.
+        path: A path without damped steps; or layer indices in the order executed: in any order,
+            each any number of times. Of a `PathFile` the card says how the path was found.
         output: The folder to make; an empty one may be there.
 
     Raises:
-        PathError: An empty path, or a layer that the model doesn't have.
-        ArchitectureError: The model's config can't express the path, or its class isn't one of
-            transformers.
+        PathError: An empty path, a layer that the model doesn't have, a damped step, or paths of
+            another model.
+        ArchitectureError: The model's config can't express the path, its class isn't one of
+            transformers, or its attention and MLP can't be left out alone.
         ConfigError: The folder isn't empty.
         ModelError: The folder can't be written.
         RoutingError: The model is routed.
@@ -93,24 +102,34 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
     Source: ours.
     """
     output, model = Path(output), base.model
-    path = check_path(path, base.num_layers)
+    file = path if isinstance(path, PathFile) else None
+    if isinstance(path, PathFile):
+        path = path.path_of(base.identity)
+    elif not isinstance(path, StaticPath):
+        path = StaticPath(path)
+    _check_undamped(path.check(base.num_layers))
+    steps = [step_of(item) for item in path.steps]
+    layers = tuple(step.layer for step in steps)
     check_output(output)
     with hub.quiet():
-        listed = _build(model, path)
-        injection = Injection(model, RoutingDriver(PathPolicy(StaticPath(path), base.num_layers)))
+        listed = _build(model, layers)
+        injection = Injection(model, RoutingDriver(PathPolicy(path, base.num_layers)))
         try:
+            zeroed = zeroed_weights(injection, steps, _tokens(model))
             expected = _logits(model)
         finally:
             injection.remove()
-        made = Export(output, path, base.runtime["dtype"], *_fill(listed, model, path))
+        sizes = _fill(listed, model, layers, zeroed)
+        made = Export(output, path.steps, base.runtime["dtype"], *sizes)
         # Filled next to its place, and moved there when all has succeeded.
         place = output.resolve()
         folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
         try:
             folder.mkdir(parents=True)
-            _write(folder, listed, base, made)
+            card = model_card(base.identity, path, made.dtype, made.num_repeated_bytes, file)
+            _write(folder, listed, base, card)
             del listed  # the copies of weights; the checkpoint is loaded now
-            _verify(folder, model, path, expected)
+            _verify(folder, model, layers, zeroed, expected)
             if place.is_dir():
                 place.rmdir()
             folder.rename(place)
@@ -125,6 +144,16 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return made
+
+
+def _check_undamped(path: StaticPath) -> None:
+    for place, step in enumerate(map(step_of, path.steps)):
+        if step.scale != 1:
+            raise PathError(
+                f"the step at position {place} of the path (counted from 0) runs layer "
+                f"{step.layer} at weight {step.scale:g}, which no class of transformers can say; "
+                f"give a path without damped steps, or run this one with 'drllm generate --path'"
+            )
 
 
 def check_output(folder: Path) -> None:
@@ -164,7 +193,9 @@ def _build(base: Any, path: tuple[int, ...]) -> Any:
     return listed.eval()
 
 
-def _weights_along(base: Any, path: tuple[int, ...]) -> Iterator[tuple[str, Tensor, bool]]:
+def _weights_along(
+    base: Any, path: tuple[int, ...], zeroed: Sequence[Collection[str]]
+) -> Iterator[tuple[str, Tensor, bool]]:
     """Yield the name of each weight in the model for a path, its values, and whether it is a copy.
 
     A copy is a weight of a layer that stands earlier in the path already.
@@ -176,12 +207,15 @@ def _weights_along(base: Any, path: tuple[int, ...]) -> Iterator[tuple[str, Tens
             yield name, weight, False
     for place, layer in enumerate(path):
         for name, weight in layers[layer].state_dict().items():
-            yield f"{prefix}{place}.{name}", weight, layer in path[:place]
+            values = torch.zeros_like(weight) if name in zeroed[place] else weight
+            yield f"{prefix}{place}.{name}", values, layer in path[:place]
 
 
-def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
+def _fill(
+    listed: Any, base: Any, path: tuple[int, ...], zeroed: Sequence[Collection[str]]
+) -> tuple[int, int]:
     """Give the model on the meta device the base's weights; return their and the copies' bytes."""
-    along = list(_weights_along(base, path))
+    along = list(_weights_along(base, path, zeroed))
     # safetensors refuses tensors that share memory, but for those that the class ties.
     weights = {name: weight.clone() if is_copy else weight for name, weight, is_copy in along}
     shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
@@ -281,14 +315,13 @@ def _description(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
+def _write(folder: Path, listed: Any, base: BaseModel, card: str) -> None:
     # Written by its own method below: save_pretrained refuses settings that loading accepted.
     listed.generation_config = GenerationConfig()
     listed.save_pretrained(folder)
     base.model.generation_config.to_json_file(folder / "generation_config.json")
     base.tokenizer.save_pretrained(folder)
     say_for_transformers_4(folder)
-    card = model_card(base.identity, made.path, made.dtype, made.num_repeated_bytes)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
         # safetensors makes its files readable by the owner alone, whatever the umask says.
@@ -354,43 +387,28 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**older, "rope_scaling": scaling, **local}
 
 
-def model_card(
-    base: Mapping[str, Any], path: Sequence[int], dtype: str, num_repeated_bytes: int
-) -> str:
-    """Write the card of an exported checkpoint: where it comes from, and how to load it.
-
-    The front matter, which the hub reads, names the base model only where that came from the hub,
-    so that its identity `base` has a revision.
-    """
-    try:
-        decisions = to_decisions(path, base["num_layers"])
-    except PathError:
-        decisions = ()
-    return template(Path(__file__).with_name("export_card.md.j2")).render(
-        base=base,
-        path=path,
-        decisions=decisions,
-        skipped=sorted(set(range(base["num_layers"])) - set(path)),
-        repeated=sorted({layer for layer in path if path.count(layer) > 1}),
-        in_order=list(path) == sorted(path),
-        dtype=dtype,
-        num_repeated_bytes=num_repeated_bytes,
-        version=importlib.metadata.version("drllm"),
-    )
-
-
-def _logits(model: Any) -> Tensor:
-    """Return a model's logits for one row of tokens, always the same, `[1, T, V]`."""
+def _tokens(model: Any) -> Tensor:
+    """Return one row of tokens, always the same, `[1, T]`."""
     length = min(NUM_TOKENS, context_length(model) or NUM_TOKENS)
     num_tokens = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(num_tokens, (1, length), generator=generator)
+    return torch.randint(num_tokens, (1, length), generator=generator).to(model.device)
+
+
+def _logits(model: Any) -> Tensor:
+    """Return a model's logits for that row, `[1, T, V]`."""
     with torch.no_grad():
-        logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+        logits: Tensor = model(_tokens(model), use_cache=False).logits
     return logits
 
 
-def _verify(folder: Path, base: Any, path: tuple[int, ...], expected: Tensor) -> None:
+def _verify(
+    folder: Path,
+    base: Any,
+    path: tuple[int, ...],
+    zeroed: Sequence[Collection[str]],
+    expected: Tensor,
+) -> None:
     """Load the checkpoint and refuse it unless it is the base model along the path."""
     loaded = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -400,7 +418,7 @@ def _verify(folder: Path, base: Any, path: tuple[int, ...], expected: Tensor) ->
     )
     loaded.to(base.device).eval()
     check_layers(find_layers(loaded)[1], find_layers(base)[1], path)
-    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path)}
+    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path, zeroed)}
     for name, weight in wanted.items():
         if found[name].dtype != weight.dtype or not torch.equal(found[name], weight):
             raise ArchitectureError(

@@ -8,6 +8,7 @@ import pytest
 from drllm.errors import PathError, RecordError
 from drllm.paths import Step, to_path
 from drllm.records.static_paths import PathFile, read_path
+from paths_json import written_paths
 
 
 def written(folder: Path, text: str) -> Path:
@@ -120,6 +121,32 @@ def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None
     ):
         assert text in said.out
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 8
+
+
+def test_a_part_that_is_left_out_is_written_as_zeros_and_said_to_save_no_time(export, tmp_path):
+    plan = written(tmp_path, '{"path": [0, {"layer": 1, "run": "mlp"}, 2, 4]}')
+    said = export(plan, tmp_path / "out")
+    assert "path        0 1:mlp 2 4\n" in said.out
+    assert "last linear map of the attention of layer 1: whatever loads" in said.out
+    assert "they save no time there" in said.out
+
+
+def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, drllm, tmp_path):
+    from drllm.models.base.load import load
+
+    base = load(str(model_folder(num_layers=6)), device="cpu")
+    file = written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
+    said = drllm("export --device cpu --path", file, "--output", tmp_path / "out").out
+    assert "path        0 1 3 4 5\n" in said
+    assert "certified" in (tmp_path / "out" / "README.md").read_text()
+    other = ("--model", model_folder(num_layers=6, seed=1), "--output", tmp_path / "no")
+    said = drllm("export --device cpu --path", f"{file}:4.60", *other, status=2).err
+    assert "fingerprint" in said
+    assert said.count("\n") == 1
+    said = drllm(
+        "export --device cpu --path", f"{file}:damped", "--output", tmp_path / "no", status=2
+    )
+    assert "no class of transformers can say" in said.err
 
 
 @pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit

@@ -18,7 +18,13 @@ from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.generate import end_tokens, options_of
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView
+from drllm.models.routing.policies import (
+    FixedPolicy,
+    FullPolicy,
+    PathPolicy,
+    Policy,
+    PromptView,
+)
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 
@@ -51,7 +57,8 @@ class Answer:
         prompt: As it was given.
         text: Without special tokens.
         tokens: Up to and including the end-of-sequence token if there is one.
-        route: The decisions taken for the prompt, `[L]`.
+        route: The decisions taken for the prompt, `[L]`; along a static path, how often each layer
+            ran, in whole or in part.
     """
 
     prompt: Prompt
@@ -200,6 +207,8 @@ def _batches(
         view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
         columns = [routed.policy.decide(layer, view) for layer in range(routed.num_layers)]
         plans = [tuple(map(int, plan)) for plan in zip(*columns, strict=True)]
+    elif isinstance(routed.policy, PathPolicy):
+        pass  # one plan for all, which decisions can't express
     elif route_first and len(rows) > batch_size:
         routes = routes_of(routed, routed.policy, rows, batch_size=batch_size)
         plans = [tuple(route) for route in routes.tolist()]

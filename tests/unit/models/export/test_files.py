@@ -5,7 +5,11 @@ import json
 import pytest
 import yaml
 
-from drllm.models.export import model_card, say_for_transformers_4
+from drllm.models.export import say_for_transformers_4
+from drllm.models.export_card import model_card
+from drllm.paths import StaticPath
+from drllm.records.static_paths import read_path
+from paths_json import written_paths
 
 IDENTITY = {"id": "owner/name", "revision": "abc123", "fingerprint": "0123456789abcdef"}
 IDENTITY |= {"class": "LlamaForCausalLM", "num_layers": 5, "hidden_size": 32}
@@ -77,7 +81,7 @@ def test_the_tokenizers_class_and_extra_tokens_have_names_that_both_know(tmp_pat
 
 
 def test_the_card_says_where_the_weights_come_from_and_which_path_it_is():
-    card = model_card(IDENTITY, (0, 1, 3, 3, 4), "bfloat16", 1234)
+    card = model_card(IDENTITY, StaticPath([0, 1, 3, 3, 4]), "bfloat16", 1234)
     matter = yaml.safe_load(card.split("---\n")[1])
     assert (matter["library_name"], matter["base_model"]) == ("transformers", "owner/name")
     for text in (
@@ -93,8 +97,55 @@ def test_the_card_says_where_the_weights_come_from_and_which_path_it_is():
 
 
 def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_said():
-    card = model_card({**IDENTITY, "id": "models/tiny", "revision": None}, (1, 0), "float32", 0)
+    card = model_card(
+        {**IDENTITY, "id": "models/tiny", "revision": None}, StaticPath([1, 0]), "float32", 0
+    )
     assert "can't express this path" in card
     assert "executed more than once none, in another order." in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     assert "`models/tiny`: LlamaForCausalLM" in card
+
+
+def test_a_part_that_is_left_out_is_said_to_be_computed_by_others_all_the_same():
+    path = StaticPath([0, {"layer": 1, "run": "mlp"}, 2, {"layer": 3, "run": "attention"}, 4])
+    card = model_card(IDENTITY, path, "float32", 0)
+    assert "\n    0 1:mlp 2 3:attention 4\n" in card
+    assert "Left out too: the attention of layer 1 and the MLP of layer 3." in card
+    assert "still computes these parts: they save no time" in card
+    assert "every weight is a copy, or zero" in card
+
+
+def card_of(tmp_path, name, **options):
+    identity = {**IDENTITY, "num_layers": 6}
+    file = read_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
+    return model_card(identity, file.path_of(identity), "float32", 0, file)
+
+
+def test_the_card_of_a_tuned_path_says_for_what_it_was_found_how_and_how_it_did(tmp_path):
+    card = card_of(tmp_path, "5.00", certified="5.00")
+    for text in (
+        "one of 4 that `drllm tune`",
+        "for arc_easy, builtin_facts.",
+        "Objective: `gold_logprob` on arc_easy, `gold_logprob` on builtin_facts.",
+        "It is the certified one.\n",
+        "Certified: 5.00 (5.00 layers a forward pass).\n",
+        "| arc_easy | test | 400 | -1.25 | 0.05 (-0.01 to 0.11) | 0.62 | 2.5 |\n",
+        "`test` had no part in that",
+        "arc_easy, test:\n\n- Accuracy of the path minus the full path: +0.5 points",
+        "Settings: `max_skipped` 0.2, `seed` 3.",
+    ):
+        assert text in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "owner/name"
+
+
+def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
+    card = card_of(tmp_path, "4.60")
+    assert "It isn't certified.\n" in card
+    assert "None is certified: too few questions.\n" in card
+
+
+def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
+    (tmp_path / "plan.json").write_text('{"path": [0, 1, 2, 3, 4]}')
+    file = read_path(str(tmp_path / "plan.json"))
+    card = model_card(IDENTITY, file.path_of(IDENTITY), "float32", 0, file)
+    assert "tune" not in card

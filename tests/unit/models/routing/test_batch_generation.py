@@ -13,6 +13,7 @@ from drllm.errors import ConfigError, RoutingError
 from drllm.models.routing.batch_generation import REFUSED, _cut, generate_many, prompt_tokens
 from drllm.models.routing.policies import Policy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath, Step
 from slow_way import tiny_routers
 
 ENDS = list(range(2, 22))
@@ -40,6 +41,21 @@ def alone(routed, prompt, **options):
     options = {"do_sample": False, "pad_token_id": 2, **options}
     output = routed.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return output[:, ids.shape[1] :].tolist(), routed.last_route[0].tolist()
+
+
+def test_along_a_path_of_parts_every_answer_is_what_the_prompt_gives_alone(
+    tiny_llama, tiny_tokenizer
+):
+    path = StaticPath([0, Step(1, "mlp"), 2, 3, 2, 3, Step(4, scale=0.5), 5])
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    options = {"max_new_tokens": 6, "eos_token_id": ENDS}
+    with routed.fixed(path):
+        expected = [alone(routed, prompt, **options) for prompt in PROMPTS]
+        seen = Counted(routed)
+        answers = generate_many(routed, PROMPTS, chat=False, batch_size=5, **options)
+    assert [([list(a.tokens)], list(a.route)) for a in answers] == expected
+    assert answers[0].route == (1, 1, 2, 2, 1, 1)
+    assert seen.prompts == [5, 5, 5, 5, 4], "a path reads nothing, so no pass goes before"
 
 
 class Counted:

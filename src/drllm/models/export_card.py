@@ -1,0 +1,97 @@
+"""The model card of an exported checkpoint: `export_card.md.j2` filled in from what is recorded."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import PathError
+from drllm.models.routers.card import template
+from drllm.paths import ALL, ATTENTION, MLP, Decisions, StaticPath, Step, step_of
+from drllm.records.static_paths import Measured, PathFile
+from drllm.statistics.verdicts import Verdict
+
+NOT_SAID = ("tasks", "data_dir")
+"""Settings that the card says elsewhere, or that are of one machine."""
+
+
+def model_card(
+    base: Mapping[str, Any],
+    path: StaticPath,
+    dtype: str,
+    num_repeated_bytes: int,
+    file: PathFile | None = None,
+) -> str:
+    """Write the card of an exported checkpoint: where it comes from, and how to load it.
+
+    The front matter, which the hub reads, names the base model only where that came from the hub,
+    so that its identity `base` has a revision. Of a path of a `paths.json` the card says how it was
+    found and how it did.
+    """
+    steps = [step_of(item) for item in path.steps]
+    layers = [step.layer for step in steps]
+    found, record = (None, None) if file is None else (file.found, file.record)
+    return template(Path(__file__).with_name("export_card.md.j2")).render(
+        base=base,
+        steps=list(map(step_in_words, path.steps)),
+        decisions=_decisions(path, base["num_layers"]),
+        skipped=sorted(set(range(base["num_layers"])) - set(layers)),
+        repeated=sorted({layer for layer in layers if layers.count(layer) > 1}),
+        in_order=layers == sorted(layers),
+        zeros=zeros_in_words(path),
+        dtype=dtype,
+        num_repeated_bytes=num_repeated_bytes,
+        found=found,
+        record=record,
+        is_certified=found is not None and record is not None and record.certified == found.name,
+        compared=[(m.task, m.part, _verdicts(m)) for m in found.measured] if found else [],
+        settings={
+            name: value
+            for name, value in (record.config if record else {}).items()
+            if value is not None and name not in NOT_SAID
+        },
+        version=importlib.metadata.version("drllm"),
+    )
+
+
+def step_in_words(item: int | Step) -> str:
+    """Write a step: the index of its layer, and what runs of it if not all.
+
+    Example:
+        >>> step_in_words(3), step_in_words(Step(1, "mlp"))
+        ('3', '1:mlp')
+    """
+    step = step_of(item)
+    return str(step.layer) if step.run == ALL else f"{step.layer}:{step.run}"
+
+
+def zeros_in_words(path: StaticPath) -> str:
+    """Name the sublayers whose last linear map an export writes as zeros; empty without any.
+
+    Example:
+        >>> zeros_in_words(StaticPath([0, {"layer": 1, "run": "mlp"}, {"layer": 3, "run": "mlp"}]))
+        'the attention of layers 1, 3'
+    """
+    said = []
+    for run, what in ((MLP, "attention"), (ATTENTION, "MLP")):
+        layers = [str(s.layer) for s in map(step_of, path.steps) if s.run == run]
+        if layers:
+            said.append(f"the {what} of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
+    return " and ".join(said)
+
+
+def _decisions(path: StaticPath, num_layers: int) -> Decisions:
+    """Return the path as decisions; empty where these can't express it."""
+    try:
+        return path.decisions(num_layers)
+    except PathError:
+        return ()
+
+
+def _verdicts(measured: Measured) -> list[str]:
+    """Say how a path compares with the full one in all that is known of both."""
+    against = measured.against_full
+    if against is None:
+        return []
+    verdicts: list[Verdict | None] = [against.accuracy, against.gold_logprob, against.text_loss]
+    return [each.sentence("the path", "the full path") for each in verdicts if each is not None]

@@ -1,0 +1,101 @@
+"""`drllm generate --path`: every prompt along one static path."""
+
+import json
+
+import pytest
+
+from drllm.cli.chat import Along, chat
+from drllm.config import GenerateConfig
+from drllm.models.base.load import load
+from drllm.models.base.prompts import PromptForm
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath
+from paths_json import PATHS, written_paths
+from slow_way import ListedModel
+
+PROMPTS = ["a metal", "ice?", "why"]
+
+
+@pytest.fixture
+def base(model_folder):
+    return load(str(model_folder(num_layers=6)), device="cpu")
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    """A paths.json of the model, which certifies one path."""
+    return written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
+
+
+def said_alone(base, path, prompt):
+    tokens = ListedModel(base.model, path=path).greedy(base.tokenizer(prompt)["input_ids"], 6)
+    end = base.tokenizer.eos_token_id
+    tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+    return base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+COMMAND = "generate --device cpu --no-chat --max-new-tokens 6"
+
+
+@pytest.mark.parametrize("name", ["4.60", "damped"])
+def test_one_prompt_is_answered_along_the_path_which_is_said_in_words(base, tuned, drllm, name):
+    out = drllm(COMMAND, "--path", f"{tuned}:{name}", PROMPTS[0]).out
+    assert out.startswith(said_alone(base, PATHS[name], PROMPTS[0]).expandtabs() + "\n")
+    assert f"path        {StaticPath(PATHS[name]).edits(6)}\n" in out
+    assert "of 6 a forward pass" in out
+    assert "█" not in out
+
+
+def test_a_file_of_prompts_is_answered_along_the_path(base, tuned, drllm, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    said = drllm(COMMAND, "--path", f"{tuned}:4.60", "--file", file, "--batch-size", 2)
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    assert [row["answer"] for row in answers] == [
+        said_alone(base, PATHS["4.60"], prompt) for prompt in PROMPTS
+    ]
+    assert {tuple(row["route"]) for row in answers} == {(1, 1, 1, 1, 1, 0)}
+    assert all(3 < row["executions"] < 5 for row in answers), "parts cost less than layers"
+    assert "prompts     3 along one path" in said.err
+    assert "skips the attention of layer 1" in said.err
+
+
+def test_without_a_name_the_certified_path_of_the_file_is_run(tuned, drllm):
+    out = drllm(COMMAND, "--path", tuned, "hello").out
+    assert "path        skips layer 2\n" in out
+    assert "executions  5.00 of 6 a forward pass (83 %)" in out
+
+
+def test_a_path_of_another_model_is_refused_in_one_line(tuned, model_folder, drllm):
+    other = model_folder(num_layers=6, seed=1)
+    err = drllm(COMMAND, "--path", tuned, "--model", other, "hello", status=2).err
+    assert "fingerprint" in err
+    assert err.count("\n") == 1
+
+
+def test_a_chat_runs_every_turn_along_the_path(base, monkeypatch):
+    from drllm.cli.terminal import Terminal
+
+    said = []
+    terminal = Terminal()
+    monkeypatch.setattr(terminal, "say", lambda text="": said.append(text))
+    monkeypatch.setattr(terminal, "note", said.append)
+    turns = iter(["hello", "and now?"])
+
+    def typed(_mark):
+        for text in turns:
+            return text
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    path = StaticPath([0, 1, 1, 1, {"layer": 3, "run": "mlp"}])
+    with routed.fixed(path):
+        along = Along(path.edits(6), 4.5)
+        chat(routed, PromptForm(chat=True), GenerateConfig(max_new_tokens=2), terminal, along)
+    assert said[0] == f"path        {path.edits(6)}"
+    assert "a route of its own" not in said[1]
+    assert [text.startswith("4.5 of 6 executions, ") for text in said if "tokens" in text] == [
+        True,
+        True,
+    ]
