@@ -23,6 +23,7 @@ def written_paths(
     model: Mapping[str, Any],
     *,
     certified: str | None = None,
+    epsilon: float | None = 2.0,
     paths: Mapping[str, list[int | Step]] = PATHS,
 ) -> Path:
     """Write a `paths.json` of a model with this identity, and return where it lies."""
@@ -34,7 +35,7 @@ def written_paths(
         for name in [certified] * (certified is not None)
     ]  # fmt: skip
     choice = Choice(
-        limits=Limits(epsilon=2.0, max_loss_increase=0.1),
+        limits=Limits(epsilon=epsilon or 0.0, max_loss_increase=0.1),
         num_questions=400,
         trials=tuple(trials),
         obstacle=None if trials else "too few questions",
@@ -58,7 +59,7 @@ def written_paths(
             )
             for name, steps in paths.items()
         ),
-        choice=choice,
+        choice=None if epsilon is None else choice,
     )
     write_json(file, record)
     return file

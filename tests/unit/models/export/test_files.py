@@ -144,6 +144,12 @@ def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
     assert "None is certified: too few questions.\n" in card
 
 
+def test_the_card_says_where_no_certificate_was_asked_for(tmp_path):
+    card = card_of(tmp_path, "4.60", epsilon=None)
+    assert "No certificate was asked for" in card
+    assert "ertified" not in card
+
+
 def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
     (tmp_path / "plan.json").write_text('{"path": [0, 1, 2, 3, 4]}')
     file = read_path(str(tmp_path / "plan.json"))
