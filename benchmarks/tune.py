@@ -29,7 +29,8 @@ from drllm.paths import StaticPath
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.tuning.edits import LAYERS, skips
-from drllm.tuning.judge import GOLD, Item, Judge, items_of, log_share
+from drllm.tuning.judge import Item, Judge, items_of, log_share
+from drllm.tuning.parts import GOLD
 
 QUICK = {"repeats": 1, "questions": 4, "candidates": 6}
 WHOLE = {"repeats": 3, "questions": 64, "candidates": 30}

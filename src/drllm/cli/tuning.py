@@ -9,8 +9,9 @@ from drllm.config import ModelConfig, TuneConfig
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE, Measured, NamedPath, StaticPaths, read_paths
 from drllm.reporting.numbers import NONE, difference, percent, plain, signed
+from drllm.tuning.parts import FIT, SELECT, TEST, parts_of_tasks
 
-PARTS = ("fit", "select", "test")
+PARTS = (FIT, SELECT, TEST)
 
 
 @verb(
@@ -22,13 +23,13 @@ PARTS = ("fit", "select", "test")
 )
 def tune_verb(request: Request, terminal: Terminal) -> None:
     """Find one path for a whole task: fewer layers, answers as good."""
-    from drllm.tuning.run import questions_of, tune
-
     config, output = request.of(TuneConfig), request.path("output_dir")
     check_folder(output, "--output-dir")
-    for divided in questions_of(config):
+    for divided in parts_of_tasks(config):
         parts = ", ".join(f"{len(found)} to {part}" for part, found in divided.examples.items())
         terminal.say(f"questions of {divided.task.name}: {parts}")
+    from drllm.tuning.run import tune
+
     tune(request.of(ModelConfig), None, config, output, listener=terminal)
     show_paths(output / PATHS_FILE, terminal)
 

@@ -33,7 +33,7 @@ from drllm.tasks.registry import get_task
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
 
-STAGES = ("search", "supervise", "train", "evaluate", "report")
+STAGES = ("search", "supervise", "train", "tune", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 RUN_FILE = "run.manifest.json"
 ROUTER_FILES = ("router_config.json", "routers.safetensors")
@@ -146,7 +146,8 @@ def run(recipe: Recipe, folder: Path, listener: Listener) -> list[StageTime]:
     recipe.check()
     check_folder(folder, "--output-dir")
     with loader(recipe.model, listener) as load:
-        return RunFolder(recipe, folder, load, listener).stages(STAGES)
+        stages = [name for name in STAGES if name != "tune" or recipe.tune is not None]
+        return RunFolder(recipe, folder, load, listener).stages(stages)
 
 
 class RunFolder:
@@ -169,6 +170,7 @@ class RunFolder:
         shared = shared or {}
         self.search_file = shared.get("search", folder) / "search.jsonl"
         self.supervision_file = shared.get("supervise", folder) / "supervision.jsonl"
+        self.paths_file = folder / "paths.json"
         self.routers = shared.get("train", folder) / "routers"
         self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
 
@@ -262,6 +264,22 @@ class RunFolder:
         files = [folder / name for folder in self.seeds for name in names]
         rejected = self.routers / REJECTED_FILE
         yield [*files, rejected] if rejected.is_file() else files
+
+    def _tune(self) -> Stage:
+        config = self.recipe.tune
+        assert config is not None
+        yield {
+            "config": config.decisive(),
+            "model": self.recipe.model.to_dict(),
+            "questions": {
+                each.task.name: _digest([e for part in each.examples.values() for e in part])
+                for each in self.recipe.tuned
+            },
+        }
+        from drllm.tuning.run import tune
+
+        tune(self.load(), None, config, self.folder, listener=self.listener)
+        yield [self.paths_file]
 
     def _evaluate(self) -> Stage:
         config, tasks = self.recipe.evaluate, self.recipe.tasks

@@ -12,7 +12,14 @@ from typing import Any
 
 import yaml
 
-from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, unknown_name
@@ -22,6 +29,7 @@ from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_tasks
+from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 SWEPT = ("supervise", "train")
 """Sections that a setting of a sweep may change."""
@@ -40,17 +48,19 @@ ALONE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of all stages."""
+    """The settings of all stages; without `tune` no static path is looked for."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     supervise: SuperviseConfig = dataclasses.field(default_factory=SuperviseConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    tune: TuneConfig | None = None
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def to_yaml(self) -> str:
         """Write all settings, defaults too; the text is a recipe itself."""
-        values = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        given = {name: getattr(self, name) for name in SECTIONS}
+        values = {name: group.to_dict() for name, group in given.items() if group is not None}
         del values["search"]["output_dir"]  # the folder that the text lies in
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -64,6 +74,11 @@ class Recipe:
         """The tasks of the evaluation; raises as `check` does."""
         return tasks_of(self.evaluate)
 
+    @cached_property
+    def tuned(self) -> list[TaskParts]:
+        """The tasks that a static path is looked for, with their questions; raises as `check`."""
+        return parts_of_tasks(self.tune or TuneConfig())
+
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, before anything is written.
 
@@ -74,11 +89,14 @@ class Recipe:
         searched = dict.fromkeys(question.task for question in self.questions)
         check_settings(self.supervise, list(searched), self.search)
         self.train.check_effects()
+        if self.tune is not None:
+            _ = self.tuned
         check_tracking(self.train)
 
 
 SECTIONS: dict[str, Any] = {
-    section.name: section.default_factory for section in dataclasses.fields(Recipe)
+    section.name: TuneConfig if section.name == "tune" else section.default_factory
+    for section in dataclasses.fields(Recipe)
 }
 
 
@@ -93,10 +111,10 @@ def check_tracking(config: TrainConfig) -> None:
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     """Read and check a recipe; `data_dir` replaces that of search and evaluation.
 
-    It is YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may be
-    left out, and so may any of its settings. Below them lie those of the preset that `config`
-    names. No such file, not YAML, an unknown section or setting, and a value that doesn't fit are
-    a ConfigError.
+    It is YAML with the sections `model`, `search`, `supervise`, `train`, `tune`, `evaluate`; each
+    may be left out, and so may any of its settings. Below them lie those of the preset that
+    `config` names. No such file, not YAML, an unknown section or setting, and a value that doesn't
+    fit are a ConfigError.
     """
     values = with_preset(path, read_yaml(path, "a recipe"))
     return _recipe(path, sections_of(path, values, SECTIONS), data_dir)
@@ -108,13 +126,15 @@ def _recipe(
     """Make a recipe of a file's sections, some of them changed."""
     groups = {}
     for name, kind in SECTIONS.items():
+        if name == "tune" and name not in sections:
+            continue
         section = canonical(kind, sections.get(name, {}) | changes.get(name, {}))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
                 f"writes to the folder given as --output-dir"
             )
-        if data_dir is not None and name in ("search", "evaluate"):
+        if data_dir is not None and name in ("search", "tune", "evaluate"):
             section["data_dir"] = data_dir
         try:
             groups[name] = from_dict(kind, section, name)

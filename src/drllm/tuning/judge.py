@@ -25,13 +25,9 @@ from drllm.paths import Plan, StaticPath, Step, step_of
 from drllm.search.evaluator import Reading, read
 from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
+from drllm.tuning.parts import GOLD, KL, LOSS
 
 Floats = npt.NDArray[np.float64]
-
-GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-OBJECTIVES = (GOLD, LOSS, KL)
-"""The gold option's log-probability among the options; that of a token of the right answer; minus
-the KL from the full path over the prompt's tokens. All in nats, the larger the better."""
 
 BLOCK_SIZE = 32
 """Questions scored together, of like length."""

@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drllm.config import SPLITS
-from drllm.errors import TaskError
+from drllm.config import SPLITS, TuneConfig
+from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.base import OPTIONS_REWARD, Example, Task, choose
+from drllm.tasks.registry import get_tasks
+from drllm.tasks.rewards import check_installed
 
 FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
 """Where the share of each part ends, of a set that doesn't have all four splits."""
+
+
+GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
+OBJECTIVES = (GOLD, LOSS, KL)
+"""The gold option's log-probability among the options; that of a token of the right answer; minus
+the KL from the full path over the prompt's tokens. All in nats, the larger the better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,45 @@ class TaskParts:
     task: Task
     examples: dict[str, list[Example]]
     is_divided: bool
+
+
+def parts_of_tasks(
+    config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
+) -> list[TaskParts]:
+    """Return the tasks with their questions by part, if they can be tuned on."""
+    config.check_effects()
+    if config.epsilon is not None and config.objective == KL:
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at none;"
+            f" leave one of them out"
+        )
+    given = config.tasks if tasks is None else tasks
+    listed = [given] if isinstance(given, (str, Task)) else list(given)
+    named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
+    found = [task for each in named for task in each]
+    for task in found:
+        check_installed(reward_for(task, objective_of(task, config)))
+    names = [task.name for task in found]
+    for name in config.weights or {}:
+        if name not in names:
+            raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
+    return [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
+
+
+def objective_of(task: Task, config: TuneConfig) -> str:
+    """Return what is kept high on a task: the one asked for, or the one that fits its answers."""
+    has_options = OPTIONS_REWARD in task.rewards
+    if config.objective == GOLD and not has_options:
+        raise ConfigError(
+            f"--objective {GOLD} needs options, and the answers of {task.name} are generated; "
+            f"leave it out, or give {LOSS}"
+        )
+    return config.objective or (GOLD if has_options else LOSS)
+
+
+def reward_for(task: Task, objective: str) -> str:
+    """Return the reward that a task's questions are asked for."""
+    return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
 
 
 def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskParts:

@@ -40,14 +40,23 @@ from drllm.statistics.intervals import accuracy_interval, mean_interval
 from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
-from drllm.tasks.base import OPTIONS_REWARD, Prompt, Task
+from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
-from drllm.tasks.registry import get_tasks
-from drllm.tasks.rewards import check_installed
 from drllm.tuning.beam import Beam, Floats, Level
 from drllm.tuning.edits import LAYERS
-from drllm.tuning.judge import GOLD, KL, LOSS, Item, Judge, Scores, graded, items_of, texts_of
-from drllm.tuning.parts import CERTIFY, FIT, SELECT, TEST, TaskParts, parts_of
+from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
+from drllm.tuning.parts import (
+    CERTIFY,
+    FIT,
+    GOLD,
+    LOSS,
+    SELECT,
+    TEST,
+    TaskParts,
+    objective_of,
+    parts_of_tasks,
+    reward_for,
+)
 
 CHUNKS_FOLDER = "paths.partial"
 MAX_LOSS_INCREASE = 0.05
@@ -98,36 +107,13 @@ def tune(
     Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
     """
     config, listener = changed(TuneConfig, config, settings), listener or Listener()
-    divided = questions_of(config, tasks)
+    divided = parts_of_tasks(config, tasks)
     with unrouted(model, tokenizer, listener) as base, _attached(base) as routed:
         if output_dir is None:
             return _Tuning(base, routed, divided, config, None, listener).run()
         folder = Path(output_dir)
         with only_writer(folder, "tuning", "--output-dir"):
             return _Tuning(base, routed, divided, config, folder, listener).run()
-
-
-def questions_of(
-    config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
-) -> list[TaskParts]:
-    """Return the tasks with their questions by part, if they can be tuned on."""
-    config.check_effects()
-    if config.epsilon is not None and config.objective == KL:
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at none;"
-            f" leave one of them out"
-        )
-    given = config.tasks if tasks is None else tasks
-    listed = [given] if isinstance(given, (str, Task)) else list(given)
-    named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
-    found = [task for each in named for task in each]
-    for task in found:
-        check_installed(_reward(task, _objective(task, config)))
-    names = [task.name for task in found]
-    for name in config.weights or {}:
-        if name not in names:
-            raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
-    return [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
 
 
 @contextmanager
@@ -139,20 +125,6 @@ def _attached(base: BaseModel) -> Iterator[RoutedModel]:
         routed.detach()
 
 
-def _objective(task: Task, config: TuneConfig) -> str:
-    has_options = OPTIONS_REWARD in task.rewards
-    if config.objective == GOLD and not has_options:
-        raise ConfigError(
-            f"--objective {GOLD} needs options, and the answers of {task.name} are generated; "
-            f"leave it out, or give {LOSS}"
-        )
-    return config.objective or (GOLD if has_options else LOSS)
-
-
-def _reward(task: Task, objective: str) -> str:
-    return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
-
-
 class _OfTask:
     """One task's questions, and what is known of paths on them."""
 
@@ -162,7 +134,7 @@ class _OfTask:
         self.routed, self.config, self.chunks = routed, config, chunks
         self.task, self.divided = divided.task, divided
         self.name = divided.task.name
-        self.objective = _objective(self.task, config)
+        self.objective = objective_of(self.task, config)
         self.weight = (config.weights or {}).get(self.name, 1.0)
         self.seconds = 0.0
         self._judges: dict[str, Judge] = {}
@@ -176,7 +148,7 @@ class _OfTask:
         else:  # in random order, since a search looks at the first ones first
             order = np.random.RandomState(self.config.seed).permutation(len(examples))
             examples = [examples[place] for place in order]
-        reward = _reward(self.task, self.objective)
+        reward = reward_for(self.task, self.objective)
         return [self.task.prompt(example, reward) for example in examples]
 
     def judge(self, part: str) -> Judge:

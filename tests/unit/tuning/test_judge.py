@@ -9,7 +9,8 @@ from drllm.paths import MLP, StaticPath, Step
 from drllm.search.evaluator import read
 from drllm.tasks.base import Prompt
 from drllm.tasks.registry import get_task
-from drllm.tuning.judge import GOLD, KL, LOSS, Judge, graded, items_of, log_share, texts_of
+from drllm.tuning.judge import Judge, graded, items_of, log_share, texts_of
+from drllm.tuning.parts import GOLD, KL, LOSS
 from slow_way import ListedModel, kls_alone
 
 PATHS = [
