@@ -340,7 +340,7 @@ HARNESS --tasks builtin_facts => task 'builtin_facts' is drllm's
 HARNESS --tasks arc_easy --split test => 'arc_easy' can't fetch validation of allenai/ai2_arc
 HARNESS ASKED --batch_size many => --batch_size is 'many'
 HARNESS --tasks= => no task is named; give --tasks NAME,NAME
-HARNESS --tasks far_away --include_path . => can't be fetched from the hub (Couldn't reach \
+HARNESS --tasks far_away --include_path . => can't be fetched from the hub ( \
 => far_away.yaml: task: far_away\\ndataset_path: nobody/nothing\\noutput_type: multiple_choice\\n
 LM_EVAL ASKED --model_args pretrained=checkpoints/none,num_windows=8 => \
 pretrained=checkpoints/none is no folder of routers (there is no such folder)

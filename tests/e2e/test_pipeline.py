@@ -19,6 +19,7 @@ from drllm.cli import main
 from drllm.records import read_search
 from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from rays import leaving_things_open
 
 EVERY_FILE = """
 run.yaml run.manifest.json
@@ -91,7 +92,8 @@ def test_a_recipe_may_leave_the_search_to_ray(finished_run, recipe, tmp_path, as
     by_ray.write_text(
         recipe.read_text().replace("search: {", "search: {executor: ray, num_workers: 1, ")
     )
-    assert main(["run", str(by_ray), "--output-dir", str(tmp_path / "run")]) == 0
+    with leaving_things_open():
+        assert main(["run", str(by_ray), "--output-dir", str(tmp_path / "run")]) == 0
     assert set(files_of(tmp_path / "run")) == FILES
     ours, theirs = (read_search(run / "search.jsonl") for run in (finished_run, tmp_path / "run"))
     assert_same_run(ours, theirs)

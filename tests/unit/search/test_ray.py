@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 import re
@@ -12,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
-from contextlib import contextmanager
 
 import pytest
 
@@ -27,6 +24,7 @@ from drllm.search.questions import batches_of, questions_of
 from drllm.search.ray import RayExecutor, connect
 from drllm.search.run import run_search
 from drllm.tasks.base import Prompt
+from rays import leaving_things_open
 
 WORKERS = 2
 
@@ -34,15 +32,6 @@ WORKERS = 2
 @pytest.fixture(scope="module")
 def model(model_folder):
     return ModelConfig(model=str(model_folder()), device="cpu", dtype="float32")
-
-
-@contextmanager
-def leaving_things_open():
-    """Older versions of Ray leave files and processes to the garbage collector, which warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
