@@ -194,6 +194,11 @@ class StaticPath:
             raise PathError("the path is empty; at least one layer must be executed")
         object.__setattr__(self, "steps", checked)
 
+    @property
+    def runs_parts(self) -> bool:
+        """Whether a step runs the attention or the MLP of a layer alone."""
+        return any(step_of(item).run != ALL for item in self.steps)
+
     def check(self, num_layers: int) -> "StaticPath":
         """Return the path itself if a model of L layers has all of its layers; else a PathError."""
         for place, item in enumerate(self.steps):

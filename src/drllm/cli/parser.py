@@ -93,7 +93,7 @@ class Request:
 
     def paths(self, name: str) -> list[Path]:
         """Return the values of a flag that takes several."""
-        return [Path(value).expanduser() for value in self.values[name]]
+        return [Path(value).expanduser() for value in self.values[name] or ()]
 
 
 @dataclass(frozen=True, slots=True)

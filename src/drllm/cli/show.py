@@ -238,11 +238,11 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     terminal.say(verdict)
     terminal.table(
         f"system|layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
-        "|verdict\non routed",
-        map(_system, evaluation.systems),
+        + ("|verdict\non routed" if evaluation.routed else "|verdict"),
+        [_system(system, evaluation) for system in evaluation.systems],
         numbers_from=1,
     )
-    if evaluation.curve:
+    if any(point.setting for point in evaluation.curve):
         terminal.table(
             f"depth|system|layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)"
             "|token\nloss",
@@ -254,17 +254,19 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         terminal.say(finding)
 
 
-def _system(system: results.System) -> list[Text]:
+def _system(system: results.System, of: results.Evaluation) -> list[Text]:
     found = system.against_base
+    verdict = against(system) if of.routed or found is None else found.accuracy
     cells = [
         system.name + (f" ×{system.draws}" if system.draws > 1 else ""),
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         difference(found.accuracy if found else None),
         plain(system.text_loss, 3),
-        label(against(system)),
+        label(verdict),
     ]
-    return [Text(cell, style="bold" if system.name == results.ROUTED else "") for cell in cells]
+    is_ours = of.compared is not None and system.name == of.compared.name
+    return [Text(cell, style="bold" if is_ours else "") for cell in cells]
 
 
 def _depths(curve: Sequence[results.Point]) -> Iterator[list[str]]:

@@ -25,14 +25,14 @@ from drllm.config import (
     TrainConfig,
 )
 from drllm.errors import CheckpointError, ConfigError
-from drllm.evaluation.questions import check_output, tasks_of
+from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
-from drllm.records.static_paths import PathFile, read_path
+from drllm.records.static_paths import PathFile, read_path, read_path_list
 from drllm.records.supervision import check_targets
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
@@ -247,14 +247,13 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
 
 @verb(
     "evaluate",
-    example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
+    example="drllm evaluate --routers checkpoints/first --paths paths.json --tasks builtin_facts",
     settings=(ModelConfig, EvaluateConfig),
     flags=(
         Flag(
             "routers",
             "routers: a folder or a hub id; further ones are of other seeds, to see the spread",
             many=True,
-            required=True,
             value="DIR",
         ),
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
@@ -263,15 +262,19 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     resumes=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
-    """Compare base, routed model and baselines on tasks."""
+    """Compare base, routed model, baselines and static paths on tasks."""
     config, output = request.of(EvaluateConfig), request.path("output_dir")
+    places = request.paths("routers")
+    config = config if places else without_routers(config)
     tasks = tasks_of(config)
+    if config.paths is not None:
+        read_path_list(config.paths)  # before a model is loaded
     check_folder(output, "--output-dir")
     check_output(output)
     _say_splits(tasks, terminal)
-    read = [read_routers(place) for place in request.paths("routers")]
+    read = [read_routers(place) for place in places]
     folders = [folder for folder, _ in read]
-    with loaded(model_of(request, read[0][1]), terminal) as base:
+    with loaded(model_of(request, read[0][1] if read else None), terminal) as base:
         from drllm.evaluation.run import evaluate
 
         evaluate(base, tasks, config, output, routers=folders, listener=terminal)

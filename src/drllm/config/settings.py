@@ -298,11 +298,14 @@ class EvaluateConfig(Settings):
         fitted_on: other tasks on whose questions depths are chosen and baselines fitted
         num_fewshot: worked examples before each question; each task's own unless given
         chat: ask through the tokenizer's chat template
+        paths: static paths, each a system: files, or names of paths in them; all of a paths.json
+            but the full one where none is named
         baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
         search: search.jsonl, for baselines that are fitted on it
         supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
         curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
-        epsilon: with --curve: points of accuracy; finds the cheapest depth shown to lose less
+        epsilon: with --curve or --paths: points of accuracy; finds the cheapest depth or path that
+            is shown to lose less
         max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
             given
         worked_answers: with --epsilon: a task (gsm8k) on whose right answers the loss may rise no
@@ -327,11 +330,12 @@ class EvaluateConfig(Settings):
     fitted_on: dict[str, str] | None = setting(None, value="{hellaswag: arc_easy}")
     num_fewshot: int | None = setting(None, minimum=0)
     chat: bool = setting(False)
+    paths: str | None = basic(None, value="FILE[:NAME],...")
     baselines: str = basic("quick", value="NAMES")
     search: str | None = setting(None, value="FILE")
     supervision: str | None = setting(None, value="FILE")
     curve: str | None = basic(None, value="X,X,...")
-    epsilon: float | None = setting(None, above=0.0, maximum=100.0, idle=("curve", None))
+    epsilon: float | None = setting(None, above=0.0, maximum=100.0)
     max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
     worked_answers: str | None = setting(None, value="TASK", idle=("epsilon", None))
     num_calibration: int | None = setting(None, minimum=1)

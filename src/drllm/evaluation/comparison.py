@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from drllm.config import EvaluateConfig
+from drllm.cost import share_saved
 from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.baselines.base import BASELINES, Drawn, FittedBaselines, Material, Measure
 from drllm.evaluation.baselines.random_routes import share_unchanged
@@ -26,8 +28,10 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.shares import executions_along, layer_shares
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path as LayerPath
+from drllm.paths import StaticPath
 from drllm.records import Chunks, read_search, read_supervision, sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
 from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
@@ -48,7 +52,7 @@ MAX_LOSS_INCREASE = 0.05
 
 
 class Shared:
-    """What all tasks of one evaluation share.
+    """What all tasks of one evaluation share; without routers there is no routed model.
 
     `prompts` are the tokens of those asked so far, and `chunks` keeps finished systems and blocks.
     """
@@ -59,16 +63,25 @@ class Shared:
         self,
         lm: RoutedLM,
         routers: Mapping[Path, RouterStack],
+        paths: Mapping[str, StaticPath],
         tasks: Sequence[Task],
         config: EvaluateConfig,
         output: Path,
     ) -> None:
         self.lm, self.routers, self.config, self.output = lm, routers, config, output
+        self.paths = paths
+        for path in paths.values():
+            lm.routed.injection.prepare(path)
+        self.saved = {
+            name: share_saved(executions_along(lm.routed, path), lm.routed.num_layers)
+            for name, path in paths.items()
+        }
         self.prompts: list[list[int]] = []
         self.sources = sources_of(tasks, config)
         self.worked = worked_task(config, tasks)
         self.baselines = named(config.baselines)
         self.shares = {f"{100 * share:g} % saved": share for share in depths(config.curve)}
+        self.saved |= self.shares
         self._fitted: dict[str, FittedBaselines] = {}
         search, targets = config.search, config.supervision
         self._search = [] if search is None else read_search(Path(search))
@@ -80,6 +93,7 @@ class Shared:
             {
                 "config": {**config.to_dict(), "latency_rounds": None},  # measured anew each time
                 "tasks": [task.name for task in tasks],
+                "paths": dict(paths),
                 "files": {f"{path}_sha256": sha256(path) for path in files},
                 "model": lm.base.identity,
                 "runtime": lm.base.runtime,
@@ -175,6 +189,22 @@ class Shared:
         return Material(self.lm.routed, prompts, *asked_with_options, *logs)
 
 
+class Decided(NamedTuple):
+    """A system that isn't a baseline, and what decides in it: base, routed, or a path."""
+
+    name: str
+    drawn: Drawn
+    setting: str = ""
+
+    @property
+    def title(self) -> str:
+        """As of `SystemRun`."""
+        return f"{self.name}, {self.setting}" if self.setting else self.name
+
+
+BASE_MODEL = Decided(BASE, Drawn(policy=FullPolicy()))
+
+
 class Comparison:
     """Every system on one task."""
 
@@ -194,15 +224,16 @@ class Comparison:
         depths = ["", *shared.shares]
         a_question = self.questions.num_tokens // len(self.asked.keys)
         self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
-        self._choice_cost = sum(map(self._cost, depths))
-        self.first, *self.other_seeds = shared.routers
+        self._choice_cost = sum(map(self._cost, [*depths, *shared.paths]))
+        self.first, self.other_seeds = next(iter(shared.routers), None), [*shared.routers][1:]
         costs = [self._costs(folder, setting) for folder in shared.routers for setting in depths]
-        shared.plan(self._cost("") + sum(sum(each.values()) for each in costs))
+        shared.plan(sum(map(self._cost, ["", *shared.paths])))
+        shared.plan(sum(sum(each.values()) for each in costs))
         shared.plan(self._choice_cost if config.epsilon is not None else 0)
 
     def _cost(self, setting: str, questions: TaskRun | None = None) -> int:
-        """Return what one run over questions costs at a depth, as `Shared.plan` counts."""
-        share = 1 - self.shared.shares.get(setting, 0.0)
+        """Return what one run over questions costs at a depth or on a path; see `Shared.plan`."""
+        share = 1 - self.shared.saved.get(setting, 0.0)
         return round((questions or self.questions).num_tokens * share)
 
     def _num_draws(self, name: str) -> int:
@@ -219,19 +250,16 @@ class Comparison:
         return costs
 
     def run(self) -> TaskRuns:
-        """Run base, then at each depth the routed model, its baselines, and other seeds' routers.
+        """Run base, at each depth the routed model and its baselines, other seeds' routers, paths.
 
         Baselines run at the first routers' executions; of other seeds only the permuted routes do,
         at their own.
         """
         config, lm = self.config, self.shared.lm
-        base = self._by_policy(f"{self.task.name}: {BASE}", self.questions, BASE, FullPolicy())
-        policies = {"": RouterPolicy(self.shared.routers[self.first])}
-        for setting in self.shared.shares:
-            if policy := self._at_depth(self.first, setting, f"Not evaluated at {setting}"):
-                policies[setting] = policy
+        base = self._decided(self.task.name, self.questions, BASE_MODEL)
+        first = [] if self.first is None else [*self._depths(self.first)]
         systems, seeds = [base], []
-        for setting, policy in policies.items():
+        for setting, policy in first:
             at = f" at {setting}" if setting else ""
             routed = [self._routed(at, policy, setting)]
             baselines = self._baselines(at, routed[0])
@@ -246,13 +274,17 @@ class Comparison:
                     permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
             if self.other_seeds:
                 seeds.append((routed, permuted))
+        paths = [Decided(name, Drawn(path=path)) for name, path in self.shared.paths.items()]
+        systems += [self._decided(self.task.name, self.questions, path) for path in paths]
         choice = None
         if config.epsilon is not None:
-            del policies[""]
-            choice = self._choice(config.epsilon, systems, policies)
+            depths = [Decided(ROUTED, Drawn(policy=p), setting) for setting, p in first if setting]
+            choice = self._choice(config.epsilon, systems, [*depths, *paths])
         self.shared.prompts += self.asked.prompt_tokens
+        has_parts = any(path.runs_parts for path in self.shared.paths.values())
         try:
-            shape: ModelShape | str = ModelShape.of(lm.routed.model)
+            shares = layer_shares(lm.routed) if has_parts else ()
+            shape: ModelShape | str = ModelShape.of(lm.routed.model, shares)
         except ArchitectureError as error:
             shape = str(error)
         return TaskRuns(
@@ -265,6 +297,12 @@ class Comparison:
             shape=shape,
             seeds=seeds,
         )
+
+    def _depths(self, folder: Path) -> Iterator[tuple[str, RouterPolicy]]:
+        """Yield the depths that routers can be brought to, and what decides there."""
+        for setting in ["", *self.shared.shares]:
+            if policy := self._at_depth(folder, setting, f"Not evaluated at {setting}"):
+                yield setting, policy
 
     def _at_depth(self, folder: Path, setting: str, otherwise: str) -> RouterPolicy | None:
         """Return the policy under which routers save so much; where none does, it is noted."""
@@ -287,18 +325,23 @@ class Comparison:
                 return None
         return RouterPolicy(routers, depth_bias=found)
 
-    def _by_policy(
-        self, key: str, questions: TaskRun, name: str, policy: Policy, setting: str = ""
+    def _decided(
+        self, task: str, questions: TaskRun, system: Decided, which: str = ""
     ) -> SystemRun:
-        drawn, cost = [Drawn(policy=policy)], self._cost(setting, questions)
-        return self.shared.once(key, lambda keep: questions.run(name, drawn, setting, keep), cost)
+        name, drawn, setting = system
+        return self.shared.once(
+            f"{task}: {name}{which}",
+            lambda keep: questions.run(name, [drawn], setting, keep),
+            self._cost(setting or name, questions),
+        )
 
     def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
-        key = f"{self.task.name}: {ROUTED}{which}"
-        return self._by_policy(key, self.questions, ROUTED, policy, setting)
+        system = Decided(ROUTED, Drawn(policy=policy), setting)
+        return self._decided(self.task.name, self.questions, system, which)
 
     def _baselines(self, which: str, routed: SystemRun) -> list[SystemRun]:
         systems = []
+        assert self.first is not None
         for name, cost in self._costs(self.first, routed.setting).items():
             if name not in BASELINES:
                 continue
@@ -332,26 +375,26 @@ class Comparison:
         self,
         epsilon: float,
         systems: Sequence[SystemRun],
-        policies: Mapping[str, Policy],
+        settings: Sequence[Decided],
     ) -> Choice:
-        """Choose a depth on one split, and test it once on the one that is evaluated.
+        """Choose a depth or a path on one split, and test it once on the one that is evaluated.
 
-        `systems` ran on the latter, base first; `policies` are the routed model's at each depth.
+        `systems` ran on the latter, base first; of `settings` one is chosen.
         """
         config, source, worked = self.config, self.source, self.shared.worked
         split = chosen_on(source, config)
         asked = self.shared.asked(source, split, config.limit_of(source.name))
         questions = TaskRun(self.shared.lm, asked, config.num_texts)
-        actual = sum(self._cost(setting, questions) for setting in ("", *policies))
+        tried = [BASE_MODEL, *settings]
+        actual = sum(self._cost(each.setting or each.name, questions) for each in tried)
         self.shared.plan(actual - self._choice_cost)
-        found = [self._by_policy(f"{source.name}: base on {split}", questions, BASE, FullPolicy())]
-        for setting, policy in policies.items():
-            key = f"{source.name}: routed at {setting} on {split}"
-            found.append(self._by_policy(key, questions, ROUTED, policy, setting))
-        base, *settings = self._with_worked(found, policies, lambda task: chosen_on(task, config))
+        found = [
+            self._decided(source.name, questions, each, f"{_at(each)} on {split}") for each in tried
+        ]
+        base, *others = self._with_worked(found, tried, lambda task: chosen_on(task, config))
         choice = choose(
             base,
-            settings,
+            others,
             Limits(
                 epsilon=epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
             ),
@@ -363,7 +406,7 @@ class Comparison:
         if choice.chosen is None:
             return choice
         [ours] = (each for each in systems if each.title == choice.chosen.name)
-        chosen = {ours.setting: policies[ours.setting]}
+        chosen = [BASE_MODEL, *(each for each in settings if each.title == ours.title)]
         tested = self._with_worked(
             [systems[0], ours], chosen, lambda task: config.split_of(task.name)
         )
@@ -372,10 +415,10 @@ class Comparison:
     def _with_worked(
         self,
         systems: Sequence[SystemRun],
-        policies: Mapping[str, Policy],
+        decided: Sequence[Decided],
         split_of: Callable[[Task], str],
     ) -> list[Outcomes]:
-        """Return outcomes of base, then of each policy, with their loss on worked answers."""
+        """Return the outcomes of systems, base first, with their loss on worked answers."""
         outcomes = [system.outcomes for system in systems]
         worked, once = self.shared.worked, self.shared.once
         if worked is None:
@@ -384,13 +427,18 @@ class Comparison:
         asked = self.shared.asked(worked, split, num_texts, WORKED)
         texts = TaskRun(self.shared.lm, asked, num_texts)
         cost = texts.num_tokens
-        self.shared.plan((1 + len(policies)) * cost)
+        self.shared.plan(len(decided) * cost)
         where = f"on worked answers of {worked.name}, {split}"
-        read = [once(f"base {where}", partial(texts.texts, BASE, FullPolicy(), ""), cost)]
-        for setting, policy in policies.items():
-            key = f"{self.source.name}: routed at {setting} {where}"
-            read.append(once(key, partial(texts.texts, ROUTED, policy, setting), cost))
+        read = []
+        for each in decided:
+            depth = f"{self.source.name}: " if each.setting else ""  # found on its questions
+            key = f"{depth}{each.name}{_at(each)} {where}"
+            read.append(once(key, partial(texts.texts, *each), cost))
         return [
             dataclasses.replace(outcome, worked_loss=each.text_loss)
             for outcome, each in zip(outcomes, read, strict=True)
         ]
+
+
+def _at(system: Decided) -> str:
+    return f" at {system.setting}" if system.setting else ""

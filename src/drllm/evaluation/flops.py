@@ -11,20 +11,22 @@ Axes: L layers, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from drllm.cost import Shares, step_executions
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
-from drllm.paths import check_decisions
+from drllm.models.routing.shares import EXPERTS
+from drllm.paths import MLP, Plan, StaticPath, Step, check_decisions, step_of, steps_of
 from drllm.records.results import Flops
 
 NOT_DERIVED = (
-    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *EXPERTS,
     *("kv_lora_rank", "multi_query", "lambda_std_dev"),
 )
 """Where configurations say that a layer has experts, of which a token runs a few, or attention of
@@ -42,6 +44,7 @@ class ModelShape:
         kv_heads: Heads of keys and values.
         head_size: Of a query, key or value.
         kv_itemsize: Bytes of a number in the cache.
+        shares: Of attention and MLP in each layer's matrices, for paths that run parts of layers.
     """
 
     matrices: tuple[int, ...]
@@ -50,10 +53,13 @@ class ModelShape:
     kv_heads: int
     head_size: int
     kv_itemsize: int
+    shares: Shares = ()
 
     @classmethod
-    def of(cls, model: Any) -> ModelShape:
+    def of(cls, model: Any, shares: Shares = ()) -> ModelShape:
         """Read the shape of a model of transformers, routed or not; nothing is run.
+
+        For paths that run parts of layers, give the shares that `layer_shares` finds.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,
         since a configuration may hold what no layer reads.
@@ -80,6 +86,7 @@ class ModelShape:
             kv_heads=heads // int(max(groups)),
             head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             kv_itemsize=model.dtype.itemsize,
+            shares=shares,
         )
 
 
@@ -97,38 +104,46 @@ def _matrices(layer: nn.Module, model: str) -> Iterator[int]:
                 yield parameter.numel()
 
 
-def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -> Flops:
+def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     """Return the FLOPs of reading one prompt of T ≥ 1 tokens in one pass, and predicting one token.
 
-    PathError for decisions `[L]` that this model can't run.
+    PathError for decisions `[L]` or a path that this model can't run.
 
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
 
     Example:
         >>> one_layer = ModelShape((100,), 50, heads=2, kv_heads=1, head_size=4, kv_itemsize=4)
-        >>> prompt_flops(one_layer, [2], num_tokens=3)
+        >>> prompt_flops(one_layer, (2,), num_tokens=3)
         Flops(weights=1300, attention=576)
     """
-    checked = check_decisions(decisions, len(shape.matrices))
-    entries = sum(c * own for c, own in zip(checked, shape.matrices, strict=True))
+    steps = _steps(shape, plan)
+    entries = sum(step_executions(s, shape.shares) * shape.matrices[s.layer] for s in steps)
     # Two products for each pair of tokens: the score, and the value that it weights.
-    pairs = sum(checked) * num_tokens * num_tokens
+    pairs = sum(step.run != MLP for step in steps) * num_tokens * num_tokens
     return Flops(
-        weights=2 * (shape.head + num_tokens * entries),
+        weights=2 * (shape.head + num_tokens * round(entries)),
         attention=4 * pairs * shape.heads * shape.head_size,
     )
 
 
-def kv_bytes(shape: ModelShape, decisions: Sequence[int]) -> int:
+def kv_bytes(shape: ModelShape, plan: Plan) -> int:
     """Return the bytes of K and V that a token leaves, as long as every layer still sees it.
 
-    A skipped layer keeps none, a repeated one keeps those of both passes. PathError as
-    `prompt_flops`.
+    A skipped layer keeps none, nor does an MLP alone; a repeated one keeps those of both passes.
+    PathError as `prompt_flops`.
 
     Example:
         >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8, kv_itemsize=2)
-        >>> kv_bytes(two_layers, [0, 2])
+        >>> kv_bytes(two_layers, (0, 2))
         128
     """
-    executions = sum(check_decisions(decisions, len(shape.matrices)))
+    executions = sum(step.run != MLP for step in _steps(shape, plan))
     return 2 * executions * shape.kv_heads * shape.head_size * shape.kv_itemsize
+
+
+def _steps(shape: ModelShape, plan: Plan) -> list[Step]:
+    if isinstance(plan, StaticPath):
+        plan.check(len(shape.matrices))
+    else:
+        check_decisions(plan, len(shape.matrices))
+    return list(map(step_of, steps_of(plan)))

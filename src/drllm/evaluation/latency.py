@@ -194,19 +194,19 @@ def device_clock(device: torch.device) -> Clock:
 
 def write_latency(
     base: BaseModel,
-    folder: Path,
-    routers: RouterStack,
+    folder: Path | None,
+    routers: RouterStack | None,
     prompts: Sequence[Sequence[int]],
     config: EvaluateConfig,
     output: Path,
 ) -> None:
     """Time the base model, not routed yet, and the routed one, and write `latency.json`.
 
-    Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
-    result is shown with another one's times.
+    Without rounds or routers nothing is measured, and a file of an earlier evaluation is removed,
+    so that no result is shown with another one's times.
     """
     path = output / LATENCY_FILE
-    if not config.latency_rounds:
+    if not config.latency_rounds or folder is None or routers is None:
         path.unlink(missing_ok=True)
         return
     timed = choose_prompts(prompts, config.seed)

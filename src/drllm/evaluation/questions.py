@@ -6,9 +6,11 @@ model is loaded. Loads no torch.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from drllm.config import EvaluateConfig
+from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
 from drllm.evaluation.baselines.registry import check, depths, named
@@ -86,6 +88,27 @@ def _tasks(given: Sequence[Task | str]) -> list[Task]:
     return tasks
 
 
+def without_routers(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the settings of an evaluation without routers, which baselines are compared with.
+
+    ConfigError where there are no paths either, or for what only routers have.
+    """
+    if config.paths is None:
+        raise ConfigError(
+            "neither routers nor paths are given; name the folder of routers (--routers), paths "
+            "(--paths), or both"
+        )
+    default = EvaluateConfig()
+    for name in ("curve", "num_calibration", "baselines"):
+        value = getattr(config, name)
+        if value not in (getattr(default, name), "none"):
+            raise ConfigError(
+                f"{flag_of(name)} {value} has no effect without routers; give them as --routers, "
+                f"or leave it out"
+            )
+    return replace(config, baselines="none")
+
+
 def check_output(output: Path) -> None:
     """Refuse, by RecordError, a folder with files that reports would take for results."""
     for path in results_in(output):
@@ -113,9 +136,10 @@ def _check_examples(task: Task, split: str, data_dir: str | None) -> None:
 
 
 def is_fitted(config: EvaluateConfig) -> bool:
-    """Tell whether an evaluation looks for depths or fits baselines on questions."""
+    """Tell whether an evaluation chooses, looks for depths or fits baselines on questions."""
     baselines = [BASELINES.get(name) for name in named(config.baselines)]
-    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
+    is_chosen = config.epsilon is not None or bool(depths(config.curve))
+    return is_chosen or any(each.fitted_on in QUESTIONS for each in baselines)
 
 
 def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:

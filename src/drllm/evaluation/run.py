@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,14 +18,16 @@ import msgspec
 
 from drllm.config import EvaluateConfig
 from drllm.config.fields import changed
-from drllm.errors import ConfigError
+from drllm.errors import ConfigError, PathError
+from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import TIMED_TOKENS, write_latency
-from drllm.evaluation.questions import check_output, tasks_of
+from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.paths import StaticPath
 from drllm.records import (
     new_manifest,
     only_writer,
@@ -33,13 +36,23 @@ from drllm.records import (
     write_json,
     write_records,
 )
-from drllm.records.results import SAMPLES_FILE, Evaluation, Results, read_evaluation, results_in
+from drllm.records.results import (
+    BASE,
+    ROUTED,
+    SAMPLES_FILE,
+    Evaluation,
+    Results,
+    read_evaluation,
+    results_in,
+)
+from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
     from drllm.evaluation.tables import TaskRuns
 
 Routers: TypeAlias = "Path | str | RouterStack"
+Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
 
 
 def evaluate(
@@ -49,15 +62,17 @@ def evaluate(
     output_dir: Path | str | None = None,
     *,
     routers: Routers | Sequence[Routers] = (),
+    paths: Paths | None = None,
     tokenizer: Any = None,
     listener: Listener | None = None,
     **settings: Any,
 ) -> Results:
-    """Evaluate base, routed model and baselines on tasks.
+    """Evaluate base, routed model, baselines and static paths on tasks.
 
     Args:
         model: A `RoutedModel`, whose own routers are evaluated; or the base model (a name or a
-            `ModelConfig`, what `load` returns, or a model of transformers), with `routers`.
+            `ModelConfig`, what `load` returns, or a model of transformers), with `routers`, `paths`
+            or both.
         tasks: Tasks, their names or files of questions; None for those of the config.
         config: Splits, samples, baselines, depths.
         output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
@@ -66,6 +81,8 @@ def evaluate(
         routers: Folders of routers, or routers. Further ones are of the same training with other
             seeds: they run at every depth too, with their own routes permuted if that baseline is
             asked for, and say how far seeds lie apart. Baselines are compared with the first.
+        paths: Static paths by name, or files as `--paths` takes them; None for those of the config.
+            Without routers they are compared with base alone.
         tokenizer: The model's; None loads the one of its name, unless it comes with one.
         listener: Hears how far it is.
         settings: Settings of `EvaluateConfig` by name, in place of the config's.
@@ -75,8 +92,9 @@ def evaluate(
         p-values are corrected for how many there are.
 
     Raises:
-        ConfigError: A baseline that lacks what it is fitted on, a depth that makes no sense, no
-            routers, or an `output_dir` that holds another evaluation.
+        ConfigError: A baseline that lacks what it is fitted on, a depth that makes no sense,
+            neither routers nor paths, or an `output_dir` that holds another evaluation.
+        PathError: A path that the model can't run, or whose name another system has.
         TaskError: An unknown task, or one without questions in the split.
         CheckpointError: Routers of another model.
         RecordError: An `output_dir` with other files that would be taken for results.
@@ -84,21 +102,29 @@ def evaluate(
     Source: the comparison is ours (docs/differences.md, D-18).
     """
     config, listener = changed(EvaluateConfig, config, settings), listener or Listener()
-    found = tasks_of(config, tasks)
+    if paths is not None:
+        named = [paths] if isinstance(paths, str) else list(paths)
+        config = replace(config, paths=",".join(named) or None)
     given = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
+    if not given and not (isinstance(model, RoutedModel) and model.routers is not None):
+        config = without_routers(config)
+    found = tasks_of(config, tasks)
+    by_name: Mapping[str, StaticPath | PathFile] = (
+        paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
+    )
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_output(folder)
         if isinstance(model, RoutedModel):
-            if given or model.routers is None:
-                what = "other routers are given" if given else "it has none"
+            if given:
                 raise ConfigError(
-                    f"a RoutedModel is evaluated with its own routers, but {what}; give its base "
-                    f"model and the routers"
+                    "a RoutedModel is evaluated with its own routers, but other routers are given; "
+                    "give its base model and the routers"
                 )
-            given = [model.routers]
+            given = [model.routers] if model.routers is not None else []
         base = stack.enter_context(unrouted(model, tokenizer, listener))
-        results = Results(_evaluate(base, found, config, folder, given, listener))
+        checked = check_paths(by_name, base.identity)
+        results = Results(_evaluate(base, found, config, folder, given, checked, listener))
     results.folder = None if output_dir is None else folder
     return results
 
@@ -109,18 +135,18 @@ def _evaluate(
     config: EvaluateConfig,
     output: Path,
     given: Sequence[Routers],
+    paths: Mapping[str, StaticPath],
     listener: Listener,
 ) -> tuple[Evaluation, ...]:
-    if not given:
-        raise ConfigError("no routers are given; name their folder, or evaluate a RoutedModel")
     routers = {}
     for number, each in enumerate(given):
         folder = output / "routers" / str(number) if isinstance(each, RouterStack) else Path(each)
         if isinstance(each, RouterStack):
             save_routers(each, folder)
         routers[folder] = load_routers(folder)
-    (first, trained), *_ = routers.items()
-    asked_by = trained.config.training.get("rewards")
+    first = next(iter(routers), None)
+    trained = None if first is None else routers[first]
+    asked_by = trained and trained.config.training.get("rewards")
     if isinstance(asked_by, list) and asked_by and OPTIONS_REWARD not in asked_by:
         listener.note(
             f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, the "
@@ -140,8 +166,9 @@ def _evaluate(
             inputs=[folder / WEIGHTS_FILE for folder in routers],
         ),
         "runtime": base.runtime,
-        "routers": str(first),
-        "routers_sha256": hashes[first],
+        "routers": first and str(first),
+        "routers_sha256": first and hashes[first],
+        "paths": {name: steps_to_write(path) for name, path in paths.items()},
         "other_seeds": {str(folder): hashes[folder] for folder in routers if folder != first},
     }
     for path in results_in(output):
@@ -161,25 +188,46 @@ def _evaluate(
     lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
     with ExitStack() as attached:
         attached.callback(lm.routed.detach)
-        shared = Shared(lm, routers, tasks, config, output)
+        shared = Shared(lm, routers, paths, tasks, config, output)
         with only_writer(output, "evaluation", "--output-dir"):
             shared.chunks.open()
             with listener.busy("reading the questions"):
                 comparisons = [Comparison(shared, task) for task in tasks]
-            shared.plan(TIMED_TOKENS * config.latency_rounds)
+            timed = TIMED_TOKENS * config.latency_rounds if routers else 0
+            shared.plan(timed)
             with listener.progress("evaluating", "") as shared.on_progress:
                 done = [comparison.run() for comparison in comparisons]
                 attached.close()
-                with shared.doing("measuring time", TIMED_TOKENS * config.latency_rounds):
+                with shared.doing("measuring time", timed):
                     write_latency(base, first, trained, shared.prompts, config, output)
             results = _write(done, header, output)
             shared.chunks.remove()
     return results
 
 
+def check_paths(
+    named: Mapping[str, StaticPath | PathFile], model: Mapping[str, Any]
+) -> dict[str, StaticPath]:
+    """Return paths by name, for a model of this identity.
+
+    PathError for one that it can't run, or whose name another system has.
+    """
+    for name in named:
+        if name in (BASE, ROUTED) or name in BASELINES:
+            raise PathError(
+                f"a path is called {name!r}, as another system is; give it another name"
+            )
+    return {
+        name: path.check(model["num_layers"])
+        if isinstance(path, StaticPath)
+        else path.path_of(model)
+        for name, path in named.items()
+    }
+
+
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two evaluations the same one; how often time is measured doesn't."""
-    names = ("routers_sha256", "other_seeds", "model", "runtime")
+    names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
     config = {**header["config"], "latency_rounds": None}
     return {"config": config, **{name: header[name] for name in names}}
 

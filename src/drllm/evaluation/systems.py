@@ -23,8 +23,9 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Answer, Plan, Request
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
+from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import blocks_of
-from drllm.paths import Decisions
+from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 
 Answers: TypeAlias = list[list[Answer | str]]
@@ -65,10 +66,12 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
         unchanged: For each draw of permuted routes, the share of questions that kept their route.
+        path: The one path that it runs, where it does.
     """
 
     name: str
     setting: str = ""
+    path: StaticPath | None = None
     routes: list[list[Decisions]] = []
     correct: list[float] = []
     answers: list[int | str] = []
@@ -163,6 +166,7 @@ class TaskRun:
         system = SystemRun(
             name=name,
             setting=setting,
+            path=first.path,
             routes=found.routes,
             correct=metrics[self.asked.written.metric],
             answers=[self.asked.answer(*each) for each in enumerate(found.answers[0])],
@@ -174,39 +178,46 @@ class TaskRun:
             gold = self.asked.gold_logprob
             golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
             system.gold_logprob = _mean(golds)
+        of_texts: Plan | StaticPath
         if first.path is not None:
-            system.executions = float(len(first.path.steps))
-            [texts] = self.lm.scorer.score_plans(self._texts, [first.path])
-            system.text_loss = self._losses(texts)
-            return system
-        [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
-        routes = dict(zip(self.asked.keys, found.routes[0], strict=True))
-        [texts] = self.lm.scorer.score_plans(self._texts, [routes])
+            of_texts, system.executions = first.path, executions_along(self.lm.routed, first.path)
+        else:
+            of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
+            [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
+        [texts] = self.lm.scorer.score_plans(self._texts, [of_texts])
         system.text_loss = self._losses(texts)
         if not self.asked.has_options:
             tokens = [
                 max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
                 for [answer] in found.answers[0]
             ]
-            system.decode_executions = decode_executions(found.routes[0], tokens)
+            if first.path is None:
+                system.decode_executions = decode_executions(found.routes[0], tokens)
+            elif max(tokens) > 1:
+                system.decode_executions = system.executions
         return system
 
-    def texts(self, name: str, policy: Policy, setting: str, keep: Keep) -> SystemRun:
+    def texts(self, name: str, decides: Drawn, setting: str, keep: Keep) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
-        The policy decides on the questions' prompts, as before an answer is generated.
+        A policy decides on the questions' prompts, as before an answer is generated.
         """
 
         def read(block: Block) -> Answered:
-            texts = [self._texts[place] for place in block]
-            answers, routes = self.lm.scorer.score(texts, policy)
-            taken = [routes[text.question] for text in texts]
-            return Answered(answers=[[[answer] for answer in answers]], routes=[taken])
+            texts, routes = [self._texts[place] for place in block], list[list[Decisions]]()
+            if decides.path is not None:
+                [answers] = self.lm.scorer.score_plans(texts, [decides.path])
+            else:
+                assert decides.policy is not None
+                answers, taken = self.lm.scorer.score(texts, decides.policy)
+                routes = [[taken[text.question] for text in texts]]
+            return Answered(answers=[[[answer] for answer in answers]], routes=routes)
 
         found = self._by_blocks(keep, lambda _: "texts", read)
-        system = SystemRun(name=name, setting=setting, routes=found.routes)
+        system = SystemRun(name=name, setting=setting, path=decides.path, routes=found.routes)
         system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
-        system.executions = mean_executions(found.routes[0])
+        for routes in found.routes:
+            system.executions = mean_executions(routes)
         return system
 
     def _by_blocks(
@@ -226,9 +237,11 @@ class TaskRun:
         """Ask a block's questions under the first draw, which is timed, and under further plans."""
         scorer, routes = self.lm.scorer, list[list[Decisions]]()
         started = self._clock()
-        if first.path is not None:
+        if first.path is not None and self.asked.has_options:
             [scored] = scorer.score_plans(self._requests_of(block), [first.path])
             answers = [self._by_question(block, scored)]
+        elif first.path is not None:
+            answers = [self._under(block, self.lm.routed.policy_of(first.path))[0]]
         else:
             answered, taken = self._under(block, first.policy or plans[0])
             answers, routes = [answered], [taken]

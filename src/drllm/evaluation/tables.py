@@ -18,7 +18,7 @@ from drllm.evaluation.baselines.registry import NOT_COMPARED
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun
-from drllm.paths import Decisions
+from drllm.paths import Plan
 from drllm.records.results import (
     BASE,
     PERMUTED,
@@ -35,7 +35,7 @@ from drllm.records.results import (
 from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import Differences, compare, correct_together
+from drllm.statistics.verdicts import Differences, compare, correct_together, lower
 
 DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
@@ -50,7 +50,8 @@ MENTIONED = 0.01
 class TaskRuns:
     """All that was run on one task.
 
-    Systems are base, then at each depth routed and its baselines. The shape is the model's, or why
+    Systems are base, then at each depth routed and its baselines, if there are routers, and paths
+    last. The shape is the model's, or why
     its cost can't be derived. `seeds` are, depth by depth, routers of several seeds on the same
     questions, and their own routes permuted, if any.
     """
@@ -81,11 +82,13 @@ class TaskRuns:
 
     def _row(self, system: SystemRun) -> System:
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
+        if _is_given(system) and system.path is not None:
+            about = {"description": system.path.edits(self.num_layers), "reads_question": False}
         if system.name in BASELINES:
             baseline = BASELINES.get(system.name)
             names = ("description", "source", "fitted_on", "reads_question")
             about = {name: getattr(baseline, name) for name in names}
-        flops, kv = self._cost(system.routes)
+        flops, kv = self._cost(system)
         return System(
             name=system.name,
             **about,
@@ -99,24 +102,32 @@ class TaskRuns:
             unchanged_routes=_mean(system.unchanged),
         )
 
-    def _cost(self, draws: Sequence[Sequence[Decisions]]) -> tuple[Flops | None, float | None]:
+    def _cost(self, system: SystemRun) -> tuple[Flops | None, float | None]:
         """Return the mean FLOPs of a prompt with one token predicted, and K/V bytes a token."""
-        if isinstance(self.shape, str) or not draws:
+        if isinstance(self.shape, str):
             return None, None
+        prompts, draws = self.asked.prompt_tokens, list[Sequence[Plan]](system.routes)
+        if system.path is not None:
+            draws = [[system.path] * len(prompts)]
         flops = [
-            prompt_flops(self.shape, decisions, len(tokens))
+            prompt_flops(self.shape, plan, len(tokens))
             for draw in draws
-            for decisions, tokens in zip(draw, self.asked.prompt_tokens, strict=True)
+            for plan, tokens in zip(draw, prompts, strict=True)
         ]
         weights, attention = fmean(f.weights for f in flops), fmean(f.attention for f in flops)
-        kv = fmean(kv_bytes(self.shape, decisions) for draw in draws for decisions in draw)
+        kv = fmean(kv_bytes(self.shape, plan) for draw in draws for plan in draw)
         return Flops(weights=weights, attention=attention), kv
 
     def curve(self) -> tuple[Point, ...]:
-        """Return base, then each system's depths from the most executions to the fewest."""
-        base, *others = [each for each in self.systems if each.setting or each.name == BASE]
-        names = list(dict.fromkeys(each.name for each in others))
-        others.sort(key=lambda each: (names.index(each.name), -each.executions))
+        """Return base, then each system's depths from the most executions to the fewest.
+
+        Paths come last, in the same order.
+        """
+        base, *others = [
+            each for each in self.systems if each.setting or each.name == BASE or _is_given(each)
+        ]
+        names = list(dict.fromkeys("" if _is_given(each) else each.name for each in others))
+        others.sort(key=lambda e: (names.index("" if _is_given(e) else e.name), -e.executions))
         return tuple(
             Point(system=each.name, setting=each.setting, **self._measured(each))
             for each in ((base, *others) if others else ())
@@ -135,7 +146,7 @@ class TaskRuns:
             "text_loss": _mean(system.text_loss),
             "against_base": None if system is base else self._compare(ours, base.outcomes),
             "routed_against": (
-                self._compare(routed[system.setting], ours) if is_baseline else None
+                self._compare(routed[system.setting], ours) if is_baseline and routed else None
             ),
         }
 
@@ -171,8 +182,8 @@ class TaskRuns:
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
         """Return the record of the task; `correct` has corrected its table for all tasks."""
-        written, seeds = self.asked.written, self.by_seeds()
-        return Evaluation(
+        written = self.asked.written
+        found = Evaluation(
             **header,
             task=written.name,
             split=self.config.split_of(written.name),
@@ -181,30 +192,30 @@ class TaskRuns:
             chance=self.asked.written.chance,
             systems=tuple(table),
             curve=self.curve(),
-            seeds=seeds,
+            seeds=self.by_seeds(),
             choice=self.choice,
             not_compared=dict(NOT_COMPARED),
-            findings=tuple(self._findings(table, seeds)),
         )
+        return replace(found, findings=tuple(self._findings(found)))
 
-    def _findings(self, table: Sequence[System], seeds: Sequence[Seeds]) -> list[str]:
-        """Return what a reader may conclude, what is shown of the routed model first."""
-        rows, written = {system.name: system for system in table}, self.asked.written
-        routed, against = rows[ROUTED], rows[ROUTED].against_base
-        assert against is not None
-        saved = 100 * share_saved(routed.executions, self.num_layers)
-        cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
-        said = [against.headline(f"{cost} ({routed.executions:.2f} of {self.num_layers} run)")]
+    def _findings(self, found: Evaluation) -> list[str]:
+        """Return what a reader may conclude, what is shown of the routed model or a path first."""
+        written, ours, permuted = self.asked.written, found.compared, found.system(PERMUTED)
+        if ours is None or (against := ours.against_base) is None:
+            raise ValueError("nothing is compared with base")
+        said = [self._headline(ours, found)]
         if not self.above_chance:
             said.append(
                 f"On {written.name} the base model is not shown to be above chance "
                 f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
         if against.gold_logprob is not None:
-            said.append(against.gold_logprob.sentence())
-        if PERMUTED in rows:
-            said.append(self._against_permuted(rows[PERMUTED]))
-        said += map(seeds_sentence, seeds)
+            said.append(against.gold_logprob.sentence(ours.name))
+        if permuted is not None:
+            said.append(self._against_permuted(permuted))
+        said += map(seeds_sentence, found.seeds)
+        if found.best_path is not None and found.best_path is not ours:
+            said.append(self._headline(found.best_path, found))
         said += [] if self.choice is None else [self.choice.verdict()]
         notes = (note.removesuffix(".") for note in dict.fromkeys(self.notes))
         said += (f"{note[:1].upper()}{note[1:]}." for note in notes)
@@ -213,6 +224,20 @@ class TaskRuns:
         for system in self.trained:
             said += [f"{system.name.capitalize()}: {note}." for note in system.notes]
         return said
+
+    def _headline(self, system: System, found: Evaluation) -> str:
+        """Say what is shown of a system against base, and at what cost."""
+        assert system.against_base is not None
+        saved = 100 * share_saved(system.executions, self.num_layers)
+        cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
+        cost += f" ({system.executions:.2f} of {self.num_layers} run)"
+        said = system.against_base.headline(cost)
+        if system.name == ROUTED:
+            return said
+        certified = found.choice and found.choice.certified
+        picked = len(found.paths) > 1 and not (certified and certified.name == system.name)
+        best = f", the most accurate of {len(found.paths)} paths on these questions"
+        return f"{system.name}{best if picked else ''}: {lower(said)}"
 
     def _against_permuted(self, permuted: System) -> str:
         if len(set(self.trained[1].routes[0])) == 1:
@@ -250,6 +275,11 @@ class TaskRuns:
     def _answer(self, system: SystemRun, place: int) -> int | str | None:
         """Return what base or the routed model answered; the texts of all systems are many."""
         return system.answers[place] if system.title in (BASE, ROUTED) and system.answers else None
+
+
+def _is_given(system: SystemRun) -> bool:
+    """Tell whether it is one of the static paths that were given, not a baseline."""
+    return system.path is not None and system.name not in BASELINES
 
 
 def _mean(values: Sequence[float]) -> float | None:

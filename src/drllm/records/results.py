@@ -48,6 +48,16 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     libraries: dict[str, str]
 
 
+class StepRecord(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One step of a path; see `drllm.paths.Step`."""
+
+    layer: int
+    run: Literal["all", "attention", "mlp"] = "all"
+    scale: float = 1.0
+
+
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FLOPs of reading a prompt: products with weights, and what grows with its square."""
 
@@ -159,8 +169,9 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     not_asked: dict[str, str] = {}
     num_layers: int
     chance: float
-    routers: str
-    routers_sha256: str
+    routers: str | None = None
+    routers_sha256: str | None = None
+    paths: dict[str, tuple[StepRecord, ...]] = {}
     other_seeds: dict[str, str] = {}
     systems: tuple[System, ...]
     curve: tuple[Point, ...] = ()
@@ -188,6 +199,19 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.system(ROUTED)
 
     @property
+    def compared(self) -> System | None:
+        """What stands against base in the first line: the routed model, else the best path."""
+        return self.routed or self.best_path
+
+    @property
+    def best_path(self) -> System | None:
+        """The certified static path, else the most accurate one, if any was evaluated."""
+        paths = [system for system in self.systems if system.name in self.paths]
+        certified = self.choice and self.choice.certified
+        found = [each for each in paths if certified and each.name == certified.name]
+        return max(found or paths, key=lambda one: (one.accuracy, -one.executions), default=None)
+
+    @property
     def score(self) -> str:
         """What is averaged over the questions, in words."""
         return self.metric if self.is_graded else "accuracy"
@@ -195,10 +219,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def is_graded(self) -> bool:
         """Whether answers have grades in between, so that none is simply right or wrong."""
-        routed = self.routed
-        if routed is None or routed.against_base is None or routed.draws > 1:
+        compared = self.compared
+        if compared is None or compared.against_base is None or compared.draws > 1:
             return False
-        return routed.against_base.accuracy.won is None
+        return compared.against_base.accuracy.won is None
 
     def system(self, name: str) -> System | None:
         """Return the system of that name, if it was evaluated."""

@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import StaticPath, check_decisions, step_of, to_path
 from drllm.records.codec import Version, decode, read_json, read_text
-from drllm.records.results import Header
+from drllm.records.results import Header, StepRecord
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
@@ -25,16 +25,6 @@ FORMS = (
     '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, layer indices '
     "on one line, or a paths.json of 'drllm tune'"
 )
-
-
-class StepRecord(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
-    """One step of a path; see `drllm.paths.Step`."""
-
-    layer: int
-    run: Literal["all", "attention", "mlp"] = "all"
-    scale: float = 1.0
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -194,6 +184,43 @@ def read_path(given: str) -> PathFile:
     No such file, no text, or another form is a RecordError; no numbers, a value that isn't a whole
     number, a name that there isn't, or none where one is needed, a PathError.
     """
+    found, file, name = _read(given)
+    if isinstance(found, PathFile):
+        return found
+    one = found.find(name, file)
+    return PathFile(file, "path", one.steps, one, found)
+
+
+def read_path_list(given: str) -> dict[str, PathFile]:
+    """Read `FILE[:NAME],...`: paths by name; of a file that isn't a `paths.json`, by its stem.
+
+    A `paths.json` without a name gives all of its paths but the full one. Raised is what
+    `read_path` raises; no such path, or a name that is there twice, is a PathError.
+    """
+    files: list[tuple[str, PathFile]] = []
+    for word in filter(None, map(str.strip, given.split(","))):
+        found, file, name = _read(word)
+        if isinstance(found, PathFile):
+            files.append((file.stem, found))
+            continue
+        full = StaticPath(range(found.num_layers))
+        named = found.paths if name is None else [found.find(name, file)]
+        wanted = [each for each in named if name is not None or each.path != full]
+        if not wanted:
+            raise PathError(f"{file} holds no path but the full one; give a file with others")
+        files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]
+    names = [name for name, _ in files]
+    for name, path in files:
+        if names.count(name) > 1:
+            raise PathError(
+                f"{path.file}: a path called {name!r} is there twice; give each path once, under "
+                f"a name of its own"
+            )
+    return dict(files)
+
+
+def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
+    """Return what is in the file of `FILE[:NAME]`, the file, and the name."""
     file, name = Path(given), None
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
@@ -202,12 +229,10 @@ def read_path(given: str) -> PathFile:
     if not text or (text[0] not in "{[" and "\n" in text):
         raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
     if text[0] in "{[" and decode_version(text) == PATHS_SCHEMA:
-        record = read_paths(file)
-        found = record.find(name, file)
-        return PathFile(file, "path", found.steps, found, record)
+        return read_paths(file), file, name
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
-    return _read_numbers(file, text)
+    return _read_numbers(file, text), file, None
 
 
 def decode_version(text: str) -> str:

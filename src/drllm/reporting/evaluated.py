@@ -45,25 +45,29 @@ def first_line(evaluation: Evaluation) -> str:
 
 def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     """Return the four numbers that count: layers saved, both differences, measured time."""
-    routed = evaluation.routed
-    if routed is None or (found := routed.against_base) is None:
+    ours = evaluation.compared
+    if ours is None or (found := ours.against_base) is None:
         return Tiles([time_tile(measured)])
-    saved = share_saved(routed.executions, evaluation.num_layers)
-    run = f"{plain(routed.executions, 2)} of {evaluation.num_layers} run a forward pass"
+    saved = share_saved(ours.executions, evaluation.num_layers)
+    run = f"{plain(ours.executions, 2)} of {evaluation.num_layers} run a forward pass"
     title = "Layers saved" if saved >= 0 else "More layers run"
     score = evaluation.score if evaluation.is_graded else "Accuracy"
-    before = f"base {percent(evaluation.base.accuracy)}, routed {percent(routed.accuracy)}"
-    each = [Tile(title, percent(abs(saved)), run), _tile(score, found.accuracy, "points", before)]
+    before = f"base {percent(evaluation.base.accuracy)}, {ours.name} {percent(ours.accuracy)}"
+    whose = f"{ours.name} minus base"
+    each = [
+        Tile(title, percent(abs(saved)), run),
+        _tile(f"{score}, {whose}", found.accuracy, "points", before),
+    ]
     if found.text_loss is not None:
         less_is_better = "nats a token; less is better"
-        each.append(_tile("Next-token loss", found.text_loss, "nats", less_is_better))
+        each.append(_tile(f"Next-token loss, {whose}", found.text_loss, "nats", less_is_better))
     return Tiles([*each, time_tile(measured)])
 
 
 def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
     low, high = map(verdict.write, verdict.interval)
     size, said = verdict.write(verdict.mean), f"95 % interval {low} to {high}; {note}"
-    return Tile(f"{title}, routed minus base", f"{size} {unit}", said, verdict.label)
+    return Tile(title, f"{size} {unit}", said, verdict.label)
 
 
 def sections(run: Run, evaluation: Result) -> list[Section]:
@@ -89,13 +93,14 @@ def _plot(evaluation: Evaluation) -> Figure:
         f"{each.name} {percent(each.accuracy)} at {plain(each.executions, 2)}"
         for each in evaluation.systems
     )
-    depths = "; lines join a system's depths" if evaluation.curve else ""
+    depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
+    barred = evaluation.compared.name if evaluation.compared else ROUTED
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",
         alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {shown}.",
         caption=f"Higher is better, further left is cheaper. Bars are 95 % intervals of base and "
-        f"routed; the horizontal line is base's accuracy{depths}.",
+        f"{barred}; the horizontal line is base's accuracy{depths}.",
         is_large=True,
     )
 
@@ -110,10 +115,11 @@ def details(evaluation: Evaluation) -> list[Section]:
 
 
 def side_by_side(what: str, named: Sequence[tuple[str, Evaluation]], caption: str) -> Section:
-    """Return base and routed model, at all depths, of several runs or tasks (`what` says which)."""
+    """Return base, routed model at all depths, and paths, of runs or tasks (`what` says which)."""
     placed: list[tuple[str, Evaluation, System | Point]] = []
     for name, each in named:
-        placed += [(name, each, one) for one in each.systems if one.name in (BASE, ROUTED)]
+        shown = {BASE, ROUTED, *each.paths}
+        placed += [(name, each, one) for one in each.systems if one.name in shown]
         placed += [(name, each, one) for one in each.curve if one.system == ROUTED]
     values = {"what": what, "named": placed, "caption": caption}
     return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
@@ -240,7 +246,9 @@ def _ms(seconds: float) -> str:
 def time_tile(measured: Latency | None) -> Tile:
     """Return what the measured times show, in a tile."""
     if measured is None:
-        return Tile("Measured time", "not measured", "--latency-rounds 0")
+        return Tile(
+            "Measured time", "not measured", "only a routed model's is, unless --latency-rounds 0"
+        )
     found = measured.measured
     places = found.labels()
     labels = list(places.values())

@@ -35,7 +35,7 @@ def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
     """
     found: dict[str, list[System | Point]] = {each.name: [each] for each in evaluation.systems}
     for point in evaluation.curve:
-        if point.system != BASE:
+        if point.setting:
             found.setdefault(point.system, []).append(point)
     return {name: sorted(each, key=lambda one: one.executions) for name, each in found.items()}
 
@@ -43,8 +43,10 @@ def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
     """Draw every system's accuracy over the layers it runs, each named beside its first point.
 
-    Base and the routed model have their intervals; a system at several depths is a line.
+    Base and what is compared with it have their intervals; a system at several depths is a line.
     """
+    ours = evaluation.compared.name if evaluation.compared else ROUTED
+    looks = {**LOOKS, ours: LOOKS[ROUTED]}
     found = places(evaluation)
     others = {name: points for name, points in found.items() if name != BASE}
     height = max(0.42 * width, 1.2 + LINE * 1.25 * len(others), 3.0)
@@ -80,22 +82,22 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         at = (right, 100 * evaluation.chance)
         axes.annotate("chance", at, (0, 2), color=colours["faint"], **beside)
     for (name, points), place in zip(others.items(), label_places, strict=True):
-        colour, marker = LOOKS.get(name, ("faint", "D"))
-        stands_out = name in LOOKS
+        colour, marker = looks.get(name, ("faint", "D"))
+        stands_out = name in looks
         xs, ys = zip(*((each.executions, 100 * each.accuracy) for each in points), strict=True)
         look: dict[str, Any] = {"color": colours[colour], "zorder": 3 if stands_out else 2}
-        axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ROUTED else 4.5, **look)
+        axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ours else 4.5, **look)
         edge = left - 0.09 * room
         axes.plot([edge, xs[0]], [place, ys[0]], color=colours["grid"], linewidth=0.8, zorder=1)
-        look = {"fontweight": "bold" if name == ROUTED else "normal", "ha": "right"}
+        look = {"fontweight": "bold" if name == ours else "normal", "ha": "right"}
         ink = colours[colour if stands_out else "ink"]
         axes.text(edge - 0.015 * room, place, names[name], color=ink, va="center", **look)
     base = evaluation.base
     axes.plot([base.executions], [100 * base.accuracy], "o", color=colours["s0"], markersize=7)
-    for name in (BASE, ROUTED):
+    for name in (BASE, ours):
         for each in found.get(name, ()):
             low, high = (100 * end for end in each.interval)
-            colour = colours[LOOKS[name][0]]
+            colour = colours[looks[name][0]]
             axes.vlines([each.executions], [low], [high], color=colour, linewidth=1.8)
     said = f"base  {100 * base.accuracy:.1f} %"
     at = (base.executions, 100 * base.accuracy)

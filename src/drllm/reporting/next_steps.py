@@ -39,12 +39,13 @@ def _before_evaluation(run: Run) -> Step:
 
 
 def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
-    routed, task = evaluation.routed, evaluation.task
-    if routed is None or routed.against_base is None:
+    ours, task = evaluation.compared, evaluation.task
+    if ours is None or ours.against_base is None:
         yield f"Compare the routed model on {task} too:", "drllm evaluate --routers FOLDER"
         return
-    accuracy, loss = routed.against_base.accuracy, routed.against_base.text_loss
-    saves = share_saved(routed.executions, evaluation.num_layers) > 0
+    accuracy, loss = ours.against_base.accuracy, ours.against_base.text_loss
+    saves = share_saved(ours.executions, evaluation.num_layers) > 0
+    given = {name: evaluation.config.get(name) for name in ("curve", "paths")}
     is_worse = any(each is not None and each.is_better is False for each in (accuracy, loss))
     if accuracy.shown == "guessing":
         what = f"Take a task that the base model can do; on {task} it may be guessing. Or show it"
@@ -52,24 +53,27 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     if accuracy.needed is not None:
         what = f"Ask more than these {count(evaluation.num_questions)} questions of {task}:"
         yield what, f"drllm evaluate … --limit {-(-accuracy.needed // 10) * 10}"
-    if is_worse and saves:
+    if is_worse and saves and evaluation.routed:
         yield from _better_targets(run)
-    if not evaluation.curve:
+    if evaluation.routed and not any(point.setting for point in evaluation.curve):
         what = "See what is kept where fewer or more layers are saved:"
         yield what, "drllm evaluate … --curve 0.02,0.05,0.1"
     elif evaluation.choice is None and saves:
-        curve = f"--curve {evaluation.config.get('curve')} --epsilon 2"
-        what = "Look for the cheapest depth that is shown to lose less than you allow:"
-        yield what, f"drllm evaluate … {curve}"
+        words = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value)
+        what = f"Look for the cheapest {'depth' if evaluation.routed else 'path'} that is shown to "
+        yield f"{what}lose less than you allow:", f"drllm evaluate … {words} --epsilon 2"
     if rival := _unbeaten(evaluation):
         what = f"Routed minus {rival.name}, which reads no question: "
         what += f"{difference(against(rival))} points, {label(against(rival))}. A path that needs "
         what += "no router can be exported as an ordinary, smaller checkpoint:"
         yield what, "drllm export --path FILE --output FOLDER"
-    if not is_worse and saves:
+    if not is_worse and saves and evaluation.routers:
         routers = shlex.quote(evaluation.routers)
         yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
-    if not evaluation.seeds:
+    if not is_worse and saves and not evaluation.routed:
+        what = f"Write {ours.name} as an ordinary, smaller checkpoint, if it runs whole layers:"
+        yield what, "drllm export --path FILE --output FOLDER"
+    if evaluation.routed and not evaluation.seeds:
         yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
 
 

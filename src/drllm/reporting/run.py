@@ -209,7 +209,7 @@ def _check_routers(run: Run) -> None:
         return
     here = sha256(weights)
     for source in run.sources:
-        if source.manifest.get("routers_sha256", here) != here:
+        if (source.manifest.get("routers_sha256") or here) != here:
             raise RecordError(
                 f"{run.folder / source.name} was made with other routers than those in "
                 f"{weights.parent}; evaluate again"

@@ -39,6 +39,10 @@ ROUTING = (
     "Routers choose, once per question, which layers of the model to skip, execute or repeat. Base "
     "is the same model with every layer executed once."
 )
+PATHS = (
+    "A static path runs the same layers for every question. Base is the same model with every "
+    "layer executed once."
+)
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
 
@@ -52,7 +56,7 @@ def document(runs: Sequence[Run]) -> Document:
     compared = evaluated.side_by_side(
         "run",
         [(name, each) for name, run in named for each in run.evaluations],
-        "Base and routed model of every run, at every depth. Intervals of different runs say "
+        "Base, routed model and paths of every run, at all depths. Intervals of different runs say "
         "nothing about a difference between them where the questions differ.",
     )
     sections = [compared]
@@ -66,7 +70,12 @@ def _title(run: Run) -> str:
     name = str(run.model.get("id") or "a base model that no file names")
     tasks = [each.task for each in run.evaluations]
     tasks = tasks or list(dict.fromkeys(record.task for record in run.search))
-    return f"Layer routing of {name}" + (f" on {', '.join(tasks)}" if tasks else "")
+    what = "Layer routing" if _is_routed(run) else "Static paths"
+    return f"{what} of {name}" + (f" on {', '.join(tasks)}" if tasks else "")
+
+
+def _is_routed(run: Run) -> bool:
+    return not run.evaluations or any(each.routed for each in run.evaluations)
 
 
 def _about(run: Run) -> str:
@@ -86,7 +95,10 @@ def _first(run: Run) -> list[Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
     lines = [(e.task if several else "", evaluated.first_line(e)) for e in run.evaluations]
-    first: list[Block] = [ROUTING, Verdicts(lines or [("", "Nothing was evaluated yet.")])]
+    first: list[Block] = [
+        ROUTING if _is_routed(run) else PATHS,
+        Verdicts(lines or [("", "Nothing was evaluated yet.")]),
+    ]
     first += run.notes
     if several:
         return [*first, Tiles([evaluated.time_tile(run.latency)])]
@@ -193,7 +205,7 @@ def _routers(run: Run) -> Section:
 def _provenance(run: Run) -> Section:
     """Return the section on a run's provenance."""
     made = (each.manifest for each in run.sources)
-    wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA and m.get("routers"))
+    wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA)
     commands = list(dict.fromkeys(map(command, wanted)))
     values = {"run": run, "runtime": _runtime, "commands": commands}
     return Section("Provenance", folded=True, template="provenance.j2", values=values)
@@ -214,7 +226,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     """
     runtime, config = _runtime(manifest), manifest.get("config") or {}
     values: dict[str, Any] = {"model": (manifest.get("model") or {}).get("id") or None}
-    values |= {name: runtime.get(name) for name in RUNTIME} | {"routers": manifest["routers"]}
+    values |= {name: runtime.get(name) for name in RUNTIME} | {"routers": manifest.get("routers")}
     for declared in fields(EvaluateConfig):
         value = config.get(declared.name, declared.default)
         if value != declared.default or declared.name == "tasks":

@@ -16,6 +16,7 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
+from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.latency import device_clock, measure
@@ -317,7 +318,7 @@ def test_a_routed_model_is_evaluated_with_its_own_routers_and_given_back(
 
 
 def test_a_model_needs_routers_each_once_and_a_tokenizer(base, routers_dir, task):
-    with pytest.raises(ConfigError, match="no routers are given"):
+    with pytest.raises(ConfigError, match="neither routers nor paths are given"):
         evaluate(base, [task], settings())
     with pytest.raises(ConfigError, match="the same routers are given twice"):
         evaluate(base, [task], settings(), routers=[routers_dir, routers_dir])
@@ -444,7 +445,9 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         files.write(tmp_path)
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
-        read = TaskRun(lm, asked, num_texts=8).texts("routed", policy, "", lambda *asks: asks[-1]())
+        read = TaskRun(lm, asked, num_texts=8).texts(
+            "routed", Drawn(policy=policy), "", lambda *asks: asks[-1]()
+        )
         routes = []
         for prompt in asked.prompts():
             with lm.routed.using(policy), torch.no_grad():

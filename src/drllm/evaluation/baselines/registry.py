@@ -56,12 +56,17 @@ def files_needed(baselines: str) -> list[str]:
 def check(config: EvaluateConfig) -> None:
     """Refuse settings that make no sense together, before anything is loaded or written.
 
-    ConfigError for an unknown baseline, depths that are none, a choice without depths, its limits
+    ConfigError for an unknown baseline, depths that are none, a choice of nothing, its limits
     without a choice, or a file or draws that no baseline has a use for.
     """
     every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
     depths(config.curve)
     config.check_effects()
+    if config.epsilon is not None and config.curve is None and config.paths is None:
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} has no effect without --curve or --paths; give one of "
+            f"them, or leave it out"
+        )
     using = {file: [b for b in every if b.needs and b.needs[0] == file] for file in FILES}
     using = {"num_random_draws": [each for each in every if each.is_drawn], **using}
     for setting, users in using.items():

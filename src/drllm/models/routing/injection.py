@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
-from drllm.paths import ALL, StaticPath, step_of
+from drllm.paths import ALL, StaticPath
 
 if TYPE_CHECKING:
     from drllm.models.routing.sublayers import Sublayers
@@ -170,7 +170,7 @@ class Injection:
 
     def prepare(self, path: StaticPath) -> None:
         """Find attention and MLP now if a path needs them, not in the middle of a pass."""
-        if any(step_of(item).run != ALL for item in path.steps):
+        if path.runs_parts:
             _ = self.sublayers
 
     @cached_property

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from drllm.cost import Shares
+from drllm.cost import Shares, path_executions
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of
+from drllm.paths import StaticPath
 
 if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
@@ -40,6 +41,11 @@ def layer_shares(routed: RoutedModel) -> Shares:
         share = ours / (ours + sum(sum(_entries(mlp, model)) for mlp in mlps))
         shares.append((share, 1 - share))
     return shares
+
+
+def executions_along(routed: RoutedModel, path: StaticPath) -> float:
+    """Return the cost of a path on a model in layer equivalents; errors as of `layer_shares`."""
+    return path_executions(path, layer_shares(routed) if path.runs_parts else ())
 
 
 def _entries(module: nn.Module, model: Any, part: float = 1.0) -> Iterator[float]:

@@ -1,0 +1,254 @@
+"""Static paths as systems of an evaluation, with routers and without, against the listed layers."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ArchitectureError, ConfigError, PathError
+from drllm.evaluation import systems
+from drllm.evaluation.run import evaluate
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import encode
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import ATTENTION, MLP, StaticPath, Step
+from drllm.records import new_manifest, read_json_lines, write_json
+from drllm.records.results import read_results
+from drllm.records.static_paths import PATHS_SCHEMA, NamedPath, StaticPaths, steps_to_write
+from drllm.reporting.stage import report
+from drllm.statistics import non_inferiority
+from drllm.tasks.registry import get_task
+from slow_way import ListedModel, tiny_routers
+
+NUM_QUESTIONS = 8
+PATHS = {
+    "four": StaticPath([0, 1, 3, 5]),
+    "parts": StaticPath(
+        [0, Step(1, MLP), 2, Step(3, ATTENTION), Step(3, scale=0.5), Step(4, MLP), 5]
+    ),
+}
+COSTS = {"four": 4.0, "parts": 4 + 2 * 2 / 3 + 1 / 3}  # 3072 of a layer's 9216 are attention's
+TOLERANCE = 1e-4
+END = 2
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(max_position_embeddings=1024)
+    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture(scope="module")
+def routers(base):
+    labels = {"base_fingerprint": fingerprint(base.model), "label_counts": ((2, 7, 1),) * 6}
+    return tiny_routers(3, router_width=128, num_windows=8, **labels)
+
+
+def small(**values):
+    few: dict[str, Any] = {"limit": NUM_QUESTIONS, "num_texts": 4, "latency_rounds": 0}
+    return EvaluateConfig(**{**few, "batch_size": 5, **values})
+
+
+def run(base, folder, paths=PATHS, task="builtin_facts", routers=(), **values):
+    evaluate(base, [get_task(task)], small(**values), folder, paths=paths, routers=routers)
+    [result] = read_results(folder)
+    return result
+
+
+@pytest.fixture(scope="module")
+def evaluated(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    return run(base, folder), folder
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_each_question_is_answered_as_by_the_listed_layers(evaluated, base, name):
+    task, losses = get_task("builtin_facts"), []
+    examples = {example.id: example for example in task.examples("test")}
+    listed = ListedModel(base.model, path=PATHS[name].steps)
+    result, folder = evaluated
+    samples = [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
+    for sample in samples:
+        outcome, example = sample["systems"][name], examples[sample["id"]]
+        prompt = task.prompt(example, "loglikelihood")
+        context = encode(base.tokenizer, prompt.text)
+        rows = [encode(base.tokenizer, prompt.text + text) for text in prompt.continuations]
+        sums = listed.sums(context, [row[len(context) :] for row in rows])
+        gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
+        assert outcome["correct"] == float(sums.index(max(sums)) == example.gold)
+        assert outcome["gold_logprob"] == pytest.approx(gold, abs=TOLERANCE)
+        text = rows[example.gold]
+        losses.append(-listed.sums(text[:1], [text[1:]])[0] / (len(text) - 1))
+    loss = sum(losses[:4]) / 4
+    assert result.system(name).text_loss == pytest.approx(loss, abs=TOLERANCE)
+
+
+def test_without_routers_base_is_compared_with_the_paths(evaluated):
+    result, _ = evaluated
+    assert [system.name for system in result.systems] == ["base", *PATHS]
+    assert [point.name for point in result.curve] == ["base", "parts", "four"]
+    assert (result.routed, result.routers, result.config["baselines"]) == (None, None, "none")
+    for name, cost in COSTS.items():
+        system = result.system(name)
+        assert system.executions == pytest.approx(cost)
+        assert system.against_base.accuracy.n == NUM_QUESTIONS
+        assert system.routed_against is None
+        assert system.reads_question is False
+        assert system.prompt_flops.weights < result.base.prompt_flops.weights
+    # K and V of four of the six layers, and of five executions that have an attention.
+    kept = [system.kv_bytes_per_token / result.base.kv_bytes_per_token for system in result.systems]
+    assert kept == pytest.approx([1, 4 / 6, 5 / 6])
+    steps = {name: steps_to_write(path) for name, path in PATHS.items()}
+    assert result.paths == steps
+    assert result.findings[0].startswith(f"{result.best_path.name}, the most accurate of 2 paths")
+
+
+def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drllm, tmp_path):
+    result, folder = evaluated
+    best = result.best_path.name
+    report(folder, output=tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert f"{best}, the most accurate of 2 paths" in page
+    assert f"Accuracy, {best} minus base" in page
+    for missing in ("routed minus it", "--routers", "Routers choose"):
+        assert missing not in page
+    shown = drllm("show", folder).out
+    assert "four" in shown
+    assert "on routed" not in shown
+
+
+def test_with_routers_paths_are_compared_with_the_routed_model_too(
+    evaluated, base, routers, tmp_path
+):
+    alone, _ = evaluated
+    result = run(base, tmp_path, routers=routers, baselines="last-layers")
+    assert [each.name for each in result.systems] == ["base", "routed", "last layers", *PATHS]
+    for name in PATHS:
+        ours, before = result.system(name), alone.system(name)
+        assert (ours.accuracy, ours.executions) == (before.accuracy, before.executions)
+        assert ours.gold_logprob == pytest.approx(before.gold_logprob, abs=TOLERANCE)
+        assert ours.routed_against.accuracy.mean == pytest.approx(
+            result.routed.accuracy - ours.accuracy
+        )
+    assert any(said.startswith(f"{result.best_path.name}, the most") for said in result.findings)
+
+
+def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
+    graded: dict[str, Any] = {}
+    by_blocks = systems.TaskRun._by_blocks
+
+    def keeping(self, keep, decided, ask):
+        found = by_blocks(self, keep, decided, ask)
+        graded[json.dumps(decided(range(1)))] = self.asked, found.answers[0]
+        return found
+
+    monkeypatch.setattr(systems.TaskRun, "_by_blocks", keeping)
+    result = run(base, tmp_path, task="builtin_arithmetic", limit=3)
+    for name, path in PATHS.items():
+        asked, answers = graded[json.dumps(path.steps)]
+        listed = ListedModel(base.model, path=path.steps)
+        for tokens, [answer] in zip(asked.prompt_tokens, answers, strict=True):
+            new = listed.greedy(tokens, 15)  # as many as the task asks for
+            new = new[: new.index(END)] if END in new else new
+            assert answer == base.tokenizer.decode(new, skip_special_tokens=True)
+        assert result.system(name).decode_executions == pytest.approx(COSTS[name])
+
+
+def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
+    enough = {"limit": 30, "num_texts": 30, "epsilon": 100.0, "max_loss_increase": 100.0}
+    paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
+    result = run(base, tmp_path, paths, **enough)
+    assert [trial.name for trial in result.choice.trials] == ["five", "four"]
+    assert result.choice.certified.name == result.best_path.name == "four"
+    assert result.findings[0].startswith("four: ")
+
+
+def write_paths(file, base, num_layers=6, **paths):
+    manifest = new_manifest("paths", model=base.identity, config={})
+    full = {"full": StaticPath(range(num_layers)), **paths}
+    named = [
+        NamedPath(name=name, steps=steps_to_write(path), executions=1.0)
+        for name, path in full.items()
+    ]
+    about = {**manifest, "schema": PATHS_SCHEMA, "tasks": ("builtin_facts",)}
+    found = StaticPaths(**about, objective="gold", num_layers=num_layers, paths=tuple(named))
+    write_json(file, found)
+    return str(file)
+
+
+def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):
+    file = write_paths(tmp_path / "paths.json", base, **PATHS)
+    (tmp_path / "plan.json").write_text('{"decisions": [1, 1, 1, 1, 1, 0]}')
+    few = {"limit": 2, "num_texts": 2}
+    result = run(base, tmp_path / "all", f"{file}, {tmp_path / 'plan.json'}", **few)
+    assert [each.name for each in result.systems] == ["base", *PATHS, "plan"]
+    result = run(base, tmp_path / "one", f"{file}:full", **few)
+    assert [each.name for each in result.systems] == ["base", "full"]
+
+
+def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):
+    file = write_paths(tmp_path / "paths.json", base, four=PATHS["four"])
+    other = write_paths(tmp_path / "other.json", base, num_layers=7, one=StaticPath([0]))
+    alone = write_paths(tmp_path / "alone.json", base)
+    for paths, said in {
+        f"{file}:fuor": "unknown path 'fuor'; did you mean 'four'",
+        f"{file},{file}:four": "'four' is there twice",
+        other: "a model of 7 layers, this one has 6",
+        alone: "no path but the full one",
+    }.items():
+        with pytest.raises(PathError, match=said):
+            run(base, tmp_path / "eval", paths)
+    for name, path, said in (
+        ("last layers", [0], "'last layers', as another system is"),
+        ("routed", [0], "'routed', as another system is"),
+        ("seven", [0, 6], "not a layer of a model of 6 layers"),
+    ):
+        with pytest.raises(PathError, match=said):
+            run(base, tmp_path / "eval", {name: StaticPath(path)})
+    assert not (tmp_path / "eval").exists()
+
+
+def test_parts_that_the_model_has_not_are_refused_before_anything_is_asked(
+    tiny_model, tiny_tokenizer, tmp_path
+):
+    model = BaseModel(model=tiny_model("opt"), tokenizer=tiny_tokenizer, name="o", revision=None)
+    with pytest.raises(ArchitectureError, match="no module of its own for the MLP"):
+        run(model, tmp_path, {"parts": PATHS["parts"]})
+
+
+def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
+    with pytest.raises(ConfigError, match="neither routers nor paths"):
+        run(base, tmp_path, None)
+    with pytest.raises(ConfigError, match="neither routers nor paths"):
+        run(RoutedModel(base.model, tokenizer=base.tokenizer), tmp_path, None)
+    for values in ({"curve": "0.1"}, {"baselines": "all"}, {"num_calibration": 4}):
+        [name] = values
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* without routers"):
+            run(base, tmp_path, **values)
+
+
+def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_path, monkeypatch):
+    asked, ask = [], systems.TaskRun._ask
+
+    def once(self, block, first, plans):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(first.path)
+        return ask(self, block, first, plans)
+
+    few = {"limit": 2, "num_texts": 2}
+    monkeypatch.setattr(systems.TaskRun, "_ask", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, **few)
+    changed = {**PATHS, "four": StaticPath([0, 1, 4, 5])}
+    with pytest.raises(ConfigError, match=r"made with paths four steps"):
+        run(base, tmp_path, changed, **few)
+    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *a: asked.append(a[2].path) or ask(*a))
+    run(base, tmp_path, **few)
+    assert asked == [None, *PATHS.values()]
+    with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):
+        run(base, tmp_path, changed, **few)
