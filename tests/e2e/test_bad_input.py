@@ -215,6 +215,11 @@ search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't f
 search --reward letter,letter => --reward names 'letter' twice
 search --strategy sweep --length-penalty 9 => --length-penalty 9 has no effect with --strategy sweep
 search --model nowhere --shard 1/2 --limit 1 => --shard 1/2 holds no questions
+evaluate --tasks builtin_facts => neither routers nor paths are given
+evaluate --paths nowhere.json => nowhere.json doesn't exist
+evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers => p.json: [0]\\n
+evaluate --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
+EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
 EVALUATE --epsilon 2 => --epsilon 2 has no effect
 EVALUATE --curve 0.1 --max-loss-increase 0.1 => --max-loss-increase 0.1 has no effect

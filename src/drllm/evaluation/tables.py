@@ -210,7 +210,7 @@ class TaskRuns:
                 f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
         if against.gold_logprob is not None:
-            said.append(against.gold_logprob.sentence(ours.name))
+            said.append(against.gold_logprob.sentence(found.called(ours)))
         if permuted is not None:
             said.append(self._against_permuted(permuted))
         said += map(seeds_sentence, found.seeds)
@@ -236,8 +236,8 @@ class TaskRuns:
             return said
         certified = found.choice and found.choice.certified
         picked = len(found.paths) > 1 and not (certified and certified.name == system.name)
-        best = f", the most accurate of {len(found.paths)} paths on these questions"
-        return f"{system.name}{best if picked else ''}: {lower(said)}"
+        best = f", the most accurate of {len(found.paths)} on these questions"
+        return f"Path {system.name}{best if picked else ''}: {lower(said)}"
 
     def _against_permuted(self, permuted: System) -> str:
         if len(set(self.trained[1].routes[0])) == 1:

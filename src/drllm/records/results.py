@@ -211,6 +211,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         found = [each for each in paths if certified and each.name == certified.name]
         return max(found or paths, key=lambda one: (one.accuracy, -one.executions), default=None)
 
+    def called(self, system: System) -> str:
+        """Return what a system is called in a sentence."""
+        return f"path {system.name}" if system.name in self.paths else system.name
+
     @property
     def score(self) -> str:
         """What is averaged over the questions, in words."""

@@ -52,8 +52,9 @@ def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     run = f"{plain(ours.executions, 2)} of {evaluation.num_layers} run a forward pass"
     title = "Layers saved" if saved >= 0 else "More layers run"
     score = evaluation.score if evaluation.is_graded else "Accuracy"
-    before = f"base {percent(evaluation.base.accuracy)}, {ours.name} {percent(ours.accuracy)}"
-    whose = f"{ours.name} minus base"
+    called = evaluation.called(ours)
+    before = f"base {percent(evaluation.base.accuracy)}, {called} {percent(ours.accuracy)}"
+    whose = f"{called} minus base"
     each = [
         Tile(title, percent(abs(saved)), run),
         _tile(f"{score}, {whose}", found.accuracy, "points", before),
@@ -94,7 +95,7 @@ def _plot(evaluation: Evaluation) -> Figure:
         for each in evaluation.systems
     )
     depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
-    barred = evaluation.compared.name if evaluation.compared else ROUTED
+    barred = evaluation.called(evaluation.compared) if evaluation.compared else ROUTED
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",

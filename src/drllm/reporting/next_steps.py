@@ -71,7 +71,7 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
         routers = shlex.quote(evaluation.routers)
         yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
     if not is_worse and saves and not evaluation.routed:
-        what = f"Write {ours.name} as an ordinary, smaller checkpoint, if it runs whole layers:"
+        what = f"Write {evaluation.called(ours)} as an ordinary, smaller checkpoint:"
         yield what, "drllm export --path FILE --output FOLDER"
     if evaluation.routed and not evaluation.seeds:
         yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,17 +11,19 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError, PathError
 from drllm.evaluation import systems
 from drllm.evaluation.run import evaluate
+from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
-from drllm.records import new_manifest, read_json_lines, write_json
+from drllm.records import read_json_lines
 from drllm.records.results import read_results
-from drllm.records.static_paths import PATHS_SCHEMA, NamedPath, StaticPaths, steps_to_write
+from drllm.records.static_paths import steps_to_write
 from drllm.reporting.stage import report
 from drllm.statistics import non_inferiority
 from drllm.tasks.registry import get_task
+from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
 NUM_QUESTIONS = 8
@@ -52,8 +55,20 @@ def small(**values):
     return EvaluateConfig(**{**few, "batch_size": 5, **values})
 
 
+class Hearing(Listener):
+    """Checks that as much work is done in the end as was planned."""
+
+    @contextmanager
+    def progress(self, title, unit):
+        calls = []
+        yield lambda *args: calls.append(args)
+        done, planned, _ = calls[-1]
+        assert done == planned
+
+
 def run(base, folder, paths=PATHS, task="builtin_facts", routers=(), **values):
-    evaluate(base, [get_task(task)], small(**values), folder, paths=paths, routers=routers)
+    config, tasks = small(**values), [get_task(task)]
+    evaluate(base, tasks, config, folder, paths=paths, routers=routers, listener=Hearing())
     [result] = read_results(folder)
     return result
 
@@ -103,7 +118,7 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
     assert kept == pytest.approx([1, 4 / 6, 5 / 6])
     steps = {name: steps_to_write(path) for name, path in PATHS.items()}
     assert result.paths == steps
-    assert result.findings[0].startswith(f"{result.best_path.name}, the most accurate of 2 paths")
+    assert result.findings[0].startswith(f"Path {result.best_path.name}, the most accurate of 2 on")
 
 
 def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drllm, tmp_path):
@@ -111,8 +126,9 @@ def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drll
     best = result.best_path.name
     report(folder, output=tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert f"{best}, the most accurate of 2 paths" in page
-    assert f"Accuracy, {best} minus base" in page
+    assert page.startswith("# Static paths of tiny on builtin_facts")
+    assert f"Path {best}, the most accurate of 2" in page
+    assert f"Accuracy, path {best} minus base" in page
     for missing in ("routed minus it", "--routers", "Routers choose"):
         assert missing not in page
     shown = drllm("show", folder).out
@@ -133,7 +149,7 @@ def test_with_routers_paths_are_compared_with_the_routed_model_too(
         assert ours.routed_against.accuracy.mean == pytest.approx(
             result.routed.accuracy - ours.accuracy
         )
-    assert any(said.startswith(f"{result.best_path.name}, the most") for said in result.findings)
+    assert any(said.startswith(f"Path {result.best_path.name}, the") for said in result.findings)
 
 
 def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
@@ -164,41 +180,29 @@ def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkey
     result = run(base, tmp_path, paths, **enough)
     assert [trial.name for trial in result.choice.trials] == ["five", "four"]
     assert result.choice.certified.name == result.best_path.name == "four"
-    assert result.findings[0].startswith("four: ")
-
-
-def write_paths(file, base, num_layers=6, **paths):
-    manifest = new_manifest("paths", model=base.identity, config={})
-    full = {"full": StaticPath(range(num_layers)), **paths}
-    named = [
-        NamedPath(name=name, steps=steps_to_write(path), executions=1.0)
-        for name, path in full.items()
-    ]
-    about = {**manifest, "schema": PATHS_SCHEMA, "tasks": ("builtin_facts",)}
-    found = StaticPaths(**about, objective="gold", num_layers=num_layers, paths=tuple(named))
-    write_json(file, found)
-    return str(file)
+    assert result.findings[0].startswith("Path four: ")
 
 
 def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):
-    file = write_paths(tmp_path / "paths.json", base, **PATHS)
+    file = written_paths(tmp_path / "paths.json", base.identity)
     (tmp_path / "plan.json").write_text('{"decisions": [1, 1, 1, 1, 1, 0]}')
     few = {"limit": 2, "num_texts": 2}
     result = run(base, tmp_path / "all", f"{file}, {tmp_path / 'plan.json'}", **few)
-    assert [each.name for each in result.systems] == ["base", *PATHS, "plan"]
+    assert [each.name for each in result.systems] == ["base", "5.00", "4.60", "damped", "plan"]
     result = run(base, tmp_path / "one", f"{file}:full", **few)
     assert [each.name for each in result.systems] == ["base", "full"]
 
 
 def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):
-    file = write_paths(tmp_path / "paths.json", base, four=PATHS["four"])
-    other = write_paths(tmp_path / "other.json", base, num_layers=7, one=StaticPath([0]))
-    alone = write_paths(tmp_path / "alone.json", base)
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    deeper = {**base.identity, "num_layers": 7}
+    other = written_paths(tmp_path / "other.json", deeper)
+    full = written_paths(tmp_path / "full.json", base.identity, paths={"full": [*range(6)]})
     for paths, said in {
-        f"{file}:fuor": "unknown path 'fuor'; did you mean 'four'",
-        f"{file},{file}:four": "'four' is there twice",
-        other: "a model of 7 layers, this one has 6",
-        alone: "no path but the full one",
+        f"{file}:4.6": "unknown path '4.6'; did you mean '4.60'",
+        f"{file},{file}:4.60": "'4.60' is there twice",
+        str(other): "num_layers 7 .this model has 6",
+        str(full): "no path but the full one",
     }.items():
         with pytest.raises(PathError, match=said):
             run(base, tmp_path / "eval", paths)
