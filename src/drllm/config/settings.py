@@ -298,14 +298,12 @@ class EvaluateConfig(Settings):
         fitted_on: other tasks on whose questions depths are chosen and baselines fitted
         num_fewshot: worked examples before each question; each task's own unless given
         chat: ask through the tokenizer's chat template
-        paths: static paths, each a system: files, or names of paths in them; all of a paths.json
-            but the full one where none is named
+        paths: static paths: files; of a paths.json all but the full one, or the named one
         baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
         search: search.jsonl, for baselines that are fitted on it
         supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
         curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
-        epsilon: with --curve or --paths: points of accuracy; finds the cheapest depth or path that
-            is shown to lose less
+        epsilon: points of accuracy; finds the cheapest depth or path shown to lose less
         max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
             given
         worked_answers: with --epsilon: a task (gsm8k) on whose right answers the loss may rise no
