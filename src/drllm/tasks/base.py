@@ -46,6 +46,7 @@ class Example:
         gold: Index of the right option; None without options.
         answer: The right answer's text.
         other_answers: Further texts that are as right, for answers that are generated.
+        solution: How the answer is found, ending in it; empty for most.
         context: What stands before the question: the passage that it asks about, or a line on its
             subject. Empty for most; a question is recognised by its own text alone.
     """
@@ -57,6 +58,7 @@ class Example:
     gold: int | None = None
     answer: str
     other_answers: tuple[str, ...] = ()
+    solution: str = ""
     context: str = ""
 
 

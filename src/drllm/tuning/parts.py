@@ -11,7 +11,8 @@ from pathlib import Path
 from drllm.config import SPLITS, TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
-from drllm.tasks.base import OPTIONS_REWARD, Example, Task, choose
+from drllm.statistics.non_inferiority import FEWEST_TEXTS
+from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt, Task, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 
@@ -55,7 +56,27 @@ def parts_of_tasks(
     for name in config.weights or {}:
         if name not in names:
             raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
-    return [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
+    divided = [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
+    if config.epsilon is not None:
+        _check_certifiable(divided, config)
+    return divided
+
+
+def _check_certifiable(divided: Sequence[TaskParts], config: TuneConfig) -> None:
+    """Refuse a certificate before anything is searched where there can't be one."""
+    for each in divided:
+        if objective_of(each.task, config) == LOSS and each.examples[FIT][0].solution:
+            raise ConfigError(
+                f"--epsilon {config.epsilon:g} needs answers that are graded, and of "
+                f"{each.task.name} worked solutions are read; leave it out"
+            )
+    for part in (CERTIFY, TEST):
+        num = sum(len(choose(e.examples[part], config.num_judged, 0)) for e in divided)
+        if num < FEWEST_TEXTS:
+            raise ConfigError(
+                f"--epsilon {config.epsilon:g} needs {FEWEST_TEXTS} questions to {part} at least, "
+                f"and there are {num}; give more questions, or leave it out"
+            )
 
 
 def objective_of(task: Task, config: TuneConfig) -> str:
@@ -72,6 +93,19 @@ def objective_of(task: Task, config: TuneConfig) -> str:
 def reward_for(task: Task, objective: str) -> str:
     """Return the reward that a task's questions are asked for."""
     return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
+
+
+def prompt_of(task: Task, example: Example, objective: str) -> Prompt:
+    """Return how a question is asked; a worked solution is read after the question as it stands."""
+    if objective == LOSS and example.solution:
+        return Prompt(
+            text=f"Question: {example.question}\nAnswer:",
+            reward=OPTIONS_REWARD,
+            answer=example.answer,
+            continuations=(f" {example.solution}",),
+            gold=0,
+        )
+    return task.prompt(example, reward_for(task, objective))
 
 
 def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskParts:

@@ -55,7 +55,7 @@ from drllm.tuning.parts import (
     TaskParts,
     objective_of,
     parts_of_tasks,
-    reward_for,
+    prompt_of,
 )
 
 CHUNKS_FOLDER = "paths.partial"
@@ -148,8 +148,7 @@ class _OfTask:
         else:  # in random order, since a search looks at the first ones first
             order = np.random.RandomState(self.config.seed).permutation(len(examples))
             examples = [examples[place] for place in order]
-        reward = reward_for(self.task, self.objective)
-        return [self.task.prompt(example, reward) for example in examples]
+        return [prompt_of(self.task, example, self.objective) for example in examples]
 
     def judge(self, part: str) -> Judge:
         """Return what scores paths on a part; `texts of PART` reads the texts of its questions."""
@@ -199,12 +198,17 @@ class _OfTask:
         """Return which questions of a part are answered right; empty where nothing says so."""
         if self.objective == GOLD:
             return self.scores(part, [path])[0].right[0]
-        if self.objective != LOSS:
+        if self.objective != LOSS or self.reads_solutions:
             return []
         ask = partial(graded, self.routed, path, self.prompts(part))
         if self.chunks is None:
             return ask()
         return self.chunks.once(f"{self.name} answers {part} {_digest([path])}", list[float], ask)
+
+    @property
+    def reads_solutions(self) -> bool:
+        """Whether worked solutions are read, so that no answer is generated and graded."""
+        return any(example.solution for example in self.divided.examples[FIT])
 
     @property
     def chance(self) -> float:

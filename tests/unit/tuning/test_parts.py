@@ -2,11 +2,24 @@
 
 import pytest
 
-from drllm.errors import TaskError
+from drllm.config import TuneConfig
+from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Task, with_options
+from drllm.tasks.base import Example, Task, with_options
 from drllm.tasks.registry import get_task
-from drllm.tuning.parts import CERTIFY, FIT, PARTS, SELECT, TEST, parts_of, rungs
+from drllm.tuning.parts import (
+    CERTIFY,
+    FIT,
+    KL,
+    LOSS,
+    PARTS,
+    SELECT,
+    TEST,
+    parts_of,
+    parts_of_tasks,
+    prompt_of,
+    rungs,
+)
 
 
 class OneSet(Task):
@@ -57,6 +70,20 @@ def test_a_set_of_one_split_is_divided_by_its_texts():
 def test_too_few_questions_are_refused_with_the_part_that_has_none():
     with pytest.raises(TaskError, match="part '"):
         parts_of(OneSet(2), None, 100, 0)
+
+
+def test_a_worked_solution_is_read_after_its_question():
+    task = get_task("gsm8k")
+    example = Example(question="How many?", answer="3", solution="1 + 2 = 3 #### 3")
+    prompt = prompt_of(task, example, LOSS)
+    assert prompt.text + prompt.continuations[0] == "Question: How many?\nAnswer: 1 + 2 = 3 #### 3"
+    assert prompt_of(task, example, KL) == task.prompt(example, "boxed")
+
+
+def test_too_few_questions_for_a_certificate_are_refused_before_anything_is_searched():
+    config = TuneConfig(tasks="builtin_facts", epsilon=2.0, num_judged=20)
+    with pytest.raises(ConfigError, match="30 questions to certify"):
+        parts_of_tasks(config)
 
 
 def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():

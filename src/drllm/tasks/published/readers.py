@@ -222,11 +222,12 @@ def gpqa_columns(example: Example, _row: Row) -> dict[str, Any]:
 
 def gsm8k(row: Row) -> Example:
     """Read `question` and `answer`: a solution that ends in `#### ` and a number."""
-    _, mark, number = text_of(row, "answer").rpartition("#### ")
+    solution = text_of(row, "answer")
+    _, mark, number = solution.rpartition("#### ")
     answer = number.strip().replace(",", "")
     if not mark or not answer:
         raise TaskError("'answer' doesn't end in '#### ' and a number")
-    return Example(question=text_of(row, "question"), answer=answer)
+    return Example(question=text_of(row, "question"), answer=answer, solution=solution)
 
 
 def dart(row: Row, level: int) -> Example | None:
