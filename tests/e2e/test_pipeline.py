@@ -17,6 +17,8 @@ import pytest
 
 from drllm.cli import main
 from drllm.records import read_search
+from drllm.records.results import read_evaluation
+from drllm.records.static_paths import read_paths
 from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
 from rays import leaving_things_open
@@ -97,6 +99,17 @@ def test_a_recipe_may_leave_the_search_to_ray(finished_run, recipe, tmp_path, as
     assert set(files_of(tmp_path / "run")) == FILES
     ours, theirs = (read_search(run / "search.jsonl") for run in (finished_run, tmp_path / "run"))
     assert_same_run(ours, theirs)
+
+
+@pytest.mark.thorough
+def test_a_recipe_may_tune_a_path_that_is_evaluated_beside_the_routers(run_copy, rerun):
+    tune = "tune: {num_fit: 24, num_judged: 24, max_skipped: 1, beam: 1, max_loss: 10.0}\n"
+    said = rerun("evaluate:", f"{tune}evaluate:")
+    assert "[4/6] tune" in said
+    names = [path.name for path in read_paths(run_copy / "paths.json").paths]
+    result = read_evaluation(run_copy / "eval" / "builtin_facts.json")
+    assert {f"{name}" for name in names[1:]} <= {system.name for system in result.systems}
+    assert rerun("evaluate:", f"{tune}evaluate:").count("done before") == 6
 
 
 def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run, recipe, drllm):

@@ -27,6 +27,7 @@ from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
 from drllm.records.places import check_folder
+from drllm.records.static_paths import PATHS_FILE
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
 
@@ -170,7 +171,7 @@ class RunFolder:
         shared = shared or {}
         self.search_file = shared.get("search", folder) / "search.jsonl"
         self.supervision_file = shared.get("supervise", folder) / "supervision.jsonl"
-        self.paths_file = folder / "paths.json"
+        self.paths_file = folder / PATHS_FILE
         self.routers = shared.get("train", folder) / "routers"
         self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
 
@@ -284,17 +285,21 @@ class RunFolder:
     def _evaluate(self) -> Stage:
         config, tasks = self.recipe.evaluate, self.recipe.tasks
         routers = [folder / name for folder in self.seeds for name in ROUTER_FILES]
+        tuned = [] if self.recipe.tune is None else [self.paths_file]
         yield {
             "config": config.decisive() | {"measures_time": config.latency_rounds > 0},
             "model": self.recipe.model.to_dict(),
             "questions": _evaluated(tasks, config),
             **{path.relative_to(self.routers).as_posix(): hash_of(path) for path in routers},
+            **{path.name: hash_of(path) for path in tuned},
         }
         from drllm.evaluation.run import evaluate
 
         ours: dict[str, Any] = {}
         for name in files_needed(config.baselines):  # the run's own, unless others are given
             ours[name] = getattr(config, name) or str(getattr(self, f"{name}_file"))
+        if tuned:
+            ours["paths"] = config.paths or str(self.paths_file)
         config = dataclasses.replace(config, **ours)
         output, base = self.folder / "eval", self.load()
         evaluate(base, tasks, config, output, routers=self.seeds, listener=self.listener)
