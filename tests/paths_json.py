@@ -25,6 +25,7 @@ def written_paths(
     certified: str | None = None,
     epsilon: float | None = 2.0,
     paths: Mapping[str, list[int | Step]] = PATHS,
+    divided: tuple[str, ...] = (),
 ) -> Path:
     """Write a `paths.json` of a model with this identity, and return where it lies."""
     trials = [
@@ -45,6 +46,7 @@ def written_paths(
     record = StaticPaths(
         **manifest,
         tasks=("arc_easy", "builtin_facts"),
+        divided=divided,
         objective={"arc_easy": "gold_logprob", "builtin_facts": "gold_logprob"},
         num_layers=model["num_layers"],
         paths=tuple(

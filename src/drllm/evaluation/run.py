@@ -112,6 +112,9 @@ def evaluate(
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
     )
+    for path in by_name.values():
+        if isinstance(path, PathFile):
+            _refuse_chosen_on(path, found, config)
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_output(folder)
@@ -203,6 +206,24 @@ def _evaluate(
             results = _write(done, header, output)
             shared.chunks.remove()
     return results
+
+
+def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
+    """Refuse, by a ConfigError, questions that a tuned path was fitted, chosen or certified on."""
+    for task in tasks:
+        if path.record is None or task.name not in path.record.tasks:
+            continue
+        if task.name in path.record.divided:
+            raise ConfigError(
+                f"{path.file} was tuned on a part of the questions of {task.name} that an "
+                f"evaluation asks; 'drllm show {path.file}' has what its paths do on the others"
+            )
+        if config.split_of(task.name) != "test":
+            raise ConfigError(
+                f"{path.file} was tuned on {task.name}, and --split "
+                f"{config.split_of(task.name)} holds questions that its paths were chosen on; "
+                f"evaluate them on test"
+            )
 
 
 def check_paths(

@@ -256,3 +256,12 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
     assert asked == [None, *PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):
         run(base, tmp_path, changed, **few)
+
+
+def test_questions_that_a_path_was_chosen_on_are_refused(base, tmp_path):
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    with pytest.raises(ConfigError, match="chosen on"):
+        run(base, tmp_path / "out", str(file), split="select")
+    divided = written_paths(tmp_path / "part.json", base.identity, divided=("builtin_facts",))
+    with pytest.raises(ConfigError, match="a part of the questions of builtin_facts"):
+        run(base, tmp_path / "out", str(divided))
