@@ -173,13 +173,17 @@ def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
         assert result.system(name).decode_executions == pytest.approx(COSTS[name])
 
 
-def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "worked", [None, pytest.param("builtin_arithmetic", marks=pytest.mark.thorough)]
+)
+def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkeypatch, worked):
     monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
     enough = {"limit": 30, "num_texts": 30, "epsilon": 100.0, "max_loss_increase": 100.0}
     paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
-    result = run(base, tmp_path, paths, **enough)
+    result = run(base, tmp_path, paths, worked_answers=worked, **enough)
     assert [trial.name for trial in result.choice.trials] == ["five", "four"]
     assert result.choice.certified.name == result.best_path.name == "four"
+    assert (result.choice.certified.worked is not None) == (worked is not None)
     assert result.findings[0].startswith("Path four: ")
 
 
