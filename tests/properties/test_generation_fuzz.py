@@ -634,6 +634,10 @@ def examine(case: Case, *, untouched: bool = False, counts: Counts) -> None:
         check_beams(case, found, counts)
 
 
+CROPS_NO_WINDOW = "Cannot `crop` a `DynamicSlidingWindowLayer`"
+"""What transformers 5.0 says where a draft is taken back from a window that is full."""
+
+
 def try_out(case: Case, counts: Counts) -> None:
     """Run a case; what the untouched model can't do either is only counted."""
     counts.ways[case.way] += 1
@@ -641,6 +645,8 @@ def try_out(case: Case, counts: Counts) -> None:
         examine(case, counts=counts)
     except FOREIGN_ERRORS as error:
         try:
+            if CROPS_NO_WINDOW in str(error):  # which drafts are taken back depends on the plan
+                raise
             examine(case, untouched=True, counts=Counts())
         except FOREIGN_ERRORS as theirs:
             reason = f"{case.way}, {case.family}: {type(theirs).__name__}: {str(theirs)[:80]}"

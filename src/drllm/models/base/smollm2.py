@@ -193,6 +193,8 @@ def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     weights = {}
     for name, _ in model.named_parameters():
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue  # transformers 5.0 lists what is tied to another weight too
         found = stored[names.get_name(name, try_suffixes=(".weight",))]
         values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type)))
         if num_heads := heads.get(name.split(".")[-2]):

@@ -4,12 +4,13 @@ import dataclasses
 import re
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
@@ -53,9 +54,13 @@ def find(place: Path | str, revision: str | None = None, **options: Any) -> Path
         return folder
     try:
         with hub.quiet():
-            fetched = huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=FILES, **options
+            fetch = partial(
+                huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=FILES
             )
+            try:
+                fetched = fetch(**options)
+            except OfflineModeIsEnabled:  # which some versions say of a commit that is in the cache
+                fetched = fetch(**{**options, "local_files_only": True})
     except hub.FETCH_ERRORS as error:
         otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
         said = hub.explain(error, "routers repository", name, revision, otherwise)
