@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from drllm.errors import ArchitectureError, PathError, RoutingError
@@ -37,9 +38,11 @@ NO_PARTS = {
 """Families that are routed, but not in parts → why."""
 
 ROUTED = sorted(FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group})
+NOT_ROUTED_IN_4 = ("biogpt", "gpt_bigcode")
 END = 2
 TOLERANCE = 5e-5
 """Greatest difference of two logits; 2.2e-5 was measured, on models whose biases aren't zero."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window_pattern:FutureWarning")  # cohere2
 generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 
 
@@ -47,6 +50,8 @@ def tiny(family):
     """Return a model with biases that aren't zero, as after any training."""
     if not known_to_transformers(family):
         pytest.skip(f"not in this transformers: {family}")
+    if family in NOT_ROUTED_IN_4 and transformers.__version__.startswith("4."):
+        pytest.skip(f"not routed in transformers 4: {family}")
     model = make_tiny(family)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():

@@ -37,6 +37,12 @@ from drllm.records.static_paths import PathFile
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
 
+BUILD_ERRORS = (
+    *(ValueError, TypeError, KeyError, IndexError, StrictDataclassError),
+    NotImplementedError,  # a class that looks at its weights while it is built
+)
+"""What a class of transformers raises where it can't be built from a config."""
+
 CONFIG_FILE, TOKENIZER_CONFIG_FILE, CARD_FILE = "config.json", "tokenizer_config.json", "README.md"
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -179,7 +185,7 @@ def _build(base: Any, path: tuple[int, ...]) -> Any:
             listed = AutoModelForCausalLM.from_config(
                 config, attn_implementation=base.config._attn_implementation
             )
-    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
+    except BUILD_ERRORS as error:
         raise ArchitectureError(
             f"the config of {name} can't express this path: {hub.first_line(error)}; give another "
             f"path"

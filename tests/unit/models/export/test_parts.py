@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,15 +30,21 @@ REFUSED_HERE = {
     "diffllama": "derives that from a layer's place",
 }
 """Families that can't leave a part out, or not at another place → why."""
+NOT_IN_4 = ("apertus", "biogpt", "gpt_bigcode")
 OTHERS = sorted(
     FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group} - {*TOLD_APART}
 )
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window_pattern:FutureWarning")  # cohere2
 
 
 def tiny(family):
     """Return a model with biases that aren't zero, as after any training."""
     if not known_to_transformers(family):
         pytest.skip(f"not in this transformers: {family}")
+    if family in NOT_IN_4 and transformers.__version__.startswith("4."):
+        pytest.skip(f"not routed, or not exported, in transformers 4: {family}")
     model = make_tiny(family)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
