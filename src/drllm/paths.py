@@ -171,6 +171,11 @@ def step_of(item: int | Step) -> Step:
     return item if isinstance(item, Step) else Step(item)
 
 
+def layer_of(item: int | Step) -> int:
+    """Return the layer of an item of `Steps`."""
+    return item.layer if isinstance(item, Step) else item
+
+
 @dataclass(frozen=True, slots=True)
 class StaticPath:
     """A path that is the same for a whole task: steps in the order executed, at least one.
@@ -202,7 +207,7 @@ class StaticPath:
     def check(self, num_layers: int) -> "StaticPath":
         """Return the path itself if a model of L layers has all of its layers; else a PathError."""
         for place, item in enumerate(self.steps):
-            _check_layer(step_of(item).layer, place, num_layers)
+            _check_layer(layer_of(item), place, num_layers)
         return self
 
     def path(self) -> Path:
@@ -217,6 +222,13 @@ class StaticPath:
     def decisions(self, num_layers: int) -> Decisions:
         """Return the same as decisions `[L]`; a PathError where these can't express it."""
         return to_decisions(self.path(), num_layers)
+
+    def plan(self, num_layers: int) -> "Plan":
+        """Return the same as decisions `[L]` where these can express it, else the path itself."""
+        try:
+            return self.decisions(num_layers)
+        except PathError:
+            return self
 
     def edits(self, num_layers: int) -> str:
         """Say in words what the path changes about the full one of L layers.
@@ -285,7 +297,7 @@ def _edits(steps: Steps, num_layers: int) -> str:
             parts.append(
                 f"{verb} {_listed(what, layers)}{weight.get(scale, f' at weight {scale:g}')}"
             )
-    order = [step_of(item).layer for item in steps]
+    order = [layer_of(item) for item in steps]
     return ", ".join(parts) or (
         "runs every layer once" if order == sorted(order) else "runs the layers in another order"
     )

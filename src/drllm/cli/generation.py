@@ -17,10 +17,10 @@ from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.fields import flag_of
-from drllm.cost import mean_executions, path_executions
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
-from drllm.paths import ALL, StaticPath, num_executions, step_of
+from drllm.paths import StaticPath, num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file
@@ -171,11 +171,9 @@ def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal)
 
 def _along(routed: RoutedModel, path: StaticPath) -> Along:
     """Describe the path that every prompt runs."""
-    from drllm.models.routing.shares import layer_shares
+    from drllm.models.routing.shares import executions_along
 
-    is_whole = all(step_of(item).run == ALL for item in path.steps)
-    cost = path_executions(path, () if is_whole else layer_shares(routed))
-    return Along(path.edits(routed.num_layers), cost)
+    return Along(path.edits(routed.num_layers), executions_along(routed, path))
 
 
 def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:

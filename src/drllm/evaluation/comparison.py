@@ -34,7 +34,13 @@ from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
 from drllm.records import Chunks, read_search, read_supervision, sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
-from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
+from drllm.statistics.non_inferiority import (
+    MAX_LOSS_INCREASE,
+    Choice,
+    Limits,
+    choose,
+    confirm,
+)
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
 
@@ -47,8 +53,6 @@ PROBES = 12
 """Times that all of these are routed, about, until the depth is found."""
 NUM_RANDOM_DRAWS = 10
 """Draws of the baselines that are drawn, unless another number is given."""
-MAX_LOSS_INCREASE = 0.05
-"""Nats a token that the next-token loss may rise, unless another limit is given."""
 
 
 class Shared:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drllm.errors import PathError
 from drllm.models.routers.card import template
-from drllm.paths import ALL, ATTENTION, MLP, Decisions, StaticPath, Step, step_of
+from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
 from drllm.records.static_paths import Measured, PathFile
 from drllm.statistics.verdicts import Verdict
 
@@ -28,13 +27,12 @@ def model_card(
     so that its identity `base` has a revision. Of a path of a `paths.json` the card says how it was
     found and how it did.
     """
-    steps = [step_of(item) for item in path.steps]
-    layers = [step.layer for step in steps]
+    layers, plan = [layer_of(item) for item in path.steps], path.plan(base["num_layers"])
     found, record = (None, None) if file is None else (file.found, file.record)
     return template(Path(__file__).with_name("export_card.md.j2")).render(
         base=base,
         steps=list(map(step_in_words, path.steps)),
-        decisions=_decisions(path, base["num_layers"]),
+        decisions=() if isinstance(plan, StaticPath) else plan,
         skipped=sorted(set(range(base["num_layers"])) - set(layers)),
         repeated=sorted({layer for layer in layers if layers.count(layer) > 1}),
         in_order=layers == sorted(layers),
@@ -78,14 +76,6 @@ def zeros_in_words(path: StaticPath) -> str:
         if layers:
             said.append(f"the {what} of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
     return " and ".join(said)
-
-
-def _decisions(path: StaticPath, num_layers: int) -> Decisions:
-    """Return the path as decisions; empty where these can't express it."""
-    try:
-        return path.decisions(num_layers)
-    except PathError:
-        return ()
 
 
 def _verdicts(measured: Measured) -> list[str]:

@@ -13,8 +13,8 @@ import msgspec
 
 from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import StaticPath, check_decisions, step_of, to_path
-from drllm.records.codec import Version, decode, read_json, read_text
-from drllm.records.results import Header, StepRecord
+from drllm.records.codec import decode, read_json, read_text
+from drllm.records.results import Header, StepRecord, schema_of
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
@@ -225,22 +225,14 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         file = Path(before)
+    if schema_of(file) == PATHS_SCHEMA:
+        return read_paths(file), file, name
     text = read_text(file).strip()
     if not text or (text[0] not in "{[" and "\n" in text):
         raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
-    if text[0] in "{[" and decode_version(text) == PATHS_SCHEMA:
-        return read_paths(file), file, name
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
     return _read_numbers(file, text), file, None
-
-
-def decode_version(text: str) -> str:
-    """Return the schema that a JSON object names; empty where it names none."""
-    try:
-        return msgspec.json.decode(text, type=Version).schema
-    except msgspec.DecodeError:
-        return ""
 
 
 def _read_numbers(file: Path, text: str) -> PathFile:

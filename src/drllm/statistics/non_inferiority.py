@@ -28,6 +28,8 @@ from drllm.statistics.paired import Outcomes, maximum_loss, won_lost
 from drllm.statistics.power import smallest_certifiable
 from drllm.statistics.verdicts import lower, signed
 
+MAX_LOSS_INCREASE = 0.05
+"""Nats a token that the next-token loss may rise, unless another limit is given."""
 FEWEST_TEXTS = 30
 """On fewer, the bound is exceeded too often where some texts lose far more than the rest: with one
 in ten of them, of 20 texts in 17 % of the cases instead of 5, of 30 in 8 %."""

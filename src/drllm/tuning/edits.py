@@ -5,7 +5,7 @@ Loads no torch.
 
 from collections.abc import Iterator
 
-from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, step_of
+from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
 
 LAYERS, SUBLAYERS, REPEATS = "layers", "sublayers", "repeats"
 EDITS = (LAYERS, SUBLAYERS, REPEATS)
@@ -23,10 +23,10 @@ def skips(path: StaticPath, kind: str) -> Iterator[StaticPath]:
 
     A layer that runs more than once is left as it is: it was repeated for a reason.
     """
-    counts = [step_of(item).layer for item in path.steps]
+    layers = [layer_of(item) for item in path.steps]
     for place, item in enumerate(path.steps):
         step = step_of(item)
-        if counts.count(step.layer) > 1:
+        if layers.count(step.layer) > 1:
             continue
         before, after = path.steps[:place], path.steps[place + 1 :]
         if before or after:

@@ -8,20 +8,20 @@ Axes: N paths, Q questions.
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from drllm.errors import ModelError, PathError
+from drllm.errors import ModelError
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import Plan, StaticPath, Step, step_of
+from drllm.paths import StaticPath, Step, step_of
 from drllm.search.evaluator import Reading, read
 from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
@@ -83,7 +83,8 @@ class Judge:
         # Path by path, so that paths which begin alike stand in one pass.
         order = sorted(range(len(paths)), key=lambda number: _order(paths[number]))
         asked = list(itertools.product(order, range(len(items))))
-        plans = [self._plan(path) for path in paths]
+        # As decisions where these can say it: by them the full path is known, whose KL is 0.
+        plans = [path.plan(self.routed.num_layers) for path in paths]
         scores = batch.scores(
             [(row, plans[number]) for number, row in asked], kl=self.objective == KL
         )
@@ -95,13 +96,6 @@ class Judge:
                 self._refuse_full(paths[number])
             found[:, number, row] = value, right
         return found
-
-    def _plan(self, path: StaticPath) -> Plan:
-        """Return a path as decisions where these can express it: they tell the full path."""
-        try:
-            return path.decisions(self.routed.num_layers)
-        except PathError:
-            return path
 
     def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, float]:
         if self.objective == KL:
@@ -140,12 +134,7 @@ def items_of(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> 
 
     ConfigError, ModelError: what `read` refuses.
     """
-    return [_item(reading, objective) for reading in _readings(routed, prompts)]
-
-
-def _readings(routed: RoutedModel, prompts: Sequence[Prompt]) -> Iterator[Reading]:
-    for prompt in prompts:
-        yield read(routed, prompt)
+    return [_item(read(routed, prompt), objective) for prompt in prompts]
 
 
 def _item(reading: Reading, objective: str) -> Item:
@@ -159,7 +148,7 @@ def _item(reading: Reading, objective: str) -> Item:
 def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
     """Return the prompts with their right answers as texts; every token but the first counts."""
     found = []
-    for reading in _readings(routed, prompts):
+    for reading in (read(routed, prompt) for prompt in prompts):
         tokens = [*reading.tokens, *reading.continuations[reading.prompt.gold or 0]]
         found.append(Item(Question(tokens[:1], [tokens[1:]])))
     return found
@@ -170,20 +159,19 @@ def graded(
 ) -> list[float]:
     """Generate the answers of prompts along a path, and grade them."""
     found = [0.0] * len(prompts)
+    alike: dict[tuple[int, bool], list[int]] = {}  # places of prompts that are asked in one go
+    for place, prompt in enumerate(prompts):
+        alike.setdefault((prompt.max_new_tokens, prompt.chat), []).append(place)
     with routed.fixed(path):
-        by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].max_new_tokens)
-        for length, group in itertools.groupby(by_length, lambda i: prompts[i].max_new_tokens):
-            places = list(group)
-            for chat, chosen in itertools.groupby(places, lambda i: prompts[i].chat):
-                ours = list(chosen)
-                answers = generate_many(
-                    routed,
-                    [prompts[place].text for place in ours],
-                    batch_size=batch_size,
-                    max_new_tokens=length,
-                    chat=chat,
-                    route_first=False,
-                )
-                for place, answer in zip(ours, answers, strict=True):
-                    found[place] = grade(prompts[place], answer.text)
+        for (max_new_tokens, chat), places in alike.items():
+            answers = generate_many(
+                routed,
+                [prompts[place].text for place in places],
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                chat=chat,
+                route_first=False,
+            )
+            for place, answer in zip(places, answers, strict=True):
+                found[place] = grade(prompts[place], answer.text)
     return found

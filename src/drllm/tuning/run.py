@@ -37,7 +37,13 @@ from drllm.records.static_paths import (
     steps_to_write,
 )
 from drllm.statistics.intervals import accuracy_interval, mean_interval
-from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
+from drllm.statistics.non_inferiority import (
+    MAX_LOSS_INCREASE,
+    Choice,
+    Limits,
+    choose,
+    confirm,
+)
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Prompt, Task
@@ -59,8 +65,6 @@ from drllm.tuning.parts import (
 )
 
 CHUNKS_FOLDER = "paths.partial"
-MAX_LOSS_INCREASE = 0.05
-"""Nats a token that the next-token loss may rise, unless another limit is given."""
 SHARE_SKIPPED = 1 / 6
 """Of the layers, unless another number is given."""
 FINAL = 1

@@ -30,7 +30,7 @@ from drllm.models.routing.policies import (
     PromptView,
     reads_prompt,
 )
-from drllm.paths import MLP, StaticPath, Step, step_of
+from drllm.paths import MLP, StaticPath, Step, layer_of, step_of
 
 Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
 """Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
@@ -169,7 +169,7 @@ class RoutedPass(Driver):
         if not isinstance(self.policy, PathPolicy):
             return None
         layers = range(call.num_layers)
-        counts = Counter(step_of(item).layer for item in self.policy.path.steps)
+        counts = Counter(map(layer_of, self.policy.path.steps))
         self.driver.keep([(counts[layer],) * hidden.shape[0] for layer in layers])
         return PathPass(self.policy.path)
 
@@ -331,7 +331,7 @@ class PathPass(Driver):
             return None
         entry = routed_entry(call.cache, call.index)
         if entry.decisions is None:
-            kept = sum(step_of(s).layer == call.index and keeps_kv(s) for s in self.path.steps)
+            kept = sum(layer_of(s) == call.index and keeps_kv(s) for s in self.path.steps)
             entry.pin((kept,) * hidden.shape[0], self.path)
         check_rows(entry.decisions or (), hidden)
         if entry.shadow is not None:

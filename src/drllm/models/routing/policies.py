@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import RoutingError
-from drllm.paths import Decision, StaticPath, check_decisions, step_of
+from drllm.paths import Decision, StaticPath, check_decisions, layer_of
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class PathPolicy(Policy):
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
         """Return how often the layer runs, in whole or in part; the driver runs the path itself."""
-        count = sum(step_of(item).layer == layer for item in self.path.steps)
+        count = [layer_of(item) for item in self.path.steps].count(layer)
         return [count] * prompts.num_rows
 
 

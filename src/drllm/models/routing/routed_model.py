@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import ModelConfig
-from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
+from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.listener import Listener
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
@@ -340,12 +340,11 @@ class RoutedModel:
         """Return the policy for what `fixed` takes; one of decisions where these can say it all."""
         if not isinstance(plan, StaticPath):
             return FixedPolicy(plan, self.num_layers)
-        plan.check(self.num_layers)
-        try:
-            return FixedPolicy(plan.decisions(self.num_layers), self.num_layers)
-        except PathError:
-            self.injection.prepare(plan)
-            return PathPolicy(plan, self.num_layers)
+        decided = plan.check(self.num_layers).plan(self.num_layers)
+        if not isinstance(decided, StaticPath):
+            return FixedPolicy(decided, self.num_layers)
+        self.injection.prepare(plan)
+        return PathPolicy(plan, self.num_layers)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
-from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, step_of, steps_of
+from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, layer_of, step_of, steps_of
 
 Pair: TypeAlias = tuple[int, Decisions]
 """A prompt's row and the decisions it runs under."""
@@ -211,7 +211,7 @@ class PrefixSharingDriver(Driver):
         wanted: dict[int | Step, dict[RowPath, None]] = {}  # dicts keep the order of first mention
         for number, (row, plan) in enumerate(self.pairs):
             steps, done = self._paths[plan], self._done[number]
-            while done < len(steps) and step_of(steps[done]).layer <= layer:
+            while done < len(steps) and layer_of(steps[done]) <= layer:
                 state = row, steps[: done + 1]
                 if state not in self._used:
                     wanted.setdefault(steps[done], {})[state] = None
