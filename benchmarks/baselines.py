@@ -111,26 +111,21 @@ def compare(
         "ours": lambda: ours(base, texts, sizes["skipped"], clock),
         "theirs": lambda: theirs(stock, texts, sizes["skipped"], clock),
     }
-    runs = []
-    for repeat in range(sizes["repeats"] + 1):  # the first one warms up
-        found = {}
-        for name in sorted(ways, reverse=repeat % 2 == 1):
-            found[name] = ways[name]()
-        runs.append(found)
+    runs = common.in_turns(ways, sizes["repeats"])
     mine, other = runs[-1]["ours"], runs[-1]["theirs"]
     pairs = zip(mine["influence"], other["influence"], strict=True)
     return {
         "speedup": {
             criterion: statistics.median(
                 run["theirs"]["seconds"][criterion] / run["ours"]["seconds"][criterion]
-                for run in runs[1:]
+                for run in runs
             )
             for criterion in mine["seconds"]
         },
         "largest_difference_of_influence": max(abs(one - two) for one, two in pairs),
         "equal_by_influence": mine["by_influence"] == other["by_influence"],
         "equal_by_loss": mine["by_loss"] == other["by_loss"],
-        "runs": runs[1:],
+        "runs": runs,
     }
 
 

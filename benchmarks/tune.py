@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +118,27 @@ def compare(
         "theirs": lambda: [one_by_one(base, items, path) for path in paths],
         "batched": lambda: [batched(base, items, path) for path in paths],
     }
-    runs, values = [], {}
-    for repeat in range(repeats + 1):  # the first one warms up
-        seconds = {}
-        for name in sorted(ways, reverse=repeat % 2 == 1):
-            started = clock()
-            values[name] = ways[name]()
-            seconds[name] = clock() - started
-        runs.append(seconds)
+    values: dict[str, Values] = {}
+
+    def seconds_of(name: str) -> float:
+        started = clock()
+        values[name] = ways[name]()
+        return clock() - started
+
+    runs = common.in_turns({name: partial(seconds_of, name) for name in ways}, repeats)
     away = {
         name: float(np.abs(np.subtract(values[name], values["ours"])).max())
         for name in ("theirs", "batched")
     }
     if max(away.values()) > TOLERANCE:
         raise SystemExit(f"the ways differ by up to {away} nats; no figure is given")
-    medians = {name: statistics.median(run[name] for run in runs[1:]) for name in ways}
+    medians = {name: statistics.median(run[name] for run in runs) for name in ways}
     return {
-        "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs[1:]),
-        "speedup_over_batches": statistics.median(run["batched"] / run["ours"] for run in runs[1:]),
+        "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs),
+        "speedup_over_batches": statistics.median(run["batched"] / run["ours"] for run in runs),
         "candidates_per_second": {name: len(paths) / medians[name] for name in ways},
         "largest_difference": away,
-        "runs": runs[1:],
+        "runs": runs,
     }
 
 

@@ -5,15 +5,17 @@ And what such tests are made of: routers that decide, paths, and how scores are 
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from drllm.models.base.prompts import left_padded
+from drllm.models.check import known_to_transformers, make_tiny
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
@@ -24,6 +26,12 @@ SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
 measured on these models)."""
 FULL = (1,) * 6
+NO_PARTS = {
+    **dict.fromkeys(("biogpt", "opt", "xglm"), "no module of its own for the MLP"),
+    **dict.fromkeys(("bloom", "mpt"), "more with its attention and MLP than add"),
+    "llama4_text": "changes the shape",
+}
+"""Families that are routed, but not in parts → why."""
 FOREIGN_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -35,6 +43,24 @@ FOREIGN_ERRORS = (
     ValueError,
 )
 """What transformers raises where the untouched model can't do something either."""
+
+
+def biased_model(family: str, too_old: Mapping[str, tuple[str, ...]]) -> Any:
+    """Return a tiny model with biases that aren't zero, as after any training.
+
+    The test is skipped where the installed transformers doesn't have the family, or is one of the
+    versions (their beginnings) in which it can't be used.
+    """
+    if not known_to_transformers(family):
+        pytest.skip(f"not in this transformers: {family}")
+    if transformers.__version__.startswith(too_old.get(family, ())):
+        pytest.skip(f"not routed, or not exported, in this transformers: {family}")
+    model = make_tiny(family)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
 
 
 class ListedModel:

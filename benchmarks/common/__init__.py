@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from drllm.config import ModelConfig
 from drllm.models.base.load import BaseModel, load
 
 Clock = Callable[[], float]
+Result = TypeVar("Result")
 
 
 def parser_of(doc: str, quick: str = "a small sample, under a minute") -> argparse.ArgumentParser:
@@ -61,6 +62,15 @@ def clock_of(options: argparse.Namespace) -> Clock:
         return time.perf_counter
     torch.set_num_threads(1)  # of several threads it would add up those that wait as well
     return time.process_time
+
+
+def in_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> list[dict[str, Result]]:
+    """Run all ways so many times, after once to warm up, in an order that turns round each time."""
+    runs = []
+    for repeat in range(repeats + 1):
+        order = sorted(ways, reverse=repeat % 2 == 1)
+        runs.append({name: ways[name]() for name in order})
+    return runs[1:]
 
 
 def base_of(options: argparse.Namespace) -> BaseModel:

@@ -8,17 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache
 
 from drllm.errors import ArchitectureError, PathError, RoutingError
 from drllm.models.base.prompts import left_padded
-from drllm.models.check import known_to_transformers, make_tiny
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
-from slow_way import ListedModel, answers
+from slow_way import NO_PARTS, ListedModel, answers, biased_model
 
 PATHS = {
     "attention of two left out": [0, Step(1, MLP), 2, Step(3, MLP), 4, 5],
@@ -30,15 +28,9 @@ PATHS = {
     "a damped block, in part": [0, 1, 2, Step(1, MLP, 0.5), Step(2, scale=0.5), 3, 4, 5],
     "any order": [3, 0, 5, 0],
 }
-NO_PARTS = {
-    **dict.fromkeys(("biogpt", "opt", "xglm"), "no module of its own for the MLP"),
-    **dict.fromkeys(("bloom", "mpt"), "more with its attention and MLP than add"),
-    "llama4_text": "changes the shape",
-}
-"""Families that are routed, but not in parts → why."""
-
 ROUTED = sorted(FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group})
-NOT_ROUTED_IN_4 = ("biogpt", "gpt_bigcode")
+TOO_OLD = {"biogpt": ("4.",), "gpt_bigcode": ("4.",)}
+"""Family → versions of transformers in which it isn't routed."""
 END = 2
 TOLERANCE = 5e-5
 """Greatest difference of two logits; 2.2e-5 was measured, on models whose biases aren't zero."""
@@ -46,23 +38,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window_pattern:FutureW
 generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 
 
-def tiny(family):
-    """Return a model with biases that aren't zero, as after any training."""
-    if not known_to_transformers(family):
-        pytest.skip(f"not in this transformers: {family}")
-    if family in NOT_ROUTED_IN_4 and transformers.__version__.startswith("4."):
-        pytest.skip(f"not routed in transformers 4: {family}")
-    model = make_tiny(family)
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_a_padded_batch_says_what_each_row_says_alone(family, path, prompts):
-    model = tiny(family)
+    model = biased_model(family, TOO_OLD)
     slow = ListedModel(model, path=path)
     expected = [slow.greedy(prompt, 8, never=END) for prompt in prompts]
     routed = RoutedModel(model)
@@ -79,7 +57,7 @@ def test_a_padded_batch_says_what_each_row_says_alone(family, path, prompts):
     ],
 )
 def test_parts_of_layers_are_the_plain_models_or_refused_with_the_reason(name):
-    model, ids = tiny(name), torch.tensor([[5, 6, 7, 8, 9]])
+    model, ids = biased_model(name, TOO_OLD), torch.tensor([[5, 6, 7, 8, 9]])
     path = PATHS["whole layers, attention and MLPs left out"]
     routed = RoutedModel(model)
     if name in NO_PARTS:

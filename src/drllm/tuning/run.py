@@ -7,9 +7,9 @@ once on the rest; see `parts`.
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -72,8 +72,6 @@ FINAL = 1
 NUM_TEXTS = 100
 """Questions of a part whose text's next-token loss is read too, at most."""
 
-logger = logging.getLogger(__name__)
-
 
 def tune(
     model: Any,
@@ -94,7 +92,7 @@ def tune(
             causal language model of transformers.
         tasks: Tasks, their names or files of questions; None for those of the config.
         config: The settings.
-        output_dir: Folder for `paths.json`; None writes none.
+        output_dir: Folder for `paths.json`; None writes nothing that stays.
         tokenizer: The model's; None loads the one of its name, unless it comes with one.
         listener: Hears how far it is.
         settings: Settings of `TuneConfig` by name, in place of the config's.
@@ -112,28 +110,20 @@ def tune(
     """
     config, listener = changed(TuneConfig, config, settings), listener or Listener()
     divided = parts_of_tasks(config, tasks)
-    with unrouted(model, tokenizer, listener) as base, _attached(base) as routed:
-        if output_dir is None:
-            return _Tuning(base, routed, divided, config, None, listener).run()
-        folder = Path(output_dir)
-        with only_writer(folder, "tuning", "--output-dir"):
-            return _Tuning(base, routed, divided, config, folder, listener).run()
-
-
-@contextmanager
-def _attached(base: BaseModel) -> Iterator[RoutedModel]:
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    try:
-        yield routed
-    finally:
-        routed.detach()
+    with ExitStack() as stack:
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        stack.callback(routed.detach)
+        stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
+        return _Tuning(base, routed, divided, config, folder, listener).run()
 
 
 class _OfTask:
     """One task's questions, and what is known of paths on them."""
 
     def __init__(
-        self, routed: RoutedModel, divided: TaskParts, config: TuneConfig, chunks: Chunks | None
+        self, routed: RoutedModel, divided: TaskParts, config: TuneConfig, chunks: Chunks
     ) -> None:
         self.routed, self.config, self.chunks = routed, config, chunks
         self.task, self.divided = divided.task, divided
@@ -193,8 +183,6 @@ class _OfTask:
 
     def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
         ask = partial(self.judge(part).scores, paths, first, last)
-        if self.chunks is None:
-            return ask()
         key = f"{self.name} {part} {first} to {last} {_digest(paths)}"
         return self.chunks.once(key, Scores, ask)
 
@@ -205,8 +193,6 @@ class _OfTask:
         if self.objective != LOSS or self.reads_solutions:
             return []
         ask = partial(graded, self.routed, path, self.prompts(part))
-        if self.chunks is None:
-            return ask()
         return self.chunks.once(f"{self.name} answers {part} {_digest([path])}", list[float], ask)
 
     @property
@@ -232,7 +218,7 @@ class _Tuning:
         routed: RoutedModel,
         divided: Sequence[TaskParts],
         config: TuneConfig,
-        folder: Path | None,
+        folder: Path,
         listener: Listener,
     ) -> None:
         self.routed, self.config, self.folder, self.listener = routed, config, folder, listener
@@ -240,11 +226,7 @@ class _Tuning:
         self.full = StaticPath(range(L))
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
-        self.chunks = None
-        if folder is not None:
-            self.chunks = Chunks(
-                folder / CHUNKS_FOLDER, self._identity(base, divided), stage="tuning"
-            )
+        self.chunks = Chunks(folder / CHUNKS_FOLDER, self._identity(base, divided), stage="tuning")
         self.tasks = [_OfTask(routed, each, config, self.chunks) for each in divided]
 
     def _identity(self, base: BaseModel, divided: Sequence[TaskParts]) -> dict[str, Any]:
@@ -260,26 +242,25 @@ class _Tuning:
 
     def run(self) -> StaticPaths:
         """Search, or return what an earlier run of the same has written."""
-        if self.folder is not None and (self.folder / PATHS_FILE).exists():
-            found = read_paths(self.folder / PATHS_FILE)
+        file = self.folder / PATHS_FILE
+        if file.exists():
+            found = read_paths(file)
             refuse_other_run(
-                f"the tuning in {self.folder / PATHS_FILE}",
+                f"the tuning in {file}",
                 {"settings": TuneConfig(**found.config).decisive(), "model": found.model},
                 {"settings": self.config.decisive(), "model": self.header["model"]},
                 "choose another --output-dir, or delete the old one",
             )
             return found
-        if self.chunks is not None:
-            self.chunks.open()
+        self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
             levels = self._search()
             paths = [self.full, *self._pareto(levels)]
             self.on_progress(1, 1 + FINAL, "certifying and testing")
             choice = None if self.config.epsilon is None else self._certify(paths)
             result = self._result(paths, choice)
-        if self.folder is not None and self.chunks is not None:
-            write_json(self.folder / PATHS_FILE, result)
-            self.chunks.remove()
+        write_json(file, result)
+        self.chunks.remove()
         return result
 
     # --- search ---

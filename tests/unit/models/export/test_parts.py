@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drllm.errors import ArchitectureError, PathError
 from drllm.models.base.load import BaseModel
-from drllm.models.check import known_to_transformers, make_tiny
 from drllm.models.export import export_path
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routing.routed_model import RoutedModel
@@ -16,7 +14,7 @@ from drllm.models.routing.sublayers import Sublayers
 from drllm.paths import StaticPath, Step
 from drllm.records.static_paths import read_path
 from paths_json import written_paths
-from slow_way import LOGIT_TOLERANCE, ListedModel
+from slow_way import LOGIT_TOLERANCE, NO_PARTS, ListedModel, biased_model
 
 PATH = StaticPath([0, Step(1, "mlp"), Step(3, "attention"), 4, Step(4, "mlp"), 5])
 """A layer left out, an attention, an MLP, and a repeat of a part."""
@@ -24,9 +22,7 @@ IDS = torch.tensor([list(range(5, 25))])
 TOLD_APART = ("llama", "gpt2", "gpt_neox", "falcon", "gemma2", "mixtral", "qwen2_moe")
 """Linear maps of other kinds, biases, a norm behind, layers side by side, experts."""
 REFUSED_HERE = {
-    **dict.fromkeys(("biogpt", "opt", "xglm"), "no module of its own for the MLP"),
-    **dict.fromkeys(("bloom", "mpt"), "more with its attention and MLP than add"),
-    "llama4_text": "changes the shape",
+    **NO_PARTS,
     "diffllama": "derives that from a layer's place",
 }
 """Families that can't leave a part out, or not at another place → why."""
@@ -40,20 +36,6 @@ OTHERS = sorted(
 pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window_pattern:FutureWarning")  # cohere2
 
 
-def tiny(family):
-    """Return a model with biases that aren't zero, as after any training."""
-    if not known_to_transformers(family):
-        pytest.skip(f"not in this transformers: {family}")
-    if transformers.__version__.startswith(TOO_OLD.get(family, ())):
-        pytest.skip(f"not routed, or not exported, in this transformers: {family}")
-    model = make_tiny(family)
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
 @pytest.fixture
 def base(tiny_llama, tiny_tokenizer):
     return BaseModel(tiny_llama(), tiny_tokenizer, "tiny")
@@ -65,7 +47,7 @@ def base(tiny_llama, tiny_tokenizer):
 def test_logits_and_answers_are_those_of_the_plain_model_changed_by_hand(
     family, tiny_tokenizer, tmp_path
 ):
-    model = tiny(family)
+    model = biased_model(family, TOO_OLD)
     base = BaseModel(model, tiny_tokenizer, "tiny")
     if said := REFUSED_HERE.get(family):
         with pytest.raises(ArchitectureError, match=said):
@@ -115,7 +97,7 @@ def test_only_the_last_linear_map_is_zeros_and_all_else_is_the_base_models(base,
 
 
 def test_a_bias_of_the_last_linear_map_is_zero_too(tiny_tokenizer, tmp_path):
-    base = BaseModel(tiny("gpt2"), tiny_tokenizer, "tiny")
+    base = BaseModel(biased_model("gpt2", TOO_OLD), tiny_tokenizer, "tiny")
     export_path(base, PATH, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     zeros = {name.split("h.", 1)[1] for name, weight in stored.items() if not weight.any()}
@@ -139,7 +121,7 @@ def test_a_sublayer_that_no_zeros_silence_is_refused_with_the_reason(base, tmp_p
 
 
 def test_a_model_without_such_parts_is_refused_and_left_as_it_was(tiny_tokenizer, tmp_path):
-    base = BaseModel(tiny("opt"), tiny_tokenizer, "tiny")
+    base = BaseModel(biased_model("opt", TOO_OLD), tiny_tokenizer, "tiny")
     with pytest.raises(ArchitectureError, match="give a path of whole layers"):
         export_path(base, PATH, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
