@@ -7,6 +7,7 @@ torch stay quick.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,9 @@ import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -236,6 +239,20 @@ def assert_same_run() -> Callable[..., None]:
                 assert p.kl == pytest.approx(q.kl, abs=1e-4)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def leaving_things_open() -> Callable[[], AbstractContextManager[None]]:
+    """Older versions of Ray leave files and processes to the garbage collector, which warns."""
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
+            gc.collect()
+
+    return quiet
 
 
 @pytest.fixture(scope="session")

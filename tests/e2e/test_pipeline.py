@@ -21,7 +21,6 @@ from drllm.records.results import read_evaluation
 from drllm.records.static_paths import read_paths
 from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
-from rays import leaving_things_open
 
 EVERY_FILE = """
 run.yaml run.manifest.json
@@ -88,7 +87,9 @@ def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
 
 
 @pytest.mark.thorough  # Ray, and a process that imports torch
-def test_a_recipe_may_leave_the_search_to_ray(finished_run, recipe, tmp_path, assert_same_run):
+def test_a_recipe_may_leave_the_search_to_ray(
+    finished_run, recipe, tmp_path, assert_same_run, leaving_things_open
+):
     pytest.importorskip("ray")
     by_ray = tmp_path / "ray.yaml"
     by_ray.write_text(

@@ -24,7 +24,6 @@ from drllm.search.questions import batches_of, questions_of
 from drllm.search.ray import RayExecutor, connect
 from drllm.search.run import run_search
 from drllm.tasks.base import Prompt
-from rays import leaving_things_open
 
 WORKERS = 2
 
@@ -35,7 +34,7 @@ def model(model_folder):
 
 
 @pytest.fixture(scope="module")
-def own_ray():
+def own_ray(leaving_things_open):
     """A Ray of this process with cores to spare, so that a test can start a third worker."""
     ray = pytest.importorskip("ray")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
