@@ -42,7 +42,8 @@ def show_paths(file: Path, terminal: Terminal) -> None:
         rows = list(_rows(found, task))
         terminal.table(columns, rows, f"{task}, objective {found.objective[task]}", 1)
     for path in found.paths[1:]:
-        terminal.fact(path.name, path.path.edits(found.num_layers))
+        worse = " (one that saves more does better on select)" if path.dominated else ""
+        terminal.fact(path.name, path.path.edits(found.num_layers) + worse)
     for sentence in found.choice.sentences() if found.choice else ():
         terminal.say(sentence)
     terminal.fact("paths", file)

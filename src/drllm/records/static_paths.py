@@ -45,11 +45,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One path of a `paths.json`, its cost in layer equivalents, and how it did."""
+    """One path of a `paths.json`, its cost in layer equivalents, and how it did.
+
+    `dominated` says that a path which saves more does at least as well on `select`.
+    """
 
     name: str
     steps: tuple[StepRecord, ...]
     executions: float
+    dominated: bool = False
     measured: tuple[Measured, ...] = ()
 
     @property
@@ -194,7 +198,7 @@ def read_path(given: str) -> PathFile:
 def read_path_list(given: str) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name; of a file that isn't a `paths.json`, by its stem.
 
-    A `paths.json` without a name gives all of its paths but the full one. Raised is what
+    A `paths.json` without a name gives its paths but the full one and those marked as dominated. Raised is what
     `read_path` raises; no such path, or a name that is there twice, is a PathError.
     """
     files: list[tuple[str, PathFile]] = []
@@ -205,7 +209,11 @@ def read_path_list(given: str) -> dict[str, PathFile]:
             continue
         full = StaticPath(range(found.num_layers))
         named = found.paths if name is None else [found.find(name, file)]
-        wanted = [each for each in named if name is not None or each.path != full]
+        wanted = [
+            each
+            for each in named
+            if name is not None or not (each.dominated or each.path == full)
+        ]
         if not wanted:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
         files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -98,8 +98,8 @@ def tune(
         settings: Settings of `TuneConfig` by name, in place of the config's.
 
     Returns:
-        The full path and the best path of each cost, from the most executions to the fewest; a
-        path is left out where one that saves as much does better.
+        The full path and the best path of each cost, from the most executions to the fewest;
+        marked are those that a shorter path does better than.
 
     Raises:
         ConfigError: Settings without effect or that make no sense, or a folder of another run.
@@ -255,7 +255,7 @@ class _Tuning:
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
             levels = self._search()
-            paths = [self.full, *self._pareto(levels)]
+            paths = {self.full: False} | self._best(levels)
             self.on_progress(1, 1 + FINAL, "certifying and testing")
             choice = None if self.config.epsilon is None else self._certify(paths)
             result = self._result(paths, choice)
@@ -324,14 +324,14 @@ class _Tuning:
                 return False
         return True
 
-    def _pareto(self, levels: Sequence[Level]) -> list[StaticPath]:
-        """Return the best path of each level, but those that a shorter one does better than."""
-        kept: list[StaticPath] = []
-        for level in reversed(levels):
-            best = max(level.paths, key=self._gain)
-            if not kept or self._gain(best) > self._gain(kept[-1]):
-                kept.append(best)
-        return kept[::-1]
+    def _best(self, levels: Sequence[Level]) -> dict[StaticPath, bool]:
+        """Return the best path of each level, and whether a shorter one does better on `select`."""
+        best = [max(level.paths, key=self._gain) for level in levels]
+        gains = [self._gain(path) for path in best]
+        return {
+            path: any(later >= gain for later in gains[place + 1 :])
+            for place, (path, gain) in enumerate(zip(best, gains, strict=True))
+        }
 
     # --- choice and result ---
 
@@ -356,14 +356,18 @@ class _Tuning:
             ],
         )
 
-    def _certify(self, paths: Sequence[StaticPath]) -> Choice:
-        """Choose the shortest path within the limits, and test it once."""
+    def _certify(self, dominated: Mapping[StaticPath, bool]) -> Choice:
+        """Choose the shortest path within the limits, and test it once.
+
+        Paths that a shorter one does better than aren't tried: the first failure ends the trials.
+        """
         config = self.config
         assert config.epsilon is not None
         limits = Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
         )
         chance = fmean(task.chance for task in self.tasks)
+        paths = [path for path, is_worse in dominated.items() if not is_worse]
         base, *others = [self._outcomes(CERTIFY, path, self.tasks) for path in paths]
         choice = choose(base, others, limits, chance=chance, seed=config.seed)
         if choice.chosen is None:
@@ -372,7 +376,7 @@ class _Tuning:
         full, tested = (self._outcomes(TEST, path, self.tasks) for path in (self.full, chosen))
         return confirm(choice, full, tested, chance=chance, seed=config.seed)
 
-    def _result(self, paths: Sequence[StaticPath], choice: Choice | None) -> StaticPaths:
+    def _result(self, dominated: Mapping[StaticPath, bool], choice: Choice | None) -> StaticPaths:
         tasks = tuple(task.name for task in self.tasks)
         return StaticPaths(
             **self.header,
@@ -385,13 +389,14 @@ class _Tuning:
                     name=self._name(path),
                     steps=steps_to_write(path),
                     executions=self._executions(path),
+                    dominated=is_worse,
                     measured=tuple(
                         self._measured(task, part, path)
                         for part in (FIT, SELECT, TEST)
                         for task in self.tasks
                     ),
                 )
-                for path in paths
+                for path, is_worse in dominated.items()
             ),
             choice=choice,
         )

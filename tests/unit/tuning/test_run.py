@@ -36,12 +36,13 @@ def test_the_paths_go_from_the_full_one_to_the_shortest(unbroken):
     ]
 
 
-def test_a_path_is_listed_only_where_none_that_saves_as_much_does_better(unbroken):
-    gains = [
-        next(m.change[0] for m in path.measured if m.part == "select")
-        for path in unbroken[0].paths[1:]
+def test_a_path_is_dominated_where_a_shorter_one_does_as_well(unbroken):
+    paths = unbroken[0].paths[1:]
+    gains = [next(m.change[0] for m in path.measured if m.part == "select") for path in paths]
+    assert [path.dominated for path in paths] == [
+        any(later >= gain for later in gains[place + 1 :]) for place, gain in enumerate(gains)
     ]
-    assert gains == sorted(gains, reverse=True)
+    assert len({path.dominated for path in paths}) == 2
 
 
 def test_every_path_is_measured_on_what_it_was_fitted_chosen_and_tested_on(unbroken):
