@@ -198,8 +198,8 @@ def read_path(given: str) -> PathFile:
 def read_path_list(given: str) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name; of a file that isn't a `paths.json`, by its stem.
 
-    A `paths.json` without a name gives its paths but the full one and those marked as dominated. Raised is what
-    `read_path` raises; no such path, or a name that is there twice, is a PathError.
+    A `paths.json` without a name gives its paths but the full one and those marked as dominated.
+    Raised is what `read_path` raises; no such path, or a name that is there twice, is a PathError.
     """
     files: list[tuple[str, PathFile]] = []
     for word in filter(None, map(str.strip, given.split(","))):
