@@ -210,9 +210,7 @@ def read_path_list(given: str) -> dict[str, PathFile]:
         full = StaticPath(range(found.num_layers))
         named = found.paths if name is None else [found.find(name, file)]
         wanted = [
-            each
-            for each in named
-            if name is not None or not (each.dominated or each.path == full)
+            each for each in named if name is not None or not (each.dominated or each.path == full)
         ]
         if not wanted:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
