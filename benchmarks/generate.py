@@ -11,6 +11,9 @@ does hits all of them alike, and are compared round by round; figures are median
 (d) K/V rows and bytes in the cache against those of the plan, counted
 (e) many prompts under three plans: `generate_many`, which routes all prompts first and then
     decodes those of one plan together, against batches of mixed plans
+(f) checkpoints exported without k of L layers, loaded by transformers, and the same layers skipped
+    by an attached model, both against the untouched model, head and all; exported, at least 0.8 of
+    the share of multiply-adds that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
 """
@@ -22,6 +25,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +35,9 @@ from typing import Any
 import common
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import (
     Clock,
     Rounds,
@@ -44,6 +50,7 @@ from drllm.evaluation.latency import (
 )
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, left_padded
+from drllm.models.export import export_path
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import stored_bytes, stored_rows
@@ -56,6 +63,7 @@ NUM_SKIPPED = (3, 6, 10)
 MOST_OVERHEAD = 1.03
 MOST_FOR_A_PLAN = 1.05  # times the share of the layers that it runs
 MOST_FOR_ROUTERS = 1.01
+LEAST_OF_THE_SAVING = 0.8
 NUM_PROMPTS = 16
 
 OURS = {
@@ -63,16 +71,34 @@ OURS = {
     "b": "RoutedModel(model) under a plan that skips k layers",
     "c": "RoutedModel(model, policy=RouterPolicy(routers)), which execute every layer",
     "e": "generate_many: routed first, then decoded in batches of one plan",
+    "f": "the checkpoint that export_path writes, and RoutedModel(model) under the same plan",
 }
 THEIRS = {
     "a": "the untouched model, the same weights",
     "b": "the untouched model; both without the time of a model that has no layer",
     "c": "RoutedModel(model) without routers",
     "e": "routed.generate on batches of mixed plans, in the prompts' order",
+    "f": "the untouched model",
 }
 
-QUICK = {"prompt": 5, "batch": 2, "decode": 16, "routers": 8, "many": 1, "new_tokens": 8}
-WHOLE = {"prompt": 30, "batch": 8, "decode": 200, "routers": 60, "many": 5, "new_tokens": 32}
+QUICK = {
+    "prompt": 5,
+    "batch": 2,
+    "decode": 16,
+    "routers": 8,
+    "many": 1,
+    "new_tokens": 8,
+    "exported": 3,
+}
+WHOLE = {
+    "prompt": 30,
+    "batch": 8,
+    "decode": 200,
+    "routers": 60,
+    "many": 5,
+    "new_tokens": 32,
+    "exported": 60,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +106,7 @@ class Figure:
     """A ratio of times in every round, and the most that its median may be.
 
     Attributes:
-        question: (a) to (e), as above.
+        question: (a) to (f), as above.
         name: What was compared.
         ratios: One of each round.
         bound: None where any value is an answer.
@@ -285,6 +311,37 @@ def many_prompts(
     return figures, differ
 
 
+def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
+    """Measure (f)."""
+    L, shape, ids = base.num_layers, ModelShape.of(base.model), token_ids(base, 1, PROMPT_TOKENS)
+    models = {"untouched": base.model, "control": twin(base.model)}
+    for k in NUM_SKIPPED:
+        plan = skipping(L, k)
+        models[f"routed {k}"] = RoutedModel(twin(base.model), policy=FixedPolicy(plan, L)).model
+        with tempfile.TemporaryDirectory() as folder:
+            export_path(base, [layer for layer in range(L) if plan[layer]], folder)
+            models[f"exported {k}"] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=base.model.dtype
+            ).eval()
+    figures = []
+    for name, way, num_tokens in (("prefill", reading, PROMPT_TOKENS), ("decode", decoding, 1)):
+        calls = {each: way(model, ids) for each, model in models.items()}
+        rounds = take_turns(calls, repeats["exported"], clock)
+        figures.append(
+            Figure("f", f"{name}_exported_control", ratios(rounds, "control", "untouched"))
+        )
+        flops = [prompt_flops(shape, tuple(skipping(L, k)), num_tokens) for k in (0, *NUM_SKIPPED)]
+        whole, *left = [each.weights + each.attention for each in flops]
+        for k, executed in zip(NUM_SKIPPED, left, strict=True):
+            saved = 1 - executed / whole
+            for kind, bound in (("exported", 1 - LEAST_OF_THE_SAVING * saved), ("routed", None)):
+                label = f"{name}_{kind}_without_{k}_of_{L}"
+                figures.append(
+                    Figure("f", label, ratios(rounds, f"{kind} {k}", "untouched"), bound)
+                )
+    return figures
+
+
 def commit() -> str:
     """Return the commit of this checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -309,8 +366,8 @@ def main() -> None:
         figures = passes(base, repeats, clock)
         counts = stored(base)
         many, differ = many_prompts(base, repeats, clock)
-    figures += many
-    head = "(a) to (c): ours / theirs; (e): theirs / ours"
+        figures += [*exported(base, repeats, clock), *many]
+    head = "(a) to (c), (f): ours / theirs; (e): theirs / ours"
     print(f"{head:<46} median  quartiles         rounds  bound")
     print(*figures, sep="\n")
     for count in counts:
@@ -323,7 +380,7 @@ def main() -> None:
     medians = {figure.name: figure.quartiles[1] for figure in figures}
     result = {
         "overhead": {f.name: medians[f.name] for f in figures if f.question in "ac"},
-        "share_of_the_time": {f.name: medians[f.name] for f in figures if f.question == "b"},
+        "share_of_the_time": {f.name: medians[f.name] for f in figures if f.question in "bf"},
         "speedup": {f.name: medians[f.name] for f in figures if f.question == "e"},
         "bounds": {f.name: f.bound for f in figures if f.bound is not None},
         "is_met": {f.name: f.is_met for f in figures if f.bound is not None},
