@@ -248,8 +248,7 @@ class Comparison:
         """Return what is run with some routers at a depth, by name, and what it costs."""
         costs = {"depth": self._depth_cost if setting else 0, ROUTED: self._cost(setting)}
         for name in self.shared.baselines:
-            is_the_same = setting and BASELINES.get(name).has_own_depth
-            if name == PERMUTED or (folder == self.first and not is_the_same):
+            if name == PERMUTED or folder == self.first:
                 costs[name] = costs[ROUTED] * self._num_draws(name)
         return costs
 

@@ -82,7 +82,7 @@ class TaskRuns:
 
     def _row(self, system: SystemRun) -> System:
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
-        if _is_given(system) and system.path is not None:
+        if system.path is not None:
             about = {"description": system.path.edits(self.num_layers), "reads_question": False}
         if system.name in BASELINES:
             baseline = BASELINES.get(system.name)
@@ -124,10 +124,10 @@ class TaskRuns:
         Paths come last, in the same order.
         """
         base, *others = [
-            each for each in self.systems if each.setting or each.name == BASE or _is_given(each)
+            each for each in self.systems if each.setting or each.name == BASE or each.path
         ]
-        names = list(dict.fromkeys("" if _is_given(each) else each.name for each in others))
-        others.sort(key=lambda e: (names.index("" if _is_given(e) else e.name), -e.executions))
+        names = list(dict.fromkeys("" if each.path else each.name for each in others))
+        others.sort(key=lambda e: (names.index("" if e.path else e.name), -e.executions))
         return tuple(
             Point(system=each.name, setting=each.setting, **self._measured(each))
             for each in ((base, *others) if others else ())
@@ -275,11 +275,6 @@ class TaskRuns:
     def _answer(self, system: SystemRun, place: int) -> int | str | None:
         """Return what base or the routed model answered; the texts of all systems are many."""
         return system.answers[place] if system.title in (BASE, ROUTED) and system.answers else None
-
-
-def _is_given(system: SystemRun) -> bool:
-    """Tell whether it is one of the static paths that were given, not a baseline."""
-    return system.path is not None and system.name not in BASELINES
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.cost import mean_executions
-from drllm.paths import Path, StaticPath
+from drllm.paths import Decisions, StaticPath
 from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 
@@ -37,8 +37,8 @@ PROGRAMS = f"the search log, then {CHOICE}"
 QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
 """What is fitted on questions of the split that settings are chosen on."""
 
-Measure: TypeAlias = Callable[[Sequence[Path]], list[float]]
-"""Returns how good each of several candidates, decisions or paths, is; the larger the better."""
+Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
+"""Returns how good each of several candidates is; the larger the better."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How a baseline decides on the questions of a task; one of the first three.
+    """How a baseline or a given path decides on a task's questions; one of the first three.
 
     Attributes:
         plan: `[Q, L]` decisions.
         policy: What decides on each prompt.
-        path: One path for all, which decisions can't express.
+        path: One path for all.
         note: What a reader should know beyond the description; a part of a sentence.
     """
 
@@ -88,7 +88,6 @@ class Baseline(ABC):
         is_drawn: Whether it is drawn several times; the others' draws only decide which questions
             run a layer more.
         reads_question: Whether its decisions follow from the question that is asked.
-        has_own_depth: Whether it runs at executions of its own, whatever the routed model's are.
     """
 
     name: ClassVar[str]
@@ -99,7 +98,6 @@ class Baseline(ABC):
     needs: ClassVar[tuple[str, str] | None] = None
     is_drawn: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
-    has_own_depth: ClassVar[bool] = False
 
     def __init__(self, fitted: FittedBaselines) -> None:
         self.fitted = fitted
@@ -143,7 +141,7 @@ class FittedBaselines:
         name: str,
         prepare: Callable[[], Material],
         routed: RoutedModel,
-        remember: Callable[[str, Sequence[Path], Measure], list[float]],
+        remember: Callable[[str, Sequence[Decisions], Measure], list[float]],
     ) -> None:
         self.name = name
         self._prepare = prepare
@@ -171,7 +169,7 @@ class FittedBaselines:
         """Return a measure of `fitting.measures.MEASURES` that remembers what it found."""
         from drllm.evaluation.baselines.fitting.measures import MEASURES
 
-        def measure(unknown: Sequence[Path]) -> list[float]:
+        def measure(unknown: Sequence[Decisions]) -> list[float]:
             return MEASURES[kind](self.material)(unknown)
 
         return lambda candidates: self._remember(f"{self.name} by {kind}", candidates, measure)

@@ -1,19 +1,13 @@
-"""Baselines that run one program, whatever the question: of the search log, or a block twice.
-
-A block is repeated as a whole (`0 1 2 3 2 3 4`), which decisions can't express beyond a single
-layer; the baseline is a path, at its own executions, that can be exported as an ordinary model.
-"""
+"""The baseline that runs one program of the search log, whatever the question."""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from drllm.evaluation.baselines.base import (
-    CHOICE,
     PROGRAMS,
     Baseline,
     Drawn,
@@ -22,7 +16,7 @@ from drllm.evaluation.baselines.base import (
     register,
 )
 from drllm.evaluation.baselines.layer_dropping import mixture
-from drllm.paths import Decisions, Path, StaticPath, edits, full_decisions, num_executions
+from drllm.paths import Decisions, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid
 
@@ -32,8 +26,6 @@ if TYPE_CHECKING:
 
 PRIOR_TRIES = 10.0
 """Tries at which a program's own record counts as much as that of its kind."""
-LONGEST = 8
-"""Blocks of about seven layers are what the source found best."""
 
 
 @register
@@ -72,43 +64,6 @@ class BestProgramBaseline(Baseline):
         return Drawn(
             mixture(program, full_decisions(self.num_layers), wanted, len(routes), generator),
             note=f"{edits(program)} on {1 - full_share:.0%} of the questions",
-        )
-
-
-@register
-class BlockRepeat(Baseline):
-    """Repeats the block that helps the gold answers' log-probability most.
-
-    Source: RYS ("repeat yourself", the public notes on repeating middle blocks of Qwen2-72B); for
-        depth up-scaling by copied layers, SOLAR (arXiv 2312.15166).
-    """
-
-    name = "block repeat"
-    description = "one block of neighbouring layers runs twice; at its own executions"
-    source = "RYS; depth up-scaling, arXiv 2312.15166"
-    fitted_on = CHOICE
-    order = 110
-    needs = ("questions", "a task with options")
-    has_own_depth = True
-
-    @cached_property
-    def block(self) -> tuple[int, int]:
-        """First and last layer of the best block; of equal ones the shortest, then the first."""
-        blocks = [
-            (start, start + length - 1)
-            for length in range(1, min(LONGEST, self.num_layers) + 1)
-            for start in range(self.num_layers - length + 1)
-        ]
-        measure = self.fitted.measure("answers along")
-        values = measure([repeated(*block, self.num_layers) for block in blocks])
-        return blocks[values.index(max(values))]
-
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
-        """Return its path, whatever the routes."""
-        start, end = self.block
-        block = f"layers {start} to {end}" if end > start else f"layer {start}"
-        return Drawn(
-            path=StaticPath(repeated(start, end, self.num_layers)), note=f"runs {block} twice"
         )
 
 
@@ -171,13 +126,3 @@ def best_program(
     # Of equal ones the better by the log.
     best = max(candidates, key=lambda program: mixed(program, measured[program], of_full))
     return best, shares[best]
-
-
-def repeated(start: int, end: int, num_layers: int) -> Path:
-    """Return the path that runs a block twice, from its first layer to its last.
-
-    Example:
-        >>> repeated(1, 2, num_layers=4)
-        (0, 1, 2, 1, 2, 3)
-    """
-    return (*range(end + 1), *range(start, num_layers))

@@ -58,11 +58,6 @@ def test_the_best_program_is_told_by_the_layers_that_it_skips(fitted):
     assert drawn.plan.sum() == routes.sum()
 
 
-def test_block_repeat_is_told_by_its_block(fitted):
-    drawn = fitted.at("block repeat", torch.ones(2, 4, dtype=torch.long), torch.Generator())
-    assert (drawn.path.steps, drawn.note) == ((0, 1, 2, 3, 0, 1, 2, 3), "runs layers 0 to 3 twice")
-
-
 def test_what_a_baseline_needs_and_there_is_not_is_named(fitted):
     assert fitted.obstacle("sequence router", 3.0) == (
         "it needs the routers' targets; give them as --supervision"

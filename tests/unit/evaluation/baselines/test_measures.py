@@ -33,12 +33,6 @@ def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_l
     assert max(found) - min(found) > 100 * TOLERANCE
 
 
-def test_paths_are_measured_like_decisions(material, slow_gold_logprob):
-    paths = [(0, 1, 2, 3), (0, 1, 2, 1, 2, 3), (3, 0), (0, 1, 1, 1, 2, 3)]
-    found = measures.MEASURES["answers along"](material)(paths)
-    assert found == pytest.approx([slow_gold_logprob(path) for path in paths], abs=TOLERANCE)
-
-
 def test_states_of_one_batch_are_given_up_before_the_next(material, monkeypatch):
     batches = []
 
@@ -84,16 +78,15 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
     def plans():
         of_task = FittedBaselines("arc", lambda: material, routed, remember)
         routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
-        names = ("greedy by loss", "greedy by answers", "block repeat")
+        names = ("greedy by loss", "greedy by answers")
         return [of_task.at(name, routes, torch.Generator().manual_seed(0)) for name in names]
 
     def measured_again(*_):
         raise AssertionError
 
     before = plans()
-    assert {name for name, _ in known} == {"arc by loss", "arc by answers", "arc by answers along"}
+    assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
     for kind in measures.MEASURES:
         monkeypatch.setitem(measures.MEASURES, kind, measured_again)
     for first, again in zip(before, plans(), strict=True):
-        assert again.path == first.path
-        assert again.plan is first.plan is None or torch.equal(again.plan, first.plan)
+        assert torch.equal(again.plan, first.plan)

@@ -14,7 +14,7 @@ from drllm.evaluation.baselines.registry import NOT_COMPARED, check, files_neede
 NAMES = [
     *("permuted routes", "random decisions", "label frequency", "last layers", "evenly spaced"),
     *("block influence", "greedy by loss", "greedy by answers", "best program", "confidence exit"),
-    *("block repeat", "sequence router"),
+    "sequence router",
 ]
 
 
@@ -22,13 +22,13 @@ def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
     assert named("all") == NAMES == [baseline.name for baseline in ordered()]
     assert named("none") == []
     assert named("quick") == NAMES[:5]
-    assert named("block_repeat, last-layers") == ["last layers", "block repeat"]
+    assert named("sequence_router, last-layers") == ["last layers", "sequence router"]
 
 
 def test_baselines_are_listed_without_torch():
     code = (
         "import sys\nfrom drllm.evaluation.baselines.registry import ordered\n"
-        "assert len(ordered()) == 12\nassert 'torch' not in sys.modules"
+        "assert len(ordered()) == 11\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
@@ -38,7 +38,7 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest():
         named("sleb")
 
 
-def test_files_are_asked_for_where_an_baseline_is_fitted_on_them():
+def test_files_are_asked_for_where_a_baseline_is_fitted_on_them():
     assert files_needed("quick") == []
     assert files_needed("all") == ["search", "supervision"]
     check(EvaluateConfig(baselines="best-program", search="search.jsonl"))

@@ -1,4 +1,4 @@
-"""How good decisions, or paths, are on questions that a setting may be chosen on.
+"""How good decisions are on questions that a setting may be chosen on.
 
 Two measures, both in nats and the larger the better: the gold option's log-probability among the
 options, and the log-probability of a text's tokens. Both read the whole set under every candidate
@@ -8,15 +8,13 @@ given at once, so that candidates share the beginnings that they have in common.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import Material, Measure
 from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import Decisions, Path, Plan, StaticPath
+from drllm.paths import Decisions, Plan
 from drllm.tuning.judge import log_share
 
 BATCH_SIZE = 16
@@ -32,11 +30,6 @@ def _under_plans(batch: ChoiceBatch, plans: Sequence[Plan]) -> list[list[tuple[f
     return [sums[start : start + num] for start in range(0, len(sums), num)]
 
 
-def _along(batch: ChoiceBatch, paths: Sequence[Path]) -> list[list[tuple[float, ...]]]:
-    """Score a batch along each path, in whatever order it runs the layers."""
-    return _under_plans(batch, [StaticPath(path) for path in paths])
-
-
 def by_loss(material: Material) -> Measure:
     """Return the mean log-probability of a token of the calibration prompts, but their first ones.
 
@@ -47,7 +40,7 @@ def by_loss(material: Material) -> Measure:
     return _measure(material, texts, lambda _, sums: sums[0], num_tokens)
 
 
-def by_answers(material: Material, score: Callable[..., Any] = _under_plans) -> Measure:
+def by_answers(material: Material) -> Measure:
     """Return the mean log-probability of the gold options, of the options and not of the text.
 
     Source: TALE (arXiv 2510.22767), by log-probability (D-18).
@@ -56,7 +49,7 @@ def by_answers(material: Material, score: Callable[..., Any] = _under_plans) -> 
     def of_gold(place: int, sums: Sequence[float]) -> float:
         return log_share(sums, material.golds[place])
 
-    return _measure(material, material.questions, of_gold, len(material.questions), score)
+    return _measure(material, material.questions, of_gold, len(material.questions))
 
 
 def _measure(
@@ -64,7 +57,6 @@ def _measure(
     questions: Sequence[Question],
     value_of: Callable[[int, Sequence[float]], float],
     count: int,
-    score: Callable[..., Any] = _under_plans,
 ) -> Measure:
     """Return the measure that adds up a value of each question's sums, and divides by a count."""
     lengths = [question.length for question in questions]
@@ -76,7 +68,7 @@ def _measure(
     def measure(candidates: Sequence[Decisions]) -> list[float]:
         totals = [0.0] * len(candidates)
         for places, batch in batches:
-            for candidate, of_questions in enumerate(score(batch, candidates)):
+            for candidate, of_questions in enumerate(_under_plans(batch, candidates)):
                 pairs = zip(places, of_questions, strict=True)
                 totals[candidate] += sum(_finite(value_of(place, sums)) for place, sums in pairs)
         return [total / count for total in totals]
@@ -87,8 +79,6 @@ def _measure(
 MEASURES: dict[str, Callable[[Material], Measure]] = {
     "loss": by_loss,
     "answers": by_answers,
-    # The same of paths that decisions can't express.
-    "answers along": partial(by_answers, score=_along),
 }
 
 
