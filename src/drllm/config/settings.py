@@ -361,7 +361,8 @@ class TuneConfig(Settings):
         tasks: tasks (comma list), or a .jsonl file of your own
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         max_skipped: layers left out, at most; a sixth of the layers unless given
-        objective: what is kept high; gold_logprob with options, else next_token_loss
+        objective: what is kept high; gold_logprob with options, next_token_loss with other answers,
+            kl for prompts without any
         edits: skip layers; their attention or MLP too (sublayers); start from a repeat too
         beam: paths of a level that are edited further
         num_fit: questions of a task that paths are fitted on, at most

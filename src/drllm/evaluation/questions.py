@@ -54,8 +54,8 @@ def tasks_of(
             if name not in known:
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
-        if task.harness is None and task.rewards:  # asked and graded as in a search
-            check_installed(task.rewards[0])
+        if task.harness is None and task.form is not None:  # asked and graded as in a search
+            check_installed(task.check_reward(None))
         _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}

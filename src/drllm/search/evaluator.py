@@ -58,6 +58,12 @@ class Reading:
     text: str
     tokens: list[int]
     continuations: list[list[int]]  # the options; the right answer where one is generated
+    num_unscored: tuple[int, ...]  # of each, the tokens that aren't scored; empty for none
+
+    @property
+    def question(self) -> Question:
+        """What is scored."""
+        return Question(self.tokens, self.continuations, self.num_unscored)
 
     def reads_like(self, prompt: Prompt) -> bool:
         """Tell whether a prompt puts the same before the model, and only judges it otherwise."""
@@ -77,10 +83,9 @@ def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Readin
     if text is None:
         text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
     tokens = encode(routed.tokenizer, text)
-    continuations = [
-        encode_continuation(routed.tokenizer, text, continuation)
-        for continuation in prompt.continuations or (gold_text(prompt),)
-    ]
+    behind = partial(encode_continuation, routed.tokenizer, text)
+    continuations = [behind(each) for each in prompt.continuations or (gold_text(prompt),)]
+    num_unscored = tuple(len(behind(each)) for each in prompt.unscored)
     generated = 0 if prompt.continuations else prompt.max_new_tokens
     longest = max(generated, *map(len, continuations))
     context = context_length(routed.model)
@@ -89,7 +94,7 @@ def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Readin
             f"a prompt of the question has {len(tokens)} tokens, and up to {longest} follow; the "
             f"model's context holds {context}; shorten the question or leave it out"
         )
-    return Reading(prompt, text, tokens, continuations)
+    return Reading(prompt, text, tokens, continuations, num_unscored)
 
 
 def gold_text(prompt: Prompt) -> str:
@@ -130,9 +135,7 @@ class Evaluator:
         )
         self._batch: ChoiceBatch | AnswerBatch
         if reward_of(self.readings[0].prompt).scores_options:
-            self._batch = self._choices(
-                [Question(r.tokens, r.continuations) for r in self.readings]
-            )
+            self._batch = self._choices([reading.question for reading in self.readings])
         else:
             contexts = [reading.tokens for reading in self.readings]
             self._batch = AnswerBatch(

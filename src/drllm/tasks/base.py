@@ -88,6 +88,8 @@ class Prompt:
         normalised: Score continuations by log-probability per character (as `acc_norm` of
             lm-evaluation-harness does), not by their sum. Only re-tests ask for it.
         letters: For `letter`, the letters that name an option.
+        unscored: Of each continuation, the text that it begins with and that is read but not
+            scored: of a gap that is filled, the filling. Empty for none.
     """
 
     text: str
@@ -100,6 +102,8 @@ class Prompt:
     max_new_tokens: int = 16
     normalised: bool = False
     letters: str = "ABCDE"
+    # Not in the repr, by which a search knows its prompts, those of earlier versions too.
+    unscored: tuple[str, ...] = field(default=(), repr=False)
 
 
 class Function(str):
@@ -204,6 +208,11 @@ class Task(ABC):
         """The rewards that fit, the default first; none where the task is only evaluated."""
         return () if self.form is None else self.form.rewards
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether its questions have right answers; else they are prompts alone."""
+        return self.form is None or bool(self.form.rewards)
+
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""
         return self.prompts(example, reward)[0]
@@ -224,9 +233,14 @@ class Task(ABC):
             reward: A name, or several with commas between, of which the first that fits is taken
                 (`letter,boxed` for tasks with options and problems); None for the task's own.
         """
+        if not self.has_answers:
+            raise TaskError(
+                f"task {self.name!r} has prompts without answers, which only 'drllm tune' takes; "
+                f"give 'answer' with 'choices' or 'grader'"
+            )
         if not self.rewards:
             raise TaskError(
-                f"task {self.name!r} is only evaluated and can't be searched; "
+                f"task {self.name!r} is only evaluated and can't be searched or tuned on; "
                 f"'drllm ls tasks' shows which tasks have rewards"
             )
         wanted = self.rewards if reward is None else reward.split(",")

@@ -1,6 +1,7 @@
 """Questions from a `.jsonl` file of the user's own.
 
-Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`. Loads no torch.
+Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` alone.
+Loads no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ FORMS = {
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
 
 
-CHOICES = "'choices'"
+CHOICES, PROMPT = "'choices'", "a prompt alone"
 
 
 def task_of_file(path: Path, taken: tuple[str, ...] = ()) -> FileTask:
@@ -65,7 +66,8 @@ class FileTask(Task):
     Args:
         path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
             right option's index from 0, its text, or its letter), or `question`, `answer` and
-            `grader` (a reward that grades text), the same for all.
+            `grader` (a reward that grades text), the same for all, or `prompt` (or `question`)
+            without an answer.
         taken: Names of other tasks; a file of such a name is called `NAME_file`.
         rows: The rows, where they aren't in the file.
 
@@ -83,8 +85,8 @@ class FileTask(Task):
         self.all, grader = self._read(read_rows(path) if rows is None else enumerate(rows, 1))
         last = max(LETTERS.find(example.answer) for example in self.all)
         letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
-        form = FORMS.get(grader or "", FORMS["exact"])
-        self.form = replace(form, rewards=(grader,), letters=letters) if grader else OPTIONS
+        form, rewards = FORMS.get(grader or "", FORMS["exact"]), (grader,) if grader else ()
+        self.form = OPTIONS if grader is None else replace(form, rewards=rewards, letters=letters)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
@@ -101,7 +103,10 @@ class FileTask(Task):
         return list(found.values())
 
     def _read(self, rows: Iterable[tuple[int, Row]]) -> tuple[list[Example], str | None]:
-        """Return the questions and the grader of all rows; None where options are scored."""
+        """Return the questions and the grader of all rows.
+
+        It is None where options are scored, and empty without answers.
+        """
         examples: list[Example] = []
         found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
         first_kind = ""
@@ -125,7 +130,7 @@ class FileTask(Task):
                 raise TaskError(f"{self.path}, line {line}: {error}") from error
             if first == line:
                 examples.append(example)
-        return examples, None if first_kind == CHOICES else str(row["grader"])
+        return examples, None if first_kind == CHOICES else str(row.get("grader", ""))
 
 
 def _kind(row: Row) -> str:
@@ -137,9 +142,11 @@ def _kind(row: Row) -> str:
     if "choices" in row:
         return CHOICES
     if "grader" not in row:
+        if "answer" not in row and not {"prompt", "question"}.isdisjoint(row):
+            return PROMPT
         raise TaskError(
             f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); "
-            f"give question, choices, answer or question, answer, grader"
+            f"give question, choices, answer, or question, answer, grader, or prompt alone"
         )
     grader = row["grader"]
     graders = [name for name in REWARDS if not REWARDS.get(name).scores_options]
@@ -149,6 +156,9 @@ def _kind(row: Row) -> str:
 
 
 def _example(row: Row) -> Example:
+    if _kind(row) == PROMPT:
+        text = text_of(row, "prompt" if "prompt" in row else "question")
+        return Example(question=text, answer="")
     question = text_of(row, "question")
     if "choices" not in row:
         return Example(question=question, answer=_graded_answer(row))

@@ -27,7 +27,8 @@ class Form:
 
     Attributes:
         rewards: The rewards that fit, the default first: `loglikelihood` scores the options' texts,
-            `letter` asks for one of their letters, others grade a generated answer.
+            `letter` asks for one of their letters, others grade a generated answer. None where the
+            questions are prompts without answers.
         templates: Around `{question}` and, for generated answers, `{context}`: as it is asked, then
             for the re-tests.
         max_new_tokens: Maximum tokens of an answer; None: what its longest right answer needs.
@@ -66,6 +67,32 @@ class Form:
         )
 
 
+class GapForm(Form):
+    """How questions with a gap (`_`) are asked: each option fills it, what follows it is scored.
+
+    Source: Trinh and Le (arXiv 1806.02847), as lm-evaluation-harness' WinoGrande has it.
+    """
+
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how a question is asked, then in other templates."""
+        found = []
+        for template in self.templates:
+            before, _, after = template.format(question=example.question).partition("_")
+            text = before.rstrip()
+            fillings = tuple(f"{before[len(text) :]}{choice}" for choice in example.choices)
+            continuations = tuple(f"{filling} {after.strip()}" for filling in fillings)
+            prompt = Prompt(
+                text=text,
+                reward=reward,
+                answer=example.answer,
+                continuations=continuations,
+                gold=example.gold,
+                unscored=fillings,
+            )
+            found.append(prompt)
+        return tuple(found)
+
+
 OPTIONS = Form(
     rewards=(OPTIONS_REWARD, "letter"),
     templates=(
@@ -86,6 +113,7 @@ BOXED = Form(
     ),
     max_new_tokens=BOXED_TOKENS,
 )
+GAP = GapForm(rewards=(OPTIONS_REWARD,), templates=("{question}", "Text: {question}"))
 
 
 def _scored_prompt(example: Example, template: str) -> Prompt:

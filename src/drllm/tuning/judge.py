@@ -138,11 +138,11 @@ def items_of(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> 
 
 
 def _item(reading: Reading, objective: str) -> Item:
-    continuations = reading.continuations
     if objective == GOLD:
-        return Item(Question(reading.tokens, continuations), reading.prompt.gold)
-    right = continuations[reading.prompt.gold or 0]
-    return Item(Question(reading.tokens, [right[:1] if objective == KL else right]))
+        return Item(reading.question, reading.prompt.gold)
+    if objective == KL:  # what follows the prompt is not looked at, but something has to
+        return Item(Question(reading.tokens, [reading.tokens[:1]]))
+    return Item(Question(reading.tokens, [reading.continuations[reading.prompt.gold or 0]]))
 
 
 def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:

@@ -41,17 +41,19 @@ def parts_of_tasks(
 ) -> list[TaskParts]:
     """Return the tasks with their questions by part, if they can be tuned on."""
     config.check_effects()
-    if config.epsilon is not None and config.objective == KL:
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at none;"
-            f" leave one of them out"
-        )
     given = config.tasks if tasks is None else tasks
     listed = [given] if isinstance(given, (str, Task)) else list(given)
     named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
     found = [task for each in named for task in each]
     for task in found:
-        check_installed(reward_for(task, objective_of(task, config)))
+        objective = objective_of(task, config)
+        if config.epsilon is not None and objective == KL:
+            raise ConfigError(
+                f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at "
+                f"none of {task.name}; leave it out"
+            )
+        if task.has_answers:
+            check_installed(reward_for(task, objective))
     names = [task.name for task in found]
     for name in config.weights or {}:
         if name not in names:
@@ -81,6 +83,13 @@ def _check_certifiable(divided: Sequence[TaskParts], config: TuneConfig) -> None
 
 def objective_of(task: Task, config: TuneConfig) -> str:
     """Return what is kept high on a task: the one asked for, or the one that fits its answers."""
+    if not task.has_answers:
+        if config.objective not in (None, KL):
+            raise ConfigError(
+                f"--objective {config.objective} needs right answers, and {task.name} has prompts "
+                f"alone; leave it out, or give {KL}"
+            )
+        return KL
     has_options = OPTIONS_REWARD in task.rewards
     if config.objective == GOLD and not has_options:
         raise ConfigError(
@@ -104,6 +113,10 @@ def prompt_of(task: Task, example: Example, objective: str) -> Prompt:
             answer=example.answer,
             continuations=(f" {example.solution}",),
             gold=0,
+        )
+    if not task.has_answers:
+        return Prompt(
+            text=example.question, reward=OPTIONS_REWARD, answer="", chat=True, max_new_tokens=0
         )
     return task.prompt(example, reward_for(task, objective))
 

@@ -17,6 +17,13 @@ from drllm.tasks.registry import get_task, get_tasks
 TASKS = get_tasks("arc_easy,hellaswag")
 
 
+def test_prompts_without_answers_are_not_evaluated(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Say something."}\n')
+    with pytest.raises(TaskError, match="without answers"):
+        tasks_of(EvaluateConfig(), str(file))
+
+
 def test_a_task_is_fitted_on_its_own_questions_unless_another_is_named():
     config = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "arc_easy"})
     sources = sources_of(TASKS, config)

@@ -60,6 +60,16 @@ def test_generated_answers_are_graded_as_the_row_says(tmp_path, row, right, wron
         assert grade(prompt, wrong) == 0.0
 
 
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tmp_path, name):
+    task, examples = read(write(tmp_path, {name: "Say something.", "id": 7}))
+    assert [(each.question, each.answer) for each in examples] == [("Say something.", "")]
+    assert not task.has_answers
+    for reward in (None, "exact"):
+        with pytest.raises(TaskError, match="without answers"):
+            task.prompts(examples[0], reward)
+
+
 def test_a_file_is_read_once_unless_it_changes(tmp_path):
     path = write(tmp_path, CHOICES)
     assert get_task(str(path)) is get_task(str(path))
@@ -138,6 +148,9 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
     ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
+    ([{"prompt": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
+    ([{"prompt": ""}], "line 1: 'prompt' is empty"),
+    ([CHOICES, {"prompt": "Why?"}], "line 2: a row with a prompt alone, but the first has"),
     ([graded(grader="exakt")], "unknown grader 'exakt'; did you mean 'exact'?"),
     ([graded(grader=["exact"])], "unknown grader"),
     ([graded(grader="letter")], "the grader 'letter' expects one of A to Z"),

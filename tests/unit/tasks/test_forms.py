@@ -6,7 +6,7 @@ import pytest
 
 from drllm.errors import TaskError
 from drllm.tasks.base import Example
-from drllm.tasks.forms import BOXED, LETTERS, OPTIONS
+from drllm.tasks.forms import BOXED, GAP, LETTERS, OPTIONS
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade
 
@@ -34,6 +34,16 @@ def test_loglikelihood_is_retested_in_three_other_templates_and_by_character():
     for retest in retests:
         assert "Why?" in retest.text
         assert (retest.continuations, retest.gold) == ((" ice", " fire"), 1)
+
+
+def test_each_option_fills_the_gap_and_what_follows_is_scored():
+    asked = Example(question="So  _ {left}. ", choices=("Ann", "Eve"), gold=1, answer="Eve")
+    prompt, retest = GAP.prompts(asked, "loglikelihood")
+    assert (prompt.text, retest.text) == ("So", "Text: So")
+    for each in (prompt, retest):
+        assert each.unscored == ("  Ann", "  Eve")
+        assert each.continuations == ("  Ann {left}.", "  Eve {left}.")
+        assert each.gold == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -4,10 +4,12 @@ import math
 
 import pytest
 
+from drllm.models.base.prompts import encode, encode_continuation
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import MLP, StaticPath, Step
 from drllm.search.evaluator import read
-from drllm.tasks.base import Prompt
+from drllm.tasks.base import Prompt, with_options
+from drllm.tasks.forms import GAP
 from drllm.tasks.registry import get_task
 from drllm.tuning.judge import Judge, graded, items_of, log_share, texts_of
 from drllm.tuning.parts import GOLD, KL, LOSS
@@ -52,6 +54,23 @@ def test_the_gold_log_probability_and_the_choice_are_those_of_each_path_alone(ro
             assert is_right == (sums.index(max(sums)) == prompt.gold)
 
 
+def test_options_that_fill_a_gap_are_scored_by_what_follows_as_each_sentence_alone(routed, slow):
+    sentences = ["She thanked _ for the tea.", "Ann hid it from Eve, so  _ found nothing."]
+    names = ("Ann", "Eve and Bo")
+    asked = [GAP.prompts(with_options(each, names, 1), "loglikelihood")[0] for each in sentences]
+    found = judged(routed, items_of(routed, asked, GOLD), GOLD)
+    for path, values, right in zip(slow, found.objective, found.right, strict=True):
+        for sentence, value, is_right in zip(sentences, values, right, strict=True):
+            before, _, after = sentence.partition("_")
+            sums = []
+            for name in names:
+                context = encode(routed.tokenizer, before + name)
+                rest = encode_continuation(routed.tokenizer, before + name, after)
+                sums += path.sums(context, [rest])
+            assert value == pytest.approx(log_share(sums, 1), abs=TOLERANCE)
+            assert is_right == (sums[1] > sums[0])
+
+
 def test_the_loss_of_right_answers_is_that_of_each_path_alone(routed, slow):
     asked = prompts("builtin_arithmetic", 4)
     found = judged(routed, items_of(routed, asked, LOSS), LOSS)
@@ -79,6 +98,12 @@ def test_the_kl_is_that_of_the_prompts_tokens_and_needs_no_answer(routed, asked,
     pairs = [(row, (1, 0, 1, 1, 1, 1)) for row in range(len(asked))]
     expected = kls_alone(tiny_llama(max_position_embeddings=1024), contexts, pairs)
     assert found.objective[1] == pytest.approx([-kl for kl in expected], abs=TOLERANCE)
+
+
+def test_prompts_without_answers_score_as_the_prompts_of_questions_do(routed, asked):
+    alone = [Prompt(text=p.text, reward="loglikelihood", answer="", chat=p.chat) for p in asked]
+    found, expected = (judged(routed, items_of(routed, each, KL), KL) for each in (alone, asked))
+    assert found.objective == expected.objective
 
 
 def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):

@@ -10,11 +10,13 @@ from drllm.tasks.registry import get_task
 from drllm.tuning.parts import (
     CERTIFY,
     FIT,
+    GOLD,
     KL,
     LOSS,
     PARTS,
     SELECT,
     TEST,
+    objective_of,
     parts_of,
     parts_of_tasks,
     prompt_of,
@@ -84,6 +86,27 @@ def test_too_few_questions_for_a_certificate_are_refused_before_anything_is_sear
     config = TuneConfig(tasks="builtin_facts", epsilon=2.0, num_judged=20)
     with pytest.raises(ConfigError, match="30 questions to certify"):
         parts_of_tasks(config)
+
+
+def prompts_alone(folder):
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {i}."}}\n' for i in range(40)))
+    return file
+
+
+def test_prompts_alone_are_kept_near_the_full_path(tmp_path):
+    task = get_task(str(prompts_alone(tmp_path)))
+    config = TuneConfig()
+    assert objective_of(task, config) == KL
+    [divided] = parts_of_tasks(config, task)
+    prompt = prompt_of(task, divided.examples[FIT][0], KL)
+    assert (prompt.text, prompt.chat) == (divided.examples[FIT][0].question, True)
+
+
+@pytest.mark.parametrize("settings", [{"objective": LOSS}, {"objective": GOLD}, {"epsilon": 2.0}])
+def test_what_needs_answers_is_refused_for_prompts_alone(tmp_path, settings):
+    with pytest.raises(ConfigError, match="needs right answers"):
+        parts_of_tasks(TuneConfig(**settings), str(prompts_alone(tmp_path)))
 
 
 def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():

@@ -131,6 +131,23 @@ def test_several_tasks_are_kept_high_together_and_each_is_measured(routed):
     assert {m.task for m in found.paths[-1].measured} == set(tasks)
 
 
+def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {i}."}}\n' for i in range(40)))
+    said = drllm(
+        f"tune --device cpu --max-skipped 1 --max-loss 10 --beam 1 --tasks {file} --model",
+        model_folder(),
+        "--output-dir",
+        tmp_path / "tuned",
+    )
+    assert "skip1" in said.out
+    found = read_paths(tmp_path / "tuned" / "paths.json")
+    assert found.objective == {"prompts": "kl"}
+    for part in found.paths[1].measured:
+        assert part.objective == part.change[0] < 0
+        assert part.accuracy is None
+
+
 def test_where_base_only_guesses_nothing_is_certified(routed):
     found = tuned(routed, max_loss=10.0, epsilon=50.0)
     assert found.certified is None

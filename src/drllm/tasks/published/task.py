@@ -30,7 +30,7 @@ from drllm.tasks.base import (
     check_split,
     shots_split,
 )
-from drllm.tasks.forms import BOXED, OPTIONS, Form
+from drllm.tasks.forms import BOXED, GAP, OPTIONS, Form
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import EmptyTextError, read_rows
@@ -294,7 +294,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
-_NAMED = {**vars(readers), "options": OPTIONS, "boxed": BOXED}
+_NAMED = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
 _BY_NAME = ("read", "columns", "thin_out", "form")
 _KINDS: dict[str, type] = {"read": readers.Columns, "form": Form, "harness": Harness}
 
