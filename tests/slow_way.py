@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div
 
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import known_to_transformers, make_tiny
+from drllm.models.families import WHOLE_LAYERS
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
@@ -27,9 +28,9 @@ SUM_TOLERANCE = 1e-4
 measured on these models)."""
 FULL = (1,) * 6
 NO_PARTS = {
-    **dict.fromkeys(("biogpt", "opt", "xglm"), "no module of its own for the MLP"),
-    **dict.fromkeys(("bloom", "mpt"), "more with its attention and MLP than add"),
-    "llama4_text": "changes the shape",
+    family: reason.removeprefix("a layer ")
+    for reason, families in WHOLE_LAYERS.items()
+    for family in families
 }
 """Families that are routed, but not in parts → why."""
 FOREIGN_ERRORS = (

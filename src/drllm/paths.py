@@ -289,14 +289,15 @@ def _edits(steps: Steps, num_layers: int) -> str:
     parts = [f"skips {_listed(what, layers)}" for what, layers in skipped if layers]
     damped = [step for step in first.values() if step.scale != 1]
     for verb, found in (("runs", damped), ("repeats", again)):
-        of = Counter((step.run, step.scale) for step in found)
-        for run, scale in of:
-            layers = [str(step.layer) for step in found if (step.run, step.scale) == (run, scale)]
+        alike: dict[tuple[str, float, int], list[str]] = {}
+        for step, times in Counter(found).items():
+            alike.setdefault((step.run, step.scale, times), []).append(str(step.layer))
+        for (run, scale, times), layers in alike.items():
             what = "layer" if run == ALL else f"the {_SAID[run]} of layer"
             weight = {1.0: "", 0.5: " at half weight", 0.25: " at a quarter of the weight"}
-            parts.append(
-                f"{verb} {_listed(what, layers)}{weight.get(scale, f' at weight {scale:g}')}"
-            )
+            often = {1: "", 2: " twice"}.get(times, f" {times} times")
+            at = weight.get(scale, f" at weight {scale:g}")
+            parts.append(f"{verb} {_listed(what, layers)}{often}{at}")
     order = [layer_of(item) for item in steps]
     return ", ".join(parts) or (
         "runs every layer once" if order == sorted(order) else "runs the layers in another order"

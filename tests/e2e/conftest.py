@@ -52,7 +52,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path
 def processes() -> Any:
     """Processes that start at once, since what they need is loaded before they are forked."""
     context = multiprocessing.get_context("forkserver")
-    stages = ("search.run", "training.stage", "evaluation.comparison", "models.base.load")
+    stages = (
+        "search.run",
+        "training.stage",
+        "tuning.run",
+        "evaluation.comparison",
+        "models.base.load",
+    )
     context.set_forkserver_preload(["drllm.cli", *(f"drllm.{stage}" for stage in stages)])
     return context
 

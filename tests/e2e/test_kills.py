@@ -1,4 +1,4 @@
-"""A search or evaluation that is killed again and again ends as one that nothing disturbed."""
+"""A search, tuning or evaluation that is killed again and again ends as an undisturbed one."""
 
 import json
 import random
@@ -64,6 +64,35 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
     assert_same_run(found, expected)
     names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
     assert names[0] == names[1], "nothing half-written is left behind"
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.thorough)])
+def test_a_tuning_killed_at_random_moments_ends_as_an_undisturbed_one(
+    kills, processes, model_folder, tmp_path
+):
+    settings = "--num-fit 30 --num-judged 24 --max-skipped 2 --max-loss 10 --beam 2 --device cpu"
+    words = ["tune", "--model", str(model_folder()), *settings.split(), "--output-dir"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    to_the_end(processes, [*words, str(undisturbed)])
+    moments = random.Random(kills)
+    kept = killed / "paths.partial"
+    inside = 0
+    for after in sorted(moments.choices(range(1, 9), k=kills)):
+        process = begun(processes, [*words, str(killed)])
+        while len(list(kept.glob("*.json"))) < after and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
+        inside += kept.exists()
+    assert inside, "no kill came in its midst"
+    to_the_end(processes, [*words, str(killed)])
+    expected, found = (
+        json.loads((each / "paths.json").read_text()) for each in (undisturbed, killed)
+    )
+    assert {**found, "created": None} == {**expected, "created": None}
+    assert [path.name for path in killed.iterdir()] == [path.name for path in undisturbed.iterdir()]
 
 
 SETTINGS = (

@@ -1,7 +1,16 @@
 import pytest
 
 from drllm.errors import PathError
-from drllm.paths import Decision, check_decisions, check_path, edits, to_decisions, to_path
+from drllm.paths import (
+    Decision,
+    StaticPath,
+    Step,
+    check_decisions,
+    check_path,
+    edits,
+    to_decisions,
+    to_path,
+)
 
 
 def test_decisions_become_the_path_of_the_papers_example():
@@ -21,6 +30,21 @@ def test_decisions_become_the_path_of_the_papers_example():
 )
 def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
     assert edits(decisions) == words
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([0, 1, 1, 1], "repeats layer 1 twice"),
+        ([0, 0, 0, 0, 1, 1], "repeats layer 0 3 times, repeats layer 1"),
+        ([0, 0, 0, 1, 1, 1], "repeats layers 0 and 1 twice"),
+        ([0, 1, *[Step(1, scale=0.5)] * 2], "repeats layer 1 twice at half weight"),
+        ([0, 1, 1, Step(1, scale=0.7)], "repeats layer 1, repeats layer 1 at weight 0.7"),
+        ([1, 0], "runs the layers in another order"),
+    ],
+)
+def test_edits_say_how_often_a_layer_is_repeated_and_at_which_weight(steps, words):
+    assert StaticPath(steps).edits(2) == words
 
 
 def test_checked_decisions_are_plain_ints_in_a_tuple():

@@ -3,7 +3,7 @@
 import pytest
 
 from drllm.errors import PathError
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import read_path, read_path_list
 from paths_json import PATHS, written_paths
 
 MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num_layers": 6}
@@ -22,6 +22,20 @@ def test_without_a_certified_path_a_name_is_needed_and_the_names_are_listed(tmp_
         read_path(str(file))
     with pytest.raises(PathError, match=r"did you mean '4\.60'"):
         read_path(f"{file}:4.06")
+
+
+def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_file(tmp_path):
+    few, one = {name: PATHS[name] for name in ("5.00", "4.60")}, {"5.00": PATHS["5.00"]}
+    files = [
+        written_paths(tmp_path / "arc" / "paths.json", MODEL, paths=few),
+        written_paths(tmp_path / "facts" / "paths.json", MODEL, paths=one),
+        written_paths(tmp_path / "more.json", MODEL, paths=one),
+    ]
+    found = read_path_list(",".join(map(str, files)))
+    assert list(found) == ["arc:5.00", "4.60", "facts:5.00", "more:5.00"]
+    assert [path.file for path in found.values()] == [files[0], *files]
+    with pytest.raises(PathError, match=r"'5\.00' is there twice"):
+        read_path_list(f"{files[0]},{files[0]}:5.00")
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,16 @@ def _list_baselines(terminal: Terminal) -> None:
 
 
 def _list_architectures(terminal: Terminal) -> None:
-    from drllm.models.families import FAMILIES, REFUSED
+    from drllm.models.families import FAMILIES, REFUSED, WHOLE_LAYERS
 
     refused = {family for families in REFUSED.values() for family in families}
     exact = [family for family in FAMILIES if family not in refused]
     terminal.fact("exact", f"{', '.join(exact)} ({len(exact)} in all)")
     for reason, families in REFUSED.items():
         terminal.fact("refused", f"{', '.join(families)}: {reason}")
+    terminal.say("Of a layer attention or MLP alone can be left out, except in these families:")
+    for reason, families in WHOLE_LAYERS.items():
+        terminal.fact("whole layers", f"{', '.join(families)}: {reason}")
     terminal.say("Named as in transformers' model_type; docs/architectures.md has the differences.")
     terminal.say("Try yours: drllm ls architectures --model NAME; all on tiny models: --try")
 

@@ -14,3 +14,5 @@ IN_SUITE: list[str] = _TABLE["in_suite"]
 """Families on which the tests try every way of generating, and export."""
 REFUSED: dict[str, list[str]] = _TABLE["refused"]
 """Why → the families that aren't routed, or not with different decisions in one batch."""
+WHOLE_LAYERS: dict[str, list[str]] = _TABLE["whole_layers"]
+"""Why → the families of which neither attention nor MLP of a layer can be left out alone."""

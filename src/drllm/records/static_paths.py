@@ -198,8 +198,9 @@ def read_path(given: str) -> PathFile:
 def read_path_list(given: str) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name; of a file that isn't a `paths.json`, by its stem.
 
-    A `paths.json` without a name gives its paths but the full one and those marked as dominated.
-    Raised is what `read_path` raises; no such path, or a name that is there twice, is a PathError.
+    A `paths.json` without a name gives its paths but the full one and those marked as dominated. A
+    name in several files comes behind that of its folder or, where it isn't `paths.json`, file.
+    Raised is what `read_path` raises; no such path, or one that is there twice, is a PathError.
     """
     files: list[tuple[str, PathFile]] = []
     for word in filter(None, map(str.strip, given.split(","))):
@@ -216,13 +217,19 @@ def read_path_list(given: str) -> dict[str, PathFile]:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
         files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]
     names = [name for name, _ in files]
+    by_name: dict[str, PathFile] = {}
     for name, path in files:
+        own = name
         if names.count(name) > 1:
+            folder, stem = path.file.resolve().parent.name, path.file.stem
+            own = f"{folder if path.file.name == PATHS_FILE or name == stem else stem}:{name}"
+        if own in by_name:
             raise PathError(
                 f"{path.file}: a path called {name!r} is there twice; give each path once, under "
                 f"a name of its own"
             )
-    return dict(files)
+        by_name[own] = path
+    return by_name
 
 
 def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:

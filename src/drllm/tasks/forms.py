@@ -75,21 +75,13 @@ class GapForm(Form):
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how a question is asked, then in other templates."""
-        found = []
+        found, asked = [], _scored_prompt(example, "")
         for template in self.templates:
             before, _, after = template.format(question=example.question).partition("_")
             text = before.rstrip()
             fillings = tuple(f"{before[len(text) :]}{choice}" for choice in example.choices)
-            continuations = tuple(f"{filling} {after.strip()}" for filling in fillings)
-            prompt = Prompt(
-                text=text,
-                reward=reward,
-                answer=example.answer,
-                continuations=continuations,
-                gold=example.gold,
-                unscored=fillings,
-            )
-            found.append(prompt)
+            filled = tuple(f"{filling} {after.strip()}" for filling in fillings)
+            found.append(replace(asked, text=text, continuations=filled, unscored=fillings))
         return tuple(found)
 
 

@@ -36,7 +36,7 @@ from drllm.records.static_paths import (
     read_paths,
     steps_to_write,
 )
-from drllm.statistics.intervals import accuracy_interval, mean_interval
+from drllm.statistics.intervals import AXIS, accuracy_interval, drawn, mean_interval, sum_interval
 from drllm.statistics.non_inferiority import (
     MAX_LOSS_INCREASE,
     Choice,
@@ -279,9 +279,13 @@ class _Tuning:
             self._select(level.paths)
             levels.append(level)
             best = max(level.paths, key=self._gain)
-            said = f"{level.saved:g} saved: {signed(self._gain(best), 3)} nats on select"
+            if len(levels) == 1:
+                self.listener.note(f"{'layers saved, change on select (95 %)':<46}  {AXIS}")
+            mean, low, high = change = self._change(best)
+            said = f"{beam.saved(best):.3g} saved".replace("-", "−")
+            said += f"  {signed(mean, 3)} nats ({signed(low, 3)} to {signed(high, 3)})"
             self.on_progress(min(level.saved, most), most + FINAL, said)
-            self.listener.note(f"{said}, {best.edits(L)}")
+            self.listener.note(f"{said:<46}  {drawn(*change)}\n  {best.edits(L)}")
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
@@ -315,6 +319,12 @@ class _Tuning:
         """Return what a path has more of the objective than the full one, on `select`."""
         total = sum(t.weight * fmean(self._differences(t, SELECT, path)) for t in self.tasks)
         return total / sum(task.weight for task in self.tasks)
+
+    def _change(self, path: StaticPath) -> tuple[float, float, float]:
+        """Return the gain of a path with its 95 % interval."""
+        total = sum(task.weight for task in self.tasks)
+        given = [(t.weight / total, self._differences(t, SELECT, path)) for t in self.tasks]
+        return sum_interval(given, self.config.seed)
 
     def _grows(self, path: StaticPath) -> bool:
         """Tell whether no task shows that a path loses more than is allowed."""

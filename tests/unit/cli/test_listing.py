@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from drllm.models.families import FAMILIES
+from drllm.models.families import FAMILIES, REFUSED, WHOLE_LAYERS
 
 
 def test_architectures_are_tried_with_class_status_and_difference(drllm, monkeypatch):
@@ -38,6 +40,18 @@ def test_families_are_listed_as_exact_or_refused_with_the_reason(drllm):
     [mamba] = [line for line in lines if line.startswith("refused") and "mamba" in line]
     assert "gpt2" not in mamba
     assert mamba.endswith(": some layers keep a state other than keys and values")
+    [opt] = [line for line in lines if line.startswith("whole layers") and "opt" in line]
+    assert opt.endswith(": a layer has no module of its own for the MLP")
+
+
+def test_the_page_on_architectures_names_the_families_that_run_whole_layers_only():
+    page = (Path(__file__).parents[3] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    for reason, families in WHOLE_LAYERS.items():
+        assert f"| {reason} | {', '.join(families)} |" in page
+    routed = len(FAMILIES) - sum(map(len, list(REFUSED.values())[:2]))
+    parts = routed - sum(map(len, WHOLE_LAYERS.values()))
+    assert f"Of the {routed} families" in page
+    assert f" {parts} can also run" in page
 
 
 def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):

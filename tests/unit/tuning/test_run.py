@@ -9,6 +9,8 @@ from drllm.errors import ConfigError, PathError
 from drllm.listener import Listener
 from drllm.paths import StaticPath
 from drllm.records.static_paths import read_path, read_paths
+from drllm.statistics.intervals import drawn
+from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
 from drllm.tuning.run import CHUNKS_FOLDER, tune
 
@@ -75,6 +77,30 @@ def test_a_path_is_read_by_its_name(unbroken):
         read_path(str(folder / "paths.json"))
     with pytest.raises(PathError, match="skip9"):
         read_path(f"{folder}/paths.json:skip9")
+
+
+class Noting(Listener):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines += text.splitlines()
+
+
+def test_every_level_is_said_in_a_line_with_its_interval_drawn(routed):
+    heard = Noting()
+    found = tuned(routed, num_fit=24, num_judged=24, max_loss=10.0, beam=1, listener=heard)
+    axis, *levels = heard.lines
+    assert axis.endswith("+0.2")
+    assert max(map(len, heard.lines[::2])) <= 79
+    for path, line, edits in zip(found.paths[1:], levels[::2], levels[1::2], strict=True):
+        mean, low, high = next(m.change for m in path.measured if m.part == "select")
+        assert line.startswith(f"{6 - path.executions:g} saved  {signed(mean, 3)} nats (")
+        assert f"({signed(low, 3)} to {signed(high, 3)})" in line
+        assert line.endswith(drawn(mean, low, high))
+        assert edits.strip() == path.path.edits(6)
 
 
 class Stopped(Listener):
