@@ -21,10 +21,26 @@ def tuned(routed, folder=None, **settings):
     return tune(routed, "builtin_facts", None, folder, **{**SMALL, **settings})
 
 
+class Noting(Listener):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines += text.splitlines()
+
+
 @pytest.fixture(scope="module")
-def unbroken(routed, tmp_path_factory):
+def heard():
+    """What the unbroken run says."""
+    return Noting()
+
+
+@pytest.fixture(scope="module")
+def unbroken(routed, heard, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
-    return tuned(routed, folder, max_loss=10.0), folder
+    return tuned(routed, folder, max_loss=10.0, listener=heard), folder
 
 
 def test_the_paths_go_from_the_full_one_to_the_shortest(unbroken):
@@ -79,23 +95,11 @@ def test_a_path_is_read_by_its_name(unbroken):
         read_path(f"{folder}/paths.json:skip9")
 
 
-class Noting(Listener):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines += text.splitlines()
-
-
-def test_every_level_is_said_in_a_line_with_its_interval_drawn(routed):
-    heard = Noting()
-    found = tuned(routed, num_fit=24, num_judged=24, max_loss=10.0, beam=1, listener=heard)
+def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
     axis, *levels = heard.lines
     assert axis.endswith("+0.2")
     assert max(map(len, heard.lines[::2])) <= 79
-    for path, line, edits in zip(found.paths[1:], levels[::2], levels[1::2], strict=True):
+    for path, line, edits in zip(unbroken[0].paths[1:], levels[::2], levels[1::2], strict=True):
         mean, low, high = next(m.change for m in path.measured if m.part == "select")
         assert line.startswith(f"{6 - path.executions:g} saved  {signed(mean, 3)} nats (")
         assert f"({signed(low, 3)} to {signed(high, 3)})" in line
