@@ -26,8 +26,12 @@ def written_paths(
     epsilon: float | None = 2.0,
     paths: Mapping[str, list[int | Step]] = PATHS,
     divided: tuple[str, ...] = (),
+    fitted: tuple[float, float, float] | None = None,
 ) -> Path:
-    """Write a `paths.json` of a model with this identity, and return where it lies."""
+    """Write a `paths.json` of a model with this identity, and return where it lies.
+
+    `fitted` is the change of the objective on `fit` of every path but the full one, if it is there.
+    """
     trials = [
         Trial(
             name=name, executions=5.0, num_questions=400, won=12, lost=10, maximum_loss=1.5,
@@ -55,6 +59,7 @@ def written_paths(
                 steps=steps_to_write(StaticPath(steps)),
                 executions=float(len(steps)),
                 measured=(
+                    *([_fitted(None if name == "full" else fitted)] if fitted else []),
                     _measured("select", 200, None if name == "full" else (9, 4)),
                     _measured("test", 400, None if name == "full" else (12, 10)),
                 ),
@@ -65,6 +70,10 @@ def written_paths(
     )
     write_json(file, record)
     return file
+
+
+def _fitted(change: tuple[float, float, float] | None) -> Measured:
+    return Measured(task="arc_easy", part="fit", num_questions=99, objective=-1.0, change=change)
 
 
 def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -> Measured:

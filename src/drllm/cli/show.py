@@ -233,9 +233,9 @@ def show_measured(folder: Path, terminal: Terminal) -> None:
 
 def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     """Print what one task's results show, the tables, then what else is to be known."""
-    verdict, *rest = evaluation.findings or ("",)
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
-    terminal.say(verdict)
+    for line in evaluation.verdict:
+        terminal.say(line)
     terminal.table(
         f"system|layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
         + ("|verdict\non routed" if evaluation.routed else "|verdict"),
@@ -250,7 +250,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
-    for finding in rest:
+    for finding in evaluation.findings[len(evaluation.verdict) :]:
         terminal.say(finding)
 
 

@@ -204,6 +204,8 @@ class TaskRuns:
         if ours is None or (against := ours.against_base) is None:
             raise ValueError("nothing is compared with base")
         said = [self._headline(ours, found)]
+        if found.best_path is not None and found.best_path is not ours:
+            said.append(self._headline(found.best_path, found))
         if not self.above_chance:
             said.append(
                 f"On {written.name} the base model is not shown to be above chance "
@@ -214,8 +216,6 @@ class TaskRuns:
         if permuted is not None:
             said.append(self._against_permuted(permuted))
         said += map(seeds_sentence, found.seeds)
-        if found.best_path is not None and found.best_path is not ours:
-            said.append(self._headline(found.best_path, found))
         said += [] if self.choice is None else [self.choice.verdict()]
         notes = (note.removesuffix(".") for note in dict.fromkeys(self.notes))
         said += (f"{note[:1].upper()}{note[1:]}." for note in notes)
@@ -226,18 +226,25 @@ class TaskRuns:
         return said
 
     def _headline(self, system: System, found: Evaluation) -> str:
-        """Say what is shown of a system against base, and at what cost."""
-        assert system.against_base is not None
+        """Say what is shown of a system against base, at what cost, and of routers against it."""
+        against, routed = system.against_base, system.routed_against
+        assert against is not None
         saved = 100 * share_saved(system.executions, self.num_layers)
         cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
         cost += f" ({system.executions:.2f} of {self.num_layers} run)"
-        said = system.against_base.headline(cost)
         if system.name == ROUTED:
-            return said
+            return against.headline(cost)
         certified = found.choice and found.choice.certified
-        picked = len(found.paths) > 1 and not (certified and certified.name == system.name)
-        best = f", the most accurate of {len(found.paths)} on these questions"
-        return f"Path {system.name}{best if picked else ''}: {lower(said)}"
+        why = f"the most accurate of {len(found.paths)} on these questions"
+        if routed is not None:
+            why = f"the nearest of {len(found.paths)} to the routers' executions"
+        if certified and certified.name == system.name:
+            why = "the certified one"
+        named = f"{system.name}, {why}" if len(found.paths) > 1 else system.name
+        if routed is None:
+            return f"Path {named}: {lower(against.headline(cost))}"
+        said = f"One path for the whole task, {named}: {against.told(f' with {cost}')}."
+        return f"{said} Routed minus {system.name}: {routed.told()}."
 
     def _against_permuted(self, permuted: System) -> str:
         if len(set(self.trained[1].routes[0])) == 1:

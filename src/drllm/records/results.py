@@ -205,11 +205,18 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def best_path(self) -> System | None:
-        """The certified static path, else the most accurate one, if any was evaluated."""
+        """The certified static path, else the nearest to the routers, else the most accurate."""
         paths = [system for system in self.systems if system.name in self.paths]
         certified = self.choice and self.choice.certified
-        found = [each for each in paths if certified and each.name == certified.name]
-        return max(found or paths, key=lambda one: (one.accuracy, -one.executions), default=None)
+        found = [each for each in paths if certified and each.name == certified.name] or paths
+        if (routed := self.routed) is None:
+            return max(found, key=lambda path: (path.accuracy, -path.executions), default=None)
+        return min(found, key=lambda path: abs(path.executions - routed.executions), default=None)
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """The findings that stand first: on `compared`, then on the static path beside routers."""
+        return self.findings[: 2 if self.routed and self.paths else 1]
 
     def called(self, system: System) -> str:
         """Return what a system is called in a sentence."""

@@ -61,6 +61,11 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The path itself."""
         return StaticPath(msgspec.structs.asdict(step) for step in self.steps)
 
+    def on(self, task: str, part: str) -> Measured | None:
+        """Return how it did on a part of a task's questions, if that is known."""
+        ours = (each for each in self.measured if (each.task, each.part) == (task, part))
+        return next(ours, None)
+
 
 class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `drllm tune` found: paths from the most executions to the fewest, the full one first.

@@ -37,12 +37,6 @@ ROWS = 5
 """Questions that are shown of each kind, the first ones, so that nobody picks the pretty ones."""
 
 
-def first_line(evaluation: Evaluation) -> str:
-    """Return what the evaluation says first."""
-    alone = f"Base answers {percent(evaluation.base.accuracy)} right; nothing is compared with it."
-    return evaluation.findings[0] if evaluation.findings else alone
-
-
 def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     """Return the four numbers that count: layers saved, both differences, measured time."""
     ours = evaluation.compared
@@ -95,7 +89,9 @@ def _plot(evaluation: Evaluation) -> Figure:
         for each in evaluation.systems
     )
     depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
-    barred = evaluation.called(evaluation.compared) if evaluation.compared else ROUTED
+    static = f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
+    depths += static if evaluation.paths else ""
+    barred = "static paths" if evaluation.paths and not evaluation.routed else ROUTED
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",

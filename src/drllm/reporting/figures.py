@@ -5,6 +5,7 @@ How it is drawn is in `drawing`. Axes: L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy as np
 from drllm.metrics import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
+from drllm.records.static_paths import StaticPaths
 from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
 from drllm.reporting.run import Epoch
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 LETTER, LINE = 0.066, 0.15
 """Inches that a letter of a label takes, and a label's line."""
-LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s")}
+STATIC = "static paths"
+LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
 """Colour and marker of what stands out."""
 
 Scores: TypeAlias = Mapping[str, float | None]
@@ -31,9 +34,12 @@ Shares: TypeAlias = Sequence[Sequence[float]]
 def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
     """Return where each system stands, at all depths from the fewest executions.
 
-    The depth that the routers were trained for is one of them.
+    The depth that the routers were trained for is one of them. Static paths are one curve, on which
+    base is, the full path.
     """
-    found: dict[str, list[System | Point]] = {each.name: [each] for each in evaluation.systems}
+    found: dict[str, list[System | Point]] = {STATIC: [evaluation.base]} if evaluation.paths else {}
+    for each in evaluation.systems:
+        found.setdefault(STATIC if each.name in evaluation.paths else each.name, []).append(each)
     for point in evaluation.curve:
         if point.setting:
             found.setdefault(point.system, []).append(point)
@@ -43,9 +49,10 @@ def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
     """Draw every system's accuracy over the layers it runs, each named beside its first point.
 
-    Base and what is compared with it have their intervals; a system at several depths is a line.
+    Base and what is compared with it have their intervals; a system at several depths is a line,
+    and so are static paths, each named where there is room.
     """
-    ours = evaluation.compared.name if evaluation.compared else ROUTED
+    ours = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
     looks = {**LOOKS, ours: LOOKS[ROUTED]}
     found = places(evaluation)
     others = {name: points for name, points in found.items() if name != BASE}
@@ -85,7 +92,7 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         colour, marker = looks.get(name, ("faint", "D"))
         stands_out = name in looks
         xs, ys = zip(*((each.executions, 100 * each.accuracy) for each in points), strict=True)
-        look: dict[str, Any] = {"color": colours[colour], "zorder": 3 if stands_out else 2}
+        look: dict[str, Any] = {"color": colours[colour], "zorder": 2 + stands_out + (name == ours)}
         axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ours else 4.5, **look)
         edge = left - 0.09 * room
         axes.plot([edge, xs[0]], [place, ys[0]], color=colours["grid"], linewidth=0.8, zorder=1)
@@ -93,15 +100,22 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         ink = colours[colour if stands_out else "ink"]
         axes.text(edge - 0.015 * room, place, names[name], color=ink, va="center", **look)
     base = evaluation.base
-    axes.plot([base.executions], [100 * base.accuracy], "o", color=colours["s0"], markersize=7)
-    for name in (BASE, ours):
+    axes.plot(base.executions, 100 * base.accuracy, "o", color=colours["s0"], ms=7, zorder=4)
+    for name in (ours, BASE):
         for each in found.get(name, ()):
             low, high = (100 * end for end in each.interval)
             colour = colours[looks[name][0]]
             axes.vlines([each.executions], [low], [high], color=colour, linewidth=1.8)
+    inches = (width - 0.6) / (right - left + room)  # that one layer takes
+    for each, after in itertools.pairwise(found.get(STATIC, ())):
+        if (after.executions - each.executions) * inches > (1.2 if after is base else 0.6):
+            at = (each.executions, 100 * each.accuracy)
+            align = "left" if each.executions == left else "center"  # left are the labels
+            look = {"color": colours[looks[STATIC][0]], "ha": align}
+            axes.annotate(each.name, at, (3, 5), textcoords="offset points", **look)
     said = f"base  {100 * base.accuracy:.1f} %"
     at = (base.executions, 100 * base.accuracy)
-    axes.annotate(said, at, (-7, 4), color=colours["s0"], fontweight="bold", **beside)
+    axes.annotate(said, at, (-7, 5), color=colours["s0"], fontweight="bold", **beside)
     ticks = [tick for tick in axes.get_xticks() if left - 0.06 * (right - left) <= tick <= right]
     axes.set_xticks(ticks or [evaluation.num_layers])
     axes.grid(visible=False, axis="x")
@@ -135,6 +149,23 @@ def routes_by_layer(
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
     whole_numbers(axes)
     legend(axes, columns=4 if width > 5 else 2)
+    return figure
+
+
+def changes_by_layers_saved(
+    found: StaticPaths, task: str, colours: Colours, width: float
+) -> Figure:
+    """Draw paths' changes from the full one's objective, by part; on test with intervals."""
+    figure, (axes,) = panels(1, 1, width, 2.6)
+    for part, colour, dash in (("fit", "faint", ":"), ("select", "s2", "--"), ("test", "s1", "-")):
+        known = [(found.num_layers - p.executions, p.on(task, part)) for p in found.paths]
+        drawn = [(saved, *(on.change or (0.0, 0.0, 0.0))) for saved, on in known if on]
+        saved, means, lows, highs = zip(*drawn, strict=True)
+        axes.plot(saved, means, f"o{dash}", color=colours[colour], markersize=4, label=part)
+    axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
+    axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")
+    whole_numbers(axes)
+    legend(axes, columns=3)
     return figure
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from drllm.cost import share_saved
+from drllm.paths import ALL
 from drllm.records.results import PERMUTED, Evaluation, System
 from drllm.reporting.numbers import against, count, difference, label
 from drllm.reporting.run import Run
@@ -28,6 +29,9 @@ def next_steps(run: Run) -> list[Step]:
 
 def _before_evaluation(run: Run) -> Step:
     here = shlex.quote(str(run.folder))
+    if run.paths and not run.learns:
+        given = f"{here}/{run.sources[0].name}:{run.paths.certified or run.paths.paths[-1].name}"
+        return "Read a few answers yourself:", f"drllm generate --path {given} PROMPT"
     if run.router_config or run.epochs:
         what = "Evaluate the routers against base and the baselines:"
         return what, f"drllm evaluate --routers {here}/routers --output-dir {here}/eval"
@@ -65,16 +69,23 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     if rival := _unbeaten(evaluation):
         what = f"Routed minus {rival.name}, which reads no question: "
         what += f"{difference(against(rival))} points, {label(against(rival))}. A path that needs "
-        what += "no router can be exported as an ordinary, smaller checkpoint:"
+        what += f"no router can be exported as {_checkpoint(evaluation, rival)}:"
         yield what, "drllm export --path FILE --output FOLDER"
     if not is_worse and saves and evaluation.routers:
         routers = shlex.quote(evaluation.routers)
         yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
     if not is_worse and saves and not evaluation.routed:
-        what = f"Write {evaluation.called(ours)} as an ordinary, smaller checkpoint:"
+        what = f"Write {evaluation.called(ours)} as {_checkpoint(evaluation, ours)}:"
         yield what, "drllm export --path FILE --output FOLDER"
     if evaluation.routed and not evaluation.seeds:
         yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
+
+
+def _checkpoint(evaluation: Evaluation, system: System) -> str:
+    """Say what an export of a path is: parts of layers that are left out stay in it, as zeros."""
+    if all(step.run == ALL for step in evaluation.paths.get(system.name, ())):
+        return "an ordinary, smaller checkpoint"
+    return "an ordinary checkpoint (parts of layers left out are zeros there, and save no time)"
 
 
 def _better_targets(run: Run) -> Iterator[Step]:

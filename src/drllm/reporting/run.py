@@ -16,6 +16,7 @@ from drllm import records
 from drllm.errors import RecordError
 from drllm.records import SearchRecord, SupervisionRecord, results, sha256
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
+from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class Run:
     calibration: Calibration | None = None
     evaluations: Sequence[results.Result] = ()
     latency: results.Latency | None = None
+    paths: StaticPaths | None = None
     recipe: str | None = None
     sources: list[Source] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -64,6 +66,11 @@ class Run:
     def name(self) -> str:
         """Name of the folder."""
         return self.folder.resolve().name
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything of a search or of routers."""
+        return bool(self.search or self.supervision or self.router_config or self.epochs)
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -120,14 +127,18 @@ def read_run(folder: Path) -> Run:
         run.supervision = list(records.read_supervision(folder / "supervision.jsonl"))
     _read_routers(run)
     _read_results(run)
+    for name in (PATHS_FILE, f"tuned/{PATHS_FILE}"):
+        if run.paths is None and (folder / name).is_file():
+            run.paths = read_paths(folder / name)
+            run.has(name, "", run.paths)
     recipe = folder / "run.yaml"
     if recipe.is_file():
         run.recipe = records.read_text(recipe)
     else:
         run.absent.append("run.yaml (the recipe)")
-    if not (run.search or run.supervision or run.router_config or run.epochs or run.evaluations):
+    if not (run.learns or run.evaluations or run.paths):
         raise RecordError(
-            f"{folder} holds no search.jsonl, supervision.jsonl, routers/ or eval/; "
+            f"{folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json or eval/; "
             f"give a folder that 'drllm run' has written"
         )
     _check_routers(run)
@@ -183,6 +194,7 @@ def _agree(run: Run) -> None:
     if run.router_config:
         depths.append(("router_config.json", run.router_config["num_layers"]))
     depths += [(LAYERS_FILE, run.layers.num_layers)] if run.layers else []
+    depths += [(PATHS_FILE, run.paths.num_layers)] if run.paths else []
     depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
     run.num_layers = _agreed(run, "models of different depth, by layers", depths)
     said = [(each.name, each.manifest.get("model")) for each in run.sources]

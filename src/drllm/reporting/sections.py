@@ -17,7 +17,7 @@ from drllm.config.fields import flag_of
 from drllm.metrics import ROUTERS, TRAIN, VALIDATION, ratios
 from drllm.paths import Decision, num_executions
 from drllm.records.results import EVALUATION_SCHEMA
-from drllm.reporting import evaluated, figures
+from drllm.reporting import evaluated, figures, tuned
 from drllm.reporting.blocks import (
     Block,
     Document,
@@ -35,14 +35,9 @@ from drllm.supervision.summary import class_counts, edit_effects, summarise
 
 MIN_QUESTIONS = 5
 """Single edits that were tried on fewer questions aren't named as best or worst."""
-ROUTING = (
-    "Routers choose, once per question, which layers of the model to skip, execute or repeat. Base "
-    "is the same model with every layer executed once."
-)
-PATHS = (
-    "A static path runs the same layers for every question. Base is the same model with every "
-    "layer executed once."
-)
+ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
+PATHS = "A static path runs the same layers for every question."
+BASE_IS = "Base is the same model with every layer executed once."
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
 
@@ -70,12 +65,14 @@ def _title(run: Run) -> str:
     name = str(run.model.get("id") or "a base model that no file names")
     tasks = [each.task for each in run.evaluations]
     tasks = tasks or list(dict.fromkeys(record.task for record in run.search))
+    tasks = tasks or list(run.paths.tasks if run.paths else ())
     what = "Layer routing" if _is_routed(run) else "Static paths"
     return f"{what} of {name}" + (f" on {', '.join(tasks)}" if tasks else "")
 
 
 def _is_routed(run: Run) -> bool:
-    return not run.evaluations or any(each.routed for each in run.evaluations)
+    routed = any(each.routed for each in run.evaluations)
+    return routed if run.evaluations else run.learns or not run.paths
 
 
 def _about(run: Run) -> str:
@@ -94,10 +91,13 @@ def _about(run: Run) -> str:
 def _first(run: Run) -> list[Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
-    lines = [(e.task if several else "", evaluated.first_line(e)) for e in run.evaluations]
+    lines = [(e.task if several else "", line) for e in run.evaluations for line in e.verdict]
+    is_routed, choice = _is_routed(run), run.paths and run.paths.choice
+    has_paths = not is_routed or any(each.paths for each in run.evaluations)
+    otherwise = choice.verdict() if choice else "Nothing was evaluated yet."
     first: list[Block] = [
-        ROUTING if _is_routed(run) else PATHS,
-        Verdicts(lines or [("", "Nothing was evaluated yet.")]),
+        " ".join([ROUTING] * is_routed + [PATHS] * has_paths + [BASE_IS]),
+        Verdicts(lines or [("", otherwise)]),
     ]
     first += run.notes
     if several:
@@ -133,8 +133,8 @@ def _sections(run: Run) -> list[Section]:
 
 
 def learned(run: Run) -> list[Section]:
-    """Return the sections on search and routers, as far as there are files for them."""
-    found = []
+    """Return the sections on paths, search and routers, as far as there are files for them."""
+    found = [tuned.section(run.paths, folded=bool(run.evaluations))] if run.paths else []
     if run.search or run.supervision or run.summary:
         found.append(Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
     if run.epochs:

@@ -163,14 +163,18 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             'Accuracy −16.7 points (95 % interval −26.7 to −6.6; won 10, lost 30 of 120
             questions, p = 0.0022): lower, which is worse; 9 % saved.'
         """
-        accuracy, loss = self.accuracy, self.text_loss
-        said = f"accuracy {accuracy.numbers}"
-        if accuracy.shown == "too few":
-            said = f"{accuracy.claim}: {said}"
-        else:
-            said += f": {accuracy.claim}"
-        also = [] if loss is None else [f"next-token loss {loss.numbers}: {loss.claim}"]
-        return f"{_upper('; '.join([said, *also, cost]))}."
+        said, claim = f"accuracy {self.accuracy.numbers}", self.accuracy.claim
+        both = [claim, said] if self.accuracy.shown == "too few" else [said, claim]
+        return f"{_upper('; '.join([': '.join(both), *self._on_loss(), cost]))}."
+
+    def told(self, cost: str = "") -> str:
+        """Say the size of each difference, and at what cost, before what is shown of it."""
+        accuracy = f"accuracy {self.accuracy.numbers}{cost}: {self.accuracy.claim}"
+        return "; ".join([accuracy, *self._on_loss()])
+
+    def _on_loss(self) -> list[str]:
+        loss = self.text_loss
+        return [] if loss is None else [f"next-token loss {loss.numbers}: {loss.claim}"]
 
 
 def compare(

@@ -149,7 +149,7 @@ def test_with_routers_paths_are_compared_with_the_routed_model_too(
         assert ours.routed_against.accuracy.mean == pytest.approx(
             result.routed.accuracy - ours.accuracy
         )
-    assert any(said.startswith(f"Path {result.best_path.name}, the") for said in result.findings)
+    assert result.verdict[1].startswith(f"One path for the whole task, {result.best_path.name}, ")
 
 
 def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkey
     assert [trial.name for trial in result.choice.trials] == ["five", "four"]
     assert result.choice.certified.name == result.best_path.name == "four"
     assert (result.choice.certified.worked is not None) == (worked is not None)
-    assert result.findings[0].startswith("Path four: ")
+    assert result.findings[0].startswith("Path four, the certified one: ")
 
 
 def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):

@@ -1,6 +1,7 @@
 """What is made of the systems of a task: curve, seeds and findings."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,12 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
+from drllm.paths import StaticPath
 from drllm.records import new_manifest
+from drllm.records.static_paths import steps_to_write
 from drllm.statistics.intervals import wilson_interval
-from drllm.statistics.paired import paired_interval
+from drllm.statistics.non_inferiority import Limits, choose, confirm
+from drllm.statistics.paired import Outcomes, paired_interval
 
 RIGHT_80 = [1.0] * 80 + [0.0] * 20
 RIGHT_50 = [1.0] * 50 + [0.0] * 50
@@ -130,6 +134,60 @@ def test_notes_of_the_task_and_of_systems_and_what_is_not_derived_are_said_once(
         "FLOPs and K/V bytes are not derived: it has experts.",
         "Routed: runs slowly.",
     )
+
+
+def beside_routers(routed=27.4, **changes):
+    """Return an evaluation in which one path is much more accurate, the other nearer."""
+    right = [1.0] * 95 + [0.0] * 5
+    paths = {name: StaticPath(range(n)) for name, n in (("best", 29), ("near", 28), ("far", 20))}
+    systems = [
+        run(name, right if name == "best" else RIGHT_50, executions=len(p.steps), path=p, routes=[])
+        for name, p in paths.items()
+    ]
+    routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)
+    found = runs(run("base", RIGHT_50, losses=[3.3] * 40), routed, *systems)
+    steps = {name: steps_to_write(path) for name, path in paths.items()}
+    found = replace(found, **changes)
+    return found.evaluation(found.table(), HEADER | {"paths": steps})
+
+
+def test_beside_routers_a_path_is_named_that_no_score_has_picked():
+    assert beside_routers().best_path.name == "near"
+    assert beside_routers(routed=21.0).best_path.name == "far"
+    passed = dict.fromkeys(("text_loss", "worked_loss"), [3.3] * 40)
+    outcomes = [
+        Outcomes(name=name, executions=n, correct=RIGHT_80, gold_logprob=[], **passed)
+        for name, n in (("base", 30), ("far", 20))
+    ]
+    limits = Limits(epsilon=50, max_loss_increase=0.1)
+    choice = confirm(choose(outcomes[0], outcomes[1:], limits, chance=0.25, seed=0), *outcomes,
+                     chance=0.25, seed=0)  # fmt: skip
+    assert choice.certified.name == "far"
+    found = beside_routers(choice=choice)
+    assert found.best_path.name == "far"
+    assert "far, the certified one: " in found.verdict[1]
+
+
+def test_the_verdict_on_a_path_has_its_differences_its_cost_and_the_routers_beside_it():
+    found = beside_routers()
+    path = found.best_path
+    first, second = found.verdict
+    assert found.routed.against_base.accuracy.numbers in first
+    against, routed = path.against_base.accuracy, path.routed_against.accuracy
+    places = [
+        second.index(part)
+        for part in (
+            "near, the nearest of 3 to the routers' executions",
+            against.numbers,
+            "6.7 % of the layers saved (28.00 of 30 run)",
+            against.claim,
+            "Routed minus near",
+            routed.numbers,
+            "higher, which is better",
+        )
+    ]
+    assert places == sorted(places)
+    assert found.findings.count(second) == 1
 
 
 def test_rows_hold_accuracy_interval_and_differences_to_base_and_routed():

@@ -26,6 +26,7 @@ from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.verdicts import Differences, Verdict
 from drllm.supervision.select import targets
+from paths_json import written_paths
 
 PINNED = {
     "drllm_version": "0.0.0",
@@ -322,6 +323,25 @@ class Folder:
         lines = b"\n".join(map(msgspec.json.encode, self.samples))
         self.text("eval/samples.jsonl", lines.decode() + "\n")
 
+    def static_paths(self, *, findings: tuple[str, ...] = ("A path saves layers too.",)) -> None:
+        """Put three static paths beside the routed model, and leave their `paths.json`."""
+        layers = range(self.num_layers)
+        paths = {f"skip{n}": [*layers[:1], *layers[1 + n :]] for n in (1, 2, 3)}
+
+        def apply(values: dict[str, Any]) -> None:
+            _, routed, *_ = values["systems"]
+            for name, path in paths.items():
+                own = {"name": name, "executions": len(path), "reads_question": False}
+                against = {"routed_against": routed["against_base"]}
+                values["systems"].append({**routed, **own, **against})
+                values["paths"][name] = [{"layer": layer} for layer in path]
+            values["findings"][1:1] = findings
+
+        self.change("eval/arc_easy.json", apply)
+        file, steps = self.path / "paths.json", {"full": [*layers], **paths}
+        written_paths(file, self.model, paths=steps, fitted=(0.08, 0.02, 0.14))
+        self.change("paths.json", lambda values: values.update(PINNED))
+
     def latency(self, **changes: Any) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
         timings = [
@@ -472,8 +492,11 @@ def run(new_folder: Callable[..., Folder]) -> Run:
 
 @pytest.fixture(scope="session")
 def page(new_folder: Callable[..., Folder]) -> Path:
-    """Return the page of one report with everything, of a model of 30 layers."""
-    html, _ = write_report(new_folder("run", 30, 1).everything(**WHOLE))
+    """Return the page of one report with everything, paths too, of a model of 30 layers."""
+    folder = new_folder("run", 30, 1)
+    folder.everything(**WHOLE)
+    folder.static_paths()
+    html, _ = write_report(folder.path)
     return html
 
 

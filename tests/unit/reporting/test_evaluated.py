@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from drllm.cli.parser import parse
 from drllm.config import EvaluateConfig
+from drllm.records.results import StepRecord
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
 from drllm.reporting.evaluated import measured_line, tiles
 from drllm.reporting.figures import accuracy_by_executions, places
@@ -49,6 +50,20 @@ def test_the_verdict_stands_first_and_what_else_was_found_below_the_table(folder
     assert "\n**Accuracy is as high; layers are saved.**\n" in first
     assert "\n- Findings follow.\n" in rest
     assert "Accuracy is as high" not in rest
+
+
+def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowhere_else(
+    folder, text_of, drllm
+):
+    said = "One path saves layers too."
+    folder.static_paths(findings=(said,))
+    first, rest = text_of(folder.path).split("\n## ", 1)
+    assert f"\n**Accuracy is as high; layers are saved.**\n\n**{said}**\n" in first
+    assert "A static path runs the same layers for every question." in first
+    assert said not in rest
+    shown = drllm("show", folder.path / "eval").out
+    assert shown.index(said) < shown.index("skip1") < shown.index("Findings follow.")
+    assert shown.count(said) == 1
 
 
 def test_four_tiles_hold_what_counts(run):
@@ -144,10 +159,60 @@ def crowded(evaluation: Any, number: int) -> Any:
     return replace(evaluation, systems=(*evaluation.systems[:3], *more), curve=())
 
 
+def along(evaluation: Any, number: int, *, routed: bool = True) -> Any:
+    """Return a result with so many static paths, from the most layers to the fewest."""
+    paths = []
+    for n in range(1, number + 1):
+        accuracy = 0.6 - 0.3 * n / number
+        score = {"accuracy": accuracy, "interval": (accuracy - 0.05, accuracy + 0.05)}
+        path = replace(evaluation.systems[1], name=f"skip{n}", executions=12.0 - n, **score)
+        paths.append(path)
+    named = {path.name: (StepRecord(layer=0),) for path in paths}
+    others = evaluation.systems if routed else evaluation.systems[:1]
+    return replace(evaluation, systems=(*others, *reversed(paths)), paths=named, curve=())
+
+
+def test_static_paths_are_one_curve_from_the_full_path(run):
+    evaluation = along(run.evaluations[0], 3)
+    placed = places(evaluation)
+    assert [each.name for each in placed["static paths"]] == ["skip3", "skip2", "skip1", "base"]
+    assert "skip1" not in placed
+    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    assert [9.0, 10.0, 11.0, 12.0] in [list(line.get_xdata()) for line in axes.get_lines()]
+    assert "static paths" in [each.get_text() for each in axes.texts]
+
+
+def test_without_routers_every_static_path_has_its_interval(run):
+    evaluation = along(run.evaluations[0], 3, routed=False)
+    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]
+    for system in evaluation.systems:
+        assert tuple(100 * end for end in system.interval) in [pytest.approx(end) for end in ends]
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("number", [1, 3, 8])
+@pytest.mark.parametrize("routed", [True, False])
+def test_names_of_static_paths_overlap_no_other(run, width, number, routed):
+    boxes = boxes_of(along(run.evaluations[0], number, routed=routed), width)
+    assert "static paths" in boxes
+    if width == WIDE and number == 3:
+        assert {"skip2", "skip3"} <= boxes.keys()
+    check_apart(boxes)
+
+
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("number", [1, 18])
 def test_every_system_is_named_beside_its_point_and_no_names_overlap(run, width, number):
     evaluation = crowded(run.evaluations[0], number)
+    boxes = boxes_of(evaluation, width)
+    for system in evaluation.systems:
+        assert f"{system.name}  {100 * system.accuracy:.1f} %" in boxes
+    check_apart(boxes)
+
+
+def boxes_of(evaluation: Any, width: float) -> dict[str, Any]:
+    """Return where the texts of the large plot stand, by text."""
     kept: list[Any] = []
 
     def draw(colours: Any, width: float) -> Any:
@@ -158,9 +223,10 @@ def test_every_system_is_named_beside_its_point_and_no_names_overlap(run, width,
     FigureCanvasAgg(kept[0]).draw()
     [axes] = kept[0].axes
     assert axes.get_legend() is None
-    boxes = {each.get_text(): each.get_window_extent() for each in axes.texts}
-    for system in evaluation.systems:
-        assert f"{system.name}  {100 * system.accuracy:.1f} %" in boxes
+    return {each.get_text(): each.get_window_extent() for each in axes.texts}
+
+
+def check_apart(boxes: dict[str, Any]) -> None:
     names = [*boxes]
     for one in names:
         assert boxes[one].x0 >= 0
@@ -283,6 +349,17 @@ def test_one_depth_asks_for_a_curve_and_a_curve_for_a_certified_choice(run):
     assert any("--curve" in code and "--epsilon" not in code for _, code in single)
     several = next_steps(clone(run, replace(evaluation, choice=None)))
     assert any("--epsilon" in code for _, code in several)
+
+
+@pytest.mark.parametrize(("run_step", "said"), [("all", "smaller"), ("mlp", "save no time")])
+def test_an_export_is_called_smaller_only_where_whole_layers_are_left_out(run, run_step, said):
+    evaluation = along(run.evaluations[0], 1, routed=False)
+    won = replace(evaluation.systems[1].against_base, accuracy=judge_counts(9, 9, 60))
+    path = replace(evaluation.systems[1], against_base=replace(won, text_loss=None))
+    steps = {path.name: (StepRecord(layer=0, run=run_step),)}
+    evaluation = replace(evaluation, systems=(evaluation.base, path), paths=steps)
+    [what] = [what for what, code in next_steps(clone(run, evaluation)) if "drllm export" in code]
+    assert said in what
 
 
 def clone(run: Any, evaluation: Any) -> Any:

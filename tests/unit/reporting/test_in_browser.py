@@ -155,7 +155,7 @@ def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
         " return [box.width, box.height, box.right, each.querySelectorAll('path').length]})"
         ".filter(each => each[0] > 0)"
     )
-    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 3
+    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 4
     for figure_width, height, right, shapes in drawn:
         assert figure_width > 0.8 * min(width, 528)
         assert height > 100
@@ -212,12 +212,12 @@ def test_colours_differ_between_the_schemes(browser, page):
 
 def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
     pictures = sorted((page.with_name("report_figures")).glob("*.png"))
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     tags = "".join(f'<img src="{picture.as_uri()}">' for picture in pictures)
     (tmp_path / "pictures.html").write_text(tags, encoding="utf-8")
     browser.open(tmp_path / "pictures.html", 1280)
     widths = browser.value("[...document.images].map(each => each.naturalWidth)")
-    assert widths == [1440, 1440, 672]
+    assert widths == [1440, 1440, 672, 672]
 
 
 def test_a_page_with_faults_is_noticed(browser, tmp_path):

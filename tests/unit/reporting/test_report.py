@@ -81,7 +81,7 @@ def test_every_figure_is_whole_and_has_words_for_those_who_cannot_see_it(report)
     assert used
     assert used <= ids
     drawings = Page(html).all("svg")
-    assert len(drawings) == 5  # two of the three figures are drawn for desks and for phones
+    assert len(drawings) == 6  # two of the four figures are drawn for desks and for phones
     assert {drawing["role"] for drawing in drawings} == {"img"}
     assert min(len(drawing["aria-label"] or "") for drawing in drawings) > 40
 
@@ -150,6 +150,7 @@ ORDER = [
     "What the systems are",
     "All depths in numbers",
     "Cost",
+    "Static paths",
     "Search and targets",
     "Router metrics",
     "Provenance",
@@ -193,7 +194,9 @@ def test_the_recipe_can_hold_a_fence_of_its_own(folder, text_of):
 
 def test_two_reports_of_the_same_records_are_equal(new_folder, report, whole):
     folder = new_folder(num_layers=30, seed=1)  # as the fixture's
-    found = document([read_run(folder.everything(**whole))])
+    folder.everything(**whole)
+    folder.static_paths()
+    found = document([read_run(folder.path)])
     assert (to_html(found), to_markdown(found, "report_figures")) == report
 
 

@@ -86,6 +86,20 @@ def test_any_single_part_makes_a_report(copied, text_of, kept):
     assert "## Provenance" in text_of(copied.path)
 
 
+@pytest.mark.parametrize("name", ["paths.json", "tuned/paths.json"])
+def test_paths_that_were_tuned_are_found_and_belong_to_the_same_model(copied, text_of, name):
+    copied.static_paths()
+    text = (copied.path / "paths.json").read_text()
+    remove(copied, "paths.json")
+    assert "## Static paths" not in text_of(copied.path)
+    copied.text(name, text)
+    assert "## Static paths" in text_of(copied.path)
+    assert read_run(copied.path).sources[-1].name == name
+    copied.change(name, lambda values: values["model"].update(fingerprint="another"))
+    with pytest.raises(RecordError, match="different weights, by fingerprint"):
+        read_run(copied.path)
+
+
 def test_files_without_manifests_are_read_as_the_users_own(copied, text_of):
     remove(copied, "search.manifest.json", "supervision.manifest.json")
     text = text_of(copied.path)

@@ -1,0 +1,63 @@
+"""What `drllm tune` found, as reports and the terminal show it."""
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import fmean
+
+from drllm.records.static_paths import Measured, StaticPaths
+from drllm.reporting import figures
+from drllm.reporting.blocks import Figure, Section
+from drllm.reporting.numbers import NONE, difference, percent, plain, signed
+
+COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
+
+
+def rows(found: StaticPaths, task: str) -> Iterator[list[str]]:
+    """Yield a row for each path: its objective on each part, then how it did on `test`."""
+    for path in found.paths:
+        by_part = [path.on(task, part) for part in ("fit", "select", "test")]
+        tested = by_part[-1]
+        against = tested.against_full if tested else None
+        yield [
+            path.name,
+            plain(path.executions, 2).removesuffix(".00"),
+            *[NONE if m is None else _objective(m) for m in by_part],
+            percent(tested.accuracy if tested else None),
+            difference(against.accuracy if against else None),
+            plain(tested.text_loss if tested else None, 3),
+        ]
+
+
+def _objective(measured: Measured) -> str:
+    """Write an objective: the full path's value, what another has more or less."""
+    if measured.change is None:
+        return plain(measured.objective, 3)
+    mean, low, high = measured.change
+    return f"{signed(mean, 3)} ({signed(low, 2)} to {signed(high, 2)})"
+
+
+def lost(found: StaticPaths, task: str) -> str:
+    """Say in one sentence how much less of the objective is left on `test` than on `fit`."""
+    both = [(path.on(task, "fit"), path.on(task, "test")) for path in found.paths]
+    changes = [(f.change, t.change) for f, t in both if f and t]
+    falls = [fit[0] - test[0] for fit, test in changes if fit and test]
+    if not falls:
+        return ""
+    said = f"by {plain(fmean(falls), 3)} nats on average, by {plain(max(falls), 3)} at most"
+    return f"From fit to test the objective's change from full falls {said}."
+
+
+def section(found: StaticPaths, *, folded: bool) -> Section:
+    """Return the section on the paths of a `paths.json`."""
+    curves = [
+        Figure(
+            draw=partial(figures.changes_by_layers_saved, found, task),
+            name=f"{task} static paths",
+            alt=f"The objective's change from full over layers saved. {said}",
+            caption=f"Of {task}; bars are 95 % intervals on test. {said}",
+        )
+        for task in found.tasks
+        if (said := lost(found, task))
+    ]
+    values = {"found": found, "rows": rows, "columns": COLUMNS}
+    return Section("Static paths", curves, 2, folded, "tuned.j2", values)

@@ -1,0 +1,65 @@
+"""What is said and drawn of the paths of a `paths.json`, in a report and on the terminal."""
+
+import shlex
+from typing import Any
+
+import pytest
+
+from drllm.cli.parser import parse
+from drllm.records.static_paths import read_paths
+from drllm.reporting.drawing import LIGHT, NARROW
+from drllm.reporting.figures import changes_by_layers_saved
+from drllm.reporting.next_steps import next_steps
+from drllm.reporting.run import read_run
+from drllm.reporting.tuned import lost
+from paths_json import written_paths
+
+
+@pytest.fixture
+def tuned(folder: Any) -> Any:
+    """A folder with a paths.json and nothing else."""
+    paths = {"full": [0, 1, 2, 3], "skip1": [0, 1, 3], "skip2": [0, 3]}
+    written_paths(folder.path / "paths.json", folder.model, paths=paths, fitted=(0.08, 0.02, 0.14))
+    return folder
+
+
+def test_a_folder_of_tuned_paths_alone_makes_a_report(tuned, text_of):
+    text = text_of(tuned.path)
+    assert text.startswith("# Static paths of smollm2-135m on arc_easy, builtin_facts\n")
+    assert "**None is certified: too few questions.**" in text
+    assert "Routers" not in text.split("## ")[0]
+    [(_, line)] = next_steps(read_run(tuned.path))
+    assert parse(shlex.split(line)[1:]).values["path"].endswith("paths.json:skip2")
+
+
+def test_a_row_says_what_a_path_does_and_how_it_did_on_each_part(tuned, text_of):
+    text = text_of(tuned.path).replace("\u00a0", " ")
+    row = next(line for line in text.splitlines() if line.startswith("| skip2 | 2 | skips layers"))
+    assert row.split(" | ")[3:6] == [
+        "+0.080 (+0.02 to +0.14)",
+        "+0.050 (−0.01 to +0.11)",
+        "+0.050 (−0.01 to +0.11)",
+    ]
+
+
+def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_terminal(
+    tuned, text_of, drllm
+):
+    said = lost(read_paths(tuned.path / "paths.json"), "arc_easy")
+    assert "by 0.030 nats on average, by 0.030 at most" in said  # 0.08 on fit, 0.05 on test
+    assert lost(read_paths(tuned.path / "paths.json"), "builtin_facts") == ""
+    assert said in text_of(tuned.path)
+    assert said in " ".join(drllm("show", tuned.path / "paths.json").out.split())
+
+
+def test_changes_are_drawn_over_the_layers_saved_with_intervals_on_test(tuned):
+    found = read_paths(tuned.path / "paths.json")
+    [axes] = changes_by_layers_saved(found, "arc_easy", LIGHT, NARROW).axes
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {
+        "fit": (0, 1, 2, 0, 0.08, 0.08),
+        "select": (0, 1, 2, 0, 0.05, 0.05),
+        "test": (0, 1, 2, 0, 0.05, 0.05),
+    }
+    [bars] = axes.collections
+    assert [tuple(part[:, 1]) for part in bars.get_segments()][1:] == [(-0.01, 0.11)] * 2
