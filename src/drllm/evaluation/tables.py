@@ -233,7 +233,8 @@ class TaskRuns:
         cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
         cost += f" ({system.executions:.2f} of {self.num_layers} run)"
         if system.name == ROUTED:
-            return against.headline(cost)
+            said = against.headline(cost)
+            return f"Routed: {lower(said)}" if found.paths else said
         certified = found.choice and found.choice.certified
         why = f"the most accurate of {len(found.paths)} on these questions"
         if routed is not None:

@@ -160,7 +160,7 @@ def changes_by_layers_saved(
     for part, colour, dash in (("fit", "faint", ":"), ("select", "s2", "--"), ("test", "s1", "-")):
         known = [(found.num_layers - p.executions, p.on(task, part)) for p in found.paths]
         drawn = [(saved, *(on.change or (0.0, 0.0, 0.0))) for saved, on in known if on]
-        saved, means, lows, highs = zip(*drawn, strict=True)
+        saved, means, lows, highs = zip(*drawn, strict=True) if drawn else ((), (), (), ())
         axes.plot(saved, means, f"o{dash}", color=colours[colour], markersize=4, label=part)
     axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
     axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")

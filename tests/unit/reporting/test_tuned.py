@@ -42,6 +42,23 @@ def test_a_row_says_what_a_path_does_and_how_it_did_on_each_part(tuned, text_of)
     ]
 
 
+def test_a_path_that_a_shorter_one_does_better_than_is_marked(tuned, text_of):
+    assert "saves more does better" not in text_of(tuned.path)
+    tuned.change("paths.json", lambda values: values["paths"][1].update(dominated=True))
+    assert "skips layer 2 (one that saves more does better on select)" in text_of(tuned.path)
+
+
+def test_a_part_that_was_not_measured_has_no_line(tuned):
+    def without_select(values):
+        for path in values["paths"]:
+            path["measured"] = [each for each in path["measured"] if each["part"] != "select"]
+
+    tuned.change("paths.json", without_select)
+    found = read_paths(tuned.path / "paths.json")
+    [axes] = changes_by_layers_saved(found, "arc_easy", LIGHT, NARROW).axes
+    assert [len(line.get_xdata()) for line in axes.get_lines()] == [3, 0, 3]
+
+
 def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_terminal(
     tuned, text_of, drllm
 ):
