@@ -358,7 +358,7 @@ class TuneConfig(Settings):
     """The search for one path that serves a whole task.
 
     Attributes:
-        tasks: tasks (comma list), or a .jsonl file of your own
+        tasks: tasks (comma list), or a .jsonl file of your own, of prompts alone too
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         max_skipped: layers left out, at most; a sixth of the layers unless given
         objective: what is kept high; gold_logprob with options, next_token_loss with other answers,
