@@ -105,13 +105,17 @@ def _better_targets(run: Run) -> Iterator[Step]:
 
 
 def _unbeaten(evaluation: Evaluation) -> System | None:
-    """Return the best path for all questions that runs as many layers and isn't beaten."""
-    routed, found = evaluation.routed, list[System]()
+    """Return a path for all questions that runs no more layers and isn't beaten.
+
+    It is the one that the verdict names, else the most accurate baseline that runs as many.
+    """
+    routed, named, found = evaluation.routed, evaluation.best_path, list[System]()
     if routed is None:
         return None
     for system in evaluation.systems:
-        near = abs(system.executions - routed.executions) <= SMALL * evaluation.num_layers
+        more = system.executions - routed.executions
+        near = (more if system is named else abs(more)) <= SMALL * evaluation.num_layers
         verdict, is_path = against(system), system.reads_question is False and system.draws == 1
         if near and is_path and system.name != PERMUTED and verdict and not verdict.is_better:
             found.append(system)
-    return max(found, key=lambda system: system.accuracy, default=None)
+    return max(found, key=lambda each: (each is named, each.accuracy), default=None)

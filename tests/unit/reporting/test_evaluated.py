@@ -362,6 +362,19 @@ def test_an_export_is_called_smaller_only_where_whole_layers_are_left_out(run, r
     assert said in what
 
 
+def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered_for_export(run):
+    evaluation = along(run.evaluations[0], 2)
+    even = replace(evaluation.routed.against_base, accuracy=judge_counts(9, 9, 60), text_loss=None)
+    unbeaten = [
+        replace(each, routed_against=even, reads_question=False, draws=1)
+        for each in evaluation.systems[2:]
+    ]
+    evaluation = replace(evaluation, systems=(*evaluation.systems[:2], *unbeaten))
+    [what] = [what for what, code in next_steps(clone(run, evaluation)) if "drllm export" in code]
+    assert evaluation.best_path.executions <= evaluation.routed.executions
+    assert f"minus {evaluation.best_path.name}," in what
+
+
 def clone(run: Any, evaluation: Any) -> Any:
     return dataclasses.replace(run, evaluations=[evaluation])
 
