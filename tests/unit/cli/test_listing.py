@@ -65,7 +65,7 @@ def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("baselines", ["permuted-routes", "greedy-by-loss", "block-repeat", "sequence-router"]),
+        ("baselines", ["permuted-routes", "greedy-by-loss", "sequence-router"]),
         ("strategies", ["tree", "sweep", "walk"]),
         ("targets", ["least_kl", "shortest", "largest_margin", "paper", "released"]),
         ("policies", ["fixed", "full", "routers"]),

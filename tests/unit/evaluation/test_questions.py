@@ -65,7 +65,7 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
 def test_sources_that_make_no_sense_are_refused(values, message):
     with pytest.raises((ConfigError, TaskError), match=message):
         sources_of(TASKS, EvaluateConfig(**values))
-    sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-repeat"))
+    sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-influence"))
 
 
 def worked(tasks="builtin_facts", **values):

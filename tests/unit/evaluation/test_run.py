@@ -574,13 +574,13 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
 
 
 BROKEN_OFF = {
-    "baselines": "permuted-routes,confidence-exit,block-repeat",
+    "baselines": "permuted-routes,confidence-exit,last-layers",
     "limit": 14,
     "batch_size": 2,
     "num_calibration": 4,
     "num_random_draws": 2,
 }
-"""Decided by routers, plans, another policy and a path; four blocks of four questions."""
+"""Decided by routers, plans and another policy; four blocks of four questions."""
 
 
 @pytest.fixture
