@@ -66,7 +66,8 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
     assert names[0] == names[1], "nothing half-written is left behind"
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # tuning/test_run interrupts one in this process
+@pytest.mark.parametrize("kills", [1, 8])
 def test_a_tuning_killed_at_random_moments_ends_as_an_undisturbed_one(
     kills, processes, model_folder, tmp_path
 ):

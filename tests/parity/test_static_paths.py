@@ -28,6 +28,8 @@ PATHS = {
     "a damped block, in part": [0, 1, 2, Step(1, MLP, 0.5), Step(2, scale=0.5), 3, 4, 5],
     "any order": [3, 0, 5, 0],
 }
+IN_BRIEF = ("whole layers, attention and MLPs left out", "a damped block, in part")
+"""Paths that have all kinds of steps between them; the others are for the thorough tests."""
 ROUTED = sorted(FAMILIES.keys() - {f for group in list(REFUSED.values())[:2] for f in group})
 TOO_OLD = {"biogpt": ("4.",), "gpt_bigcode": ("4.",)}
 """Family → versions of transformers in which it isn't routed."""
@@ -39,7 +41,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window_pattern:FutureW
 generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=name, marks=[] if name in IN_BRIEF else pytest.mark.thorough)
+        for name, path in PATHS.items()
+    ],
+)
 def test_a_padded_batch_says_what_each_row_says_alone(family, path, prompts):
     model = biased_model(family, TOO_OLD)
     slow = ListedModel(model, path=path)

@@ -70,6 +70,9 @@ def test_every_comparison_has_its_figure_and_bound(written):
     for way in ("prefill", "decode"):
         for k in (3, 6, 10):
             expected[f"{way}_batch_1_skip_{k}_of_12"] = pytest.approx(1.05 * (1 - k / 12))
+            exported = f"{way}_exported_without_{k}_of_12"  # the head stays, so less is saved
+            assert 1 - 0.8 * k / 12 < written["bounds"][exported] < 1
+            expected[exported] = written["bounds"][exported]
     assert written["bounds"] == expected
     assert written["is_met"].keys() == expected.keys()
     assert {*ways, "routers_prefill_batch_1"} <= written["overhead"].keys()
