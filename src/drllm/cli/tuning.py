@@ -40,8 +40,7 @@ def show_paths(file: Path, terminal: Terminal) -> None:
         if said := tuned.lost(found, task):
             terminal.say(said)
     for path in found.paths[1:]:
-        worse = " (one that saves more does better on select)" if path.dominated else ""
-        terminal.fact(path.name, path.path.edits(found.num_layers) + worse)
+        terminal.fact(path.name, tuned.in_words(found, path))
     for sentence in found.choice.sentences() if found.choice else ():
         terminal.say(sentence)
     terminal.fact("paths", file)

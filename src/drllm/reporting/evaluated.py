@@ -91,7 +91,7 @@ def _plot(evaluation: Evaluation) -> Figure:
     depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
     static = f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
     depths += static if evaluation.paths else ""
-    barred = "static paths" if evaluation.paths and not evaluation.routed else ROUTED
+    barred = figures.STATIC if evaluation.paths and not evaluation.routed else ROUTED
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",

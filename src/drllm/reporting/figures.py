@@ -17,6 +17,7 @@ from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, Sys
 from drllm.records.static_paths import StaticPaths
 from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
 from drllm.reporting.run import Epoch
+from drllm.tuning.parts import FIT, SELECT, TEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ def changes_by_layers_saved(
 ) -> Figure:
     """Draw paths' changes from the full one's objective, by part; on test with intervals."""
     figure, (axes,) = panels(1, 1, width, 2.6)
-    for part, colour, dash in (("fit", "faint", ":"), ("select", "s2", "--"), ("test", "s1", "-")):
+    for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
         known = [(found.num_layers - p.executions, p.on(task, part)) for p in found.paths]
         drawn = [(saved, *(on.change or (0.0, 0.0, 0.0))) for saved, on in known if on]
         saved, means, lows, highs = zip(*drawn, strict=True) if drawn else ((), (), (), ())

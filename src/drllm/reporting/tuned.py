@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
 
-from drllm.records.static_paths import Measured, StaticPaths
+from drllm.records.static_paths import Measured, NamedPath, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.blocks import Figure, Section
 from drllm.reporting.numbers import NONE, difference, percent, plain, signed
+from drllm.tuning.parts import FIT, SELECT, TEST
 
 COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
 
@@ -15,7 +16,7 @@ COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full 
 def rows(found: StaticPaths, task: str) -> Iterator[list[str]]:
     """Yield a row for each path: its objective on each part, then how it did on `test`."""
     for path in found.paths:
-        by_part = [path.on(task, part) for part in ("fit", "select", "test")]
+        by_part = [path.on(task, part) for part in (FIT, SELECT, TEST)]
         tested = by_part[-1]
         against = tested.against_full if tested else None
         yield [
@@ -28,6 +29,12 @@ def rows(found: StaticPaths, task: str) -> Iterator[list[str]]:
         ]
 
 
+def in_words(found: StaticPaths, path: NamedPath) -> str:
+    """Say what a path changes about the full one, and whether one that saves more does better."""
+    worse = " (one that saves more does better on select)" if path.dominated else ""
+    return path.path.edits(found.num_layers) + worse
+
+
 def _objective(measured: Measured) -> str:
     """Write an objective: the full path's value, what another has more or less."""
     if measured.change is None:
@@ -38,7 +45,7 @@ def _objective(measured: Measured) -> str:
 
 def lost(found: StaticPaths, task: str) -> str:
     """Say in one sentence how much less of the objective is left on `test` than on `fit`."""
-    both = [(path.on(task, "fit"), path.on(task, "test")) for path in found.paths]
+    both = [(path.on(task, FIT), path.on(task, TEST)) for path in found.paths]
     changes = [(f.change, t.change) for f, t in both if f and t]
     falls = [fit[0] - test[0] for fit, test in changes if fit and test]
     if not falls:
@@ -59,5 +66,13 @@ def section(found: StaticPaths, *, folded: bool) -> Section:
         for task in found.tasks
         if (said := lost(found, task))
     ]
-    values = {"found": found, "rows": rows, "columns": COLUMNS}
+    tables = {
+        task: [
+            [*row[:2], in_words(found, path), *row[2:]]
+            for path, row in zip(found.paths, rows(found, task), strict=True)
+        ]
+        for task in found.tasks
+    }
+    columns = COLUMNS.replace("layers|", "layers|what it does|")
+    values = {"found": found, "tables": tables, "columns": columns}
     return Section("Static paths", curves, 2, folded, "tuned.j2", values)

@@ -156,7 +156,7 @@ def _kind(row: Row) -> str:
 
 
 def _example(row: Row) -> Example:
-    if _kind(row) == PROMPT:
+    if {"choices", "grader"}.isdisjoint(row):
         text = text_of(row, "prompt" if "prompt" in row else "question")
         return Example(question=text, answer="")
     question = text_of(row, "question")

@@ -48,7 +48,7 @@ from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
-from drllm.tuning.beam import Beam, Floats, Level
+from drllm.tuning.beam import Beam, Floats
 from drllm.tuning.edits import LAYERS
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import (
@@ -254,8 +254,7 @@ class _Tuning:
             return found
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
-            levels = self._search()
-            paths = {self.full: False} | self._best(levels)
+            paths = {self.full: False} | self._dominated(self._search())
             self.on_progress(1, 1 + FINAL, "certifying and testing")
             choice = None if self.config.epsilon is None else self._certify(paths)
             result = self._result(paths, choice)
@@ -265,7 +264,8 @@ class _Tuning:
 
     # --- search ---
 
-    def _search(self) -> list[Level]:
+    def _search(self) -> list[StaticPath]:
+        """Return the best path of each level."""
         config, L = self.config, self.routed.num_layers
         most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
         if most >= L:
@@ -274,12 +274,12 @@ class _Tuning:
             )
         num = max(len(task.judge(FIT).items) for task in self.tasks)
         beam = Beam(config.edits, config.beam, most, num, self.shares)
-        levels = []
+        found: list[StaticPath] = []
         for level in beam.levels(self._measure, self._grows):
             self._select(level.paths)
-            levels.append(level)
             best = max(level.paths, key=self._gain)
-            if len(levels) == 1:
+            found.append(best)
+            if len(found) == 1:
                 self.listener.note(f"{'layers saved, change on select (95 %)':<46}  {AXIS}")
             mean, low, high = change = self._change(best)
             said = f"{beam.saved(best):.3g} saved".replace("-", "−")
@@ -290,7 +290,7 @@ class _Tuning:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
                 break
-        return levels
+        return found
 
     @property
     def _seconds(self) -> float:
@@ -334,13 +334,12 @@ class _Tuning:
                 return False
         return True
 
-    def _best(self, levels: Sequence[Level]) -> dict[StaticPath, bool]:
-        """Return the best path of each level, and whether a shorter one does better on `select`."""
-        best = [max(level.paths, key=self._gain) for level in levels]
-        gains = [self._gain(path) for path in best]
+    def _dominated(self, paths: Sequence[StaticPath]) -> dict[StaticPath, bool]:
+        """Return for each path whether a shorter one does as well on `select`."""
+        gains = list(map(self._gain, paths))
         return {
             path: any(later >= gain for later in gains[place + 1 :])
-            for place, (path, gain) in enumerate(zip(best, gains, strict=True))
+            for place, (path, gain) in enumerate(zip(paths, gains, strict=True))
         }
 
     # --- choice and result ---
