@@ -94,23 +94,6 @@ def sum_interval(
     return total, total - below, total + above
 
 
-AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
-AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
-"""The numbers at the axis of a drawn interval, whose columns stand for `AXIS_STEP` each."""
-
-
-def drawn(mean: float, low: float, high: float) -> str:
-    """Draw a mean and its interval in columns of a fixed axis; what lies outside is an arrow."""
-    marks = [round((value - AXIS_FROM) / AXIS_STEP) for value in (0.0, low, mean, high)]
-    zero, first, middle, last = (min(max(mark, 0), AXIS_WIDTH - 1) for mark in marks)
-    cells = [" "] * first + ["─"] * (last - first + 1) + [" "] * (AXIS_WIDTH - 1 - last)
-    for mark, place in zip("│├┤●", (zero, first, last, middle), strict=True):
-        cells[place] = mark
-    cells[0] = "<" if marks[1] < 0 else cells[0]
-    cells[-1] = ">" if marks[3] >= AXIS_WIDTH else cells[-1]
-    return "".join(cells).rstrip()
-
-
 def upper_bound(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> float:

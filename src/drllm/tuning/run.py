@@ -36,7 +36,7 @@ from drllm.records.static_paths import (
     read_paths,
     steps_to_write,
 )
-from drllm.statistics.intervals import AXIS, accuracy_interval, drawn, mean_interval, sum_interval
+from drllm.statistics.intervals import accuracy_interval, mean_interval, sum_interval
 from drllm.statistics.non_inferiority import (
     MAX_LOSS_INCREASE,
     Choice,
@@ -45,9 +45,10 @@ from drllm.statistics.non_inferiority import (
     confirm,
 )
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import compare, signed
+from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
+from drllm.tuning import progress
 from drllm.tuning.beam import Beam, Floats
 from drllm.tuning.edits import LAYERS
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
@@ -280,12 +281,10 @@ class _Tuning:
             best = max(level.paths, key=self._gain)
             found.append(best)
             if len(found) == 1:
-                self.listener.note(f"{'layers saved, change on select (95 %)':<46}  {AXIS}")
-            mean, low, high = change = self._change(best)
-            said = f"{beam.saved(best):.3g} saved".replace("-", "−")
-            said += f"  {signed(mean, 3)} nats ({signed(low, 3)} to {signed(high, 3)})"
-            self.on_progress(min(level.saved, most), most + FINAL, said)
-            self.listener.note(f"{said:<46}  {drawn(*change)}\n  {best.edits(L)}")
+                self.listener.note(progress.HEAD)
+            told = beam.saved(best), self._change(best)
+            self.on_progress(min(level.saved, most), most + FINAL, progress.told(*told))
+            self.listener.note(f"{progress.line(*told)}\n  {best.edits(L)}")
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)

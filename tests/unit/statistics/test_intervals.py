@@ -6,24 +6,12 @@ import statistics
 import pytest
 
 from drllm.statistics.intervals import (
-    AXIS,
-    AXIS_WIDTH,
     accuracy_interval,
-    drawn,
     mean_interval,
     sum_interval,
     upper_bound,
     wilson_interval,
 )
-
-
-def test_an_interval_is_drawn_to_scale_and_cut_off_where_the_axis_ends():
-    assert len(AXIS) == AXIS_WIDTH
-    assert drawn(-0.4, -0.4, 0.2) == "●" + "─" * 19 + "│" + "─" * 9 + "┤"
-    assert drawn(0.0, 0.0, 0.0) == " " * 20 + "●"
-    assert drawn(-0.9, -5.0, -0.3) == "<────┤" + " " * 14 + "│"
-    assert drawn(-5.0, -6.0, -4.0) == "<" + " " * 19 + "│"
-    assert drawn(0.3, 0.1, 9.0) == " " * 20 + "│" + " " * 4 + "├────>"
 
 
 def test_a_weighted_sum_has_the_interval_of_its_only_part_and_of_two_a_narrower_one():

@@ -9,9 +9,9 @@ from drllm.errors import ConfigError, PathError
 from drllm.listener import Listener
 from drllm.paths import StaticPath
 from drllm.records.static_paths import read_path, read_paths
-from drllm.statistics.intervals import drawn
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
+from drllm.tuning.progress import drawn
 from drllm.tuning.run import CHUNKS_FOLDER, tune
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
