@@ -10,7 +10,8 @@ DEMO := runs/demo
 ARGS ?=
 # Test files are shared out to this many processes. WORKERS=0 runs them in one, for a debugger.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# The long files stand first, so that no process waits for the other at the end.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := -m "not model and not harness and not processes"
 
 # Environments of other versions of transformers, each bound by tests/versions/NAME.txt. The oldest

@@ -204,14 +204,15 @@ def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> li
 
 def kls_alone(model: Any, contexts: Sequence[Any], pairs: Sequence[Any]) -> list[float]:
     """Run each prompt alone, unpadded, in full, and compare its distributions token by token."""
-    kls = []
-    for row, decisions in pairs:
-        path, full = (
-            ListedModel(model, each).logits(contexts[row]).float().log_softmax(-1)
-            for each in (decisions, FULL)
-        )
-        kls.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
-    return kls
+
+    def logprobs(row: int, decisions: Any) -> Tensor:
+        return ListedModel(model, decisions).logits(contexts[row]).float().log_softmax(-1)
+
+    full = {row: logprobs(row, FULL) for row in {row for row, _ in pairs}}
+    return [
+        float(kl_div(logprobs(row, each), full[row], reduction="batchmean", log_target=True))
+        for row, each in pairs
+    ]
 
 
 def assert_sums(expected: Sequence[Any], found: Sequence[Any]) -> None:

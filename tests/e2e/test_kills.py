@@ -113,7 +113,8 @@ def outcome(folder: Path) -> tuple[Any, Any]:
     return {**result, "created": None, "systems": rows}, (folder / "samples.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(15, marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # evaluation/test_run interrupts some in this process
+@pytest.mark.parametrize("kills", [1, 15])
 def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
     kills, processes, finished_run, tmp_path
 ):

@@ -23,7 +23,7 @@ PLANS = {
     "mixed": [[0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2], [1, 0, 2, 0, 1, 2], [1, 1, 1, 1, 1, 1]],
 }
 """One row of decisions for each prompt."""
-TELLING_PLANS = ("all but one skipped", "mixed")
+TELLING_PAIR = ("llama", "all but one skipped")
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 25], [20, 21, 22]]
 """One is longer than the tokens that a sliding layer sees; with their answers all but one are."""
@@ -33,26 +33,31 @@ END = 2
 
 
 def pytest_generate_tests(metafunc):
-    """Let a test that takes a family or a plan run on all of them.
+    """Let a test that takes a family, or a family and a plan, run on all of them.
 
-    A module may say with TELLING_ONLY that its ways are tried on everything in `make test-all`
-    alone.
+    `make test` tries every family under the mixed plan, and some families under every plan. Where
+    a module says TELLING_ONLY it tries less: some families under the mixed plan, one under another.
     """
     only = getattr(metafunc.module, "TELLING_ONLY", False)
 
-    def among(names, telling):
-        left_out = set(names) - set(telling) if only else ()
-        return [
-            pytest.param(name, marks=[pytest.mark.thorough] if name in left_out else [])
-            for name in names
-        ]
+    def is_tried(family, plan):
+        if only:
+            return family in TELLING if plan == "mixed" else (family, plan) == TELLING_PAIR
+        return plan == "mixed" or family in TELLING
 
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", among(IN_SUITE, TELLING))
-        if "plan" in metafunc.fixturenames:
-            plans = among(PLANS, TELLING_PLANS)
-            values = [pytest.param(PLANS[each.values[0]], marks=each.marks) for each in plans]
-            metafunc.parametrize("plan", values, ids=PLANS.keys())
+    def param(*values, name, tried):
+        return pytest.param(*values, id=name, marks=[] if tried else [pytest.mark.thorough])
+
+    if {"family", "plan"} <= set(metafunc.fixturenames):
+        values = [
+            param(family, PLANS[plan], name=f"{plan}-{family}", tried=is_tried(family, plan))
+            for family in IN_SUITE
+            for plan in PLANS
+        ]
+        metafunc.parametrize(("family", "plan"), values)
+    elif "family" in metafunc.fixturenames:
+        values = [param(f, name=f, tried=not only or f in TELLING) for f in IN_SUITE]
+        metafunc.parametrize("family", values)
 
 
 class Slow:

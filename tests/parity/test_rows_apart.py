@@ -1,5 +1,7 @@
 """Choices that can't be packed, in rows of their own, against packed ones and each alone."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -116,14 +118,19 @@ def test_one_question_longer_than_a_window_sets_the_rows_of_all_apart(
     assert 6 * num_rows == batch.states.executions_run
 
 
+@pytest.fixture(scope="module")
+def of_mistral(tiny_model):
+    """A sliding model, some paths, and the KL and scores of each path alone."""
+    model, pairs = tiny_model("mistral"), [*some_pairs(10, seed=1), (1, FULL)]
+    return model, pairs, kls_alone(model, CONTEXTS, pairs), alone(model, pairs)
+
+
 @pytest.mark.parametrize("num_paths", [None, 1, 4])
 @pytest.mark.parametrize("gb", [1.0, 10e-6])  # 10 kB hold the distributions of one row at most
-def test_kl_is_measured_on_one_row_of_a_question(tiny_model, num_paths, gb):
-    model = tiny_model("mistral")
-    pairs = [*some_pairs(10, seed=1), (1, FULL)]
-    expected = kls_alone(model, CONTEXTS, pairs)
+def test_kl_is_measured_on_one_row_of_a_question(of_mistral, num_paths, gb):
+    model, pairs, expected, sums = of_mistral
+    model = copy.deepcopy(model)
     assert min(expected[:-1]) > 0.01, "the paths must do some KL"
-    sums = alone(model, pairs)
     batch = ChoiceBatch(RoutedModel(model), QUESTIONS, gb, paths_per_pass=num_paths)
     scores = batch.scores(pairs, kl=True)
     assert expected == pytest.approx([s.kl for s in scores], abs=KL_TOLERANCE)

@@ -1,7 +1,9 @@
 """Shared prefixes and packed choices against running every path alone, choice by choice."""
 
+import copy
 import dataclasses
 import gc
+from functools import cache
 
 import pytest
 import torch
@@ -331,18 +333,30 @@ def along(paths):
     return [(row, StaticPath(path)) for path in paths for row in range(2)]
 
 
+@pytest.fixture(scope="module")
+def path_by_path(tiny_model):
+    """A function: family and questions → model, questions, paths, and scores of each path alone."""
+
+    @cache
+    def make(kind, questions):
+        model, asked, paths = tiny_model(kind), QUESTIONS[:2], [*PATHS, *PARTIAL]
+        if questions != "apart":
+            asked = [dataclasses.replace(q, context=[*range(3, 15), *q.context]) for q in asked]
+        lists = [ListedModel(model, path=path) for path in paths]
+        alone = [slow.sums(q.context, q.continuations) for slow in lists for q in asked]
+        return model, asked, paths, alone
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("paths_per_pass", [1, 3, 100])
 @pytest.mark.parametrize("questions", ["apart", "with a common beginning"])
 def test_scores_along_paths_equal_those_of_each_path_alone(
-    tiny_model, kind, paths_per_pass, questions
+    path_by_path, kind, paths_per_pass, questions
 ):
-    model, asked, paths = tiny_model(kind), QUESTIONS[:2], [*PATHS, *PARTIAL]
-    if questions != "apart":
-        asked = [dataclasses.replace(q, context=[*range(3, 15), *q.context]) for q in asked]
-    lists = [ListedModel(model, path=path) for path in paths]
-    expected = [slow.sums(q.context, q.continuations) for slow in lists for q in asked]
-    routed = RoutedModel(model)
+    model, asked, paths, expected = path_by_path(kind, questions)
+    routed = RoutedModel(copy.deepcopy(model))
     batch = ChoiceBatch(routed, asked, 1.0, paths_per_pass=paths_per_pass)
     assert_sums(expected, batch.logprobs(along(paths)))
 

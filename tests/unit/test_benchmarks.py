@@ -64,6 +64,7 @@ def written(figures_of):
     return figures_of("generate")
 
 
+@pytest.mark.thorough
 def test_every_comparison_has_its_figure_and_bound(written):
     ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1")
     expected = dict.fromkeys(ways, 1.03) | {"routers_prefill_batch_1": 1.01}
@@ -81,6 +82,7 @@ def test_every_comparison_has_its_figure_and_bound(written):
     assert figures == {name: middle for name, (_, middle, _) in written["quartiles"].items()}
 
 
+@pytest.mark.thorough
 def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(written):
     assert len(written["stored"]) == 5
     for count in written["stored"]:

@@ -6,6 +6,7 @@ pictures in a folder next to the file; what is folded in the page is open there.
 
 import html
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -45,7 +46,8 @@ def to_markdown(document: Document, folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
+@cache  # it keeps what it compiled
+def _environment(autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=autoescape,
@@ -54,6 +56,11 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"md": escape, "line": line, "fenced": fenced}
+    return environment
+
+
+def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
+    environment = _environment(autoescape)
     values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
     values |= {"narrow": NARROW, "wide": WIDE, "table": Table.made, "listing": Listing}
     written = ("NONE", "percent", "plain", "signed", "count", "of_total", "label", "difference")

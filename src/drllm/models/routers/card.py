@@ -5,6 +5,7 @@ What isn't recorded there isn't claimed.
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def model_card(config: RouterConfig, place: str = FOLDER) -> str:
     )
 
 
+@cache
 def template(path: Path) -> jinja2.Template:
     """Return a template of Markdown, with the filters `line` and `number`."""
     environment = jinja2.Environment(

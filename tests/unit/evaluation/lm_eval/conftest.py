@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-NUM_QUESTIONS = 40
+NUM_QUESTIONS = 32
 AWKWARD = 'Why {{x}} and {y}? "<b>" it\'s é\n '
 """What templates, quotes and white space could trip over; a part of every question."""
 

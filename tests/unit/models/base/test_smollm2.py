@@ -148,6 +148,7 @@ def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real, tokenizer
     assert tokenizer.decode(output[0]) == "The capital of France is Paris."
 
 
+@pytest.mark.thorough
 @pytest.mark.smollm2
 def test_the_tokenizer_has_the_settings_and_the_chat_template_of_the_file(tokenizer):
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
@@ -163,6 +164,7 @@ def test_the_tokenizer_has_the_settings_and_the_chat_template_of_the_file(tokeni
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.smollm2
 def test_encoding_adds_nothing_loses_nothing_and_is_transformers_own(tokenizer):
     for text in (

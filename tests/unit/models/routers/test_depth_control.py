@@ -110,7 +110,7 @@ def test_prompts_that_cannot_be_routed_are_refused(routed, prompts, message):
         routes_of(routed, FullPolicy(), prompts)
 
 
-@pytest.mark.parametrize("target", [2.5, 4.0, 5.0, 6.0, 7.0, 9.0])
+@pytest.mark.parametrize("target", [2.5, 5.0, 9.0])
 def test_the_bias_gives_the_executions_wanted_whatever_the_batches(routed, target):
     prompts = some_prompts()
     found = find_depth_bias(routed, prompts, target, tolerance=0.15)
