@@ -34,7 +34,7 @@ from drllm.tuning.judge import Item, Judge, items_of, log_share
 from drllm.tuning.parts import GOLD
 
 QUICK = {"repeats": 1, "questions": 4, "candidates": 6}
-WHOLE = {"repeats": 3, "questions": 64, "candidates": 30}
+WHOLE = {"repeats": 3, "questions": 6, "candidates": 30}
 BATCH_SIZE = 16
 """Questions of a plain batch."""
 
