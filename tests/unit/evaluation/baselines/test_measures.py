@@ -10,9 +10,9 @@ from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import FittedBaselines, Material
 from drllm.evaluation.baselines.fitting import measures
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
+from drllm.tuning import judge
 from slow_way import ListedModel
 
 TOLERANCE = 1e-4
@@ -24,26 +24,13 @@ PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1), (0, 1, 1, 2), (0, 0, 0, 1)]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Two questions a batch: their lengths take them out of their order."""
-    monkeypatch.setattr(measures, "BATCH_SIZE", 2)
+    monkeypatch.setattr(judge, "BLOCK_SIZE", 2)
 
 
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
     found = measures.by_answers(material)(PLANS)
     assert found == pytest.approx([slow_gold_logprob(to_path(p)) for p in PLANS], abs=TOLERANCE)
     assert max(found) - min(found) > 100 * TOLERANCE
-
-
-def test_states_of_one_batch_are_given_up_before_the_next(material, monkeypatch):
-    batches = []
-
-    class Watched(ChoiceBatch):
-        def __init__(self, *args):
-            super().__init__(*args)
-            batches.append(self)
-
-    monkeypatch.setattr(measures, "ChoiceBatch", Watched)
-    measures.by_answers(material)(PLANS)
-    assert [len(batch.states) for batch in batches] == [0, 0]
 
 
 def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
@@ -56,7 +43,7 @@ def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
         assert value == pytest.approx(fmean(logprobs), abs=TOLERANCE)
 
 
-def test_numbers_that_are_not_finite_are_refused(tiny_llama):
+def test_numbers_of_the_full_path_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama(num_layers=4)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     questions = [Question([5, 6], [[7], [8]])]
