@@ -109,7 +109,7 @@ def compare(
     def ours() -> Values:
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            return Judge(routed, items, GOLD, 1.0).scores(paths, 0, len(items)).objective
+            return Judge(routed, items, GOLD, 1.0).scores(paths).objective
         finally:
             routed.detach()
 

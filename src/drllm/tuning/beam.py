@@ -80,9 +80,13 @@ class Beam:
         """Return what a path saves, in layer equivalents; negative where it runs more."""
         return len(self.shares) - path_executions(path, self.shares)
 
+    @property
+    def unit(self) -> float:
+        """What a level saves more than the one before, in layer equivalents."""
+        return min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
+
     def _level(self, saved: float) -> int:
-        unit = min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
-        return round(saved / unit)
+        return round(saved / self.unit)
 
     def _put(self, by_level: dict[int, dict[StaticPath, None]], paths: list[StaticPath]) -> None:
         for path in paths:

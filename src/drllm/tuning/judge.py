@@ -58,14 +58,14 @@ class Judge:
         self.routed, self.items, self.objective = routed, items, objective
         self.state_cache_gb = state_cache_gb
 
-    def scores(self, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
-        """Score paths on the questions from `first` up to `last`, all of a block in common passes.
+    def scores(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
+        """Score paths on the questions at some places or all, those of a block in common passes.
 
         A log-probability that isn't finite counts as minus infinity would: a path with one is the
         worst; of the full path it is a ModelError.
         """
         started = time.perf_counter()
-        places = range(first, last)
+        places = range(len(self.items)) if places is None else places
         found = np.zeros((2, len(paths), len(places)))
         lengths = [self.items[place].question.length for place in places]
         for block in blocks_of(lengths, least=1, batch_size=BLOCK_SIZE):

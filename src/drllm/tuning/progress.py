@@ -1,5 +1,7 @@
 """How far a tuning is: the line that each level gets while it runs. Loads no torch."""
 
+from collections.abc import Sequence
+
 from drllm.statistics.verdicts import signed
 
 AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
@@ -32,3 +34,17 @@ def told(saved: float, change: tuple[float, float, float]) -> str:
 def line(saved: float, change: tuple[float, float, float]) -> str:
     """Return the same with the interval drawn on the axis of `HEAD`."""
     return f"{told(saved, change):<46}  {drawn(*change)}"
+
+
+def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
+    """Return how many questions times paths a level scores, given `parts.rungs`.
+
+    Example:
+        >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
+        3008
+    """
+    pairs = asked = 0
+    for num_questions, kept in rungs:
+        pairs += num_paths * (num_questions - asked)
+        num_paths, asked = min(num_paths, kept), num_questions
+    return pairs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ from drllm.tuning.parts import (
     objective_of,
     parts_of_tasks,
     prompt_of,
+    rungs,
 )
 
 CHUNKS_FOLDER = "paths.partial"
@@ -70,6 +71,10 @@ SHARE_SKIPPED = 1 / 6
 """Of the layers, unless another number is given."""
 FINAL = 1
 """Levels whose time certifying and testing takes, about."""
+MOST_PAIRS = 100
+"""Questions times paths that are scored in one go, and that a kill loses, at most."""
+MOST_ANSWERS = 32
+"""The same of answers that are generated."""
 NUM_TEXTS = 100
 """Questions of a part whose text's next-token loss is read too, at most."""
 
@@ -124,9 +129,15 @@ class _OfTask:
     """One task's questions, and what is known of paths on them."""
 
     def __init__(
-        self, routed: RoutedModel, divided: TaskParts, config: TuneConfig, chunks: Chunks
+        self,
+        routed: RoutedModel,
+        divided: TaskParts,
+        config: TuneConfig,
+        chunks: Chunks,
+        on_scored: Callable[[int, str], None],
     ) -> None:
         self.routed, self.config, self.chunks = routed, config, chunks
+        self.on_scored = on_scored
         self.task, self.divided = divided.task, divided
         self.name = divided.task.name
         self.objective = objective_of(self.task, config)
@@ -134,6 +145,7 @@ class _OfTask:
         self.seconds = 0.0
         self._judges: dict[str, Judge] = {}
         self._known: dict[tuple[str, StaticPath], Scores] = {}
+        self._answered: dict[tuple[str, StaticPath], list[float]] = {}
 
     def prompts(self, part: str) -> list[Prompt]:
         """Return how the questions of a part are asked."""
@@ -183,23 +195,45 @@ class _OfTask:
         return [self._known[part, path] for path in paths]
 
     def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
-        ask = partial(self.judge(part).scores, paths, first, last)
-        key = f"{self.name} {part} {first} to {last} {_digest(paths)}"
-        return self.chunks.once(key, Scores, ask)
+        """Score paths on a range of questions, a few of like length in each go."""
+        judge = self.judge(part)
+        order = sorted(range(first, last), key=lambda place: judge.items[place].question.length)
+        size = max(1, MOST_PAIRS // len(paths))
+        found = np.zeros((2, len(paths), last - first))
+        seconds = 0.0
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            key = f"{self.name} {part} {first} to {last} from {start} {_digest(paths)}"
+            scores = self.chunks.once(key, Scores, partial(judge.scores, paths, places))
+            at = [place - first for place in places]
+            found[0][:, at] = scores.objective
+            found[1][:, at] = scores.right or 0.0
+            seconds += scores.seconds
+            told = f"{len(paths)} paths on {start + len(places)} of {len(order)} questions"
+            self.on_scored(len(paths) * len(places), told)
+        right = found[1].tolist() if self.objective == GOLD else []
+        return Scores(objective=found[0].tolist(), right=right, seconds=seconds)
 
     def correct(self, part: str, path: StaticPath) -> list[float]:
         """Return which questions of a part are answered right; empty where nothing says so."""
         if self.objective == GOLD:
             return self.scores(part, [path])[0].right[0]
-        if self.objective != LOSS or self.reads_solutions:
-            return []
-        ask = partial(graded, self.routed, path, self.prompts(part))
-        return self.chunks.once(f"{self.name} answers {part} {_digest([path])}", list[float], ask)
+        if self.is_generated and (part, path) not in self._answered:
+            prompts, found = self.prompts(part), []
+            for start in range(0, len(prompts), MOST_ANSWERS):
+                ask = partial(graded, self.routed, path, prompts[start : start + MOST_ANSWERS])
+                key = f"{self.name} answers {part} from {start} {_digest([path])}"
+                found += self.chunks.once(key, list[float], ask)
+                told = f"{len(found)} of {len(prompts)} answers of a path"
+                self.on_scored(len(found) - start, told)
+            self._answered[part, path] = found
+        return self._answered.get((part, path), [])
 
     @property
-    def reads_solutions(self) -> bool:
-        """Whether worked solutions are read, so that no answer is generated and graded."""
-        return any(example.solution for example in self.divided.examples[FIT])
+    def is_generated(self) -> bool:
+        """Whether answers are generated and graded; worked solutions are only read."""
+        solved = any(example.solution for example in self.divided.examples[FIT])
+        return self.objective == LOSS and not solved
 
     @property
     def chance(self) -> float:
@@ -228,7 +262,14 @@ class _Tuning:
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self._identity(base, divided), stage="tuning")
-        self.tasks = [_OfTask(routed, each, config, self.chunks) for each in divided]
+        self.tasks = [_OfTask(routed, each, config, self.chunks, self._scored) for each in divided]
+        self._most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
+        if self._most >= L:
+            raise ConfigError(
+                f"--max-skipped {self._most:g} leaves nothing of {L} layers; give at most {L - 1}"
+            )
+        self._done = self._saved = 0.0  # of levels, as told; by the last one
+        self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
 
     def _identity(self, base: BaseModel, divided: Sequence[TaskParts]) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -256,9 +297,10 @@ class _Tuning:
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
             paths = {self.full: False} | self._dominated(self._search())
-            self.on_progress(1, 1 + FINAL, "certifying and testing")
+            self._measure_all(paths)
             choice = None if self.config.epsilon is None else self._certify(paths)
             result = self._result(paths, choice)
+            self.on_progress(self._most + FINAL, self._most + FINAL, "")
         write_json(file, result)
         self.chunks.remove()
         return result
@@ -268,13 +310,9 @@ class _Tuning:
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
         config, L = self.config, self.routed.num_layers
-        most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
-        if most >= L:
-            raise ConfigError(
-                f"--max-skipped {most:g} leaves nothing of {L} layers; give at most {L - 1}"
-            )
         num = max(len(task.judge(FIT).items) for task in self.tasks)
-        beam = Beam(config.edits, config.beam, most, num, self.shares)
+        beam = Beam(config.edits, config.beam, self._most, num, self.shares)
+        self._unit = beam.unit
         found: list[StaticPath] = []
         for level in beam.levels(self._measure, self._grows):
             self._select(level.paths)
@@ -283,13 +321,39 @@ class _Tuning:
             if len(found) == 1:
                 self.listener.note(progress.HEAD)
             told = beam.saved(best), self._change(best)
-            self.on_progress(min(level.saved, most), most + FINAL, progress.told(*told))
+            self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
+            self._scored(0, progress.told(*told))
             self.listener.note(f"{progress.line(*told)}\n  {best.edits(L)}")
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
                 break
         return found
+
+    def _scored(self, num_pairs: int, note: str) -> None:
+        """Tell how far it is; certifying and testing count as `FINAL` levels more."""
+        self._pairs += num_pairs
+        share = min(1.0, self._pairs / self._expected)
+        unit = FINAL if self._saved == self._most else self._unit
+        self._done = max(self._done, self._saved + unit * share)
+        self.on_progress(self._done, self._most + FINAL, note)
+
+    def _measure_all(self, dominated: Mapping[StaticPath, bool]) -> None:
+        """Score all paths on what certifies and tests them, in common passes."""
+        tried = [path for path, is_worse in dominated.items() if not is_worse]
+        wanted = [(SELECT, list(dominated)), (TEST, list(dominated))]
+        wanted += [(CERTIFY, tried)] if self.config.epsilon is not None else []
+        self._saved, self._pairs = self._most, 0
+        self._expected = sum(
+            len(paths) * (len(task.judge(f"texts of {part}").items) + len(task.prompts(part)))
+            for task in self.tasks
+            for part, paths in wanted
+            if part != SELECT or task.is_generated
+        )
+        for task in self.tasks:
+            for part, paths in wanted:
+                task.scores(part, paths)
+                task.scores(f"texts of {part}", paths)
 
     @property
     def _seconds(self) -> float:
@@ -298,6 +362,13 @@ class _Tuning:
     def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
         """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
         most = max(len(task.judge(FIT).items) for task in self.tasks)
+        halving = rungs(most, self.config.beam)
+        if num_questions == halving[0][0]:  # a level begins
+            shares = sum(len(task.judge(FIT).items) for task in self.tasks) / most
+            chosen = sum(len(task.judge(SELECT).items) for task in self.tasks)
+            self._pairs = 0
+            self._expected = shares * progress.num_pairs(len(paths), halving)
+            self._expected += halving[-1][1] * chosen
         total = np.zeros(len(paths))
         for task in self.tasks:
             own = len(task.judge(FIT).items)

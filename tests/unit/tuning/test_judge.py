@@ -35,7 +35,7 @@ def asked():
 
 
 def judged(routed, items, objective):
-    return Judge(routed, items, objective, 1.0).scores(PATHS, 0, len(items))
+    return Judge(routed, items, objective, 1.0).scores(PATHS)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_prompts_without_answers_score_as_the_prompts_of_questions_do(routed, as
 
 def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):
     judge = Judge(routed, items_of(routed, asked, GOLD), GOLD, 1.0)
-    whole = judge.scores(PATHS, 0, 6)
-    first, rest = judge.scores(PATHS, 0, 2), judge.scores(PATHS, 2, 6)
+    whole = judge.scores(PATHS)
+    first, rest = judge.scores(PATHS, [0, 1]), judge.scores(PATHS, [2, 3, 4, 5])
     for path in range(len(PATHS)):
         joined = first.objective[path] + rest.objective[path]
         assert joined == pytest.approx(whole.objective[path], abs=TOLERANCE)
@@ -118,7 +118,7 @@ def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):
 def test_a_value_that_is_not_finite_is_the_worst_there_is(routed, asked, monkeypatch):
     judge = Judge(routed, items_of(routed, asked[:1], GOLD), GOLD, 1.0)
     monkeypatch.setattr(judge, "_value", lambda *_: (-math.inf, 0.0))
-    assert judge.scores(PATHS[1:2], 0, 1).objective == [[-100.0]]
+    assert judge.scores(PATHS[1:2]).objective == [[-100.0]]
 
 
 def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokenizer):

@@ -12,7 +12,7 @@ from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
 from drllm.tuning.progress import drawn
-from drllm.tuning.run import CHUNKS_FOLDER, tune
+from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, tune
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 
@@ -25,10 +25,14 @@ class Noting(Listener):
     """Keeps what is said."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.progressed = [], []
 
     def note(self, text):
         self.lines += text.splitlines()
+
+    @contextmanager
+    def progress(self, title, unit):
+        yield lambda done, total, note: self.progressed.append((done, total, note))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,20 @@ def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
         assert edits.strip() == path.path.edits(6)
 
 
+def test_how_far_it_is_is_told_within_a_level_too_and_never_goes_back(unbroken, heard):
+    done = [done for done, _, _ in heard.progressed]
+    assert done == sorted(done)
+    assert {total for _, total, _ in heard.progressed} == {2 + 1}
+    assert 0 < min(done) < 1 < max(done) == 3
+    assert heard.progressed[0][2] == "6 paths on 16 of 24 questions"
+
+
+def test_no_more_is_scored_at_once_than_a_kill_may_lose(routed, monkeypatch):
+    counted = num_scored(monkeypatch)
+    tuned(routed, max_loss=10.0, epsilon=20.0)
+    assert max(counted) <= MOST_PAIRS
+
+
 class Stopped(Listener):
     """Interrupts a run at its first level."""
 
@@ -137,9 +155,9 @@ def num_scored(monkeypatch):
     """Return a list to which every scoring adds its number of paths times questions."""
     counted, scores = [], Judge.scores
 
-    def counting(self, paths, first, last):
-        counted.append(len(paths) * (last - first))
-        return scores(self, paths, first, last)
+    def counting(self, paths, places):
+        counted.append(len(paths) * len(places))
+        return scores(self, paths, places)
 
     monkeypatch.setattr(Judge, "scores", counting)
     return counted

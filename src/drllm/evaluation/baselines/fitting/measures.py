@@ -44,7 +44,7 @@ def _measure(
 
     def measure(candidates: Sequence[Decisions]) -> list[float]:
         paths = [StaticPath(to_path(decisions)) for decisions in candidates]
-        values = judge.scores(paths, 0, len(items)).objective  # [N][Q]
+        values = judge.scores(paths).objective  # [N][Q]
         means: list[float] = np.average(values, axis=1, weights=weights).tolist()
         return means
 
