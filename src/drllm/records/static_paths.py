@@ -71,13 +71,14 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What `drllm tune` found: paths from the most executions to the fewest, the full one first.
 
     `divided` names the tasks whose own splits weren't used, so that their questions were divided
-    anew; the objective is that of each task.
+    anew; the objective is that of each task. The digest is that of all questions of all parts.
     """
 
     tasks: tuple[str, ...]
     divided: tuple[str, ...] = ()
     objective: dict[str, str]
     num_layers: int
+    questions_sha256: str = ""
     paths: tuple[NamedPath, ...]
     choice: Choice | None = None
 

@@ -261,7 +261,17 @@ class _Tuning:
         self.full = StaticPath(range(L))
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
-        self.chunks = Chunks(folder / CHUNKS_FOLDER, self._identity(base, divided), stage="tuning")
+        digest = hashlib.sha256()
+        for each in divided:
+            digest.update(repr((each.task.name, each.examples)).encode())
+        self.identity: dict[str, Any] = {
+            "settings": config.decisive(),
+            "model": base.identity,
+            "questions_sha256": digest.hexdigest(),
+        }
+        self.chunks = Chunks(
+            folder / CHUNKS_FOLDER, {**self.identity, "runtime": base.runtime}, stage="tuning"
+        )
         self.tasks = [_OfTask(routed, each, config, self.chunks, self._scored) for each in divided]
         self._most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
         if self._most >= L:
@@ -271,26 +281,19 @@ class _Tuning:
         self._done = self._saved = 0.0  # of levels, as told; by the last one
         self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
 
-    def _identity(self, base: BaseModel, divided: Sequence[TaskParts]) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for each in divided:
-            digest.update(repr((each.task.name, each.examples)).encode())
-        return {
-            "settings": self.config.decisive(),
-            "model": base.identity,
-            "runtime": base.runtime,
-            "questions_sha256": digest.hexdigest(),
-        }
-
     def run(self) -> StaticPaths:
         """Search, or return what an earlier run of the same has written."""
         file = self.folder / PATHS_FILE
         if file.exists():
-            found = read_paths(file)
+            found, own = read_paths(file), self.identity  # older files have no digest
             refuse_other_run(
                 f"the tuning in {file}",
-                {"settings": TuneConfig(**found.config).decisive(), "model": found.model},
-                {"settings": self.config.decisive(), "model": self.header["model"]},
+                {
+                    "settings": TuneConfig(**found.config).decisive(),
+                    "model": found.model,
+                    "questions_sha256": found.questions_sha256 or own["questions_sha256"],
+                },
+                own,
                 "choose another --output-dir, or delete the old one",
             )
             return found
@@ -463,6 +466,7 @@ class _Tuning:
             divided=tuple(task.name for task in self.tasks if task.divided.is_divided),
             objective={task.name: task.objective for task in self.tasks},
             num_layers=self.routed.num_layers,
+            questions_sha256=self.identity["questions_sha256"],
             paths=tuple(
                 NamedPath(
                     name=self._name(path),

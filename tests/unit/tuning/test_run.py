@@ -89,6 +89,19 @@ def test_another_tuning_in_the_same_folder_is_refused(unbroken, routed):
         tuned(routed, unbroken[1], max_loss=10.0, beam=1)
 
 
+def test_a_finished_tuning_on_other_questions_is_refused(routed, tmp_path):
+    file, settings = tmp_path / "mine.jsonl", {**SMALL, "num_fit": 8, "max_skipped": 1}
+
+    def run(number):
+        rows = (f'{{"prompt": "Say {i + number}."}}\n' for i in range(40))
+        file.write_text("".join(rows))
+        return tune(routed, str(file), None, tmp_path / "out", **settings)
+
+    assert run(0) == run(0)
+    with pytest.raises(ConfigError, match="other questions"):
+        run(1)
+
+
 def test_a_path_is_read_by_its_name(unbroken):
     found, folder = unbroken
     last = found.paths[-1]
