@@ -372,7 +372,7 @@ class TuneConfig(Settings):
         max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
             given
         weights: with several tasks: what each counts; 1 unless given
-        minutes: time after which no further level is begun
+        minutes: time of scoring after which no further level is begun; more of it later goes on
         state_cache_gb: memory for shared path prefixes, in GB
         seed: seed of --num-fit and --num-judged
     """
@@ -389,6 +389,6 @@ class TuneConfig(Settings):
     epsilon: float | None = basic(None, above=0.0, maximum=100.0)
     max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
     weights: dict[str, float] | None = setting(None, above=0.0, value="{arc_easy: 2}")
-    minutes: float | None = basic(None, above=0.0)
+    minutes: float | None = basic(None, above=0.0, decisive=False)
     state_cache_gb: float = incidental(1.0, above=0.0)
     seed: int = setting(0, minimum=0)

@@ -71,14 +71,17 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What `drllm tune` found: paths from the most executions to the fewest, the full one first.
 
     `divided` names the tasks whose own splits weren't used, so that their questions were divided
-    anew; the objective is that of each task. The digest is that of all questions of all parts.
+    anew; the objective is that of each task. The digest is that of all questions of all parts, the
+    runtime says in what precision they were scored, `is_cut` that the time was over too early.
     """
 
     tasks: tuple[str, ...]
     divided: tuple[str, ...] = ()
     objective: dict[str, str]
     num_layers: int
+    runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     questions_sha256: str = ""
+    is_cut: bool = False
     paths: tuple[NamedPath, ...]
     choice: Choice | None = None
 

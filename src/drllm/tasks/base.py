@@ -34,6 +34,10 @@ OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
 
 
+class NoSplitError(TaskError):
+    """A set doesn't have a split, or the data folder lacks the file that it is in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One question with its answer.
@@ -185,7 +189,8 @@ class Task(ABC):
         questions looks at neither.
 
         Raises:
-            TaskError: No such file, no network, or a line that can't be used (with its number).
+            NoSplitError: The set has no such split, or the data folder no such file.
+            TaskError: No network, or a line that can't be used (with its number).
         """
 
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:

@@ -8,6 +8,7 @@ Source: ours, of greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767)
 halving (Jamieson and Talwalkar 2016, AISTATS).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -25,6 +26,8 @@ Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
 Shares: TypeAlias = Sequence[tuple[float, float]]
 """What attention and MLP of each layer cost, in layer equivalents, `[L]`."""
+
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +66,16 @@ class Beam:
         seen = {path for paths in by_level.values() for path in paths}
         while by_level:
             number = min(by_level)
-            candidates = list(by_level.pop(number))
-            if number > self._level(self.max_saved):
+            others = by_level.pop(number)
+            if number > self.num_levels:
                 return
-            best = candidates if full in candidates else self._best(candidates, measure)
-            if full not in candidates:
+            roots = [full] if full in others else []
+            candidates = [path for path in others if path != full]
+            best = self._best(candidates, measure) if candidates else []
+            if best:
                 saved = min(self.saved(path) for path in best)
                 yield Level(saved, tuple(best), len(candidates))
-            for path in best:
+            for path in [*roots, *best]:
                 if path == full or grows(path):
                     new = [each for each in skips(path, self.kind) if each not in seen]
                     seen.update(new)
@@ -84,6 +89,11 @@ class Beam:
     def unit(self) -> float:
         """What a level saves more than the one before, in layer equivalents."""
         return min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels save something; the last saves at most `max_saved`."""
+        return math.floor(self.max_saved / self.unit + ROUNDING)
 
     def _level(self, saved: float) -> int:
         return round(saved / self.unit)

@@ -12,9 +12,9 @@ from drllm.config import SPLITS, TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt, Task, choose
+from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose
 from drllm.tasks.registry import get_tasks
-from drllm.tasks.rewards import check_installed
+from drllm.tasks.rewards import REWARDS, check_installed
 
 FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
@@ -34,6 +34,15 @@ class TaskParts:
     task: Task
     examples: dict[str, list[Example]]
     is_divided: bool
+
+    def is_generated(self, objective: str) -> bool:
+        """Whether answers are generated and graded; options and worked solutions are read."""
+        solved = any(example.solution for example in self.examples[FIT])
+        return (
+            objective == LOSS
+            and not solved
+            and not REWARDS.get(reward_for(self.task, objective)).scores_options
+        )
 
 
 def parts_of_tasks(
@@ -58,22 +67,29 @@ def parts_of_tasks(
     for name in config.weights or {}:
         if name not in names:
             raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
+    if config.weights and len(names) == 1:
+        raise ConfigError(f"weights: {names[0]} alone is tuned on, so they have no effect")
+    if config.epsilon is not None and len(names) > 1:
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} certifies a path on one task, and {', '.join(names)} "
+            "are tuned on together; leave it out, or tune on each"
+        )
     divided = [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
     if config.epsilon is not None:
-        _check_certifiable(divided, config)
+        _check_certifiable(divided[0], config)
     return divided
 
 
-def _check_certifiable(divided: Sequence[TaskParts], config: TuneConfig) -> None:
+def _check_certifiable(divided: TaskParts, config: TuneConfig) -> None:
     """Refuse a certificate before anything is searched where there can't be one."""
-    for each in divided:
-        if objective_of(each.task, config) == LOSS and each.examples[FIT][0].solution:
-            raise ConfigError(
-                f"--epsilon {config.epsilon:g} needs answers that are graded, and of "
-                f"{each.task.name} worked solutions are read; leave it out"
-            )
+    objective = objective_of(divided.task, config)
+    if objective == LOSS and not divided.is_generated(objective):
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} needs answers that are graded, and of "
+            f"{divided.task.name} right answers are only read; leave it out"
+        )
     for part in (CERTIFY, TEST):
-        num = sum(len(choose(e.examples[part], config.num_judged, 0)) for e in divided)
+        num = len(choose(divided.examples[part], config.num_judged, 0))
         if num < FEWEST_TEXTS:
             raise ConfigError(
                 f"--epsilon {config.epsilon:g} needs {FEWEST_TEXTS} questions to {part} at least, "
@@ -129,7 +145,7 @@ def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskP
     of its questions divided anew by their texts, 20 % for each of the first three parts.
 
     Raises:
-        TaskError: No questions, or none in one of the parts.
+        TaskError: No questions, none in one of the parts, or a file that can't be read.
     """
     folder = None if data_dir is None else Path(data_dir)
     problems: list[str] = []
@@ -163,7 +179,7 @@ def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskP
 def _examples(task: Task, split: str, folder: Path | None, problems: list[str]) -> list[Example]:
     try:
         return task.examples(split, folder)
-    except TaskError as error:
+    except NoSplitError as error:
         problems.append(str(error))
         return []
 

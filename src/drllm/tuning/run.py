@@ -142,6 +142,7 @@ class _OfTask:
         self.name = divided.task.name
         self.objective = objective_of(self.task, config)
         self.weight = (config.weights or {}).get(self.name, 1.0)
+        self.is_generated = divided.is_generated(self.objective)
         self.seconds = 0.0
         self._judges: dict[str, Judge] = {}
         self._known: dict[tuple[str, StaticPath], Scores] = {}
@@ -166,7 +167,8 @@ class _OfTask:
             if of_texts == part:
                 items, objective = items_of(self.routed, prompts, self.objective), self.objective
             else:
-                items, objective = texts_of(self.routed, prompts[:NUM_TEXTS]), LOSS
+                prompts = draw(prompts, NUM_TEXTS, self.config.seed)
+                items, objective = texts_of(self.routed, prompts), LOSS
             self._judges[part] = Judge(self.routed, items, objective, self.config.state_cache_gb)
         return self._judges[part]
 
@@ -230,12 +232,6 @@ class _OfTask:
         return self._answered.get((part, path), [])
 
     @property
-    def is_generated(self) -> bool:
-        """Whether answers are generated and graded; worked solutions are only read."""
-        solved = any(example.solution for example in self.divided.examples[FIT])
-        return self.objective == LOSS and not solved
-
-    @property
     def chance(self) -> float:
         """The accuracy of guessing."""
         if self.objective != GOLD:
@@ -267,17 +263,17 @@ class _Tuning:
         self.identity: dict[str, Any] = {
             "settings": config.decisive(),
             "model": base.identity,
+            "runtime": base.runtime,
             "questions_sha256": digest.hexdigest(),
         }
-        self.chunks = Chunks(
-            folder / CHUNKS_FOLDER, {**self.identity, "runtime": base.runtime}, stage="tuning"
-        )
+        self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.tasks = [_OfTask(routed, each, config, self.chunks, self._scored) for each in divided]
         self._most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
         if self._most >= L:
             raise ConfigError(
                 f"--max-skipped {self._most:g} leaves nothing of {L} layers; give at most {L - 1}"
             )
+        self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
         self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
 
@@ -285,18 +281,21 @@ class _Tuning:
         """Search, or return what an earlier run of the same has written."""
         file = self.folder / PATHS_FILE
         if file.exists():
-            found, own = read_paths(file), self.identity  # older files have no digest
+            found, own = read_paths(file), self.identity
             refuse_other_run(
                 f"the tuning in {file}",
                 {
                     "settings": TuneConfig(**found.config).decisive(),
                     "model": found.model,
+                    # Older files have neither.
+                    "runtime": found.runtime or own["runtime"],
                     "questions_sha256": found.questions_sha256 or own["questions_sha256"],
                 },
                 own,
                 "choose another --output-dir, or delete the old one",
             )
-            return found
+            if not found.is_cut or found.config.get("minutes") == self.config.minutes:
+                return found
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
             paths = {self.full: False} | self._dominated(self._search())
@@ -305,7 +304,8 @@ class _Tuning:
             result = self._result(paths, choice)
             self.on_progress(self._most + FINAL, self._most + FINAL, "")
         write_json(file, result)
-        self.chunks.remove()
+        if not result.is_cut:
+            self.chunks.remove()
         return result
 
     # --- search ---
@@ -316,10 +316,15 @@ class _Tuning:
         num = max(len(task.judge(FIT).items) for task in self.tasks)
         beam = Beam(config.edits, config.beam, self._most, num, self.shares)
         self._unit = beam.unit
+        if not beam.num_levels:
+            raise ConfigError(
+                f"--max-skipped {self._most:g} is less than the {beam.unit:.3g} of a layer that "
+                f"the least edit leaves out; give at least {beam.unit:.3g}"
+            )
         found: list[StaticPath] = []
         for level in beam.levels(self._measure, self._grows):
             self._select(level.paths)
-            best = max(level.paths, key=self._gain)
+            best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
             found.append(best)
             if len(found) == 1:
                 self.listener.note(progress.HEAD)
@@ -330,6 +335,7 @@ class _Tuning:
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
+                self._is_cut = level.saved + beam.unit <= self._most
                 break
         return found
 
@@ -426,16 +432,14 @@ class _Tuning:
     def _executions(self, path: StaticPath) -> float:
         return path_executions(path, self.shares)
 
-    def _outcomes(self, part: str, path: StaticPath, tasks: Sequence[_OfTask]) -> Outcomes:
-        gold = [task for task in tasks if task.objective == GOLD]
+    def _outcomes(self, task: _OfTask, part: str, path: StaticPath) -> Outcomes:
+        [scores], [texts] = (task.scores(name, [path]) for name in (part, f"texts of {part}"))
         return Outcomes(
             name=self._name(path),
             executions=self._executions(path),
-            correct=[value for task in tasks for value in task.correct(part, path)],
-            gold_logprob=[v for t in gold for v in t.scores(part, [path])[0].objective[0]],
-            text_loss=[
-                -v for t in tasks for v in t.scores(f"texts of {part}", [path])[0].objective[0]
-            ],
+            correct=task.correct(part, path),
+            gold_logprob=scores.objective[0] if task.objective == GOLD else [],
+            text_loss=[-value for value in texts.objective[0]],
         )
 
     def _certify(self, dominated: Mapping[StaticPath, bool]) -> Choice:
@@ -443,20 +447,19 @@ class _Tuning:
 
         Paths that a shorter one does better than aren't tried: the first failure ends the trials.
         """
-        config = self.config
+        config, [task] = self.config, self.tasks
         assert config.epsilon is not None
         limits = Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
         )
-        chance = fmean(task.chance for task in self.tasks)
         paths = [path for path, is_worse in dominated.items() if not is_worse]
-        base, *others = [self._outcomes(CERTIFY, path, self.tasks) for path in paths]
-        choice = choose(base, others, limits, chance=chance, seed=config.seed)
+        base, *others = [self._outcomes(task, CERTIFY, path) for path in paths]
+        choice = choose(base, others, limits, chance=task.chance, seed=config.seed)
         if choice.chosen is None:
             return choice
         chosen = next(path for path in paths if self._name(path) == choice.chosen.name)
-        full, tested = (self._outcomes(TEST, path, self.tasks) for path in (self.full, chosen))
-        return confirm(choice, full, tested, chance=chance, seed=config.seed)
+        full, tested = (self._outcomes(task, TEST, path) for path in (self.full, chosen))
+        return confirm(choice, full, tested, chance=task.chance, seed=config.seed)
 
     def _result(self, dominated: Mapping[StaticPath, bool], choice: Choice | None) -> StaticPaths:
         tasks = tuple(task.name for task in self.tasks)
@@ -466,7 +469,9 @@ class _Tuning:
             divided=tuple(task.name for task in self.tasks if task.divided.is_divided),
             objective={task.name: task.objective for task in self.tasks},
             num_layers=self.routed.num_layers,
+            runtime=self.identity["runtime"],
             questions_sha256=self.identity["questions_sha256"],
+            is_cut=self._is_cut,
             paths=tuple(
                 NamedPath(
                     name=self._name(path),
@@ -499,11 +504,11 @@ class _Tuning:
             told = msgspec.structs.replace(told, change=(fmean(differences), low, high))
         if part == FIT:  # on which paths were fitted: nothing is claimed there
             return told
-        ours = self._outcomes(part, path, [task])
+        ours = self._outcomes(task, part, path)
         told = msgspec.structs.replace(told, text_loss=fmean(ours.text_loss))
         if not ours.correct:
             return told
-        full = self._outcomes(part, self.full, [task])
+        full = self._outcomes(task, part, self.full)
         lowest, _ = accuracy_interval(full.correct, self.config.seed)
         verdicts = compare(ours, full, self.config.seed, above_chance=lowest > task.chance)
         return msgspec.structs.replace(

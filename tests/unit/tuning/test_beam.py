@@ -92,6 +92,20 @@ def test_with_sublayers_levels_go_up_by_the_smallest_part():
     }
 
 
+def test_no_level_saves_more_than_the_maximum():
+    assert [level.saved for level in levels(max_saved=2.9)] == [1, 2]
+    assert levels(max_saved=0.9) == []
+
+
+def test_repeats_that_cost_what_the_full_path_does_are_cut_to_the_beam():
+    found = levels(kind="repeats", width=2, max_saved=1)
+    [even] = [level for level in found if level.saved == 0]
+    assert len(even.paths) == 2
+    assert StaticPath(range(L)) not in even.paths
+    [one_less] = [level for level in found if level.saved == 1]
+    assert one_less.num_tried < 10 * L
+
+
 def test_with_repeats_levels_begin_with_what_costs_more():
     found = levels(kind="repeats", measure=lambda paths, _: np.array([len(p.steps) for p in paths]))
     saved = [level.saved for level in found]

@@ -5,7 +5,7 @@ import pytest
 from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example, Task, with_options
+from drllm.tasks.base import Example, NoSplitError, Task, with_options
 from drllm.tasks.registry import get_task
 from drllm.tuning.parts import (
     CERTIFY,
@@ -34,7 +34,7 @@ class OneSet(Task):
 
     def examples(self, split, data_dir=None):
         if split != "test":
-            raise TaskError(f"no {split}")
+            raise NoSplitError(f"no {split}")
         return [with_options(f"question {i}", ("a", "b"), 0, str(i)) for i in range(self.num)]
 
 
@@ -67,6 +67,34 @@ def test_a_set_of_one_split_is_divided_by_its_texts():
     shares = [len(found.examples[part]) / 2000 for part in PARTS]
     assert found.is_divided
     assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.03)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
+    class Broken(OneSet):
+        def examples(self, split, data_dir=None):
+            if split == "search":
+                raise TaskError("train.jsonl, line 3: no JSON")
+            return super().examples("test")
+
+    with pytest.raises(TaskError, match="line 3"):
+        parts_of(Broken(2000), None, 100, 0)
+
+
+def test_a_certificate_is_for_one_task():
+    config = TuneConfig(epsilon=2.0, tasks="builtin_facts,builtin_arithmetic")
+    with pytest.raises(ConfigError, match="on one task"):
+        parts_of_tasks(config)
+
+
+def test_right_options_that_are_only_read_are_not_generated():
+    facts, arithmetic = (
+        parts_of(get_task(name), None, 30, 0) for name in ("builtin_facts", "builtin_arithmetic")
+    )
+    assert not facts.is_generated(LOSS)
+    assert arithmetic.is_generated(LOSS)
+    assert not arithmetic.is_generated(KL)
+    with pytest.raises(ConfigError, match="only read"):
+        parts_of_tasks(TuneConfig(epsilon=2.0, objective=LOSS))
 
 
 def test_too_few_questions_are_refused_with_the_part_that_has_none():

@@ -12,7 +12,7 @@ from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
 from drllm.tuning.progress import drawn
-from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, tune
+from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, _OfTask, tune
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 
@@ -176,9 +176,38 @@ def num_scored(monkeypatch):
     return counted
 
 
-def test_when_time_is_over_no_further_level_is_begun(routed):
-    found = tuned(routed, max_loss=10.0, minutes=1e-9)
+def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(
+    unbroken, routed, tmp_path, monkeypatch
+):
+    found = tuned(routed, tmp_path, max_loss=10.0, minutes=1e-9)
     assert [path.name for path in found.paths] == ["full", "skip1"]
+    assert found.is_cut
+    counted = num_scored(monkeypatch)
+    whole = tuned(routed, tmp_path, max_loss=10.0)
+    assert whole.paths == unbroken[0].paths
+    num = sum(counted)
+    counted.clear()
+    tuned(routed, None, max_loss=10.0)
+    assert 0 < num < sum(counted), "what was scored is kept"
+
+
+def test_a_finished_tuning_in_another_precision_is_refused(unbroken, routed, tmp_path):
+    written = json.loads((unbroken[1] / "paths.json").read_text())
+    written["runtime"]["dtype"] = "bfloat16"
+    (tmp_path / "paths.json").write_text(json.dumps(written))
+    with pytest.raises(ConfigError, match="bfloat16"):
+        tuned(routed, tmp_path, max_loss=10.0)
+
+
+def test_the_shortest_path_within_the_limits_is_certified_by_a_test_of_its_own(routed, monkeypatch):
+    monkeypatch.setattr(_OfTask, "chance", -1.0)  # the tiny model only guesses
+    found = tuned(routed, max_loss=10.0, epsilon=90.0, max_loss_increase=20.0)
+    assert found.certified == found.paths[-1].name
+
+
+def test_the_loss_of_right_options_can_be_what_is_kept_high(routed):
+    found = tuned(routed, max_loss=10.0, max_skipped=1, objective="next_token_loss")
+    assert found.paths[1].on("builtin_facts", "test").accuracy is None
 
 
 @pytest.mark.thorough
@@ -227,7 +256,9 @@ def test_with_sublayers_costs_are_parts_of_layers(routed):
     ("settings", "says"),
     [
         ({"max_skipped": 6}, "at most 5"),
+        ({"max_skipped": 0.4}, "at least 1"),
         ({"weights": {"arc_easy": 2.0}}, "isn't tuned on"),
+        ({"weights": {"builtin_facts": 2.0}}, "no effect"),
         ({"max_loss_increase": 0.1}, "no effect"),
         ({"objective": "kl", "epsilon": 2.0}, "right answers"),
         ({"edits": "all"}, "unknown value"),

@@ -24,6 +24,7 @@ from drllm.tasks.base import (
     Example,
     Function,
     Harness,
+    NoSplitError,
     QuestionRow,
     Row,
     Task,
@@ -97,9 +98,10 @@ class PublishedTask(Task):
         say, are skipped, with a warning that names them.
 
         Raises:
-            TaskError: A split that the set doesn't have, a missing folder or file (naming where
-                it was looked for), no network, a line that can't be used (with its number), or no
-                line that can be asked.
+            NoSplitError: A split that the set doesn't have, or a missing file (naming where it was
+                looked for).
+            TaskError: A missing folder, no network, a line that can't be used (with its number),
+                or no line that can be asked.
         """
         file = self._file(split)
         origin = self.files[file]
@@ -122,7 +124,7 @@ class PublishedTask(Task):
         check_split(split)
         file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
         if file is None:
-            raise TaskError(
+            raise NoSplitError(
                 f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
                 f"give --split {' or '.join(self._splits())}"
             )
@@ -158,7 +160,7 @@ class PublishedTask(Task):
         if path is None:
             there = [each for each in self.files if self._find(each, data_dir)]
             also = "".join(f" (there is {each}: its {self._purpose(each)})" for each in there)
-            raise TaskError(
+            raise NoSplitError(
                 f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
                 f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
                 f"fetch {self.repository} from the hub{also}"
