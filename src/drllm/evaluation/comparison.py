@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,8 @@ NUM_RANDOM_DRAWS = 10
 class Shared:
     """What all tasks of one evaluation share; without routers there is no routed model.
 
-    `prompts` are the tokens of those asked so far, and `chunks` keeps finished systems and blocks.
+    `tuned_on` names the tasks that some of the paths were chosen for, on `select`. `prompts` are the
+    tokens of those asked so far, and `chunks` keeps finished systems and blocks.
     """
 
     on_progress: OnProgress
@@ -68,12 +69,13 @@ class Shared:
         lm: RoutedLM,
         routers: Mapping[Path, RouterStack],
         paths: Mapping[str, StaticPath],
+        tuned_on: Collection[str],
         tasks: Sequence[Task],
         config: EvaluateConfig,
         output: Path,
     ) -> None:
         self.lm, self.routers, self.config, self.output = lm, routers, config, output
-        self.paths = paths
+        self.paths, self.tuned_on = paths, tuned_on
         for path in paths.values():
             lm.routed.injection.prepare(path)
         self.saved = {
@@ -385,7 +387,8 @@ class Comparison:
         `systems` ran on the latter, base first; of `settings` one is chosen.
         """
         config, source, worked = self.config, self.source, self.shared.worked
-        split = chosen_on(source, config)
+        # A tuning has chosen its paths on `select`: among them is chosen on other questions.
+        split = "fit" if source.name in self.shared.tuned_on else chosen_on(source, config)
         asked = self.shared.asked(source, split, config.limit_of(source.name))
         questions = TaskRun(self.shared.lm, asked, config.num_texts)
         tried = [BASE_MODEL, *settings]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +127,11 @@ def evaluate(
             given = [model.routers] if model.routers is not None else []
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         checked = check_paths(by_name, base.identity)
-        results = Results(_evaluate(base, found, config, folder, given, checked, listener))
+        records = (path.record for path in by_name.values() if isinstance(path, PathFile))
+        tuned_on = {task for record in records if record is not None for task in record.tasks}
+        results = Results(
+            _evaluate(base, found, config, folder, given, checked, tuned_on, listener)
+        )
     results.folder = None if output_dir is None else folder
     return results
 
@@ -139,6 +143,7 @@ def _evaluate(
     output: Path,
     given: Sequence[Routers],
     paths: Mapping[str, StaticPath],
+    tuned_on: Collection[str],
     listener: Listener,
 ) -> tuple[Evaluation, ...]:
     routers = {}
@@ -191,7 +196,7 @@ def _evaluate(
     lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
     with ExitStack() as attached:
         attached.callback(lm.routed.detach)
-        shared = Shared(lm, routers, paths, tasks, config, output)
+        shared = Shared(lm, routers, paths, tuned_on, tasks, config, output)
         with only_writer(output, "evaluation", "--output-dir"):
             shared.chunks.open()
             with listener.busy("reading the questions"):

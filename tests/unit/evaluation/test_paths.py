@@ -187,6 +187,16 @@ def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkey
     assert result.findings[0].startswith("Path four, the certified one: ")
 
 
+def test_among_tuned_paths_is_chosen_on_questions_that_chose_none_of_them(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    enough = {"limit": 30, "num_texts": 30, "epsilon": 100.0, "max_loss_increase": 100.0}
+    result = run(base, tmp_path / "eval", str(file), **enough)
+    assert result.choice.chosen_on == "builtin_facts (fit)"
+
+
 def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):
     file = written_paths(tmp_path / "paths.json", base.identity)
     (tmp_path / "plan.json").write_text('{"decisions": [1, 1, 1, 1, 1, 0]}')
