@@ -58,7 +58,7 @@ NUM_RANDOM_DRAWS = 10
 class Shared:
     """What all tasks of one evaluation share; without routers there is no routed model.
 
-    `tuned_on` names the tasks that some of the paths were chosen for, on `select`. `prompts` are the
+    `tuned_on` names tasks that some of the paths were chosen for, on `select`. `prompts` are the
     tokens of those asked so far, and `chunks` keeps finished systems and blocks.
     """
 
