@@ -273,6 +273,13 @@ class _Tuning:
             raise ConfigError(
                 f"--max-skipped {self._most:g} leaves nothing of {L} layers; give at most {L - 1}"
             )
+        num = max(len(each.examples[FIT]) for each in divided)
+        self.beam = Beam(config.edits, config.beam, self._most, num, self.shares)
+        if not self.beam.num_levels:
+            raise ConfigError(
+                f"--max-skipped {self._most:g} leaves out less than the least edit; give at least "
+                f"{self.beam.unit:.3g} of a layer"
+            )
         self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
         self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
@@ -313,29 +320,21 @@ class _Tuning:
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
         config, L = self.config, self.routed.num_layers
-        num = max(len(task.judge(FIT).items) for task in self.tasks)
-        beam = Beam(config.edits, config.beam, self._most, num, self.shares)
-        self._unit = beam.unit
-        if not beam.num_levels:
-            raise ConfigError(
-                f"--max-skipped {self._most:g} is less than the {beam.unit:.3g} of a layer that "
-                f"the least edit leaves out; give at least {beam.unit:.3g}"
-            )
         found: list[StaticPath] = []
-        for level in beam.levels(self._measure, self._grows):
+        for level in self.beam.levels(self._measure, self._grows):
             self._select(level.paths)
             best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
             found.append(best)
             if len(found) == 1:
                 self.listener.note(progress.HEAD)
-            told = beam.saved(best), self._change(best)
+            told = self.beam.saved(best), self._change(best)
             self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
             self._scored(0, progress.told(*told))
             self.listener.note(f"{progress.line(*told)}\n  {best.edits(L)}")
             if config.minutes is not None and self._seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
-                self._is_cut = level.saved + beam.unit <= self._most
+                self._is_cut = level.saved + self.beam.unit <= self._most
                 break
         return found
 
@@ -343,7 +342,7 @@ class _Tuning:
         """Tell how far it is; certifying and testing count as `FINAL` levels more."""
         self._pairs += num_pairs
         share = min(1.0, self._pairs / self._expected)
-        unit = FINAL if self._saved == self._most else self._unit
+        unit = FINAL if self._saved == self._most else self.beam.unit
         self._done = max(self._done, self._saved + unit * share)
         self.on_progress(self._done, self._most + FINAL, note)
 

@@ -256,7 +256,7 @@ def test_with_sublayers_costs_are_parts_of_layers(routed):
     ("settings", "says"),
     [
         ({"max_skipped": 6}, "at most 5"),
-        ({"max_skipped": 0.4}, "at least 1"),
+        ({"max_skipped": 0.4}, "at least 1 of a layer"),
         ({"weights": {"arc_easy": 2.0}}, "isn't tuned on"),
         ({"weights": {"builtin_facts": 2.0}}, "no effect"),
         ({"max_loss_increase": 0.1}, "no effect"),
