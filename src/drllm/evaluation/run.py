@@ -265,7 +265,9 @@ def _write(
     from drllm.evaluation.lm_eval.folders import CACHE
     from drllm.evaluation.tables import correct
 
-    tables = correct([each.table() for each in done])
+    # Without routers the most accurate path stands first.
+    rivals = header["paths"] if header["routers"] is None else ()
+    tables = correct([each.table() for each in done], rivals)
     results = tuple(
         each.evaluation(table, header) for each, table in zip(done, tables, strict=True)
     )

@@ -3,7 +3,7 @@
 Every difference is a `Verdict`, and the findings are their sentences.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -289,15 +289,22 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def correct(tables: Sequence[Sequence[System]]) -> list[list[System]]:
-    """Correct each system's tests against base for several tasks; a single table stays as it is."""
+def correct(tables: Sequence[Sequence[System]], rivals: Collection[str] = ()) -> list[list[System]]:
+    """Correct each system's tests against base for several tasks.
+
+    Rivals are systems of which the best is picked: their tests are corrected together.
+    """
+
+    def group(system: System) -> str:
+        return "" if system.name in rivals else system.name
+
     corrected = [list(table) for table in tables]
-    for name in {system.name: None for table in tables for system in table}:
+    for name in {group(system): None for table in tables for system in table}:
         places = [
             (table, place, system.against_base)
             for table in corrected
             for place, system in enumerate(table)
-            if system.name == name and system.against_base is not None
+            if group(system) == name and system.against_base is not None
         ]
         verdicts = correct_together([against.accuracy for _, _, against in places])
         for (table, place, against), verdict in zip(places, verdicts, strict=True):

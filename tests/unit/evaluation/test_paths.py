@@ -119,6 +119,7 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
     steps = {name: steps_to_write(path) for name, path in PATHS.items()}
     assert result.paths == steps
     assert result.findings[0].startswith(f"Path {result.best_path.name}, the most accurate of 2 on")
+    assert {result.system(name).against_base.accuracy.num_tests for name in PATHS} == {2}
 
 
 def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drllm, tmp_path):
