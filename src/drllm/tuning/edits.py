@@ -13,7 +13,7 @@ EDITS = (LAYERS, SUBLAYERS, REPEATS)
 
 SCALES = (0.25, 0.5, 1.0)
 """Weights of a second pass's update. Published work on looping frozen models finds gains only below
-1 (docs/results/static-paths.md)."""
+1 (arXiv 2605.23872)."""
 LONGEST_BLOCK = 7
 """Layers of a block that is repeated, at most."""
 
