@@ -237,6 +237,10 @@ def test_a_path_of_parts_scores_and_answers_as_the_plain_model_changed_by_hand(b
     assert lm.generate_until(asked, disable_tqdm=True) == cached.generate_until(
         asked, disable_tqdm=True
     )
+    info = lm.get_model_info()["drllm"]
+    assert info["path"] == f"{file}:less"
+    # Four whole layers and a damped one; an MLP has 2/3 of a layer's entries, an attention 1/3.
+    assert info["executions_a_forward"] == pytest.approx(6.0)
 
 
 def test_a_path_of_another_model_is_refused(base, tmp_path):

@@ -42,8 +42,9 @@ from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import Policy, reads_prompt
+from drllm.models.routing.policies import PathPolicy, Policy, reads_prompt
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
 from drllm.records.static_paths import read_path
@@ -181,6 +182,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.base = loaded
         self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
         self.routers_source = None if stack is None else str(routers or pretrained)
+        self.path_source: str | None = None
+        self.path_executions: float | None = None
         self.policy = self._policy(depth, path)
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
@@ -215,7 +218,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                     f"path={path} and {other} are given, but only one of them can decide"
                     f"; leave one out"
                 )
-            return self.routed.policy_of(read_path(path).path_of(self.base.identity))
+            file = read_path(path)
+            self.path_source = f"{file.file}:{file.found.name}" if file.found else str(file.file)
+            policy = self.routed.policy_of(file.path_of(self.base.identity))
+            if isinstance(policy, PathPolicy):  # a part of a layer costs its share
+                self.path_executions = executions_along(self.routed, policy.path)
+            return policy
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]
@@ -324,6 +332,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         `prompts` are those of all processes, each question once, of rolling texts the windows.
         """
         counts = self.shared_counts if self.world_size > 1 else self.scorer.counts
+        executions: float = counts.executions / max(counts.prompts, 1)
+        if self.path_executions is not None:
+            executions = self.path_executions
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -334,9 +345,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "base": self.base.identity,
                 "routers": self.routers_source,
                 "policy": type(self.policy).__name__,
+                "path": self.path_source,
                 "num_layers": self.routed.num_layers,
                 "prompts": counts.prompts,
-                "executions_a_forward": counts.executions / max(counts.prompts, 1),
+                "executions_a_forward": executions,
             },
         }
 
