@@ -258,7 +258,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
         ),
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from="the routers name",
+    model_from="the routers or a paths.json name",
     resumes=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
@@ -267,14 +267,15 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     places = request.paths("routers")
     config = config if places else without_routers(config)
     tasks = tasks_of(config)
-    if config.paths is not None:
-        read_path_list(config.paths)  # before a model is loaded
+    paths = read_path_list(config.paths or "").values()  # before a model is loaded
     check_folder(output, "--output-dir")
     check_output(output)
     _say_splits(tasks, terminal)
     read = [read_routers(place) for place in places]
     folders = [folder for folder, _ in read]
-    with loaded(model_of(request, read[0][1] if read else None), terminal) as base:
+    routers = read[0][1] if read else None
+    tuned = next((path for path in paths if path.record is not None and not read), None)
+    with loaded(model_of(request, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
         evaluate(base, tasks, config, output, routers=folders, listener=terminal)

@@ -13,7 +13,7 @@ from drllm.evaluation import systems
 from drllm.evaluation.run import evaluate
 from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel
+from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
@@ -237,6 +237,18 @@ def test_parts_that_the_model_has_not_are_refused_before_anything_is_asked(
     model = BaseModel(model=tiny_model("opt"), tokenizer=tiny_tokenizer, name="o", revision=None)
     with pytest.raises(ArchitectureError, match="no module of its own for the MLP"):
         run(model, tmp_path, {"parts": PATHS["parts"]})
+
+
+def test_paths_alone_name_their_base_model(drllm, model_folder, tmp_path):
+    base = load(str(model_folder(num_layers=6)), device="cpu")
+    plan, out = tmp_path / "plan.json", tmp_path / "eval"
+    plan.write_text('{"path": [0, 1, 2]}')  # names no model, so the next file's counts
+    file = written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
+    few = ("--limit", 2, "--num-texts", 2, "--latency-rounds", 0, "--output-dir", out)
+    drllm("evaluate --device cpu --paths", f"{plan},{file}:5.00", *few)
+    [result] = read_results(out)
+    assert result.model["fingerprint"] == base.identity["fingerprint"]
+    assert list(result.paths) == ["plan", "5.00"]
 
 
 def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
