@@ -10,6 +10,8 @@ from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
 from drllm.records.static_paths import Measured, PathFile
 from drllm.statistics.verdicts import Verdict
 
+TEST = "test"
+"""The part of the questions that had no part in choosing a path."""
 NOT_SAID = ("tasks", "data_dir")
 """Settings that the card says elsewhere, or that are of one machine."""
 
@@ -42,7 +44,9 @@ def model_card(
         found=found,
         record=record,
         is_certified=found is not None and record is not None and record.certified == found.name,
-        compared=[(m.task, m.part, _verdicts(m)) for m in found.measured] if found else [],
+        compared=[(m.task, _verdicts(m)) for m in found.measured if m.part == TEST]
+        if found
+        else [],
         settings={
             name: value
             for name, value in (record.config if record else {}).items()

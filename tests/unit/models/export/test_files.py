@@ -138,6 +138,13 @@ def test_the_card_of_a_tuned_path_says_for_what_it_was_found_how_and_how_it_did(
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "owner/name"
 
 
+def test_the_card_gives_verdicts_on_no_questions_that_the_path_was_chosen_on(tmp_path):
+    card = card_of(tmp_path, "5.00")
+    assert "| arc_easy | select | 200 |" in card
+    assert "arc_easy, select:" not in card
+    assert card.count("Accuracy of the path minus the full path") == 1
+
+
 def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
     card = card_of(tmp_path, "4.60")
     assert "It isn't certified.\n" in card
