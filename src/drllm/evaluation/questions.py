@@ -99,9 +99,9 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
             "(--paths), or both"
         )
     default = EvaluateConfig()
-    for name in ("curve", "num_calibration", "baselines"):
+    for name in ("curve", "num_calibration", "baselines", "latency_rounds"):
         value = getattr(config, name)
-        if value not in (getattr(default, name), "none"):
+        if value not in (getattr(default, name), "none", 0):  # 0 rounds: nothing is to be timed
             raise ConfigError(
                 f"{flag_of(name)} {value} has no effect without routers; give them as --routers, "
                 f"or leave it out"

@@ -256,8 +256,9 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
         run(base, tmp_path, None)
     with pytest.raises(ConfigError, match="neither routers nor paths"):
         run(RoutedModel(base.model, tokenizer=base.tokenizer), tmp_path, None)
-    for values in ({"curve": "0.1"}, {"baselines": "all"}, {"num_calibration": 4}):
-        [name] = values
+    refused = {"curve": "0.1", "baselines": "all", "num_calibration": 4, "latency_rounds": 3}
+    for name, value in refused.items():
+        values = {name: value}
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* without routers"):
             run(base, tmp_path, **values)
 
