@@ -39,6 +39,8 @@ def show_paths(file: Path, terminal: Terminal) -> None:
         terminal.table(tuned.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
         if said := tuned.lost(found, task):
             terminal.say(said)
+    if found.division:
+        terminal.say(found.division)
     for path in found.paths[1:]:
         terminal.fact(path.name, tuned.in_words(found, path))
     for sentence in found.choice.sentences() if found.choice else ():

@@ -91,6 +91,15 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         found = self.choice and self.choice.certified
         return found.name if found else None
 
+    @property
+    def division(self) -> str:
+        """Say which sets were divided anew, so that `test` isn't their own; empty without any."""
+        tasks = ", ".join(self.divided)
+        said = (
+            f"The questions of {tasks} were divided anew, so test isn't the set's own test split."
+        )
+        return said if tasks else ""
+
     def find(self, name: str | None, file: Path) -> NamedPath:
         """Return a path by name, the certified one without; a PathError where there is none."""
         names = [each.name for each in self.paths]

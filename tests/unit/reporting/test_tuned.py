@@ -69,6 +69,16 @@ def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_te
     assert said in " ".join(drllm("show", tuned.path / "paths.json").out.split())
 
 
+def test_a_set_that_was_divided_anew_is_named_in_the_report_and_on_the_terminal(
+    tuned, text_of, drllm
+):
+    said, file = "of builtin_facts were divided anew", tuned.path / "paths.json"
+    assert said not in text_of(tuned.path)
+    tuned.change("paths.json", lambda values: values.update(divided=["builtin_facts"]))
+    assert said in text_of(tuned.path)
+    assert said in " ".join(drllm("show", file).out.split())
+
+
 def test_changes_are_drawn_over_the_layers_saved_with_intervals_on_test(tuned):
     found = read_paths(tuned.path / "paths.json")
     [axes] = changes_by_layers_saved(found, "arc_easy", LIGHT, NARROW).axes

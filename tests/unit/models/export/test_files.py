@@ -145,6 +145,12 @@ def test_the_card_gives_verdicts_on_no_questions_that_the_path_was_chosen_on(tmp
     assert card.count("Accuracy of the path minus the full path") == 1
 
 
+def test_the_card_says_which_set_was_divided_anew(tmp_path):
+    said = "of arc_easy were divided anew, so test isn't the set's own"
+    assert said in card_of(tmp_path, "5.00", divided=("arc_easy",))
+    assert "divided anew" not in card_of(tmp_path, "5.00")
+
+
 def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
     card = card_of(tmp_path, "4.60")
     assert "It isn't certified.\n" in card
