@@ -276,6 +276,9 @@ search --dataset own.jsonl => own.jsonl, line 2 => own.jsonl: \
 {"question": "1+1?", "answer": "2", "grader": "exact"}\\n{"question": \\n
 search --output-dir file => file is a file => file: x
 evaluate --routers run/routers --output-dir file/eval => can't write to file/eval => file: x
+tune --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
+tune --epsilon 2 --num-judged 10 --output-dir new => needs 30 questions to certify at least
+tune --max-loss-increase 0.1 --output-dir new => --epsilon
 SUPERVISE empty.jsonl => empty.jsonl is empty => empty.jsonl:
 SUPERVISE run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
 SUPERVISE run/search.jsonl --quota-improving 1.0 => has a target ( \

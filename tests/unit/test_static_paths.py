@@ -2,7 +2,7 @@
 
 import pytest
 
-from drllm.errors import PathError
+from drllm.errors import PathError, RecordError
 from drllm.records.static_paths import read_path, read_path_list
 from paths_json import PATHS, written_paths
 
@@ -22,6 +22,18 @@ def test_without_a_certified_path_a_name_is_needed_and_the_names_are_listed(tmp_
         read_path(str(file))
     with pytest.raises(PathError, match=r"did you mean '4\.60'"):
         read_path(f"{file}:4.06")
+    with pytest.raises(PathError, match="tune --epsilon") as caught:
+        read_path(str(file))
+    assert not any(f"{file}:{name}" in str(caught.value) for name in PATHS)
+
+
+def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+    for given in (str(file), f"{file}:5.00"):
+        with pytest.raises(RecordError, match=r"schema version 99.*install a newer") as caught:
+            read_path(given)
+        assert "decisions" not in str(caught.value)
 
 
 def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_file(tmp_path):

@@ -14,7 +14,7 @@ import msgspec
 from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import StaticPath, check_decisions, step_of, to_path
 from drllm.records.codec import decode, read_json, read_text
-from drllm.records.results import Header, StepRecord, schema_of
+from drllm.records.results import Header, StepRecord
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
@@ -106,8 +106,8 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         wanted = self.certified if name is None else name
         if wanted is None:
             raise PathError(
-                f"{file} certifies no path; name one, as in {file}:{names[-1]} (there are "
-                f"{', '.join(names)})"
+                f"{file} certifies no path; name one of {', '.join(names)} as {file}:NAME, or have "
+                f"'drllm tune --epsilon' certify one"
             )
         if wanted not in names:
             raise PathError(f"{file}: " + unknown_name("path", wanted, names))
@@ -256,9 +256,9 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         file = Path(before)
-    if schema_of(file) == PATHS_SCHEMA:
-        return read_paths(file), file, name
     text = read_text(file).strip()
+    if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
+        return read_paths(file), file, name
     if not text or (text[0] not in "{[" and "\n" in text):
         raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
     if name is not None:

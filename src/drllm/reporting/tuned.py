@@ -44,14 +44,14 @@ def _objective(measured: Measured) -> str:
 
 
 def lost(found: StaticPaths, task: str) -> str:
-    """Say in one sentence how much less of the objective is left on `test` than on `fit`."""
+    """Say in one sentence how much more of the objective there is on `test` than on `fit`."""
     both = [(path.on(task, FIT), path.on(task, TEST)) for path in found.paths]
     changes = [(f.change, t.change) for f, t in both if f and t]
-    falls = [fit[0] - test[0] for fit, test in changes if fit and test]
-    if not falls:
+    moves = [test[0] - fit[0] for fit, test in changes if fit and test]
+    if not moves:
         return ""
-    said = f"by {plain(fmean(falls), 3)} nats on average, by {plain(max(falls), 3)} at most"
-    return f"From fit to test the objective's change from full falls {said}."
+    said = f"by {signed(fmean(moves), 3)} nats on average, by {signed(min(moves), 3)} at worst"
+    return f"From fit to test the objective's change from full moves {said}."
 
 
 def section(found: StaticPaths, *, folded: bool) -> Section:

@@ -63,7 +63,7 @@ def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_te
     tuned, text_of, drllm
 ):
     said = lost(read_paths(tuned.path / "paths.json"), "arc_easy")
-    assert "by 0.030 nats on average, by 0.030 at most" in said  # 0.08 on fit, 0.05 on test
+    assert "by −0.030 nats on average, by −0.030 at worst" in said  # 0.08 on fit, 0.05 on test
     assert lost(read_paths(tuned.path / "paths.json"), "builtin_facts") == ""
     assert said in text_of(tuned.path)
     assert said in " ".join(drllm("show", tuned.path / "paths.json").out.split())
@@ -77,6 +77,15 @@ def test_a_set_that_was_divided_anew_is_named_in_the_report_and_on_the_terminal(
     tuned.change("paths.json", lambda values: values.update(divided=["builtin_facts"]))
     assert said in text_of(tuned.path)
     assert said in " ".join(drllm("show", file).out.split())
+
+
+def test_what_was_gained_from_fit_to_test_is_said_as_a_gain(tuned):
+    def worse_on_fit(values):
+        for path in values["paths"][1:]:
+            path["measured"][0]["change"] = [-0.5, -0.6, -0.4]
+
+    tuned.change("paths.json", worse_on_fit)
+    assert "moves by +0.550 nats on" in lost(read_paths(tuned.path / "paths.json"), "arc_easy")
 
 
 def test_changes_are_drawn_over_the_layers_saved_with_intervals_on_test(tuned):

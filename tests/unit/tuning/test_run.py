@@ -288,3 +288,4 @@ def test_the_command_prints_every_path_and_where_the_file_lies(drllm, model_fold
     assert all(name in said for name in names)
     assert str(tmp_path / "paths.json") in said
     assert drllm("show", tmp_path / "paths.json").out in said
+    assert "24 to fit, 24 to select, 24 to certify, 24 to test" in " ".join(said.split())
