@@ -6,9 +6,9 @@ from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.terminal import Terminal
 from drllm.config import ModelConfig, TuneConfig
 from drllm.records.places import check_folder
-from drllm.records.static_paths import PATHS_FILE, read_paths
+from drllm.records.static_paths import FIT, PATHS_FILE, read_paths
 from drllm.reporting import tuned
-from drllm.tuning.parts import FIT, parts_of_tasks
+from drllm.tuning.parts import parts_of_tasks
 
 
 @verb(
@@ -23,10 +23,11 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     config, output = request.of(TuneConfig), request.path("output_dir")
     check_folder(output, "--output-dir")
     for divided in parts_of_tasks(config):
-        numbers = {part: len(found) for part, found in divided.examples.items()}
-        judged = {part: min(n, config.num_judged or n) for part, n in numbers.items()}
-        judged[FIT] = numbers[FIT]  # drawn already, by --num-fit
-        parts = ", ".join(f"{number} to {part}" for part, number in judged.items())
+        limit = {FIT: None}  # drawn already, by --num-fit
+        parts = ", ".join(
+            f"{len(found[: limit.get(part, config.num_judged)])} to {part}"
+            for part, found in divided.examples.items()
+        )
         terminal.say(f"questions of {divided.task.name}: {parts}")
     from drllm.tuning.run import tune
 

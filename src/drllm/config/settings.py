@@ -372,7 +372,7 @@ class TuneConfig(Settings):
         max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
             given
         weights: with several tasks: what each counts; 1 unless given
-        minutes: time of scoring after which no further level is begun; more of it later goes on
+        minutes: time after which no further level is begun; a later run with more time goes on
         state_cache_gb: memory for shared path prefixes, in GB
         seed: seed of --num-fit and --num-judged
     """

@@ -7,11 +7,9 @@ from typing import Any
 
 from drllm.models.routers.card import template
 from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
-from drllm.records.static_paths import Measured, PathFile
+from drllm.records.static_paths import TEST, Measured, PathFile
 from drllm.statistics.verdicts import Verdict
 
-TEST = "test"
-"""The part of the questions that had no part in choosing a path."""
 NOT_SAID = ("tasks", "data_dir")
 """Settings that the card says elsewhere, or that are of one machine."""
 

@@ -19,6 +19,8 @@ from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
 PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
+FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
+"""The parts of a task's questions: on each, paths are fitted, chosen, certified or tested."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """What is compared of the models' identities."""
 FORMS = (

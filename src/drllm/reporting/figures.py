@@ -14,10 +14,9 @@ import numpy as np
 from drllm.metrics import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
-from drllm.records.static_paths import StaticPaths
+from drllm.records.static_paths import FIT, SELECT, TEST, StaticPaths
 from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
 from drllm.reporting.run import Epoch
-from drllm.tuning.parts import FIT, SELECT, TEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

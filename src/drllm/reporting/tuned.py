@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
 
-from drllm.records.static_paths import Measured, NamedPath, StaticPaths
+from drllm.records.static_paths import FIT, SELECT, TEST, Measured, NamedPath, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.blocks import Figure, Section
 from drllm.reporting.numbers import NONE, difference, percent, plain, signed
-from drllm.tuning.parts import FIT, SELECT, TEST
 
 COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
 

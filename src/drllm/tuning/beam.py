@@ -28,6 +28,7 @@ Shares: TypeAlias = Sequence[tuple[float, float]]
 """What attention and MLP of each layer cost, in layer equivalents, `[L]`."""
 
 ROUNDING = 1e-6
+"""Of a level that shares of layers add up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ class Beam:
         return len(self.shares) - path_executions(path, self.shares)
 
     @property
+    def rungs(self) -> Sequence[tuple[int, int]]:
+        """How many questions each rung of a level asks, and how many paths it keeps."""
+        return rungs(self.num_questions, self.width)
+
+    @property
     def unit(self) -> float:
         """What a level saves more than the one before, in layer equivalents."""
         return min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
@@ -105,7 +111,7 @@ class Beam:
     def _best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
         """Return the best candidates, those of few questions first dropped on few."""
         left = candidates
-        for num_questions, kept in rungs(self.num_questions, self.width):
+        for num_questions, kept in self.rungs:
             values = measure(left, num_questions)
             order = sorted(range(len(left)), key=lambda place: -values[place])
             left = [left[place] for place in order[:kept]]

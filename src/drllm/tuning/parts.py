@@ -11,12 +11,12 @@ from pathlib import Path
 from drllm.config import SPLITS, TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
+from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import REWARDS, check_installed
 
-FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
 """Where the share of each part ends, of a set that doesn't have all four splits."""
 
@@ -68,7 +68,7 @@ def parts_of_tasks(
         if name not in names:
             raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
     if config.weights and len(names) == 1:
-        raise ConfigError(f"weights: {names[0]} alone is tuned on, so they have no effect")
+        raise ConfigError(f"weights have no effect on one task, {names[0]}; leave them out")
     if config.epsilon is not None and len(names) > 1:
         raise ConfigError(
             f"--epsilon {config.epsilon:g} certifies a path on one task, and {', '.join(names)} "

@@ -29,7 +29,11 @@ from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
 from drllm.records import Chunks, new_manifest, only_writer, refuse_other_run, write_json
 from drllm.records.static_paths import (
+    CERTIFY,
+    FIT,
     PATHS_FILE,
+    SELECT,
+    TEST,
     Measured,
     NamedPath,
     StaticPaths,
@@ -53,17 +57,12 @@ from drllm.tuning.beam import Beam, Floats
 from drllm.tuning.edits import LAYERS
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import (
-    CERTIFY,
-    FIT,
     GOLD,
     LOSS,
-    SELECT,
-    TEST,
     TaskParts,
     objective_of,
     parts_of_tasks,
     prompt_of,
-    rungs,
 )
 
 CHUNKS_FOLDER = "paths.partial"
@@ -277,8 +276,8 @@ class _Tuning:
         self.beam = Beam(config.edits, config.beam, self._most, num, self.shares)
         if not self.beam.num_levels:
             raise ConfigError(
-                f"--max-skipped {self._most:g} leaves out less than the least edit; give at least "
-                f"{self.beam.unit:.3g} of a layer"
+                f"--max-skipped {self._most:g} is too little: one edit leaves out at least "
+                f"{self.beam.unit:.3g} of a layer; give that or more"
             )
         self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
@@ -353,7 +352,7 @@ class _Tuning:
         wanted += [(CERTIFY, tried)] if self.config.epsilon is not None else []
         self._saved, self._pairs = self._most, 0
         self._expected = sum(
-            len(paths) * (len(task.judge(f"texts of {part}").items) + len(task.prompts(part)))
+            len(paths) * (len(task.judge(f"texts of {part}").items) + len(task.judge(part).items))
             for task in self.tasks
             for part, paths in wanted
             if part != SELECT or task.is_generated
@@ -369,14 +368,13 @@ class _Tuning:
 
     def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
         """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
-        most = max(len(task.judge(FIT).items) for task in self.tasks)
-        halving = rungs(most, self.config.beam)
-        if num_questions == halving[0][0]:  # a level begins
+        most = self.beam.num_questions
+        if num_questions == self.beam.rungs[0][0]:  # a level begins
             shares = sum(len(task.judge(FIT).items) for task in self.tasks) / most
             chosen = sum(len(task.judge(SELECT).items) for task in self.tasks)
             self._pairs = 0
-            self._expected = shares * progress.num_pairs(len(paths), halving)
-            self._expected += halving[-1][1] * chosen
+            self._expected = shares * progress.num_pairs(len(paths), self.beam.rungs)
+            self._expected += self.beam.width * chosen
         total = np.zeros(len(paths))
         for task in self.tasks:
             own = len(task.judge(FIT).items)

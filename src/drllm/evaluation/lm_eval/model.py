@@ -183,7 +183,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
         self.routers_source = None if stack is None else str(routers or pretrained)
         self.path_source: str | None = None
-        self.path_executions: float | None = None
         self.policy = self._policy(depth, path)
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
@@ -220,10 +219,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 )
             file = read_path(path)
             self.path_source = f"{file.file}:{file.found.name}" if file.found else str(file.file)
-            policy = self.routed.policy_of(file.path_of(self.base.identity))
-            if isinstance(policy, PathPolicy):  # a part of a layer costs its share
-                self.path_executions = executions_along(self.routed, policy.path)
-            return policy
+            return self.routed.policy_of(file.path_of(self.base.identity))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]
@@ -333,8 +329,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """
         counts = self.shared_counts if self.world_size > 1 else self.scorer.counts
         executions: float = counts.executions / max(counts.prompts, 1)
-        if self.path_executions is not None:
-            executions = self.path_executions
+        if isinstance(self.policy, PathPolicy):  # a part of a layer costs its share
+            executions = executions_along(self.routed, self.policy.path)
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
