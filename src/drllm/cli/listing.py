@@ -85,6 +85,9 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
     terminal.say(
         "Differences: greatest between logits, routed and plain, in their standard deviations."
     )
+    if model is not None and findings[0].status == "exact":
+        parts = "Of its layers attention or MLP alone can be left out too."
+        terminal.say(findings[0].whole_layers or parts)
 
 
 _LISTS = {

@@ -314,7 +314,7 @@ class EvaluateConfig(Settings):
         num_random_draws: draws of the random baselines a question; 10 unless given
         batch_size: questions a forward pass
         latency_rounds: turns in which base and routed are timed; 0 measures no time
-        seed: seed of permutations, random draws and --limit
+        seed: seed of permutations, random draws, --limit and --num-texts
     """
 
     tasks: str = basic("builtin_facts", value="TASKS")

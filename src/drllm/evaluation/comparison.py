@@ -218,7 +218,7 @@ class Comparison:
         config = shared.config
         self.shared, self.config, self.task = shared, config, task
         self.asked = shared.asked(task, config.split_of(task.name), config.limit_of(task.name))
-        self.questions = TaskRun(shared.lm, self.asked, config.num_texts)
+        self.questions = TaskRun(shared.lm, self.asked, config.num_texts, config.seed)
         self.source = shared.sources[task.name]
         self.fitted = shared.fitted(self.source)
         self.notes = list(self.asked.written.notes)
@@ -390,7 +390,7 @@ class Comparison:
         # A tuning has chosen its paths on `select`: among them is chosen on other questions.
         split = "fit" if source.name in self.shared.tuned_on else chosen_on(source, config)
         asked = self.shared.asked(source, split, config.limit_of(source.name))
-        questions = TaskRun(self.shared.lm, asked, config.num_texts)
+        questions = TaskRun(self.shared.lm, asked, config.num_texts, config.seed)
         tried = [BASE_MODEL, *settings]
         actual = sum(self._cost(each.setting or each.name, questions) for each in tried)
         self.shared.plan(actual - self._choice_cost)
@@ -431,7 +431,7 @@ class Comparison:
             return outcomes
         num_texts, split = self.config.num_texts, split_of(worked)
         asked = self.shared.asked(worked, split, num_texts, WORKED)
-        texts = TaskRun(self.shared.lm, asked, num_texts)
+        texts = TaskRun(self.shared.lm, asked, num_texts, self.config.seed)
         cost = texts.num_tokens
         self.shared.plan(len(decided) * cost)
         where = f"on worked answers of {worked.name}, {split}"

@@ -27,6 +27,7 @@ from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import blocks_of
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
+from drllm.tasks.base import choose
 
 Answers: TypeAlias = list[list[Answer | str]]
 """For each question, the answers to its requests."""
@@ -110,17 +111,18 @@ decisions: were they others after an interruption, the block would be asked agai
 class TaskRun:
     """All questions of a task, under one system after another.
 
-    The text's loss is read of the first `num_texts` of them. `num_tokens` are those that a system
-    reads and writes at most.
+    The text's loss is read of `num_texts` of them, drawn with the seed. `num_tokens` are those that
+    a system reads and writes at most.
     """
 
-    def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int) -> None:
+    def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int, seed: int) -> None:
         self.lm = lm
         self.asked = asked
         self.num_layers = lm.routed.num_layers
         self._clock = device_clock(lm.device)
         self._requests = asked.requests() if asked.has_options else []
-        self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
+        drawn = choose(range(len(asked.keys)), num_texts, seed)  # as `tune` draws its texts
+        self._texts = [asked.text(place) for place in drawn]
         scorer = lm.scorer
         size = scorer.batch_size if isinstance(scorer.batch_size, int) else scorer.max_batch_size
         if asked.has_options:

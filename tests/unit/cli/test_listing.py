@@ -34,6 +34,18 @@ def test_a_model_of_the_users_is_checked_alone_and_refusing_it_is_no_error(
     assert counts in out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [("gpt_neox", "attention or MLP alone can be left out"), ("opt", "no module of its own")],
+)
+def test_a_model_of_the_users_is_told_whether_parts_of_its_layers_can_be_left_out(
+    family, says, drllm, tmp_path, tiny_model, tiny_tokenizer
+):
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert says in drllm("ls architectures --model", tmp_path).out
+
+
 def test_families_are_listed_as_exact_or_refused_with_the_reason(drllm):
     lines = drllm("ls architectures").out.splitlines()
     assert "gpt2" in next(line for line in lines if line.startswith("exact"))
