@@ -302,6 +302,11 @@ class _Tuning:
             )
             if not found.is_cut or found.config.get("minutes") == self.config.minutes:
                 return found
+            if found.choice is not None and found.choice.confirmation is not None:
+                raise ConfigError(
+                    f"{file} has tested {found.choice.confirmation.name} for --epsilon, and going "
+                    f"on would test another path on the same questions; tune in another folder"
+                )
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:
             paths = {self.full: False} | self._dominated(self._search())

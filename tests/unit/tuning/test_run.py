@@ -205,6 +205,18 @@ def test_the_shortest_path_within_the_limits_is_certified_by_a_test_of_its_own(r
     assert found.certified == found.paths[-1].name
 
 
+def test_a_tuning_that_has_tested_a_path_does_not_go_on_to_test_another(
+    routed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_OfTask, "chance", -1.0)
+    easy = {"max_loss": 10.0, "epsilon": 90.0, "max_loss_increase": 20.0}
+    cut = tuned(routed, tmp_path, **easy, minutes=1e-9)
+    assert cut.choice.confirmation is not None
+    with pytest.raises(ConfigError, match="same questions"):
+        tuned(routed, tmp_path, **easy)
+    assert tuned(routed, tmp_path, **easy, minutes=1e-9) == cut
+
+
 def test_the_loss_of_right_options_can_be_what_is_kept_high(routed):
     found = tuned(routed, max_loss=10.0, max_skipped=1, objective="next_token_loss")
     assert found.paths[1].on("builtin_facts", "test").accuracy is None
