@@ -50,24 +50,7 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: b
     asked = f"{count(counts['questions'])}{copies}"
     terminal.fact("questions", f"{asked}, {num_layers} layers, reward {rewards}")
     terminal.fact("paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
-    tasks = counts["tasks"] if len(counts["tasks"]) == 1 else {**counts["tasks"], "all": counts}
-    terminal.table(
-        "|".join(["task", "questions", "base right", *KINDS]),
-        (
-            [
-                task,
-                count(row["questions"]),
-                of_total(row["base_correct"], row["questions"]),
-                *(
-                    f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
-                    for kind in KINDS
-                ),
-            ]
-            for task, row in tasks.items()
-        ),
-        title="Questions with such a path, as the search found it → after the re-test",
-        numbers_from=1,
-    )
+    _show_counts(counts, terminal)
     again = [path for path in paths if path.retest is not None]
     left = of_total(sum(map(survived, again)), len(again))
     terminal.fact("re-test", f"{count(len(again))} paths asked again, {left} survived")
@@ -88,18 +71,34 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: b
     rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
     terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
     for decision in (Decision.SKIP, Decision.REPEAT) if edits else ():
-        _show_edits(least_harmful_first(records, decision), decision, terminal)
+        _show_edits(edit_effects(records, decision), decision, terminal)
 
 
-def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what single edits did, the least harmful first: by KL, else margin, else answers."""
-
-    def harm(edit: EditEffect) -> tuple[float, ...]:  # what isn't known comes last
-        kl, margin = edit.kl, edit.margin
-        known = (kl is None, kl or 0.0, margin is None, -(margin or 0.0))
-        return (*known, edit.base_right - edit.right, edit.layer)
-
-    return sorted(edit_effects(records, decision), key=harm)
+def _show_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    """Print how many questions of each task have which paths, and targets if there are any."""
+    rows = dict(summary.get("tasks", {}))
+    if len(rows) != 1:
+        improving = [row["improving_targets"] for row in rows.values()]
+        rows["all"] = {**summary, "improving_targets": sum(improving) if improving else None}
+    names = ["targets", "improving_targets"] if summary["targets"] else []
+    terminal.table(
+        "|".join(["task", "questions", "base right", *KINDS, *names]).replace("_", "\n"),
+        (
+            [
+                task,
+                count(row["questions"]),
+                of_total(row["base_correct"], row["questions"]),
+                *(
+                    f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
+                    for kind in KINDS
+                ),
+                *(count(row[name]) for name in names),
+            ]
+            for task, row in rows.items()
+        ),
+        title="Questions with such a path, as the search found it → after the re-test",
+        numbers_from=1,
+    )
 
 
 def _show_edits(edits: Sequence[EditEffect], decision: Decision, terminal: Terminal) -> None:
@@ -267,36 +266,17 @@ def say_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) ->
 
 def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print a summary of `summarise`, or what an older version left of one in a manifest."""
-    terminal.fact("base right", _share(summary["base_correct"], summary["questions"]))
-    paths = summary.get("paths", {})
-    for name in KINDS:
-        before, after = f"{name}_before_retest", f"{name}_after_retest"
-        of_paths = f"; {paths[after]} of {paths[before]} such paths" if before in paths else ""
-        found = f"{summary[before]} questions, {summary[after]} after the re-test{of_paths}"
-        terminal.fact(f"{name} path", found)
+    _show_counts(summary, terminal)
     mean = summary.get("executions")
     more = f", {plain(mean, 2)} executions on average" if mean is not None else ""
     if wrong := summary.get("wrong_targets"):
         more += f"; {wrong} of them answer wrong"
-    terminal.fact("targets", _share(summary["targets"], summary["questions"]) + more)
-    if len(tasks := summary.get("tasks", {})) > 1:
-        names = ["questions", "base_correct", "saving_after_retest", "improving_after_retest"]
-        names += ["targets", "improving_targets"]
-        terminal.table(
-            "task|questions|base right|saving,\nsurvived|improving,\nsurvived|targets"
-            "|improving\ntargets",
-            [[task, *(str(counts[name]) for name in names)] for task, counts in tasks.items()],
-            numbers_from=1,
-        )
+    terminal.fact("targets", of_total(summary["targets"], summary["questions"]) + more)
     rejects = [f"{n} {reason}" for reason, n in summary["rejected"].items() if n]
     terminal.fact("without", ", ".join(rejects) or "none")
     if copies := summary.get("copies"):
         terminal.fact("copies", f"{copies} records, left out: each question counts once")
     _say_decisions(summary, terminal)
-
-
-def _share(part: int, total: int) -> str:
-    return f"{part} of {total} questions ({percent(part / total if total else None)})"
 
 
 def say_classes(counts: Sequence[int], terminal: Terminal) -> None:

@@ -122,14 +122,23 @@ class EditEffect:
 
 
 def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what skipping, or repeating, one layer alone did, in order of layer, where tried."""
+    """Return what skipping, or repeating, one layer alone did, where tried.
+
+    The least harmful comes first: by KL, else margin, else answers.
+    """
     tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
     for record in records:
         for path in record.paths:
             edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
             if len(edited) == 1 and path.decisions[edited[0]] == decision:
                 tried.setdefault(edited[0], []).append((record.full, path))
-    return [_effect(layer, pairs) for layer, pairs in sorted(tried.items())]
+    return sorted((_effect(layer, pairs) for layer, pairs in tried.items()), key=_harm)
+
+
+def _harm(edit: EditEffect) -> tuple[float, ...]:  # what isn't known comes last
+    kl, margin = edit.kl, edit.margin
+    known = (kl is None, kl or 0.0, margin is None, -(margin or 0.0))
+    return (*known, edit.base_right - edit.right, edit.layer)
 
 
 def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEffect:

@@ -12,7 +12,6 @@ from drllm.cli.show import show
 from drllm.cli.show_search import (
     draw_paths,
     edits_between,
-    least_harmful_first,
     say_supervision,
     show_question,
     show_search,
@@ -26,6 +25,7 @@ from drllm.records.manifest import new_manifest, to_lines, write_records
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import supervise, targets
+from drllm.supervision.summary import edit_effects
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -120,9 +120,9 @@ def test_a_search_without_survivors_has_no_shortest_path(printed):
     assert "shortest" not in printed()
 
 
-def test_single_edits_are_told_by_layer_the_least_harmful_first():
-    skips = least_harmful_first(FOUND, Decision.SKIP)
-    (repeat,) = least_harmful_first(FOUND, Decision.REPEAT)
+def test_single_edits_are_told_by_layer_the_edit_effects():
+    skips = edit_effects(FOUND, Decision.SKIP)
+    (repeat,) = edit_effects(FOUND, Decision.REPEAT)
     told = [(e.layer, e.questions, e.right, e.base_right, e.kl, e.margin) for e in skips]
     assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
     assert [edit.reward for edit in skips] == [1.0, 0.0]
@@ -140,7 +140,7 @@ def test_single_edits_are_told_by_layer_the_least_harmful_first():
 def test_without_kl_edits_are_ranked_by_what_is_known(outcomes: list[Any], order: list[int]):
     rows = zip(("111", "011", "101", "110"), outcomes, strict=False)
     found = [record(*(tried(row, **outcome) for row, outcome in rows))]
-    skips = least_harmful_first(found, Decision.SKIP)
+    skips = edit_effects(found, Decision.SKIP)
     assert [edit.layer for edit in skips] == order
     assert skips[0].kl is None
     assert (skips[0].margin is None) == ("margin" not in outcomes[0])
@@ -340,12 +340,10 @@ def test_a_supervision_is_told_with_tasks_reasons_and_layers(printed):
     say_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
     out = printed()
-    assert "base right 1 of 3 questions (33.3 %)" in out
-    assert "valid path 2 questions, 2 after the re-test saving" in out
-    assert "saving path 2 questions, 2 after the re-test; 2 of 3 such paths" in out
-    assert "improving path 1 questions, 1 after the re-test; 1 of 1 such paths" in out
-    assert "targets 2 of 3 questions (66.7 %), 3.00 executions on average" in out
-    assert "facts 2 1 1 0 1 0 other 1 0 1 1 1 1" in out
+    assert "facts 2 1 (50.0 %) 1 → 1 1 → 1 0 → 0 1 0" in out
+    assert "other 1 0 (0.0 %) 1 → 1 1 → 1 1 → 1 1 1" in out
+    assert "all 3 1 (33.3 %) 2 → 2 2 → 2 1 → 1 2 1" in out
+    assert "targets 2 (66.7 %), 3.00 executions on average" in out
     assert "without 1 no valid path" in out
     assert "most skipped layers 1 (1), 3 (1)" in out
     assert "most repeated" not in out
@@ -373,8 +371,8 @@ def test_copies_of_questions_are_told_apart(printed):
     copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
     say_supervision(targets([*FOUND, *copies], SHORTEST).summary, Terminal())
     out = printed()
-    assert "base right 1 of 2 questions (50.0 %)" in out
-    assert "targets 2 of 2 questions (100.0 %)" in out
+    assert "all 2 1 (50.0 %)" in out
+    assert "targets 2 (100.0 %)" in out
     assert "without none copies 2 records, left out: each question counts once" in out
 
 
@@ -384,5 +382,5 @@ def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
         del summary[name]
     say_supervision(summary, Terminal())
     out = printed()
-    assert "saving path 2 questions, 2 after the re-test improving" in out
+    assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1 2 –" in out
     assert out.endswith("decisions skip 2 (25.0 %), execute 6 (75.0 %), repeat 0 (0.0 %)")
