@@ -10,6 +10,7 @@ Axes: Q questions, L layers, N calibration prompts.
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Baseline(ABC):
 
     Attributes:
         name: As shown.
-        description: What it does, in a line.
+        description: What it does: the first line of its docstring.
         source: Where it comes from.
         fitted_on: What its decisions are fitted on; never questions that are reported on.
         order: Its place in tables.
@@ -124,7 +125,9 @@ Kind = TypeVar("Kind", bound=type[Baseline])
 
 
 def register(kind: Kind) -> Kind:
-    """Register a baseline under its name."""
+    """Register a baseline under its name; its docstring's first line describes it."""
+    line = (inspect.getdoc(kind) or "").partition("\n")[0]
+    kind.description = line[:1].lower() + line[1:].removesuffix(".")
     return BASELINES.register(kind.name)(kind)
 
 

@@ -23,13 +23,9 @@ if TYPE_CHECKING:
 
 @register
 class ConfidenceExit(Baseline):
-    """Exits above the confidence that gives the wanted executions on the calibration prompts."""
+    """All further layers are skipped once the model is confident of the prompt's next token."""
 
     name = "confidence exit"
-    description = (
-        "all further layers are skipped once the model is confident of the next token after the "
-        "prompt"
-    )
     source = "CALM, arXiv 2207.07061, once per prompt"
     fitted_on = CALIBRATION
     order = 100

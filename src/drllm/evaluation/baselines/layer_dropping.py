@@ -70,10 +70,9 @@ class LayerDropping(Baseline):
 
 @register
 class LastLayers(LayerDropping):
-    """Drops the deepest layers first, but the last one, which makes what the head can read."""
+    """The deepest layers but the last one, which makes what the head can read, are dropped."""
 
     name = "last layers"
-    description = "the deepest layers but the last one are dropped"
     source = "Gromov et al., arXiv 2403.17887"
     fitted_on = NOTHING
     order = 40
@@ -86,10 +85,12 @@ class LastLayers(LayerDropping):
 
 @register
 class EvenlySpaced(LayerDropping):
-    """Drops layers at even distances, not in general those of k among those of k + 1."""
+    """Layers at even distances are dropped, the first and the last kept.
+
+    Those of k aren't in general among those of k + 1.
+    """
 
     name = "evenly spaced"
-    description = "layers at even distances are dropped, the first and the last kept"
     source = "Unified Layer Skipping, arXiv 2404.06954"
     fitted_on = NOTHING
     order = 50
@@ -104,10 +105,9 @@ class EvenlySpaced(LayerDropping):
 
 @register
 class BlockInfluence(LayerDropping):
-    """Drops the layers that turn the hidden state least."""
+    """The layers that turn the hidden state least are dropped."""
 
     name = "block influence"
-    description = "the layers that turn the hidden state least are dropped"
     source = "ShortGPT, arXiv 2403.03853"
     fitted_on = CALIBRATION
     order = 60
@@ -133,13 +133,9 @@ class _ByMeasure(LayerDropping):
 
 @register
 class GreedyByLoss(_ByMeasure):
-    """Drops by the next-token loss of the calibration prompts."""
+    """One by one the layer is dropped whose absence raises the next-token loss least."""
 
     name = "greedy by loss"
-    description = (
-        "layers are dropped one by one, each time the one whose absence raises the next-token "
-        "loss least"
-    )
     source = "SLEB, arXiv 2402.09025"
     fitted_on = CALIBRATION
     order = 70
@@ -148,13 +144,9 @@ class GreedyByLoss(_ByMeasure):
 
 @register
 class GreedyByAnswers(_ByMeasure):
-    """Drops by the gold answers' log-probability."""
+    """One by one the layer is dropped that matters least to the gold answers' log-probability."""
 
     name = "greedy by answers"
-    description = (
-        "layers are dropped one by one, each time the one whose absence lowers the gold answers' "
-        "log-probability least"
-    )
     source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"
     fitted_on = CHOICE
     order = 80

@@ -30,12 +30,9 @@ PRIOR_TRIES = 10.0
 
 @register
 class BestProgramBaseline(Baseline):
-    """Picks by the log what is worth a second look, and among these on other questions."""
+    """The one program of the search log that serves most questions, mixed with the full path."""
 
     name = "best program"
-    description = (
-        "the one program of the search log that serves the most questions, mixed with the full path"
-    )
     source = "Re-PoLar, arXiv 2609.31360; the mixture is ours"
     fitted_on = PROGRAMS
     order = 90

@@ -31,15 +31,15 @@ TOLERANCE = 1e-6
 
 @register
 class PermutedRoutes(Baseline):
-    """Controls for everything but the match between question and route.
+    """Each question runs the route of another question.
 
-    The same routes run, each as often, so executions are equal in sum and every layer is used
-    alike. If this does as well as the routed model, the routers found a good mixture of routes but
-    read nothing in the question that matters.
+    Controls for everything but the match between question and route. The same routes run, each as
+    often, so executions are equal in sum and every layer is used alike. If this does as well as the
+    routed model, the routers found a good mixture of routes but read nothing in the question that
+    matters.
     """
 
     name = "permuted routes"
-    description = "each question runs the route of another question"
     source = "ours"
     fitted_on = ROUTES
     order = 10
@@ -52,13 +52,13 @@ class PermutedRoutes(Baseline):
 
 @register
 class RandomDecisions(Baseline):
-    """Controls for how much is executed, question by question.
+    """Each question's skips and repeats are at random layers.
 
-    If this does as well as the routed model, it doesn't matter which layers the routers pick.
+    Controls for how much is executed, question by question. If this does as well as the routed
+    model, it doesn't matter which layers the routers pick.
     """
 
     name = "random decisions"
-    description = "each question's skips and repeats at random layers"
     source = "ours"
     fitted_on = ROUTES
     order = 20
@@ -71,17 +71,14 @@ class RandomDecisions(Baseline):
 
 @register
 class LabelFrequency(Baseline):
-    """Controls for what the targets are like on the whole, layer by layer.
+    """Each layer's decision is drawn as often as it was the target, tilted to equal executions.
 
-    If this does as well as the routed model, the routers learned the frequencies of the labels and
-    no more. Executions equal the routed model's on average.
+    Controls for what the targets are like on the whole, layer by layer. If this does as well as the
+    routed model, the routers learned the frequencies of the labels and no more. Executions equal
+    the routed model's on average.
     """
 
     name = "label frequency"
-    description = (
-        "each layer's decision drawn as often as it was the target in training, tilted to the "
-        "executions wanted"
-    )
     source = "ours"
     fitted_on = TARGETS
     order = 30

@@ -16,15 +16,13 @@ if TYPE_CHECKING:
 
 @register
 class SequenceRouterBaseline(Baseline):
-    """Shows what knowing the prompt's tokens, but nothing that a layer made of them, is worth.
+    """One linear router decides for all layers, from the mean of the prompt's embeddings.
 
-    It follows the router at the depth bias that gives the wanted executions.
+    Shows what knowing the prompt's tokens, but nothing that a layer made of them, is worth. It
+    follows the router at the depth bias that gives the wanted executions.
     """
 
     name = "sequence router"
-    description = (
-        "one linear router decides for all layers, from the mean of the prompt's embeddings"
-    )
     source = "MindSkip in Router-Tuning, arXiv 2410.13184, on our targets"
     fitted_on = TARGETS
     order = 120
