@@ -17,6 +17,8 @@ from functools import reduce
 from operator import add
 from typing import TypeAlias
 
+from msgspec.structs import replace
+
 from drllm.paths import Decision
 from drllm.statistics.verdicts import judge_counts
 
@@ -162,11 +164,12 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
 
 
 def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
-    """Say in one sentence whether routers beat the best baseline on targets they haven't learned.
+    """Say in one sentence whether routers beat constant decisions on targets they haven't learned.
 
     The parts are what `with_baselines` returns, of `TRAIN` and, if it is there, of `VALIDATION`.
-    Accuracy is judged by the paired test, for which the decisions of one target, which go together,
-    count as one; macro-F1, which has no test, by its value.
+    Accuracy is judged against the better constant decisions by the paired test, for which the
+    decisions of one target, which go together, count as one. Macro-F1, which has no test, stands
+    beside it, against the best baseline.
     """
     if VALIDATION not in parts:
         return (
@@ -174,33 +177,16 @@ def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
             "ignore the question."
         )
     systems = parts[VALIDATION]
-    num, num_layers = systems[ROUTERS].examples, len(systems[ROUTERS].confusion)
     scores = {name: ratios(counts) for name, counts in systems.items()}
     constant = max((ALWAYS_EXECUTE, LAYER_MAJORITY), key=lambda name: scores[name]["accuracy"] or 0)
-    won, lost = (round(n / num_layers) for n in _won_lost(systems[ROUTERS], systems[constant]))
-    judged = judge_counts(won, lost, num)
-    told: list[str] = []
-    beaten: dict[bool, list[str]] = {True: [], False: []}
-    for key, title in JUDGED:
-        values = {name: score[key] or 0.0 for name, score in scores.items()}
-        ours = values.pop(ROUTERS)
-        best = max(values, key=lambda name: values[name])
-        is_shown = key != "accuracy" or judged.shown == "higher"
-        beaten[ours > values[best] and is_shown].append(title)
-        told.append(f"{title} {ours:.3f} against {values[best]:.3f} ({shown(best)})")
-    numbers = ", ".join(told)
-    if judged.shown == "too few":
-        return (
-            f"{num} held-out target{' is' if num == 1 else 's are'} too few to say whether the "
-            f"routers beat decisions that ignore the question; about {judged.needed} would do "
-            f"({numbers})."
-        )
-    what = "beat the best baseline in both macro-F1 and accuracy"
-    if not beaten[True]:
-        what = "beat the best baseline neither in macro-F1 nor in accuracy"
-    elif beaten[False]:
-        what = f"beat the best baseline in {beaten[True][0]}, but not in {beaten[False][0]}"
-    return f"On {num} held-out targets the routers {what}: {numbers}."
+    found, ours = _won_lost(systems[ROUTERS], systems[constant]), systems[ROUTERS]
+    won, lost = (round(n / len(ours.confusion)) for n in found)
+    judged = replace(judge_counts(won, lost, ours.examples), quantity="label_accuracy")
+    f1 = {name: score["macro_f1"] or 0.0 for name, score in scores.items()}
+    routers = f1.pop(ROUTERS)
+    best = max(f1, key=f1.__getitem__)
+    said = judged.sentence(ROUTERS, shown(constant)).removesuffix(".")
+    return f"{said}; macro-F1 {routers:.3f} against {f1[best]:.3f} ({shown(best)})."
 
 
 def _won_lost(ours: Counts, theirs: Counts) -> tuple[float, float]:

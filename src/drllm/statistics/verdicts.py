@@ -18,7 +18,7 @@ from drllm.statistics import power
 from drllm.statistics.intervals import is_single, mean_interval
 from drllm.statistics.paired import Outcomes, holm, mcnemar_exact, paired_interval, won_lost
 
-Quantity: TypeAlias = Literal["accuracy", "gold_logprob", "text_loss"]
+Quantity: TypeAlias = Literal["accuracy", "gold_logprob", "text_loss", "label_accuracy"]
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
 
 ROUNDING = 1e-4
@@ -48,6 +48,7 @@ _WORDS: dict[Quantity, _Words] = {
         "Log-probability of the gold answers", "nats a question", 1, 3, "questions", worth=0.1
     ),
     "text_loss": _Words("Next-token loss", "nats a token", 1, 3, "texts", worth=0.05),
+    "label_accuracy": _Words("Accuracy", "points", 100, 1, "held-out targets", worth=0.05),
 }
 
 

@@ -4,7 +4,7 @@ Loads no torch. Axes: L layers.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -33,7 +33,7 @@ def summarise(
     improving path, by the search alone and among the paths that survived; such paths themselves;
     all counts of questions by task; and the decisions of the targets.
     """
-    by_layer = class_counts([record.optimal_layer_config for record in kept])
+    by_layer = list(map(list, class_counts(record.optimal_layer_config for record in kept)))
     by_question: dict[str, SearchRecord] = {}
     reached: dict[tuple[str, str, Decisions], bool] = {}  # whether a target answers right
     for record in records:
@@ -74,14 +74,15 @@ def summarise(
     }
 
 
-def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
+def class_counts(rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
     """Count how often each layer is skipped, executed and repeated: `[L][3]`, empty without rows.
 
     Example:
         >>> class_counts([(1, 0), (1, 2)])
-        [[0, 2, 0], [1, 0, 1]]
+        ((0, 2, 0), (1, 0, 1))
     """
-    return [[layer.count(decision) for decision in Decision] for layer in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    return tuple((each.count(0), each.count(1), each.count(2)) for each in columns)
 
 
 _NAMES = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))

@@ -17,7 +17,8 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.extras import EXTRAS, need
 from drllm.metrics import JUDGED, Counts, baselines, ratios
 from drllm.records import read_json, write_json
-from drllm.training.trainer import Trainer, count_labels
+from drllm.supervision.summary import class_counts
+from drllm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def _config(trainer: Trainer) -> dict[str, Any]:
     """Return settings and baselines as flat values."""
     found = trainer.config.decisive()
     judged = trainer.examples.labels[trainer.held_out or trainer.trained]
-    for system, counts in baselines(count_labels(judged), trainer.label_counts).items():
+    for system, counts in baselines(class_counts(judged.tolist()), trainer.label_counts).items():
         scores = ratios(counts)
         found |= {f"baselines/{system}/{key}": scores[key] for key, _ in JUDGED}
     return {name: value for name, value in found.items() if value is not None}

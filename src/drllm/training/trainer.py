@@ -19,6 +19,7 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.supervision.summary import class_counts
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
 from drllm.training.losses import class_weights, focal_losses, log_priors
 from drllm.training.split import epoch_batches, generator, hold_out
@@ -82,7 +83,7 @@ class Trainer:
         self.device, self.dtype = torch.device(device), dtype
         self.trained, self.held_out = divide(examples.questions, config, examples.num_targets)
         self.once = each_once(examples, self.trained)
-        self.label_counts = count_labels(examples.labels[self.once])
+        self.label_counts = class_counts(examples.labels[self.once].tolist())
         self.targets = F.one_hot(examples.labels, NUM_DECISIONS).double()
         learned = self.targets[self.once]
         beta = config.beta if config.class_weights == "effective_number" else 0.0
@@ -288,12 +289,6 @@ class Trainer:
         draws = generator("dropout", self.config.seed, epoch, step)
         drawn = torch.rand(size, L, H, generator=draws)
         return self._here((drawn >= share) / (1 - share))
-
-
-def count_labels(labels: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """Count how often each decision is the label at each layer: `[N, L]` gives `[L][C]`."""
-    counts = F.one_hot(labels, NUM_DECISIONS).sum(dim=0).tolist()
-    return tuple((skip, execute, repeat) for skip, execute, repeat in counts)
 
 
 def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:

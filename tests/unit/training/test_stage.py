@@ -10,10 +10,11 @@ from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
 from drllm.records import read_json
 from drllm.records.layers import Layers
+from drllm.supervision.summary import class_counts
 from drllm.training.checkpoint import is_finished
 from drllm.training.split import hold_out
 from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer, count, count_labels
+from drllm.training.trainer import Trainer, count
 
 STOPPING = replace(
     QUICK,
@@ -56,7 +57,7 @@ def test_the_saved_config_says_what_was_trained_for_which_model(tmp_path):
     rows = train_on(features, IDENTITY, QUICK, tmp_path, rewards=["letter"])
     on, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
     config = load_routers(tmp_path).config
-    assert config.label_counts == count_labels(features.labels[on])
+    assert config.label_counts == class_counts(features.labels[on].tolist())
     assert config.training["num_trained"] == len(on)
     assert config.training["num_held_out"] == len(held_out) > 0
     assert config.training["tasks"] == {"even": 20, "odd": 20}
@@ -74,8 +75,8 @@ def test_the_saved_config_says_what_was_trained_for_which_model(tmp_path):
 
 
 def test_label_counts_are_counted_layer_by_layer():
-    labels = torch.tensor([[1, 0, 2], [1, 1, 2], [0, 1, 1]])
-    assert count_labels(labels) == ((1, 2, 0), (1, 2, 0), (0, 1, 2))
+    labels = [[1, 0, 2], [1, 1, 2], [0, 1, 1]]
+    assert class_counts(labels) == ((1, 2, 0), (1, 2, 0), (0, 1, 2))
 
 
 def test_metrics_have_a_line_for_each_epoch_and_part(tmp_path):
