@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
+from drllm.models.routing.overrides import ForwardOverride
 from drllm.paths import ALL, StaticPath
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Injection:
         """Put the overrides and hooks on; after `remove`, on again."""
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         for handle in self.handles:
-            handle.layer.forward = handle.forward
+            handle.put_on()
         if "sublayers" in self.__dict__:
             self.sublayers.install()
         self._hooks = [
@@ -136,23 +137,20 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off, unless somebody has put an override over ours."""
-        ours = [handle for handle in self.handles if not handle.is_gone]
-        for handle in ours:
-            if not handle.is_on_top:
+        for handle in self.handles:
+            is_gone = handle.module.__dict__.get("forward") == handle.previous
+            if not (handle.is_on_top or is_gone):
                 raise RoutingError(
                     f"the forward of layer {handle.index} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
         if "sublayers" in self.__dict__:
             self.sublayers.remove()
-        for handle in ours:
-            if handle.previous is None:
-                del handle.layer.forward
-            else:
-                handle.layer.forward = handle.previous
-            checkpoint = getattr(handle.layer, "_gradient_checkpointing_func", None)
+        for handle in self.handles:
+            handle.take_off()
+            checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
             if isinstance(checkpoint, RoutedRecomputation):
-                handle.layer._gradient_checkpointing_func = checkpoint.checkpoint
+                handle.module._gradient_checkpointing_func = checkpoint.checkpoint
         for hook in self._hooks:
             hook.remove()
         self.is_installed = False
@@ -191,14 +189,14 @@ class Injection:
 
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         for handle in self.handles:
-            if not handle.is_on_top and handle not in _overriding(handle.layer):
+            if not handle.is_on_top and handle not in _overriding(handle.module):
                 raise RoutingError(
                     f"the routing of layer {handle.index} was taken off the model by other code; "
                     f"make a new RoutedModel to attach it again"
                 )
-            checkpoint = getattr(handle.layer, "_gradient_checkpointing_func", None)
+            checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, RoutedRecomputation):
-                handle.layer._gradient_checkpointing_func = RoutedRecomputation(
+                handle.module._gradient_checkpointing_func = RoutedRecomputation(
                     checkpoint, self.current
                 )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -234,26 +232,17 @@ class _DropToken(Driver):
         return hidden[:, :1] if call.is_last else hidden
 
 
-class LayerHandle:
-    """The override of one layer's forward; a plain object, so that models copy and pickle."""
+class LayerHandle(ForwardOverride):
+    """The override of one layer's forward."""
 
     def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
+        super().__init__(layer)
         self.injection = injection
-        self.layer: Any = layer
         self.index = index
-        # The override that was on the layer before ours, if there was one.
-        self.previous: Callable[..., Any] | None = layer.__dict__.get("forward")
         # Names of the layer's arguments after its input, in order.
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(self.original()).parameters.values()
         self.positional = tuple(p.name for p in parameters if p.kind in named)[1:]
-
-    def original(self) -> Callable[..., Any]:
-        """Return the forward that the override replaced, looked up anew at each call."""
-        if self.previous is not None:
-            return self.previous
-        forward: Callable[..., Any] = type(self.layer).forward.__get__(self.layer)
-        return forward
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Replace the layer's own forward."""
@@ -268,16 +257,6 @@ class LayerHandle:
         # What else a layer returns belongs to one run of all rows; who asks for it gets it only
         # where the driver lets that through.
         return (output, *(call.extras if forward.rejected else ()))
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether other code has taken our override off."""
-        return bool(self.layer.__dict__.get("forward") == self.previous)
-
-    @property
-    def is_on_top(self) -> bool:
-        """Whether nobody has put anything over our override."""
-        return getattr(self.layer.__dict__.get("forward"), "__self__", None) is self
 
 
 class LayerCall:
@@ -296,7 +275,7 @@ class LayerCall:
         self._args = args
         self._kwargs = kwargs
         self.index = handle.index  # from 0
-        self.module: nn.Module = handle.layer
+        self.module: nn.Module = handle.module
         self.num_layers = handle.injection.num_layers
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward  # the pass that this call belongs to

@@ -22,6 +22,7 @@ from drllm.models.base.layers import base_of, evaluating, one_token
 from drllm.models.routing.context import ThreadValue
 from drllm.models.routing.injection import Driver, Injection, LayerCall
 from drllm.models.routing.kv_cache import entry_of
+from drllm.models.routing.overrides import ForwardOverride
 from drllm.paths import ATTENTION, MLP
 
 NONE = "none"
@@ -66,7 +67,7 @@ class Sublayers:
                 for module, run in found
             ]
         for override in self._overrides:
-            override.module.forward = override.forward
+            override.put_on()
 
     def remove(self) -> None:
         """Take the overrides off again."""
@@ -136,24 +137,16 @@ class Sublayers:
         )
 
 
-class _Override:
-    """The override of one sublayer's forward; a plain object, so that models copy and pickle."""
+class _Override(ForwardOverride):
+    """The override of one sublayer's forward."""
 
     def __init__(
         self, module: nn.Module, run: str, only: ThreadValue[str], num_results: int
     ) -> None:
-        self.module: Any = module
+        super().__init__(module)
         self.left_out_for = (run, NONE)  # the sublayer that runs where this one is left out
         self.only = only
         self.num_results = num_results
-        # The override that was on the module before ours, if there was one.
-        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
-
-    def original(self) -> Callable[..., Any]:
-        if self.previous is not None:
-            return self.previous
-        forward: Callable[..., Any] = type(self.module).forward.__get__(self.module)
-        return forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the sublayer, or give zeros in its place."""
@@ -161,13 +154,6 @@ class _Override:
             return self.original()(*args, **kwargs)
         zeros = torch.zeros_like(_first(args, kwargs))
         return (zeros, *[None] * (self.num_results - 1)) if self.num_results else zeros
-
-    def take_off(self) -> None:
-        if getattr(self.module.__dict__.get("forward"), "__self__", None) is self:
-            if self.previous is None:
-                del self.module.forward
-            else:
-                self.module.forward = self.previous
 
 
 class _Each(Driver):
