@@ -87,15 +87,19 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
         >>> to_decisions([0, 1, 3, 3, 4], num_layers=5)
         (1, 1, 0, 2, 1)
     """
-    checked, counts = check_path(path, num_layers), [0] * num_layers
-    for previous, layer in zip((0, *checked), checked, strict=False):
+    if not len(path):
+        raise PathError("the path is empty; at least one layer must be executed")
+    for place, layer in enumerate(path):
+        _check_layer(layer, place, num_layers)
+    counts = [0] * num_layers
+    for previous, layer in zip((0, *path), path, strict=False):
         if layer < previous:
             raise PathError(
                 f"layer {layer} follows layer {previous}; decisions can only express paths "
                 f"that visit the layers in order"
             )
-        counts[layer] += 1
-        if counts[layer] > Decision.REPEAT:
+        counts[int(layer)] += 1
+        if counts[int(layer)] > Decision.REPEAT:
             raise PathError(
                 f"layer {layer} is visited more than twice; decisions can only express "
                 f"paths that visit a layer once or twice"
@@ -121,15 +125,6 @@ def edits(decisions: Sequence[int]) -> str:
         ('skips layers 1 and 3, repeats layer 2', 'runs every layer once')
     """
     return _edits(to_path(decisions), len(decisions))
-
-
-def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a path as a tuple of plain ints, or say by PathError why the model can't run it."""
-    if not len(path):
-        raise PathError("the path is empty; at least one layer must be executed")
-    for place, layer in enumerate(path):
-        _check_layer(layer, place, num_layers)
-    return tuple(int(layer) for layer in path)
 
 
 def _check_layer(layer: object, place: int, num_layers: int) -> None:

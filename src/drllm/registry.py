@@ -70,10 +70,6 @@ class Registry(Generic[T]):
             raise self._error(unknown_name(self.kind, name, entries))
         return entries[name]
 
-    def names(self) -> tuple[str, ...]:
-        """Return every name, in the order of registration."""
-        return tuple(self._loaded())
-
     def summaries(self) -> dict[str, str]:
         """Return each name with the first line of its docstring, for listings."""
         docs = {name: inspect.getdoc(entry) or "" for name, entry in self._loaded().items()}

@@ -19,7 +19,7 @@ configs = st.builds(
     SearchConfig,
     num_simulations=st.integers(1, 120),
     budget=st.sampled_from([1.0, 1.1, 1.5, 2.0]),
-    strategy=st.sampled_from(STRATEGIES.names()),
+    strategy=st.sampled_from(tuple(STRATEGIES)),
     stop_rule=st.sampled_from(STOP_RULES),
     exploration_constant=st.floats(0, 10),
     length_penalty=st.floats(0, 10),

@@ -6,7 +6,6 @@ from drllm.paths import (
     StaticPath,
     Step,
     check_decisions,
-    check_path,
     edits,
     to_decisions,
     to_path,
@@ -85,4 +84,4 @@ def test_a_path_that_no_decisions_express_is_refused(path, says):
 )
 def test_a_path_that_the_model_cannot_run_is_refused(path, says):
     with pytest.raises(PathError, match=says):
-        check_path(path, num_layers=3)
+        to_decisions(path, num_layers=3)

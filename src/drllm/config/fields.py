@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from drllm.errors import ConfigError, unknown_name
@@ -22,7 +23,7 @@ class NamesIn(Iterable[str]):
     registry: str
 
     def __iter__(self) -> Iterator[str]:
-        return iter(pkgutil.resolve_name(self.registry).names())
+        return iter(pkgutil.resolve_name(self.registry))
 
 
 def setting(
@@ -50,14 +51,10 @@ def setting(
     return field(default=default, metadata=rules)
 
 
-def basic(default: Any, **rules: Any) -> Any:
-    """Declare a field that `--help` shows."""
-    return setting(default, basic=True, **rules)
-
-
-def incidental(default: Any, **rules: Any) -> Any:
-    """Declare a field that results don't depend on: places, memory, who does the work."""
-    return setting(default, decisive=False, **rules)
+basic = partial(setting, basic=True)
+"""Declares a field that `--help` shows."""
+incidental = partial(setting, decisive=False)
+"""Declares a field that results don't depend on: places, memory, who does the work."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,7 +191,18 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
             paths = candidates(record, config.target, min_saving=config.min_saving)
         reasons.append(paths if isinstance(paths, str) else None)
         if not isinstance(paths, str):
-            found[place] = _with_target(record, paths[0])
+            target = paths[0]
+            found[place] = SupervisionRecord(
+                question=record.question,
+                optimal_layer_config=target.decisions,
+                answer=record.answer,
+                prompt=record.prompt,
+                id=record.id,
+                task=record.task,
+                executions=target.executions,
+                improving=is_improving(target, record),
+                margin=target.margin,
+            )
     places = list(found)
     for dropped in over_quota(list(found.values()), quotas, config.quota_improving):
         del found[places[dropped]]
@@ -201,20 +212,6 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     supervision.summary = summarise(records, supervision, Counter(filter(None, reasons)))
     supervision.rewards = tuple(sorted({records[place].reward for place in found}))
     return supervision
-
-
-def _with_target(record: SearchRecord, target: TriedPath) -> SupervisionRecord:
-    return SupervisionRecord(
-        question=record.question,
-        optimal_layer_config=target.decisions,
-        answer=record.answer,
-        prompt=record.prompt,
-        id=record.id,
-        task=record.task,
-        executions=target.executions,
-        improving=is_improving(target, record),
-        margin=target.margin,
-    )
 
 
 # --- what is refused, and what the manifest says of each file -------------------------------------

@@ -47,7 +47,7 @@ from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, Features, collect, digest, each_once, sizes
 from drllm.training.targets import reasons_of, write_rejected
-from drllm.training.trackers import check_trackers, forget, tracked
+from drllm.training.trackers import RUN_FILE, check_trackers, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def train_on(
     _write_routers(trainer, parts, {"targets": identity["targets_sha256"], **told}, output)
     for store in used:
         store.remove()
-    forget(output)
+    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
     checkpoint.remove(output)
     return trainer.rows
 

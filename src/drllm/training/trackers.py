@@ -112,11 +112,6 @@ def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tr
             tracker.finish()
 
 
-def forget(output: Path) -> None:
-    """Delete what an unfinished training needs to resume its trackers' runs: it is complete."""
-    (output / RUN_FILE).unlink(missing_ok=True)
-
-
 def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
     """Start one tracker where the training is, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS

@@ -13,19 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from drllm.cost import path_executions
+from drllm.cost import Shares, path_executions
 from drllm.paths import StaticPath
+from drllm.statistics.intervals import Floats
 from drllm.tuning.edits import REPEATS, repeats, skips
 from drllm.tuning.parts import rungs
 
-Floats: TypeAlias = "npt.NDArray[np.float64]"
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
-Shares: TypeAlias = Sequence[tuple[float, float]]
-"""What attention and MLP of each layer cost, in layer equivalents, `[L]`."""
 
 ROUNDING = 1e-6
 """Of a level that shares of layers add up to."""

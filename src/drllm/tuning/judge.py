@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from drllm.errors import ModelError
 from drllm.models.routing.batch_generation import generate_many
@@ -21,13 +20,12 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import StaticPath, Step, step_of
+from drllm.paths import StaticPath, step_of
 from drllm.search.evaluator import Reading, read
+from drllm.statistics.intervals import Floats
 from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.parts import GOLD, KL, LOSS
-
-Floats = npt.NDArray[np.float64]
 
 BLOCK_SIZE = 32
 """Questions scored together, of like length."""
@@ -81,7 +79,7 @@ class Judge:
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.question for item in items], self.state_cache_gb)
         # Path by path, so that paths which begin alike stand in one pass.
-        order = sorted(range(len(paths)), key=lambda number: _order(paths[number]))
+        order = sorted(range(len(paths)), key=lambda number: [*map(step_of, paths[number].steps)])
         asked = list(itertools.product(order, range(len(items))))
         # As decisions where these can say it: by them the full path is known, whose KL is 0.
         plans = [path.plan(self.routed.num_layers) for path in paths]
@@ -92,8 +90,12 @@ class Judge:
         for (number, row), score in zip(asked, scores, strict=True):
             value, right = self._value(items[row], score.logprobs, score.kl)
             if not math.isfinite(value):
+                if paths[number].steps == tuple(range(self.routed.num_layers)):
+                    raise ModelError(
+                        "the base model's own log-probabilities are not finite; load it with "
+                        "--dtype float32"
+                    )
                 value = WORST
-                self._refuse_full(paths[number])
             found[:, number, row] = value, right
         return found
 
@@ -107,20 +109,9 @@ class Judge:
             return -math.inf, 0.0
         return log_share(sums, item.gold), float(sums.index(max(sums)) == item.gold)
 
-    def _refuse_full(self, path: StaticPath) -> None:
-        if path.steps == tuple(range(self.routed.num_layers)):
-            raise ModelError(
-                "the base model's own log-probabilities are not finite; load it with --dtype "
-                "float32"
-            )
-
 
 WORST = -100.0
 """Nats that stand for a value that isn't finite, which can't be averaged."""
-
-
-def _order(path: StaticPath) -> tuple[Step, ...]:
-    return tuple(map(step_of, path.steps))
 
 
 def log_share(sums: Sequence[float], place: int) -> float:

@@ -40,7 +40,7 @@ from drllm.records.static_paths import (
     read_paths,
     steps_to_write,
 )
-from drllm.statistics.intervals import accuracy_interval, mean_interval, sum_interval
+from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
 from drllm.statistics.non_inferiority import (
     MAX_LOSS_INCREASE,
     Choice,
@@ -53,7 +53,7 @@ from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
 from drllm.tuning import progress
-from drllm.tuning.beam import Beam, Floats
+from drllm.tuning.beam import Beam
 from drllm.tuning.edits import LAYERS
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import (

@@ -8,7 +8,7 @@ from drllm.search.strategies import STRATEGIES, PathSearch, new_search
 from drllm.search.strategies.mcts import TreeSearch
 
 FULL = full_decisions(12)
-each_strategy = pytest.mark.parametrize("strategy", STRATEGIES.names())
+each_strategy = pytest.mark.parametrize("strategy", tuple(STRATEGIES))
 each_rule = pytest.mark.parametrize("rule", ["paper", "released"])
 
 

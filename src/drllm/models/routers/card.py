@@ -70,7 +70,11 @@ def template(path: Path) -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    environment.filters.update(line=_line, number=_number)
+    environment.filters.update(
+        # A value as text that ends neither its line nor its code span.
+        line=lambda value: " ".join(str(value).split()).replace("`", "'"),
+        number=lambda value: "–" if value is None else f"{value:.4g}",
+    )
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
@@ -82,12 +86,3 @@ def _are_numbers(row: Any, metrics: Mapping[str, str]) -> bool:
     return isinstance(row, Mapping) and all(
         isinstance(row.get(key), (int, float, type(None))) for key in metrics
     )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _line(value: Any) -> str:
-    """Return a value as text that ends neither its line nor its code span."""
-    return " ".join(str(value).split()).replace("`", "'")

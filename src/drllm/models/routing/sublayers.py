@@ -96,7 +96,7 @@ class Sublayers:
             self._num_results[module] = len(output) if isinstance(output, tuple) else 0
             if _length(call) > lengths[module]:
                 attention.append(module)
-            elif _num_matrices(module) >= LEAST_MATRICES:
+            elif sum(each.dim() > 1 for each in module.parameters()) >= LEAST_MATRICES:
                 mlps.append(module)
             else:
                 return
@@ -175,10 +175,6 @@ def _run_token(injection: Injection, layer: Callable[[LayerCall, Tensor], Tensor
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what a module reads: its first argument."""
     return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-
-
-def _num_matrices(module: nn.Module) -> int:
-    return sum(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _length(call: LayerCall) -> int:

@@ -166,10 +166,14 @@ class ChoiceBatch:
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
         with driver.using(policy), driver.reading(self._whole.context):
-            scores = self._whole_scores(self._whole_logits(), greedy=True)
+            logits = self._whole_logits()
+        starts = [logits.shape[1] - num - 1 for num in self._whole.num_after]
+        parts = [(row, logits[row, start:]) for row, start in enumerate(starts)]
+        scores = self._scored(parts, greedy=True)
         rows = [places[0] for places in self._places]  # one for each question
         driver.keep([tuple([layer[row] for row in rows]) for layer in driver.last_route])
-        return scores, self.routed.last_route
+        found = [_joined([scores[row] for row in places]) for places in self._places]
+        return found, self.routed.last_route
 
     def forget(self) -> None:
         """Drop all shared states."""
@@ -198,13 +202,6 @@ class ChoiceBatch:
                 logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
             ).logits
         return logits
-
-    def _whole_scores(self, logits: Tensor, *, greedy: bool) -> list[Score]:
-        """Return the scores of every question from the logits of whole rows, `[B, S, V]`."""
-        starts = [logits.shape[1] - num - 1 for num in self._whole.num_after]
-        rows = [(row, logits[row, start:]) for row, start in enumerate(starts)]
-        scores = self._scored(rows, greedy)
-        return [_joined([scores[row] for row in places]) for places in self._places]
 
     def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""
