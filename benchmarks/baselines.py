@@ -23,8 +23,7 @@ from typing import Any
 import common
 import torch
 
-from drllm.evaluation.baselines.base import Material
-from drllm.evaluation.baselines.fitting.measures import by_loss
+from drllm.evaluation.baselines.base import FittedBaselines, Material
 from drllm.evaluation.baselines.layer_dropping import Greedy, block_influence, order_by_influence
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
@@ -69,7 +68,13 @@ def ours(
         influence = block_influence(routed, texts)
         measured = clock()
         ends = (0, base.num_layers - 1)
-        greedy = Greedy(by_loss(Material(routed, texts)), base.num_layers, keep=ends)
+        fitted = FittedBaselines(
+            "texts",
+            lambda: Material(routed, texts),
+            routed,
+            lambda _, candidates, measure: measure(candidates),
+        )
+        greedy = Greedy(fitted.measure("loss"), base.num_layers, keep=ends)
         greedy(num_skipped)
         return {
             "influence": influence,

@@ -29,7 +29,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
-from drllm.tuning.edits import LAYERS, skips
+from drllm.tuning.beam import LAYERS, skips
 from drllm.tuning.judge import Item, Judge, items_of, log_share
 from drllm.tuning.parts import GOLD
 

@@ -24,9 +24,8 @@ from drllm.records import (
     sha256,
     write_records,
 )
-from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import REASONS, candidates
-from drllm.supervision.select import check_settings, supervise, targets
+from drllm.supervision.select import check_settings, over_quota, read_quotas, supervise, targets
 
 SHORTEST = SuperviseConfig(target="shortest")
 

@@ -13,9 +13,16 @@ import torch
 from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
 from drllm.errors import ArchitectureError, ConfigError
-from drllm.evaluation.baselines.base import BASELINES, Drawn, FittedBaselines, Material, Measure
+from drllm.evaluation.baselines.base import (
+    BASELINES,
+    Drawn,
+    FittedBaselines,
+    Material,
+    Measure,
+    depths,
+    named,
+)
 from drllm.evaluation.baselines.random_routes import share_unchanged
-from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM

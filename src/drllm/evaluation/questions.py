@@ -12,8 +12,7 @@ from pathlib import Path
 from drllm.config import EvaluateConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
-from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
-from drllm.evaluation.baselines.registry import check, depths, named
+from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
 from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS

@@ -13,8 +13,7 @@ from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
-from drllm.evaluation.baselines.base import BASELINES
-from drllm.evaluation.baselines.registry import NOT_COMPARED
+from drllm.evaluation.baselines.base import BASELINES, NOT_COMPARED
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun

@@ -22,7 +22,7 @@ import msgspec
 from drllm import records
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.registry import files_needed
+from drllm.evaluation.baselines.base import files_needed
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe

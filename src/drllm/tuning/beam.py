@@ -14,14 +14,19 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from drllm.cost import Shares, path_executions
-from drllm.paths import StaticPath
+from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
 from drllm.statistics.intervals import Floats
-from drllm.tuning.edits import REPEATS, repeats, skips
 from drllm.tuning.parts import rungs
 
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
-
+LAYERS, SUBLAYERS, REPEATS = "layers", "sublayers", "repeats"
+"""What a search may do: skip layers; skip their attention or MLP too; start from a repeat too."""
+SCALES = (0.25, 0.5, 1.0)
+"""Weights of a second pass's update. Published work on looping frozen models finds gains only below
+1 (arXiv 2605.23872)."""
+LONGEST_BLOCK = 7
+"""Layers of a block that is repeated, at most."""
 ROUNDING = 1e-6
 """Of a level that shares of layers add up to."""
 
@@ -89,7 +94,7 @@ class Beam:
     @property
     def unit(self) -> float:
         """What a level saves more than the one before, in layer equivalents."""
-        return min(min(pair) for pair in self.shares) if self.kind == "sublayers" else 1.0
+        return min(min(pair) for pair in self.shares) if self.kind == SUBLAYERS else 1.0
 
     @property
     def num_levels(self) -> int:
@@ -111,3 +116,32 @@ class Beam:
             order = sorted(range(len(left)), key=lambda place: -values[place])
             left = [left[place] for place in order[:kept]]
         return left
+
+
+def skips(path: StaticPath, kind: str) -> Iterator[StaticPath]:
+    """Yield the paths that leave out one thing more, each once; at least one step is left.
+
+    A layer that runs more than once is left as it is: it was repeated for a reason.
+    """
+    layers = [layer_of(item) for item in path.steps]
+    for place, item in enumerate(path.steps):
+        step = step_of(item)
+        if layers.count(step.layer) > 1:
+            continue
+        before, after = path.steps[:place], path.steps[place + 1 :]
+        if before or after:
+            yield StaticPath([*before, *after])
+        if kind == SUBLAYERS and step.run == ALL:
+            for run in (ATTENTION, MLP):
+                yield StaticPath([*before, Step(step.layer, run), *after])
+
+
+def repeats(num_layers: int) -> Iterator[StaticPath]:
+    """Yield the full path with one block run a second time, damped or not."""
+    full = tuple(range(num_layers))
+    for size in range(1, min(LONGEST_BLOCK, num_layers) + 1):
+        for start in range(num_layers - size + 1):
+            end = start + size
+            for scale in SCALES:
+                again = [Step(layer, ALL, scale) for layer in full[start:end]]
+                yield StaticPath([*full[:end], *again, *full[end:]])

@@ -53,8 +53,7 @@ from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
 from drllm.tuning import progress
-from drllm.tuning.beam import Beam
-from drllm.tuning.edits import LAYERS
+from drllm.tuning.beam import LAYERS, Beam
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import (
     GOLD,

@@ -9,8 +9,7 @@ from drllm.cli.parser import parse
 from drllm.config import SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.files import PRESETS, read_yaml, with_preset
 from drllm.pipeline.recipes import read_recipe
-from drllm.supervision.quotas import read_quotas
-from drllm.supervision.select import check_settings
+from drllm.supervision.select import check_settings, read_quotas
 from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes"

@@ -16,9 +16,8 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
-from drllm.evaluation.baselines.base import Drawn
+from drllm.evaluation.baselines.base import Drawn, depths, named
 from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
-from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM

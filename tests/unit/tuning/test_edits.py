@@ -1,7 +1,7 @@
 """The edits of a path."""
 
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
-from drllm.tuning.edits import LAYERS, SUBLAYERS, repeats, skips
+from drllm.tuning.beam import LAYERS, SUBLAYERS, repeats, skips
 
 
 def test_every_layer_can_be_skipped_once():

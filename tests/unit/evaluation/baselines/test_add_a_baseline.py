@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from drllm.evaluation.baselines.base import BASELINES
-from drllm.evaluation.baselines.registry import named, ordered
+from drllm.evaluation.baselines.base import BASELINES, named, ordered
 
 PAGE = Path(__file__).resolve().parents[4] / "docs" / "add-a-baseline.md"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.fitting.measures import by_answers
+from drllm.evaluation.baselines.base import FittedBaselines
 from drllm.evaluation.baselines.layer_dropping import (
     EvenlySpaced,
     Greedy,
@@ -180,7 +180,9 @@ def brute_force(measure, num_layers):
 
 
 def test_the_order_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
-    greedy = Greedy(by_answers(material), SHALLOW)
+    ask = lambda _, candidates, measure: measure(candidates)  # noqa: E731
+    fitted = FittedBaselines("own", lambda: material, material.routed, ask)
+    greedy = Greedy(fitted.measure("answers"), SHALLOW)
     order = brute_force(slow_gold_logprob, SHALLOW)
     assert greedy(SHALLOW - 1) == greedy(SHALLOW) == order
     assert sorted(order) != order, "the order must not be that of the layers themselves"

@@ -8,7 +8,6 @@ import torch
 
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import FittedBaselines, Material
-from drllm.evaluation.baselines.fitting import measures
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
@@ -27,8 +26,14 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(judge, "BLOCK_SIZE", 2)
 
 
+def measured(material, kind):
+    """A measure that remembers nothing."""
+    ask = lambda _, candidates, measure: measure(candidates)  # noqa: E731
+    return FittedBaselines("own", lambda: material, material.routed, ask).measure(kind)
+
+
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
-    found = measures.by_answers(material)(PLANS)
+    found = measured(material, "answers")(PLANS)
     assert found == pytest.approx([slow_gold_logprob(to_path(p)) for p in PLANS], abs=TOLERANCE)
     assert max(found) - min(found) > 100 * TOLERANCE
 
@@ -36,7 +41,7 @@ def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_l
 def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
     rng = random.Random(0)
     texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30, 1)]
-    found = measures.by_loss(Material(routed, texts))(PLANS)
+    found = measured(Material(routed, texts), "loss")(PLANS)
     for plan, value in zip(PLANS, found, strict=True):
         plain = ListedModel(model, plan)
         logprobs = [each for text in texts[:3] for each in plain.each(text[:1], text[1:])]
@@ -47,7 +52,7 @@ def test_numbers_of_the_full_path_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama(num_layers=4)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     questions = [Question([5, 6], [[7], [8]])]
-    measure = measures.by_answers(Material(RoutedModel(model), [], questions, [0]))
+    measure = measured(Material(RoutedModel(model), [], questions, [0]), "answers")
     assert measure([(1, 0, 1, 1)])[0] < 0
     with pytest.raises(ModelError, match="--dtype float32"):
         measure([(1, 1, 1, 1)])
@@ -73,7 +78,6 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
 
     before = plans()
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
-    for kind in measures.MEASURES:
-        monkeypatch.setitem(measures.MEASURES, kind, measured_again)
+    monkeypatch.setattr(judge, "Judge", measured_again)
     for first, again in zip(before, plans(), strict=True):
         assert torch.equal(again.plan, first.plan)

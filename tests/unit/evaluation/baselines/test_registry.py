@@ -8,8 +8,14 @@ import pytest
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import BASELINES
-from drllm.evaluation.baselines.registry import NOT_COMPARED, check, files_needed, named, ordered
+from drllm.evaluation.baselines.base import (
+    BASELINES,
+    NOT_COMPARED,
+    check,
+    files_needed,
+    named,
+    ordered,
+)
 
 NAMES = [
     *("permuted routes", "random decisions", "label frequency", "last layers", "evenly spaced"),
@@ -27,7 +33,7 @@ def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
 
 def test_baselines_are_listed_without_torch():
     code = (
-        "import sys\nfrom drllm.evaluation.baselines.registry import ordered\n"
+        "import sys\nfrom drllm.evaluation.baselines.base import ordered\n"
         "assert len(ordered()) == 11\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

@@ -1,1 +1,1 @@
-"""What baselines are fitted with: measures, small models and their training, policies."""
+"""What baselines are fitted with: small models and their training, policies."""
