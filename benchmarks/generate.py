@@ -53,7 +53,7 @@ from drllm.models.base.prompts import encode, left_padded
 from drllm.models.export import export_path
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.kv_cache import stored_bytes, stored_rows
+from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.registry import get_task
@@ -212,6 +212,16 @@ def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Fi
     return [*figures, Figure("c", "routers_prefill_batch_8", cost)]
 
 
+def held(cache: Any) -> tuple[int, int]:
+    """Count the K/V rows that a routed cache holds, and the bytes of any; without shadows."""
+    routed = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
+    entries = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
+    return (
+        sum(len(rows) for entry in routed for rows in entry.rows),
+        sum(part.keys.nbytes + part.values.nbytes for parts in entries for part in parts),
+    )
+
+
 def stored(base: BaseModel) -> list[dict[str, Any]]:
     """Count (d): what plans leave in the cache after a prompt and eight more tokens."""
     L, rng = base.num_layers, random.Random(0)
@@ -234,9 +244,9 @@ def stored(base: BaseModel) -> list[dict[str, Any]]:
                 for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
                     model(part, logits_to_keep=1, **cache)
             caches += cache.values()
-        untouched, executions = stored_bytes(caches[0]), sum(map(sum, plan))
+        untouched, executions = held(caches[0])[1], sum(map(sum, plan))
         planned = (executions, untouched * executions // (len(plan) * L))
-        rows, size = stored_rows(caches[1]), stored_bytes(caches[1])
+        rows, size = held(caches[1])
         counts.append(
             {
                 "case": case,

@@ -18,6 +18,7 @@ from drllm.models.base.prompts import left_padded
 from drllm.models.check import known_to_transformers, make_tiny
 from drllm.models.families import WHOLE_LAYERS
 from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
 LOGIT_TOLERANCE = 2e-5
@@ -303,3 +304,15 @@ def right_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = [[*row, *[0] * (width - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def stored_rows(cache: Any) -> int:
+    """Count the K/V rows that a routed cache holds; equals the executions of its rows' plans."""
+    entries = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
+    return sum(len(rows) for entry in entries for rows in entry.rows)
+
+
+def stored_bytes(cache: Any) -> int:
+    """Count the bytes of K and V that a cache holds, of a routed model or not; without shadows."""
+    entries = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
+    return sum(part.keys.nbytes + part.values.nbytes for parts in entries for part in parts)

@@ -8,10 +8,10 @@ from transformers import DynamicCache
 
 from drllm.models.base.prompts import left_padded
 from drllm.models.routers.depth_control import read_under
-from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from slow_way import LOGIT_TOLERANCE, answers, right_padded, tiny_routers
+from slow_way import LOGIT_TOLERANCE, answers, right_padded, stored_rows, tiny_routers
 
 generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 

@@ -17,10 +17,18 @@ from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
 from drllm.models.base.prompts import left_padded
-from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from slow_way import LOGIT_TOLERANCE, ListedModel, Opaque, Recorder, right_padded, tiny_routers
+from slow_way import (
+    LOGIT_TOLERANCE,
+    ListedModel,
+    Opaque,
+    Recorder,
+    right_padded,
+    stored_rows,
+    tiny_routers,
+)
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22]]
 

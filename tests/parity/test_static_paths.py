@@ -13,10 +13,10 @@ from transformers import DynamicCache
 from drllm.errors import ArchitectureError, PathError, RoutingError
 from drllm.models.base.prompts import left_padded
 from drllm.models.families import FAMILIES, REFUSED
-from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
-from slow_way import NO_PARTS, ListedModel, answers, biased_model
+from slow_way import NO_PARTS, ListedModel, answers, biased_model, stored_rows
 
 PATHS = {
     "attention of two left out": [0, Step(1, MLP), 2, Step(3, MLP), 4, 5],

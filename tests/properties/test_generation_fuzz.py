@@ -31,10 +31,10 @@ from drllm.models.base.prompts import left_padded
 from drllm.models.check import known_to_transformers, layers_listed, make_tiny
 from drllm.models.families import IN_SUITE
 from drllm.models.routers.stack import RouterStack, Spans
-from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from slow_way import FOREIGN_ERRORS, right_padded, tiny_routers
+from slow_way import FOREIGN_ERRORS, right_padded, stored_rows, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
     "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"

@@ -10,10 +10,10 @@ from drllm.errors import ArchitectureError, PathError
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.latency import empty_cache
 from drllm.models.families import FAMILIES
-from drllm.models.routing.kv_cache import stored_bytes
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
+from slow_way import stored_bytes
 
 DECISIONS = [
     [1, 1, 1, 1, 1, 1],

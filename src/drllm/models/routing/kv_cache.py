@@ -280,18 +280,6 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     return cache.layers[index]  # type: ignore[no-any-return]
 
 
-def stored_rows(cache: Cache) -> int:
-    """Count the K/V rows that a routed cache holds; equals the executions of its rows' plans."""
-    entries = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
-    return sum(len(rows) for entry in entries for rows in entry.rows)
-
-
-def stored_bytes(cache: Cache) -> int:
-    """Count the bytes of K and V that a cache holds, of a routed model or not; without shadows."""
-    entries = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
-    return sum(part.keys.nbytes + part.values.nbytes for parts in entries for part in parts)
-
-
 def cache_argument(model: Any) -> str:
     """Return the name under which a model takes its cache: transformers renamed it in 5.24."""
     accepted = inspect.signature(model.forward).parameters
