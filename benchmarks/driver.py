@@ -31,7 +31,8 @@ import msgspec
 from drllm.config import ModelConfig, SearchConfig
 from drllm.listener import Listener
 from drllm.paths import full_decisions
-from drllm.records import Retest, SearchRecord, TriedPath, to_lines
+from drllm.records.manifest import to_lines
+from drllm.records.search import Retest, SearchRecord, TriedPath
 from drllm.search import ray as ray_executor
 from drllm.search.batch import Searched
 from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of

@@ -39,7 +39,7 @@ import torch
 from drllm.config import SearchConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
-from drllm.records import write_atomically
+from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import ask

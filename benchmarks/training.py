@@ -40,7 +40,8 @@ from drllm.config.files import PRESETS, canonical, read_yaml
 from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterStack
-from drllm.records import SupervisionRecord, new_manifest
+from drllm.records.manifest import new_manifest
+from drllm.records.supervision import SupervisionRecord
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.training.feature_store import Store

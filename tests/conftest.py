@@ -28,7 +28,7 @@ import pytest
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
-    from drllm.records import SearchRecord, TriedPath
+    from drllm.records.search import SearchRecord, TriedPath
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from drllm.paths import StaticPath, Step
-from drllm.records import new_manifest, write_json
+from drllm.records.codec import write_json
+from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import Measured, NamedPath, StaticPaths, steps_to_write
 from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.verdicts import Differences, Verdict

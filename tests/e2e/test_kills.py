@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.records import read_search
+from drllm.records.search import read_search
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
 MOST_S = 120.0

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.records import read_search
 from drllm.records.results import read_evaluation
+from drllm.records.search import read_search
 from drllm.records.static_paths import read_paths
 from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, num_batches_kept

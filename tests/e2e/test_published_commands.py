@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from drllm.models.routers.checkpoint import read_config
-from drllm.records import join_supervision, read_supervision, split_of
+from drllm.records.splits import split_of
+from drllm.records.supervision import join_supervision, read_supervision
 
 TRAIN = (
     "train --model_id MODEL --run_name drllm-tiny --num_epochs 25 --learning_rate 1e-3 "

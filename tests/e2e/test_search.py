@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from drllm.records import only_writer, read_search, to_lines
+from drllm.records.manifest import to_lines
+from drllm.records.places import only_writer
+from drllm.records.search import read_search
 
 
 @pytest.fixture

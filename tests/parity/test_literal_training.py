@@ -16,7 +16,7 @@ from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SupervisionRecord
+from drllm.records.supervision import SupervisionRecord
 from drllm.training.feature_store import Store
 from drllm.training.features import collect
 from drllm.training.split import hold_out

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from drllm.errors import RecordError
-from drllm.records import only_writer
+from drllm.records.places import only_writer
 
 SEARCH = ("search", "--output-dir")
 HOLD = """
 import sys, time
 from pathlib import Path
-from drllm.records import only_writer
+from drllm.records.places import only_writer
 with only_writer(Path(sys.argv[1]), "search", "--output-dir"):
     print("held", flush=True)
     time.sleep(60)

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drllm.errors import ConfigError, RecordError
-from drllm.records import Chunks
-from drllm.records.resume import MARKER_FILE, differences
+from drllm.records.resume import MARKER_FILE, Chunks, differences
 
 IDENTITY = {
     "settings": {"budget": 2, "tasks": ("arc", "dart"), "limit": None},

@@ -10,19 +10,14 @@ from hypothesis import strategies as st
 
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.errors import ConfigError, RecordError
-from drllm.records import (
+from drllm.records.codec import read_json_lines, sha256
+from drllm.records.manifest import manifest_path, new_manifest, write_records
+from drllm.records.search import Retest, SearchRecord, TriedPath
+from drllm.records.supervision import (
     RejectedQuestion,
-    Retest,
-    SearchRecord,
     SupervisionRecord,
-    TriedPath,
-    manifest_path,
-    new_manifest,
-    read_json_lines,
     read_supervision,
     rejected_path,
-    sha256,
-    write_records,
 )
 from drllm.supervision.rules import REASONS, candidates
 from drllm.supervision.select import check_settings, over_quota, read_quotas, supervise, targets

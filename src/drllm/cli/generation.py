@@ -22,7 +22,7 @@ from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
 from drllm.paths import StaticPath, num_executions
 from drllm.pipeline.folder import loaded
-from drllm.records import write_atomically
+from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
 from drllm.records.static_paths import read_path
 from drllm.tasks.base import OPTIONS_REWARD

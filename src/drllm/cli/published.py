@@ -9,7 +9,7 @@ from drllm.cli.parser import Request
 from drllm.config import ModelConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError
-from drllm.records import join_supervision, read_supervision
+from drllm.records.supervision import join_supervision, read_supervision
 
 FOLDERS = (Path("data/mcts_paths"), Path("data"))
 """`--output_dir` of the published search command, and the published (and our) default of it."""

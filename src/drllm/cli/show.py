@@ -15,8 +15,10 @@ from drllm.cli.terminal import Terminal
 from drllm.cli.tuning import show_paths
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
-from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file, results
+from drllm.records import results
+from drllm.records.codec import read_json, read_json_lines, refuse_odd_file
 from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
+from drllm.records.search import read_search
 from drllm.records.static_paths import PATHS_FILE
 from drllm.reporting.evaluated import measured_line
 from drllm.reporting.numbers import NONE, against, difference, label, plain, signed

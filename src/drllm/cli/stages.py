@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm import records
 from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show, show_results
@@ -30,10 +29,12 @@ from drllm.listener import duration
 from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
-from drllm.records.places import check_file, check_folder
+from drllm.records.codec import clear_half_written, sha256
+from drllm.records.manifest import manifest_path, read_manifest, to_lines
+from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.static_paths import PathFile, read_path, read_path_list
-from drllm.records.supervision import check_targets
+from drllm.records.supervision import check_targets, join_supervision, rejected_path
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
@@ -76,14 +77,12 @@ def search(request: Request, terminal: Terminal) -> None:
         terminal.say(f"{file} is complete already; nothing was searched again")
     terminal.fact("search", file)
     show_search(found, terminal, edits=False)
-    if failed := (records.read_manifest(file, "search") or {}).get("num_failed"):
+    if failed := (read_manifest(file, "search") or {}).get("num_failed"):
         terminal.fact(
             "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"
         )
-    with records.only_writer(folder, "search", "--output-dir"):
-        records.clear_half_written(
-            supervision, records.manifest_path(supervision), records.rejected_path(supervision)
-        )
+    with only_writer(folder, "search", "--output-dir"):
+        clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
         _supervise(found, targets_config, supervision, terminal)
 
 
@@ -101,15 +100,13 @@ def _supervise(
 ) -> None:
     found = targets(searched, config)
     if output.is_file():
-        manifest = records.read_manifest(output, "supervision")
+        manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
-        if manifest is None and output.read_bytes() != records.to_lines(found).encode():
+        if manifest is None and output.read_bytes() != to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
         made = manifest or {}
-        of_this = (
-            records.sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
-        )
+        of_this = sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
         # Targets by a rule that `supervise` was given stay, unless another is asked for here.
         if of_this and config.to_dict() in (made.get("config"), SuperviseConfig().to_dict()):
             terminal.say(f"{output} is made from this search already; it stays as it is")
@@ -207,7 +204,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     config.check_effects()
     check_tracking(config)
     files = published.supervision_files(request)
-    found = records.join_supervision(files)
+    found = join_supervision(files)
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:

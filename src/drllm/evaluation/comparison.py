@@ -39,8 +39,11 @@ from drllm.models.routing.shares import executions_along, layer_shares
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
-from drllm.records import Chunks, read_search, read_supervision, sha256
+from drllm.records.codec import sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
+from drllm.records.resume import Chunks
+from drllm.records.search import read_search
+from drllm.records.supervision import read_supervision
 from drllm.statistics.non_inferiority import (
     MAX_LOSS_INCREASE,
     Choice,

@@ -30,7 +30,8 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import new_manifest, sha256, write_json
+from drllm.records.codec import sha256, write_json
+from drllm.records.manifest import new_manifest
 from drllm.records.results import (
     ATTACHED,
     BASE,

@@ -28,14 +28,9 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_ro
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
-from drllm.records import (
-    new_manifest,
-    only_writer,
-    refuse_other_run,
-    sha256,
-    write_json,
-    write_records,
-)
+from drllm.records.codec import sha256, write_json
+from drllm.records.manifest import new_manifest, write_records
+from drllm.records.places import only_writer
 from drllm.records.results import (
     BASE,
     ROUTED,
@@ -45,6 +40,7 @@ from drllm.records.results import (
     read_evaluation,
     results_in,
 )
+from drllm.records.resume import refuse_other_run
 from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
 from drllm.tasks.base import OPTIONS_REWARD, Task
 

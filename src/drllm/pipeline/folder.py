@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from drllm import records
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.base import files_needed
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
+from drllm.records.codec import SCHEMA_VERSION, read_json, sha256, write_atomically, write_json
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE
+from drllm.records.supervision import rejected_path
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
 
@@ -54,7 +55,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`run.manifest.json`: what each stage was made from, what it wrote and how long it took."""
 
     schema: Literal["drllm.run"] = "drllm.run"
-    schema_version: int = records.SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION
     drllm_version: str = ""
     stages: dict[str, StageDone] = {}
 
@@ -75,7 +76,7 @@ def read_run(folder: Path) -> RunManifest:
     if not path.exists():
         return RunManifest()
     try:
-        return records.read_json(path, RunManifest)
+        return read_json(path, RunManifest)
     except RecordError as error:
         raise RecordError(
             f"{error}; delete {path}, and finished stages are checked or made anew"
@@ -84,7 +85,7 @@ def read_run(folder: Path) -> RunManifest:
 
 def hash_of(path: Path) -> str:
     """Return a file's hash; empty for one that isn't there."""
-    return records.sha256(path) if path.is_file() else ""
+    return sha256(path) if path.is_file() else ""
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -188,8 +189,7 @@ class RunFolder:
                 if name != "search":  # which refuses a folder with another search: nothing changes
                     self.begin(name, made_from)
                 hashes = {
-                    path.relative_to(self.folder).as_posix(): records.sha256(path)
-                    for path in next(stage)
+                    path.relative_to(self.folder).as_posix(): sha256(path) for path in next(stage)
                 }
                 seconds = round(time.perf_counter() - started, 3)
                 self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
@@ -215,15 +215,15 @@ class RunFolder:
 
     def _note(self, name: str, done: StageDone) -> None:
         self.manifest.stages[name] = done
-        self.manifest.schema_version = records.SCHEMA_VERSION
+        self.manifest.schema_version = SCHEMA_VERSION
         self.manifest.drllm_version = importlib.metadata.version("drllm")
-        records.write_json(self.folder / RUN_FILE, self.manifest)
+        write_json(self.folder / RUN_FILE, self.manifest)
 
     def _keep_recipe(self) -> None:
         """Write the recipe with all its settings into the folder, now that it fits the folder."""
         path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            records.write_atomically(path, text)
+            write_atomically(path, text)
 
     # Each stage yields what it is made from, then, when it has run, the files that it wrote.
 
@@ -247,7 +247,7 @@ class RunFolder:
         from drllm.supervision.select import supervise
 
         supervise([self.search_file], config, output)
-        files = [output, self.folder / "supervision.manifest.json", records.rejected_path(output)]
+        files = [output, self.folder / "supervision.manifest.json", rejected_path(output)]
         yield [file for file in files if file.is_file()]
 
     def _train(self) -> Stage:
@@ -307,7 +307,7 @@ class RunFolder:
         yield [output / name for name in names + ["latency.json"] * (config.latency_rounds > 0)]
 
     def _report(self) -> Stage:
-        made_from = {RECIPE_FILE: records.sha256(self.folder / RECIPE_FILE)}
+        made_from = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
         for stage in STAGES[:-1]:
             if stage in self.manifest.stages:
                 made_from |= self.manifest.stages[stage].outputs

@@ -13,7 +13,7 @@ from pathlib import Path
 from drllm.listener import Listener
 from drllm.pipeline.folder import RunFolder, loader
 from drllm.pipeline.recipes import CHOSEN_ON, SweepPlan
-from drllm.records import sha256, write_atomically, write_json
+from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.places import check_folder
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, drawn, read_candidate
 

@@ -12,11 +12,14 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import asdict
 
-from drllm import records
 from drllm.errors import RecordError
-from drllm.records import SearchRecord, SupervisionRecord, results, sha256
+from drllm.records import results
+from drllm.records.codec import decode, encode, read_json, read_json_lines, read_text, sha256
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
+from drllm.records.manifest import read_manifest
+from drllm.records.search import SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
+from drllm.records.supervision import SupervisionRecord, read_supervision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +109,7 @@ class Run:
             return False
         manifest = asdict(said) if said is not None else {}
         if path.suffix == ".jsonl":
-            manifest = records.read_manifest(path, path.stem) or {}
+            manifest = read_manifest(path, path.stem) or {}
         self.sources.append(Source(name=name, sha256=sha256(path), manifest=manifest))
         return True
 
@@ -122,9 +125,9 @@ def read_run(folder: Path) -> Run:
         raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
     run = Run(folder=folder)
     if run.has("search.jsonl", "what the search found"):
-        run.search = list(records.read_search(folder / "search.jsonl"))
+        run.search = list(read_search(folder / "search.jsonl"))
     if run.has("supervision.jsonl", "the targets"):
-        run.supervision = list(records.read_supervision(folder / "supervision.jsonl"))
+        run.supervision = list(read_supervision(folder / "supervision.jsonl"))
     _read_routers(run)
     _read_results(run)
     for name in (PATHS_FILE, f"tuned/{PATHS_FILE}"):
@@ -133,7 +136,7 @@ def read_run(folder: Path) -> Run:
             run.has(name, "", run.paths)
     recipe = folder / "run.yaml"
     if recipe.is_file():
-        run.recipe = records.read_text(recipe)
+        run.recipe = read_text(recipe)
     else:
         run.absent.append("run.yaml (the recipe)")
     if not (run.learns or run.evaluations or run.paths):
@@ -150,21 +153,21 @@ def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
     if run.has("routers/router_config.json", "the routers"):
         path = folder / "router_config.json"
-        run.router_config = records.read_json(path, dict[str, Any])
+        run.router_config = read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
         run.calibration = calibration_of(run.router_config, str(path))
     if run.has("routers/metrics.jsonl", "their metrics"):
         path = folder / "metrics.jsonl"
         found = []
-        for line, row in records.read_json_lines(path, dict[str, Any]):
+        for line, row in read_json_lines(path, dict[str, Any]):
             named = {name: row.pop(name) for name in ("epoch", "split") if name in row}
-            epoch = records.encode({**named, "values": row})
-            found.append(records.decode(epoch, Epoch, f"{path}, line {line}"))
+            epoch = encode({**named, "values": row})
+            found.append(decode(epoch, Epoch, f"{path}, line {line}"))
         run.epochs = sorted(found, key=lambda epoch: epoch.epoch)
     missed = "the routers layer by layer" if run.epochs else ""
     if run.has(f"routers/{LAYERS_FILE}", missed):
-        run.layers = records.read_json(folder / LAYERS_FILE, Layers)
+        run.layers = read_json(folder / LAYERS_FILE, Layers)
 
 
 def _read_results(run: Run) -> None:

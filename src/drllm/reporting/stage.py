@@ -6,7 +6,7 @@ from pathlib import Path
 from drllm.errors import ConfigError, RecordError
 from drllm.extras import need
 from drllm.listener import Listener
-from drllm.records import write_atomically
+from drllm.records.codec import write_atomically
 from drllm.records.results import Results
 from drllm.reporting.drawing import NARROW, WIDE, png
 from drllm.reporting.rendering import to_html, to_markdown

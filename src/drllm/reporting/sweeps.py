@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from drllm.errors import RecordError
-from drllm.records import SCHEMA_VERSION
+from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
 from drllm.reporting.drawing import Colours, panels
 from drllm.statistics.verdicts import Differences

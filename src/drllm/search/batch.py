@@ -22,7 +22,8 @@ from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
-from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
+from drllm.records.resume import Chunks
+from drllm.records.search import FailedQuestion, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import retested, to_retest

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Row, Task, choose
 from drllm.tasks.files import FileTask

@@ -25,7 +25,7 @@ from drllm.models.base.hub import quiet
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import share_memory
-from drllm.records import Chunks
+from drllm.records.resume import Chunks
 from drllm.search.batch import LocalExecutor, OnShare, Searched, failed_question, search_batch
 from drllm.search.questions import Batch
 from drllm.tasks.base import Prompt

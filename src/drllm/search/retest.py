@@ -8,7 +8,7 @@ from typing import TypeAlias
 from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions, full_decisions, num_executions
-from drllm.records import Retest
+from drllm.records.search import Retest
 from drllm.search.evaluator import Evaluator, Outcome, Reading
 
 Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]

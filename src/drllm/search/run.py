@@ -20,21 +20,17 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
 from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.records import (
-    Chunks,
-    FailedQuestion,
-    SearchRecord,
-    clear_half_written,
+from drllm.records.codec import clear_half_written, write_atomically
+from drllm.records.manifest import (
     manifest_path,
     new_manifest,
-    only_writer,
     read_manifest,
-    refuse_other_run,
     to_lines,
-    write_atomically,
     write_records,
 )
-from drllm.records.search import SearchRecords
+from drllm.records.places import only_writer
+from drllm.records.resume import Chunks, refuse_other_run
+from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
 from drllm.search.batch import LocalExecutor, Searched, search_in_step
 from drllm.search.questions import Batch, SearchQuestion, Source, batches_of, questions_of

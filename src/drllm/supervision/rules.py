@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from drllm.records import SearchRecord, TriedPath
+from drllm.records.search import SearchRecord, TriedPath
 from drllm.registry import Registry
 
 NO_VALID_PATH = "no valid path"

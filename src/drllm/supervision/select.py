@@ -14,19 +14,11 @@ from typing import Any
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
-from drllm.records import (
-    RejectedQuestion,
-    SearchRecord,
-    SupervisionRecord,
-    TriedPath,
-    new_manifest,
-    question_key,
-    rejected_path,
-    to_lines,
-    write_atomically,
-    write_records,
-)
-from drllm.records.search import SearchRecords
+from drllm.records.codec import write_atomically
+from drllm.records.manifest import new_manifest, to_lines, write_records
+from drllm.records.search import SearchRecord, SearchRecords, TriedPath
+from drllm.records.splits import question_key
+from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
 from drllm.supervision.rules import (
     NO_KL,
     OVER_QUOTA,

@@ -10,7 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from drllm.paths import Decision, Decisions
-from drllm.records import SearchRecord, SupervisionRecord, TriedPath, question_key
+from drllm.records.search import SearchRecord, TriedPath
+from drllm.records.splits import question_key
+from drllm.records.supervision import SupervisionRecord
 from drllm.supervision.rules import REASONS, is_improving, is_saving, is_valid, survived
 
 KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drllm.errors import TaskError, unknown_name
-from drllm.records import question_key, split_of
+from drllm.records.splits import question_key, split_of
 from drllm.tasks.base import Example, Row, Task, check_split, with_options
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
 from drllm.tasks.rewards import REWARDS, normalise

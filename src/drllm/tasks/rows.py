@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError, TaskError
-from drllm.records import decode, refuse_odd_file
+from drllm.records.codec import decode, refuse_odd_file
 
 
 class EmptyTextError(TaskError):

@@ -18,7 +18,8 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
-from drllm.records import decode, differences, encode
+from drllm.records.codec import decode, encode
+from drllm.records.resume import differences
 from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

@@ -23,7 +23,10 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.records import manifest_path, only_writer, read_manifest, refuse_other_run, write_json
+from drllm.records.codec import write_json
+from drllm.records.manifest import manifest_path, read_manifest
+from drllm.records.places import only_writer
+from drllm.records.resume import refuse_other_run
 
 FEATURES_FOLDER = "features"
 FEATURES_FILE = "features.safetensors"

@@ -24,7 +24,8 @@ from drllm.models.routers.depth_control import read_under
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
+from drllm.records.manifest import new_manifest
+from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
 from drllm.training.targets import OVERFLOWS, are_too_many, set_aside, targets_for
 

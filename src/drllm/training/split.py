@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from drllm.records import question_key
+from drllm.records.splits import question_key
 
 FEWEST_TO_HOLD_OUT = 10
 

@@ -38,10 +38,10 @@ from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import unrouted
-from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
+from drllm.records.codec import clear_half_written, encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.places import check_folder
-from drllm.records.supervision import check_targets, join_supervision
+from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
 from drllm.training import checkpoint, temperature
 from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store

@@ -13,7 +13,9 @@ from typing import Any
 
 from drllm.errors import RecordError
 from drllm.models.base.prompts import context_length, encode
-from drllm.records import RejectedQuestion, SupervisionRecord, to_lines, write_atomically
+from drllm.records.codec import write_atomically
+from drllm.records.manifest import to_lines
+from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 
 TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"

@@ -16,7 +16,7 @@ import msgspec
 from drllm.errors import ConfigError, unknown_name
 from drllm.extras import EXTRAS, need
 from drllm.metrics import JUDGED, Counts, baselines, ratios
-from drllm.records import read_json, write_json
+from drllm.records.codec import read_json, write_json
 from drllm.supervision.summary import class_counts
 from drllm.training.trainer import Trainer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from drllm.config import SPLITS, TuneConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose

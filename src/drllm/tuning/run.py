@@ -27,7 +27,10 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
-from drllm.records import Chunks, new_manifest, only_writer, refuse_other_run, write_json
+from drllm.records.codec import write_json
+from drllm.records.manifest import new_manifest
+from drllm.records.places import only_writer
+from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import (
     CERTIFY,
     FIT,

@@ -11,7 +11,7 @@ from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
 from drllm.pipeline.folder import RunFolder, RunManifest, StageDone, loader, read_run
 from drllm.pipeline.recipes import Recipe, read_recipe, read_sweep
-from drllm.records import sha256, write_json
+from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"

@@ -13,7 +13,7 @@ from drllm.cli.show import show, show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
-from drllm.records import read_json
+from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.records.results import Evaluation
 from drllm.reporting.numbers import plain

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from drllm.evaluation.systems import Answered, joined
 from drllm.models.scoring.batching import blocks_of
-from drllm.records import decode, encode
+from drllm.records.codec import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 sizes = st.integers(1, 20)

@@ -28,7 +28,7 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import sha256
+from drllm.records.codec import sha256
 from drllm.records.results import read_latency
 from slow_way import tiny_routers
 

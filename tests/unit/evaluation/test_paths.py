@@ -17,7 +17,7 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
-from drllm.records import read_json_lines
+from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results
 from drllm.records.static_paths import steps_to_write
 from drllm.reporting.stage import report

@@ -32,7 +32,8 @@ from drllm.models.base.prompts import encode
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import read_json_lines, read_manifest
+from drllm.records.codec import read_json_lines
+from drllm.records.manifest import read_manifest
 from drllm.records.results import read_latency, read_results
 from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm

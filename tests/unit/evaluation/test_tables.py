@@ -10,7 +10,7 @@ from drllm.config import EvaluateConfig
 from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
 from drllm.paths import StaticPath
-from drllm.records import new_manifest
+from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.non_inferiority import Limits, choose, confirm

@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from drllm import records
 from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
-from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
+from drllm.records.manifest import new_manifest, write_records
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
+from drllm.records.search import Retest, SearchRecord, TriedPath
 from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from drllm.errors import RecordError
-from drllm.records import sha256
+from drllm.records.codec import sha256
 from drllm.reporting.run import read_run
 from drllm.reporting.stage import report
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from drllm.errors import RecordError
-from drllm.records import write_json
+from drllm.records.codec import write_json
 from drllm.reporting.drawing import LIGHT, png
 from drllm.reporting.sweeps import (
     Candidate,

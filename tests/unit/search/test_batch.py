@@ -10,7 +10,8 @@ from drllm.errors import ConfigError, ModelError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
-from drllm.records import Chunks, FailedQuestion
+from drllm.records.resume import Chunks
+from drllm.records.search import FailedQuestion
 from drllm.search import retest
 from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
 from drllm.search.evaluator import Evaluator, gold_text, read

@@ -2,7 +2,7 @@
 
 import pytest
 
-from drllm.records import FailedQuestion
+from drllm.records.search import FailedQuestion
 from drllm.search.batch import Searched
 from drllm.search.questions import Batch, ask
 from drllm.search.ray import MAX_LOSSES, Jobs

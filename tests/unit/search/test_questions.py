@@ -7,7 +7,7 @@ import pytest
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.search.questions import batches_of, in_shard, questions_of
 from drllm.tasks.base import choose
 from drllm.tasks.registry import get_task

@@ -17,7 +17,7 @@ import pytest
 import drllm
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.records import read_manifest
+from drllm.records.manifest import read_manifest
 from drllm.search import FAILED_FILE
 from drllm.search import ray as ray_executor
 from drllm.search.questions import batches_of, questions_of

@@ -13,14 +13,11 @@ import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import (
-    FailedQuestion,
-    codec,
-    manifest_path,
-    read_json_lines,
-    read_search,
-    split_of,
-)
+from drllm.records import codec
+from drllm.records.codec import read_json_lines
+from drllm.records.manifest import manifest_path
+from drllm.records.search import FailedQuestion, read_search
+from drllm.records.splits import split_of
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
 from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from drllm.config import SPLITS
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.tasks.builtin import rows_of
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import score_choices

@@ -9,8 +9,7 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.records import split_of
-from drllm.records.splits import BOUNDS
+from drllm.records.splits import BOUNDS, split_of
 from drllm.tasks.published import task
 from drllm.tasks.published.task import PublishedTask, find_file
 from drllm.tasks.registry import TASKS, get_task

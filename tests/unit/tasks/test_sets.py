@@ -9,7 +9,7 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.tasks.published.readers import UNANSWERABLE
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import TASKS, get_task, get_tasks

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import drllm
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
-from drllm.records import SupervisionRecord
+from drllm.records.supervision import SupervisionRecord
 from drllm.training import feature_store, stage
 from drllm.training.feature_store import FEATURES_FILE, Store
 from drllm.training.features import collect

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from small import BrokenOffError, W, files_of, stop_at
 
 from drllm.errors import ConfigError, DrllmError, RecordError
-from drllm.records import only_writer
+from drllm.records.places import only_writer
 from drllm.training import feature_store as store_module
 from drllm.training import features as features_module
 from drllm.training.feature_store import FEATURES_FILE, Store

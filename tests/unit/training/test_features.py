@@ -11,7 +11,8 @@ from small import W, Watching, assert_windows, make_features
 
 from drllm.errors import ModelError, RecordError
 from drllm.models.base.prompts import encode
-from drllm.records import RejectedQuestion, read_json_lines
+from drllm.records.codec import read_json_lines
+from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import Store
 from drllm.training.features import CONSTANT, digest, moments, shape, sizes
 from drllm.training.targets import write_rejected

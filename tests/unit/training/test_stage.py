@@ -8,7 +8,7 @@ from small import IDENTITY, QUICK, BrokenOffError, Watching, files_of, make_feat
 from drllm.errors import ConfigError
 from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
-from drllm.records import read_json
+from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.supervision.summary import class_counts
 from drllm.training.checkpoint import is_finished

@@ -4,7 +4,7 @@ import pytest
 
 from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import Example, NoSplitError, Task, with_options
 from drllm.tasks.registry import get_task

@@ -21,7 +21,8 @@ from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, unknown_name
 from drllm.paths import Decisions, StaticPath, to_path
-from drllm.records import SearchRecord, SupervisionRecord
+from drllm.records.search import SearchRecord
+from drllm.records.supervision import SupervisionRecord
 from drllm.registry import Registry
 
 if TYPE_CHECKING:

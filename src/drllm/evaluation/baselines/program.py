@@ -17,7 +17,7 @@ from drllm.evaluation.baselines.base import (
 )
 from drllm.evaluation.baselines.layer_dropping import mixture
 from drllm.paths import Decisions, edits, full_decisions, num_executions
-from drllm.records import SearchRecord
+from drllm.records.search import SearchRecord
 from drllm.supervision.rules import is_valid
 
 if TYPE_CHECKING:

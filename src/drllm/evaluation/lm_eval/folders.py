@@ -22,7 +22,8 @@ import yaml
 
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.graders import entry_of
-from drllm.records import question_key, write_atomically
+from drllm.records.codec import write_atomically
+from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, groups, is_task_name, task_names

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
-from drllm.records import sha256, write_json
+from drllm.records.codec import sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 from drllm.models.routers.card import FOLDER, MARK, model_card
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.records import read_json
+from drllm.records.codec import read_json
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "router_config.json"

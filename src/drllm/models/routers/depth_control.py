@@ -21,7 +21,7 @@ from drllm.models.base.prompts import context_length, encode, left_padded, rende
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import read_json_lines
+from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
 """Executions that the mean over the calibration set may differ from the wanted one. Less is often

@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from drllm.errors import TaskError
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
 from drllm.tasks.rewards import normalise

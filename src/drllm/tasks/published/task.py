@@ -17,8 +17,7 @@ import yaml
 from drllm.errors import TaskError
 from drllm.extras import need
 from drllm.listener import quiet
-from drllm.records import question_key, split_of
-from drllm.records.splits import BOUNDS
+from drllm.records.splits import BOUNDS, question_key, split_of
 from drllm.tasks.base import (
     FILE_NAMES,
     Example,

@@ -10,7 +10,7 @@ import torch
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Question
-from drllm.records import SearchRecord, TriedPath
+from drllm.records.search import SearchRecord, TriedPath
 from slow_way import ListedModel
 
 NUM_LAYERS = 4

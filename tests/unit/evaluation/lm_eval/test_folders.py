@@ -10,7 +10,7 @@ import pytest
 
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.lm_eval.folders import task_folder
-from drllm.records import question_key
+from drllm.records.splits import question_key
 from drllm.tasks.base import OPTIONS_REWARD, Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask

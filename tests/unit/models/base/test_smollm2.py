@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base import smollm2
-from drllm.records import sha256
+from drllm.records.codec import sha256
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
