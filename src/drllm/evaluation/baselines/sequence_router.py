@@ -9,9 +9,7 @@ from drllm.evaluation.baselines.base import TARGETS, Baseline, Drawn, executions
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-    from drllm.evaluation.baselines.fitting.sequence_router import SequenceRouter
+    from torch import Tensor, nn
 
 
 @register
@@ -30,18 +28,19 @@ class SequenceRouterBaseline(Baseline):
     reads_question = True
 
     @cached_property
-    def trained(self) -> tuple[SequenceRouter, Tensor]:
+    def trained(self) -> tuple[nn.Linear, Tensor]:
         """The router, and what it reads of the calibration prompts, `[N, D]`."""
         import torch
 
         from drllm.evaluation.baselines.fitting import sequence_router
         from drllm.models.base.prompts import encode
+        from drllm.models.routers.logistic import fit_logistic
 
         material, tokenizer = self.fitted.material, self.routed.tokenizer
         prompts = [encode(tokenizer, each.prompt) for each in material.supervision]
         inputs = sequence_router.first_inputs(self.routed, prompts)
         labels = torch.tensor([each.optimal_layer_config for each in material.supervision])
-        router = sequence_router.train_sequence_router(inputs, labels)
+        router = fit_logistic(inputs, labels, num_classes=3)
         return router, sequence_router.first_inputs(self.routed, material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
