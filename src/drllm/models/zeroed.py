@@ -23,10 +23,7 @@ def zeroed_weights(injection: Injection, steps: Sequence[Step], tokens: Tensor) 
     """Return for each step the names, within its layer, of the weights to write as zeros.
 
     `tokens` `[1, T]` pass the model once, so that sublayers are tried on states that they meet.
-
-    Raises:
-        ArchitectureError: The model's attention and MLP can't be told apart, or one gives more than
-            zeros whatever weights of it are zeros.
+    ArchitectureError as `Sublayers`, and for one that no zero weights bring to give zeros.
 
     Source: ours; a rule in place of a table of names.
     """

@@ -138,12 +138,8 @@ class StageTime(NamedTuple):
 def run(recipe: Recipe, folder: Path, listener: Listener) -> list[StageTime]:
     """Carry out a recipe in a folder that receives everything.
 
-    What is done there already is skipped. Returned are the stages in order.
-
-    Raises:
-        ConfigError: The recipe or the folder can't be used; nothing has been written then.
-        TaskError: An unknown task, or no questions to be had; nothing has been written then.
-        RecordError: The folder holds files that can't be trusted, or no question has a target.
+    What is done there already is skipped. Returned are the stages in order. A recipe, its tasks or
+    a folder that can't be used are refused before anything is written; else errors are the stages'.
     """
     recipe.check()
     check_folder(folder, "--output-dir")

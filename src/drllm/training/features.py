@@ -124,13 +124,9 @@ def collect(
     batches follow from the prompts' lengths alone, so that a pass that was killed and resumed ends
     with the bytes of one that wasn't, on the same machine with the same number of threads.
 
-    The model is without routing; a few targets that it can't run are set aside. The store is
-    resumed or used again.
-
-    Raises:
-        ConfigError: The store holds features of something else.
-        RecordError: What `targets_for` refuses; a store that can't be trusted or written.
-        ModelError: Hidden states that overflow the base model's dtype, in too many targets.
+    The model is without routing; a few targets that it can't run are set aside, too many whose
+    hidden states overflow the model's dtype are a ModelError. The store is resumed or used again.
+    Else errors are those of `targets_for` and of the store.
     """
     listener = listener or Listener()
     routed = RoutedModel(model)

@@ -42,11 +42,8 @@ def fingerprint(model: nn.Module) -> str:
     Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
     the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
     routers trained on a float32 model fit its bfloat16 or float16 load. An adapter that isn't
-    merged into the weights doesn't count.
-
-    Raises:
-        ArchitectureError: The model's layers can't be found, or can't be routed.
-        ModelError: The weights are on the meta device, and nothing says where they really are.
+    merged into the weights doesn't count. Models are refused as by `find_layers`; weights on the
+    meta device, of which nothing says where they really are, are a ModelError.
 
     Source: ours.
     """

@@ -93,12 +93,8 @@ class Injection:
 
     A one-token probe at the start finds out what the layers return and what the loop makes of it;
     every later pass is checked to call the layers in order. `default` is the driver that is used
-    while no other is active.
-
-    Raises:
-        ArchitectureError: No list of layers is found, the model keeps state other than K/V in
-            its layers, or its loop does more than call the layers one after the other.
-        RoutingError: The model is routed already.
+    while no other is active. Models are refused as by `find_layers` and `probe`; one that is routed
+    already is a RoutingError.
     """
 
     def __init__(self, model: Any, default: Driver) -> None:

@@ -136,10 +136,7 @@ class PathPolicy(Policy):
 
     Args:
         path: What is run.
-        num_layers: L of the model.
-
-    Raises:
-        PathError: The model doesn't have one of the layers.
+        num_layers: L of the model; PathError if it doesn't have one of the layers.
     """
 
     reads_prompt = False

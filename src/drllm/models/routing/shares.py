@@ -30,9 +30,7 @@ CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 def layer_shares(routed: RoutedModel) -> Shares:
     """Return the shares of attention and MLP in each layer, `[L]` pairs; they sum to 1.
 
-    Raises:
-        ArchitectureError: Attention and MLP can't be told apart, or a layer has experts and the
-            config doesn't say how many of them a token runs.
+    ArchitectureError as `Sublayers`, and if nothing says how many of its experts a token runs.
     """
     sublayers, model = routed.injection.sublayers, base_of(routed.model)
     shares = []
