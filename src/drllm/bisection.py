@@ -40,10 +40,6 @@ def nearest_setting(
     Over N prompts the mean goes in steps of at least 1/N, so it is seldom met to the last digit;
     what is returned says what it gives. From one end to the other, what is measured only falls or
     only rises; of executions beyond either end that end is nearest.
-
-    Example:
-        >>> nearest_setting(lambda x: 10 - round(x), executions=6.2, low=0.0, high=8.0).executions
-        6
     """
     seen = {value: measure(value) for value in (low, high)}
     low_is_above = seen[low] > seen[high]

@@ -21,10 +21,6 @@ def max_executions(budget: float, num_layers: int) -> int:
     A rounding error of the product never costs one.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
-
-    Example:
-        >>> max_executions(1.1, 30)
-        33
     """
     return math.floor(budget * num_layers + 1e-9)
 
@@ -59,12 +55,7 @@ def step_executions(item: int | Step, shares: Shares) -> float:
 
 
 def path_executions(path: StaticPath, shares: Shares) -> float:
-    """Return the cost of a static path in layer equivalents.
-
-    Example:
-        >>> path_executions(StaticPath([0, Step(1, "mlp"), Step(1, scale=0.5)]), [(0.25, 0.75)] * 2)
-        2.75
-    """
+    """Return the cost of a static path in layer equivalents; parts of layers cost their shares."""
     return sum(step_executions(item, shares) for item in path.steps)
 
 

@@ -56,10 +56,6 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
         kind: What the name stands for, in the singular ("task", "flag").
         name: The name as the user wrote it.
         choices: Every valid name.
-
-    Example:
-        >>> unknown_name("task", "arc_esay", ["arc_easy", "dart"])
-        "unknown task 'arc_esay'; did you mean 'arc_easy'? Valid: arc_easy, dart"
     """
     valid = sorted(choices)
     said = nearest_name(kind, name, valid)
@@ -83,9 +79,5 @@ def printable(text: str) -> str:
 
     Everything that is shown to people goes through here once: a terminal obeys control characters,
     and marks that turn the writing direction make a text read as another one.
-
-    Example:
-        >>> printable("a\x1b[31mb")
-        'a\\x1b[31mb'
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -88,13 +88,6 @@ def ratios(counts: Counts) -> dict[str, float | None]:
 
     Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
         out of the mean is ours.
-
-    Example:
-        >>> ratios(Counts(confusion=(((1, 1, 0), (0, 2, 0), (0, 0, 0)),), executions=3, examples=1))
-        ... # doctest: +NORMALIZE_WHITESPACE
-        {'routers_loss': 0.0, 'accuracy': 0.75, 'macro_f1': 0.7333333333333334,
-         'f1_skip': 0.6666666666666666, 'f1_execute': 0.8, 'f1_repeat': None, 'acc_skip': 0.5,
-         'acc_repeat': None, 'avg_layers': 3.0}
     """
     confusion = reduce(_add, counts.confusion)
     hits = [confusion[decision][decision] for decision in DECISIONS]

@@ -24,17 +24,6 @@ class Registry(Generic[T]):
             making the registry loads nothing. `package.*` is every module of a package, so that
             adding one is adding a file.
         error: What an unknown name raises.
-
-    Example:
-        >>> rules = Registry("target rule")
-        >>> @rules.register("shortest")
-        ... def shortest(paths):
-        ...     '''The path with the fewest executions.'''
-        ...     return min(paths, key=len)
-        >>> rules.get("shortest")([(1, 2, 3), (1, 3)])
-        (1, 3)
-        >>> rules.summaries()
-        {'shortest': 'The path with the fewest executions.'}
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_at
 from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
 from drllm.records.places import check_file
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
-from drllm.records.splits import split_of
+from drllm.records.splits import question_key, split_of
 from drllm.records.supervision import (
     SupervisionRecord,
     join_supervision,
@@ -82,6 +82,10 @@ def test_questions_are_divided_by_where_they_come_from(origin, expected):
     found = Counter(split_of(f"Question number {number}?", origin) for number in range(4000))
     shares = {split: number / found.total() for split, number in found.items()}
     assert shares == pytest.approx(expected, abs=0.03)
+
+
+def test_copies_of_a_question_differ_in_white_space_and_case_alone():
+    assert question_key("  What is \n ICE? ") == question_key("what is ice?") == "what is ice?"
 
 
 def test_a_question_stays_in_the_split_it_was_in_when_this_was_written():

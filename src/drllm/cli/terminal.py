@@ -233,14 +233,7 @@ class Progress:
 
 
 def draw_route(decisions: Sequence[int]) -> Text:
-    """Draw decisions with numbered layers; the three kinds differ in shape, not only in colour.
-
-    Example:
-        >>> print(draw_route([1, 0, 2, 1]).plain)
-        layer  0
-               █·2█
-               █ execute  · skip  2 repeat
-    """
+    """Draw decisions with numbered layers; the three kinds differ in shape, not only in colour."""
     text, margin = Text(), " " * 7
     for start in range(0, len(decisions), LAYERS_A_ROW):
         row = decisions[start : start + LAYERS_A_ROW]

@@ -110,11 +110,6 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     PathError for decisions `[L]` or a path that this model can't run.
 
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
-
-    Example:
-        >>> one_layer = ModelShape((100,), 50, heads=2, kv_heads=1, head_size=4, kv_itemsize=4)
-        >>> prompt_flops(one_layer, (2,), num_tokens=3)
-        Flops(weights=1300, attention=576)
     """
     steps = _steps(shape, plan)
     entries = sum(step_executions(s, shape.shares) * shape.matrices[s.layer] for s in steps)
@@ -131,11 +126,6 @@ def kv_bytes(shape: ModelShape, plan: Plan) -> int:
 
     A skipped layer keeps none, nor does an MLP alone; a repeated one keeps those of both passes.
     PathError as `prompt_flops`.
-
-    Example:
-        >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8, kv_itemsize=2)
-        >>> kv_bytes(two_layers, (0, 2))
-        128
     """
     executions = sum(step.run != MLP for step in _steps(shape, plan))
     return 2 * executions * shape.kv_heads * shape.head_size * shape.kv_itemsize

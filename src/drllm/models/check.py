@@ -88,12 +88,7 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
 
 
 def check(family: str) -> Finding:
-    """Try a tiny model of a family of the table, of any other name an ArchitectureError.
-
-    Example:
-        >>> check("qwen2").status
-        'exact'
-    """
+    """Try a tiny model of a family of the table, of any other name an ArchitectureError."""
     if family in FAMILIES and not known_to_transformers(family):
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)

@@ -20,10 +20,6 @@ def split_of(question: str, origin: str) -> str:
     count; the origin is a key of `BOUNDS`.
 
     Source: ours.
-
-    Example:
-        >>> split_of("What is the boiling point of water?", "validation")
-        'test'
     """
     digest = hashlib.sha256(question_key(question).encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
@@ -34,9 +30,5 @@ def question_key(question: str) -> str:
     """Return the text under which two copies of a question count as the same one.
 
     Surrounding white space, line breaks and case don't count.
-
-    Example:
-        >>> question_key("  What is  ICE? ")
-        'what is ice?'
     """
     return " ".join(question.split()).casefold()

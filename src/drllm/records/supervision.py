@@ -67,12 +67,7 @@ class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def rejected_path(supervision: Path) -> Path:
-    """Return where the questions without a target lie.
-
-    Example:
-        >>> rejected_path(Path("data/supervision.jsonl")).name
-        'supervision.rejected.jsonl'
-    """
+    """Return where the questions without a target lie: NAME.rejected.jsonl beside NAME.jsonl."""
     return supervision.with_name(supervision.name.removesuffix(".jsonl") + ".rejected.jsonl")
 
 

@@ -129,12 +129,7 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def apart(places: Sequence[float], least: float) -> list[float]:
-    """Push places up and down until neighbours are so far apart, but for a rounding error.
-
-    Example:
-        >>> [round(place, 3) for place in apart([5.0, 1.0, 1.0], 2.0)]
-        [5.0, 0.0, 2.0]
-    """
+    """Push places up and down until neighbours are so far apart, but for a rounding error."""
     order, found = sorted(range(len(places)), key=places.__getitem__), list(places)
     for _ in range(20 * len(places) ** 2):
         for below, above in itertools.pairwise(order):

@@ -218,12 +218,7 @@ def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def command(manifest: Mapping[str, Any]) -> str:
-    """Write the command that evaluates with a result's settings; those by default are left out.
-
-    Example:
-        >>> command({"routers": "r", "config": {"tasks": "arc_easy", "curve": "0.1", "seed": 0}})
-        'drllm evaluate --routers r --tasks arc_easy --curve 0.1'
-    """
+    """Write the command that evaluates with a result's settings; those by default are left out."""
     runtime, config = _runtime(manifest), manifest.get("config") or {}
     values: dict[str, Any] = {"model": (manifest.get("model") or {}).get("id") or None}
     values |= {name: runtime.get(name) for name in RUNTIME} | {"routers": manifest.get("routers")}

@@ -32,10 +32,6 @@ def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
     """List the edits that valid decisions allow, for paths of at most `limit` executions.
 
     Single skips come first, then double skips, then repeats, each by layer.
-
-    Example:
-        >>> [str(action) for action in legal_actions((1, 1, 0), limit=3)]
-        ['skip 0', 'skip 1', 'repeat 0', 'repeat 1']
     """
     spent = num_executions(decisions)
     found: list[Action] = []
@@ -57,11 +53,6 @@ def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
 
 
 def apply(decisions: Decisions, action: Action) -> Decisions:
-    """Return the decisions after an edit that is legal for them.
-
-    Example:
-        >>> apply((1, 1, 1), Action(1, 2, Decision.SKIP))
-        (1, 0, 0)
-    """
+    """Return the decisions after an edit that is legal for them."""
     before, after = decisions[: action.layer], decisions[action.layer + action.span :]
     return (*before, *(int(action.decision),) * action.span, *after)

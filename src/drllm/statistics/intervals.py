@@ -40,10 +40,6 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     whose counts aren't whole, see `mean_interval`.
 
     Source: Wilson 1927, JASA 22 (158).
-
-    Example:
-        >>> [round(bound, 4) for bound in wilson_interval(81, 263)]
-        [0.2553, 0.3662]
     """
     if n < 1 or not 0 <= correct <= n or correct != int(correct):
         raise ValueError(f"{correct} right answers out of {n} is impossible")
@@ -67,10 +63,6 @@ def mean_interval(
     ValueError.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
-
-    Example:
-        >>> mean_interval([0.5, 0.5, 0.5], seed=0)
-        (0.5, 0.5)
     """
     means = [resamples.mean(axis=1) for resamples in _resamples(np.asarray(values), seed, draws)]
     outside = (1 - confidence) / 2
@@ -107,11 +99,6 @@ def upper_bound(
     which is no sign of certainty. No values are a ValueError.
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
-
-    Example:
-        >>> differences = [0.0, 0.01, -0.01, 0.03, 0.0, 0.02, 0.3, 0.01]
-        >>> upper_bound(differences, seed=0) > mean_interval(differences, 0, confidence=0.9)[1]
-        True
     """
     given = np.asarray(values, dtype=np.float64)
     if given.size and (given == given[0]).all():

@@ -35,12 +35,7 @@ class Outcomes:
 
 
 def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
-    """Count the questions won and lost; a ValueError unless both answered the same ones once.
-
-    Example:
-        >>> won_lost([1, 0, 1], [1, 1, 0])
-        (1, 1)
-    """
+    """Count the questions won and lost; a ValueError unless both answered the same ones once."""
     if not (is_single(ours) and is_single(theirs)):
         raise ValueError("only answers that are right or wrong can be won or lost: one a question")
     pairs = list(zip(ours, theirs, strict=True))
@@ -54,10 +49,6 @@ def mcnemar_exact(won: int, lost: int) -> float:
     won with probability one half. Without any disagreement it is 1.
 
     Source: McNemar 1947, Psychometrika 12 (2), in its exact form.
-
-    Example:
-        >>> mcnemar_exact(won=1, lost=5)
-        0.21875
     """
     n = won + lost
     tail = sum(math.comb(n, wins) for wins in range(min(won, lost) + 1))
@@ -72,10 +63,6 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
     lost, and it stays inside [-1, 1]. Counts that no evaluation can give are a ValueError.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
-
-    Example:
-        >>> [round(bound, 3) for bound in paired_interval(won=1, lost=7, n=21)]
-        [-0.517, -0.026]
     """
     if n < 1 or min(won, lost) < 0 or won + lost > n:
         raise ValueError(f"{won} questions won and {lost} lost out of {n} is impossible")
@@ -116,10 +103,6 @@ def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float
     end of the two-sided interval at 90 %. Trials of drugs often halve the risk; here it stays.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
-
-    Example:
-        >>> round(maximum_loss(won=3, lost=4, n=200), 4)
-        0.0308
     """
     return -paired_interval(won, lost, n, 2 * confidence - 1)[0]
 
@@ -131,10 +114,6 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     call is false stays at most α.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6 (2).
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
     """
     order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
     factors = range(len(pvalues), 0, -1)

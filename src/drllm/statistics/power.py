@@ -52,11 +52,6 @@ def smallest_certifiable(
     result. An ε above it can be certified, one equal to it can't.
 
     Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
-
-    Example:
-        >>> found = smallest_certifiable(n=500, discordant=0.1)
-        >>> round(found.if_equal, 4), round(found.with_power, 4)
-        (0.0238, 0.0359)
     """
     weights, differing, won = _outcomes(n, discordant)
     # Half a question more on each side where their number is odd.
@@ -82,10 +77,6 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
     Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
         averaged over that number.
-
-    Example:
-        >>> round(chance_to_show(n=50, discordant=0.4, difference=0.24, alpha=0.1), 4)
-        0.8394
     """
     weights, differing, won = _outcomes(n, discordant)
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -100,10 +91,6 @@ def questions_needed(n: int, discordant: float, difference: float, alpha: float 
     `discordant` is taken as large as the difference, in (0, 1], where that asks for more.
 
     Source: ours, by doubling and bisection over `chance_to_show`.
-
-    Example:
-        >>> questions_needed(n=120, discordant=0.16, difference=0.05)
-        531
     """
     discordant = max(discordant, difference)
 
@@ -126,10 +113,6 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
     have none.
 
     Source: the normal approximation of a paired test's power.
-
-    Example:
-        >>> round(detectable_mean([-1.0, 1.0] * 50), 3)
-        0.282
     """
     spread = stdev(differences) if len(differences) > 1 else 0.0
     if not spread:

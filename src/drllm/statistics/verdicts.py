@@ -97,10 +97,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Return the size of the difference between two named systems, then what is shown.
 
         Where it is too small to be told, that comes first.
-
-        Example:
-            >>> judge_counts(2, 6, 8).sentence()[:42]
-            'Too few questions to tell (about 33 would '
         """
         compared = f"{self._words.title} of {ours} minus {theirs}"
         if self.shown == "too few":
@@ -311,10 +307,6 @@ def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
     """Say of each list of rounds what the ratios of two times in a round show of the first.
 
     By the sign test, corrected by Holm's method for their being several.
-
-    Example:
-        >>> judge_times([[0.9, 0.95, 0.91, 0.9, 0.8, 0.9, 0.9], [0.9, 1.1, 0.8]])
-        ['faster', 'too noisy to tell']
     """
     sides = [(sum(each < 1 for each in one), sum(each > 1 for each in one)) for one in ratios]
     shown = [p < power.ALPHA for p in holm([mcnemar_exact(*each) for each in sides])]

@@ -212,10 +212,6 @@ def read_quotas(text: str | None) -> dict[str, int]:
     """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas.
 
     Anything else, a count below 1, or a task named twice is a ConfigError.
-
-    Example:
-        >>> read_quotas("arc_easy=400, dart-1=200")
-        {'arc_easy': 400, 'dart-1': 200}
     """
     quotas: dict[str, int] = {}
     for part in [] if text is None else text.split(","):

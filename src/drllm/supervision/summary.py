@@ -77,12 +77,7 @@ def summarise(
 
 
 def class_counts(rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
-    """Count how often each layer is skipped, executed and repeated: `[L][3]`, empty without rows.
-
-    Example:
-        >>> class_counts([(1, 0), (1, 2)])
-        ((0, 2, 0), (1, 0, 1))
-    """
+    """Count how often each layer is skipped, executed, repeated: `[L][3]`, empty without rows."""
     columns = zip(*rows, strict=True)
     return tuple((each.count(0), each.count(1), each.count(2)) for each in columns)
 

@@ -74,10 +74,6 @@ def get_tasks(names: str) -> list[Task]:
     Raises:
         TaskError: An unknown name, an empty list, a task named twice (alone and by its group
             too), or two files of the same name.
-
-    Example:
-        >>> [task.name for task in get_tasks("gsm8k,arc")]
-        ['gsm8k', 'arc_easy', 'arc_challenge']
     """
     given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
     wanted = Counter(name for one in given for name in groups().get(one, (one,)))

@@ -160,12 +160,7 @@ class Exact(Reward):
 
 
 def first_boxed(text: str) -> str | None:
-    r"""Return the content of the first `\boxed{…}` that closes, or None.
-
-    Example:
-        >>> first_boxed(r"so \boxed{\frac{1}{2}} or \boxed{3}")
-        '\\frac{1}{2}'
-    """
+    r"""Return the content of the first `\boxed{…}` that closes, or None."""
     open_braces: list[int | None] = []  # where a box's content starts; None for other braces
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         found = token.group()

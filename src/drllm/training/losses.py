@@ -21,10 +21,6 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     β is in [0, 1): 0 gives equal weights, values near 1 inverse frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
-
-    Example:
-        >>> [round(weight, 3) for weight in class_weights([4399, 120956, 1457], 0.999)]
-        [0.916, 0.905, 1.179]
     """
     present = [count for count in counts if count > 0]
 
@@ -41,10 +37,6 @@ def log_priors(counts: Tensor) -> Tensor:
     A class without labels at a layer gets the frequency of the layer's commonest: its logit is
     then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
     would push it, and it could win where the adjustment is gone, in routing.
-
-    Example:
-        >>> log_priors(torch.tensor([[1.0, 4.0, 0.0]])).exp()
-        tensor([[0.2000, 0.8000, 0.8000]])
     """
     commonest = counts.amax(dim=-1, keepdim=True)
     return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()

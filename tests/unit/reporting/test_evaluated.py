@@ -249,6 +249,7 @@ def test_drawn_points_are_the_numbers_and_base_and_routed_have_their_intervals(r
 
 def test_places_are_moved_as_little_as_needed():
     assert apart([1.0, 5.0], 2.0) == [1.0, 5.0]
+    assert apart([5.0, 1.0, 1.0], 2.0) == pytest.approx([5.0, 0.0, 2.0], abs=1e-3)
     moved = apart([3.0, 3.0, 3.1, 9.0], 1.0)
     assert sorted(moved)[-1] == 9.0
     assert all(b - a >= 1 - 1e-3 for a, b in zip(sorted(moved), sorted(moved)[1:], strict=False))
@@ -381,6 +382,7 @@ def clone(run: Any, evaluation: Any) -> Any:
 
 def test_settings_of_every_kind_can_stand_in_a_command():
     config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "search": "my runs/search.jsonl"}
+    config |= {"seed": 0}  # the default, which is left out
     line = command({"routers": "r", "config": config})
     expected = "drllm evaluate --routers r --tasks a,b --chat --search 'my runs/search.jsonl' "
     assert line == expected + "--epsilon 2.0"

@@ -166,13 +166,6 @@ def task_folder(
         ConfigError: A negative number of examples.
         TaskError: A task named twice, questions that can't be had, none in the split, fewer
             worked examples than asked for, or a task that can't have any.
-
-    Example:
-        >>> from drllm.tasks.registry import get_tasks
-        >>> [task], files = task_folder(get_tasks("builtin_facts"),
-        ...                             split="test", limit=10, seed=0, data_dir=None)
-        >>> task.harness_name, task.metric, task.num_questions, task.chance, list(files.tasks)
-        ('builtin_facts', 'acc', 10, 0.25, ['builtin_facts.yaml'])
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")

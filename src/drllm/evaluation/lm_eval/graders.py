@@ -96,11 +96,6 @@ def grading_of(prompt: Prompt) -> str:
 
     One text, since columns that happen to hold nothing but dates, or nothing at all, would be
     read back as something else than texts.
-
-    Example:
-        >>> row = {"grading": grading_of(Prompt(text="1 + 1?", reward="boxed", answer="2"))}
-        >>> graded(row, [r"It is \boxed{2}."]), shown(row)
-        ({'exact_match': 1.0}, '\\boxed{2}')
     """
     return json.dumps({name: getattr(prompt, name) for name in RULE}, ensure_ascii=False)
 
@@ -123,15 +118,6 @@ def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     Source: Rajpurkar et al. 2016, section 6.1, and 2018 (no answer: both metrics are 1 for an
         answer withheld, else 0). That a word stands for the missing answer is
         lm-evaluation-harness' prompt.
-
-    Example:
-        >>> row = {"grading": '["the Green River", "a river"]'}
-        >>> squad(row, [" Green River."])
-        {'exact': 1.0, 'f1': 1.0}
-        >>> squad(row, [" the Blue River"])
-        {'exact': 0.0, 'f1': 0.6666666666666666}
-        >>> squad({"grading": "[]"}, [" Unanswerable."])
-        {'exact': 1.0, 'f1': 1.0}
     """
     found = _words(results[0])
     if found == [NO_ANSWER]:

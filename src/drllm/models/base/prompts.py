@@ -40,13 +40,7 @@ class PromptForm:
     template: str = PLACE
 
     def put(self, text: str) -> str:
-        r"""Return a prompt in the template; one that has its form already stays as it is.
-
-        Example:
-            >>> form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
-            >>> form.put("What is ice?") == form.put("Question: What is ice?\nAnswer:")
-            True
-        """
+        """Return a prompt in the template; one that has its form already stays as it is."""
         before, _, after = self.template.partition(PLACE)
         is_put = text.startswith(before) and text.endswith(after)
         return text if is_put else f"{before}{text}{after}"
@@ -138,12 +132,6 @@ def with_fixed_clock(template: str) -> str:
     among the arguments. A template without it comes back as it is.
 
     Source: ours (docs/differences.md, D-26).
-
-    Example:
-        >>> from jinja2 import Environment
-        >>> template = with_fixed_clock("{{ strftime_now('%d %b %Y') }}")
-        >>> Environment(trim_blocks=True).from_string(template).render()
-        '26 Jul 2024'
     """
     if "strftime_now" not in template:
         return template

@@ -138,11 +138,6 @@ class Spans:
 
         Args:
             hidden: `[B, T, D]`, any floating dtype; what isn't readable may hold anything, NaN too.
-
-        Example:
-            >>> spans = Spans(torch.ones(1, 4, dtype=torch.bool), num_windows=2)
-            >>> spans.means(torch.arange(4.0).view(1, 4, 1)).means.flatten()
-            tensor([0.5000, 2.5000])
         """
         clean = hidden.float()
         if not self.is_all_readable:

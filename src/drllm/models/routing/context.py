@@ -33,15 +33,7 @@ class _Counted:
 
 
 class Override(_Counted, Generic[Value]):
-    """One kind of value that a block overrides; each owner has its own, the innermost block counts.
-
-    Example:
-        >>> lengths = Override("lengths")
-        >>> owner = object()
-        >>> with lengths.set(owner, 3):
-        ...     lengths.get(owner), lengths.get(object())
-        (3, None)
-    """
+    """A kind of value that blocks override; each owner has its own, the innermost block counts."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -238,11 +238,6 @@ def biased(logits: Tensor, depth_bias: float) -> Tensor:
     repeated. Logits are `[B, 3]` of skip, execute and repeat.
 
     Source: ours (D-20).
-
-    Example:
-        >>> import torch
-        >>> biased(torch.tensor([[0.0, 1.0, -2.0]]), 1.5).tolist()
-        [[0.0, -0.5, -5.0]]
     """
     import torch
 
@@ -258,11 +253,6 @@ def penalised(logits: Tensor, router_penalty: float) -> Tensor:
     below that everything is skipped, above it everything executed, above 0.75 repeated.
 
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
-
-    Example:
-        >>> import torch
-        >>> penalised(torch.tensor([[0.0, 0.0, -torch.inf]]), -0.75).tolist()
-        [[0.75, 0.25, 0.0]]
     """
     import torch
 

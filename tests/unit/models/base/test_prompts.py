@@ -104,6 +104,12 @@ def test_prompts_of_several_forms_agree_on_the_chat_template_at_most(tiny_tokeni
     assert form_of(tiny_tokenizer, []) is None
 
 
+def test_a_prompt_that_has_its_form_already_stays_as_it_is():
+    form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
+    assert form.put("What is ice?") == "Question: What is ice?\nAnswer:"
+    assert form.put(form.put("What is ice?")) == form.put("What is ice?")
+
+
 def test_an_answer_to_a_plain_prompt_ends_where_the_next_one_would_begin():
     form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
     assert form.answer(" Ice.\n\nQuestion: Why?\nAnswer: So.") == " Ice.\n"
