@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from drllm import records
 from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
+from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
 from drllm.records.search import Retest, SearchRecord, TriedPath
@@ -133,7 +134,7 @@ class Folder:
     def header(self, schema: str, config: dict[str, Any]) -> dict[str, Any]:
         return {
             "schema": schema,
-            "schema_version": records.SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "config": {"seed": 7, "curve": None, **config},
             "inputs": {"routers.safetensors": "5" * 64},
