@@ -8,6 +8,7 @@ Axes: Q questions, L layers.
 
 import itertools
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from drllm.evaluation.lm_eval.scoring import Answer, Plan, Request
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.shares import executions_along
-from drllm.models.scoring.batching import blocks_of
+from drllm.models.scoring.batching import batches
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import choose
@@ -35,9 +36,8 @@ Block: TypeAlias = Sequence[int]
 """Places of the questions that are asked together."""
 
 LEAST_SCORED = 64
-"""Questions of a block whose options are scored: seconds of work, which hide the file's writing."""
-LEAST_GENERATED = 1
-"""Questions of a block that answers are generated to: a batch takes long enough by itself."""
+"""Questions of a block whose options are scored, in whole batches: seconds of work, which hide the
+file's writing."""
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,12 +130,12 @@ class TaskRun:
                 len(requests[0].context) + sum(len(request.continuation) for request in requests)
                 for requests in self._requests
             ]
-            self._blocks = blocks_of(lengths, LEAST_SCORED, size)
+            self._blocks = batches(lengths, size * math.ceil(LEAST_SCORED / size))
             # Whatever the first pass sets up would count as time of the base model.
             scorer.score(self._requests[0], FullPolicy())
         else:
             lengths = list(map(len, asked.prompt_tokens))
-            blocks = blocks_of(lengths, LEAST_GENERATED, size)
+            blocks = batches(lengths, size)  # one takes long enough by itself
             prompts = asked.prompts()  # by which the answers of a block are told apart
             self._blocks = [part for block in blocks for part in distinct(block, prompts)]
             new = asked.instances[0][0].args[1].get("max_gen_toks", lm.max_gen_toks)

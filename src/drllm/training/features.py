@@ -24,6 +24,7 @@ from drllm.models.routers.depth_control import read_under
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import batches
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
@@ -158,7 +159,7 @@ def collect(
             _check_finite(model, kept, len(rejected), store.filled)
             missing = [
                 rows
-                for rows in batches([len(tokens) for tokens in prompts], batch_size)
+                for rows in batches(list(map(len, prompts)), batch_size, MAXIMUM_TOKENS)
                 if bool((store.filled[rows] == NOT_DONE).any())
             ]
             done = N - sum(map(len, missing))
@@ -193,23 +194,6 @@ def collect(
         places=is_used.nonzero().flatten() if overflown else None,
         rejected=(*rejected, *overflown),
     )
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Divide prompts into batches by their lengths in tokens alone, the longest first.
-
-    What is too large for memory then fails at the start.
-
-    Example:
-        >>> list(batches([3, 9, 4, 4], 3)), list(batches([3, 9000, 4, 9000], 3))
-        ([[1, 2, 3], [0]], [[1], [3], [2, 0]])
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    start = 0
-    while start < len(order):
-        size = max(1, min(batch_size, MAXIMUM_TOKENS // lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def _sha256(parts: Iterable[bytes]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from drllm.errors import ModelError
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import blocks_of
+from drllm.models.scoring.batching import batches
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import StaticPath, step_of
@@ -66,7 +66,7 @@ class Judge:
         places = range(len(self.items)) if places is None else places
         found = np.zeros((2, len(paths), len(places)))
         lengths = [self.items[place].question.length for place in places]
-        for block in blocks_of(lengths, least=1, batch_size=BLOCK_SIZE):
+        for block in batches(lengths, BLOCK_SIZE):
             found[:, :, block] = self._block(paths, [places[i] for i in block])
         has_options = self.objective == GOLD
         return Scores(

@@ -4,32 +4,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.evaluation.systems import Answered, joined
-from drllm.models.scoring.batching import blocks_of
+from drllm.models.scoring.batching import batches
 from drllm.records.codec import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 sizes = st.integers(1, 20)
 
 
-@given(lengths, sizes, sizes)
-def test_each_question_is_in_one_block_the_longest_first_and_all_but_the_last_are_whole_batches(
-    lengths, least, batch_size
+@given(lengths, sizes)
+def test_each_question_is_in_one_block_the_longest_first_and_all_but_the_last_are_whole(
+    lengths, size
 ):
-    blocks = blocks_of(lengths, least, batch_size)
+    blocks = batches(lengths, size)
     places = [place for block in blocks for place in block]
     assert sorted(places) == list(range(len(lengths)))
     ordered = [lengths[place] for place in places]
     assert ordered == sorted(ordered, reverse=True)
     *whole, last = map(len, blocks)
-    for size in whole:
-        assert size % batch_size == 0
-        assert least <= size < least + batch_size
+    assert all(number == size for number in whole)
     assert 1 <= last <= (whole[0] if whole else len(lengths))
+
+
+@given(lengths, sizes, st.integers(1, 2000))
+def test_a_batch_has_so_many_tokens_with_padding_or_one_prompt(lengths, size, max_tokens):
+    for rows in batches(lengths, size, max_tokens):
+        padded = len(rows) * max(lengths[row] for row in rows)
+        assert len(rows) == 1 or padded <= max_tokens
+        assert len(rows) <= size
 
 
 @given(lengths, sizes, st.integers(1, 3), st.booleans())
 def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_draws, has_routes):
-    blocks = blocks_of(lengths, 1, size)
+    blocks = batches(lengths, size)
 
     def answers(draw, places):
         return [[(float(place), bool(draw)), f"{draw}"] for place in places]

@@ -4,7 +4,6 @@ Results don't depend on how paths are split over passes.
 """
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -137,19 +136,22 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // _num_sharing
 
 
-def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[list[int]]:
-    """Return the questions of a task in blocks, the longest first.
+def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
+    """Divide prompts or questions into batches by their lengths in tokens alone, the longest first.
 
-    Questions of like length make a block, so that batches inside of it are padded no more than if
-    all questions were batched together; a block's size is a multiple of the batch's and `least` or
-    more, but for the last one. The same lengths (in tokens) always give the same blocks.
+    So little of a batch is padding, and what is too large for memory fails at the start. Padding
+    counted, a batch has `max_tokens` at most; a longer prompt has one to itself.
 
     Source: ours.
 
     Example:
-        >>> blocks_of([5, 9, 7], least=1, batch_size=2)
-        [[1, 2], [0]]
+        >>> batches([3, 9, 4, 4], 3), batches([3, 9000, 4, 9000], 3, max_tokens=16_384)
+        ([[1, 2, 3], [0]], [[1], [3], [2, 0]])
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    size = batch_size * math.ceil(least / batch_size)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    found: list[list[int]] = []
+    while order:
+        number = max(1, min(size, max_tokens // max(lengths[order[0]], 1)))
+        found.append(order[:number])
+        order = order[number:]
+    return found
