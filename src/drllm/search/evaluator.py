@@ -6,7 +6,6 @@ The forward passes and their shared prefixes are in `models.scoring`, the reward
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections import Counter
@@ -35,6 +34,7 @@ class Outcome:
     Attributes:
         reward: In [0, 1].
         margin: In nats, positive when right; None where it isn't known (yet).
+        logprobs: Each option's, in nats; empty where one isn't finite, and of generated answers.
         answer: What was generated; None when choices were scored.
         tokens: Those of the answer, without the end-of-sequence token.
         logprob: Mean log-probability of the answer's tokens (with the end of sequence), in nats;
@@ -44,6 +44,7 @@ class Outcome:
 
     reward: float
     margin: float | None
+    logprobs: tuple[float, ...]
     answer: str | None = None
     tokens: tuple[int, ...] = ()
     logprob: float | None = None
@@ -64,11 +65,6 @@ class Reading:
     def question(self) -> Question:
         """What is scored."""
         return Question(self.tokens, self.continuations, self.num_unscored)
-
-    def reads_like(self, prompt: Prompt) -> bool:
-        """Tell whether a prompt puts the same before the model, and only judges it otherwise."""
-        ours = self.prompt
-        return (ours.text, ours.continuations) == (prompt.text, prompt.continuations)
 
 
 def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
@@ -101,6 +97,12 @@ def gold_text(prompt: Prompt) -> str:
     """Return the gold answer as the model would write it right after the prompt."""
     answer = reward_of(prompt).gold_text(prompt)
     return answer if prompt.chat else f" {answer}"
+
+
+def outcome_of(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
+    """Judge the log-probabilities of a prompt's options; without any the path is wrong."""
+    reward, margin = score_choices(logprobs, prompt) if logprobs else (0.0, None)
+    return Outcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
 
 
 class Evaluator:
@@ -148,19 +150,6 @@ class Evaluator:
         """Whether margins are known at once; those of generated answers need `with_margins`."""
         return isinstance(self._batch, ChoiceBatch)
 
-    def judged_as(self, prompts: Sequence[Prompt]) -> Evaluator:
-        """Return this evaluator, its known states included, with another way of judging.
-
-        The prompts read as these do. It measures no KL: that doesn't depend on the judging.
-        """
-        other = copy.copy(self)
-        other.readings = [
-            dataclasses.replace(reading, prompt=prompt)
-            for reading, prompt in zip(self.readings, prompts, strict=True)
-        ]
-        other.kl = False
-        return other
-
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcome of each path on its prompt, in order.
 
@@ -171,10 +160,9 @@ class Evaluator:
         if isinstance(self._batch, ChoiceBatch):
             outcomes = []
             for pair, score in zip(pairs, self._batch.scores(pairs, kl=self.kl), strict=True):
-                reward, margin = 0.0, None
-                if self._is_finite(pair, score.logprobs):
-                    reward, margin = score_choices(score.logprobs, self.readings[pair[0]].prompt)
-                outcomes.append(Outcome(reward=reward, margin=margin, kl=score.kl))
+                logprobs = score.logprobs if self._is_finite(pair, score.logprobs) else ()
+                prompt = self.readings[pair[0]].prompt
+                outcomes.append(outcome_of(logprobs, prompt, score.kl))
             return outcomes
         prompts = [self.readings[place].prompt for place, _ in pairs]
         answers = self._batch.answers(
@@ -187,6 +175,7 @@ class Evaluator:
             Outcome(
                 reward=answer.grade,
                 margin=None,
+                logprobs=(),
                 answer=answer.text,
                 tokens=answer.tokens,
                 logprob=answer.logprob if self._is_finite(pair, [answer.logprob]) else None,

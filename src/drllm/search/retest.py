@@ -1,5 +1,6 @@
 """The re-test: right paths are asked again in other ways before they count as targets."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -9,7 +10,7 @@ from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.records.search import Retest
-from drllm.search.evaluator import Evaluator, Outcome, Reading
+from drllm.search.evaluator import Evaluator, Outcome, Reading, outcome_of
 
 Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]
 """Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
@@ -67,14 +68,9 @@ def retested(
         {place: others[place][way] for place in places if way < len(others[place])}
         for way in range(max((len(others[place]) for place in places), default=0))
     ]
-    anew = [
-        not all(first.readings[place].reads_like(asked[place].prompt) for place in asked)
-        for asked in ways
-    ]
-    # What reads as at first needs the states that are held; they can go before other states come.
-    for way in sorted(range(len(ways)), key=anew.__getitem__):
-        ask = _asking(first, ways[way], config, anew[way])
-        for part in _parts([pair for pair in pairs if pair[0] in ways[way]]):
+    for way, asked in enumerate(ways):
+        ask = _asking(first, asked, config, found)
+        for part in _parts([pair for pair in pairs if pair[0] in asked]):
             outcomes = once(f"retest {way}", part, partial(ask, part))
             for pair, outcome in zip(part, outcomes, strict=True):
                 results[pair].append(outcome)
@@ -98,21 +94,27 @@ def _parts(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
 
 
 def _asking(
-    first: Evaluator, asked: Mapping[int, Reading], config: SearchConfig, is_new: bool
+    first: Evaluator,
+    asked: Mapping[int, Reading],
+    config: SearchConfig,
+    found: Mapping[Pair, Outcome],
 ) -> Callable[[Sequence[Pair]], list[Outcome]]:
-    """Return what asks in one way; where that reads as at first, the states held serve again."""
-    # In a new evaluator the questions that are asked are all there are.
-    rows = {place: row if is_new else place for row, place in enumerate(asked)}
+    """Return what asks in one way; options that are only judged by character run nothing again."""
+    if all(
+        reading.prompt == dataclasses.replace(first.readings[place].prompt, normalised=True)
+        for place, reading in asked.items()
+    ):
+        return lambda pairs: [
+            outcome_of(found[place, path].logprobs, asked[place].prompt) for place, path in pairs
+        ]
+    # In the new evaluator the questions that are asked are all there are.
+    rows = {place: row for row, place in enumerate(asked)}
 
     @cache
     def evaluator() -> Evaluator:  # only made where something isn't kept already
-        if is_new:
-            first.forget()
-            size, memory = config.paths_per_pass, config.state_cache_gb
-            return Evaluator(first.routed, [*asked.values()], memory, paths_per_pass=size)
-        return first.judged_as(
-            [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
-        )
+        first.forget()
+        size, memory = config.paths_per_pass, config.state_cache_gb
+        return Evaluator(first.routed, [*asked.values()], memory, paths_per_pass=size)
 
     def ask(pairs: Sequence[Pair]) -> list[Outcome]:
         asking = [(rows[place], path) for place, path in pairs]

@@ -1,11 +1,13 @@
 """The re-test: who is asked again, in which ways, and who survives."""
 
+import dataclasses
+
 import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.search.evaluator import Evaluator, Outcome
-from drllm.search.retest import is_candidate, judge
+from drllm.search.evaluator import Evaluator, Outcome, read
+from drllm.search.retest import is_candidate, judge, retested
 
 
 def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
@@ -33,6 +35,20 @@ def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(route
     assert seen == {True, False}, "the sample must hold both outcomes"
 
 
+def test_options_that_are_only_judged_by_character_run_no_layer_again(routed, facts):
+    prompt, *_, by_character = facts.prompts(facts.examples("search")[0], "loglikelihood")
+    evaluator, pairs = Evaluator(routed, [prompt], 1.0), [(0, (1,) * 6), (0, (1, 1, 0, 1, 1, 1))]
+    found = dict(zip(pairs, evaluator.evaluate(pairs), strict=True))
+    found = {pair: dataclasses.replace(outcome, reward=1.0) for pair, outcome in found.items()}
+    run = evaluator.states.executions_run
+    again = retested(evaluator, [[read(routed, by_character)]], SearchConfig(), found)
+    assert evaluator.states.executions_run == run
+    fresh = Evaluator(routed, [by_character], 1.0).evaluate(pairs)
+    assert [again[pair].passed for pair in pairs] == [each.reward for each in fresh]
+    margins = [again[pair].margin for pair in pairs]
+    assert margins == pytest.approx([each.margin for each in fresh], abs=1e-5)
+
+
 FULL, SHORTER, LONGER, AS_LONG = (1, 1, 1, 1), (1, 1, 0, 1), (1, 2, 1, 1), (1, 0, 2, 1)
 
 
@@ -47,7 +63,7 @@ FULL, SHORTER, LONGER, AS_LONG = (1, 1, 1, 1), (1, 1, 0, 1), (1, 2, 1, 1), (1, 0
 )
 def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected):
     paths = {
-        decisions: Outcome(reward=float(decisions in right), margin=None)
+        decisions: Outcome(reward=float(decisions in right), margin=None, logprobs=())
         for decisions in (FULL, SHORTER, LONGER, AS_LONG)
     }
     assert {d for d in paths if is_candidate(d, paths[d], paths[FULL])} == expected
@@ -55,7 +71,7 @@ def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected)
 
 def outcomes(rewards, margins):
     return [
-        Outcome(reward=reward, margin=margin)
+        Outcome(reward=reward, margin=margin, logprobs=())
         for reward, margin in zip(rewards, margins, strict=True)
     ]
 
