@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from drllm.config import EvaluateConfig
-from drllm.cost import share_saved
 from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.baselines.base import (
     BASELINES,
@@ -35,7 +34,7 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
-from drllm.models.routing.shares import executions_along, layer_shares
+from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
@@ -88,16 +87,11 @@ class Shared:
         self.paths, self.tuned_on = paths, tuned_on
         for path in paths.values():
             lm.routed.injection.prepare(path)
-        self.saved = {
-            name: share_saved(executions_along(lm.routed, path), lm.routed.num_layers)
-            for name, path in paths.items()
-        }
         self.prompts: list[list[int]] = []
         self.sources = sources_of(tasks, config)
         self.worked = worked_task(config, tasks)
         self.baselines = named(config.baselines)
         self.shares = {f"{100 * share:g} % saved": share for share in depths(config.curve)}
-        self.saved |= self.shares
         self._fitted: dict[str, FittedBaselines] = {}
         search, targets = config.search, config.supervision
         self._search = [] if search is None else read_search(Path(search))
@@ -146,7 +140,7 @@ class Shared:
     def plan(self, cost: int) -> None:
         """Count on so much more work; less, if something planned isn't done after all.
 
-        Work is in token executions: tokens times the share of the layers that they pass.
+        Work is in tokens, whatever layers they pass.
         """
         self._total += cost
 
@@ -238,19 +232,15 @@ class Comparison:
                 f"not of {task.name}"
             )
         depths = ["", *shared.shares]
-        a_question = self.questions.num_tokens // len(self.asked.keys)
+        num_tokens = self.questions.num_tokens
+        a_question = num_tokens // len(self.asked.keys)
         self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
-        self._choice_cost = sum(map(self._cost, [*depths, *shared.paths]))
+        self._choice_cost = num_tokens * (len(depths) + len(shared.paths))
         self.first, self.other_seeds = next(iter(shared.routers), None), [*shared.routers][1:]
         costs = [self._costs(folder, setting) for folder in shared.routers for setting in depths]
-        shared.plan(sum(map(self._cost, ["", *shared.paths])))
+        shared.plan(num_tokens * (1 + len(shared.paths)))
         shared.plan(sum(sum(each.values()) for each in costs))
         shared.plan(self._choice_cost if config.epsilon is not None else 0)
-
-    def _cost(self, setting: str, questions: TaskRun | None = None) -> int:
-        """Return what one run over questions costs at a depth or on a path; see `Shared.plan`."""
-        share = 1 - self.shared.saved.get(setting, 0.0)
-        return round((questions or self.questions).num_tokens * share)
 
     def _num_draws(self, name: str) -> int:
         num = self.config.num_random_draws or NUM_RANDOM_DRAWS
@@ -258,7 +248,7 @@ class Comparison:
 
     def _costs(self, folder: Path, setting: str) -> dict[str, int]:
         """Return what is run with some routers at a depth, by name, and what it costs."""
-        costs = {"depth": self._depth_cost if setting else 0, ROUTED: self._cost(setting)}
+        costs = {"depth": self._depth_cost if setting else 0, ROUTED: self.questions.num_tokens}
         for name in self.shared.baselines:
             if name == PERMUTED or folder == self.first:
                 costs[name] = costs[ROUTED] * self._num_draws(name)
@@ -347,7 +337,7 @@ class Comparison:
         return self.shared.once(
             f"{task}: {name}{which}",
             lambda keep: questions.run(name, [drawn], setting, keep),
-            self._cost(setting or name, questions),
+            questions.num_tokens,
         )
 
     def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
@@ -381,7 +371,7 @@ class Comparison:
                 system.unchanged = [share_unchanged(routes, plan) for plan in plans]
             return system
 
-        cost = self._cost(routed.setting) * self._num_draws(name)
+        cost = self.questions.num_tokens * self._num_draws(name)
         return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)
 
     # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
@@ -402,8 +392,7 @@ class Comparison:
         asked = self.shared.asked(source, split, config.limit_of(source.name))
         questions = TaskRun(self.shared.lm, asked, config.num_texts, config.seed)
         tried = [BASE_MODEL, *settings]
-        actual = sum(self._cost(each.setting or each.name, questions) for each in tried)
-        self.shared.plan(actual - self._choice_cost)
+        self.shared.plan(len(tried) * questions.num_tokens - self._choice_cost)
         found = [
             self._decided(source.name, questions, each, f"{_at(each)} on {split}") for each in tried
         ]
