@@ -25,7 +25,7 @@ from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
-from drllm.tasks.published.task import PublishedTask
+from drllm.tasks.published.task import Loader, PublishedTask
 from drllm.tasks.registry import get_tasks, groups, is_task_name, task_names
 
 Columns: TypeAlias = dict[str, Any]
@@ -289,7 +289,7 @@ def _lengths(
     kwargs = entry.settings.get("generation_kwargs")
     if kwargs is None:
         text = harness_file(entry.file).read_text(encoding="utf-8")
-        kwargs = yaml.load(text, Loader=_Plain)["generation_kwargs"]
+        kwargs = yaml.load(text, Loader=Loader)["generation_kwargs"]
     return {"generation_kwargs": {**kwargs, "max_gen_toks": given}}
 
 
@@ -315,13 +315,6 @@ def harness_file(name: str) -> Path:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads a task file of the harness with the names of functions as texts."""
-
-
-_Plain.add_constructor("!function", lambda _loader, node: node.value)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -288,11 +288,11 @@ def _warn_of_part(path: Path) -> None:
 # --- the table of sets ---------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Reads functions that the harness is to call as it writes them."""
 
 
-_Loader.add_constructor("!function", lambda _, node: Function(node.value))
+Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
 _NAMED = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
@@ -302,7 +302,7 @@ _KINDS: dict[str, type] = {"read": readers.Columns, "form": Form, "harness": Har
 
 def tasks_in(table: str) -> list[PublishedTask]:
     """Return the tasks that a table in the format of `sets.yaml` describes."""
-    rows = yaml.load(table, Loader=_Loader).items()
+    rows = yaml.load(table, Loader=Loader).items()
     return [PublishedTask(name=name, **_fields(row)) for name, row in rows]
 
 
