@@ -18,7 +18,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import manifest_path
 from drllm.records.search import FailedQuestion, read_search
 from drllm.records.splits import split_of
-from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from drllm.search import CHUNKS_FOLDER, num_batches_kept, retest
 from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import batches_of, questions_of
@@ -101,22 +101,17 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
     whole = run(routed, tmp_path / "unbroken", [facts], **config)
     wanted, num_evaluated[0] = num_evaluated[0], 0
     interrupt(routed, tmp_path / "broken", [facts], 2, **config)
-    with_margins = Evaluator.with_margins
-    left = [2]  # one way of the re-test, then the next
 
-    def interrupted(self, pairs, outcomes):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return with_margins(self, pairs, outcomes)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Evaluator, "with_margins", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path / "broken", [facts], **config)
-    lost = len([path for record in whole for path in record.paths if path.retest])
+    with monkeypatch.context() as patched:
+        patched.setattr(retest, "outcome_of", interrupted)  # of the way that is judged last
+        with pytest.raises(KeyboardInterrupt):
+            run(routed, tmp_path / "broken", [facts], **config)
     resumed = run(routed, tmp_path / "broken", [facts], **config)
     assert_same_run(whole, resumed)
-    assert wanted <= num_evaluated[0] <= wanted + lost + 4 * 4, "one way of the re-test at most"
+    assert wanted <= num_evaluated[0] <= wanted + 4 * 4, "one round at most"
 
 
 def test_records_stand_in_the_order_of_the_questions_whatever_their_batches(
