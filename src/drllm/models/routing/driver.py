@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ class RoutedPass(Driver):
 
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
-        self.forward = forward
+        # Not the pass itself, which holds this: what refers to each other waits to be collected.
+        self.attention_mask = forward.attention_mask
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
         self.copies = 1 if self.generate is None else self.generate.copies
@@ -160,6 +161,8 @@ class RoutedPass(Driver):
         """Keep the route if this pass decided one."""
         if self.route:
             self.driver.keep(self.route)
+        if self._along is not None:
+            self._along.end()
 
     def _path_pass(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
         """Return what runs a static path, where the cache has one pinned or the policy is one."""
@@ -188,7 +191,9 @@ class RoutedPass(Driver):
         """
         if self._readable is None:
             if reads_prompt(self.policy):
-                self._readable = _readable_tokens(self.driver, self.forward, hidden)[:: self.copies]
+                self._readable = _readable_tokens(self.driver, self.attention_mask, hidden)[
+                    :: self.copies
+                ]
             else:
                 self._readable = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)[:: self.copies]
                 layers = range(call.index, call.num_layers)
@@ -258,10 +263,9 @@ class RoutedPass(Driver):
         return hidden
 
 
-def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) -> Tensor:
+def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor:
     """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
     B, T = hidden.shape[:2]
-    mask = forward.attention_mask
     given = _readable.get(driver)
     if given is not None:
         readable = given
@@ -325,6 +329,11 @@ class PathPass(Driver):
         while self._left and self._left[-1].layer <= call.index:
             hidden = self._run(self._left.pop(), hidden)
         return hidden
+
+    def end(self) -> None:
+        """Let the calls go, which hold the pass and the cache."""
+        self._calls.clear()
+        self._entries.clear()
 
     def _entry(self, call: LayerCall, hidden: Tensor) -> RoutedCacheLayer | None:
         if call.cache is None:

@@ -221,9 +221,14 @@ class PrefixSharingDriver(Driver):
         return wanted
 
     def release(self) -> None:
-        """Allow the states of this pass to be evicted."""
+        """Allow the states of this pass to be evicted, and let go of what else it holds.
+
+        Its calls hold it in turn: logits and caches would wait for the garbage collector.
+        """
         self.states.release((self.rows.number, *used) for used in self._used)
         self._used.clear()
+        self._calls.clear()
+        self.logits = ()
 
     def kv(self, row: int, path: Steps) -> tuple[Tensor, Tensor]:
         """Return K and V of a path's last execution, `[H, F + T, E]`, past ones included."""
