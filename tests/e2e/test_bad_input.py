@@ -217,7 +217,8 @@ search --strategy sweep --length-penalty 9 => --length-penalty 9 has no effect w
 search --model nowhere --shard 1/2 --limit 1 => --shard 1/2 holds no questions
 evaluate --tasks builtin_facts => neither routers nor paths are given
 evaluate --paths nowhere.json => nowhere.json doesn't exist
-evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers => p.json: [0]\\n
+evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers \
+=> p.json: {"path": [0]}\\n
 evaluate --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
 EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
@@ -380,10 +381,8 @@ ROUTED => unknown key 'num_window' \
 => run/routers/router_config.json: "num_windows" -> "num_window": 8, "num_windows"
 ROUTED => don't name their base model => run/routers/router_config.json: @no_base_model
 EXPORT out => 9 at position 1 => plan: {"path": [0, 9]}
-EXPORT out => can be decisions or a path => plan: 1 1 1 1
-EXPORT out => 'x' at position 1 => plan: 0 x
-EXPORT run => isn't empty => plan: 0 1
-EXPORT plan => is a file => plan: 0 1
+EXPORT run => isn't empty => plan: {"path": [0, 1]}
+EXPORT plan => is a file => plan: {"path": [0, 1]}
 AGAIN => run/search.jsonl was made with => run/run.yaml: num_simulations: 6 -> num_simulations: 7
 AGAIN => dtype => run/run.yaml: dtype: auto -> dtype: bfloat16
 HARNESS --tasks some_tex --include_path . => unknown task 'some_tex'; did you mean 'some_text'? \

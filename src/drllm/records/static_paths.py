@@ -3,11 +3,10 @@
 Axes: L layers.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -24,8 +23,8 @@ FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """What is compared of the models' identities."""
 FORMS = (
-    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, layer indices '
-    "on one line, or a paths.json of 'drllm tune'"
+    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, or a paths.json '
+    "of 'drllm tune'"
 )
 
 
@@ -150,20 +149,24 @@ def read_paths(file: Path) -> StaticPaths:
 
 
 class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    decisions: tuple[int, ...] | None = None
-    path: tuple[int | StepRecord, ...] | None = None
+    decisions: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] | None = None
+    path: Annotated[tuple[int | StepRecord, ...], msgspec.Meta(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.decisions is None) == (self.path is None):
+            raise ValueError("expected one of 'decisions' and 'path'")
 
 
 @dataclass(frozen=True, slots=True)
 class PathFile:
     """What a file says, before it is known how many layers the model has.
 
-    Its `kind` is `decisions` or `path`, or None where the file doesn't say which; `found` and
-    `record` are the path and the whole of a `paths.json`.
+    Its `kind` is `decisions` or `path`; `found` and `record` are the path and the whole of a
+    `paths.json`.
     """
 
     file: Path
-    kind: str | None
+    kind: str
     values: tuple[int | StepRecord, ...]
     found: NamedPath | None = None
     record: StaticPaths | None = None
@@ -180,24 +183,15 @@ class PathFile:
     def path(self, num_layers: int) -> StaticPath:
         """Return the path for a model of L layers.
 
-        Values that it can't run, or that could be decisions and a path, are a PathError.
+        Values that it can't run are a PathError.
         """
-        kind, numbers = self.kind, [v for v in self.values if isinstance(v, int)]
-        if kind is None:
-            distinct, is_one_a_layer = set(numbers), len(numbers) == num_layers
-            kind = "decisions" if is_one_a_layer and {0} != distinct <= {0, 1, 2} else "path"
-            if kind == "decisions" and distinct <= set(range(num_layers)):
-                shown = f"[{numbers[0]}, …]"
-                raise PathError(
-                    f"{self.file}: {num_layers} numbers from 0 to 2 can be decisions or a path of "
-                    f'this model; write {{"decisions": {shown}}} or {{"path": {shown}}} to say '
-                    f"which"
-                )
+        plain: list[Any] = [
+            v if isinstance(v, int) else msgspec.structs.asdict(v) for v in self.values
+        ]
         try:
-            if kind == "decisions":
-                return StaticPath(to_path(check_decisions(numbers, num_layers)))
-            steps = [v if isinstance(v, int) else msgspec.structs.asdict(v) for v in self.values]
-            return StaticPath(steps).check(num_layers)
+            if self.kind == "decisions":
+                return StaticPath(to_path(check_decisions(plain, num_layers)))
+            return StaticPath(plain).check(num_layers)
         except PathError as error:
             raise PathError(f"{self.file}: {error}") from error
 
@@ -205,8 +199,8 @@ class PathFile:
 def read_path(given: str) -> PathFile:
     """Read `FILE` or `FILE:NAME`: any of `FORMS`; the name is that of a path of a `paths.json`.
 
-    No such file, no text, or another form is a RecordError; no numbers, a value that isn't a whole
-    number, a name that there isn't, or none where one is needed, a PathError.
+    No such file, or another form, is a RecordError; a name that there isn't, or none where one is
+    needed, a PathError.
     """
     found, file, name = _read(given)
     if isinstance(found, PathFile):
@@ -261,34 +255,11 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     text = read_text(file).strip()
     if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
         return read_paths(file), file, name
-    if not text or (text[0] not in "{[" and "\n" in text):
-        raise RecordError(f"{file} is {'no single line' if text else 'empty'}; give {FORMS}")
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
-    return _read_numbers(file, text), file, None
-
-
-def _read_numbers(file: Path, text: str) -> PathFile:
-    if text[0] in "{[":
-        try:
-            given = decode(text, _Given, str(file))
-        except RecordError as error:
-            raise RecordError(f"{error}; give {FORMS}") from error
-        if (given.decisions is None) == (given.path is None):
-            raise RecordError(f"{file} must have one of 'decisions' and 'path'; give {FORMS}")
-        kind = "decisions" if given.path is None else "path"
-        values: Sequence[int | StepRecord] = given.decisions or given.path or ()
-        found = PathFile(file, kind, tuple(values))
-    else:
-        words = [word for word in re.split(r"[\s,]+", text) if word]
-        for place, word in enumerate(words):
-            if not re.fullmatch(r"[+-]?[0-9]{1,9}", word):
-                raise PathError(
-                    f"{file}: {word[:40]!r} at position {place} of the line (counted from 0) is "
-                    f"not a whole number; give {FORMS}"
-                )
-        found = PathFile(file, None, tuple(map(int, words)))
-    if not found.values:
-        what = found.kind or "the line"
-        raise PathError(f"{file}: {what} is empty; at least one layer must be executed")
-    return found
+    try:
+        plan = decode(text, _Given, str(file))
+    except RecordError as error:
+        raise RecordError(f"{error}; give {FORMS}") from error
+    kind = "decisions" if plan.path is None else "path"
+    return PathFile(file, kind, plan.decisions or plan.path or ()), file, None
