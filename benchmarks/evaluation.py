@@ -24,7 +24,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from drllm.evaluation.latency import that_execute
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
@@ -64,7 +63,7 @@ def executing_routers(base: BaseModel) -> RouterStack:
         base_model=base.name,
         base_fingerprint=fingerprint(base.model),
     )
-    return that_execute(RouterStack(config, torch.Generator().manual_seed(0)))
+    return common.that_execute(RouterStack(config, torch.Generator().manual_seed(0)))
 
 
 def compare(

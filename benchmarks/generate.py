@@ -45,7 +45,6 @@ from drllm.evaluation.latency import (
     empty_cache,
     reading,
     take_turns,
-    that_execute,
     twin,
 )
 from drllm.models.base.load import BaseModel
@@ -169,7 +168,7 @@ def variants(base: BaseModel) -> dict[str, Any]:
     L = base.num_layers
     config = RouterConfig(num_layers=L, hidden_size=base.model.config.hidden_size)
     stack = RouterStack(config, torch.Generator().manual_seed(0))
-    executing = RouterPolicy(that_execute(stack))
+    executing = RouterPolicy(common.that_execute(stack))
     policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": executing}
     policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
     models = {"untouched": base.model, "control": twin(base.model)}

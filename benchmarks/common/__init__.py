@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -15,9 +16,13 @@ import transformers
 
 from drllm.config import ModelConfig
 from drllm.models.base.load import BaseModel, load
+from drllm.models.routers.stack import RouterStack
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
+
+ALWAYS = 1e3
+"""Logits that no router's own answer comes near to."""
 
 
 def parser_of(doc: str, quick: str = "a small sample, under a minute") -> argparse.ArgumentParser:
@@ -77,6 +82,14 @@ def base_of(options: argparse.Namespace) -> BaseModel:
     """Load the model that the flags name, in float32 on the CPU where they don't say more."""
     dtype, device = getattr(options, "dtype", "float32"), getattr(options, "device", "cpu")
     return load(ModelConfig(model=options.model, dtype=dtype, device=device))
+
+
+def that_execute(routers: RouterStack) -> RouterStack:
+    """Return a copy of routers that compute all they do, and whose every answer is to execute."""
+    copied = copy.deepcopy(routers)
+    with torch.no_grad():
+        copied.decision_bias[:, 1] += ALWAYS
+    return copied
 
 
 def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:

@@ -182,17 +182,6 @@ def test_without_a_place_for_results_nothing_is_left_behind(model_folder, tmp_pa
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_task_of_the_users_own_can_stand_beside_ours(evaluate, model_folder, tmp_path: Path):
-    rolling_task(tmp_path)
-    found = evaluate(
-        "out",
-        "--model drllm --tasks some_text,builtin_facts --include_path theirs --split test "
-        "--limit 2",
-        pretrained=model_folder(),
-    )
-    assert list(found["results"]) == ["some_text", "builtin_facts"]
-
-
 def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for_and_the_cache_holds(
     evaluate, model_folder, tmp_path
 ):

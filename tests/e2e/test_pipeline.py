@@ -200,13 +200,12 @@ def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
     assert tested["split"] == "test"
     assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
     assert (out / "test" / "report.html").is_file()
-    assert (out / "sweep.png").is_file()
     assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
 
     before = files_of(out)
     drllm("sweep", sweep, "--output-dir", out)
     after = files_of(out)
-    assert {name for name in before if before[name] != after[name]} <= {"sweep.json", "sweep.png"}
+    assert {name for name in before if before[name] != after[name]} <= {"sweep.json"}
     assert "settings on select" in drllm("show", out).out
 
 

@@ -22,7 +22,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from drllm.errors import ConfigError, TaskError, nearest_name
-from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks
+from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
 from drllm.listener import quiet
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> None:
         harness = HarnessCLI()
         group = harness._subparsers.choices["run"].add_argument_group(
             "drllm",
-            "With one of these, names of 'drllm ls tasks' and .jsonl files are drllm's tasks.",
+            "With one of these, all --tasks are names of 'drllm ls tasks' or .jsonl files.",
         )
         group.add_argument(
             "--data_dir",
@@ -95,35 +95,39 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
     is_first = int(os.environ.get("RANK", "0")) == 0  # the process that writes
     length = settings.model_args.get("max_length")
-    own = None
+    tasks: list[HarnessTask] = []
+    files: FolderFiles | None = None
     if data_dir is not None or split is not None:
-        own = own_tasks(
+        if settings.include_path is not None:
+            raise ConfigError(
+                f"--include_path {settings.include_path} has no effect on drllm's tasks, which "
+                f"--data_dir and --split are for; leave it out"
+            )
+        tasks, files = own_tasks(
             names,
             split=split or "test",
             limit=settings.limit,
             data_dir=data_dir,
             num_fewshot=settings.num_fewshot,
             max_length=length if isinstance(length, int) else None,
-            include_path=settings.include_path,
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
     with ExitStack() as stack:
         if settings.cache_requests:
             from lm_eval.caching import cache
 
-            place = str(Path(cache.PATH) / f"drllm-{_key(args, own)}")
+            place = str(Path(cache.PATH) / f"drllm-{_key(args, files)}")
             stack.enter_context(patch.object(cache, "PATH", place))
-        if own is not None:
-            for task in own.tasks if is_first else ():
+        if files is not None:
+            for task in tasks if is_first else ():
                 for note in task.notes:
                     logger.warning("%s: %s", task.name, note)
             if output is not None and is_first:
-                folder = str(output / FOLDER / own.files.key)
+                folder = str(output / FOLDER / files.key)
             else:
                 folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))
-            own.files.write(Path(folder))
-            theirs = settings.include_path
-            args.tasks, args.include_path = own.names, [theirs, folder] if theirs else folder
+            files.write(Path(folder))
+            args.tasks, args.include_path = [task.harness_name for task in tasks], folder
         _execute(harness, args, names, settings.include_path)
 
 
@@ -178,7 +182,7 @@ def _nearest(name: str, include_path: str | None) -> str:
     return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
 
 
-def _key(args: Namespace, own: OwnTasks | None) -> str:
+def _key(args: Namespace, files: FolderFiles | None) -> str:
     """Return what tells requests from others that the harness would take for the same.
 
     It knows them by task, number of shots and tokenizer. We add the rows, and every word of the
@@ -186,5 +190,5 @@ def _key(args: Namespace, own: OwnTasks | None) -> str:
     """
     others = ("func", "command", "cache_requests", "output_path")
     words = sorted((name, value) for name, value in vars(args).items() if name not in others)
-    content = (own.files.key if own else "", words, version("lm_eval"), version("drllm"))
+    content = (files.key if files else "", words, version("lm_eval"), version("drllm"))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]

@@ -34,12 +34,10 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_baselines(terminal: Terminal) -> None:
-    from drllm.evaluation.baselines.base import NOT_COMPARED, dashed, ordered
+    from drllm.evaluation.baselines.base import dashed, ordered
 
     rows = ((dashed(b.name), b.description, b.fitted_on, b.source) for b in ordered())
     terminal.table("baseline|what it does|fitted on|source", rows)
-    for name, reason in NOT_COMPARED.items():
-        terminal.say(f"Not compared: {name}, {reason}.")
 
 
 def _list_architectures(terminal: Terminal) -> None:

@@ -28,16 +28,14 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.results import (
-    ATTACHED,
     BASE,
     LATENCY_FILE,
     ROUTED,
-    ROUTERS_EXECUTE,
     Latency,
     Timing,
     Timings,
@@ -51,34 +49,9 @@ BATCH_SIZES = (1, 4, 16)
 PROMPT_TOKENS, NEW_TOKENS = 16, 1
 """At most of a prompt; decoded in one timing. Small enough for a model of 135 million parameters on
 two cores."""
-ALWAYS = 1e3
-"""Logits that no router's own answer comes near to."""
-DESCRIPTIONS = {
-    BASE: "the untouched model",
-    ROUTED: "the routers decide",
-    ATTACHED: "ready for routing, without routers: every layer once",
-    ROUTERS_EXECUTE: "routers compute all that they do, and every layer runs once",
-}
+DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
 TIMED_TOKENS = len(DESCRIPTIONS) * sum(BATCH_SIZES) * (PROMPT_TOKENS + NEW_TOKENS)
 """Of a round, at most."""
-
-
-def with_router_time(routers: RouterStack) -> dict[str, Policy | None]:
-    """Return what `measure` compares, so that the routers' own time is told apart."""
-    return {
-        BASE: None,
-        ROUTED: RouterPolicy(routers),
-        ATTACHED: FullPolicy(),
-        ROUTERS_EXECUTE: RouterPolicy(that_execute(routers)),
-    }
-
-
-def that_execute(routers: RouterStack) -> RouterStack:
-    """Return a copy of routers that compute all they do, and whose every answer is to execute."""
-    copied = copy.deepcopy(routers)
-    with torch.no_grad():
-        copied.decision_bias[:, 1] += ALWAYS
-    return copied
 
 
 @torch.no_grad()
@@ -211,7 +184,7 @@ def write_latency(
         path.unlink(missing_ok=True)
         return
     timed = choose_prompts(prompts, config.seed)
-    systems = with_router_time(routers)
+    systems = {BASE: None, ROUTED: RouterPolicy(routers)}
     weights = folder / WEIGHTS_FILE
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),

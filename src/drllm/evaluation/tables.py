@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
-from drllm.evaluation.baselines.base import BASELINES, NOT_COMPARED
+from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun
@@ -193,7 +193,6 @@ class TaskRuns:
             curve=self.curve(),
             seeds=self.by_seeds(),
             choice=self.choice,
-            not_compared=dict(NOT_COMPARED),
         )
         return replace(found, findings=tuple(self._findings(found)))
 

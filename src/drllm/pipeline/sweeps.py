@@ -3,19 +3,18 @@
 OUT/search.jsonl          one search for all settings
 OUT/settings/NAME/        a run folder for each setting, evaluated on `select`
 OUT/test/                 what was chosen, evaluated once
-OUT/sweep.json, sweep.png
+OUT/sweep.json
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 from drllm.listener import Listener
 from drllm.pipeline.folder import RunFolder, loader
 from drllm.pipeline.recipes import CHOSEN_ON, SweepPlan
-from drllm.records.codec import sha256, write_atomically, write_json
+from drllm.records.codec import sha256, write_json
 from drllm.records.places import check_folder
-from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, drawn, read_candidate
+from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, read_candidate
 
 
 def sweep(plan: SweepPlan, folder: Path, listener: Listener) -> str | None:
@@ -49,10 +48,6 @@ def sweep(plan: SweepPlan, folder: Path, listener: Listener) -> str | None:
             settings=tuple(candidates),
         )
         write_json(folder / SWEEP_FILE, result)
-        if any(candidate.places for candidate in candidates):
-            from drllm.reporting.drawing import png
-
-            write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))
         if chosen is None:
             return None
         place = folder / "settings" / chosen.name

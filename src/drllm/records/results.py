@@ -24,7 +24,6 @@ from drllm.statistics.verdicts import Differences, judge_times
 BASE, ROUTED = "base", "routed"
 PERMUTED = "permuted routes"
 PREFILL, DECODE = "prefill", "decode"
-ATTACHED, ROUTERS_EXECUTE = "attached", "routers that execute"
 EVALUATION_SCHEMA, LATENCY_SCHEMA = "drllm.evaluation", "drllm.latency"
 SAMPLES_FILE, LATENCY_FILE = "samples.jsonl", "latency.json"
 OLDEST = 2
@@ -177,7 +176,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     curve: tuple[Point, ...] = ()
     seeds: tuple[Seeds, ...] = ()
     choice: Choice | None = None
-    not_compared: dict[str, str] = {}
+    not_compared: dict[str, str] = {}  # of older files
     findings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -468,16 +467,6 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         labels = judge_times([self.ratio(ROUTED, BASE, *each) for each in timed])
         return dict(zip(timed, labels, strict=True))
 
-    def router_seconds(self, batch_size: int) -> list[float]:
-        """Return what the routers take while a batch is read, round by round.
-
-        Between routers whose every answer is to execute and a routed model without routers. Noise
-        can make it negative. In decode routers don't run.
-        """
-        systems = (ROUTERS_EXECUTE, ATTACHED)
-        ours, theirs = (self.of(each, PREFILL, batch_size).seconds for each in systems)
-        return list(map(operator.sub, ours, theirs))
-
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `eval/latency.json`; base and routed are always among what was measured."""
@@ -493,7 +482,7 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         timed = {(each.system, each.phase, each.batch_size) for each in self.measured.timings}
         needed = {(each.phase, each.batch_size) for each in self.measured.timings}
-        for name in (BASE, ROUTED, ATTACHED, ROUTERS_EXECUTE):
+        for name in (BASE, ROUTED):
             if not timed or any((name, *each) not in timed for each in needed):
                 raise ValueError(f"no times of {name!r} in some phase or batch size")
 

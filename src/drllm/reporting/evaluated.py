@@ -215,10 +215,8 @@ def _timed(found: Timings) -> list[list[str]]:
     rows = []
     for (phase, size), label in found.labels().items():
         base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
-        ratio, own = found.ratio(ROUTED, BASE, phase, size), found.router_seconds(size)
+        ratio = found.ratio(ROUTED, BASE, phase, size)
         ratios = [plain(each, 2) for each in (median(ratio), min(ratio), max(ratio))]
-        # In some round they took less than nothing: noise. In decoding they don't run.
-        alone = _ms(median(own)) if min(own) > 0 else "too noisy"
         rows.append(
             [
                 f"{PHASES[phase]}, {count(size)}",
@@ -228,7 +226,6 @@ def _timed(found: Timings) -> list[list[str]]:
                 label,
                 count(round(routed.num_tokens / routed.median)),
                 plain(routed.executions, 2),
-                alone if phase == PREFILL else "none",
             ]
         )
     return rows

@@ -1,25 +1,18 @@
-"""A sweep over settings: what their routed models lost, which one is chosen, the drawing.
+"""A sweep over settings: what their routed models lost, and which one is chosen.
 
 The choice sees the `select` split alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from drllm.errors import RecordError
 from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
-from drllm.reporting.drawing import Colours, panels
 from drllm.statistics.verdicts import Differences
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCHEMA = "drllm.sweep"
 SWEEP_FILE = "sweep.json"
@@ -115,38 +108,3 @@ def read_sweep_file(path: Path) -> SweepResult:
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
     return read_form(path, SweepResult, SCHEMA)
-
-
-def drawn(candidates: Sequence[Candidate], colours: Colours, width: float) -> Figure:
-    """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
-    depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
-    several = len({task for task, _ in depths}) > 1
-    height = 0.9 + 0.21 * len(candidates) * max(1, len(depths) / 2)  # inches
-    figure, (left, right) = panels(1, 2, width, height, sharey=True)
-    for axes, key, scale, label in (
-        (left, "accuracy", 100, "accuracy,\npoints"),
-        (right, "gold_logprob", 1, "gold log-prob.,\nnats"),
-    ):
-        for number, depth in enumerate(depths):
-            shift = (number - (len(depths) - 1) / 2) * 0.8 / len(depths)
-            points = [
-                (row + shift, *(scale * value for value in (found.mean, *found.interval)))
-                for row, candidate in enumerate(candidates)
-                for place in candidate.places
-                if (place.task, place.depth) == depth
-                and (found := getattr(place.against_base, key)) is not None
-            ]
-            if points:
-                rows, middles, lows, highs = zip(*points, strict=True)
-                colour, marker = colours[f"s{number % 5 + 1}"], "osD^v"[number % 5]
-                name = ", ".join(depth) if several else depth[1]
-                axes.hlines(rows, lows, highs, color=colour, linewidth=1.2)
-                axes.plot(middles, rows, marker, color=colour, markersize=3.5, label=name)
-        axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
-        axes.set_xlabel(f"{label}, minus base's")
-        axes.locator_params(axis="x", nbins=3)
-    left.set_yticks(range(len(candidates)), [each.name for each in candidates])
-    left.invert_yaxis()
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2)
-    return figure

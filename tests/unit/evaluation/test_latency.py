@@ -17,9 +17,7 @@ from drllm.evaluation.latency import (
     measure,
     reading,
     take_turns,
-    that_execute,
     twin,
-    with_router_time,
     write_latency,
 )
 from drllm.models.base.identity import fingerprint
@@ -33,7 +31,6 @@ from drllm.records.results import read_latency
 from slow_way import tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
-SYSTEMS = ("base", "routed", "attached", "routers that execute")
 PHASES = ("prefill", "decode")
 
 
@@ -49,6 +46,11 @@ def routers(base):
     )
 
 
+@pytest.fixture(scope="module")
+def systems(routers):
+    return {"base": None, "routed": RouterPolicy(routers)}
+
+
 def test_systems_take_turns_in_another_order_every_round():
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
@@ -60,35 +62,34 @@ def test_systems_take_turns_in_another_order_every_round():
     assert rounds == [dict.fromkeys("abc", 1.0)] * 8
 
 
-def test_every_system_phase_and_batch_size_has_its_timing(base, routers, monkeypatch):
+def test_every_system_phase_and_batch_size_has_its_timing(base, systems, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(latency, "device_clock", lambda _: lambda: 0.5 * next(ticks))
-    found = measure(base.model, with_router_time(routers), PROMPTS, 2)
+    found = measure(base.model, systems, PROMPTS, 2)
     timed = [(each.phase, each.batch_size, each.system) for each in found.timings]
-    assert sorted(timed) == sorted(itertools.product(PHASES, BATCH_SIZES, SYSTEMS))
+    assert sorted(timed) == sorted(itertools.product(PHASES, BATCH_SIZES, systems))
     for each in found.timings:
         assert each.seconds == (0.5, 0.5)  # the shortest prompt has five tokens
         assert each.num_tokens == each.batch_size * (5 if each.phase == "prefill" else 1)
     assert (found.prompt_tokens, found.new_tokens) == (5, 1)
-    assert found.router_seconds(4) == [0.0, 0.0]
     with pytest.raises(KeyError, match="base"):
         found.of("base", "prefill", 2)
 
 
-def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, routers):
+def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, systems):
     model = tiny_llama()
     before = model(torch.tensor([PROMPTS[0]])).logits
-    measure(model, with_router_time(routers), PROMPTS, 1)
+    measure(model, systems, PROMPTS, 1)
     assert torch.equal(before, model(torch.tensor([PROMPTS[0]])).logits)
     weights = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in twin(model).parameters()} == weights
     RoutedModel(model)  # would be refused if it were routed
     with pytest.raises(RoutingError, match="routed already"):
-        measure(model, with_router_time(routers), PROMPTS, 1)
+        measure(model, systems, PROMPTS, 1)
 
 
-def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, routers):
-    systems = {**with_router_time(routers), "static": FixedPolicy([1, 0, 2, 1, 2, 1], 6)}
+def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, routers, systems):
+    systems = {**systems, "static": FixedPolicy([1, 0, 2, 1, 2, 1], 6)}
     found = measure(base.model, systems, PROMPTS, 1)
     routed = RoutedModel(base.model, routers)
     costs = []
@@ -101,15 +102,7 @@ def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, rout
         rows = [costs[row % 3] for row in range(size)]
         assert found.of("routed", phase, size).executions == statistics.mean(rows)
         assert found.of("static", phase, size).executions == 7.0
-        for name in set(SYSTEMS) - {"routed"}:
-            assert found.of(name, phase, size).executions == 6.0
-
-
-def test_routers_that_execute_do_so_and_the_originals_stay(tiny_llama, routers):
-    routed = RoutedModel(tiny_llama(), policy=RouterPolicy(that_execute(routers)))
-    routed.model(torch.tensor(PROMPTS[:1]))
-    assert routed.last_route.tolist() == [[1] * 6]
-    assert torch.equal(routers.decision_bias, torch.zeros(6, 3))
+        assert found.of("base", phase, size).executions == 6.0
 
 
 def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):

@@ -110,8 +110,6 @@ RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 SECONDS = {
     "base": (0.1, 0.12, 0.11),
     "routed": (0.09, 0.12, 0.0902),
-    "attached": (0.101, 0.121, 0.111),
-    "routers that execute": (0.104, 0.123, 0.116),
 }
 """What each round of a batch of one row took; decoding half as long, others in proportion."""
 
@@ -317,7 +315,6 @@ class Folder:
             systems=tuple(systems),
             curve=tuple(curve),
             choice=choice,
-            not_compared={"LayerSkip": "needs weights of its own"},
             findings=("Accuracy is as high; layers are saved.", "Findings follow."),
         )
         self.write(f"eval/{task}.json", msgspec.to_builtins(result) | (changes or {}))

@@ -1,17 +1,15 @@
-"""Which setting of a sweep is chosen, and how settings are drawn."""
+"""Which setting of a sweep is chosen, and its file."""
 
 import msgspec
 import pytest
 
 from drllm.errors import RecordError
 from drllm.records.codec import write_json
-from drllm.reporting.drawing import LIGHT, png
 from drllm.reporting.sweeps import (
     Candidate,
     Placed,
     SweepResult,
     choose,
-    drawn,
     read_candidate,
     read_sweep_file,
 )
@@ -97,17 +95,3 @@ def test_results_are_read_at_the_depths_of_the_curve(run):
 def test_a_setting_without_results_is_refused(tmp_path):
     with pytest.raises(RecordError, match="holds no results"):
         read_candidate("a", tmp_path)
-
-
-def test_each_setting_has_a_row_with_its_depths_beside_each_other():
-    candidates = [
-        candidate("a", place(-0.1), place(-0.2, "20 % saved")),
-        candidate("none"),
-        candidate("b", place(-0.3)),
-    ]
-    figure = drawn(candidates, LIGHT, 4.2)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "none", "b"]
-    marks = {line.get_label(): line for line in figure.axes[1].get_lines()}
-    assert marks["10 % saved"].get_xdata() == pytest.approx([-0.1, -0.3])
-    assert marks["20 % saved"].get_xdata() == pytest.approx([-0.2])
-    assert png(lambda colours, width: drawn(candidates, colours, width))

@@ -41,13 +41,6 @@ TARGETS = "the routers' own targets"
 PROGRAMS = f"the search log, then {CHOICE}"
 QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
 """What is fitted on questions of the split that settings are chosen on."""
-NOT_COMPARED = {
-    "LayerSkip": "arXiv 2404.16710: needs weights trained with layer dropout and a loss at "
-    "every exit, so it is no method for a frozen model",
-    "FlexiDepth": "arXiv 2503.23798: needs adapters trained with its routers for every layer "
-    "that tokens skip, so the model under it isn't frozen",
-}
-"""Methods that a reader will look for, and why they aren't compared."""
 FILES = ("search", "supervision")
 """Settings that name files which baselines are fitted on; `Material` has their content."""
 STATE_CACHE_GB = 1.0

@@ -4,8 +4,8 @@
     FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
     FOLDER/cache/                 what `datasets` makes of the rows
 
-A rows file is named by its content, so that `datasets` can't take old rows for new ones. Loads no
-torch, and the harness itself only to look up its names.
+A rows file is named by its content, so that `datasets` can't take old rows for new ones. Loads
+neither torch nor the harness.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
 from drllm.tasks.published.task import Loader, PublishedTask
-from drllm.tasks.registry import get_tasks, groups, is_task_name, task_names
+from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
 Columns: TypeAlias = dict[str, Any]
 """A question's row of a rows file."""
@@ -326,16 +326,7 @@ _Dumper.add_representer(
 )
 
 
-# --- tasks of the harness' command line, ours and its own ----------------------------------------
-
-
-@dataclass(frozen=True)
-class OwnTasks:
-    """Our tasks among those of a command line, and all `names` for the harness' `--tasks`."""
-
-    tasks: list[HarnessTask]
-    files: FolderFiles
-    names: list[str]
+# --- our tasks on the harness' command line -------------------------------------------------------
 
 
 def own_tasks(
@@ -343,32 +334,30 @@ def own_tasks(
     *,
     limit: float | None,
     data_dir: str | None,
-    include_path: str | None,
     num_processes: int,
     **more: Any,
-) -> OwnTasks:
-    """Return the tasks of a command line, in its `--tasks`, of which some are ours.
+) -> tuple[list[HarnessTask], FolderFiles]:
+    """Return the tasks of a command line, in its `--tasks`, all of which are ours.
 
-    Processes share a task's questions; the folder `include_path` has tasks of the user's own.
-    `data_dir` and `more` (split, num_fewshot, max_length) are as `task_folder`'s.
+    Processes share a task's questions. `data_dir` and `more` (split, num_fewshot, max_length) are
+    as `task_folder`'s.
 
     Raises:
-        ConfigError: None of the names is ours, a `data_dir` that none of them reads, or a limit
-            that isn't a whole number.
-        TaskError: A name that is unknown or could mean two tasks, or see `task_folder`.
+        ConfigError: A name that isn't ours, a `data_dir` that none of them reads, or a limit that
+            isn't a whole number.
+        TaskError: More processes than questions, or see `task_folder`.
     """
-    ours = [name for name in names if is_task_name(name)]
-    others = [name for name in names if not is_task_name(name)]
-    if not ours:
+    if others := [name for name in names if not is_task_name(name)]:
         said = nearest_name("task of drllm's", others[0], task_names())
         raise ConfigError(
             f"--data_dir and --split have no effect on the harness' own tasks: {said}; "
-            f"'drllm ls tasks' lists them; leave both flags out, or name one"
+            f"'drllm ls tasks' lists them; leave both flags out, or name drllm's tasks in a "
+            f"command of their own"
         )
-    tasks = get_tasks(",".join(ours))
+    tasks = get_tasks(",".join(names))
     if data_dir is not None and not any(isinstance(task, PublishedTask) for task in tasks):
         raise ConfigError(
-            f"--data_dir {data_dir} has no effect: {', '.join(ours)} brings its own questions; "
+            f"--data_dir {data_dir} has no effect: {', '.join(names)} brings its own questions; "
             f"leave it out, and give --split"
         )
     if limit is not None and (limit < 1 or limit != int(limit)):
@@ -379,72 +368,10 @@ def own_tasks(
     found, files = task_folder(
         tasks, limit=None if limit is None else int(limit), seed=SEED, data_dir=data_dir, **more
     )
-    leaves = {name: number for task in found for name, number in task.leaves.items()}
-    for name, number in leaves.items():
+    for name, number in (leaf for task in found for leaf in task.leaves.items()):
         if number < num_processes:  # which would end the harness
             raise TaskError(
                 f"task {name!r} has {number} questions for {num_processes} processes, and the "
                 f"harness wants one for each; give a higher --limit, or start fewer processes"
             )
-    if others or include_path is not None:
-        taken = {*leaves, *(task.harness_name for task in found)}
-        _check_others(others, taken, include_path)
-    called = (task.harness_name for task in found)
-    ordered = []
-    for name in names:
-        members = groups().get(name, (name,)) if name in ours else ()
-        ordered += [next(called) for _ in members] or [name]
-    return OwnTasks(found, files, ordered)
-
-
-def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:
-    """Refuse names next to ours that are unknown, or that hold a task of the same name as ours."""
-    import lm_eval.tasks
-
-    manager = lm_eval.tasks.TaskManager(include_path=include_path)
-    index = manager.task_index
-    for name in others:
-        if name.endswith(".yaml") or Path(name).is_dir():
-            raise TaskError(
-                f"{name} is given together with drllm's tasks; give its folder as --include_path "
-                f"and the task by its name"
-            )
-        held = _held(manager.match_tasks([name]), index)
-        if not held:
-            said = nearest_name("task", name, {*task_names(), *index})
-            raise TaskError(f"{said}; 'drllm ls tasks' and 'drllm lm-eval ls tasks' list all")
-        if both := sorted(held & taken):
-            raise TaskError(
-                f"{name!r} of the harness holds {both[0]!r}, which is drllm's task in this "
-                f"command; evaluate them in two commands"
-            )
-    for name in sorted(taken):
-        place = index[name].yaml_path if name in index else None
-        if include_path and place and Path(include_path).resolve() in place.resolve().parents:
-            raise TaskError(
-                f"task {name!r} is drllm's and stands in --include_path {include_path} too; rename "
-                f"that one, or leave --include_path out"
-            )
-
-
-def _held(names: Any, index: Any) -> set[str]:
-    """Return names of the harness and all that they stand for.
-
-    `names` are what may stand in a group's `task`: a name, a task that is changed, a group in it,
-    or a list of these.
-    """
-    found: set[str] = set()
-    pending = [names]
-    while pending:
-        each = pending.pop()
-        if isinstance(each, dict):
-            pending.append(each.get("task", []))
-        elif not isinstance(each, str):
-            pending += each
-        elif each not in found:
-            found.add(each)
-            if each in index and index[each].kind.name == "TAG":
-                pending += index[each].tags
-            elif each in index and index[each].kind.name == "GROUP":
-                pending.append(index[each].cfg["task"])
-    return found
+    return found, files

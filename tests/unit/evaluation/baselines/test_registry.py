@@ -9,8 +9,6 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import (
-    BASELINES,
-    NOT_COMPARED,
     check,
     files_needed,
     named,
@@ -76,9 +74,3 @@ def test_every_baseline_says_in_a_line_what_it_is():
             assert "\n" not in text
     reading = {baseline.name for baseline in ordered() if baseline.reads_question}
     assert reading == {"confidence exit", "sequence router"}
-
-
-def test_what_is_not_compared_has_a_reason_and_is_no_baseline():
-    assert set(NOT_COMPARED) == {"LayerSkip", "FlexiDepth"}
-    assert all("needs" in reason for reason in NOT_COMPARED.values())
-    assert not set(NOT_COMPARED) & set(BASELINES)
