@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.errors import ConfigError, RecordError
+from drllm.paths import Decision
 from drllm.records.codec import read_json_lines, sha256
 from drllm.records.manifest import manifest_path, new_manifest, write_records
 from drllm.records.search import Retest, SearchRecord, TriedPath
@@ -21,6 +22,7 @@ from drllm.records.supervision import (
 )
 from drllm.supervision.rules import REASONS, candidates
 from drllm.supervision.select import check_settings, over_quota, read_quotas, supervise, targets
+from drllm.supervision.summary import edit_effects
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -630,3 +632,10 @@ def test_quota_and_share_keep_what_going_one_by_one_would(improving, quota, shar
     kept = [target("A" if better else "a") for better in improving]
     gone = over_quota(kept, {"a": quota}, share)
     assert set(range(len(kept))) - gone == published(improving, quota, share)
+
+
+def test_single_edits_are_ranked_by_what_they_change_of_the_reward():
+    found = [record("1111 1110! 1011 2111!"), record("1111! 1110 1011", "What is ice?")]
+    skips = edit_effects(found, Decision.SKIP, 1)
+    assert [(layer, round(change, 9)) for layer, change in skips] == [(1, 0.05), (3, 0.0)]
+    assert edit_effects(found, Decision.REPEAT, 2) == []

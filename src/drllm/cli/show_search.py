@@ -19,16 +19,12 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
 from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
-from drllm.reporting.numbers import count, of_total, percent, plain, signed
+from drllm.reporting.numbers import count, of_total, percent, plain
 from drllm.search import num_batches_kept
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import candidates, is_valid, survived
-from drllm.supervision.summary import KINDS, EditEffect, edit_effects, summarise
+from drllm.supervision.summary import KINDS, summarise
 
-BEST, WORST = 5, 3
-"""Layers that a table of edits shows from either end."""
-OFTEN = 0.2
-"""Ranked edits were tried on at least this share of the most tried edit's questions."""
 NEAREST = 3
 """Ids that are offered where one is unknown."""
 LAYERS_NAMED = 5
@@ -37,11 +33,8 @@ ANSWER_WIDTH = 14
 """Columns for what a path answered: its beginning, so that a path stays one line."""
 
 
-def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: bool = True) -> None:
-    """Print what a search found and what it spent.
-
-    With `edits`, layers are ranked by what skipping or repeating them alone did.
-    """
+def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+    """Print what a search found and what it spent."""
     n, num_layers = len(records), records[0].num_layers
     counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
@@ -70,8 +63,6 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: b
     seconds = sum(record.seconds for record in records)
     rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
     terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
-    for decision in (Decision.SKIP, Decision.REPEAT) if edits else ():
-        _show_edits(edit_effects(records, decision), decision, terminal)
 
 
 def _show_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
@@ -98,26 +89,6 @@ def _show_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
         ),
         title="Questions with such a path, as the search found it → after the re-test",
         numbers_from=1,
-    )
-
-
-def _show_edits(edits: Sequence[EditEffect], decision: Decision, terminal: Terminal) -> None:
-    done = "skipped" if decision == Decision.SKIP else "repeated"
-    if not edits:
-        terminal.fact(f"one {done}", "never tried alone")
-        return
-    least = OFTEN * max(edit.questions for edit in edits)
-    rows = []
-    for edit in edits:
-        if edit.questions >= least:
-            numbers = count(edit.questions), percent(edit.right), percent(edit.base_right)
-            rows.append([str(edit.layer), *numbers, plain(edit.kl, 3), signed(edit.margin, 2)])
-    terminal.table(
-        "layer|tried|right|base right|kl|margin change",
-        rows if len(rows) <= BEST + WORST else [*rows[:BEST], ["…"], *rows[-WORST:]],
-        title=f"One layer {done}, the others executed once; the least harmful of "
-        f"{len(rows)} layers first",
-        numbers_from=0,
     )
 
 

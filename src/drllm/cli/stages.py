@@ -76,7 +76,7 @@ def search(request: Request, terminal: Terminal) -> None:
     if not found.is_new:
         terminal.say(f"{file} is complete already; nothing was searched again")
     terminal.fact("search", file)
-    show_search(found, terminal, edits=False)
+    show_search(found, terminal)
     if failed := (read_manifest(file, "search") or {}).get("num_failed"):
         terminal.fact(
             "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"

@@ -147,11 +147,6 @@ def _searched(run: Run) -> dict[str, Any]:
     targets = [record.optimal_layer_config for record in run.supervision]
     lengths = sorted(map(num_executions, targets))
 
-    def edits(decision: Decision) -> Any:
-        tried = edit_effects(run.search, decision)
-        effects = [effect for effect in tried if effect.questions >= MIN_QUESTIONS]
-        return sorted(effects, key=lambda effect: (-effect.reward, effect.layer))
-
     return {
         "searched": run.search,
         "counts": counts,
@@ -159,7 +154,10 @@ def _searched(run: Run) -> dict[str, Any]:
         "summary": run.summary or counts | {"rejected": {}},
         "paths": fmean(len(record.paths) for record in run.search) if run.search else 0,
         "seconds": sum(record.seconds for record in run.search),
-        "edits": {"Skipping": edits(Decision.SKIP), "Repeating": edits(Decision.REPEAT)},
+        "edits": {
+            "Skipping": edit_effects(run.search, Decision.SKIP, MIN_QUESTIONS),
+            "Repeating": edit_effects(run.search, Decision.REPEAT, MIN_QUESTIONS),
+        },
         "targets": targets,
         "improving": sum(record.improving for record in run.supervision),
         "lengths": lengths,

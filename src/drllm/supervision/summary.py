@@ -5,7 +5,6 @@ Loads no torch. Axes: L layers.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -101,55 +100,18 @@ def _questions_by_kind(
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EditEffect:
-    """What one edit of the full path did, over the questions on which it alone was tried.
+def edit_effects(
+    records: Sequence[SearchRecord], decision: Decision, min_questions: int
+) -> list[tuple[int, float]]:
+    """Return how skipping, or repeating, each layer alone changed the mean reward, best first.
 
-    `right` and `base_right` are the shares of these questions that it and the full path answer
-    right. `reward` and `margin` (in nats) are means less the full path's; `kl` is a mean in nats a
-    token. None stands where it isn't defined, or none was computed.
+    Layers that were tried alone on fewer questions are left out.
     """
-
-    layer: int
-    questions: int
-    right: float
-    base_right: float
-    reward: float
-    margin: float | None
-    kl: float | None
-
-
-def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what skipping, or repeating, one layer alone did, where tried.
-
-    The least harmful comes first: by KL, else margin, else answers.
-    """
-    tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
+    changes: dict[int, list[float]] = {}
     for record in records:
         for path in record.paths:
             edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
             if len(edited) == 1 and path.decisions[edited[0]] == decision:
-                tried.setdefault(edited[0], []).append((record.full, path))
-    return sorted((_effect(layer, pairs) for layer, pairs in tried.items()), key=_harm)
-
-
-def _harm(edit: EditEffect) -> tuple[float, ...]:  # what isn't known comes last
-    kl, margin = edit.kl, edit.margin
-    known = (kl is None, kl or 0.0, margin is None, -(margin or 0.0))
-    return (*known, edit.base_right - edit.right, edit.layer)
-
-
-def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEffect:
-    margins = [
-        p.margin - f.margin for f, p in pairs if f.margin is not None and p.margin is not None
-    ]
-    kls = [path.kl for _, path in pairs if path.kl is not None]
-    return EditEffect(
-        layer=layer,
-        questions=len(pairs),
-        right=fmean(is_valid(path) for _, path in pairs),
-        base_right=fmean(is_valid(full) for full, _ in pairs),
-        reward=fmean(path.reward - full.reward for full, path in pairs),
-        margin=fmean(margins) if margins else None,
-        kl=fmean(kls) if kls else None,
-    )
+                changes.setdefault(edited[0], []).append(path.reward - record.full.reward)
+    means = [(layer, fmean(each)) for layer, each in changes.items() if len(each) >= min_questions]
+    return sorted(means, key=lambda effect: (-effect[1], effect[0]))

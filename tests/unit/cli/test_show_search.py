@@ -19,13 +19,11 @@ from drllm.cli.show_search import (
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.errors import RecordError
-from drllm.paths import Decision
 from drllm.records.codec import write_atomically
 from drllm.records.manifest import new_manifest, to_lines, write_records
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import supervise, targets
-from drllm.supervision.summary import edit_effects
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -118,58 +116,6 @@ def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(printed):
 def test_a_search_without_survivors_has_no_shortest_path(printed):
     show_search([record(tried("11"), tried("10"))], Terminal())
     assert "shortest" not in printed()
-
-
-def test_single_edits_are_told_by_layer_the_edit_effects():
-    skips = edit_effects(FOUND, Decision.SKIP)
-    (repeat,) = edit_effects(FOUND, Decision.REPEAT)
-    told = [(e.layer, e.questions, e.right, e.base_right, e.kl, e.margin) for e in skips]
-    assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
-    assert [edit.reward for edit in skips] == [1.0, 0.0]
-    assert (repeat.layer, repeat.questions, repeat.reward, repeat.margin) == (0, 1, 0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "order"),
-    [
-        ([{"margin": 1.0}, {"margin": -1.0}, {"margin": 2.0}, {"margin": 0.0}], [1, 2, 0]),
-        ([{"reward": 1.0}, {}, {"reward": 1.0}], [1, 0]),
-    ],
-    ids=["by margin", "by answers"],
-)
-def test_without_kl_edits_are_ranked_by_what_is_known(outcomes: list[Any], order: list[int]):
-    rows = zip(("111", "011", "101", "110"), outcomes, strict=False)
-    found = [record(*(tried(row, **outcome) for row, outcome in rows))]
-    skips = edit_effects(found, Decision.SKIP)
-    assert [edit.layer for edit in skips] == order
-    assert skips[0].kl is None
-    assert (skips[0].margin is None) == ("margin" not in outcomes[0])
-
-
-def test_of_many_layers_the_best_and_the_worst_are_shown(printed):
-    full = tried("1" * 12, kl=0.0)
-    skips = [tried("1" * layer + "0" + "1" * (11 - layer), kl=layer / 10) for layer in range(12)]
-    show_search([record(full, *skips)], Terminal())
-    table = printed().split("of 12 layers first")[1]
-    shown = [word for word in table.split() if word.isdecimal()]
-    assert shown[::2] == ["0", "1", "2", "3", "4", "9", "10", "11"]
-    assert "…" in table
-
-
-def test_edits_that_were_hardly_tried_are_not_ranked(printed):
-    often = [
-        record(tried("111", kl=0.0), tried("110", kl=0.5), id=f"q{number}") for number in range(6)
-    ]
-    once = record(tried("111", kl=0.0), tried("011", kl=0.001), id="rare")
-    show_search([*often, once], Terminal())
-    assert "of 1 layers first" in printed()
-
-
-def test_after_a_search_layers_are_not_ranked(printed):
-    show_search(FOUND, Terminal(), edits=False)
-    out = printed()
-    assert "paths tried 7" in out
-    assert "least harmful" not in out
 
 
 @pytest.mark.parametrize(
