@@ -418,21 +418,13 @@ def test_training_records_how_its_prompts_were_put(finished_run: Path):
     assert config["training"]["prompt_form"] == FORM
 
 
-@pytest.mark.parametrize(
-    ("rewards", "said"),
-    [
-        (["loglikelihood"], "as it is, without the chat template, as the routers were trained"),
-        ([], "through the chat template; how the routers' own prompts were put isn't recorded"),
-    ],
-)
-def test_routers_that_do_not_record_it_are_asked_by_what_their_rewards_say(
-    run_copy, rewards, said, drllm
-):
-    routers = Path(trained_for(run_copy / "routers", *rewards)) / "router_config.json"
+def test_routers_that_do_not_record_it_are_asked_through_the_chat_template(run_copy, drllm):
+    routers = run_copy / "routers" / "router_config.json"
     config = json.loads(routers.read_text())
     del config["training"]["prompt_form"]
     routers.write_text(json.dumps(config))
     words = ["--routers", routers.parent]
+    said = "through the chat template; how the routers' own prompts were put isn't recorded"
     assert said in drllm("generate ice --device cpu --max-new-tokens 2", *words).err
 
 

@@ -25,7 +25,6 @@ from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
 from drllm.records.static_paths import read_path
-from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
@@ -141,24 +140,13 @@ def _form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
 
     if config.chat is not None or routers is None:
         return PromptForm(chat=config.chat is not False)
-    return trained_form(routers) or PromptForm(chat=True)
-
-
-def trained_form(routers: RouterStack) -> PromptForm | None:
-    """Return how the prompts were put that routers were trained on, None where that isn't known.
-
-    Those that were trained before it was recorded say by their rewards that prompts were plain.
-    """
-    from drllm.models.base.prompts import PromptForm
-
-    is_plain = routers.config.training.get("rewards") == [OPTIONS_REWARD]
-    return routers.config.prompt_form or (PromptForm(chat=False) if is_plain else None)
+    return routers.config.prompt_form or PromptForm(chat=True)
 
 
 def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal) -> None:
     if routers is None:
         return
-    trained = trained_form(routers)
+    trained = routers.config.prompt_form
     if trained is None:
         said = f"{form}; how the routers' own prompts were put isn't recorded"
     elif form == trained:

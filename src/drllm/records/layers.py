@@ -84,27 +84,17 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return f"{self.parts[part][ROUTERS].examples} {kind}"
 
 
-class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Decisions of like confidence: how many, and the means of confidence and hits."""
-
-    decisions: int
-    confidence: float
-    hits: float
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """How far routers' probabilities can be believed: `training.calibration` of their config.
 
     Both errors are measured on the targets that the temperature is fitted on, so they are a little
-    optimistic: one number is fitted on thousands of decisions. Bins are missing in older files.
+    optimistic: one number is fitted on thousands of decisions. Older files hold more.
     """
 
     temperature: float
     num_decisions: int
     nll_before: float
     nll_after: float
-    reliability_before: tuple[Bin, ...] = ()
-    reliability_after: tuple[Bin, ...] = ()
     ece_before: float
     ece_after: float
     bins: int

@@ -43,9 +43,9 @@ from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.places import check_folder
 from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
 from drllm.training import checkpoint, temperature
-from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
+from drllm.training.checkpoint import is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
-from drllm.training.features import Aggregate, Examples, Features, collect, digest, each_once, sizes
+from drllm.training.features import Aggregate, Examples, collect, digest, each_once
 from drllm.training.targets import reasons_of, write_rejected
 from drllm.training.trackers import RUN_FILE, check_trackers, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
@@ -53,8 +53,6 @@ from drllm.training.trainer import DivergedError, Trainer, divide
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-FEW = 0.1
-"""Share of the trained targets below which a round is said to have little to teach."""
 
 
 def train(
@@ -158,7 +156,11 @@ def _train(
                 before = folder / f"round_{number - 1}"
                 used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
                 parts.append(pool(routers=load_routers(before), store=used[-1]))
-                _say_what_is_new(along_targets, parts[-1], settings)
+                if left_out := parts[-1].rejected:
+                    logger.warning(
+                        f"along the routes of round {number - 1}, {len(left_out)} of "
+                        f"{along_targets.num_targets} targets are left out ({reasons_of(left_out)})"
+                    )
             if place != folder and is_done(place, identity_of(settings)):
                 continue
             if place == left[-1] and features is None:
@@ -249,30 +251,6 @@ def discard(output: Path, config: TrainConfig) -> None:
         for earlier_round in folder.glob("round_*"):
             shutil.rmtree(earlier_round)
     Store(output / FEATURES_FOLDER).remove()
-
-
-def _say_what_is_new(features: Features, own: Features, config: TrainConfig) -> None:
-    """Warn of targets that a round leaves out along the routes of the last, and of little new."""
-    number = config.on_policy_rounds
-    if own.rejected:
-        logger.warning(
-            f"along the routes of round {number - 1}, {len(own.rejected)} of "
-            f"{features.num_targets} targets are left out ({reasons_of(own.rejected)})"
-        )
-    trained, _ = divide(own.questions, config, features.num_targets)
-    names = zip(features.questions, features.tasks, strict=True)
-    places = {name: row for row, name in enumerate(names)}
-    theirs = [places[own.questions[row], own.tasks[row]] for row in trained]
-    before, after = sizes(features)[theirs], sizes(own)[trained]  # [B, L]
-    alike = torch.isclose(after, before, rtol=SIZES_TOLERANCE, atol=0.0).all(dim=1)
-    changed = len(trained) - int(alike.sum())
-    if changed < FEW * len(trained):
-        logger.warning(
-            f"along the routes of round {number - 1} only {changed} of {len(trained)} targets that "
-            f"are trained on are read otherwise than along their target paths, which the routers "
-            f"follow there already, so round {number} has little to teach; give fewer epochs, "
-            f"dropout or more targets"
-        )
 
 
 def _write_routers(

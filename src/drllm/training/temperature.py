@@ -10,7 +10,6 @@ Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from drllm.bisection import bisect
 from drllm.models.routers.stack import RouterStack
-from drllm.records.layers import Bin, Calibration
+from drllm.records.layers import Calibration
 from drllm.training.features import parts_of
 from drllm.training.trainer import Trainer
 
@@ -56,10 +55,9 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     found: dict[str, Any] = {}
     for when, logits in (("before", said), ("after", said / temperature)):
         confidence, decided = logits.softmax(dim=-1).max(dim=-1)
-        bins = reliability(confidence, wanted.gather(-1, decided[:, None])[:, 0])
-        nll = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
-        found[f"reliability_{when}"], found[f"ece_{when}"] = bins, calibration_error(bins)
-        found[f"nll_{when}"] = float(nll)
+        hits = wanted.gather(-1, decided[:, None])[:, 0]
+        found[f"ece_{when}"] = calibration_error(confidence, hits)
+        found[f"nll_{when}"] = float(-(wanted * logits.log_softmax(dim=-1)).sum(dim=-1).mean())
     return Calibration(temperature=temperature, num_decisions=len(said), bins=BINS, **found)
 
 
@@ -98,13 +96,15 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp(high)
 
 
-def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
-    """Compare confidence with hits in at most `BINS` bins of equal mass, the least confident first.
+def calibration_error(confidence: Tensor, hits: Tensor) -> float:
+    """Return the expected calibration error, the mean |confidence − hits| of `BINS` bins at most.
 
-    Decisions of exactly equal confidence count as hit in their common share. Confidence `[M]` is
-    the probability of what was decided; hits `[M]` are 1 where that is the target, else 0.
+    Bins are of equal mass; decisions of exactly equal confidence count as hit in their common
+    share. Confidence `[M]` is the probability of what was decided; hits `[M]` are 1 where that is
+    the target, else 0.
 
-    Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
+    Source: Naeini et al. 2015; Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties
+        is ours.
     """
     values, order = confidence.double().sort()
     hit = torch.cat([values.new_zeros(1), hits[order].double().cumsum(dim=0)])  # [M + 1]
@@ -112,16 +112,5 @@ def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
     shared = (hit[end] - hit[start]) / (end - start)  # [M], by confidence
     num_bins = min(BINS, len(values))
     parts = zip(values.tensor_split(num_bins), shared.tensor_split(num_bins), strict=True)
-    return tuple(
-        Bin(decisions=len(sure), confidence=float(sure.mean()), hits=float(hit.mean()))
-        for sure, hit in parts
-    )
-
-
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """Return the expected calibration error: by decisions, the mean |confidence − hits|.
-
-    Source: Naeini et al. 2015.
-    """
-    gaps = sum(part.decisions * abs(part.confidence - part.hits) for part in bins)
-    return gaps / sum(part.decisions for part in bins)
+    gaps = sum(len(sure) * abs(float(sure.mean()) - float(hit.mean())) for sure, hit in parts)
+    return gaps / len(values)

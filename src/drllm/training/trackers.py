@@ -4,7 +4,6 @@ A training is one run of each tracker, and resumes it after a kill. A tracker on
 weight depends on one.
 """
 
-import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from drllm.metrics import JUDGED, Counts, baselines, ratios
 from drllm.records.codec import read_json, write_json
 from drllm.supervision.summary import class_counts
 from drllm.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 PROJECT = "drllm"
 FOLDER = "trackers"
@@ -116,8 +113,7 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
     """Start one tracker where the training is, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind, config, resumes = LOGGER_TYPE_TO_CLASS[name], _config(trainer), name in run.trackers
-    steps = trainer.epochs_done * trainer.steps_per_epoch
+    kind, config = LOGGER_TYPE_TO_CLASS[name], _config(trainer)
     failures: tuple[type[Exception], ...] = (OSError,)
     arguments: dict[str, Any] = {}
     run_name = PROJECT
@@ -136,6 +132,7 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
         }
     elif name == TENSORBOARD:
         # What was told after the last checkpoint is told again, or was another training's.
+        steps = trainer.epochs_done * trainer.steps_per_epoch
         run_name, arguments = name, {"purge_step": steps + 1}
     if kind.requires_logging_directory:
         arguments["logging_dir"] = str(place)
@@ -143,24 +140,13 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
         tracker = kind(run_name, **arguments)
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
-        if name != WANDB and not (resumes and name == TENSORBOARD):
+        if name != WANDB and not (name == TENSORBOARD and name in run.trackers):
             tracker.store_init_configuration(config)
     except failures as error:
         raise ConfigError(
             f"--report-to {name} can't start: {' '.join(str(error).split())}; mend that (for W&B: "
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
-    if steps and not resumes:
-        logger.warning("%s wasn't told of the first %d steps of this training", name, steps)
-    elif steps and name == WANDB and tracker.tracker.offline:
-        logger.warning(
-            "wandb is offline and keeps the steps from %d on in a folder of their own, under the "
-            "same run id %s; sync both folders",
-            steps + 1,
-            tracker.tracker.id,
-        )
-    elif steps and name not in (WANDB, TENSORBOARD):
-        logger.warning("%s starts another run, from step %d on", name, steps + 1)
     return tracker
 
 

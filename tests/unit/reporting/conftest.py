@@ -225,7 +225,7 @@ class Folder:
         self.layers({"train": 40} | ({"validation": 12} if validation else {}), epochs)
 
     def calibration(self) -> dict[str, Any]:
-        """Return what is told of routers that are too sure."""
+        """Return what older versions told of routers that are too sure, bins too."""
         sure = [0.5 + 0.03 * number for number in range(15)]
         before, after = (
             [{"decisions": 10, "confidence": c - shift, "hits": c - 0.05} for c in sure]

@@ -239,20 +239,6 @@ def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(
     assert last.label_counts == first.label_counts
 
 
-def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog, monkeypatch):
-    train(tmp_path / "some", ONE)
-    assert "along the routes" not in caplog.text
-
-    def pool(*arguments, routers=None, **options):  # as of routers that know every path
-        return collect(*arguments, **options)
-
-    monkeypatch.setattr(stage, "collect", pool)
-    train(tmp_path / "none", ONE)
-    first, _ = hold_out([record.question for record in make_records(N)], 0.2, 0)
-    said = f"along the routes of round 0 only 0 of {len(first)} targets that are trained on are"
-    assert said in caplog.text
-
-
 @pytest.mark.parametrize("kills", [pytest.param(6, marks=pytest.mark.thorough)])
 def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_path, kills):
     run_script("train_rounds", tmp_path, kills)

@@ -96,24 +96,13 @@ def interrupted(config, folder) -> None:
 
 
 @pytest.mark.thorough
-def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, caplog):
+def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
     interrupted(TENSORBOARD, tmp_path / "broken")
     time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
     train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "broken")
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "broken")
-    ours = [each.message for each in caplog.records if each.name.startswith("drllm")]
-    assert not any("tensorboard" in message for message in ours)
-
-
-@pytest.mark.thorough
-def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(tmp_path, caplog):
-    pytest.importorskip("tensorboard")
-    interrupted(QUICK, tmp_path)
-    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
-    steps = load_routers(tmp_path).config.training["steps"] // QUICK.num_epochs
-    assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
 
 
 @pytest.mark.thorough
@@ -133,15 +122,12 @@ def test_wandb_offline_keeps_settings_baselines_and_curves(tmp_path, offline):
 
 
 @pytest.mark.thorough
-def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belong_together(
-    tmp_path, offline, caplog
-):
+def test_wandb_offline_goes_on_under_the_same_id_in_a_second_folder(tmp_path, offline):
     interrupted(WANDB, tmp_path)
     train_on(FEATURES, IDENTITY, WANDB, tmp_path)
     first, second = offline
     assert first[0] == second[0] != ""
     assert len(list(tmp_path.glob(f"{FOLDER}/wandb/offline-run-*/*.wandb"))) == 2
-    assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
 
 
 @pytest.mark.thorough
