@@ -59,15 +59,10 @@ class Finding:
 
     @property
     def greatest_difference(self) -> float | None:
-        """Over prefill and decode, in standard deviations of the logits."""
+        """Over prefill and decode."""
         if self.prefill is None or self.decode is None:
             return None
         return max(self.prefill, self.decode)
-
-
-def known_to_transformers(family: str) -> bool:
-    """Tell whether the installed transformers has a family."""
-    return family in CONFIG_MAPPING
 
 
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
@@ -77,7 +72,7 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
     """
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))
-    if not known_to_transformers(family):
+    if family not in CONFIG_MAPPING:
         raise ArchitectureError(f"the installed transformers has no {family}; upgrade it")
     values = {**COMMON, **FAMILIES[family], **overrides}
     config = CONFIG_MAPPING[family](**copy.deepcopy(values))
@@ -89,7 +84,7 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
 
 def check(family: str) -> Finding:
     """Try a tiny model of a family of the table, of any other name an ArchitectureError."""
-    if family in FAMILIES and not known_to_transformers(family):
+    if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)
     threads = torch.get_num_threads()

@@ -146,6 +146,14 @@ def to_lines(records: Iterable[Any]) -> str:
     return b"".join(codec.encode(record) + b"\n" for record in records).decode()
 
 
+def write_or_remove(path: Path, records: Sequence[Any]) -> None:
+    """Write records as a JSON lines file without a manifest; where there are none, remove it."""
+    if records:
+        codec.write_atomically(path, to_lines(records))
+    elif path.is_file():
+        path.unlink()
+
+
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
     """Write a whole records file and its manifest, each atomically.
 

@@ -70,11 +70,8 @@ class Reading:
 def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
     """Render (where `text` isn't that already) and tokenise a prompt, with what may follow it.
 
-    Raises:
-        ConfigError: A prompt that the chat template refuses.
-        ModelError: The prompt, with the longest of what may follow it, is beyond the model's
-            context. Some models fail there; others go on, at positions that they have never
-            learned.
+    A ModelError where it, with the longest of what may follow, is beyond the model's context: some
+    models fail there, others go on at positions that they have never learned.
     """
     if text is None:
         text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
@@ -108,16 +105,9 @@ def outcome_of(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = N
 class Evaluator:
     """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
 
-    The prompts, all of one reward, may be read already.
-
-    Args:
-        state_cache_gb: Maximum memory for shared states, in GB. States that a pass needs and the
-            full path's distributions count too; more than this is held only while a single pass
-            needs more.
-        kl: Measure each path's KL. It is 0 for the full path, which is run with the
-            others of its prompt if it wasn't before.
-        paths_per_pass: Maximum paths in a forward pass; None picks it by the memory that is free.
-            Where memory runs out, half as many are tried. What comes out doesn't depend on it.
+    The prompts, all of one reward, may be read already. What comes out doesn't depend on
+    `state_cache_gb` and `paths_per_pass` (see `ChoiceBatch`). With `kl` each path's KL is measured:
+    0 for the full path, which is run with the others of its prompt if it wasn't before.
     """
 
     def __init__(

@@ -73,10 +73,8 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     whose questions of `config.split` are loaded, examples of named tasks, or rows; None for the
     tasks that `config.dataset` names.
 
-    Raises:
-        ConfigError: A setting without effect, a shard that makes no sense, or a missing package.
-        TaskError: An unknown task, no questions in a task or in this shard, or a reward that a
-            task can't grade.
+    Settings without effect and missing packages are a ConfigError; unknown tasks, no questions in a
+    task or in this shard, and rewards that a task can't grade a TaskError.
     """
     _check_settings(config)
     shard = None if config.shard is None else parse_shard(config.shard)
@@ -141,17 +139,13 @@ def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
 def parse_shard(text: str) -> tuple[int, int]:
     """Return which part of how many a `--shard` names; a ConfigError for what makes no sense."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    if match is None:
-        raise ConfigError(f"--shard is {text!r}; give i/n, for example 1/8 for the first of eight")
-    part, parts = int(match[1]), int(match[2])
+    part, parts = map(int, match.groups()) if match else (0, 0)
     if part == parts == 1:
         raise ConfigError("--shard 1/1 is the whole search and has no effect; leave it out")
-    if parts == 0:
-        raise ConfigError(f"--shard is {text!r}; give at least two parts, for example 1/2")
     if not 1 <= part <= parts:
         raise ConfigError(
-            f"--shard is {text!r}; of {parts} parts the first is 1/{parts}, the last "
-            f"{parts}/{parts}"
+            f"--shard is {text!r}; give i/n with i from 1 to n, for example 1/8 for the first of "
+            f"eight"
         )
     return part, parts
 
@@ -169,7 +163,6 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
 
 
 def _check_settings(config: SearchConfig) -> None:
-    """Refuse settings that have no effect with the others."""
     config.check_effects()
     for strategy in STRATEGIES:
         for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():

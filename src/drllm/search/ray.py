@@ -50,9 +50,9 @@ class Worker:
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
     ) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Load the base model and route it; so many workers share the memory that it is in.
+        """Load the base model; return which it is, how it runs, and the process.
 
-        Returns which model it is, how it runs, and the process.
+        So many workers share the memory that it is in.
         """
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
@@ -86,19 +86,10 @@ class RayExecutor:
     """Searches batches on Ray, one worker a device, as `LocalExecutor` does; a context manager.
 
     A worker that dies is replaced, and what it had to do is searched again: its records are the
-    same, wherever and however often a batch is searched.
-
-    Args:
-        model: Which base model the workers load, and how. With `auto` the device is a GPU of its
-            own for each worker where Ray has any, else the CPU.
-        num_workers: Workers; None takes one a GPU, or else one a CPU core.
-        address: Of a cluster; None starts Ray on this machine, and ends it afterwards. A Ray that
-            this process has started already is used as it is.
-
-    Raises:
-        ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
-            are asked for.
-        ModelError: No worker can load the model.
+    same, wherever and however often a batch is searched. With the device `auto` each worker has a
+    GPU of its own where Ray has any, else the CPU; unless their number is given there is one a GPU,
+    or else one a CPU core. Without a cluster's address Ray is started on this machine, and ended
+    afterwards; one that this process has started already is used as it is.
     """
 
     def __init__(
@@ -191,7 +182,6 @@ class RayExecutor:
                     yield finished
 
     def _plan_workers(self, model: ModelConfig, num_workers: int | None) -> None:
-        """Find out how many workers there are, and what each of them gets."""
         if ":" in model.device:
             raise ConfigError(
                 f"--device {model.device} doesn't go with --executor ray, which gives each worker "

@@ -20,12 +20,13 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
 from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.records.codec import clear_half_written, write_atomically
+from drllm.records.codec import clear_half_written
 from drllm.records.manifest import (
     manifest_path,
     new_manifest,
     read_manifest,
     to_lines,
+    write_or_remove,
     write_records,
 )
 from drllm.records.places import only_writer
@@ -167,10 +168,7 @@ def run_search(
                 f"choose another --output-dir"
             )
         records, failed = _search(executor, batches, config, chunks, listener)
-        if failed:
-            write_atomically(folder / FAILED_FILE, to_lines(failed))
-        else:
-            (folder / FAILED_FILE).unlink(missing_ok=True)
+        write_or_remove(folder / FAILED_FILE, failed)
         manifest = new_manifest(
             "search",
             model=executor.identity,
@@ -281,9 +279,6 @@ def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> No
         listener.note(f"a prompt of {task}, as the model reads it:\n  | {lines}")
 
 
-# --- forecast ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskForecast:
     """What one task will take, at most: a stop rule may end questions early."""
@@ -311,10 +306,8 @@ def forecast(
     by_task: dict[str, list[SearchQuestion]] = {}
     for batch in batches_of(questions, config.block_size):
         by_task.setdefault(batch.task, []).extend(batch.questions)
-    once = dataclasses.replace(config, num_simulations=1)
-    short = dataclasses.replace(
-        config, num_simulations=min(SAMPLE_SIMULATIONS, config.num_simulations)
-    )
+    num = min(SAMPLE_SIMULATIONS, config.num_simulations)
+    once, short = (dataclasses.replace(config, num_simulations=each) for each in (1, num))
     found = []
     for task, asked in by_task.items():
         size = min(SAMPLE_QUESTIONS, config.block_size, len(asked))

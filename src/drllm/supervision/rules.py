@@ -28,9 +28,6 @@ MIN_SAVING = 0.05
 """Share of the full path's executions that a target of the rule `least_kl` saves at least."""
 
 
-# --- which paths count -------------------------------------------------------------------------
-
-
 def is_valid(path: TriedPath) -> bool:
     """Say whether a path answered right."""
     return path.reward >= 1
@@ -49,9 +46,6 @@ def is_improving(path: TriedPath, record: SearchRecord) -> bool:
 def survived(path: TriedPath) -> bool:
     """Say whether a path answered right, and again when asked in other ways."""
     return is_valid(path) and path.retest is not None and path.retest.survived
-
-
-# --- the rules ---------------------------------------------------------------------------------
 
 
 Rule: TypeAlias = Callable[..., list[TriedPath] | str]

@@ -14,8 +14,7 @@ from typing import Any
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
-from drllm.records.codec import write_atomically
-from drllm.records.manifest import new_manifest, to_lines, write_records
+from drllm.records.manifest import new_manifest, write_or_remove, write_records
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath
 from drllm.records.splits import question_key
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
@@ -134,10 +133,7 @@ def write(
         for record, reason in zip(itertools.chain(*sources), supervision.reasons, strict=True)
         if reason is not None
     ]
-    if rejected:
-        write_atomically(rejected_path(output), to_lines(rejected))
-    elif rejected_path(output).is_file():
-        rejected_path(output).unlink()
+    write_or_remove(rejected_path(output), rejected)
     write_records(output, supervision, manifest)
 
 
@@ -259,9 +255,6 @@ def over_quota(
             improving = len(places) - len(others)
             dropped |= {*others[math.floor(improving * (1 - share) / share + _ROUNDING) :]}
     return dropped
-
-
-# --- what is refused, and what the manifest says of each file -------------------------------------
 
 
 def _without_targets(summary: Mapping[str, Any]) -> str:

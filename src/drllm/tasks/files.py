@@ -188,7 +188,6 @@ def _gold(row: Row, choices: tuple[str, ...]) -> int:
 
 
 def _graded_answer(row: Row) -> str:
-    """Return the right answer of a row with a grader, as text."""
     value, grader = row.get("answer"), row["grader"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         answer = str(value)

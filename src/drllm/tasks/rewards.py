@@ -93,9 +93,6 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     return float(right), scores[prompt.gold] - max(others)
 
 
-# --- the rewards -------------------------------------------------------------------------------
-
-
 @REWARDS.register("loglikelihood")
 class Loglikelihood(Reward):
     """The right option is the likeliest."""

@@ -73,10 +73,9 @@ class Store:
         However the block is left, the rows that were put are kept. `say` is told what the pass
         needs on disk, and what is there already; the shape is N, L, W, D.
 
-        Raises:
-            ConfigError: The folder holds other features; the message says what differs.
-            RecordError: Files that are broken; a folder that can't be written; too little space,
-                before or during the pass; another training that pools into the folder.
+        Other features in the folder are a ConfigError, which says what differs; broken files, a
+        folder that can't be written, too little space, before or during the pass, and another
+        training that pools into the folder a RecordError.
         """
         config = {**manifest["config"], "feature_dtype": self.dtype}
         manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
@@ -225,7 +224,6 @@ class Store:
 
     @contextlib.contextmanager
     def _refusing(self, verb: str = "write") -> Iterator[None]:
-        """Turn what the operating system refuses into an error of ours."""
         try:
             yield
         except OSError as error:

@@ -103,9 +103,6 @@ class Aggregate:
 Examples: TypeAlias = Features | Aggregate
 
 
-# --- the pass ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def collect(
     model: Any,
@@ -212,9 +209,6 @@ def _check_finite(
             f"{records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
             f"in {model.dtype}; load it with --dtype float32"
         )
-
-
-# --- what is computed from features ------------------------------------------------------------
 
 
 def shape(examples: Examples) -> tuple[int, int, int, int]:

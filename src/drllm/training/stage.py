@@ -40,13 +40,14 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import unrouted
 from drllm.records.codec import clear_half_written, encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
+from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder
 from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
 from drllm.training import checkpoint, temperature
 from drllm.training.checkpoint import is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, collect, digest, each_once
-from drllm.training.targets import reasons_of, write_rejected
+from drllm.training.targets import REJECTED_FILE, reasons_of
 from drllm.training.trackers import RUN_FILE, check_trackers, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
 
@@ -137,10 +138,12 @@ def _train(
 
     store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
     along_targets = pool(store=store)
-    if rejected := write_rejected(output, along_targets.rejected):
+    rejected = along_targets.rejected
+    write_or_remove(output / REJECTED_FILE, rejected)
+    if rejected:
         listener.note(
-            f"drllm: {len(along_targets.rejected)} of {len(targets)} targets are set aside "
-            f"({reasons_of(along_targets.rejected)}): {rejected}"
+            f"drllm: {len(rejected)} of {len(targets)} targets are set aside "
+            f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
         )
     identity_of = functools.partial(
         checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)

@@ -8,13 +8,10 @@ Axes: N targets, T tokens, L layers.
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
 from drllm.models.base.prompts import context_length, encode
-from drllm.records.codec import write_atomically
-from drllm.records.manifest import to_lines
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 
 TOO_LONG = "longer than the base model's context"
@@ -74,16 +71,6 @@ def are_too_many(rejected: int, total: int) -> bool:
         (False, True, False, True)
     """
     return rejected == total or rejected > max(1, MAXIMUM_SET_ASIDE * total)
-
-
-def write_rejected(folder: Path, rejected: Sequence[RejectedQuestion]) -> Path | None:
-    """Write `rejected.jsonl`; if nothing was set aside, remove it and return None."""
-    path = folder / REJECTED_FILE
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return None
-    write_atomically(path, to_lines(rejected))
-    return path
 
 
 def reasons_of(rejected: Sequence[RejectedQuestion]) -> str:

@@ -151,7 +151,6 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
 
 
 def _config(trainer: Trainer) -> dict[str, Any]:
-    """Return settings and baselines as flat values."""
     found = trainer.config.decisive()
     judged = trainer.examples.labels[trainer.held_out or trainer.trained]
     for system, counts in baselines(class_counts(judged.tolist()), trainer.label_counts).items():

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
+from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
@@ -163,8 +164,6 @@ class Trainer:
             )
         return found
 
-    # --- epochs --------------------------------------------------------------------------------
-
     @property
     def is_over(self) -> bool:
         """Whether all epochs are made, or the held-out loss has waited too long to fall."""
@@ -237,10 +236,7 @@ class Trainer:
             weights["hidden_weight"] = weights["hidden_weight"] / deviation[:, None]  # [L, H, D]
             shift = torch.einsum("lhd,ld->lh", weights["hidden_weight"], mean)
             weights["hidden_bias"] = weights["hidden_bias"] - shift
-        with torch.device("meta"):  # no weights are drawn only to be replaced
-            stack = RouterStack(self.stack.config)
-        stack.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
-        return stack
+        return stack_of(self.stack.config, {name: w.float() for name, w in weights.items()})
 
     def _step(self, rows: list[int], rate: float, kept_units: Tensor | None) -> Counts:
         """Learn from rows, and count how they fared before.
@@ -265,7 +261,6 @@ class Trainer:
         return sum((self._judge(part)[1] for part in parts_of(rows)), Counts())
 
     def _judge(self, rows: list[int], kept_units: Tensor | None = None) -> tuple[Tensor, Counts]:
-        """Return the loss of the routers on some rows, and what their decisions count there."""
         means, filled = self.examples.rows(rows), self.examples.filled[rows]
         if self.scale is not None:
             mean, deviation = self.scale

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.errors import ArchitectureError
 from drllm.models import check as checking
 from drllm.models.check import (
     check,
     check_model,
-    known_to_transformers,
     layers_listed,
     make_tiny,
     mixed_plans,
@@ -56,7 +56,7 @@ def test_a_refusal_gives_its_reason_in_one_line_and_what_was_compared_a_differen
 
 
 def test_a_family_that_transformers_lacks_is_absent(monkeypatch):
-    monkeypatch.setattr(checking, "known_to_transformers", lambda family: False)
+    monkeypatch.setattr(checking, "CONFIG_MAPPING", {})
     found = check("llama")
     assert (found.status, found.class_name) == ("absent", "")
     assert version("transformers") in found.reason
@@ -149,7 +149,7 @@ def test_an_unknown_family_and_one_that_transformers_lacks_cannot_be_made(monkey
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_small_frozen_and_as_deep_as_the_others(family):
-    if not known_to_transformers(family):
+    if family not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {family}")
     model = make_tiny(family)
     assert COMMON["num_hidden_layers"] == model.config.num_hidden_layers

@@ -12,10 +12,10 @@ from small import W, Watching, assert_windows, make_features
 from drllm.errors import ModelError, RecordError
 from drllm.models.base.prompts import encode
 from drllm.records.codec import read_json_lines
+from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import Store
 from drllm.training.features import CONSTANT, digest, moments, shape, sizes
-from drllm.training.targets import write_rejected
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -176,10 +176,11 @@ def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_p
 
 def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
     features = features_of(model=overflowing)
-    path = write_rejected(tmp_path, features.rejected)
+    path = tmp_path / "rejected.jsonl"
+    write_or_remove(path, features.rejected)
     [(_, found)] = read_json_lines(path, RejectedQuestion)
     assert found == features.rejected[0]
-    assert write_rejected(tmp_path, ()) is None
+    write_or_remove(path, ())
     assert not path.exists()
 
 

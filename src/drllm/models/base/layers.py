@@ -8,6 +8,7 @@ Axes: P rows, T tokens, K keys.
 """
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -44,11 +45,8 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     The list is the one `ModuleList` of `num_hidden_layers` entries that is a direct child of
     `model.get_decoder()`. Where `get_decoder()` ends above the text stack, it is the one such
     list in any module that takes token ids, its entries of the classes that transformers never
-    splits over devices.
-
-    Raises:
-        ArchitectureError: The model has no such list, shares K/V between layers, or has layers
-            with a state other than K/V.
+    splits over devices. Models that have none, share K/V between layers, or have layers with a
+    state other than K/V are an ArchitectureError.
 
     Source: ours; a rule in place of a table of model names.
     """
@@ -65,10 +63,8 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{name} shares keys and values between layers; skipping a layer would break its "
             f"readers, so it can't be routed"
         )
-    kinds = {
-        *(getattr(text, "layer_types", ()) or ()),
-        *(getattr(text, "layers_block_type", ()) or ()),
-    }
+    named = (getattr(text, name, None) or () for name in ("layer_types", "layers_block_type"))
+    kinds = set(itertools.chain.from_iterable(named))
     foreign = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
     if foreign:
         raise ArchitectureError(
@@ -107,11 +103,9 @@ def is_kv(entry: Any) -> bool:
 def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     """Run one token with the model's own cache, and tell whether its layers return tuples.
 
-    The model isn't routed yet; decoder and layers are those of `find_layers`.
-
-    Raises:
-        ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
-            than its hidden state, or the layers remember anything but K/V.
+    The model isn't routed yet; decoder and layers are those of `find_layers`. A loop that doesn't
+    call each layer once or uses more of a layer's output than its hidden state, and layers that
+    remember anything but K/V, are an ArchitectureError.
     """
     name, token = type(base_of(model)).__name__, one_token(model)
     outputs: list[Any] = []
@@ -201,9 +195,7 @@ def can_split(model: Any) -> bool:
     That takes attention that is told by a mask what it may see, all of it at every layer, and
     rotations that don't depend on how much is read at once.
     """
-    rotations = [
-        str(module.rope_type) for module in model.modules() if hasattr(module, "rope_type")
-    ]
+    rotations = [str(part.rope_type) for part in model.modules() if hasattr(part, "rope_type")]
     return (
         _takes_any_mask(model)
         and _window(model) == math.inf

@@ -101,10 +101,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     if attention is not None and "/" not in attention:  # OWNER/NAME is a kernel on the hub
         known = {"eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in k)}
         if attention not in known:
-            raise ConfigError(
-                "--attn-implementation: "
-                + unknown_name("attention implementation", attention, known)
-            )
+            said = unknown_name("attention implementation", attention, known)
+            raise ConfigError(f"--attn-implementation: {said}")
     given, config = config.model, _without_alias(config)
     with hub.quiet():
         source, revision = _locate(config, options)
@@ -226,7 +224,6 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
 
 
 def _check_folder(place: Path, name: str) -> None:
-    """Refuse a folder that can't hold a model, naming what it lacks."""
     parts = {
         "config.json": (place / "config.json").is_file(),
         "weights (*.safetensors)": any(place.glob("*.safetensors")),
@@ -297,9 +294,8 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     if is_import:
         return ModelError(f"model {name!r} needs a package that isn't installed: {said}")
     if "Unrecognized configuration class" in text:
-        return ModelError(
-            f"{name!r} isn't a decoder-only language model that transformers can open"
-        )
+        said = "isn't a decoder-only language model that transformers can open"
+        return ModelError(f"{name!r} {said}")
     if name in ALIASES:
         said += f"; delete {smollm2.converted()}, and it is converted anew"
     if isinstance(error, SafetensorError):

@@ -98,9 +98,8 @@ def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
 
     `chat` puts a text into the user's turn of the tokenizer's chat template, where it has one.
 
-    Raises:
-        ConfigError: A conversation without a template to put it into, or a prompt that the
-            template refuses.
+    A conversation without a template to put it into, and a prompt that the template refuses, are
+    a ConfigError.
     """
     template = chat and getattr(tokenizer, "chat_template", None)
     if isinstance(prompt, str):

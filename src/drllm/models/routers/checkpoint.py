@@ -2,8 +2,6 @@
 
 Files are written all at once and read without trusting what they hold. Routers are checked against
 the base model that they are attached to.
-
-Axes: D hidden, L layers, H router width.
 """
 
 import dataclasses
@@ -25,7 +23,7 @@ from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 from drllm.models.routers.card import FOLDER, MARK, model_card
-from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.records.codec import read_json
 
 FORMAT_VERSION = 1
@@ -131,9 +129,8 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
 def load_routers(folder: Path | str) -> RouterStack:
     """Read routers that `save_routers` has written.
 
-    Raises:
-        CheckpointError: What `read_config` refuses, a broken file, tensors of another shape or
-            dtype, values that are not finite, or weights that were saved with another config.
+    What `read_config` refuses, a broken file, tensors of another shape or dtype, values that aren't
+    finite, and weights that were saved with another config are a CheckpointError.
     """
     path, config = Path(folder) / WEIGHTS_FILE, read_config(folder)
     tensors, notes = _read_weights(path)
@@ -145,10 +142,19 @@ def load_routers(folder: Path | str) -> RouterStack:
             f"{path} was saved for num_windows {saved_for}, {CONFIG_FILE} says "
             f"{config.num_windows}; put the config back that belongs to the weights"
         )
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        stack = RouterStack(config)
+    return stack_of(config, tensors)
+
+
+def stack_of(config: RouterConfig, tensors: Mapping[str, Tensor]) -> RouterStack:
+    """Return routers with these weights."""
+    stack = _empty(config)
     stack.load_state_dict(tensors, assign=True)
     return stack
+
+
+def _empty(config: RouterConfig) -> RouterStack:
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        return RouterStack(config)
 
 
 def read_config(folder: Path | str) -> RouterConfig:
@@ -198,7 +204,6 @@ def _no_config(folder: Path) -> str:
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read `routers.safetensors`: the tensors, and the notes in its header."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {WEIGHTS_FILE}; is it a folder of routers?")
     try:
@@ -220,19 +225,13 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
     """Say in what weights aren't those of routers with this config; None where they are."""
-    L, D, H = config.num_layers, config.hidden_size, config.router_width
-    expected = {
-        "hidden_weight": [L, H, D],
-        "hidden_bias": [L, H],
-        "decision_weight": [L, NUM_DECISIONS, H],
-        "decision_bias": [L, NUM_DECISIONS],
-    }
+    expected = _empty(config).state_dict()
     for name in sorted(tensors.keys() - expected.keys()):
         return unknown_name("tensor", name, expected)
-    for name, shape in expected.items():
+    for name, weight in expected.items():
         if name not in tensors:
             return f"lacks the tensor {name!r}; train the routers again"
-        found = tensors[name]
+        found, shape = tensors[name], list(weight.shape)
         if list(found.shape) != shape:
             return f"{name!r} has shape {list(found.shape)}, {CONFIG_FILE} asks for {shape}"
         if found.dtype != torch.float32:
@@ -244,13 +243,10 @@ def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
 
 
 def check_routers(model: Any, routers: RouterStack) -> None:
-    """Refuse routers that were made for another model.
+    """Refuse routers that were made for another model, by a message that lists all that differs.
 
     An adapter of PEFT around the model or in it doesn't count, nor does where its weights are.
-
-    Raises:
-        CheckpointError: Another class, L, D or fingerprint; the message lists all that differ.
-            Another id alone is a warning.
+    Another id alone is a warning.
     """
     config, found = routers.config, describe(model)
     differences = [

@@ -15,22 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
 from drllm.models.base.load import ALIASES
+from drllm.models.routers import checkpoint
 from drllm.models.routers.card import HUB_ID
-from drllm.models.routers.checkpoint import (
-    CARD_FILE,
-    CONFIG_FILE,
-    COUNTED_FILE,
-    WEIGHTS_FILE,
-    described,
-    save_routers,
-)
+from drllm.models.routers.checkpoint import CONFIG_FILE, described, save_routers
 from drllm.models.routers.stack import RouterStack
 
-FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
-NEW_TOKEN = (
-    "make one with write access in your settings there, then pass it as token=... or set "
-    + hub.TOKEN_VARIABLE
-)
+FILES = [CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE, checkpoint.COUNTED_FILE]
+NEW_TOKEN = "make one with write access in your settings there, then pass it as token=... or set "
+NEW_TOKEN += hub.TOKEN_VARIABLE
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 
 
@@ -39,11 +31,7 @@ def find(place: Path | str, revision: str | None = None, **options: Any) -> Path
 
     A folder on this machine wins over OWNER/NAME on the hub. One that doesn't exist is returned
     too, for its reader to refuse. Options are `token`, `cache_dir` and `local_files_only`, as the
-    hub's library takes them.
-
-    Raises:
-        CheckpointError: Routers that the hub doesn't have or doesn't give, or no network.
-        ConfigError: A revision of a folder.
+    hub's library takes them. Routers that can't be had are a CheckpointError.
     """
     name, folder = str(place), Path(place).expanduser()
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):

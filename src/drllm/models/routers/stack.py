@@ -69,9 +69,8 @@ class RouterConfig:
             try:
                 object.__setattr__(self, name, msgspec.convert(value, kind))
             except msgspec.ValidationError as error:
-                raise ConfigError(
-                    f"{name!r}: {worded(error)}; it is {reprlib.repr(value)}"
-                ) from error
+                said = f"{name!r}: {worded(error)}; it is {reprlib.repr(value)}"
+                raise ConfigError(said) from error
         if len(self.label_counts) not in (0, self.num_layers):
             raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
 
@@ -104,14 +103,11 @@ class Windows:
 
 
 class Spans:
-    """Where the windows of a batch's prompts lie.
+    """Where the W windows of a batch's prompts lie.
 
     Window w holds the readable tokens floor(w·T/W) … floor((w+1)·T/W) − 1, counted without the
-    padding; a row of T < W tokens has T windows of one token.
-
-    Args:
-        readable: `[B, T]` bool, the tokens that a router may read; at least one a row.
-        num_windows: W.
+    padding; a row of T < W tokens has T windows of one token. Readable, `[B, T]` bool, are the
+    tokens that a router may read; at least one a row.
 
     Source: Dr.LLM section 3.2; keeping the tail that doesn't fill a window is ours (D-03).
     """
@@ -134,10 +130,9 @@ class Spans:
         self.are_all_filled = bool((self.filled == num_windows).all())
 
     def means(self, hidden: Tensor) -> Windows:
-        """Average a layer's input in each window, in float32.
+        """Average a layer's input `[B, T, D]`, of any floating dtype, in each window, in float32.
 
-        Args:
-            hidden: `[B, T, D]`, any floating dtype; what isn't readable may hold anything, NaN too.
+        What isn't readable may hold anything, NaN too.
         """
         clean = hidden.float()
         if not self.is_all_readable:

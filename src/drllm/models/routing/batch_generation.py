@@ -10,6 +10,7 @@ Axes: N prompts, B rows of a batch, T tokens, L layers.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,7 @@ from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.generate import end_tokens, options_of
-from drllm.models.routing.policies import (
-    FixedPolicy,
-    FullPolicy,
-    PathPolicy,
-    Policy,
-    PromptView,
-)
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 
@@ -129,10 +124,8 @@ def generate_many(
                 f"{name} needs an end-of-sequence token to fill up answers that end early; give "
                 f"eos_token_id, or batch_size=1"
             )
-    rows = [
-        prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
-        for prompt in prompts
-    ]
+    read = partial(prompt_tokens, routed, chat=chat, max_new_tokens=max_new_tokens)
+    rows = [read(prompt) for prompt in prompts]
     told = on_progress or (lambda _done, _all: None)
     told(0, len(rows))
     if option("stop_strings"):

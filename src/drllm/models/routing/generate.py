@@ -32,14 +32,12 @@ class GenerateHandle:
         """Generate as the model does, with decisions taken once per prompt."""
         option = options_of(self.model, kwargs, args)
         reads = reads_prompt(self.driver.current_policy)
-        early_exit = option("assistant_early_exit")
-        if early_exit is not None:
+        if (early_exit := option("assistant_early_exit")) is not None:
             raise RoutingError(
                 f"assistant_early_exit={early_exit} would leave out layers behind the back of "
                 f"routing; leave it out, or give an assistant_model"
             )
-        chunk = option("prefill_chunk_size")
-        if chunk is not None and reads:
+        if (chunk := option("prefill_chunk_size")) is not None and reads:
             raise RoutingError(
                 f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
                 f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"

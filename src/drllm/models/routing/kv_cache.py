@@ -69,8 +69,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def __repr__(self) -> str:
         return f"RoutedCacheLayer(rows={[len(rows) for rows in self.rows]})"
 
-    # --- what routing calls ---
-
     def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
 
@@ -106,8 +104,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self._uncounted += num_tokens
         else:
             _feed_ones(self.shadow, num_tokens, like)
-
-    # --- what transformers calls ---
 
     @property
     def is_initialized(self) -> bool:

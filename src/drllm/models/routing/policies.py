@@ -134,9 +134,7 @@ class FixedPolicy(Policy):
 class PathPolicy(Policy):
     """Run one static path for all rows, which decisions may not be able to express.
 
-    Args:
-        path: What is run.
-        num_layers: L of the model; PathError if it doesn't have one of the layers.
+    One with a layer that a model of `num_layers` doesn't have is a PathError.
     """
 
     reads_prompt = False

@@ -27,13 +27,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.policies import (
-    FixedPolicy,
-    FullPolicy,
-    PathPolicy,
-    Policy,
-    RouterPolicy,
-)
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
 from drllm.paths import StaticPath
 
 

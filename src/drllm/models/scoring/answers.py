@@ -103,7 +103,6 @@ class AnswerBatch:
         grader: Grader,
         kl: bool,
     ) -> list[Answer]:
-        """Answer the pairs of one pass, given by their places."""
         answers: dict[int, Answer] = {}
         tokens: dict[int, list[int]] = {place: [] for place in places}
         totals = dict.fromkeys(places, 0.0)

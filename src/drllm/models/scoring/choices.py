@@ -70,15 +70,10 @@ class ChoiceBatch:
     layers see fewer tokens than a question has with all its continuations, each continuation gets a
     plain row of its own with a copy of the context. The numbers are the same.
 
-    Args:
-        questions: With at least one continuation each.
-        state_cache_gb: Maximum memory for shared states, in GB.
-        paths_per_pass: Maximum rows in a forward pass, one for each path; None picks it by memory.
-        contexts: Rows that hold the questions' contexts, with the states of their paths: then only
-            the continuations are run. None runs the contexts here.
-
-    Raises:
-        RoutingError: A prompt or a continuation without tokens.
+    Shared states take `state_cache_gb` GB at most. A forward pass has `paths_per_pass` rows at
+    most, one for each path; None picks it by memory. Where `contexts` are rows that hold the
+    questions' contexts, with the states of their paths, only the continuations are run. A prompt or
+    a continuation without tokens is a RoutingError.
 
     Source: ours; it equals lm-evaluation-harness' row (context and continuation without its last
         token).
@@ -165,13 +160,22 @@ class ChoiceBatch:
         driver = self.routed.driver
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
-        with driver.using(policy), driver.reading(self._whole.context):
-            logits = self._whole_logits()
-        starts = [logits.shape[1] - num - 1 for num in self._whole.num_after]
+        rows = self._whole
+        # By index, not by number: a slice would lie scattered, and the head's product be slow.
+        T, keep = rows.ids.shape[1], max(rows.num_after) + 1
+        with driver.using(policy), driver.reading(rows.context), torch.no_grad():
+            logits: Tensor = self.routed.model(
+                input_ids=rows.ids,
+                attention_mask=rows.mask,
+                position_ids=rows.positions,
+                use_cache=False,
+                logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
+            ).logits  # [B, S, V]
+        starts = [logits.shape[1] - num - 1 for num in rows.num_after]
         parts = [(row, logits[row, start:]) for row, start in enumerate(starts)]
         scores = self._scored(parts, greedy=True)
-        rows = [places[0] for places in self._places]  # one for each question
-        driver.keep([tuple([layer[row] for row in rows]) for layer in driver.last_route])
+        first = [places[0] for places in self._places]  # one for each question
+        driver.keep([tuple([layer[row] for row in first]) for layer in driver.last_route])
         found = [_joined([scores[row] for row in places]) for places in self._places]
         return found, self.routed.last_route
 
@@ -187,21 +191,6 @@ class ChoiceBatch:
             return self._rows.packed
         model = self.routed.model
         return pack(self._parts, dtype=model.dtype, device=model.device)
-
-    def _whole_logits(self) -> Tensor:
-        """Run whole rows once, and return the logits of what is scored, `[B, S, V]`."""
-        rows = self._whole
-        # By index, not by number: a slice would lie scattered, and the head's product be slow.
-        T, keep = rows.ids.shape[1], max(rows.num_after) + 1
-        with torch.no_grad():
-            logits: Tensor = self.routed.model(
-                input_ids=rows.ids,
-                attention_mask=rows.mask,
-                position_ids=rows.positions,
-                use_cache=False,
-                logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
-            ).logits
-        return logits
 
     def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""

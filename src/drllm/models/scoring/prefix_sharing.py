@@ -171,12 +171,8 @@ class PrefixSharingDriver(Driver):
         self._pristine: list[object] = []
         # For each pair, how many executions are known or were run.
         self._done = [self._deepest(row, self._paths[plan]) for row, plan in self.pairs]
-
-    @property
-    def knows_all(self) -> bool:
-        """Whether every state was known already, so that no layer has to run."""
-        each = zip(self._done, self.pairs, strict=True)
-        return all(done == len(self._paths[plan]) for done, (_, plan) in each)
+        # Whether every state was known already, so that no layer has to run.
+        self.knows_all = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that can't be right."""
@@ -309,7 +305,6 @@ class PrefixSharingDriver(Driver):
         return groups
 
     def _run(self, step: Step, prompts: Tensor, wanted: list[RowPath]) -> None:
-        """Run a step on states of like length."""
         call = self._calls[step.layer]
         rows = tuple(row for row, _ in wanted)
         before = [

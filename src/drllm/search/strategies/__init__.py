@@ -30,12 +30,8 @@ class PathSearch(ABC):
     The caller asks for paths with `ask`, finds out what they are worth, and tells it with `tell`,
     until nothing is returned although nothing is in flight (asked for and not told yet). So many
     searches can advance in step and have their paths evaluated in one batch. The full path comes
-    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`.
-
-    Args:
-        num_layers: L of the model.
-        config: Simulations, budget, stop rule and the numbers of the selection rule.
-        rng: The only source of randomness.
+    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`; `rng` is
+    the only source of randomness.
 
     Attributes:
         tried: Every path whose reward is known, in that order, the full path first.

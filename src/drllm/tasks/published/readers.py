@@ -65,9 +65,6 @@ class Columns:
         return with_options(question, choices, self.answers.index(value))
 
 
-# --- options -------------------------------------------------------------------------------------
-
-
 def labelled(row: Row) -> Example:
     """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
 
@@ -215,9 +212,6 @@ def gpqa_columns(example: Example, _row: Row) -> dict[str, Any]:
     assert example.gold is not None
     options = {f"choice{place}": text for place, text in enumerate(example.choices, start=1)}
     return {"Question": example.question, **options, "answer": f"({'ABCD'[example.gold]})"}
-
-
-# --- generated answers ---------------------------------------------------------------------------
 
 
 def gsm8k(row: Row) -> Example:

@@ -119,7 +119,6 @@ class PublishedTask(Task):
         return self._questions(self._file(split), data_dir).skipped
 
     def _file(self, split: str) -> str:
-        """Return the name of the file that a split is taken from."""
         check_split(split)
         file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
         if file is None:
@@ -283,9 +282,6 @@ def find_file(folder: Path, stem: str) -> Path | None:
 @functools.cache
 def _warn_of_part(path: Path) -> None:
     logger.warning("%s is a part of the set only; what is reported on it is on that part", path)
-
-
-# --- the table of sets ---------------------------------------------------------------------------
 
 
 class Loader(yaml.SafeLoader):
