@@ -2,6 +2,8 @@
 
 Files are written all at once and read without trusting what they hold. Routers are checked against
 the base model that they are attached to.
+
+Axes: D hidden, L layers, H router width.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 from drllm.models.routers.card import FOLDER, MARK, model_card
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records.codec import read_json
 
 FORMAT_VERSION = 1
@@ -147,14 +149,10 @@ def load_routers(folder: Path | str) -> RouterStack:
 
 def stack_of(config: RouterConfig, tensors: Mapping[str, Tensor]) -> RouterStack:
     """Return routers with these weights."""
-    stack = _empty(config)
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        stack = RouterStack(config)
     stack.load_state_dict(tensors, assign=True)
     return stack
-
-
-def _empty(config: RouterConfig) -> RouterStack:
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        return RouterStack(config)
 
 
 def read_config(folder: Path | str) -> RouterConfig:
@@ -225,13 +223,19 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
     """Say in what weights aren't those of routers with this config; None where they are."""
-    expected = _empty(config).state_dict()
+    L, D, H = config.num_layers, config.hidden_size, config.router_width
+    expected = {
+        "hidden_weight": [L, H, D],
+        "hidden_bias": [L, H],
+        "decision_weight": [L, NUM_DECISIONS, H],
+        "decision_bias": [L, NUM_DECISIONS],
+    }
     for name in sorted(tensors.keys() - expected.keys()):
         return unknown_name("tensor", name, expected)
-    for name, weight in expected.items():
+    for name, shape in expected.items():
         if name not in tensors:
             return f"lacks the tensor {name!r}; train the routers again"
-        found, shape = tensors[name], list(weight.shape)
+        found = tensors[name]
         if list(found.shape) != shape:
             return f"{name!r} has shape {list(found.shape)}, {CONFIG_FILE} asks for {shape}"
         if found.dtype != torch.float32:
