@@ -43,13 +43,7 @@ from drllm.records.results import BASE, PERMUTED, ROUTED
 from drllm.records.resume import Chunks
 from drllm.records.search import read_search
 from drllm.records.supervision import read_supervision
-from drllm.statistics.non_inferiority import (
-    MAX_LOSS_INCREASE,
-    Choice,
-    Limits,
-    choose,
-    confirm,
-)
+from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
 
@@ -377,10 +371,7 @@ class Comparison:
     # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
 
     def _choice(
-        self,
-        epsilon: float,
-        systems: Sequence[SystemRun],
-        settings: Sequence[Decided],
+        self, epsilon: float, systems: Sequence[SystemRun], settings: Sequence[Decided]
     ) -> Choice:
         """Choose a depth or a path on one split, and test it once on the one that is evaluated.
 

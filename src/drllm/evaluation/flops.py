@@ -11,24 +11,17 @@ Axes: L layers, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from drllm.cost import Shares, step_executions
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
-from drllm.models.routing.shares import EXPERTS
-from drllm.paths import MLP, Plan, StaticPath, Step, check_decisions, step_of, steps_of
+from drllm.models.routing.shares import EXPERTS, entries_of
+from drllm.paths import MLP, Plan, step_of, steps_of
 from drllm.records.results import Flops
 
-NOT_DERIVED = (
-    *EXPERTS,
-    *("kv_lora_rank", "multi_query", "lambda_std_dev"),
-)
+NOT_DERIVED = (*EXPERTS, "kv_lora_rank", "multi_query", "lambda_std_dev")
 """Where configurations say that a layer has experts, of which a token runs a few, or attention of
 another shape than heads times head size."""
 
@@ -40,19 +33,15 @@ class ModelShape:
     Attributes:
         matrices: The entries of all matrices that a layer multiplies a token with, `[L]`.
         head: Entries of the output matrix.
-        heads: Query heads.
-        kv_heads: Heads of keys and values.
-        head_size: Of a query, key or value.
-        kv_itemsize: Bytes of a number in the cache.
+        queries: Numbers in a token's queries, those of all heads.
+        kv_bytes: Of the keys and values that a layer keeps of a token.
         shares: Of attention and MLP in each layer's matrices, for paths that run parts of layers.
     """
 
-    matrices: tuple[int, ...]
+    matrices: tuple[float, ...]
     head: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    kv_itemsize: int
+    queries: int
+    kv_bytes: int
     shares: Shares = ()
 
     @classmethod
@@ -66,7 +55,7 @@ class ModelShape:
 
         Raises:
             ArchitectureError: A model whose layers can't be found, or whose cost doesn't follow
-                from these numbers: experts, latent K/V, packed weights.
+                from these numbers: experts, latent K/V.
         """
         _, layers = find_layers(model)
         model = base_of(model)
@@ -78,46 +67,29 @@ class ModelShape:
                     f"aren't derived; go by executions and measured time"
                 )
         heads = int(config.num_attention_heads)
-        groups = [getattr(part, "num_key_value_groups", 1) for part in layers.modules()]
+        kv_heads = heads // max(getattr(m, "num_key_value_groups", 1) for m in layers.modules())
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(
-            matrices=tuple(sum(_matrices(layer, name)) for layer in layers),
+            matrices=tuple(sum(entries_of(layer, model)) for layer in layers),
             head=int(model.get_output_embeddings().weight.numel()),
-            heads=heads,
-            kv_heads=heads // int(max(groups)),
-            head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-            kv_itemsize=model.dtype.itemsize,
+            queries=heads * head_size,
+            kv_bytes=2 * kv_heads * head_size * model.dtype.itemsize,
             shares=shares,
         )
-
-
-def _matrices(layer: nn.Module, model: str) -> Iterator[int]:
-    """Yield the entries of each matrix of a layer."""
-    for module in layer.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() >= 2:
-                is_usual = isinstance(module, (nn.Linear, Conv1D))
-                if not (is_usual and parameter.is_floating_point()):
-                    raise ArchitectureError(
-                        f"{model} has weights in {type(module).__name__}, for which FLOPs aren't "
-                        f"derived; go by executions and measured time"
-                    )
-                yield parameter.numel()
 
 
 def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     """Return the FLOPs of reading one prompt of T ≥ 1 tokens in one pass, and predicting one token.
 
-    PathError for decisions `[L]` or a path that this model can't run.
-
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
     """
-    steps = _steps(shape, plan)
+    steps = list(map(step_of, steps_of(plan)))
     entries = sum(step_executions(s, shape.shares) * shape.matrices[s.layer] for s in steps)
     # Two products for each pair of tokens: the score, and the value that it weights.
     pairs = sum(step.run != MLP for step in steps) * num_tokens * num_tokens
     return Flops(
         weights=2 * (shape.head + num_tokens * round(entries)),
-        attention=4 * pairs * shape.heads * shape.head_size,
+        attention=4 * pairs * shape.queries,
     )
 
 
@@ -125,15 +97,5 @@ def kv_bytes(shape: ModelShape, plan: Plan) -> int:
     """Return the bytes of K and V that a token leaves, as long as every layer still sees it.
 
     A skipped layer keeps none, nor does an MLP alone; a repeated one keeps those of both passes.
-    PathError as `prompt_flops`.
     """
-    executions = sum(step.run != MLP for step in _steps(shape, plan))
-    return 2 * executions * shape.kv_heads * shape.head_size * shape.kv_itemsize
-
-
-def _steps(shape: ModelShape, plan: Plan) -> list[Step]:
-    if isinstance(plan, StaticPath):
-        plan.check(len(shape.matrices))
-    else:
-        check_decisions(plan, len(shape.matrices))
-    return list(map(step_of, steps_of(plan)))
+    return shape.kv_bytes * sum(step_of(item).run != MLP for item in steps_of(plan))

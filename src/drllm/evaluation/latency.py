@@ -32,14 +32,7 @@ from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest
-from drllm.records.results import (
-    BASE,
-    LATENCY_FILE,
-    ROUTED,
-    Latency,
-    Timing,
-    Timings,
-)
+from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]

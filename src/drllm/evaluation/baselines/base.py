@@ -1,8 +1,7 @@
 """What a baseline is, what it may be fitted on, and the registry of all of them.
 
 Adding one is a module of this package with a class under `@register`, and a test. The modules load
-torch only inside of functions, so that baselines are listed without it; what needs it as a whole
-is in `fitting`.
+torch only inside of functions, so that baselines are listed without it.
 
 Axes: Q questions, L layers, N calibration prompts.
 """

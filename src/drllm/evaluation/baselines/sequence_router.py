@@ -1,15 +1,28 @@
-"""The baseline that decides everything before the first layer, by one linear router."""
+"""The baseline that decides everything before the first layer, by one linear router.
+
+Source: MindSkip in Router-Tuning (arXiv 2410.13184), changed as D-18 of docs/differences.md says.
+
+Axes: N examples or prompts, B rows, D hidden, L layers, C = 3 decisions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from drllm.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.base import TARGETS, Baseline, Drawn, executions_of, register
+from drllm.models.routing.policies import Policy, PromptView, biased, full_precision
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from drllm.models.routing.routed_model import RoutedModel
+
+STEEPEST = 1024.0
+"""Greatest bias in either direction; the router's logits lie far within."""
 
 
 @register
@@ -32,22 +45,74 @@ class SequenceRouterBaseline(Baseline):
         """The router, and what it reads of the calibration prompts, `[N, D]`."""
         import torch
 
-        from drllm.evaluation.baselines.fitting import sequence_router
         from drllm.models.base.prompts import encode
         from drllm.models.routers.logistic import fit_logistic
 
         material, tokenizer = self.fitted.material, self.routed.tokenizer
         prompts = [encode(tokenizer, each.prompt) for each in material.supervision]
-        inputs = sequence_router.first_inputs(self.routed, prompts)
+        inputs = first_inputs(self.routed, prompts)
         labels = torch.tensor([each.optimal_layer_config for each in material.supervision])
         router = fit_logistic(inputs, labels, num_classes=3)
-        return router, sequence_router.first_inputs(self.routed, material.prompts)
+        return router, first_inputs(self.routed, material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the router's policy."""
-        from drllm.evaluation.baselines.fitting import sequence_router
-
         router, inputs = self.trained
-        bias = sequence_router.find_bias(router, inputs, executions_of(routes)).value
-        policy = sequence_router.SequenceRouterPolicy(router, bias)
-        return Drawn(policy=policy, note=f"with a bias of {bias:.4g}")
+        bias = find_bias(router, inputs, executions_of(routes)).value
+        return Drawn(policy=SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
+
+
+class SequenceRouterPolicy(Policy):
+    """Takes all decisions at the first layer, from its pooled input, by a router on the CPU."""
+
+    _plans: Tensor
+
+    def __init__(self, router: nn.Linear, depth_bias: float = 0.0) -> None:
+        self.router = router
+        self.depth_bias = depth_bias
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return one column of the plans."""
+        if layer == 0:
+            inputs = first_input(prompts).cpu()  # where the router is
+            with full_precision(inputs.device):
+                self._plans = plans_of(self.router, inputs, self.depth_bias)
+        return self._plans[:, layer]
+
+
+def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
+    """Return decisions `[B, L]` of what `first_input` gives, `[B, D]`, by a map to L · C logits.
+
+    The higher the bias, the price of an execution, the fewer a row has; one that would skip
+    everything runs the last layer.
+    """
+    plans = biased(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
+    plans[plans.sum(dim=1) == 0, -1] = 1
+    return plans
+
+
+def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
+    """Find the depth bias under which prompts run the wanted executions on average.
+
+    What the router reads doesn't depend on its decisions, so no forward pass is needed.
+
+    Source: ours (D-20).
+    """
+    return nearest_setting(
+        lambda bias: executions_of(plans_of(router, inputs, bias)), executions, -STEEPEST, STEEPEST
+    )
+
+
+def first_input(prompts: PromptView) -> Tensor:
+    """Return the mean of each prompt's real tokens as a layer reads them, `[B, D]` in float32."""
+    return prompts.windows(1).means[:, 0]
+
+
+def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Return `first_input` at the first layer, where nothing but the embedding has run, `[N, D]`.
+
+    All layers are skipped, of which routing runs the last one all the same; see `recorded`.
+    """
+    from drllm.models.routers.depth_control import recorded
+
+    return recorded(routed, prompts, first_input, [0], decision=0)[:, 0]

@@ -35,8 +35,8 @@ def layer_shares(routed: RoutedModel) -> Shares:
     sublayers, model = routed.injection.sublayers, base_of(routed.model)
     shares = []
     for attention, mlps in zip(sublayers.attention, sublayers.mlps, strict=True):
-        ours = sum(_entries(attention, model))
-        share = ours / (ours + sum(sum(_entries(mlp, model)) for mlp in mlps))
+        ours = sum(entries_of(attention, model))
+        share = ours / (ours + sum(sum(entries_of(mlp, model)) for mlp in mlps))
         shares.append((share, 1 - share))
     return shares
 
@@ -46,7 +46,7 @@ def executions_along(routed: RoutedModel, path: StaticPath) -> float:
     return path_executions(path, layer_shares(routed) if path.runs_parts else ())
 
 
-def _entries(module: nn.Module, model: Any, part: float = 1.0) -> Iterator[float]:
+def entries_of(module: nn.Module, model: Any, part: float = 1.0) -> Iterator[float]:
     """Yield the entries of each matrix below a module; of experts, the part that a token runs."""
     own = [each for each in module.parameters(recurse=False) if each.dim() > 1]
     if isinstance(module, nn.Linear):  # its weight may be packed
@@ -61,7 +61,7 @@ def _entries(module: nn.Module, model: Any, part: float = 1.0) -> Iterator[float
     if isinstance(module, nn.ModuleList) and len(module) in numbers:
         part = _chosen(model, len(module))
     for child in module.children():
-        yield from _entries(child, model, part)
+        yield from entries_of(child, model, part)
 
 
 def _chosen(model: Any, num_experts: int) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drllm.evaluation.baselines.fitting.sequence_router import (
+from drllm.evaluation.baselines.sequence_router import (
     SequenceRouterPolicy,
     find_bias,
     first_inputs,

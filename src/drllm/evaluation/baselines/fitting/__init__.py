@@ -1,1 +1,0 @@
-"""What baselines are fitted with: small models and their training, policies."""
