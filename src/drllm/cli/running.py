@@ -6,7 +6,6 @@ from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show_results, show_sweep
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, unknown_name
-from drllm.listener import duration
 from drllm.pipeline import folder as run_folder
 from drllm.pipeline import sweeps
 from drllm.pipeline.recipes import read_recipe, read_sweep
@@ -37,9 +36,8 @@ def run(request: Request, terminal: Terminal) -> None:
     done = run_folder.run(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()
-    for stage in done:
-        before = ", done before" if stage.done_before else ""
-        terminal.say(f"{stage.name:12} {duration(stage.seconds)}{before}")
+    for name, took in done.items():
+        terminal.say(f"{name:12} {took}")
     terminal.say(f"{'report':12} {folder / 'report.html'}")
 
 

@@ -25,10 +25,6 @@ from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import candidates, is_valid, survived
 from drllm.supervision.summary import KINDS, summarise
 
-NEAREST = 3
-"""Ids that are offered where one is unknown."""
-LAYERS_NAMED = 5
-"""How many of the layers that targets skip, or repeat, most often are named."""
 ANSWER_WIDTH = 14
 """Columns for what a path answered: its beginning, so that a path stays one line."""
 
@@ -119,7 +115,7 @@ def show_question(
     found = [record for record in records if record.id == question]
     if not found:
         ids = list(dict.fromkeys(record.id for record in records))
-        near = difflib.get_close_matches(question, ids, n=NEAREST, cutoff=0.0)
+        near = difflib.get_close_matches(question, ids, n=3, cutoff=0.0)
         raise RecordError(
             f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
             f"{', '.join(near)}"
@@ -262,7 +258,7 @@ def _say_decisions(summary: Mapping[str, Any], terminal: Terminal) -> None:
     counts = summary.get("class_counts_by_layer", [])
     for decision, name in ((Decision.SKIP, "most skipped"), (Decision.REPEAT, "most repeated")):
         ranked = sorted(range(len(counts)), key=lambda layer: -counts[layer][decision])
-        often = [(layer, counts[layer][decision]) for layer in ranked[:LAYERS_NAMED]]
+        often = [(layer, counts[layer][decision]) for layer in ranked[:5]]
         if shown := [f"{layer} ({times})" for layer, times in often if times]:
             terminal.fact(name, f"layers {', '.join(shown)}")
 

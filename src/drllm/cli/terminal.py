@@ -68,7 +68,7 @@ class Terminal(Listener):
 
     def write(self, text: str) -> None:
         """Print a part of a line of the result."""
-        self.out.print(text, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.out.print(text, end="", soft_wrap=True)
 
     def fact(self, name: str, text: object) -> None:
         """Print a line of the result: a name and its value."""
@@ -76,7 +76,7 @@ class Terminal(Listener):
 
     def show(self, what: RenderableType) -> None:
         """Print a styled text."""
-        self.out.print(what, highlight=False)
+        self.out.print(what)
 
     def table(
         self,
@@ -138,8 +138,10 @@ class Terminal(Listener):
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Show warnings of ours, logged or raised, inside the block; keep others' to themselves."""
-        logger, handler = logging.getLogger("drllm"), _LineHandler(logging.WARNING)
-        handler.terminal = self
+        logger, handler = logging.getLogger("drllm"), logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.note(  # type: ignore[method-assign]
+            f"drllm: {record.levelname.lower()}: {record.getMessage()}"
+        )
         propagated, logger.propagate = logger.propagate, False
         logger.addHandler(handler)
         shown, warnings.showwarning = warnings.showwarning, _log_ours
@@ -149,15 +151,6 @@ class Terminal(Listener):
             warnings.showwarning = shown
             logger.removeHandler(handler)
             logger.propagate = propagated
-
-
-class _LineHandler(logging.Handler):
-    """Prints a log record as one line."""
-
-    terminal: Terminal
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.terminal.note(f"drllm: {record.levelname.lower()}: {record.getMessage()}")
 
 
 def _log_ours(message: Any, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
@@ -227,9 +220,7 @@ class Progress:
             self.printed, self.printed_at = step, now
             share = f"{100 * done / total:.0f} %" if total else "100 %"
             line = ", ".join([share, *parts])
-            self.console.print(
-                f"{self.title}: {line}", markup=False, emoji=False, highlight=False, soft_wrap=True
-            )
+            self.console.print(f"{self.title}: {line}", soft_wrap=True)
 
 
 def draw_route(decisions: Sequence[int]) -> Text:
@@ -262,7 +253,7 @@ class _Console(Console):
     """A console that shows the control characters of a text instead of obeying them."""
 
     def __init__(self, *, stderr: bool) -> None:
-        super().__init__(stderr=stderr)
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
         if not self.is_terminal:
             self.width = UNBROKEN
 
@@ -275,7 +266,7 @@ class _Console(Console):
             style |= {"subsequent_indent": " " * indent, "replace_whitespace": False}
             lines = (textwrap.wrap(line, self.width, **style) for line in text.split("\n"))
             text = "\n".join("\n".join(line) for line in lines)
-        self.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.print(text, soft_wrap=True)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

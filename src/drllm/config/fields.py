@@ -102,12 +102,7 @@ class Settings:
 
 Group = TypeVar("Group", bound=Settings)
 
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _WRITTEN = {
     int: re.compile(r"[+-]?\d{1,20}"),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
@@ -127,10 +122,7 @@ def is_by_task(kinds: tuple[type, ...]) -> bool:
 
 
 def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
-    """Return the number that a text writes, where a setting of these kinds takes one.
-
-    By task it is that of each value. All else is returned as it is.
-    """
+    """Return the number that a text writes, by task too, where one is taken; else the value."""
     if isinstance(value, dict) and is_by_task(kinds):
         of_one = _of_one(kinds)
         return {task: from_text(one, of_one) for task, one in value.items()}
@@ -199,10 +191,7 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
 
 
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
-    """Make a settings group from a mapping that is part of `where`; ConfigError if it doesn't fit.
-
-    Of an unknown key, the message has the nearest valid one.
-    """
+    """Make a settings group of a mapping that is part of `where`; ConfigError if it doesn't fit."""
     known = kinds_of(kind)
     for name in values:
         if name not in known:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -127,19 +127,10 @@ def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], Bas
         yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
 
 
-class StageTime(NamedTuple):
-    """How long a stage took, in seconds, and whether an earlier run did it."""
+def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
+    """Carry out a recipe in a folder, skipping what is done; return how long each stage took.
 
-    name: str
-    seconds: float
-    done_before: bool
-
-
-def run(recipe: Recipe, folder: Path, listener: Listener) -> list[StageTime]:
-    """Carry out a recipe in a folder that receives everything.
-
-    What is done there already is skipped. Returned are the stages in order. A recipe, its tasks or
-    a folder that can't be used are refused before anything is written; else errors are the stages'.
+    A recipe, its tasks or a folder that can't be used are refused before anything is written.
     """
     recipe.check()
     check_folder(folder, "--output-dir")
@@ -172,10 +163,10 @@ class RunFolder:
         self.routers = shared.get("train", folder) / "routers"
         self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
 
-    def stages(self, names: Sequence[str]) -> list[StageTime]:
+    def stages(self, names: Sequence[str]) -> dict[str, str]:
         """Run the named stages that aren't done, in order; other stages' files must be there."""
         version = importlib.metadata.version("drllm")
-        times = []
+        times = {}
         for number, name in enumerate(names, start=1):
             stage: Stage = getattr(self, f"_{name}")()
             made_from = {"drllm_version": version, **next(stage)}
@@ -191,8 +182,8 @@ class RunFolder:
                 self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
             if name == names[0]:
                 self._keep_recipe()
-            times.append(StageTime(name, self.manifest.stages[name].seconds, skipped))
-            took = "done before" if skipped else duration(times[-1].seconds)
+            times[name] = duration(self.manifest.stages[name].seconds) + ", done before" * skipped
+            took = "done before" if skipped else times[name]
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
         return times
 

@@ -64,53 +64,56 @@ class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attention: float
 
 
-class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One system's result on one task, at the depth that the routers were trained for.
+class Scored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a system did on a task's questions at some depth.
 
-    Executions are means a forward pass, in layer equivalents, `decode_executions` those a generated
-    token; log-probabilities and losses are in nats; intervals are of 95 %. `against_base` is what
-    the system has more than base, `routed_against` what the routed model has more than the system.
+    Executions are means a forward pass, in layer equivalents; log-probabilities and losses are in
+    nats; intervals are of 95 %. `against_base` is what the system has more than base,
+    `routed_against` what the routed model has more than the system.
     """
 
-    name: str
-    description: str
     accuracy: float
     interval: tuple[float, float]
     executions: float
     gold_logprob: float | None
+    text_loss: float | None = None
+    against_base: Differences | None = None
+    routed_against: Differences | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= self.accuracy + 1e-9 or not self.accuracy - 1e-9 <= high <= 1:
+            raise ValueError(
+                f"accuracy {self.accuracy} with interval [{low}, {high}]; expected "
+                f"0 <= low <= accuracy <= high <= 1"
+            )
+
+
+class System(Scored, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One system at the depth that the routers were trained for.
+
+    `decode_executions` are those a generated token.
+    """
+
+    name: str
+    description: str
     seconds: float
     draws: int = 1
     source: str | None = None
     fitted_on: str | None = None
     reads_question: bool | None = None
     metrics: dict[str, float] = {}
-    text_loss: float | None = None
     decode_executions: float | None = None
     prompt_flops: Flops | None = None
     kv_bytes_per_token: float | None = None
     unchanged_routes: float | None = None
-    against_base: Differences | None = None
-    routed_against: Differences | None = None
-
-    def __post_init__(self) -> None:
-        _check_interval(self.accuracy, self.interval)
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Point(Scored, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One system at one depth, which is said in words ("20 % saved"; empty for base)."""
 
     system: str
     setting: str
-    executions: float
-    accuracy: float
-    interval: tuple[float, float]
-    gold_logprob: float | None
-    text_loss: float | None
-    against_base: Differences | None = None
-    routed_against: Differences | None = None
-
-    def __post_init__(self) -> None:
-        _check_interval(self.accuracy, self.interval)
 
     @property
     def name(self) -> str:
@@ -383,15 +386,6 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
                 f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives {mean}; they are "
                 f"of different evaluations"
             )
-
-
-def _check_interval(accuracy: float, interval: tuple[float, float]) -> None:
-    low, high = interval
-    if not 0 <= low <= accuracy + 1e-9 or not accuracy - 1e-9 <= high <= 1:
-        raise ValueError(
-            f"accuracy {accuracy} with interval [{low}, {high}]; expected "
-            f"0 <= low <= accuracy <= high <= 1"
-        )
 
 
 def refuse_twice(what: str, names: Sequence[str]) -> None:
