@@ -2,8 +2,6 @@
 
 A stock class computes every sublayer, so one that is left out gets a last linear map of zeros,
 weight and bias, and adds nothing. Which weights these are is tried out, not looked up by name.
-
-Axes: T tokens.
 """
 
 from collections.abc import Sequence
@@ -24,8 +22,6 @@ def zeroed_weights(injection: Injection, steps: Sequence[Step], tokens: Tensor) 
 
     `tokens` `[1, T]` pass the model once, so that sublayers are tried on states that they meet.
     ArchitectureError as `Sublayers`, and for one that no zero weights bring to give zeros.
-
-    Source: ours; a rule in place of a table of names.
     """
     left_out: list[list[nn.Module]] = []
     for step in steps:

@@ -116,8 +116,6 @@ def search_in_step(
 
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
     one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
-    What `read` refuses in one of the ways that it is asked, and log-probabilities that aren't
-    finite, are its errors.
 
     Source: Dr.LLM section 3.1.
     """
@@ -252,10 +250,7 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches, each taken when it can be, and hand it over as soon as it is done.
-
-        What is done of a batch is kept in `chunks`, under its key.
-        """
+        """Search batches one by one; what is done of each is kept in `chunks`, under its key."""
         for batch in batches:
             parts = None if chunks is None else chunks.within(batch.key)
             on_step = None if on_share is None else partial(on_share, batch)

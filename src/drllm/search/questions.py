@@ -120,10 +120,7 @@ def ask(task: Task, example: Example, reward: str, place: int = 0) -> SearchQues
 
 
 def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
-    """Return the questions in batches of one task each, those of like length together.
-
-    Little of a batch is then padding.
-    """
+    """Return the questions in batches of one task each, of like length: little is then padding."""
 
     def length(question: SearchQuestion) -> int:
         return sum(map(len, (question.prompt.text, *question.prompt.continuations)))
@@ -151,12 +148,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def in_shard(example: Example, part: int, parts: int) -> bool:
-    """Say whether a question belongs to a shard, from 1; its text alone decides.
-
-    Copies of a question land in the same shard, whatever their ids.
-
-    Source: ours.
-    """
+    """Say whether a question belongs to a shard, from 1; its text alone decides, not its id."""
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
     digest = hashlib.sha256(f"shard:{question_key(example.question)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % parts == part - 1

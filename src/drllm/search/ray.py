@@ -63,7 +63,7 @@ class Worker:
         return base.identity, base.runtime, os.getpid()
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return what the model reads of each prompt; None where its template refuses it."""
+        """Do what `LocalExecutor.texts` does."""
         return self.local.texts(prompts)
 
     def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:

@@ -1,7 +1,6 @@
 """All questions' targets: the rule for each, copies counted once, quotas over the rest.
 
-`supervise` is the stage: search records in, `supervision.jsonl` with its manifest out. Loads no
-torch.
+`supervise` is the stage: search records in, `supervision.jsonl` with its manifest out.
 """
 
 import itertools
@@ -140,11 +139,7 @@ def write(
 def check_settings(
     config: SuperviseConfig, tasks: Collection[str], search: SearchConfig | None = None
 ) -> dict[str, int]:
-    """Refuse settings that can't be followed with these tasks' questions; return the quotas.
-
-    Those are quotas that can't be read or name another task, a least saving with a rule that has no
-    use for it, and targets by KL after a search that computes none.
-    """
+    """Refuse settings that can't be followed with these tasks' questions; return the quotas."""
     if search is not None and not search.kl and config.target == "least_kl":
         raise ConfigError(
             "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
@@ -166,8 +161,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     """Pick a target path for each searched question.
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
-    or without a target. Quotas are filled in the order of the questions. No targets at all is a
-    result like any other. What `check_settings` refuses is a ConfigError.
+    or without a target. Quotas are filled in the order of the questions.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
@@ -205,10 +199,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
 
 
 def read_quotas(text: str | None) -> dict[str, int]:
-    """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas.
-
-    Anything else, a count below 1, or a task named twice is a ConfigError.
-    """
+    """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas."""
     quotas: dict[str, int] = {}
     for part in [] if text is None else text.split(","):
         task, _, count = (piece.strip() for piece in part.rpartition("="))

@@ -1,7 +1,4 @@
-"""Counts: what the search found, what survived, what became a target; what single edits did.
-
-Loads no torch. Axes: L layers.
-"""
+"""Counts: what the search found, what survived, what became a target; what single edits did."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +19,7 @@ KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
 
 
 def summarise(
-    records: Sequence[SearchRecord],
-    kept: Sequence[SupervisionRecord],
-    rejected: Mapping[str, int],
+    records: Sequence[SearchRecord], kept: Sequence[SupervisionRecord], rejected: Mapping[str, int]
 ) -> dict[str, Any]:
     """Count what the search found and what became of it: targets kept, others by reason.
 
@@ -91,9 +86,7 @@ def _path_counts(record: SearchRecord) -> dict[str, int]:
     return dict(zip(_NAMES, counts, strict=True))
 
 
-def _questions_by_kind(
-    found: Sequence[tuple[SearchRecord, Mapping[str, int]]],
-) -> dict[str, int]:
+def _questions_by_kind(found: Sequence[tuple[SearchRecord, Mapping[str, int]]]) -> dict[str, int]:
     return {
         "base_correct": sum(is_valid(record.full) for record, _ in found),
         **{name: sum(counts[name] > 0 for _, counts in found) for name in _NAMES},

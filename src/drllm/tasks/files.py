@@ -1,7 +1,6 @@
 """Questions from a `.jsonl` file of the user's own.
 
 Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` alone.
-Loads no torch.
 """
 
 from __future__ import annotations
@@ -70,9 +69,6 @@ class FileTask(Task):
             without an answer.
         taken: Names of other tasks; a file of such a name is called `NAME_file`.
         rows: The rows, where they aren't in the file.
-
-    Raises:
-        TaskError: A missing, empty or broken file, or a row that can't be used.
     """
 
     def __init__(

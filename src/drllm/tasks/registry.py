@@ -1,7 +1,4 @@
-"""All tasks by name: those that come with the package, groups of them, and files of the user's.
-
-Loads no torch.
-"""
+"""All tasks by name: those that come with the package, groups of them, and files of the user's."""
 
 from collections import Counter
 from pathlib import Path
@@ -69,12 +66,7 @@ def get_task(name: str) -> Task:
 
 
 def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order; a group's name stands for its tasks.
-
-    Raises:
-        TaskError: An unknown name, an empty list, a task named twice (alone and by its group
-            too), or two files of the same name.
-    """
+    """Return the tasks of a comma list, in order; a group's name stands for its tasks."""
     given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
     wanted = Counter(name for one in given for name in groups().get(one, (one,)))
     if not wanted:
@@ -90,10 +82,7 @@ def get_tasks(names: str) -> list[Task]:
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
-    """Return name, rewards (the default first) and description of every task and group, by name.
-
-    Rewards are empty where a task is only evaluated.
-    """
+    """Return name, rewards (the default first; empty: none) and description of tasks and groups."""
     rows = [(task, task.name, task.description) for task in map(TASKS.get, TASKS)]
     for group, members in groups().items():
         rows.append((TASKS.get(members[0]), group, f"stands for {', '.join(members)}"))

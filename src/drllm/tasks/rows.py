@@ -1,7 +1,4 @@
-"""Reading question files (JSON lines, plain or gzipped) and the fields of their rows.
-
-Loads no torch.
-"""
+"""Reading question files (JSON lines, plain or gzipped) and the fields of their rows."""
 
 import gzip
 import zlib
@@ -18,11 +15,7 @@ class EmptyTextError(TaskError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line that isn't blank of a `.jsonl[.gz]` file.
-
-    A TaskError, which names file and line, for a missing, empty or unreadable file, or a line that
-    isn't a JSON object.
-    """
+    """Yield `(line number, object)` for each line that isn't blank of a `.jsonl[.gz]` file."""
     empty = True
     try:
         if not refuse_odd_file(path, "read"):

@@ -124,7 +124,6 @@ def collect(
 
     The model is without routing; a few targets that it can't run are set aside, too many whose
     hidden states overflow the model's dtype are a ModelError. The store is resumed or used again.
-    Else errors are those of `targets_for` and of the store.
     """
     listener = listener or Listener()
     routed = RoutedModel(model)

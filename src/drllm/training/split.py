@@ -23,8 +23,6 @@ def hold_out(
     targets never move one from side to side and all targets of a question stay together. Below 10
     targets nothing is held out; from there on, with a fraction above 0, at least one question is.
     `num_targets` is below the number of questions where the rest are the same again.
-
-    Source: ours.
     """
     everything = list(range(len(questions)))
     num_targets = len(questions) if num_targets is None else num_targets

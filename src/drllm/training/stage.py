@@ -204,9 +204,7 @@ def train_on(
     told as done.
 
     Returns the lines of `metrics.jsonl`. Those of the training part are counted while training:
-    each example before the step that learns from it. A loss that is no longer finite, or a tracker
-    that can't start, is a ConfigError; a folder that can't be written, or holds another training's
-    checkpoint, a CheckpointError.
+    each example before the step that learns from it.
     """
     listener = listener or Listener()
     trainer = Trainer(examples, base_identity, config, device=device)

@@ -2,8 +2,6 @@
 
 A target whose prompt this model can't read is set aside and counted; if many are, the file belongs
 to another model, and it is refused.
-
-Axes: N targets, T tokens, L layers.
 """
 
 from collections import Counter

@@ -51,10 +51,7 @@ def divide(
 
 
 class Trainer:
-    """One training of the routers, from one seed.
-
-    Weights and batches are on `device` in `dtype`. A setting for which nothing is held out that it
-    needs is a ConfigError.
+    """One training of the routers, from one seed; weights and batches on `device` in `dtype`.
 
     Attributes:
         trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
@@ -130,12 +127,10 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """Return AdamW; biases don't decay, as in the Trainer of transformers."""
+        stack, decay = self.stack, self.config.weight_decay
         groups = [
-            {
-                "params": [self.stack.hidden_weight, self.stack.decision_weight],
-                "weight_decay": self.config.weight_decay,
-            },
-            {"params": [self.stack.hidden_bias, self.stack.decision_bias], "weight_decay": 0.0},
+            {"params": [stack.hidden_weight, stack.decision_weight], "weight_decay": decay},
+            {"params": [stack.hidden_bias, stack.decision_bias], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, fused=self.device.type in FUSED)
 

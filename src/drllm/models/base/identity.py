@@ -22,10 +22,7 @@ WRAPPED = ("base_layer", "original_module")
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """Return `class`, `num_layers`, `hidden_size` and `fingerprint` of a base model.
-
-    Takes and refuses what `fingerprint` does.
-    """
+    """Return `class`, `num_layers`, `hidden_size` and `fingerprint` of a base model."""
     base = base_of(model)
     text = base.config.get_text_config()
     return {
@@ -44,8 +41,6 @@ def fingerprint(model: nn.Module) -> str:
     routers trained on a float32 model fit its bfloat16 or float16 load. An adapter that isn't
     merged into the weights doesn't count. Models are refused as by `find_layers`; weights on the
     meta device, of which nothing says where they really are, are a ModelError.
-
-    Source: ours.
     """
     base = base_of(model)
     _, layers = find_layers(base)
@@ -60,8 +55,8 @@ def _content(place: str, module: nn.Module) -> bytes:
     # An adapter's layers have what they stand in for as their first part.
     path = next(name for name, weight in module.named_parameters() if weight.dim() == 2)
     *parts, own = path.split(".")
-    name = ".".join([place, *(part for part in (*parts, own) if part not in WRAPPED)])
-    name = place if place == "embedding" else name
+    inner = [part for part in (*parts, own) if part not in WRAPPED]
+    name = place if place == "embedding" else ".".join([place, *inner])
     around = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     owner = around[-1]
     with ExitStack() as fetched:

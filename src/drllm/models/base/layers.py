@@ -47,8 +47,6 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     list in any module that takes token ids, its entries of the classes that transformers never
     splits over devices. Models that have none, share K/V between layers, or have layers with a
     state other than K/V are an ArchitectureError.
-
-    Source: ours; a rule in place of a table of model names.
     """
     model = base_of(model)
     name = type(model).__name__

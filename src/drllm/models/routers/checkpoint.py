@@ -48,11 +48,9 @@ def save_routers(
     """Write config, weights and a model card; the base model is not saved.
 
     All files are replaced or none is; what else lies in the folder stays there. `config` is saved
-    instead of the routers' own; `place` is from where they will be loaded, for the card.
-
-    Raises:
-        CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that
-            can't be written, or a README.md or config.json in it that isn't of routers.
+    instead of the routers' own; `place` is from where they will be loaded, for the card. Weights
+    that aren't finite float32 of the right shapes, a folder that can't be written, and a README.md
+    or config.json in it that isn't of routers are a CheckpointError.
     """
     folder, config = Path(folder), config or routers.config
     card, counted = folder / CARD_FILE, folder / COUNTED_FILE

@@ -98,7 +98,7 @@ def recorded(
 ) -> Tensor:
     """Return what is read of every prompt at some layers, while all take the same decision.
 
-    It is `[N, layers, …]` on the CPU, in the order of the prompts. See `routes_of`.
+    It is `[N, layers, …]`, as in `routes_of`.
     """
     kept: list[Tensor] = []  # batch by batch, layer by layer
 
@@ -264,10 +264,8 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
         name = "prompt" if "prompt" in row else "question"
         text = row.get(name)
         if not isinstance(text, str) or not text.strip():
-            raise RecordError(
-                f"{path}, line {line}: {name!r} is {text!r}; expected a text, as 'prompt' or "
-                f"'question'"
-            )
+            said = f"{name!r} is {text!r}; expected a text, as 'prompt' or 'question'"
+            raise RecordError(f"{path}, line {line}: {said}")
         texts.append((text, "optimal_layer_config" in row or "paths" in row))
     return texts
 
@@ -276,7 +274,5 @@ def encode_calibration(
     texts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
     """Return the tokens of prompts; `chat` renders those that aren't rendered yet."""
-    return [
-        encode(tokenizer, render(tokenizer, text, chat=chat and not is_rendered))
-        for text, is_rendered in texts
-    ]
+    rendered = (render(tokenizer, text, chat=chat and not is_done) for text, is_done in texts)
+    return [encode(tokenizer, text) for text in rendered]

@@ -3,8 +3,6 @@
 In decode a batch is bound by reading weights: a layer saves time only where every row of the batch
 skips it. Prompts pass the model twice, once to be routed and once to be answered: keeping the first
 pass's K/V would take memory for all prompts at once.
-
-Axes: N prompts, B rows of a batch, T tokens, L layers.
 """
 
 import itertools

@@ -1,8 +1,6 @@
 """The override of `generate`: tells routing where prompts end and which rows are copies.
 
 The decoding itself is the model's own.
-
-Axes: B prompts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +49,10 @@ class GenerateHandle:
         with ExitStack() as stack:
             stack.enter_context(self.driver.generating(copies))
             drafted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
-            if drafted and reads and not self.driver.has_prompt_lengths:
-                # The first pass verifies the first draft together with the prompt.
-                lengths = _prompt_lengths(args, kwargs)
-                if lengths is not None:
-                    stack.enter_context(self.driver.prompt_lengths(lengths))
+            # The first pass verifies the first draft together with the prompt.
+            lengths = _prompt_lengths(args, kwargs) if drafted and reads else None
+            if lengths is not None and not self.driver.has_prompt_lengths:
+                stack.enter_context(self.driver.prompt_lengths(lengths))
             return type(self.model).generate(self.model, *args, **kwargs)
 
 

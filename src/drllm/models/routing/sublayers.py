@@ -4,8 +4,6 @@ A sublayer that is left out contributes exactly nothing: its module isn't comput
 of the form that it always gives. So the layer computes what it would if the sublayer's last linear
 map, weight and bias, were zero. That is right only where a layer adds what its sublayers give to
 its state; a probe tries it.
-
-Axes: B rows, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -35,11 +33,8 @@ class Sublayers:
     """The attention and the MLP of each layer of a model, and the overrides that leave them out.
 
     Overrides are put on the modules when this is made, which runs one token through the model. They
-    do nothing until `only` says so.
-
-    Raises:
-        ArchitectureError: A layer has no such modules, or does more with what they give than add
-            it to its state.
+    do nothing until `only` says so. A layer that has no such modules, or does more with what they
+    give than add it to its state, is an ArchitectureError.
     """
 
     def __init__(self, injection: Injection) -> None:
@@ -138,8 +133,6 @@ class Sublayers:
 
 
 class _Override(ForwardOverride):
-    """The override of one sublayer's forward."""
-
     def __init__(
         self, module: nn.Module, run: str, only: ThreadValue[str], num_results: int
     ) -> None:
@@ -157,8 +150,6 @@ class _Override(ForwardOverride):
 
 
 class _Each(Driver):
-    """Lets a function run every layer."""
-
     def __init__(self, run: Callable[[LayerCall, Tensor], Tensor]) -> None:
         self._run = run
 

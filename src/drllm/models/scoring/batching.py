@@ -4,6 +4,7 @@ Results don't depend on how paths are split over passes.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,9 +106,7 @@ class MemoryBatcher:
                 torch.cuda.empty_cache()
             logger.warning(
                 "out of memory on %s with %d paths in a pass; continuing with %d",
-                self.model.device,
-                len(part),
-                self._limit,
+                *(self.model.device, len(part), self._limit),
             )
         return results
 
@@ -115,10 +114,8 @@ class MemoryBatcher:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Say whether an error means that an allocator had no memory left."""
     # torch has a class for CUDA alone; its other allocators raise a bare error that names them.
-    named = ("DefaultCPUAllocator", "MPS backend out of memory")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
-        name in str(error) for name in named
-    )
+    named = re.search("DefaultCPUAllocator|MPS backend out of memory", str(error))
+    return isinstance(error, torch.cuda.OutOfMemoryError) or named is not None
 
 
 def share_memory(num_sharing: int) -> None:
@@ -141,8 +138,6 @@ def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) ->
 
     So little of a batch is padding, and what is too large for memory fails at the start. Padding
     counted, a batch has `max_tokens` at most; a longer prompt has one to itself.
-
-    Source: ours.
 
     Example:
         >>> batches([3, 9, 4, 4], 3), batches([3, 9000, 4, 9000], 3, max_tokens=16_384)

@@ -10,7 +10,7 @@ Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored t
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import PackedBatch, Question, pack
+from drllm.models.scoring.packing import Question, pack
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
 
@@ -39,11 +39,9 @@ class Score:
 
 def _joined(parts: Sequence[Score]) -> Score:
     """Return the score of a question from those of its rows; KL stands with the first."""
-    return Score(
-        tuple(itertools.chain(*(part.logprobs for part in parts))),
-        parts[0].kl,
-        tuple(itertools.chain(*(part.greedy for part in parts))),
-    )
+    logprobs = itertools.chain(*(part.logprobs for part in parts))
+    greedy = itertools.chain(*(part.greedy for part in parts))
+    return Score(tuple(logprobs), parts[0].kl, tuple(greedy))
 
 
 @dataclass(eq=False)
@@ -160,11 +158,13 @@ class ChoiceBatch:
         driver = self.routed.driver
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
-        rows = self._whole
+        rows, model = self._rows.packed, self.routed.model
+        if self._rows.past is not None:  # whole rows, without a past
+            rows = pack(self._parts, dtype=model.dtype, device=model.device)
         # By index, not by number: a slice would lie scattered, and the head's product be slow.
         T, keep = rows.ids.shape[1], max(rows.num_after) + 1
         with driver.using(policy), driver.reading(rows.context), torch.no_grad():
-            logits: Tensor = self.routed.model(
+            logits: Tensor = model(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,
                 position_ids=rows.positions,
@@ -183,14 +183,6 @@ class ChoiceBatch:
         """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
-
-    @cached_property
-    def _whole(self) -> PackedBatch:
-        """The rows without a past."""
-        if self._rows.past is None:
-            return self._rows.packed
-        model = self.routed.model
-        return pack(self._parts, dtype=model.dtype, device=model.device)
 
     def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""

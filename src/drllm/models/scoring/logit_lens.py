@@ -28,12 +28,8 @@ class LogitLens:
     The norm is the module that runs after the last layer among the direct children of the module
     whose loop runs the layers; a model may have none. A few tokens are run through the untouched
     model, whatever its policy, to find it, and to compare the result with the model's own logits.
-
-    Raises:
-        ArchitectureError: The model has no output head, or makes its logits in another way (a cap,
-            a scale, a projection in between).
-
-    Source: ours; a rule in place of a table of model names.
+    One without an output head, or that makes its logits in another way (a cap, a scale, a
+    projection in between), is an ArchitectureError.
     """
 
     def __init__(self, routed: RoutedModel) -> None:

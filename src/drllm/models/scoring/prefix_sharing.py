@@ -121,8 +121,7 @@ def packed_rows(
 ) -> PackedRows:
     """Return the rows to run: after given contexts, after the common prefix, or whole.
 
-    The common prefix is what all prompts begin with: instructions, a system prompt, examples. A
-    prompt always keeps a token of its own after it.
+    The common prefix is what all prompts begin with; each keeps a token of its own after it.
     """
     where = {"dtype": routed.model.dtype, "device": routed.model.device}
     prompts = [question.context for question in questions]
@@ -251,7 +250,10 @@ class PrefixSharingDriver(Driver):
             if entry.shadow is not None:
                 entry.lengthen_shadow(num_tokens, like)
             for count, rows in enumerate(entry.rows):
-                held = [self.kv(*self._row_path(pairs[place], index, count)) for place in rows]
+                held = []
+                for row, decisions in (pairs[place] for place in rows):
+                    done = sum(decisions[:index]) + count + 1  # executions up to this one
+                    held.append(self.kv(row, self._paths[decisions][:done]))
                 keys, values = (left_padded_stack(t, num_tokens) for t in zip(*held, strict=True))
                 entry.passes[count].update(keys, values, positions)
             self.cache.layers[index] = entry
@@ -282,11 +284,6 @@ class PrefixSharingDriver(Driver):
         self._used[row, path] = state
         self.states.need((self.rows.number, row, path))
         return True
-
-    def _row_path(self, pair: Pair, layer: int, count: int) -> RowPath:
-        """Return the state that a pair reaches with pass `count` of a layer."""
-        row, decisions = pair
-        return row, self._paths[decisions][: sum(decisions[:layer]) + count + 1]
 
     def _groups(self, wanted: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Split states that could run at once into groups of like length.

@@ -2,8 +2,6 @@
 
 A strategy is one class in one module of this package, under `@STRATEGIES.register("name")`. It
 knows no model: the caller asks for paths and tells their rewards. Loads no torch.
-
-Axes: L layers.
 """
 
 from abc import ABC, abstractmethod
@@ -54,8 +52,8 @@ class PathSearch(ABC):
     def ask(self, maximum: int = 1) -> list[Decisions]:
         """Return up to so many new paths whose rewards are wanted.
 
-        With 1, each is chosen knowing the rewards of all others. There are none when the search is
-        over, or when nothing can be chosen before the reward of a path in flight is known.
+        There are none when the search is over, or when nothing can be chosen before the reward of a
+        path in flight is known.
         """
         if self._over:
             return []

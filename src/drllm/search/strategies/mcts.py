@@ -1,8 +1,6 @@
 """Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
 
 Select, expand, evaluate (by the caller, through `ask` and `tell`), back up. Loads no torch.
-
-Axes: L layers.
 """
 
 from __future__ import annotations
@@ -35,11 +33,6 @@ class Node:
     visits: int = 0  # simulations that passed through or ended here, or are in flight
     value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
     closed: bool = False  # every path below was tried or is in flight
-
-    @property
-    def value(self) -> float:
-        """Mean reward of the simulations that came this way."""
-        return self.value_sum / self.visits
 
 
 @STRATEGIES.register("tree")
@@ -95,14 +88,11 @@ class TreeSearch(PathSearch):
                 continue
             trail.append(node)
             if node.visits == 0:
-                self._add_virtual_loss(trail)
+                for passed in trail:
+                    passed.visits += 1  # the virtual loss
+                self._trails[node.decisions] = trail
                 return node.decisions
         return None
-
-    def _add_virtual_loss(self, trail: list[Node]) -> None:
-        for node in trail:
-            node.visits += 1
-        self._trails[trail[-1].decisions] = trail
 
     def _backup(self, decisions: Decisions, reward: float) -> None:
         for node in self._trails.pop(decisions):
@@ -162,7 +152,7 @@ class TreeSearch(PathSearch):
         length = self.config.length_penalty * child.executions / self.num_layers
         tried = self.tried.get(child.decisions)
         score = -math.inf if tried is None or tried.score is None else tried.score
-        return child.value + explore - length, score
+        return child.value_sum / child.visits + explore - length, score
 
     def _node(self, decisions: Decisions) -> Node:
         if decisions not in self.nodes:

@@ -1,7 +1,4 @@
-"""The sweep: every single edit, then the best ones together, level by level. Loads no torch.
-
-Axes: L layers.
-"""
+"""The sweep: every single edit, then the best ones together, level by level. Loads no torch."""
 
 import itertools
 import math

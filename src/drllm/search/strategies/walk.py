@@ -1,7 +1,4 @@
-"""The released code's search: one chain of random edits, never steered by rewards. Loads no torch.
-
-Axes: L layers.
-"""
+"""The released code's search: one chain of random edits, never steered by rewards."""
 
 from random import Random
 

@@ -94,13 +94,7 @@ class PublishedTask(Task):
         others the first question of the same text is kept, and a training question that stands in
         a file that is reported, of this task or a related one, is left out. Files are
         `TASK/FILE.jsonl[.gz]` of the data folder, or the hub's. Rows with an empty text, an option
-        say, are skipped, with a warning that names them.
-
-        Raises:
-            NoSplitError: A split that the set doesn't have, or a missing file (naming where it was
-                looked for).
-            TaskError: A missing folder, no network, a line that can't be used (with its number),
-                or no line that can be asked.
+        say, are skipped, with a warning that names them. What is refused is in `Task.examples`.
         """
         file = self._file(split)
         origin = self.files[file]
