@@ -143,11 +143,9 @@ def mixed_plans(num_layers: int) -> list[list[int]]:
 def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """Let the list of layers of a model that isn't routed be a path inside the block.
 
-    What the configuration says layer by layer (kinds of attention, rotary or not) follows the path
-    too. Such a model is right without a cache only: a layer listed twice would write one entry
-    twice.
-
-    Source: ours; the definition of what a routed model has to equal.
+    It defines what a routed model has to equal. What the configuration says layer by layer (kinds
+    of attention, rotary or not) follows the path too. Such a model is right without a cache only: a
+    layer listed twice would write one entry twice.
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)

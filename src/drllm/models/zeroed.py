@@ -21,7 +21,6 @@ def zeroed_weights(injection: Injection, steps: Sequence[Step], tokens: Tensor) 
     """Return for each step the names, within its layer, of the weights to write as zeros.
 
     `tokens` `[1, T]` pass the model once, so that sublayers are tried on states that they meet.
-    ArchitectureError as `Sublayers`, and for one that no zero weights bring to give zeros.
     """
     left_out: list[list[nn.Module]] = []
     for step in steps:

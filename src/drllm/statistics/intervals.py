@@ -36,8 +36,6 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     """Return the score interval of a share of right answers, of `n` in all.
 
     Unlike the normal interval it stays inside [0, 1] and doesn't vanish at 0 or n right answers.
-    Counts that no evaluation can give are a ValueError; for means of several draws a question,
-    whose counts aren't whole, see `mean_interval`.
 
     Source: Wilson 1927, JASA 22 (158).
     """
@@ -58,9 +56,7 @@ def mean_interval(
 
     For values that are no counts: accuracies averaged over several draws a question,
     log-probabilities, and paired differences of them. Where all values are equal the interval has
-    no width: resampling can't tell what it hasn't seen, and that is no sign of certainty. For right
-    and wrong answers see `wilson_interval` and `paired.paired_interval`. No values are a
-    ValueError.
+    no width: resampling can't tell what it hasn't seen, and that is no sign of certainty.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
     """

@@ -195,8 +195,6 @@ def choose(
 
     Nothing is tried where base isn't shown to be above chance (who guesses has nothing to lose),
     or where ε is below what so many questions could certify were no difference seen.
-
-    Source: ours; for the order of the tests see the module's docstring.
     """
     cheaper = sorted(
         (each for each in settings if each.executions < base.executions),
@@ -236,10 +234,7 @@ def choose(
 def confirm(
     choice: Choice, base: Outcomes, tested: Outcomes, *, chance: float, seed: int
 ) -> Choice:
-    """Test what was chosen, once, on questions and texts that nothing was chosen on.
-
-    Too few held-out texts are a ConfigError.
-    """
+    """Test what was chosen, once, on questions and texts that nothing was chosen on."""
     trial = _try(base, tested, choice, seed)
     if guessing := _guessing(base, chance):
         trial = replace(trial, failures=(lower(guessing), *trial.failures))

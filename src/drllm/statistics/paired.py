@@ -60,7 +60,7 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
 
     All differences that a score test on the questions won and lost doesn't reject. Unlike a
     bootstrap or the normal interval it doesn't vanish where few questions or none are won or
-    lost, and it stays inside [-1, 1]. Counts that no evaluation can give are a ValueError.
+    lost, and it stays inside [-1, 1].
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """

@@ -89,8 +89,6 @@ def questions_needed(n: int, discordant: float, difference: float, alpha: float 
     """Return how many questions, more than n, would probably show a difference.
 
     `discordant` is taken as large as the difference, in (0, 1], where that asks for more.
-
-    Source: ours, by doubling and bisection over `chance_to_show`.
     """
     discordant = max(discordant, difference)
 

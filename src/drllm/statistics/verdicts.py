@@ -152,14 +152,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     text_loss: Verdict | None = None
 
     def headline(self, cost: str) -> str:
-        """Say in one line what is shown of accuracy and next-token loss, at what cost.
-
-        Example:
-            >>> Differences(accuracy=judge_counts(10, 30, 120)).headline("9 % saved")
-            ... # doctest: +NORMALIZE_WHITESPACE
-            'Accuracy −16.7 points (95 % interval −26.7 to −6.6; won 10, lost 30 of 120
-            questions, p = 0.0022): lower, which is worse; 9 % saved.'
-        """
+        """Say in one line what is shown of accuracy and next-token loss, at what cost."""
         said, claim = f"accuracy {self.accuracy.numbers}", self.accuracy.claim
         both = [claim, said] if self.accuracy.shown == "too few" else [said, claim]
         return f"{_upper('; '.join([': '.join(both), *self._on_loss(), cost]))}."
@@ -256,10 +249,7 @@ def judge_means(
     *,
     above_chance: bool = True,
 ) -> Verdict:
-    """Judge two means over the same questions or texts by the bootstrap interval.
-
-    Other numbers of them, or none, are a ValueError.
-    """
+    """Judge two means over the same questions or texts by the bootstrap interval."""
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
     n, mean, (low, high) = len(values), fmean(values), mean_interval(values, seed)
     verdict = Verdict(quantity=quantity, mean=mean, interval=(low, high), n=n, shown="none shown")
@@ -280,10 +270,7 @@ def judge_means(
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Judge each task's comparison again, the tests corrected for each other by Holm's method.
-
-    Those without an exact test, and a single one with it, stay as they are.
-    """
+    """Judge each task's comparison again, the tests corrected for each other by Holm's method."""
     tested = [each.p for each in verdicts if each.p is not None]
     if len(tested) < 2:
         return list(verdicts)

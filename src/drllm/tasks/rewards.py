@@ -65,8 +65,7 @@ def grade(prompt: Prompt, text: str) -> float:
 def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     """Return the grade of a generated answer once no continuation of the text can change it.
 
-    The text is without special tokens. None while the grade is open, never when finished; a
-    ValueError if the prompt isn't answered by generating.
+    The text is without special tokens. None while the grade is open, never when finished.
 
     Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
         verdict is ours.

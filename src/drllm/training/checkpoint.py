@@ -4,7 +4,6 @@
 they belong to, the metrics so far, and which training made them.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
-from drllm.records.codec import decode, encode
+from drllm.records.codec import decode, encode, write_atomically
 from drllm.records.resume import differences
 from drllm.training.trainer import Trainer
 
@@ -41,10 +40,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 def identity_of(
     config: TrainConfig, base_identity: Mapping[str, Any], targets: str
 ) -> dict[str, Any]:
-    """Return what must be equal for two trainings (of one seed and round) to be the same one.
-
-    `targets` is the hash from `digest`.
-    """
+    """Return what must be equal for two trainings (of one seed and round) to be the same one."""
     return {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
@@ -67,23 +63,15 @@ def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
         best=trainer.best,
         metrics=trainer.rows,
     )
-    path, temporary = output / CHECKPOINT_FILE, output / f".{CHECKPOINT_FILE}.tmp"
+    data = to_safetensors(tensors, {HEADER: encode(header).decode()})
     try:
-        save_file(tensors, temporary, metadata={HEADER: encode(header).decode()})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"can't write {path}: {error}; free some space or choose a folder that you may write to"
-        ) from error
+        write_atomically(output / CHECKPOINT_FILE, data)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Put the state of the folder's checkpoint, if there is one, into a new trainer.
-
-    One that is broken, or another training's, raises CheckpointError, which says what differs.
-    """
+    """Put the state of the folder's checkpoint, if there is one, into a new trainer."""
     path = output / CHECKPOINT_FILE
     if not path.exists():
         return

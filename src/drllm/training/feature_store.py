@@ -235,7 +235,6 @@ class Store:
 
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be equal for features to be used again; see `refuse_other_run`."""
     model, names = manifest["model"], ("fingerprint", "class", "num_layers", "hidden_size")
     return {
         "config": manifest.get("config", {}),

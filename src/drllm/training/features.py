@@ -4,8 +4,7 @@ With a frozen base and teacher forcing every router's input is a constant of its
 training needs the base model no further. The same pass pools what given routers read along the
 routes that they take themselves.
 
-Axes: N targets (or examples, if each is there several times), B rows, T tokens, D hidden, L
-layers, W windows, C = 3 decisions.
+Axes: N targets (examples, if each is there several times), B rows, D hidden, L layers, W windows.
 """
 
 import hashlib

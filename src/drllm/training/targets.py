@@ -26,7 +26,6 @@ def targets_for(
     """Tokenise the targets, and set aside those whose prompts the model can't read.
 
     Returns the targets that it can read, their tokens, and those that were set aside, in order.
-    No targets, one with another number of layers, and too many to set aside are a RecordError.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")

@@ -85,8 +85,7 @@ class Tracking:
 def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tracking]:
     """Start trackers, or resume their runs with an unfinished training, for a block.
 
-    What trackers write on this machine lies in the routers' folder. One that isn't able to start
-    raises ConfigError.
+    What trackers write on this machine lies in the routers' folder.
     """
     if not names:
         yield Tracking(trainer, [])

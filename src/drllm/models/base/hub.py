@@ -36,7 +36,6 @@ def find_commit(name: str, revision: str | None, *, otherwise: str, **options: A
     """Return the commit that a revision of a hub model stands for.
 
     The model's config is fetched for it, the smallest file that tells whether the model is there.
-    Arguments are those of `explain`, whose sentence a ModelError then is.
     """
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision, **options)

@@ -61,8 +61,7 @@ def routes_of(
 
     It is `[N, L]` on the CPU, in the order of the prompts; prompts of similar length share a
     left-padded batch, so the policy can be no plan with rows of its own. `routed.last_route` and
-    the model's own policy stay what they are. No prompts, one without tokens, and one longer than
-    the model's context are a ConfigError.
+    the model's own policy stay what they are.
     """
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
@@ -233,8 +232,7 @@ def policy_for(
 ) -> tuple[Policy, Calibration | None]:
     """Return the policy that settings ask for, and what was found on the calibration set.
 
-    Without a knob it is the policy in force. Several knobs, a knob without routers, and a target
-    that can't be reached are a ConfigError. Prompts are read for `target_executions` alone.
+    Without a knob it is the policy in force. Prompts are read for `target_executions` alone.
     """
     knob, routers = config.knob(), routed.routers
     if knob is None:

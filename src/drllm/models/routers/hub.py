@@ -74,8 +74,7 @@ def push_routers(
     """Push routers with a model card to the hub, making the repository if necessary.
 
     The name of a base model that only this machine has isn't pushed, and a warning says so: it
-    would lead nobody anywhere, and tell how folders are called here. Arguments and errors are those
-    of `RoutedModel.push_to_hub`.
+    would lead nobody anywhere, and tell how folders are called here.
     """
     config = described(routers.config, model)
     name = config.base_model

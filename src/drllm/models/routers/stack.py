@@ -83,10 +83,7 @@ class RouterConfig:
 
     @property
     def prompt_form(self) -> PromptForm | None:
-        """How the prompts were put that the routers were trained on; None where that isn't known.
-
-        ConfigError for one that is recorded and can't be read.
-        """
+        """How the prompts trained on were put; None where that isn't known."""
         try:
             return msgspec.convert(self.training.get("prompt_form"), PromptForm | None)
         except msgspec.ValidationError as error:

@@ -66,9 +66,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
         self._active: CacheLayerMixin | None = None
 
-    def __repr__(self) -> str:
-        return f"RoutedCacheLayer(rows={[len(rows) for rows in self.rows]})"
-
     def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
 

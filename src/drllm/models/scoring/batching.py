@@ -138,10 +138,6 @@ def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) ->
 
     So little of a batch is padding, and what is too large for memory fails at the start. Padding
     counted, a batch has `max_tokens` at most; a longer prompt has one to itself.
-
-    Example:
-        >>> batches([3, 9, 4, 4], 3), batches([3, 9000, 4, 9000], 3, max_tokens=16_384)
-        ([[1, 2, 3], [0]], [[1], [3], [2, 0]])
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     found: list[list[int]] = []

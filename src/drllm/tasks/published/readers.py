@@ -110,10 +110,6 @@ def cleaned(text: str) -> str:
     """Return a text of HellaSwag without the marks of the pages that it was taken from.
 
     Source: what lm-evaluation-harness' task does with the raw rows; compared in a test.
-
-    Example:
-        >>> cleaned(" How to rest [title] Sit down [step] Now  close your eyes.")
-        'How to rest. Sit down Now close your eyes.'
     """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
