@@ -66,10 +66,7 @@ class Finding:
 
 
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
-    """Make a frozen model of a family in float32, 6 layers of width 32, with random weights.
-
-    `overrides` are fields of its configuration, in place of those of the table.
-    """
+    """Make a frozen model of a family in float32, 6 layers of width 32, with random weights."""
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))
     if family not in CONFIG_MAPPING:

@@ -31,10 +31,7 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
 
 
 def to_retest(found: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return what is asked again of the paths found, by question: candidates, and full paths.
-
-    The full path is asked in any case: margins are compared with its own.
-    """
+    """Return what is asked again, by question: candidates and, for its margin, the full path."""
     full = {place: path for place, path in found if set(path) == {1}}
     chosen = [
         (place, path)

@@ -18,10 +18,7 @@ _CHUNK = 1 << 22  # resampled values held at once
 
 
 def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of an accuracy: Wilson's, or a bootstrap for means over draws.
-
-    `correct` is 1 or 0 a question, or the share of several draws.
-    """
+    """Return the 95 % interval of an accuracy: Wilson's, or a bootstrap for means over draws."""
     if is_single(correct):
         return wilson_interval(round(sum(correct)), len(correct))
     return mean_interval(correct, seed)

@@ -131,10 +131,7 @@ def _retest_margin(path: TriedPath) -> float:
 def candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
-    """Return the paths that may become one question's target, the best first, or why none can.
-
-    The rule is one of `TARGETS`; without `min_saving`, rules that read it are given `MIN_SAVING`.
-    """
+    """Return the paths that may become one question's target, the best first, or why none can."""
     given = {"min_saving": MIN_SAVING if min_saving is None else min_saving}
     return TARGETS.get(target)(record, **(given if reads_min_saving(target) else {}))
 

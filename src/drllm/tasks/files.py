@@ -99,10 +99,7 @@ class FileTask(Task):
         return list(found.values())
 
     def _read(self, rows: Iterable[tuple[int, Row]]) -> tuple[list[Example], str | None]:
-        """Return the questions and the grader of all rows.
-
-        It is None where options are scored, and empty without answers.
-        """
+        """Return the questions and their grader: None with options, empty without answers."""
         examples: list[Example] = []
         found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
         first_kind = ""

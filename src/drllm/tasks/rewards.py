@@ -134,10 +134,7 @@ class Boxed(Reward):
 
 @REWARDS.register("exact")
 class Exact(Reward):
-    """The first line that isn't blank equals an answer.
-
-    Both are compared as `normalise` has them.
-    """
+    """The first line that isn't blank equals an answer."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""

@@ -23,10 +23,7 @@ MAXIMUM_SET_ASIDE = 0.1
 def targets_for(
     model: Any, tokenizer: Any, num_layers: int, records: Sequence[SupervisionRecord]
 ) -> tuple[list[SupervisionRecord], list[list[int]], list[RejectedQuestion]]:
-    """Tokenise the targets, and set aside those whose prompts the model can't read.
-
-    Returns the targets that it can read, their tokens, and those that were set aside, in order.
-    """
+    """Return the targets that the model can read, their tokens, and those that are set aside."""
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
     context = context_length(model)

@@ -83,10 +83,7 @@ class Tracking:
 
 @contextmanager
 def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tracking]:
-    """Start trackers, or resume their runs with an unfinished training, for a block.
-
-    What trackers write on this machine lies in the routers' folder.
-    """
+    """Start trackers, or resume an unfinished training's runs, in the routers' folder."""
     if not names:
         yield Tracking(trainer, [])
         return

@@ -51,10 +51,7 @@ def find_commit(name: str, revision: str | None, *, otherwise: str, **options: A
 
 
 def explain(error: Exception, kind: str, name: str, revision: str | None, otherwise: str) -> str:
-    """Say in one line why a `kind` of thing, such as "model", can't be fetched, and what to do.
-
-    `otherwise` is what to advise where it isn't there, or there is no network.
-    """
+    """Say in one line why a `kind` of thing can't be fetched, and what to do, or `otherwise`."""
     what = f"{kind} {name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, errors.GatedRepoError):
         return (

@@ -173,10 +173,7 @@ def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[in
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Return token rows as one batch with padding on the left, and its attention mask.
-
-    Both are `[B, T]` on the device; padding is 0, and masked by 0 among ones.
-    """
+    """Return token rows as one batch `[B, T]`, padded on the left with 0, and its mask."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

@@ -49,10 +49,7 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path | None:
-    """Return the folder of the packaged model; convert it if that wasn't done yet.
-
-    It is None where neither is there, neither package nor converted model.
-    """
+    """Return the folder of the packaged model, converted if need be; None without a package."""
     if (place := converted()) or (file := _find_gguf()) is None:
         return place
     need("demo", f"model {ALIAS!r} of the package {DISTRIBUTION}")

@@ -95,10 +95,7 @@ def recorded(
     *,
     decision: int,
 ) -> Tensor:
-    """Return what is read of every prompt at some layers, while all take the same decision.
-
-    It is `[N, layers, …]`, as in `routes_of`.
-    """
+    """Return what is read, `[N, layers, …]`, at some layers, while all take the same decision."""
     kept: list[Tensor] = []  # batch by batch, layer by layer
 
     class Recorder(Policy):

@@ -119,10 +119,7 @@ class ChoiceBatch:
     def scores(
         self, pairs: Sequence[PlanPair], *, kl: bool = False, greedy: bool = False
     ) -> list[Score]:
-        """Return how each pair of a question's place and plan scores its continuations.
-
-        `kl` measures that too, in the same passes; `greedy` says which are the likeliest.
-        """
+        """Return how each pair of a question's place and plan scores its continuations."""
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
         packed = self._rows.packed
         each = zip(packed.num_own, packed.num_after, strict=True)

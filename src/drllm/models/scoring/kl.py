@@ -45,10 +45,7 @@ class KlFromFull:
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]
     ) -> dict[PlanPair, float | None]:
-        """Return the KL of the pairs that `with_full` gave; None where a number isn't finite.
-
-        Logits are those of the prompt's own tokens, `[T, V]`.
-        """
+        """Return the KL of the pairs of `with_full` by their tokens' logits `[T, V]`, if finite."""
         each = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
         sums: list[float] = torch.stack(each).tolist()  # at once: a device is waited for here
         self._trim()

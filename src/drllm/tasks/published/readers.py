@@ -239,10 +239,7 @@ dart_1, dart_2, dart_3, dart_4, dart_5 = (
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
-    """Keep one row of each problem of DART's pool.
-
-    Problems without a level are passed over, with a warning that counts them.
-    """
+    """Keep one row of each problem of DART's pool, of those that have a level."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(str(row.get("query")), row)
