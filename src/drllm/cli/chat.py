@@ -45,10 +45,7 @@ class Reply:
         self._num_shown = 0
 
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
-        """Answer a prompt that is in its form already, or a conversation.
-
-        One that the context has no room for, or the chat template refuses, is a ConfigError.
-        """
+        """Answer a prompt that is in its form already, or a conversation."""
         import torch
 
         from drllm.models.routing.batch_generation import prompt_tokens

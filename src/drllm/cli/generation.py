@@ -20,7 +20,7 @@ from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
-from drllm.paths import StaticPath, num_executions
+from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
@@ -83,7 +83,11 @@ def generate(request: Request, terminal: Terminal) -> None:
         texts = read_calibration(Path(depth.calibration).expanduser())
     routers = None if place is None else read_routers(place)[1]
     path = None if (given := request.optional_path("path")) is None else read_path(str(given))
-    form = _form(config, routers)
+    from drllm.models.base.prompts import PromptForm
+
+    form = PromptForm(chat=config.chat is not False)
+    if config.chat is None and routers is not None:
+        form = routers.config.prompt_form or form
     talks = [row.line for row in asked or () if not isinstance(row.prompt, str)]
     if talks and not form.chat:
         why = "the routers were trained without" if config.chat is None else "--no-chat is given"
@@ -94,6 +98,7 @@ def generate(request: Request, terminal: Terminal) -> None:
     with loaded(model_of(request, routers, path), terminal) as base:
         from drllm.models.routers.depth_control import encode_calibration, policy_for
         from drllm.models.routing.routed_model import RoutedModel
+        from drllm.models.routing.shares import executions_along
 
         routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
         texts = [(text if as_it_is else form.put(text), as_it_is) for text, as_it_is in texts]
@@ -109,7 +114,8 @@ def generate(request: Request, terminal: Terminal) -> None:
         along = None
         if path is not None:
             static = path.path_of(base.identity)
-            policy, along = routed.policy_of(static), _along(routed, static)
+            policy, cost = routed.policy_of(static), executions_along(routed, static)
+            along = Along(static.edits(routed.num_layers), cost)
         with routed.using(policy):
             if is_chat:
                 _say_form(form, routers, terminal)
@@ -134,15 +140,6 @@ def _from_standard_input() -> str:
     return text
 
 
-def _form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
-    """Return how prompts are put: as the flags say, else as the routers were trained."""
-    from drllm.models.base.prompts import PromptForm
-
-    if config.chat is not None or routers is None:
-        return PromptForm(chat=config.chat is not False)
-    return routers.config.prompt_form or PromptForm(chat=True)
-
-
 def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal) -> None:
     if routers is None:
         return
@@ -155,13 +152,6 @@ def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal)
         flag = "--chat" if form.chat else "--no-chat"
         said = f"{form}; the routers were trained on {trained}: leave {flag} out to ask so"
     terminal.note(f"asked       {said}")
-
-
-def _along(routed: RoutedModel, path: StaticPath) -> Along:
-    """Describe the path that every prompt runs."""
-    from drllm.models.routing.shares import executions_along
-
-    return Along(path.edits(routed.num_layers), executions_along(routed, path))
 
 
 def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:
@@ -199,10 +189,7 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
 
 
 def read_prompts(path: Path) -> list[Asked]:
-    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped.
-
-    A row that can't be used is a TaskError that names file and line.
-    """
+    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped."""
     asked: list[Asked] = []
     lines: dict[str, int] = {}
     for line, row in read_rows(path):

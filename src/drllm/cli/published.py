@@ -19,11 +19,7 @@ ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 
 
 def supervision_files(request: Request) -> list[Path]:
-    """Return the files that a training reads; those of `--with-…` are added to the others.
-
-    Without `--supervision` it is the one that lies where the published search leaves it: neither
-    none nor two may be there.
-    """
+    """Return the files that a training reads; those of `--with-…` are added to the others."""
     files = request.paths("supervision") or [_left_by_the_search(request)]
     added = [(flag_of(switch), task) for switch, task in ADDED.items() if request.values[switch]]
     return files + [_added(flag, task, files, request) for flag, task in added]

@@ -108,10 +108,7 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
 def show_question(
     records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
 ) -> None:
-    """Draw the tree of every question that has an id; ids are unique within a task only.
-
-    An id that no question has is a RecordError, which names the nearest.
-    """
+    """Draw the tree of every question that has an id; ids are unique within a task only."""
     found = [record for record in records if record.id == question]
     if not found:
         ids = list(dict.fromkeys(record.id for record in records))
@@ -200,14 +197,7 @@ def _branches(
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
-    """Return the fewest edits that lead from one path to another, by layer.
-
-    None where no edits lead there, since an edit only changes layers that are executed once.
-
-    Example:
-        >>> [str(edit) for edit in edits_between((1, 1, 1, 1, 2), (0, 0, 0, 1, 2))]
-        ['skip 0-1', 'skip 2']
-    """
+    """Return the fewest edits from one path to another; None where one isn't executed once."""
     edits: list[Action] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:

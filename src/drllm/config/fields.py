@@ -15,10 +15,7 @@ from drllm.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class NamesIn(Iterable[str]):
-    """The names in a registry, in the order of their registration; imported when first asked for.
-
-    The registry is `module:attribute`, of a module above this one that loads no torch.
-    """
+    """The names in a registry `module:attribute`, of a module above this one, in their order."""
 
     registry: str
 

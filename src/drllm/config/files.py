@@ -19,10 +19,7 @@ PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, numbers and dates as texts.
-
-    Tags and a name that is given twice are refused.
-    """
+    """YAML's plain values, numbers and dates as texts; no tags, and no name twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
         first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", "stamp"))]
@@ -51,10 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file of names, in which dashes become underscores, and values.
-
-    One that is missing, not YAML, or not a mapping is a ConfigError; it says `what` to give.
-    """
+    """Read a YAML file of names, in which dashes become underscores, and values."""
     remedy = f"give a YAML file with {what}"
     if not path.is_file():
         state = "isn't a file" if path.exists() else "doesn't exist"
@@ -114,10 +108,7 @@ def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings under our names, numbers as such where the setting is one.
-
-    Of the values from `read_yaml`, what is no setting of the group is left as it is.
-    """
+    """Return settings under our names, a group's numbers as such; all else is left as it is."""
     ours = {declared.metadata["alias"]: declared.name for declared in dataclasses.fields(group)}
     named = {ours.get(name, name): value for name, value in values.items()}
     return named | {

@@ -80,10 +80,7 @@ class Recipe:
         return parts_of_tasks(self.tune or TuneConfig())
 
     def check(self) -> None:
-        """Refuse settings that make no sense or have no effect, before anything is written.
-
-        A missing package is a ConfigError too; an unknown task, or no questions, a TaskError.
-        """
+        """Refuse settings that make no sense or have no effect, and a missing package."""
         need("eval,report", "a run")
         _ = self.tasks
         searched = dict.fromkeys(question.task for question in self.questions)
@@ -109,13 +106,7 @@ def check_tracking(config: TrainConfig) -> None:
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read and check a recipe; `data_dir` replaces that of search and evaluation.
-
-    It is YAML with the sections `model`, `search`, `supervise`, `train`, `tune`, `evaluate`; each
-    may be left out, and so may any of its settings. Below them lie those of the preset that
-    `config` names. No such file, not YAML, an unknown section or setting, and a value that doesn't
-    fit are a ConfigError.
-    """
+    """Read and check a recipe; `data_dir` replaces that of search, tuning and evaluation."""
     values = with_preset(path, read_yaml(path, "a recipe"))
     return _recipe(path, sections_of(path, values, SECTIONS), data_dir)
 
@@ -157,9 +148,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
     """Read and check a sweep file: a recipe with a section `settings`, and maybe one `choose`.
 
     `settings` has, by name, the sections `supervise` and `train` as far as they differ from the
-    file's own, `choose` what differs from `evaluate` where settings are judged; `data_dir` is that
-    of `read_recipe`. What is no sweep, settings that don't fit, and two that are the same are a
-    ConfigError.
+    file's own, `choose` what differs from `evaluate` where settings are judged.
     """
     values = with_preset(path, read_yaml(path, "a sweep"))
     settings = values.pop("settings", None)

@@ -20,8 +20,7 @@ from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, read_candida
 def sweep(plan: SweepPlan, folder: Path, listener: Listener) -> str | None:
     """Train with every setting of a sweep, choose one on `select`, and test it once.
 
-    The folder receives everything. Returned is the name of the chosen setting; None where none can
-    be brought to any depth. Raises as `run` does, and RecordError where a setting has no targets.
+    Return the name of the chosen setting, or None where none can be brought to any depth.
     """
     recipes = {
         name: dataclasses.replace(setting, evaluate=plan.choosing)

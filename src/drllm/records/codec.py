@@ -76,10 +76,7 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
 
 
 def encode(value: Any) -> bytes:
-    """Write one value as JSON on one line, without the newline.
-
-    A number that is not finite, or text with half a surrogate pair, is a RecordError.
-    """
+    """Write one value as JSON, without a newline; refuse numbers that aren't finite."""
     try:
         data = _ENCODER.encode(value)
     except UnicodeEncodeError as error:
@@ -92,11 +89,7 @@ def encode(value: Any) -> bytes:
 
 
 def read_json(path: Path | str, kind: type[T]) -> T:
-    """Read a file of one JSON value.
-
-    What `decode` refuses is a RecordError, and so is a path that is missing, can't be opened, or
-    isn't an ordinary file.
-    """
+    """Read a file of one JSON value; a RecordError for what isn't there, or `decode` refuses."""
     with _opened(Path(path)) as file:
         return decode(file.read(), kind, str(path))
 
@@ -104,10 +97,7 @@ def read_json(path: Path | str, kind: type[T]) -> T:
 def read_json_lines(
     path: Path | str, kind: type[T], upgrade: Callable[[bytes], bytes] = bytes
 ) -> Iterator[tuple[int, T]]:
-    """Yield `(line number from 1, value)` for each line of a JSON lines file.
-
-    A file without lines is refused; `upgrade` rewrites lines of older versions first.
-    """
+    """Yield `(line number from 1, value)` of a file; `upgrade` rewrites lines of older versions."""
     number = 0
     with _opened(Path(path)) as file:
         for number, line in enumerate(file, start=1):
@@ -131,12 +121,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see the old content or all of the new, never a part.
-
-    Its folder is made if need be; a text is written as UTF-8, its line ends as they are. A folder
-    that can't be written, a full disk, or a path that is there and isn't an ordinary file is a
-    RecordError.
-    """
+    """Write a file, and its folder, so that readers see the old content or all of the new."""
     refuse_odd_file(path, "write")
     clear_half_written(path)
     # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
@@ -173,10 +158,7 @@ def clear_half_written(*files: Path) -> None:
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:
-    """Tell whether a file is there; refuse what isn't an ordinary one (a folder, a FIFO, …).
-
-    A folder on the way that can't be entered is refused too; `doing` is `read` or `write`.
-    """
+    """Tell whether a file is there; refuse to read or write a folder, a FIFO and the like."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

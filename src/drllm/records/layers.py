@@ -66,10 +66,7 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return TRAIN if self.validation is None else VALIDATION
 
     def against_baselines(self) -> dict[str, Any]:
-        """Return what the routers' config says of routers and baselines, for the model card.
-
-        That is `split` (the part judged), `examples`, `systems` (metrics by name) and `verdict`.
-        """
+        """Return what the routers' config says of routers and baselines, for the model card."""
         systems = self.parts[self.judged]
         return {
             "split": self.judged,
@@ -101,9 +98,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
-    """Return what a `router_config.json` says of it; None where no target was held out.
-
-    One that can't be trusted is a RecordError, which begins with `where`, the file's path.
-    """
+    """Return what a `router_config.json` says of it; None where no target was held out."""
     found = (config.get("training") or {}).get("calibration")
     return None if found is None else decode(encode(found), Calibration, f"{where}, 'calibration'")

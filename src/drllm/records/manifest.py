@@ -94,10 +94,7 @@ def new_manifest(
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
-    """Read the manifest of a records file; None where there is none (a file of the user's own).
-
-    One that is broken, of another kind of file, or of a newer version is a RecordError.
-    """
+    """Read the manifest of a records file; None where there is none (a file of the user's own)."""
     file = manifest_path(path)
     if not codec.refuse_odd_file(file, "read"):
         return None
@@ -117,11 +114,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
 def read_records(
     path: Path, kind: type[T], schema: str, upgrade: Callable[[bytes], bytes] = bytes
 ) -> list[T]:
-    """Read and check a whole records file, of the schema (`search`, …) that its manifest says.
-
-    Besides what `read_json_lines` and `read_manifest` refuse, a file that isn't the one its
-    manifest was written for, or an id that a task has twice, is a RecordError.
-    """
+    """Read and check a whole records file, of the schema (`search`, …) that its manifest says."""
     manifest = read_manifest(path, schema)
     records: list[T] = []
     seen: dict[tuple[str, str], int] = {}
@@ -155,10 +148,7 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
-    """Write a whole records file and its manifest, each atomically.
-
-    The manifest, from `new_manifest`, gets the number of records and the file's hash.
-    """
+    """Write a whole records file and its manifest, which gets their number and the file's hash."""
     text, about = to_lines(records), manifest_path(path)
     codec.refuse_odd_file(path, "write")
     if codec.refuse_odd_file(about, "write"):

@@ -54,7 +54,6 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
     """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
 
-    Where another is writing, it is refused, naming the `flag` by which another folder is chosen.
     The lock goes with the process, however that ends, so a killed run blocks nobody.
     """
     path = folder / f".{stage}.lock"

@@ -337,10 +337,7 @@ def results_in(folder: Path) -> list[Path]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing.
-
-    Two results of a task, and samples of another evaluation, are a RecordError.
-    """
+    """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing."""
     file = folder / SAMPLES_FILE
     samples: dict[str, list[Sample]] = {}
     for sample in read_records(file, Sample, "samples") if file.exists() else ():

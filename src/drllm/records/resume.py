@@ -76,8 +76,7 @@ class Chunks:
     def open(self) -> bool:
         """Accept what the folder holds, and clear up; tell whether an earlier start kept something.
 
-        A folder of another run is a ConfigError, which says what differs; one that is a link, or
-        holds files that drllm didn't write, a RecordError.
+        A folder of another run is a ConfigError; a link, or files of others, a RecordError.
         """
         marker = self._read_marker()
         if marker is not None:
@@ -106,10 +105,7 @@ class Chunks:
         return self._file(key).is_file()
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return a chunk, or None where it isn't done.
-
-        One that can't be read is set aside with a warning, and counts as not done.
-        """
+        """Return a chunk, or None where it isn't done; one that can't be read is set aside."""
         file = self._file(key)
         try:
             if file.is_symlink():
@@ -224,25 +220,14 @@ class Chunks:
 def refuse_other_run(
     what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
 ) -> None:
-    """Refuse to go on from, or to replace, what a run of another identity has made.
-
-    The ConfigError names what was made ("the search in OUT"), in what the identities differ, and
-    the remedy.
-    """
+    """Refuse to resume, or to replace, what ("the search in OUT") another run has made."""
     if found := differences(stored, wanted):
         more = f" and {len(found) - MAXIMUM_SAID} more" if len(found) > MAXIMUM_SAID else ""
         raise ConfigError(f"{what} was made with {'; '.join(found[:MAXIMUM_SAID])}{more}; {remedy}")
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in what two identities differ, in the order of the wanted one.
-
-    Example:
-        >>> differences({"settings": {"budget": 2}}, {"settings": {"budget": 3}, "seed": 1})
-        ['budget 2, now 3', 'no seed, now 1']
-        >>> differences({"prompts_sha256": "0a"}, {"prompts_sha256": "1b"})
-        ['other prompts']
-    """
+    """Say in what two identities differ, in the order of the wanted one."""
     return list(_differ("", _plain(stored), _plain(wanted)))
 
 

@@ -27,8 +27,5 @@ def split_of(question: str, origin: str) -> str:
 
 
 def question_key(question: str) -> str:
-    """Return the text under which two copies of a question count as the same one.
-
-    Surrounding white space, line breaks and case don't count.
-    """
+    """Return a question without what two copies may differ in: white space and case."""
     return " ".join(question.split()).casefold()

@@ -181,10 +181,7 @@ class PathFile:
         return self.path(model["num_layers"])
 
     def path(self, num_layers: int) -> StaticPath:
-        """Return the path for a model of L layers.
-
-        Values that it can't run are a PathError.
-        """
+        """Return the path for a model of L layers; values that it can't run are a PathError."""
         plain: list[Any] = [
             v if isinstance(v, int) else msgspec.structs.asdict(v) for v in self.values
         ]

@@ -77,10 +77,7 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 
 
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
-    """Read several `supervision.jsonl` files as one, in this order.
-
-    They may be the shards of a search, say, or those of other tasks. A target that stands in two
-    of them counts once.
+    """Read several `supervision.jsonl` files as one; a target in two of them counts once.
 
     Raises:
         RecordError: What `read_records` refuses of one file; a file named twice; targets of
@@ -123,11 +120,9 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
 
 
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
-    """Refuse targets that were searched with another base model than the one to be trained on.
+    """Refuse targets of another base model; return the rewards that their prompts were made for.
 
-    That is one of another number of layers or fingerprint; another id alone doesn't matter, and a
-    file without a manifest says nothing. Returns the rewards that the targets' prompts were made
-    for, where known.
+    Another id alone doesn't matter, and a file without a manifest says nothing.
     """
     rewards: dict[str, None] = {}
     for file in files:
