@@ -66,7 +66,11 @@ def run(words: Sequence[str]) -> None:
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     data_dir, split = args.data_dir, args.split
     del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
-    settings = _settings(args)
+    try:
+        with quiet("lm_eval"), redirect_stdout(io.StringIO()):  # which says it again when it runs
+            settings = EvaluatorConfig.from_cli(args)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
     given = settings.tasks or ()
     words = given.split(",") if isinstance(given, str) else map(str, given)
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
@@ -157,15 +161,6 @@ def _execute(
             f"the questions of a task can't be fetched from the hub ({cause.rstrip('.')}); connect "
             f"or log in (hf auth login){ours}"
         ) from error
-
-
-def _settings(args: Namespace) -> EvaluatorConfig:
-    """Return what the harness makes of its words and of its `--config`."""
-    try:
-        with quiet("lm_eval"), redirect_stdout(io.StringIO()):  # which says it again when it runs
-            return EvaluatorConfig.from_cli(args)
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def _nearest(name: str, include_path: str | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,24 +116,14 @@ CONFIG = Flag(
 )
 
 
-class _Verbs(Mapping[str, Verb]):
-    """Verbs by name; the module of one is imported when it is asked for, so that others are quick.
-
-    `modules` names the one of `drllm.cli` that registers a verb, in the order of `--help`.
-    """
-
-    def __init__(self, modules: Mapping[str, str]) -> None:
-        self.modules, self.registered = modules, dict[str, Verb]()
+class _Verbs(UserDict[str, Any]):
+    """Verbs by name, first the names of modules: each is imported when its verb is asked for."""
 
     def __getitem__(self, name: str) -> Verb:
-        importlib.import_module(f"drllm.cli.{self.modules[name]}")
-        return self.registered[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
+        if isinstance(module := self.data[name], str):
+            importlib.import_module(f"drllm.cli.{module}")
+        found: Verb = self.data[name]
+        return found
 
 
 _OF_STAGES = "search supervise train evaluate report export"
@@ -150,7 +141,7 @@ def verb(name: str, **described: Any) -> Callable[[Any], Any]:
 
     def register(function: Any) -> Any:
         text = function.__doc__.split("\n")[0].rstrip(".")
-        VERBS.registered[name] = Verb(name, text[0].lower() + text[1:], run=function, **described)
+        VERBS[name] = Verb(name, text[0].lower() + text[1:], run=function, **described)
         return function
 
     return register
@@ -306,7 +297,6 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
 
 
 def _flag_value(flag: Flag, value: Any) -> Any:
-    """Return what is said for a verb's own flag, checked."""
     if flag.switch:
         if not isinstance(value, bool):
             raise ConfigError(f"{flag.names[0]} is {value!r}; give true or false")
@@ -324,7 +314,6 @@ def _flag_value(flag: Flag, value: Any) -> Any:
 
 
 def _unknown(verb: Verb, name: str) -> ConfigError:
-    """Return what is wrong with a flag that a verb doesn't have."""
     flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
     if name in flags:
         return ConfigError(

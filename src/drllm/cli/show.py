@@ -84,8 +84,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
     parts: list[tuple[Path, Renderer]] = [(file, show) for file in files if file.is_file()]
     if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
         parts.insert(0, (folder / CHUNKS_FOLDER, show_unfinished))
-    places = (folder / "eval", folder, folder / "test" / "eval")
-    for place in places:
+    for place in (folder / "eval", folder, folder / "test" / "eval"):
         schemas = map(results.schema_of, results.results_in(place))
         parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:

@@ -124,7 +124,6 @@ def _supervise(
 def _say_forecast(
     questions: Sequence[SearchQuestion], request: Request, terminal: Terminal
 ) -> None:
-    """Print what a search would take; nothing is written."""
     config = request.of(SearchConfig)
     with loaded(request.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel

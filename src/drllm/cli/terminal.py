@@ -178,7 +178,6 @@ class Progress:
         self.printed = 0
 
     def __enter__(self) -> Progress:
-        """Start the clock, and the bar on a terminal."""
         if self.console.is_terminal:
             texts = "{task.description}", "{task.percentage:3.0f} %", "{task.fields[state]}"
             title, share, state = (TextColumn(text, markup=False) for text in texts)
@@ -189,7 +188,6 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop the bar, if there is one."""
         if self.bar is not None:
             self.bar.stop()
 

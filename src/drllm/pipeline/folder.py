@@ -181,7 +181,7 @@ class RunFolder:
                 seconds = round(time.perf_counter() - started, 3)
                 self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
             if name == names[0]:
-                self._keep_recipe()
+                write_atomically(self.folder / RECIPE_FILE, self.recipe.to_yaml())  # it fits
             times[name] = duration(self.manifest.stages[name].seconds) + ", done before" * skipped
             took = "done before" if skipped else times[name]
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
@@ -205,12 +205,6 @@ class RunFolder:
         self.manifest.schema_version = SCHEMA_VERSION
         self.manifest.drllm_version = importlib.metadata.version("drllm")
         write_json(self.folder / RUN_FILE, self.manifest)
-
-    def _keep_recipe(self) -> None:
-        """Write the recipe with all its settings into the folder, now that it fits the folder."""
-        path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
 
     # Each stage yields what it is made from, then, when it has run, the files that it wrote.
 

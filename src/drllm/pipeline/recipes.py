@@ -114,7 +114,6 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
 def _recipe(
     path: Path, sections: Mapping[str, dict[str, Any]], data_dir: str | None, **changes: Any
 ) -> Recipe:
-    """Make a recipe of a file's sections, some of them changed."""
     groups = {}
     for name, kind in SECTIONS.items():
         if name == "tune" and name not in sections:
@@ -189,7 +188,6 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
 def _setting(
     path: Path, name: str, sections: Mapping[str, Any], changes: Any, data_dir: str | None
 ) -> Recipe:
-    """Return the recipe with one setting's changes."""
     if not re.fullmatch(r"[\w.-]*\w", name):
         raise ConfigError(
             f"{path}: a setting is named {name!r}; give a name of letters, digits, '-', '_' and '.'"

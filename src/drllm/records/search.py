@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -47,12 +47,12 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     decisions: Decisions
-    simulation: int
-    reward: float
+    simulation: Annotated[int, msgspec.Meta(ge=0)]
+    reward: Annotated[float, msgspec.Meta(ge=0, le=1)]
     margin: float | None
     executions: float
     answer: str | None = None
-    kl: float | None = None
+    kl: Annotated[float, msgspec.Meta(ge=0)] | None = None
     retest: Retest | None = None
 
     def __post_init__(self) -> None:
@@ -61,12 +61,6 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             check_decisions(self.decisions)  # says which
         if self.executions != cost:
             raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
-        if self.simulation < 0:
-            raise ValueError(f"'simulation' is {self.simulation}; it must be 0 or more")
-        if not 0 <= self.reward <= 1:
-            raise ValueError(f"'reward' is {self.reward}; it must be in [0, 1]")
-        if self.kl is not None and self.kl < 0:
-            raise ValueError(f"'kl' is {self.kl}; it must be 0 or more")
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
