@@ -1,6 +1,7 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,8 @@ class Shared:
         self.sources = sources_of(tasks, config)
         self.worked = worked_task(config, tasks)
         self.baselines = named(config.baselines)
-        self.shares = {f"{100 * share:g} % saved": share for share in depths(config.curve)}
+        self.shares = {"": 0.0}  # as they were trained, which isn't looked for
+        self.shares |= {f"{100 * share:g} % saved": share for share in depths(config.curve)}
         self._fitted: dict[str, FittedBaselines] = {}
         search, targets = config.search, config.supervision
         self._search = [] if search is None else read_search(Path(search))
@@ -132,10 +134,7 @@ class Shared:
         return asked
 
     def plan(self, cost: int) -> None:
-        """Count on so much more work; less, if something planned isn't done after all.
-
-        Work is in tokens, whatever layers they pass.
-        """
+        """Count on so many more tokens; fewer, if something planned isn't done after all."""
         self._total += cost
 
     def once(self, name: str, run: Callable[[Keep], SystemRun], cost: int) -> SystemRun:
@@ -179,7 +178,6 @@ class Shared:
         return self._fitted[source.name]
 
     def _material(self, source: Task) -> Material:
-        """Return what baselines are fitted on, and depths are looked for on."""
         num = self.config.num_calibration or NUM_CALIBRATION
         asked = self.asked(source, chosen_on(source, self.config), num)
         questions: dict[int, Question] = {}  # by place
@@ -199,11 +197,6 @@ class Decided(NamedTuple):
     name: str
     drawn: Drawn
     setting: str = ""
-
-    @property
-    def title(self) -> str:
-        """As of `SystemRun`."""
-        return f"{self.name}, {self.setting}" if self.setting else self.name
 
 
 BASE_MODEL = Decided(BASE, Drawn(policy=FullPolicy()))
@@ -225,15 +218,14 @@ class Comparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        depths = ["", *shared.shares]
         num_tokens = self.questions.num_tokens
         a_question = num_tokens // len(self.asked.keys)
         self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
-        self._choice_cost = num_tokens * (len(depths) + len(shared.paths))
+        self._choice_cost = num_tokens * (len(shared.shares) + len(shared.paths))
         self.first, self.other_seeds = next(iter(shared.routers), None), [*shared.routers][1:]
-        costs = [self._costs(folder, setting) for folder in shared.routers for setting in depths]
         shared.plan(num_tokens * (1 + len(shared.paths)))
-        shared.plan(sum(sum(each.values()) for each in costs))
+        for folder, setting in itertools.product(shared.routers, shared.shares):
+            shared.plan(sum(self._costs(folder, setting).values()))
         shared.plan(self._choice_cost if config.epsilon is not None else 0)
 
     def _num_draws(self, name: str) -> int:
@@ -255,7 +247,7 @@ class Comparison:
         at their own.
         """
         config, lm = self.config, self.shared.lm
-        base = self._decided(self.task.name, self.questions, BASE_MODEL)
+        base = self._decided(self.questions, BASE_MODEL)
         first = [] if self.first is None else [*self._depths(self.first)]
         systems, seeds = [base], []
         for setting, policy in first:
@@ -274,7 +266,7 @@ class Comparison:
             if self.other_seeds:
                 seeds.append((routed, permuted))
         paths = [Decided(name, Drawn(path=path)) for name, path in self.shared.paths.items()]
-        systems += [self._decided(self.task.name, self.questions, path) for path in paths]
+        systems += [self._decided(self.questions, path) for path in paths]
         choice = None
         if config.epsilon is not None:
             depths = [Decided(ROUTED, Drawn(policy=p), setting) for setting, p in first if setting]
@@ -298,8 +290,7 @@ class Comparison:
         )
 
     def _depths(self, folder: Path) -> Iterator[tuple[str, RouterPolicy]]:
-        """Yield the depths that routers can be brought to, and what decides there."""
-        for setting in ["", *self.shared.shares]:
+        for setting in self.shared.shares:
             if policy := self._at_depth(folder, setting, f"Not evaluated at {setting}"):
                 yield setting, policy
 
@@ -324,19 +315,17 @@ class Comparison:
                 return None
         return RouterPolicy(routers, depth_bias=found)
 
-    def _decided(
-        self, task: str, questions: TaskRun, system: Decided, which: str = ""
-    ) -> SystemRun:
+    def _decided(self, questions: TaskRun, system: Decided, which: str = "") -> SystemRun:
         name, drawn, setting = system
         return self.shared.once(
-            f"{task}: {name}{which}",
+            f"{questions.asked.written.name}: {name}{which}",
             lambda keep: questions.run(name, [drawn], setting, keep),
             questions.num_tokens,
         )
 
     def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
         system = Decided(ROUTED, Drawn(policy=policy), setting)
-        return self._decided(self.task.name, self.questions, system, which)
+        return self._decided(self.questions, system, which)
 
     def _baselines(self, which: str, routed: SystemRun) -> list[SystemRun]:
         systems = []
@@ -352,8 +341,6 @@ class Comparison:
         return systems
 
     def _baseline(self, name: str, which: str, routed: SystemRun) -> SystemRun:
-        """Run a baseline at the executions of a routed model."""
-
         def run(keep: Keep) -> SystemRun:
             routes = torch.tensor(routed.routes[0])
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -384,16 +371,13 @@ class Comparison:
         questions = TaskRun(self.shared.lm, asked, config.num_texts, config.seed)
         tried = [BASE_MODEL, *settings]
         self.shared.plan(len(tried) * questions.num_tokens - self._choice_cost)
-        found = [
-            self._decided(source.name, questions, each, f"{_at(each)} on {split}") for each in tried
-        ]
+        found = [self._decided(questions, each, f"{_at(each)} on {split}") for each in tried]
+        max_loss = config.max_loss_increase or MAX_LOSS_INCREASE
         base, *others = self._with_worked(found, tried, lambda task: chosen_on(task, config))
         choice = choose(
             base,
             others,
-            Limits(
-                epsilon=epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
-            ),
+            Limits(epsilon=epsilon, max_loss_increase=max_loss),
             chance=asked.written.chance,
             seed=config.seed,
             worked_answers=None if worked is None else worked.name,
@@ -402,7 +386,8 @@ class Comparison:
         if choice.chosen is None:
             return choice
         [ours] = (each for each in systems if each.title == choice.chosen.name)
-        chosen = [BASE_MODEL, *(each for each in settings if each.title == ours.title)]
+        of_ours = (s for s in settings if (s.name, s.setting) == (ours.name, ours.setting))
+        chosen = [BASE_MODEL, *of_ours]
         tested = self._with_worked(
             [systems[0], ours], chosen, lambda task: config.split_of(task.name)
         )

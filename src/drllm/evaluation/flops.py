@@ -35,7 +35,7 @@ class ModelShape:
         head: Entries of the output matrix.
         queries: Numbers in a token's queries, those of all heads.
         kv_bytes: Of the keys and values that a layer keeps of a token.
-        shares: Of attention and MLP in each layer's matrices, for paths that run parts of layers.
+        shares: What `layer_shares` finds, for paths that run parts of layers.
     """
 
     matrices: tuple[float, ...]
@@ -47,8 +47,6 @@ class ModelShape:
     @classmethod
     def of(cls, model: Any, shares: Shares = ()) -> ModelShape:
         """Read the shape of a model of transformers, routed or not; nothing is run.
-
-        For paths that run parts of layers, give the shares that `layer_shares` finds.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,
         since a configuration may hold what no layer reads.

@@ -30,6 +30,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import full_decisions
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
@@ -49,10 +50,7 @@ TIMED_TOKENS = len(DESCRIPTIONS) * sum(BATCH_SIZES) * (PROMPT_TOKENS + NEW_TOKEN
 
 @torch.no_grad()
 def measure(
-    model: Any,
-    systems: Mapping[str, Policy | None],
-    prompts: Sequence[Sequence[int]],
-    rounds: int,
+    model: Any, systems: Mapping[str, Policy | None], prompts: Sequence[Sequence[int]], rounds: int
 ) -> Timings:
     """Time systems, each a policy or None for base, while they read prompts and while they decode.
 
@@ -68,28 +66,27 @@ def measure(
         for name, policy in systems.items()
         if policy is not None
     }
-    num_layers = len(find_layers(model)[1])
+    full = full_decisions(len(find_layers(model)[1]))
+    ways: list[tuple[Literal["prefill", "decode"], Callable[..., Any], int]] = [
+        ("prefill", reading, T),
+        ("decode", decoding, NEW_TOKENS),
+    ]
     timings = []
     for size in BATCH_SIZES:
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
         ids = torch.tensor(rows, device=model.device)  # [B, T]
-        ways: dict[Literal["prefill", "decode"], Any] = {
-            "prefill": {name: reading(each, ids) for name, each in models.items()},
-            "decode": {name: decoding(each, ids) for name, each in models.items()},
-        }
-        take_turns(ways["decode"], 1, clock)  # forgotten; prompts were read by `decoding` already
-        executions = dict.fromkeys(systems, float(num_layers))
-        for name, each in routed.items():
-            executions[name] = mean_executions(each.last_route.tolist())  # of [B, L]
-        for phase, calls in ways.items():
+        for phase, way, num_tokens in ways:
+            calls = {name: way(each, ids) for name, each in models.items()}
+            take_turns(calls, 1, clock)  # forgotten
             seconds = take_turns(calls, rounds, clock)
+            routes = {name: each.last_route.tolist() for name, each in routed.items()}  # [B, L]
             timings += [
                 Timing(
                     system=name,
                     phase=phase,
                     batch_size=size,
-                    num_tokens=size * (T if phase == "prefill" else NEW_TOKENS),
-                    executions=executions[name],
+                    num_tokens=size * num_tokens,
+                    executions=mean_executions(routes.get(name, [full])),
                     seconds=tuple(times[name] for times in seconds),
                 )
                 for name in systems

@@ -193,8 +193,7 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
         other = (
             f"; 'splits: {{{task.name}: select}}' in a YAML file (--config) has depths chosen on "
             f"fit and tested on select"
-        )
-        other = other if split == "test" else ""
+        ) * (split == "test")
         try:
             found = len(task.examples(split, config.data_dir))
         except TaskError as error:

@@ -230,10 +230,7 @@ def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateCon
 def check_paths(
     named: Mapping[str, StaticPath | PathFile], model: Mapping[str, Any]
 ) -> dict[str, StaticPath]:
-    """Return paths by name, for a model of this identity.
-
-    PathError for one that it can't run, or whose name another system has.
-    """
+    """Return paths by name; PathError for one that the model can't run or another's name."""
     for name in named:
         if name in (BASE, ROUTED) or name in BASELINES:
             raise PathError(

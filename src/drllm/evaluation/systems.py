@@ -6,7 +6,6 @@ stands in.
 Axes: Q questions, L layers.
 """
 
-import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -67,7 +66,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
         unchanged: For each draw of permuted routes, the share of questions that kept their route.
-        path: The one path that it runs, where it does.
     """
 
     name: str
@@ -299,12 +297,7 @@ class TaskRun:
 
 
 def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
-    """Divide a block so that no part of it has a prompt twice.
-
-    Example:
-        >>> distinct([0, 1, 2, 3], ["a", "b", "a", "a"])
-        [[0, 1], [2], [3]]
-    """
+    """Divide a block so that no part of it has a prompt twice."""
     parts: defaultdict[int, list[int]] = defaultdict(list)
     seen: Counter[str] = Counter()
     for place in block:
@@ -315,10 +308,10 @@ def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
 
 def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
     """Return the answers of all blocks as those of all questions, in the questions' order."""
-    order = np.argsort(list(itertools.chain.from_iterable(blocks)))
+    order = np.argsort([place for block in blocks for place in block])
 
     def in_order(parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-        draws = [list(itertools.chain.from_iterable(draw)) for draw in zip(*parts, strict=True)]
+        draws = [[one for part in draw for one in part] for draw in zip(*parts, strict=True)]
         return [[draw[position] for position in order] for draw in draws]
 
     return Answered(
@@ -329,9 +322,5 @@ def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
 
 
 def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:
-    """Return the mean over draws, kept draw by draw, of values by question."""
-    mean = np.array(draws[0], dtype=float)
-    for before, values in enumerate(draws[1:], 1):
-        mean = (mean * before + np.array(values)) / (before + 1)
-    found: list[float] = mean.tolist()
+    found: list[float] = np.mean(draws, axis=0).tolist()
     return found

@@ -40,7 +40,7 @@ DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
     ROUTED: "the routers decide, reading the question alone",
 }
-FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked")
+FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
 
@@ -50,9 +50,8 @@ class TaskRuns:
     """All that was run on one task.
 
     Systems are base, then at each depth routed and its baselines, if there are routers, and paths
-    last. The shape is the model's, or why
-    its cost can't be derived. `seeds` are, depth by depth, routers of several seeds on the same
-    questions, and their own routes permuted, if any.
+    last. The shape is the model's, or why its cost can't be derived. `seeds` are, depth by depth,
+    routers of several seeds on the same questions, and their own routes permuted, if any.
     """
 
     asked: AskedTask
@@ -152,16 +151,14 @@ class TaskRuns:
     def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
         return compare(ours, theirs, self.config.seed, above_chance=self.above_chance)
 
-    def by_seeds(self) -> tuple[Seeds, ...]:
-        """Return what routers of several seeds did, depth by depth.
+    def of_seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> Seeds:
+        """Return what routers of several seeds did at one depth.
 
         Two numbers must not be mixed. The spread says how much the training's randomness moves a
         result on the same questions; the intervals say how far the mean over these seeds may move
         with other questions, each resampled with its answers under all seeds.
         """
-        return tuple(self._seeds(*runs) for runs in self.seeds)
 
-    def _seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> Seeds:
         def against(other: Outcomes) -> Differences:
             return self._compare(_mean_outcomes(routed), other)
 
@@ -188,10 +185,9 @@ class TaskRuns:
             split=self.config.split_of(written.name),
             **{name: getattr(written, name) for name in FROM_TASK},
             num_layers=self.num_layers,
-            chance=self.asked.written.chance,
             systems=tuple(table),
             curve=self.curve(),
-            seeds=self.by_seeds(),
+            seeds=tuple(self.of_seeds(*runs) for runs in self.seeds),
             choice=self.choice,
         )
         return replace(found, findings=tuple(self._findings(found)))

@@ -211,7 +211,6 @@ def costs(evaluations: Sequence[Evaluation], measured: Latency | None) -> Sectio
 
 
 def _timed(found: Timings) -> list[list[str]]:
-    """Return a row for each phase and batch size, with what the times show."""
     rows = []
     for (phase, size), label in found.labels().items():
         base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))

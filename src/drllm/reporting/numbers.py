@@ -10,32 +10,17 @@ NBSP = "\u00a0"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share of 1 in percent.
-
-    Example:
-        >>> percent(0.5432).replace(NBSP, " ")
-        '54.3 %'
-    """
+    """Write a share of 1 in percent."""
     return NONE if share is None else f"{plain(100 * share, digits)}{NBSP}%"
 
 
 def plain(value: float | None, digits: int = 1) -> str:
-    """Write a number with a fixed number of decimals and a true minus sign.
-
-    Example:
-        >>> plain(-0.04, 1), plain(-1.25, 2)
-        ('0.0', '−1.25')
-    """
+    """Write a number with a fixed number of decimals and a true minus sign; zero has none."""
     return NONE if value is None else signed(value, digits).removeprefix("+")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a change as verdicts do: always with its sign, except for what rounds to zero.
-
-    Example:
-        >>> signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)
-        ('+0.5', '−0.5', '0.0')
-    """
+    """Write a change as verdicts do: always with its sign, except for what rounds to zero."""
     return NONE if value is None else verdicts.signed(value, digits)
 
 
@@ -45,12 +30,7 @@ def count(number: int | None) -> str:
 
 
 def of_total(number: int, total: int) -> str:
-    """Write a count and its share of a total.
-
-    Example:
-        >>> of_total(3000, 4000).replace(NBSP, " ")
-        '3 000 (75.0 %)'
-    """
+    """Write a count and its share of a total: 3 000 (75.0 %)."""
     return f"{count(number)} ({percent(number / total if total else None)})"
 
 

@@ -67,7 +67,6 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
     values |= {name: getattr(numbers, name) for name in written}
 
     def part(section: Section, **macros: Any) -> str:
-        """Return what a section's own template makes of its values."""
         own = environment.get_template(section.template)
         text = own.render(**values, **section.values, **macros)
         return Markup(text) if autoescape else text  # escaped by then
@@ -78,12 +77,7 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
 
 
 def escape(text: str) -> str:
-    r"""Write a text so that Markdown shows it as it is, on one line.
-
-    Example:
-        >>> escape("a|b <i>arc_easy</i>")
-        'a\\|b &lt;i&gt;arc_easy&lt;/i&gt;'
-    """
+    """Write a text so that Markdown shows it as it is, on one line."""
     written = html.escape(" ".join(text.split()), quote=False)
     written = re.sub(r"([\\`*\[\]|~])", r"\\\1", written)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", written)

@@ -76,7 +76,6 @@ def _is_routed(run: Run) -> bool:
 
 
 def _about(run: Run) -> str:
-    """Say when and on what: date, layers, questions."""
     dates = [str(each.manifest["created"]) for each in run.sources if "created" in each.manifest]
     said = [max(dates)[:10]] if dates else []
     said += [f"{run.num_layers} layers"] if run.num_layers else []
@@ -201,7 +200,6 @@ def _routers(run: Run) -> Section:
 
 
 def _provenance(run: Run) -> Section:
-    """Return the section on a run's provenance."""
     made = (each.manifest for each in run.sources)
     wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA)
     commands = list(dict.fromkeys(map(command, wanted)))

@@ -18,9 +18,7 @@ FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
 
 
 def report(
-    *runs: Path | str | Results,
-    output: Path | str | None = None,
-    listener: Listener = Listener(),
+    *runs: Path | str | Results, output: Path | str | None = None, listener: Listener = Listener()
 ) -> tuple[Path, Path]:
     """Write `report.html`, and `report.md` with its figures, about one or more run folders.
 
@@ -44,9 +42,6 @@ def report(
             can't be written.
         ConfigError: No run folder, several without an output, an output of another kind, or no
             matplotlib.
-
-    Example:
-        >>> page, text = report("results/demo")  # doctest: +SKIP
     """
     need("report", "a report")
     run_folders = [_folder_of(run) if isinstance(run, Results) else Path(run) for run in runs]

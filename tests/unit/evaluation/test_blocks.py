@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.evaluation.systems import Answered, joined
+from drllm.evaluation.systems import Answered, distinct, joined
 from drllm.models.scoring.batching import batches
 from drllm.records.codec import decode, encode
 
@@ -31,6 +31,10 @@ def test_a_batch_has_so_many_tokens_with_padding_or_one_prompt(lengths, size, ma
         padded = len(rows) * max(lengths[row] for row in rows)
         assert len(rows) == 1 or padded <= max_tokens
         assert len(rows) <= size
+
+
+def test_no_part_of_a_block_has_a_prompt_twice():
+    assert distinct([0, 1, 2, 3], ["a", "b", "a", "a"]) == [[0, 1], [2], [3]]
 
 
 @given(lengths, sizes, st.integers(1, 3), st.booleans())

@@ -231,8 +231,7 @@ def test_tables_of_several_tasks_are_corrected_system_by_system():
 
 
 def seeds_of(base, routed, permuted):
-    [seeds] = runs(base, chance=-1.0, seeds=[(routed, permuted)]).by_seeds()
-    return seeds
+    return runs(base, chance=-1.0).of_seeds(routed, permuted)
 
 
 def at(correct, name="routed", executions=9.0):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, RecordError
-from drllm.reporting.rendering import to_html, to_markdown
+from drllm.reporting.numbers import of_total, plain, signed
+from drllm.reporting.rendering import escape, to_html, to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 from drllm.reporting.stage import figures_of
@@ -303,3 +304,13 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(quick):
     write_report(quick)
     assert before == settings()
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_markdown_shows_marks_as_they_are():
+    assert escape("a|b <i>arc_easy</i>") == "a\\|b &lt;i&gt;arc_easy&lt;/i&gt;"
+
+
+def test_numbers_are_written_with_a_true_minus_and_zero_without():
+    assert [plain(-0.04, 1), plain(-1.25, 2)] == ["0.0", "−1.25"]
+    assert [signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)] == ["+0.5", "−0.5", "0.0"]
+    assert of_total(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"

@@ -67,13 +67,9 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How a baseline or a given path decides on a task's questions; one of the first three.
+    """How a system decides on a task's questions: by a plan `[Q, L]`, a policy, or a path for all.
 
-    Attributes:
-        plan: `[Q, L]` decisions.
-        policy: What decides on each prompt.
-        path: One path for all.
-        note: What a reader should know beyond the description; a part of a sentence.
+    `note` is what a reader should know beyond the description; a part of a sentence.
     """
 
     plan: Tensor | None = None
@@ -86,9 +82,7 @@ class Baseline(ABC):
     """One baseline of a routed model, fitted on one task when it is first asked for.
 
     Attributes:
-        name: As shown.
         description: What it does: the first line of its docstring.
-        source: Where it comes from.
         fitted_on: What its decisions are fitted on; never questions that are reported on.
         order: Its place in tables.
         needs: What of the material it can't do without, and how that is said.
@@ -117,11 +111,9 @@ class Baseline(ABC):
 
     @abstractmethod
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
-        """Return how it decides on some questions at the routed model's mean executions.
+        """Return how it decides on questions on which the routed model took `routes`, `[Q, L]`.
 
-        Args:
-            routes: `[Q, L]`, those that the routed model took on the questions.
-            generator: Source of randomness.
+        Its mean executions are to be those of the routes.
         """
 
 
@@ -137,6 +129,7 @@ def register(kind: Kind) -> Kind:
     return BASELINES.register(kind.name)(kind)
 
 
+@dataclass(eq=False)
 class FittedBaselines:
     """The baselines of one routed model on one task, fitted once and asked for any executions.
 
@@ -145,23 +138,18 @@ class FittedBaselines:
     gives, asking it unless that is known: by far the longest part of fitting.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prepare: Callable[[], Material],
-        routed: RoutedModel,
-        remember: Callable[[str, Sequence[Decisions], Measure], list[float]],
-    ) -> None:
-        self.name = name
-        self._prepare = prepare
-        self.routed = routed
-        self._remember = remember
+    name: str
+    prepare: Callable[[], Material]
+    routed: RoutedModel
+    remember: Callable[[str, Sequence[Decisions], Measure], list[float]]
+
+    def __post_init__(self) -> None:
         self._baseline = functools.cache(lambda name: BASELINES.get(name)(self))
 
     @functools.cached_property
     def material(self) -> Material:
         """What baselines are fitted on."""
-        return self._prepare()
+        return self.prepare()
 
     def obstacle(self, name: str, executions: float) -> str | None:
         """Say why a baseline can't be had at given mean executions; None if it can."""
@@ -204,7 +192,7 @@ class FittedBaselines:
             means: list[float] = np.average(values, axis=1, weights=weights).tolist()
             return means
 
-        return lambda candidates: self._remember(f"{self.name} by {kind}", candidates, measure)
+        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, measure)
 
 
 def executions_of(routes: Tensor) -> float:

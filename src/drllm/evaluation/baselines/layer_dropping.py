@@ -57,12 +57,10 @@ class LayerDropping(Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
-        import torch
-
         L, wanted = self.num_layers, executions_of(routes)
         if wanted > L:
-            full = torch.ones(len(routes), L, dtype=torch.long)
-            return Drawn(full, note=f"runs {L} layers, having none to drop")
+            note = f"runs {L} layers, having none to drop"
+            return Drawn(routes.new_ones(routes.shape), note=note)
         more = L - int(wanted)  # layers dropped by the questions that drop more
         first, second = self.decisions(more), self.decisions(max(more - 1, 0))
         return Drawn(mixture(first, second, wanted, len(routes), generator))

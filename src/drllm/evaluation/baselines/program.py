@@ -107,11 +107,9 @@ def best_program(
     full = full_decisions(records[0].num_layers)
     shares = {}
     for program in rates:
-        own = num_executions(program)
-        low, high = sorted((own, len(full)))
-        if program != full and low <= executions <= high:
-            of_longer = (executions - low) / (high - low) if high > low else 0.0
-            shares[program] = of_longer if own == low else 1 - of_longer
+        own, L = num_executions(program), len(full)
+        if program != full and min(own, L) <= executions <= max(own, L):
+            shares[program] = (executions - own) / (L - own) if own != L else 0.0
 
     def mixed(program: Decisions, value: float, of_full: float) -> float:
         return (1 - shares[program]) * value + shares[program] * of_full

@@ -124,9 +124,7 @@ def share_unchanged(routes: Tensor, others: Tensor) -> float:
 
 def random_like(routes: Tensor, generator: torch.Generator) -> Tensor:
     """Return routes `[Q, L]`, each row's decisions in random order."""
-    import torch
-
-    order = torch.rand(routes.shape, generator=generator, dtype=torch.float64).argsort(dim=1)
+    order = routes.double().uniform_(generator=generator).argsort(dim=1)
     return routes.gather(1, order)
 
 
@@ -149,23 +147,19 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
             "these routers carry no label counts for some layer, so decisions can't be drawn by "
             "label frequency; use routers that 'drllm train' has written"
         )
-    probabilities = frequencies = counts / counts.sum(dim=1, keepdim=True)
+    frequencies = counts / counts.sum(dim=1, keepdim=True)
     decisions = torch.arange(3, dtype=torch.float64)
 
-    def are_few(theta: float) -> bool:  # executions fall as θ grows
-        nonlocal probabilities
-        probabilities = (frequencies.log() - theta * decisions).softmax(dim=1)
-        return expected_executions(probabilities) <= executions
+    def at(theta: float) -> Tensor:  # executions fall as θ grows
+        return (frequencies.log() - theta * decisions).softmax(dim=1)
 
-    bisect(are_few, -STEEPEST, STEEPEST)
-    return probabilities
+    found = bisect(lambda theta: expected_executions(at(theta)) <= executions, -STEEPEST, STEEPEST)
+    return at(found[1])
 
 
 def expected_executions(probabilities: Tensor) -> float:
     """Return the mean executions of `label_frequency`, its rule for empty draws included."""
-    import torch
-
-    drawn = float((probabilities @ torch.arange(3, dtype=probabilities.dtype)).sum())
+    drawn = float((probabilities @ probabilities.new_tensor([0, 1, 2])).sum())
     return drawn + float(probabilities[:, 0].prod())
 
 
@@ -176,9 +170,7 @@ def label_frequency(
 
     If a draw would skip every layer, the last one is executed, as in a routed model.
     """
-    import torch
-
-    drawn = torch.multinomial(probabilities, num_questions, replacement=True, generator=generator)
+    drawn = probabilities.multinomial(num_questions, replacement=True, generator=generator)
     drawn = drawn.T.contiguous()
     drawn[drawn.sum(dim=1) == 0, -1] = 1
     return drawn

@@ -28,10 +28,8 @@ from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choo
 from drllm.tasks.published.task import Loader, PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
-Columns: TypeAlias = dict[str, Any]
-"""A question's row of a rows file."""
-Line: TypeAlias = tuple[str, Columns]
-"""The part of the set that a question belongs to, and its row."""
+Line: TypeAlias = tuple[str, dict[str, Any]]
+"""The part of the set that a question belongs to, and its row of a rows file."""
 
 ASKED, SHOWN = "asked", "shown"
 ROWS, CACHE = "rows", "cache"
@@ -51,9 +49,7 @@ class HarnessTask:
             how many questions each holds.
         metric: The metric that counts.
         filter: The harness' filter that it is taken from; `none` for most.
-        kind: Options are scored, or answers are generated.
         examples: The questions that are asked, over all parts.
-        num_fewshot: Worked examples before each question.
         notes: What a reader of results must know.
         not_asked: Rows of the set that aren't asked: id → why.
     """
@@ -99,7 +95,7 @@ class FolderFiles:
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
     def _add(
-        self, leaf: str, file: str, rows: Mapping[str, Sequence[Columns]], settings: dict[str, Any]
+        self, leaf: str, file: str, rows: Mapping[str, Sequence[Any]], settings: dict[str, Any]
     ) -> None:
         """Add a task that holds questions; `file` is the harness' own that it changes, if any."""
         places = {}
@@ -151,16 +147,10 @@ def task_folder(
 ) -> tuple[list[HarnessTask], FolderFiles]:
     """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
 
-    The same arguments and questions give the same files to the last byte.
-
-    Args:
-        tasks: What is evaluated.
-        split: Which questions are asked.
-        limit: Maximum questions a task, drawn with the seed; None asks all.
-        seed: Of the drawing.
-        data_dir: Folder of task data; None asks the hub.
-        num_fewshot: Worked examples before each question; None leaves it to each task.
-        max_length: Maximum tokens that the model reads and writes in all; None doesn't cap answers.
+    The same arguments and questions give the same files to the last byte. At most `limit` questions
+    a task are drawn with the seed, None asks all. `num_fewshot` worked examples stand before each;
+    None leaves it to each task. `max_length` tokens are all that the model reads and writes; None
+    doesn't cap answers.
 
     Raises:
         ConfigError: A negative number of examples.
@@ -299,12 +289,7 @@ def _bytes(line: Line) -> int:
 
 
 def room_for_answer(prompt: int, max_length: int) -> int:
-    """Return how many tokens an answer may have: what its prompt leaves, half of all at least.
-
-    Example:
-        >>> room_for_answer(100, 1024), room_for_answer(1000, 1024)
-        (924, 512)
-    """
+    """Return how many tokens an answer may have: what its prompt leaves, half of all at least."""
     return max(max_length // 2, max_length - prompt)
 
 

@@ -30,7 +30,6 @@ from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.scoring import (
     Answer,
-    Counts,
     Request,
     RequestScorer,
     fitted,
@@ -187,7 +186,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
-        self.shared_counts = Counts()
+        self.shared_counts = self.scorer.counts
         self._contexts: list[str] = []
         self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
@@ -290,7 +289,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             output = super()._model_generate(context, *args, **kwargs)
         copies = len(self.routed.last_route) // len(self._contexts)
         routes = self.routed.last_route[::copies]
-        self.scorer.counts.add(routes)
+        self.scorer.count(routes)
         self.generated_routes.update(zip(self._contexts, map(tuple, routes.tolist()), strict=True))
         return output
 
@@ -319,16 +318,16 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Wait for all processes, and add up what they counted: the harness calls it in each."""
         super().barrier()
         if self.world_size > 1:
-            own = torch.tensor([dataclasses.astuple(self.scorer.counts)], device=self.device)
-            self.shared_counts = Counts(*self.all_gather(own).sum(dim=0).tolist())
+            own = torch.tensor([self.scorer.counts], device=self.device)
+            self.shared_counts = self.all_gather(own).sum(dim=0).tolist()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes next to its results.
 
         `prompts` are those of all processes, each question once, of rolling texts the windows.
         """
-        counts = self.shared_counts if self.world_size > 1 else self.scorer.counts
-        executions: float = counts.executions / max(counts.prompts, 1)
+        prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
+        executions: float = executed / max(prompts, 1)
         if isinstance(self.policy, PathPolicy):  # a part of a layer costs its share
             executions = executions_along(self.routed, self.policy.path)
         return {
@@ -343,7 +342,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "policy": type(self.policy).__name__,
                 "path": self.path_source,
                 "num_layers": self.routed.num_layers,
-                "prompts": counts.prompts,
+                "prompts": prompts,
                 "executions_a_forward": executions,
             },
         }

@@ -15,7 +15,7 @@ import logging
 import math
 import os.path
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -136,34 +136,24 @@ def _named(key: Hashable) -> str:
 # --- log-probabilities ---------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Counts:
-    """Prompts that were routed, and their executions a forward pass, added up."""
-
-    prompts: int = 0
-    executions: int = 0
-
-    def add(self, routes: Tensor) -> None:
-        """Count routes `[P, L]`."""
-        self.prompts += len(routes)
-        self.executions += int(routes.sum())
-
-
+@dataclass
 class RequestScorer:
     """Scores requests with a routed model, which reads at most `max_length` tokens.
 
     `batch_size` is in rows a pass; a question is one, or one for each continuation where the model
     can't have them packed, and is never split. `auto` goes by memory, up to `max_batch_size`.
+    Prompts that were routed, and their executions a forward pass, are added up in `counts`.
     """
 
-    def __init__(
-        self, routed: RoutedModel, max_length: int, batch_size: int | str, max_batch_size: int
-    ) -> None:
-        self.routed = routed
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.max_batch_size = max_batch_size
-        self.counts = Counts()
+    routed: RoutedModel
+    max_length: int
+    batch_size: int | str
+    max_batch_size: int
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+
+    def count(self, routes: Tensor) -> None:
+        """Count routes `[P, L]`."""
+        self.counts = [self.counts[0] + len(routes), self.counts[1] + int(routes.sum())]
 
     def score(
         self,
@@ -186,7 +176,7 @@ class RequestScorer:
             if isinstance(policy, Mapping):
                 policy = FixedPolicy([policy[key] for key in keys], self.routed.num_layers)
             each, route = self._under(batch, policy)
-            self.counts.add(route)
+            self.count(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
             on_progress(sum(len(question.continuations) for question in batch.questions))
@@ -257,7 +247,6 @@ class RequestScorer:
 
 
 def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
-    """Return each request's answer from the scores by question."""
     return [
         (scores[place].logprobs[number], scores[place].greedy[number])
         for place, number in found.places
@@ -318,13 +307,6 @@ def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """Return the requests without those that the harness repeats to fill a process up.
 
     Also, for each request, the place of its answer among theirs.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> one, twice = SimpleNamespace(repeats=1), SimpleNamespace(repeats=2)
-        >>> wanted, places = without_padding([one, twice, twice, twice, twice])
-        >>> len(wanted), places
-        (3, [0, 1, 2, 2, 2])
     """
     wanted: list[Any] = []
     places: list[int] = []

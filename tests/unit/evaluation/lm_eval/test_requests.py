@@ -1,6 +1,7 @@
 """The harness' requests: which make up a question, and answers that a model has room for."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval import scoring
-from drllm.evaluation.lm_eval.scoring import STEPS, Request, asked, fitted
+from drllm.evaluation.lm_eval.scoring import STEPS, Request, asked, fitted, without_padding
 
 LONG = 1000
 CONTEXT = 160
@@ -143,3 +144,9 @@ def test_one_process_of_several_says_once_what_was_asked_for_and_what_is_given(t
         f"{task} asks for answers of up to 32768 tokens, and the model holds 160 with the "
         f"question; answers have at most 80 to 140"
     ]
+
+
+def test_what_fills_a_process_up_is_asked_once():
+    one, twice = SimpleNamespace(repeats=1), SimpleNamespace(repeats=2)
+    wanted, places = without_padding([one, twice, twice, twice, twice])
+    assert (wanted, places) == ([one, twice, twice], [0, 1, 2, 2, 2])
