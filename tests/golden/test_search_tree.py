@@ -46,7 +46,7 @@ def draw() -> str:
         lines.append(
             f"{start}{sketch(node.decisions)}  #{simulation:<2} "
             f"{reward:.0f} {score:+.2f}  "
-            f"{node.visits:>2} visits, {node.value:.3f}"
+            f"{node.visits:>2} visits, {node.value_sum / node.visits:.3f}"
         )
         for action, child in node.children.items():
             add(str(action), child, depth + 1)

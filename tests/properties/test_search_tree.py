@@ -74,9 +74,11 @@ class Watched(TreeSearch):
         self.steps: Counter[tuple[Decisions, Decisions]] = Counter()
         super().__init__(num_layers, config, rng)
 
-    def _add_virtual_loss(self, trail):
+    def _select(self):
+        decisions = super()._select()
+        trail = self._trails.get(decisions, [])
         self.steps.update(itertools.pairwise(node.decisions for node in trail))
-        super()._add_virtual_loss(trail)
+        return decisions
 
 
 def run_tree(num_layers, config, seed, scale, most):
@@ -156,7 +158,7 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
     for decisions, node in search.nodes.items():
         assert node.decisions == decisions
         assert node.executions == num_executions(decisions)
-        assert 0 <= node.value <= 1
+        assert 0 <= node.value_sum <= node.visits
         assert node.visits == 1 + left[decisions] == arrived[decisions]
 
 

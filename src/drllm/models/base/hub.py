@@ -51,7 +51,7 @@ def find_commit(name: str, revision: str | None, *, otherwise: str, **options: A
 
 
 def explain(error: Exception, kind: str, name: str, revision: str | None, otherwise: str) -> str:
-    """Say in one line why a `kind` of thing can't be fetched, and what to do, or `otherwise`."""
+    """Say in one line why a `kind` of thing can't be fetched, and what to do, else `otherwise`."""
     what = f"{kind} {name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, errors.GatedRepoError):
         return (
