@@ -32,11 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.fail(str(error))
         return 2
     except KeyboardInterrupt:
-        resumes = bool(words) and words[0] in VERBS and VERBS[words[0]].resumes
-        if resumes:
+        kept = "no file is half-written. Run the same command again."
+        if words and words[0] in VERBS and VERBS[words[0]].resumes:
             kept = f"finished work is kept. To resume: drllm {shlex.join(words)}"
-        else:
-            kept = "no file is half-written. Run the same command again."
         terminal.fail(f"interrupted; {kept}")
         return 130
     except BrokenPipeError:

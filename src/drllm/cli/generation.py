@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -297,13 +296,11 @@ def _answer_file(
             **form.options(routed.tokenizer),
         )
     seconds = time.perf_counter() - started
-    answers = [
-        replace(given, prompt=row.prompt, text=form.answer(given.text))
-        for row, given in zip(asked, answers, strict=True)
-    ]
     cost = along and along.executions
-    lines = [to_line(row.id, given, cost) for row, given in zip(asked, answers, strict=True)]
-    text = "".join(line + "\n" for line in lines)
+    text = "".join(
+        to_line(row, form.answer(given.text), given, cost)
+        for row, given in zip(asked, answers, strict=True)
+    )
     tell: Callable[[str], None] = terminal.note
     if output := request.optional_path("output"):
         write_atomically(output, text)
@@ -323,20 +320,17 @@ def _answer_file(
     tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
 
 
-def to_line(own_id: str | int, given: Answer, executions: float | None = None) -> str:
-    """Write an answer as one line of JSON, without the newline; see docs/formats.md.
-
-    `executions` is the cost of the route where decisions don't tell it.
-    """
+def to_line(row: Asked, text: str, given: Answer, cost: float | None = None) -> str:
+    """Write an answer as one line of JSON; `cost` is that of a path that decisions don't tell."""
     values = {
-        "id": own_id,
-        "prompt" if isinstance(given.prompt, str) else "messages": given.prompt,
-        "answer": given.text.strip(),
+        "id": row.id,
+        "prompt" if isinstance(row.prompt, str) else "messages": row.prompt,
+        "answer": text.strip(),
         "route": given.route,
-        "executions": executions or float(num_executions(given.route)),
+        "executions": cost or float(num_executions(given.route)),
         "tokens": len(given.tokens),
     }
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _share(executed: float, routed: RoutedModel, digits: int) -> str:

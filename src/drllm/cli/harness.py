@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> None:
-    """Carry out a command line of the harness: what follows `drllm lm-eval`.
-
-    What is refused here or by our model is a DrllmError; after its own messages the harness exits.
-    """
+    """Carry out what follows `drllm lm-eval`; after messages of its own the harness exits."""
     setup_logging()
     with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()

@@ -8,20 +8,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from drllm.metrics import (
-    DECISIONS,
-    ROUTERS,
-    TRAIN,
-    VALIDATION,
-    Counts,
-    ratios,
-    verdict,
-    with_baselines,
-)
+from drllm import metrics
+from drllm.metrics import ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
 from drllm.records.codec import decode, encode
 
 LAYERS_FILE = "layers.json"
-SIZE = len(DECISIONS)
+SIZE = len(metrics.DECISIONS)
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,8 +63,8 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {
             "split": self.judged,
             "examples": systems[ROUTERS].examples,
-            "systems": {name: ratios(counts) for name, counts in systems.items()},
-            "verdict": verdict(self.parts),
+            "systems": {name: metrics.ratios(counts) for name, counts in systems.items()},
+            "verdict": metrics.verdict(self.parts),
         }
 
     def title(self, part: str) -> str:

@@ -10,7 +10,7 @@ import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -406,11 +406,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     batch_size: int
     num_tokens: int
     executions: float
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.seconds or min(self.seconds) <= 0:
-            raise ValueError(f"`seconds` is {list(self.seconds)}; expected a positive number each")
+    seconds: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
 
     @property
     def median(self) -> float:
