@@ -377,7 +377,7 @@ def test_targets_are_never_trusted_before_their_rejects_are_written(tmp_path, mo
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("drllm.supervision.select.write_atomically", killed)
+    monkeypatch.setattr("drllm.supervision.select.write_or_remove", killed)
     with pytest.raises(KeyboardInterrupt):
         supervised(search_file(tmp_path, SAVING, LUCKY))
 
