@@ -96,7 +96,7 @@ class Reply:
         """Do nothing: an answer that is stopped doesn't come here."""
 
     def _show(self, text: str) -> None:
-        self._terminal.write(text[self._num_shown :])
+        self._terminal.out.print(text[self._num_shown :], end="", soft_wrap=True)
         self._num_shown = max(self._num_shown, len(text))
 
 

@@ -246,7 +246,7 @@ def _answer(
     num_new = len(reply.tokens)
     terminal.say()
     if along is None:
-        terminal.show(draw_route(route))
+        terminal.out.print(draw_route(route))
         cost = _share(num_executions(route), routed, 0)
     else:
         terminal.say(f"path        {along.edits}")

@@ -167,10 +167,9 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
     """Draw one question's paths, the full path first, as a tree of edits: decisions and line.
 
-    A path stands below the tried path from which one edit leads to it, the one that was tried
-    first where there are several; where there is none, below the one from which the fewest edits
-    do. A path that is the only one below another follows it at the same depth, after "then", so
-    that a long chain of edits stays narrow.
+    A path stands below the one from which the fewest edits lead to it, of several the one tried
+    first. The only path below another follows at the same depth, after "then", so that a long
+    chain of edits stays narrow.
     """
     below: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):

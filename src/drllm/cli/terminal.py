@@ -66,17 +66,9 @@ class Terminal(Listener):
             name = ""
         self.say(f"{name:{width}} {text}", width + 1)
 
-    def write(self, text: str) -> None:
-        """Print a part of a line of the result."""
-        self.out.print(text, end="", soft_wrap=True)
-
     def fact(self, name: str, text: object) -> None:
         """Print a line of the result: a name and its value."""
         self.beside(name, str(text).replace(NBSP, " "), NAME_WIDTH)
-
-    def show(self, what: RenderableType) -> None:
-        """Print a styled text."""
-        self.out.print(what)
 
     def table(
         self,
@@ -117,7 +109,7 @@ class Terminal(Listener):
             table.add_column(name, justify="right" if right else "left", width=width, no_wrap=whole)
         for row in cells:
             table.add_row(*row) if row else table.add_section()
-        self.show(table)
+        self.out.print(table)
 
     def note(self, text: str) -> None:
         """Print a line that isn't part of the result."""
