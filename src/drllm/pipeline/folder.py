@@ -181,7 +181,9 @@ class RunFolder:
                 seconds = round(time.perf_counter() - started, 3)
                 self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
             if name == names[0]:
-                write_atomically(self.folder / RECIPE_FILE, self.recipe.to_yaml())  # it fits
+                kept, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
+                if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
+                    write_atomically(kept, text)  # it fits the folder
             times[name] = duration(self.manifest.stages[name].seconds) + ", done before" * skipped
             took = "done before" if skipped else times[name]
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")

@@ -98,7 +98,8 @@ def test_the_flags_say_all_about_the_draws_of_which_there_are_none_without_a_tem
 
 def test_what_may_begin_the_next_prompt_is_held_back():
     shown: list[str] = []
-    screen: Any = SimpleNamespace(out=SimpleNamespace(is_terminal=True), write=shown.append)
+    out = SimpleNamespace(is_terminal=True, print=lambda text, **_: shown.append(text))
+    screen: Any = SimpleNamespace(out=out)
     tokenizer = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
     routed: Any = SimpleNamespace(tokenizer=tokenizer)
     reply = Reply(routed, PromptForm(chat=False, template="Question: {prompt}"), screen)
