@@ -57,10 +57,10 @@ def _list_architectures(terminal: Terminal) -> None:
 
 def _try_architectures(terminal: Terminal, model: str | None) -> None:
     """Print whether a model, or a tiny one of every family, is routed exactly."""
-    from drllm.models.check import check, check_model
+    from drllm.models.check import check, check_model, why_whole_layers
     from drllm.models.families import FAMILIES
 
-    findings = []
+    findings, parts = [], ""
     if model is None:
         with terminal.progress("check", "families") as progress:
             for family in FAMILIES:
@@ -73,6 +73,10 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
             base = load(ModelConfig(model=model, dtype="float32"))
         with terminal.busy(f"checking {model}"):
             findings.append(check_model(base.model))
+            if findings[0].status == "exact":
+                parts = why_whole_layers(base.model) or (
+                    "Of its layers attention or MLP alone can be left out too."
+                )
     rows = []
     for found in findings:
         off = ("–" if off is None else f"{off:.0e}" for off in (found.prefill, found.decode))
@@ -83,9 +87,8 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
     terminal.say(
         "Differences: greatest between logits, routed and plain, in their standard deviations."
     )
-    if model is not None and findings[0].status == "exact":
-        parts = "Of its layers attention or MLP alone can be left out too."
-        terminal.say(findings[0].whole_layers or parts)
+    if parts:
+        terminal.say(parts)
 
 
 _LISTS = {

@@ -28,7 +28,7 @@ from drllm.models.export import lists_along
 from drllm.models.families import COMMON, FAMILIES
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import ATTENTION, StaticPath, Step, to_path
+from drllm.paths import to_path
 
 TOLERANCE = 1e-3
 """Largest difference between two logits that counts as rounding, in standard deviations of the
@@ -55,7 +55,6 @@ class Finding:
     reason: str = ""  # why it isn't exact
     prefill: float | None = None  # greatest difference where prompts end; None: not compared
     decode: float | None = None  # the same of the tokens decoded with the cache
-    whole_layers: str = ""  # of an exact one: why attention or MLP can't be left out alone, if so
 
     @property
     def greatest_difference(self) -> float | None:
@@ -104,7 +103,7 @@ def check_model(model: Any) -> Finding:
             return Finding(**made, status="refused", reason=str(error))
         made |= {"prefill": prefill, "decode": decode}
         if max(prefill, decode) <= TOLERANCE:
-            return Finding(**made, status="exact", whole_layers=_why_whole_layers(model))
+            return Finding(**made, status="exact")
         if max(_differences(model, None)) > TOLERANCE:
             reason = (
                 f"transformers {transformers.__version__} itself says something else with padding "
@@ -115,10 +114,14 @@ def check_model(model: Any) -> Finding:
     return Finding(**made, status="differs", reason=reason)
 
 
-def _why_whole_layers(model: Any) -> str:
+def why_whole_layers(model: Any) -> str:
+    """Say why attention or MLP of a model's layers can't be left out alone; empty where they can.
+
+    The model isn't routed, and is left as it was.
+    """
     routed = RoutedModel(model)
     try:
-        routed.injection.prepare(StaticPath([Step(0, ATTENTION)]))
+        _ = routed.injection.sublayers
     except ArchitectureError as error:
         return str(error)
     finally:

@@ -127,7 +127,7 @@ class RoutedPass(Driver):
 
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
-        # Not the pass itself, which holds this: what refers to each other waits to be collected.
+        # Not `forward` itself, which holds this pass: cycles wait for the garbage collector.
         self.attention_mask = forward.attention_mask
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
@@ -191,9 +191,8 @@ class RoutedPass(Driver):
         """
         if self._readable is None:
             if reads_prompt(self.policy):
-                self._readable = _readable_tokens(self.driver, self.attention_mask, hidden)[
-                    :: self.copies
-                ]
+                readable = _readable_tokens(self.driver, self.attention_mask, hidden)
+                self._readable = readable[:: self.copies]
             else:
                 self._readable = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)[:: self.copies]
                 layers = range(call.index, call.num_layers)
