@@ -205,11 +205,9 @@ def rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
     Example:
         >>> rungs(300, 3)
         [(38, 12), (100, 6), (300, 3)]
+        >>> rungs(24, 3)
+        [(24, 3)]
     """
     sizes = [max(min(num, 24), -(-num // 8)), max(min(num, 24), -(-num // 3)), num]
-    kept = [4 * beam, 2 * beam, beam]
-    return [
-        (size, keep)
-        for place, (size, keep) in enumerate(zip(sizes, kept, strict=True))
-        if place == 0 or size > sizes[place - 1]
-    ]
+    # Rungs of as many questions are one, which keeps what the last of them keeps.
+    return list(dict(zip(sizes, [4 * beam, 2 * beam, beam], strict=True)).items())

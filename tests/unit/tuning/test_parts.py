@@ -139,3 +139,4 @@ def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():
         assert list(sizes) == sorted(set(sizes))
         assert sizes[-1] == num
         assert list(kept) == sorted(kept, reverse=True)
+        assert kept[-1] == 2  # as wide as asked, with few questions too
