@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from drllm.errors import ConfigError
 from drllm.statistics.intervals import accuracy_interval, upper_bound
 from drllm.statistics.paired import Outcomes, maximum_loss, won_lost
-from drllm.statistics.power import smallest_certifiable
+from drllm.statistics.power import questions_to_certify, smallest_certifiable
 from drllm.statistics.verdicts import lower, signed
 
 MAX_LOSS_INCREASE = 0.05
@@ -133,6 +133,16 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The test of what was chosen, where it passed that too."""
         return self.confirmation if self.confirmation and self.confirmation.passed else None
 
+    @property
+    def needed(self) -> int:
+        """About how many questions would do for ε, with 80 % probability; two digits count."""
+        limits = self.limits
+        exact = questions_to_certify(
+            self.discordant or 0.0, limits.epsilon / 100, limits.confidence
+        )
+        unit = 10 ** max(0, len(str(exact)) - 2)
+        return -(-exact // unit) * unit
+
     def verdict(self) -> str:
         """Say in one sentence what is certified; "none" is an answer."""
         if kept := self.certified:
@@ -155,6 +165,10 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"at best, were no difference seen, and below {self.smallest_with_power:.2f} "
                 f"points with 80 % probability, were there none."
             )
+            if (needed := self.needed) > self.num_questions:
+                said.append(
+                    f"Less than {self.limits.epsilon:g} points would take about {needed:,}."
+                )
         if self.not_cheaper:
             said.append(f"No layers saved, so not tried: {'; '.join(self.not_cheaper)}.")
         if self.trials:

@@ -69,6 +69,20 @@ def smallest_certifiable(
     return Certifiable(if_equal, found if is_enough(1.0) else 1.0)
 
 
+def questions_to_certify(discordant: float, epsilon: float, confidence: float = 0.95) -> int:
+    """Return about how many questions would probably exclude a loss of ε, for a system without one.
+
+    Source: the normal approximation of the test of `smallest_certifiable`; without a different
+        answer its closed form.
+
+    Example:
+        >>> questions_to_certify(0.2, 0.02)
+        3092
+    """
+    z, more = NormalDist().inv_cdf(confidence), NormalDist().inv_cdf(POWER)
+    return math.ceil(max(discordant * ((z + more) / epsilon) ** 2, z * z * (1 / epsilon - 1)))
+
+
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 

@@ -11,6 +11,7 @@ from drllm.statistics.power import (
     chance_to_show,
     detectable_mean,
     questions_needed,
+    questions_to_certify,
     smallest_certifiable,
 )
 
@@ -53,6 +54,14 @@ def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
     found = smallest_certifiable(500, 0.0)
     assert found.if_equal == pytest.approx(z * z / (500 + z * z))
     assert found.with_power == pytest.approx(found.if_equal, abs=1e-5)
+
+
+@pytest.mark.parametrize("discordant", [0.0, 0.05, 0.2, 0.4])
+@pytest.mark.parametrize("epsilon", [0.02, 0.05])
+def test_as_many_questions_as_a_loss_needs_could_certify_about_that_loss(discordant, epsilon):
+    num = questions_to_certify(discordant, epsilon)
+    assert smallest_certifiable(num, discordant).with_power == pytest.approx(epsilon, rel=0.1)
+    assert smallest_certifiable(num // 2, discordant).with_power > 1.2 * epsilon
 
 
 def test_more_questions_and_fewer_different_answers_certify_less_loss():
