@@ -140,7 +140,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         exact = questions_to_certify(
             self.discordant or 0.0, limits.epsilon / 100, limits.confidence
         )
-        unit = 10 ** max(0, len(str(exact)) - 2)
+        unit: int = 10 ** max(0, len(str(exact)) - 2)
         return -(-exact // unit) * unit
 
     def verdict(self) -> str:
