@@ -183,20 +183,19 @@ def test_a_missing_file_and_one_in_a_file_are_refused_by_name(tmp_path):
             write_atomically(write, "x")
 
 
-def test_only_what_a_killed_process_left_of_a_file_is_cleared(tmp_path):
+def test_only_what_killed_processes_left_half_written_is_cleared(tmp_path):
     path = tmp_path / "a[1].json"
     ended = subprocess.Popen(["true"])
     ended.wait()
     host = codec._host()
-    left = tmp_path / f".a[1].json.{host}-{ended.pid}-01234567"
+    left = [tmp_path / f".{name}.json.{host}-{ended.pid}-01234567" for name in ("a[1]", "b")]
     kept = [
         path,
         tmp_path / ".a[1].json.bak",
-        tmp_path / f".a1.json.{host}-{ended.pid}-01234567",
         tmp_path / f".a[1].json.{host}-{os.getpid()}-01234567",  # one that is at it
         tmp_path / f".a[1].json.{'0' * 8}-{ended.pid}-01234567",  # another machine's
     ]
-    for file in (left, *kept):
+    for file in (*left, *kept):
         file.write_text("x")
     write_atomically(path, "y")
     assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -28,18 +28,18 @@ from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
-from drllm.pipeline.recipes import check_tracking
-from drllm.records.codec import clear_half_written, sha256
-from drllm.records.manifest import manifest_path, read_manifest, to_lines
+from drllm.records.codec import sha256
+from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.static_paths import PathFile, read_path, read_path_list
-from drllm.records.supervision import check_targets, join_supervision, rejected_path
+from drllm.records.supervision import check_targets, join_supervision
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_tasks
+from drllm.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -82,7 +82,6 @@ def search(request: Request, terminal: Terminal) -> None:
             "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"
         )
     with only_writer(folder, "search", "--output-dir"):
-        clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
         _supervise(found, targets_config, supervision, terminal)
 
 
@@ -201,7 +200,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     output, flag = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
-    check_tracking(config)
+    check_trackers(config.trackers)
     files = published.supervision_files(request)
     found = join_supervision(files)
     check_folder(output, flag)

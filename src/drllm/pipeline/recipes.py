@@ -29,6 +29,7 @@ from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_tasks
+from drllm.training.trackers import check_trackers
 from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 SWEPT = ("supervise", "train")
@@ -88,21 +89,13 @@ class Recipe:
         self.train.check_effects()
         if self.tune is not None:
             _ = self.tuned
-        check_tracking(self.train)
+        check_trackers(self.train.trackers)
 
 
 SECTIONS: dict[str, Any] = {
     section.name: TuneConfig if section.name == "tune" else section.default_factory
     for section in dataclasses.fields(Recipe)
 }
-
-
-def check_tracking(config: TrainConfig) -> None:
-    """Refuse trackers that aren't known or installed; loads torch only where there are any."""
-    if config.trackers:
-        from drllm.training.trackers import check_trackers
-
-        check_trackers(config.trackers)
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:

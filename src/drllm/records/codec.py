@@ -123,7 +123,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, and its folder, so that readers see the old content or all of the new."""
     refuse_odd_file(path, "write")
-    clear_half_written(path)
+    clear_half_written(path.parent)
     # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
@@ -145,16 +145,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise RecordError(f"can't write {path}: its text isn't UTF-8 ({error.reason})") from error
 
 
-def clear_half_written(*files: Path) -> None:
-    """Delete what processes of this machine that were killed have left of these files."""
-    for file in files:
-        start = f".{file.name}.{_host()}-"
-        with contextlib.suppress(OSError):  # it is for tidiness only
-            # A folder may hold thousands of chunks, and this is done at every write.
-            for name in os.listdir(file.parent):  # noqa: PTH208
-                half = name.startswith(start) and re.fullmatch(r"(\d+)-\w{8}", name[len(start) :])
-                if half and not psutil.pid_exists(int(half[1])):
-                    (file.parent / name).unlink(missing_ok=True)
+def clear_half_written(folder: Path) -> None:
+    """Delete what processes of this machine that were killed have left of files in a folder."""
+    with contextlib.suppress(OSError):  # it is for tidiness only
+        # A folder may hold thousands of chunks, and this is done at every write.
+        for name in os.listdir(folder):  # noqa: PTH208
+            half = name[0] == "." and re.fullmatch(rf"\..+\.{_host()}-(\d+)-\w{{8}}", name)
+            if half and not psutil.pid_exists(int(half[1])):
+                (folder / name).unlink(missing_ok=True)
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:

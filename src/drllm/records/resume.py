@@ -74,7 +74,7 @@ class Chunks:
         self._stem = ""
 
     def open(self) -> bool:
-        """Accept what the folder holds, and clear up; tell whether an earlier start kept something.
+        """Accept what the folder holds; tell whether an earlier start kept something.
 
         A folder of another run is a ConfigError; a link, or files of others, a RecordError.
         """
@@ -88,7 +88,6 @@ class Chunks:
                 f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "
                 f"move them, or choose another --output-dir"
             )
-        self._clear()
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
@@ -157,7 +156,7 @@ class Chunks:
             return
         if marker is not None and marker.identity != self._identity:
             return
-        self._clear()
+        codec.clear_half_written(self.folder)
         with self._refusing():
             names = filter(_is_ours, self._names() if marker is not None else [])
             for name in sorted(names, key=lambda name: name == MARKER_FILE):
@@ -196,18 +195,6 @@ class Chunks:
     def _names(self) -> list[str]:
         with self._refusing():
             return os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
-
-    def _clear(self) -> None:
-        """Delete half-written files, and parts of chunks that are finished."""
-        for name in self._names():
-            if (half := _HALF_WRITTEN.fullmatch(name)) and _is_ours(name):
-                codec.clear_half_written(self.folder / half[1])
-        names = set(self._names())
-        for name in names:
-            chunk = name.removesuffix(BROKEN)
-            wholes = {chunk[: dot.start()] + ".json" for dot in re.finditer(r"\.", chunk)} - {chunk}
-            if _is_ours(name) and wholes & names:
-                (self.folder / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:

@@ -20,9 +20,7 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
 from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.records.codec import clear_half_written
 from drllm.records.manifest import (
-    manifest_path,
     new_manifest,
     read_manifest,
     to_lines,
@@ -148,7 +146,6 @@ def run_search(
     file, identity = folder / SEARCH_FILE, _identity(questions, config, executor)
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     with only_writer(folder, "search", "--output-dir"):
-        clear_half_written(file, manifest_path(file), folder / FAILED_FILE)
         manifest = read_manifest(file, "search")
         if manifest is not None:
             refuse_other_run(

@@ -32,13 +32,13 @@ from drllm.config import TrainConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener
-from drllm.metrics import TRAIN, VALIDATION, Counts
+from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import unrouted
-from drllm.records.codec import clear_half_written, encode, write_atomically
+from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder
@@ -48,7 +48,7 @@ from drllm.training.checkpoint import is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, collect, digest, each_once
 from drllm.training.targets import REJECTED_FILE, reasons_of
-from drllm.training.trackers import RUN_FILE, check_trackers, tracked
+from drllm.training.trackers import RUN_FILE, check_trackers, tell, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
 
 logger = logging.getLogger(__name__)
@@ -215,19 +215,23 @@ def train_on(
     checkpoint.resume(output, identity, trainer)
     with (
         listener.progress("fitting", "steps") as progress,
-        tracked(config.trackers, trainer, output) as tracking,
+        tracked(config.trackers, trainer, output) as trackers,
     ):
 
         def on_step(done: int, counts: Counts) -> None:
             progress(done, trainer.steps)
-            tracking.step(done, counts)
+            if trackers:
+                row = {"split": "step", **ratios(counts), "learning_rate": trainer.rate(done - 1)}
+                tell(trackers, [row], done)
 
         progress(trainer.epochs_done * trainer.steps_per_epoch, trainer.steps)
         try:
             while not trainer.is_over:
                 trainer.epoch(on_step)
                 checkpoint.save(output, identity, trainer)
-                tracking.epoch()
+                done = trainer.epochs_done
+                rows = (row for row in trainer.rows if row["epoch"] == done)
+                tell(trackers, rows, done * trainer.steps_per_epoch)
                 _write_metrics(output, trainer.rows)
             if trainer.best is not None:
                 progress(trainer.steps, trainer.steps)
@@ -285,7 +289,6 @@ def _write_routers(
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
-    clear_half_written(output / METRICS_FILE, output / LAYERS_FILE)
 
 
 def _write_metrics(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:

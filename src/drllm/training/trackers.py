@@ -4,20 +4,24 @@ A training is one run of each tracker, and resumes it after a kill. A tracker on
 weight depends on one.
 """
 
+from __future__ import annotations
+
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from drllm.errors import ConfigError, unknown_name
 from drllm.extras import EXTRAS, need
-from drllm.metrics import JUDGED, Counts, baselines, ratios
+from drllm.metrics import JUDGED, baselines, ratios
 from drllm.records.codec import read_json, write_json
 from drllm.supervision.summary import class_counts
-from drllm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from drllm.training.trainer import Trainer
 
 PROJECT = "drllm"
 FOLDER = "trackers"
@@ -28,7 +32,6 @@ WANDB, TENSORBOARD = "wandb", "tensorboard"
 
 class _Run(msgspec.Struct, frozen=True):
     id: str
-    trackers: list[str]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -50,62 +53,42 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-class Tracking:
-    """A training that started trackers are told of; without any, nothing is told."""
-
-    def __init__(self, trainer: Trainer, trackers: Sequence[Any]) -> None:
-        self.trainer, self.trackers = trainer, trackers
-
-    def step(self, done: int, counts: Counts) -> None:
-        """Tell of a step: how many are done with it, and what it counted before it learned."""
-        if self.trackers:
-            rate = self.trainer.rate(done - 1)
-            self._tell({"step": {**ratios(counts), "learning_rate": rate}}, done)
-
-    def epoch(self) -> None:
-        """Tell of the epoch that was made last."""
-        number = self.trainer.epochs_done
-        lines = [dict(row) for row in self.trainer.rows[-2:] if row["epoch"] == number]
-        told = {line.pop("split"): line for line in lines}
-        self._tell(told, number * self.trainer.steps_per_epoch)
-
-    def _tell(self, told: Mapping[str, Mapping[str, Any]], step: int) -> None:
-        """Tell of values by part, without those that aren't defined; an epoch belongs to none."""
-        values = {
-            name if name == "epoch" else f"{part}/{name}": value
-            for part, found in told.items()
-            for name, value in found.items()
-            if value is not None
-        }
-        for tracker in self.trackers:
-            tracker.log(dict(values), step=step)
+def tell(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: int) -> None:
+    """Tell trackers of lines of metrics; an epoch belongs to no `split`."""
+    values = {
+        name if name == "epoch" else f"{row['split']}/{name}": value
+        for row in rows
+        for name, value in row.items()
+        if name != "split" and value is not None
+    }
+    for tracker in trackers:
+        tracker.log(dict(values), step=step)
 
 
 @contextmanager
-def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tracking]:
+def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Sequence[Any]]:
     """Start trackers, or resume an unfinished training's runs, in the routers' folder."""
     if not names:
-        yield Tracking(trainer, [])
+        yield ()
         return
     from accelerate import PartialState
 
     PartialState()  # accelerate's trackers log through it
     path, place = output / RUN_FILE, output / FOLDER
-    run = _Run(id=uuid.uuid4().hex[:12], trackers=[])
-    if trainer.epochs_done and path.exists():  # without a checkpoint there is nothing to resume
-        run = read_json(path, _Run)
-    write_json(path, _Run(id=run.id, trackers=sorted({*run.trackers, *names})))
+    if not trainer.epochs_done or not path.exists():  # without a checkpoint nothing is resumed
+        write_json(path, _Run(id=uuid.uuid4().hex[:12]))
+    run = read_json(path, _Run)
     place.mkdir(exist_ok=True)
     started: list[Any] = []
     try:
-        started.extend(_start(name, place, run, trainer) for name in names)
-        yield Tracking(trainer, started)
+        started.extend(_start(name, place, run.id, trainer) for name in names)
+        yield started
     finally:
         for tracker in started:
             tracker.finish()
 
 
-def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
+def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
     """Start one tracker where the training is, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -118,7 +101,7 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
 
         failures = (OSError, wandb.Error)
         arguments = {
-            "id": run.id,
+            "id": run_id,
             "resume": "allow",
             "name": place.parent.resolve().name,
             "dir": str(place),
@@ -136,7 +119,7 @@ def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
         tracker = kind(run_name, **arguments)
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
-        if name != WANDB and not (name == TENSORBOARD and name in run.trackers):
+        if name != WANDB and not (name == TENSORBOARD and trainer.epochs_done):
             tracker.store_init_configuration(config)
     except failures as error:
         raise ConfigError(
