@@ -49,8 +49,8 @@ class Worker:
 
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
-    ) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Load the base model; return which it is, how it runs, and the process.
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Load the base model; return which it is and how it runs.
 
         So many workers share the memory that it is in.
         """
@@ -60,7 +60,7 @@ class Worker:
             base = load(model)
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         self.local = LocalExecutor(routed, base.identity, base.runtime)
-        return base.identity, base.runtime, os.getpid()
+        return base.identity, base.runtime
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Do what `LocalExecutor.texts` does."""
@@ -78,7 +78,6 @@ class Seat:
 
     worker: Any
     starting: Any  # Ray's promise that the model is loaded; None once it is
-    pid: int | None = None  # of the process, once it is
     jobs: deque[tuple[Any, Batch]] = field(default_factory=deque)
 
 
@@ -241,7 +240,7 @@ class RayExecutor:
     def _take_in(self, seat: Seat) -> None:
         """Note that a worker has loaded the model; one whose model differs is refused."""
         try:
-            identity, runtime, pid = self._get(seat.starting)
+            identity, runtime = self._get(seat.starting)
         except self._lost as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -261,7 +260,7 @@ class RayExecutor:
                     f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are alike"
                 )
         self._failed_starts = 0
-        seat.starting, seat.pid = None, pid
+        seat.starting = None
 
     def _get(self, promised: Any) -> Any:
         """Return what was promised; an error of ours that a worker met is raised as it was."""

@@ -88,18 +88,20 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
     workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
     killed = []
+    pid = lambda _worker: os.getpid()  # noqa: E731
+    pids = {s: workers.ray.get(s.worker.__ray_call__.remote(pid)) for s in workers.seats}
 
     def kill_one(done):
         if not killed:
-            seat = next(seat for seat in workers.seats if seat.pid and seat.jobs)
-            os.kill(seat.pid, signal.SIGKILL)
-            killed.append(seat.pid)
+            seat = next(seat for seat in workers.seats if seat.jobs)
+            os.kill(pids[seat], signal.SIGKILL)
+            killed.append(seat)
 
     questions = questions_of([facts], CONFIG)
     heard = listening(at_each=kill_one)
     assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, heard))
     assert killed
-    assert killed[0] not in {seat.pid for seat in workers.seats}
+    assert killed[0] not in workers.seats
 
 
 @pytest.mark.thorough
@@ -177,7 +179,7 @@ def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
 
         return psutil.virtual_memory().available / free_bytes(torch.device("cpu"))
 
-    seat = next(seat for seat in workers.seats if seat.pid)
+    seat = next(seat for seat in workers.seats if seat.starting is None)
     parts = workers.ray.get(seat.worker.__ray_call__.remote(num_parts))
     assert parts == pytest.approx(WORKERS, rel=0.2)
 
