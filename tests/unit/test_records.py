@@ -197,7 +197,7 @@ def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path):
     about = json.loads(manifest_path(file).read_text())
     about |= {"schema_version": 1, "sha256": sha256(file)}
     manifest_path(file).write_text(json.dumps(about))
-    assert read_search(file) == [record]
+    assert list(read_search(file)) == [record]
 
 
 def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path):
@@ -221,7 +221,7 @@ def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines
     with pytest.raises(RecordError, match="was changed or cut off after it was written"):
         read_search(two_lines)
     manifest_path(two_lines).unlink()
-    assert read_search(two_lines) == [RECORD]
+    assert list(read_search(two_lines)) == [RECORD]
 
 
 def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path):
@@ -232,7 +232,7 @@ def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path):
 
 def test_one_id_in_two_tasks_is_two_questions(tmp_path):
     records = [RECORD, replace(RECORD, task="more facts")]
-    assert read_search(written(tmp_path / "search.jsonl", *records)) == records
+    assert list(read_search(written(tmp_path / "search.jsonl", *records))) == records
 
 
 @pytest.mark.parametrize("question", ["What is ice?", "  what is\n ICE?"])

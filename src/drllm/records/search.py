@@ -110,13 +110,6 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
     attempts: int
 
 
-def read_search(path: Path | str) -> list[SearchRecord]:
-    """Read and check a whole `search.jsonl`; see `read_records`."""
-    # The name of version 1; inside a text its quotes would be escaped.
-    upgrade = operator.methodcaller("replace", b'"damage":', b'"kl":')
-    return read_records(Path(path), SearchRecord, "search", upgrade)
-
-
 class SearchRecords(tuple[SearchRecord, ...]):
     """What `search_paths` returns and `supervise` takes: one record per question, in order.
 
@@ -147,22 +140,24 @@ class SearchRecords(tuple[SearchRecord, ...]):
         found.file, found.failed, found.is_new = file, tuple(failed), is_new
         return found
 
-    @classmethod
-    def read(cls, file: Path) -> SearchRecords:
-        """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
-        records = read_search(file)
-        layers = records[0].num_layers
-        for line, record in enumerate(records, start=1):
-            if record.num_layers != layers:
-                raise RecordError(
-                    f"{file}, line {line}: the question was searched on {record.num_layers} "
-                    f"layers, that of line 1 on {layers}; a file holds the paths of one model"
-                )
-        model = (read_manifest(file, "search") or {}).get("model")
-        found = cls.of(records, model, file=file, is_new=False)
-        if found.model["num_layers"] != layers:
+
+def read_search(file: Path) -> SearchRecords:
+    """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
+    # The name of version 1; inside a text its quotes would be escaped.
+    upgrade = operator.methodcaller("replace", b'"damage":', b'"kl":')
+    records = read_records(file, SearchRecord, "search", upgrade)
+    layers = records[0].num_layers
+    for line, record in enumerate(records, start=1):
+        if record.num_layers != layers:
             raise RecordError(
-                f"{file} holds paths of {layers} layers, but its manifest names a model of "
-                f"{found.model['num_layers']}; make it again"
+                f"{file}, line {line}: the question was searched on {record.num_layers} "
+                f"layers, that of line 1 on {layers}; a file holds the paths of one model"
             )
-        return found
+    model = (read_manifest(file, "search") or {}).get("model")
+    found = SearchRecords.of(records, model, file=file, is_new=False)
+    if found.model["num_layers"] != layers:
+        raise RecordError(
+            f"{file} holds paths of {layers} layers, but its manifest names a model of "
+            f"{found.model['num_layers']}; make it again"
+        )
+    return found

@@ -29,7 +29,7 @@ from drllm.records.manifest import (
 )
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
-from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords
+from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords, read_search
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
 from drllm.search.batch import LocalExecutor, Searched, search_in_step
 from drllm.search.questions import Batch, SearchQuestion, Source, batches_of, questions_of
@@ -154,7 +154,7 @@ def run_search(
                 {**identity, "drllm_version": importlib.metadata.version("drllm")},
                 "choose another --output-dir, or the same settings",
             )
-            finished = SearchRecords.read(file)
+            finished = read_search(file)
             chunks.remove()  # a kill after the manifest leaves them
             return finished
         is_begun = chunks.open()

@@ -14,7 +14,7 @@ from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
-from drllm.records.search import SearchRecord, SearchRecords, TriedPath
+from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
 from drllm.supervision.rules import (
@@ -87,7 +87,7 @@ def supervise(
     if not given:
         raise RecordError("no search file is given; name at least one search.jsonl")
     read_quotas(config.quotas)  # what can't be read is refused before large files are
-    sources = [one if isinstance(one, SearchRecords) else SearchRecords.read(one) for one in given]
+    sources = [one if isinstance(one, SearchRecords) else read_search(one) for one in given]
     for first, other in itertools.combinations(sources, 2):
         _check_same_model(first, other)
     _check_ids(sources)

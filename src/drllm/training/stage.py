@@ -33,7 +33,6 @@ from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
-from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -108,80 +107,67 @@ def train(
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         known = check_targets(files, base.identity) if files else getattr(targets, "rewards", ())
-        rewards = known if rewards is None else rewards
-        return _train(base, targets, config, output, features, rewards, listener)
-
-
-def _train(
-    base: BaseModel,
-    targets: Sequence[SupervisionRecord],
-    config: TrainConfig,
-    output: Path,
-    features: Path | str | None,
-    rewards: Sequence[str],
-    listener: Listener,
-) -> RouterStack:
-    seeds = config.by_seed(output)
-    config.check_effects()
-    check_trackers(config.trackers)
-    check_folder(output, "output")
-    for settings in seeds.values():
-        divide([target.question for target in targets], settings, len(targets))
-    pool = functools.partial(
-        collect,
-        base.model,
-        base.tokenizer,
-        targets,
-        num_windows=config.num_windows,
-        listener=listener,
-    )
-
-    store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
-    along_targets = pool(store=store)
-    rejected = along_targets.rejected
-    write_or_remove(output / REJECTED_FILE, rejected)
-    if rejected:
-        listener.note(
-            f"drllm: {len(rejected)} of {len(targets)} targets are set aside "
-            f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
+        seeds = config.by_seed(output)
+        config.check_effects()
+        check_trackers(config.trackers)
+        check_folder(output, "output")
+        for own in seeds.values():
+            divide([target.question for target in targets], own, len(targets))
+        pool = functools.partial(
+            collect,
+            base.model,
+            base.tokenizer,
+            targets,
+            num_windows=config.num_windows,
+            listener=listener,
         )
-    identity_of = functools.partial(
-        checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
-    )
-    form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
-    left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
-    for folder in left:
-        last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
-        for number in range(last + 1):
-            settings = dataclasses.replace(seeds[folder], on_policy_rounds=number)
-            place = folder if number == last else folder / f"round_{number}"
-            if number > 0:
-                before = folder / f"round_{number - 1}"
-                used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
-                parts.append(pool(routers=load_routers(before), store=used[-1]))
-                if left_out := parts[-1].rejected:
-                    logger.warning(
-                        f"along the routes of round {number - 1}, {len(left_out)} of "
-                        f"{along_targets.num_targets} targets are left out ({reasons_of(left_out)})"
-                    )
-            if place != folder and is_done(place, identity_of(settings)):
-                continue
-            if place == left[-1] and features is None:
-                used.append(store)
-            train_on(
-                parts[0] if len(parts) == 1 else Aggregate(parts),
-                base.identity,
-                settings,
-                place,
-                rewards=rewards,
-                form=form,
-                device=base.model.device,
-                used=used if place == folder else (),
-                listener=listener,
+        store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
+        along_targets = pool(store=store)
+        rejected = along_targets.rejected
+        write_or_remove(output / REJECTED_FILE, rejected)
+        if rejected:
+            listener.note(
+                f"drllm: {len(rejected)} of {len(targets)} targets are set aside "
+                f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
             )
-    if features is None:
-        store.remove()
-    return load_routers(output)
+        identity_of = functools.partial(
+            checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
+        )
+        form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
+        left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
+        for folder in left:
+            last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
+            for number in range(last + 1):
+                own = dataclasses.replace(seeds[folder], on_policy_rounds=number)
+                place = folder if number == last else folder / f"round_{number}"
+                if number > 0:
+                    before = folder / f"round_{number - 1}"
+                    used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
+                    parts.append(pool(routers=load_routers(before), store=used[-1]))
+                    if left_out := parts[-1].rejected:
+                        logger.warning(
+                            f"along the routes of round {number - 1}, {len(left_out)} of "
+                            f"{along_targets.num_targets} targets are left out "
+                            f"({reasons_of(left_out)})"
+                        )
+                if place != folder and is_done(place, identity_of(own)):
+                    continue
+                if place == left[-1] and features is None:
+                    used.append(store)
+                train_on(
+                    parts[0] if len(parts) == 1 else Aggregate(parts),
+                    base.identity,
+                    own,
+                    place,
+                    rewards=known if rewards is None else rewards,
+                    form=form,
+                    device=base.model.device,
+                    used=used if place == folder else (),
+                    listener=listener,
+                )
+        if features is None:
+            store.remove()
+        return load_routers(output)
 
 
 def train_on(

@@ -98,7 +98,13 @@ class Trainer:
         self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
         self.offsets = self._here(config.logit_adjustment * log_priors(learned.sum(dim=0)))
         self.stack = self._new_stack(base_identity).to(self.device, dtype)
-        self.optimizer = self._new_optimizer()
+        weights = [self.stack.hidden_weight, self.stack.decision_weight]
+        biases = [self.stack.hidden_bias, self.stack.decision_bias]
+        groups = [
+            {"params": weights, "weight_decay": config.weight_decay},
+            {"params": biases, "weight_decay": 0.0},  # as in the Trainer of transformers
+        ]
+        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
         self.best: tuple[int, float] | None = None
@@ -124,15 +130,6 @@ class Trainer:
             label_counts=self.label_counts,
         )
         return RouterStack(described, generator=generator("weights", self.config.seed))
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        """Return AdamW; biases don't decay, as in the Trainer of transformers."""
-        stack, decay = self.stack, self.config.weight_decay
-        groups = [
-            {"params": [stack.hidden_weight, stack.decision_weight], "weight_decay": decay},
-            {"params": [stack.hidden_bias, stack.decision_bias], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, fused=self.device.type in FUSED)
 
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
