@@ -144,7 +144,7 @@ def refused_or_understood(kind, row):
     return bool(decode(encode(record), kind, "x") == record)
 
 
-@given(search_records(), supervision_records(), st.data())
+@given(search_records(4), supervision_records(), st.data())
 def test_any_foreign_value_in_a_line_is_refused_or_understood(record, target, data):
     row, other = json.loads(encode(record)), json.loads(encode(target))
     first = row["paths"][0]
