@@ -32,10 +32,6 @@ from drllm.records import codec
 T = TypeVar("T")
 
 MARKER_FILE = "drllm.resume.json"
-BROKEN = ".broken"
-"""Ending of the name of a chunk that can't be read and was set aside."""
-MAXIMUM_SAID = 4
-"""Differences that a message lists."""
 
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
@@ -104,16 +100,14 @@ class Chunks:
         return self._file(key).is_file()
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return a chunk, or None where it isn't done; one that can't be read is set aside."""
+        """Return a chunk, or None where it isn't done or can't be read."""
         file = self._file(key)
         try:
             if file.is_symlink():
                 raise RecordError(f"{file} is a link")
             return codec.read_json(file, kind) if file.exists() else None
         except RecordError as error:
-            with self._refusing():
-                file.replace(file.with_name(file.name + BROKEN))
-            logger.warning("%s; it is set aside, and what it held is done again", error)
+            logger.warning("%s; what it held is done again", error)
             return None
 
     def put(self, key: str, value: Any) -> None:
@@ -125,7 +119,7 @@ class Chunks:
         file = self._file(key)
         codec.write_atomically(file, codec.encode(value) + b"\n")
         for name in self._names():
-            if name.startswith(file.stem + ".") and name not in (file.name, file.name + BROKEN):
+            if name.startswith(file.stem + ".") and name != file.name:
                 (self.folder / name).unlink(missing_ok=True)
 
     def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
@@ -209,8 +203,7 @@ def refuse_other_run(
 ) -> None:
     """Refuse to resume, or to replace, what ("the search in OUT") another run has made."""
     if found := differences(stored, wanted):
-        more = f" and {len(found) - MAXIMUM_SAID} more" if len(found) > MAXIMUM_SAID else ""
-        raise ConfigError(f"{what} was made with {'; '.join(found[:MAXIMUM_SAID])}{more}; {remedy}")
+        raise ConfigError(f"{what} was made with {'; '.join(found)}; {remedy}")
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

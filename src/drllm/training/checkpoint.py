@@ -120,11 +120,6 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
     return True
 
 
-def remove(output: Path) -> None:
-    """Delete the folder's checkpoint: the training is complete, or can't be resumed."""
-    (output / CHECKPOINT_FILE).unlink(missing_ok=True)
-
-
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
     weights = dict(trainer.stack.named_parameters())

@@ -32,8 +32,6 @@ FEATURES_FOLDER = "features"
 FEATURES_FILE = "features.safetensors"
 FEATURE_VERSION = 1
 """Raised when the same targets would be pooled to other numbers."""
-HALF_WRITTEN = ".features*"
-"""What kills leave while one of the files is made."""
 COMMIT_S = 2.0
 """Seconds between two commits, the maximum of its work that a pass loses to a kill."""
 NOT_DONE, NOT_FINITE = 0, -1
@@ -115,8 +113,8 @@ class Store:
             return
         # As its only writer, so that the lock that a kill left goes with the rest.
         with self._alone():
-            for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
-                path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            self.manifest_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -142,8 +140,6 @@ class Store:
 
     def _begin(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, and a file without any row: whole, or not there at all."""
-        for path in self.folder.glob(HALF_WRITTEN):
-            path.unlink()
         write_json(self.manifest_path, manifest)
         unfinished = self.path.with_name(f".{FEATURES_FILE}.tmp")
         with self._refusing():

@@ -43,7 +43,7 @@ from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder
 from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
 from drllm.training import checkpoint, temperature
-from drllm.training.checkpoint import is_done
+from drllm.training.checkpoint import CHECKPOINT_FILE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, collect, digest, each_once
 from drllm.training.targets import REJECTED_FILE, reasons_of
@@ -197,6 +197,7 @@ def train_on(
     for note in trainer.notes():
         logger.warning("%s", note)
     identity = checkpoint.identity_of(config, base_identity, digest(examples))
+    kept = output / CHECKPOINT_FILE
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.resume(output, identity, trainer)
     with (
@@ -214,30 +215,31 @@ def train_on(
         try:
             while not trainer.is_over:
                 trainer.epoch(on_step)
+                lines = "".join(json.dumps(row) + "\n" for row in trainer.rows)
+                write_atomically(output / METRICS_FILE, lines)
                 checkpoint.save(output, identity, trainer)
                 done = trainer.epochs_done
                 rows = (row for row in trainer.rows if row["epoch"] == done)
                 tell(trackers, rows, done * trainer.steps_per_epoch)
-                _write_metrics(output, trainer.rows)
             if trainer.best is not None:
                 progress(trainer.steps, trainer.steps)
             parts = trainer.evaluate()
         except DivergedError:  # resumed, it would diverge again
-            checkpoint.remove(output)
+            kept.unlink(missing_ok=True)
             raise
     told = {"rewards": list(rewards), "prompt_form": form and dataclasses.asdict(form)}
     _write_routers(trainer, parts, {"targets": identity["targets_sha256"], **told}, output)
     for store in used:
         store.remove()
     (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
-    checkpoint.remove(output)
+    kept.unlink(missing_ok=True)
     return trainer.rows
 
 
 def discard(output: Path, config: TrainConfig) -> None:
     """Delete what earlier trainings left in a folder, so that the next one starts from nothing."""
     for folder in config.by_seed(output):
-        checkpoint.remove(folder)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)
         for earlier_round in folder.glob("round_*"):
             shutil.rmtree(earlier_round)
@@ -250,7 +252,6 @@ def _write_routers(
     """Write everything that a folder of finished routers holds, what is told of the targets too."""
     examples, last = trainer.examples, trainer.epochs_done
     epoch = trainer.best[0] if trainer.best else last
-    _write_metrics(output, trainer.rows)
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     training: dict[str, Any] = {
@@ -275,7 +276,3 @@ def _write_routers(
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
-
-
-def _write_metrics(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(output / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
