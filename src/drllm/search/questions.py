@@ -76,7 +76,14 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     Settings without effect and missing packages are a ConfigError; unknown tasks, no questions in a
     task or in this shard, and rewards that a task can't grade a TaskError.
     """
-    _check_settings(config)
+    config.check_effects()
+    for strategy in STRATEGIES:
+        for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
+            if (value := getattr(config, name)) != getattr(SearchConfig(), name):
+                raise ConfigError(
+                    f"{flag_of(name)} {value:g} has no effect with --strategy "
+                    f"{config.strategy}; leave it out, or choose --strategy {strategy}"
+                )
     shard = None if config.shard is None else parse_shard(config.shard)
     if source is None or isinstance(source, (str, Path)):
         source = get_tasks(config.dataset if source is None else str(source))
@@ -152,17 +159,6 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
     digest = hashlib.sha256(f"shard:{question_key(example.question)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % parts == part - 1
-
-
-def _check_settings(config: SearchConfig) -> None:
-    config.check_effects()
-    for strategy in STRATEGIES:
-        for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
-            if (value := getattr(config, name)) != getattr(SearchConfig(), name):
-                raise ConfigError(
-                    f"{flag_of(name)} {value:g} has no effect with --strategy "
-                    f"{config.strategy}; leave it out, or choose --strategy {strategy}"
-                )
 
 
 def _examples_of(

@@ -8,8 +8,8 @@ import importlib.metadata
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,34 +95,28 @@ def search_paths(
     questions = [one for one in given if isinstance(one, SearchQuestion)]
     if not questions:
         questions = questions_of(examples, config)  # type: ignore[arg-type]
-    with executor_of(model, config, tokenizer=tokenizer, listener=listener) as executor:
-        folder = None if output_dir is None else Path(output_dir)
-        return run_search(executor, questions, config, folder, listener)
-
-
-@contextmanager
-def executor_of(
-    model: Any, config: SearchConfig, *, tokenizer: Any, listener: Listener
-) -> Iterator[Executor]:
-    """Make who searches: this process with the model, or the workers of Ray."""
-    if config.executor == "ray":
-        if isinstance(model, str):
-            model = ModelConfig(model=model)
-        if not isinstance(model, ModelConfig):
-            raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
-        with listener.busy("starting Ray"):
-            from drllm.search.ray import RayExecutor
-
-            workers = RayExecutor(model, num_workers=config.num_workers, address=config.ray_address)
-        with workers:
-            yield workers
-        return
+    folder = None if output_dir is None else Path(output_dir)
     with ExitStack() as stack:
-        bypass = model.driver.bypass if isinstance(model, RoutedModel) else identity
-        base = stack.enter_context(unrouted(model, tokenizer, listener))
-        routed = RoutedModel(base.model, bypass=bypass, tokenizer=base.tokenizer)
-        stack.callback(routed.detach)
-        yield LocalExecutor(routed, base.identity, base.runtime)
+        executor: Executor
+        if config.executor == "ray":
+            if isinstance(model, str):
+                model = ModelConfig(model=model)
+            if not isinstance(model, ModelConfig):
+                said = "--executor ray loads a model for each worker; give a ModelConfig"
+                raise ConfigError(said)
+            with listener.busy("starting Ray"):
+                from drllm.search.ray import RayExecutor
+
+                workers, address = config.num_workers, config.ray_address
+                executor = RayExecutor(model, num_workers=workers, address=address)
+            stack.enter_context(executor)
+        else:
+            bypass = model.driver.bypass if isinstance(model, RoutedModel) else identity
+            base = stack.enter_context(unrouted(model, tokenizer, listener))
+            routed = RoutedModel(base.model, bypass=bypass, tokenizer=base.tokenizer)
+            stack.callback(routed.detach)
+            executor = LocalExecutor(routed, base.identity, base.runtime)
+        return run_search(executor, questions, config, folder, listener)
 
 
 def run_search(

@@ -227,35 +227,14 @@ def train_on(
         except DivergedError:  # resumed, it would diverge again
             kept.unlink(missing_ok=True)
             raise
-    told = {"rewards": list(rewards), "prompt_form": form and dataclasses.asdict(form)}
-    _write_routers(trainer, parts, {"targets": identity["targets_sha256"], **told}, output)
-    for store in used:
-        store.remove()
-    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
-    kept.unlink(missing_ok=True)
-    return trainer.rows
-
-
-def discard(output: Path, config: TrainConfig) -> None:
-    """Delete what earlier trainings left in a folder, so that the next one starts from nothing."""
-    for folder in config.by_seed(output):
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-        for earlier_round in folder.glob("round_*"):
-            shutil.rmtree(earlier_round)
-    Store(output / FEATURES_FOLDER).remove()
-
-
-def _write_routers(
-    trainer: Trainer, parts: Mapping[str, Counts], told: Mapping[str, Any], output: Path
-) -> None:
-    """Write everything that a folder of finished routers holds, what is told of the targets too."""
-    examples, last = trainer.examples, trainer.epochs_done
+    last = trainer.epochs_done
     epoch = trainer.best[0] if trainer.best else last
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     training: dict[str, Any] = {
-        **told,
+        "targets": identity["targets_sha256"],
+        "rewards": list(rewards),
+        "prompt_form": form and dataclasses.asdict(form),
         "settings": trainer.config.decisive(),
         "steps": last * trainer.steps_per_epoch,
         "warmup_steps": trainer.warmup,
@@ -276,3 +255,18 @@ def _write_routers(
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
+    for store in used:
+        store.remove()
+    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
+    kept.unlink(missing_ok=True)
+    return trainer.rows
+
+
+def discard(output: Path, config: TrainConfig) -> None:
+    """Delete what earlier trainings left in a folder, so that the next one starts from nothing."""
+    for folder in config.by_seed(output):
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        for earlier_round in folder.glob("round_*"):
+            shutil.rmtree(earlier_round)
+    Store(output / FEATURES_FOLDER).remove()

@@ -97,7 +97,22 @@ class Trainer:
         self.gamma = config.gamma if config.loss == "focal" else 0.0
         self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
         self.offsets = self._here(config.logit_adjustment * log_priors(learned.sum(dim=0)))
-        self.stack = self._new_stack(base_identity).to(self.device, dtype)
+        _, L, W, D = shape(examples)
+        assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
+        assert config.num_windows == W, "the features are pooled in other windows"
+        described = RouterConfig(
+            num_layers=L,
+            hidden_size=D,
+            num_windows=W,
+            router_width=config.router_width,
+            base_model=base_identity["id"],
+            base_revision=base_identity["revision"],
+            base_class=base_identity["class"],
+            base_fingerprint=base_identity["fingerprint"],
+            label_counts=self.label_counts,
+        )
+        drawn = RouterStack(described, generator=generator("weights", config.seed))
+        self.stack = drawn.to(self.device, dtype)
         weights = [self.stack.hidden_weight, self.stack.decision_weight]
         biases = [self.stack.hidden_bias, self.stack.decision_bias]
         groups = [
@@ -112,24 +127,6 @@ class Trainer:
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).to(self.device)  # in this order: MPS has no float64
-
-    def _new_stack(self, base_identity: Mapping[str, Any]) -> RouterStack:
-        """Return untrained routers for the base model, their weights drawn from the seed."""
-        _, L, W, D = shape(self.examples)
-        assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
-        assert self.config.num_windows == W, "the features are pooled in other windows"
-        described = RouterConfig(
-            num_layers=L,
-            hidden_size=D,
-            num_windows=W,
-            router_width=self.config.router_width,
-            base_model=base_identity["id"],
-            base_revision=base_identity["revision"],
-            base_class=base_identity["class"],
-            base_fingerprint=base_identity["fingerprint"],
-            label_counts=self.label_counts,
-        )
-        return RouterStack(described, generator=generator("weights", self.config.seed))
 
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""

@@ -109,7 +109,34 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         if config.model != given:
             said = "%s isn't installed, so %s is the hub's %s, whose weights are others"
             logger.warning(said, smollm2.DISTRIBUTION, given, config.model)
-        loaded, tokenizer = _open(source, revision, dtype, config, options)
+        common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        common |= hub.options_in(options) | ({} if revision is None else {"revision": revision})
+        options = (
+            options | common | ({} if attention is None else {"attn_implementation": attention})
+        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                **options,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+        except _OPENING as error:
+            raise _explain(error, config) from error
+        for problem in ("missing_keys", "mismatched_keys"):
+            names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])
+            if names:
+                # transformers would fill these with random numbers and say so in a warning only.
+                raise ModelError(
+                    f"the weights of {config.model} don't fit its config: "
+                    f"{problem.replace('_', ' ')} "
+                    f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
+                )
+        if unused := len(info["unexpected_keys"]):
+            logger.warning("%s has %d weights that its class doesn't use", config.model, unused)
     try:
         if options.get("device_map") is None:
             loaded.to(device)
@@ -236,42 +263,6 @@ def _check_folder(place: Path, name: str) -> None:
         raise ModelError(
             f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}; {hint}"
         )
-
-
-def _open(
-    source: str,
-    revision: str | None,
-    dtype: torch.dtype,
-    config: ModelConfig,
-    given: dict[str, Any],
-) -> tuple[Any, Any]:
-    attention = config.attn_implementation
-    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    common |= hub.options_in(given) | ({} if revision is None else {"revision": revision})
-    options = given | common | ({} if attention is None else {"attn_implementation": attention})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            **options,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
-    except _OPENING as error:
-        raise _explain(error, config) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])
-        if names:
-            # transformers would fill these with random numbers and say so in a warning only.
-            raise ModelError(
-                f"the weights of {config.model} don't fit its config: {problem.replace('_', ' ')} "
-                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
-            )
-    if unused := len(info["unexpected_keys"]):
-        logger.warning("%s has %d weights that its class doesn't use", config.model, unused)
-    return model, tokenizer
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:

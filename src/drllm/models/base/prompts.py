@@ -134,15 +134,14 @@ def with_fixed_clock(template: str) -> str:
     """
     if "strftime_now" not in template:
         return template
-    filled = "".join(f".replace({each!r}, {_at_clock(each)!r})" for each in DIRECTIVES)
+    filled = ""
+    for each in DIRECTIVES:
+        text = CLOCK.strftime(each.replace("-", ""))
+        if "-" in each:  # which leaves out leading zeros, and not in every C library
+            text = text.lstrip("0") or "0"
+        filled += f".replace({each!r}, {text!r})"
     # The line's end goes with the tag (`trim_blocks`), and the template begins as it would alone.
     return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
-
-
-def _at_clock(directive: str) -> str:
-    """Write a part of the date; a dash leaves out leading zeros, which not every C library can."""
-    text = CLOCK.strftime(directive.replace("-", ""))
-    return text if "-" not in directive else text.lstrip("0") or "0"
 
 
 def context_length(model: Any) -> int | None:

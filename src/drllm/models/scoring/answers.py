@@ -84,66 +84,60 @@ class AnswerBatch:
         """
         columns = self.rows.packed.mask.shape[-1]
         size = PathSize(columns, columns if kl else 1, keeps_kv=True)
-        return self._batcher.run(
-            range(len(pairs)),
-            size,
-            lambda places: self._generate(places, pairs, max_new_tokens, grader, kl),
-        )
+
+        def generate(places: Sequence[int]) -> list[Answer]:
+            answers: dict[int, Answer] = {}
+            tokens: dict[int, list[int]] = {place: [] for place in places}
+            totals = dict.fromkeys(places, 0.0)
+            going = list(places)
+            logits, cache, kls = self._read([pairs[place] for place in places], kl)
+            lengths = self._lengths[[pairs[place][0] for place in places]].to(logits.device)[
+                :, None
+            ]
+            width = int(lengths.max())
+            mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
+            positions = lengths - 1
+            for step in itertools.count(1):
+                highest, best = logits.float().max(dim=-1)  # [rows]
+                logprobs = highest - logits.float().logsumexp(dim=-1)
+                for place, token, logprob in zip(
+                    going, best.tolist(), logprobs.tolist(), strict=True
+                ):
+                    totals[place] += logprob
+                    is_end = token in self._ends
+                    if not is_end:
+                        tokens[place].append(token)
+                    text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
+                    grade = grader(place, text, is_end or step == max_new_tokens[place])
+                    if grade is not None:
+                        said, mean = tuple(tokens[place]), totals[place] / step
+                        answers[place] = Answer(text, said, grade, mean, kls.get(pairs[place]))
+                left = [row for row, place in enumerate(going) if place not in answers]
+                if not left:
+                    break
+                if len(left) < len(going):
+                    keep = torch.tensor(left, device=best.device)
+                    cache.batch_select_indices(keep)
+                    best, mask, positions = best[keep], mask[keep], positions[keep]
+                    going = [going[row] for row in left]
+                mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+                positions = positions + 1
+                with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
+                    logits = self.routed.model(
+                        input_ids=best[:, None],
+                        attention_mask=mask,
+                        position_ids=positions,
+                        use_cache=True,
+                        **{self._cache_argument: cache},
+                    ).logits[:, -1]
+            return [answers[place] for place in places]
+
+        return self._batcher.run(range(len(pairs)), size, generate)
 
     def forget(self) -> None:
         """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
-
-    def _generate(
-        self,
-        places: Sequence[int],
-        pairs: Sequence[Pair],
-        max_new_tokens: Sequence[int],
-        grader: Grader,
-        kl: bool,
-    ) -> list[Answer]:
-        answers: dict[int, Answer] = {}
-        tokens: dict[int, list[int]] = {place: [] for place in places}
-        totals = dict.fromkeys(places, 0.0)
-        going = list(places)
-        logits, cache, kls = self._read([pairs[place] for place in places], kl)
-        lengths = self._lengths[[pairs[place][0] for place in places]].to(logits.device)[:, None]
-        width = int(lengths.max())
-        mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
-        positions = lengths - 1
-        for step in itertools.count(1):
-            highest, best = logits.float().max(dim=-1)  # [rows]
-            logprobs = highest - logits.float().logsumexp(dim=-1)
-            for place, token, logprob in zip(going, best.tolist(), logprobs.tolist(), strict=True):
-                totals[place] += logprob
-                is_end = token in self._ends
-                if not is_end:
-                    tokens[place].append(token)
-                text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
-                grade = grader(place, text, is_end or step == max_new_tokens[place])
-                if grade is not None:
-                    said, mean = tuple(tokens[place]), totals[place] / step
-                    answers[place] = Answer(text, said, grade, mean, kls.get(pairs[place]))
-            left = [row for row, place in enumerate(going) if place not in answers]
-            if not left:
-                break
-            if len(left) < len(going):
-                keep = torch.tensor(left, device=best.device)
-                cache.batch_select_indices(keep)
-                best, mask, positions = best[keep], mask[keep], positions[keep]
-                going = [going[row] for row in left]
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-            positions = positions + 1
-            with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
-                logits = self.routed.model(
-                    input_ids=best[:, None],
-                    attention_mask=mask,
-                    position_ids=positions,
-                    use_cache=True,
-                    **{self._cache_argument: cache},
-                ).logits[:, -1]
-        return [answers[place] for place in places]
 
     def _read(
         self, pairs: Sequence[Pair], kl: bool

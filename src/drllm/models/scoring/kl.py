@@ -48,7 +48,9 @@ class KlFromFull:
         """Return the KL of the pairs of `with_full` by their tokens' logits `[T, V]`, if finite."""
         each = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
         sums: list[float] = torch.stack(each).tolist()  # at once: a device is waited for here
-        self._trim()
+        held = sum(map(_num_bytes, self._distributions.values()))
+        while self._distributions and held > SHARE_OF_MEMORY * self._rows.states.max_bytes:
+            held -= self._drop(next(reversed(self._distributions)))
         num_prefix = 0
         if self._prefix is not None:
             num_prefix = self._prefix._rows.packed.num_own[0]
@@ -94,12 +96,6 @@ class KlFromFull:
         for pair in new:
             kl = measured[pair]
             self._prefix_sums[pair[1]] = math.nan if kl is None else kl * length
-
-    def _trim(self) -> None:
-        """Drop the newest distributions if all of them take too much memory."""
-        total = sum(map(_num_bytes, self._distributions.values()))
-        while self._distributions and total > SHARE_OF_MEMORY * self._rows.states.max_bytes:
-            total -= self._drop(next(reversed(self._distributions)))
 
     def _drop(self, row: int) -> int:
         num_bytes = _num_bytes(self._distributions.pop(row))
