@@ -19,9 +19,8 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.supervision import SupervisionRecord
 from drllm.training.feature_store import Store
 from drllm.training.features import collect
-from drllm.training.split import hold_out
 from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer
+from drllm.training.trainer import Trainer, hold_out
 
 L, W, D, H = 5, 4, 32, 16
 

@@ -148,18 +148,14 @@ def chat(
             pass  # what was said so far counts
         if reply.tokens:
             messages.append({"role": "assistant", "content": reply.text})
-            _say_cost(reply, along, terminal)
+            if along is None:
+                route = routed.last_route[0].tolist()
+                cost = f"{sketch(route)}  {num_executions(route)}"
+            else:
+                cost = f"{along.executions:.4g}"
+            speed = f", {reply.speed:.1f} a second" if reply.speed else ""
+            terminal.say(
+                f"{cost} of {routed.num_layers} executions, {len(reply.tokens)} tokens{speed}\n"
+            )
         else:
             messages.pop()
-
-
-def _say_cost(reply: Reply, along: Along | None, terminal: Terminal) -> None:
-    speed = f", {reply.speed:.1f} a second" if reply.speed else ""
-    if along is None:
-        route = reply.routed.last_route[0].tolist()
-        cost = f"{sketch(route)}  {num_executions(route)}"
-    else:
-        cost = f"{along.executions:.4g}"
-    terminal.say(
-        f"{cost} of {reply.routed.num_layers} executions, {len(reply.tokens)} tokens{speed}\n"
-    )

@@ -1,13 +1,15 @@
 """One training in memory: what is settled before it, its steps and epochs, and its metrics.
 
 Features stay where they are and are read a batch at a time; weights, moments and a batch are on
-the training's device.
+the training's device. Each random draw is a function of the seed and of what it is for: resuming
+needs no state of a generator.
 
 Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
+from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.records.splits import question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
 from drllm.training.losses import class_weights, focal_losses, log_priors
-from drllm.training.split import epoch_batches, generator, hold_out
 
+FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
 FUSED = ("cpu", "cuda")
 """Devices for which every torch that we support has a fused AdamW."""
@@ -32,6 +35,28 @@ FUSED = ("cpu", "cuda")
 
 class DivergedError(ConfigError):
     """The loss became NaN or infinite; the training can't be resumed."""
+
+
+def hold_out(
+    questions: Sequence[str], fraction: float, seed: int, num_targets: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Divide the targets into those trained on (never none) and an expected fraction held out.
+
+    A question's side depends on the seed and its text (by `question_key`) alone, so that more
+    targets never move one from side to side and all targets of a question stay together. Below 10
+    targets nothing is held out; from there on, with a fraction above 0, at least one question is.
+    `num_targets` is below the number of questions where the rest are the same again.
+    """
+    everything = list(range(len(questions)))
+    num_targets = len(questions) if num_targets is None else num_targets
+    if fraction == 0 or num_targets < FEWEST_TO_HOLD_OUT:
+        return everything, []
+    shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
+    threshold = max(fraction, math.nextafter(min(shares), math.inf))
+    trained = [row for row in everything if shares[row] >= threshold]
+    if not trained:
+        return everything, []
+    return trained, [row for row in everything if shares[row] < threshold]
 
 
 def divide(
@@ -138,18 +163,9 @@ class Trainer:
             )
         if len(self.once) == 1:
             found.append("there is only 1 target to train on; the routers will repeat it for all")
-        layers, absent = len(self.label_counts), []
-        for name, counts in zip(NAMES, zip(*self.label_counts, strict=True), strict=True):
-            if without := counts.count(0):
-                absent.append(f"{name} at {without if without < layers else 'all'} of {layers}")
         if all(skips == repeats == 0 for skips, _, repeats in self.label_counts):
             found.append(
                 "every target executes every layer, so the routers can only learn the full path"
-            )
-        elif absent:
-            found.append(
-                f"no training example has these decisions, so they can't be learned: "
-                f"{', '.join(absent)} layers"
             )
         return found
 
@@ -290,3 +306,20 @@ def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
         examples=len(labels),
         loss=loss * len(labels),
     )
+
+
+def epoch_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Yield the rows of each step of an epoch; the last step may have fewer."""
+    order = torch.randperm(len(rows), generator=generator("order", seed, epoch)).tolist()
+    for start in range(0, len(order), size):
+        yield [rows[index] for index in order[start : start + size]]
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """Return a generator on the CPU for one purpose, seeded with the numbers."""
+    return torch.Generator().manual_seed(_hash(" ".join([purpose, *map(str, numbers)])))
+
+
+def _hash(text: str) -> int:
+    """Return 63 bits that are the same on every machine, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -34,9 +34,8 @@ from drllm.training import stage
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
 from drllm.training.feature_store import Store
 from drllm.training.features import Aggregate, collect, digest, each_once, sizes
-from drllm.training.split import hold_out
 from drllm.training.stage import discard, train_on
-from drllm.training.trainer import Trainer
+from drllm.training.trainer import Trainer, hold_out
 
 IDENTITY = BASE.identity
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drllm.training.split import epoch_batches, generator, hold_out
+from drllm.training.trainer import epoch_batches, generator, hold_out
 
 
 def texts(number: int) -> list[str]:

@@ -12,9 +12,8 @@ from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.supervision.summary import class_counts
 from drllm.training.checkpoint import is_finished
-from drllm.training.split import hold_out
 from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer, count
+from drllm.training.trainer import Trainer, count, hold_out
 
 STOPPING = replace(
     QUICK,

@@ -9,7 +9,6 @@ from small import IDENTITY, QUICK, make_features
 
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import temperature as temperature_module
-from drllm.training.split import hold_out
 from drllm.training.stage import train_on
 from drllm.training.temperature import (
     BINS,
@@ -19,7 +18,7 @@ from drllm.training.temperature import (
     fit_temperature,
     measure,
 )
-from drllm.training.trainer import Trainer
+from drllm.training.trainer import Trainer, hold_out
 
 CONFIG = replace(QUICK, validation_fraction=0.3)
 FEATURES = make_features(60)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
 
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
@@ -23,7 +21,7 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Question, Tokens
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
-from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
+from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
@@ -90,7 +88,14 @@ class AnswerBatch:
             tokens: dict[int, list[int]] = {place: [] for place in places}
             totals = dict.fromkeys(places, 0.0)
             going = list(places)
-            logits, cache, kls = self._read([pairs[place] for place in places], kl)
+            wanted = [pairs[place] for place in places]
+            asked = self._kl.with_full(wanted) if kl else list(dict.fromkeys(wanted))
+            num_kept = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]
+            with self.rows.run(asked, num_kept) as shared:
+                last = {pair: values[-1] for pair, values in zip(asked, shared.logits, strict=True)}
+                kls = self._kl.measure(asked, shared.logits) if kl else {}
+                logits = torch.stack([last[pair] for pair in wanted])  # [N, V]
+                cache = shared.routed_cache(wanted)
             lengths = self._lengths[[pairs[place][0] for place in places]].to(logits.device)[
                 :, None
             ]
@@ -138,14 +143,3 @@ class AnswerBatch:
         """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
-
-    def _read(
-        self, pairs: Sequence[Pair], kl: bool
-    ) -> tuple[Tensor, Cache, dict[PlanPair, float | None]]:
-        """Return the prompts' last logits `[N, V]`, the routed cache of N rows, and the KL."""
-        asked = self._kl.with_full(pairs) if kl else list(dict.fromkeys(pairs))
-        keep = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]
-        with self.rows.run(asked, keep) as shared:
-            last = {pair: values[-1] for pair, values in zip(asked, shared.logits, strict=True)}
-            kls = self._kl.measure(asked, shared.logits) if kl else {}
-            return torch.stack([last[pair] for pair in pairs]), shared.routed_cache(pairs), kls
