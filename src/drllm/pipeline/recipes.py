@@ -168,7 +168,21 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
             )
     recipes: dict[str, Recipe] = {}
     for name, changes in settings.items():
-        recipe = _setting(path, str(name), sections, changes, data_dir)
+        if not re.fullmatch(r"[\w.-]*\w", str(name)):
+            raise ConfigError(
+                f"{path}: a setting is named '{name}'; give a name of letters, digits, '-', '_' "
+                f"and '.'"
+            )
+        if not isinstance(changes, dict):
+            raise ConfigError(
+                f"{path}: setting '{name}' is {changes}; give sections with what differs, {{}} for "
+                f"nothing"
+            )
+        try:
+            changed = sections_of(path, changes, SWEPT)
+            recipe = _recipe(path, sections, data_dir, **changed)
+        except ConfigError as error:
+            raise ConfigError(f"setting '{name}' of {error}") from error
         for other, theirs in recipes.items():
             if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train):
                 raise ConfigError(
@@ -176,21 +190,3 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
                 )
         recipes[str(name)] = recipe
     return SweepPlan(path, common, recipes, dataclasses.replace(choosing, **ALONE))
-
-
-def _setting(
-    path: Path, name: str, sections: Mapping[str, Any], changes: Any, data_dir: str | None
-) -> Recipe:
-    if not re.fullmatch(r"[\w.-]*\w", name):
-        raise ConfigError(
-            f"{path}: a setting is named {name!r}; give a name of letters, digits, '-', '_' and '.'"
-        )
-    if not isinstance(changes, dict):
-        raise ConfigError(
-            f"{path}: setting {name!r} is {changes}; give sections with what differs, {{}} for "
-            f"nothing"
-        )
-    try:
-        return _recipe(path, sections, data_dir, **sections_of(path, changes, SWEPT))
-    except ConfigError as error:
-        raise ConfigError(f"setting {name!r} of {error}") from error

@@ -92,7 +92,12 @@ def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
     """Start one tracker where the training is, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind, config = LOGGER_TYPE_TO_CLASS[name], _config(trainer)
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    config = {key: value for key, value in trainer.config.decisive().items() if value is not None}
+    judged = trainer.examples.labels[trainer.held_out or trainer.trained]
+    for system, counts in baselines(class_counts(judged.tolist()), trainer.label_counts).items():
+        scores = {key: ratios(counts)[key] for key, _ in JUDGED}
+        config |= {f"baselines/{system}/{key}": s for key, s in scores.items() if s is not None}
     failures: tuple[type[Exception], ...] = (OSError,)
     arguments: dict[str, Any] = {}
     run_name = PROJECT
@@ -127,12 +132,3 @@ def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
     return tracker
-
-
-def _config(trainer: Trainer) -> dict[str, Any]:
-    found = trainer.config.decisive()
-    judged = trainer.examples.labels[trainer.held_out or trainer.trained]
-    for system, counts in baselines(class_counts(judged.tolist()), trainer.label_counts).items():
-        scores = ratios(counts)
-        found |= {f"baselines/{system}/{key}": scores[key] for key, _ in JUDGED}
-    return {name: value for name, value in found.items() if value is not None}

@@ -103,7 +103,13 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         if attention not in known:
             said = unknown_name("attention implementation", attention, known)
             raise ConfigError(f"--attn-implementation: {said}")
-    given, config = config.model, _without_alias(config)
+    given = config.model
+    if given in ALIASES:
+        if config.revision is not None or config.trust_remote_code:
+            flag = "--trust-remote-code" if config.revision is None else "--revision"
+            raise ConfigError(f"{flag} has no effect on {given!r}, which is an alias; leave it out")
+        if smollm2.folder() is None:
+            config = dataclasses.replace(config, model=smollm2.HUB_ID)
     with hub.quiet():
         source, revision = _locate(config, options)
         if config.model != given:
@@ -208,19 +214,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     ) or (device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0))
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def _without_alias(config: ModelConfig) -> ModelConfig:
-    """Return the config, with the hub's model by its own name where the packaged isn't there."""
-    name, revision = config.model, config.revision
-    if name not in ALIASES:
-        return config
-    if revision is not None or config.trust_remote_code:
-        flag = "--trust-remote-code" if revision is None else "--revision"
-        raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
-    if smollm2.folder() is not None:
-        return config
-    return dataclasses.replace(config, model=smollm2.HUB_ID)
 
 
 def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -97,7 +97,15 @@ class TreeSearch(PathSearch):
     def _backup(self, decisions: Decisions, reward: float) -> None:
         for node in self._trails.pop(decisions):
             node.value_sum += reward
-        self._credit(decisions)
+        # What a path scores above the full path is shared evenly among the layers it changes.
+        full, own = self.tried[self._full].score, self.tried[decisions].score
+        changes = [change for change in enumerate(decisions) if change[1] != Decision.EXECUTE]
+        if full is None or own is None:
+            return
+        for change in changes:
+            for key in (change, None):
+                self._gains[key] += (own - full) / len(changes)
+                self._times[key] += 1
 
     def _below(self, node: Node) -> Node | None:
         """Return the child to go down to, a new one where there is room, None at a dead end."""
@@ -123,17 +131,6 @@ class TreeSearch(PathSearch):
         node.untried.remove(action)
         node.children[action] = self._node(apply(node.decisions, action))
         return node.children[action]
-
-    def _credit(self, decisions: Decisions) -> None:
-        """Share what a path scores above the full path evenly among the layers it changes."""
-        full, own = self.tried[self._full].score, self.tried[decisions].score
-        changes = [change for change in enumerate(decisions) if change[1] != Decision.EXECUTE]
-        if full is None or own is None:
-            return
-        for change in changes:
-            for key in (change, None):
-                self._gains[key] += (own - full) / len(changes)
-                self._times[key] += 1
 
     def _promise(self, action: Action) -> float:
         """Return what an edit may add to the score, from the paths that changed its layers alike.
