@@ -137,6 +137,7 @@ def _execute(
 ) -> None:
     """Run the harness; what users get wrong becomes one line."""
     import datasets
+    import lm_eval.tasks
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
@@ -148,7 +149,17 @@ def _execute(
         missing = re.fullmatch(r"Tasks not found: (.*)", str(error))
         if missing is None:
             raise
-        raise TaskError(_nearest(missing[1].split(", ")[0], include_path)) from error
+        name = missing[1].split(", ")[0]
+        if is_task_name(name):
+            raise TaskError(
+                f"task {name!r} is drllm's and not the harness' own; give --split test, or "
+                f"--data_dir FOLDER to have its questions read from files"
+            ) from error
+        known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
+        raise TaskError(
+            f"{nearest_name('task', name, known)}; 'drllm lm-eval ls tasks' lists all, "
+            f"--include_path FOLDER adds your own"
+        ) from error
     except unreached as error:
         cause = " ".join(str(error).split())
         ours = ", --data_dir FOLDER has drllm's tasks read from files" * any(
@@ -158,20 +169,6 @@ def _execute(
             f"the questions of a task can't be fetched from the hub ({cause.rstrip('.')}); connect "
             f"or log in (hf auth login){ours}"
         ) from error
-
-
-def _nearest(name: str, include_path: str | None) -> str:
-    """Name the task that was probably meant; the harness has too many to list."""
-    import lm_eval.tasks
-
-    if is_task_name(name):
-        return (
-            f"task {name!r} is drllm's and not the harness' own; give --split test, or "
-            f"--data_dir FOLDER to have its questions read from files"
-        )
-    known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
-    said = nearest_name("task", name, known)
-    return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
 
 
 def _key(args: Namespace, files: FolderFiles | None) -> str:

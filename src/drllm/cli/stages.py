@@ -208,12 +208,10 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     if features is not None:
         check_folder(features, "--features")
     from drllm.training.checkpoint import is_finished
-    from drllm.training.feature_store import FEATURES_FOLDER
     from drllm.training.stage import train
 
     folders = list(config.by_seed(output))
-    # What a kill after the last epoch leaves of the features is still to be removed.
-    if all(map(is_finished, folders)) and not any(output.rglob(FEATURES_FOLDER)):
+    if all(map(is_finished, folders)):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )

@@ -79,6 +79,9 @@ class Store:
         manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
         self._lay_out(shape)
         if self._resume(manifest) and self._missing() == 0:
+            if (self.folder / ".training.lock").exists():  # a kill after the last commit left it
+                with contextlib.suppress(RecordError), self._alone():
+                    pass
             say(f"the routers' inputs in {self.folder} are used again")
             self._map()
             yield

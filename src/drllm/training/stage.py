@@ -134,15 +134,16 @@ def train(
             checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
         )
         form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
-        for folder in [each for each, one in seeds.items() if not is_done(each, identity_of(one))]:
-            last, parts = seeds[folder].on_policy_rounds, [along_targets]
+        left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
+        for folder in left:
+            last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
             for number in range(last + 1):
                 own = dataclasses.replace(seeds[folder], on_policy_rounds=number)
                 place = folder if number == last else folder / f"round_{number}"
                 if number > 0:
                     before = folder / f"round_{number - 1}"
-                    along_routes = Store(before / FEATURES_FOLDER, config.feature_dtype)
-                    parts.append(pool(routers=load_routers(before), store=along_routes))
+                    used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
+                    parts.append(pool(routers=load_routers(before), store=used[-1]))
                     if left_out := parts[-1].rejected:
                         logger.warning(
                             f"along the routes of round {number - 1}, {len(left_out)} of "
@@ -151,6 +152,8 @@ def train(
                         )
                 if place != folder and is_done(place, identity_of(own)):
                     continue
+                if place == left[-1] and features is None:
+                    used.append(store)
                 train_on(
                     parts[0] if len(parts) == 1 else Aggregate(parts),
                     base.identity,
@@ -159,10 +162,9 @@ def train(
                     rewards=known if rewards is None else rewards,
                     form=form,
                     device=base.model.device,
+                    used=used if place == folder else (),
                     listener=listener,
                 )
-        for place in (place for folder in seeds for place in folder.glob("round_*")):
-            Store(place / FEATURES_FOLDER).remove()
         if features is None:
             store.remove()
         return load_routers(output)
@@ -177,12 +179,15 @@ def train_on(
     rewards: Sequence[str] = (),
     form: PromptForm | None = None,
     device: torch.device | str = "cpu",
+    used: Sequence[Store] = (),
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed and one round on features, and write their folder.
 
-    After every epoch a checkpoint is written, from which the same call resumes; it is removed last
-    of all. Steps that stopping early spares are told as done.
+    After every epoch a checkpoint is written, from which the same call resumes. It is removed last
+    of all, after the `used` features that nothing needs any more, so that a call that was killed
+    before leaves nothing that the next one doesn't remove. Steps that stopping early spares are
+    told as done.
 
     Returns the lines of `metrics.jsonl`. Those of the training part are counted while training:
     each example before the step that learns from it.
@@ -250,6 +255,8 @@ def train_on(
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
+    for store in used:
+        store.remove()
     (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
     kept.unlink(missing_ok=True)
     return trainer.rows
