@@ -38,13 +38,8 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                         f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
                         f"{counts.examples} examples"
                     )
-            if len(counts.confusion) != self.num_layers:
+            if len(counts.confusion) != len(self.train.confusion):
                 raise ValueError("`train` and `validation` have different numbers of layers")
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.train.confusion)
 
     @property
     def parts(self) -> Mapping[str, Mapping[str, Counts]]:

@@ -196,7 +196,7 @@ def _agree(run: Run) -> None:
     depths += [("supervision.jsonl", len(s.optimal_layer_config)) for s in run.supervision[:1]]
     if run.router_config:
         depths.append(("router_config.json", run.router_config["num_layers"]))
-    depths += [(LAYERS_FILE, run.layers.num_layers)] if run.layers else []
+    depths += [(LAYERS_FILE, len(run.layers.train.confusion))] if run.layers else []
     depths += [(PATHS_FILE, run.paths.num_layers)] if run.paths else []
     depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
     run.num_layers = _agreed(run, "models of different depth, by layers", depths)

@@ -60,6 +60,7 @@ class AnswerBatch:
         questions = [Question(context) for context in contexts]
         self.rows = packed_rows(routed, questions, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)
+        self.forget = self._kl.forget
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
         self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
@@ -138,8 +139,3 @@ class AnswerBatch:
             return [answers[place] for place in places]
 
         return self._batcher.run(range(len(pairs)), size, generate)
-
-    def forget(self) -> None:
-        """Drop all shared states."""
-        self._kl.forget()
-        self.states.forget()

@@ -104,6 +104,7 @@ class ChoiceBatch:
         given = contexts if packs else None
         self._rows = packed_rows(routed, self._parts, self.states, contexts=given)
         self._kl = KlFromFull(self._rows)
+        self.forget = self._kl.forget
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._targets = [self._targets_of(part) for part in self._parts]
 
@@ -175,11 +176,6 @@ class ChoiceBatch:
         driver.keep([tuple([layer[row] for row in first]) for layer in driver.last_route])
         found = [_joined([scores[row] for row in places]) for places in self._places]
         return found, self.routed.last_route
-
-    def forget(self) -> None:
-        """Drop all shared states."""
-        self._kl.forget()
-        self.states.forget()
 
     def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""

@@ -63,7 +63,8 @@ class KlFromFull:
         return kls
 
     def forget(self) -> None:
-        """Drop the full path's distributions."""
+        """Drop all shared states, and the full path's distributions."""
+        self._rows.states.forget()
         for row in list(self._distributions):
             self._drop(row)
         if self._prefix is not None:
