@@ -232,7 +232,7 @@ def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
     terminal.fact("without", ", ".join(rejects) or "none")
     if copies := summary.get("copies"):
         terminal.fact("copies", f"{copies} records, left out: each question counts once")
-    _say_decisions(summary, terminal)
+    say_classes(summary["class_counts"], terminal)
 
 
 def say_classes(counts: Sequence[int], terminal: Terminal) -> None:
@@ -240,16 +240,6 @@ def say_classes(counts: Sequence[int], terminal: Terminal) -> None:
     total = sum(counts) or 1
     shown = (f"{d.name.lower()} {counts[d]} ({percent(counts[d] / total)})" for d in Decision)
     terminal.fact("decisions", ", ".join(shown))
-
-
-def _say_decisions(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    say_classes(summary["class_counts"], terminal)
-    counts = summary.get("class_counts_by_layer", [])
-    for decision, name in ((Decision.SKIP, "most skipped"), (Decision.REPEAT, "most repeated")):
-        ranked = sorted(range(len(counts)), key=lambda layer: -counts[layer][decision])
-        often = [(layer, counts[layer][decision]) for layer in ranked[:5]]
-        if shown := [f"{layer} ({times})" for layer, times in often if times]:
-            terminal.fact(name, f"layers {', '.join(shown)}")
 
 
 def show_supervision(path: Path, terminal: Terminal) -> None:
@@ -260,7 +250,7 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
         say_supervision(manifest["summary"], terminal)
     else:
         terminal.fact("targets", f"{len(records)}, no manifest (a file of your own)")
-        _say_decisions(summarise([], records, {}), terminal)
+        say_classes(summarise([], records, {})["class_counts"], terminal)
     mean = sum(record.executions for record in records) / len(records)
     layers = len(records[0].optimal_layer_config)
     terminal.fact("executions", f"{plain(mean, 2)} of {layers} on average")

@@ -16,9 +16,7 @@ import msgspec
 
 from drllm.errors import ConfigError, unknown_name
 from drllm.extras import EXTRAS, need
-from drllm.metrics import JUDGED, baselines, ratios
 from drllm.records.codec import read_json, write_json
-from drllm.supervision.summary import class_counts
 
 if TYPE_CHECKING:
     from drllm.training.trainer import Trainer
@@ -94,10 +92,6 @@ def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
 
     kind = LOGGER_TYPE_TO_CLASS[name]
     config = {key: value for key, value in trainer.config.decisive().items() if value is not None}
-    judged = trainer.examples.labels[trainer.held_out or trainer.trained]
-    for system, counts in baselines(class_counts(judged.tolist()), trainer.label_counts).items():
-        scores = {key: ratios(counts)[key] for key, _ in JUDGED}
-        config |= {f"baselines/{system}/{key}": s for key, s in scores.items() if s is not None}
     failures: tuple[type[Exception], ...] = (OSError,)
     arguments: dict[str, Any] = {}
     run_name = PROJECT

@@ -281,7 +281,7 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
     assert "not finished" not in printed()
 
 
-def test_a_supervision_is_told_with_tasks_reasons_and_layers(printed):
+def test_a_supervision_is_told_with_tasks_and_reasons(printed):
     hopeless = record(tried("1111"), id="q3", question="Why?")
     say_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
@@ -291,8 +291,6 @@ def test_a_supervision_is_told_with_tasks_reasons_and_layers(printed):
     assert "all 3 1 (33.3 %) 2 → 2 2 → 2 1 → 1 2 1" in out
     assert "targets 2 (66.7 %), 3.00 executions on average" in out
     assert "without 1 no valid path" in out
-    assert "most skipped layers 1 (1), 3 (1)" in out
-    assert "most repeated" not in out
 
 
 def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Path, printed):
