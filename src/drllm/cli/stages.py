@@ -177,11 +177,9 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
             "leaves in data/mcts_paths/, or in data/",
             many=True,
         ),
-        Flag("with_squad", "learn from the squad_v2 targets in data/squad_v2/ too", switch=True),
-        Flag(
-            "with_commonsense",
-            "learn from the commonsense_qa targets in data/commonsense_qa/ too",
-            switch=True,
+        *(
+            Flag(name, f"learn from the {task} targets in data/{task}/ too", switch=True)
+            for name, task in published.ADDED.items()
         ),
         Flag("run_name", "write the routers to checkpoints/NAME", value="NAME"),
         Flag("output", "write the routers to this folder instead", value="DIR", basic=False),

@@ -162,7 +162,7 @@ def search_in_step(
         on_step(share, num["new"], what)
 
     started = time.perf_counter()
-    asked = [read(routed, question.prompt, question.text) for question in questions]
+    asked = [read(routed, question.prompt) for question in questions]
     # Re-tests too, before anything is run: without them no path of the question could count.
     asked_again = [[read(routed, prompt) for prompt in one.retests] for one in questions]
     evaluator = Evaluator(

@@ -67,14 +67,13 @@ class Reading:
         return Question(self.tokens, self.continuations, self.num_unscored)
 
 
-def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
-    """Render (where `text` isn't that already) and tokenise a prompt, with what may follow it.
+def read(routed: RoutedModel, prompt: Prompt) -> Reading:
+    """Render and tokenise a prompt, with what may follow it.
 
     A ModelError where it, with the longest of what may follow, is beyond the model's context: some
     models fail there, others go on at positions that they have never learned.
     """
-    if text is None:
-        text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
+    text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
     tokens = encode(routed.tokenizer, text)
     behind = partial(encode_continuation, routed.tokenizer, text)
     continuations = [behind(each) for each in prompt.continuations or (gold_text(prompt),)]

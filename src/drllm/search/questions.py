@@ -34,8 +34,7 @@ class SearchQuestion:
     """One question of a search, with every way of asking it.
 
     Its place is among all questions of the search in their own order, which is that of the records;
-    `retests` are the other ways of asking that a path must survive, `text` is the prompt as the
-    model reads it: None until it is rendered, and where the chat template refuses it.
+    `retests` are the other ways of asking that a path must survive.
     """
 
     place: int
@@ -43,7 +42,6 @@ class SearchQuestion:
     example: Example
     prompt: Prompt
     retests: tuple[Prompt, ...]
-    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

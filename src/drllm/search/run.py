@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,16 +128,29 @@ def run_search(
 ) -> SearchRecords:
     """Search with an executor; see `search_paths`."""
     listener = listener or Listener()
+    prompts, rendered = hashlib.sha256(), hashlib.sha256()
+    shown: dict[str, str] = {}  # of each task the first prompt, as the model reads it
     texts = executor.texts([question.prompt for question in questions])
-    questions = [
-        dataclasses.replace(question, text=text)
-        for question, text in zip(questions, texts, strict=True)
-    ]
+    for question, text in zip(questions, texts, strict=True):
+        for prompt in (question.prompt, *question.retests):
+            prompts.update(repr(prompt).encode())
+        rendered.update(repr(text).encode())
+        if text is not None:
+            shown.setdefault(question.task, text)
     batches = batches_of(questions, config.block_size)
     if folder is None:
+        _show_prompts(shown, listener)
         records, failed = _search(executor, batches, config, None, listener)
         return SearchRecords.of(records, executor.identity, failed=failed)
-    file, identity = folder / SEARCH_FILE, _identity(questions, config, executor)
+    identity = {  # what must be equal for a search to be resumed, or to count as this one
+        "settings": config.decisive(),
+        "model": dict(executor.identity),
+        "runtime": dict(executor.runtime),
+        "questions": len(questions),
+        "prompts_sha256": prompts.hexdigest(),
+        "chat_template_sha256": rendered.hexdigest(),
+    }
+    file = folder / SEARCH_FILE
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     with only_writer(folder, "search", "--output-dir"):
         manifest = read_manifest(file, "search")
@@ -158,6 +171,7 @@ def run_search(
                 f"{file} exists without its manifest, so it can't be resumed; "
                 f"choose another --output-dir"
             )
+        _show_prompts(shown, listener)
         records, failed = _search(executor, batches, config, chunks, listener)
         write_or_remove(folder / FAILED_FILE, failed)
         manifest = new_manifest(
@@ -171,25 +185,6 @@ def run_search(
     return SearchRecords.of(records, executor.identity, file=file, failed=failed)
 
 
-def _identity(
-    questions: Sequence[SearchQuestion], config: SearchConfig, executor: Executor
-) -> dict[str, Any]:
-    """Return what must be equal for a search to be resumed, or to count as this one."""
-    prompts, rendered = hashlib.sha256(), hashlib.sha256()
-    for question in questions:
-        for prompt in (question.prompt, *question.retests):
-            prompts.update(repr(prompt).encode())
-        rendered.update(repr(question.text).encode())
-    return {
-        "settings": config.decisive(),
-        "model": dict(executor.identity),
-        "runtime": dict(executor.runtime),
-        "questions": len(questions),
-        "prompts_sha256": prompts.hexdigest(),
-        "chat_template_sha256": rendered.hexdigest(),
-    }
-
-
 def _search(
     executor: Executor,
     batches: Sequence[Batch],
@@ -198,14 +193,11 @@ def _search(
     listener: Listener,
 ) -> tuple[list[SearchRecord], list[FailedQuestion]]:
     """Search the batches that aren't done, and return all records in the questions' own order."""
-    questions = sorted(
-        (question for batch in batches for question in batch.questions), key=lambda one: one.place
-    )
-    _show_prompts(questions, listener)
+    places = {(one.task, one.example.id): one.place for batch in batches for one in batch.questions}
     results: list[Searched] = []
     todo: list[Batch] = []
     num: Counter[str] = Counter()
-    total, started = len(questions), time.monotonic()
+    total, started = len(places), time.monotonic()
 
     with listener.progress("searching", "questions") as on_progress:
 
@@ -249,7 +241,6 @@ def _search(
                     f"none of the first {num['done']} questions could be searched; the last "
                     f"one: {result.failed[-1].error}"
                 )
-    places = {(one.task, one.example.id): one.place for one in questions}
     records = [record for result in results for record in result.records]
     failed = [one for result in results for one in result.failed]
     return (
@@ -258,10 +249,9 @@ def _search(
     )
 
 
-def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> None:
+def _show_prompts(shown: Mapping[str, str], listener: Listener) -> None:
     """Say one prompt of each task: a wrong template is seen before hours are spent."""
-    first = {one.task: one.text for one in reversed(questions) if one.text is not None}
-    for task, text in reversed(first.items()):
+    for task, text in shown.items():
         logger.info("the model reads, for example, %r", text)
         if (left_out := len(text) - PROMPT_SHOWN) > 0:
             half = PROMPT_SHOWN // 2
