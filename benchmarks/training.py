@@ -46,9 +46,8 @@ from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.training.feature_store import Store
 from drllm.training.features import BATCH_SIZE, Features, collect, shape
-from drllm.training.split import epoch_batches
 from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer
+from drllm.training.trainer import Trainer, epoch_batches
 
 QUICK = {"questions": 10, "targets": 48}
 WHOLE = {"questions": 160, "targets": 4000}

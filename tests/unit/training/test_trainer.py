@@ -249,7 +249,6 @@ def test_a_usual_run_has_nothing_to_tell():
     ("number", "labels_of", "changes", "told"),
     [
         (200, torch.ones_like, {}, "every target executes every layer"),
-        (200, lambda labels: labels.clamp(max=1), {}, "repeat at all of 3 layers"),
         (1, torch.clone, {"num_epochs": 9}, "only 1 target"),
         (
             200,
