@@ -23,8 +23,8 @@ from typing import Any
 import common
 import torch
 
-from drllm.evaluation.baselines.base import FittedBaselines, Material
-from drllm.evaluation.baselines.layer_dropping import Greedy, block_influence, order_by_influence
+from drllm.evaluation.baselines.base import Material
+from drllm.evaluation.baselines.layer_dropping import block_influence, greedy, order_by_influence
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose
@@ -68,18 +68,12 @@ def ours(
         influence = block_influence(routed, texts)
         measured = clock()
         ends = (0, base.num_layers - 1)
-        fitted = FittedBaselines(
-            "texts",
-            lambda: Material(routed, texts),
-            routed,
-            lambda _, candidates, measure: measure(candidates),
-        )
-        greedy = Greedy(fitted.measure("loss"), base.num_layers, keep=ends)
-        greedy(num_skipped)
+        measure = Material(routed=routed, prompts=texts).measure("loss")
+        by_loss = greedy(measure, base.num_layers, num_skipped, keep=ends)
         return {
             "influence": influence,
             "by_influence": sorted(order_by_influence(influence)[:num_skipped]),
-            "by_loss": sorted(greedy.layers),
+            "by_loss": sorted(by_loss),
             "seconds": {"block influence": measured - started, "by loss": clock() - measured},
         }
     finally:

@@ -1,11 +1,10 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
 import dataclasses
-import itertools
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.baselines.base import (
     BASELINES,
     Drawn,
-    FittedBaselines,
     Material,
     Measure,
     depths,
@@ -34,7 +32,7 @@ from drllm.listener import OnProgress
 from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path as LayerPath
@@ -88,7 +86,11 @@ class Shared:
         self.baselines = named(config.baselines)
         self.shares = {"": 0.0}  # as they were trained, which isn't looked for
         self.shares |= {f"{100 * share:g} % saved": share for share in depths(config.curve)}
-        self._fitted: dict[str, FittedBaselines] = {}
+        self._fitted_on = {source.name: source for source in self.sources.values()}
+        self.material = functools.cache(self._material)
+        self.baseline = functools.cache(
+            lambda name, source: BASELINES.get(name)(lm.routed, lambda: self.material(source))
+        )
         search, targets = config.search, config.supervision
         self._search = [] if search is None else read_search(Path(search))
         self._targets = [] if targets is None else read_supervision(Path(targets))
@@ -134,8 +136,15 @@ class Shared:
         return asked
 
     def plan(self, cost: int) -> None:
-        """Count on so many more tokens; fewer, if something planned isn't done after all."""
+        """Count on so many more tokens."""
         self._total += cost
+
+    @contextmanager
+    def planned(self, cost: int) -> Iterator[None]:
+        """Do what so much was planned for, of which some may turn out not to be done."""
+        others = self._total - self._done - cost
+        yield
+        self._total = self._done + others
 
     def once(self, name: str, run: Callable[[Keep], SystemRun], cost: int) -> SystemRun:
         """Run a system, or return what an earlier start of this evaluation has kept of it."""
@@ -161,24 +170,8 @@ class Shared:
         """Say what is being done, and how much of it."""
         self.on_progress(self._done + more, self._total, name)
 
-    def fitted(self, source: Task) -> FittedBaselines:
-        """Return the baselines that are fitted on questions of a task; fitted when first needed."""
-
-        def remember(name: str, candidates: Sequence[LayerPath], measure: Measure) -> list[float]:
-            key = f"{name} {json.dumps(candidates)}"
-            cost = len(candidates) * sum(map(len, self.fitted(source).material.prompts))
-            self.plan(cost)
-            with self.doing(f"fitting on {name}", cost):
-                return self.chunks.once(key, list[float], lambda: measure(candidates))
-
-        if source.name not in self._fitted:
-            self._fitted[source.name] = FittedBaselines(
-                source.name, lambda: self._material(source), self.lm.routed, remember
-            )
-        return self._fitted[source.name]
-
-    def _material(self, source: Task) -> Material:
-        num = self.config.num_calibration or NUM_CALIBRATION
+    def _material(self, name: str) -> Material:
+        source, num = self._fitted_on[name], self.config.num_calibration or NUM_CALIBRATION
         asked = self.asked(source, chosen_on(source, self.config), num)
         questions: dict[int, Question] = {}  # by place
         for place, requests in enumerate(asked.requests() if asked.has_options else ()):
@@ -186,9 +179,24 @@ class Shared:
             # Else the options stand in the context, and there is no one prompt.
             if all(request.context == context for request in requests):
                 questions[place] = Question(context, [each.continuation for each in requests])
-        asked_with_options = [*questions.values()], [*map(asked.gold, questions)]
-        logs, prompts = (self._search, self._targets), asked.prompt_tokens
-        return Material(self.lm.routed, prompts, *asked_with_options, *logs)
+
+        def remember(kind: str, candidates: Sequence[LayerPath], measure: Measure) -> list[float]:
+            key = f"{kind} {json.dumps(candidates)}"
+            cost = len(candidates) * sum(map(len, asked.prompt_tokens))
+            self.plan(cost)
+            with self.doing(f"fitting on {kind}", cost):
+                return self.chunks.once(key, list[float], lambda: measure(candidates))
+
+        return Material(
+            routed=self.lm.routed,
+            prompts=asked.prompt_tokens,
+            questions=[*questions.values()],
+            golds=[asked.golds(place)[0] for place in questions],
+            search=self._search,
+            supervision=self._targets,
+            name=name,
+            remember=remember,
+        )
 
 
 class Decided(NamedTuple):
@@ -198,8 +206,18 @@ class Decided(NamedTuple):
     drawn: Drawn
     setting: str = ""
 
+    @property
+    def at(self) -> str:
+        """Its depth, as a part of a sentence."""
+        return f" at {self.setting}" if self.setting else ""
 
-BASE_MODEL = Decided(BASE, Drawn(policy=FullPolicy()))
+    @property
+    def title(self) -> str:
+        """System and setting, as its run has them."""
+        return f"{self.name}, {self.setting}" if self.setting else self.name
+
+
+BASE_MODEL = Decided(BASE, Drawn(FullPolicy()))
 
 
 class Comparison:
@@ -211,34 +229,29 @@ class Comparison:
         self.asked = shared.asked(task, config.split_of(task.name), config.limit_of(task.name))
         self.questions = TaskRun(shared.lm, self.asked, config.num_texts, config.seed)
         self.source = shared.sources[task.name]
-        self.fitted = shared.fitted(self.source)
         self.notes = list(self.asked.written.notes)
         if self.source.name != task.name:
             self.notes.append(
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        num_tokens = self.questions.num_tokens
+        self.folders = [*shared.routers]  # of the first seed, and of others
+        num_tokens, num_depths = self.questions.num_tokens, len(shared.shares)
         a_question = num_tokens // len(self.asked.keys)
         self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
-        self._choice_cost = num_tokens * (len(shared.shares) + len(shared.paths))
-        self.first, self.other_seeds = next(iter(shared.routers), None), [*shared.routers][1:]
-        shared.plan(num_tokens * (1 + len(shared.paths)))
-        for folder, setting in itertools.product(shared.routers, shared.shares):
-            shared.plan(sum(self._costs(folder, setting).values()))
-        shared.plan(self._choice_cost if config.epsilon is not None else 0)
+        draws = {name: self._num_draws(name) for name in shared.baselines}
+        of_others = (len(self.folders) - 1) * (1 + draws.get(PERMUTED, 0))
+        at_depth = 1 + sum(draws.values()) + of_others if self.folders else 0
+        num_systems = 1 + len(shared.paths) + num_depths * at_depth
+        if config.epsilon is not None:  # asked on other questions, about as many
+            num_systems += len(shared.paths) + num_depths
+        self._cost = num_systems * num_tokens
+        self._cost += len(self.folders) * (num_depths - 1) * self._depth_cost
+        shared.plan(self._cost)
 
     def _num_draws(self, name: str) -> int:
         num = self.config.num_random_draws or NUM_RANDOM_DRAWS
         return num if BASELINES.get(name).is_drawn else 1
-
-    def _costs(self, folder: Path, setting: str) -> dict[str, int]:
-        """Return what is run with some routers at a depth, by name, and what it costs."""
-        costs = {"depth": self._depth_cost if setting else 0, ROUTED: self.questions.num_tokens}
-        for name in self.shared.baselines:
-            if name == PERMUTED or folder == self.first:
-                costs[name] = costs[ROUTED] * self._num_draws(name)
-        return costs
 
     def run(self) -> TaskRuns:
         """Run base, at each depth the routed model and its baselines, other seeds' routers, paths.
@@ -246,31 +259,39 @@ class Comparison:
         Baselines run at the first routers' executions; of other seeds only the permuted routes do,
         at their own.
         """
+        with self.shared.planned(self._cost):
+            return self._run()
+
+    def _run(self) -> TaskRuns:
         config, lm = self.config, self.shared.lm
         base = self._decided(self.questions, BASE_MODEL)
-        first = [] if self.first is None else [*self._depths(self.first)]
+        at_depths = [
+            self._at_depth(folder, setting, f"Not evaluated at {setting}")
+            for folder in self.folders[:1]
+            for setting in self.shared.shares
+        ]
+        first = [decided for decided in at_depths if decided is not None]
         systems, seeds = [base], []
-        for setting, policy in first:
-            at = f" at {setting}" if setting else ""
-            routed = [self._routed(at, policy, setting)]
-            baselines = self._baselines(at, routed[0])
+        for decided in first:
+            routed = [self._decided(self.questions, decided, decided.at)]
+            baselines = self._baselines(decided.at, routed[0])
             permuted = [each for each in baselines if each.name == PERMUTED]
             systems += [*routed, *baselines]
-            for folder in self.other_seeds:
-                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}")
-                if own is None:
-                    continue
-                routed.append(self._routed(f" of {folder}{at}", own, setting))
-                if permuted:
-                    permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
-            if self.other_seeds:
+            for folder in self.folders[1:]:
+                otherwise = f"{folder} isn't evaluated{decided.at}"
+                if own := self._at_depth(folder, decided.setting, otherwise):
+                    which = f" of {folder}{decided.at}"
+                    routed.append(self._decided(self.questions, own, which))
+                    if permuted:
+                        permuted.append(self._baseline(PERMUTED, which, routed[-1]))
+            if self.folders[1:]:
                 seeds.append((routed, permuted))
-        paths = [Decided(name, Drawn(path=path)) for name, path in self.shared.paths.items()]
+        paths = [Decided(name, Drawn(path)) for name, path in self.shared.paths.items()]
         systems += [self._decided(self.questions, path) for path in paths]
         choice = None
         if config.epsilon is not None:
-            depths = [Decided(ROUTED, Drawn(policy=p), setting) for setting, p in first if setting]
-            choice = self._choice(config.epsilon, systems, [*depths, *paths])
+            tried = [BASE_MODEL, *(each for each in first if each.setting), *paths]
+            choice = self._choice(config.epsilon, systems, tried)
         self.shared.prompts += self.asked.prompt_tokens
         has_parts = any(path.runs_parts for path in self.shared.paths.values())
         try:
@@ -289,31 +310,24 @@ class Comparison:
             seeds=seeds,
         )
 
-    def _depths(self, folder: Path) -> Iterator[tuple[str, RouterPolicy]]:
-        for setting in self.shared.shares:
-            if policy := self._at_depth(folder, setting, f"Not evaluated at {setting}"):
-                yield setting, policy
+    def _at_depth(self, folder: Path, setting: str, otherwise: str) -> Decided | None:
+        """Return the routed model that saves so much; where there is none, it is noted."""
+        routers, lm, bias = self.shared.routers[folder], self.shared.lm, 0.0
+        if setting:
+            wanted = (1 - self.shared.shares[setting]) * lm.routed.num_layers
+            prompts = self.shared.material(self.source.name).prompts
+            key = f"{self.task.name}: depth for {setting} of {folder}"
 
-    def _at_depth(self, folder: Path, setting: str, otherwise: str) -> RouterPolicy | None:
-        """Return the policy under which routers save so much; where none does, it is noted."""
-        routers, lm = self.shared.routers[folder], self.shared.lm
-        if not setting:
-            return RouterPolicy(routers)
-        wanted = (1 - self.shared.shares[setting]) * lm.routed.num_layers
-        prompts = self.fitted.material.prompts
-        key = f"{self.task.name}: depth for {setting} of {folder}"
+            def find() -> float:
+                return find_depth_bias(lm.routed, prompts, wanted, routers=routers).depth_bias
 
-        def find() -> float:
-            return find_depth_bias(lm.routed, prompts, wanted, routers=routers).depth_bias
-
-        with self.shared.doing(key, self._depth_cost):
-            try:
-                found = self.shared.chunks.once(key, float, find)
-            except ConfigError as error:
-                self.notes.append(f"{otherwise}: {error}")
-                self.shared.plan(self._depth_cost - sum(self._costs(folder, setting).values()))
-                return None
-        return RouterPolicy(routers, depth_bias=found)
+            with self.shared.doing(key, self._depth_cost):
+                try:
+                    bias = self.shared.chunks.once(key, float, find)
+                except ConfigError as error:
+                    self.notes.append(f"{otherwise}: {error}")
+                    return None
+        return Decided(ROUTED, Drawn(RouterPolicy(routers, depth_bias=bias)), setting)
 
     def _decided(self, questions: TaskRun, system: Decided, which: str = "") -> SystemRun:
         name, drawn, setting = system
@@ -323,55 +337,48 @@ class Comparison:
             questions.num_tokens,
         )
 
-    def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
-        system = Decided(ROUTED, Drawn(policy=policy), setting)
-        return self._decided(self.questions, system, which)
-
     def _baselines(self, which: str, routed: SystemRun) -> list[SystemRun]:
         systems = []
-        assert self.first is not None
-        for name, cost in self._costs(self.first, routed.setting).items():
-            if name not in BASELINES:
-                continue
-            if obstacle := self.fitted.obstacle(name, routed.executions):
+        for name in self.shared.baselines:
+            baseline = self.shared.baseline(name, self.source.name)
+            if obstacle := baseline.obstacle(routed.executions):
                 self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
-                self.shared.plan(-cost)
             else:
                 systems.append(self._baseline(name, which, routed))
         return systems
 
     def _baseline(self, name: str, which: str, routed: SystemRun) -> SystemRun:
+        num_draws = self._num_draws(name)
+
         def run(keep: Keep) -> SystemRun:
             routes = torch.tensor(routed.routes[0])
             generator = torch.Generator().manual_seed(self.config.seed)
-            num = self._num_draws(name)
-            drawn = [self.fitted.at(name, routes, generator) for _ in range(num)]
+            baseline = self.shared.baseline(name, self.source.name)
+            drawn = [baseline.at(routes, generator) for _ in range(num_draws)]
             system = self.questions.run(name, drawn, routed.setting, keep)
             if name == PERMUTED:
-                plans = [draw.plan for draw in drawn if draw.plan is not None]
+                plans = [each.decides for each in drawn if isinstance(each.decides, torch.Tensor)]
                 system.unchanged = [share_unchanged(routes, plan) for plan in plans]
             return system
 
-        cost = self.questions.num_tokens * self._num_draws(name)
+        cost = self.questions.num_tokens * num_draws
         return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)
 
     # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
 
     def _choice(
-        self, epsilon: float, systems: Sequence[SystemRun], settings: Sequence[Decided]
+        self, epsilon: float, systems: Sequence[SystemRun], tried: Sequence[Decided]
     ) -> Choice:
         """Choose a depth or a path on one split, and test it once on the one that is evaluated.
 
-        `systems` ran on the latter, base first; of `settings` one is chosen.
+        `systems` ran on the latter; one of those tried is chosen, of which base is the first.
         """
         config, source, worked = self.config, self.source, self.shared.worked
         # A tuning has chosen its paths on `select`: among them is chosen on other questions.
         split = "fit" if source.name in self.shared.tuned_on else chosen_on(source, config)
         asked = self.shared.asked(source, split, config.limit_of(source.name))
         questions = TaskRun(self.shared.lm, asked, config.num_texts, config.seed)
-        tried = [BASE_MODEL, *settings]
-        self.shared.plan(len(tried) * questions.num_tokens - self._choice_cost)
-        found = [self._decided(questions, each, f"{_at(each)} on {split}") for each in tried]
+        found = [self._decided(questions, each, f"{each.at} on {split}") for each in tried]
         max_loss = config.max_loss_increase or MAX_LOSS_INCREASE
         base, *others = self._with_worked(found, tried, lambda task: chosen_on(task, config))
         choice = choose(
@@ -385,11 +392,10 @@ class Comparison:
         )
         if choice.chosen is None:
             return choice
-        [ours] = (each for each in systems if each.title == choice.chosen.name)
-        of_ours = (s for s in settings if (s.name, s.setting) == (ours.name, ours.setting))
-        chosen = [BASE_MODEL, *of_ours]
+        ran = {system.title: system for system in systems}
+        again = [each for each in tried if each.title in (BASE, choice.chosen.name)]
         tested = self._with_worked(
-            [systems[0], ours], chosen, lambda task: config.split_of(task.name)
+            [ran[each.title] for each in again], again, lambda task: config.split_of(task.name)
         )
         return confirm(choice, *tested, chance=self.asked.written.chance, seed=config.seed)
 
@@ -407,19 +413,10 @@ class Comparison:
         num_texts, split = self.config.num_texts, split_of(worked)
         asked = self.shared.asked(worked, split, num_texts, WORKED)
         texts = TaskRun(self.shared.lm, asked, num_texts, self.config.seed)
-        cost = texts.num_tokens
-        self.shared.plan(len(decided) * cost)
-        where = f"on worked answers of {worked.name}, {split}"
-        read = []
-        for each in decided:
+        self.shared.plan(len(decided) * texts.num_tokens)
+        for place, each in enumerate(decided):
             depth = f"{self.source.name}: " if each.setting else ""  # found on its questions
-            key = f"{depth}{each.name}{_at(each)} {where}"
-            read.append(once(key, partial(texts.texts, *each), cost))
-        return [
-            dataclasses.replace(outcome, worked_loss=each.text_loss)
-            for outcome, each in zip(outcomes, read, strict=True)
-        ]
-
-
-def _at(system: Decided) -> str:
-    return f" at {system.setting}" if system.setting else ""
+            key = f"{depth}{each.name}{each.at} on worked answers of {worked.name}, {split}"
+            read = once(key, functools.partial(texts.texts, *each), texts.num_tokens)
+            outcomes[place] = dataclasses.replace(outcomes[place], worked_loss=read.text_loss)
+        return outcomes

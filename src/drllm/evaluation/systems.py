@@ -15,12 +15,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from drllm.cost import decode_executions, mean_executions
+from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Answer, Plan, Request
+from drllm.evaluation.lm_eval.scoring import Answer, Decides, Plan, Request
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.shares import executions_along
@@ -116,7 +118,6 @@ class TaskRun:
     def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int, seed: int) -> None:
         self.lm = lm
         self.asked = asked
-        self.num_layers = lm.routed.num_layers
         self._clock = device_clock(lm.device)
         self._requests = asked.requests() if asked.has_options else []
         drawn = choose(range(len(asked.keys)), num_texts, seed)  # as `tune` draws its texts
@@ -143,21 +144,14 @@ class TaskRun:
 
     def run(self, name: str, drawn: Sequence[Drawn], setting: str, keep: Keep) -> SystemRun:
         """Run a system that decides by a policy, a path, or one or more draws of plans."""
-        first = drawn[0]
-        plans: list[Plan] = [
-            dict(zip(self.asked.keys, map(tuple, draw.plan.tolist()), strict=True))
-            for draw in drawn
-            if draw.plan is not None
-        ]
+        note, decides = drawn[0].note, [self._by_key(each.decides) for each in drawn]
+        path = decides[0] if isinstance(decides[0], StaticPath) else None
+        plans = [each for each in decides if isinstance(each, Mapping)]
 
         def decided(block: Block) -> Any:
-            return (
-                [self._rows(plan, block) for plan in plans]
-                or (first.path and first.path.steps)
-                or first.note
-            )
+            return [self._rows(plan, block) for plan in plans] or (path and path.steps) or note
 
-        found = self._by_blocks(keep, decided, lambda block: self._ask(block, first, plans))
+        found = self._by_blocks(keep, decided, lambda block: self._ask(block, decides))
         draws = [self.asked.grade(answers) for answers in found.answers]
         metrics = {
             metric: _mean([[each[metric] for each in draw] for draw in draws])
@@ -166,21 +160,21 @@ class TaskRun:
         system = SystemRun(
             name=name,
             setting=setting,
-            path=first.path,
+            path=path,
             routes=found.routes,
             correct=metrics[self.asked.written.metric],
             answers=[self.asked.answer(*each) for each in enumerate(found.answers[0])],
             metrics=metrics,
             seconds=found.seconds,
-            notes=[first.note] if first.note else [],
+            notes=[note] if note else [],
         )
         if self.asked.has_options:
             gold = self.asked.gold_logprob
             golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
             system.gold_logprob = _mean(golds)
         of_texts: Plan | StaticPath
-        if first.path is not None:
-            of_texts, system.executions = first.path, executions_along(self.lm.routed, first.path)
+        if path is not None:
+            of_texts, system.executions = path, executions_along(self.lm.routed, path)
         else:
             of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
             [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
@@ -191,34 +185,35 @@ class TaskRun:
                 max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
                 for [answer] in found.answers[0]
             ]
-            if first.path is None:
+            if path is None:
                 system.decode_executions = decode_executions(found.routes[0], tokens)
             elif max(tokens) > 1:
                 system.decode_executions = system.executions
         return system
 
-    def texts(self, name: str, decides: Drawn, setting: str, keep: Keep) -> SystemRun:
+    def texts(self, name: str, drawn: Drawn, setting: str, keep: Keep) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
         A policy decides on the questions' prompts, as before an answer is generated.
         """
+        decides = self._by_key(drawn.decides)
 
         def read(block: Block) -> Answered:
-            texts, routes = [self._texts[place] for place in block], list[list[Decisions]]()
-            if decides.path is not None:
-                [answers] = self.lm.scorer.score_plans(texts, [decides.path])
-            else:
-                assert decides.policy is not None
-                answers, taken = self.lm.scorer.score(texts, decides.policy)
-                routes = [[taken[text.question] for text in texts]]
+            texts = [self._texts[place] for place in block]
+            answers, taken = self.lm.scorer.score(texts, decides)
+            routes = [[taken[text.question] for text in texts]] if taken else []
             return Answered(answers=[[[answer] for answer in answers]], routes=routes)
 
         found = self._by_blocks(keep, lambda _: "texts", read)
-        system = SystemRun(name=name, setting=setting, path=decides.path, routes=found.routes)
+        system = SystemRun(name=name, setting=setting, routes=found.routes)
         system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
-        for routes in found.routes:
-            system.executions = mean_executions(routes)
         return system
+
+    def _by_key(self, decides: Tensor | Policy | StaticPath) -> Decides:
+        """Return a plan's rows `[Q, L]` by question; anything else as it is."""
+        if not isinstance(decides, Tensor):
+            return decides
+        return dict(zip(self.asked.keys, map(tuple, decides.tolist()), strict=True))
 
     def _by_blocks(
         self, keep: Keep, decided: Callable[[Block], Any], ask: Callable[[Block], Answered]
@@ -233,45 +228,40 @@ class TaskRun:
         ]
         return joined(self._blocks, answered)
 
-    def _ask(self, block: Block, first: Drawn, plans: Sequence[Plan]) -> Answered:
+    def _ask(self, block: Block, draws: Sequence[Decides]) -> Answered:
         """Ask a block's questions under the first draw, which is timed, and under further plans."""
-        scorer, routes = self.lm.scorer, list[list[Decisions]]()
         started = self._clock()
-        if first.path is not None and self.asked.has_options:
-            [scored] = scorer.score_plans(self._requests_of(block), [first.path])
-            answers = [self._by_question(block, scored)]
-        elif first.path is not None:
-            answers = [self._under(block, self.lm.routed.policy_of(first.path))[0]]
-        else:
-            answered, taken = self._under(block, first.policy or plans[0])
-            answers, routes = [answered], [taken]
+        answered, taken = self._under(block, draws[0])
         seconds = self._clock() - started
-        others = plans[1:]
+        answers, others = [answered], [each for each in draws[1:] if isinstance(each, Mapping)]
         if others and self.asked.has_options:  # what options have in common runs once
-            plain = scorer.score_plans(self._requests_of(block), others)
-            answers += [self._by_question(block, each) for each in plain]
+            scored = self.lm.scorer.score_plans(self._requests_of(block), others)
+            answers += [self._by_question(block, each) for each in scored]
         else:
             answers += [self._under(block, plan)[0] for plan in others]
-        routes += [self._rows(plan, block) for plan in others]
+        taken_first = [] if isinstance(draws[0], StaticPath) else [taken]
+        routes = [*taken_first, *(self._rows(plan, block) for plan in others)]
         return Answered(answers=answers, routes=routes, seconds=seconds)
 
-    def _under(self, block: Block, decides: Policy | Plan) -> tuple[Answers, list[Decisions]]:
-        """Return a block's answers, and the routes that its questions took."""
+    def _under(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
+        """Return a block's answers, and the routes that its questions took; none of a path."""
         keys = [self.asked.keys[place] for place in block]
         if self.asked.has_options:
             answers, routes = self.lm.scorer.score(self._requests_of(block), decides)
-            return self._by_question(block, answers), [routes[key] for key in keys]
-        instances = [self.asked.instances[place][0] for place in block]
+            return self._by_question(block, answers), [routes[key] for key in keys if routes]
+        routed, instances = self.lm.routed, [self.asked.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
         key_of = dict(zip(prompts, keys, strict=True))
+        if isinstance(decides, StaticPath):
+            decides = routed.policy_of(decides)
 
         def policy_of(asked: Sequence[str]) -> Policy:
             if isinstance(decides, Mapping):
-                return FixedPolicy([decides[key_of[prompt]] for prompt in asked], self.num_layers)
+                return FixedPolicy([decides[key_of[each]] for each in asked], routed.num_layers)
             return decides
 
-        with self.lm.deciding(policy_of):
-            texts = self.lm.generate_until(instances, disable_tqdm=True)
+        self.lm.policy_of = policy_of
+        texts = self.lm.generate_until(instances, disable_tqdm=True)
         return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 
     def _rows(self, plan: Plan, block: Block) -> list[Decisions]:
@@ -285,7 +275,12 @@ class TaskRun:
         found: Answers = []
         for place in block:
             each = [next(given) for _ in self._requests[place]]
-            self.asked.check(place, each)  # before they are kept
+            for logprob, _ in each:
+                if not math.isfinite(logprob):  # refused before it is kept
+                    raise ModelError(
+                        f"a log-probability of question {self.asked.ids[place]} is {logprob}; load "
+                        f"the model with --dtype float32"
+                    )
             found.append([*each])
         return found
 

@@ -40,7 +40,9 @@ DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
     ROUTED: "the routers decide, reading the question alone",
 }
-FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
+SHOWN = (BASE, ROUTED)
+"""Systems whose answers are kept; the texts of all are many."""
+FROM_TASK = ("kind", "metric", "num_fewshot", "not_asked", "chance")
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
 
@@ -158,9 +160,7 @@ class TaskRuns:
         result on the same questions; the intervals say how far the mean over these seeds may move
         with other questions, each resampled with its answers under all seeds.
         """
-
-        def against(other: Outcomes) -> Differences:
-            return self._compare(_mean_outcomes(routed), other)
+        mean = _mean_outcomes(routed)
 
         def spread(values: Sequence[Sequence[float]]) -> Spread | None:
             return Spread.of(list(map(fmean, values))) if all(values) else None
@@ -172,8 +172,8 @@ class TaskRuns:
             executions=Spread.of([each.executions for each in routed]),
             gold_logprob=spread([each.gold_logprob for each in routed]),
             text_loss=spread([each.text_loss for each in routed]),
-            against_base=against(self.systems[0].outcomes),
-            against_permuted=against(_mean_outcomes(permuted)) if permuted else None,
+            against_base=self._compare(mean, self.systems[0].outcomes),
+            against_permuted=(self._compare(mean, _mean_outcomes(permuted)) if permuted else None),
         )
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
@@ -184,6 +184,7 @@ class TaskRuns:
             task=written.name,
             split=self.config.split_of(written.name),
             **{name: getattr(written, name) for name in FROM_TASK},
+            num_questions=len(self.systems[0].correct),
             num_layers=self.num_layers,
             systems=tuple(table),
             curve=self.curve(),
@@ -266,17 +267,15 @@ class TaskRuns:
                         correct=each.correct[place],
                         gold_logprob=each.gold_logprob[place] if each.gold_logprob else None,
                         decisions=tuple(each.routes[0][place]) if len(each.routes) == 1 else None,
-                        answer=self._answer(each, place),
+                        answer=each.answers[place]
+                        if each.answers and each.title in SHOWN
+                        else None,
                     )
                     for each in self.systems
                 },
             )
             for place, own_id in enumerate(self.asked.ids)
         ]
-
-    def _answer(self, system: SystemRun, place: int) -> int | str | None:
-        """Return what base or the routed model answered; the texts of all systems are many."""
-        return system.answers[place] if system.title in (BASE, ROUTED) and system.answers else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -21,7 +21,6 @@ from drllm.records.results import (
     Result,
     Sample,
     System,
-    Timings,
 )
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
@@ -205,35 +204,8 @@ def _short(text: str) -> str:
 
 def costs(evaluations: Sequence[Evaluation], measured: Latency | None) -> Section:
     """Return the section on cost, of every task and of the machine."""
-    timed = [] if measured is None else _timed(measured.measured)
-    values = {"evaluations": evaluations, "measured": measured, "timed": timed}
+    values = {"evaluations": evaluations, "measured": measured, "phases": PHASES, "median": median}
     return Section("Cost", folded=True, template="cost.j2", values=values)
-
-
-def _timed(found: Timings) -> list[list[str]]:
-    rows = []
-    for (phase, size), label in found.labels().items():
-        base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
-        ratio = found.ratio(ROUTED, BASE, phase, size)
-        ratios = [plain(each, 2) for each in (median(ratio), min(ratio), max(ratio))]
-        rows.append(
-            [
-                f"{PHASES[phase]}, {count(size)}",
-                _ms(base.median),
-                _ms(routed.median),
-                f"{ratios[0]} ({ratios[1]} to {ratios[2]})",
-                label,
-                count(round(routed.num_tokens / routed.median)),
-                plain(routed.executions, 2),
-            ]
-        )
-    return rows
-
-
-def _ms(seconds: float) -> str:
-    """Write a time in milliseconds with three digits that say something, where it has them."""
-    ms = 1e3 * seconds
-    return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
 
 
 def time_tile(measured: Latency | None) -> Tile:

@@ -181,11 +181,8 @@ def router_metrics(
     judged = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
     for axes, (key, title) in zip(found, judged, strict=True):
         for split in splits:
-            points = [
-                (epoch.epoch, value)
-                for epoch in epochs
-                if epoch.split == split and (value := epoch.values.get(key)) is not None
-            ]
+            of_split = [(each.epoch, getattr(each, key)) for each in epochs if each.split == split]
+            points = [(epoch, value) for epoch, value in of_split if value is not None]
             marker = "o" if len(points) == 1 else None
             look: dict[str, Any] = {"marker": marker, "color": colours["s1"], "label": split}
             if points:

@@ -29,6 +29,12 @@ def count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}".replace(",", NBSP)
 
 
+def milliseconds(seconds: float) -> str:
+    """Write a time in milliseconds with three digits that say something, where it has them."""
+    ms = 1e3 * seconds
+    return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
+
+
 def of_total(number: int, total: int) -> str:
     """Write a count and its share of a total: 3 000 (75.0 %)."""
     return f"{count(number)} ({percent(number / total if total else None)})"

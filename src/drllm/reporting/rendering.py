@@ -63,8 +63,7 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
     environment = _environment(autoescape)
     values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
     values |= {"narrow": NARROW, "wide": WIDE, "table": Table.made, "listing": Listing}
-    written = ("NONE", "percent", "plain", "signed", "count", "of_total", "label", "difference")
-    values |= {name: getattr(numbers, name) for name in written}
+    values |= {name: value for name, value in vars(numbers).items() if name[0] != "_"}
 
     def part(section: Section, **macros: Any) -> str:
         own = environment.get_template(section.template)

@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 
 from drllm.errors import RecordError
 from drllm.records import results
-from drllm.records.codec import decode, encode, read_json, read_json_lines, read_text, sha256
+from drllm.records.codec import read_json, read_json_lines, read_text, sha256
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
@@ -32,11 +32,13 @@ class Source:
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `routers/metrics.jsonl`: the metrics of one split after one epoch."""
+    """One line of `routers/metrics.jsonl`: what is shown of one split after one epoch."""
 
     epoch: int
     split: Literal["train", "validation"]
-    values: dict[str, float | None]
+    macro_f1: float | None = None
+    accuracy: float | None = None
+    routers_loss: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,13 +160,8 @@ def _read_routers(run: Run) -> None:
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
         run.calibration = calibration_of(run.router_config, str(path))
     if run.has("routers/metrics.jsonl", "their metrics"):
-        path = folder / "metrics.jsonl"
-        found = []
-        for line, row in read_json_lines(path, dict[str, Any]):
-            named = {name: row.pop(name) for name in ("epoch", "split") if name in row}
-            epoch = encode({**named, "values": row})
-            found.append(decode(epoch, Epoch, f"{path}, line {line}"))
-        run.epochs = sorted(found, key=lambda epoch: epoch.epoch)
+        epochs = [epoch for _, epoch in read_json_lines(folder / "metrics.jsonl", Epoch)]
+        run.epochs = sorted(epochs, key=lambda epoch: epoch.epoch)
     missed = "the routers layer by layer" if run.epochs else ""
     if run.has(f"routers/{LAYERS_FILE}", missed):
         run.layers = read_json(folder / LAYERS_FILE, Layers)

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 from drllm import metrics
@@ -144,25 +143,17 @@ def learned(run: Run) -> list[Section]:
 def _searched(run: Run) -> dict[str, Any]:
     counts = summarise(run.search, (), {})
     targets = [record.optimal_layer_config for record in run.supervision]
-    lengths = sorted(map(num_executions, targets))
-
     return {
-        "searched": run.search,
+        "run": run,
         "counts": counts,
         # A supervision file of somebody else's has no summary; the search says all but the rejects.
         "summary": run.summary or counts | {"rejected": {}},
-        "paths": fmean(len(record.paths) for record in run.search) if run.search else 0,
-        "seconds": sum(record.seconds for record in run.search),
         "edits": {
             "Skipping": edit_effects(run.search, Decision.SKIP, MIN_QUESTIONS),
             "Repeating": edit_effects(run.search, Decision.REPEAT, MIN_QUESTIONS),
         },
-        "targets": targets,
-        "improving": sum(record.improving for record in run.supervision),
-        "lengths": lengths,
-        "mean": fmean(lengths) if lengths else 0,
+        "lengths": sorted(map(num_executions, targets)),
         "labels": [sum(of_one) for of_one in zip(*class_counts(targets), strict=True)],
-        "num_layers": run.num_layers,
     }
 
 
@@ -170,9 +161,9 @@ def _routers(run: Run) -> Section:
     layers = run.layers
     known = layers.parts[layers.judged] if layers else {}
     scores = {name: ratios(counts) for name, counts in known.items()}
-    last = {epoch.split: epoch.values for epoch in run.epochs}
+    last = {epoch.split: epoch for epoch in run.epochs}
     told = [
-        f"{split}, last epoch: macro-F1 {plain(last[split].get('macro_f1'), 3)}"
+        f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
         for split in (TRAIN, VALIDATION)
         if split in last
     ]
@@ -186,11 +177,10 @@ def _routers(run: Run) -> Section:
     )
     settings = (run.router_config.get("training") or {}).get("settings") or {}
     values = {
-        "layers": layers,
+        "run": run,
         "verdict": f"{metrics.verdict(layers.parts)} {metrics.by_layer(known)}" if layers else "",
         "scores": scores,
         "held_out": VALIDATION in last,
-        "calibration": run.calibration,
         "is_folded": settings.get("calibrate") is True,
     }
     return Section("Router metrics", [curves], 2, True, "routers.j2", values)

@@ -225,17 +225,18 @@ def choose(
     if not cheaper:
         return replace(choice, obstacle="There is no setting that runs fewer layers than base")
     discordant = sum(won_lost(cheaper[0].correct, base.correct)) / n
-    smallest, with_power = (
-        100 * loss for loss in smallest_certifiable(n, discordant, limits.confidence)
-    )
+    losses = smallest_certifiable(n, discordant, limits.confidence)
+    smallest, with_power = (100 * loss for loss in losses)
+    too_little = f"Less than {limits.epsilon:g} points is too little at n = {n}"
     choice = replace(
-        choice, smallest=smallest, smallest_with_power=with_power, discordant=discordant
+        choice,
+        smallest=smallest,
+        smallest_with_power=with_power,
+        discordant=discordant,
+        obstacle=_guessing(base, chance) or (too_little if limits.epsilon <= smallest else None),
     )
-    obstacle = _guessing(base, chance)
-    if obstacle is None and limits.epsilon <= smallest:
-        obstacle = f"Less than {limits.epsilon:g} points is too little at n = {n}"
-    if obstacle is not None:
-        return replace(choice, obstacle=obstacle)
+    if choice.obstacle is not None:
+        return choice
     trials: list[Trial] = []
     for each in cheaper:
         trials.append(_try(base, each, choice, seed))

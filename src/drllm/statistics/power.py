@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,25 +31,15 @@ HALVINGS = 17
 """Of the range of a share, which is found to a thousandth of a point, from above."""
 
 
-class Certifiable(NamedTuple):
-    """The smallest loss that so many questions could exclude, as a share of them.
-
-    `if_equal` holds if as many are won as lost; `with_power` for a system that loses nothing, with
-    the probability asked for over other questions (1 where no loss could be excluded).
-    """
-
-    if_equal: float
-    with_power: float
-
-
 def smallest_certifiable(
     n: int, discordant: float, confidence: float = 0.95, power: float = POWER
-) -> Certifiable:
-    """Return the smallest loss ε that a non-inferiority test could exclude at this n.
+) -> tuple[float, float]:
+    """Return the smallest losses ε, shares of n, that a non-inferiority test could exclude.
 
-    For a system that in truth is as good as the other, with a one-sided bound of this confidence
-    (see `paired.maximum_loss`). Where the share of different answers is an estimate, so is the
-    result. An ε above it can be certified, one equal to it can't.
+    The first holds if as many are won as lost, the second for a system that in truth loses nothing,
+    with the probability `power` over other questions (1 where no loss could be excluded); both with
+    a one-sided bound of this confidence (see `paired.maximum_loss`). Where the share of different
+    answers is an estimate, so are they. An ε above one can be certified, one equal to it can't.
 
     Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
     """
@@ -66,7 +56,7 @@ def smallest_certifiable(
         return float(probabilities[distance > z * deviation].sum()) >= power
 
     _, found = bisect(is_enough, 0.0, 1.0, HALVINGS)
-    return Certifiable(if_equal, found if is_enough(1.0) else 1.0)
+    return if_equal, found if is_enough(1.0) else 1.0
 
 
 def questions_to_certify(discordant: float, epsilon: float, confidence: float = 0.95) -> int:

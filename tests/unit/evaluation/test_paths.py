@@ -267,11 +267,11 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
 def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_path, monkeypatch):
     asked, ask = [], systems.TaskRun._ask
 
-    def once(self, block, first, plans):
+    def once(self, block, draws):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(first.path)
-        return ask(self, block, first, plans)
+        asked.append(draws[0])
+        return ask(self, block, draws)
 
     few = {"limit": 2, "num_texts": 2}
     monkeypatch.setattr(systems.TaskRun, "_ask", once)
@@ -280,9 +280,9 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
     changed = {**PATHS, "four": StaticPath([0, 1, 4, 5])}
     with pytest.raises(ConfigError, match=r"made with paths four steps"):
         run(base, tmp_path, changed, **few)
-    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *a: asked.append(a[2].path) or ask(*a))
+    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *a: asked.append(a[2][0]) or ask(*a))
     run(base, tmp_path, **few)
-    assert asked == [None, *PATHS.values()]
+    assert asked[1:] == [*PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):
         run(base, tmp_path, changed, **few)
 

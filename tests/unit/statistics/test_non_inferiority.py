@@ -123,12 +123,14 @@ def test_it_is_said_whether_worked_answers_were_looked_at_and_whose_questions_th
 
 def test_the_smallest_certifiable_loss_is_said_first():
     choice = chosen([point(24, won=20, lost=20), point(27)])
-    certifiable = smallest_certifiable(N, 6 / N)  # that of the setting which is tried first
-    assert choice.smallest == pytest.approx(100 * certifiable.if_equal)
+    if_equal, with_power = smallest_certifiable(
+        N, 6 / N
+    )  # that of the setting which is tried first
+    assert choice.smallest == pytest.approx(100 * if_equal)
     first = choice.sentences()[0]
     assert first.startswith("400 questions, 1.5 % of them answered differently, can certify a loss")
-    assert f"below {100 * certifiable.if_equal:.2f} points at best" in first
-    assert f"below {100 * certifiable.with_power:.2f} points with 80 % probability" in first
+    assert f"below {100 * if_equal:.2f} points at best" in first
+    assert f"below {100 * with_power:.2f} points with 80 % probability" in first
 
 
 def test_less_than_n_can_certify_is_not_tried():

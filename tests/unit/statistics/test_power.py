@@ -35,10 +35,10 @@ def share_certified(n, discordant, epsilon, seed=0):
 
 @pytest.mark.parametrize(("n", "discordant"), [(60, 0.1), (200, 0.05), (200, 0.3)])
 def test_the_smallest_loss_is_certified_as_often_as_it_says(n, discordant):
-    found = smallest_certifiable(n, discordant)
-    assert share_certified(n, discordant, found.with_power) > 0.8 - NOISE
+    _, with_power = smallest_certifiable(n, discordant)
+    assert share_certified(n, discordant, with_power) > 0.8 - NOISE
     # Outcomes are whole questions, so half a question less must cost power.
-    assert share_certified(n, discordant, found.with_power - 0.5 / n) < 0.8 + NOISE
+    assert share_certified(n, discordant, with_power - 0.5 / n) < 0.8 + NOISE
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_the_smallest_loss_is_certified_as_often_as_it_says(n, discordant):
     [(150, 0, 0), (150, 30, 15), (101, 3, 2), (7, 7, 3)],  # rounded up, to no more than there are
 )
 def test_a_loss_seen_as_nothing_is_not_certified_at_the_smallest(n, different, half):
-    assert smallest_certifiable(n, different / n).if_equal == maximum_loss(half, half, n)
+    assert smallest_certifiable(n, different / n)[0] == maximum_loss(half, half, n)
 
 
 def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
     z = 1.6448536269514722
-    found = smallest_certifiable(500, 0.0)
-    assert found.if_equal == pytest.approx(z * z / (500 + z * z))
-    assert found.with_power == pytest.approx(found.if_equal, abs=1e-5)
+    if_equal, with_power = smallest_certifiable(500, 0.0)
+    assert if_equal == pytest.approx(z * z / (500 + z * z))
+    assert with_power == pytest.approx(if_equal, abs=1e-5)
 
 
 @pytest.mark.parametrize("discordant", [0.0, 0.05, 0.2, 0.4])
@@ -65,13 +65,13 @@ def test_as_many_questions_as_a_loss_needs_could_certify_about_that_loss(discord
 
 
 def test_more_questions_and_fewer_different_answers_certify_less_loss():
-    few, many = smallest_certifiable(100, 0.2), smallest_certifiable(1000, 0.2)
-    alike = smallest_certifiable(1000, 0.02)
-    assert few.if_equal > many.if_equal > alike.if_equal
-    assert few.with_power > many.with_power > alike.with_power
-    assert smallest_certifiable(1, 1.0).with_power == 1.0  # nothing can be excluded
-    assert smallest_certifiable(1000, 0.2, confidence=0.99).if_equal > many.if_equal
-    assert smallest_certifiable(1000, 0.2, power=0.95).with_power > many.with_power
+    settings = ((100, 0.2), (1000, 0.2), (1000, 0.02))
+    if_equal, with_power = zip(*(smallest_certifiable(*each) for each in settings), strict=True)
+    assert if_equal[0] > if_equal[1] > if_equal[2]
+    assert with_power[0] > with_power[1] > with_power[2]
+    assert smallest_certifiable(1, 1.0)[1] == 1.0  # nothing can be excluded
+    assert smallest_certifiable(1000, 0.2, confidence=0.99)[0] > if_equal[1]
+    assert smallest_certifiable(1000, 0.2, power=0.95)[1] > with_power[1]
 
 
 @pytest.mark.parametrize(

@@ -48,33 +48,70 @@ Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
 """Returns how good each of several candidates is; the larger the better."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """What baselines may be fitted on, never what is reported on; empty is what isn't there.
 
-    Prompts are the token ids of each calibration prompt, `[N]`; questions are the same with their
-    options, where they have any, and golds say which of these are right. The search log is that of
-    the training questions, the supervision holds the routers' own targets.
+    Prompts are the token ids of each calibration prompt of the named task, `[N]`; questions are the
+    same with their options, where they have any, and golds say which of these are right. The search
+    log is that of the training questions, the supervision holds the routers' own targets.
+
+    `remember`, given the name of a measure, candidates and the measure itself, returns what it
+    gives, asking it unless that is known: by far the longest part of fitting.
     """
 
     routed: RoutedModel
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]] = ()
     questions: Sequence[Question] = ()
     golds: Sequence[int] = ()
     search: Sequence[SearchRecord] = ()
     supervision: Sequence[SupervisionRecord] = ()
+    name: str = ""
+    remember: Callable[[str, Sequence[Decisions], Measure], list[float]] = (
+        lambda _, candidates, measure: measure(candidates)
+    )
+
+    def measure(self, kind: str) -> Measure:
+        """Return a measure of candidates, in nats, that remembers what it found.
+
+        `loss` is the mean log-probability of a token of the calibration prompts, but their first
+        ones; `answers` that of the gold options, of the options and not of the text. ModelError
+        where that of the full path isn't finite; other decisions are the worst then.
+
+        Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
+            log-probability (D-18).
+        """
+
+        def measure(unknown: Sequence[Decisions]) -> list[float]:
+            import numpy as np
+
+            from drllm.models.scoring.packing import Question
+            from drllm.tuning.judge import Item, Judge
+            from drllm.tuning.parts import GOLD, LOSS
+
+            texts = [Question(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
+            weights, objective = [len(text.continuations[0]) for text in texts], LOSS
+            items = list(map(Item, texts))
+            if kind == "answers":
+                items = list(map(Item, self.questions, self.golds))
+                weights, objective = [1] * len(items), GOLD
+            judge = Judge(self.routed, items, objective, STATE_CACHE_GB)
+            paths = [StaticPath(to_path(decisions)) for decisions in unknown]
+            values = judge.scores(paths).objective  # [N][Q]
+            means: list[float] = np.average(values, axis=1, weights=weights).tolist()
+            return means
+
+        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, measure)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How a system decides on a task's questions: by a plan `[Q, L]`, a policy, or a path for all.
+    """How a system decides on a task's questions: a plan `[Q, L]`, a policy, or a path for all.
 
     `note` is what a reader should know beyond the description; a part of a sentence.
     """
 
-    plan: Tensor | None = None
-    policy: Policy | None = None
-    path: StaticPath | None = None
+    decides: Tensor | Policy | StaticPath
     note: str = ""
 
 
@@ -100,13 +137,19 @@ class Baseline(ABC):
     is_drawn: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
 
-    def __init__(self, fitted: FittedBaselines) -> None:
-        self.fitted = fitted
-        self.routed = fitted.routed
-        self.num_layers = fitted.routed.num_layers
+    def __init__(self, routed: RoutedModel, read: Callable[[], Material]) -> None:
+        self.routed, self.num_layers = routed, routed.num_layers
+        self._read = read
+
+    @functools.cached_property
+    def material(self) -> Material:
+        """What it is fitted on, read when it is first needed."""
+        return self._read()
 
     def obstacle(self, executions: float) -> str | None:
         """Say why the baseline can't be had at given mean executions; None if it can."""
+        if self.needs and not getattr(self.material, self.needs[0]):
+            return f"it needs {self.needs[1]}"
         return None
 
     @abstractmethod
@@ -127,72 +170,6 @@ def register(kind: Kind) -> Kind:
     line = (inspect.getdoc(kind) or "").partition("\n")[0]
     kind.description = line[:1].lower() + line[1:].removesuffix(".")
     return BASELINES.register(kind.name)(kind)
-
-
-@dataclass(eq=False)
-class FittedBaselines:
-    """The baselines of one routed model on one task, fitted once and asked for any executions.
-
-    They are fitted on the named task's questions, which `prepare` gives when they are first needed.
-    `remember`, given the name of a measure, candidates and the measure itself, returns what it
-    gives, asking it unless that is known: by far the longest part of fitting.
-    """
-
-    name: str
-    prepare: Callable[[], Material]
-    routed: RoutedModel
-    remember: Callable[[str, Sequence[Decisions], Measure], list[float]]
-
-    def __post_init__(self) -> None:
-        self._baseline = functools.cache(lambda name: BASELINES.get(name)(self))
-
-    @functools.cached_property
-    def material(self) -> Material:
-        """What baselines are fitted on."""
-        return self.prepare()
-
-    def obstacle(self, name: str, executions: float) -> str | None:
-        """Say why a baseline can't be had at given mean executions; None if it can."""
-        baseline = self._baseline(name)
-        if baseline.needs and not getattr(self.material, baseline.needs[0]):
-            return f"it needs {baseline.needs[1]}"
-        return baseline.obstacle(executions)
-
-    def at(self, name: str, routes: Tensor, generator: torch.Generator) -> Drawn:
-        """Return how a baseline decides on some questions; see `Baseline.at`."""
-        return self._baseline(name).at(routes, generator)
-
-    def measure(self, kind: str) -> Measure:
-        """Return a measure of candidates, in nats, that remembers what it found.
-
-        `loss` is the mean log-probability of a token of the calibration prompts, but their first
-        ones; `answers` that of the gold options, of the options and not of the text. ModelError
-        where that of the full path isn't finite; other decisions are the worst then.
-
-        Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
-            log-probability (D-18).
-        """
-
-        def measure(unknown: Sequence[Decisions]) -> list[float]:
-            import numpy as np
-
-            from drllm.models.scoring.packing import Question
-            from drllm.tuning.judge import Item, Judge
-            from drllm.tuning.parts import GOLD, LOSS
-
-            texts = [Question(ids[:1], [ids[1:]]) for ids in self.material.prompts if len(ids) > 1]
-            weights, objective = [len(text.continuations[0]) for text in texts], LOSS
-            items = list(map(Item, texts))
-            if kind == "answers":
-                items = list(map(Item, self.material.questions, self.material.golds))
-                weights, objective = [1] * len(items), GOLD
-            judge = Judge(self.routed, items, objective, STATE_CACHE_GB)
-            paths = [StaticPath(to_path(decisions)) for decisions in unknown]
-            values = judge.scores(paths).objective  # [N][Q]
-            means: list[float] = np.average(values, axis=1, weights=weights).tolist()
-            return means
-
-        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, measure)
 
 
 def executions_of(routes: Tensor) -> float:

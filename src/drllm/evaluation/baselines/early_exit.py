@@ -37,14 +37,14 @@ class ConfidenceExit(Baseline):
         from drllm.models.scoring.logit_lens import LogitLens
 
         lens = LogitLens(self.routed)
-        return lens, confidences(self.routed, lens, self.fitted.material.prompts)
+        return lens, confidences(self.routed, lens, self.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the exit policy."""
         lens, measured = self.measured
         found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
         return Drawn(
-            policy=ExitPolicy(lens, found.value),
+            ExitPolicy(lens, found.value),
             note=f"exits above a confidence of {found.value:.4f}",
         )
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import (
     CALIBRATION,
     CHOICE,
@@ -41,7 +40,7 @@ class LayerDropping(Baseline):
     def obstacle(self, executions: float) -> str | None:
         """Say so if fewer executions are wanted than layers are kept."""
         if executions >= min(self.num_kept, self.num_layers):
-            return None
+            return super().obstacle(executions)
         return (
             f"it keeps {self.num_kept} layers at least, and the routed model has "
             f"{executions:.2f} executions"
@@ -113,7 +112,7 @@ class BlockInfluence(LayerDropping):
     @cached_property
     def by_influence(self) -> list[int]:
         """All layers, the least influential first."""
-        return order_by_influence(block_influence(self.routed, self.fitted.material.prompts))
+        return order_by_influence(block_influence(self.routed, self.material.prompts))
 
     def dropped(self, number: int) -> Sequence[int]:
         """Return the least influential layers; the most influential one stays."""
@@ -123,10 +122,13 @@ class BlockInfluence(LayerDropping):
 class _ByMeasure(LayerDropping):
     measure = ""
 
-    @cached_property
-    def dropped(self) -> Greedy:
-        """The greedy order, as far as it was asked for."""
-        return Greedy(self.fitted.measure(self.measure), self.num_layers)
+    _order: Sequence[int] = ()
+
+    def dropped(self, number: int) -> Sequence[int]:
+        """Return the first layers of the greedy order, which is kept as far as it was asked for."""
+        measure, known = self.material.measure(self.measure), self._order
+        self._order = greedy(measure, self.num_layers, number, known)
+        return self._order[:number]
 
 
 @register
@@ -167,17 +169,12 @@ def mixture(
     """Give each question one of two decisions `[L]`, drawn, at given mean executions, `[Q, L]`.
 
     The mean is as near to that wanted as Q questions allow: within half the difference of the two,
-    divided by Q. ConfigError for executions that don't lie between those of the two.
+    divided by Q. The executions lie between those of the two.
     """
     import torch
 
     first, second = sorted((one, other), key=num_executions)
     low, high = num_executions(first), num_executions(second)
-    if not low <= executions <= high:
-        raise ConfigError(
-            f"{executions:g} executions are wanted of a mixture of {low} and {high}; give a number "
-            f"from {low} to {high}"
-        )
     share = (executions - low) / (high - low) if high > low else 0.0
     takes_second = torch.randperm(num_questions, generator=generator) < round(share * num_questions)
     return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))
@@ -229,26 +226,23 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
 
 
-class Greedy:
-    """An order of dropping layers, found as far as it is asked for.
+def greedy(
+    measure: Measure,
+    num_layers: int,
+    number: int,
+    known: Sequence[int] = (),
+    keep: Sequence[int] = (),
+) -> list[int]:
+    """Return the order in which so many layers are dropped, or all that can be; `known` begins it.
 
     A step measures the drop of every layer that is left at once; of equal layers the deepest goes.
     One layer is always left, and those in `keep` are.
 
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
     """
-
-    def __init__(self, measure: Measure, num_layers: int, keep: Sequence[int] = ()) -> None:
-        self.measure = measure
-        self.num_layers = num_layers
-        self.layers: list[int] = []  # those dropped so far, in order
-        self._left = [layer for layer in reversed(range(num_layers)) if layer not in keep]
-
-    def __call__(self, number: int) -> list[int]:
-        """Return the first layers that are dropped, `number` of them or all that can be."""
-        while len(self.layers) < min(number, self.num_layers - 1) and self._left:
-            candidates = [without([*self.layers, each], self.num_layers) for each in self._left]
-            found = self.measure(candidates)
-            best = found.index(max(found))  # the first of equal ones
-            self.layers.append(self._left.pop(best))
-        return self.layers[:number]
+    order = list(known)
+    left = [layer for layer in reversed(range(num_layers)) if layer not in {*keep, *order}]
+    while len(order) < min(number, num_layers - 1) and left:
+        found = measure([without([*order, each], num_layers) for each in left])
+        order.append(left.pop(found.index(max(found))))  # the first of equal ones
+    return order

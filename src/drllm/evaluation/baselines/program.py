@@ -40,7 +40,9 @@ class BestProgramBaseline(Baseline):
 
     def obstacle(self, executions: float) -> str | None:
         """Say so if the log's programs can't be mixed to these executions."""
-        records = self.fitted.material.search
+        if missing := super().obstacle(executions):
+            return missing
+        records = self.material.search
         L = records[0].num_layers
         tried = {path.decisions for record in records for path in record.paths}
         if tried <= {full_decisions(L)}:
@@ -55,8 +57,8 @@ class BestProgramBaseline(Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the mixture of program and full path."""
-        wanted, material = executions_of(routes), self.fitted.material
-        measure = self.fitted.measure("answers" if material.questions else "loss")
+        wanted, material = executions_of(routes), self.material
+        measure = material.measure("answers" if material.questions else "loss")
         program, full_share = best_program(material.search, measure, wanted)
         return Drawn(
             mixture(program, full_decisions(self.num_layers), wanted, len(routes), generator),

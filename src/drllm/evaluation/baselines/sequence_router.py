@@ -48,7 +48,7 @@ class SequenceRouterBaseline(Baseline):
         from drllm.models.base.prompts import encode
         from drllm.models.routers.logistic import fit_logistic
 
-        material, tokenizer = self.fitted.material, self.routed.tokenizer
+        material, tokenizer = self.material, self.routed.tokenizer
         prompts = [encode(tokenizer, each.prompt) for each in material.supervision]
         inputs = first_inputs(self.routed, prompts)
         labels = torch.tensor([each.optimal_layer_config for each in material.supervision])
@@ -59,7 +59,7 @@ class SequenceRouterBaseline(Baseline):
         """Return the router's policy."""
         router, inputs = self.trained
         bias = find_bias(router, inputs, executions_of(routes)).value
-        return Drawn(policy=SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
+        return Drawn(SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
 
 
 class SequenceRouterPolicy(Policy):

@@ -66,11 +66,6 @@ class HarnessTask:
     not_asked: dict[str, str] = field(default_factory=dict)
 
     @property
-    def num_questions(self) -> int:
-        """How many are asked."""
-        return len(self.examples)
-
-    @property
     def chance(self) -> float:
         """Accuracy of guessing, the mean over the questions; 0 for generated answers."""
         if self.kind == "generated":

@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from inspect import signature
@@ -188,7 +187,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         )
         self.shared_counts = self.scorer.counts
         self._contexts: list[str] = []
-        self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
+        # Which policy decides on the answers to a batch's prompts.
+        self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
 
     @classmethod
@@ -270,22 +270,13 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     # --- generated answers ---
 
-    @contextmanager
-    def deciding(self, policy_of: Callable[[list[str]], Policy]) -> Iterator[None]:
-        """Let another policy decide on generated answers, by the prompts of a batch."""
-        before, self._policy_of = self._policy_of, policy_of
-        try:
-            yield
-        finally:
-            self._policy_of = before
-
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """Encode prompts, and remember whose routes come next."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self.routed.using(self._policy_of(self._contexts)):
+        with self.routed.using(self.policy_of(self._contexts)):
             output = super()._model_generate(context, *args, **kwargs)
         copies = len(self.routed.last_route) // len(self._contexts)
         routes = self.routed.last_route[::copies]

@@ -38,6 +38,7 @@ Answer: TypeAlias = tuple[float, bool]
 
 Plan: TypeAlias = Mapping[Any, Decisions]
 """Decisions by question."""
+Decides: TypeAlias = Policy | Plan | StaticPath
 
 STATE_CACHE_GB = 1.0
 """For states that the paths of a batch share; nothing is kept beyond a batch."""
@@ -158,15 +159,17 @@ class RequestScorer:
     def score(
         self,
         requests: Sequence[Request],
-        decides: Policy | Plan,
+        decides: Decides,
         *,
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> tuple[list[Answer], dict[Hashable, Decisions]]:
-        """Return the answer to each request, and each question's one route; see `asked`.
+        """Return the answer to each request, and each question's one route, if no path is given.
 
         `on_progress` is called with the number of continuations that were scored.
         """
+        if isinstance(decides, StaticPath):
+            return self.score_plans(requests, [decides])[0], {}
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
         routes: dict[Hashable, Decisions] = {}

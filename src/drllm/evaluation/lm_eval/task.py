@@ -15,7 +15,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from drllm.errors import ModelError, TaskError, nearest_name
+from drllm.errors import TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import HarnessTask, name_for_harness
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Answer, Request
@@ -53,17 +53,14 @@ class AskedTask:
     ) -> None:
         self.written = written
         self._lm = lm
-        self._tasks: dict[str, Any] = {}
         self.keys: list[Key] = []
         self.instances: list[list[Instance]] = []
         self.docs: list[Mapping[str, Any]] = []
+        if isinstance(source, Path):
+            source = _loaded(f"{source / written.harness_name}.yaml")
+        self._tasks = {name: source[name] for name in written.leaves}
         # The harness and `datasets` tell how they read a task, in bars of their own.
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
-            if isinstance(source, Path):
-                manager = TaskManager(include_path=str(source), include_defaults=False)
-                self._tasks |= manager.load([written.harness_name])["tasks"]
-            else:
-                self._tasks |= {name: source[name] for name in written.leaves}
             for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
@@ -111,11 +108,8 @@ class AskedTask:
         """The same as tokens."""
         return [self._lm.tok_encode(prompt) for prompt in self.prompts()]
 
-    def gold(self, place: int) -> int:
-        """Return which option of the question at a place is right, the first of several."""
-        return self._golds(place)[0]
-
-    def _golds(self, place: int) -> list[int]:
+    def golds(self, place: int) -> list[int]:
+        """Return which options of the question at a place are right, one at least."""
         name, _ = self.keys[place]
         if found := golds_of(self._tasks[name], self.docs[place]):
             return found
@@ -129,7 +123,7 @@ class AskedTask:
         solution), which alone is predicted.
         """
         if self.has_options:
-            request = self._lm.request_of(self.instances[place][self.gold(place)])
+            request = self._lm.request_of(self.instances[place][self.golds(place)[0]])
             tokens = [*request.context, *request.continuation]
             return Request(self.keys[place], tokens[:1], tokens[1:])
         name, doc_id = self.keys[place]
@@ -138,15 +132,6 @@ class AskedTask:
         first = answer[0] if isinstance(answer, list) else answer
         args = str(self.instances[place][0].args[0]), task.config.target_delimiter + str(first)
         return self._lm.request_of(Instance("loglikelihood", {}, args, 0, (name, doc_id, 1)))
-
-    def check(self, place: int, answers: Sequence[Answer]) -> None:
-        """Refuse log-probabilities of the question at a place that are not finite."""
-        for logprob, _ in answers:
-            if not math.isfinite(logprob):
-                raise ModelError(
-                    f"a log-probability of question {self.ids[place]} is {logprob}; load the model "
-                    f"with --dtype float32"
-                )
 
     def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[dict[str, float]]:
         """Return, for each question, what the harness says of its answers: metrics by name."""
@@ -181,7 +166,7 @@ class AskedTask:
     def gold_logprob(self, place: int, answers: Sequence[Answer | str]) -> float:
         """Return the gold option's log-probability among the options of a question, in nats."""
         sums = [answer[0] for answer in answers if not isinstance(answer, str)]
-        first, *others = (log_share(sums, gold) for gold in self._golds(place))
+        first, *others = (log_share(sums, gold) for gold in self.golds(place))
         return math.log(sum(map(math.exp, (first, *others)))) if others else first
 
 

@@ -49,7 +49,13 @@ def some_prompts():
 @pytest.fixture(scope="session")
 def material_of():
     """A function that returns the questions, their prompts and gold options for a model."""
-    return lambda routed: Material(routed, [each.context for each in QUESTIONS], QUESTIONS, GOLDS)
+    return lambda routed: Material(
+        routed=routed,
+        prompts=[each.context for each in QUESTIONS],
+        questions=QUESTIONS,
+        golds=GOLDS,
+        name="own",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +65,8 @@ def material(routed, material_of):
 
 @pytest.fixture(scope="session")
 def without_a_model():
-    """A function that returns what baselines are made from that only know the number of layers."""
-    return lambda num_layers: SimpleNamespace(routed=SimpleNamespace(num_layers=num_layers))
+    """A function that makes a baseline that only knows the number of layers."""
+    return lambda kind, num_layers: kind(SimpleNamespace(num_layers=num_layers), lambda: None)
 
 
 @pytest.fixture(scope="session")

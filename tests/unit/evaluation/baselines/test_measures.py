@@ -1,5 +1,6 @@
 """What candidates are measured by: the same whatever batches the questions fall into."""
 
+import dataclasses
 import random
 from statistics import fmean
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.base import FittedBaselines, Material
+from drllm.evaluation.baselines.base import BASELINES, Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
@@ -26,14 +27,8 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(judge, "BLOCK_SIZE", 2)
 
 
-def measured(material, kind):
-    """A measure that remembers nothing."""
-    ask = lambda _, candidates, measure: measure(candidates)  # noqa: E731
-    return FittedBaselines("own", lambda: material, material.routed, ask).measure(kind)
-
-
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
-    found = measured(material, "answers")(PLANS)
+    found = material.measure("answers")(PLANS)
     assert found == pytest.approx([slow_gold_logprob(to_path(p)) for p in PLANS], abs=TOLERANCE)
     assert max(found) - min(found) > 100 * TOLERANCE
 
@@ -41,7 +36,7 @@ def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_l
 def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
     rng = random.Random(0)
     texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30, 1)]
-    found = measured(Material(routed, texts), "loss")(PLANS)
+    found = Material(routed=routed, prompts=texts).measure("loss")(PLANS)
     for plan, value in zip(PLANS, found, strict=True):
         plain = ListedModel(model, plan)
         logprobs = [each for text in texts[:3] for each in plain.each(text[:1], text[1:])]
@@ -52,7 +47,8 @@ def test_numbers_of_the_full_path_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama(num_layers=4)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     questions = [Question([5, 6], [[7], [8]])]
-    measure = measured(Material(RoutedModel(model), [], questions, [0]), "answers")
+    routed = RoutedModel(model)
+    measure = Material(routed=routed, questions=questions, golds=[0]).measure("answers")
     assert measure([(1, 0, 1, 1)])[0] < 0
     with pytest.raises(ModelError, match="--dtype float32"):
         measure([(1, 1, 1, 1)])
@@ -68,10 +64,11 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
         return known[key]
 
     def plans():
-        of_task = FittedBaselines("arc", lambda: material, routed, remember)
+        known_too = dataclasses.replace(material, name="arc", remember=remember)
         routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
         names = ("greedy by loss", "greedy by answers")
-        return [of_task.at(name, routes, torch.Generator().manual_seed(0)) for name in names]
+        rng = torch.Generator().manual_seed(0)
+        return [BASELINES.get(name)(routed, lambda: known_too).at(routes, rng) for name in names]
 
     def measured_again(*_):
         raise AssertionError
@@ -80,4 +77,4 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
     monkeypatch.setattr(judge, "Judge", measured_again)
     for first, again in zip(before, plans(), strict=True):
-        assert torch.equal(again.plan, first.plan)
+        assert torch.equal(again.decides, first.decides)
