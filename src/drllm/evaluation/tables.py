@@ -42,7 +42,7 @@ DESCRIPTIONS = {
 }
 SHOWN = (BASE, ROUTED)
 """Systems whose answers are kept; the texts of all are many."""
-FROM_TASK = ("kind", "metric", "num_fewshot", "not_asked", "chance")
+FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
 
@@ -184,7 +184,6 @@ class TaskRuns:
             task=written.name,
             split=self.config.split_of(written.name),
             **{name: getattr(written, name) for name in FROM_TASK},
-            num_questions=len(self.systems[0].correct),
             num_layers=self.num_layers,
             systems=tuple(table),
             curve=self.curve(),

@@ -66,6 +66,11 @@ class HarnessTask:
     not_asked: dict[str, str] = field(default_factory=dict)
 
     @property
+    def num_questions(self) -> int:
+        """How many are asked."""
+        return len(self.examples)
+
+    @property
     def chance(self) -> float:
         """Accuracy of guessing, the mean over the questions; 0 for generated answers."""
         if self.kind == "generated":
@@ -189,17 +194,13 @@ def task_folder(
             rows = [row for row, reason in not_asked.items() if reason == why]
             more = ", …" if len(rows) > NAMED else ""
             notes.append(f"not asked: {len(rows)} ({', '.join(rows[:NAMED])}{more}), since {why}")
-        lines, examples = _lines(task, entry, left), _lines(task, entry, shown)
+        lines = {ASKED: _lines(task, entry, left), SHOWN: _lines(task, entry, shown)}
         settings = dict(entry.settings)
         if entry.generated:
-            settings |= _lengths(entry, lines, examples, shots, max_length, notes)
-        parts = sorted({part for part, _ in lines})
+            settings |= _lengths(entry, lines, shots, max_length, notes)
         leaves = {}
-        for part in parts:
-            own = {
-                use: [row for place, row in each if place == part]
-                for use, each in ((ASKED, lines), (SHOWN, examples))
-            }
+        for part in sorted({part for part, _ in lines[ASKED]}):
+            own = {use: [row for at, row in each if at == part] for use, each in lines.items()}
             if shots > (most := len(own[SHOWN])):
                 raise TaskError(
                     f"task {task.name!r}{f' ({part})' if part else ''} has {most} worked examples "
@@ -252,17 +253,17 @@ def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list
 
 def _lengths(
     entry: Harness,
-    asked: Sequence[Line],
-    shown: Sequence[Line],
+    lines: Mapping[str, Sequence[Line]],
     shots: int,
     max_length: int | None,
     notes: list[str],
 ) -> dict[str, Any]:
     """Return how long generated answers may be, where the task file doesn't say so itself."""
-    given = wanted = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in asked)
+    given = wanted = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in lines[ASKED])
     if max_length is not None:
         # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
-        longest = max(map(_bytes, asked)) + shots * max(map(_bytes, shown), default=0)
+        asked, shown = (max(map(_bytes, lines[use]), default=0) for use in (ASKED, SHOWN))
+        longest = asked + shots * shown
         given = min(wanted, room_for_answer(longest, max_length))
     if given < wanted:
         notes.append(

@@ -53,9 +53,6 @@ class AskedTask:
     ) -> None:
         self.written = written
         self._lm = lm
-        self.keys: list[Key] = []
-        self.instances: list[list[Instance]] = []
-        self.docs: list[Mapping[str, Any]] = []
         if isinstance(source, Path):
             source = _loaded(f"{source / written.harness_name}.yaml")
         self._tasks = {name: source[name] for name in written.leaves}
@@ -72,11 +69,14 @@ class AskedTask:
                     chat_template=lm.apply_chat_template if chat else None,
                     tokenizer_name=lm.tokenizer_name if chat else "",
                 )
-        for name, task in self._tasks.items():
-            for doc_id, instances in itertools.groupby(task.instances, lambda each: each.doc_id):
-                self.keys.append((name, doc_id))
-                self.instances.append(sorted(instances, key=lambda each: each.idx))
-                self.docs.append(self.instances[-1][0].doc)
+        groups = (
+            group
+            for task in self._tasks.values()
+            for _, group in itertools.groupby(task.instances, lambda each: each.doc_id)
+        )
+        self.instances = [sorted(group, key=lambda each: each.idx) for group in groups]
+        self.keys = [(first.task_name, first.doc_id) for first, *_ in self.instances]
+        self.docs = [first.doc for first, *_ in self.instances]
 
     @property
     def has_options(self) -> bool:
