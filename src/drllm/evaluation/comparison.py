@@ -115,9 +115,10 @@ class Shared:
 
         The harness' own tasks need no folder. An evaluation of other questions isn't resumed.
         """
-        config, folder, places = self.config, self.output / TASKS_FOLDER / f"{use}{split}", None
+        config, source = self.config, self.output / TASKS_FOLDER / f"{use}{split}"
         if isinstance(task, StockTask):
-            written, places = task.asked(limit, config.seed, config.num_fewshot)
+            written = task.asked(limit, config.seed, config.num_fewshot)
+            asked = AskedTask(written, task.tasks, self.lm, chat=config.chat)
         else:
             [written], files = task_folder(
                 [task],
@@ -128,9 +129,8 @@ class Shared:
                 num_fewshot=config.num_fewshot,
                 max_length=self.lm.max_length,
             )
-            files.write(folder)
-        source = task.tasks if isinstance(task, StockTask) else folder
-        asked = AskedTask(written, source, self.lm, chat=config.chat, places=places)
+            files.write(source)
+            asked = AskedTask(written, source, self.lm, chat=config.chat)
         questions = f"{written.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": asked.digest()})
         return asked

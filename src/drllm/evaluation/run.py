@@ -108,7 +108,11 @@ def evaluate(
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
     )
-    for path in by_name.values():
+    for name, path in by_name.items():
+        if name in (BASE, ROUTED) or name in BASELINES:
+            raise PathError(
+                f"a path is called {name!r}, as another system is; give it another name"
+            )
         if isinstance(path, PathFile):
             _refuse_chosen_on(path, found, config)
     with ExitStack() as stack:
@@ -122,7 +126,12 @@ def evaluate(
                 )
             given = [model.routers] if model.routers is not None else []
         base = stack.enter_context(unrouted(model, tokenizer, listener))
-        checked = check_paths(by_name, base.identity)
+        checked = {
+            name: path.check(base.identity["num_layers"])
+            if isinstance(path, StaticPath)
+            else path.path_of(base.identity)
+            for name, path in by_name.items()
+        }
         records = (path.record for path in by_name.values() if isinstance(path, PathFile))
         tuned_on = {task for record in records if record is not None for task in record.tasks}
         results = Results(
@@ -225,23 +234,6 @@ def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateCon
                 f"{config.split_of(task.name)} holds questions that its paths were chosen on; "
                 f"evaluate them on test"
             )
-
-
-def check_paths(
-    named: Mapping[str, StaticPath | PathFile], model: Mapping[str, Any]
-) -> dict[str, StaticPath]:
-    """Return paths by name; PathError for one that the model can't run or another's name."""
-    for name in named:
-        if name in (BASE, ROUTED) or name in BASELINES:
-            raise PathError(
-                f"a path is called {name!r}, as another system is; give it another name"
-            )
-    return {
-        name: path.check(model["num_layers"])
-        if isinstance(path, StaticPath)
-        else path.path_of(model)
-        for name, path in named.items()
-    }
 
 
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:

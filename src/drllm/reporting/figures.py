@@ -54,12 +54,13 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     """
     ours = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
     looks = {**LOOKS, ours: LOOKS[ROUTED]}
-    found = places(evaluation)
+    found, base = places(evaluation), evaluation.base
     others = {name: points for name, points in found.items() if name != BASE}
     height = max(0.42 * width, 1.2 + LINE * 1.25 * len(others), 3.0)
     figure, (axes,) = panels(1, 1, width, height)
-    ends = [each.executions for points in found.values() for each in points]
-    left, right = min([*ends, evaluation.num_layers - 0.5]), max(ends)
+    every = [each for points in found.values() for each in points]
+    right = max(each.executions for each in every)
+    left = min(evaluation.num_layers - 0.5, *(each.executions for each in every))
     names = {
         name: f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
         for name, points in others.items()
@@ -68,12 +69,10 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     share = min(0.6, (LETTER * max(map(len, names.values()), default=0) + 0.3) / (width - 0.6))
     room = (right - left) * share / (1 - share)
     axes.set_xlim(left - room, right + 0.03 * (right - left + room))
-    intervals = (each.interval for points in found.values() for each in points)
-    heights = [100 * end for interval in intervals for end in interval]
-    heights += [100 * evaluation.chance] * (evaluation.chance > 0)
-    low, high = min(heights), max(heights)
-    space = 0.06 * (high - low) or 1.0
-    low, high = max(low - space, -3.0), min(high + space, 103.0)
+    levels = [100 * evaluation.chance] if evaluation.chance > 0 else []
+    heights = [100 * end for each in every for end in each.interval] + levels
+    space = 0.06 * (max(heights) - min(heights)) or 1.0
+    low, high = max(min(heights) - space, -3.0), min(max(heights) + space, 103.0)
     label_places: list[float] = []
     for _ in range(3):  # the room that labels take depends on the range, which depends on them
         line = LINE * (high - low) / (height - 0.6)
@@ -81,17 +80,20 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         low = min([low, *(y - line for y in label_places)])
         high = max([high, *(y + line / 2 for y in label_places)])
     axes.set_ylim(low, high)
+
+    def at(each: System | Point) -> tuple[float, float]:
+        return each.executions, 100 * each.accuracy
+
     at_level: dict[str, Any] = {"color": colours["faint"], "linewidth": 0.8, "zorder": 0}
-    axes.hlines(100 * evaluation.base.accuracy, left, right, **at_level)
+    axes.hlines(100 * base.accuracy, left, right, **at_level)
     beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
-    if evaluation.chance > 0:
-        axes.hlines(100 * evaluation.chance, left, right, linestyle=":", **at_level)
-        at = (right, 100 * evaluation.chance)
-        axes.annotate("chance", at, (0, 2), color=colours["faint"], **beside)
+    for level in levels:
+        axes.hlines(level, left, right, linestyle=":", **at_level)
+        axes.annotate("chance", (right, level), (0, 2), color=colours["faint"], **beside)
     for (name, points), place in zip(others.items(), label_places, strict=True):
         colour, marker = looks.get(name, ("faint", "D"))
         stands_out = name in looks
-        xs, ys = zip(*((each.executions, 100 * each.accuracy) for each in points), strict=True)
+        xs, ys = zip(*map(at, points), strict=True)
         look: dict[str, Any] = {"color": colours[colour], "zorder": 2 + stands_out + (name == ours)}
         axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ours else 4.5, **look)
         edge = left - 0.09 * room
@@ -99,23 +101,19 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         look = {"fontweight": "bold" if name == ours else "normal", "ha": "right"}
         ink = colours[colour if stands_out else "ink"]
         axes.text(edge - 0.015 * room, place, names[name], color=ink, va="center", **look)
-    base = evaluation.base
-    axes.plot(base.executions, 100 * base.accuracy, "o", color=colours["s0"], ms=7, zorder=4)
+    axes.plot(*at(base), "o", color=colours["s0"], ms=7, zorder=4)
     for name in (ours, BASE):
         for each in found.get(name, ()):
             low, high = (100 * end for end in each.interval)
-            colour = colours[looks[name][0]]
-            axes.vlines([each.executions], [low], [high], color=colour, linewidth=1.8)
+            axes.vlines(each.executions, low, high, color=colours[looks[name][0]], linewidth=1.8)
     inches = (width - 0.6) / (right - left + room)  # that one layer takes
     for each, after in itertools.pairwise(found.get(STATIC, ())):
         if (after.executions - each.executions) * inches > (1.2 if after is base else 0.6):
-            at = (each.executions, 100 * each.accuracy)
             align = "left" if each.executions == left else "center"  # left are the labels
             look = {"color": colours[looks[STATIC][0]], "ha": align}
-            axes.annotate(each.name, at, (3, 5), textcoords="offset points", **look)
+            axes.annotate(each.name, at(each), (3, 5), textcoords="offset points", **look)
     said = f"base  {100 * base.accuracy:.1f} %"
-    at = (base.executions, 100 * base.accuracy)
-    axes.annotate(said, at, (-7, 5), color=colours["s0"], fontweight="bold", **beside)
+    axes.annotate(said, at(base), (-7, 5), color=colours["s0"], fontweight="bold", **beside)
     ticks = [tick for tick in axes.get_xticks() if left - 0.06 * (right - left) <= tick <= right]
     axes.set_xticks(ticks or [evaluation.num_layers])
     axes.grid(visible=False, axis="x")

@@ -52,6 +52,7 @@ class HarnessTask:
         examples: The questions that are asked, over all parts.
         notes: What a reader of results must know.
         not_asked: Rows of the set that aren't asked: id → why.
+        places: Of the harness' own tasks, which questions of each are asked.
     """
 
     name: str
@@ -64,6 +65,7 @@ class HarnessTask:
     num_fewshot: int
     notes: tuple[str, ...]
     not_asked: dict[str, str] = field(default_factory=dict)
+    places: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_questions(self) -> int:

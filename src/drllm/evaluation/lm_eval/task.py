@@ -38,8 +38,8 @@ PREFERRED = ("acc", "exact_match")
 class AskedTask:
     """The questions of one task, as the harness renders them: `keys`, requests and rows of each.
 
-    The source is the folder that the task was written to, or the harness' own tasks, of which the
-    questions at some places are asked. With `chat` worked examples are turns.
+    The source is the folder that the task was written to, or the harness' own tasks. With `chat`
+    worked examples are turns.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class AskedTask:
         lm: RoutedLM,
         *,
         chat: bool,
-        places: Mapping[str, list[int]] | None = None,
     ) -> None:
         self.written = written
         self._lm = lm
@@ -61,7 +60,7 @@ class AskedTask:
             for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
-                    samples=places[name] if places else None,
+                    samples=written.places.get(name),
                     rank=0,
                     world_size=1,
                     apply_chat_template=chat,
@@ -218,10 +217,8 @@ class StockTask(Task):
             )
         return [example for _, _, example in self._examples]
 
-    def asked(
-        self, limit: int | None, seed: int, num_fewshot: int | None
-    ) -> tuple[HarnessTask, dict[str, list[int]]]:
-        """Return the task, and by name of its parts which of their questions are asked."""
+    def asked(self, limit: int | None, seed: int, num_fewshot: int | None) -> HarnessTask:
+        """Return the task with the questions that are asked, and as many worked examples."""
         drawn, shots = choose(self._examples, limit, seed), []
         places: dict[str, list[int]] = {}
         for leaf, place, _ in drawn:
@@ -230,7 +227,7 @@ class StockTask(Task):
             shots.append(self._shots[leaf] if num_fewshot is None else num_fewshot)
             self.tasks[leaf].set_config("num_fewshot", shots[-1])
         [first, *_] = self.tasks.values()
-        written = HarnessTask(
+        return HarnessTask(
             name=self.name,
             harness_name=self.name,
             leaves={leaf: len(own) for leaf, own in places.items()},
@@ -240,8 +237,8 @@ class StockTask(Task):
             examples=tuple(example for *_, example in drawn),
             num_fewshot=max(shots),
             notes=("asked as lm-evaluation-harness has it, on the questions that it reports",),
+            places=places,
         )
-        return written, places
 
     def _example(self, leaf: str, place: int, doc: Mapping[str, Any]) -> Example:
         """Return a question as far as results show it."""
