@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,9 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import TIMED_TOKENS, write_latency
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
-from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.models.routing.routed_model import RoutedModel, detach, unrouted
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
@@ -116,8 +115,8 @@ def evaluate(
         if isinstance(path, PathFile):
             _refuse_chosen_on(path, found, config)
     with ExitStack() as stack:
-        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-        check_output(folder)
+        output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        check_output(output)
         if isinstance(model, RoutedModel):
             if given:
                 raise ConfigError(
@@ -134,87 +133,72 @@ def evaluate(
         }
         records = (path.record for path in by_name.values() if isinstance(path, PathFile))
         tuned_on = {task for record in records if record is not None for task in record.tasks}
-        results = Results(
-            _evaluate(base, found, config, folder, given, checked, tuned_on, listener)
-        )
-    results.folder = None if output_dir is None else folder
-    return results
+        loaded: dict[Path, RouterStack] = {}
+        for number, each in enumerate(given):
+            folder = output / "routers" / str(number)
+            if isinstance(each, RouterStack):
+                save_routers(each, folder)
+            else:
+                folder = Path(each)
+            loaded[folder] = load_routers(folder)
+        first = next(iter(loaded), None)
+        trained = None if first is None else loaded[first]
+        asked_by = trained and trained.config.training.get("rewards")
+        if isinstance(asked_by, list) and asked_by and OPTIONS_REWARD not in asked_by:
+            listener.note(
+                f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, "
+                f"the evaluation asks by {OPTIONS_REWARD}; to have both alike, search with "
+                f"--reward {OPTIONS_REWARD}"
+            )
+        hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in loaded}
+        if len(set(hashes.values())) < len(given):
+            raise ConfigError(
+                "the same routers are given twice, and would count as another seed; give each once"
+            )
+        header = {
+            **new_manifest(
+                "evaluation",
+                model=base.identity,
+                config=config.to_dict(),
+                inputs=[folder / WEIGHTS_FILE for folder in loaded],
+            ),
+            "runtime": base.runtime,
+            "routers": first and str(first),
+            "routers_sha256": first and hashes[first],
+            "paths": {name: steps_to_write(path) for name, path in checked.items()},
+            "other_seeds": {str(folder): hashes[folder] for folder in loaded if folder != first},
+        }
+        for file in results_in(output):
+            refuse_other_run(
+                f"the evaluation in {file}",
+                _identity(msgspec.structs.asdict(read_evaluation(file))),
+                _identity(header),
+                "choose another --output-dir, or delete the old results",
+            )
+        for each in loaded.values():
+            check_routers(base.model, each)
+            each.to(base.model.device)
+        # Only here, since they load the harness, which an installation without `eval` lacks.
+        from drllm.evaluation.comparison import Comparison, Shared
+        from drllm.evaluation.lm_eval.model import RoutedLM
 
-
-def _evaluate(
-    base: BaseModel,
-    tasks: Sequence[Task],
-    config: EvaluateConfig,
-    output: Path,
-    given: Sequence[Routers],
-    paths: Mapping[str, StaticPath],
-    tuned_on: Collection[str],
-    listener: Listener,
-) -> tuple[Evaluation, ...]:
-    routers = {}
-    for number, each in enumerate(given):
-        folder = output / "routers" / str(number) if isinstance(each, RouterStack) else Path(each)
-        if isinstance(each, RouterStack):
-            save_routers(each, folder)
-        routers[folder] = load_routers(folder)
-    first = next(iter(routers), None)
-    trained = None if first is None else routers[first]
-    asked_by = trained and trained.config.training.get("rewards")
-    if isinstance(asked_by, list) and asked_by and OPTIONS_REWARD not in asked_by:
-        listener.note(
-            f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, the "
-            f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
-            f"{OPTIONS_REWARD}"
-        )
-    hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in routers}
-    if len(set(hashes.values())) < len(given):
-        raise ConfigError(
-            "the same routers are given twice, and would count as another seed; give each once"
-        )
-    header = {
-        **new_manifest(
-            "evaluation",
-            model=base.identity,
-            config=config.to_dict(),
-            inputs=[folder / WEIGHTS_FILE for folder in routers],
-        ),
-        "runtime": base.runtime,
-        "routers": first and str(first),
-        "routers_sha256": first and hashes[first],
-        "paths": {name: steps_to_write(path) for name, path in paths.items()},
-        "other_seeds": {str(folder): hashes[folder] for folder in routers if folder != first},
-    }
-    for path in results_in(output):
-        refuse_other_run(
-            f"the evaluation in {path}",
-            _identity(msgspec.structs.asdict(read_evaluation(path))),
-            _identity(header),
-            "choose another --output-dir, or delete the old results",
-        )
-    for stack in routers.values():
-        check_routers(base.model, stack)
-        stack.to(base.model.device)
-    # Only here, since they load the harness, which an installation without `eval` lacks.
-    from drllm.evaluation.comparison import Comparison, Shared
-    from drllm.evaluation.lm_eval.model import RoutedLM
-
-    lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
-    with ExitStack() as attached:
-        attached.callback(lm.routed.detach)
-        shared = Shared(lm, routers, paths, tuned_on, tasks, config, output)
-        with only_writer(output, "evaluation", "--output-dir"):
-            shared.chunks.open()
-            with listener.busy("reading the questions"):
-                comparisons = [Comparison(shared, task) for task in tasks]
-            timed = TIMED_TOKENS * config.latency_rounds if routers else 0
-            shared.plan(timed)
-            with listener.progress("evaluating", "") as shared.on_progress:
-                done = [comparison.run() for comparison in comparisons]
-                attached.close()
-                with shared.doing("measuring time", timed):
-                    write_latency(base, first, trained, shared.prompts, config, output)
-            results = _write(done, header, output)
-            shared.chunks.remove()
+        lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
+        stack.callback(detach, base.model)
+        shared = Shared(lm, loaded, checked, tuned_on, found, config, output)
+        stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
+        shared.chunks.open()
+        with listener.busy("reading the questions"):
+            comparisons = [Comparison(shared, task) for task in found]
+        timed = TIMED_TOKENS * config.latency_rounds if loaded else 0
+        shared.plan(timed)
+        with listener.progress("evaluating", "") as shared.on_progress:
+            done = [comparison.run() for comparison in comparisons]
+            detach(base.model)
+            with shared.doing("measuring time", timed):
+                write_latency(base, first, trained, shared.prompts, config, output)
+        results = Results(_write(done, header, output))
+        shared.chunks.remove()
+    results.folder = None if output_dir is None else output
     return results
 
 

@@ -66,9 +66,10 @@ def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
 
 def sections(run: Run, evaluation: Result) -> list[Section]:
     """Return the plot, the table of systems, the certified choice, routes and changed answers."""
-    found = [Section("Accuracy over layers run", [_plot(evaluation)])]
-    values = {"evaluation": evaluation}
-    found.append(Section("Systems", template="table.j2", values=values))
+    found = [
+        Section("Accuracy over layers run", [_plot(evaluation)]),
+        Section("Systems", template="table.j2", values={"evaluation": evaluation}),
+    ]
     if choice := evaluation.choice:
         *sentences, verdict = choice.sentences()
         found.append(

@@ -458,7 +458,6 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         lm.routed.detach()
     assert read.routes == [routes]
     assert len(set(routes)) > 1, "the sample must be a test"
-    assert read.executions == pytest.approx(sum(map(sum, routes)) / 8)
     for place, (prompt, route) in enumerate(zip(asked.prompts(), routes, strict=True)):
         context, answer = encode(base.tokenizer, prompt), asked.text(place).continuation
         expected = loss_along(base, route, context, answer)

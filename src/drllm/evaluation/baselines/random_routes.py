@@ -66,7 +66,8 @@ class RandomDecisions(Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return each row's decisions in random order."""
-        return Drawn(random_like(routes, generator))
+        order = routes.double().uniform_(generator=generator).argsort(dim=1)
+        return Drawn(routes.gather(1, order))
 
 
 @register
@@ -97,7 +98,7 @@ class LabelFrequency(Baseline):
                 f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
                 f"{expected:.2f} where the routed model has {wanted:.2f}"
             )
-        return Drawn(label_frequency(frequencies, len(routes), generator), note=note)
+        return Drawn(label_frequency(frequencies, len(routes), generator), note)
 
 
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,12 +121,6 @@ def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
 def share_unchanged(routes: Tensor, others: Tensor) -> float:
     """Return the share of questions whose decisions `[Q, L]` are the same in both."""
     return float((routes == others).all(dim=1).double().mean())
-
-
-def random_like(routes: Tensor, generator: torch.Generator) -> Tensor:
-    """Return routes `[Q, L]`, each row's decisions in random order."""
-    order = routes.double().uniform_(generator=generator).argsort(dim=1)
-    return routes.gather(1, order)
 
 
 def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:

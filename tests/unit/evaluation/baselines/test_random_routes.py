@@ -2,16 +2,17 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drllm.errors import CheckpointError
 from drllm.evaluation.baselines.random_routes import (
+    RandomDecisions,
     expected_executions,
     label_frequency,
     permuted,
-    random_like,
     share_unchanged,
     tilted,
 )
@@ -19,6 +20,12 @@ from drllm.evaluation.baselines.random_routes import (
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def random_like(routes, generator):
+    return (
+        RandomDecisions(SimpleNamespace(num_layers=8), lambda: None).at(routes, generator).decides
+    )
 
 
 def random_routes(questions=30):
