@@ -20,7 +20,6 @@ from drllm.evaluation.baselines.base import (
     depths,
     named,
 )
-from drllm.evaluation.baselines.random_routes import share_unchanged
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -355,11 +354,7 @@ class Comparison:
             generator = torch.Generator().manual_seed(self.config.seed)
             baseline = self.shared.baseline(name, self.source.name)
             drawn = [baseline.at(routes, generator) for _ in range(num_draws)]
-            system = self.questions.run(name, drawn, routed.setting, keep)
-            if name == PERMUTED:
-                plans = [each.decides for each in drawn if isinstance(each.decides, torch.Tensor)]
-                system.unchanged = [share_unchanged(routes, plan) for plan in plans]
-            return system
+            return self.questions.run(name, drawn, routed.setting, keep)
 
         cost = self.questions.num_tokens * num_draws
         return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)

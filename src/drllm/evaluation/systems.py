@@ -52,7 +52,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: float = 0.0
 
 
-class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SystemRun(msgspec.Struct, kw_only=True):
     """One system's outcomes on a task, by question; the mean over draws, or of the first one.
 
     Attributes:
@@ -67,7 +67,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         seconds: Wall time of the first draw, measured block by block and added up.
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
-        unchanged: For each draw of permuted routes, the share of questions that kept their route.
     """
 
     name: str
@@ -82,7 +81,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     seconds: float = 0.0
     executions: float = 0.0
     decode_executions: float | None = None
-    unchanged: list[float] = []
     notes: list[str] = []
 
     @property

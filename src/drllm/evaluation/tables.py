@@ -6,6 +6,7 @@ Every difference is a `Verdict`, and the findings are their sentences.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import eq
 from statistics import fmean
 from typing import Any
 
@@ -89,6 +90,10 @@ class TaskRuns:
             names = ("description", "source", "fitted_on", "reads_question")
             about = {name: getattr(baseline, name) for name in names}
         flops, kv = self._cost(system)
+        unchanged = None
+        if system.name == PERMUTED:
+            own = self.trained[1].routes[0]
+            unchanged = fmean(fmean(map(eq, own, routes)) for routes in system.routes)
         return System(
             name=system.name,
             **about,
@@ -99,7 +104,7 @@ class TaskRuns:
             draws=max(1, len(system.routes)),
             prompt_flops=flops,
             kv_bytes_per_token=kv,
-            unchanged_routes=_mean(system.unchanged),
+            unchanged_routes=unchanged,
         )
 
     def _cost(self, system: SystemRun) -> tuple[Flops | None, float | None]:

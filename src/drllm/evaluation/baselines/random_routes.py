@@ -104,8 +104,8 @@ class LabelFrequency(Baseline):
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
     """Return routes `[Q, L]` in another order, all orders without a fixed place equally likely.
 
-    A question may still receive the decisions it had, if another question had the same route;
-    `share_unchanged` says how often. A single question keeps its route.
+    A question may still receive the decisions it had, if another question had the same route. A
+    single question keeps its route.
     """
     import torch
 
@@ -116,11 +116,6 @@ def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
     while Q > 1 and bool((order == places).any()):
         order = torch.randperm(Q, generator=generator)
     return routes[order]
-
-
-def share_unchanged(routes: Tensor, others: Tensor) -> float:
-    """Return the share of questions whose decisions `[Q, L]` are the same in both."""
-    return float((routes == others).all(dim=1).double().mean())
 
 
 def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
