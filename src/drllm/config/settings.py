@@ -300,7 +300,6 @@ class EvaluateConfig(Settings):
         chat: ask through the tokenizer's chat template
         paths: static paths: files; of a paths.json all but the full one, or the named one
         baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
-        search: search.jsonl, for baselines that are fitted on it
         supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
         curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
         epsilon: points of accuracy; finds the cheapest depth or path shown to lose less
@@ -330,7 +329,6 @@ class EvaluateConfig(Settings):
     chat: bool = setting(False)
     paths: str | None = basic(None, value="FILE[:NAME],...")
     baselines: str = basic("quick", value="NAMES")
-    search: str | None = setting(None, value="FILE")
     supervision: str | None = setting(None, value="FILE")
     curve: str | None = basic(None, value="X,X,...")
     epsilon: float | None = setting(None, above=0.0, maximum=100.0)

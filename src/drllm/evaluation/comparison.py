@@ -39,7 +39,6 @@ from drllm.paths import StaticPath
 from drllm.records.codec import sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
 from drllm.records.resume import Chunks
-from drllm.records.search import read_search
 from drllm.records.supervision import read_supervision
 from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
@@ -90,11 +89,9 @@ class Shared:
         self.baseline = functools.cache(
             lambda name, source: BASELINES.get(name)(lm.routed, lambda: self.material(source))
         )
-        search, targets = config.search, config.supervision
-        self._search = [] if search is None else read_search(Path(search))
-        self._targets = [] if targets is None else read_supervision(Path(targets))
-        logs = [Path(name) for name in (search, targets) if name is not None]
-        files = [folder / WEIGHTS_FILE for folder in routers] + logs
+        targets = [] if config.supervision is None else [Path(config.supervision)]
+        self._targets = [record for file in targets for record in read_supervision(file)]
+        files = [folder / WEIGHTS_FILE for folder in routers] + targets
         self.chunks = Chunks(
             output / PARTIAL_FOLDER,
             {
@@ -191,7 +188,6 @@ class Shared:
             prompts=asked.prompt_tokens,
             questions=[*questions.values()],
             golds=[asked.golds(place)[0] for place in questions],
-            search=self._search,
             supervision=self._targets,
             name=name,
             remember=remember,

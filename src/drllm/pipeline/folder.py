@@ -21,7 +21,7 @@ import msgspec
 
 from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.base import files_needed
+from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
@@ -279,8 +279,8 @@ class RunFolder:
         from drllm.evaluation.run import evaluate
 
         ours: dict[str, Any] = {}
-        for name in files_needed(config.baselines):  # the run's own, unless others are given
-            ours[name] = getattr(config, name) or str(getattr(self, f"{name}_file"))
+        if needs_targets(config.baselines):  # the run's own, unless others are given
+            ours["supervision"] = config.supervision or str(self.supervision_file)
         if tuned:
             ours["paths"] = config.paths or str(self.paths_file)
         config = dataclasses.replace(config, **ours)

@@ -37,7 +37,7 @@ SWEPT = ("supervise", "train")
 FOR_CHOICE = ("limit", "limits", "num_texts")
 """Settings of the evaluation that may differ where the settings of a sweep are judged."""
 CHOSEN_ON = "select"
-_IDLE = "splits search supervision epsilon worked_answers max_loss_increase num_random_draws"
+_IDLE = "splits supervision epsilon worked_answers max_loss_increase num_random_draws"
 ALONE: dict[str, Any] = {
     **dict.fromkeys(_IDLE.split()),
     "split": CHOSEN_ON,

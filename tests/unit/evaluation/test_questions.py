@@ -46,7 +46,7 @@ def test_depths_are_never_chosen_on_the_split_that_is_reported():
         ({"baselines": "none"}, False),
         ({"baselines": "none", "curve": "0.1"}, True),
         ({"baselines": "block-influence"}, True),
-        ({"baselines": "best-program"}, True),
+        ({"baselines": "greedy-by-loss"}, True),
         ({"baselines": "sequence-router"}, False),
     ],
 )

@@ -20,7 +20,6 @@ from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, unknown_name
 from drllm.paths import Decisions, StaticPath, to_path
-from drllm.records.search import SearchRecord
 from drllm.records.supervision import SupervisionRecord
 from drllm.registry import Registry
 
@@ -37,11 +36,8 @@ ROUTES = "nothing but the routed model's own routes on these questions"
 CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
-PROGRAMS = f"the search log, then {CHOICE}"
-QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
+QUESTIONS = (CALIBRATION, CHOICE)
 """What is fitted on questions of the split that settings are chosen on."""
-FILES = ("search", "supervision")
-"""Settings that name files which baselines are fitted on; `Material` has their content."""
 STATE_CACHE_GB = 1.0
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
@@ -53,8 +49,8 @@ class Material:
     """What baselines may be fitted on, never what is reported on; empty is what isn't there.
 
     Prompts are the token ids of each calibration prompt of the named task, `[N]`; questions are the
-    same with their options, where they have any, and golds say which of these are right. The search
-    log is that of the training questions, the supervision holds the routers' own targets.
+    same with their options, where they have any, and golds say which of these are right. The
+    supervision holds the routers' own targets.
 
     `remember`, given the name of a measure, candidates and the measure itself, returns what it
     gives, asking it unless that is known: by far the longest part of fitting.
@@ -64,7 +60,6 @@ class Material:
     prompts: Sequence[Sequence[int]] = ()
     questions: Sequence[Question] = ()
     golds: Sequence[int] = ()
-    search: Sequence[SearchRecord] = ()
     supervision: Sequence[SupervisionRecord] = ()
     name: str = ""
     remember: Callable[[str, Sequence[Decisions], Measure], list[float]] = (
@@ -210,10 +205,9 @@ def dashed(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def files_needed(baselines: str) -> list[str]:
-    """Return the settings whose files some of the baselines of a comma list are fitted on."""
-    wanted = [BASELINES.get(name).needs for name in named(baselines)]
-    return [file for file in FILES if any(needs and needs[0] == file for needs in wanted)]
+def needs_targets(baselines: str) -> bool:
+    """Tell whether some of the baselines of a comma list are fitted on the routers' targets."""
+    return any((BASELINES.get(name).needs or [""])[0] == "supervision" for name in named(baselines))
 
 
 def check(config: EvaluateConfig) -> None:
@@ -230,8 +224,10 @@ def check(config: EvaluateConfig) -> None:
             f"--epsilon {config.epsilon:g} has no effect without --curve or --paths; give one of "
             f"them, or leave it out"
         )
-    using = {file: [b for b in every if b.needs and b.needs[0] == file] for file in FILES}
-    using = {"num_random_draws": [each for each in every if each.is_drawn], **using}
+    using = {
+        "num_random_draws": [each for each in every if each.is_drawn],
+        "supervision": [each for each in every if needs_targets(each.name)],
+    }
     for setting, users in using.items():
         value = getattr(config, setting)
         if value is not None and not set(users) & set(asked):

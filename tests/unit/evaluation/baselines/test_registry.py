@@ -10,14 +10,14 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import (
     check,
-    files_needed,
     named,
+    needs_targets,
     ordered,
 )
 
 NAMES = [
     *("permuted routes", "random decisions", "label frequency", "last layers", "evenly spaced"),
-    *("block influence", "greedy by loss", "greedy by answers", "best program", "confidence exit"),
+    *("block influence", "greedy by loss", "greedy by answers", "confidence exit"),
     "sequence router",
 ]
 
@@ -32,7 +32,7 @@ def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
 def test_baselines_are_listed_without_torch():
     code = (
         "import sys\nfrom drllm.evaluation.baselines.base import ordered\n"
-        "assert len(ordered()) == 11\nassert 'torch' not in sys.modules"
+        "assert len(ordered()) == 10\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
@@ -43,11 +43,11 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest():
 
 
 def test_files_are_asked_for_where_a_baseline_is_fitted_on_them():
-    assert files_needed("quick") == []
-    assert files_needed("all") == ["search", "supervision"]
-    check(EvaluateConfig(baselines="best-program", search="search.jsonl"))
+    assert not needs_targets("quick")
+    assert needs_targets("all")
+    check(EvaluateConfig(baselines="sequence-router", supervision="x"))
     with pytest.raises(ConfigError, match=r"--supervision x has no effect .* sequence-router"):
-        check(EvaluateConfig(baselines="best-program", supervision="x"))
+        check(EvaluateConfig(baselines="block-influence", supervision="x"))
 
 
 def test_draws_that_no_baseline_has_a_use_for_are_refused():
