@@ -192,9 +192,11 @@ class StockTask(Task):
         shared = [metric for metric in metrics[0] if all(metric in each for each in metrics)]
         wanted = "multiple_choice (options) or generate_until (answers) with a metric in common"
         if len(kinds) > 1 or not kinds <= KINDS.keys() or not shared:
+            fit = [leaf for leaf, task in self.tasks.items() if task.OUTPUT_TYPE in KINDS]
+            alone = f"; name one of {', '.join(fit)}" if fit and len(self.tasks) > 1 else ""
             raise TaskError(
                 f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; 'evaluate' takes "
-                f"{wanted}; 'drllm lm-eval run --model drllm' has the rest"
+                f"{wanted}{alone}; 'drllm lm-eval run --model drllm' has the rest"
             )
         forbidden = ("UNSAFE_CODE", "MULTIMODAL")
         if any(getattr(task, each, False) for task in self.tasks.values() for each in forbidden):
@@ -270,8 +272,12 @@ _of_the_harness = functools.cache(TaskManager)
 def _loaded(name: str) -> dict[str, Any]:
     """Return the harness' tasks that a name stands for, with their questions."""
     with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
-        if name.endswith(".yaml") and Path(name).is_file():  # a group there names its neighbours
-            manager = TaskManager(include_path=Path(name).parent, include_defaults=False)
+        if name.endswith(".yaml") and (file := Path(name)).is_file():
+            # All of its folder, since a group there names its neighbours; and by its name there,
+            # since a group that is loaded by its path has its list of tasks for a name.
+            manager = TaskManager(include_path=file.parent, include_defaults=False)
+            places = {str(each.yaml_path): own for own, each in manager.task_index.items()}
+            name = places.get(str(file), name)
         elif name not in (manager := _of_the_harness()).task_index:
             raise TaskError(
                 f"{nearest_name('task', name, {*task_names(), *manager.task_index})}; 'drllm ls "

@@ -128,6 +128,21 @@ def test_what_an_evaluation_does_not_do_is_refused_by_name(changes, message, tas
         StockTask(task_file(OPTIONS, **changes))
 
 
+def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_path):
+    for settings in (OPTIONS, {**OPTIONS, "task": "again"}, GENERATED):
+        task_file(settings)
+
+    def group(*names):
+        path = tmp_path / "group.yaml"
+        path.write_text(yaml.safe_dump({"group": "both", "task": [*names]}))
+        return StockTask(str(path))
+
+    asked = group("larger", "again").asked(None, 0, None)
+    assert asked.leaves == {"larger": 12, "again": 12}
+    with pytest.raises(TaskError, match="name one of larger, says"):
+        group("larger", "says")
+
+
 def test_nothing_is_fitted_on_questions_that_are_reported(task_file):
     name = task_file(OPTIONS)
     for values in ({"split": "select"}, {"curve": "0.1"}):
