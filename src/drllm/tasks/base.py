@@ -130,7 +130,6 @@ class Harness:
         metric: The metric that counts, of those that the harness reports.
         filter: Which of the harness' filters of a generated text it is taken from.
         shots: Worked examples before a question unless another number is asked for.
-        only_zero_shot: Why no number can be asked for; empty where one can.
         max_new_tokens: Maximum tokens of an answer; 0 where options are scored.
         part_of: The column with the part that a row belongs to; empty for sets of one part.
         notes: What a reader of results must know.
@@ -143,7 +142,6 @@ class Harness:
     metric: str = "acc"
     filter: str = "none"
     shots: int = 0
-    only_zero_shot: str = ""
     max_new_tokens: int = 0
     part_of: str = ""
     notes: tuple[str, ...] = ()

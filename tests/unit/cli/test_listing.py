@@ -73,7 +73,7 @@ def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):
     lines = [line.split() for line in drllm("ls tasks").out.splitlines()]
     named = {line[0]: " ".join(line[1:]) for line in lines if line}
     assert named["piqa"].startswith("loglikelihood, letter")
-    assert named["truthfulqa"].startswith("only evaluated")
+    assert named["mmlu_cloze"].startswith("only evaluated")
     assert named["hellaswag"].startswith("loglikelihood ")
 
 

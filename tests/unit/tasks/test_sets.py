@@ -37,17 +37,9 @@ RAW_HELLASWAG = {
 }
 HELLASWAG = {"query": "Rest: They", "choices": [" a ", "b", "c", "d"], "label": 3}
 PIQA = {"goal": "Keep {{tea}} warm", "sol1": "Put a cosy on it.", "sol2": "Add {ice}.", "label": 0}
-AGIEVAL = {"query": "Q: Why? A:", "choices": ["(A)ice", "(B)fire"], "gold": [1]}
-GPQA = {"Question": "What is heavy?", "Correct Answer": " Lead [title] it is\n"}
-GPQA |= {f"Incorrect Answer {n}": text for n, text in enumerate(("Air", "Oil", "Cork"), start=1)}
-TRUTHFULQA = {
-    "question": "What falls?",
-    "mc1_targets": {"choices": ["Up", "Down", "Sky"], "labels": [0, 1, 0]},
-}
 WINOGRANDE = {"sentence": "Ann helps, _ is ill.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 GSM8K = {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
 DART = {"query": "Divide 1 by $7$.", "gt_ans": "\\frac{1}{7}", "level": 2}
-AIME = {"ID": "I-1", "Problem": "What is 7 times 6?", "Answer": 42}
 SQUAD = {
     "id": "row",
     "title": "Mills",
@@ -74,9 +66,6 @@ def asked(name, examples):
     return [(prompt.text, text) for prompt in prompts for text in prompt.continuations]
 
 
-OF_FOLDER = {"question": "Why?", "choices": ["ice", "fire"], "answer": 1}
-
-
 @pytest.mark.parametrize(
     ("name", "row", "question", "choices", "gold"),
     [
@@ -84,9 +73,6 @@ OF_FOLDER = {"question": "Why?", "choices": ["ice", "fire"], "answer": 1}
         ("mmlu", MMLU, AWKWARD.strip(), ("a {b}", " c", "d\n", "it's"), 3),
         ("hellaswag", HELLASWAG, "Rest: They", (" a ", "b", "c", "d"), 3),
         ("piqa", PIQA, "Keep {{tea}} warm", ("Put a cosy on it.", "Add {ice}."), 0),
-        ("agieval", AGIEVAL, "Q: Why? A:", ("(A)ice", "(B)fire"), 1),
-        ("agieval", OF_FOLDER, "Why?", ("ice", "fire"), 1),
-        ("truthfulqa", TRUTHFULQA, "What falls?", ("Down", "Up", "Sky"), 0),
         ("winogrande", WINOGRANDE, WINOGRANDE["sentence"], ("Ann", "Eve"), 1),
     ],
 )
@@ -105,8 +91,6 @@ def test_a_row_with_options_is_a_question(name, row, question, choices, gold):
         ("gsm8k", {**GSM8K, "answer": "#### not yet\n#### 0.5"}, ("0.5",)),
         ("dart-2", DART, ("\\frac{1}{7}",)),
         ("dart-3", DART, None),
-        ("aime24", AIME, ("42",)),
-        ("aime24", {"problem": "7 times 6?", "answer": " 42 "}, ("42",)),
         ("squad_v2", SQUAD, ("the Green River", "by the Green River")),
         ("squad_v2", {**SQUAD, "answers": {"text": []}}, (UNANSWERABLE,)),
     ],
@@ -124,22 +108,6 @@ def test_a_question_without_an_answer_is_right_with_the_word_that_the_prompt_ask
         assert UNANSWERABLE in prompt.text
         assert grade(prompt, "Unanswerable.") == 1.0
         assert grade(prompt, "the Green River") == 0.0
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
-def test_gpqas_options_stand_in_an_order_of_the_questions_own(order):
-    from_hub = read("gpqa_diamond", GPQA)
-    texts = [GPQA["Correct Answer"], "Air", "Oil", "Cork"]
-    row = {
-        "question": GPQA["Question"],
-        "choices": [texts[place] for place in order],
-        "answer": order.index(0),
-    }
-    assert read("gpqa_diamond", row) == from_hub
-    assert from_hub.gold is not None
-    assert from_hub.choices[from_hub.gold] == from_hub.answer == "Lead. it is"
-    golds = {read("gpqa_diamond", {**GPQA, "Question": f"{n}?"}).gold for n in range(40)}
-    assert golds == {0, 1, 2, 3}
 
 
 def test_hellaswags_raw_row_is_cleaned_as_the_harness_cleans_it():
@@ -171,18 +139,6 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("hellaswag", RAW_HELLASWAG, {"ctx_b": None}, "'ctx_b' is None; expected text"),
     ("hellaswag", RAW_HELLASWAG, {"endings": []}, "'endings' has 0 entries"),
     ("piqa", PIQA, {"label": "0"}, "'label' is '0'"),
-    ("agieval", AGIEVAL, {"gold": [2]}, "'gold' is 2; expected an index from 0 to 1"),
-    ("agieval", AGIEVAL, {"gold": []}, "'gold' is []"),
-    ("agieval", OF_FOLDER, {"answer": 2}, "'answer' is 2"),
-    ("gpqa_diamond", GPQA, {"Incorrect Answer 2": ""}, "'Incorrect Answer 2' is empty"),
-    ("gpqa_diamond", OF_FOLDER, {}, "has 2 entries"),
-    ("truthfulqa", TRUTHFULQA, {"mc1_targets": None}, "'mc1_targets' is None; expected an object"),
-    (
-        "truthfulqa",
-        TRUTHFULQA,
-        {"mc1_targets": {"choices": ["a", "b"], "labels": [1, 1]}},
-        "'labels' is [1, 1]; expected 2 of them, a single 1",
-    ),
     ("winogrande", WINOGRANDE, {"sentence": "No gap."}, "'sentence' has no gap"),
     ("winogrande", WINOGRANDE, {"sentence": "A gap _"}, "'sentence' has no gap"),
     ("winogrande", WINOGRANDE, {"answer": 2}, "'answer' is 2; expected '1' or '2'"),
@@ -190,8 +146,6 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("gsm8k", GSM8K, {"answer": "####7"}, "'answer' doesn't end in"),
     ("dart-1", DART, {"level": 6}, "'level' is 6; expected a whole number from 1 to 5"),
     ("dart-2", DART, {"level": None, "query_metadata": {}}, "'level' is None"),
-    ("aime24", AIME, {"Answer": "x + 1"}, "'Answer' is 'x + 1'; expected a whole number"),
-    ("aime24", {"problem": "?"}, {}, "'answer' is None"),
     ("squad_v2", SQUAD, {"answers": {"text": "mill"}}, "expected a list of texts"),
     ("squad_v2", SQUAD, {"answers": {"text": ["."]}}, "the answers are nothing but marks"),
     ("hellaswag", RAW_HELLASWAG, {"endings": ["a", "[step]", "c"]}, "leaves nothing of an ending"),

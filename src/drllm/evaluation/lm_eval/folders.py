@@ -156,8 +156,8 @@ def task_folder(
 
     Raises:
         ConfigError: A negative number of examples.
-        TaskError: A task named twice, questions that can't be had, none in the split, fewer
-            worked examples than asked for, or a task that can't have any.
+        TaskError: A task named twice, questions that can't be had, none in the split, or fewer
+            worked examples than asked for.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
@@ -170,11 +170,6 @@ def task_folder(
             )
         entry = entry_of(task)
         shots = entry.shots if num_fewshot is None else num_fewshot
-        if shots and entry.only_zero_shot:
-            raise TaskError(
-                f"task {task.name!r} takes no num_fewshot ({entry.only_zero_shot}); leave it out, "
-                f"or evaluate the task by itself"
-            )
         asked = choose(task.rows(split, data_dir), limit, seed)
         try:
             shown = task.shots(split, data_dir) if shots else []

@@ -14,11 +14,9 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from random import Random
 from typing import Any
 
 from drllm.errors import TaskError
-from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
 from drllm.tasks.rewards import normalise
@@ -28,7 +26,6 @@ UNANSWERABLE = "unanswerable"
 """What SQuAD's prompts ask for where the passage holds no answer."""
 DART_LEVELS = (1, 2, 3, 4, 5)
 """As MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2."""
-GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 
 logger = logging.getLogger(__name__)
 
@@ -132,84 +129,6 @@ def winogrande(row: Row) -> Example:
     return Columns("sentence", ("option1", "option2"), answers=("1", "2"))(row)
 
 
-def truthfulqa(row: Row) -> Example:
-    """Read `question` and `mc1_targets` (`choices`, `labels`: one 1, else 0).
-
-    The true option becomes the first, where the harness looks for it.
-    """
-    targets = object_of(row, "mc1_targets", "choices", "labels")
-    choices = texts_of(targets, "choices", minimum=2)
-    labels = targets.get("labels")
-    if not isinstance(labels, list) or sorted(labels) != [0] * (len(choices) - 1) + [1]:
-        raise TaskError(
-            f"'labels' is {labels!r}; expected {len(choices)} of them, a single 1 and else 0"
-        )
-    true_first = sorted(range(len(choices)), key=lambda place: not labels[place])
-    return with_options(text_of(row, "question"), tuple(choices[i] for i in true_first), 0)
-
-
-def truthfulqa_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the true option first."""
-    labels = [1] + [0] * (len(example.choices) - 1)
-    targets = {"choices": list(example.choices), "labels": labels}
-    return {"question": example.question, "mc1_targets": targets}
-
-
-def agieval(row: Row) -> Example:
-    """Read a row of the hub, or one with `question`, `choices` and `answer` (index from 0).
-
-    The hub's rows have `query` (the whole prompt), `choices` and `gold` (a list of indices, most
-    with one).
-    """
-    question, key = ("query", "gold") if "query" in row else ("question", "answer")
-    choices = texts_of(row, "choices", minimum=2)
-    golds = _golds(row)
-    for gold in golds or [row.get(key)]:
-        index_of(gold, len(choices), key)
-    return with_options(text_of(row, question), choices, golds[0])
-
-
-def agieval_columns(example: Example, row: Row) -> dict[str, Any]:
-    """Return all right options; any of several counts."""
-    return {"query": example.question, "choices": list(example.choices), "gold": _golds(row)}
-
-
-def _golds(row: Row) -> list[Any]:
-    """Return the indices of a row's right options, unchecked; none where they aren't given."""
-    golds = row.get("gold", row.get("answer"))
-    return golds if isinstance(golds, list) else [] if golds is None else [golds]
-
-
-def gpqa(row: Row) -> Example:
-    """Read a row of the hub, or one with `question`, `choices` and `answer` (index from 0).
-
-    The options stand in an order that is drawn from the question's text, the same in every run
-    and for rows of the hub and of a data folder.
-    """
-    if "choices" in row:
-        given = Columns()(row)
-    else:
-        texts = tuple(text_of(row, key) for key in GPQA_OPTIONS)
-        given = with_options(text_of(row, "Question"), texts, 0)
-    if len(given.choices) != 4:
-        raise TaskError(f"'choices' has {len(given.choices)} entries; expected 4")
-    # As lm-evaluation-harness shows them (compared in a test).
-    right, *options = (
-        text.strip().replace(" [title]", ". ").replace("  ", " ")
-        for text in (given.answer, *given.choices)
-    )
-    options.sort()
-    Random(question_key(given.question)).shuffle(options)
-    return with_options(given.question, tuple(options), options.index(right))
-
-
-def gpqa_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the options in our order."""
-    assert example.gold is not None
-    options = {f"choice{place}": text for place, text in enumerate(example.choices, start=1)}
-    return {"Question": example.question, **options, "answer": f"({'ABCD'[example.gold]})"}
-
-
 def gsm8k(row: Row) -> Example:
     """Read `question` and `answer`: a solution that ends in `#### ` and a number."""
     solution = text_of(row, "answer")
@@ -257,15 +176,6 @@ def _level(row: Row) -> Any:
     """Return a row's level as it stands there; None where it has none."""
     metadata = row.get("query_metadata")
     return row.get("level", metadata.get("level") if isinstance(metadata, Mapping) else None)
-
-
-def aime(row: Row) -> Example:
-    """Read a row of the hub (`Problem`, `Answer`), or one with `problem` and `answer`."""
-    problem, key = ("Problem", "Answer") if "Problem" in row else ("problem", "answer")
-    answer = str(row.get(key)).strip()
-    if not answer.isdecimal():
-        raise TaskError(f"{key!r} is {row.get(key)!r}; expected a whole number")
-    return Example(question=text_of(row, problem), answer=answer)
 
 
 def squad(row: Row) -> Example:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,13 +50,11 @@ class PublishedTask(Task):
         name, description, form, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
         config: The set's configuration there; None where there is only one.
-        parts: What `*` in the repository's name stands for, of a set in several repositories.
         files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
             or `own`, as `records.split_of` divides them. Other files are never read.
         read: Makes a question of a row, without its task and, where rows have none, its id; None
             for a row that is no question of this task. Raises TaskError for a row that can't be
             used, without file and line.
-        hub_files: A file's name on the hub, where it is another than in a data folder.
         shots_file: A file of worked examples, which are shown before a question and never asked.
         folder: The task's folder below a data folder, where it isn't the name.
         columns: The only columns that are needed; all unless given.
@@ -69,12 +67,10 @@ class PublishedTask(Task):
     description: str
     repository: str
     config: str | None = None
-    parts: tuple[str, ...] = ()
     files: Mapping[str, str]
     read: Callable[[Row], Example | None]
     form: Form | None = None
     harness: Harness | None = None
-    hub_files: Mapping[str, str] = field(default_factory=dict)
     shots_file: str = ""
     folder: str = ""
     columns: tuple[str, ...] = ()
@@ -168,9 +164,8 @@ class PublishedTask(Task):
         return f"questions for {', '.join(BOUNDS[self.files[file]])}"
 
     def _hub_rows(self, file: str) -> Iterable[Row]:
-        """Return the rows of a file on the hub, of all parts of the set."""
-        repositories = [self.repository.replace("*", part) for part in self.parts or ("",)]
-        rows = (row for repository in repositories for row in self._fetch(repository, file))
+        """Return the rows of a file on the hub, thinned out where the set is."""
+        rows = self._fetch(file)
         if self.thin_out is None:
             return rows
         key = self.repository, self.config, file
@@ -178,21 +173,19 @@ class PublishedTask(Task):
             _thinned[key] = self.thin_out(rows, f"{self.repository} {file}")
         return _thinned[key]
 
-    def _fetch(self, repository: str, file: str) -> Iterator[Row]:
+    def _fetch(self, file: str) -> Iterator[Row]:
         need("eval", f"fetching task {self.name!r} from the hub", "datasets")
         import datasets
 
         try:
             with quiet("huggingface_hub", "datasets"):  # the error says it in one line
-                rows = datasets.load_dataset(
-                    repository, self.config, split=self.hub_files.get(file, file)
-                )
+                rows = datasets.load_dataset(self.repository, self.config, split=file)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             # Offline, gated and missing sets are OSErrors; a configuration or split that the
             # repository or the cache lacks is a ValueError; files it can't read are the third.
             cause = " ".join(str(error).split()) or type(error).__name__
             raise TaskError(
-                f"task {self.name!r} can't fetch {file} of {repository} from the hub "
+                f"task {self.name!r} can't fetch {file} of {self.repository} from the hub "
                 f"({cause}); connect or log in (hf auth login), or give --data-dir with "
                 f"{self._place('')}/{file}.jsonl"
             ) from error

@@ -133,46 +133,6 @@ WINOGRANDE = _rows(
         "answer": str(1 + n % 2),
     }
 )
-TRUTHFULQA = _rows(
-    lambda n: {
-        "question": f"What happens on day {n}? {AWKWARD}",
-        "mc1_targets": {
-            "choices": [f"Nothing on {n}.", f"Rain on {n}.", "It {ends}."][: 2 + n % 2],
-            "labels": [1, 0, 0][: 2 + n % 2],
-        },
-        "mc2_targets": {"choices": ["Nothing.", "Rain."], "labels": [1, 0]},
-    }
-)
-AIME = _rows(lambda n: {"ID": f"I-{n}", "Problem": f"Problem {n}: {AWKWARD}", "Answer": n})
-AGIEVAL = _rows(
-    lambda n: {
-        "query": f"Q: {n}? {AWKWARD} Answer Choices: (A){n} (B)no\nA: Among A through B,",
-        "choices": [f"(A){n}", "(B)no"],
-        "gold": [n % 2],
-    }
-)
-AGIEVAL_PARTS = (
-    *("aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc"),
-    *("sat-en-without-passage", "sat-en", "sat-math"),
-)
-GPQA = _rows(
-    lambda n: {
-        "Question": f"What holds for body {n}? {AWKWARD}",
-        "Correct Answer": f" It has  mass {n}.\n",
-        "Incorrect Answer 1": f"It has [title] mass {n + 1}.",
-        "Incorrect Answer 2": f"It has no {{mass}} {n}.",
-        "Incorrect Answer 3": f"Nothing {n}.",
-        "Explanation": "It is so.",
-    }
-)
-GPQA_INDEXED = [  # as a data folder has them, the options in an order of its own
-    {
-        "question": row["Question"],
-        "choices": [row[f"Incorrect Answer {n}"] for n in (3, 1, 2)] + [row["Correct Answer"]],
-        "answer": 3,
-    }
-    for row in GPQA
-]
 
 
 def _set(hub: str, file: str, folder: str, **rows: Rows) -> PublishedSet:
@@ -200,28 +160,8 @@ def _arc(name: str, config: str) -> PublishedSet:
 CSQA = _both(lambda split: _labelled(f"csqa {split}", "ABCDE"))
 MMLU = {"dev": _mmlu("dev", 10), "validation": _mmlu("validation", NUM_QUESTIONS)}
 GSM8K = {split: _gsm8k(split) for split in ("train", "test")}
-OF_PARTS = [AGIEVAL[index :: len(AGIEVAL_PARTS)] for index in range(len(AGIEVAL_PARTS))]
-AGIEVAL_FILE = [
-    {"question": row["query"], "choices": row["choices"], "answer": row["gold"][0]}
-    for rows in OF_PARTS
-    for row in rows
-]
-AIME_FILE = [{"problem": row["Problem"], "answer": str(row["Answer"])} for row in AIME]
 
 SETS: dict[str, PublishedSet] = {
-    "agieval": PublishedSet(
-        hub={
-            (f"hails/agieval-{part}", None, "test"): rows
-            for part, rows in zip(AGIEVAL_PARTS, OF_PARTS, strict=True)
-        },
-        folder={"agieval/test": AGIEVAL_FILE},
-        file="agieval/aqua-rat.yaml",
-    ),
-    "aime24": PublishedSet(
-        hub={("Maxwell-Jia/AIME_2024", None, "train"): AIME},
-        folder={"aime24/test": AIME_FILE},
-        file="aime/aime24.yaml",
-    ),
     "arc_easy": _arc("arc_easy", "ARC-Easy"),
     "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
     "commonsense_qa": _set(
@@ -229,11 +169,6 @@ SETS: dict[str, PublishedSet] = {
     ),
     "commonsense_qa_cloze": _set(
         "tau/commonsense_qa", "arc/arc_easy.yaml", "commonsense_qa", **CSQA
-    ),
-    "gpqa_diamond": PublishedSet(
-        hub={("Idavidrein/gpqa", "gpqa_diamond", "train"): GPQA},
-        folder={"gpqa_diamond/test": GPQA_INDEXED},
-        file="gpqa/zeroshot/gpqa_diamond_zeroshot.yaml",
     ),
     "gsm8k": _set("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "gsm8k", **GSM8K),
     "hellaswag": PublishedSet(
@@ -245,12 +180,6 @@ SETS: dict[str, PublishedSet] = {
     "mmlu_cloze": _set("cais/mmlu:all", "mmlu/continuation/mmlu_{part}.yaml", "mmlu", **MMLU),
     "piqa": _set("baber/piqa", "piqa/piqa.yaml", "piqa", **_both(_piqa)),
     "squad_v2": _set("rajpurkar/squad_v2", "", "squad_v2", **_both(_squad)),
-    "truthfulqa": _set(
-        "truthfulqa/truthful_qa:multiple_choice",
-        "truthfulqa/truthfulqa_mc1.yaml",
-        "truthfulqa",
-        validation=TRUTHFULQA,
-    ),
     "winogrande": _set(
         "allenai/winogrande:winogrande_xl",
         "winogrande/default.yaml",
