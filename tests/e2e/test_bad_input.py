@@ -231,7 +231,7 @@ EVALUATE --curve 0.1 --epsilon 2 --num-texts 20 => --num-texts 20 are too few fo
 EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
 EVALUATE --curve 0.1,1.5 => --curve is '0.1,1.5'
-EVALUATE --search run/search.jsonl => --search run/search.jsonl has no effect
+EVALUATE --supervision run/supervision.jsonl => --supervision run/supervision.jsonl has no effect
 EVALUATE --limits gsm8k=3 => --limits is no flag; write it into a YAML file, such as 'limits: {gsm
 EVALUATE --config s.yaml => limits: unknown task 'gsm8k' => s.yaml: limits: {gsm8k: 3}\\n
 EVALUATE --config s.yaml => s.yaml: splits of x is True; give text => s.yaml: splits: {x: true}\\n

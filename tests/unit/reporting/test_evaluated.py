@@ -381,10 +381,10 @@ def clone(run: Any, evaluation: Any) -> Any:
 
 
 def test_settings_of_every_kind_can_stand_in_a_command():
-    config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "search": "my runs/search.jsonl"}
+    config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "supervision": "my runs/s.jsonl"}
     config |= {"seed": 0}  # the default, which is left out
     line = command({"routers": "r", "config": config})
-    expected = "drllm evaluate --routers r --tasks a,b --chat --search 'my runs/search.jsonl' "
+    expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
     assert line == expected + "--epsilon 2.0"
     assert parse(shlex.split(line)[1:]).of(EvaluateConfig).chat
     by_task = command({"routers": "r", "config": config | {"limits": {"a": 3}}})
