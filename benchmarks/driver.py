@@ -143,10 +143,10 @@ class ReadyMadeWorker:
 
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
-    ) -> tuple[dict[str, Any], dict[str, Any], int]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Say that there is a model."""
         self.made: dict[int, Searched] = {}
-        return IDENTITY, RUNTIME, os.getpid()
+        return IDENTITY, RUNTIME
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the prompts' texts."""
