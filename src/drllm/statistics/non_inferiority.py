@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from drllm.errors import ConfigError
 from drllm.statistics.intervals import accuracy_interval, upper_bound
 from drllm.statistics.paired import Outcomes, maximum_loss, won_lost
-from drllm.statistics.power import questions_to_certify, smallest_certifiable
+from drllm.statistics.power import questions_to_certify, rounded_up, smallest_certifiable
 from drllm.statistics.verdicts import lower, signed
 
 MAX_LOSS_INCREASE = 0.05
@@ -137,11 +137,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def needed(self) -> int:
         """About how many questions would do for ε, with 80 % probability; two digits count."""
         limits = self.limits
-        exact = questions_to_certify(
-            self.discordant or 0.0, limits.epsilon / 100, limits.confidence
-        )
-        unit: int = 10 ** max(0, len(str(exact)) - 2)
-        return -(-exact // unit) * unit
+        epsilon = limits.epsilon / 100
+        return rounded_up(questions_to_certify(self.discordant or 0.0, epsilon, limits.confidence))
 
     def verdict(self) -> str:
         """Say in one sentence what is certified; "none" is an answer."""

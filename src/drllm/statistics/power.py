@@ -108,6 +108,17 @@ def questions_needed(n: int, discordant: float, difference: float, alpha: float 
     return high
 
 
+def rounded_up(number: int) -> int:
+    """Round a number of questions up to two digits, which is all that an estimate is good for.
+
+    Example:
+        >>> rounded_up(3036), rounded_up(7)
+        (3100, 7)
+    """
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit
+
+
 def detectable_mean(differences: Sequence[float]) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 

@@ -128,10 +128,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         elif self.shown == "guessing":
             said, also = "no verdict", ""
         else:
-            needed = self.needed or 0
-            unit = 10 ** max(0, len(str(needed)) - 2)  # two digits that count, rounded up
             said = f"too few {self._words.things} to tell"
-            also = f"about {-(-needed // unit) * unit} would show a difference of {target}"
+            needed = power.rounded_up(self.needed or 0)
+            also = f"about {needed} would show a difference of {target}"
         reasons = "; ".join(filter(None, (also, self.reason)))
         return f"{said} ({reasons})" if reasons else said
 
