@@ -119,16 +119,18 @@ def search_in_step(
 
     Source: Dr.LLM section 3.1.
     """
-    num = {"run": 0, "new": 0}  # paths; those that weren't kept by an earlier start
+    num_run = num_new = 0  # paths; those that weren't kept by an earlier start
     share = 0.0
 
     def once(
         step: str, pairs: Sequence[Pair], evaluate: Callable[[], list[Outcome]]
     ) -> list[Outcome]:
         """Evaluate, or take what an earlier start of the search has kept."""
+        nonlocal num_run
 
         def evaluate_now() -> list[Outcome]:
-            num["new"] += len(pairs)
+            nonlocal num_new
+            num_new += len(pairs)
             return evaluate()
 
         if parts is None:
@@ -137,7 +139,7 @@ def search_in_step(
             what = ([question.place for question in questions], list(pairs))
             digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
             outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
-        num["run"] += len(pairs)
+        num_run += len(pairs)
         if not step.startswith("round"):
             tell("margins" if step == "margins" else "re-tests")
         return outcomes
@@ -158,8 +160,8 @@ def search_in_step(
             if not going or set(path) != {1}
         ]
         a_path = (1 if evaluator.scores_options else 2) + sum(again) / len(found)  # 2: margins
-        share = max(share, num["run"] / (sum(tried) * a_path))  # it never falls
-        on_step(share, num["new"], what)
+        share = max(share, num_run / (sum(tried) * a_path))  # it never falls
+        on_step(share, num_new, what)
 
     started = time.perf_counter()
     asked = [read(routed, question.prompt) for question in questions]

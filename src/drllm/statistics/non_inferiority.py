@@ -164,7 +164,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
             if (needed := self.needed) > self.num_questions:
                 said.append(
-                    f"Less than {self.limits.epsilon:g} points would take about {needed:,}."
+                    f"Certifying {self.limits.epsilon:g} points would take about {needed:,} "
+                    f"questions."
                 )
         if self.not_cheaper:
             said.append(f"No layers saved, so not tried: {'; '.join(self.not_cheaper)}.")
