@@ -19,6 +19,7 @@ from drllm.models.base.prompts import left_padded
 from drllm.models.check import make_tiny
 from drllm.models.families import WHOLE_LAYERS
 from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
@@ -77,6 +78,7 @@ class ListedModel:
         decisions: `[L]`.
         path: Layers in any order, instead of decisions; a `Step` for a layer that runs in part or
             damped.
+        adapters: The adapters that steps name; they are merged into copies of the layers.
         cached: Give each listed layer a copy of its own and number them anew, so that the model
             can be run with a cache too: one entry a listed layer.
     """
@@ -87,6 +89,7 @@ class ListedModel:
         decisions: Sequence[int] | None = None,
         *,
         path: Sequence[int | Step] = (),
+        adapters: Mapping[str, Adapter] | None = None,
         cached: bool = False,
     ) -> None:
         steps = [step_of(item) for item in (path if decisions is None else to_path(decisions))]
@@ -103,6 +106,10 @@ class ListedModel:
         layers = getattr(stack, name)
         assert decisions is None or len(layers) == len(decisions)
         listed = [copy.deepcopy(layers[i], dict(shared)) if cached else layers[i] for i in path]
+        listed = [
+            merged(layer, step.layer, adapters[step.adapter]) if step.adapter else layer
+            for layer, step in zip(listed, steps, strict=True)
+        ]
         listed = [changed(layer, step) for layer, step in zip(listed, steps, strict=True)]
         if cached:
             for place, layer in enumerate(listed):
@@ -159,6 +166,27 @@ LAST_MAPS = (
     "bias",  # jetmoe: of the sublayer itself
 )
 """What they call the last linear map of one."""
+
+
+def merged(layer: nn.Module, index: int, adapter: Adapter) -> nn.Module:
+    """Return a copy of a layer with an adapter added to its weights."""
+    layer = copy.deepcopy(layer)
+    for name, (a, b) in adapter.weights.items():
+        number, _, place = name.partition(".")
+        if int(number) == index:
+            module = layer.get_submodule(place)
+            update = adapter.alpha / adapter.rank * (b @ a).detach()
+            module.weight.data += update if isinstance(module, nn.Linear) else update.T
+    return layer
+
+
+def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 4) -> Adapter:
+    """Make an adapter of some layers that changes what they give, as after training."""
+    adapter = Adapter.fresh(routed, rank, 2.0 * rank, layers, seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    for _, b in adapter.weights.values():
+        b.copy_(0.05 * torch.randn(b.shape, generator=generator))
+    return adapter
 
 
 def changed(layer: nn.Module, step: Step) -> nn.Module:

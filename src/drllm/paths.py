@@ -3,8 +3,8 @@
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
 decision vector only if it visits the layers in order and none more than twice. A `StaticPath` can
-say more: that of a layer only the attention or the MLP runs, or that its update counts less. Loads
-no torch.
+say more: that of a layer only the attention or the MLP runs, that its update counts less, or that
+it runs with an adapter. Loads no torch.
 """
 
 from collections import Counter
@@ -150,11 +150,13 @@ class Step(NamedTuple):
         run: `all`, or the one sublayer that runs: `attention` or `mlp`.
         scale: What the update counts, in (0, 1]: the step leads from a state h to
             h + scale · (layer(h) − h).
+        adapter: The adapter that it runs with, by its name in the routed model; empty for none.
     """
 
     layer: int
     run: str = ALL
     scale: float = 1.0
+    adapter: str = ""
 
 
 Steps: TypeAlias = "tuple[int | Step, ...]"
@@ -176,14 +178,14 @@ class StaticPath:
     """A path that is the same for a whole task: steps in the order executed, at least one.
 
     Given are layer indices, `Step`s, or mappings with their fields. Steps that run a whole layer
-    undamped are kept as its index, so that equal paths compare equal.
+    undamped, without an adapter, are kept as its index, so that equal paths compare equal.
 
     Raises:
         PathError: No steps, a sublayer that there isn't, or a scale outside (0, 1].
 
     Example:
         >>> StaticPath([0, Step(1), {"layer": 2, "run": "mlp"}]).steps
-        (0, 1, Step(layer=2, run='mlp', scale=1.0))
+        (0, 1, Step(layer=2, run='mlp', scale=1.0, adapter=''))
     """
 
     steps: Steps
@@ -198,6 +200,19 @@ class StaticPath:
     def runs_parts(self) -> bool:
         """Whether a step runs the attention or the MLP of a layer alone."""
         return any(step_of(item).run != ALL for item in self.steps)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that its steps run with, each once."""
+        return tuple(dict.fromkeys(s.adapter for s in map(step_of, self.steps) if s.adapter))
+
+    def with_adapter(self, name: str, first_layer: int = 0) -> "StaticPath":
+        """Return the path with an adapter on its steps of all layers from the first one on.
+
+        An empty name takes adapters off.
+        """
+        steps = map(step_of, self.steps)
+        return StaticPath(s._replace(adapter=name) if s.layer >= first_layer else s for s in steps)
 
     def check(self, num_layers: int) -> "StaticPath":
         """Return the path itself if a model of L layers has all of its layers; else a PathError."""
@@ -244,6 +259,12 @@ def steps_of(plan: Plan) -> Steps:
     return plan.steps if isinstance(plan, StaticPath) else to_path(plan)
 
 
+def plan_with(decisions: Decisions, adapters: Sequence[str]) -> Plan:
+    """Return a plan of decisions `[L]` and adapters `[L]`; the decisions alone where none runs."""
+    path = StaticPath(Step(layer, adapter=adapters[layer]) for layer in to_path(decisions))
+    return path if path.adapters else decisions
+
+
 def _checked(given: Any, place: int) -> int | Step:
     where = f"at position {place} of the path (counted from 0)"
     if isinstance(given, Mapping):
@@ -255,13 +276,16 @@ def _checked(given: Any, place: int) -> int | Step:
         raise PathError(f"{where}: " + unknown_name("part of a layer", str(step.run), RUNS))
     if not 0 < step.scale <= 1:
         raise PathError(f"the scale {step.scale!r} {where} is not in (0, 1]; give 1 for all of it")
-    plain = step.run == ALL and step.scale == 1
-    return int(step.layer) if plain else Step(step.layer, step.run, float(step.scale))
+    if not isinstance(step.adapter, str):
+        raise PathError(f"the adapter {step.adapter!r} {where} is no name; give a text")
+    plain = step.run == ALL and step.scale == 1 and not step.adapter
+    return int(step.layer) if plain else step._replace(scale=float(step.scale))
 
 
 def _part(step: Step) -> str:
     what = f"layer {step.layer}" if step.run == ALL else f"the {_SAID[step.run]} of {step.layer}"
-    return what if step.scale == 1 else f"{what} at weight {step.scale:g}"
+    what = what if step.scale == 1 else f"{what} at weight {step.scale:g}"
+    return f"{what} with an adapter" if step.adapter else what
 
 
 _SAID = {ATTENTION: "attention", MLP: "MLP"}

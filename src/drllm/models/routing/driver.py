@@ -20,6 +20,7 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.routers.stack import Spans
+from drllm.models.routing.adapters import rows_by_adapter
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
@@ -28,9 +29,10 @@ from drllm.models.routing.policies import (
     PathPolicy,
     Policy,
     PromptView,
+    adapters_of,
     reads_prompt,
 )
-from drllm.paths import MLP, StaticPath, Step, layer_of, step_of
+from drllm.paths import MLP, Decisions, StaticPath, Step, layer_of, step_of
 
 Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
 """Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
@@ -44,11 +46,22 @@ def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
     return hidden
 
 
+LayerPlan: TypeAlias = tuple[Decisions, tuple[str, ...]]
+"""A row's decisions `[L]`, and the adapter that it runs each layer with, empty for none."""
+
+
+class Taken(NamedTuple):
+    """What was decided at a layer, row by row: decisions, and the adapters by name."""
+
+    decisions: tuple[int, ...]
+    adapters: tuple[str, ...] = ()  # an empty name for a row without; none where no row has one
+
+
 class GenerateCall(NamedTuple):
     """One call of `generate`."""
 
     copies: int  # neighbouring rows that belong to one prompt: its beams, or its answers
-    decisions: dict[int, tuple[int, ...]]  # pinned by layer, where there is no cache to pin them in
+    taken: dict[int, Taken]  # pinned by layer, where there is no cache to pin it in
 
 
 _policy: Override[Policy] = Override("policy")
@@ -68,16 +81,23 @@ class RoutingDriver(Driver):
     def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
         self.policy: Policy = policy or FullPolicy()
         self.bypass = bypass
-        self._newest: list[tuple[int, ...]] = []
-        self._by_thread: dict[int, list[tuple[int, ...]]] = {}
-        self._traced: list[tuple[int, ...]] = []
+        self._newest: list[Taken] = []
+        self._by_thread: dict[int, list[Taken]] = {}
+        self._traced: list[Taken] = []
 
     @property
-    def last_route(self) -> list[tuple[int, ...]]:
-        """`[L][B]` of this thread's last prompts; of any thread's where this one had none."""
+    def last(self) -> list[Taken]:
+        """`[L]`, of this thread's last prompts; of any thread's where this one had none."""
         return self._traced or self._by_thread.get(threading.get_ident()) or self._newest
 
-    def keep(self, route: list[tuple[int, ...]]) -> None:
+    @property
+    def last_plans(self) -> list[LayerPlan]:
+        """The plan of each row of them, `[B]`."""
+        names = (taken.adapters or [""] * len(taken.decisions) for taken in self.last)
+        decisions = zip(*(taken.decisions for taken in self.last), strict=True)
+        return list(zip(decisions, zip(*names, strict=True), strict=True))
+
+    def keep(self, route: list[Taken]) -> None:
         """Make a route the last one of this thread."""
         if torch.compiler.is_compiling():  # a graph can't tell threads apart
             self._traced = route
@@ -132,11 +152,12 @@ class RoutedPass(Driver):
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
         self.copies = 1 if self.generate is None else self.generate.copies
-        # The decisions taken in this pass, `[L][B]` at its end; empty where they were pinned.
-        self.route: list[tuple[int, ...]] = []
+        # What was decided in this pass, `[L]` at its end; empty where it was pinned.
+        self.route: list[Taken] = []
         self._readable: Tensor | None = None
         self._spans: dict[int, Spans] = {}
-        self._plan: dict[int, tuple[int, ...]] = {}
+        self._kept: dict[Any, Any] = {}
+        self._plan: dict[int, Taken] = {}
         self._has_begun = False
         self._along: PathPass | None = None
 
@@ -147,15 +168,15 @@ class RoutedPass(Driver):
         if self._along is not None:
             return self._along.layer(call, hidden)
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
-        decisions = self._pinned(entry, call.index)
-        if decisions is None:
-            decisions = self._decide(call, hidden)
+        taken = self._pinned(entry, call.index)
+        if taken is None:
+            taken = self._decide(call, hidden)
             if entry is not None:
-                entry.pin(decisions)
+                entry.pin(taken.decisions, adapters=taken.adapters)
             elif self.generate is not None:
-                self.generate.decisions[call.index] = decisions
-        check_rows(decisions, hidden)
-        return self._execute(call, hidden, decisions, entry)
+                self.generate.taken[call.index] = taken
+        check_rows(taken.decisions, hidden)
+        return self._execute(call, hidden, taken, entry)
 
     def end(self) -> None:
         """Keep the route if this pass decided one."""
@@ -173,18 +194,18 @@ class RoutedPass(Driver):
             return None
         layers = range(call.num_layers)
         counts = Counter(map(layer_of, self.policy.path.steps))
-        self.driver.keep([(counts[layer],) * hidden.shape[0] for layer in layers])
+        self.driver.keep([Taken((counts[layer],) * hidden.shape[0]) for layer in layers])
         return PathPass(self.policy.path)
 
-    def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> tuple[int, ...] | None:
+    def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> Taken | None:
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
             return self.route[layer]
         if entry is not None:
-            return entry.decisions
-        return None if self.generate is None else self.generate.decisions.get(layer)
+            return None if entry.decisions is None else Taken(entry.decisions, entry.adapters)
+        return None if self.generate is None else self.generate.taken.get(layer)
 
-    def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
-        """Ask the policy for a layer's decisions, one for each row.
+    def _decide(self, call: LayerCall, hidden: Tensor) -> Taken:
+        """Ask the policy for a layer's decisions and adapters, one for each row.
 
         One that reads nothing decides for all layers at once: between two layers' matrix products
         the same lines take several times as long, since those have emptied the processor's caches.
@@ -197,19 +218,20 @@ class RoutedPass(Driver):
                 self._readable = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)[:: self.copies]
                 layers = range(call.index, call.num_layers)
                 self._plan = {layer: self._ask(layer, hidden) for layer in layers}
-        decisions = self._plan[call.index] if self._plan else self._ask(call.index, hidden)
+        taken = self._plan[call.index] if self._plan else self._ask(call.index, hidden)
         if call.is_last:
             # A row that skipped everything so far would answer from its embeddings (D-10).
             decisions = tuple(
                 [
-                    value if value or any(layer[row] for layer in self.route) else 1
-                    for row, value in enumerate(decisions)
+                    value if value or any(layer.decisions[row] for layer in self.route) else 1
+                    for row, value in enumerate(taken.decisions)
                 ]
             )
-        self.route.append(decisions)
-        return decisions
+            taken = Taken(decisions, taken.adapters)
+        self.route.append(taken)
+        return taken
 
-    def _ask(self, layer: int, hidden: Tensor) -> tuple[int, ...]:
+    def _ask(self, layer: int, hidden: Tensor) -> Taken:
         B, copies = hidden.shape[0], self.copies
         if B % copies:
             raise RoutingError(
@@ -217,7 +239,7 @@ class RoutedPass(Driver):
                 f"one row per prompt"
             )
         assert self._readable is not None
-        prompts = PromptView(hidden[::copies], self._readable, self._spans)
+        prompts = PromptView(hidden[::copies], self._readable, self._spans, self._kept)
         decided = self.policy.decide(layer, prompts)
         decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
@@ -225,16 +247,26 @@ class RoutedPass(Driver):
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
                 f"for each of {B // copies} prompts"
             )
-        return tuple([int(value) for value in decisions for _ in range(copies)])
+        names = tuple(adapters_of(self.policy, layer, prompts))
+        if names and len(names) * copies != B:
+            raise RoutingError(
+                f"the policy gave {len(names)} adapters at layer {layer}; expected a name, or an "
+                f"empty one, for each of {B // copies} prompts"
+            )
+        return Taken(
+            tuple([int(value) for value in decisions for _ in range(copies)]),
+            tuple([name for name in names for _ in range(copies)]) if any(names) else (),
+        )
 
     def _execute(
         self,
         call: LayerCall,
         hidden: Tensor,
-        decisions: tuple[int, ...],
+        taken: Taken,
         entry: RoutedCacheLayer | None,
     ) -> Tensor:
         """Run a layer on each row as often as decided; skipped rows are what the bypass makes."""
+        decisions, names = taken
         if entry is not None and entry.shadow is not None:
             entry.lengthen_shadow(hidden.shape[1], hidden)
         bypass = self.driver.bypass
@@ -249,13 +281,13 @@ class RoutedPass(Driver):
             else:
                 rows = entry.begin_pass(count)
             try:
+                adapters = rows_by_adapter(names, rows) if names else ()
                 if len(rows) == len(decisions):
-                    hidden = call.run(hidden)
+                    hidden = call.run(hidden, adapters=adapters)
                 else:
                     index = call.forward.index(rows, hidden.device)
-                    hidden = hidden.index_copy(
-                        0, index, call.run(hidden.index_select(0, index), rows)
-                    )
+                    run = call.run(hidden.index_select(0, index), rows, adapters=adapters)
+                    hidden = hidden.index_copy(0, index, run)
             finally:
                 if entry is not None:
                     entry.end_pass()
@@ -352,10 +384,17 @@ class PathPass(Driver):
             entry.begin_pass(self._num_run[step.layer])
             self._num_run[step.layer] += 1
         try:
-            return self._calls[step.layer].run(hidden, part=step.run, scale=step.scale)
+            return self._calls[step.layer].run(
+                hidden, part=step.run, scale=step.scale, adapters=adapters_on(step)
+            )
         finally:
             if entry is not None:
                 entry.end_pass()
+
+
+def adapters_on(step: Step) -> tuple[tuple[str, None], ...]:
+    """Return what runs on all rows of a step."""
+    return ((step.adapter, None),) if step.adapter else ()
 
 
 def keeps_kv(item: int | Step) -> bool:

@@ -10,8 +10,8 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from drllm.models.routing.overrides import ForwardOverride
 from drllm.paths import ALL, StaticPath
 
 if TYPE_CHECKING:
+    from drllm.models.routing.adapters import Adapters
     from drllm.models.routing.sublayers import Sublayers
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
@@ -123,8 +124,8 @@ class Injection:
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         for handle in self.handles:
             handle.put_on()
-        if "sublayers" in self.__dict__:
-            self.sublayers.install()
+        for part in self._parts():
+            part.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, always_call=True),
@@ -140,8 +141,8 @@ class Injection:
                     f"the forward of layer {handle.index} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
-        if "sublayers" in self.__dict__:
-            self.sublayers.remove()
+        for part in self._parts():
+            part.remove()
         for handle in self.handles:
             handle.take_off()
             checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
@@ -150,6 +151,9 @@ class Injection:
         for hook in self._hooks:
             hook.remove()
         self.is_installed = False
+
+    def _parts(self) -> list[Sublayers | Adapters]:
+        return [self.__dict__[name] for name in ("sublayers", "adapters") if name in self.__dict__]
 
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers of this model inside the block; `Driver()` for none."""
@@ -162,10 +166,19 @@ class Injection:
 
         return Sublayers(self)
 
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters that the model holds, and what adds them."""
+        from drllm.models.routing.adapters import Adapters
+
+        return Adapters(self)
+
     def prepare(self, path: StaticPath) -> None:
-        """Find attention and MLP now if a path needs them, not in the middle of a pass."""
+        """Find attention and MLP, or adapters, that a path needs; not in the middle of a pass."""
         if path.runs_parts:
             _ = self.sublayers
+        for name in path.adapters:
+            self.adapters.check(name)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -295,20 +308,27 @@ class LayerCall:
         *,
         part: str = ALL,
         scale: float = 1.0,
+        adapters: Sequence[tuple[str, tuple[int, ...] | None]] = (),
     ) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
         `rows` says of each of the R inputs which row of the original batch it is; None: itself.
-        `part` and `scale` are those of a `Step`.
+        `part` and `scale` are those of a `Step`. Each adapter runs on some places of the R inputs,
+        or on all of them (None).
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._rows_of, rows))
-        forward = self._handle.original()
-        if part == ALL:
+        forward, injection = self._handle.original(), self._handle.injection
+        if part == ALL and not adapters:
             output = forward(hidden, *args, **kwargs)
         else:
-            with self._handle.injection.sublayers.only(part):
+            index = self.forward.index
+            active = [(n, None if on is None else index(on, hidden.device)) for n, on in adapters]
+            with (
+                nullcontext() if part == ALL else injection.sublayers.only(part),
+                injection.adapters.active(active) if active else nullcontext(),
+            ):
                 output = forward(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]

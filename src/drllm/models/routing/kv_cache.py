@@ -47,6 +47,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     must not meet decisions of this one."""
 
     decisions: tuple[int, ...] | None
+    adapters: tuple[str, ...]
     path: StaticPath | None
     passes: list[CacheLayerMixin]
     rows: list[tuple[int, ...]]
@@ -66,13 +67,18 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
         self._active: CacheLayerMixin | None = None
 
-    def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
+    def pin(
+        self,
+        decisions: tuple[int, ...],
+        path: StaticPath | None = None,
+        adapters: tuple[str, ...] = (),
+    ) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
 
         Where all rows run a path, that is fixed, and the decisions count its executions that keep
-        K/V.
+        K/V. The adapters that rows run with are fixed by name, empty where no row has one.
         """
-        self.decisions, self.path = decisions, path
+        self.decisions, self.path, self.adapters = decisions, path, adapters
         for count in range(max(decisions)):
             self.passes.append(copy.deepcopy(self.pristine))
             self.rows.append(tuple(r for r, value in enumerate(decisions) if value > count))
@@ -169,7 +175,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything, the decisions too."""
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
-        self.path = None
+        self.path, self.adapters = None, ()
         self._uncounted = 0
 
     def activate_past_recording(self) -> None:
@@ -230,6 +236,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.shadow = copy.deepcopy(self.pristine)
             _feed_ones(self.shadow, length, self.passes[0].keys)
         self.decisions = tuple(self.decisions[index] for index in chosen)
+        self.adapters = tuple(self.adapters[index] for index in chosen if self.adapters)
         self.passes, self.rows = passes, rows
 
 

@@ -39,11 +39,14 @@ class PromptView:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
             comes after a prompt length that the caller gave.
+        kept: What a policy keeps of these prompts from layer to layer, under keys of its own; a
+            policy itself may be asked by several threads at once.
     """
 
     hidden: Tensor
     readable: Tensor
     spans: dict[int, Spans] = field(default_factory=dict)  # by number of windows; a pass shares it
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -78,6 +81,19 @@ class Policy(Protocol):
         Layers are asked in order from 0, once per prompt, with what they are about to read.
         """
 
+    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
+        """Return `[B]` names of the adapters that rows run the layer with; none for no row.
+
+        A row with an empty name has none. It is asked right after `decide`, for the same prompts.
+        """
+        return ()
+
+
+def adapters_of(policy: Policy, layer: int, prompts: PromptView) -> Sequence[str]:
+    """Return the adapters that a policy chooses; one that has no such method chooses none."""
+    choose = getattr(policy, "adapters", None)
+    return () if choose is None else choose(layer, prompts)
+
 
 def reads_prompt(policy: Policy) -> bool:
     """Tell whether a policy's decisions depend on the prompt; unless it says no, they do."""
@@ -102,6 +118,7 @@ class FixedPolicy(Policy):
     Args:
         decisions: `[L]` for all rows, or `[B, L]`.
         num_layers: L of the model.
+        names: The adapter that each layer of each row runs with, `[B, L]`; empty for none.
 
     Raises:
         PathError: Decisions that no model of L layers can run.
@@ -110,7 +127,10 @@ class FixedPolicy(Policy):
     reads_prompt = False
 
     def __init__(
-        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor, num_layers: int
+        self,
+        decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        num_layers: int,
+        names: Sequence[Sequence[str]] = (),
     ) -> None:
         import torch
 
@@ -118,6 +138,7 @@ class FixedPolicy(Policy):
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
         self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
         self.shared = plan.dim() == 1
+        self.names = names if any(map(any, names)) else ()
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
         """Return column `layer` of the plan, which must be for as many rows as there are."""
@@ -129,6 +150,10 @@ class FixedPolicy(Policy):
                 f"{prompts.num_rows}; give one row each, or one for all"
             )
         return [row[layer] for row in self.plan]
+
+    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
+        """Return the names at that layer."""
+        return [row[layer] for row in self.names]
 
 
 class PathPolicy(Policy):
@@ -172,6 +197,10 @@ class RecordingPolicy(Policy):
         self.filled = windows.filled
         return self.policy.decide(layer, prompts)
 
+    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
+        """Return the other policy's."""
+        return adapters_of(self.policy, layer, prompts)
+
     @property
     def means(self) -> Tensor:
         """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
@@ -190,6 +219,8 @@ class RouterPolicy(Policy):
         depth_bias: See `biased`; 0 leaves the logits as they are.
         router_penalty: See `penalised`; None leaves the logits as they are. Only one of the two
             knobs may be turned.
+        adapter: The name of an adapter that a row runs with in all layers after the first one that
+            it skips or repeats; empty for none. A row on the full path never does.
 
     Raises:
         ConfigError: Both knobs, or a value out of range.
@@ -198,15 +229,34 @@ class RouterPolicy(Policy):
     """
 
     def __init__(
-        self, routers: RouterStack, *, depth_bias: float = 0.0, router_penalty: float | None = None
+        self,
+        routers: RouterStack,
+        *,
+        depth_bias: float = 0.0,
+        router_penalty: float | None = None,
+        adapter: str = "",
     ) -> None:
         DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
         self.routers = routers
         self.depth_bias = depth_bias
         self.router_penalty = router_penalty
+        self.adapter = adapter
 
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+    def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return the routers' decisions."""
+        decided = self._decide(layer, prompts)
+        if not self.adapter:
+            return decided
+        values, left = decided.tolist(), prompts.kept.get(self, [False] * prompts.num_rows)
+        prompts.kept[self, layer] = [self.adapter if each else "" for each in left]
+        prompts.kept[self] = [each or value != 1 for each, value in zip(left, values, strict=True)]
+        return values
+
+    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
+        """Return the adapter for the rows that have left the full path before this layer."""
+        return prompts.kept[self, layer] if self.adapter else ()
+
+    def _decide(self, layer: int, prompts: PromptView) -> Tensor:
         import torch
 
         windows = prompts.windows(self.routers.config.num_windows)

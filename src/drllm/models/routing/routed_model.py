@@ -5,7 +5,7 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
@@ -204,6 +205,7 @@ class RoutedModel:
         self.model.to(*args, **kwargs)
         if self.routers is not None:
             self.routers.to(self.model.device)
+        self.injection.adapters.place()
         return self
 
     def train(self, mode: bool = True) -> RoutedModel:
@@ -280,9 +282,11 @@ class RoutedModel:
         Raises:
             RoutingError: No prompt has passed yet.
         """
-        if not self.driver.last_route:
+        if not self.driver.last:
             raise RoutingError("no prompt has passed through this routed model yet")
-        return torch.tensor(self.driver.last_route).T.contiguous()  # [B, L]
+        return torch.tensor(
+            [taken.decisions for taken in self.driver.last]
+        ).T.contiguous()  # [B, L]
 
     @property
     def policy(self) -> Policy:
@@ -339,6 +343,27 @@ class RoutedModel:
             return FixedPolicy(decided, self.num_layers)
         self.injection.prepare(plan)
         return PathPolicy(plan, self.num_layers)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters that the model holds, by name."""
+        return self.injection.adapters.held
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Hold an adapter, for paths whose steps name it and policies that choose it.
+
+        The model's own weights and its state-dict keys stay as they are, and so does, bit by bit,
+        whatever runs without the adapter.
+
+        Raises:
+            RoutingError: A name that there is already, or an adapter of another model.
+        """
+        self._check_attached()
+        self.injection.adapters.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Let go of an adapter; a RoutingError where there is none of that name."""
+        self.injection.adapters.drop(name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import Policy, PromptView
+from drllm.models.routing.driver import Taken
+from drllm.models.routing.policies import Policy, PromptView, adapters_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
@@ -54,10 +55,17 @@ class _OncePerQuestion(Policy):
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         """Show the policy each question's first row, and return its answer for all of them."""
         first = torch.tensor([rows[0] for rows in self.places], device=prompts.hidden.device)
-        shown = PromptView(prompts.hidden[first], prompts.readable[first], prompts.spans)
+        readable, kept = prompts.readable[first], prompts.kept
+        shown = PromptView(prompts.hidden[first], readable, prompts.spans, kept)
         decided = self.policy.decide(layer, shown)
         values = decided.tolist() if isinstance(decided, Tensor) else decided
+        kept[self, layer] = list(adapters_of(self.policy, layer, shown))
         return [value for value, rows in zip(values, self.places, strict=True) for _ in rows]
+
+    def adapters(self, layer: int, prompts: PromptView) -> list[str]:
+        """Return those that the policy chose for each question's first row, for all of them."""
+        names = prompts.kept[self, layer]
+        return [name for name, rows in zip(names, self.places, strict=False) for _ in rows]
 
 
 class ChoiceBatch:
@@ -173,7 +181,15 @@ class ChoiceBatch:
         parts = [(row, logits[row, start:]) for row, start in enumerate(starts)]
         scores = self._scored(parts, greedy=True)
         first = [places[0] for places in self._places]  # one for each question
-        driver.keep([tuple([layer[row] for row in first]) for layer in driver.last_route])
+        driver.keep(
+            [
+                Taken(
+                    tuple([taken.decisions[row] for row in first]),
+                    tuple([taken.adapters[row] for row in first if taken.adapters]),
+                )
+                for taken in driver.last
+            ]
+        )
         found = [_joined([scores[row] for row in places]) for places in self._places]
         return found, self.routed.last_route
 

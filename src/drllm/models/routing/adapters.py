@@ -1,0 +1,250 @@
+"""Adapters of a routed model: low-rank updates that some rows of some runs of a layer get.
+
+A forward hook on each linear map adds what is active, so weights and state-dict keys stay, a map
+may be quantised, and rows without an adapter keep their bits. What is active is said for one run of
+a layer at a time. A map that isn't called with all tokens of all rows (that of an expert, or one
+that a model calls with its tokens in one long row) isn't adapted.
+
+Axes: B rows, T tokens, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from drllm.errors import RoutingError, nearest_name, unknown_name
+from drllm.models.base.layers import evaluating, one_token
+from drllm.models.routing.context import ThreadValue
+from drllm.models.routing.injection import Driver, Injection
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from drllm.models.routing.routed_model import RoutedModel
+
+Rows: TypeAlias = "tuple[int, ...] | None"
+"""Places of rows in the batch that is run; None for all of them."""
+TRIED = (3, 5)
+"""Rows and tokens of the batch that shows which maps are called with all of its tokens."""
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A low-rank update (LoRA) of linear maps: to x each adds `alpha / rank · B A x`.
+
+    Attributes:
+        rank: R.
+        alpha: What the update counts, times the rank.
+        weights: A `[R, in]` and B `[out, R]` of each map, by `LAYER.PLACE`: the index of the layer
+            and the map's place in it, such as `14.mlp.up_proj`.
+    """
+
+    rank: int
+    alpha: float
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def fresh(
+        cls, routed: RoutedModel, rank: int, alpha: float, layers: Collection[int], seed: int
+    ) -> Adapter:
+        """Return one for all linear maps of some layers that changes nothing yet, in float32.
+
+        A is drawn as PEFT draws it, and B is zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        weights = {}
+        for name, module in routed.injection.adapters.maps.items():
+            if layer_of(name) in layers:
+                num_in, num_out = _sizes(module)
+                a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
+                b, device = torch.zeros(num_out, rank), _device(module)
+                weights[name] = a.to(device), b.to(device)
+        return cls(rank, alpha, weights)
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / self.rank
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield A and B of every map, as they are held: what an optimiser changes is what runs."""
+        for pair in self.weights.values():
+            yield from pair
+
+    def num_entries(self, layer: int) -> int:
+        """Return how many entries of matrices it multiplies a token with at a layer."""
+        each = (pair for name, pair in self.weights.items() if layer_of(name) == layer)
+        return sum(a.numel() + b.numel() for a, b in each)
+
+
+def layer_of(name: str) -> int:
+    """Return the layer of a linear map by its name in an adapter."""
+    return int(name.partition(".")[0])
+
+
+class Adapters:
+    """The adapters that a routed model holds, by name, and the hooks that add what is active."""
+
+    def __init__(self, injection: Injection) -> None:
+        self._injection = injection
+        self._active: ThreadValue[tuple[tuple[Adapter, Tensor | None], ...]] = ThreadValue()
+        self._handles: list[RemovableHandle] = []
+        self.held: dict[str, Adapter] = {}
+
+    @cached_property
+    def maps(self) -> dict[str, nn.Module]:
+        """The linear maps that can be adapted, by their name in an adapter; a batch shows them."""
+        found: dict[str, nn.Module] = {}
+        for index, layer in enumerate(self._injection.layers):
+            for place, module in layer.named_modules():
+                if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:  # of PEFT
+                    found[f"{index}.{place.removesuffix('.base_layer')}"] = module
+        called: dict[str, bool] = {}
+
+        def seen(name: str, _module: nn.Module, args: Any, _output: Any) -> None:
+            called[name] = called.get(name, True) and bool(args) and args[0].shape[:2] == TRIED
+
+        hooks = [m.register_forward_hook(_Named(seen, name)) for name, m in found.items()]
+        ids = one_token(self._injection.model).expand(TRIED)
+        try:
+            with (
+                torch.no_grad(),
+                evaluating(self._injection.decoder),
+                self._injection.driven_by(Driver()),
+            ):
+                self._injection.decoder(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: module for name, module in found.items() if called.get(name)}
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Hold an adapter under a name; see `RoutedModel.add_adapter`."""
+        if not name or name in self.held:
+            said = f"there is an adapter called {name!r} already; remove it first, or give another"
+            raise RoutingError(said if name else "an adapter needs a name; give a text")
+        for key, (a, b) in adapter.weights.items():
+            if key not in self.maps:
+                said = nearest_name("linear map", key, self.maps)
+                raise RoutingError(f"the adapter {name!r} is for another model: {said}")
+            num_in, num_out = _sizes(self.maps[key])
+            wanted = [adapter.rank, num_in], [num_out, adapter.rank]
+            if (list(a.shape), list(b.shape)) != wanted:
+                raise RoutingError(
+                    f"the adapter {name!r} is for another model: at {key} it has A {list(a.shape)} "
+                    f"and B {list(b.shape)}, expected {wanted[0]} and {wanted[1]}"
+                )
+        self.held[name] = adapter
+        self.place()
+        self.install()
+
+    def drop(self, name: str) -> None:
+        """Let go of an adapter, and of the hooks with the last one."""
+        del self.held[self.check(name)]
+        if not self.held:
+            self.remove()
+
+    def check(self, name: str) -> str:
+        """Return the name of an adapter if it is held; else a RoutingError."""
+        if name not in self.held:
+            told = unknown_name("adapter", name, self.held) if self.held else f"{name!r}"
+            raise RoutingError(
+                f"no such adapter on this model: {told}; load the folder of the healed path that "
+                f"it belongs to, or give it to add_adapter()"
+            )
+        return name
+
+    def place(self) -> None:
+        """Move what is held to where the maps are, once."""
+        for adapter in self.held.values():
+            for key, pair in adapter.weights.items():
+                device = _device(self.maps[key])
+                if any(each.device != device for each in pair):
+                    a, b = (
+                        each.detach().to(device).requires_grad_(each.requires_grad) for each in pair
+                    )
+                    adapter.weights[key] = a, b
+
+    def install(self) -> None:
+        """Put the hooks on, if there is anything to add; after `remove`, on again."""
+        if self.held and not self._handles:
+            self._handles = [
+                module.register_forward_hook(_Named(self._add, name))
+                for name, module in self.maps.items()
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def active(self, wanted: Sequence[tuple[str, Tensor | None]]) -> Iterator[None]:
+        """Let adapters run inside the block, each on some rows of the batch, or on all (None)."""
+        self._active.begin(tuple((self.held[self.check(name)], rows) for name, rows in wanted))
+        try:
+            yield
+        finally:
+            self._active.end()
+
+    def _add(self, name: str, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Add to what a map gives, `[B, T, out]`, what the active adapters have for it."""
+        for adapter, rows in self._active.get() or ():
+            if name in adapter.weights:
+                a, b = adapter.weights[name]
+                x = args[0] if rows is None else args[0].index_select(0, rows)
+                update = linear(linear(x, a.to(x)), b.to(x)).to(output.dtype) * adapter.scaling
+                output = output + update if rows is None else output.index_add(0, rows, update)
+        return output
+
+
+@dataclass(eq=False)
+class _Named:
+    """A hook that is told its module's name; a plain object, so that models copy and pickle."""
+
+    hook: Any
+    name: str
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.hook(self.name, module, args, output)
+
+
+def rows_by_adapter(names: Sequence[str], rows: Sequence[int]) -> tuple[tuple[str, Rows], ...]:
+    """Return which of the rows that are run each adapter is for, by the names of all rows.
+
+    Example:
+        >>> rows_by_adapter(["", "a", "a", "b"], rows=[1, 2]), rows_by_adapter(["", "a"], [0, 1])
+        ((('a', None),), (('a', (1,)),))
+    """
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if names[row]:
+            found.setdefault(names[row], []).append(place)
+    return tuple(
+        (name, None if len(places) == len(rows) else tuple(places))
+        for name, places in found.items()
+    )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a linear map takes and gives; its weight may be packed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Return where a map computes; where accelerate keeps its weight elsewhere, the CPU."""
+    device = module.weight.device
+    assert isinstance(device, torch.device)
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,97 @@
+"""`path.json` of a healed path: a path, the adapter that it runs with, and how it was trained.
+
+It lies in a folder with the adapter, which is in PEFT's files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from drllm.errors import RecordError
+from drllm.paths import StaticPath
+from drllm.records.codec import read_json, sha256
+from drllm.records.results import Header, StepRecord
+
+HEALED_SCHEMA, HEALED_FILE = "drllm.healed_path", "path.json"
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far training was at one step; KL from the full path and losses in nats a token."""
+
+    step: int
+    tokens: int
+    seconds: float
+    train_kl: float
+    held_out_kl: float
+    held_out_loss: float | None = None
+
+
+class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Next-token losses on held-out text, in nats a token: full path, path alone, healed path."""
+
+    full: float
+    path: float
+    healed: float
+
+
+class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A path and its adapter, which runs on steps of all layers from `first_layer` on.
+
+    `tasks` and `texts` name what it was trained on; `divided` those of the tasks whose own splits
+    weren't used, and the digest is that of the questions. `held_out` has the losses by source, and
+    `executions` is the path's cost in layer equivalents.
+    """
+
+    name: str
+    steps: tuple[StepRecord, ...]
+    executions: float
+    num_layers: int
+    first_layer: int
+    rank: int
+    alpha: float
+    adapter_sha256: str
+    tasks: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
+    questions_sha256: str = ""
+    runtime: dict[str, Any] = msgspec.field(default_factory=dict)
+    curve: tuple[Checked, ...] = ()
+    held_out: dict[str, Losses] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.first_layer < self.num_layers:
+            raise ValueError(
+                f"rank {self.rank}, alpha {self.alpha:g} and first_layer {self.first_layer}; "
+                f"expected a rank from 1, an alpha above 0 and a layer below {self.num_layers}"
+            )
+
+    @property
+    def adapter(self) -> str:
+        """The name under which a routed model holds the adapter."""
+        return self.adapter_sha256[:16]
+
+    @property
+    def path(self) -> StaticPath:
+        """The path itself, its steps with the adapter."""
+        steps = StaticPath(msgspec.structs.asdict(step) for step in self.steps)
+        return steps.with_adapter(self.adapter, self.first_layer)
+
+
+def read_healed(file: Path) -> HealedPath:
+    """Read the `path.json` of a healed path, or refuse it by a RecordError.
+
+    So are one without its adapter, and one with another adapter than it was written with.
+    """
+    record, adapter = read_json(file, HealedPath), file.with_name(ADAPTER_FILE)
+    if not adapter.is_file():
+        raise RecordError(f"{file.parent} has no {ADAPTER_FILE}; heal the path again")
+    if (found := sha256(adapter)) != record.adapter_sha256:
+        raise RecordError(
+            f"{adapter} isn't the adapter that {file.name} was written with (SHA-256 {found[:16]}…,"
+            f" expected {record.adapter}…); put that one back, or heal the path again"
+        )
+    return record
