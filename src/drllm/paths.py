@@ -207,10 +207,7 @@ class StaticPath:
         return tuple(dict.fromkeys(s.adapter for s in map(step_of, self.steps) if s.adapter))
 
     def with_adapter(self, name: str, first_layer: int = 0) -> "StaticPath":
-        """Return the path with an adapter on its steps of all layers from the first one on.
-
-        An empty name takes adapters off.
-        """
+        """Return the path with an adapter on its layers from the first one on; none if unnamed."""
         steps = map(step_of, self.steps)
         return StaticPath(s._replace(adapter=name) if s.layer >= first_layer else s for s in steps)
 
@@ -247,7 +244,7 @@ class StaticPath:
             >>> StaticPath([0, Step(1, "mlp"), 3, Step(3, scale=0.5)]).edits(4)
             'skips layer 2, skips the attention of layer 1, repeats layer 3 at half weight'
         """
-        return _edits(self.steps, num_layers)
+        return _edits(self.steps, num_layers) + ", with an adapter" * bool(self.adapters)
 
 
 Plan: TypeAlias = "Decisions | StaticPath"
@@ -257,12 +254,6 @@ Plan: TypeAlias = "Decisions | StaticPath"
 def steps_of(plan: Plan) -> Steps:
     """Return what a plan runs, in order."""
     return plan.steps if isinstance(plan, StaticPath) else to_path(plan)
-
-
-def plan_with(decisions: Decisions, adapters: Sequence[str]) -> Plan:
-    """Return a plan of decisions `[L]` and adapters `[L]`; the decisions alone where none runs."""
-    path = StaticPath(Step(layer, adapter=adapters[layer]) for layer in to_path(decisions))
-    return path if path.adapters else decisions
 
 
 def _checked(given: Any, place: int) -> int | Step:
@@ -276,8 +267,6 @@ def _checked(given: Any, place: int) -> int | Step:
         raise PathError(f"{where}: " + unknown_name("part of a layer", str(step.run), RUNS))
     if not 0 < step.scale <= 1:
         raise PathError(f"the scale {step.scale!r} {where} is not in (0, 1]; give 1 for all of it")
-    if not isinstance(step.adapter, str):
-        raise PathError(f"the adapter {step.adapter!r} {where} is no name; give a text")
     plain = step.run == ALL and step.scale == 1 and not step.adapter
     return int(step.layer) if plain else step._replace(scale=float(step.scale))
 

@@ -14,7 +14,7 @@ from drllm.models.routing.policies import FixedPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import MLP, StaticPath, Step, plan_with
+from drllm.paths import MLP, StaticPath, Step, to_path
 from slow_way import (
     LOGIT_TOLERANCE,
     ListedModel,
@@ -42,20 +42,36 @@ def with_adapters(model):
     return routed
 
 
+class Mixed(Policy):
+    """Gives each row the decisions and adapters of its own."""
+
+    reads_prompt = False
+
+    def __init__(self, decisions, names):
+        self.plan, self.names = decisions, names
+
+    def decide(self, layer, prompts):
+        return [row[layer] for row in self.plan]
+
+    def adapters(self, layer, prompts):
+        return [row[layer] for row in self.names]
+
+
 def mixed(rows=range(4)):
-    return FixedPolicy([DECISIONS[row] for row in rows], 6, [NAMES[row] for row in rows])
+    return Mixed([DECISIONS[row] for row in rows], [NAMES[row] for row in rows])
 
 
 def plans():
     """Return what the four rows run, as plans of their own."""
-    return [plan_with(tuple(row), names) for row, names in zip(DECISIONS, NAMES, strict=True)]
+    return [
+        StaticPath([Step(layer, adapter=names[layer]) for layer in to_path(row)])
+        for row, names in zip(DECISIONS, NAMES, strict=True)
+    ]
 
 
 def listed(model, plan, routed):
     """Return the plain model of a plan."""
-    if isinstance(plan, StaticPath):
-        return ListedModel(model, path=plan.steps, adapters=routed.adapters)
-    return ListedModel(model, plan)
+    return ListedModel(model, path=plan.steps, adapters=routed.adapters)
 
 
 @pytest.fixture
@@ -211,7 +227,7 @@ def test_routed_rows_run_with_the_adapter_once_they_have_left_the_full_path(rout
     decisions = routed.last_route.tolist()
     names = [["a" if row[:layer] != [1] * layer else "" for layer in range(6)] for row in decisions]
     assert sum(map(any, names)) > 0
-    with routed.using(FixedPolicy(decisions, 6, names)):
+    with routed.using(Mixed(decisions, names)):
         assert torch.equal(routed(ids, attention_mask=mask).logits, found)
 
 
@@ -256,10 +272,34 @@ def test_experts_are_not_adapted(tiny_model):
     assert places == {f"self_attn.{part}_proj" for part in "qkvo"}
 
 
+def test_maps_with_packed_weights_are_adapted_by_the_numbers_that_they_give(tiny_llama):
+    class Packed(torch.nn.Linear):
+        """A linear map of 8 bits."""
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight.float() / 100)
+
+    packed, plain = tiny_llama(), tiny_llama()
+    for ours, theirs in zip(
+        packed.model.layers.modules(), plain.model.layers.modules(), strict=True
+    ):
+        if isinstance(ours, torch.nn.Linear):
+            values = (100 * ours.weight).round().to(torch.int8)
+            ours.weight = torch.nn.Parameter(values, requires_grad=False)
+            ours.__class__ = Packed
+            theirs.weight.copy_(values.float() / 100)
+    routed = with_adapters(packed)
+    with routed.fixed(StaticPath(PATH)):
+        found = routed(torch.tensor([[5, 6, 7]])).logits[0]
+    slow = ListedModel(plain, path=PATH, adapters=routed.adapters)
+    torch.testing.assert_close(found, slow.logits([5, 6, 7]), atol=LOGIT_TOLERANCE, rtol=0)
+
+
 BAD = {
-    "no such adapter": lambda routed: routed.fixed(StaticPath([0, Step(1, adapter="c")])),
-    "called 'a' already": lambda routed: routed.add_adapter("a", routed.adapters["b"]),
-    "needs a name": lambda routed: routed.add_adapter("", routed.adapters["b"]),
+    r"\[7\] have no nn.Linear": lambda routed: Adapter.fresh(routed, 2, 2, [7], 0),
+    "no adapter 'c'": lambda routed: routed.fixed(StaticPath([0, Step(1, adapter="c")])),
+    "'a', which is there already": lambda routed: routed.add_adapter("a", routed.adapters["b"]),
+    "is no name": lambda routed: routed.add_adapter("", routed.adapters["b"]),
     r"'0\.self_attn\.q'; did you mean": lambda routed: routed.add_adapter(
         "c", Adapter(2, 2, {"0.self_attn.q": (torch.zeros(2, 32), torch.zeros(32, 2))})
     ),
@@ -279,6 +319,6 @@ def test_adapters_that_do_not_fit_are_refused(routed, said):
 def test_a_policy_whose_adapter_is_gone_is_refused_when_it_runs(routed):
     policy = mixed([0])
     routed.remove_adapter("a")
-    with routed.using(policy), pytest.raises(RoutingError, match="no such adapter"):
+    with routed.using(policy), pytest.raises(RoutingError, match="no adapter 'a'"):
         routed(torch.tensor([[5, 6, 7]]))
     assert torch.isfinite(routed(torch.tensor([[5, 6, 7]])).logits).all()

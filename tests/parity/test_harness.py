@@ -16,6 +16,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import RouterPolicy
 from drllm.paths import Step
+from healed_folder import written_healed
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
@@ -240,6 +241,19 @@ def test_a_path_of_parts_scores_and_answers_as_the_plain_model_changed_by_hand(b
     assert info["path"] == f"{file}:less"
     # Four whole layers and a damped one; an MLP has 2/3 of a layer's entries, an attention 1/3.
     assert info["executions_a_forward"] == pytest.approx(6.0)
+
+
+def test_a_healed_path_scores_and_answers_as_the_plain_model_with_merged_weights(base, tmp_path):
+    plain = copy.deepcopy(base.model)
+    record = written_healed(tmp_path, base.model, base.identity)
+    lm = RoutedLM(base, path=str(tmp_path), batch_size=2)
+    slow = ListedModel(plain, path=record.path.steps, adapters=lm.routed.adapters)
+    requests = instances(QUESTIONS)
+    for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        [alone] = slow.sums(context, [continuation])
+        assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
+    assert lm.get_model_info()["drllm"]["path"] == str(tmp_path / "path.json")
 
 
 def test_a_path_of_another_model_is_refused(base, tmp_path):

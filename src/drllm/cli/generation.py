@@ -95,6 +95,7 @@ def generate(request: Request, terminal: Terminal) -> None:
             f"or 'prompt' instead"
         )
     with loaded(model_of(request, routers, path), terminal) as base:
+        from drllm.models.healed import load_path
         from drllm.models.routers.depth_control import encode_calibration, policy_for
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.models.routing.shares import executions_along
@@ -112,7 +113,7 @@ def generate(request: Request, terminal: Terminal) -> None:
             )
         along = None
         if path is not None:
-            static = path.path_of(base.identity)
+            static = load_path(routed, path)
             policy, cost = routed.policy_of(static), executions_along(routed, static)
             along = Along(static.edits(routed.num_layers), cost)
         with routed.using(policy):

@@ -371,4 +371,5 @@ def export(request: Request, terminal: Terminal) -> None:
             f"zeros       for the last linear map of {zeros}: whatever loads the checkpoint still "
             f"computes these parts, so they save no time there; only whole layers do"
         )
-    terminal.say("checked     loaded again, its logits equal the path's bit by bit")
+    how = "to rounding, the adapter merged" if StaticPath(made.path).adapters else "bit by bit"
+    terminal.say(f"checked     loaded again, its logits equal the path's {how}")

@@ -291,7 +291,7 @@ class Comparison:
         has_parts = any(path.runs_parts for path in self.shared.paths.values())
         try:
             shares = layer_shares(lm.routed) if has_parts else ()
-            shape: ModelShape | str = ModelShape.of(lm.routed.model, shares)
+            shape: ModelShape | str = ModelShape.of(lm.routed.model, shares, lm.routed.adapters)
         except ArchitectureError as error:
             shape = str(error)
         return TaskRuns(

@@ -11,12 +11,14 @@ Axes: L layers, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from drllm.cost import Shares, step_executions
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
+from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.shares import EXPERTS, entries_of
 from drllm.paths import MLP, Plan, step_of, steps_of
 from drllm.records.results import Flops
@@ -36,6 +38,8 @@ class ModelShape:
         queries: Numbers in a token's queries, those of all heads.
         kv_bytes: Of the keys and values that a layer keeps of a token.
         shares: What `layer_shares` finds, for paths that run parts of layers.
+        adapters: By name, the entries that an adapter adds to each layer, `[L]`; all of them count
+            where a part of the layer runs.
     """
 
     matrices: tuple[float, ...]
@@ -43,9 +47,12 @@ class ModelShape:
     queries: int
     kv_bytes: int
     shares: Shares = ()
+    adapters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, shares: Shares = ()) -> ModelShape:
+    def of(
+        cls, model: Any, shares: Shares = (), adapters: Mapping[str, Adapter] | None = None
+    ) -> ModelShape:
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,
@@ -73,6 +80,10 @@ class ModelShape:
             queries=heads * head_size,
             kv_bytes=2 * kv_heads * head_size * model.dtype.itemsize,
             shares=shares,
+            adapters={
+                name: tuple(map(adapter.num_entries, range(len(layers))))
+                for name, adapter in (adapters or {}).items()
+            },
         )
 
 
@@ -83,6 +94,7 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     """
     steps = list(map(step_of, steps_of(plan)))
     entries = sum(step_executions(s, shape.shares) * shape.matrices[s.layer] for s in steps)
+    entries += sum(shape.adapters[s.adapter][s.layer] for s in steps if s.adapter)
     # Two products for each pair of tokens: the score, and the value that it weights.
     pairs = sum(step.run != MLP for step in steps) * num_tokens * num_tokens
     return Flops(

@@ -117,6 +117,7 @@ def evaluate(
     with ExitStack() as stack:
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_output(output)
+        held = {**model.adapters} if isinstance(model, RoutedModel) else {}
         if isinstance(model, RoutedModel):
             if given:
                 raise ConfigError(
@@ -181,9 +182,15 @@ def evaluate(
         # Only here, since they load the harness, which an installation without `eval` lacks.
         from drllm.evaluation.comparison import Comparison, Shared
         from drllm.evaluation.lm_eval.model import RoutedLM
+        from drllm.models.healed import load_path
 
         lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
         stack.callback(detach, base.model)
+        for name, adapter in held.items():
+            lm.routed.add_adapter(name, adapter)
+        for path in by_name.values():
+            if isinstance(path, PathFile):
+                load_path(lm.routed, path)
         shared = Shared(lm, loaded, checked, tuned_on, found, config, output)
         stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
         shared.chunks.open()

@@ -7,7 +7,8 @@ from typing import Any
 
 from drllm.models.routers.card import template
 from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
-from drllm.records.static_paths import TEST, Measured, PathFile
+from drllm.records.healed import HealedPath
+from drllm.records.static_paths import TEST, Measured, PathFile, StaticPaths
 from drllm.statistics.verdicts import Verdict
 
 NOT_SAID = ("tasks", "data_dir")
@@ -27,8 +28,10 @@ def model_card(
     so that its identity `base` has a revision. Of a path of a `paths.json` the card says how it was
     found and how it did.
     """
-    layers, plan = [layer_of(item) for item in path.steps], path.plan(base["num_layers"])
-    found, record = (None, None) if file is None else (file.found, file.record)
+    layers = [layer_of(item) for item in path.steps]
+    plan = path.with_adapter("").plan(base["num_layers"])
+    found, made = (None, None) if file is None else (file.found, file.record)
+    record = made if isinstance(made, StaticPaths) else None
     return template(Path(__file__).with_name("export_card.md.j2")).render(
         base=base,
         steps=list(map(step_in_words, path.steps)),
@@ -41,6 +44,7 @@ def model_card(
         num_repeated_bytes=num_repeated_bytes,
         found=found,
         record=record,
+        healed=made if isinstance(made, HealedPath) else None,
         is_certified=found is not None and record is not None and record.certified == found.name,
         compared=[(m.task, _verdicts(m)) for m in found.measured if m.part == TEST]
         if found

@@ -1,12 +1,9 @@
-"""`path.json` of a healed path: a path, the adapter that it runs with, and how it was trained.
-
-It lies in a folder with the adapter, which is in PEFT's files.
-"""
+"""`path.json` of a healed path: the path, and how the adapter that lies beside it was trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -41,18 +38,17 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A path and its adapter, which runs on steps of all layers from `first_layer` on.
 
-    `tasks` and `texts` name what it was trained on; `divided` those of the tasks whose own splits
-    weren't used, and the digest is that of the questions. `held_out` has the losses by source, and
-    `executions` is the path's cost in layer equivalents.
+    `tasks` and `texts` name what it was trained on, `divided` the tasks whose own splits weren't
+    used; the digest is that of the questions. `held_out` has the losses by source.
     """
 
     name: str
     steps: tuple[StepRecord, ...]
     executions: float
     num_layers: int
-    first_layer: int
-    rank: int
-    alpha: float
+    first_layer: Annotated[int, msgspec.Meta(ge=0)]
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+    alpha: Annotated[float, msgspec.Meta(gt=0)]
     adapter_sha256: str
     tasks: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -61,13 +57,6 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
     curve: tuple[Checked, ...] = ()
     held_out: dict[str, Losses] = msgspec.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.first_layer < self.num_layers:
-            raise ValueError(
-                f"rank {self.rank}, alpha {self.alpha:g} and first_layer {self.first_layer}; "
-                f"expected a rank from 1, an alpha above 0 and a layer below {self.num_layers}"
-            )
 
     @property
     def adapter(self) -> str:
@@ -82,16 +71,11 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_healed(file: Path) -> HealedPath:
-    """Read the `path.json` of a healed path, or refuse it by a RecordError.
-
-    So are one without its adapter, and one with another adapter than it was written with.
-    """
+    """Read the `path.json` of a healed path; a RecordError where the adapter isn't its own."""
     record, adapter = read_json(file, HealedPath), file.with_name(ADAPTER_FILE)
-    if not adapter.is_file():
-        raise RecordError(f"{file.parent} has no {ADAPTER_FILE}; heal the path again")
-    if (found := sha256(adapter)) != record.adapter_sha256:
+    if not adapter.is_file() or sha256(adapter) != record.adapter_sha256:
+        state = "isn't the adapter" if adapter.is_file() else "isn't there,"
         raise RecordError(
-            f"{adapter} isn't the adapter that {file.name} was written with (SHA-256 {found[:16]}…,"
-            f" expected {record.adapter}…); put that one back, or heal the path again"
+            f"{adapter} {state} that {file.name} was written with; put that one back, or heal again"
         )
     return record

@@ -55,6 +55,7 @@ class StepRecord(
     layer: int
     run: Literal["all", "attention", "mlp"] = "all"
     scale: float = 1.0
+    adapter: str = ""
 
 
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

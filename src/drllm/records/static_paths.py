@@ -13,6 +13,7 @@ import msgspec
 from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import StaticPath, check_decisions, step_of, to_path
 from drllm.records.codec import decode, read_json, read_text
+from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.results import Header, StepRecord
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
@@ -23,8 +24,8 @@ FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """What is compared of the models' identities."""
 FORMS = (
-    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, or a paths.json '
-    "of 'drllm tune'"
+    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, a paths.json of '
+    "'drllm tune', or a folder of 'drllm heal'"
 )
 
 
@@ -114,30 +115,30 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise PathError(f"{file}: " + unknown_name("path", wanted, names))
         return self.paths[names.index(wanted)]
 
-    def check_model(self, model: Mapping[str, Any], file: Path) -> None:
-        """Refuse, by a PathError, a model that these paths weren't found for.
 
-        `model` is its identity. A fingerprint tells the same weights under another name; where one
-        side has none, the names count.
-        """
-        found = {**self.model, "num_layers": self.num_layers}
-        both = [key for key in IDENTITY if found.get(key) and model.get(key)]
-        differences = [
-            f"{key} {found[key]} (this model has {model[key]})"
-            for key in both
-            if found[key] != model[key] and (key != "id" or "fingerprint" not in both)
-        ]
-        if differences:
-            raise PathError(
-                f"{file} has paths of {self.model.get('id') or 'another model'} with "
-                f"{', '.join(differences)}; give that model as --model, or tune this one"
-            )
+def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
+    """Refuse, by a PathError, a model that a record's paths weren't found for.
+
+    `model` is its identity. A fingerprint tells the same weights under another name; where one side
+    has none, the names count.
+    """
+    found = {**record.model, "num_layers": record.num_layers}
+    both = [key for key in IDENTITY if found.get(key) and model.get(key)]
+    differences = [
+        f"{key} {found[key]} (this model has {model[key]})"
+        for key in both
+        if found[key] != model[key] and (key != "id" or "fingerprint" not in both)
+    ]
+    if differences:
+        raise PathError(
+            f"{file} has paths of {record.model.get('id') or 'another model'} with "
+            f"{', '.join(differences)}; give that model as --model, or tune this one"
+        )
 
 
 def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
     """Return a path as it is written."""
-    steps = map(step_of, path.steps)
-    return tuple(StepRecord(layer=s.layer, run=s.run, scale=s.scale) for s in steps)  # type: ignore[arg-type]
+    return tuple(StepRecord(**step_of(item)._asdict()) for item in path.steps)
 
 
 def read_paths(file: Path) -> StaticPaths:
@@ -162,22 +163,22 @@ class PathFile:
     """What a file says, before it is known how many layers the model has.
 
     Its `kind` is `decisions` or `path`; `found` and `record` are the path and the whole of a
-    `paths.json`.
+    `paths.json`, and of a healed path there is a record too.
     """
 
     file: Path
     kind: str
     values: tuple[int | StepRecord, ...]
     found: NamedPath | None = None
-    record: StaticPaths | None = None
+    record: StaticPaths | HealedPath | None = None
 
     def path_of(self, model: Mapping[str, Any]) -> StaticPath:
         """Return the path for a model of this identity; one that it wasn't made for is a PathError.
 
-        Only a `paths.json` says which model it is for.
+        Only a `paths.json` and a healed path, whose steps name its adapter, say which model it is.
         """
         if self.record is not None:
-            self.record.check_model(model, self.file)
+            check_model(self.record, model, self.file)
         return self.path(model["num_layers"])
 
     def path(self, num_layers: int) -> StaticPath:
@@ -188,6 +189,8 @@ class PathFile:
         try:
             if self.kind == "decisions":
                 return StaticPath(to_path(check_decisions(plain, num_layers)))
+            if isinstance(self.record, HealedPath):
+                return self.record.path.check(num_layers)
             return StaticPath(plain).check(num_layers)
         except PathError as error:
             raise PathError(f"{self.file}: {error}") from error
@@ -207,7 +210,7 @@ def read_path(given: str) -> PathFile:
 
 
 def read_path_list(given: str) -> dict[str, PathFile]:
-    """Read `FILE[:NAME],...`: paths by name; of a file that isn't a `paths.json`, by its stem.
+    """Read `FILE[:NAME],...`: paths by name, or by the stem of a file that names none.
 
     A `paths.json` without a name gives its paths but the full one and those marked as dominated. A
     name in several files comes behind that of its folder or, where it isn't `paths.json`, file.
@@ -217,7 +220,7 @@ def read_path_list(given: str) -> dict[str, PathFile]:
     for word in filter(None, map(str.strip, given.split(","))):
         found, file, name = _read(word)
         if isinstance(found, PathFile):
-            files.append((file.stem, found))
+            files.append((getattr(found.record, "name", file.stem), found))
             continue
         full = StaticPath(range(found.num_layers))
         named = found.paths if name is None else [found.find(name, file)]
@@ -233,7 +236,8 @@ def read_path_list(given: str) -> dict[str, PathFile]:
         own = name
         if names.count(name) > 1:
             folder, stem = path.file.resolve().parent.name, path.file.stem
-            own = f"{folder if path.file.name == PATHS_FILE or name == stem else stem}:{name}"
+            ours = path.file.name in (PATHS_FILE, HEALED_FILE) or name == stem
+            own = f"{folder if ours else stem}:{name}"
         if own in by_name:
             raise PathError(
                 f"{path.file}: a path called {name!r} is there twice; give each path once, under "
@@ -249,11 +253,16 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         file = Path(before)
+    if (file / HEALED_FILE).is_file():
+        file = file / HEALED_FILE
     text = read_text(file).strip()
     if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
         return read_paths(file), file, name
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
+    if f'"{HEALED_SCHEMA}"' in text:
+        record = read_healed(file)
+        return PathFile(file, "path", record.steps, None, record), file, None
     try:
         plan = decode(text, _Given, str(file))
     except RecordError as error:

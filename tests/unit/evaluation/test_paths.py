@@ -15,15 +15,17 @@ from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode
+from drllm.models.healed import load_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
 from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results
-from drllm.records.static_paths import steps_to_write
+from drllm.records.static_paths import read_path, steps_to_write
 from drllm.reporting.stage import report
 from drllm.statistics import non_inferiority
 from drllm.tasks.base import choose
 from drllm.tasks.registry import get_task
+from healed_folder import written_healed
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
 
@@ -82,10 +84,42 @@ def evaluated(base, tmp_path_factory):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_each_question_is_answered_as_by_the_listed_layers(evaluated, base, name):
+    listed = ListedModel(base.model, path=PATHS[name].steps)
+    assert_outcomes(listed, base, *evaluated, name)
+
+
+def test_a_healed_path_is_a_system_like_any_other(base, evaluated, tmp_path):
+    place = tmp_path / "healed"
+    record = written_healed(place, base.model, base.identity, path=PATHS["four"].steps, tasks=())
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    path = load_path(routed, read_path(str(place)))
+    listed = ListedModel(routed.detach(), path=path.steps, adapters=routed.adapters)
+    result = run(base, tmp_path / "eval", paths=str(place))
+    assert_outcomes(listed, base, result, tmp_path / "eval", "less")
+    [plain, _], system = evaluated, result.system("less")
+    assert (result.paths["less"][0].adapter, result.paths["less"][1].adapter) == (
+        "",
+        path.adapters[0],
+    )
+    assert system.description == "skips layers 2 and 4, with an adapter"
+    assert system.executions == 4
+    assert system.prompt_flops.weights > plain.system("four").prompt_flops.weights
+    held = RoutedModel(base.model, tokenizer=base.tokenizer)
+    held.add_adapter(record.adapter, routed.adapters[record.adapter])
+    again = run(held, tmp_path / "again", paths={"less": path})
+    held.detach()
+    assert again.system("less").gold_logprob == system.gold_logprob
+
+
+def test_questions_that_a_path_was_healed_on_are_not_reported(base, tmp_path):
+    written_healed(tmp_path, base.model, base.identity, tasks=("builtin_facts",))
+    with pytest.raises(ConfigError, match="evaluate them on test"):
+        evaluate(base, ["builtin_facts"], small(split="search"), paths=str(tmp_path))
+
+
+def assert_outcomes(listed, base, result, folder, name):
     task, losses = get_task("builtin_facts"), []
     examples = {example.id: example for example in task.examples("test")}
-    listed = ListedModel(base.model, path=PATHS[name].steps)
-    result, folder = evaluated
     samples = [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
     for sample in samples:
         outcome, example = sample["systems"][name], examples[sample["id"]]

@@ -36,6 +36,7 @@ from drllm.evaluation.lm_eval.scoring import (
 )
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
+from drllm.models.healed import load_path
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
@@ -218,7 +219,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 )
             file = read_path(path)
             self.path_source = f"{file.file}:{file.found.name}" if file.found else str(file.file)
-            return self.routed.policy_of(file.path_of(self.base.identity))
+            return self.routed.policy_of(load_path(self.routed, file))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]

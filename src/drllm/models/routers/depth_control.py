@@ -19,7 +19,6 @@ from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.driver import LayerPlan
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import read_json_lines
@@ -54,6 +53,7 @@ class Calibration(NamedTuple):
     num_probes: int
 
 
+@torch.no_grad()
 def routes_of(
     routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
@@ -63,15 +63,6 @@ def routes_of(
     left-padded batch, so the policy can be no plan with rows of its own. `routed.last_route` and
     the model's own policy stay what they are.
     """
-    plans = plans_of(routed, policy, prompts, batch_size=batch_size)
-    return torch.tensor([decisions for decisions, _ in plans])
-
-
-@torch.no_grad()
-def plans_of(
-    routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
-) -> list[LayerPlan]:
-    """Return the same with the adapters that each prompt runs with."""
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
     context = context_length(routed.model)
@@ -83,17 +74,17 @@ def plans_of(
                 f"prompt {place} has {len(tokens)} tokens, the model's context holds {context}; "
                 f"shorten it or leave it out"
             )
-    plans: dict[int, LayerPlan] = {}
+    routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     before = routed.driver.last
     try:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
             read_under(routed, policy, [prompts[row] for row in rows])
-            plans.update(zip(rows, routed.driver.last_plans, strict=True))
+            routes[rows] = routed.last_route
     finally:
         routed.driver.keep(before)
-    return [plans[row] for row in range(len(prompts))]
+    return routes
 
 
 def recorded(

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from drllm.errors import RoutingError, nearest_name, unknown_name
+from drllm.errors import RoutingError, nearest_name
 from drllm.models.base.layers import evaluating, one_token
 from drllm.models.routing.context import ThreadValue
 from drllm.models.routing.injection import Driver, Injection
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.routed_model import RoutedModel
 
-Rows: TypeAlias = "tuple[int, ...] | None"
-"""Places of rows in the batch that is run; None for all of them."""
 TRIED = (3, 5)
 """Rows and tokens of the batch that shows which maps are called with all of its tokens."""
 
@@ -66,19 +64,23 @@ class Adapter:
             if layer_of(name) in layers:
                 num_in, num_out = _sizes(module)
                 a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
-                b, device = torch.zeros(num_out, rank), _device(module)
-                weights[name] = a.to(device), b.to(device)
+                weights[name] = a, torch.zeros(num_out, rank)
+        if not weights:
+            raise RoutingError(f"the layers {sorted(layers)} have no nn.Linear that can be adapted")
         return cls(rank, alpha, weights)
-
-    @property
-    def scaling(self) -> float:
-        """What B A is multiplied with."""
-        return self.alpha / self.rank
 
     def parameters(self) -> Iterator[Tensor]:
         """Yield A and B of every map, as they are held: what an optimiser changes is what runs."""
         for pair in self.weights.values():
             yield from pair
+
+    def merged(self, name: str, module: nn.Module) -> Tensor:
+        """Return the weight of a map with the update added, computed in float32."""
+        a, b = self.weights[name]
+        update, weight = self.alpha / self.rank * (b.float() @ a.float()), module.weight
+        assert isinstance(weight, Tensor)
+        update = update.T if isinstance(module, Conv1D) else update
+        return (weight.float() + update).to(weight.dtype)
 
     def num_entries(self, layer: int) -> int:
         """Return how many entries of matrices it multiplies a token with at a layer."""
@@ -104,44 +106,43 @@ class Adapters:
     def maps(self) -> dict[str, nn.Module]:
         """The linear maps that can be adapted, by their name in an adapter; a batch shows them."""
         found: dict[str, nn.Module] = {}
-        for index, layer in enumerate(self._injection.layers):
-            for place, module in layer.named_modules():
-                if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:  # of PEFT
-                    found[f"{index}.{place.removesuffix('.base_layer')}"] = module
-        called: dict[str, bool] = {}
 
-        def seen(name: str, _module: nn.Module, args: Any, _output: Any) -> None:
-            called[name] = called.get(name, True) and bool(args) and args[0].shape[:2] == TRIED
+        def seen(name: str, module: nn.Module, args: Any, _output: Any) -> None:
+            if args and args[0].shape[:2] == TRIED:
+                found[name] = module
 
-        hooks = [m.register_forward_hook(_Named(seen, name)) for name, m in found.items()]
-        ids = one_token(self._injection.model).expand(TRIED)
+        injection = self._injection
+        hooks = [
+            module.register_forward_hook(
+                partial(seen, f"{index}.{place.removesuffix('.base_layer')}")
+            )
+            for index, layer in enumerate(injection.layers)
+            for place, module in layer.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place  # of PEFT
+        ]
+        ids, decoder = one_token(injection.model).expand(TRIED), injection.decoder
         try:
-            with (
-                torch.no_grad(),
-                evaluating(self._injection.decoder),
-                self._injection.driven_by(Driver()),
-            ):
-                self._injection.decoder(input_ids=ids, use_cache=False)
+            with torch.no_grad(), evaluating(decoder), injection.driven_by(Driver()):
+                decoder(input_ids=ids, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: module for name, module in found.items() if called.get(name)}
+        return found
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Hold an adapter under a name; see `RoutedModel.add_adapter`."""
         if not name or name in self.held:
-            said = f"there is an adapter called {name!r} already; remove it first, or give another"
-            raise RoutingError(said if name else "an adapter needs a name; give a text")
+            said = "is there already" if name else "is no name"
+            raise RoutingError(f"an adapter can't be called {name!r}, which {said}; give another")
         for key, (a, b) in adapter.weights.items():
             if key not in self.maps:
                 said = nearest_name("linear map", key, self.maps)
                 raise RoutingError(f"the adapter {name!r} is for another model: {said}")
             num_in, num_out = _sizes(self.maps[key])
-            wanted = [adapter.rank, num_in], [num_out, adapter.rank]
-            if (list(a.shape), list(b.shape)) != wanted:
+            if [*a.shape, *b.shape] != [adapter.rank, num_in, num_out, adapter.rank]:
                 raise RoutingError(
-                    f"the adapter {name!r} is for another model: at {key} it has A {list(a.shape)} "
-                    f"and B {list(b.shape)}, expected {wanted[0]} and {wanted[1]}"
+                    f"the adapter {name!r} is for another model: at {key}, from {num_in} to "
+                    f"{num_out}, it has A {list(a.shape)} and B {list(b.shape)}"
                 )
         self.held[name] = adapter
         self.place()
@@ -156,29 +157,25 @@ class Adapters:
     def check(self, name: str) -> str:
         """Return the name of an adapter if it is held; else a RoutingError."""
         if name not in self.held:
-            told = unknown_name("adapter", name, self.held) if self.held else f"{name!r}"
             raise RoutingError(
-                f"no such adapter on this model: {told}; load the folder of the healed path that "
-                f"it belongs to, or give it to add_adapter()"
+                f"this model holds no adapter {name!r} (it has {', '.join(self.held) or 'none'}); "
+                f"load the healed path that it belongs to, or give it to add_adapter()"
             )
         return name
 
     def place(self) -> None:
-        """Move what is held to where the maps are, once."""
+        """Move what is held, the same tensors, to where the maps are, unless they are offloaded."""
         for adapter in self.held.values():
             for key, pair in adapter.weights.items():
-                device = _device(self.maps[key])
-                if any(each.device != device for each in pair):
-                    a, b = (
-                        each.detach().to(device).requires_grad_(each.requires_grad) for each in pair
-                    )
-                    adapter.weights[key] = a, b
+                device: Any = self.maps[key].weight.device
+                for each in pair if device.type != "meta" else ():
+                    each.data = each.data.to(device)
 
     def install(self) -> None:
         """Put the hooks on, if there is anything to add; after `remove`, on again."""
         if self.held and not self._handles:
             self._handles = [
-                module.register_forward_hook(_Named(self._add, name))
+                module.register_forward_hook(partial(self._add, name))
                 for name, module in self.maps.items()
             ]
 
@@ -203,29 +200,16 @@ class Adapters:
             if name in adapter.weights:
                 a, b = adapter.weights[name]
                 x = args[0] if rows is None else args[0].index_select(0, rows)
-                update = linear(linear(x, a.to(x)), b.to(x)).to(output.dtype) * adapter.scaling
+                update = linear(linear(x, a.to(x)), b.to(x)).to(output.dtype)
+                update = update * (adapter.alpha / adapter.rank)
                 output = output + update if rows is None else output.index_add(0, rows, update)
         return output
 
 
-@dataclass(eq=False)
-class _Named:
-    """A hook that is told its module's name; a plain object, so that models copy and pickle."""
-
-    hook: Any
-    name: str
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.hook(self.name, module, args, output)
-
-
-def rows_by_adapter(names: Sequence[str], rows: Sequence[int]) -> tuple[tuple[str, Rows], ...]:
-    """Return which of the rows that are run each adapter is for, by the names of all rows.
-
-    Example:
-        >>> rows_by_adapter(["", "a", "a", "b"], rows=[1, 2]), rows_by_adapter(["", "a"], [0, 1])
-        ((('a', None),), (('a', (1,)),))
-    """
+def rows_by_adapter(
+    names: Sequence[str], rows: Sequence[int]
+) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    """Return each adapter's places among the rows that run, by all rows' names; None for all."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if names[row]:
@@ -238,13 +222,5 @@ def rows_by_adapter(names: Sequence[str], rows: Sequence[int]) -> tuple[tuple[st
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Return how many numbers a linear map takes and gives; its weight may be packed."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return int(module.nx), int(module.nf)  # type: ignore[arg-type]
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Return where a map computes; where accelerate keeps its weight elsewhere, the CPU."""
-    device = module.weight.device
-    assert isinstance(device, torch.device)
-    return torch.device("cpu") if device.type == "meta" else device
+    names = ("nx", "nf") if isinstance(module, Conv1D) else ("in_features", "out_features")
+    return getattr(module, names[0]), getattr(module, names[1])

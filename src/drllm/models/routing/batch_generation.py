@@ -15,8 +15,7 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
-from drllm.models.routers.depth_control import plans_of
-from drllm.models.routing.driver import LayerPlan
+from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.generate import end_tokens, options_of
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
@@ -194,32 +193,32 @@ def _batches(
     route_first: bool,
 ) -> Iterator[tuple[list[int], Policy]]:
     """Yield the places of prompts that are answered together, and what decides on them."""
-    plans: list[LayerPlan] | None = None
-    policy, layers = routed.policy, range(routed.num_layers)
-    if type(policy) in (FullPolicy, FixedPolicy):  # these would read nothing
+    plans: list[Decisions] | None = None
+    if type(routed.policy) in (FullPolicy, FixedPolicy):  # these would read nothing
         view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
-        none = [""] * len(rows)
-        decisions = zip(*(policy.decide(layer, view) for layer in layers), strict=True)
-        names = zip(*(policy.adapters(layer, view) or none for layer in layers), strict=True)
-        plans = list(zip(decisions, names, strict=True))
-    elif isinstance(policy, PathPolicy):
+        columns = [routed.policy.decide(layer, view) for layer in range(routed.num_layers)]
+        plans = [tuple(map(int, plan)) for plan in zip(*columns, strict=True)]
+    elif isinstance(routed.policy, PathPolicy):
         pass  # one plan for all, which decisions can't express
     elif route_first and len(rows) > batch_size:
-        plans = plans_of(routed, policy, rows, batch_size=batch_size)
+        routes = routes_of(routed, routed.policy, rows, batch_size=batch_size)
+        plans = [tuple(route) for route in routes.tolist()]
     groups: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
         groups.setdefault(0 if padded else len(rows[place]), []).append(place)
     for places in groups.values():
         if plans is None:
             for start in range(0, len(places), batch_size):
-                yield places[start : start + batch_size], policy
+                yield places[start : start + batch_size], routed.policy
         else:
             for batch in _cut(sorted(places, key=plans.__getitem__), plans, batch_size):
-                decided, adapted = zip(*(plans[place] for place in batch), strict=True)
-                yield batch, FixedPolicy(decided, routed.num_layers, adapted)
+                fixed = FixedPolicy([plans[place] for place in batch], routed.num_layers)
+                # Decisions don't say which adapters rows run with: the policy chooses them again.
+                again = routed.adapters and type(routed.policy) not in (FullPolicy, FixedPolicy)
+                yield batch, routed.policy if again else fixed
 
 
-def _cut(places: Sequence[int], plans: Sequence[LayerPlan], batch_size: int) -> Iterator[list[int]]:
+def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> Iterator[list[int]]:
     """Cut a list of prompts into batches so that the fewest executions are run.
 
     A batch runs a layer as often as the row that runs it most. Of several ways, the one with the
@@ -230,11 +229,11 @@ def _cut(places: Sequence[int], plans: Sequence[LayerPlan], batch_size: int) -> 
     costs, starts = [(0, 0)], [0]  # of the first n prompts: executions and mixed batches
     for end in range(1, len(places) + 1):
         last = plans[places[end - 1]]
-        runs: Sequence[int] = last[0]
+        runs: Sequence[int] = last
         ways = []
         for start in range(end - 1, max(end - batch_size, 0) - 1, -1):
             first = plans[places[start]]
-            runs = [max(pair) for pair in zip(runs, first[0], strict=True)]
+            runs = [max(pair) for pair in zip(runs, first, strict=True)]
             executions, mixed = costs[start]
             ways.append((executions + sum(runs), mixed + (first != last), start))
         executions, mixed, start = min(ways)

@@ -32,7 +32,7 @@ from drllm.models.routing.policies import (
     adapters_of,
     reads_prompt,
 )
-from drllm.paths import MLP, Decisions, StaticPath, Step, layer_of, step_of
+from drllm.paths import MLP, StaticPath, Step, layer_of, step_of
 
 Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
 """Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
@@ -46,15 +46,16 @@ def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
     return hidden
 
 
-LayerPlan: TypeAlias = tuple[Decisions, tuple[str, ...]]
-"""A row's decisions `[L]`, and the adapter that it runs each layer with, empty for none."""
-
-
 class Taken(NamedTuple):
     """What was decided at a layer, row by row: decisions, and the adapters by name."""
 
     decisions: tuple[int, ...]
     adapters: tuple[str, ...] = ()  # an empty name for a row without; none where no row has one
+
+    def of(self, rows: Sequence[int]) -> Taken:
+        """Return what was decided for some of the rows."""
+        names = tuple([self.adapters[row] for row in rows if self.adapters])
+        return Taken(tuple([self.decisions[row] for row in rows]), names)
 
 
 class GenerateCall(NamedTuple):
@@ -89,13 +90,6 @@ class RoutingDriver(Driver):
     def last(self) -> list[Taken]:
         """`[L]`, of this thread's last prompts; of any thread's where this one had none."""
         return self._traced or self._by_thread.get(threading.get_ident()) or self._newest
-
-    @property
-    def last_plans(self) -> list[LayerPlan]:
-        """The plan of each row of them, `[B]`."""
-        names = (taken.adapters or [""] * len(taken.decisions) for taken in self.last)
-        decisions = zip(*(taken.decisions for taken in self.last), strict=True)
-        return list(zip(decisions, zip(*names, strict=True), strict=True))
 
     def keep(self, route: list[Taken]) -> None:
         """Make a route the last one of this thread."""
@@ -247,12 +241,10 @@ class RoutedPass(Driver):
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
                 f"for each of {B // copies} prompts"
             )
-        names = tuple(adapters_of(self.policy, layer, prompts))
+        names = list(adapters_of(self.policy, layer, prompts))
         if names and len(names) * copies != B:
-            raise RoutingError(
-                f"the policy gave {len(names)} adapters at layer {layer}; expected a name, or an "
-                f"empty one, for each of {B // copies} prompts"
-            )
+            said = f"the policy gave the adapters {names} at layer {layer}"
+            raise RoutingError(f"{said}; expected a name for each of {B // copies} prompts")
         return Taken(
             tuple([int(value) for value in decisions for _ in range(copies)]),
             tuple([name for name in names for _ in range(copies)]) if any(names) else (),
@@ -384,17 +376,10 @@ class PathPass(Driver):
             entry.begin_pass(self._num_run[step.layer])
             self._num_run[step.layer] += 1
         try:
-            return self._calls[step.layer].run(
-                hidden, part=step.run, scale=step.scale, adapters=adapters_on(step)
-            )
+            return self._calls[step.layer].run(hidden, step=step)
         finally:
             if entry is not None:
                 entry.end_pass()
-
-
-def adapters_on(step: Step) -> tuple[tuple[str, None], ...]:
-    """Return what runs on all rows of a step."""
-    return ((step.adapter, None),) if step.adapter else ()
 
 
 def keeps_kv(item: int | Step) -> bool:

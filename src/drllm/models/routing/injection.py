@@ -24,7 +24,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.models.routing.overrides import ForwardOverride
-from drllm.paths import ALL, StaticPath
+from drllm.paths import ALL, StaticPath, Step
 
 if TYPE_CHECKING:
     from drllm.models.routing.adapters import Adapters
@@ -306,16 +306,17 @@ class LayerCall:
         hidden: Tensor,
         rows: tuple[int, ...] | None = None,
         *,
-        part: str = ALL,
-        scale: float = 1.0,
+        step: Step | None = None,
         adapters: Sequence[tuple[str, tuple[int, ...] | None]] = (),
     ) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
         `rows` says of each of the R inputs which row of the original batch it is; None: itself.
-        `part` and `scale` are those of a `Step`. Each adapter runs on some places of the R inputs,
-        or on all of them (None).
+        The step is a whole layer unless it is given. Each adapter runs on some places of the R
+        inputs, or on all of them (None); that of the step on all.
         """
+        _, part, scale, name = step or Step(self.index)
+        adapters = [*adapters, (name, None)] if name else adapters
         args, kwargs = self._args, self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._rows_of, rows))

@@ -39,8 +39,7 @@ class PromptView:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
             comes after a prompt length that the caller gave.
-        kept: What a policy keeps of these prompts from layer to layer, under keys of its own; a
-            policy itself may be asked by several threads at once.
+        kept: What a policy keeps of these prompts, under keys of its own, until the last layer.
     """
 
     hidden: Tensor
@@ -118,7 +117,6 @@ class FixedPolicy(Policy):
     Args:
         decisions: `[L]` for all rows, or `[B, L]`.
         num_layers: L of the model.
-        names: The adapter that each layer of each row runs with, `[B, L]`; empty for none.
 
     Raises:
         PathError: Decisions that no model of L layers can run.
@@ -127,10 +125,7 @@ class FixedPolicy(Policy):
     reads_prompt = False
 
     def __init__(
-        self,
-        decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor,
-        num_layers: int,
-        names: Sequence[Sequence[str]] = (),
+        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor, num_layers: int
     ) -> None:
         import torch
 
@@ -138,7 +133,6 @@ class FixedPolicy(Policy):
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
         self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
         self.shared = plan.dim() == 1
-        self.names = names if any(map(any, names)) else ()
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
         """Return column `layer` of the plan, which must be for as many rows as there are."""
@@ -150,10 +144,6 @@ class FixedPolicy(Policy):
                 f"{prompts.num_rows}; give one row each, or one for all"
             )
         return [row[layer] for row in self.plan]
-
-    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
-        """Return the names at that layer."""
-        return [row[layer] for row in self.names]
 
 
 class PathPolicy(Policy):
@@ -244,19 +234,6 @@ class RouterPolicy(Policy):
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return the routers' decisions."""
-        decided = self._decide(layer, prompts)
-        if not self.adapter:
-            return decided
-        values, left = decided.tolist(), prompts.kept.get(self, [False] * prompts.num_rows)
-        prompts.kept[self, layer] = [self.adapter if each else "" for each in left]
-        prompts.kept[self] = [each or value != 1 for each, value in zip(left, values, strict=True)]
-        return values
-
-    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
-        """Return the adapter for the rows that have left the full path before this layer."""
-        return prompts.kept[self, layer] if self.adapter else ()
-
-    def _decide(self, layer: int, prompts: PromptView) -> Tensor:
         import torch
 
         windows = prompts.windows(self.routers.config.num_windows)
@@ -264,10 +241,21 @@ class RouterPolicy(Policy):
         with full_precision(device), torch.no_grad():
             logits = self.routers.layer_logits(layer, windows)
             if self.router_penalty is not None:
-                return penalised(logits, self.router_penalty).argmax(dim=-1)
-            if self.depth_bias:
+                logits = penalised(logits, self.router_penalty)
+            elif self.depth_bias:
                 logits = biased(logits, self.depth_bias)
-            return logits.argmax(dim=-1)
+            decided = logits.argmax(dim=-1)
+        if not self.adapter:
+            return decided
+        prompts.kept.setdefault(self, []).append(values := decided.tolist())  # of each layer so far
+        return list(values)
+
+    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
+        """Return the adapter for the rows that have left the full path before this layer."""
+        if not self.adapter:
+            return ()
+        rows = zip(*prompts.kept[self], strict=True)
+        return [self.adapter if set(row[:-1]) - {1} else "" for row in rows]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
 from drllm.models.base.load import BaseModel
+from drllm.models.healed import load_path
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -30,6 +31,8 @@ from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
 from drllm.paths import StaticPath
+from drllm.records.healed import HEALED_FILE
+from drllm.records.static_paths import read_path
 
 
 def attach(
@@ -227,12 +230,13 @@ class RoutedModel:
         revision: str | None = None,
         **options: Any,
     ) -> RoutedModel:
-        """Load routers and the base model they belong to.
+        """Load routers, or a healed path, and the base model they belong to.
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub; a folder of that name comes first.
-            base: The base model, or its id or folder; None takes it from `router_config.json`.
+                the hub; a folder of that name comes first. Or a folder of `drllm heal`, whose path
+                is then followed.
+            base: The base model, or its id or folder; None takes it from the folder.
             tokenizer: The base model's; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
             options: Of a base model that is loaded here, as for `load`: `dtype`, `device`,
@@ -245,22 +249,28 @@ class RoutedModel:
             ModelError: The base model can't be had.
         """
         place = hub.find(routers, revision, **base_hub.options_in(options))
-        stack = load_routers(place)
+        healed = read_path(str(place)) if (place / HEALED_FILE).is_file() else None
+        stack = load_routers(place) if healed is None else None
         if not (base is None or isinstance(base, (str, Path))):
             for name in options.keys() - base_hub.options_in(options).keys():
                 raise ConfigError(
                     f"{name}={options[name]!r} has no effect on a base model that is loaded "
                     f"already; leave it out, or give the model's id as base"
                 )
-            return attach(base, stack, tokenizer)
-        name = str(base or stack.config.base_model)
-        if not name:
-            raise CheckpointError(
-                f"the routers in {routers} don't name their base model; give it as base=..."
-            )
-        base_revision = stack.config.base_revision if base is None else None
-        loaded = loading.load(name, revision=base_revision, **options)
-        return attach(loaded, stack, tokenizer)
+        else:
+            made_for = healed.record.model if healed is not None and healed.record else {}
+            if stack is not None:
+                made_for = {"id": stack.config.base_model, "revision": stack.config.base_revision}
+            if not (base or made_for.get("id")):
+                raise CheckpointError(
+                    f"the files in {routers} don't name their base model; give it as base=..."
+                )
+            base_revision = made_for.get("revision") if base is None else None
+            base = loading.load(str(base or made_for["id"]), revision=base_revision, **options)
+        routed = attach(base, stack, tokenizer)
+        if healed is not None:
+            routed.driver.policy = routed.policy_of(load_path(routed, healed))
+        return routed
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -352,11 +362,8 @@ class RoutedModel:
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Hold an adapter, for paths whose steps name it and policies that choose it.
 
-        The model's own weights and its state-dict keys stay as they are, and so does, bit by bit,
-        whatever runs without the adapter.
-
-        Raises:
-            RoutingError: A name that there is already, or an adapter of another model.
+        The model's weights and keys stay, and so does, bit by bit, what runs without the adapter. A
+        name that there is already, and an adapter of another model, are a RoutingError.
         """
         self._check_attached()
         self.injection.adapters.add(name, adapter)

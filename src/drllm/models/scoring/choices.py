@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.driver import Taken
 from drllm.models.routing.policies import Policy, PromptView, adapters_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
@@ -25,6 +25,8 @@ from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Question, pack
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,20 @@ class _OncePerQuestion(Policy):
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         """Show the policy each question's first row, and return its answer for all of them."""
-        first = torch.tensor([rows[0] for rows in self.places], device=prompts.hidden.device)
-        readable, kept = prompts.readable[first], prompts.kept
-        shown = PromptView(prompts.hidden[first], readable, prompts.spans, kept)
-        decided = self.policy.decide(layer, shown)
-        values = decided.tolist() if isinstance(decided, Tensor) else decided
-        kept[self, layer] = list(adapters_of(self.policy, layer, shown))
-        return [value for value, rows in zip(values, self.places, strict=True) for _ in rows]
+        decided = self.policy.decide(layer, self._shown(prompts))
+        return self._for_all(decided.tolist() if isinstance(decided, Tensor) else decided)
 
     def adapters(self, layer: int, prompts: PromptView) -> list[str]:
-        """Return those that the policy chose for each question's first row, for all of them."""
-        names = prompts.kept[self, layer]
-        return [name for name, rows in zip(names, self.places, strict=False) for _ in rows]
+        """Return those that the policy chooses for the same rows, for all of them."""
+        return self._for_all(adapters_of(self.policy, layer, self._shown(prompts)))
+
+    def _shown(self, prompts: PromptView) -> PromptView:
+        first = torch.tensor([rows[0] for rows in self.places], device=prompts.hidden.device)
+        hidden, readable = prompts.hidden[first], prompts.readable[first]
+        return PromptView(hidden, readable, prompts.spans, prompts.kept)
+
+    def _for_all(self, values: Sequence[Value]) -> list[Value]:
+        return [value for value, rows in zip(values, self.places, strict=False) for _ in rows]
 
 
 class ChoiceBatch:
@@ -181,15 +185,7 @@ class ChoiceBatch:
         parts = [(row, logits[row, start:]) for row, start in enumerate(starts)]
         scores = self._scored(parts, greedy=True)
         first = [places[0] for places in self._places]  # one for each question
-        driver.keep(
-            [
-                Taken(
-                    tuple([taken.decisions[row] for row in first]),
-                    tuple([taken.adapters[row] for row in first if taken.adapters]),
-                )
-                for taken in driver.last
-            ]
-        )
+        driver.keep([taken.of(first) for taken in driver.last])
         found = [_joined([scores[row] for row in places]) for places in self._places]
         return found, self.routed.last_route
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
-from drllm.models.routing.driver import adapters_on, identity, keeps_kv
+from drllm.models.routing.driver import identity, keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
@@ -321,7 +321,7 @@ class PrefixSharingDriver(Driver):
             num_past = keys.shape[2]
             entry.update(keys, values)
         cut = call.last_tokens(inputs.shape[1], num_past)
-        outputs = cut.run(inputs, rows, part=step.run, scale=step.scale, adapters=adapters_on(step))
+        outputs = cut.run(inputs, rows, step=step)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         for place, (row, path) in enumerate(wanted):

@@ -140,14 +140,9 @@ def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed):
     assert draw(1) != draw(2)
 
 
-def cut(places, plans, batch_size):
-    """Cut prompts of plans without adapters."""
-    return list(_cut(places, [(plan, ()) for plan in plans], batch_size))
-
-
 def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(routed):
     routes = [a.route for a in generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)]
-    batches = cut(sorted(range(24), key=routes.__getitem__), routes, 4)
+    batches = list(_cut(sorted(range(24), key=routes.__getitem__), routes, 4))
     counted = Counted(routed)
     generate_many(routed, PROMPTS, batch_size=4, max_new_tokens=3, min_new_tokens=3, chat=False)
     assert counted.prompts[:6] == [4] * 6  # routed first, whatever their plans
@@ -178,7 +173,7 @@ def test_no_other_way_of_cutting_runs_fewer_executions(seed):
     kinds = [tuple(rng.choices([0, 1, 2], k=4)) for _ in range(rng.randint(1, 5))]
     plans = sorted(rng.choices(kinds, k=rng.randint(1, 9)))
     batch_size, places = rng.randint(1, 5), list(range(len(plans)))
-    batches = cut(places, plans, batch_size)
+    batches = list(_cut(places, plans, batch_size))
     assert [place for batch in batches for place in batch] == places
     assert max(map(len, batches)) <= batch_size
     inner = range(1, len(plans))
@@ -191,16 +186,11 @@ def test_no_other_way_of_cutting_runs_fewer_executions(seed):
     assert cost_of(batches, plans) == min(cost_of(way, plans) for way in allowed)
 
 
-def test_prompts_with_other_adapters_are_of_another_plan():
-    plans = [((1, 0), ("a", ""))] * 3 + [((1, 0), ("b", ""))] * 3
-    assert list(map(len, _cut(range(6), plans, 4))) == [3, 3]
-
-
 def test_prompts_of_one_plan_fill_batches_and_the_rest_shares_them():
     plans = [(1, 1)] * 5 + [(1, 2)] * 4 + [(2, 1)] * 1
-    assert list(map(len, cut(range(10), plans, 5))) == [5, 5]
+    assert list(map(len, _cut(range(10), plans, 5))) == [5, 5]
     plans = [(1, 1)] * 3 + [(2, 2)] * 3  # filling up the first batch would make it run like (2, 2)
-    assert list(map(len, cut(range(6), plans, 4))) == [3, 3]
+    assert list(map(len, _cut(range(6), plans, 4))) == [3, 3]
 
 
 @pytest.mark.parametrize("policy", ["full", "one plan", "a plan each"])

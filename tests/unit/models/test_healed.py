@@ -1,0 +1,217 @@
+"""The folder of a healed path: written, loaded, refused, merged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from drllm.errors import DrllmError, PathError, RecordError, RoutingError
+from drllm.models.base.load import BaseModel, load
+from drllm.models.export import MERGED_TOLERANCE, export_path
+from drllm.models.healed import load_path
+from drllm.models.routing.adapters import Adapter
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath, Step
+from drllm.records.codec import read_json, sha256, write_json
+from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
+from drllm.records.static_paths import read_path, read_path_list
+from healed_folder import PATH, written_healed
+from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_adapter
+
+IDS = torch.tensor([list(range(5, 25))])
+
+
+@pytest.fixture
+def base(model_folder):
+    return load(str(model_folder(num_layers=6)), device="cpu")
+
+
+@pytest.fixture
+def record(base, tmp_path):
+    return written_healed(tmp_path / "healed", base.model, base.identity)
+
+
+def slowly(model, record, adapter):
+    """Return the logits of the plain model with an adapter merged."""
+    adapters = {record.adapter: adapter}
+    return ListedModel(model, path=record.path.steps, adapters=adapters).logits(IDS[0])
+
+
+def along(routed, path):
+    with routed.fixed(path), torch.no_grad():
+        return routed(IDS, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("place", ["healed", f"healed/{HEALED_FILE}"])
+def test_a_path_is_loaded_with_the_adapter_that_it_was_saved_with(base, record, tmp_path, place):
+    routed = RoutedModel(base.model)
+    path = load_path(routed, read_path(str(tmp_path / place)))
+    assert [*routed.adapters] == [record.adapter] == [*path.adapters]
+    assert path == StaticPath(PATH).with_adapter(record.adapter, first_layer=1)
+    assert path.edits(6) == "skips layer 2, repeats layer 4, with an adapter"
+    routed_logits = along(routed, path)
+    assert load_path(routed, read_path(str(tmp_path / place))) == path
+    adapter = tiny_adapter(routed, [1, 3, 4, 5])
+    routed.detach()
+    expected = slowly(base.model, record, adapter)
+    torch.testing.assert_close(routed_logits, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_routed_model_is_made_of_the_folder_alone(base, record, tmp_path, is_given):
+    routed = RoutedModel.from_pretrained(tmp_path / "healed", base if is_given else None)
+    with torch.no_grad():
+        found = routed(IDS, use_cache=False).logits[0]
+    assert torch.equal(found, along(routed, record.path))
+    assert not torch.equal(found, along(routed, record.path.with_adapter("")))
+
+
+def test_an_adapter_is_held_in_the_dtype_of_the_model(base, record, tmp_path):
+    routed = RoutedModel(base.model.bfloat16())
+    load_path(routed, read_path(str(tmp_path / "healed")))
+    assert {each.dtype for each in routed.adapters[record.adapter].parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_loads_the_adapter_and_runs_all_layers_with_it(family, tiny_model, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT isn't installed")
+    model = tiny_model(family)
+    record = written_healed(tmp_path, model, BaseModel(model, None, "tiny").identity)
+    routed = RoutedModel(model)
+    path = load_path(routed, read_path(str(tmp_path)))
+    expected = along(routed, StaticPath(range(6)).with_adapter(*path.adapters, 1))
+    routed.detach()
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(model, tmp_path)(IDS, use_cache=False).logits[0]
+    assert record.rank == 4
+    torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_healed_paths_are_listed_by_name_and_one_name_by_folders(base, record, tmp_path):
+    other = written_healed(tmp_path / "other", base.model, base.identity, path=[0, 5])
+    more = written_healed(tmp_path / "more", base.model, base.identity, name="more")
+    found = read_path_list(",".join(str(tmp_path / each) for each in ("healed", "other", "more")))
+    assert list(found) == ["healed:less", "other:less", "more"]
+    paths = [path.path_of(base.identity) for path in found.values()]
+    assert paths == [each.path for each in (record, other, more)]
+
+
+def with_weights(folder, change):
+    """Change the adapter's tensors, and say so in path.json: what a hand could do."""
+    tensors = load_file(folder / ADAPTER_FILE)
+    change(tensors)
+    save_file(tensors, folder / ADAPTER_FILE)
+    with_record(folder, adapter_sha256=sha256(folder / ADAPTER_FILE))
+
+
+def with_record(folder, **changes):
+    values = read_json(folder / HEALED_FILE, dict)
+    write_json(folder / HEALED_FILE, values | changes)
+
+
+Q = "base_model.model.model.layers.4.self_attn.q_proj.lora_"
+BAD = {
+    "isn't the adapter that path.json": lambda f: (f / ADAPTER_FILE).write_bytes(b"other"),
+    "adapter_model.safetensors isn't there": lambda f: (f / ADAPTER_FILE).unlink(),
+    "holds NaN or infinity": lambda f: with_weights(
+        f, lambda t: t[Q + "A.weight"].fill_(torch.nan)
+    ),
+    "has no A and B of rank 4": lambda f: with_weights(f, lambda t: t.pop(Q + "B.weight")),
+    "has no A and B of rank 5": lambda f: with_record(f, rank=5),
+    "holds 'lm_head.weight'": lambda f: with_weights(
+        f, lambda t: t.update({"lm_head.weight": torch.zeros(2)})
+    ),
+    r"for the layers \[1, 3, 4, 5\], the path runs \[1, 4\]": lambda f: with_record(
+        f, steps=[{"layer": layer} for layer in (0, 1, 4)]
+    ),
+    r"the path runs \[\] with it": lambda f: with_record(f, first_layer=6),
+    "rank": lambda f: with_record(f, rank=0),
+    "is for another model": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": torch.zeros(4, 31)})
+    ),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_a_folder_that_was_changed_is_refused_in_one_line(base, record, tmp_path, said):
+    BAD[said](tmp_path / "healed")
+    routed = RoutedModel(base.model)
+    with pytest.raises((RecordError, RoutingError), match=said) as caught:
+        load_path(routed, read_path(str(tmp_path / "healed")))
+    assert "\n" not in str(caught.value)
+    assert not routed.adapters
+
+
+def test_a_healed_path_of_another_model_is_refused(base, record, tmp_path, tiny_llama):
+    routed = RoutedModel(tiny_llama(seed=1))
+    with pytest.raises(PathError, match="fingerprint"):
+        load_path(routed, read_path(str(tmp_path / "healed")))
+    with pytest.raises(RecordError, match="no path called 'x'"):
+        read_path(f"{tmp_path / 'healed'}:x")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_an_export_has_the_adapter_merged_and_nothing_else(
+    family, tiny_model, tiny_tokenizer, tmp_path
+):
+    base = BaseModel(tiny_model(family), tiny_tokenizer, "tiny")
+    path = [0, Step(1, "mlp"), 3, 4, 4, 5]
+    record = written_healed(tmp_path / "healed", base.model, base.identity, path=path)
+    made = export_path(base, read_path(str(tmp_path / "healed")), tmp_path / "out")
+    assert made.path == record.path.steps
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = plain(IDS, use_cache=False).logits[0]
+    routed = RoutedModel(base.model)
+    expected = along(routed, load_path(routed, read_path(str(tmp_path / "healed"))))
+    assert (found - expected).abs().max() <= MERGED_TOLERANCE * expected.std()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "adapter of rank 4" in card
+    assert "Nothing was trained" not in card
+
+
+def test_an_export_in_sixteen_bits_is_checked_coarsely(base, record, tmp_path):
+    coarse = load(base.name, device="cpu", dtype="bfloat16")
+    made = export_path(coarse, read_path(str(tmp_path / "healed")), tmp_path / "out")
+    assert made.dtype == "bfloat16"
+
+
+def test_an_adapter_that_is_not_held_can_not_be_exported(base, record, tmp_path):
+    with pytest.raises(DrllmError, match="no adapter"):
+        export_path(base, record.path, tmp_path / "out")
+
+
+def test_the_command_line_answers_along_a_healed_path_and_exports_it(base, record, tmp_path, drllm):
+    place, out = tmp_path / "healed", tmp_path / "out"
+    command = "generate --device cpu --no-chat --max-new-tokens 6"
+    said = drllm(command, "--path", place, "a metal").out
+    assert "skips layer 2, repeats layer 4, with an adapter" in said
+    assert "to rounding" in drllm("export --device cpu", "--path", place, "--output", out).out
+    plain = drllm(command, "--model", out, "a metal").out
+    assert plain.splitlines()[0] == said.splitlines()[0]
+
+
+def test_the_files_are_peft_s_and_the_card_says_what_was_trained(base, record, tmp_path):
+    config = json.loads((tmp_path / "healed" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8.0)
+    assert config["layers_to_transform"] == [1, 3, 4, 5]
+    assert "mlp.up_proj" in config["target_modules"]
+    card = (tmp_path / "healed" / "README.md").read_text()
+    assert "| arc_easy | 2 | 3 | 2.2 |" in card
+
+
+def test_what_an_adapter_adds_counts_as_arithmetic(base, record):
+    from drllm.evaluation.flops import ModelShape, prompt_flops
+
+    routed = RoutedModel(base.model)
+    adapter = Adapter.fresh(routed, 4, 4, [1, 3, 4, 5], 0)
+    shape = ModelShape.of(base.model, adapters={record.adapter: adapter})
+    plain = prompt_flops(shape, record.path.with_adapter(""), 10)
+    healed = prompt_flops(shape, record.path, 10)
+    # Of the steps 1, 3, 4, 4 and 5, twice for each entry and token.
+    entries = sum(adapter.num_entries(layer) for layer in (1, 3, 4, 4, 5))
+    assert healed.weights - plain.weights == 2 * 10 * entries
+    assert sum(each.numel() for each in adapter.parameters()) == entries - adapter.num_entries(4)
