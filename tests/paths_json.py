@@ -1,5 +1,6 @@
 """A small `paths.json` as `drllm tune` writes it, for tests of whatever reads one."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ def written_paths(
     )
     write_json(file, record)
     return file
+
+
+def written_plans(folder: Path, paths: Mapping[str, StaticPath]) -> str:
+    """Write a file of each path of whole layers, and return them as `--paths` takes them."""
+    files = {folder / f"{name}.json": path.path() for name, path in paths.items()}
+    for file, layers in files.items():
+        file.write_text(json.dumps({"path": layers}))
+    return ",".join(map(str, files))
 
 
 def _fitted(change: tuple[float, float, float] | None) -> Measured:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.config import DepthConfig as DepthConfig
     from drllm.config import EvaluateConfig as EvaluateConfig
+    from drllm.config import MenuConfig as MenuConfig
     from drllm.config import ModelConfig as ModelConfig
     from drllm.config import SearchConfig as SearchConfig
     from drllm.config import SuperviseConfig as SuperviseConfig
@@ -52,13 +53,14 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.supervision.select import supervise as supervise
     from drllm.tasks.registry import get_task as get_task
     from drllm.training.stage import train as train
+    from drllm.tuning.menu import make_menu as make_menu
     from drllm.tuning.run import tune as tune
 
     __version__: str
 
 _NAMES = {
-    "config": "DepthConfig EvaluateConfig ModelConfig SearchConfig SuperviseConfig TrainConfig "
-    "TuneConfig",
+    "config": "DepthConfig EvaluateConfig MenuConfig ModelConfig SearchConfig SuperviseConfig "
+    "TrainConfig TuneConfig",
     "errors": "ArchitectureError CheckpointError ConfigError DrllmError ModelError PathError "
     "RecordError RoutingError TaskError",
     "evaluation.run": "evaluate",
@@ -75,6 +77,7 @@ _NAMES = {
     "supervision.select": "supervise",
     "tasks.registry": "get_task",
     "training.stage": "train",
+    "tuning.menu": "make_menu",
     "tuning.run": "tune",
 }
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}

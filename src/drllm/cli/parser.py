@@ -129,7 +129,8 @@ class _Verbs(UserDict[str, Any]):
 _OF_STAGES = "search supervise train evaluate report export"
 VERBS = _Verbs(
     {"run": "running", "sweep": "running", **dict.fromkeys(_OF_STAGES.split(), "stages")}
-    | {"tune": "tuning", "generate": "generation", "show": "show", "ls": "listing"}
+    | {"tune": "tuning", "menu": "tuning", "generate": "generation"}
+    | {"show": "show", "ls": "listing"}
 )
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}

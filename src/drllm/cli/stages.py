@@ -24,12 +24,13 @@ from drllm.config import (
     TrainConfig,
 )
 from drllm.errors import CheckpointError, ConfigError
-from drllm.evaluation.questions import check_output, tasks_of, without_routers
+from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import sha256
 from drllm.records.manifest import read_manifest, to_lines
+from drllm.records.menu import Menu
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.static_paths import PathFile, read_path, read_path_list
@@ -251,7 +252,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
         ),
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from="the routers or a paths.json name",
+    model_from="the routers, a menu or a paths.json name",
     resumes=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
@@ -267,7 +268,8 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     read = [read_routers(place) for place in places]
     folders = [folder for folder, _ in read]
     routers = read[0][1] if read else None
-    tuned = next((path for path in paths if path.record is not None and not read), None)
+    made_for = [menu_of(config, bool(places)), *paths]
+    tuned = next((each for each in made_for if each and each.record and not read), None)
     with loaded(model_of(request, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
@@ -286,7 +288,7 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
 
 
 def model_of(
-    request: Request, routers: RouterStack | None = None, path: PathFile | None = None
+    request: Request, routers: RouterStack | None = None, path: PathFile | Menu | None = None
 ) -> ModelConfig:
     """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
     config = request.of(ModelConfig)

@@ -1,13 +1,22 @@
-"""`drllm tune`, and how a `paths.json` is printed."""
+"""`drllm tune` and `drllm menu`, and how a `paths.json` and a `menu.json` are printed."""
 
 from pathlib import Path
 
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.terminal import Terminal
-from drllm.config import ModelConfig, TuneConfig
+from drllm.config import MenuConfig, ModelConfig, TuneConfig
+from drllm.records.codec import read_json
+from drllm.records.menu import MenuFile
 from drllm.records.places import check_folder
-from drllm.records.static_paths import FIT, PATHS_FILE, read_paths
+from drllm.records.static_paths import (
+    FIT,
+    MENU_FILE,
+    PATHS_FILE,
+    read_path_list,
+    read_paths,
+)
 from drllm.reporting import tuned
+from drllm.reporting.numbers import plain, signed
 from drllm.tuning.parts import parts_of_tasks
 
 
@@ -50,3 +59,41 @@ def show_paths(file: Path, terminal: Terminal) -> None:
     for sentence in found.choice.sentences() if found.choice else ():
         terminal.say(sentence)
     terminal.fact("paths", file)
+
+
+@verb(
+    "menu",
+    example="drllm menu --paths tuned/paths.json --executions 27 --output-dir menu/",
+    settings=(ModelConfig, MenuConfig),
+    flags=(Flag("output_dir", "folder for the menu", default="menu/", value="DIR"),),
+    model_from="a paths.json names",
+    resumes=True,
+)
+def menu_verb(request: Request, terminal: Terminal) -> None:
+    """Make a menu of paths, of which each prompt runs the one that suits its kind."""
+    config, output = request.of(MenuConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    given = read_path_list(config.paths or "").values()
+    from drllm.cli.stages import model_of  # which imports what shows a menu
+    from drllm.tuning.menu import make_menu
+
+    model = model_of(request, path=next((path for path in given if path.record), None))
+    make_menu(model, None, config, output, listener=terminal)
+    show_menu(output / MENU_FILE, terminal)
+
+
+def show_menu(file: Path, terminal: Terminal) -> None:
+    """Print what the paths of a menu are worth to each task, and which it chooses how often."""
+    found = read_json(file, MenuFile)
+    rows = []
+    for name, cost in found.executions.items():
+        both = [(found.select[task][name], found.chosen[task][name]) for task in found.tasks]
+        told = [f"{signed(change)}, {100 * share:.0f} %" for change, share in both]
+        rows.append([name, plain(cost, 0), *told])
+    title = "on select: the objective's change from full, and how often the path is chosen"
+    terminal.table("|".join(["path", "layers", *found.tasks]), rows, title, 1)
+    for task, shares in found.chosen.items():
+        mean = plain(sum(share * found.executions[name] for name, share in shares.items()), 2)
+        terminal.fact(task, f"{mean} executions; on fit {found.best_for(task)} is best")
+    price = f"{found.price:g} nats for all {found.num_layers} layers"
+    terminal.fact("menu", f"{file.parent}, read at layer {found.reads_at}, price {price}")

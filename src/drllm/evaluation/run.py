@@ -21,7 +21,7 @@ from drllm.config.fields import changed
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import TIMED_TOKENS, write_latency
-from drllm.evaluation.questions import check_output, tasks_of, without_routers
+from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
 from drllm.listener import Listener
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -29,6 +29,7 @@ from drllm.models.routing.routed_model import RoutedModel, detach, unrouted
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
+from drllm.records.menu import RIVALS, Menu
 from drllm.records.places import only_writer
 from drllm.records.results import (
     BASE,
@@ -40,7 +41,13 @@ from drllm.records.results import (
     results_in,
 )
 from drllm.records.resume import refuse_other_run
-from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
+from drllm.records.static_paths import (
+    MENU_FILE,
+    PathFile,
+    check_model,
+    read_path_list,
+    steps_to_write,
+)
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
@@ -62,7 +69,7 @@ def evaluate(
     listener: Listener | None = None,
     **settings: Any,
 ) -> Results:
-    """Evaluate base, routed model, baselines and static paths on tasks.
+    """Evaluate base, routed model or menu, baselines and static paths on tasks.
 
     Args:
         model: A `RoutedModel`, whose own routers are evaluated; or the base model (a name or a
@@ -101,19 +108,20 @@ def evaluate(
         named = [paths] if isinstance(paths, str) else list(paths)
         config = replace(config, paths=",".join(named) or None)
     given = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
-    if not given and not (isinstance(model, RoutedModel) and model.routers is not None):
+    is_routed = bool(given) or (isinstance(model, RoutedModel) and model.routers is not None)
+    if not is_routed:
         config = without_routers(config)
     found = tasks_of(config, tasks)
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
     )
-    for name, path in by_name.items():
-        if name in (BASE, ROUTED) or name in BASELINES:
-            raise PathError(
-                f"a path is called {name!r}, as another system is; give it another name"
-            )
-        if isinstance(path, PathFile):
-            _refuse_chosen_on(path, found, config)
+    menu = menu_of(config, is_routed)
+    taken = {BASE, ROUTED, *BASELINES, *RIVALS, *(menu.record.executions if menu else ())}
+    for name in taken & by_name.keys():
+        raise PathError(f"a path is called {name!r}, as another system is; give it another name")
+    for chosen in [*by_name.values(), menu]:
+        if isinstance(chosen, (PathFile, Menu)):
+            _refuse_chosen_on(chosen, found, config)
     with ExitStack() as stack:
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_output(output)
@@ -134,6 +142,9 @@ def evaluate(
         }
         records = (path.record for path in by_name.values() if isinstance(path, PathFile))
         tuned_on = {task for record in records if record is not None for task in record.tasks}
+        if menu is not None:
+            check_model(menu.record, base.identity, menu.file)
+            tuned_on |= {*menu.record.tasks, *menu.record.chosen_on}
         loaded: dict[Path, RouterStack] = {}
         for number, each in enumerate(given):
             folder = output / "routers" / str(number)
@@ -161,12 +172,14 @@ def evaluate(
                 "evaluation",
                 model=base.identity,
                 config=config.to_dict(),
-                inputs=[folder / WEIGHTS_FILE for folder in loaded],
+                inputs=[folder / WEIGHTS_FILE for folder in loaded] + ([menu.file] if menu else []),
             ),
             "runtime": base.runtime,
             "routers": first and str(first),
             "routers_sha256": first and hashes[first],
-            "paths": {name: steps_to_write(path) for name, path in checked.items()},
+            "menu": menu and str(menu.file.parent),
+            "paths": {name: steps_to_write(path) for name, path in checked.items()}
+            | {path.name: path.steps for path in (menu.record.paths[1:] if menu else ())},
             "other_seeds": {str(folder): hashes[folder] for folder in loaded if folder != first},
         }
         for file in results_in(output):
@@ -182,7 +195,9 @@ def evaluate(
         # Only here, since they load the harness, which an installation without `eval` lacks.
         from drllm.evaluation.comparison import Comparison, Shared
         from drllm.evaluation.lm_eval.model import RoutedLM
+        from drllm.evaluation.menus import with_rivals
         from drllm.models.healed import load_path
+        from drllm.models.routing.menu import load_menu
 
         lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
         stack.callback(detach, base.model)
@@ -191,7 +206,11 @@ def evaluate(
         for path in by_name.values():
             if isinstance(path, PathFile):
                 load_path(lm.routed, path)
-        shared = Shared(lm, loaded, checked, tuned_on, found, config, output)
+        policy = None if menu is None else load_menu(lm.routed, menu)
+        if policy is not None:  # its full path is base
+            checked |= dict([*policy.paths.items()][1:])
+        own = (policy, menu and menu.file)
+        shared = Shared(lm, loaded, checked, tuned_on, found, config, output, *own)
         stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
         shared.chunks.open()
         with listener.busy("reading the questions"):
@@ -200,6 +219,8 @@ def evaluate(
         shared.plan(timed)
         with listener.progress("evaluating", "") as shared.on_progress:
             done = [comparison.run() for comparison in comparisons]
+            if policy is not None and menu is not None:
+                done = with_rivals(done, policy, menu.record, config.seed)
             detach(base.model)
             with shared.doing("measuring time", timed):
                 write_latency(base, first, trained, shared.prompts, config, output)
@@ -209,12 +230,13 @@ def evaluate(
     return results
 
 
-def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
-    """Refuse, by a ConfigError, questions that a tuned path was fitted, chosen or certified on."""
+def _refuse_chosen_on(path: PathFile | Menu, tasks: Sequence[Task], config: EvaluateConfig) -> None:
+    """Refuse, by a ConfigError, questions that paths were fitted, chosen or certified on."""
+    record = path.record
     for task in tasks:
-        if path.record is None or task.name not in path.record.tasks:
+        if record is None or task.name not in {*record.tasks, *getattr(record, "chosen_on", ())}:
             continue
-        if task.name in path.record.divided:
+        if task.name in record.divided:
             raise ConfigError(
                 f"{path.file} was tuned on a part of the questions of {task.name} that an "
                 f"evaluation asks; 'drllm show {path.file}' has what its paths do on the others"
@@ -231,7 +253,8 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two evaluations the same one; how often time is measured doesn't."""
     names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
     config = {**header["config"], "latency_rounds": None}
-    return {"config": config, **{name: header[name] for name in names}}
+    menu = {"menu_sha256": header["inputs"].get(MENU_FILE)}
+    return {"config": config, **menu, **{name: header[name] for name in names}}
 
 
 def _write(
@@ -242,7 +265,7 @@ def _write(
     from drllm.evaluation.tables import correct
 
     # Without routers the most accurate path stands first.
-    rivals = header["paths"] if header["routers"] is None else ()
+    rivals = header["paths"] if not (header["routers"] or header["menu"]) else ()
     tables = correct([each.table() for each in done], rivals)
     results = tuple(
         each.evaluation(table, header) for each, table in zip(done, tables, strict=True)

@@ -22,7 +22,7 @@ from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Answer, Decides, Plan, Request
+from drllm.evaluation.lm_eval.scoring import Answer, Decides, Paths, Plan, Request
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.shares import executions_along
@@ -170,11 +170,12 @@ class TaskRun:
             gold = self.asked.gold_logprob
             golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
             system.gold_logprob = _mean(golds)
-        of_texts: Plan | StaticPath
+        of_texts: Paths | StaticPath
         if path is not None:
             of_texts, system.executions = path, executions_along(self.lm.routed, path)
         else:
-            of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
+            taken = [drawn[0].plans.get(route, route) for route in found.routes[0]]
+            of_texts = dict(zip(self.asked.keys, taken, strict=True))
             [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
         [texts] = self.lm.scorer.score_plans(self._texts, [of_texts])
         system.text_loss = self._losses(texts)

@@ -3,8 +3,8 @@
 Every difference is a `Verdict`, and the findings are their sentences.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import eq
 from statistics import fmean
@@ -18,7 +18,8 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun
-from drllm.paths import Plan
+from drllm.paths import Decisions, Plan, StaticPath
+from drllm.records.menu import BEST_SINGLE, BY_KIND, PERMUTED_CHOICES, RIVALS
 from drllm.records.results import (
     BASE,
     PERMUTED,
@@ -27,6 +28,7 @@ from drllm.records.results import (
     Flops,
     Outcome,
     Point,
+    Pooled,
     Sample,
     Seeds,
     Spread,
@@ -40,7 +42,12 @@ from drllm.statistics.verdicts import Differences, compare, correct_together, lo
 DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
     ROUTED: "the routers decide, reading the question alone",
+    BEST_SINGLE: "one of the menu's paths for all questions, or two at random, the best on the "
+    "questions that its chooser was fitted on at no more executions over all tasks",
+    PERMUTED_CHOICES: "each question runs the path that the menu chose for any other, of any task",
+    BY_KIND: "each question runs the path that is worth most to its task, which it is told",
 }
+OF_MENU = "the menu chooses a path, reading the question alone"
 SHOWN = (BASE, ROUTED)
 """Systems whose answers are kept; the texts of all are many."""
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
@@ -54,7 +61,8 @@ class TaskRuns:
 
     Systems are base, then at each depth routed and its baselines, if there are routers, and paths
     last. The shape is the model's, or why its cost can't be derived. `seeds` are, depth by depth,
-    routers of several seeds on the same questions, and their own routes permuted, if any.
+    routers of several seeds on the same questions, and their own routes permuted, if any. Of a
+    menu, `plans` are the paths by their routes, and `pooled` how it does over all tasks.
     """
 
     asked: AskedTask
@@ -65,6 +73,8 @@ class TaskRuns:
     num_layers: int
     shape: ModelShape | str
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
+    plans: Mapping[Decisions, StaticPath] = field(default_factory=dict)
+    pooled: Pooled | None = None
 
     @property
     def trained(self) -> list[SystemRun]:
@@ -83,6 +93,10 @@ class TaskRuns:
 
     def _row(self, system: SystemRun) -> System:
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
+        if self.plans and system.name == ROUTED:
+            about = {"description": OF_MENU}
+        if system.name in RIVALS:
+            about |= {"reads_question": False, "fitted_on": "the questions that fitted the chooser"}
         if system.path is not None:
             about = {"description": system.path.edits(self.num_layers), "reads_question": False}
         if system.name in BASELINES:
@@ -109,9 +123,10 @@ class TaskRuns:
 
     def _cost(self, system: SystemRun) -> tuple[Flops | None, float | None]:
         """Return the mean FLOPs of a prompt with one token predicted, and K/V bytes a token."""
-        if isinstance(self.shape, str):
+        if isinstance(self.shape, str) or not (system.routes or system.path):
             return None, None
-        prompts, draws = self.asked.prompt_tokens, list[Sequence[Plan]](system.routes)
+        prompts = self.asked.prompt_tokens
+        draws: list[list[Plan]] = [[self.plans.get(r, r) for r in draw] for draw in system.routes]
         if system.path is not None:
             draws = [[system.path] * len(prompts)]
         flops = [
@@ -194,6 +209,7 @@ class TaskRuns:
             curve=self.curve(),
             seeds=tuple(self.of_seeds(*runs) for runs in self.seeds),
             choice=self.choice,
+            pooled=self.pooled,
         )
         return replace(found, findings=tuple(self._findings(found)))
 
@@ -203,7 +219,9 @@ class TaskRuns:
         if ours is None or (against := ours.against_base) is None:
             raise ValueError("nothing is compared with base")
         said = [self._headline(ours, found)]
-        if found.best_path is not None and found.best_path is not ours:
+        if self.pooled is not None:
+            said += pooled_sentences(self.pooled)
+        elif found.best_path is not None and found.best_path is not ours:
             said.append(self._headline(found.best_path, found))
         if not self.above_chance:
             said.append(
@@ -318,6 +336,16 @@ def _mean_outcomes(systems: Sequence[SystemRun]) -> Outcomes:
     }
     executions = fmean(each.executions for each in systems)
     return Outcomes(name="mean over seeds", executions=executions, **means)
+
+
+def pooled_sentences(pooled: Pooled) -> Iterator[str]:
+    """Say how a menu does against each rival over all tasks, the best single path first."""
+    over = f"Over {pooled.num_questions} questions of {', '.join(pooled.tasks)}"
+    for name in (*RIVALS, BASE):
+        if name in pooled.routed_against:
+            ours, theirs = pooled.executions[ROUTED], pooled.executions[name]
+            told = pooled.routed_against[name].told(f" at {ours:.2f} and {theirs:.2f} executions")
+            yield f"{over}, the menu minus {name}: {told}."
 
 
 def seeds_sentence(seeds: Seeds) -> str:

@@ -19,6 +19,7 @@ from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
 PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
+MENU_FILE = "menu.json"
 FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 """The parts of a task's questions: on each, paths are fitted, chosen, certified or tested."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
@@ -253,6 +254,9 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         file = Path(before)
+    if file.name == MENU_FILE or (file / MENU_FILE).is_file():
+        said = "is a menu, which chooses a path for each prompt; give the file of one of its paths"
+        raise PathError(f"{file} {said}")
     if (file / HEALED_FILE).is_file():
         file = file / HEALED_FILE
     text = read_text(file).strip()

@@ -38,6 +38,8 @@ Answer: TypeAlias = tuple[float, bool]
 
 Plan: TypeAlias = Mapping[Any, Decisions]
 """Decisions by question."""
+Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]
+"""The same, of paths too."""
 Decides: TypeAlias = Policy | Plan | StaticPath
 
 STATE_CACHE_GB = 1.0
@@ -186,12 +188,12 @@ class RequestScorer:
         return _answers(found, scores), routes
 
     def score_plans(
-        self, requests: Sequence[Request], plans: Sequence[Plan | StaticPath]
+        self, requests: Sequence[Request], plans: Sequence[Paths | StaticPath]
     ) -> list[list[Answer]]:
         """Return the answers under each plan; what their paths have in common runs once."""
         found = asked(requests, self.max_length, by_prompt=True)
 
-        def of(plan: Plan | StaticPath, place: int) -> Decisions | StaticPath:
+        def of(plan: Paths | StaticPath, place: int) -> Decisions | StaticPath:
             return plan if isinstance(plan, StaticPath) else plan[found.keys[place]]
 
         scores: list[dict[int, Score]] = [{} for _ in plans]

@@ -102,7 +102,7 @@ def recorded(
         def decide(self, layer: int, prompts: PromptView) -> list[int]:
             if layer in layers:
                 kept.append(read(prompts).cpu())
-            return [decision] * prompts.num_rows
+            return [decision if layer < max(layers) else 0] * prompts.num_rows  # none after
 
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     routes_of(routed, Recorder(), [prompts[row] for row in by_length])

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from drllm.models.routers.stack import RouterStack, Spans, Windows
 
-POLICIES: Registry[type[Policy]] = Registry("policy", ["drllm.models.routing.policies"])
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy", ["drllm.models.routing.policies", "drllm.models.routing.menu"]
+)
 """Policies by name; `drllm ls policies` lists them."""
 
 

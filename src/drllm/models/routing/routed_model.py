@@ -21,7 +21,6 @@ from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
 from drllm.models.base.load import BaseModel
-from drllm.models.healed import load_path
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -29,10 +28,12 @@ from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
+from drllm.models.routing.menu import load_policy
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE
-from drllm.records.static_paths import read_path
+from drllm.records.menu import read_plan
+from drllm.records.static_paths import MENU_FILE
 
 
 def attach(
@@ -230,12 +231,12 @@ class RoutedModel:
         revision: str | None = None,
         **options: Any,
     ) -> RoutedModel:
-        """Load routers, or a healed path, and the base model they belong to.
+        """Load routers, a healed path or a menu, and the base model they belong to.
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub; a folder of that name comes first. Or a folder of `drllm heal`, whose path
-                is then followed.
+                the hub; a folder of that name comes first. Or a folder of `drllm heal` or
+                `drllm menu`, which is then followed.
             base: The base model, or its id or folder; None takes it from the folder.
             tokenizer: The base model's; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
@@ -249,8 +250,9 @@ class RoutedModel:
             ModelError: The base model can't be had.
         """
         place = hub.find(routers, revision, **base_hub.options_in(options))
-        healed = read_path(str(place)) if (place / HEALED_FILE).is_file() else None
-        stack = load_routers(place) if healed is None else None
+        is_plan = any((place / name).is_file() for name in (HEALED_FILE, MENU_FILE))
+        plan = read_plan(str(place)) if is_plan else None
+        stack = load_routers(place) if plan is None else None
         if not (base is None or isinstance(base, (str, Path))):
             for name in options.keys() - base_hub.options_in(options).keys():
                 raise ConfigError(
@@ -258,7 +260,7 @@ class RoutedModel:
                     f"already; leave it out, or give the model's id as base"
                 )
         else:
-            made_for = healed.record.model if healed is not None and healed.record else {}
+            made_for = plan.record.model if plan is not None and plan.record else {}
             if stack is not None:
                 made_for = {"id": stack.config.base_model, "revision": stack.config.base_revision}
             if not (base or made_for.get("id")):
@@ -268,8 +270,8 @@ class RoutedModel:
             base_revision = made_for.get("revision") if base is None else None
             base = loading.load(str(base or made_for["id"]), revision=base_revision, **options)
         routed = attach(base, stack, tokenizer)
-        if healed is not None:
-            routed.driver.policy = routed.policy_of(load_path(routed, healed))
+        if plan is not None:
+            routed.driver.policy = load_policy(routed, plan)
         return routed
 
     @cached_property
