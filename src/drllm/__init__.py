@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.config import DepthConfig as DepthConfig
     from drllm.config import EvaluateConfig as EvaluateConfig
+    from drllm.config import HealConfig as HealConfig
     from drllm.config import MenuConfig as MenuConfig
     from drllm.config import ModelConfig as ModelConfig
     from drllm.config import SearchConfig as SearchConfig
@@ -53,14 +54,15 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.supervision.select import supervise as supervise
     from drllm.tasks.registry import get_task as get_task
     from drllm.training.stage import train as train
+    from drllm.tuning.heal import heal as heal
     from drllm.tuning.menu import make_menu as make_menu
     from drllm.tuning.run import tune as tune
 
     __version__: str
 
 _NAMES = {
-    "config": "DepthConfig EvaluateConfig MenuConfig ModelConfig SearchConfig SuperviseConfig "
-    "TrainConfig TuneConfig",
+    "config": "DepthConfig EvaluateConfig HealConfig MenuConfig ModelConfig SearchConfig "
+    "SuperviseConfig TrainConfig TuneConfig",
     "errors": "ArchitectureError CheckpointError ConfigError DrllmError ModelError PathError "
     "RecordError RoutingError TaskError",
     "evaluation.run": "evaluate",
@@ -77,6 +79,7 @@ _NAMES = {
     "supervision.select": "supervise",
     "tasks.registry": "get_task",
     "training.stage": "train",
+    "tuning.heal": "heal",
     "tuning.menu": "make_menu",
     "tuning.run": "tune",
 }

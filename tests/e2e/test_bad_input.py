@@ -280,6 +280,11 @@ evaluate --routers run/routers --output-dir file/eval => can't write to file/eva
 tune --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
 tune --epsilon 2 --num-judged 10 --output-dir new => needs 30 questions to certify at least
 tune --max-loss-increase 0.1 --output-dir new => --epsilon
+heal --tasks builtin_facts --output-dir new => no path is given
+heal --path plan.json --output-dir new => nothing to train on => plan.json: {"decisions": [1, 1]}
+heal --path plan.json --tasks builtin_fact --output-dir new => did you mean 'builtin_facts' \
+=> plan.json: {"decisions": [1, 1]}
+heal --path missing.json --tasks builtin_facts --output-dir new => missing.json doesn't exist
 SUPERVISE empty.jsonl => empty.jsonl is empty => empty.jsonl:
 SUPERVISE run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
 SUPERVISE run/search.jsonl --quota-improving 1.0 => has a target ( \

@@ -1,4 +1,4 @@
-"""A search, tuning or evaluation that is killed again and again ends as an undisturbed one."""
+"""A search, tuning, healing or evaluation that is killed ends as an undisturbed one."""
 
 import json
 import random
@@ -94,6 +94,34 @@ def test_a_tuning_killed_at_random_moments_ends_as_an_undisturbed_one(
     )
     assert {**found, "created": None} == {**expected, "created": None}
     assert [path.name for path in killed.iterdir()] == [path.name for path in undisturbed.iterdir()]
+
+
+@pytest.mark.thorough  # tuning/test_heal interrupts one in this process
+def test_a_healing_killed_at_random_moments_ends_with_the_adapter_of_an_undisturbed_one(
+    processes, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("drllm.tuning.heal.SAVE_SECONDS", 0.0)  # the processes are forks
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"decisions": [1, 0, 1, 1]}')
+    settings = "--tasks builtin_facts --limit 20 --steps 60 --rank 2 --num-held-out 4 --device cpu"
+    words = ["heal", "--model", str(model_folder()), "--path", str(plan), *settings.split()]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    to_the_end(processes, [*words, "--output-dir", str(undisturbed)])
+    moments = random.Random(0)
+    for _ in range(3):
+        process = begun(processes, [*words, "--output-dir", str(killed)])
+        while not (killed / "heal.partial").exists() and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.join()
+    to_the_end(processes, [*words, "--output-dir", str(killed)])
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
+    assert names[0] == names[1]
+    expected, found = (
+        (folder / "adapter_model.safetensors").read_bytes() for folder in (undisturbed, killed)
+    )
+    assert found == expected
 
 
 SETTINGS = (

@@ -6,7 +6,7 @@ from drllm.cli.terminal import Terminal
 IN_ORDER = {
     "all stages in a row": "run sweep",
     "the stages, each of which reads what one before it wrote": "search supervise train tune "
-    "menu generate evaluate lm-eval report export",
+    "heal menu generate evaluate lm-eval report export",
     "what there is": "show ls",
 }
 """Titles and verbs as `drllm --help` has them: in the order in which data goes through them."""

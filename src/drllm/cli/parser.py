@@ -128,8 +128,9 @@ class _Verbs(UserDict[str, Any]):
 
 _OF_STAGES = "search supervise train evaluate report export"
 VERBS = _Verbs(
-    {"run": "running", "sweep": "running", **dict.fromkeys(_OF_STAGES.split(), "stages")}
-    | {"tune": "tuning", "menu": "tuning", "generate": "generation"}
+    {"run": "running", "sweep": "running", "generate": "generation"}
+    | dict.fromkeys(_OF_STAGES.split(), "stages")
+    | dict.fromkeys(["tune", "heal", "menu"], "tuning")
     | {"show": "show", "ls": "listing"}
 )
 

@@ -12,11 +12,12 @@ from rich.text import Text
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_search import LINES, say_classes, show_question, show_unfinished
 from drllm.cli.terminal import Terminal
-from drllm.cli.tuning import show_menu, show_paths
+from drllm.cli.tuning import show_healed, show_menu, show_paths
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines, refuse_odd_file
+from drllm.records.healed import HEALED_FILE
 from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
 from drllm.records.search import read_search
 from drllm.records.static_paths import MENU_FILE, PATHS_FILE
@@ -79,7 +80,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         _show_routers(folder / "router_config.json", terminal)
         return
     names = ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
-    more = ("routers/router_config.json", SWEEP_FILE, PATHS_FILE, MENU_FILE)
+    more = ("routers/router_config.json", SWEEP_FILE, PATHS_FILE, HEALED_FILE, MENU_FILE)
     files = [folder / name for name in (*names, *more)]
     parts: list[tuple[Path, Renderer]] = [(file, show) for file in files if file.is_file()]
     if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
@@ -326,6 +327,7 @@ _JSON: dict[str, Renderer] = {
     LAYERS_FILE: _show_agreement,
     SWEEP_FILE: show_sweep,
     PATHS_FILE: show_paths,
+    HEALED_FILE: show_healed,
     MENU_FILE: show_menu,
 }
 """By name, what prints a file."""

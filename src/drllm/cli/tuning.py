@@ -1,17 +1,20 @@
-"""`drllm tune` and `drllm menu`, and how a `paths.json` and a `menu.json` are printed."""
+"""`drllm tune`, `drllm heal` and `drllm menu`, and how what they write is printed."""
 
 from pathlib import Path
 
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.terminal import Terminal
-from drllm.config import MenuConfig, ModelConfig, TuneConfig
+from drllm.config import HealConfig, MenuConfig, ModelConfig, TuneConfig
+from drllm.listener import duration
 from drllm.records.codec import read_json
+from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.menu import MenuFile
 from drllm.records.places import check_folder
 from drllm.records.static_paths import (
     FIT,
     MENU_FILE,
     PATHS_FILE,
+    read_path,
     read_path_list,
     read_paths,
 )
@@ -44,6 +47,26 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     show_paths(output / PATHS_FILE, terminal)
 
 
+@verb(
+    "heal",
+    example="drllm heal --path tuned/paths.json:skip2 --tasks builtin_facts --output-dir healed/",
+    settings=(ModelConfig, HealConfig),
+    flags=(Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),),
+    model_from="a paths.json names",
+    resumes=True,
+)
+def heal_verb(request: Request, terminal: Terminal) -> None:
+    """Train an adapter that makes up for the layers that a path leaves out."""
+    from drllm.cli.stages import model_of  # which prints with what is here
+    from drllm.tuning.heal import heal
+
+    config, output = request.of(HealConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    model = model_of(request, path=read_path(config.path) if config.path else None)
+    heal(model, config=config, output_dir=output, listener=terminal)
+    show_healed(output / HEALED_FILE, terminal)
+
+
 def show_paths(file: Path, terminal: Terminal) -> None:
     """Print the paths of a `paths.json`, task by task, and what is certified."""
     found = read_paths(file)
@@ -59,6 +82,24 @@ def show_paths(file: Path, terminal: Terminal) -> None:
     for sentence in found.choice.sentences() if found.choice else ():
         terminal.say(sentence)
     terminal.fact("paths", file)
+
+
+def show_healed(file: Path, terminal: Terminal) -> None:
+    """Print a healed path: its losses by source, and how it was trained."""
+    found = read_healed(file)
+    each = {name: (loss.full, loss.path, loss.healed) for name, loss in found.held_out.items()}
+    rows = [[name, *(plain(loss, 3) for loss in losses)] for name, losses in each.items()]
+    title = "next-token loss of texts that were not trained on, nats"
+    terminal.table("texts of|full path|path alone|healed", rows, title, 1)
+    path, last = found.path.with_adapter(""), found.curve[-1]
+    kls = [check.held_out_kl for check in found.curve]
+    terminal.say(
+        f"KL from the full path on them: {kls[0]:.3f} nats a token before, {min(kls):.3f} at best, "
+        f"in {last.step} steps ({last.tokens} tokens, {duration(last.seconds)})"
+    )
+    terminal.fact(found.name, path.edits(found.num_layers))
+    terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
+    terminal.fact("healed path", file.parent)
 
 
 @verb(

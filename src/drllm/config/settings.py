@@ -395,6 +395,48 @@ class TuneConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealConfig(Settings):
+    """The training of an adapter that makes up for what a path leaves out.
+
+    Attributes:
+        path: file that says which layers run; of a paths.json the certified path or the named one
+        tasks: tasks (comma list) whose search questions are read with their right answers, prompts
+            alone with the full path's own
+        text: further texts: .jsonl files with a field text, or .txt files, a text a paragraph
+        data_dir: folder with SPLIT.jsonl[.gz] files by task
+        limit: at most this many questions or texts a source, drawn with the seed
+        rank: rank of the adapter
+        first_layer: the layers of the path from this one on get the adapter
+        steps: steps of training; 250 unless they or --minutes are given
+        minutes: time after which the training ends
+        learning_rate: peak of the cosine schedule
+        batch_size: sequences of --max-tokens tokens a step; of shorter ones as many more
+        max_tokens: tokens of a sequence; longer texts are cut into several
+        num_held_out: sequences that are never trained on, to measure on
+        patience: measurements in a row without a lower KL after which it ends; the best is kept
+        autocast: compute float32 weights in bfloat16 where the processor or GPU has it
+        seed: seed of the adapter, of the order of the texts and of --limit
+    """
+
+    path: str | None = incidental(None, basic=True, value="FILE[:NAME]")
+    tasks: str | None = incidental(None, basic=True, value="TASKS")
+    text: str | None = incidental(None, basic=True, value="FILE,...")
+    data_dir: str | None = incidental(None)
+    limit: int | None = basic(None, minimum=2)
+    rank: int = basic(16, minimum=1)
+    first_layer: int = basic(0, minimum=0)
+    steps: int | None = basic(None, minimum=1)
+    minutes: float | None = basic(None, above=0.0)
+    learning_rate: float = setting(2e-3, above=0.0)
+    batch_size: int = setting(8, minimum=1)
+    max_tokens: int = setting(128, minimum=2)
+    num_held_out: int = setting(64, minimum=1)
+    patience: int = setting(3, minimum=1)
+    autocast: bool = setting(True)
+    seed: int = setting(0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MenuConfig(Settings):
     """A menu of static paths, of which each prompt runs one.
 

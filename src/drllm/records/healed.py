@@ -22,9 +22,8 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     step: int
     tokens: int
     seconds: float
-    train_kl: float
+    train_kl: float | None = None
     held_out_kl: float
-    held_out_loss: float | None = None
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,130 @@
+"""What an adapter is trained on: questions with their answers, and further texts. Loads no torch.
+
+Texts are held out by their hash and never trained on.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from drllm.config import HealConfig, TuneConfig
+from drllm.config.fields import LARGEST_INT
+from drllm.errors import ConfigError, TaskError
+from drllm.records.codec import read_text
+from drllm.records.static_paths import FIT
+from drllm.tasks.base import FILE_NAMES, Prompt, Task, choose
+from drllm.tasks.rows import read_rows
+from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_of
+
+Tokens: TypeAlias = tuple[int, ...]
+
+LEAST_PER_HELD_OUT = 5
+"""Of a source, at most one text in so many is held out, but one in any case."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A task or a file whose texts are trained on.
+
+    It has questions as they are asked, which are read with their right answers or, where there are
+    none (`is_open`), with the full path's; or it has texts. `is_divided` is that of `TaskParts`.
+    """
+
+    name: str
+    prompts: Sequence[Prompt] = ()
+    texts: Sequence[str] = ()
+    is_open: bool = False
+    is_divided: bool = False
+
+
+def sources_of(
+    config: HealConfig,
+    tasks: Task | str | Sequence[Task | str] | None = None,
+    texts: str | Sequence[str] | None = None,
+) -> list[Source]:
+    """Return what is trained on: of tasks and texts those given, else those of the settings.
+
+    Of a task it is what `tune` fits paths on. Texts are names of files in one string, or the texts
+    themselves. Nothing to train on and two sources of one name are a ConfigError, an unknown task
+    or a file that can't be read a TaskError.
+    """
+    num, seed = config.limit or LARGEST_INT, config.seed
+    fitted = TuneConfig(data_dir=config.data_dir, num_fit=num, seed=seed)
+    tasks, texts = config.tasks if tasks is None else tasks, config.text if texts is None else texts
+    found = [_of_task(parts) for parts in parts_of_tasks(fitted, tasks or [])]
+    if isinstance(texts, str):
+        files = [Path(name.strip()).expanduser() for name in texts.split(",") if name.strip()]
+        named = {file: _texts_in(file) for file in files}
+    else:
+        named = {Path("texts"): list(texts)} if texts else {}
+    for file, own in named.items():
+        found.append(Source(name=file.name.partition(".")[0], texts=choose(own, num, seed)))
+    if not found:
+        raise ConfigError(
+            "there is nothing to train on; give tasks (--tasks), files of texts (--text), or both"
+        )
+    for name, count in Counter(source.name for source in found).items():
+        if count > 1:
+            raise ConfigError(f"two sources are called {name!r}; rename a file, or leave one out")
+    return found
+
+
+def _of_task(parts: TaskParts) -> Source:
+    task, objective = parts.task, objective_of(parts.task, TuneConfig())
+    return Source(
+        name=task.name,
+        prompts=[prompt_of(task, example, objective) for example in parts.examples[FIT]],
+        is_open=not task.has_answers,
+        is_divided=parts.is_divided,
+    )
+
+
+def _texts_in(file: Path) -> list[str]:
+    """Return the texts of a file: the rows' field `text`, or the paragraphs."""
+    if file.suffix == ".txt":
+        return [part for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()]
+    if not file.name.endswith(FILE_NAMES):
+        raise ConfigError(
+            f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these"
+        )
+    found = []
+    for line, row in read_rows(file):
+        if not isinstance(text := row.get("text"), str) or not text.strip():
+            raise TaskError(f"{file}, line {line}: 'text' is {text!r}; give a text in every row")
+        found.append(text)
+    return found
+
+
+def divided(
+    by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
+) -> tuple[dict[str, list[Tokens]], dict[str, list[Tokens]]]:
+    """Cut texts into sequences, and return by source those trained on and those held out.
+
+    A text counts once, however often it is there; of one that is held out the beginning is read.
+    A source of which nothing can be held out is a TaskError.
+    """
+    trained: dict[str, list[Tokens]] = {}
+    held_out: dict[str, list[Tokens]] = {}
+    seen: set[Tokens] = set()
+    wanted, size = -(-config.num_held_out // len(by_source)), config.max_tokens
+    for name, texts in by_source.items():
+        own = sorted({text for text in texts if len(text) > 1} - seen, key=_hash)
+        seen.update(own)
+        if len(own) < 2:
+            raise TaskError(
+                f"{name} has {len(own)} texts that no other source has, and one is held out to "
+                f"measure on; give at least 2"
+            )
+        num = min(wanted, max(1, len(own) // LEAST_PER_HELD_OUT))
+        held_out[name] = [text[:size] for text in own[:num]]
+        pieces = (t[start : start + size] for t in own[num:] for start in range(0, len(t), size))
+        trained[name] = [piece for piece in pieces if len(piece) > 1]  # one token predicts nothing
+    return trained, held_out
+
+
+def _hash(text: Tokens) -> bytes:
+    return hashlib.sha256(repr(text).encode()).digest()
