@@ -20,6 +20,7 @@ from drllm.records.static_paths import (
 )
 from drllm.reporting import tuned
 from drllm.reporting.numbers import plain, signed
+from drllm.tuning.heal_texts import sources_of
 from drllm.tuning.parts import parts_of_tasks
 
 
@@ -57,12 +58,14 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
 )
 def heal_verb(request: Request, terminal: Terminal) -> None:
     """Train an adapter that makes up for the layers that a path leaves out."""
+    config, output = request.of(HealConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    plan = read_path(config.named_path())
+    sources_of(config)  # so that a mistake is told before anything is loaded
     from drllm.cli.stages import model_of  # which prints with what is here
     from drllm.tuning.heal import heal
 
-    config, output = request.of(HealConfig), request.path("output_dir")
-    check_folder(output, "--output-dir")
-    model = model_of(request, path=read_path(config.path) if config.path else None)
+    model = model_of(request, path=plan)
     heal(model, config=config, output_dir=output, listener=terminal)
     show_healed(output / HEALED_FILE, terminal)
 

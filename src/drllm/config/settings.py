@@ -435,6 +435,12 @@ class HealConfig(Settings):
     autocast: bool = setting(True)
     seed: int = setting(0, minimum=0)
 
+    def named_path(self) -> str:
+        """Return the file of the path; a ConfigError where none is named."""
+        if self.path is None:
+            raise ConfigError("no path is given; name a file that says which layers run as --path")
+        return self.path
+
 
 @dataclass(frozen=True, kw_only=True)
 class MenuConfig(Settings):

@@ -114,9 +114,7 @@ def heal(
     """
     config, listener = changed(HealConfig, config, settings), listener or Listener()
     sources = sources_of(config, tasks, texts)
-    if path is None and config.path is None:
-        raise ConfigError("no path is given; name a file that says which layers run as --path")
-    given = path if isinstance(path, StaticPath) else read_path(str(path or config.path))
+    given = path if isinstance(path, StaticPath) else read_path(str(path or config.named_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
@@ -160,13 +158,13 @@ class _Healing:
         routed, config, plain, L = self.routed, self.config, self.plain, self.routed.num_layers
         routed.injection.prepare(plain)
         layers = {layer for layer in map(layer_of, plain.steps) if layer >= config.first_layer}
-        # A scaling of 1, so that a learning rate means the same at every rank.
-        self.adapter = Adapter.fresh(routed, config.rank, config.rank, layers, config.seed)
-        if not self.adapter.weights:
+        if not layers:
             raise ConfigError(
                 f"--first-layer {config.first_layer} leaves no layer of the path that can have an "
                 f"adapter; give at most {max(map(layer_of, plain.steps))}"
             )
+        # A scaling of 1, so that a learning rate means the same at every rank.
+        self.adapter = Adapter.fresh(routed, config.rank, config.rank, layers, config.seed)
         routed.add_adapter(NAME, self.adapter)
         self.full, self.path = StaticPath(range(L)), plain.with_adapter(NAME, config.first_layer)
         self.low = _low_precision(base.model) if config.autocast else None
