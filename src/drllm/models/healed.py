@@ -17,7 +17,7 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 from drllm.models.routers.card import template
 from drllm.models.routers.checkpoint import CARD_FILE
-from drllm.models.routing.adapters import Adapter, layer_of
+from drllm.models.routing.adapters import Adapter, layer_of_map
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath
@@ -47,7 +47,7 @@ def save_healed(
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "target_modules": sorted({name.partition(".")[2] for name in adapter.weights}),
-        "layers_to_transform": sorted(set(map(layer_of, adapter.weights))),
+        "layers_to_transform": sorted(set(map(layer_of_map, adapter.weights))),
         "fan_in_fan_out": any(isinstance(maps[name], Conv1D) for name in adapter.weights),
     }
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
@@ -91,7 +91,7 @@ def _read(routed: RoutedModel, folder: Path, record: HealedPath) -> Adapter:
     for name, half in halves.items():
         if len(half) < 2 or len(half["A"]) != record.rank:
             raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
-    found = sorted(set(map(layer_of, halves)))
+    found = sorted(set(map(layer_of_map, halves)))
     run = sorted({s.layer for s in record.steps if s.layer >= record.first_layer})
     if found != run:
         raise RecordError(f"{file} is for the layers {found}, the path runs {run} with it")

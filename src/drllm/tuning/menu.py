@@ -38,7 +38,7 @@ from drllm.records.resume import Chunks
 from drllm.records.static_paths import FIT, SELECT, NamedPath, read_path_list, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.parts import parts_of_tasks
-from drllm.tuning.run import OfTask
+from drllm.tuning.run import TaskScorer
 
 CHUNKS_FOLDER = "menu.partial"
 FULL = "full"
@@ -115,8 +115,8 @@ def make_menu(
             def tell(_: int, note: str) -> None:
                 on_progress(len(states[SELECT]), len(divided), note)
 
-            of_tasks = [OfTask(routed, each, config.tuning(), chunks, tell) for each in divided]
-            for task, part in itertools.product(of_tasks, (FIT, SELECT)):
+            scorers = [TaskScorer(routed, each, config.tuning(), chunks, tell) for each in divided]
+            for task, part in itertools.product(scorers, (FIT, SELECT)):
                 scores = task.scores(part, [*on_menu.values()])
                 means = torch.tensor([each.objective[0] for each in scores]).mean(dim=1)
                 worth[part].append(means - means[0])
@@ -124,7 +124,7 @@ def make_menu(
                 read = recorded(routed, prompts, mean_states, [reads_at], decision=1)
                 states[part].append(read[:, 0])
             tell(0, "")
-        names = tuple(task.name for task in of_tasks)
+        names = tuple(task.name for task in scorers)
 
         def by_path(values: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
             rows = (dict(zip(on_menu, each, strict=True)) for each in values)
@@ -142,7 +142,7 @@ def make_menu(
             tasks=names,
             chosen_on=tuple({task: 0 for each in tuned for task in each.tasks}),
             divided=tuple(dict.fromkeys([*own, *(t for each in tuned for t in each.divided)])),
-            objective={task.name: task.objective for task in of_tasks},
+            objective={task.name: task.objective for task in scorers},
             num_layers=L,
             runtime=base.runtime,
             paths=tuple(

@@ -126,7 +126,7 @@ def tune(
         return _Tuning(base, routed, divided, config, folder, listener).run()
 
 
-class OfTask:
+class TaskScorer:
     """One task's questions, and what is known of paths on them."""
 
     def __init__(
@@ -268,7 +268,9 @@ class _Tuning:
             "questions_sha256": digest.hexdigest(),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
-        self.tasks = [OfTask(routed, each, config, self.chunks, self._scored) for each in divided]
+        self.tasks = [
+            TaskScorer(routed, each, config, self.chunks, self._scored) for each in divided
+        ]
         self._most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
         if self._most >= L:
             raise ConfigError(
@@ -394,7 +396,7 @@ class _Tuning:
         for task in self.tasks:
             task.scores(SELECT, [self.full, *paths])
 
-    def _differences(self, task: OfTask, part: str, path: StaticPath) -> list[float]:
+    def _differences(self, task: TaskScorer, part: str, path: StaticPath) -> list[float]:
         ours, full = task.scores(part, [path, self.full])
         return [a - b for a, b in zip(ours.objective[0], full.objective[0], strict=True)]
 
@@ -436,7 +438,7 @@ class _Tuning:
     def _executions(self, path: StaticPath) -> float:
         return path_executions(path, self.shares)
 
-    def _outcomes(self, task: OfTask, part: str, path: StaticPath) -> Outcomes:
+    def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
         [scores], [texts] = (task.scores(name, [path]) for name in (part, f"texts of {part}"))
         return Outcomes(
             name=self._name(path),
@@ -493,7 +495,7 @@ class _Tuning:
             choice=choice,
         )
 
-    def _measured(self, task: OfTask, part: str, path: StaticPath) -> Measured:
+    def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> Measured:
         [scores] = task.scores(part, [path])
         told = Measured(
             task=task.name,

@@ -12,7 +12,7 @@ from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
 from drllm.tuning.progress import drawn
-from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, OfTask, tune
+from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, TaskScorer, tune
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 
@@ -200,7 +200,7 @@ def test_a_finished_tuning_in_another_precision_is_refused(unbroken, routed, tmp
 
 
 def test_the_shortest_path_within_the_limits_is_certified_by_a_test_of_its_own(routed, monkeypatch):
-    monkeypatch.setattr(OfTask, "chance", -1.0)  # the tiny model only guesses
+    monkeypatch.setattr(TaskScorer, "chance", -1.0)  # the tiny model only guesses
     found = tuned(routed, max_loss=10.0, epsilon=90.0, max_loss_increase=20.0)
     assert found.certified == found.paths[-1].name
 
@@ -208,7 +208,7 @@ def test_the_shortest_path_within_the_limits_is_certified_by_a_test_of_its_own(r
 def test_a_tuning_that_has_tested_a_path_does_not_go_on_to_test_another(
     routed, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(OfTask, "chance", -1.0)
+    monkeypatch.setattr(TaskScorer, "chance", -1.0)
     easy = {"max_loss": 10.0, "epsilon": 90.0, "max_loss_increase": 20.0}
     cut = tuned(routed, tmp_path, **easy, minutes=1e-9)
     assert cut.choice.confirmation is not None

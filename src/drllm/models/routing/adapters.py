@@ -61,7 +61,7 @@ class Adapter:
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for name, module in routed.injection.adapters.maps.items():
-            if layer_of(name) in layers:
+            if layer_of_map(name) in layers:
                 num_in, num_out = _sizes(module)
                 a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
                 weights[name] = a, torch.zeros(num_out, rank)
@@ -84,11 +84,11 @@ class Adapter:
 
     def num_entries(self, layer: int) -> int:
         """Return how many entries of matrices it multiplies a token with at a layer."""
-        each = (pair for name, pair in self.weights.items() if layer_of(name) == layer)
+        each = (pair for name, pair in self.weights.items() if layer_of_map(name) == layer)
         return sum(a.numel() + b.numel() for a, b in each)
 
 
-def layer_of(name: str) -> int:
+def layer_of_map(name: str) -> int:
     """Return the layer of a linear map by its name in an adapter."""
     return int(name.partition(".")[0])
 
