@@ -38,7 +38,8 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A path and its adapter, which runs on steps of all layers from `first_layer` on.
 
     `tasks` and `texts` name what it was trained on, `divided` the tasks whose own splits weren't
-    used; the digest is that of the questions. `held_out` has the losses by source.
+    used; the digest is that of the questions. `held_out` has the losses by source. Where the
+    adapter was trained for several paths, `others` has those after the commonest.
     """
 
     name: str
@@ -49,6 +50,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rank: Annotated[int, msgspec.Meta(ge=1)]
     alpha: Annotated[float, msgspec.Meta(gt=0)]
     adapter_sha256: str
+    others: tuple[tuple[StepRecord, ...], ...] = ()
     tasks: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ import itertools
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import InitVar, dataclass
@@ -76,7 +77,7 @@ STEPS_AHEAD, ANSWERS_AT_ONCE = 16, 32
 
 def heal(
     model: Any,
-    path: StaticPath | Path | str | None = None,
+    path: StaticPath | Sequence[StaticPath] | Path | str | None = None,
     tasks: Task | str | Sequence[Task | str] | None = None,
     texts: str | Sequence[str] | None = None,
     config: HealConfig | None = None,
@@ -93,7 +94,10 @@ def heal(
 
     Args:
         model: As for `tune`.
-        path: A path, or a file as `--path` takes it; None for that of the config.
+        path: A path, or a file as `--path` takes it; None for that of the config. Or several paths,
+            such as the routes of trained routers, for one adapter: each step of the training runs
+            one of them, drawn at random, and more often one that is given more often. They run with
+            the adapter once they have left the full path, as under `RouterPolicy(adapter=...)`.
         tasks: Tasks, their names or files of questions; None for those of the config.
         texts: Texts, or names of files in one string; None for those of the config.
         config: The settings.
@@ -103,7 +107,8 @@ def heal(
         settings: Settings of `HealConfig` by name, in place of the config's.
 
     Returns:
-        What `path.json` in the folder has: the path, how the KL fell, and the losses by source.
+        What `path.json` in the folder has: the path or, of several, the commonest, how the KL fell,
+        and the losses by source.
 
     Raises:
         ConfigError: Settings that make no sense, a loss that diverged, or a folder of another run.
@@ -114,18 +119,21 @@ def heal(
     """
     config, listener = changed(HealConfig, config, settings), listener or Listener()
     sources = sources_of(config, tasks, texts)
-    given = path if isinstance(path, StaticPath) else read_path(str(path or config.named_path()))
+    paths, file = list[StaticPath](), None
+    if path and not isinstance(path, (str, Path)):
+        paths = [path] if isinstance(path, StaticPath) else [*path]
+    else:
+        file = read_path(str(path or config.named_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
-        if isinstance(given, StaticPath):
-            name, path = "path", given.check(routed.num_layers)
-        else:
-            name = given.found.name if given.found else given.file.stem
-            path = given.path_of(base.identity)
-        plain = path.with_adapter("")
+        name = "path"
+        if file is not None:
+            name = file.found.name if file.found else file.file.stem
+            paths = [file.path_of(base.identity)]
+        plain = Counter(each.check(routed.num_layers).with_adapter("") for each in paths)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
         return _Healing(routed, name, plain, sources, config, folder, listener, base).run()
 
@@ -147,7 +155,7 @@ class _Healing:
 
     routed: RoutedModel
     name: str
-    plain: StaticPath
+    given: Counter[StaticPath]
     sources: Sequence[Source]
     config: HealConfig
     folder: Path
@@ -155,18 +163,26 @@ class _Healing:
     base: InitVar[BaseModel]
 
     def __post_init__(self, base: BaseModel) -> None:
-        routed, config, plain, L = self.routed, self.config, self.plain, self.routed.num_layers
-        routed.injection.prepare(plain)
-        layers = {layer for layer in map(layer_of, plain.steps) if layer >= config.first_layer}
+        routed, config, L = self.routed, self.config, self.routed.num_layers
+        firsts, layers = dict[StaticPath, int](), set[int]()
+        for path, _ in self.given.most_common():
+            several = len(self.given) > 1
+            first = max(config.first_layer, _departure(path) + 1 if several else 0)
+            if own := {layer for layer in map(layer_of, path.steps) if layer >= first}:
+                routed.injection.prepare(path)
+                firsts[path], layers = first, layers | own
         if not layers:
             raise ConfigError(
-                f"--first-layer {config.first_layer} leaves no layer of the path that can have an "
-                f"adapter; give at most {max(map(layer_of, plain.steps))}"
+                f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
+                f"give at most {max(map(layer_of, path.steps))}"
             )
+        self.plain = [*firsts]
+        plain, self.counts = self.plain[0], [self.given[path] for path in firsts]
         # A scaling of 1, so that a learning rate means the same at every rank.
         self.adapter = Adapter.fresh(routed, config.rank, config.rank, layers, config.seed)
         routed.add_adapter(NAME, self.adapter)
-        self.full, self.path = StaticPath(range(L)), plain.with_adapter(NAME, config.first_layer)
+        self.full = StaticPath(range(L))
+        self.paths = [path.with_adapter(NAME, first) for path, first in firsts.items()]
         self.low = _low_precision(base.model) if config.autocast else None
         self.parameters = [each.requires_grad_() for each in self.adapter.parameters()]
         self.best = [each.detach().clone() for each in self.parameters]
@@ -179,7 +195,8 @@ class _Healing:
             steps=steps_to_write(plain),
             executions=path_executions(plain, shares),
             num_layers=L,
-            first_layer=config.first_layer,
+            first_layer=firsts[plain],
+            others=tuple(map(steps_to_write, self.plain[1:])),
             rank=self.adapter.rank,
             alpha=self.adapter.alpha,
             adapter_sha256="",
@@ -210,7 +227,7 @@ class _Healing:
                 on_progress(min(self._progress, 1.0), 1.0, told)
             on_progress(1.0, 1.0)
         with self.listener.busy("measuring the losses by source"):
-            paths = [self.full, self.plain, self.path]
+            paths = [[self.full] * len(self.paths), self.plain, self.paths]
             means = {name: self._means(LOSS, paths, t) for name, t in self.held_out.items()}
             losses = {n: Losses(full=a, path=b, healed=c) for n, (a, b, c) in means.items()}
             changes = {"curve": tuple(self.state.curve), "held_out": losses}
@@ -243,6 +260,10 @@ class _Healing:
 
     # --- training ---
 
+    def _drawn(self, seed: str) -> int:
+        """Draw one of the paths, the same one for the same seed."""
+        return Random(seed).choices(range(len(self.paths)), self.counts)[0]
+
     @property
     def _progress(self) -> float:
         """The share of the training that is done."""
@@ -269,7 +290,8 @@ class _Healing:
             if self._is_over:
                 break
             started, before = time.perf_counter(), self._progress
-            kl = self._step(tokens, self._rate(before))
+            path = self.paths[self._drawn(f"{self.config.seed} step {state.step}")]
+            kl = self._step(tokens, self._rate(before), path)
             state.step, state.tokens = state.step + 1, state.tokens + sum(map(len, tokens))
             state.train_kl = 0.9 * (kl if state.train_kl is None else state.train_kl) + 0.1 * kl
             state.seconds += time.perf_counter() - started
@@ -286,9 +308,9 @@ class _Healing:
         rise, fall = min(1.0, (progress + 0.001) / WARM_UP), 1 + math.cos(math.pi * progress)
         return self.config.learning_rate * rise * 0.5 * fall
 
-    def _step(self, tokens: Sequence[Tokens], rate: float) -> float:
+    def _step(self, tokens: Sequence[Tokens], rate: float, path: StaticPath) -> float:
         """Learn from a batch, and return its mean KL before."""
-        teacher, student = self._states(tokens)
+        teacher, student = self._states(tokens, path)
         ends = student.detach().requires_grad_()
         # Of the tokens of a part there are logits at once; each has a place in the model's context.
         size = max(1, LOGITS_AT_ONCE // self.routed.config.get_text_config().vocab_size)
@@ -314,19 +336,19 @@ class _Healing:
         self.optimizer.step()
         return total
 
-    def _states(self, tokens: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-        """Return the last states of all real tokens along the full path and the path, `[N, D]`."""
+    def _states(self, tokens: Sequence[Tokens], path: StaticPath) -> tuple[Tensor, Tensor]:
+        """Return the last states of all real tokens along the full path and a path, `[N, D]`."""
         # Padded behind, where causal attention lets no real token see it: no mask is needed.
         rows = [torch.tensor(each) for each in tokens]
         ids = pad_sequence(rows, batch_first=True).to(self.routed.device)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows])
         places = (torch.arange(int(max(lengths))) < lengths[:, None]).flatten().nonzero()[:, 0]
-        pairs = zip(self.full.steps, self.path.steps, strict=False)
+        pairs = zip(self.full.steps, path.steps, strict=False)
         same = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
         teacher = KeptStates(self.full)
         with torch.no_grad():
             self._run(self.routed.injection.decoder, teacher, ids)
-        student = KeptStates(self.path, teacher.states[same - 1] if same else None, same)
+        student = KeptStates(path, teacher.states[same - 1] if same else None, same)
         self._run(self.routed.injection.decoder, student, ids)
         ends = (each.states[-1].flatten(0, 1) for each in (teacher, student))
         full, ours = (states.index_select(0, places.to(states.device)) for states in ends)
@@ -353,7 +375,7 @@ class _Healing:
         started, state = time.perf_counter(), self.state
         texts = [*itertools.chain(*self.held_out.values())]
         with self._precision():
-            [kl] = self._means(KL, [self.path], texts)
+            [kl] = self._means(KL, [self.paths], texts)
         if all(kl < check.held_out_kl for check in state.curve):
             self.best = [each.detach().clone() for each in self.parameters]
         state.seconds = round(state.seconds + time.perf_counter() - started, 3)
@@ -362,12 +384,22 @@ class _Healing:
         self.listener.note(f"step {state.step}: KL {kl:.3f} on held-out texts")
 
     @torch.no_grad()
-    def _means(self, what: str, paths: list[StaticPath], texts: Sequence[Tokens]) -> list[float]:
-        """Return the mean KL or next-token loss of texts along each path."""
+    def _means(
+        self, what: str, systems: Sequence[Sequence[StaticPath]], texts: Sequence[Tokens]
+    ) -> list[float]:
+        """Return the mean KL or next-token loss of texts, each along one drawn path of a system."""
         num = 1 if what == LOSS else None  # tokens before what is scored
-        items = [Item(Question(text[:num], [text[1:] if num else text[:1]])) for text in texts]
-        found = Judge(self.routed, items, what, MEMORY_GB).scores(paths).objective
-        return [-fmean(each) for each in found]
+        by_path: dict[int, list[Item]] = {}
+        for place, text in enumerate(texts):
+            item = Item(Question(text[:num], [text[1:] if num else text[:1]]))
+            by_path.setdefault(self._drawn(f"held out {place}"), []).append(item)
+        losses: list[list[float]] = [[] for _ in systems]
+        for path, items in by_path.items():
+            judge = Judge(self.routed, items, what, MEMORY_GB)
+            found = judge.scores([system[path] for system in systems]).objective
+            for own, scores in zip(losses, found, strict=True):
+                own += [-float(score) for score in scores]
+        return [fmean(own) for own in losses]
 
     # --- what is kept of an unfinished run ---
 
@@ -402,8 +434,17 @@ def _identity(record: HealedPath) -> dict[str, Any]:
         "model": record.model,
         "runtime": record.runtime,
         "path": record.steps,
+        "others": record.others,
         "texts_sha256": record.questions_sha256,
     }
+
+
+def _departure(path: StaticPath) -> int:
+    """Return the first layer that a path doesn't execute exactly once, before all later ones."""
+    for place, step in enumerate(path.steps):
+        if step != place:
+            return min(place, layer_of(step))
+    return len(path.steps)
 
 
 class KeptStates(PathPass):

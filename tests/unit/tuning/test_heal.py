@@ -1,5 +1,6 @@
 """Healing on a tiny model: what it learns, on what, what is kept of it, and what is refused."""
 
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -115,14 +116,43 @@ def test_the_full_path_can_be_given_the_same_adapter_as_a_control(routed):
     assert found.curve[0].held_out_kl == pytest.approx(0, abs=1e-6)
 
 
+def test_one_adapter_serves_several_paths_and_the_commonest_is_written(routed, tmp_path):
+    full, other = StaticPath(range(6)), StaticPath([0, 1, 2, 2, 3, 4, 5])
+    found = healed(routed, tmp_path, path=[other, PATH, full, PATH])
+    kls = [check.held_out_kl for check in found.curve]
+    assert min(kls) < 0.95 * kls[0]
+    assert found.path.with_adapter("") == PATH
+    assert [[step.layer for step in steps] for steps in found.others] == [list(other.steps)]
+    assert read_healed(tmp_path / HEALED_FILE) == found
+    path = load_path(routed, read_path(str(tmp_path)))
+    routed.remove_adapter(*path.adapters)
+
+
+@pytest.mark.parametrize(
+    ("path", "adapted"),
+    [
+        ([0, 1, 3, 5], [3, 5]),
+        ([0, 1, 1, 2, 3, 4, 5], [2, 3, 4, 5]),
+        ([0, 1, Step(2, scale=0.5), 3, 4, 5], [3, 4, 5]),
+    ],
+)
+def test_each_of_several_paths_has_the_adapter_once_it_has_left_the_full_one(
+    routed, tmp_path, path, adapted
+):
+    with begun(routed, StaticPath(path), tmp_path, given=[StaticPath([0, 5])]) as made:
+        steps = made.paths[0].steps
+    assert [step.layer for step in steps if isinstance(step, Step) and step.adapter] == adapted
+
+
 @contextmanager
-def begun(routed, path, folder, **settings):
+def begun(routed, path, folder, given=(), **settings):
     """A healing that is about to train, its adapter filled."""
     config = HealConfig(tasks="builtin_facts", **{**SMALL, **settings})
     with unrouted(routed) as base:
         own = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            made = _Healing(own, "", path, sources_of(config), config, folder, Listener(), base)
+            paths, sources = Counter([path, *given]), sources_of(config)
+            made = _Healing(own, "", paths, sources, config, folder, Listener(), base)
             with torch.no_grad():
                 for weight in made.parameters:
                     weight.normal_(std=0.1)
@@ -143,9 +173,9 @@ def begun(routed, path, folder, **settings):
 def test_teacher_and_student_are_what_each_path_alone_gives(routed, tmp_path, path, first_layer):
     texts = [tuple(range(4, 16)), tuple(range(30, 37))]
     with begun(routed, path, tmp_path, first_layer=first_layer) as made, torch.no_grad():
-        states = made._states(texts)
+        states = made._states(texts, *made.paths)
         norm = made.routed.injection.decoder.norm
-        for alone, found in zip([made.full, made.path], states, strict=True):
+        for alone, found in zip([made.full, *made.paths], states, strict=True):
             with made.routed.fixed(alone):
                 expected = [
                     made.routed.injection.decoder(input_ids=torch.tensor([text]), use_cache=False)
@@ -161,7 +191,7 @@ def test_a_step_has_the_gradient_of_the_mean_kl_however_many_tokens_the_head_see
     monkeypatch.setattr(healing, "LOGITS_AT_ONCE", 101 * 5)
     with begun(routed, PATH, tmp_path) as made:
         logits = []
-        for alone in (made.full, made.path):
+        for alone in (made.full, *made.paths):
             with made.routed.fixed(alone):
                 rows = [made.routed(torch.tensor([text])).logits[0] for text in texts]
             logits.append(torch.cat(rows).log_softmax(dim=-1))
@@ -169,7 +199,7 @@ def test_a_step_has_the_gradient_of_the_mean_kl_however_many_tokens_the_head_see
         kl = (full.exp() * (full - ours)).sum(dim=-1).mean()
         expected = torch.autograd.grad(kl, made.parameters)
         monkeypatch.setattr(healing, "clip_grad_norm_", lambda *_: None)
-        assert made._step(texts, 0.0) == pytest.approx(float(kl.detach()), rel=1e-4)
+        assert made._step(texts, 0.0, *made.paths) == pytest.approx(float(kl.detach()), rel=1e-4)
         for weight, gradient in zip(made.parameters, expected, strict=True):
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
 
@@ -184,7 +214,7 @@ def test_what_both_paths_begin_with_is_run_once(routed, tmp_path, monkeypatch):
     )
     with begun(routed, PATH, tmp_path, first_layer=2) as made:
         run.clear()
-        made._states([(1, 2, 3)])
+        made._states([(1, 2, 3)], *made.paths)
     assert run == [0, 1, 2, 3, 4, 5, 3, 5]
 
 
