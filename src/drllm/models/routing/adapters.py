@@ -200,8 +200,8 @@ class Adapters:
             if name in adapter.weights:
                 a, b = adapter.weights[name]
                 x = args[0] if rows is None else args[0].index_select(0, rows)
-                update = linear(linear(x, a.to(x)), b.to(x)).to(output.dtype)
-                update = update * (adapter.alpha / adapter.rank)
+                inner = linear(x, a.to(x)) * (adapter.alpha / adapter.rank)  # [B, T, R]
+                update = linear(inner, b.to(x)).to(output.dtype)
                 output = output + update if rows is None else output.index_add(0, rows, update)
         return output
 
