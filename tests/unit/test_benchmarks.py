@@ -319,3 +319,18 @@ def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2,
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert {"repeats", "ours", "theirs", "machine"} <= figures.keys()
     assert figures.keys() & {"speedup", "overhead"}
+
+
+def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_part(
+    figures_of, tmp_path
+):
+    file = tmp_path / "without_three.json"
+    file.write_text(json.dumps({"path": [i for i in range(NUM_LAYERS) if i not in (3, 5, 6)]}))
+    tasks = "builtin_facts,builtin_arithmetic"
+    found = figures_of("healed", "--paths", str(file), "--tasks", tasks)
+    facts = found["tasks"]["builtin_facts"]
+    assert facts.keys() == {"accuracy", "gold log-probability", "loss of texts"}
+    assert facts["accuracy"]["full"]["won"] == facts["accuracy"]["full"]["lost"] == 0
+    ours, full = (facts["loss of texts"][name] for name in ("without_three", "full"))
+    assert ours["change"] == pytest.approx(ours["mean"] - full["mean"])
+    assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
