@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from drllm.config import ModelConfig, SearchConfig
+from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import load
+from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath
 from drllm.tasks.registry import get_task
+from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
@@ -334,3 +338,33 @@ def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_par
     ours, full = (facts["loss of texts"][name] for name in ("without_three", "full"))
     assert ours["change"] == pytest.approx(ours["mean"] - full["mean"])
     assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
+
+
+@pytest.mark.thorough
+def test_routers_with_an_adapter_are_compared_with_their_routes_on_other_questions_and_a_mix(
+    figures_of, tiny_folder, tmp_path
+):
+    file = tmp_path / "without_three.json"
+    file.write_text(json.dumps({"path": [i for i in range(NUM_LAYERS) if i not in (3, 5, 6)]}))
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    named = {"base_model": "tiny", "base_fingerprint": fingerprint(base.model)}
+    for seed in range(2):
+        routers = tiny_routers(seed=seed, num_layers=NUM_LAYERS, **named)
+        save_routers(routers, tmp_path / str(seed))
+    folders = [str(tmp_path / str(seed)) for seed in range(2)]
+    words = ["--routers", *folders, "--paths", str(file), "--output-dir", str(tmp_path / "healed")]
+    found = figures_of("healed_routers", *words)
+    costs = found["executions"]
+    assert costs["healed routers 0"] == pytest.approx(costs["permuted 0"])
+    pairs = {
+        f"healed routers {s} less {other} {s}" for s in (0, 1) for other in ("mixed", "routers")
+    }
+    assert pairs <= found["less"].keys()
+
+
+def test_two_paths_are_mixed_so_that_they_run_as_many_layers(benchmark):
+    mixed = benchmark("healed_routers").mixed
+    full, short, shorter = (StaticPath(range(num)) for num in (12, 10, 6))
+    plans = mixed([shorter, full, short], 9, 8)
+    assert sorted(len(path.steps) for path in plans) == [6, 6, 10, 10, 10, 10, 10, 10]
+    assert {*mixed([full, short], 13.5, 3)} == {full}

@@ -167,7 +167,7 @@ class _Healing:
         firsts, layers = dict[StaticPath, int](), set[int]()
         for path, _ in self.given.most_common():
             several = len(self.given) > 1
-            first = max(config.first_layer, _departure(path) + 1 if several else 0)
+            first = max(config.first_layer, departure(path) + 1 if several else 0)
             if own := {layer for layer in map(layer_of, path.steps) if layer >= first}:
                 routed.injection.prepare(path)
                 firsts[path], layers = first, layers | own
@@ -439,7 +439,7 @@ def _identity(record: HealedPath) -> dict[str, Any]:
     }
 
 
-def _departure(path: StaticPath) -> int:
+def departure(path: StaticPath) -> int:
     """Return the first layer that a path doesn't execute exactly once, before all later ones."""
     for place, step in enumerate(path.steps):
         if step != place:

@@ -1,0 +1,208 @@
+"""Does routing per question pay once a skipped layer no longer hurts? Routers with an adapter.
+
+One adapter is trained for all routes that trained routers of several seeds take on the questions
+that a task leaves to fit on, each route being drawn as often as it is taken. Then the questions to
+test are asked of each seed's routers with the adapter and without; of the same routes with the
+adapter, each taken on another question (permuted); and of static paths, healed or not, of which two
+are mixed so that they run as many layers (each question draws one of the two, unread). Accuracy,
+the right option's log-probability, and the next-token loss of questions with their right answers.
+
+    python benchmarks/healed_routers.py --routers DIR ... --output-dir DIR [--paths FILE[:NAME],...]
+        [--task TASK] [--executions X] [--steps N] [--questions N] [--texts N] [--quick]
+        [--json FILE] [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import common
+import torch
+
+from drllm.config import TuneConfig
+from drllm.config.fields import LARGEST_INT
+from drllm.cost import path_executions
+from drllm.listener import Listener
+from drllm.models.healed import load_path
+from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routers.depth_control import find_depth_bias, routes_of
+from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel, detach
+from drllm.paths import StaticPath, to_path
+from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_list
+from drllm.statistics.intervals import mean_interval
+from drllm.statistics.paired import mcnemar_exact, paired_interval, won_lost
+from drllm.tasks.base import choose
+from drllm.tuning.heal import departure, heal
+from drllm.tuning.judge import Judge, items_of, texts_of
+from drllm.tuning.parts import GOLD, LOSS, parts_of_tasks, prompt_of
+
+QUICK = {"questions": 12, "texts": 4, "steps": 2}
+WHOLE = {"questions": 1000, "texts": 100, "steps": 250}
+SEED, STATE_CACHE_GB = 0, 1.0
+CALIBRATED_ON = 64
+"""Questions of `select` on which a depth is found."""
+
+Values = dict[str, list[float]]
+Plans = Sequence[StaticPath]
+
+
+class Asked:
+    """The questions to test, and what each gives along a path of its own."""
+
+    def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int) -> None:
+        items, texts = items_of(routed, prompts, GOLD), texts_of(routed, prompts[:num_texts])
+        self.prompts = [list(item.question.context) for item in items]
+        self.num_texts = len(texts)
+        self.options = Judge(routed, items, GOLD, STATE_CACHE_GB)
+        self.texts = Judge(routed, texts, LOSS, STATE_CACHE_GB)
+
+    def along(self, plans: Plans) -> Values:
+        """Return what each question gives along its own path."""
+        found: Values = {"accuracy": [0.0] * len(plans), "gold log-probability": [0.0] * len(plans)}
+        found["loss of texts"] = [0.0] * self.num_texts
+        places: dict[StaticPath, list[int]] = {}
+        for place, path in enumerate(plans):
+            places.setdefault(path, []).append(place)
+        for path, own in places.items():
+            scores = self.options.scores([path], own)
+            for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
+                found["accuracy"][place] = right
+                found["gold log-probability"][place] = gold
+            if read := [place for place in own if place < self.num_texts]:
+                losses = self.texts.scores([path], read).objective[0]
+                for place, value in zip(read, losses, strict=True):
+                    found["loss of texts"][place] = -value
+        return found
+
+
+def with_adapter(route: Sequence[int], adapter: str) -> StaticPath:
+    """Return what `RouterPolicy(adapter=...)` runs for a route."""
+    path = StaticPath(to_path(route))
+    return path.with_adapter(adapter, departure(path) + 1)
+
+
+def mixed(paths: Plans, executions: float, num: int) -> list[StaticPath]:
+    """Return a path a question, of the two that lie around a mean number of executions."""
+    costs = {path: len(path.steps) for path in paths}
+    by_cost = sorted(paths, key=costs.__getitem__)
+    above = next((path for path in by_cost if costs[path] >= executions), by_cost[-1])
+    below = next((path for path in by_cost[::-1] if costs[path] <= executions), by_cost[0])
+    width = costs[above] - costs[below]
+    num_above = num if not width else round(num * (executions - costs[below]) / width)
+    plans = [above] * num_above + [below] * (num - num_above)
+    random.Random(SEED).shuffle(plans)
+    return plans
+
+
+def compared(ours: Values, theirs: Values) -> dict[str, Any]:
+    """Return, for each quantity, the mean difference and its interval; of accuracy the test too."""
+    found: dict[str, Any] = {}
+    for name, own in ours.items():
+        changes = [one - other for one, other in zip(own, theirs[name], strict=True)]
+        found[name] = {"change": fmean(changes), "interval": mean_interval(changes, SEED)}
+    won, lost = won_lost(ours["accuracy"], theirs["accuracy"])
+    tested = {"interval": paired_interval(won, lost, len(ours["accuracy"])), "won": won}
+    found["accuracy"] |= tested | {"lost": lost, "p": mcnemar_exact(won, lost)}
+    return found
+
+
+def told(name: str, executions: float, against: str, found: Mapping[str, Any]) -> None:
+    """Print a comparison in one line."""
+    words = [f"{name} ({executions:.2f}) less {against}:"]
+    for quantity, row in found.items():
+        scale = 100 if quantity == "accuracy" else 1
+        low, high = (scale * end for end in row["interval"])
+        words.append(f"{quantity} {scale * row['change']:+.3f} ({low:+.3f} to {high:+.3f})")
+        if "p" in row:
+            words[-1] += f" {row['won']} / {row['lost']}, p = {row['p']:.2g}"
+    print("; ".join(words), flush=True)
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = common.parser_of(__doc__ or "")
+    common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--routers", nargs="+", required=True, help="folders, one a seed")
+    parser.add_argument("--paths", default="", help="static paths to mix, healed or not")
+    parser.add_argument("--task", default="builtin_facts", help="with options")
+    parser.add_argument("--executions", type=float, help="mean executions; as trained unless given")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the adapter")
+    parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
+    for name in WHOLE:
+        parser.add_argument(f"--{name}", type=int)
+    options = parser.parse_args()
+    options.clock = "none"
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    tuned = TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT)
+    [parts] = parts_of_tasks(tuned, options.task)
+    base = common.base_of(options)
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    stacks = {Path(folder): load_routers(Path(folder)) for folder in options.routers}
+    full = StaticPath(range(base.num_layers))
+
+    def prompts(part: str, num: int) -> list[Any]:
+        chosen = choose(parts.examples[part], num, SEED)
+        return [prompt_of(parts.task, example, GOLD) for example in chosen]
+
+    def tokens(part: str, num: int) -> list[list[int]]:
+        read = items_of(routed, prompts(part, num), GOLD)
+        return [list(item.question.context) for item in read]
+
+    knobs: dict[Path, float] = {}
+    routes: list[StaticPath] = []
+    for folder, stack in stacks.items():
+        stack.to(base.model.device)
+        knobs[folder] = 0.0
+        if options.executions is not None:
+            calibrated, target = tokens(SELECT, CALIBRATED_ON), options.executions
+            found = find_depth_bias(routed, calibrated, target, routers=stack)
+            knobs[folder] = found.depth_bias
+        policy = RouterPolicy(stack, depth_bias=knobs[folder])
+        taken = routes_of(routed, policy, tokens(FIT, LARGEST_INT)).tolist()
+        routes += [StaticPath(to_path(route)) for route in taken]
+    detach(base.model)
+    data = {"data_dir": options.data_dir, "steps": sizes["steps"]}
+    heal(base, routes, options.task, output_dir=options.output_dir, listener=Listener(), **data)
+
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    [adapter] = load_path(routed, read_path(str(options.output_dir))).adapters
+    asked = Asked(routed, prompts(TEST, sizes["questions"]), sizes["texts"])
+    num = len(asked.prompts)
+    fixed = {name: load_path(routed, file) for name, file in read_path_list(options.paths).items()}
+    systems: dict[str, Plans] = {"full": [full] * num}
+    systems |= {name: [path] * num for name, path in fixed.items()}
+    for seed, (folder, stack) in enumerate(stacks.items()):
+        ways = {}
+        for name in ("", adapter):
+            policy = RouterPolicy(stack, depth_bias=knobs[folder], adapter=name)
+            ways[name] = routes_of(routed, policy, asked.prompts)
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(SEED))
+        systems[f"routers {seed}"] = [with_adapter(r, "") for r in ways[""].tolist()]
+        healed = [with_adapter(route, adapter) for route in ways[adapter].tolist()]
+        systems[f"healed routers {seed}"] = healed
+        systems[f"permuted {seed}"] = [healed[place] for place in order.tolist()]
+        executions = fmean(len(path.steps) for path in healed)
+        if fixed:
+            systems[f"mixed {seed}"] = mixed([full, *fixed.values()], executions, num)
+    values = {name: asked.along(plans) for name, plans in systems.items()}
+    shares = [(0.5, 0.5)] * base.num_layers
+    costs = {n: fmean(path_executions(p, shares) for p in plans) for n, plans in systems.items()}
+    figures: dict[str, Any] = {"of": common.of(base, options), "questions": num}
+    figures["executions"], figures["less"] = costs, {}
+    pairs = [(name, "full") for name in systems if name != "full"]
+    for seed in range(len(stacks)):
+        rivals = [f"routers {seed}", f"permuted {seed}", *[f"mixed {seed}"] * bool(fixed)]
+        pairs += [(f"healed routers {seed}", rival) for rival in rivals]
+    for name, other in pairs:
+        figures["less"][f"{name} less {other}"] = compared(values[name], values[other])
+        told(name, costs[name], other, figures["less"][f"{name} less {other}"])
+    common.write(options, figures)
+
+
+if __name__ == "__main__":
+    main()
