@@ -5,7 +5,6 @@ from pathlib import Path
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.terminal import Terminal
 from drllm.config import HealConfig, MenuConfig, ModelConfig, TuneConfig
-from drllm.listener import duration
 from drllm.records.codec import read_json
 from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.menu import MenuFile
@@ -90,17 +89,9 @@ def show_paths(file: Path, terminal: Terminal) -> None:
 def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
     found = read_healed(file)
-    each = {name: (loss.full, loss.path, loss.healed) for name, loss in found.held_out.items()}
-    rows = [[name, *(plain(loss, 3) for loss in losses)] for name, losses in each.items()]
-    title = "next-token loss of texts that were not trained on, nats"
-    terminal.table("texts of|full path|path alone|healed", rows, title, 1)
-    path, last = found.path.with_adapter(""), found.curve[-1]
-    kls = [check.held_out_kl for check in found.curve]
-    terminal.say(
-        f"KL from the full path on them: {kls[0]:.3f} nats a token before, {min(kls):.3f} at best, "
-        f"in {last.step} steps ({last.tokens} tokens, {duration(last.seconds)})"
-    )
-    terminal.fact(found.name, path.edits(found.num_layers))
+    terminal.table(tuned.LOSSES, tuned.losses(found), tuned.LOSSES_ARE, 1)
+    terminal.say(tuned.healing(found))
+    terminal.fact(found.name, found.path.with_adapter("").edits(found.num_layers))
     terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
     terminal.fact("healed path", file.parent)
 

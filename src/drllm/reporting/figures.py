@@ -6,6 +6,7 @@ How it is drawn is in `drawing`. Axes: L layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from drllm.metrics import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
+from drllm.records.healed import Checked
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.records.static_paths import FIT, SELECT, TEST, StaticPaths
 from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
@@ -164,6 +166,20 @@ def changes_by_layers_saved(
     axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")
     whole_numbers(axes)
     legend(axes, columns=3)
+    return figure
+
+
+def kl_by_tokens(curve: Sequence[Checked], colours: Colours, width: float) -> Figure:
+    """Draw the KL of training and of held-out texts over the tokens that were trained on."""
+    figure, (axes,) = panels(1, 1, width, 2.6)
+    tokens = [check.tokens / 1000 for check in curve]
+    trained = [math.nan if check.train_kl is None else check.train_kl for check in curve]
+    axes.plot(tokens, trained, "o:", color=colours["faint"], markersize=4, label="training")
+    held_out = [check.held_out_kl for check in curve]
+    axes.plot(tokens, held_out, "o-", color=colours["s1"], markersize=4, label="held out")
+    axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
+    axes.set_ylim(bottom=0)
+    legend(axes, columns=2)
     return figure
 
 

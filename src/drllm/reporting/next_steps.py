@@ -29,8 +29,10 @@ def next_steps(run: Run) -> list[Step]:
 
 def _before_evaluation(run: Run) -> Step:
     here = shlex.quote(str(run.folder))
-    if run.paths and not run.learns:
-        given = f"{here}/{run.sources[0].name}:{run.paths.certified or run.paths.paths[-1].name}"
+    if (run.paths or run.healed) and not run.learns:
+        given = f"{here}/{run.sources[-1].name}"  # of what is healed before what isn't
+        if run.paths and not run.healed:
+            given += f":{run.paths.certified or run.paths.paths[-1].name}"
         return "Read a few answers yourself:", f"drllm generate --path {given} PROMPT"
     if run.router_config or run.epochs:
         what = "Evaluate the routers against base and the baselines:"

@@ -15,6 +15,7 @@ from msgspec.structs import asdict
 from drllm.errors import RecordError
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines, read_text, sha256
+from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
@@ -63,6 +64,7 @@ class Run:
     evaluations: Sequence[results.Result] = ()
     latency: results.Latency | None = None
     paths: StaticPaths | None = None
+    healed: HealedPath | None = None
     recipe: str | None = None
     sources: list[Source] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -136,15 +138,19 @@ def read_run(folder: Path) -> Run:
         if run.paths is None and (folder / name).is_file():
             run.paths = read_paths(folder / name)
             run.has(name, "", run.paths)
+    for name in (HEALED_FILE, f"healed/{HEALED_FILE}"):  # a path.json may be a plain path as well
+        if run.healed is None and results.schema_of(folder / name) == HEALED_SCHEMA:
+            run.healed = read_healed(folder / name)
+            run.has(name, "", run.healed)
     recipe = folder / "run.yaml"
     if recipe.is_file():
         run.recipe = read_text(recipe)
     else:
         run.absent.append("run.yaml (the recipe)")
-    if not (run.learns or run.evaluations or run.paths):
+    if not (run.learns or run.evaluations or run.paths or run.healed):
         raise RecordError(
-            f"{folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json or eval/; "
-            f"give a folder that 'drllm run' has written"
+            f"{folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
+            f"or eval/; give a folder that 'drllm run' has written"
         )
     _check_routers(run)
     _agree(run)
@@ -195,6 +201,7 @@ def _agree(run: Run) -> None:
         depths.append(("router_config.json", run.router_config["num_layers"]))
     depths += [(LAYERS_FILE, len(run.layers.train.confusion))] if run.layers else []
     depths += [(PATHS_FILE, run.paths.num_layers)] if run.paths else []
+    depths += [(HEALED_FILE, run.healed.num_layers)] if run.healed else []
     depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
     run.num_layers = _agreed(run, "models of different depth, by layers", depths)
     said = [(each.name, each.manifest.get("model")) for each in run.sources]

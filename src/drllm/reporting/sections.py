@@ -36,6 +36,7 @@ MIN_QUESTIONS = 5
 """Single edits that were tried on fewer questions aren't named as best or worst."""
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
+HEALED = "A healed one has an adapter, trained to make up for the layers that it leaves out."
 BASE_IS = "Base is the same model with every layer executed once."
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
@@ -65,13 +66,15 @@ def _title(run: Run) -> str:
     tasks = [each.task for each in run.evaluations]
     tasks = tasks or list(dict.fromkeys(record.task for record in run.search))
     tasks = tasks or list(run.paths.tasks if run.paths else ())
-    what = "Layer routing" if _is_routed(run) else "Static paths"
+    tasks = tasks or list(run.healed.held_out if run.healed else ())
+    paths = "Static paths" if run.paths or run.evaluations else "Healed path"
+    what = "Layer routing" if _is_routed(run) else paths
     return f"{what} of {name}" + (f" on {', '.join(tasks)}" if tasks else "")
 
 
 def _is_routed(run: Run) -> bool:
     routed = any(each.routed for each in run.evaluations)
-    return routed if run.evaluations else run.learns or not run.paths
+    return routed if run.evaluations else run.learns or not (run.paths or run.healed)
 
 
 def _about(run: Run) -> str:
@@ -90,12 +93,16 @@ def _first(run: Run) -> list[Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
     lines = [(e.task if several else "", line) for e in run.evaluations for line in e.verdict]
-    is_routed, choice = _is_routed(run), run.paths and run.paths.choice
+    is_routed = _is_routed(run)
     has_paths = not is_routed or any(each.paths for each in run.evaluations)
-    otherwise = choice.verdict() if choice else "Nothing was evaluated yet."
+    otherwise = [run.paths.choice.verdict()] if run.paths and run.paths.choice else []
+    otherwise += [tuned.healing(run.healed)] if run.healed else []
+    otherwise = otherwise or ["Nothing was evaluated yet."]
     first: list[Block] = [
-        " ".join([ROUTING] * is_routed + [PATHS] * has_paths + [BASE_IS]),
-        Verdicts(lines or [("", otherwise)]),
+        " ".join(
+            [ROUTING] * is_routed + [PATHS] * has_paths + [HEALED] * bool(run.healed) + [BASE_IS]
+        ),
+        Verdicts(lines or [("", line) for line in otherwise]),
     ]
     first += run.notes
     if several:
@@ -133,6 +140,8 @@ def _sections(run: Run) -> list[Section]:
 def learned(run: Run) -> list[Section]:
     """Return the sections on paths, search and routers, as far as there are files for them."""
     found = [tuned.section(run.paths, folded=bool(run.evaluations))] if run.paths else []
+    if run.healed:
+        found.append(tuned.healed_section(run.healed, folded=bool(run.evaluations)))
     if run.search or run.supervision or run.summary:
         found.append(Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
     if run.epochs:

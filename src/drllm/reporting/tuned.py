@@ -1,15 +1,19 @@
-"""What `drllm tune` found, as reports and the terminal show it."""
+"""What `drllm tune` found and `drllm heal` made of it, as reports and the terminal show it."""
 
 from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
 
+from drllm.listener import duration
+from drllm.records.healed import HealedPath
 from drllm.records.static_paths import FIT, SELECT, TEST, Measured, NamedPath, StaticPaths
 from drllm.reporting import figures
-from drllm.reporting.blocks import Figure, Section
-from drllm.reporting.numbers import NONE, difference, percent, plain, signed
+from drllm.reporting.blocks import Figure, Section, Table
+from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
 
 COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
+LOSSES = "texts of|full path|path alone|healed|won back"
+LOSSES_ARE = "Next-token loss of texts that were not trained on, in nats a token."
 
 
 def rows(found: StaticPaths, task: str) -> Iterator[list[str]]:
@@ -75,3 +79,37 @@ def section(found: StaticPaths, *, folded: bool) -> Section:
     columns = COLUMNS.replace("layers|", "layers|what it does|")
     values = {"found": found, "tables": tables, "columns": columns}
     return Section("Static paths", curves, 2, folded, "tuned.j2", values)
+
+
+def losses(found: HealedPath) -> Iterator[list[str]]:
+    """Yield a row for each source: its losses, and the share of what was lost that is won back."""
+    for name, loss in found.held_out.items():
+        lost_by, won_back = loss.path - loss.full, loss.path - loss.healed
+        three = [plain(each, 3) for each in (loss.full, loss.path, loss.healed)]
+        yield [name, *three, percent(won_back / lost_by if lost_by > 0 else None, 0)]
+
+
+def healing(found: HealedPath) -> str:
+    """Say in one sentence what a healed path costs, and what its training changed."""
+    kls, last = [check.held_out_kl for check in found.curve], found.curve[-1]
+    cost = plain(found.executions, 2).removesuffix(".00")
+    many = f"The commonest of {1 + len(found.others)} paths" if found.others else "The path"
+    return (
+        f"{many} runs {cost} of {found.num_layers} executions; its KL from the full path on "
+        f"texts that were not trained on was {plain(kls[0], 3)} nats a token before and is "
+        f"{plain(min(kls), 3)} after healing, which took {count(last.step)} steps "
+        f"({count(last.tokens)} tokens, {duration(last.seconds)})."
+    )
+
+
+def healed_section(found: HealedPath, *, folded: bool) -> Section:
+    """Return the section on a healed path; an unfolded one's sentence stands first of all."""
+    curve = Figure(
+        draw=partial(figures.kl_by_tokens, found.curve),
+        name="healing",
+        alt=f"KL from the full path over the tokens that were trained on. {healing(found)}",
+        caption="KL from the full path; on training texts it is a running mean. The adapter of the "
+        "lowest point on held-out texts is kept.",
+    )
+    table = Table.made(LOSSES_ARE, LOSSES, [*losses(found)])
+    return Section("Healed path", [*[healing(found)] * folded, curve, table], 2, folded)
