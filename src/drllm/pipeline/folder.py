@@ -26,16 +26,18 @@ from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
 from drllm.records.codec import SCHEMA_VERSION, read_json, sha256, write_atomically, write_json
+from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
-from drllm.records.static_paths import PATHS_FILE
+from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.records.supervision import rejected_path
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
+from drllm.tuning.heal_texts import Source
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
 
-STAGES = ("search", "supervise", "train", "tune", "evaluate", "report")
+STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 RUN_FILE = "run.manifest.json"
 ROUTER_FILES = ("router_config.json", "routers.safetensors")
@@ -88,7 +90,7 @@ def hash_of(path: Path) -> str:
     return sha256(path) if path.is_file() else ""
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def _digest(examples: Sequence[Example | Source]) -> str:
     return hashlib.sha256("".join(map(repr, examples)).encode()).hexdigest()
 
 
@@ -135,8 +137,7 @@ def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
     recipe.check()
     check_folder(folder, "--output-dir")
     with loader(recipe.model, listener) as load:
-        stages = [name for name in STAGES if name != "tune" or recipe.tune is not None]
-        return RunFolder(recipe, folder, load, listener).stages(stages)
+        return RunFolder(recipe, folder, load, listener).stages([*filter(recipe.runs, STAGES)])
 
 
 class RunFolder:
@@ -159,9 +160,10 @@ class RunFolder:
         shared = shared or {}
         self.search_file = shared.get("search", folder) / "search.jsonl"
         self.supervision_file = shared.get("supervise", folder) / "supervision.jsonl"
-        self.paths_file = folder / PATHS_FILE
+        self.paths_file, self.healed = folder / PATHS_FILE, folder / "healed"
         self.routers = shared.get("train", folder) / "routers"
-        self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
+        # A folder each.
+        self.seeds = list(recipe.train.by_seed(self.routers)) if recipe.has_routers else []
 
     def stages(self, names: Sequence[str]) -> dict[str, str]:
         """Run the named stages that aren't done, in order; other stages' files must be there."""
@@ -265,29 +267,50 @@ class RunFolder:
         tune(self.load(), None, config, self.folder, listener=self.listener)
         yield [self.paths_file]
 
+    def _heal(self) -> Stage:
+        config = self.recipe.heal
+        assert config is not None
+        if self.recipe.tune is not None:
+            name = f":{config.path}" if config.path else ""
+            config = dataclasses.replace(config, path=f"{self.paths_file}{name}")
+        plan = read_path(config.named_path())
+        yield {
+            "config": config.decisive(),
+            "model": self.recipe.model.to_dict(),
+            "texts": _digest(self.recipe.healed),
+            "path": [plan.found.name if plan.found else "", hash_of(plan.file)],
+        }
+        from drllm.tuning.heal import heal
+
+        heal(self.load(), config=config, output_dir=self.healed, listener=self.listener)
+        names = [HEALED_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, "README.md"]
+        yield [self.healed / name for name in names]
+
     def _evaluate(self) -> Stage:
         config, tasks = self.recipe.evaluate, self.recipe.tasks
         routers = [folder / name for folder in self.seeds for name in ROUTER_FILES]
-        tuned = [] if self.recipe.tune is None else [self.paths_file]
+        made = {"tune": self.paths_file, "heal": self.healed / HEALED_FILE}
+        static = [file for name, file in made.items() if self.recipe.runs(name)]
+        is_timed = config.latency_rounds > 0 and bool(self.seeds)
         yield {
-            "config": config.decisive() | {"measures_time": config.latency_rounds > 0},
+            "config": config.decisive() | {"measures_time": is_timed},
             "model": self.recipe.model.to_dict(),
             "questions": _evaluated(tasks, config),
             **{path.relative_to(self.routers).as_posix(): hash_of(path) for path in routers},
-            **{path.name: hash_of(path) for path in tuned},
+            **{path.name: hash_of(path) for path in static},
         }
         from drllm.evaluation.run import evaluate
 
         ours: dict[str, Any] = {}
-        if needs_targets(config.baselines):  # the run's own, unless others are given
+        if self.seeds and needs_targets(config.baselines):  # the run's own, unless others are given
             ours["supervision"] = config.supervision or str(self.supervision_file)
-        if tuned:
-            ours["paths"] = config.paths or str(self.paths_file)
+        if static:
+            ours["paths"] = config.paths or ",".join(map(str, static))
         config = dataclasses.replace(config, **ours)
         output, base = self.folder / "eval", self.load()
         evaluate(base, tasks, config, output, routers=self.seeds, listener=self.listener)
         names = [f"{task.name}.json" for task in tasks] + ["samples.jsonl", "samples.manifest.json"]
-        yield [output / name for name in names + ["latency.json"] * (config.latency_rounds > 0)]
+        yield [output / name for name in names + ["latency.json"] * is_timed]
 
     def _report(self) -> Stage:
         made_from = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}

@@ -14,6 +14,7 @@ import yaml
 
 from drllm.config import (
     EvaluateConfig,
+    HealConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
@@ -23,15 +24,21 @@ from drllm.config import (
 from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, unknown_name
-from drllm.evaluation.questions import tasks_of
+from drllm.evaluation.questions import tasks_of, without_routers
 from drllm.extras import need
+from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_tasks
 from drllm.training.trackers import check_trackers
+from drllm.tuning.heal_texts import Source, sources_of
 from drllm.tuning.parts import TaskParts, parts_of_tasks
 
+ROUTING = ("search", "supervise", "train")
+"""Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
+PATHS: dict[str, Any] = {"tune": TuneConfig, "heal": HealConfig}
+"""Sections and stages of a static path, which a recipe has only if it says so."""
 SWEPT = ("supervise", "train")
 """Sections that a setting of a sweep may change."""
 FOR_CHOICE = ("limit", "limits", "num_texts")
@@ -49,21 +56,31 @@ ALONE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of all stages; without `tune` no static path is looked for."""
+    """The settings of all stages.
+
+    Without `tune` no static path is looked for, without `heal` none is healed. With `tune`, the
+    `path` of `heal` is the name of one that is found, the certified one unless given.
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     supervise: SuperviseConfig = dataclasses.field(default_factory=SuperviseConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     tune: TuneConfig | None = None
+    heal: HealConfig | None = None
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    has_routers: bool = True
 
     def to_yaml(self) -> str:
         """Write all settings, defaults too; the text is a recipe itself."""
-        given = {name: getattr(self, name) for name in SECTIONS}
-        values = {name: group.to_dict() for name, group in given.items() if group is not None}
-        del values["search"]["output_dir"]  # the folder that the text lies in
+        given = {name: getattr(self, name) for name in SECTIONS if self.runs(name)}
+        values = {name: group.to_dict() for name, group in given.items()}
+        values.get("search", {}).pop("output_dir", None)  # the folder that the text lies in
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def runs(self, name: str) -> bool:
+        """Tell whether the recipe has a section, and whether a stage of that name is run."""
+        return self.has_routers if name in ROUTING else getattr(self, name, True) is not None
 
     @cached_property
     def questions(self) -> list[SearchQuestion]:
@@ -80,26 +97,45 @@ class Recipe:
         """The tasks that a static path is looked for, with their questions; raises as `check`."""
         return parts_of_tasks(self.tune or TuneConfig())
 
+    @cached_property
+    def healed(self) -> list[Source]:
+        """What a path is healed on; raises as `check`."""
+        return sources_of(self.heal or HealConfig())
+
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, and a missing package."""
         need("eval,report", "a run")
         _ = self.tasks
-        searched = dict.fromkeys(question.task for question in self.questions)
-        check_settings(self.supervise, list(searched), self.search)
-        self.train.check_effects()
+        if self.has_routers:
+            searched = dict.fromkeys(question.task for question in self.questions)
+            check_settings(self.supervise, list(searched), self.search)
+            self.train.check_effects()
+            check_trackers(self.train.trackers)
+        else:
+            paths = self.evaluate.paths or PATHS_FILE  # of the run, if no others are given
+            without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
             _ = self.tuned
-        check_trackers(self.train.trackers)
+        if self.heal is not None:
+            _ = self.healed
+            if self.tune is None:
+                read_path(self.heal.named_path())
+            elif self.heal.path is None and self.tune.epsilon is None:
+                raise ConfigError(
+                    "heal: no path is named, and without 'epsilon' tune certifies none; name one "
+                    "that it will find, for example 'path: skip1'"
+                )
 
 
 SECTIONS: dict[str, Any] = {
-    section.name: TuneConfig if section.name == "tune" else section.default_factory
+    section.name: PATHS.get(section.name, section.default_factory)
     for section in dataclasses.fields(Recipe)
+    if section.name != "has_routers"
 }
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read and check a recipe; `data_dir` replaces that of search, tuning and evaluation."""
+    """Read and check a recipe; `data_dir` replaces that of every stage that asks questions."""
     values = with_preset(path, read_yaml(path, "a recipe"))
     return _recipe(path, sections_of(path, values, SECTIONS), data_dir)
 
@@ -107,9 +143,10 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
 def _recipe(
     path: Path, sections: Mapping[str, dict[str, Any]], data_dir: str | None, **changes: Any
 ) -> Recipe:
-    groups = {}
+    groups: dict[str, Any] = {}
+    groups["has_routers"] = not sections.keys() & PATHS or bool(sections.keys() & set(ROUTING))
     for name, kind in SECTIONS.items():
-        if name == "tune" and name not in sections:
+        if name in PATHS and name not in sections:
             continue
         section = canonical(kind, sections.get(name, {}) | changes.get(name, {}))
         if name == "search" and "output_dir" in section:
@@ -117,7 +154,7 @@ def _recipe(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
                 f"writes to the folder given as --output-dir"
             )
-        if data_dir is not None and name in ("search", "tune", "evaluate"):
+        if data_dir is not None and name in ("search", "evaluate", *PATHS):
             section["data_dir"] = data_dir
         try:
             groups[name] = from_dict(kind, section, name)
@@ -148,7 +185,8 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
         raise ConfigError(
             f"{path}: 'settings' is {settings}; give at least two settings to compare, by name"
         )
-    sections = sections_of(path, values, [*SECTIONS, "choose"])
+    known = [name for name in SECTIONS if name not in PATHS]  # settings of routers are compared
+    sections = sections_of(path, values, [*known, "choose"])
     choose = sections.pop("choose", {})
     for name in choose:
         if name not in FOR_CHOICE:

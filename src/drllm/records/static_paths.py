@@ -214,7 +214,8 @@ def read_path_list(given: str) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name, or by the stem of a file that names none.
 
     A `paths.json` without a name gives its paths but the full one and those marked as dominated. A
-    name in several files comes behind that of its folder or, where it isn't `paths.json`, file.
+    name in several files comes behind that of its folder or, where it isn't `paths.json`, file; of
+    one that is there healed too, only the healed path's.
     Raised is what `read_path` raises; no such path, or one that is there twice, is a PathError.
     """
     files: list[tuple[str, PathFile]] = []
@@ -232,10 +233,11 @@ def read_path_list(given: str) -> dict[str, PathFile]:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
         files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]
     names = [name for name, _ in files]
+    unhealed = [name for name, path in files if not isinstance(path.record, HealedPath)]
     by_name: dict[str, PathFile] = {}
     for name, path in files:
         own = name
-        if names.count(name) > 1:
+        if (names if isinstance(path.record, HealedPath) else unhealed).count(name) > 1:
             folder, stem = path.file.resolve().parent.name, path.file.stem
             ours = path.file.name in (PATHS_FILE, HEALED_FILE) or name == stem
             own = f"{folder if ours else stem}:{name}"

@@ -6,7 +6,6 @@ How it is drawn is in `drawing`. Axes: L layers.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -173,10 +172,10 @@ def kl_by_tokens(curve: Sequence[Checked], colours: Colours, width: float) -> Fi
     """Draw the KL of training and of held-out texts over the tokens that were trained on."""
     figure, (axes,) = panels(1, 1, width, 2.6)
     tokens = [check.tokens / 1000 for check in curve]
-    trained = [math.nan if check.train_kl is None else check.train_kl for check in curve]
-    axes.plot(tokens, trained, "o:", color=colours["faint"], markersize=4, label="training")
-    held_out = [check.held_out_kl for check in curve]
-    axes.plot(tokens, held_out, "o-", color=colours["s1"], markersize=4, label="held out")
+    for name, kind, colour in (("train_kl", "o:", "faint"), ("held_out_kl", "o-", "s1")):
+        look: dict[str, Any] = {"color": colours[colour], "markersize": 4}
+        label = "held out" if colour == "s1" else "training"
+        axes.plot(tokens, [getattr(check, name) for check in curve], kind, label=label, **look)
     axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
     axes.set_ylim(bottom=0)
     legend(axes, columns=2)

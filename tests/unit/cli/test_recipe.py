@@ -9,7 +9,7 @@ from drllm.cli import main
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
-from drllm.pipeline.folder import RunFolder, RunManifest, StageDone, loader, read_run
+from drllm.pipeline.folder import STAGES, RunFolder, RunManifest, StageDone, loader, read_run
 from drllm.pipeline.recipes import Recipe, read_recipe, read_sweep
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
@@ -72,6 +72,33 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
+PATHS_ALONE = "tune: {max_skipped: 1}\nheal: {path: skip1, tasks: builtin_facts}\n"
+
+
+def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path: Path):
+    recipe = read_recipe(write(tmp_path, PATHS_ALONE))
+    recipe.check()
+    assert [*filter(recipe.runs, STAGES)] == ["tune", "heal", "evaluate", "report"]
+    assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    both = read_recipe(write(tmp_path, PATHS_ALONE + "search: {limit: 2}\n"))
+    assert [*filter(both.runs, STAGES)] == [*STAGES]
+    assert not read_recipe(write(tmp_path, "search: {limit: 2}\n")).runs("heal")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tune: {}\nheal: {tasks: builtin_facts}\n", "'path: skip1'"),
+        ("heal: {tasks: builtin_facts}\n", "no path is given"),
+        ("tune: {}\nheal: {path: skip1}\n", "nothing to train on"),
+        (PATHS_ALONE + "evaluate: {curve: '0.1'}\n", "no effect without routers"),
+    ],
+)
+def test_a_healing_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=says):
+        read_recipe(write(tmp_path, text)).check()
+
+
 COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
 SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
 
@@ -104,6 +131,7 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_
         (COMMON + "settings: {a: {}, b: {trian: {gamma: 1}}}\n", "did you mean 'train'"),
         (COMMON + "settings: {a: {}, b: {search: {limit: 1}}}\n", "Valid: supervise, train"),
         (COMMON + "settings: {a: {}, b: 3}\n", "setting 'b' is 3; give sections"),
+        (COMMON + SETTINGS + "tune: {}\n", "unknown section 'tune'"),
         (COMMON + "settings: {a: {}, b: {on: {}}}\n", "unknown section 'True'"),  # true to YAML
         (COMMON + "settings: {a: {}, b: {train: 3}}\n", "section 'train' is 3"),
         (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),

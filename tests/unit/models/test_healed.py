@@ -18,6 +18,7 @@ from drllm.records.codec import read_json, sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
 from drllm.records.static_paths import read_path, read_path_list
 from healed_folder import PATH, written_healed
+from paths_json import written_paths
 from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_adapter
 
 IDS = torch.tensor([list(range(5, 25))])
@@ -97,6 +98,14 @@ def test_healed_paths_are_listed_by_name_and_one_name_by_folders(base, record, t
     assert list(found) == ["healed:less", "other:less", "more"]
     paths = [path.path_of(base.identity) for path in found.values()]
     assert paths == [each.path for each in (record, other, more)]
+
+
+def test_beside_the_paths_json_that_it_comes_from_only_the_healed_path_is_renamed(
+    base, record, tmp_path
+):
+    run = tmp_path / "run" / "healed"  # of the same name as the healed path's own folder
+    file = written_paths(run / "paths.json", base.identity, paths={record.name: [0, 5]})
+    assert list(read_path_list(f"{file},{tmp_path / 'healed'}")) == ["less", "healed:less"]
 
 
 def with_weights(folder, change):
