@@ -402,7 +402,8 @@ class HealConfig(Settings):
         path: file that says which layers run; of a paths.json the certified path or the named one
         tasks: tasks (comma list) whose search questions are read with their right answers, prompts
             alone with the full path's own
-        text: further texts: .jsonl files with a field text, or .txt files, a text a paragraph
+        text: further texts: .jsonl files with a field text, .txt files, a text a paragraph, or data
+            sets of the hub, OWNER/NAME[:CONFIG]: of train the first --limit texts, else 10,000
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         limit: at most this many questions or texts a source, drawn with the seed
         rank: rank of the adapter

@@ -2,11 +2,13 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError, TaskError
+from drllm.extras import need
+from drllm.listener import quiet
 from drllm.records.codec import decode, refuse_odd_file
 
 
@@ -33,6 +35,32 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
     if empty:
         raise TaskError(f"{path} is empty; give a file with one question a line")
+
+
+def hub_rows(
+    *place: str | None, what: str, instead: str, columns: Sequence[str] = (), stream: bool = False
+) -> Iterator[Mapping[str, Any]]:
+    """Yield rows of a set on the hub: repository, configuration, split; of those columns if given.
+
+    Errors say `what` is fetched and what to give `instead`; with `stream` only what is read is.
+    """
+    need("eval", f"fetching {what} from the hub", "datasets")
+    import datasets
+
+    try:
+        with quiet("huggingface_hub", "datasets"):  # the error says it in one line
+            rows = datasets.load_dataset(*place[:2], split=place[2], streaming=stream)
+        if columns:
+            rows = rows.select_columns([name for name in columns if name in rows.column_names])
+        yield from rows
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # Offline, gated and missing sets are OSErrors; a configuration or split that the
+        # repository or the cache lacks is a ValueError; files it can't read are the third.
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise TaskError(
+            f"{what} can't fetch {place[2]} of {place[0]} from the hub ({cause}); connect or log "
+            f"in (hf auth login), or give {instead}"
+        ) from error
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:

@@ -99,7 +99,7 @@ def heal(
             one of them, drawn at random, and more often one that is given more often. They run with
             the adapter once they have left the full path, as under `RouterPolicy(adapter=...)`.
         tasks: Tasks, their names or files of questions; None for those of the config.
-        texts: Texts, or names of files in one string; None for those of the config.
+        texts: Texts, or names of files and data sets in one string; None for those of the config.
         config: The settings.
         output_dir: Folder for the healed path; None writes nothing that stays.
         tokenizer: As for `tune`.

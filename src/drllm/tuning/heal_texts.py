@@ -3,6 +3,7 @@
 Texts are held out by their hash and never trained on.
 """
 
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -17,11 +18,13 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import FILE_NAMES, Prompt, Task, choose
-from drllm.tasks.rows import read_rows
+from drllm.tasks.rows import hub_rows, read_rows
 from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_of
 
 Tokens: TypeAlias = tuple[int, ...]
 
+HUB_SET, HUB_TEXTS = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?"), 10_000
+"""How a data set of the hub is named, and how many of its texts are read unless a limit says it."""
 LEAST_PER_HELD_OUT = 5
 """Of a source, at most one text in so many is held out, but one in any case."""
 
@@ -48,21 +51,20 @@ def sources_of(
 ) -> list[Source]:
     """Return what is trained on: of tasks and texts those given, else those of the settings.
 
-    Of a task it is what `tune` fits paths on. Texts are names of files in one string, or the texts
-    themselves. Nothing to train on and two sources of one name are a ConfigError, an unknown task
-    or a file that can't be read a TaskError.
+    Of a task it is what `tune` fits paths on. Texts are names of files and of data sets of the hub
+    in one string, or the texts themselves. Nothing to train on and two sources of one name are a
+    ConfigError, an unknown task or what can't be read a TaskError.
     """
     num, seed = config.limit or LARGEST_INT, config.seed
     fitted = TuneConfig(data_dir=config.data_dir, num_fit=num, seed=seed)
     tasks, texts = config.tasks if tasks is None else tasks, config.text if texts is None else texts
     found = [_of_task(parts) for parts in parts_of_tasks(fitted, tasks or [])]
     if isinstance(texts, str):
-        files = [Path(name.strip()).expanduser() for name in texts.split(",") if name.strip()]
-        named = {file: _texts_in(file) for file in files}
+        words = dict.fromkeys(filter(None, map(str.strip, texts.split(","))))
+        given = [_texts_of(word, config.limit or HUB_TEXTS) for word in words]
     else:
-        named = {Path("texts"): list(texts)} if texts else {}
-    for file, own in named.items():
-        found.append(Source(name=file.name.partition(".")[0], texts=choose(own, num, seed)))
+        given = [("texts", list(texts))] if texts else []
+    found += [Source(name=name, texts=choose(own, num, seed)) for name, own in given]
     if not found:
         raise ConfigError(
             "there is nothing to train on; give tasks (--tasks), files of texts (--text), or both"
@@ -83,13 +85,35 @@ def _of_task(parts: TaskParts) -> Source:
     )
 
 
+def _texts_of(word: str, num: int) -> tuple[str, list[str]]:
+    """Return a name and the texts of a file, or of a data set of the hub the first `num`."""
+    file, hub_set = Path(word).expanduser(), HUB_SET.fullmatch(word)
+    if hub_set and not file.is_file() and not word.endswith((*FILE_NAMES, ".txt")):
+        return word.partition("/")[2], _texts_on_hub(hub_set[1], hub_set[2], num)
+    return file.name.partition(".")[0], _texts_in(file)
+
+
+@functools.cache  # asked for twice: to check the settings, and to train
+def _texts_on_hub(repository: str, config: str | None, num: int) -> list[str]:
+    what, instead = f"--text {repository}", "another set, OWNER/NAME[:CONFIG], or a file of texts"
+    found: list[str] = []
+    for row in hub_rows(repository, config, "train", what=what, instead=instead, stream=True):
+        if not isinstance(text := row.get("text"), str):
+            raise TaskError(f"{what} has no text in a column 'text' of {[*row]}; give {instead}")
+        found += [text] if text.strip() else []
+        if len(found) == num:
+            break
+    return found
+
+
 def _texts_in(file: Path) -> list[str]:
     """Return the texts of a file: the rows' field `text`, or the paragraphs."""
     if file.suffix == ".txt":
         return [part for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()]
     if not file.name.endswith(FILE_NAMES):
         raise ConfigError(
-            f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these"
+            f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these, "
+            f"or a data set of the hub as OWNER/NAME[:CONFIG]"
         )
     found = []
     for line, row in read_rows(file):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from drllm.errors import TaskError
-from drllm.extras import need
-from drllm.listener import quiet
 from drllm.records.splits import BOUNDS, question_key, split_of
 from drllm.tasks.base import (
     FILE_NAMES,
@@ -33,7 +31,7 @@ from drllm.tasks.base import (
 from drllm.tasks.forms import BOXED, GAP, OPTIONS, Form
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
-from drllm.tasks.rows import EmptyTextError, read_rows
+from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
@@ -165,33 +163,18 @@ class PublishedTask(Task):
 
     def _hub_rows(self, file: str) -> Iterable[Row]:
         """Return the rows of a file on the hub, thinned out where the set is."""
-        rows = self._fetch(file)
+        rows = hub_rows(
+            *(self.repository, self.config, file),
+            what=f"task {self.name!r}",
+            instead=f"--data-dir with {self._place('')}/{file}.jsonl",
+            columns=self.columns,
+        )
         if self.thin_out is None:
             return rows
         key = self.repository, self.config, file
         if key not in _thinned:
             _thinned[key] = self.thin_out(rows, f"{self.repository} {file}")
         return _thinned[key]
-
-    def _fetch(self, file: str) -> Iterator[Row]:
-        need("eval", f"fetching task {self.name!r} from the hub", "datasets")
-        import datasets
-
-        try:
-            with quiet("huggingface_hub", "datasets"):  # the error says it in one line
-                rows = datasets.load_dataset(self.repository, self.config, split=file)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            # Offline, gated and missing sets are OSErrors; a configuration or split that the
-            # repository or the cache lacks is a ValueError; files it can't read are the third.
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise TaskError(
-                f"task {self.name!r} can't fetch {file} of {self.repository} from the hub "
-                f"({cause}); connect or log in (hf auth login), or give --data-dir with "
-                f"{self._place('')}/{file}.jsonl"
-            ) from error
-        if self.columns:
-            rows = rows.select_columns([name for name in self.columns if name in rows.column_names])
-        yield from rows
 
     def _place(self, data_dir: Path | str) -> Path:
         return Path(data_dir) / (self.folder or self.name)
