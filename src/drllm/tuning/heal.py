@@ -220,6 +220,14 @@ class _Healing:
         self.chunks.open()
         with self.listener.busy("reading the texts"):
             texts = {source.name: self._tokens(source) for source in self.sources}
+        size = self.config.max_tokens
+        for name, own in texts.items():
+            if num := sum(len(text) > size for text in own):
+                self.listener.note(
+                    f"{num} of {len(own)} texts of {name} have over {size} tokens and are cut, and "
+                    f"what stands behind a cut is learned without what stands before it; "
+                    f"--max-tokens {max(map(len, own))} would cut none"
+                )
         trained, self.held_out = divided(texts, self.config)
         with self.listener.progress("healing", "") as on_progress:
             self._resume()

@@ -1,5 +1,6 @@
 """Healing on a tiny model: what it learns, on what, what is kept of it, and what is refused."""
 
+import re
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -268,6 +269,23 @@ def test_sources_take_turns_and_a_batch_has_its_tokens_of_like_length():
     assert all(len(batch) * max(map(len, batch)) <= 128 for batch in found)
     named = [text[0] >= 1000 for batch in found for text in batch]
     assert 0.3 < sum(named) / len(named) < 0.7
+
+
+def test_it_is_said_which_texts_are_cut_and_what_would_cut_none(routed):
+    said = []
+
+    class Noted(Listener):
+        def note(self, text):
+            said.append(text)
+
+    long = [" ".join([f"word {n}"] * 60) for n in range(3)]
+    tasks = {"tasks": [], "texts": ["Short.", "Also short.", *long], "steps": 1}
+    healed(routed, **tasks, max_tokens=20, listener=Noted())
+    assert "3 of 5 texts of texts" in said[0]
+    whole = int(re.search("--max-tokens ([0-9]+)", said[0])[1])
+    said.clear()
+    healed(routed, **tasks, max_tokens=whole, listener=Noted())
+    assert not any("cut" in each for each in said)
 
 
 def test_files_of_texts_are_read_by_rows_or_paragraphs(tmp_path):
