@@ -14,10 +14,10 @@ interval.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 import common
+from common.compare import ACCURACY, SEED, compared, in_words
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -25,44 +25,13 @@ from drllm.models.healed import load_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import CERTIFY, TEST, read_path_list
-from drllm.statistics.intervals import mean_interval
-from drllm.statistics.paired import maximum_loss, mcnemar_exact, paired_interval, won_lost
 from drllm.tasks.base import Prompt, choose
 from drllm.tuning.judge import Judge, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 8, "texts": 4}
 WHOLE = {"questions": 1000, "texts": 100}
-SEED, STATE_CACHE_GB = 0, 1.0
-
-
-def change(ours: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of what is measured, its mean change from the full path, and the interval."""
-    changes = [one - other for one, other in zip(ours, full, strict=True)]
-    return {
-        "mean": fmean(ours),
-        "change": fmean(changes),
-        "interval": mean_interval(changes, SEED),
-        "n": len(changes),
-    }
-
-
-def accuracy(ours: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
-    """Return the share of right answers, its change from the full path, and which loss is excluded.
-
-    `excluded` is what `drllm tune --epsilon` compares: with 95 % probability less is lost.
-    """
-    won, lost = won_lost(ours, full)
-    return {
-        "mean": fmean(ours),
-        "change": fmean(ours) - fmean(full),
-        "interval": paired_interval(won, lost, len(full)),
-        "won": won,
-        "lost": lost,
-        "p": mcnemar_exact(won, lost),
-        "excluded": maximum_loss(won, lost, len(full)),
-        "n": len(full),
-    }
+STATE_CACHE_GB = 1.0
 
 
 def measured(
@@ -78,20 +47,20 @@ def measured(
     def scored(items: Any, what: str) -> Any:
         return Judge(routed, items, what, STATE_CACHE_GB).scores(paths)
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, list[list[float]]] = {}
     if objective == GOLD:
         scores = scored(items_of(routed, prompts(sizes["questions"]), GOLD), GOLD)
-        found["accuracy"] = [accuracy(own, scores.right[0]) for own in scores.right]
-        golds = scores.objective
-        found["gold log-probability"] = [change(own, golds[0]) for own in golds]
+        values |= {ACCURACY: scores.right, "gold log-probability": scores.objective}
     texts = prompts(sizes["texts"])
     read = {"loss of texts": texts_of(routed, texts)}
     if objective == LOSS:
         read["loss of right answers"] = items_of(routed, texts, LOSS)
     for name, items in read.items():
-        losses = [[-value for value in own] for own in scored(items, LOSS).objective]
-        found[name] = [change(own, losses[0]) for own in losses]
-    return found
+        values[name] = [[-value for value in own] for own in scored(items, LOSS).objective]
+    return {
+        quantity: [compared(quantity, own, rows[0]) for own in rows]
+        for quantity, rows in values.items()
+    }
 
 
 def main() -> None:
@@ -122,17 +91,11 @@ def main() -> None:
             quantity: dict(zip(paths, rows, strict=True)) for quantity, rows in found.items()
         }
         for quantity, rows in found.items():
-            scale = 100 if quantity == "accuracy" else 1
+            scale = 100 if quantity == ACCURACY else 1
             print(f"{parts.task.name}, {quantity}, {rows[0]['n']} questions of {options.part}:")
             for name, row in zip(paths, rows, strict=True):
-                low, high = (scale * end for end in row["interval"])
-                said = f"  {name:24} {scale * row['mean']:8.3f}"
-                if name != "full":
-                    said += f"  {scale * row['change']:+.3f} ({low:+.3f} to {high:+.3f})"
-                    if "p" in row:
-                        said += f"  {row['won']} won, {row['lost']} lost, p = {row['p']:.2g}"
-                        said += f"; a loss of {100 * row['excluded']:.2f} is excluded"
-                print(said, flush=True)
+                change = "" if name == "full" else f"  {in_words(quantity, row)}"
+                print(f"  {name:24} {scale * row['mean']:8.3f}{change}", flush=True)
     common.write(options, figures)
 
 

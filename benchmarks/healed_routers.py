@@ -15,17 +15,17 @@ the right option's log-probability, and the next-token loss of questions with th
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import common
 import torch
+from common.compare import ACCURACY, SEED, compared, in_words
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
-from drllm.cost import path_executions
 from drllm.listener import Listener
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
@@ -34,16 +34,14 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_list
-from drllm.statistics.intervals import mean_interval
-from drllm.statistics.paired import mcnemar_exact, paired_interval, won_lost
 from drllm.tasks.base import choose
-from drllm.tuning.heal import departure, heal
+from drllm.tuning.heal import heal
 from drllm.tuning.judge import Judge, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 12, "texts": 4, "steps": 2}
 WHOLE = {"questions": 1000, "texts": 100, "steps": 250}
-SEED, STATE_CACHE_GB = 0, 1.0
+STATE_CACHE_GB = 1.0
 CALIBRATED_ON = 64
 """Questions of `select` on which a depth is found."""
 
@@ -63,7 +61,7 @@ class Asked:
 
     def along(self, plans: Plans) -> Values:
         """Return what each question gives along its own path."""
-        found: Values = {"accuracy": [0.0] * len(plans), "gold log-probability": [0.0] * len(plans)}
+        found: Values = {ACCURACY: [0.0] * len(plans), "gold log-probability": [0.0] * len(plans)}
         found["loss of texts"] = [0.0] * self.num_texts
         places: dict[StaticPath, list[int]] = {}
         for place, path in enumerate(plans):
@@ -71,7 +69,7 @@ class Asked:
         for path, own in places.items():
             scores = self.options.scores([path], own)
             for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
-                found["accuracy"][place] = right
+                found[ACCURACY][place] = right
                 found["gold log-probability"][place] = gold
             if read := [place for place in own if place < self.num_texts]:
                 losses = self.texts.scores([path], read).objective[0]
@@ -83,12 +81,12 @@ class Asked:
 def with_adapter(route: Sequence[int], adapter: str) -> StaticPath:
     """Return what `RouterPolicy(adapter=...)` runs for a route."""
     path = StaticPath(to_path(route))
-    return path.with_adapter(adapter, departure(path) + 1)
+    return path.with_adapter(adapter, path.departure + 1)
 
 
 def mixed(paths: Plans, executions: float, num: int) -> list[StaticPath]:
     """Return a path a question, of the two that lie around a mean number of executions."""
-    costs = {path: len(path.steps) for path in paths}
+    costs = {path: executions_of(path) for path in paths}
     by_cost = sorted(paths, key=costs.__getitem__)
     above = next((path for path in by_cost if costs[path] >= executions), by_cost[-1])
     below = next((path for path in by_cost[::-1] if costs[path] <= executions), by_cost[0])
@@ -99,28 +97,9 @@ def mixed(paths: Plans, executions: float, num: int) -> list[StaticPath]:
     return plans
 
 
-def compared(ours: Values, theirs: Values) -> dict[str, Any]:
-    """Return, for each quantity, the mean difference and its interval; of accuracy the test too."""
-    found: dict[str, Any] = {}
-    for name, own in ours.items():
-        changes = [one - other for one, other in zip(own, theirs[name], strict=True)]
-        found[name] = {"change": fmean(changes), "interval": mean_interval(changes, SEED)}
-    won, lost = won_lost(ours["accuracy"], theirs["accuracy"])
-    tested = {"interval": paired_interval(won, lost, len(ours["accuracy"])), "won": won}
-    found["accuracy"] |= tested | {"lost": lost, "p": mcnemar_exact(won, lost)}
-    return found
-
-
-def told(name: str, executions: float, against: str, found: Mapping[str, Any]) -> None:
-    """Print a comparison in one line."""
-    words = [f"{name} ({executions:.2f}) less {against}:"]
-    for quantity, row in found.items():
-        scale = 100 if quantity == "accuracy" else 1
-        low, high = (scale * end for end in row["interval"])
-        words.append(f"{quantity} {scale * row['change']:+.3f} ({low:+.3f} to {high:+.3f})")
-        if "p" in row:
-            words[-1] += f" {row['won']} / {row['lost']}, p = {row['p']:.2g}"
-    print("; ".join(words), flush=True)
+def executions_of(path: StaticPath) -> int:
+    """Return how many layers a path runs; one that runs parts of layers is a PathError."""
+    return len(path.with_adapter("").path())
 
 
 def main() -> None:
@@ -186,12 +165,11 @@ def main() -> None:
         healed = [with_adapter(route, adapter) for route in ways[adapter].tolist()]
         systems[f"healed routers {seed}"] = healed
         systems[f"permuted {seed}"] = [healed[place] for place in order.tolist()]
-        executions = fmean(len(path.steps) for path in healed)
+        executions = fmean(map(executions_of, healed))
         if fixed:
             systems[f"mixed {seed}"] = mixed([full, *fixed.values()], executions, num)
     values = {name: asked.along(plans) for name, plans in systems.items()}
-    shares = [(0.5, 0.5)] * base.num_layers
-    costs = {n: fmean(path_executions(p, shares) for p in plans) for n, plans in systems.items()}
+    costs = {name: fmean(map(executions_of, plans)) for name, plans in systems.items()}
     figures: dict[str, Any] = {"of": common.of(base, options), "questions": num}
     figures["executions"], figures["less"] = costs, {}
     pairs = [(name, "full") for name in systems if name != "full"]
@@ -199,8 +177,11 @@ def main() -> None:
         rivals = [f"routers {seed}", f"permuted {seed}", *[f"mixed {seed}"] * bool(fixed)]
         pairs += [(f"healed routers {seed}", rival) for rival in rivals]
     for name, other in pairs:
-        figures["less"][f"{name} less {other}"] = compared(values[name], values[other])
-        told(name, costs[name], other, figures["less"][f"{name} less {other}"])
+        ours, theirs = values[name], values[other]
+        found = {what: compared(what, ours[what], theirs[what]) for what in ours}
+        figures["less"][f"{name} less {other}"] = found
+        changes = "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
+        print(f"{name} ({costs[name]:.2f}) minus {other}: {changes}", flush=True)
     common.write(options, figures)
 
 

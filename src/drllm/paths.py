@@ -206,6 +206,14 @@ class StaticPath:
         """The names of the adapters that its steps run with, each once."""
         return tuple(dict.fromkeys(s.adapter for s in map(step_of, self.steps) if s.adapter))
 
+    @property
+    def departure(self) -> int:
+        """The first layer that isn't executed exactly once, before all later ones."""
+        for place, step in enumerate(self.steps):
+            if step != place:
+                return min(place, layer_of(step))
+        return len(self.steps)
+
     def with_adapter(self, name: str, first_layer: int = 0) -> "StaticPath":
         """Return the path with an adapter on its layers from the first one on; none if unnamed."""
         steps = map(step_of, self.steps)

@@ -15,7 +15,6 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import MLP, StaticPath, Step, to_path
-from drllm.tuning.heal import departure
 from slow_way import (
     LOGIT_TOLERANCE,
     ListedModel,
@@ -232,7 +231,7 @@ def test_routed_rows_run_with_the_adapter_once_they_have_left_the_full_path(rout
         assert torch.equal(routed(ids, attention_mask=mask).logits, found)
     for place, route in enumerate(map(to_path, decisions)):
         path = StaticPath(route)
-        with routed.fixed(path.with_adapter("a", departure(path) + 1)):
+        with routed.fixed(path.with_adapter("a", path.departure + 1)):
             alone = routed(torch.tensor([prompts[place]])).logits[0]
         own = found[place, -len(prompts[place]) :]
         torch.testing.assert_close(own, alone, rtol=0, atol=LOGIT_TOLERANCE)

@@ -172,10 +172,10 @@ def kl_by_tokens(curve: Sequence[Checked], colours: Colours, width: float) -> Fi
     """Draw the KL of training and of held-out texts over the tokens that were trained on."""
     figure, (axes,) = panels(1, 1, width, 2.6)
     tokens = [check.tokens / 1000 for check in curve]
-    for name, kind, colour in (("train_kl", "o:", "faint"), ("held_out_kl", "o-", "s1")):
-        look: dict[str, Any] = {"color": colours[colour], "markersize": 4}
-        label = "held out" if colour == "s1" else "training"
-        axes.plot(tokens, [getattr(check, name) for check in curve], kind, label=label, **look)
+    trained: list[Any] = [check.train_kl for check in curve]  # None, a gap, before the first step
+    held_out = [check.held_out_kl for check in curve]
+    axes.plot(tokens, trained, "o:", label="training", color=colours["faint"], markersize=4)
+    axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)
     axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
     axes.set_ylim(bottom=0)
     legend(axes, columns=2)

@@ -12,7 +12,7 @@ from drllm.reporting.blocks import Figure, Section, Table
 from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
 
 COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
-LOSSES = "texts of|full path|path alone|healed|won back"
+LOSSES = "texts of|full path|path alone|healed|recovered"
 LOSSES_ARE = "Next-token loss of texts that were not trained on, in nats a token."
 
 
@@ -82,7 +82,7 @@ def section(found: StaticPaths, *, folded: bool) -> Section:
 
 
 def losses(found: HealedPath) -> Iterator[list[str]]:
-    """Yield a row for each source: its losses, and the share of what was lost that is won back."""
+    """Yield a row for each source: its losses, and the share of what was lost that is recovered."""
     for name, loss in found.held_out.items():
         lost_by, won_back = loss.path - loss.full, loss.path - loss.healed
         three = [plain(each, 3) for each in (loss.full, loss.path, loss.healed)]

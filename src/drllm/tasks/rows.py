@@ -38,9 +38,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def hub_rows(
-    *place: str | None, what: str, instead: str, columns: Sequence[str] = (), stream: bool = False
+    repository: str,
+    config: str | None,
+    split: str,
+    *,
+    what: str,
+    instead: str,
+    columns: Sequence[str] = (),
+    stream: bool = False,
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield rows of a set on the hub: repository, configuration, split; of those columns if given.
+    """Yield the rows of a split of a data set on the hub, with those columns alone if given.
 
     Errors say `what` is fetched and what to give `instead`; with `stream` only what is read is.
     """
@@ -49,7 +56,7 @@ def hub_rows(
 
     try:
         with quiet("huggingface_hub", "datasets"):  # the error says it in one line
-            rows = datasets.load_dataset(*place[:2], split=place[2], streaming=stream)
+            rows = datasets.load_dataset(repository, config, split=split, streaming=stream)
         if columns:
             rows = rows.select_columns([name for name in columns if name in rows.column_names])
         yield from rows
@@ -58,7 +65,7 @@ def hub_rows(
         # repository or the cache lacks is a ValueError; files it can't read are the third.
         cause = " ".join(str(error).split()) or type(error).__name__
         raise TaskError(
-            f"{what} can't fetch {place[2]} of {place[0]} from the hub ({cause}); connect or log "
+            f"{what} can't fetch {split} of {repository} from the hub ({cause}); connect or log "
             f"in (hf auth login), or give {instead}"
         ) from error
 

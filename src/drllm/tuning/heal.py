@@ -165,9 +165,9 @@ class _Healing:
     def __post_init__(self, base: BaseModel) -> None:
         routed, config, L = self.routed, self.config, self.routed.num_layers
         firsts, layers = dict[StaticPath, int](), set[int]()
+        several = len(self.given) > 1
         for path, _ in self.given.most_common():
-            several = len(self.given) > 1
-            first = max(config.first_layer, departure(path) + 1 if several else 0)
+            first = max(config.first_layer, path.departure + 1 if several else 0)
             if own := {layer for layer in map(layer_of, path.steps) if layer >= first}:
                 routed.injection.prepare(path)
                 firsts[path], layers = first, layers | own
@@ -177,7 +177,7 @@ class _Healing:
                 f"give at most {max(map(layer_of, path.steps))}"
             )
         self.plain = [*firsts]
-        plain, self.counts = self.plain[0], [self.given[path] for path in firsts]
+        commonest, self.counts = self.plain[0], [self.given[path] for path in firsts]
         # A scaling of 1, so that a learning rate means the same at every rank.
         self.adapter = Adapter.fresh(routed, config.rank, config.rank, layers, config.seed)
         routed.add_adapter(NAME, self.adapter)
@@ -188,14 +188,14 @@ class _Healing:
         self.best = [each.detach().clone() for each in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
         self.state = _State()
-        shares = layer_shares(routed) if plain.runs_parts else [(0.5, 0.5)] * L
+        shares = layer_shares(routed) if commonest.runs_parts else [(0.5, 0.5)] * L
         self.record = HealedPath(
             **new_manifest("healed_path", model=base.identity, config=config.to_dict()),
             name=self.name,
-            steps=steps_to_write(plain),
-            executions=path_executions(plain, shares),
+            steps=steps_to_write(commonest),
+            executions=path_executions(commonest, shares),
             num_layers=L,
-            first_layer=firsts[plain],
+            first_layer=firsts[commonest],
             others=tuple(map(steps_to_write, self.plain[1:])),
             rank=self.adapter.rank,
             alpha=self.adapter.alpha,
@@ -224,8 +224,8 @@ class _Healing:
         for name, own in texts.items():
             if num := sum(len(text) > size for text in own):
                 self.listener.note(
-                    f"{num} of {len(own)} texts of {name} have over {size} tokens and are cut, and "
-                    f"what stands behind a cut is learned without what stands before it; "
+                    f"{num} of {len(own)} texts of {name} have over {size} tokens and are cut; "
+                    f"what follows a cut is trained on without the text before it; "
                     f"--max-tokens {max(map(len, own))} would cut none"
                 )
         trained, self.held_out = divided(texts, self.config)
@@ -445,14 +445,6 @@ def _identity(record: HealedPath) -> dict[str, Any]:
         "others": record.others,
         "texts_sha256": record.questions_sha256,
     }
-
-
-def departure(path: StaticPath) -> int:
-    """Return the first layer that a path doesn't execute exactly once, before all later ones."""
-    for place, step in enumerate(path.steps):
-        if step != place:
-            return min(place, layer_of(step))
-    return len(path.steps)
 
 
 class KeptStates(PathPass):

@@ -164,7 +164,9 @@ class PublishedTask(Task):
     def _hub_rows(self, file: str) -> Iterable[Row]:
         """Return the rows of a file on the hub, thinned out where the set is."""
         rows = hub_rows(
-            *(self.repository, self.config, file),
+            self.repository,
+            self.config,
+            file,
             what=f"task {self.name!r}",
             instead=f"--data-dir with {self._place('')}/{file}.jsonl",
             columns=self.columns,

@@ -1,0 +1,44 @@
+"""How far apart two systems' answers to the same questions lie, as figures and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from drllm.statistics.intervals import mean_interval
+from drllm.statistics.paired import maximum_loss, mcnemar_exact, paired_interval, won_lost
+
+ACCURACY = "accuracy"
+SEED = 0
+
+
+def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of a quantity, its mean change from another system's, and the 95 % interval.
+
+    Of accuracy also McNemar's exact test, and `excluded`, which `drllm tune --epsilon` compares:
+    with 95 % probability less is lost.
+    """
+    changes = [one - other for one, other in zip(ours, theirs, strict=True)]
+    found = {"mean": fmean(ours), "change": fmean(changes), "n": len(changes)}
+    if quantity != ACCURACY:
+        return found | {"interval": mean_interval(changes, SEED)}
+    won, lost = won_lost(ours, theirs)
+    return found | {
+        "interval": paired_interval(won, lost, len(changes)),
+        "won": won,
+        "lost": lost,
+        "p": mcnemar_exact(won, lost),
+        "excluded": maximum_loss(won, lost, len(changes)),
+    }
+
+
+def in_words(quantity: str, figures: Mapping[str, Any]) -> str:
+    """Return a change with its interval, accuracy in points and with its test."""
+    scale = 100 if quantity == ACCURACY else 1
+    low, high = (scale * end for end in figures["interval"])
+    words = f"{scale * figures['change']:+.3f} ({low:+.3f} to {high:+.3f})"
+    if quantity == ACCURACY:
+        words += f"  {figures['won']} won, {figures['lost']} lost, p = {figures['p']:.2g}"
+        words += f"; a loss of {100 * figures['excluded']:.2f} is excluded"
+    return words
