@@ -32,6 +32,7 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     full: float
     path: float
     healed: float
+    num_texts: int | None = None  # not in older files
 
 
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ from drllm.reporting.blocks import Figure, Section, Table
 from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
 
 COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
-LOSSES = "texts of|full path|path alone|healed|recovered"
+LOSSES = "source|texts|full path|path alone|healed|recovered"
 LOSSES_ARE = "Next-token loss of texts that were not trained on, in nats a token."
 
 
@@ -86,7 +86,8 @@ def losses(found: HealedPath) -> Iterator[list[str]]:
     for name, loss in found.held_out.items():
         lost_by, won_back = loss.path - loss.full, loss.path - loss.healed
         three = [plain(each, 3) for each in (loss.full, loss.path, loss.healed)]
-        yield [name, *three, percent(won_back / lost_by if lost_by > 0 else None, 0)]
+        num = NONE if loss.num_texts is None else count(loss.num_texts)
+        yield [name, num, *three, percent(won_back / lost_by if lost_by > 0 else None, 0)]
 
 
 def healing(found: HealedPath) -> str:

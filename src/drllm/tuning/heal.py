@@ -171,6 +171,12 @@ class _Healing:
             if own := {layer for layer in map(layer_of, path.steps) if layer >= first}:
                 routed.injection.prepare(path)
                 firsts[path], layers = first, layers | own
+        if not layers and several:
+            raise ConfigError(
+                f"none of the {len(self.given)} paths runs a layer from --first-layer "
+                f"{config.first_layer} on after it has left the full path, so none can have an "
+                f"adapter; give other paths, or a lower --first-layer"
+            )
         if not layers:
             raise ConfigError(
                 f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
@@ -237,7 +243,10 @@ class _Healing:
         with self.listener.busy("measuring the losses by source"):
             paths = [[self.full] * len(self.paths), self.plain, self.paths]
             means = {name: self._means(LOSS, paths, t) for name, t in self.held_out.items()}
-            losses = {n: Losses(full=a, path=b, healed=c) for n, (a, b, c) in means.items()}
+            losses = {
+                n: Losses(full=a, path=b, healed=c, num_texts=len(self.held_out[n]))
+                for n, (a, b, c) in means.items()
+            }
             changes = {"curve": tuple(self.state.curve), "held_out": losses}
             record = msgspec.structs.replace(self.record, **changes)
             found = save_healed(self.folder, record, self.adapter, self.routed)

@@ -25,7 +25,7 @@ CURVE = (
     Checked(step=100, tokens=80_000, seconds=180.0, train_kl=0.3, held_out_kl=0.35),
 )
 LOSSES = {
-    "arc_easy": Losses(full=2.0, path=3.0, healed=2.2),
+    "arc_easy": Losses(full=2.0, path=3.0, healed=2.2, num_texts=16),
     "books": Losses(full=2.5, path=2.5, healed=2.4),
 }
 
@@ -66,11 +66,11 @@ def test_a_healed_folder_alone_makes_a_report_that_says_first_what_healing_did(h
 
 def test_a_row_has_a_sources_losses_and_which_share_of_what_was_lost_is_won_back(healed, text_of):
     text = text_of(healed.path).replace("\u00a0", " ")
-    assert "| arc_easy | 2.000 | 3.000 | 2.200 | 80 % |" in text
+    assert "| arc_easy | 16 | 2.000 | 3.000 | 2.200 | 80 % |" in text
 
 
 def test_where_the_path_loses_nothing_no_share_of_it_is_said(healed, text_of, drllm):
-    assert "| books | 2.500 | 2.500 | 2.400 | – |" in text_of(healed.path)
+    assert "| books | – | 2.500 | 2.500 | 2.400 | – |" in text_of(healed.path)
     shown = drllm("show", healed.path).out
     assert "80" in next(line for line in shown.splitlines() if "arc_easy" in line)
 

@@ -369,6 +369,11 @@ def test_questions_that_it_may_have_been_trained_on_are_not_reported(unbroken, s
         ({"path": None}, ConfigError, "--path"),
         ({"path": StaticPath([0, 9])}, PathError, "9"),
         ({"first_layer": 6}, ConfigError, "--first-layer 6 .* at most 5"),
+        (
+            {"path": [StaticPath(range(6)), StaticPath(range(5))]},
+            ConfigError,
+            "none of the 2 paths",
+        ),
         ({"tasks": "builtin_fact"}, TaskError, "builtin_facts"),
         ({"texts": ["Only one."]}, TaskError, "texts has 1 texts"),
         ({"texts": "notes.md"}, ConfigError, "notes.md"),
