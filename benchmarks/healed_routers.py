@@ -5,7 +5,8 @@ that a task leaves to fit on, each route being drawn as often as it is taken. Th
 test are asked of each seed's routers with the adapter and without; of the same routes with the
 adapter, each taken on another question (permuted); and of static paths, healed or not, of which two
 are mixed so that they run as many layers (each question draws one of the two, unread). Accuracy,
-the right option's log-probability, and the next-token loss of questions with their right answers.
+the right option's log-probability, and the next-token loss of questions with their right answers;
+each seed by itself, and the mean of the seeds by question.
 
     python benchmarks/healed_routers.py --routers DIR ... --output-dir DIR [--paths FILE[:NAME],...]
         [--task TASK] [--executions X] [--steps N] [--questions N] [--texts N] [--quick]
@@ -15,7 +16,7 @@ the right option's log-probability, and the next-token loss of questions with th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +35,7 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_list
+from drllm.statistics.intervals import mean_interval
 from drllm.tasks.base import choose
 from drllm.tuning.heal import heal
 from drllm.tuning.judge import Judge, items_of, texts_of
@@ -95,6 +97,20 @@ def mixed(paths: Plans, executions: float, num: int) -> list[StaticPath]:
     plans = [above] * num_above + [below] * (num - num_above)
     random.Random(SEED).shuffle(plans)
     return plans
+
+
+def mean_change(values: Mapping[str, Values], what: str, theirs: Sequence[str]) -> dict[str, Any]:
+    """Return how much more healed routers have than others, the mean of the seeds by question."""
+    changes = [
+        [
+            a - b
+            for a, b in zip(values[f"healed routers {seed}"][what], values[name][what], strict=True)
+        ]
+        for seed, name in enumerate(theirs)
+    ]
+    by_question = [*map(fmean, zip(*changes, strict=True))]
+    interval = mean_interval(by_question, SEED)
+    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
 
 
 def executions_of(path: StaticPath) -> int:
@@ -182,6 +198,13 @@ def main() -> None:
         figures["less"][f"{name} less {other}"] = found
         changes = "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
         print(f"{name} ({costs[name]:.2f}) minus {other}: {changes}", flush=True)
+    figures["mean of seeds"] = {}
+    for rival in ["full", "routers", "permuted", *["mixed"] * bool(fixed), *fixed]:
+        theirs = [rival if rival in values else f"{rival} {seed}" for seed in range(len(stacks))]
+        found = {what: mean_change(values, what, theirs) for what in values["full"]}
+        figures["mean of seeds"][rival] = found
+        changes = "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
+        print(f"healed routers minus {rival}, mean of seeds: {changes}", flush=True)
     common.write(options, figures)
 
 

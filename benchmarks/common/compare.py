@@ -34,11 +34,11 @@ def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> d
 
 
 def in_words(quantity: str, figures: Mapping[str, Any]) -> str:
-    """Return a change with its interval, accuracy in points and with its test."""
+    """Return a change with its interval, accuracy in points, and its test where there is one."""
     scale = 100 if quantity == ACCURACY else 1
     low, high = (scale * end for end in figures["interval"])
     words = f"{scale * figures['change']:+.3f} ({low:+.3f} to {high:+.3f})"
-    if quantity == ACCURACY:
+    if "won" in figures:
         words += f"  {figures['won']} won, {figures['lost']} lost, p = {figures['p']:.2g}"
         words += f"; a loss of {100 * figures['excluded']:.2f} is excluded"
     return words

@@ -362,6 +362,9 @@ def test_routers_with_an_adapter_are_compared_with_their_routes_on_other_questio
         f"healed routers {s} less {other} {s}" for s in (0, 1) for other in ("mixed", "routers")
     }
     assert pairs <= found["less"].keys()
+    loss, of_seeds = "loss of texts", found["mean of seeds"]["permuted"]
+    each = [found["less"][f"healed routers {s} less permuted {s}"][loss]["change"] for s in (0, 1)]
+    assert of_seeds[loss]["change"] == pytest.approx(sum(each) / 2)
 
 
 def test_two_paths_are_mixed_so_that_they_run_as_many_layers(benchmark):
