@@ -27,7 +27,7 @@ from drllm.models.scoring.batching import batches
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
-from drllm.training.targets import OVERFLOWS, are_too_many, set_aside, targets_for
+from drllm.training.targets import OVERFLOWS, are_too_many, targets_for
 
 BATCH_SIZE = 8
 MAXIMUM_TOKENS = 16_384
@@ -179,7 +179,7 @@ def collect(
     is_used = store.filled != NOT_FINITE
     used = list(itertools.compress(kept, is_used.tolist()))
     broken = itertools.compress(kept, (~is_used).tolist())
-    overflown = [set_aside(record, OVERFLOWS) for record in broken]
+    overflown = [RejectedQuestion.of(record, OVERFLOWS) for record in broken]
     return Features(
         means=store.means,
         filled=store.filled[is_used],

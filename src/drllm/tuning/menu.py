@@ -26,7 +26,8 @@ from drllm.models.healed import load_path
 from drllm.models.routers.card import template
 from drllm.models.routers.depth_control import recorded
 from drllm.models.routers.logistic import fit_logistic
-from drllm.models.routing.menu import mean_states, menu_rows, save_kinds
+from drllm.models.routing.menu import menu_rows, save_kinds
+from drllm.models.routing.policies import PromptView
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records import healed
@@ -121,7 +122,7 @@ def make_menu(
                 means = torch.tensor([each.objective[0] for each in scores]).mean(dim=1)
                 worth[part].append(means - means[0])
                 prompts = [item.question.context for item in task.judge(part).items]
-                read = recorded(routed, prompts, mean_states, [reads_at], decision=1)
+                read = recorded(routed, prompts, PromptView.mean, [reads_at], decision=1)
                 states[part].append(read[:, 0])
             tell(0, "")
         names = tuple(task.name for task in scorers)
