@@ -12,14 +12,7 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
-from drllm.evaluation.baselines.base import (
-    BASELINES,
-    Drawn,
-    Material,
-    Measure,
-    depths,
-    named,
-)
+from drllm.evaluation.baselines.base import BASELINES, Drawn, Material, Measure, depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM

@@ -44,13 +44,7 @@ from drllm.records.static_paths import (
     steps_to_write,
 )
 from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
-from drllm.statistics.non_inferiority import (
-    MAX_LOSS_INCREASE,
-    Choice,
-    Limits,
-    choose,
-    confirm,
-)
+from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Prompt, Task
@@ -58,14 +52,7 @@ from drllm.tasks.base import choose as draw
 from drllm.tuning import progress
 from drllm.tuning.beam import LAYERS, Beam
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
-from drllm.tuning.parts import (
-    GOLD,
-    LOSS,
-    TaskParts,
-    objective_of,
-    parts_of_tasks,
-    prompt_of,
-)
+from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 CHUNKS_FOLDER = "paths.partial"
 SHARE_SKIPPED = 1 / 6
