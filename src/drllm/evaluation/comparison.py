@@ -1,6 +1,5 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
@@ -399,7 +399,7 @@ class Comparison:
         split_of: Callable[[Task], str],
     ) -> list[Outcomes]:
         """Return the outcomes of systems, base first, with their loss on worked answers."""
-        outcomes = [system.outcomes for system in systems]
+        outcomes: list[Outcomes] = [replace(system, name=system.title) for system in systems]
         worked, once = self.shared.worked, self.shared.once
         if worked is None:
             return outcomes
@@ -411,5 +411,5 @@ class Comparison:
             depth = f"{self.source.name}: " if each.setting else ""  # found on its questions
             key = f"{depth}{each.name}{each.at} on worked answers of {worked.name}, {split}"
             read = once(key, functools.partial(texts.texts, *each), texts.num_tokens)
-            outcomes[place] = dataclasses.replace(outcomes[place], worked_loss=read.text_loss)
+            outcomes[place].worked_loss = read.text_loss
         return outcomes

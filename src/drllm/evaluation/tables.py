@@ -155,8 +155,8 @@ class TaskRuns:
 
     def _measured(self, system: SystemRun) -> dict[str, Any]:
         """Return what a row of the table and a point of the curve have in common."""
-        base, ours = self.systems[0], system.outcomes
-        routed = {each.setting: each.outcomes for each in self.systems if each.name == ROUTED}
+        base = self.systems[0]
+        routed = {each.setting: each for each in self.systems if each.name == ROUTED}
         is_baseline = system.name not in (BASE, ROUTED)
         return {
             "accuracy": fmean(system.correct),
@@ -164,9 +164,9 @@ class TaskRuns:
             "executions": system.executions,
             "gold_logprob": _mean(system.gold_logprob),
             "text_loss": _mean(system.text_loss),
-            "against_base": None if system is base else self._compare(ours, base.outcomes),
+            "against_base": None if system is base else self._compare(system, base),
             "routed_against": (
-                self._compare(routed[system.setting], ours) if is_baseline and routed else None
+                self._compare(routed[system.setting], system) if is_baseline and routed else None
             ),
         }
 
@@ -192,7 +192,7 @@ class TaskRuns:
             executions=Spread.of([each.executions for each in routed]),
             gold_logprob=spread([each.gold_logprob for each in routed]),
             text_loss=spread([each.text_loss for each in routed]),
-            against_base=self._compare(mean, self.systems[0].outcomes),
+            against_base=self._compare(mean, self.systems[0]),
             against_permuted=(self._compare(mean, _mean_outcomes(permuted)) if permuted else None),
         )
 
