@@ -238,9 +238,9 @@ class Comparison:
         num_systems = 1 + (shared.menu is not None) + len(shared.paths) + num_depths * at_depth
         if config.epsilon is not None:  # asked on other questions, about as many
             num_systems += len(shared.paths) + num_depths
-        self._cost = num_systems * num_tokens
-        self._cost += len(self.folders) * (num_depths - 1) * self._depth_cost
-        shared.plan(self._cost)
+        self.cost = num_systems * num_tokens  # in tokens, about
+        self.cost += len(self.folders) * (num_depths - 1) * self._depth_cost
+        shared.plan(self.cost)
 
     def _num_draws(self, name: str) -> int:
         num = self.config.num_random_draws or NUM_RANDOM_DRAWS
@@ -252,10 +252,6 @@ class Comparison:
         Baselines run at the first routers' executions; of other seeds only the permuted routes do,
         at their own.
         """
-        with self.shared.planned(self._cost):
-            return self._run()
-
-    def _run(self) -> TaskRuns:
         config, lm = self.config, self.shared.lm
         base = self._decided(self.questions, BASE_MODEL)
         at_depths = [

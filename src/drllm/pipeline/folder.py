@@ -114,11 +114,8 @@ def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
 def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with listener.busy(f"loading {config.model}"):
-        from drllm.models.base.hub import quiet
-        from drllm.models.base.load import load
-
-        base = load(config)
-    with quiet():
+        from drllm.models.routing.routed_model import unrouted  # which takes seconds
+    with unrouted(config, listener=listener) as base:
         yield base
 
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, evaluating, one_token
 from drllm.models.routing.context import ThreadValue
-from drllm.models.routing.injection import Driver, Injection, LayerCall
+from drllm.models.routing.injection import Driver, ForwardOverride, Injection, LayerCall
 from drllm.models.routing.kv_cache import entry_of
-from drllm.models.routing.overrides import ForwardOverride
 from drllm.paths import ATTENTION, MLP
 
 NONE = "none"
