@@ -27,8 +27,13 @@ def split_of(question: str, origin: str) -> str:
 
 def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
     """Return the part that a text falls into, given where the share of each ends, the last at 1."""
-    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    share = hash_of(text) / 2**64
     return next(part for part, bound in bounds.items() if share < bound or bound == 1)
+
+
+def hash_of(text: str) -> int:
+    """Return 64 bits that are the same on every machine, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def question_key(question: str) -> str:

@@ -5,7 +5,6 @@ Examples are loaded and prompts built here, once. Loads no torch.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
-from drllm.records.splits import question_key
+from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Row, Task, choose, questions_in
 from drllm.tasks.files import FileTask
@@ -155,8 +154,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def in_shard(example: Example, part: int, parts: int) -> bool:
     """Say whether a question belongs to a shard, from 1; its text alone decides, not its id."""
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
-    digest = hashlib.sha256(f"shard:{question_key(example.question)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % parts == part - 1
+    return hash_of(f"shard:{question_key(example.question)}") % parts == part - 1
 
 
 def _examples_of(
