@@ -6,7 +6,6 @@ questions; the price of layers is chosen on another; see `parts`.
 Axes: K tasks, P paths, Q questions, D hidden.
 """
 
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from drllm.models.routing.policies import PromptView
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records import healed
-from drllm.records.codec import read_json, write_atomically, write_json
+from drllm.records.codec import digest_of, read_json, write_atomically, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.menu import ADAPTERS_FOLDER, MENU_FILE, MenuFile
 from drllm.records.places import only_writer
@@ -99,13 +98,12 @@ def make_menu(
         on_menu = {FULL: full} | {name: path for name, path in loaded.items() if path != full}
         rows, reads_at = menu_rows(on_menu, L, config.reads_at)
         steps = {name: steps_to_write(path) for name, path in on_menu.items()}
-        questions = repr([(each.task.name, each.examples) for each in divided]).encode()
         made_from = {
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
             "paths": steps,
-            "questions_sha256": hashlib.sha256(questions).hexdigest(),
+            "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
         }
         chunks = Chunks(folder / CHUNKS_FOLDER, made_from, stage="menu")
         chunks.open()

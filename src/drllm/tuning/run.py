@@ -6,7 +6,6 @@ once on the rest; see `parts`.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
-from drllm.records.codec import write_json
+from drllm.records.codec import digest_of, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
@@ -190,10 +189,10 @@ class TaskScorer:
         order = sorted(range(first, last), key=lambda place: judge.items[place].question.length)
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
-        seconds = 0.0
+        seconds, digest = 0.0, digest_of(path.steps for path in paths)[:16]
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            key = f"{self.name} {part} {first} to {last} from {start} {_digest(paths)}"
+            key = f"{self.name} {part} {first} to {last} from {start} {digest}"
             scores = self.chunks.once(key, Scores, partial(judge.scores, paths, places))
             at = [place - first for place in places]
             found[0][:, at] = scores.objective
@@ -209,10 +208,10 @@ class TaskScorer:
         if self.objective == GOLD:
             return self.scores(part, [path])[0].right[0]
         if self.is_generated and (part, path) not in self._answered:
-            prompts, found = self.prompts(part), []
+            prompts, found, digest = self.prompts(part), [], digest_of(path.steps)[:16]
             for start in range(0, len(prompts), MOST_ANSWERS):
                 ask = partial(graded, self.routed, path, prompts[start : start + MOST_ANSWERS])
-                key = f"{self.name} answers {part} from {start} {_digest([path])}"
+                key = f"{self.name} answers {part} from {start} {digest}"
                 found += self.chunks.once(key, list[float], ask)
                 told = f"{len(found)} of {len(prompts)} answers of a path"
                 self.on_scored(len(found) - start, told)
@@ -245,14 +244,11 @@ class _Tuning:
         self.full = StaticPath(range(L))
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
-        digest = hashlib.sha256()
-        for each in divided:
-            digest.update(repr((each.task.name, each.examples)).encode())
         self.identity: dict[str, Any] = {
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
-            "questions_sha256": digest.hexdigest(),
+            "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.tasks = [
@@ -507,7 +503,3 @@ class _Tuning:
         return msgspec.structs.replace(
             told, accuracy=fmean(ours.correct), against_full=None if is_full else verdicts
         )
-
-
-def _digest(paths: Sequence[StaticPath]) -> str:
-    return hashlib.sha256(repr([path.steps for path in paths]).encode()).hexdigest()[:16]
