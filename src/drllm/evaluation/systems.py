@@ -300,6 +300,18 @@ def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
     )
 
 
+def mean_of(systems: Sequence[SystemRun], name: str, weights: Sequence[float] = ()) -> SystemRun:
+    """Return the mean outcomes of systems on the same questions, weighted if weights are given."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        return np.average(values, axis=0, weights=weights or [1.0] * len(systems)).tolist()
+
+    metrics = {key: mean([each.metrics[key] for each in systems]) for key in systems[0].metrics}
+    names = ("correct", "gold_logprob", "text_loss", "seconds", "executions")
+    means = {each: mean([getattr(system, each) for system in systems]) for each in names}
+    return SystemRun(name=name, metrics=metrics, **means)
+
+
 def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:
     found: list[float] = np.mean(draws, axis=0).tolist()
     return found
