@@ -116,8 +116,7 @@ def make_menu(
 
             scorers = [TaskScorer(routed, each, config.tuning(), chunks, tell) for each in divided]
             for task, part in itertools.product(scorers, (FIT, SELECT)):
-                scores = task.scores(part, [*on_menu.values()])
-                means = torch.tensor([each.objective[0] for each in scores]).mean(dim=1)
+                means = torch.tensor(task.objectives(part, [*on_menu.values()])).mean(dim=1)
                 worth[part].append(means - means[0])
                 prompts = [item.question.context for item in task.judge(part).items]
                 read = recorded(routed, prompts, PromptView.mean, [reads_at], decision=1)
