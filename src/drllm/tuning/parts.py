@@ -21,9 +21,9 @@ BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
 
 
 GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-OBJECTIVES = (GOLD, LOSS, KL)
-"""The gold option's log-probability among the options; that of a token of the right answer; minus
-the KL from the full path over the prompt's tokens. All in nats, the larger the better."""
+"""Objectives: the gold option's log-probability among the options; that of a token of the right
+answer; minus the KL from the full path over the prompt's tokens. All in nats, the larger the
+better."""
 
 
 @dataclass(frozen=True, slots=True)
