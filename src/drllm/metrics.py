@@ -29,7 +29,6 @@ ALWAYS_EXECUTE = "always_execute"
 LABEL_FREQUENCY = "label_frequency"
 LAYER_MAJORITY = "layer_majority"
 TRAIN, VALIDATION = "train", "validation"
-JUDGED = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"))
 
 Confusion: TypeAlias = tuple[tuple[float, ...], ...]
 """`[C][C]`: how often each label (row) was given each decision (column)."""

@@ -117,16 +117,6 @@ def sketch(decisions: Sequence[int]) -> str:
     return "".join("·█2"[int(value)] for value in decisions)
 
 
-def edits(decisions: Sequence[int]) -> str:
-    """Say in words what decisions change about the full path.
-
-    Example:
-        >>> edits([1, 0, 2, 0]), edits([1, 1])
-        ('skips layers 1 and 3, repeats layer 2', 'runs every layer once')
-    """
-    return _edits(to_path(decisions), len(decisions))
-
-
 def _check_layer(layer: object, place: int, num_layers: int) -> None:
     if isinstance(layer, bool) or layer not in range(num_layers):
         raise PathError(

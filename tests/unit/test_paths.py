@@ -6,7 +6,6 @@ from drllm.paths import (
     StaticPath,
     Step,
     check_decisions,
-    edits,
     to_decisions,
     to_path,
 )
@@ -28,7 +27,7 @@ def test_decisions_become_the_path_of_the_papers_example():
     ],
 )
 def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
-    assert edits(decisions) == words
+    assert StaticPath(to_path(decisions)).edits(len(decisions)) == words
 
 
 @pytest.mark.parametrize(

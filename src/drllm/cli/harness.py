@@ -3,7 +3,6 @@
 `run` also takes `--data_dir` and `--split`; all other words are the harness' to read.
 """
 
-import hashlib
 import io
 import logging
 import os
@@ -24,6 +23,7 @@ from lm_eval.utils import setup_logging
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
 from drllm.listener import quiet
+from drllm.records.codec import digest_of
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
@@ -180,4 +180,4 @@ def _key(args: Namespace, files: FolderFiles | None) -> str:
     others = ("func", "command", "cache_requests", "output_path")
     words = sorted((name, value) for name, value in vars(args).items() if name not in others)
     content = (files.key if files else "", words, version("lm_eval"), version("drllm"))
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return digest_of([content])[:16]

@@ -126,11 +126,10 @@ class _Verbs(UserDict[str, Any]):
         return found
 
 
-_OF_STAGES = "search supervise train evaluate report export"
+_OF_STAGES = "search supervise train tune heal menu evaluate report export"
 VERBS = _Verbs(
     {"run": "running", "sweep": "running", "generate": "generation"}
     | dict.fromkeys(_OF_STAGES.split(), "stages")
-    | dict.fromkeys(["tune", "heal", "menu"], "tuning")
     | {"show": "show", "ls": "listing"}
 )
 

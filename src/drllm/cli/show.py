@@ -11,8 +11,8 @@ from rich.text import Text
 
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_search import LINES, say_classes, show_question, show_unfinished
+from drllm.cli.show_tuned import show_healed, show_menu, show_paths
 from drllm.cli.terminal import Terminal
-from drllm.cli.tuning import show_healed, show_menu, show_paths
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import results

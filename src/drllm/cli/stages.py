@@ -14,14 +14,18 @@ from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show, show_results
 from drllm.cli.show_search import say_written, show_search
+from drllm.cli.show_tuned import show_healed, show_menu, show_paths
 from drllm.cli.terminal import Terminal
 from drllm.config import (
     SPLITS,
     EvaluateConfig,
+    HealConfig,
+    MenuConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
     TrainConfig,
+    TuneConfig,
 )
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
@@ -29,11 +33,19 @@ from drllm.listener import duration
 from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import sha256
+from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.menu import Menu
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
-from drllm.records.static_paths import PathFile, read_path, read_path_list
+from drllm.records.static_paths import (
+    FIT,
+    MENU_FILE,
+    PATHS_FILE,
+    PathFile,
+    read_path,
+    read_path_list,
+)
 from drllm.records.supervision import check_targets, join_supervision
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
@@ -41,6 +53,8 @@ from drllm.tasks.base import Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_tasks
 from drllm.training.trackers import check_trackers
+from drllm.tuning.heal_texts import sources_of
+from drllm.tuning.parts import parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -237,6 +251,71 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
             f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
         )
     return Path("checkpoints") / name, "--run-name"
+
+
+@verb(
+    "tune",
+    example="drllm tune --tasks builtin_facts --output-dir tuned/",
+    settings=(ModelConfig, TuneConfig),
+    flags=(Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR"),),
+    resumes=True,
+)
+def tune_verb(request: Request, terminal: Terminal) -> None:
+    """Find one path for a whole task: fewer layers, answers as good."""
+    config, output = request.of(TuneConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    for divided in parts_of_tasks(config):
+        limit = {FIT: None}  # drawn already, by --num-fit
+        parts = ", ".join(
+            f"{len(found[: limit.get(part, config.num_judged)])} to {part}"
+            for part, found in divided.examples.items()
+        )
+        terminal.say(f"questions of {divided.task.name}: {parts}")
+    from drllm.tuning.run import tune
+
+    tune(request.of(ModelConfig), None, config, output, listener=terminal)
+    show_paths(output / PATHS_FILE, terminal)
+
+
+@verb(
+    "heal",
+    example="drllm heal --path tuned/paths.json:skip2 --tasks builtin_facts --output-dir healed/",
+    settings=(ModelConfig, HealConfig),
+    flags=(Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),),
+    model_from="a paths.json names",
+    resumes=True,
+)
+def heal_verb(request: Request, terminal: Terminal) -> None:
+    """Train an adapter that makes up for the layers that a path leaves out."""
+    config, output = request.of(HealConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    plan = read_path(config.named_path())
+    sources_of(config)  # so that a mistake is told before anything is loaded
+    from drllm.tuning.heal import heal
+
+    model = model_of(request, path=plan)
+    heal(model, config=config, output_dir=output, listener=terminal)
+    show_healed(output / HEALED_FILE, terminal)
+
+
+@verb(
+    "menu",
+    example="drllm menu --paths tuned/paths.json --executions 27 --output-dir menu/",
+    settings=(ModelConfig, MenuConfig),
+    flags=(Flag("output_dir", "folder for the menu", default="menu/", value="DIR"),),
+    model_from="a paths.json names",
+    resumes=True,
+)
+def menu_verb(request: Request, terminal: Terminal) -> None:
+    """Make a menu of paths, of which each prompt runs the one that suits its kind."""
+    config, output = request.of(MenuConfig), request.path("output_dir")
+    check_folder(output, "--output-dir")
+    given = read_path_list(config.paths or "").values()
+    from drllm.tuning.menu import make_menu
+
+    model = model_of(request, path=next((path for path in given if path.record), None))
+    make_menu(model, None, config, output, listener=terminal)
+    show_menu(output / MENU_FILE, terminal)
 
 
 @verb(

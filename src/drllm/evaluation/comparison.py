@@ -1,6 +1,5 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,17 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
-from drllm.evaluation.baselines.base import (
-    BASELINES,
-    Drawn,
-    Material,
-    Measure,
-    depths,
-    named,
-)
+from drllm.evaluation.baselines.base import BASELINES, Drawn, Material, Measure, depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -245,9 +238,9 @@ class Comparison:
         num_systems = 1 + (shared.menu is not None) + len(shared.paths) + num_depths * at_depth
         if config.epsilon is not None:  # asked on other questions, about as many
             num_systems += len(shared.paths) + num_depths
-        self._cost = num_systems * num_tokens
-        self._cost += len(self.folders) * (num_depths - 1) * self._depth_cost
-        shared.plan(self._cost)
+        self.cost = num_systems * num_tokens  # in tokens, about
+        self.cost += len(self.folders) * (num_depths - 1) * self._depth_cost
+        shared.plan(self.cost)
 
     def _num_draws(self, name: str) -> int:
         num = self.config.num_random_draws or NUM_RANDOM_DRAWS
@@ -259,10 +252,6 @@ class Comparison:
         Baselines run at the first routers' executions; of other seeds only the permuted routes do,
         at their own.
         """
-        with self.shared.planned(self._cost):
-            return self._run()
-
-    def _run(self) -> TaskRuns:
         config, lm = self.config, self.shared.lm
         base = self._decided(self.questions, BASE_MODEL)
         at_depths = [
@@ -406,7 +395,7 @@ class Comparison:
         split_of: Callable[[Task], str],
     ) -> list[Outcomes]:
         """Return the outcomes of systems, base first, with their loss on worked answers."""
-        outcomes = [system.outcomes for system in systems]
+        outcomes: list[Outcomes] = [replace(system, name=system.title) for system in systems]
         worked, once = self.shared.worked, self.shared.once
         if worked is None:
             return outcomes
@@ -418,5 +407,5 @@ class Comparison:
             depth = f"{self.source.name}: " if each.setting else ""  # found on its questions
             key = f"{depth}{each.name}{each.at} on worked answers of {worked.name}, {split}"
             read = once(key, functools.partial(texts.texts, *each), texts.num_tokens)
-            outcomes[place] = dataclasses.replace(outcomes[place], worked_loss=read.text_loss)
+            outcomes[place].worked_loss = read.text_loss
         return outcomes

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from drllm.evaluation.systems import SystemRun
+from drllm.evaluation.systems import SystemRun, mean_of
 from drllm.evaluation.tables import TaskRuns
 from drllm.models.routing.menu import MenuPolicy
 from drllm.records.menu import MenuFile, Shares
@@ -53,18 +53,10 @@ def _mixed(systems: Sequence[SystemRun], name: str, shares: Shares) -> SystemRun
     """Return a rival on one task: of each path's outcomes its share of the questions."""
     runs = {system.name: system for system in systems}
     parts = [runs.get(path, systems[0]) for path in shares]
-
-    def mean(values: Sequence[Any]) -> Any:
-        return np.average(values, axis=0, weights=[*shares.values()]).tolist()
-
-    names = ("correct", "gold_logprob", "text_loss", "seconds", "executions")
     said = ", ".join(f"{path} on {100 * share:.0f} %" for path, share in shares.items())
-    return SystemRun(
-        name=name,
-        metrics={key: mean([part.metrics[key] for part in parts]) for key in parts[0].metrics},
-        notes=[f"of the questions it runs {said}"],
-        **{field: mean([getattr(part, field) for part in parts]) for field in names},
-    )
+    mixed = mean_of(parts, name, [*shares.values()])
+    mixed.notes = [f"of the questions it runs {said}"]
+    return mixed
 
 
 def _over_all(done: Sequence[TaskRuns], name: str) -> Outcomes:

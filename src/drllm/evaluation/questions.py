@@ -17,7 +17,7 @@ from drllm.extras import need
 from drllm.records.menu import Menu, find_menu
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import Task
+from drllm.tasks.base import Task, questions_in
 from drllm.tasks.registry import get_task, get_tasks, is_task_name
 from drllm.tasks.rewards import check_installed
 
@@ -56,7 +56,7 @@ def tasks_of(
     for task in tasks:
         if task.harness is None and task.form is not None:  # asked and graded as in a search
             check_installed(task.check_reward(None))
-        _check_examples(task, config.split_of(task.name), config.data_dir)
+        questions_in(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
     if config.limit is not None and limited <= (config.limits or {}).keys():
@@ -65,7 +65,7 @@ def tasks_of(
         )
     if is_fitted(config):
         for source in sources.values():
-            _check_examples(source, chosen_on(source, config), config.data_dir)
+            questions_in(source, chosen_on(source, config), config.data_dir)
     worked_task(config, tasks)
     return tasks
 
@@ -126,19 +126,6 @@ def check_output(output: Path) -> None:
                 f"{path} isn't a result of an evaluation, and would be taken for one; move it, or "
                 f"choose another --output-dir"
             )
-
-
-def _check_examples(task: Task, split: str, data_dir: str | None) -> None:
-    """Refuse a folder that isn't one, and a task without questions in a split."""
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise TaskError(
-            f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
-        )
-    if not task.examples(split, data_dir):
-        raise TaskError(
-            f"task {task.name!r} has no questions in split {split!r}; give another --split or "
-            f"more questions"
-        )
 
 
 # --- what is chosen and fitted on --------------------------------------------------------------

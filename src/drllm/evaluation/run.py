@@ -218,7 +218,10 @@ def evaluate(
         timed = TIMED_TOKENS * config.latency_rounds if loaded else 0
         shared.plan(timed)
         with listener.progress("evaluating", "") as shared.on_progress:
-            done = [comparison.run() for comparison in comparisons]
+            done = []
+            for comparison in comparisons:
+                with shared.planned(comparison.cost):
+                    done.append(comparison.run())
             if policy is not None and menu is not None:
                 done = with_rivals(done, policy, menu.record, config.seed)
             detach(base.model)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
+from msgspec import field
 from torch import Tensor
 
 from drllm.cost import decode_executions, mean_executions
@@ -52,52 +53,36 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: float = 0.0
 
 
-class SystemRun(msgspec.Struct, kw_only=True):
-    """One system's outcomes on a task, by question; the mean over draws, or of the first one.
+class SystemRun(Outcomes, kw_only=True):
+    """One system's outcomes on a task; the mean over draws, or of the first one.
+
+    Of draws `correct` and `gold_logprob` are means, `text_loss` is the first one's; the executions
+    are a mean over questions and draws.
 
     Attributes:
         setting: Its depth in words; empty for the routers as they were trained.
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
-        correct: The mean score of each answer by the task's metric.
         answers: The option chosen or the text generated, of the first draw.
         metrics: Mean scores by all metrics of the harness, by name.
-        gold_logprob: The gold option's mean log-probability among the options, in nats; empty where
-            answers are generated.
-        text_loss: Of each text, the mean next-token loss in nats a token, of the first draw.
         seconds: Wall time of the first draw, measured block by block and added up.
-        executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
     """
 
-    name: str
+    executions: float = 0.0
+    correct: Sequence[float] = ()
     setting: str = ""
     path: StaticPath | None = None
-    routes: list[list[Decisions]] = []
-    correct: list[float] = []
-    answers: list[int | str] = []
-    metrics: dict[str, list[float]] = {}
-    gold_logprob: list[float] = []
-    text_loss: list[float] = []
+    routes: list[list[Decisions]] = field(default_factory=list)
+    answers: list[int | str] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
-    executions: float = 0.0
     decode_executions: float | None = None
-    notes: list[str] = []
+    notes: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """System and setting."""
         return f"{self.name}, {self.setting}" if self.setting else self.name
-
-    @property
-    def outcomes(self) -> Outcomes:
-        """What is compared of it."""
-        return Outcomes(
-            name=self.title,
-            executions=self.executions,
-            correct=self.correct,
-            gold_logprob=self.gold_logprob,
-            text_loss=self.text_loss,
-        )
 
 
 Keep: TypeAlias = Callable[[str, float, Callable[[], Answered]], Answered]
@@ -313,6 +298,18 @@ def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
         routes=in_order([each.routes for each in answered]),
         seconds=sum(each.seconds for each in answered),
     )
+
+
+def mean_of(systems: Sequence[SystemRun], name: str, weights: Sequence[float] = ()) -> SystemRun:
+    """Return the mean outcomes of systems on the same questions, weighted if weights are given."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        return np.average(values, axis=0, weights=weights or [1.0] * len(systems)).tolist()
+
+    metrics = {key: mean([each.metrics[key] for each in systems]) for key in systems[0].metrics}
+    names = ("correct", "gold_logprob", "text_loss", "seconds", "executions")
+    means = {each: mean([getattr(system, each) for system in systems]) for each in names}
+    return SystemRun(name=name, metrics=metrics, **means)
 
 
 def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:

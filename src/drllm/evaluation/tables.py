@@ -17,7 +17,7 @@ from drllm.cost import share_saved
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
-from drllm.evaluation.systems import SystemRun
+from drllm.evaluation.systems import SystemRun, mean_of
 from drllm.paths import Decisions, Plan, StaticPath
 from drllm.records.menu import BEST_SINGLE, BY_KIND, PERMUTED_CHOICES, RIVALS
 from drllm.records.results import (
@@ -155,8 +155,8 @@ class TaskRuns:
 
     def _measured(self, system: SystemRun) -> dict[str, Any]:
         """Return what a row of the table and a point of the curve have in common."""
-        base, ours = self.systems[0], system.outcomes
-        routed = {each.setting: each.outcomes for each in self.systems if each.name == ROUTED}
+        base = self.systems[0]
+        routed = {each.setting: each for each in self.systems if each.name == ROUTED}
         is_baseline = system.name not in (BASE, ROUTED)
         return {
             "accuracy": fmean(system.correct),
@@ -164,9 +164,9 @@ class TaskRuns:
             "executions": system.executions,
             "gold_logprob": _mean(system.gold_logprob),
             "text_loss": _mean(system.text_loss),
-            "against_base": None if system is base else self._compare(ours, base.outcomes),
+            "against_base": None if system is base else self._compare(system, base),
             "routed_against": (
-                self._compare(routed[system.setting], ours) if is_baseline and routed else None
+                self._compare(routed[system.setting], system) if is_baseline and routed else None
             ),
         }
 
@@ -180,7 +180,7 @@ class TaskRuns:
         result on the same questions; the intervals say how far the mean over these seeds may move
         with other questions, each resampled with its answers under all seeds.
         """
-        mean = _mean_outcomes(routed)
+        mean = mean_of(routed, "mean over seeds")
 
         def spread(values: Sequence[Sequence[float]]) -> Spread | None:
             return Spread.of(list(map(fmean, values))) if all(values) else None
@@ -192,8 +192,8 @@ class TaskRuns:
             executions=Spread.of([each.executions for each in routed]),
             gold_logprob=spread([each.gold_logprob for each in routed]),
             text_loss=spread([each.text_loss for each in routed]),
-            against_base=self._compare(mean, self.systems[0].outcomes),
-            against_permuted=(self._compare(mean, _mean_outcomes(permuted)) if permuted else None),
+            against_base=self._compare(mean, self.systems[0]),
+            against_permuted=(self._compare(mean, mean_of(permuted, "")) if permuted else None),
         )
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
@@ -326,16 +326,6 @@ def correct(tables: Sequence[Sequence[System]], rivals: Collection[str] = ()) ->
             against = replace(against, accuracy=verdict)
             table[place] = replace(table[place], against_base=against)
     return corrected
-
-
-def _mean_outcomes(systems: Sequence[SystemRun]) -> Outcomes:
-    """Return each question's and text's mean over the seeds."""
-    means = {
-        name: [fmean(each) for each in zip(*(getattr(s, name) for s in systems), strict=True)]
-        for name in ("correct", "gold_logprob", "text_loss")
-    }
-    executions = fmean(each.executions for each in systems)
-    return Outcomes(name="mean over seeds", executions=executions, **means)
 
 
 def pooled_sentences(pooled: Pooled) -> Iterator[str]:

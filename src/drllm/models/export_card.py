@@ -8,11 +8,7 @@ from typing import Any
 from drllm.models.routers.card import template
 from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
 from drllm.records.healed import HealedPath
-from drllm.records.static_paths import TEST, Measured, PathFile, StaticPaths
-from drllm.statistics.verdicts import Verdict
-
-NOT_SAID = ("tasks", "data_dir")
-"""Settings that the card says elsewhere, or that are of one machine."""
+from drllm.records.static_paths import PathFile, StaticPaths
 
 
 def model_card(
@@ -45,15 +41,6 @@ def model_card(
         found=found,
         record=record,
         healed=made if isinstance(made, HealedPath) else None,
-        is_certified=found is not None and record is not None and record.certified == found.name,
-        compared=[(m.task, _verdicts(m)) for m in found.measured if m.part == TEST]
-        if found
-        else [],
-        settings={
-            name: value
-            for name, value in (record.config if record else {}).items()
-            if value is not None and name not in NOT_SAID
-        },
         version=importlib.metadata.version("drllm"),
     )
 
@@ -82,12 +69,3 @@ def zeros_in_words(path: StaticPath) -> str:
         if layers:
             said.append(f"the {what} of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
     return " and ".join(said)
-
-
-def _verdicts(measured: Measured) -> list[str]:
-    """Say how a path compares with the full one in all that is known of both."""
-    against = measured.against_full
-    if against is None:
-        return []
-    verdicts: list[Verdict | None] = [against.accuracy, against.gold_logprob, against.text_loss]
-    return [each.sentence("the path", "the full path") for each in verdicts if each is not None]

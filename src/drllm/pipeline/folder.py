@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,14 +24,20 @@ from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
-from drllm.records.codec import SCHEMA_VERSION, read_json, sha256, write_atomically, write_json
+from drllm.records.codec import (
+    SCHEMA_VERSION,
+    digest_of,
+    read_json,
+    sha256,
+    write_atomically,
+    write_json,
+)
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.records.supervision import rejected_path
-from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.base import Task, choose
 from drllm.tasks.registry import get_task
-from drllm.tuning.heal_texts import Source
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
@@ -90,16 +95,12 @@ def hash_of(path: Path) -> str:
     return sha256(path) if path.is_file() else ""
 
 
-def _digest(examples: Sequence[Example | Source]) -> str:
-    return hashlib.sha256("".join(map(repr, examples)).encode()).hexdigest()
-
-
 def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
     """Return, by task, a hash of the questions that an evaluation would ask."""
     folder = None if config.data_dir is None else Path(config.data_dir)
 
     def digest(task: Task, split: str, limit: int | None) -> str:
-        return _digest(choose(task.examples(split, folder), limit, config.seed))
+        return digest_of(choose(task.examples(split, folder), limit, config.seed))
 
     found = {t.name: digest(t, config.split_of(t.name), config.limit_of(t.name)) for t in tasks}
     if config.worked_answers is not None:
@@ -114,11 +115,8 @@ def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
 def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with listener.busy(f"loading {config.model}"):
-        from drllm.models.base.hub import quiet
-        from drllm.models.base.load import load
-
-        base = load(config)
-    with quiet():
+        from drllm.models.routing.routed_model import unrouted  # which takes seconds
+    with unrouted(config, listener=listener) as base:
         yield base
 
 
@@ -217,7 +215,7 @@ class RunFolder:
         yield {
             "config": recipe.search.decisive(),
             "model": recipe.model.to_dict(),
-            "questions": _digest([question.example for question in recipe.questions]),
+            "questions": digest_of([question.example for question in recipe.questions]),
         }
         from drllm.search.run import search_paths
 
@@ -258,7 +256,7 @@ class RunFolder:
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "questions": {
-                each.task.name: _digest([e for part in each.examples.values() for e in part])
+                each.task.name: digest_of([e for part in each.examples.values() for e in part])
                 for each in self.recipe.tuned
             },
         }
@@ -277,7 +275,7 @@ class RunFolder:
         yield {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
-            "texts": _digest(self.recipe.healed),
+            "texts": digest_of(self.recipe.healed),
             "path": [plan.found.name if plan.found else "", hash_of(plan.file)],
         }
         from drllm.tuning.heal import heal

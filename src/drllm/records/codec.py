@@ -14,7 +14,7 @@ import platform
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -193,6 +193,11 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def digest_of(parts: Iterable[object]) -> str:
+    """Return the SHA-256 of how values are written, one after the other, as hex digits."""
+    return hashlib.sha256("".join(map(repr, parts)).encode()).hexdigest()
 
 
 @functools.cache

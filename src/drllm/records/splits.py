@@ -1,6 +1,7 @@
 """Which split a question belongs to, from its text alone."""
 
 import hashlib
+from collections.abc import Mapping
 
 BOUNDS = {
     "train": {"search": 0.6, "fit": 0.8, "select": 1.0},
@@ -21,9 +22,18 @@ def split_of(question: str, origin: str) -> str:
 
     Source: ours.
     """
-    digest = hashlib.sha256(question_key(question).encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return next(split for split, bound in BOUNDS[origin].items() if share < bound or bound == 1)
+    return part_by_hash(question_key(question), BOUNDS[origin])
+
+
+def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
+    """Return the part that a text falls into, given where the share of each ends, the last at 1."""
+    share = hash_of(text) / 2**64
+    return next(part for part, bound in bounds.items() if share < bound or bound == 1)
+
+
+def hash_of(text: str) -> int:
+    """Return 64 bits that are the same on every machine, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def question_key(question: str) -> str:

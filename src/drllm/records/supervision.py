@@ -3,6 +3,8 @@
 `docs/formats.md` says of each field what it means.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -64,6 +66,11 @@ class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_field
     """A question without a target, and why; one line of `supervision.rejected.jsonl`."""
 
     reason: str
+
+    @classmethod
+    def of(cls, record: Question | SupervisionRecord, reason: str) -> RejectedQuestion:
+        """Return the line of a search record or a target that is left out."""
+        return cls(id=record.id, task=record.task, question=record.question, reason=reason)
 
 
 def rejected_path(supervision: Path) -> Path:

@@ -4,7 +4,6 @@ Questions that can't be searched with others are searched alone, and set aside w
 failing. `LocalExecutor` searches batches in this process; what offers the same on Ray is in `ray`.
 """
 
-import hashlib
 import itertools
 import logging
 import time
@@ -22,6 +21,7 @@ from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
+from drllm.records.codec import digest_of
 from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, read
@@ -137,7 +137,7 @@ def search_in_step(
             outcomes = evaluate_now()
         else:
             what = ([question.place for question in questions], list(pairs))
-            digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+            digest = digest_of([what])[:16]
             outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
         num_run += len(pairs)
         if not step.startswith("round"):

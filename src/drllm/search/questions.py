@@ -5,7 +5,6 @@ Examples are loaded and prompts built here, once. Loads no torch.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from typing import TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
-from drllm.records.splits import question_key
+from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Row, Task, choose
+from drllm.tasks.base import Example, Prompt, Row, Task, choose, questions_in
 from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
@@ -155,18 +154,15 @@ def parse_shard(text: str) -> tuple[int, int]:
 def in_shard(example: Example, part: int, parts: int) -> bool:
     """Say whether a question belongs to a shard, from 1; its text alone decides, not its id."""
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
-    digest = hashlib.sha256(f"shard:{question_key(example.question)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % parts == part - 1
+    return hash_of(f"shard:{question_key(example.question)}") % parts == part - 1
 
 
 def _examples_of(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[tuple[Task, list[Example]]]:
     """Return the examples by task, in the order in which the tasks come first."""
-    folder = None if config.data_dir is None else Path(config.data_dir)
-    if folder is not None and not folder.is_dir():
-        raise TaskError(f"--data-dir {folder} is not a folder; give the folder of the tasks' files")
-    found = [(t, t.examples(config.split, folder)) for t in source if isinstance(t, Task)]
+    tasks = (task for task in source if isinstance(task, Task))
+    found = [(task, questions_in(task, config.split, config.data_dir)) for task in tasks]
     given: dict[str, list[Example]] = {}
     for example in source:
         if isinstance(example, Example):
@@ -175,12 +171,6 @@ def _examples_of(
     if rows := [row for row in source if isinstance(row, Mapping)]:
         given_task = FileTask(Path("examples"), rows=rows)
         found.append((given_task, given_task.all))
-    for task, examples in found:
-        if not examples:
-            raise TaskError(
-                f"task {task.name!r} has no questions in split {config.split!r}; give another "
-                f"--split or more questions"
-            )
     if not found:
         raise TaskError("no question is given; give tasks or examples")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import logging
 import time
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
@@ -20,6 +19,7 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
 from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
+from drllm.records.codec import digest_of
 from drllm.records.manifest import (
     new_manifest,
     read_manifest,
@@ -38,7 +38,7 @@ from drllm.supervision.rules import is_improving, survived
 if TYPE_CHECKING:
     from drllm.search.ray import RayExecutor
 
-    Executor = LocalExecutor | RayExecutor
+    Executor: TypeAlias = LocalExecutor | RayExecutor
 
 HOPELESS = 16
 """Questions that may fail before the first one succeeds; then something else is wrong."""
@@ -128,13 +128,9 @@ def run_search(
 ) -> SearchRecords:
     """Search with an executor; see `search_paths`."""
     listener = listener or Listener()
-    prompts, rendered = hashlib.sha256(), hashlib.sha256()
     shown: dict[str, str] = {}  # of each task the first prompt, as the model reads it
     texts = executor.texts([question.prompt for question in questions])
     for question, text in zip(questions, texts, strict=True):
-        for prompt in (question.prompt, *question.retests):
-            prompts.update(repr(prompt).encode())
-        rendered.update(repr(text).encode())
         if text is not None:
             shown.setdefault(question.task, text)
     batches = batches_of(questions, config.block_size)
@@ -147,8 +143,8 @@ def run_search(
         "model": dict(executor.identity),
         "runtime": dict(executor.runtime),
         "questions": len(questions),
-        "prompts_sha256": prompts.hexdigest(),
-        "chat_template_sha256": rendered.hexdigest(),
+        "prompts_sha256": digest_of(p for q in questions for p in (q.prompt, *q.retests)),
+        "chat_template_sha256": digest_of(texts),
     }
     file = folder / SEARCH_FILE
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")

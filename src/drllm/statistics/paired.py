@@ -7,18 +7,17 @@ other way round.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from drllm.bisection import bisect
 from drllm.statistics.intervals import is_single
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcomes:
+class Outcomes(msgspec.Struct, kw_only=True):
     """What one system did at one setting, question by question and text by text.
 
     `executions` are a mean a forward pass, in layer equivalents. `correct` is 1 or 0 a question, or

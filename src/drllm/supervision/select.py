@@ -128,7 +128,7 @@ def write(
         }
     # First, so that targets with a manifest never lie next to the rejects of others.
     rejected = [
-        RejectedQuestion(id=record.id, task=record.task, question=record.question, reason=reason)
+        RejectedQuestion.of(record, reason)
         for record, reason in zip(itertools.chain(*sources), supervision.reasons, strict=True)
         if reason is not None
     ]

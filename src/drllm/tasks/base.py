@@ -256,6 +256,20 @@ class Task(ABC):
         return fitting
 
 
+def questions_in(task: Task, split: str, data_dir: str | None) -> list[Example]:
+    """Return a task's questions in a split; a TaskError for none, and a folder that isn't one."""
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise TaskError(
+            f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
+        )
+    if found := task.examples(split, data_dir):
+        return found
+    raise TaskError(
+        f"task {task.name!r} has no questions in split {split!r}; give another --split or more "
+        f"questions"
+    )
+
+
 def check_split(split: str) -> str:
     """Return a split's name, or refuse one that doesn't exist."""
     if split not in SPLITS:

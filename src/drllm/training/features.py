@@ -9,7 +9,7 @@ Axes: N targets (examples, if each is there several times), B rows, D hidden, L 
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,10 +24,11 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import batches
+from drllm.records.codec import digest_of
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
-from drllm.training.targets import OVERFLOWS, are_too_many, set_aside, targets_for
+from drllm.training.targets import OVERFLOWS, are_too_many, targets_for
 
 BATCH_SIZE = 8
 MAXIMUM_TOKENS = 16_384
@@ -132,12 +133,13 @@ def collect(
         identity, labels, N = describe(model), torch.tensor(decisions), len(decisions)
         made_from = {
             "number": N,
-            "prompts_sha256": _sha256(repr(prompt).encode() for prompt in prompts),
-            "decisions_sha256": _sha256(repr(path).encode() for path in decisions),
+            "prompts_sha256": digest_of(prompts),
+            "decisions_sha256": digest_of(decisions),
         }
         if routers is not None:
             weights = [weight.cpu().numpy() for _, weight in sorted(routers.state_dict().items())]
-            made_from["routers_sha256"] = _sha256(weight.tobytes() for weight in weights)
+            data = b"".join(weight.tobytes() for weight in weights)
+            made_from["routers_sha256"] = hashlib.sha256(data).hexdigest()
             routers = routers.to(model.device)
         dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
         manifest = new_manifest(
@@ -179,7 +181,7 @@ def collect(
     is_used = store.filled != NOT_FINITE
     used = list(itertools.compress(kept, is_used.tolist()))
     broken = itertools.compress(kept, (~is_used).tolist())
-    overflown = [set_aside(record, OVERFLOWS) for record in broken]
+    overflown = [RejectedQuestion.of(record, OVERFLOWS) for record in broken]
     return Features(
         means=store.means,
         filled=store.filled[is_used],
@@ -189,10 +191,6 @@ def collect(
         places=is_used.nonzero().flatten() if overflown else None,
         rejected=(*rejected, *overflown),
     )
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _check_finite(
@@ -228,7 +226,7 @@ def digest(examples: Examples) -> str:
     N, (_, *sizes) = examples.num_targets, shape(examples)
     parts = ((N, *sizes), tuple(examples.questions[:N]), tuple(examples.tasks[:N]))
     numbers = (examples.filled[:N].tolist(), examples.labels[:N].tolist())
-    return hashlib.sha256(repr((parts, numbers)).encode()).hexdigest()
+    return digest_of([(parts, numbers)])
 
 
 def sizes(examples: Examples) -> Tensor:

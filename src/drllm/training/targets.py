@@ -37,9 +37,9 @@ def targets_for(
             )
         tokens = encode(tokenizer, record.prompt)
         if not tokens:
-            rejected.append(set_aside(record, NO_TOKENS))
+            rejected.append(RejectedQuestion.of(record, NO_TOKENS))
         elif context is not None and len(tokens) > context:
-            rejected.append(set_aside(record, TOO_LONG))
+            rejected.append(RejectedQuestion.of(record, TOO_LONG))
         else:
             kept.append(record)
             prompts.append(tokens)
@@ -50,11 +50,6 @@ def targets_for(
             f"question {rejected[0].id!r}; give targets that were searched with this model"
         )
     return kept, prompts, rejected
-
-
-def set_aside(record: SupervisionRecord, reason: str) -> RejectedQuestion:
-    """Return the record of a target that is left out."""
-    return RejectedQuestion(id=record.id, task=record.task, question=record.question, reason=reason)
 
 
 def are_too_many(rejected: int, total: int) -> bool:

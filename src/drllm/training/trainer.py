@@ -7,7 +7,6 @@ needs no state of a generator.
 Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from drllm.errors import ConfigError
 from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.records.splits import question_key
+from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
 from drllm.training.losses import class_weights, focal_losses, log_priors
@@ -51,7 +50,7 @@ def hold_out(
     num_targets = len(questions) if num_targets is None else num_targets
     if fraction == 0 or num_targets < FEWEST_TO_HOLD_OUT:
         return everything, []
-    shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
+    shares = [hash_of(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
     threshold = max(fraction, math.nextafter(min(shares), math.inf))
     trained = [row for row in everything if shares[row] >= threshold]
     if not trained:
@@ -317,9 +316,4 @@ def epoch_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iter
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:
     """Return a generator on the CPU for one purpose, seeded with the numbers."""
-    return torch.Generator().manual_seed(_hash(" ".join([purpose, *map(str, numbers)])))
-
-
-def _hash(text: str) -> int:
-    """Return 63 bits that are the same on every machine, unlike Python's own hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(hash_of(" ".join([purpose, *map(str, numbers)])) >> 1)

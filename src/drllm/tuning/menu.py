@@ -6,7 +6,6 @@ questions; the price of layers is chosen on another; see `parts`.
 Axes: K tasks, P paths, Q questions, D hidden.
 """
 
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -26,11 +25,12 @@ from drllm.models.healed import load_path
 from drllm.models.routers.card import template
 from drllm.models.routers.depth_control import recorded
 from drllm.models.routers.logistic import fit_logistic
-from drllm.models.routing.menu import mean_states, menu_rows, save_kinds
+from drllm.models.routing.menu import menu_rows, save_kinds
+from drllm.models.routing.policies import PromptView
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.records import healed
-from drllm.records.codec import read_json, write_atomically, write_json
+from drllm.records.codec import digest_of, read_json, write_atomically, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.menu import ADAPTERS_FOLDER, MENU_FILE, MenuFile
 from drllm.records.places import only_writer
@@ -98,13 +98,12 @@ def make_menu(
         on_menu = {FULL: full} | {name: path for name, path in loaded.items() if path != full}
         rows, reads_at = menu_rows(on_menu, L, config.reads_at)
         steps = {name: steps_to_write(path) for name, path in on_menu.items()}
-        questions = repr([(each.task.name, each.examples) for each in divided]).encode()
         made_from = {
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
             "paths": steps,
-            "questions_sha256": hashlib.sha256(questions).hexdigest(),
+            "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
         }
         chunks = Chunks(folder / CHUNKS_FOLDER, made_from, stage="menu")
         chunks.open()
@@ -117,11 +116,10 @@ def make_menu(
 
             scorers = [TaskScorer(routed, each, config.tuning(), chunks, tell) for each in divided]
             for task, part in itertools.product(scorers, (FIT, SELECT)):
-                scores = task.scores(part, [*on_menu.values()])
-                means = torch.tensor([each.objective[0] for each in scores]).mean(dim=1)
+                means = torch.tensor(task.objectives(part, [*on_menu.values()])).mean(dim=1)
                 worth[part].append(means - means[0])
                 prompts = [item.question.context for item in task.judge(part).items]
-                read = recorded(routed, prompts, mean_states, [reads_at], decision=1)
+                read = recorded(routed, prompts, PromptView.mean, [reads_at], decision=1)
                 states[part].append(read[:, 0])
             tell(0, "")
         names = tuple(task.name for task in scorers)

@@ -3,14 +3,13 @@
 What is chosen or fitted is never reported on the same questions.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.config import SPLITS, TuneConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.records.splits import question_key
+from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose
@@ -22,9 +21,9 @@ BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
 
 
 GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-OBJECTIVES = (GOLD, LOSS, KL)
-"""The gold option's log-probability among the options; that of a token of the right answer; minus
-the KL from the full path over the prompt's tokens. All in nats, the larger the better."""
+"""Objectives: the gold option's log-probability among the options; that of a token of the right
+answer; minus the KL from the full path over the prompt's tokens. All in nats, the larger the
+better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +191,7 @@ def part_of(question: str) -> str:
         True
     """
     # Not the hash of `split_of`: in a set with some of the splits it would fill some parts only.
-    digest = hashlib.sha256(f"tune:{question_key(question)}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return next(part for part, bound in BOUNDS.items() if share < bound or bound == 1)
+    return part_by_hash(f"tune:{question_key(question)}", BOUNDS)
 
 
 def rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:

@@ -6,8 +6,8 @@ once on the rest; see `parts`.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,7 +27,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
-from drllm.records.codec import write_json
+from drllm.records.codec import digest_of, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
@@ -44,13 +44,7 @@ from drllm.records.static_paths import (
     steps_to_write,
 )
 from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
-from drllm.statistics.non_inferiority import (
-    MAX_LOSS_INCREASE,
-    Choice,
-    Limits,
-    choose,
-    confirm,
-)
+from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Prompt, Task
@@ -58,14 +52,7 @@ from drllm.tasks.base import choose as draw
 from drllm.tuning import progress
 from drllm.tuning.beam import LAYERS, Beam
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
-from drllm.tuning.parts import (
-    GOLD,
-    LOSS,
-    TaskParts,
-    objective_of,
-    parts_of_tasks,
-    prompt_of,
-)
+from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 CHUNKS_FOLDER = "paths.partial"
 SHARE_SKIPPED = 1 / 6
@@ -146,7 +133,10 @@ class TaskScorer:
         self.is_generated = divided.is_generated(self.objective)
         self.seconds = 0.0
         self._judges: dict[str, Judge] = {}
-        self._known: dict[tuple[str, StaticPath], Scores] = {}
+        # Objective and right answers on the first questions of a part, [2, Q].
+        self._known: defaultdict[tuple[str, StaticPath], Floats] = defaultdict(
+            lambda: np.zeros((2, 0))
+        )
         self._answered: dict[tuple[str, StaticPath], list[float]] = {}
 
     def prompts(self, part: str) -> list[Prompt]:
@@ -173,59 +163,54 @@ class TaskScorer:
             self._judges[part] = Judge(self.routed, items, objective, self.config.state_cache_gb)
         return self._judges[part]
 
-    def scores(
+    def objectives(
         self, part: str, paths: Sequence[StaticPath], num: int | None = None
-    ) -> list[Scores]:
-        """Return how paths do on the first questions of a part, each asked once."""
+    ) -> list[list[float]]:
+        """Return the objective of paths on the first questions of a part, each asked once."""
         judge = self.judge(part)
         num = len(judge.items) if num is None else min(num, len(judge.items))
-        none = Scores(objective=[[]], right=[[]])
         by_known: dict[int, list[StaticPath]] = {}
         for path in dict.fromkeys(paths):
-            known = len(self._known.get((part, path), none).objective[0])
+            known = self._known[part, path].shape[1]
             if known < num:
                 by_known.setdefault(known, []).append(path)
         for known, unknown in by_known.items():
             found = self._once(part, unknown, known, num)
-            self.seconds += found.seconds
             for place, path in enumerate(unknown):
-                before = self._known.get((part, path), none)
-                right = found.right[place] if found.right else []
-                self._known[part, path] = Scores(
-                    objective=[[*before.objective[0], *found.objective[place]]],
-                    right=[[*before.right[0], *right]],
-                )
-        return [self._known[part, path] for path in paths]
+                both = self._known[part, path], found[:, place]
+                self._known[part, path] = np.concatenate(both, axis=1)
+        return [self._known[part, path][0].tolist() for path in paths]
 
-    def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Scores:
-        """Score paths on a range of questions, a few of like length in each go."""
+    def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Floats:
+        """Score paths on a range of questions, a few of like length in each go, `[2, N, Q]`."""
         judge = self.judge(part)
         order = sorted(range(first, last), key=lambda place: judge.items[place].question.length)
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
-        seconds = 0.0
+        digest = digest_of(path.steps for path in paths)[:16]
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            key = f"{self.name} {part} {first} to {last} from {start} {_digest(paths)}"
+            key = f"{self.name} {part} {first} to {last} from {start} {digest}"
             scores = self.chunks.once(key, Scores, partial(judge.scores, paths, places))
             at = [place - first for place in places]
             found[0][:, at] = scores.objective
             found[1][:, at] = scores.right or 0.0
-            seconds += scores.seconds
+            self.seconds += scores.seconds
             told = f"{len(paths)} paths on {start + len(places)} of {len(order)} questions"
             self.on_scored(len(paths) * len(places), told)
-        right = found[1].tolist() if self.objective == GOLD else []
-        return Scores(objective=found[0].tolist(), right=right, seconds=seconds)
+        return found
 
     def correct(self, part: str, path: StaticPath) -> list[float]:
         """Return which questions of a part are answered right; empty where nothing says so."""
         if self.objective == GOLD:
-            return self.scores(part, [path])[0].right[0]
+            self.objectives(part, [path])
+            right: list[float] = self._known[part, path][1].tolist()
+            return right
         if self.is_generated and (part, path) not in self._answered:
-            prompts, found = self.prompts(part), []
+            prompts, found, digest = self.prompts(part), [], digest_of(path.steps)[:16]
             for start in range(0, len(prompts), MOST_ANSWERS):
                 ask = partial(graded, self.routed, path, prompts[start : start + MOST_ANSWERS])
-                key = f"{self.name} answers {part} from {start} {_digest([path])}"
+                key = f"{self.name} answers {part} from {start} {digest}"
                 found += self.chunks.once(key, list[float], ask)
                 told = f"{len(found)} of {len(prompts)} answers of a path"
                 self.on_scored(len(found) - start, told)
@@ -258,14 +243,11 @@ class _Tuning:
         self.full = StaticPath(range(L))
         self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
-        digest = hashlib.sha256()
-        for each in divided:
-            digest.update(repr((each.task.name, each.examples)).encode())
         self.identity: dict[str, Any] = {
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
-            "questions_sha256": digest.hexdigest(),
+            "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.tasks = [
@@ -368,8 +350,8 @@ class _Tuning:
         )
         for task in self.tasks:
             for part, paths in wanted:
-                task.scores(part, paths)
-                task.scores(f"texts of {part}", paths)
+                task.objectives(part, paths)
+                task.objectives(f"texts of {part}", paths)
 
     @property
     def _seconds(self) -> float:
@@ -387,18 +369,18 @@ class _Tuning:
         total = np.zeros(len(paths))
         for task in self.tasks:
             own = len(task.judge(FIT).items)
-            scores = task.scores(FIT, paths, -(-num_questions * own // most))
-            total += task.weight * np.array([np.mean(each.objective[0]) for each in scores])
+            found = task.objectives(FIT, paths, -(-num_questions * own // most))
+            total += task.weight * np.array(list(map(np.mean, found)))
         weighted: Floats = total / sum(task.weight for task in self.tasks)
         return weighted
 
     def _select(self, paths: Sequence[StaticPath]) -> None:
         for task in self.tasks:
-            task.scores(SELECT, [self.full, *paths])
+            task.objectives(SELECT, [self.full, *paths])
 
     def _differences(self, task: TaskScorer, part: str, path: StaticPath) -> list[float]:
-        ours, full = task.scores(part, [path, self.full])
-        return [a - b for a, b in zip(ours.objective[0], full.objective[0], strict=True)]
+        pairs = zip(*task.objectives(part, [path, self.full]), strict=True)
+        return [ours - full for ours, full in pairs]
 
     def _gain(self, path: StaticPath) -> float:
         """Return what a path has more of the objective than the full one, on `select`."""
@@ -439,13 +421,13 @@ class _Tuning:
         return path_executions(path, self.shares)
 
     def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
-        [scores], [texts] = (task.scores(name, [path]) for name in (part, f"texts of {part}"))
+        [own], [texts] = (task.objectives(name, [path]) for name in (part, f"texts of {part}"))
         return Outcomes(
             name=self._name(path),
             executions=self._executions(path),
             correct=task.correct(part, path),
-            gold_logprob=scores.objective[0] if task.objective == GOLD else [],
-            text_loss=[-value for value in texts.objective[0]],
+            gold_logprob=own if task.objective == GOLD else [],
+            text_loss=[-value for value in texts],
         )
 
     def _certify(self, dominated: Mapping[StaticPath, bool]) -> Choice:
@@ -496,12 +478,12 @@ class _Tuning:
         )
 
     def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> Measured:
-        [scores] = task.scores(part, [path])
+        [values] = task.objectives(part, [path])
         told = Measured(
             task=task.name,
             part=part,
-            num_questions=len(scores.objective[0]),
-            objective=fmean(scores.objective[0]),
+            num_questions=len(values),
+            objective=fmean(values),
         )
         is_full = path == self.full
         if not is_full:
@@ -520,7 +502,3 @@ class _Tuning:
         return msgspec.structs.replace(
             told, accuracy=fmean(ours.correct), against_full=None if is_full else verdicts
         )
-
-
-def _digest(paths: Sequence[StaticPath]) -> str:
-    return hashlib.sha256(repr([path.steps for path in paths]).encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
 """The certified choice never passes more than its tests allow, and says what it did."""
 
-import dataclasses
 import random
 
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from drllm.errors import ConfigError
 from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
@@ -81,7 +81,7 @@ WORKED = " on worked answers of gsm8k"
         (point(27, worked=0.2), None, lambda t: RISE.format(WORKED, t.worked.maximum)),
         (point(27, lost=18), None, lambda _: LOST.format(100 * maximum_loss(3, 18, N))),
         (
-            dataclasses.replace(FEW, executions=27, text_loss=[3.0] * 29 + [3.01]),
+            replace(FEW, executions=27, text_loss=[3.0] * 29 + [3.01]),
             FEW,
             lambda _: NO_RISE,
         ),
@@ -185,7 +185,7 @@ def test_what_is_chosen_is_confirmed_on_other_questions_and_goes_into_a_file():
     ],
 )
 def test_a_choice_without_enough_texts_is_refused(field, texts, message):
-    bare, reference = (dataclasses.replace(each, **{field: texts}) for each in (point(27), base()))
+    bare, reference = (replace(each, **{field: texts}) for each in (point(27), base()))
     with pytest.raises(ConfigError, match=message):
         chosen([bare], reference=reference, worked_answers="gsm8k")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -192,6 +191,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
     """
     import torch
 
+    from drllm.models.base.layers import hooked
     from drllm.models.routers.depth_control import routes_of
 
     readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
@@ -212,10 +212,11 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
 
         return add
 
-    with ExitStack() as hooks:
-        for place, layer in enumerate(routed.injection.layers):
-            handle = layer.register_forward_hook(hook_at(place), with_kwargs=True)
-            hooks.callback(handle.remove)
+    hooks = [
+        layer.register_forward_hook(hook_at(place), with_kwargs=True)
+        for place, layer in enumerate(routed.injection.layers)
+    ]
+    with hooked(hooks):
         routes_of(routed, KeepsReadable(), prompts)
     influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence

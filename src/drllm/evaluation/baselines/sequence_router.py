@@ -74,14 +74,14 @@ class SequenceRouterPolicy(Policy):
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
         """Return one column of the plans."""
         if layer == 0:
-            inputs = first_input(prompts).cpu()  # where the router is
+            inputs = prompts.mean().cpu()  # where the router is
             with full_precision(inputs.device):
                 self._plans = plans_of(self.router, inputs, self.depth_bias)
         return self._plans[:, layer]
 
 
 def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
-    """Return decisions `[B, L]` of what `first_input` gives, `[B, D]`, by a map to L · C logits.
+    """Return decisions `[B, L]` by a map from prompts' means at layer 0, `[B, D]`, to L · C logits.
 
     The higher the bias, the price of an execution, the fewer a row has; one that would skip
     everything runs the last layer.
@@ -103,16 +103,11 @@ def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
     )
 
 
-def first_input(prompts: PromptView) -> Tensor:
-    """Return the mean of each prompt's real tokens as a layer reads them, `[B, D]` in float32."""
-    return prompts.windows(1).means[:, 0]
-
-
 def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Return `first_input` at the first layer, where nothing but the embedding has run, `[N, D]`.
+    """Return prompts' means at the first layer, where only the embedding has run, `[N, D]`.
 
     All layers are skipped, of which routing runs the last one all the same; see `recorded`.
     """
     from drllm.models.routers.depth_control import recorded
 
-    return recorded(routed, prompts, first_input, [0], decision=0)[:, 0]
+    return recorded(routed, prompts, PromptView.mean, [0], decision=0)[:, 0]

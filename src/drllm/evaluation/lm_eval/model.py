@@ -27,13 +27,7 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
-from drllm.evaluation.lm_eval.scoring import (
-    Answer,
-    Request,
-    RequestScorer,
-    fitted,
-    without_padding,
-)
+from drllm.evaluation.lm_eval.scoring import Answer, Request, RequestScorer, fitted, without_padding
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers import hub

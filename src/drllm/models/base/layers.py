@@ -11,12 +11,13 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -109,13 +110,9 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     outputs: list[Any] = []
 
     def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
-        handles = [layer.register_forward_hook(hook) for layer in layers]
-        try:
-            with torch.no_grad(), evaluating(decoder):
-                return decoder(input_ids=token, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = [layer.register_forward_hook(hook) for layer in layers]
+        with hooked(hooks), torch.no_grad(), evaluating(decoder):
+            return decoder(input_ids=token, use_cache=True)
 
     result = run(lambda _layer, _inputs, output: outputs.append(output))
     if len(outputs) != len(layers):
@@ -160,6 +157,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again after the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _foreign_state(output: Any, num_layers: int) -> str | None:

@@ -21,6 +21,7 @@ from drllm.models.base.prompts import context_length, encode, left_padded, rende
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import batches
 from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
@@ -75,11 +76,9 @@ def routes_of(
                 f"shorten it or leave it out"
             )
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     before = routed.driver.last
     try:
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
+        for rows in batches(list(map(len, prompts)), batch_size):
             read_under(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:
@@ -104,7 +103,8 @@ def recorded(
                 kept.append(read(prompts).cpu())
             return [decision if layer < max(layers) else 0] * prompts.num_rows  # none after
 
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    # The longest first, as they run.
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     routes_of(routed, Recorder(), [prompts[row] for row in by_length])
     starts = range(0, len(kept), len(layers))
     values = torch.cat([torch.stack(kept[at : at + len(layers)], dim=1) for at in starts])

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import RoutingError, nearest_name
-from drllm.models.base.layers import evaluating, one_token
+from drllm.models.base.layers import evaluating, hooked, one_token
 from drllm.models.routing.context import ThreadValue
 from drllm.models.routing.injection import Driver, Injection
 
@@ -121,12 +121,8 @@ class Adapters:
             if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place  # of PEFT
         ]
         ids, decoder = one_token(injection.model).expand(TRIED), injection.decoder
-        try:
-            with torch.no_grad(), evaluating(decoder), injection.driven_by(Driver()):
-                decoder(input_ids=ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), torch.no_grad(), evaluating(decoder), injection.driven_by(Driver()):
+            decoder(input_ids=ids, use_cache=False)
         return found
 
     def add(self, name: str, adapter: Adapter) -> None:

@@ -70,7 +70,7 @@ class MenuPolicy(Policy):
         if layer < self.reads_at:
             return [1] * prompts.num_rows
         if layer == self.reads_at:
-            places = self.choose(mean_states(prompts).cpu())
+            places = self.choose(prompts.mean().cpu())
             prompts.kept[self] = [self.rows[place] for place in places]
         return [decisions[layer] for decisions, _ in prompts.kept[self]]
 
@@ -79,11 +79,6 @@ class MenuPolicy(Policy):
         return [
             names[layer] for _, names in prompts.kept.get(self, ())
         ]  # empty before it is chosen
-
-
-def mean_states(prompts: PromptView) -> Tensor:
-    """Return the mean of each prompt's real tokens at a layer, `[B, D]` in float32."""
-    return prompts.windows(1).means[:, 0]
 
 
 def menu_rows(

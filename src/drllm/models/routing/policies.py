@@ -63,6 +63,10 @@ class PromptView:
                 self.spans[num_windows] = Spans(self.readable, num_windows)
             return self.spans[num_windows].means(self.hidden)
 
+    def mean(self) -> Tensor:
+        """Return the mean of each prompt's readable tokens, `[B, D]` in float32."""
+        return self.windows(1).means[:, 0]
+
 
 class Policy(Protocol):
     """Gives the decisions of every row at one layer.

@@ -9,18 +9,17 @@ its state; a probe tries it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of, evaluating, one_token
+from drllm.models.base.layers import base_of, evaluating, hooked, one_token
 from drllm.models.routing.context import ThreadValue
-from drllm.models.routing.injection import Driver, Injection, LayerCall
+from drllm.models.routing.injection import Driver, ForwardOverride, Injection, LayerCall
 from drllm.models.routing.kv_cache import entry_of
-from drllm.models.routing.overrides import ForwardOverride
 from drllm.paths import ATTENTION, MLP
 
 NONE = "none"
@@ -98,13 +97,10 @@ class Sublayers:
             if not isinstance(first, Tensor) or getattr(given, "shape", None) != first.shape:
                 raise self._refused(call.index, "has a sublayer that changes the shape of a state")
 
-        with ExitStack() as hooks:
-            for child in call.module.children():
-                for handle in (
-                    child.register_forward_pre_hook(before),
-                    child.register_forward_hook(after, with_kwargs=True),
-                ):
-                    hooks.callback(handle.remove)
+        children = list(call.module.children())
+        hooks = [child.register_forward_pre_hook(before) for child in children]
+        hooks += [child.register_forward_hook(after, with_kwargs=True) for child in children]
+        with hooked(hooks):
             hidden = call.run(hidden)
         if len(attention) != 1:
             raise self._refused(call.index, f"has {len(attention)} modules for its attention")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import base_of
+from drllm.models.base.layers import base_of, hooked
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
@@ -53,13 +53,9 @@ class LogitLens:
         others = [child for child in routed.injection.decoder.children() if child is not layers]
         hooks = [layers[-1].register_forward_hook(keep)]
         hooks += [child.register_forward_pre_hook(note) for child in others]
-        try:
-            with torch.no_grad(), routed.injection.driven_by(Driver()):
-                tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
-                expected = routed.model(input_ids=tokens, use_cache=False).logits[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), torch.no_grad(), routed.injection.driven_by(Driver()):
+            tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
+            expected = routed.model(input_ids=tokens, use_cache=False).logits[0]
         self.norm: nn.Module = after[0] if after else nn.Identity()
         with torch.no_grad():
             difference = float((self.logits(states[0][0]) - expected).abs().max())

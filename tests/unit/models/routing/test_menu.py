@@ -7,8 +7,8 @@ from drllm.errors import PathError
 from drllm.models.routers.depth_control import recorded
 from drllm.models.routers.logistic import fit_logistic
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.menu import MenuPolicy, mean_states
-from drllm.models.routing.policies import full_precision
+from drllm.models.routing.menu import MenuPolicy
+from drllm.models.routing.policies import PromptView, full_precision
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ATTENTION, StaticPath, Step
 from slow_way import answers, tiny_adapter
@@ -45,7 +45,7 @@ def routed(tiny_llama, paths):
     routed = RoutedModel(tiny_llama())
     for seed, name in enumerate("ab"):
         routed.add_adapter(name, tiny_adapter(routed, range(6), seed))
-    states = recorded(routed, PROMPTS, mean_states, [2], decision=1)[:, 0]
+    states = recorded(routed, PROMPTS, PromptView.mean, [2], decision=1)[:, 0]
     labels = torch.tensor([[[*PATHS].index(name)] for name in WANTED])
     kinds = fit_logistic(states, labels, len(paths), penalty=1e-4)
     routed.driver.policy = menu(paths, kinds=kinds)
