@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
@@ -38,7 +38,7 @@ from drllm.supervision.rules import is_improving, survived
 if TYPE_CHECKING:
     from drllm.search.ray import RayExecutor
 
-    Executor: TypeAlias = LocalExecutor | RayExecutor
+    Executor = LocalExecutor | RayExecutor
 
 HOPELESS = 16
 """Questions that may fail before the first one succeeds; then something else is wrong."""

@@ -13,9 +13,32 @@ from pathlib import Path
 from drllm.errors import TaskError, unknown_name
 from drllm.records.splits import question_key, split_of
 from drllm.tasks.base import Example, Row, Task, check_split, with_options
-from drllm.tasks.forms import FORMS, LETTERS
+from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
 from drllm.tasks.rewards import REWARDS, normalise
 from drllm.tasks.rows import index_of, read_rows, text_of, texts_of
+
+FORMS = {
+    "letter": Form(
+        rewards=("letter",),
+        templates=(
+            "{question}\n\nAnswer with the letter of the right option only.",
+            "Choose the right option and reply with its letter alone.\n\n{question}",
+            "{question}\n\nWhich letter is right? Letter:",
+        ),
+        max_new_tokens=LETTER_TOKENS,
+    ),
+    "exact": Form(
+        rewards=("exact",),
+        templates=(
+            "{question}\n\nGive the answer only, with no explanation.",
+            "Answer the question in as few words as possible.\n\n{question}",
+            "Question: {question}\nReply with the answer alone.",
+        ),
+    ),
+    "boxed": replace(BOXED, max_new_tokens=None),
+}
+"""Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
+
 
 CHOICES, PROMPT = "'choices'", "a prompt alone"
 
@@ -58,11 +81,8 @@ class FileTask(Task):
         self.all, grader = self._read(read_rows(path) if rows is None else enumerate(rows, 1))
         last = max(LETTERS.find(example.answer) for example in self.all)
         letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
-        # A reward without a form of its own asks as `exact` does.
         form, rewards = FORMS.get(grader or "", FORMS["exact"]), (grader,) if grader else ()
-        longest = form.max_new_tokens if grader == "letter" else None  # what right answers need
-        form = replace(form, rewards=rewards, letters=letters, max_new_tokens=longest)
-        self.form = FORMS["options"] if grader is None else form
+        self.form = OPTIONS if grader is None else replace(form, rewards=rewards, letters=letters)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.

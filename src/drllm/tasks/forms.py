@@ -5,9 +5,6 @@ for ARC and PIQA, and in its cloze form for MMLU. Loads no torch.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import yaml
 
 from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt
 
@@ -16,6 +13,10 @@ LETTER_TEMPLATE = (
     "Answer the following multiple-choice question with the letter of the right option only.\n\n"
     "Question: {question}\n{options}\nAnswer:"
 )
+LETTER_TOKENS = 10
+"""Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
+BOXED_TOKENS = 15
+"""Maximum tokens of a boxed answer; no room for a chain of thought (Dr.LLM section 4)."""
 ANSWER_TOKENS = 16
 """What other answers may have at least; more where a right one is longer."""
 
@@ -84,17 +85,27 @@ class GapForm(Form):
         return tuple(found)
 
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("forms.yaml").read_text(encoding="utf-8"))
-FORMS: dict[str, Form] = {
-    name: (GapForm if name == "gap" else Form)(
-        rewards=tuple(row["rewards"]),
-        templates=tuple(row["templates"]),
-        max_new_tokens=row.get("max_new_tokens"),
-    )
-    for name, row in _TABLE.items()
-}
-"""By name, the forms of `forms.yaml`."""
-OPTIONS, GAP, BOXED = FORMS["options"], FORMS["gap"], FORMS["boxed"]
+OPTIONS = Form(
+    rewards=(OPTIONS_REWARD, "letter"),
+    templates=(
+        "Question: {question}\nAnswer:",
+        "Q: {question}\nA:",
+        "{question}\nThe correct answer is:",
+        "Answer the following question.\n\n{question}\n\nAnswer:",
+    ),
+)
+BOXED = Form(
+    rewards=("boxed",),
+    templates=(
+        "{question}\n\nGive the final answer only, as \\boxed{{answer}}, with no explanation.",
+        "Solve this problem and write nothing but the result in \\boxed{{}}.\n\n"
+        "Problem: {question}",
+        "Question: {question}\nReply with the final answer in the form \\boxed{{answer}} and no "
+        "other words.",
+    ),
+    max_new_tokens=BOXED_TOKENS,
+)
+GAP = GapForm(rewards=(OPTIONS_REWARD,), templates=("{question}", "Text: {question}"))
 
 
 def _scored_prompt(example: Example, template: str) -> Prompt:
@@ -119,7 +130,7 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
         reward="letter",
         answer=letters[(example.gold - rotation) % len(choices)],
         chat=True,
-        max_new_tokens=FORMS["letter"].max_new_tokens or ANSWER_TOKENS,
+        max_new_tokens=LETTER_TOKENS,
         letters=letters,
     )
 

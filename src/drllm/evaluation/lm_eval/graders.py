@@ -9,19 +9,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from drllm.tasks.base import OPTIONS_REWARD, Example, Harness, Prompt, Row, Task
-from drllm.tasks.published.task import Loader
+from drllm.tasks.base import OPTIONS_REWARD, Example, Function, Harness, Prompt, Row, Task
 from drllm.tasks.rewards import grade, reward_of
 
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""
-
-_ASKED = yaml.load(Path(__file__).with_name("asked.yaml").read_text("utf-8"), Loader=Loader)
 
 RULE = ("reward", "answer", "other_answers", "letters")
 """What grading needs to know of a prompt."""
@@ -48,8 +42,42 @@ def entry_of(task: Task) -> Harness:
         }
 
     if task.rewards[0] == OPTIONS_REWARD:
-        return Harness(columns=options, **_ASKED["options"])
-    return Harness(columns=answers, **_ASKED["answers"])
+        return Harness(
+            columns=options,
+            settings={
+                "output_type": "multiple_choice",
+                "doc_to_text": "prompt",
+                "doc_to_choice": "{{options}}",
+                "doc_to_target": "gold",
+                **_averaged("acc", "acc_norm"),
+            },
+        )
+    return Harness(
+        columns=answers,
+        settings={
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": Function(f"{__name__}.shown"),
+            "target_delimiter": "\n",
+            "process_results": Function(f"{__name__}.graded"),
+            "generation_kwargs": {"until": [], "do_sample": False},
+            **_averaged("exact_match"),
+        },
+        generated=True,
+        metric="exact_match",
+        notes=(
+            "asked as a search asks it; a search sends the question through the model's chat "
+            "template, an evaluation does where the harness is told to apply it",
+        ),
+    )
+
+
+def _averaged(*metrics: str) -> dict[str, Any]:
+    each = {"aggregation": "mean", "higher_is_better": True}
+    return {
+        "metric_list": [{"metric": metric, **each} for metric in metrics],
+        "metadata": {"version": 1},
+    }
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -17,6 +17,18 @@ FOLDER = "path/to/this/folder"
 MARK = "library_name: drllm"
 """Stands in every card of ours, so that one can be told from somebody else's README."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+METRICS = {
+    "routers_loss": "loss",
+    "macro_f1": "macro-F1",
+    "f1_skip": "F1 skip",
+    "f1_execute": "F1 execute",
+    "f1_repeat": "F1 repeat",
+    "acc_skip": "skip labels hit",
+    "acc_repeat": "repeat labels hit",
+    "avg_layers": "executions",
+}
+COMPARED = {"macro_f1": "macro-F1", "accuracy": "labels hit"}
+COMPARED |= {key: METRICS[key] for key in ("f1_skip", "f1_repeat", "avg_layers")}
 
 
 def model_card(config: RouterConfig, place: str = FOLDER) -> str:
@@ -39,9 +51,15 @@ def model_card(config: RouterConfig, place: str = FOLDER) -> str:
         training=training,
         tasks=_mapping(training.get("tasks")),
         labels=[sum(counts) for counts in zip(*config.label_counts, strict=True)],
-        rows=list(filter(_are_numbers, rows if isinstance(rows, list) else ())),
+        metrics=METRICS,
+        rows=[
+            row
+            for row in (rows if isinstance(rows, list) else ())
+            if _are_numbers(row, METRICS) and isinstance(row.get("split"), str)
+        ],
         compared=compared,
-        systems={name: row for name, row in systems.items() if _are_numbers(row)},
+        compared_metrics=COMPARED,
+        systems={name: row for name, row in systems.items() if _are_numbers(row, COMPARED)},
         settings=_mapping(training.get("settings")),
     )
 
@@ -64,9 +82,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _are_numbers(row: Any) -> bool:
-    """Tell whether these can be metrics: numbers by name, but for the part that they are of."""
+def _are_numbers(row: Any, metrics: Mapping[str, str]) -> bool:
     return isinstance(row, Mapping) and all(
-        isinstance(value, str if name == "split" else (int, float, type(None)))
-        for name, value in row.items()
+        isinstance(row.get(key), (int, float, type(None))) for key in metrics
     )

@@ -28,7 +28,7 @@ from drllm.tasks.base import (
     check_split,
     shots_split,
 )
-from drllm.tasks.forms import FORMS, Form
+from drllm.tasks.forms import BOXED, GAP, OPTIONS, Form
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
@@ -263,7 +263,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
-_NAMED = vars(readers) | FORMS
+_NAMED = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
 _BY_NAME = ("read", "columns", "thin_out", "form")
 _KINDS: dict[str, type] = {"read": readers.Columns, "form": Form, "harness": Harness}
 

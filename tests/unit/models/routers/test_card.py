@@ -5,13 +5,12 @@ import dataclasses
 import pytest
 import yaml
 
-from drllm.models.routers.card import model_card
+from drllm.models.routers.card import METRICS, model_card
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
 BASE = {"base_model": "org/tiny", "base_revision": "abc123", "base_class": "LlamaForCausalLM"}
 SIZES = {"num_layers": 3, "hidden_size": 6, "num_windows": 4, "router_width": 5}
 BY_HAND = RouterConfig(**SIZES, **BASE, base_fingerprint="0123456789abcdef")
-METRICS = ("routers_loss", "macro_f1", "f1_skip", "f1_execute", "f1_repeat", "acc_skip")
 TRAINING = {
     "settings": {"learning_rate": 0.001, "gamma": 2.0},
     "num_trained": 30,
