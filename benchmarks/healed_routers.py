@@ -113,6 +113,11 @@ def mean_change(values: Mapping[str, Values], what: str, theirs: Sequence[str]) 
     return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
 
 
+def in_one_line(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the changes of all quantities in words."""
+    return "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
+
+
 def executions_of(path: StaticPath) -> int:
     """Return how many layers a path runs; one that runs parts of layers is a PathError."""
     return len(path.with_adapter("").path())
@@ -196,15 +201,13 @@ def main() -> None:
         ours, theirs = values[name], values[other]
         found = {what: compared(what, ours[what], theirs[what]) for what in ours}
         figures["less"][f"{name} less {other}"] = found
-        changes = "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
-        print(f"{name} ({costs[name]:.2f}) minus {other}: {changes}", flush=True)
+        print(f"{name} ({costs[name]:.2f}) minus {other}: {in_one_line(found)}", flush=True)
     figures["mean of seeds"] = {}
     for rival in ["full", "routers", "permuted", *["mixed"] * bool(fixed), *fixed]:
         theirs = [rival if rival in values else f"{rival} {seed}" for seed in range(len(stacks))]
         found = {what: mean_change(values, what, theirs) for what in values["full"]}
         figures["mean of seeds"][rival] = found
-        changes = "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
-        print(f"healed routers minus {rival}, mean of seeds: {changes}", flush=True)
+        print(f"healed routers minus {rival}, mean of seeds: {in_one_line(found)}", flush=True)
     common.write(options, figures)
 
 

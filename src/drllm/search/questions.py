@@ -17,7 +17,7 @@ from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Row, Task, choose, questions_in
+from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
 from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
@@ -161,6 +161,7 @@ def _examples_of(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[tuple[Task, list[Example]]]:
     """Return the examples by task, in the order in which the tasks come first."""
+    check_data_dir(config.data_dir)  # examples given from Python don't read it
     tasks = (task for task in source if isinstance(task, Task))
     found = [(task, questions_in(task, config.split, config.data_dir)) for task in tasks]
     given: dict[str, list[Example]] = {}

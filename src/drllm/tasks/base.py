@@ -256,12 +256,17 @@ class Task(ABC):
         return fitting
 
 
-def questions_in(task: Task, split: str, data_dir: str | None) -> list[Example]:
-    """Return a task's questions in a split; a TaskError for none, and a folder that isn't one."""
+def check_data_dir(data_dir: str | None) -> None:
+    """Refuse a folder of the tasks' files that isn't one with a TaskError."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise TaskError(
             f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
         )
+
+
+def questions_in(task: Task, split: str, data_dir: str | None) -> list[Example]:
+    """Return a task's questions in a split; a TaskError for none, and a folder that isn't one."""
+    check_data_dir(data_dir)
     if found := task.examples(split, data_dir):
         return found
     raise TaskError(

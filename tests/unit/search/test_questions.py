@@ -6,7 +6,7 @@ import json
 import pytest
 
 from drllm.config import SearchConfig
-from drllm.errors import ConfigError
+from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
 from drllm.search.questions import batches_of, in_shard, questions_of
 from drllm.tasks.base import choose
@@ -27,6 +27,12 @@ def test_every_question_is_in_one_batch_of_its_task(facts):
     joined = [question for batch in batches for question in batch.questions]
     assert sorted(joined, key=lambda question: question.place) == questions
     assert [question.place for question in questions] == list(range(18))
+
+
+def test_a_data_folder_that_is_none_is_refused_where_examples_are_given_too(facts):
+    config = SearchConfig(data_dir="no/such/folder")
+    with pytest.raises(TaskError, match="--data-dir no/such/folder is not a folder"):
+        questions_of(facts.examples("search")[:2], config)
 
 
 def test_questions_of_like_length_make_a_batch(facts):
