@@ -1,0 +1,399 @@
+"""Tensors that say they lie on a GPU and compute on the CPU, for machines without one.
+
+Inside `Devices()` everything that is made on or moved to `cuda:0`, `cuda:1`, … is such a tensor.
+An operation fails where a GPU's would: with tensors of two devices, or of the CPU but for a single
+number. What makes the program wait for a GPU, or copies between devices, is counted by the line
+of the library that asked for it.
+
+What can't be seen so: time, memory, kernels that compute other digits, streams.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+
+CUDA, META = 1, 14
+"""Numbers of device types in torch (c10/core/DeviceType.h)."""
+
+WAIT, COPY = "wait", "copy"
+"""Kinds of events: the host waits for a device (which a copy from it does, too, and one to it out of
+memory that isn't pinned); tensors that go from one device to another."""
+
+WAITS = {
+    aten._local_scalar_dense.default: "item",  # of bool(), int(), float(), .item() as well
+    aten.nonzero.default: "nonzero",
+    aten.masked_select.default: "masked_select",
+    aten._unique2.default: "unique",
+    aten.unique_dim.default: "unique",
+    aten.unique_consecutive.default: "unique",
+    aten.equal.default: "equal",
+    aten.repeat_interleave.Tensor: "repeat_interleave",
+}
+"""Operations whose result's shape or value the host has to know."""
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._unsafe_index.Tensor,
+}
+"""Take indices that lie on the CPU too, and copy them."""
+
+ON_HOST = {Tensor.tolist: "tolist", Tensor.numpy: "numpy"}
+WATCHED = ("drllm",)
+"""Packages whose lines events are counted by; of others they count by the package."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a GPU would make the host wait for, or a copy."""
+
+    kind: str
+    what: str  # the operation, or the way: "cpu to cuda:0"
+    where: str  # "drllm/models/routing/driver.py:120", or another package's name
+
+
+class Pretended(Tensor):
+    """A tensor that says it lies on another device than the one that it computes on."""
+
+    inner: Tensor
+    is_pretended_pinned = False
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
+        """Wrap a tensor of the CPU."""
+        assert type(inner) is not Pretended
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+            requires_grad=False,
+        )
+
+    def __init__(self, inner: Tensor, device: torch.device) -> None:  # noqa: ARG002
+        self.inner = inner.detach()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Pretended({self.inner}, device={self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["inner"], self.device
+
+    @staticmethod
+    def __tensor_unflatten__(parts: Any, device: Any, size: Any, stride: Any) -> Pretended:  # noqa: ARG004
+        return Pretended(parts["inner"], device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation on the CPU, once it is one that a GPU could run."""
+        kwargs = kwargs or {}
+        if func is aten._to_copy.default:
+            return _moved(args[0], **kwargs)
+        if func is aten.copy_.default:
+            _count_copy(args[1], args[0].device)
+            _inner(args[0]).copy_(_inner(args[1]))
+            return args[0]
+        device = _device_of(func, args, kwargs)
+        if func in WAITS:
+            _count(WAIT, WAITS[func])
+        if "device" in kwargs and kwargs["device"] is not None:
+            device = torch.device(kwargs["device"])
+            kwargs = {**kwargs, "device": CPU}
+        out = func(
+            *tree_map_only(Pretended, _inner, args), **tree_map_only(Pretended, _inner, kwargs)
+        )
+        if device.type == "cpu":
+            return out
+        wrapped = tree_map_only(Tensor, lambda each: Pretended(each, device), out)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, Pretended) else tensor
+
+
+def _device_of(func: Any, args: Any, kwargs: Any) -> torch.device:
+    """Return the device that an operation runs on; fail where a GPU would."""
+    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    if func in INDEXED:
+        here = args[0].device
+        for index in (each for each in args[1] if each is not None):
+            if index.device == CPU:
+                _count_copy(index, here)
+            if index.dtype in (torch.bool, torch.uint8):
+                _count(WAIT, "an index by a mask")
+        tensors = [each for each in tensors if each.dim() and each.device != CPU]
+    # A number of the CPU goes along with tensors of any device.
+    devices = {each.device for each in tensors if each.dim() or each.device != CPU}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"{func} got tensors on {', '.join(sorted(map(str, devices)))}; a GPU computes with "
+            f"tensors of its own only"
+        )
+    return next(iter(devices), CPU)
+
+
+def _moved(tensor: Tensor, **options: Any) -> Tensor:
+    """Return a tensor on another device, or of another dtype on its own."""
+    device = _with_index(torch.device(options.pop("device", None) or tensor.device))
+    non_blocking = options.pop("non_blocking", False)
+    _count_copy(tensor, device, non_blocking=non_blocking)
+    inner = aten._to_copy.default(_inner(tensor), **options)
+    return inner if device.type == "cpu" else Pretended(inner, device)
+
+
+# --- counting ---
+
+_counted: list[Event] | None = None
+
+
+def _count(kind: str, what: str) -> None:
+    if _counted is not None:
+        _counted.append(Event(kind, what, _caller()))
+
+
+def _count_copy(tensor: Tensor, device: torch.device, *, non_blocking: bool = False) -> None:
+    if tensor.device == device or not tensor.numel():
+        return
+    way = f"{tensor.device} to {device}"
+    _count(COPY, way)
+    from_pinned = non_blocking and getattr(tensor, "is_pretended_pinned", False)
+    if device.type == "cpu" or (tensor.device.type == "cpu" and not from_pinned):
+        _count(WAIT, way)
+
+
+def _caller() -> str:
+    """Return the innermost line that is neither torch's nor of this file."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if file != Path(__file__) and "torch" not in file.parts:
+            for package in WATCHED:
+                if package in file.parts:
+                    place = Path(*file.parts[file.parts.index(package) :])
+                    return f"{place}:{frame.f_lineno}"
+            if "site-packages" in file.parts:
+                return file.parts[file.parts.index("site-packages") + 1]
+            return file.name
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+class _Reading(TorchFunctionMode):
+    """Counts what reads a tensor in ways that no operation stands for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ON_HOST and isinstance(args[0], Pretended):
+            _count(WAIT, ON_HOST[func])
+            return func(args[0].inner, *args[1:], **kwargs)
+        if func is Tensor.pin_memory:
+            args[0].is_pretended_pinned = True
+            return args[0]
+        if func is nn.functional.scaled_dot_product_attention and isinstance(args[0], Pretended):
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Making(TorchDispatchMode):
+    """Makes tensors on pretended devices, and moves them there from the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = torch.device(kwargs.get("device") or CPU)
+        if any(isinstance(each, Pretended) for each in tree_flatten((args, kwargs))[0]):
+            return func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            return _moved(*args, **kwargs)
+        if device.type == "cpu":
+            return func(*args, **kwargs)
+        return Pretended(func(*args, **{**kwargs, "device": CPU}), _with_index(device))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute attention by its formula: a GPU's kernels aren't there to be chosen from."""
+    global _counted
+    _counted, kept = None, _counted  # a kernel makes no copies of its numbers
+    result: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    _counted = kept
+    return result
+
+
+def _backward(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    retain_graph: bool,
+    create_graph: bool,
+    inputs: Sequence[Tensor],
+    *,
+    accumulate_grad: bool,
+    **_: Any,
+) -> tuple[Tensor | None, ...]:
+    """Do what autograd's engine does, which wants a stream of the GPU; hooks aren't called.
+
+    Nodes run once all that depends on them has.
+    """
+    assert not create_graph
+    roots = [_edge(each) for each in outputs]
+    wanted = {_edge(each): place for place, each in enumerate(inputs)}
+    found: list[Tensor | None] = [None] * len(inputs)
+    waits_for, seen, left = Counter[Any](), set[Any](), [node for node, _ in roots]
+    while left:
+        if (node := left.pop()) not in seen:
+            seen.add(node)
+            following = [after for after, _ in node.next_functions if after is not None]
+            waits_for.update(following)
+            left += following
+    given: dict[Any, dict[int, Tensor]] = {}
+
+    def give(node: Any, number: int, gradient: Tensor | None) -> None:
+        own = given.setdefault(node, {})
+        if gradient is not None:
+            own[number] = own[number] + gradient if number in own else gradient
+
+    for (node, number), output, gradient in zip(roots, outputs, gradients, strict=True):
+        give(node, number, torch.ones_like(output) if gradient is None else gradient)
+    ready = [node for node in given if not waits_for[node]]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            own = given.pop(node, {})
+            for number, gradient in own.items():
+                if (place := wanted.get((node, number))) is not None:
+                    found[place] = gradient
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                if own and accumulate_grad and (not inputs or (node, 0) in wanted):
+                    kept = variable.grad
+                    variable.grad = own[0].detach() if kept is None else kept + own[0]
+                continue
+            if own:
+                num = max(own) + 1
+                made = node(*[own.get(number) for number in range(num)])
+                made = made if isinstance(made, tuple) else (made,)
+            else:
+                made = (None,) * len(node.next_functions)
+            for (after, number), gradient in zip(node.next_functions, made, strict=True):
+                if after is not None:
+                    give(after, number, gradient)
+                    waits_for[after] -= 1
+                    if not waits_for[after]:
+                        ready.append(after)
+    if accumulate_grad:
+        for each, gradient in zip(inputs, found, strict=True):
+            if each.grad_fn is not None and gradient is not None:
+                each.grad = gradient if each.grad is None else each.grad + gradient
+    return tuple(found)
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Return where a tensor's gradient arrives: a node and the number of its output."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    with torch.enable_grad():
+        [(node, _)] = tensor.view_as(tensor).grad_fn.next_functions  # type: ignore[union-attr]
+    return node, 0
+
+
+@contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Let torch believe in a GPU: it is never started, and switched to as `meta` is, not at all."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    kept = guards[CUDA], torch.cuda._lazy_init, torch._C._only_lift_cpu_tensors()
+    engine = torch.autograd._engine_run_backward
+    guards[CUDA], torch.cuda._lazy_init = guards[META], lambda: None
+    torch.autograd._engine_run_backward = _backward
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` moves what it has made
+    try:
+        yield
+    finally:
+        guards[CUDA], torch.cuda._lazy_init, lifts = kept
+        torch._C._set_only_lift_cpu_tensors(lifts)
+        torch.autograd._engine_run_backward = engine
+
+
+@dataclass
+class Devices:
+    """Pretended devices for a block, and what happened on them.
+
+    Example:
+        with Devices() as devices:
+            place(model, "cuda:0")
+            model(torch.tensor([[1, 2]], device="cuda:0"))
+        assert not devices.waits("drllm")
+    """
+
+    events: list[Event] = field(default_factory=list)
+
+    def __enter__(self) -> Devices:
+        """Begin to pretend and to count."""
+        global _counted
+        assert _counted is None, "devices are pretended already"
+        _counted = self.events
+        self._modes = ExitStack()
+        self._modes.enter_context(_without_gpu())
+        self._modes.enter_context(_Reading())
+        self._modes.enter_context(_Making())
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Stop to pretend; tensors that are on pretended devices stay there."""
+        global _counted
+        _counted = None
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        self._modes.close()
+
+    @contextmanager
+    def counting(self) -> Iterator[list[Event]]:
+        """Give the events of the block alone."""
+        start, found = len(self.events), list[Event]()
+        yield found
+        found += self.events[start:]
+
+
+def by_line(events: Sequence[Event], kind: str, package: str = "drllm/") -> Counter[str]:
+    """Return how often something happened, by line and what it was."""
+    return Counter(
+        f"{each.where} {each.what}"
+        for each in events
+        if each.kind == kind and each.where.startswith(package)
+    )
