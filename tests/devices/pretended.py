@@ -31,6 +31,9 @@ CPU = torch.device("cpu")
 CUDA, META = 1, 14
 """Numbers of device types in torch (c10/core/DeviceType.h)."""
 
+MEMORY = 2**34
+"""Bytes of a pretended device."""
+
 WAIT, COPY = "wait", "copy"
 """Kinds of events: the host waits for a device (which a copy from it does, too, and one to it out of
 memory that isn't pinned); tensors that go from one device to another."""
@@ -88,7 +91,7 @@ class Pretended(Tensor):
             requires_grad=False,
         )
 
-    def __init__(self, inner: Tensor, device: torch.device) -> None:  # noqa: ARG002
+    def __init__(self, inner: Tensor, device: torch.device) -> None:
         self.inner = inner.detach()
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -98,15 +101,13 @@ class Pretended(Tensor):
         return ["inner"], self.device
 
     @staticmethod
-    def __tensor_unflatten__(parts: Any, device: Any, size: Any, stride: Any) -> Pretended:  # noqa: ARG004
+    def __tensor_unflatten__(parts: Any, device: Any, size: Any, stride: Any) -> Pretended:
         return Pretended(parts["inner"], device)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on the CPU, once it is one that a GPU could run."""
         kwargs = kwargs or {}
         if func is aten._to_copy.default:
@@ -209,6 +210,8 @@ class _Reading(TorchFunctionMode):
         if func in ON_HOST and isinstance(args[0], Pretended):
             _count(WAIT, ON_HOST[func])
             return func(args[0].inner, *args[1:], **kwargs)
+        if func == Tensor.data.__set__ and type(args[0]) is not type(args[1]):
+            return torch.utils.swap_tensors(args[0], args[1].detach())
         if func is Tensor.pin_memory:
             args[0].is_pretended_pinned = True
             return args[0]
@@ -249,6 +252,9 @@ def _attention(
     """Compute attention by its formula: a GPU's kernels aren't there to be chosen from."""
     global _counted
     _counted, kept = None, _counted  # a kernel makes no copies of its numbers
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(~attn_mask, -torch.inf)
     result: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
@@ -286,6 +292,8 @@ def _backward(
     def give(node: Any, number: int, gradient: Tensor | None) -> None:
         own = given.setdefault(node, {})
         if gradient is not None:
+            like = node._input_metadata[number]
+            gradient = gradient.sum_to_size(like.shape).to(like.dtype)  # of what was broadcast
             own[number] = own[number] + gradient if number in own else gradient
 
     for (node, number), output, gradient in zip(roots, outputs, gradients, strict=True):
@@ -337,17 +345,30 @@ def _without_gpu() -> Iterator[None]:
     """Let torch believe in a GPU: it is never started, and switched to as `meta` is, not at all."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    kept = guards[CUDA], torch.cuda._lazy_init, torch._C._only_lift_cpu_tensors()
-    engine = torch.autograd._engine_run_backward
-    guards[CUDA], torch.cuda._lazy_init = guards[META], lambda: None
-    torch.autograd._engine_run_backward = _backward
+    guard, lifts = guards[CUDA], torch._C._only_lift_cpu_tensors()
+    instead: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "mem_get_info", lambda _=None: (MEMORY // 2, MEMORY)),
+        (torch.cuda, "memory_reserved", lambda _=None: 0),
+        (torch.cuda, "memory_allocated", lambda _=None: 0),
+        (torch.cuda, "device_count", lambda: 2),
+        (torch.cuda, "synchronize", lambda _=None: _count(WAIT, "synchronize")),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "get_device_name", lambda _=None: "pretended"),
+        (torch.autograd, "_engine_run_backward", _backward),
+    ]
+    kept = [(module, name, getattr(module, name)) for module, name, _ in instead]
+    guards[CUDA] = guards[META]
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` moves what it has made
+    for each in instead:
+        setattr(*each)
     try:
         yield
     finally:
-        guards[CUDA], torch.cuda._lazy_init, lifts = kept
+        for each in kept:
+            setattr(*each)
         torch._C._set_only_lift_cpu_tensors(lifts)
-        torch.autograd._engine_run_backward = engine
+        guards[CUDA] = guard
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
+from drllm.models.base.devices import on_device
 from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records.splits import hash_of, question_key
@@ -150,7 +151,7 @@ class Trainer:
         self.kept: dict[str, Tensor] | None = None
 
     def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).to(self.device)  # in this order: MPS has no float64
+        return on_device(tensor.to(self.dtype), self.device)  # in this order: MPS has no float64
 
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
@@ -269,15 +270,18 @@ class Trainer:
         if self.scale is not None:
             mean, deviation = self.scale
             means = (means.double() - mean[:, None]) / deviation[:, None]
-        logits = self.stack(self._here(means), filled.to(self.device), kept_units)
+        logits = self.stack(self._here(means), on_device(filled, self.device), kept_units)
         loss = self.loss(logits, rows)
-        value = float(loss.detach())
+        decided = logits.detach().argmax(dim=-1)  # [B, L]
+        # At once, since a device is waited for here: a loss and decisions are exact in float64.
+        value, *flat = torch.cat([loss.detach()[None], decided.flatten().to(loss)]).tolist()
+        decided = torch.tensor(flat, dtype=torch.long).view(decided.shape)
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss became {value} at a learning rate of up to "
                 f"{self.config.learning_rate:.3g}; lower --learning-rate and train again"
             )
-        return loss, count(logits.detach(), self.examples.labels[rows], value)
+        return loss, count(decided, self.examples.labels[rows], value)
 
     def kept_units(self, size: int, epoch: int, step: int) -> Tensor | None:
         """Draw which hidden units a step keeps, as factors `[B, L, H]`; None without dropout."""
@@ -290,13 +294,12 @@ class Trainer:
         return self._here((drawn >= share) / (1 - share))
 
 
-def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
-    """Count a batch: logits `[B, L, C]` against labels `[B, L]`, and their mean loss.
+def count(decided: Tensor, labels: Tensor, loss: float) -> Counts:
+    """Count a batch: decisions against labels, both `[B, L]`, and their mean loss.
 
     Decisions that would skip every layer cost 1, for one is always executed.
     """
     L, C = labels.shape[1], NUM_DECISIONS
-    decided = logits.argmax(dim=-1).cpu()  # [B, L]
     cells = (torch.arange(L) * C + labels) * C + decided
     confusion = torch.bincount(cells.flatten(), minlength=L * C * C).view(L, C, C).tolist()
     return Counts(

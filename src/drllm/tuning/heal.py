@@ -38,6 +38,7 @@ from drllm.config.fields import changed
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.listener import Listener
+from drllm.models.base.devices import on_device
 from drllm.models.base.load import BaseModel, resolve_dtype
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.healed import save_healed
@@ -331,7 +332,8 @@ class _Healing:
         ends = student.detach().requires_grad_()
         # Of the tokens of a part there are logits at once; each has a place in the model's context.
         size = max(1, LOGITS_AT_ONCE // self.routed.config.get_text_config().vocab_size)
-        size, total = min(size, context_length(self.routed.model) or size), 0.0
+        size = min(size, context_length(self.routed.model) or size)
+        kls: list[Tensor] = []
         for start in range(0, len(ends), size):
             known, own = (states[start : start + size] for states in (teacher, ends))
             with torch.no_grad():
@@ -339,7 +341,8 @@ class _Healing:
             ours = self._logits(own).log_softmax(dim=-1)  # [n, V]
             kl = F.kl_div(ours, wanted, reduction="sum", log_target=True) / len(ends)
             kl.backward(inputs=[ends])  # type: ignore[no-untyped-call]
-            total += float(kl.detach())
+            kls.append(kl.detach())
+        total = float(torch.stack(kls).sum())  # at once: a device is waited for here
         if not math.isfinite(total):
             raise ConfigError(
                 f"the KL became {total} at a learning rate of up to "
@@ -357,7 +360,7 @@ class _Healing:
         """Return the last states of all real tokens along the full path and a path, `[N, D]`."""
         # Padded behind, where causal attention lets no real token see it: no mask is needed.
         rows = [torch.tensor(each) for each in tokens]
-        ids = pad_sequence(rows, batch_first=True).to(self.routed.device)  # [B, T]
+        ids = on_device(pad_sequence(rows, batch_first=True), self.routed.device)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows])
         places = (torch.arange(int(max(lengths))) < lengths[:, None]).flatten().nonzero()[:, 0]
         pairs = zip(self.full.steps, path.steps, strict=False)
@@ -368,7 +371,7 @@ class _Healing:
         student = KeptStates(path, teacher.states[same - 1] if same else None, same)
         self._run(self.routed.injection.decoder, student, ids)
         ends = (each.states[-1].flatten(0, 1) for each in (teacher, student))
-        full, ours = (states.index_select(0, places.to(states.device)) for states in ends)
+        full, ours = (states.index_select(0, on_device(places, states.device)) for states in ends)
         return full, ours
 
     def _logits(self, states: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from drllm.errors import ConfigError
+from drllm.models.base.devices import on_device
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation so far: messages with `role` and `content`."""
@@ -174,6 +174,6 @@ def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[in
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
     """Return token rows as one batch `[B, T]`, padded on the left with 0, and its mask."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids = [[0] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return on_device(ids, device), on_device(mask, device)

@@ -96,7 +96,7 @@ class Windows:
 
     means: Tensor  # [B, W, D] in float32: mean hidden state of each window, zeros past `filled`
     filled: Tensor  # [B], how many windows hold tokens, min(T, W)
-    are_all_filled: bool = False  # whether every row fills all W
+    are_all_filled: bool = False  # whether every row is known to fill all W
 
 
 class Spans:
@@ -123,8 +123,10 @@ class Spans:
         inside = inside & readable[:, None, :]  # [B, W, T]
         self.shares = inside / inside.sum(dim=2, keepdim=True).clamp(min=1)  # [B, W, T]
         self.readable = readable
-        self.is_all_readable = bool(readable.all())
-        self.are_all_filled = bool((self.filled == num_windows).all())
+        # Known, some steps a layer are spared; but to know it, another device is waited for.
+        is_here = readable.device.type == "cpu"
+        self.is_all_readable = is_here and bool(readable.all())
+        self.are_all_filled = is_here and bool((self.filled == num_windows).all())
 
     def means(self, hidden: Tensor) -> Windows:
         """Average a layer's input `[B, T, D]`, of any floating dtype, in each window, in float32.

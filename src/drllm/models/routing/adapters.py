@@ -195,6 +195,7 @@ class Adapters:
         for adapter, rows in self._active.get() or ():
             if name in adapter.weights:
                 a, b = adapter.weights[name]
+                rows = None if rows is None else rows.to(output.device)
                 x = args[0] if rows is None else args[0].index_select(0, rows)
                 inner = linear(x, a.to(x)) * (adapter.alpha / adapter.rank)  # [B, T, R]
                 update = linear(inner, b.to(x)).to(output.dtype)

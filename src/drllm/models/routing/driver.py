@@ -149,7 +149,8 @@ class RoutedPass(Driver):
         # What was decided in this pass, `[L]` at its end; empty where it was pinned.
         self.route: list[Taken] = []
         self._readable: Tensor | None = None
-        self._spans: dict[int, Spans] = {}
+        self._has_prompts: Tensor | None = None  # whether every row has a real token, unread
+        self._spans: dict[Any, Spans] = {}
         self._kept: dict[Any, Any] = {}
         self._plan: dict[int, Taken] = {}
         self._has_begun = False
@@ -159,6 +160,9 @@ class RoutedPass(Driver):
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         if not self._has_begun:
             self._has_begun, self._along = True, self._path_pass(call, hidden)
+            if call.cache is not None and not torch.compiler.is_compiling():
+                # The same rows run at the next token: what names them on the device is kept.
+                call.forward.indices = routed_entry(call.cache, call.index).indices
         if self._along is not None:
             return self._along.layer(call, hidden)
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
@@ -208,6 +212,7 @@ class RoutedPass(Driver):
             if reads_prompt(self.policy):
                 readable = _readable_tokens(self.driver, self.attention_mask, hidden)
                 self._readable = readable[:: self.copies]
+                self._has_prompts = readable.any(dim=1).all()
             else:
                 self._readable = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)[:: self.copies]
                 layers = range(call.index, call.num_layers)
@@ -235,7 +240,9 @@ class RoutedPass(Driver):
         assert self._readable is not None
         prompts = PromptView(hidden[::copies], self._readable, self._spans, self._kept)
         decided = self.policy.decide(layer, prompts)
-        decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
+        if isinstance(decided, Tensor):
+            decided = self._read(decided)
+        decisions = tuple(decided)
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
             raise RoutingError(
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
@@ -249,6 +256,19 @@ class RoutedPass(Driver):
             tuple([int(value) for value in decisions for _ in range(copies)]),
             tuple([name for name in names for _ in range(copies)]) if any(names) else (),
         )
+
+    def _read(self, decided: Tensor) -> list[int]:
+        """Return decisions as numbers; with the first ones, check that there are prompts.
+
+        At once, since a device is waited for here, and nowhere else in a pass.
+        """
+        if self._has_prompts is None or decided.dim() != 1:
+            return decided.tolist()
+        *values, has_prompts = torch.cat([decided, self._has_prompts.to(decided)[None]]).tolist()
+        self._has_prompts = None
+        if not has_prompts:
+            raise RoutingError("a row of the batch has no real token; every row needs a prompt")
+        return values
 
     def _execute(
         self,
@@ -279,7 +299,8 @@ class RoutedPass(Driver):
                 else:
                     index = call.forward.index(rows, hidden.device)
                     run = call.run(hidden.index_select(0, index), rows, adapters=adapters)
-                    hidden = hidden.index_copy(0, index, run)
+                    hidden = hidden.to(run.device)  # the layer's, which may be another than before
+                    hidden = hidden.index_copy(0, call.forward.index(rows, run.device), run)
             finally:
                 if entry is not None:
                     entry.end_pass()
@@ -313,14 +334,12 @@ def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor
     if lengths is not None:
         lengths = torch.as_tensor(lengths).to(hidden.device)
         real = readable.sum(dim=1)
-        if lengths.shape != (B,) or bool((lengths < 1).any()) or bool((lengths > real).any()):
+        if lengths.shape != (B,) or bool(((lengths < 1) | (lengths > real)).any()):
             raise RoutingError(
                 f"prompt_lengths is {lengths.tolist()}; expected one length for each of {B} "
                 f"rows, from 1 to its number of real tokens ({real.tolist()})"
             )
         readable = readable & (readable.cumsum(dim=1) <= lengths[:, None])
-    if not bool(readable.any(dim=1).all()):
-        raise RoutingError("a row of the batch has no real token; every row needs a prompt")
     return readable
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
+from drllm.models.base.devices import on_device
 from drllm.models.base.layers import find_layers, probe
 from drllm.models.routing.context import Override, ThreadValue
 from drllm.paths import ALL, StaticPath, Step
@@ -81,7 +82,7 @@ class Forward:
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         """Return rows as a tensor `[R]` on a device."""
         if (rows, device) not in self.indices:
-            self.indices[rows, device] = torch.tensor(rows, device=device)
+            self.indices[rows, device] = on_device(rows, device)
         return self.indices[rows, device]
 
 
@@ -370,7 +371,10 @@ class LayerCall:
             self.extras = output[1:]
             output = output[0]
         result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
-        return result if scale == 1 else hidden + scale * (result - hidden)
+        if scale == 1:
+            return result
+        hidden = hidden.to(result.device)  # the layer's, which may be another than before
+        return hidden + scale * (result - hidden)
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
         """Return this call for rows that are cut to their last tokens, the first being padding.
@@ -474,9 +478,11 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
         value is not None and name.startswith("cu_seq_lens") for name, value in kwargs.items()
     )
     positions = kwargs.get("position_ids")
-    # transformers reads a restart of the positions as a new sequence where there is no mask.
+    # transformers reads a restart of the positions as a new sequence where there is no mask. One
+    # position can't restart, and looking would make a decode step wait for the device.
     if mask is None and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
-        packed = packed or bool((positions.diff(dim=-1) < 0).any())
+        restarts = positions.diff(dim=-1) < 0
+        packed = packed or (restarts.numel() > 0 and bool(restarts.any()))
     if packed:
         raise RoutingError(
             "packed sequences can't be routed: a row is no longer one prompt; give each prompt a "

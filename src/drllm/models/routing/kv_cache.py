@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
+from drllm.models.base.devices import on_device
 from drllm.models.base.layers import is_kv
 from drllm.paths import StaticPath
 
@@ -177,6 +179,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
         self.path, self.adapters = None, ()
         self._uncounted = 0
+        # As in a `Forward`, of the passes that this is the first layer's entry of.
+        self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def activate_past_recording(self) -> None:
         """Let every sliding pass keep what `crop` may have to bring back."""
@@ -220,7 +224,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Let row r be what row `beam_idx[r]` was, for as many rows as there are indices."""
         if self.decisions is None:
             return
-        chosen: list[int] = beam_idx.tolist()
+        is_counted = not beam_idx.is_inference()  # tensors of inference mode don't count changes
+        chosen = _as_rows(beam_idx, beam_idx._version) if is_counted else beam_idx.tolist()
         length = int(self.get_seq_length())
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
@@ -229,7 +234,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             kept = tuple(r for r, index in enumerate(chosen) if index in position)
             if kept:
                 places = [position[chosen[r]] for r in kept]
-                entry.reorder_cache(torch.tensor(places, device=entry.keys.device))
+                entry.reorder_cache(on_device(places, entry.keys.device))
                 passes.append(entry)
                 rows.append(kept)
         if self.passes and not passes:  # nothing is left that knows the length
@@ -238,6 +243,16 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.decisions = tuple(self.decisions[index] for index in chosen)
         self.adapters = tuple(self.adapters[index] for index in chosen if self.adapters)
         self.passes, self.rows = passes, rows
+        self.indices.clear()
+
+
+@lru_cache(maxsize=1)
+def _as_rows(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
+    """Return indices as numbers; those that all layers of a cache get are read once.
+
+    They are known by the tensor itself and by how often it was changed.
+    """
+    return indices.tolist()
 
 
 def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:

@@ -46,7 +46,7 @@ class PromptView:
 
     hidden: Tensor
     readable: Tensor
-    spans: dict[int, Spans] = field(default_factory=dict)  # by number of windows; a pass shares it
+    spans: dict[Any, Spans] = field(default_factory=dict)  # by windows and device, over a pass
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -59,9 +59,11 @@ class PromptView:
         from drllm.models.routers.stack import Spans
 
         with full_precision(self.hidden.device):
-            if num_windows not in self.spans:
-                self.spans[num_windows] = Spans(self.readable, num_windows)
-            return self.spans[num_windows].means(self.hidden)
+            device = self.hidden.device  # of the layer, which may be another one's than the last
+            if (spans := self.spans.get((num_windows, device))) is None:
+                spans = Spans(self.readable.to(device), num_windows)
+                self.spans[num_windows, device] = spans
+            return spans.means(self.hidden)
 
     def mean(self) -> Tensor:
         """Return the mean of each prompt's readable tokens, `[B, D]` in float32."""

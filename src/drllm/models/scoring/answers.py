@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from drllm.models.base.devices import on_device
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
@@ -97,10 +98,9 @@ class AnswerBatch:
                 kls = self._kl.measure(asked, shared.logits) if kl else {}
                 logits = torch.stack([last[pair] for pair in wanted])  # [N, V]
                 cache = shared.routed_cache(wanted)
-            lengths = self._lengths[[pairs[place][0] for place in places]].to(logits.device)[
-                :, None
-            ]
+            lengths = self._lengths[[pairs[place][0] for place in places]][:, None]
             width = int(lengths.max())
+            lengths = on_device(lengths, logits.device)
             mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
             positions = lengths - 1
             for step in itertools.count(1):
@@ -122,7 +122,7 @@ class AnswerBatch:
                 if not left:
                     break
                 if len(left) < len(going):
-                    keep = torch.tensor(left, device=best.device)
+                    keep = on_device(left, best.device)
                     cache.batch_select_indices(keep)
                     best, mask, positions = best[keep], mask[keep], positions[keep]
                     going = [going[row] for row in left]

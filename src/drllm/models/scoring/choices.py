@@ -11,12 +11,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
+from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import Policy, PromptView, adapters_of
 from drllm.models.routing.routed_model import RoutedModel
@@ -64,7 +65,7 @@ class _OncePerQuestion(Policy):
         return self._for_all(adapters_of(self.policy, layer, self._shown(prompts)))
 
     def _shown(self, prompts: PromptView) -> PromptView:
-        first = torch.tensor([rows[0] for rows in self.places], device=prompts.hidden.device)
+        first = on_device([rows[0] for rows in self.places], prompts.hidden.device)
         hidden, readable = prompts.hidden[first], prompts.readable[first]
         return PromptView(hidden, readable, prompts.spans, prompts.kept)
 
@@ -171,15 +172,17 @@ class ChoiceBatch:
         rows, model = self._rows.packed, self.routed.model
         if self._rows.past is not None:  # whole rows, without a past
             rows = pack(self._parts, dtype=model.dtype, device=model.device)
-        # By index, not by number: a slice would lie scattered, and the head's product be slow.
         T, keep = rows.ids.shape[1], max(rows.num_after) + 1
+        # On a CPU by index: a slice would lie scattered, and the head's product be slow. Elsewhere
+        # by number: the head may be on another device than the tokens.
+        last: Any = torch.arange(T - keep, T) if rows.ids.device.type == "cpu" else keep
         with driver.using(policy), driver.reading(rows.context), torch.no_grad():
             logits: Tensor = model(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,
                 position_ids=rows.positions,
                 use_cache=False,
-                logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
+                logits_to_keep=last,
             ).logits  # [B, S, V]
         starts = [logits.shape[1] - num - 1 for num in rows.num_after]
         parts = [(row, logits[row, start:]) for row, start in enumerate(starts)]
@@ -219,4 +222,4 @@ class ChoiceBatch:
             columns = [0, *range(column, column + len(tokens) - 1)]
             found += zip(columns[first:], tokens[first:], itertools.repeat(owner))
             column += len(tokens) - 1
-        return torch.tensor(found, device=self.routed.model.device).unbind(1)
+        return on_device(found, self.routed.model.device).unbind(1)

@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from drllm.models.base.devices import on_device
+
 Tokens: TypeAlias = Sequence[int]
 
 
@@ -118,5 +120,7 @@ def pack(
         past_seen = past_seen[:, None].expand(*shape, F)
         is_seen = torch.cat([past_seen, own_seen], dim=2)[:, None]  # [P, 1, T, F + T]
         mask = torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, torch.finfo(dtype).min)
-    ids, positions, mask, context = (t.to(device) for t in (ids, positions, mask, owner == 0))
+    ids, positions, mask, context = (
+        on_device(each, device) for each in (ids, positions, mask, owner == 0)
+    )
     return PackedBatch(ids, positions, mask, context, past, num_own, num_after)

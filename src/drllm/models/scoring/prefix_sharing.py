@@ -192,7 +192,8 @@ class PrefixSharingDriver(Driver):
                     self._run(step_of(step), hidden, group)
         if not call.is_last:
             return hidden
-        final = [self._used[row, self._paths[plan]].hidden for row, plan in self.pairs]
+        each = (self._used[row, self._paths[plan]].hidden for row, plan in self.pairs)
+        final = [states.to(hidden.device) for states in each]
         if self.keep_last is None:
             return left_padded_stack(final, hidden.shape[1])
         kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
@@ -308,7 +309,8 @@ class PrefixSharingDriver(Driver):
             self._used[row, path[:-1]].hidden if path[1:] else prompts[row, -self.lengths[row] :]
             for row, path in wanted
         ]
-        inputs = left_padded_stack(before)  # [U, T, D]
+        device = before[0].device  # states before a layer on another device may lie on both
+        inputs = left_padded_stack([part.to(device) for part in before])  # [U, T, D]
         num_past, entry = 0, None
         if self.uses_cache:
             # Not an entry of the model's own class: one that slides drops what isn't seen again.

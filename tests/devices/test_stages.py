@@ -1,0 +1,183 @@
+"""What each stage would make a GPU wait for, and that it computes on one and on two as on the CPU.
+
+The devices are pretended: tests/devices/pretended.py says what can be seen so, and what can't.
+"""
+
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+from accelerate import dispatch_model
+
+import drllm
+from devices.pretended import WAIT, Devices
+from drllm.models.routers.stack import RouterConfig, RouterStack
+
+L = 6
+NUM_NEW = 6
+IDS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [0, 0, 0, 0, 0, 20, 21, 22, 23, 24]]
+MASK = [[1] * 10, [0] * 5 + [1] * 5]
+MIXED = [[1, 0, 2, 1, 0, 1], [0, 1, 1, 2, 1, 1]]
+TASK = "builtin_facts"
+HALVES = {
+    "model.embed_tokens": "cuda:0",
+    "model.rotary_emb": "cuda:0",
+    **{f"model.layers.{layer}": f"cuda:{layer // (L // 2)}" for layer in range(L)},
+    "model.norm": "cuda:1",
+    "lm_head": "cuda:1",
+}
+
+
+@pytest.fixture
+def devices():
+    with Devices() as found:
+        yield found
+
+
+@pytest.fixture(params=["one", "two"])
+def model(request, tiny_llama, devices):
+    made = tiny_llama(num_layers=L, seed=3)
+    if request.param == "two":
+        return dispatch_model(made, device_map=HALVES)
+    made.to("cuda:0").tie_weights()
+    return made
+
+
+@pytest.fixture
+def on_cpu(tiny_llama):
+    return tiny_llama(num_layers=L, seed=3)
+
+
+def routers():
+    """Routers under which one row skips a layer that another one repeats."""
+    config = RouterConfig(num_layers=L, hidden_size=32, label_counts=[(1, 2, 1)] * L)
+    return RouterStack(config, torch.Generator().manual_seed(0))
+
+
+def batch(device):
+    ids, mask = torch.tensor(IDS, device=device), torch.tensor(MASK, device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def ours(events):
+    """Count what was waited for, by line of drllm's."""
+    waits = [each for each in events if each.kind == WAIT and each.where.startswith("drllm/")]
+    return Counter(f"{each.where} {each.what}" for each in waits)
+
+
+def test_routers_wait_for_a_device_at_most_once_a_layer_and_route_as_on_the_cpu(
+    model, on_cpu, devices
+):
+    there, here = drllm.attach(model, routers()), drllm.attach(on_cpu, routers())
+    inputs = batch("cuda:0")
+    with devices.counting() as events, torch.no_grad():
+        logits = there(**inputs).logits
+    with torch.no_grad():
+        wanted = here(**batch("cpu")).logits
+    assert len({tuple(row) for row in here.last_route.tolist()}) == 2
+    assert torch.equal(there.last_route.cpu(), here.last_route)
+    assert torch.allclose(logits.cpu(), wanted, atol=1e-5)
+    assert sum(ours(events).values()) <= L
+
+
+@pytest.mark.parametrize("plan", ["routers", "fixed", "full"])
+def test_a_decode_step_never_waits(model, devices, plan):
+    routed = drllm.attach(model, routers() if plan == "routers" else None)
+    waits = []
+    for num_new in (1, NUM_NEW):
+        fixed = routed.fixed(MIXED) if plan == "fixed" else nullcontext()
+        with fixed, devices.counting() as events:
+            routed.generate(**batch("cuda:0"), max_new_tokens=num_new, min_new_tokens=num_new)
+        waits.append(ours(events))
+    assert waits[1] == waits[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_text_is_that_of_the_cpu(model, on_cpu, options):
+    options = {**options, "max_new_tokens": NUM_NEW, "do_sample": False}
+    there, here = drllm.attach(model, routers()), drllm.attach(on_cpu, routers())
+    said = there.generate(**batch("cuda:0"), **options)
+    assert torch.equal(said.cpu(), here.generate(**batch("cpu"), **options))
+
+
+def test_beams_are_read_once_a_step_for_all_layers(model, devices):
+    routed = drllm.attach(model, routers())
+    waits = []
+    for num_new in (1, NUM_NEW):
+        with devices.counting() as events:
+            routed.generate(
+                **batch("cuda:0"), num_beams=2, max_new_tokens=num_new, min_new_tokens=num_new
+            )
+        waits.append(sum(ours(events).values()))
+    assert waits[1] - waits[0] <= NUM_NEW
+
+
+def searched(model, tokenizer):
+    return drllm.search_paths(model, TASK, limit=3, num_simulations=8, tokenizer=tokenizer)
+
+
+def test_a_search_waits_once_for_the_answers_of_a_pass_and_finds_what_the_cpu_finds(
+    model, on_cpu, devices, tiny_tokenizer
+):
+    with devices.counting() as events:
+        found = searched(model, tiny_tokenizer)
+    for there, here in zip(found, searched(on_cpu, tiny_tokenizer), strict=True):
+        assert [each.decisions for each in there.paths] == [each.decisions for each in here.paths]
+        assert [each.reward for each in there.paths] == [each.reward for each in here.paths]
+    waits = ours(events)
+    in_a_layer = ("injection.py", "prefix_sharing.py", "driver.py", "packing.py")
+    assert not [line for line in waits if any(file in line for file in in_a_layer)]
+    assert {line.partition(":")[0] for line in waits} <= {
+        "drllm/models/scoring/choices.py",
+        "drllm/models/scoring/kl.py",
+        "drllm/models/base/identity.py",  # once a run: is it the model that it was?
+    }
+
+
+def test_training_waits_once_a_step_and_ends_with_the_routers_of_the_cpu(
+    model, on_cpu, devices, tiny_tokenizer
+):
+    targets = drllm.supervise(searched(on_cpu, tiny_tokenizer))
+    options = {"validation_fraction": 0.0, "gradient_accumulation": 1, "tokenizer": tiny_tokenizer}
+    with devices.counting() as events:
+        trained = drllm.train(model, targets, num_epochs=3, **options)
+    waits = ours(events)
+    of_steps = [line for line in waits if "training/trainer.py" in line and "tolist" in line]
+    assert [waits[line] for line in of_steps] == [3 * len(targets) + 1]  # and to measure at the end
+    expected = drllm.train(on_cpu, targets, num_epochs=3, **options)
+    for name, weight in expected.state_dict().items():
+        assert torch.allclose(trained.state_dict()[name].cpu(), weight, atol=1e-5), name
+
+
+def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(model, on_cpu, devices, tiny_tokenizer):
+    path = drllm.StaticPath([0, 1, 3, 5])
+    options = {"limit": 20, "num_held_out": 2, "tokenizer": tiny_tokenizer, "patience": 20}
+    with devices.counting() as events:
+        healed = drllm.heal(model, path, TASK, steps=3, **options)
+    expected = drllm.heal(on_cpu, path, TASK, steps=3, autocast=False, **options)
+    kls, wanted = ([each.held_out_kl for each in run.curve] for run in (healed, expected))
+    assert kls == pytest.approx(wanted, abs=1e-4)
+    of_steps = [
+        n for line, n in ours(events).items() if "tuning/heal.py" in line and "item" in line
+    ]
+    assert sum(of_steps) <= 3
+
+
+def test_static_paths_are_tuned_as_on_the_cpu(model, on_cpu, tiny_tokenizer):
+    options = {"num_fit": 4, "num_judged": 4, "max_skipped": 1, "tokenizer": tiny_tokenizer}
+    there, here = (drllm.tune(each, TASK, **options) for each in (model, on_cpu))
+    assert [path.steps for path in there.paths] == [path.steps for path in here.paths]
+
+
+def test_an_evaluation_gives_the_outcomes_of_the_cpu(model, on_cpu, tiny_tokenizer):
+    options = {"limit": 3}
+    results = [
+        drllm.evaluate(drllm.attach(each, routers(), tokenizer=tiny_tokenizer), TASK, **options)
+        for each in (model, on_cpu)
+    ]
+    [(there,), (here,)] = results
+    assert [each.name for each in there.systems] == [each.name for each in here.systems]
+    for mine, theirs in zip(there.systems, here.systems, strict=True):
+        assert (mine.accuracy, mine.executions) == (theirs.accuracy, theirs.executions), mine.name
+        assert mine.gold_logprob == pytest.approx(theirs.gold_logprob, abs=1e-4)
