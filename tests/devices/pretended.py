@@ -35,8 +35,8 @@ MEMORY = 2**34
 """Bytes of a pretended device."""
 
 WAIT, COPY = "wait", "copy"
-"""Kinds of events: the host waits for a device (which a copy from it does, too, and one to it out of
-memory that isn't pinned); tensors that go from one device to another."""
+"""Kinds of events: the host waits for a device, as it does for a copy from it, or to it out of
+memory that isn't pinned; a tensor goes from one device to another."""
 
 WAITS = {
     aten._local_scalar_dense.default: "item",  # of bool(), int(), float(), .item() as well

@@ -1,4 +1,4 @@
-"""The pretended devices are themselves tested: what is planted is found, and what is right passes."""
+"""The pretended devices themselves: what is planted is found, and what is right passes."""
 
 import pytest
 import torch
