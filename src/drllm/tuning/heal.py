@@ -165,6 +165,11 @@ class _Healing:
 
     def __post_init__(self, base: BaseModel) -> None:
         routed, config, L = self.routed, self.config, self.routed.num_layers
+        if config.max_tokens > (context := context_length(base.model) or config.max_tokens):
+            raise ConfigError(
+                f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
+                f"at most as many"
+            )
         firsts, layers = dict[StaticPath, int](), set[int]()
         several = len(self.given) > 1
         for path, _ in self.given.most_common():

@@ -288,6 +288,11 @@ def test_it_is_said_which_texts_are_cut_and_what_would_cut_none(routed):
     assert not any("cut" in each for each in said)
 
 
+def test_sequences_longer_than_what_the_model_reads_are_refused(routed):
+    with pytest.raises(ConfigError, match="--max-tokens is 1025, and this model reads 1024 tokens"):
+        healed(routed, max_tokens=1025)
+
+
 def test_files_of_texts_are_read_by_rows_or_paragraphs(tmp_path):
     rows, plain = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
     rows.write_text('{"text": "One."}\n{"text": "Two.", "more": 1}\n')
