@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -122,13 +123,42 @@ class Pretended(Tensor):
         if "device" in kwargs and kwargs["device"] is not None:
             device = torch.device(kwargs["device"])
             kwargs = {**kwargs, "device": CPU}
-        out = func(
-            *tree_map_only(Pretended, _inner, args), **tree_map_only(Pretended, _inner, kwargs)
-        )
+        out = func(*[_unwrapped(each) for each in args], **_unwrapped(kwargs))
         if device.type == "cpu":
             return out
-        wrapped = tree_map_only(Tensor, lambda each: Pretended(each, device), out)
+        if isinstance(out, Tensor):
+            wrapped: Any = Pretended(out, device)
+        else:
+            wrapped = tree_map_only(Tensor, lambda each: Pretended(each, device), out)
+        if not _shares_memory(func):
+            return wrapped
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+@cache
+def _shares_memory(func: Any) -> bool:
+    """Tell whether an operation changes an argument or returns a view of one."""
+    return any(each.alias_info is not None for each in func._schema.arguments)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return an argument with the tensors that compute."""
+    if isinstance(value, Pretended):
+        return value.inner
+    if isinstance(value, (list, tuple)):
+        return type(value)([_unwrapped(each) for each in value])
+    return {k: _unwrapped(each) for k, each in value.items()} if isinstance(value, dict) else value
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors among arguments, those in lists too."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
+            found += _tensors_in(each)
+    return found
 
 
 def _inner(tensor: Tensor) -> Tensor:
@@ -137,7 +167,7 @@ def _inner(tensor: Tensor) -> Tensor:
 
 def _device_of(func: Any, args: Any, kwargs: Any) -> torch.device:
     """Return the device that an operation runs on; fail where a GPU would."""
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    tensors = _tensors_in([*args, *kwargs.values()])
     if func in INDEXED:
         here = args[0].device
         for index in (each for each in args[1] if each is not None):
@@ -226,7 +256,7 @@ class _Making(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = torch.device(kwargs.get("device") or CPU)
-        if any(isinstance(each, Pretended) for each in tree_flatten((args, kwargs))[0]):
+        if any(isinstance(each, Pretended) for each in _tensors_in([*args, *kwargs.values()])):
             return func(*args, **kwargs)
         if func is aten._to_copy.default:
             return _moved(*args, **kwargs)
