@@ -219,17 +219,24 @@ def _caller() -> str:
     """Return the innermost line that is neither torch's nor of this file."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if file != Path(__file__) and "torch" not in file.parts:
-            for package in WATCHED:
-                if package in file.parts:
-                    place = Path(*file.parts[file.parts.index(package) :])
-                    return f"{place}:{frame.f_lineno}"
-            if "site-packages" in file.parts:
-                return file.parts[file.parts.index("site-packages") + 1]
-            return file.name
+        if place := _place_of(frame.f_code.co_filename):
+            return f"{place}:{frame.f_lineno}" if place.startswith(WATCHED) else place
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
+
+
+@cache
+def _place_of(file_name: str) -> str:
+    """Return a file from the package on, or another package's name; empty for what is passed by."""
+    file = Path(file_name)
+    if file == Path(__file__) or "torch" in file.parts:
+        return ""
+    for package in WATCHED:
+        if package in file.parts:
+            return str(Path(*file.parts[file.parts.index(package) :]))
+    if "site-packages" in file.parts:
+        return file.parts[file.parts.index("site-packages") + 1]
+    return file.name
 
 
 class _Reading(TorchFunctionMode):
@@ -439,12 +446,3 @@ class Devices:
         start, found = len(self.events), list[Event]()
         yield found
         found += self.events[start:]
-
-
-def by_line(events: Sequence[Event], kind: str, package: str = "drllm/") -> Counter[str]:
-    """Return how often something happened, by line and what it was."""
-    return Counter(
-        f"{each.where} {each.what}"
-        for each in events
-        if each.kind == kind and each.where.startswith(package)
-    )
