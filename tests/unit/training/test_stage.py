@@ -100,7 +100,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_pat
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
     on, held_out = hold_out(features.questions, settings.validation_fraction, settings.seed)
     for part, index in (("train", on), ("validation", held_out)):
-        expected = count(said[index], features.labels[index], loss=0.0)
+        expected = count(said[index].argmax(dim=-1), features.labels[index], loss=0.0)
         counted = agreement.parts[part]["routers"]
         assert replace(counted, loss=0.0) == expected
     [line] = [row for row in rows if (row["epoch"], row["split"]) == (best, "validation")]
