@@ -143,6 +143,20 @@ class ByRow(FullPolicy):
         return [plan[layer] for plan in self.plans]
 
 
+class Listed(FullPolicy):
+    """Reads the prompt, and gives its decisions as a list."""
+
+    reads_prompt = True
+
+
+@pytest.mark.parametrize("own", [None, Listed()], ids=["a tensor", "a list"])
+def test_a_row_of_padding_alone_is_refused_however_decisions_are_given(by_routers, own):
+    ids = torch.full((2, 3), 7)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    with by_routers.using(own or by_routers.policy), pytest.raises(RoutingError, match="prompt"):
+        by_routers(input_ids=ids, attention_mask=mask)
+
+
 def test_one_row_that_skips_everything_executes_the_last_layer_and_the_others_dont(tiny_llama):
     plans = [[0] * 6, [1, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [1] * 6]
     routed = RoutedModel(tiny_llama(), policy=ByRow(plans))

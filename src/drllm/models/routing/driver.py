@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
+from drllm.models.base.devices import on_device
 from drllm.models.routers.stack import Spans
 from drllm.models.routing.adapters import rows_by_adapter
 from drllm.models.routing.context import Override
@@ -240,9 +241,7 @@ class RoutedPass(Driver):
         assert self._readable is not None
         prompts = PromptView(hidden[::copies], self._readable, self._spans, self._kept)
         decided = self.policy.decide(layer, prompts)
-        if isinstance(decided, Tensor):
-            decided = self._read(decided)
-        decisions = tuple(decided)
+        decisions = tuple(self._read(decided))
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
             raise RoutingError(
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
@@ -257,18 +256,20 @@ class RoutedPass(Driver):
             tuple([name for name in names for _ in range(copies)]) if any(names) else (),
         )
 
-    def _read(self, decided: Tensor) -> list[int]:
-        """Return decisions as numbers; with the first ones, check that there are prompts.
+    def _read(self, decided: Tensor | Sequence[int]) -> Sequence[int]:
+        """Return decisions as numbers; with the first ones, check that every row has a prompt.
 
-        At once, since a device is waited for here, and nowhere else in a pass.
+        Both are read from the device together where they can be, so that it is waited for once.
         """
-        if self._has_prompts is None or decided.dim() != 1:
-            return decided.tolist()
-        *values, has_prompts = torch.cat([decided, self._has_prompts.to(decided)[None]]).tolist()
-        self._has_prompts = None
+        unread, self._has_prompts = self._has_prompts, None
+        has_prompts: Any = unread is None
+        if isinstance(decided, Tensor) and decided.dim() == 1 and unread is not None:
+            *decided, has_prompts = torch.cat([decided, unread.to(decided)[None]]).tolist()
+        elif unread is not None:
+            has_prompts = bool(unread)
         if not has_prompts:
             raise RoutingError("a row of the batch has no real token; every row needs a prompt")
-        return values
+        return decided.tolist() if isinstance(decided, Tensor) else decided
 
     def _execute(
         self,
@@ -332,7 +333,7 @@ def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor
     readable = readable.to(hidden.device).expand(B, T)
     lengths = _lengths.get(driver)
     if lengths is not None:
-        lengths = torch.as_tensor(lengths).to(hidden.device)
+        lengths = on_device(lengths, hidden.device)
         real = readable.sum(dim=1)
         if lengths.shape != (B,) or bool(((lengths < 1) | (lengths > real)).any()):
             raise RoutingError(
