@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -59,8 +60,8 @@ INDEXED = {
 """Take indices that lie on the CPU too, and copy them."""
 
 ON_HOST = {Tensor.tolist: "tolist", Tensor.numpy: "numpy"}
-WATCHED = ("drllm",)
-"""Packages whose lines events are counted by; of others they count by the package."""
+PACKAGE = "drllm"
+"""Whose lines events are counted by; of other packages they are counted by the package."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Pretended(Tensor):
             return _moved(args[0], **kwargs)
         if func is aten.copy_.default:
             _count_copy(args[1], args[0].device)
-            _inner(args[0]).copy_(_inner(args[1]))
+            _unwrapped(args[0]).copy_(_unwrapped(args[1]))
             return args[0]
         device = _device_of(func, args, kwargs)
         if func in WAITS:
@@ -161,10 +162,6 @@ def _tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def _inner(tensor: Tensor) -> Tensor:
-    return tensor.inner if isinstance(tensor, Pretended) else tensor
-
-
 def _device_of(func: Any, args: Any, kwargs: Any) -> torch.device:
     """Return the device that an operation runs on; fail where a GPU would."""
     tensors = _tensors_in([*args, *kwargs.values()])
@@ -191,7 +188,7 @@ def _moved(tensor: Tensor, **options: Any) -> Tensor:
     device = _with_index(torch.device(options.pop("device", None) or tensor.device))
     non_blocking = options.pop("non_blocking", False)
     _count_copy(tensor, device, non_blocking=non_blocking)
-    inner = aten._to_copy.default(_inner(tensor), **options)
+    inner = aten._to_copy.default(_unwrapped(tensor), **options)
     return inner if device.type == "cpu" else Pretended(inner, device)
 
 
@@ -220,7 +217,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         if place := _place_of(frame.f_code.co_filename):
-            return f"{place}:{frame.f_lineno}" if place.startswith(WATCHED) else place
+            return f"{place}:{frame.f_lineno}" if place.startswith(f"{PACKAGE}/") else place
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
 
@@ -231,9 +228,8 @@ def _place_of(file_name: str) -> str:
     file = Path(file_name)
     if file == Path(__file__) or "torch" in file.parts:
         return ""
-    for package in WATCHED:
-        if package in file.parts:
-            return str(Path(*file.parts[file.parts.index(package) :]))
+    if PACKAGE in file.parts:
+        return str(Path(*file.parts[file.parts.index(PACKAGE) :]))
     if "site-packages" in file.parts:
         return file.parts[file.parts.index("site-packages") + 1]
     return file.name
@@ -414,9 +410,9 @@ class Devices:
 
     Example:
         with Devices() as devices:
-            place(model, "cuda:0")
+            model.to("cuda:0")
             model(torch.tensor([[1, 2]], device="cuda:0"))
-        assert not devices.waits("drllm")
+        assert not own_waits(devices.events)
     """
 
     events: list[Event] = field(default_factory=list)
@@ -446,3 +442,21 @@ class Devices:
         start, found = len(self.events), list[Event]()
         yield found
         found += self.events[start:]
+
+
+def own_waits(events: Sequence[Event]) -> Counter[str]:
+    """Return how often drllm waited, by its line and what it waited for."""
+    waits = [each for each in events if each.kind == WAIT and each.where.startswith(f"{PACKAGE}/")]
+    return Counter(f"{each.where}, {each.what}" for each in waits)
+
+
+def placed(model: Any, num_devices: int) -> Any:
+    """Put a model of the Llama family on `cuda:0`, or its second half on `cuda:1`."""
+    if num_devices == 1:
+        model.to("cuda:0").tie_weights()
+        return model
+    L = model.config.num_hidden_layers
+    parts = dict.fromkeys(("model.embed_tokens", "model.rotary_emb"), "cuda:0")
+    parts |= {f"model.layers.{n}": f"cuda:{int(n >= L // 2)}" for n in range(L)}
+    parts |= dict.fromkeys(("model.norm", "lm_head"), "cuda:1")
+    return dispatch_model(model, device_map=parts)

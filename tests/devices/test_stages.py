@@ -3,15 +3,13 @@
 The devices are pretended: tests/devices/pretended.py says what can be seen so, and what can't.
 """
 
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import dispatch_model
 
 import drllm
-from devices.pretended import WAIT, Devices
+from devices.pretended import Devices, own_waits, placed
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
 L = 4
@@ -20,13 +18,6 @@ IDS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [0, 0, 0, 0, 0, 20, 21, 22, 23, 24]]
 MASK = [[1] * 10, [0] * 5 + [1] * 5]
 MIXED = [[1, 0, 2, 1], [0, 1, 1, 2]]
 TASK = "builtin_facts"
-HALVES = {
-    "model.embed_tokens": "cuda:0",
-    "model.rotary_emb": "cuda:0",
-    **{f"model.layers.{layer}": f"cuda:{layer // (L // 2)}" for layer in range(L)},
-    "model.norm": "cuda:1",
-    "lm_head": "cuda:1",
-}
 
 
 @pytest.fixture
@@ -37,11 +28,7 @@ def devices():
 
 @pytest.fixture(params=["one", "two"])
 def model(request, tiny_llama, devices):
-    made = tiny_llama(num_layers=L, seed=3)
-    if request.param == "two":
-        return dispatch_model(made, device_map=HALVES)
-    made.to("cuda:0").tie_weights()
-    return made
+    return placed(tiny_llama(num_layers=L, seed=3), {"one": 1, "two": 2}[request.param])
 
 
 @pytest.fixture
@@ -60,12 +47,6 @@ def batch(device):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def ours(events):
-    """Count what was waited for, by line of drllm's."""
-    waits = [each for each in events if each.kind == WAIT and each.where.startswith("drllm/")]
-    return Counter(f"{each.where} {each.what}" for each in waits)
-
-
 def test_routers_wait_for_a_device_at_most_once_a_layer_and_route_as_on_the_cpu(
     model, on_cpu, devices
 ):
@@ -78,7 +59,7 @@ def test_routers_wait_for_a_device_at_most_once_a_layer_and_route_as_on_the_cpu(
     assert len({tuple(row) for row in here.last_route.tolist()}) == 2
     assert torch.equal(there.last_route.cpu(), here.last_route)
     assert torch.allclose(logits.cpu(), wanted, atol=1e-5)
-    assert sum(ours(events).values()) <= L
+    assert sum(own_waits(events).values()) <= L
 
 
 @pytest.mark.parametrize("plan", ["routers", "fixed", "full"])
@@ -89,7 +70,7 @@ def test_a_decode_step_never_waits(model, devices, plan):
         fixed = routed.fixed(MIXED) if plan == "fixed" else nullcontext()
         with fixed, devices.counting() as events:
             routed.generate(**batch("cuda:0"), max_new_tokens=num_new, min_new_tokens=num_new)
-        waits.append(ours(events))
+        waits.append(own_waits(events))
     assert waits[1] == waits[0]
 
 
@@ -109,7 +90,7 @@ def test_beams_are_read_once_a_step_for_all_layers(model, devices):
             routed.generate(
                 **batch("cuda:0"), num_beams=2, max_new_tokens=num_new, min_new_tokens=num_new
             )
-        waits.append(sum(ours(events).values()))
+        waits.append(sum(own_waits(events).values()))
     assert waits[1] - waits[0] <= NUM_NEW
 
 
@@ -117,7 +98,7 @@ def searched(model, tokenizer):
     return drllm.search_paths(model, TASK, limit=2, num_simulations=5, tokenizer=tokenizer)
 
 
-def test_a_search_waits_once_for_the_answers_of_a_pass_and_finds_what_the_cpu_finds(
+def test_a_search_waits_in_no_layer_and_finds_what_the_cpu_finds(
     model, on_cpu, devices, tiny_tokenizer
 ):
     with devices.counting() as events:
@@ -125,7 +106,7 @@ def test_a_search_waits_once_for_the_answers_of_a_pass_and_finds_what_the_cpu_fi
     for there, here in zip(found, searched(on_cpu, tiny_tokenizer), strict=True):
         assert [each.decisions for each in there.paths] == [each.decisions for each in here.paths]
         assert [each.reward for each in there.paths] == [each.reward for each in here.paths]
-    waits = ours(events)
+    waits = own_waits(events)
     in_a_layer = ("injection.py", "prefix_sharing.py", "driver.py", "packing.py")
     assert not [line for line in waits if any(file in line for file in in_a_layer)]
     assert {line.partition(":")[0] for line in waits} <= {
@@ -142,9 +123,12 @@ def test_training_waits_once_a_step_and_ends_with_the_routers_of_the_cpu(
     options = {"validation_fraction": 0.0, "gradient_accumulation": 1, "tokenizer": tiny_tokenizer}
     with devices.counting() as events:
         trained = drllm.train(model, targets, num_epochs=3, **options)
-    waits = ours(events)
-    of_steps = [line for line in waits if "training/trainer.py" in line and "tolist" in line]
-    assert [waits[line] for line in of_steps] == [3 * len(targets) + 1]  # and to measure at the end
+    waits = own_waits(events)
+    weights = len(trained.state_dict())  # moved once before and once after the training
+    of_steps = {
+        line: num for line, num in waits.items() if "training/trainer.py" in line and num != weights
+    }
+    assert [*of_steps.values()] == [3 * len(targets) + 1]  # and to measure at the end
     expected = drllm.train(on_cpu, targets, num_epochs=3, **options)
     for name, weight in expected.state_dict().items():
         assert torch.allclose(trained.state_dict()[name].cpu(), weight, atol=1e-5), name
@@ -158,7 +142,7 @@ def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(model, on_cpu, device
     expected = drllm.heal(on_cpu, path, TASK, steps=3, autocast=False, **options)
     kls, wanted = ([each.held_out_kl for each in run.curve] for run in (healed, expected))
     assert kls == pytest.approx(wanted, abs=1e-4)
-    waits = ours(events)
+    waits = own_waits(events)
     assert [waits[line] for line in waits if "tuning/heal.py" in line and "item" in line] == [3]
 
 

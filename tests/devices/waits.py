@@ -4,15 +4,13 @@
 
 The GPU is pretended (tests/devices/pretended.py), the model is tiny and random. What is counted is
 the number of times that the host waits until the device has done all it was told, and the number
-of copies from one device to another; of other packages (transformers, accelerate) they are
-summed up in a line.
+of copies from one device to another, those of transformers and accelerate among them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import dispatch_model
 
 import conftest
 import drllm
-from devices.pretended import COPY, WAIT, Devices, Event
+from devices.pretended import COPY, Devices, Event, own_waits, placed
 from drllm.models.check import make_tiny
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
@@ -44,14 +41,7 @@ def main() -> None:
         num_layers=L, hidden_size=model.config.hidden_size, label_counts=[(1, 2, 1)] * L
     )
     with Devices() as devices:
-        if options.devices == 2:
-            parts = {f"model.layers.{n}": f"cuda:{int(n >= L // 2)}" for n in range(L)}
-            parts |= dict.fromkeys(("model.embed_tokens", "model.rotary_emb"), "cuda:0")
-            model = dispatch_model(
-                model, device_map={**parts, "model.norm": "cuda:1", "lm_head": "cuda:1"}
-            )
-        else:
-            model.to("cuda:0").tie_weights()
+        model = placed(model, options.devices)
 
         def stage(name: str, run: Callable[[], Any]) -> Any:
             with devices.counting() as events:
@@ -106,17 +96,10 @@ def main() -> None:
 
 def report(name: str, events: list[Event]) -> None:
     """Print the waits and copies of a stage."""
-    waits = Counter(
-        f"{each.where if each.where.startswith('drllm/') else 'others'}, {each.what}"
-        for each in events
-        if each.kind == WAIT
-    )
-    own = sum(num for line, num in waits.items() if not line.startswith("others"))
-    copies = sum(each.kind == COPY for each in events)
-    print(f"{name}: {own} waits, {copies} copies")
+    waits, copies = own_waits(events), sum(each.kind == COPY for each in events)
+    print(f"{name}: {waits.total()} waits, {copies} copies")
     for line, num in waits.most_common():
-        if not line.startswith("others"):
-            print(f"  {num:5} {line}")
+        print(f"  {num:5} {line}")
     sys.stdout.flush()
 
 

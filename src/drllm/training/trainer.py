@@ -273,9 +273,9 @@ class Trainer:
         logits = self.stack(self._here(means), on_device(filled, self.device), kept_units)
         loss = self.loss(logits, rows)
         decided = logits.detach().argmax(dim=-1)  # [B, L]
-        # At once, since a device is waited for here: a loss and decisions are exact in float64.
-        value, *flat = torch.cat([loss.detach()[None], decided.flatten().to(loss)]).tolist()
-        decided = torch.tensor(flat, dtype=torch.long).view(decided.shape)
+        # In one copy, since the host waits for it; small whole numbers are exact in any dtype.
+        copied = torch.cat([loss.detach()[None], decided.flatten().to(loss)]).cpu()
+        value, decided = float(copied[0]), copied[1:].long().view(decided.shape)
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss became {value} at a learning rate of up to "

@@ -165,7 +165,8 @@ class _Healing:
 
     def __post_init__(self, base: BaseModel) -> None:
         routed, config, L = self.routed, self.config, self.routed.num_layers
-        if config.max_tokens > (context := context_length(base.model) or config.max_tokens):
+        context = context_length(base.model)
+        if context and config.max_tokens > context:
             raise ConfigError(
                 f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
                 f"at most as many"
@@ -347,7 +348,7 @@ class _Healing:
             kl = F.kl_div(ours, wanted, reduction="sum", log_target=True) / len(ends)
             kl.backward(inputs=[ends])  # type: ignore[no-untyped-call]
             kls.append(kl.detach())
-        total = float(torch.stack(kls).sum())  # at once: a device is waited for here
+        total = float(sum(kls))  # read once a step, since the host waits for the device here
         if not math.isfinite(total):
             raise ConfigError(
                 f"the KL became {total} at a learning rate of up to "

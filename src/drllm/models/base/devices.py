@@ -1,4 +1,4 @@
-"""How what the host knows gets onto a device."""
+"""Copies from the host to a device that don't make it wait."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def on_device(values: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
-    """Return a tensor of the host, or its numbers, on a device; a GPU isn't waited for.
+    """Return a tensor, or numbers, on a device, without waiting for a GPU.
 
-    A GPU copies out of memory that is pinned while the host goes on, but out of other memory only
-    once it has done all that it was told before.
+    From pinned memory a GPU copies while the host goes on; a copy from other memory would wait for
+    all that the GPU still has to do.
     """
     tensor, device = torch.as_tensor(values), torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -151,7 +151,7 @@ class RoutedPass(Driver):
         self.route: list[Taken] = []
         self._readable: Tensor | None = None
         self._has_prompts: Tensor | None = None  # whether every row has a real token, unread
-        self._spans: dict[Any, Spans] = {}
+        self._spans: dict[tuple[int, torch.device], Spans] = {}
         self._kept: dict[Any, Any] = {}
         self._plan: dict[int, Taken] = {}
         self._has_begun = False
@@ -161,9 +161,6 @@ class RoutedPass(Driver):
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         if not self._has_begun:
             self._has_begun, self._along = True, self._path_pass(call, hidden)
-            if call.cache is not None and not torch.compiler.is_compiling():
-                # The same rows run at the next token: what names them on the device is kept.
-                call.forward.indices = routed_entry(call.cache, call.index).indices
         if self._along is not None:
             return self._along.layer(call, hidden)
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
@@ -187,6 +184,8 @@ class RoutedPass(Driver):
     def _path_pass(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
         """Return what runs a static path, where the cache has one pinned or the policy is one."""
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
+        if entry is not None and not torch.compiler.is_compiling():
+            call.forward.indices = entry.indices  # the same rows run at the next token
         if entry is not None and entry.decisions is not None:
             return None if entry.path is None else PathPass(entry.path)
         if not isinstance(self.policy, PathPolicy):
@@ -300,7 +299,7 @@ class RoutedPass(Driver):
                 else:
                     index = call.forward.index(rows, hidden.device)
                     run = call.run(hidden.index_select(0, index), rows, adapters=adapters)
-                    hidden = hidden.to(run.device)  # the layer's, which may be another than before
+                    hidden = hidden.to(run.device)  # of the layer, maybe not that of the one before
                     hidden = hidden.index_copy(0, call.forward.index(rows, run.device), run)
             finally:
                 if entry is not None:

@@ -373,7 +373,7 @@ class LayerCall:
         result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
         if scale == 1:
             return result
-        hidden = hidden.to(result.device)  # the layer's, which may be another than before
+        hidden = hidden.to(result.device)  # of the layer, maybe not that of the one before
         return hidden + scale * (result - hidden)
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:

@@ -46,7 +46,8 @@ class PromptView:
 
     hidden: Tensor
     readable: Tensor
-    spans: dict[Any, Spans] = field(default_factory=dict)  # by windows and device, over a pass
+    # By number of windows and device; a pass shares it.
+    spans: dict[tuple[int, torch.device], Spans] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -58,8 +59,8 @@ class PromptView:
         """Return the prompts averaged in W windows, in float32; computed when asked for."""
         from drllm.models.routers.stack import Spans
 
-        with full_precision(self.hidden.device):
-            device = self.hidden.device  # of the layer, which may be another one's than the last
+        device = self.hidden.device  # layers may lie on several
+        with full_precision(device):
             if (spans := self.spans.get((num_windows, device))) is None:
                 spans = Spans(self.readable.to(device), num_windows)
                 self.spans[num_windows, device] = spans
