@@ -233,13 +233,16 @@ class _Healing:
         self.chunks.open()
         with self.listener.busy("reading the texts"):
             texts = {source.name: self._tokens(source) for source in self.sources}
-        size = self.config.max_tokens
+        size, context = self.config.max_tokens, context_length(self.routed.model)
         for name, own in texts.items():
             if num := sum(len(text) > size for text in own):
+                longest = max(map(len, own))
+                reads_all = context is None or longest <= context
                 self.listener.note(
                     f"{num} of {len(own)} texts of {name} have over {size} tokens and are cut; "
-                    f"what follows a cut is trained on without the text before it; "
-                    f"--max-tokens {max(map(len, own))} would cut none"
+                    f"what follows a cut is trained on without the text before it"
+                    + f"; --max-tokens {longest} would cut none"
+                    * reads_all
                 )
         trained, self.held_out = divided(texts, self.config)
         with self.listener.progress("healing", "") as on_progress:
