@@ -13,11 +13,11 @@ interval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import common
-from common.compare import ACCURACY, SEED, compared, in_words
+from common.compare import ACCURACY, compared, in_words
+from common.quantities import QUICK, WHOLE, quantities
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -25,42 +25,7 @@ from drllm.models.healed import load_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import CERTIFY, TEST, read_path_list
-from drllm.tasks.base import Prompt, choose
-from drllm.tuning.judge import Judge, items_of, texts_of
-from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
-
-QUICK = {"questions": 8, "texts": 4}
-WHOLE = {"questions": 1000, "texts": 100}
-STATE_CACHE_GB = 1.0
-
-
-def measured(
-    routed: RoutedModel, parts: TaskParts, part: str, paths: Sequence[StaticPath], sizes: Any
-) -> dict[str, list[dict[str, Any]]]:
-    """Return each quantity along each path, the full one first."""
-    objective = objective_of(parts.task, TuneConfig())
-
-    def prompts(num: int) -> list[Prompt]:
-        chosen = choose(parts.examples[part], num, SEED)
-        return [prompt_of(parts.task, example, objective) for example in chosen]
-
-    def scored(items: Any, what: str) -> Any:
-        return Judge(routed, items, what, STATE_CACHE_GB).scores(paths)
-
-    values: dict[str, list[list[float]]] = {}
-    if objective == GOLD:
-        scores = scored(items_of(routed, prompts(sizes["questions"]), GOLD), GOLD)
-        values |= {ACCURACY: scores.right, "gold log-probability": scores.objective}
-    texts = prompts(sizes["texts"])
-    read = {"loss of texts": texts_of(routed, texts)}
-    if objective == LOSS:
-        read["loss of right answers"] = items_of(routed, texts, LOSS)
-    for name, items in read.items():
-        values[name] = [[-value for value in own] for own in scored(items, LOSS).objective]
-    return {
-        quantity: [compared(quantity, own, rows[0]) for own in rows]
-        for quantity, rows in values.items()
-    }
+from drllm.tuning.parts import parts_of_tasks
 
 
 def main() -> None:
@@ -86,7 +51,11 @@ def main() -> None:
     options.clock = "none"
     figures: dict[str, Any] = {"of": common.of(base, options), "part": options.part, "tasks": {}}
     for parts in divided:
-        found = measured(routed, parts, options.part, [*paths.values()], sizes)
+        values = quantities(routed, parts, options.part, [*paths.values()], sizes)
+        found = {
+            quantity: [compared(quantity, own, each.values[0]) for own in each.values]
+            for quantity, each in values.items()
+        }
         figures["tasks"][parts.task.name] = {
             quantity: dict(zip(paths, rows, strict=True)) for quantity, rows in found.items()
         }

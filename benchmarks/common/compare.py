@@ -7,7 +7,13 @@ from statistics import fmean
 from typing import Any
 
 from drllm.statistics.intervals import mean_interval
-from drllm.statistics.paired import maximum_loss, mcnemar_exact, paired_interval, won_lost
+from drllm.statistics.paired import (
+    is_single,
+    maximum_loss,
+    mcnemar_exact,
+    paired_interval,
+    won_lost,
+)
 
 ACCURACY = "accuracy"
 SEED = 0
@@ -17,11 +23,11 @@ def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> d
     """Return the mean of a quantity, its mean change from another system's, and the 95 % interval.
 
     Of accuracy also McNemar's exact test, and `excluded`, which `drllm tune --epsilon` compares:
-    with 95 % probability less is lost.
+    with 95 % probability less is lost; not where a question is right in part.
     """
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     found = {"mean": fmean(ours), "change": fmean(changes), "n": len(changes)}
-    if quantity != ACCURACY:
+    if quantity != ACCURACY or not (is_single(ours) and is_single(theirs)):
         return found | {"interval": mean_interval(changes, SEED)}
     won, lost = won_lost(ours, theirs)
     return found | {
