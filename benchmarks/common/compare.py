@@ -6,14 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from drllm.statistics.intervals import mean_interval
-from drllm.statistics.paired import (
-    is_single,
-    maximum_loss,
-    mcnemar_exact,
-    paired_interval,
-    won_lost,
-)
+from drllm.statistics.intervals import is_single, mean_interval
+from drllm.statistics.paired import maximum_loss, mcnemar_exact, paired_interval, won_lost
 
 ACCURACY = "accuracy"
 SEED = 0
