@@ -12,8 +12,9 @@ does hits all of them alike, and are compared round by round; figures are median
 (e) many prompts under three plans: `generate_many`, which routes all prompts first and then
     decodes those of one plan together, against batches of mixed plans
 (f) checkpoints exported without k of L layers, loaded by transformers, and the same layers skipped
-    by an attached model, both against the untouched model, head and all; exported, at least 0.8 of
-    the share of multiply-adds that is saved has to be saved in time
+    by an attached model, plain and with an adapter on those that run (exported it is merged), all
+    against the untouched model, head and all; exported, at least 0.8 of the share of multiply-adds
+    that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
 """
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from drllm.config import HealConfig
 from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import (
     Clock,
@@ -51,10 +53,12 @@ from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, left_padded
 from drllm.models.export import export_path
 from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath, to_path
 from drllm.tasks.registry import get_task
 
 PROMPT_TOKENS = 100
@@ -320,6 +324,14 @@ def many_prompts(
     return figures, differ
 
 
+def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
+    """Return a routed copy that runs a path with an adapter; its values don't matter here."""
+    routed, rank = RoutedModel(twin(base.model)), HealConfig().rank
+    routed.add_adapter("healed", Adapter.fresh(routed, rank, rank, path.path(), seed=0))
+    routed.driver.policy = routed.policy_of(path.with_adapter("healed"))
+    return routed
+
+
 def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (f)."""
     L, shape, ids = base.num_layers, ModelShape.of(base.model), token_ids(base, 1, PROMPT_TOKENS)
@@ -327,6 +339,7 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
     for k in NUM_SKIPPED:
         plan = skipping(L, k)
         models[f"routed {k}"] = RoutedModel(twin(base.model), policy=FixedPolicy(plan, L)).model
+        models[f"healed {k}"] = with_adapter(base, StaticPath(to_path(plan))).model
         with tempfile.TemporaryDirectory() as folder:
             export_path(base, [layer for layer in range(L) if plan[layer]], folder)
             models[f"exported {k}"] = AutoModelForCausalLM.from_pretrained(
@@ -343,7 +356,8 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
         whole, *left = [each.weights + each.attention for each in flops]
         for k, executed in zip(NUM_SKIPPED, left, strict=True):
             saved = 1 - executed / whole
-            for kind, bound in (("exported", 1 - LEAST_OF_THE_SAVING * saved), ("routed", None)):
+            bounds = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
+            for kind, bound in bounds.items():
                 label = f"{name}_{kind}_without_{k}_of_{L}"
                 figures.append(
                     Figure("f", label, ratios(rounds, f"{kind} {k}", "untouched"), bound)

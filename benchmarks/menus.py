@@ -5,8 +5,9 @@ each path of the menus; a menu's answer to a question is that of the path it cho
 `healed.py` reads of a path is compared, over all tasks: each menu less its rivals, with the 95 %
 interval. Menus of several seeds are made from the same paths, so nothing is asked again for them.
 
-    python benchmarks/menus.py --menus DIR,... [--tasks TASKS] [--questions N] [--texts N] [--quick]
-        [--json FILE] [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+    python benchmarks/menus.py --menus DIR,... [--paths FILE[:NAME],...] [--tasks TASKS]
+        [--questions N] [--texts N] [--quick] [--json FILE] [--data-dir DIR] [--model MODEL]
+        [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from common.quantities import QUICK, WHOLE, Quantity, quantities
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
+from drllm.models.healed import load_path
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.menu import load_menu
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.menu import Menu, Shares, find_menu
-from drllm.records.static_paths import TEST
+from drllm.records.static_paths import TEST, read_path_list
 from drllm.tuning.parts import parts_of_tasks
 
 Chosen = dict[str, dict[str, list[str]]]
@@ -56,7 +58,7 @@ def against_rivals(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what a menu chose, and its differences from each rival and path over all tasks.
 
-    `places` says where in `Quantity.values` the paths are.
+    `places` says where in `Quantity.values` the paths are, those too that aren't on the menu.
     """
     record, tasks = menu.record, [*asked]
     counts = {
@@ -66,12 +68,12 @@ def against_rivals(
     total = sum(counts.values(), Counter())
     own = {name: number / total.total() for name, number in total.items()}
     rivals = record.rivals(own, tasks)
-    rivals |= {name: [{name: 1.0}] * len(tasks) for name in record.executions}
+    rivals |= {name: [{name: 1.0}] * len(tasks) for name in places}
     ours: dict[str, list[float]] = defaultdict(list)
     theirs: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in rivals}
     for number, (task, by_quantity) in enumerate(asked.items()):
         for name, (_, values) in by_quantity.items():
-            by_path = {path: values[places[path]] for path in record.executions}
+            by_path = {path: values[place] for path, place in places.items()}
             ours[name] += [by_path[path][q] for q, path in enumerate(chosen[task][name])]
             for rival, shares in rivals.items():
                 theirs[rival][name] += mixed(by_path, shares[number])
@@ -79,7 +81,7 @@ def against_rivals(
     of_all = {
         "executions": sum(share * costs[name] for name, share in own.items()),
         "chosen": {task: dict(each) for task, each in counts.items()},
-        "rivals": {name: rivals[name] for name in rivals if name not in costs},
+        "rivals": {name: rivals[name] for name in rivals if name not in places},
     }
     less = {
         rival: {name: compared(name, ours[name], each[name]) for name in ours}
@@ -93,6 +95,7 @@ def main() -> None:
     parser = common.parser_of(__doc__ or "")
     common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--menus", required=True, help="folders of menus that have the same paths")
+    parser.add_argument("--paths", default="", help="further static paths to compare with")
     parser.add_argument("--tasks", help="comma list; a menu's own unless given")
     parser.add_argument("--questions", type=int, help="with options, of a task at most")
     parser.add_argument("--texts", type=int, help="whose next-token loss is read, of a task")
@@ -114,7 +117,11 @@ def main() -> None:
     config = TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT)
     base = common.base_of(options)
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    paths = load_menu(routed, first).paths
+    paths = dict(load_menu(routed, first).paths)
+    for name, file in read_path_list(options.paths).items():
+        if name in paths:
+            raise ConfigError(f"a path of the menus is called {name!r} too; rename a file")
+        paths[name] = load_path(routed, file)
     asked = {
         parts.task.name: quantities(routed, parts, TEST, [*paths.values()], sizes)
         for parts in parts_of_tasks(config, options.tasks or ",".join(first.record.tasks))

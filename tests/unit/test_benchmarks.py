@@ -86,6 +86,9 @@ def test_every_comparison_has_its_figure_and_bound(written):
     assert written["is_met"].keys() == expected.keys()
     assert {*ways, "routers_prefill_batch_1"} <= written["overhead"].keys()
     assert len(written["speedup"]) == 4
+    assert {f"decode_healed_without_{k}_of_12" for k in (3, 6, 10)} <= {
+        *written["share_of_the_time"]
+    }
     figures = written["overhead"] | written["share_of_the_time"] | written["speedup"]
     assert figures == {name: middle for name, (_, middle, _) in written["quartiles"].items()}
 
@@ -360,8 +363,11 @@ def menus(tiny_folder, tmp_path_factory):
     return [str(folder / str(seed)) for seed in range(2)]
 
 
-def test_menus_are_compared_with_their_paths_and_with_their_own_choices_permuted(figures_of, menus):
-    found = figures_of("menus", "--menus", ",".join(menus))
+def test_menus_are_compared_with_paths_and_with_their_own_choices_permuted(
+    figures_of, menus, tmp_path
+):
+    other = written_plans(tmp_path, {"other": StaticPath(range(1, NUM_LAYERS))})
+    found = figures_of("menus", "--menus", ",".join(menus), "--paths", other)
     tasks = found["tasks"]
     assert found["menus"].keys() == {*menus}
     for menu in found["menus"].values():
@@ -370,7 +376,7 @@ def test_menus_are_compared_with_their_paths_and_with_their_own_choices_permuted
         less = menu["less"]
         gold = "gold log-probability"  # which one of the tasks alone has
         mean = tasks["builtin_facts"][gold]
-        for name in ("full", "eight", "nine"):
+        for name in ("full", "eight", "nine", "other"):
             ours = less[name][gold]["change"] + mean[name]["mean"]
             assert ours == pytest.approx(less["full"][gold]["mean"])
         assert less["permuted choices"]["loss of texts"]["n"] == 4 + 4
