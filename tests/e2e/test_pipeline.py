@@ -254,19 +254,17 @@ def test_features_that_are_kept_are_used_again_by_another_training(train, tmp_pa
     assert weights["first"] == weights["again"] != weights["other"]
 
 
-def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(run_copy, train, tmp_path):
+def test_calibrated_routers_say_their_temperature_and_leave_no_features(run_copy, train, tmp_path):
     few = (run_copy / "supervision.jsonl").read_text().splitlines()
     many = [
         row | {"id": str(number), "question": f"{row['question']} {number}"}
         for number, row in enumerate(map(json.loads, few * 4))
     ]
-    targets, output = tmp_path / "many.jsonl", tmp_path / "rounds"
+    targets, output = tmp_path / "many.jsonl", tmp_path / "calibrated"
     targets.write_text("".join(json.dumps(row) + "\n" for row in many))
-    said = train("--on-policy-rounds", "1", "--calibrate", "--output", output, targets=targets)
-    assert f"the routers' inputs need 0.1 MB in {output / 'round_0' / 'features'}" in said.err
+    said = train("--calibrate", "--output", output, targets=targets)
     assert "calibration    temperature" in said.out
     assert "(in the weights), expected calibration error" in said.out
-    assert {path.parent for path in output.rglob("router*")} == {output, output / "round_0"}
     assert not list(output.rglob("features"))
 
 

@@ -153,7 +153,6 @@ class TrainConfig(Settings):
         validation_fraction: share of the targets held out for metrics (ours)
         early_stopping: epochs without a lower held-out loss before it ends; keeps the best
         calibrate: divide the logits by a temperature fitted on targets held out
-        on_policy_rounds: rounds that also train on what the routers read along their own routes
         seed: seed of initial weights, order and held-out part
         num_seeds: routers from so many seeds, counting up from --seed; see seed_S in the output
         report_to: trackers of accelerate (comma list), such as tensorboard,wandb; off by default
@@ -179,7 +178,6 @@ class TrainConfig(Settings):
     validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)
     early_stopping: int | None = setting(None, minimum=1, idle=("validation_fraction", 0.0))
     calibrate: bool = setting(False, idle=("validation_fraction", 0.0))
-    on_policy_rounds: int = setting(0, minimum=0)
     seed: int = setting(0, minimum=0)
     num_seeds: int = setting(1, minimum=1)
     report_to: str | None = incidental(None, basic=True, value="NAMES")

@@ -23,11 +23,7 @@ from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"
-SIZES = "feature_sizes"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Pooling the same prompts again may differ in the last bits (threads, another GPU); another prompt
-# or base model differs by far more.
-SIZES_TOLERANCE = 1e-3
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,11 +36,11 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 def identity_of(
     config: TrainConfig, base_identity: Mapping[str, Any], targets: str
 ) -> dict[str, Any]:
-    """Return what must be equal for two trainings (of one seed and round) to be the same one."""
+    """Return what must be equal for two trainings of one seed to be the same one."""
     return {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
-        "targets_sha256": targets,
+        "targets_or_base_dtype_sha256": targets,
     }
 
 
@@ -54,7 +50,7 @@ def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     state: dict[str, Mapping[str, Tensor]] = {"weights": weights, "kept": trainer.kept or {}}
     for part in MOMENTS:
         state[part] = {name: trainer.optimizer.state[w][part] for name, w in weights.items()}
-    tensors = {SIZES: trainer.sizes}
+    tensors: dict[str, Tensor] = {}
     for part, named in state.items():
         tensors |= {f"{part}.{name}": tensor.detach().cpu() for name, tensor in named.items()}
     header = _Header(
@@ -80,12 +76,6 @@ def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
             header = decode(file.metadata()[HEADER], _Header, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = differences(header.identity, identity)
-        ours, theirs = trainer.sizes, tensors[SIZES]
-        if not found and (
-            ours.shape != theirs.shape
-            or not torch.allclose(theirs, ours, rtol=SIZES_TOLERANCE, atol=0.0)
-        ):
-            found = ["other features (of other prompts, or another dtype of the base model)"]
         if not found:
             _restore(trainer, header, tensors)
     except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
@@ -110,7 +100,7 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
     known = {
         "settings": made.training.get("settings"),
         "base_model": made.base_fingerprint,
-        "targets_sha256": made.training.get("targets"),
+        "targets_or_base_dtype_sha256": made.training.get("targets"),
     }
     if found := differences(known, identity):
         raise CheckpointError(

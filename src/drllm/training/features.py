@@ -1,17 +1,15 @@
 """What the routers read, pooled in one pass of the frozen base model over the targets.
 
 With a frozen base and teacher forcing every router's input is a constant of its example, so
-training needs the base model no further. The same pass pools what given routers read along the
-routes that they take themselves.
+training needs the base model no further.
 
-Axes: N targets (examples, if each is there several times), B rows, D hidden, L layers, W windows.
+Axes: N targets, B rows, D hidden, L layers, W windows.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +18,7 @@ from drllm.errors import ModelError
 from drllm.listener import Listener
 from drllm.models.base.identity import describe
 from drllm.models.routers.depth_control import read_under
-from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
+from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import batches
 from drllm.records.codec import digest_of
@@ -49,6 +46,7 @@ class Features:
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
         tasks: `[N]`: the tasks' names.
+        made_from: Hash of the prompts, and the dtype of the base model.
         places: `[N]`: where each target lies in `means`; None if that is its own place.
         rejected: Targets that were set aside, and why.
     """
@@ -58,13 +56,9 @@ class Features:
     labels: Tensor
     questions: Sequence[str]
     tasks: Sequence[str]
+    made_from: tuple[str, str] = ("", "")
     places: Tensor | None = None
     rejected: tuple[RejectedQuestion, ...] = ()
-
-    @property
-    def num_targets(self) -> int:
-        """N."""
-        return len(self.labels)
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read some targets' windows, `[B, L, W, D]`, into memory; zeros past `filled`.
@@ -76,33 +70,6 @@ class Features:
         return means.to(torch.promote_types(means.dtype, torch.float32))
 
 
-class Aggregate:
-    """Several features as one training set: the same targets along one route after the other.
-
-    The first part is along the target paths, each target once; the others hold targets of the
-    first along other routes, with the same labels.
-
-    Source: the aggregated data set of Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1.
-    """
-
-    def __init__(self, parts: Sequence[Features]) -> None:
-        self.parts = parts
-        self.num_targets = parts[0].num_targets
-        self.labels = torch.cat([part.labels for part in parts])
-        self.filled = torch.cat([part.filled for part in parts])
-        self.questions = [text for part in parts for text in part.questions]
-        self.tasks = [name for part in parts for name in part.tasks]
-        self._places = [(part, row) for part in parts for row in range(part.num_targets)]
-
-    def rows(self, index: Sequence[int]) -> Tensor:
-        """Read some rows' windows, `[B, L, W, D]`, each from its own part."""
-        found = (self._places[row] for row in index)
-        return torch.cat([self.parts[0].rows([]), *(part.rows([row]) for part, row in found)])
-
-
-Examples: TypeAlias = Features | Aggregate
-
-
 @torch.no_grad()
 def collect(
     model: Any,
@@ -111,16 +78,15 @@ def collect(
     *,
     num_windows: int,
     store: Store,
-    routers: RouterStack | None = None,
     batch_size: int = BATCH_SIZE,
     listener: Listener | None = None,
 ) -> Features:
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer, after the labelled decisions of the layers
-    before it; where `routers` are given, after those that they took, while the labels stay. The
-    batches follow from the prompts' lengths alone, so that a pass that was killed and resumed ends
-    with the bytes of one that wasn't, on the same machine with the same number of threads.
+    before it. The batches follow from the prompts' lengths alone, so that a pass that was killed
+    and resumed ends with the bytes of one that wasn't, on the same machine with the same number of
+    threads.
 
     The model is without routing; a few targets that it can't run are set aside, too many whose
     hidden states overflow the model's dtype are a ModelError. The store is resumed or used again.
@@ -136,11 +102,6 @@ def collect(
             "prompts_sha256": digest_of(prompts),
             "decisions_sha256": digest_of(decisions),
         }
-        if routers is not None:
-            weights = [weight.cpu().numpy() for _, weight in sorted(routers.state_dict().items())]
-            data = b"".join(weight.tobytes() for weight in weights)
-            made_from["routers_sha256"] = hashlib.sha256(data).hexdigest()
-            routers = routers.to(model.device)
         dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
         manifest = new_manifest(
             "features",
@@ -163,8 +124,7 @@ def collect(
             if done > 0:
                 progress(done, N)
             for rows in missing:
-                follows = FixedPolicy(labels[rows], labels.shape[1])
-                policy = RecordingPolicy(RouterPolicy(routers) if routers else follows, num_windows)
+                policy = RecordingPolicy(FixedPolicy(labels[rows], labels.shape[1]), num_windows)
                 read_under(routed, policy, [prompts[row] for row in rows])
                 finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
                 store.put(
@@ -188,6 +148,7 @@ def collect(
         labels=labels[is_used],
         questions=tuple(record.question for record in used),
         tasks=tuple(record.task for record in used),
+        made_from=(digest_of(itertools.compress(prompts, is_used.tolist())), dtype),
         places=is_used.nonzero().flatten() if overflown else None,
         rejected=(*rejected, *overflown),
     )
@@ -207,36 +168,20 @@ def _check_finite(
         )
 
 
-def shape(examples: Examples) -> tuple[int, int, int, int]:
-    """Return N, L, W and D; N counts all rows."""
+def shape(examples: Features) -> tuple[int, int, int, int]:
+    """Return N, L, W and D."""
     _, L, W, D = examples.rows([0]).shape
     return len(examples.labels), L, W, D
 
 
-def each_once(examples: Examples, rows: Sequence[int]) -> list[int]:
-    """Return those of some rows that are along the target path, so that no target counts twice."""
-    return [row for row in rows if row < examples.num_targets]
+def digest(examples: Features) -> str:
+    """Return a hash of the targets: all but the means, whose last bits depend on the machine."""
+    parts = shape(examples), tuple(examples.questions), tuple(examples.tasks)
+    numbers = (examples.filled.tolist(), examples.labels.tolist())
+    return digest_of([(parts, numbers, examples.made_from)])
 
 
-def digest(examples: Examples) -> str:
-    """Return a hash of the targets: all but the means, whose last bits depend on the machine.
-
-    Other routes of the same targets don't change it: they follow from the routers that took them.
-    """
-    N, (_, *sizes) = examples.num_targets, shape(examples)
-    parts = ((N, *sizes), tuple(examples.questions[:N]), tuple(examples.tasks[:N]))
-    numbers = (examples.filled[:N].tolist(), examples.labels[:N].tolist())
-    return digest_of([(parts, numbers)])
-
-
-def sizes(examples: Examples) -> Tensor:
-    """Return the mean size of each router's inputs, `[N, L]`, which tells sets of means apart."""
-    parts = parts_of(range(len(examples.labels)))
-    means = itertools.chain.from_iterable(map(examples.rows, parts))
-    return torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
-
-
-def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+def moments(examples: Features, index: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (never 0), `[L, D]` in float64, of each layer's filled windows.
 
     Every target counts the same, however many windows it fills. The deviation of a component that

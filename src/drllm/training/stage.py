@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -45,7 +44,7 @@ from drllm.records.supervision import SupervisionRecord, check_targets, join_sup
 from drllm.training import checkpoint, temperature
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
-from drllm.training.features import Aggregate, Examples, collect, digest, each_once
+from drllm.training.features import Features, collect, digest
 from drllm.training.targets import REJECTED_FILE, reasons_of
 from drllm.training.trackers import RUN_FILE, check_trackers, tell, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
@@ -112,18 +111,17 @@ def train(
         check_trackers(config.trackers)
         check_folder(output, "output")
         for own in seeds.values():
-            divide([target.question for target in targets], own, len(targets))
-        pool = functools.partial(
-            collect,
+            divide([target.question for target in targets], own)
+        store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
+        examples = collect(
             base.model,
             base.tokenizer,
             targets,
             num_windows=config.num_windows,
+            store=store,
             listener=listener,
         )
-        store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
-        along_targets = pool(store=store)
-        rejected = along_targets.rejected
+        rejected = examples.rejected
         write_or_remove(output / REJECTED_FILE, rejected)
         if rejected:
             listener.note(
@@ -131,47 +129,29 @@ def train(
                 f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
             )
         identity_of = functools.partial(
-            checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
+            checkpoint.identity_of, base_identity=base.identity, targets=digest(examples)
         )
         form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
         left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
         for folder in left:
-            last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
-            for number in range(last + 1):
-                own = dataclasses.replace(seeds[folder], on_policy_rounds=number)
-                place = folder if number == last else folder / f"round_{number}"
-                if number > 0:
-                    before = folder / f"round_{number - 1}"
-                    used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
-                    parts.append(pool(routers=load_routers(before), store=used[-1]))
-                    if left_out := parts[-1].rejected:
-                        logger.warning(
-                            f"along the routes of round {number - 1}, {len(left_out)} of "
-                            f"{along_targets.num_targets} targets are left out "
-                            f"({reasons_of(left_out)})"
-                        )
-                if place != folder and is_done(place, identity_of(own)):
-                    continue
-                if place == left[-1] and features is None:
-                    used.append(store)
-                train_on(
-                    parts[0] if len(parts) == 1 else Aggregate(parts),
-                    base.identity,
-                    own,
-                    place,
-                    rewards=known if rewards is None else rewards,
-                    form=form,
-                    device=base.model.device,
-                    used=used if place == folder else (),
-                    listener=listener,
-                )
+            train_on(
+                examples,
+                base.identity,
+                seeds[folder],
+                folder,
+                rewards=known if rewards is None else rewards,
+                form=form,
+                device=base.model.device,
+                used=store if folder == left[-1] and features is None else None,
+                listener=listener,
+            )
         if features is None:
             store.remove()
         return load_routers(output)
 
 
 def train_on(
-    examples: Examples,
+    examples: Features,
     base_identity: Mapping[str, Any],
     config: TrainConfig,
     output: Path,
@@ -179,13 +159,13 @@ def train_on(
     rewards: Sequence[str] = (),
     form: PromptForm | None = None,
     device: torch.device | str = "cpu",
-    used: Sequence[Store] = (),
+    used: Store | None = None,
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the routers of one seed and one round on features, and write their folder.
+    """Train the routers of one seed on features, and write their folder.
 
     After every epoch a checkpoint is written, from which the same call resumes. It is removed last
-    of all, after the `used` features that nothing needs any more, so that a call that was killed
+    of all, after the `used` features if nothing needs them any more, so that a call that was killed
     before leaves nothing that the next one doesn't remove. Steps that stopping early spares are
     told as done.
 
@@ -232,16 +212,16 @@ def train_on(
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     training: dict[str, Any] = {
-        "targets": identity["targets_sha256"],
+        "targets": identity["targets_or_base_dtype_sha256"],
         "rewards": list(rewards),
         "prompt_form": form and dataclasses.asdict(form),
         "settings": trainer.config.decisive(),
         "steps": last * trainer.steps_per_epoch,
         "warmup_steps": trainer.warmup,
         "class_weights": list(trainer.class_weights),
-        "num_trained": len(trainer.once),
-        "num_held_out": len(each_once(examples, trainer.held_out)),
-        "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
+        "num_trained": len(trainer.trained),
+        "num_held_out": len(trainer.held_out),
+        "tasks": dict(sorted(Counter(examples.tasks).items())),
         "metrics": [row for row in trainer.rows if row["epoch"] == epoch],
         "against_baselines": layers.against_baselines(),
     }
@@ -255,8 +235,8 @@ def train_on(
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
-    for store in used:
-        store.remove()
+    if used is not None:
+        used.remove()
     (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
     kept.unlink(missing_ok=True)
     return trainer.rows
@@ -267,6 +247,4 @@ def discard(output: Path, config: TrainConfig) -> None:
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-        for earlier_round in folder.glob("round_*"):
-            shutil.rmtree(earlier_round)
     Store(output / FEATURES_FOLDER).remove()

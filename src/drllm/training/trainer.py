@@ -24,7 +24,7 @@ from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
-from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
+from drllm.training.features import Features, moments, parts_of, shape
 from drllm.training.losses import class_weights, focal_losses, log_priors
 
 FEWEST_TO_HOLD_OUT = 10
@@ -37,19 +37,15 @@ class DivergedError(ConfigError):
     """The loss became NaN or infinite; the training can't be resumed."""
 
 
-def hold_out(
-    questions: Sequence[str], fraction: float, seed: int, num_targets: int | None = None
-) -> tuple[list[int], list[int]]:
+def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Divide the targets into those trained on (never none) and an expected fraction held out.
 
     A question's side depends on the seed and its text (by `question_key`) alone, so that more
     targets never move one from side to side and all targets of a question stay together. Below 10
     targets nothing is held out; from there on, with a fraction above 0, at least one question is.
-    `num_targets` is below the number of questions where the rest are the same again.
     """
     everything = list(range(len(questions)))
-    num_targets = len(questions) if num_targets is None else num_targets
-    if fraction == 0 or num_targets < FEWEST_TO_HOLD_OUT:
+    if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
         return everything, []
     shares = [hash_of(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
     threshold = max(fraction, math.nextafter(min(shares), math.inf))
@@ -59,17 +55,15 @@ def hold_out(
     return trained, [row for row in everything if shares[row] < threshold]
 
 
-def divide(
-    questions: Sequence[str], config: TrainConfig, num_targets: int
-) -> tuple[list[int], list[int]]:
+def divide(questions: Sequence[str], config: TrainConfig) -> tuple[list[int], list[int]]:
     """Return `hold_out` for some settings, refusing those that need what it doesn't hold out."""
-    trained, held_out = hold_out(questions, config.validation_fraction, config.seed, num_targets)
+    trained, held_out = hold_out(questions, config.validation_fraction, config.seed)
     needs = "--calibrate" if config.calibrate else None
     if config.early_stopping is not None:
         needs = f"--early-stopping {config.early_stopping}"
     if needs is not None and not held_out:
         raise ConfigError(
-            f"{needs} has no effect: of {num_targets} targets none is held out to measure on; "
+            f"{needs} has no effect: of {len(questions)} targets none is held out to measure on; "
             f"leave it out, or give more targets"
         )
     return trained, held_out
@@ -79,12 +73,10 @@ class Trainer:
     """One training of the routers, from one seed; weights and batches on `device` in `dtype`.
 
     Attributes:
-        trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
-        once: Those of `trained` along their target path: whatever counts labels counts these.
+        trained: Targets trained on; `held_out` the others.
         targets: `[N, L, C]` float64: 1 for the label, 0 for the other decisions.
         offsets: `[L, C]`: added to the logits before the loss.
         label_counts: `[L][C]`: labels of the target paths trained on.
-        sizes: `[N, L]`: mean size of each router's inputs, which tells other features apart.
         steps: Of all epochs; in `warmup` of them the learning rate rises.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
             watches the held-out loss, else of its last.
@@ -95,7 +87,7 @@ class Trainer:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Features,
         base_identity: Mapping[str, Any],
         config: TrainConfig,
         *,
@@ -104,11 +96,10 @@ class Trainer:
     ) -> None:
         self.examples, self.config = examples, config
         self.device, self.dtype = torch.device(device), dtype
-        self.trained, self.held_out = divide(examples.questions, config, examples.num_targets)
-        self.once = each_once(examples, self.trained)
-        self.label_counts = class_counts(examples.labels[self.once].tolist())
+        self.trained, self.held_out = divide(examples.questions, config)
+        self.label_counts = class_counts(examples.labels[self.trained].tolist())
         self.targets = F.one_hot(examples.labels, NUM_DECISIONS).double()
-        learned = self.targets[self.once]
+        learned = self.targets[self.trained]
         beta = config.beta if config.class_weights == "effective_number" else 0.0
         self.class_weights = class_weights(learned.sum(dim=(0, 1)).tolist(), beta)
         self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
@@ -117,7 +108,6 @@ class Trainer:
         # (docs/differences.md, D-14).
         wanted = WARMUP_SHARE if config.warmup_steps >= self.steps else config.warmup_steps
         self.warmup = int(wanted if wanted >= 1 else wanted * self.steps)
-        self.sizes = sizes(examples)
         self.scale = moments(examples, self.trained) if config.normalise_features else None
         self.gamma = config.gamma if config.loss == "focal" else 0.0
         self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
@@ -161,7 +151,7 @@ class Trainer:
                 f"--warmup-steps is {self.config.warmup_steps:g}, but the run has only "
                 f"{self.steps} steps; warming up for {self.warmup} instead"
             )
-        if len(self.once) == 1:
+        if len(self.trained) == 1:
             found.append("there is only 1 target to train on; the routers will repeat it for all")
         if all(skips == repeats == 0 for skips, _, repeats in self.label_counts):
             found.append(

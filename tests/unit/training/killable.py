@@ -87,7 +87,6 @@ CONFIG = TrainConfig(
     warmup_steps=0,
     validation_fraction=0.2,
     num_seeds=2,
-    on_policy_rounds=2,
 )
 
 
@@ -106,7 +105,7 @@ def pooled(records, model=MODEL, **options):
 
 
 def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
-    """Train rounds; `at` is called whenever something was done."""
+    """Train seeds; `at` is called whenever something was done."""
     stage.train(BASE, records or make_records(N), config, folder, listener=Watching(at))
 
 
@@ -217,10 +216,10 @@ def train_features(folder: Path, at: Callable[..., Any]) -> None:
             stage.train_on(make_features(40), IDENTITY, each, folder / name, listener=told)
 
 
-def train_rounds(folder: Path, at: Callable[..., Any]) -> None:
-    """Train two seeds of one round."""
+def train_seeds(folder: Path, at: Callable[..., Any]) -> None:
+    """Train two seeds."""
     with at_files(at):
-        train(folder, replace(CONFIG, on_policy_rounds=1), at)
+        train(folder, CONFIG, at)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,11 @@ def test_a_training_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one
     assert kills_that_changed_nothing(tmp_path, 2 * 6) == kills
 
 
-def changed(part: str):
-    """The features with another label, or with other means of one target."""
-    values = getattr(FEATURES, part).clone()
-    if part == "labels":
-        values[0] = 2
-    else:
-        values[3, 1] *= 1.01
-    return replace(FEATURES, **{part: values})
+def relabelled():
+    """The features with another label."""
+    labels = FEATURES.labels.clone()
+    labels[0] = 2
+    return replace(FEATURES, labels=labels)
 
 
 OTHERS = {
@@ -76,8 +73,15 @@ OTHERS = {
         (FEATURES, IDENTITY, replace(SETTINGS, learning_rate=0.01, num_epochs=7)),
         r"belongs to another run, made with num_epochs 6, now 7; learning_rate 0\.001, now 0",
     ),
-    "targets": ((changed("labels"), IDENTITY, SETTINGS), "other targets"),
-    "features": ((changed("means"), IDENTITY, SETTINGS), "other features"),
+    "targets": ((relabelled(), IDENTITY, SETTINGS), "other targets or base dtype"),
+    "prompts": (
+        (replace(FEATURES, made_from=("another", "float32")), IDENTITY, SETTINGS),
+        "other targets",
+    ),
+    "dtype": (
+        (replace(FEATURES, made_from=("", "bfloat16")), IDENTITY, SETTINGS),
+        "base dtype",
+    ),
     "base model": ((FEATURES, {**IDENTITY, "fingerprint": "another"}, SETTINGS), "base_model"),
     "seed": ((FEATURES, IDENTITY, replace(SETTINGS, seed=5)), "seed 0, now 5"),
 }
@@ -141,5 +145,5 @@ def test_an_interrupted_run_leaves_no_routers_but_one_file_of_plain_tensors(inte
     assert sorted(files_of(interrupted)) == [CHECKPOINT_FILE, "metrics.jsonl"]
     weights = ("hidden_weight", "hidden_bias", "decision_weight", "decision_bias")
     parts = ("weights", "exp_avg", "exp_avg_sq")
-    names = {f"{part}.{weight}" for part in parts for weight in weights} | {"feature_sizes"}
+    names = {f"{part}.{weight}" for part in parts for weight in weights}
     assert set(load_file(interrupted / CHECKPOINT_FILE)) == names

@@ -116,7 +116,7 @@ def test_the_map_is_no_writable_one_so_that_features_may_be_larger_than_the_memo
     for used in (pool(folder, N), pool(folder, N)):  # mapped after a pass, and when used again
         maps = Path("/proc/self/maps").read_text().splitlines()
         ours = {line.split()[1] for line in maps if line.endswith(f"{folder / FEATURES_FILE}")}
-        assert (ours, used.num_targets) == ({"r--s"}, N)
+        assert (ours, len(used.labels)) == ({"r--s"}, N)
 
 
 RECORDS = make_records(N)

@@ -15,7 +15,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import Store
-from drllm.training.features import CONSTANT, digest, moments, shape, sizes
+from drllm.training.features import CONSTANT, digest, moments, shape
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -158,7 +158,7 @@ def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, tmp_pat
     assert_same_features(features, pool("finite", finite))
     [rejected] = features.rejected
     assert (rejected.id, rejected.reason) == ("q3", "hidden states that are NaN or infinite")
-    assert sizes(features).shape == (N - 1, L)
+    assert shape(features)[:2] == (N - 1, L)
     assert features.means.isfinite().all()
     assert pool("all", RECORDS).rejected == (rejected,)  # read, not pooled
 
@@ -233,9 +233,3 @@ def test_the_digest_tells_targets_apart_and_not_last_bits():
     labels[0, 0] = (labels[0, 0] + 1) % 3
     assert digest(features) != digest(replace(features, labels=labels))
     assert digest(features) == digest(replace(features, means=features.means * 1.1))
-
-
-def test_sizes_are_of_each_target_and_layer():
-    features = make_features(40)
-    torch.testing.assert_close(sizes(features), features.means.abs().mean(dim=(2, 3)))
-    assert shape(features) == (40, *features.means.shape[1:])

@@ -11,7 +11,7 @@ from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import stage
 
-ONCE = replace(CONFIG, num_seeds=1, on_policy_rounds=0)
+ONCE = replace(CONFIG, num_seeds=1)
 
 
 @pytest.fixture

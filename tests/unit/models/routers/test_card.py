@@ -106,14 +106,6 @@ def test_the_card_of_trained_routers_tells_data_metrics_and_settings():
     assert "no record" not in card
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
-def test_the_card_says_whether_routers_were_teacher_forced_alone(rounds):
-    settings = TRAINING["settings"] | {"on_policy_rounds": rounds}
-    card = card_with(TRAINED, training=TRAINING | {"settings": settings})
-    assert ("The routers were teacher-forced here" in card) == (rounds == 0)
-    assert ("what the routes of the earlier routers give it" in card) == (rounds == 2)
-
-
 @pytest.mark.parametrize(
     ("absent", "gone"),
     [
