@@ -17,26 +17,6 @@ LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 T = TypeVar("T", bound=Any)
 
 
-class _Summary(msgspec.Struct):
-    questions: int
-    base_correct: int
-    valid_before_retest: int
-    valid_after_retest: int
-    saving_before_retest: int
-    saving_after_retest: int
-    improving_before_retest: int
-    improving_after_retest: int
-    targets: int
-    rejected: dict[str, int]
-    class_counts: tuple[int, int, int]
-    copies: int = 0
-    executions: float | None = None
-    wrong_targets: int = 0
-    paths: dict[str, int] = {}
-    tasks: dict[str, dict[str, int]] = {}
-    class_counts_by_layer: list[tuple[int, int, int]] = []
-
-
 class _Manifest(msgspec.Struct):
     """What must be of which type; stages add keys of their own."""
 
@@ -52,7 +32,7 @@ class _Manifest(msgspec.Struct):
     sha256: str = ""
     plan: dict[str, Any] = {}
     num_failed: int = 0
-    summary: _Summary | None = None
+    summary: dict[str, Any] | None = None
     rewards: list[str] = []
     files: dict[str, Any] = {}
 

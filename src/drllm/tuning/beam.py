@@ -101,12 +101,9 @@ class Beam:
         """How many levels save something; the last saves at most `max_saved`."""
         return math.floor(self.max_saved / self.unit + ROUNDING)
 
-    def _level(self, saved: float) -> int:
-        return round(saved / self.unit)
-
     def _put(self, by_level: dict[int, dict[StaticPath, None]], paths: list[StaticPath]) -> None:
         for path in paths:
-            by_level.setdefault(self._level(self.saved(path)), {})[path] = None
+            by_level.setdefault(round(self.saved(path) / self.unit), {})[path] = None
 
     def _best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
         """Return the best candidates, those of few questions first dropped on few."""

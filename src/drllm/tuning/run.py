@@ -312,7 +312,8 @@ class _Tuning:
         config, L = self.config, self.routed.num_layers
         found: list[StaticPath] = []
         for level in self.beam.levels(self._measure, self._grows):
-            self._select(level.paths)
+            for task in self.tasks:
+                task.objectives(SELECT, [self.full, *level.paths])
             best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
             found.append(best)
             if len(found) == 1:
@@ -321,7 +322,8 @@ class _Tuning:
             self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
             self._scored(0, progress.told(*told))
             self.listener.note(f"{progress.line(*told)}\n  {best.edits(L)}")
-            if config.minutes is not None and self._seconds > 60 * config.minutes:
+            seconds = sum(task.seconds for task in self.tasks)
+            if config.minutes is not None and seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)
                 self._is_cut = level.saved + self.beam.unit <= self._most
@@ -353,10 +355,6 @@ class _Tuning:
                 task.objectives(part, paths)
                 task.objectives(f"texts of {part}", paths)
 
-    @property
-    def _seconds(self) -> float:
-        return sum(task.seconds for task in self.tasks)
-
     def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
         """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
         most = self.beam.num_questions
@@ -373,10 +371,6 @@ class _Tuning:
             total += task.weight * np.array(list(map(np.mean, found)))
         weighted: Floats = total / sum(task.weight for task in self.tasks)
         return weighted
-
-    def _select(self, paths: Sequence[StaticPath]) -> None:
-        for task in self.tasks:
-            task.objectives(SELECT, [self.full, *paths])
 
     def _differences(self, task: TaskScorer, part: str, path: StaticPath) -> list[float]:
         pairs = zip(*task.objectives(part, [path, self.full]), strict=True)
