@@ -51,7 +51,7 @@ from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
 from drllm.tasks.files import FileTask
-from drllm.tasks.registry import get_tasks
+from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.heal_texts import sources_of
 from drllm.tuning.parts import parts_of_tasks
@@ -101,12 +101,13 @@ def search(request: Request, terminal: Terminal) -> None:
 
 
 def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
-    """Say how the questions of files are divided, which follows from their texts."""
+    """Say how the questions of files and of the harness are divided, by their texts."""
     for task in tasks:
-        if isinstance(task, FileTask):
+        if task.name not in TASKS:
             parts = {split: len(task.examples(split)) for split in SPLITS}
             shown = ", ".join(f"{number} in {split}" for split, number in parts.items())
-            terminal.say(f"{task.path} has {sum(parts.values())} questions: {shown}")
+            what = task.path if isinstance(task, FileTask) else task.name
+            terminal.say(f"{what} has {sum(parts.values())} questions: {shown}")
 
 
 def _supervise(

@@ -52,7 +52,7 @@ class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise.
 
     Attributes:
-        dataset: tasks (comma list), or a .jsonl file of your own
+        dataset: tasks (comma list), ours or the harness' own, or a .jsonl file of your own
         output_dir: folder that receives search.jsonl and supervision.jsonl
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         split: which questions
@@ -356,7 +356,7 @@ class TuneConfig(Settings):
     """The search for one path that serves a whole task.
 
     Attributes:
-        tasks: tasks (comma list), or a .jsonl file of your own, of prompts alone too
+        tasks: tasks (comma list), ours or the harness' own, or a .jsonl file, of prompts alone too
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         max_skipped: layers left out, at most; a sixth of the layers unless given
         objective: what is kept high; gold_logprob with options, next_token_loss with other answers,

@@ -16,8 +16,8 @@ from drllm.evaluation.baselines.base import BASELINES, Drawn, Material, Measure,
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import AskedTask, StockTask
-from drllm.evaluation.questions import chosen_on, sources_of, worked_task
+from drllm.evaluation.lm_eval.task import AskedTask, asked_of
+from drllm.evaluation.questions import chosen_on, is_fitted, sources_of, worked_task
 from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns
 from drllm.listener import OnProgress
@@ -37,6 +37,7 @@ from drllm.records.supervision import read_supervision
 from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
+from drllm.tasks.harness import StockTask
 
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
 WORKED = "worked-"
@@ -111,7 +112,12 @@ class Shared:
         """
         config, source = self.config, self.output / TASKS_FOLDER / f"{use}{split}"
         if isinstance(task, StockTask):
-            written = task.asked(limit, config.seed, config.num_fewshot)
+            trained = [each.config.training.get("tasks", ()) for each in self.routers.values()]
+            made_on = {*self.tuned_on}.union(*trained)
+            is_whole = split == "test" and task.name not in made_on and not is_fitted(config)
+            written = asked_of(
+                task, None if is_whole else split, limit, config.seed, config.num_fewshot
+            )
             asked = AskedTask(written, task.tasks, self.lm, chat=config.chat)
         else:
             [written], files = task_folder(

@@ -18,7 +18,7 @@ from drllm.records.menu import Menu, find_menu
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task, questions_in
-from drllm.tasks.registry import get_task, get_tasks, is_task_name
+from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 
 
@@ -56,7 +56,7 @@ def tasks_of(
     for task in tasks:
         if task.harness is None and task.form is not None:  # asked and graded as in a search
             check_installed(task.check_reward(None))
-        questions_in(task, config.split_of(task.name), config.data_dir)
+        _check_there(task, config.split_of(task.name), config)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
     if config.limit is not None and limited <= (config.limits or {}).keys():
@@ -65,23 +65,27 @@ def tasks_of(
         )
     if is_fitted(config):
         for source in sources.values():
-            questions_in(source, chosen_on(source, config), config.data_dir)
+            _check_there(source, chosen_on(source, config), config)
     worked_task(config, tasks)
     return tasks
 
 
+def _check_there(task: Task, split: str, config: EvaluateConfig) -> None:
+    """Refuse, by a TaskError, a split of a task that can't be asked, or has no questions."""
+    if split != "test" and task.reports_test_alone:
+        raise TaskError(
+            f"task {task.name!r} is the harness' own and has only the questions that it reports, "
+            f"none for {split!r}; name another task's questions as fitted_on, or leave out what "
+            f"needs them"
+        )
+    questions_in(task, split, config.data_dir)
+
+
 def _tasks(given: Sequence[Task | str]) -> list[Task]:
-    """Return tasks by name: ours, the questions of a file, else the harness' own (no slashes)."""
+    """Return tasks by name."""
     tasks: list[Task] = []
     for each in given or [""]:
-        if isinstance(each, Task):
-            tasks.append(each)
-        elif is_task_name(each) or not each or ("/" in each and not each.endswith(".yaml")):
-            tasks += get_tasks(each)
-        else:
-            from drllm.evaluation.lm_eval.task import StockTask  # which loads the harness
-
-            tasks.append(StockTask(each))
+        tasks += [each] if isinstance(each, Task) else get_tasks(each)
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")

@@ -5,6 +5,7 @@ A task never sees a model or a tokenizer: it hands out texts. Loads no torch.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,11 @@ class Harness:
         return {name: row[name] for name in self.columns}
 
 
+def name_for_harness(name: str) -> str:
+    """Return a name without what the harness' command line takes for something else."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+
+
 class Task(ABC):
     """A set of questions and the ways of asking them.
 
@@ -205,6 +211,11 @@ class Task(ABC):
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
         """Return the rows that can't be asked of the file with a split's questions: id → why."""
         return {}
+
+    @property
+    def reports_test_alone(self) -> bool:
+        """Whether an evaluation can ask no other split than `test`."""
+        return False
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
-"""All tasks by name: those that come with the package, groups of them, and files of the user's."""
+"""All tasks by name: those of the package, groups of them, the user's files, the harness' own."""
 
+import functools
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,11 +10,14 @@ from drllm.errors import TaskError, unknown_name
 from drllm.registry import Registry
 from drllm.tasks.base import FILE_NAMES, Task
 from drllm.tasks.files import task_of_file
+from drllm.tasks.harness import StockTask
 
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
 )
 """Every task by name. A module of `tasks/published` is found without being named anywhere."""
+
+_stock_task = functools.lru_cache(maxsize=8)(StockTask)
 
 Registered = TypeVar("Registered", Task, type[Task])
 
@@ -44,7 +49,10 @@ def is_task_name(name: str) -> bool:
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name, or the task that a `.jsonl` file of the user's own describes.
+    """Return a task by name, or that of a `.jsonl` file of the user's own; else the harness' own.
+
+    The harness' tasks are looked for where lm-evaluation-harness is installed; a `.yaml` file is a
+    task file of it.
 
     Raises:
         TaskError: No such name (with the nearest) or file, or the name of several tasks.
@@ -56,13 +64,15 @@ def get_task(name: str) -> Task:
         return TASKS.get(name)
     if members := groups().get(name):
         raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
-    if "/" in name:
+    if "/" in name and not name.endswith(".yaml"):
         raise TaskError(
             f"{name!r} is neither a listed task nor a .jsonl file; of other data sets, those of "
             f"the hub too, write the questions to a .jsonl file of your own (docs/formats.md), or "
             f"name a task of 'drllm ls tasks'"
         )
-    raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
+    if find_spec("lm_eval") is None:
+        raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
+    return _stock_task(name, tuple(task_names()))
 
 
 def get_tasks(names: str) -> list[Task]:

@@ -11,7 +11,6 @@ neither torch nor the harness.
 import hashlib
 import importlib.resources
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,15 @@ from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
-from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
+from drllm.tasks.base import (
+    Example,
+    Function,
+    Harness,
+    QuestionRow,
+    Task,
+    choose,
+    name_for_harness,
+)
 from drllm.tasks.published.task import Loader, PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
@@ -228,11 +235,6 @@ def task_folder(
             )
         )
     return found, files
-
-
-def name_for_harness(name: str) -> str:
-    """Return a name without what the harness' command line takes for something else."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:

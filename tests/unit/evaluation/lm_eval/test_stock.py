@@ -1,7 +1,7 @@
 """Tasks of the harness itself: asked and scored as it does, question by question."""
 
-import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,37 +13,15 @@ from lm_eval.tasks import TaskManager
 from drllm.config import EvaluateConfig
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import StockTask
+from drllm.evaluation.lm_eval.task import asked_of
 from drllm.evaluation.questions import tasks_of
 from drllm.evaluation.run import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.records.results import read_results
+from drllm.tasks.harness import StockTask
+from harness_files import GENERATED, OPTIONS, ROWS, written_task
 from slow_way import tiny_routers
-
-ROWS = [
-    {"q": f"Is {one} larger than {other}?", "yes": int(one > other)}
-    for one in range(4)
-    for other in range(3)
-]
-METRIC = {"aggregation": "mean", "higher_is_better": True}
-OPTIONS = {
-    "task": "larger",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{q}}\nAnswer:",
-    "doc_to_target": "{{yes}}",
-    "doc_to_choice": ["no", "yes"],
-    "num_fewshot": 2,
-    "metric_list": [{"metric": name, **METRIC} for name in ("acc_norm", "acc")],
-}
-GENERATED = {
-    "task": "says",
-    "output_type": "generate_until",
-    "doc_to_text": "{{q}}",
-    "doc_to_target": "{{yes}}",
-    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
-    "metric_list": [{"metric": "exact_match", **METRIC}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +35,7 @@ def task_file(tmp_path):
     """A function that writes a task file of the harness, and returns its name."""
 
     def write(settings, rows=ROWS, **changes: Any):
-        data, file = tmp_path / "rows.jsonl", tmp_path / f"{settings['task']}.yaml"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
-        source = {"dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test"}
-        file.write_text(yaml.safe_dump({**settings, **source, **changes}))
-        return str(file)
+        return written_task(tmp_path, settings, {"test": rows}, **changes)
 
     return write
 
@@ -137,19 +110,30 @@ def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_
         path.write_text(yaml.safe_dump({"group": "both", "task": [*names]}))
         return StockTask(str(path))
 
-    asked = group("larger", "again").asked(None, 0, None)
+    asked = asked_of(group("larger", "again"), None, None, 0, None)
     assert asked.leaves == {"larger": 12, "again": 12}
     with pytest.raises(TaskError, match="name one of larger, says"):
         group("larger", "says")
 
 
-def test_nothing_is_fitted_on_questions_that_are_reported(task_file):
-    name = task_file(OPTIONS)
+def test_nothing_is_fitted_on_questions_that_are_reported(tmp_path, base):
+    train = [{**row, "q": f"Say: {row['q']}"} for row in ROWS]
+    name = written_task(tmp_path, OPTIONS, {"train": train, "test": ROWS})
     for values in ({"split": "select"}, {"curve": "0.1"}):
         with pytest.raises(TaskError, match="has only the questions that it reports"):
             tasks_of(config_of(name, **values))
     fitted_on = {"larger": "builtin_facts"}
     assert tasks_of(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
+
+
+def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_from_it(
+    base, task_file
+):
+    name, routers = task_file(OPTIONS), routers_of(base)
+    routers.config = replace(routers.config, training={"tasks": {"larger": 6}})
+    [result] = evaluate(base, config=config_of(name, baselines="none"), routers=routers)
+    assert result.num_questions == len(StockTask(name).examples("test")) < 12
+    assert "others are to be fitted on" in " ".join(result.findings)
 
 
 @pytest.mark.thorough  # lists thousands of files

@@ -1,0 +1,231 @@
+"""Tasks of lm-evaluation-harness by its own names, or by a task file: its documents and prompts.
+
+The harness is loaded where such a task is named, and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import TaskError, nearest_name
+from drllm.listener import quiet
+from drllm.records.splits import hash_of, split_of
+from drllm.tasks.base import (
+    OPTIONS_REWARD,
+    Example,
+    Prompt,
+    Task,
+    check_split,
+    name_for_harness,
+    with_options,
+)
+
+FEWSHOT_SEED = 1234
+"""The harness' own, so that its command line draws the same worked examples."""
+KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
+"""What the harness asks of a model, of which we take these."""
+PREFERRED = ("acc", "exact_match")
+"""Metrics that count where a task has them; else its first one does."""
+MOST_DRAWS = 10
+"""Of worked examples, until the question itself isn't among them."""
+GENERATED_REWARDS = ("exact", "boxed")
+MAX_NEW_TOKENS = 256
+"""Of a generated answer where the task doesn't say it; the harness' own default."""
+
+
+class StockTask(Task):
+    """A task of the harness, or all of a group or of a task file, by what its `--tasks` takes.
+
+    Its `test` are the questions that the harness reports. The others are its training questions or,
+    without any, its validation questions where these aren't reported, by the hash of their texts.
+    Where it has neither, the reported ones are divided so too, and an evaluation of what was made
+    on some of them asks `test` alone. All are asked as the harness has it, worked examples too.
+
+    Args:
+        name: What the harness' `--tasks` takes.
+        taken: Names of other tasks, which an unknown one may be near to.
+
+    Raises:
+        TaskError: An unknown name, questions that can't be fetched, or a task that doesn't score
+            options or generate answers.
+    """
+
+    def __init__(self, name: str, taken: tuple[str, ...] = ()) -> None:
+        self.tasks = loaded(name, taken)
+        self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
+        self.description = f"{name} of lm-evaluation-harness"
+        self.shots_of = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
+        kinds = {task.OUTPUT_TYPE for task in self.tasks.values()}
+        metrics = [list(task.aggregation()) for task in self.tasks.values()]
+        shared = [metric for metric in metrics[0] if all(metric in each for each in metrics)]
+        wanted = "multiple_choice (options) or generate_until (answers) with a metric in common"
+        if len(kinds) > 1 or not kinds <= KINDS.keys() or not shared:
+            fit = [leaf for leaf, task in self.tasks.items() if task.OUTPUT_TYPE in KINDS]
+            alone = f"; name one of {', '.join(fit)}" if fit and len(self.tasks) > 1 else ""
+            raise TaskError(
+                f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; taken are tasks "
+                f"with {wanted}{alone}; 'drllm lm-eval run --model drllm' has the rest"
+            )
+        forbidden = ("UNSAFE_CODE", "MULTIMODAL")
+        if any(getattr(task, each, False) for task in self.tasks.values() for each in forbidden):
+            raise TaskError(f"task {name!r} runs code or shows images, which isn't done here")
+        self.kind = KINDS[kinds.pop()]
+        self.metric = next((metric for metric in PREFERRED if metric in shared), shared[0])
+        self.reported = [
+            (leaf, place, self._example(leaf, f"{leaf}-{place}", doc))
+            for leaf, task in self.tasks.items()
+            for place, doc in enumerate(task.eval_docs)
+        ]
+        self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}
+
+    @functools.cached_property
+    def to_fit(self) -> list[Example]:
+        """The questions that the harness doesn't report, each text once; empty without any."""
+        found: dict[str, Example] = {}
+        for leaf, task in self.tasks.items():
+            docs: Any = ()
+            if task.has_training_docs():
+                docs = task.training_docs()
+            elif task.has_validation_docs() and task.has_test_docs():
+                docs = task.validation_docs()
+            for place, doc in enumerate(docs):
+                example = self._example(leaf, f"{leaf}-train-{place}", doc)
+                if found.setdefault(example.question, example) is example:
+                    self._docs[example.id] = leaf, doc
+        return [*found.values()]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether all of its questions are reported, so that those to fit on are some of them."""
+        return not self.to_fit
+
+    @property
+    def reports_test_alone(self) -> bool:
+        """Whether an evaluation can't ask its other questions, which the harness doesn't report."""
+        return not self.is_divided
+
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
+        """Return the questions of one split; see the class."""
+        origin = "own" if self.is_divided else "train"
+        if check_split(split) == "test" and not self.is_divided:
+            return [example for *_, example in self.reported]
+        whole = [example for *_, example in self.reported] if self.is_divided else self.to_fit
+        return [example for example in whole if split_of(example.question, origin) == split]
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The rewards that fit: the options' log-probabilities, or how a text is graded."""
+        return (OPTIONS_REWARD,) if self.kind == "choices" else GENERATED_REWARDS
+
+    @property
+    def has_answers(self) -> bool:
+        """They do."""
+        return True
+
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how the harness asks a question; then, with options, scored by character.
+
+        A question is never among its own worked examples, which depend on its text alone.
+        """
+        self.check_reward(reward)
+        leaf, doc = self._doc_of(example)
+        task = self.tasks[leaf]
+        if task.multiple_input:
+            raise TaskError(
+                f"task {self.name!r} asks a question in as many ways as it has options, which can "
+                f"be evaluated, but not searched or tuned on"
+            )
+        own, first_seed = str(task.doc_to_text(doc)), FEWSHOT_SEED + hash_of(example.question)
+        for seed in range(first_seed, first_seed + MOST_DRAWS):
+            task.set_fewshot_seed(seed=seed)
+            context = task.fewshot_context(doc, num_fewshot=self.shots_of[leaf])
+            if context.count(own) == 1:
+                break
+        if self.kind == "choices":
+            requests = task.construct_requests(doc=doc, ctx=context, metadata=(leaf, 0, 1))
+            asked = Prompt(
+                text=context,
+                reward=reward,
+                answer=example.answer,
+                continuations=tuple(each.args[1] for each in requests[: len(example.choices)]),
+                gold=example.gold,
+            )
+            return asked, replace(asked, normalised=True)
+        settings = task.config.generation_kwargs or {}
+        most = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
+        answer = Prompt(
+            text=context, reward=reward, answer=example.answer, max_new_tokens=int(most)
+        )
+        return (answer,)
+
+    def _doc_of(self, example: Example) -> tuple[str, Mapping[str, Any]]:
+        if example.id not in self._docs:
+            for leaf, place, each in self.reported:
+                self._docs[each.id] = leaf, self.tasks[leaf].eval_docs[place]
+        return self._docs[example.id]
+
+    def _example(self, leaf: str, own_id: str, doc: Mapping[str, Any]) -> Example:
+        """Return a question as far as results show it."""
+        task = self.tasks[leaf]
+        text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+        if self.kind == "generated":
+            first = target[0] if isinstance(target, list) and target else target
+            return Example(id=own_id, task=self.name, question=str(text), answer=str(first))
+        choices = tuple(map(str, task.doc_to_choice(doc)))
+        [gold, *_] = golds_of(task, doc) or [0]
+        question = str(target if task.multiple_input else text)
+        return with_options(question, choices, gold, own_id, self.name)
+
+
+def golds_of(task: Any, doc: Mapping[str, Any]) -> list[int]:
+    """Return which options of a question are right by the harness; none where none of them is."""
+    gold, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+    if task.multiple_input:
+        gold = task.doc_to_text(doc)
+    found = gold if isinstance(gold, list) else [gold]
+    places = [choices.index(one) if one in choices else one for one in found]
+    return [one for one in places if isinstance(one, int) and 0 <= one < len(choices)]
+
+
+@functools.cache
+def _of_the_harness() -> Any:
+    """Return its own tasks; to list them it reads thousands of files, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def loaded(name: str, taken: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the harness' tasks that a name stands for, with their questions."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
+        if name.endswith(".yaml") and (file := Path(name)).is_file():
+            # All of its folder, since a group there names its neighbours; and by its name there,
+            # since a group that is loaded by its path has its list of tasks for a name.
+            manager = TaskManager(include_path=file.parent, include_defaults=False)
+            places = {str(each.yaml_path): own for own, each in manager.task_index.items()}
+            name = places.get(str(file), name)
+        elif name not in (manager := _of_the_harness()).task_index:
+            raise TaskError(
+                f"{nearest_name('task', name, {*taken, *manager.task_index})}; 'drllm ls "
+                f"tasks' and 'drllm lm-eval ls tasks' list all; of others, write the questions "
+                f"to a .jsonl file of your own, or a .yaml task file"
+            )
+        unreached = (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError)
+        try:
+            found: dict[str, Any] = manager.load(name)["tasks"]
+        except unreached as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise TaskError(
+                f"task {name!r} of the harness can't be had ({cause.rstrip('.')}); connect or log "
+                f"in (hf auth login), or name a file of questions"
+            ) from error
+    return found

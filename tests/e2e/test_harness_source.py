@@ -1,0 +1,47 @@
+"""Tasks of lm-evaluation-harness through the loop: searched, trained on, tuned and evaluated."""
+
+import pytest
+
+import drllm
+from drllm.models.base.load import BaseModel
+from drllm.tasks.registry import get_task
+from harness_files import GENERATED, OPTIONS, written_task
+
+ROWS = [
+    {"q": f"Is {one} larger than {other}?", "yes": int(one > other)}
+    for one in range(20)
+    for other in range(8)
+]
+FEW = {"num_fit": 12, "num_judged": 12, "max_skipped": 1, "beam": 1, "max_loss": 10.0}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(max_position_embeddings=1024)
+    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.mark.parametrize("settings", [OPTIONS, GENERATED], ids=["options", "generated"])
+def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_questions(
+    settings, base, tmp_path
+):
+    name = written_task(tmp_path, settings, {"test": ROWS})
+    task = get_task(name)
+    records = drllm.search_paths(base, name, limit=12, num_simulations=4)
+    asked = {record.question for record in records}
+    assert len(asked) == 12
+    assert asked <= {example.question for example in task.examples("search")}
+    targets = drllm.supervise(records, target="least_kl")
+    routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
+    assert routers.config.training["tasks"] == {task.name: len(targets)}
+    few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none"}
+    [result] = drllm.evaluate(base, name, routers=routers, output_dir=tmp_path / "eval", **few)
+    assert result.num_questions == len(task.examples("test")) < len(ROWS)
+
+
+def test_a_task_of_the_harness_is_tuned_on(base, tmp_path):
+    name = written_task(tmp_path, OPTIONS, {"train": ROWS, "test": ROWS[:9]})
+    found = drllm.tune(base, name, **FEW)
+    assert found.tasks == ("larger",)
+    assert found.divided == ()
+    assert len(found.paths) == 2
