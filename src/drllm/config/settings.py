@@ -147,7 +147,6 @@ class TrainConfig(Settings):
         gamma: focal loss exponent (paper: 2)
         class_weights: whether rare decisions weigh more (paper: effective_number)
         beta: effective-number class weights (paper: 0.999)
-        logit_adjustment: tau: adds tau times each layer's log label frequency in the loss
         dropout: share of a router's hidden units left out of a step
         normalise_features: scale each component of the routers' inputs to mean 0, deviation 1
         validation_fraction: share of the targets held out for metrics (ours)
@@ -172,7 +171,6 @@ class TrainConfig(Settings):
     gamma: float = setting(2.0, minimum=0.0, idle=("loss", "cross_entropy"))
     class_weights: str = setting("none", choices=("effective_number", "none"))
     beta: float = setting(0.999, minimum=0.0, maximum=0.9999999, idle=("class_weights", "none"))
-    logit_adjustment: float = setting(0.0, minimum=0.0)
     dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
     normalise_features: bool = setting(False)
     validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)

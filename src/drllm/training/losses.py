@@ -1,4 +1,4 @@
-"""The training loss: a focal loss, class weights, and logit adjustment.
+"""The training loss: a focal loss, and class weights.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -29,17 +29,6 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
 
     mean = sum(map(inverse, present)) / len(present)
     return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
-
-
-def log_priors(counts: Tensor) -> Tensor:
-    """Return the logarithm of how frequent each decision is among the labels `[L, C]` of a layer.
-
-    A class without labels at a layer gets the frequency of the layer's commonest: its logit is
-    then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
-    would push it, and it could win where the adjustment is gone, in routing.
-    """
-    commonest = counts.amax(dim=-1, keepdim=True)
-    return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()
 
 
 def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:

@@ -32,7 +32,7 @@ BINS = 15
 def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     """Compare what routers say of the held-out examples with their targets.
 
-    Class weights, focal exponent and logit adjustment play no part in it, as in routing. The
+    Class weights and the focal exponent play no part in it, as in routing. The
     routers are on the CPU; where the trainer has held nothing out, None is returned.
     """
     if not trainer.held_out:

@@ -25,7 +25,7 @@ from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, moments, parts_of, shape
-from drllm.training.losses import class_weights, focal_losses, log_priors
+from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
@@ -75,7 +75,6 @@ class Trainer:
     Attributes:
         trained: Targets trained on; `held_out` the others.
         targets: `[N, L, C]` float64: 1 for the label, 0 for the other decisions.
-        offsets: `[L, C]`: added to the logits before the loss.
         label_counts: `[L][C]`: labels of the target paths trained on.
         steps: Of all epochs; in `warmup` of them the learning rate rises.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
@@ -111,7 +110,6 @@ class Trainer:
         self.scale = moments(examples, self.trained) if config.normalise_features else None
         self.gamma = config.gamma if config.loss == "focal" else 0.0
         self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
-        self.offsets = self._here(config.logit_adjustment * log_priors(learned.sum(dim=0)))
         _, L, W, D = shape(examples)
         assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
         assert config.num_windows == W, "the features are pooled in other windows"
@@ -206,13 +204,9 @@ class Trainer:
                 self.stack.load_state_dict(self.kept)
 
     def loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`.
-
-        Source: the offsets, never there in routing, are τ · log prior of Menon et al. 2021 (arXiv
-            2007.07314), equation 10.
-        """
+        """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`."""
         targets = self._here(self.targets[rows])
-        return focal_losses(logits + self.offsets, targets, self.weights, self.gamma).mean()
+        return focal_losses(logits, targets, self.weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
         """Count how the routers fare on the rows trained on and on those held out, by name."""

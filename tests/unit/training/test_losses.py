@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from drllm.training.losses import class_weights, focal_losses, log_priors
+from drllm.training.losses import class_weights, focal_losses
 
 EXACT = 1e-12  # float64: only the order of additions differs
 WEIGHTS = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
@@ -97,9 +97,3 @@ def test_the_loss_of_soft_targets_is_the_mix_of_the_losses_of_the_labels():
     )
     softly = focal_losses(logits, shares, WEIGHTS, 2.0)
     torch.testing.assert_close(softly, mixed, rtol=0, atol=EXACT)
-
-
-def test_priors_are_each_layers_frequencies_and_what_it_lacks_has_that_of_its_commonest():
-    priors = log_priors(torch.tensor([[1.0, 2.0, 1.0], [1.0, 9.0, 0.0], [0.0, 5.0, 0.0]])).exp()
-    expected = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.9, 0.9], [1.0, 1.0, 1.0]])
-    torch.testing.assert_close(priors, expected)

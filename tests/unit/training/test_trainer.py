@@ -119,28 +119,6 @@ def test_cross_entropy_without_class_weights_is_that_of_torch(logits):
     assert found == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize("tau", [0.5, 1.0])
-def test_logit_adjustment_adds_the_log_frequency_of_each_layer(logits, tau):
-    features = make_features(200)
-    trainer = prepared(features, **PLAIN, logit_adjustment=tau, validation_fraction=0.0)
-    counts = torch.stack([(features.labels == decision).sum(dim=0) for decision in range(3)], 1)
-    assert (counts > 0).all()
-    adjusted = logits + tau * (counts / 200).double().log()
-    expected = F.cross_entropy(adjusted.flatten(0, 1), features.labels[:4].flatten())
-    found = loss_of(trainer, logits, range(4))
-    assert found == pytest.approx(float(expected), rel=1e-6)  # `expected` has float32 frequencies
-
-
-def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
-    labels = FEATURES.labels.clone()
-    labels[:, 1] = 1
-    rare = replace(FEATURES, labels=labels)
-    trainer = fitted(rare, config_of(logit_adjustment=1.0, num_epochs=20))
-    said = trainer.routers()(rare.means, rare.filled)
-    assert said.isfinite().all()
-    assert (said[:, 1].argmax(dim=-1) == 1).all()
-
-
 def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions():
     blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means))
     fit = {"num_epochs": 200, "gradient_accumulation": 40, "validation_fraction": 0.0}
