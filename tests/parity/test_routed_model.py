@@ -22,11 +22,9 @@ from drllm.models.routing.policies import FullPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import (
     LOGIT_TOLERANCE,
-    ListedModel,
     Opaque,
     Recorder,
     right_padded,
-    stored_rows,
     tiny_routers,
 )
 
@@ -359,43 +357,6 @@ def test_a_detached_model_says_so(routed):
     ):
         with pytest.raises(RoutingError, match="detach"):
             use()
-
-
-# --- what a skipped layer leaves behind --------------------------------------------------------
-
-
-def own_mlp(call, hidden):
-    """Stand in for a layer by its own MLP, without its attention."""
-    layer = call.module
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama):
-    model = tiny_llama()
-    plans = [[1, 0, 1, 0, 1, 1], [0, 1, 2, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 2, 1]]
-    expected = []
-    for plan, prompt in zip(plans, PROMPTS, strict=True):
-        # By hand: every layer listed once more where it is skipped, its attention silenced.
-        silenced = copy.deepcopy(model)
-        for layer, count in zip(silenced.model.layers, plan, strict=True):
-            if count == 0:
-                layer.self_attn.o_proj.weight.data.zero_()
-        by_hand = ListedModel(silenced, [max(count, 1) for count in plan])
-        expected.append(by_hand.logits(prompt))
-    routed = RoutedModel(model, bypass=own_mlp)
-    with routed.fixed(plans), torch.no_grad():
-        positions = (batch()["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        found = routed.model(**batch(), position_ids=positions).logits
-    for row, slow in enumerate(expected):
-        torch.testing.assert_close(slow, found[row, -len(slow) :], atol=LOGIT_TOLERANCE, rtol=0)
-
-
-def test_a_bypass_stores_nothing_in_the_cache(tiny_llama):
-    routed = RoutedModel(tiny_llama(), bypass=own_mlp)
-    cache = DynamicCache(config=routed.model.config)
-    with routed.fixed(MIXED), torch.no_grad():
-        routed.model(**batch(), **on(routed.model, cache))
-    assert sum(map(sum, MIXED)) == stored_rows(cache)
 
 
 # --- whose generate it is ----------------------------------------------------------------------

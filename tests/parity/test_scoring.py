@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 
-from drllm.errors import RoutingError
 from drllm.models.routing.policies import FixedPolicy, FullPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import prefix_sharing as sharing
@@ -145,13 +144,6 @@ def test_policies_are_asked_once_a_question_and_read_its_context_alone(model):
     ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_scores(recorder)
     assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
     recorder.assert_read(model, CONTEXTS)
-
-
-def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):
-    routed = RoutedModel(tiny_llama(), bypass=lambda call, hidden: 2 * hidden)
-    batch = ChoiceBatch(routed, [Question([5, 6], [[7], [8]])], state_cache_gb=1.0)
-    with pytest.raises(RoutingError, match="passes its input on as it is"):
-        batch.logprobs([(0, FULL)])
 
 
 def test_answers_equal_plain_generation_of_each_path(endless, tiny_tokenizer):

@@ -17,7 +17,6 @@ from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
-from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records.codec import digest_of
 from drllm.records.manifest import (
@@ -111,9 +110,8 @@ def search_paths(
                 executor = RayExecutor(model, num_workers=workers, address=address)
             stack.enter_context(executor)
         else:
-            bypass = model.driver.bypass if isinstance(model, RoutedModel) else identity
             base = stack.enter_context(unrouted(model, tokenizer, listener))
-            routed = RoutedModel(base.model, bypass=bypass, tokenizer=base.tokenizer)
+            routed = RoutedModel(base.model, tokenizer=base.tokenizer)
             stack.callback(routed.detach)
             executor = LocalExecutor(routed, base.identity, base.runtime)
         return run_search(executor, questions, config, folder, listener)

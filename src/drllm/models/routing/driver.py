@@ -1,8 +1,7 @@
 """What happens at a layer of a routed model: ask for decisions once, pin them, run those rows.
 
 `RoutingDriver` turns a policy's decisions into executions, with a cache and without, and records
-the route taken; `PathPass` runs a static path, which decisions may not be able to express; a
-`Bypass` says what a skipped layer passes on.
+the route taken; `PathPass` runs a static path, which decisions may not be able to express.
 
 Axes: B rows, T tokens, D hidden, K keys, L layers.
 """
@@ -11,9 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,17 +33,6 @@ from drllm.models.routing.policies import (
     reads_prompt,
 )
 from drllm.paths import MLP, StaticPath, Step, layer_of, step_of
-
-Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
-"""Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
-and `module` say which it is, and the layer's input on these rows `[R, T, D]`, and returns what they
-continue with. It never touches the cache, so what it returns may depend on each token alone; such
-as `lambda call, hidden: hidden + call.module.mlp(call.module.post_attention_layernorm(hidden))`."""
-
-
-def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
-    """Leave the hidden state as it is; Dr.LLM section 3.1."""
-    return hidden
 
 
 class Taken(NamedTuple):
@@ -80,9 +68,8 @@ class RoutingDriver(Driver):
     layer are not computed there.
     """
 
-    def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
+    def __init__(self, policy: Policy | None = None) -> None:
         self.policy: Policy = policy or FullPolicy()
-        self.bypass = bypass
         self._newest: list[Taken] = []
         self._by_thread: dict[int, list[Taken]] = {}
         self._traced: list[Taken] = []
@@ -277,16 +264,10 @@ class RoutedPass(Driver):
         taken: Taken,
         entry: RoutedCacheLayer | None,
     ) -> Tensor:
-        """Run a layer on each row as often as decided; skipped rows are what the bypass makes."""
+        """Run a layer on each row as often as decided; skipped rows pass on what they read."""
         decisions, names = taken
         if entry is not None and entry.shadow is not None:
             entry.lengthen_shadow(hidden.shape[1], hidden)
-        bypass = self.driver.bypass
-        if bypass is not identity and 0 in decisions:
-            skipped = tuple([row for row, value in enumerate(decisions) if value == 0])
-            index = call.forward.index(skipped, hidden.device)
-            bypassed = bypass(call, hidden.index_select(0, index))
-            hidden = hidden.index_copy(0, index, bypassed.to(hidden.dtype))
         for count in range(max(decisions)):
             if entry is None:
                 rows = tuple([row for row, value in enumerate(decisions) if value > count])

@@ -25,7 +25,7 @@ from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.adapters import Adapter
-from drllm.models.routing.driver import Bypass, RoutingDriver, identity
+from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
 from drllm.models.routing.menu import load_policy
@@ -42,7 +42,6 @@ def attach(
     tokenizer: Any = None,
     *,
     policy: Policy | None = None,
-    bypass: Bypass = identity,
 ) -> RoutedModel:
     """Put routing on a model; what was attached to it before is replaced.
 
@@ -51,7 +50,6 @@ def attach(
         routers: Trained routers, their folder, or OWNER/NAME on the hub; None for none.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
-        bypass: As for `RoutedModel`.
 
     Raises:
         DrllmError: What `RoutedModel` and `load_routers` refuse; then all is as it was before.
@@ -64,7 +62,7 @@ def attach(
         model = model.model
     with ExitStack() as undo:
         undo.callback(_take_off(model))
-        routed = RoutedModel(model, routers, policy=policy, bypass=bypass, tokenizer=tokenizer)
+        routed = RoutedModel(model, routers, policy=policy, tokenizer=tokenizer)
         undo.pop_all()
     return routed
 
@@ -139,7 +137,6 @@ class RoutedModel:
         model: A decoder-only model of transformers, or a PEFT model around one.
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
-        bypass: What a skipped layer passes on; by default the hidden state as it is.
         tokenizer: The model's tokenizer, for whatever starts from texts (`search_paths`); None
             loads the one of the model's name when it is first needed.
 
@@ -173,7 +170,6 @@ class RoutedModel:
         routers: RouterStack | None = None,
         *,
         policy: Policy | None = None,
-        bypass: Bypass = identity,
         tokenizer: Any = None,
     ) -> None:
         if routers is not None and policy is not None:
@@ -187,7 +183,7 @@ class RoutedModel:
         self.routers = routers
         if tokenizer is not None:
             self.tokenizer = tokenizer
-        self.driver = RoutingDriver(policy, bypass)
+        self.driver = RoutingDriver(policy)
         self.injection = Injection(model, self.driver)
         base = base_of(model)
         base.generate = GenerateHandle(base, self.driver).generate

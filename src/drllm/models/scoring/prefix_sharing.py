@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
-from drllm.models.routing.driver import identity, keeps_kv
+from drllm.models.routing.driver import keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
@@ -75,14 +75,8 @@ class PackedRows:
     ) -> Iterator[PrefixSharingDriver]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
-        `keep_last` says for each pair how many of its last tokens' logits are wanted. A bypass
-        that changes anything is a RoutingError: a skip would no longer keep its state.
+        `keep_last` says for each pair how many of its last tokens' logits are wanted.
         """
-        if self.routed.driver.bypass is not identity:
-            raise RoutingError(
-                "paths can share their prefixes only where a skipped layer passes its input on as "
-                "it is; make the RoutedModel without bypass=..."
-            )
         for plan in {plan for _, plan in pairs if isinstance(plan, StaticPath)}:
             self.routed.injection.prepare(plan)
         can_drop_tokens = self.routed.injection.can_drop_tokens

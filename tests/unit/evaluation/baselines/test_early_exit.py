@@ -3,7 +3,6 @@ import torch
 
 from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_threshold
 from drllm.models.routers.depth_control import routes_of
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Question
@@ -94,11 +93,3 @@ def test_generated_tokens_run_what_the_prompt_ran(routed, lens, prompts):
         routed.generate(prompt, max_new_tokens=5, do_sample=False)
     expected = routes_of(routed, ExitPolicy(lens, TELLING), prompt.tolist())
     assert torch.equal(routed.last_route, expected)
-
-
-def test_a_prompt_that_has_stopped_never_goes_on(tiny_llama, slow, prompts):
-    """Even where a skipped layer leaves something that no token is likely behind."""
-    routed = RoutedModel(tiny_llama(num_layers=L), bypass=lambda call, hidden: 0 * hidden)
-    wanted = [stops(probabilities, TELLING) for probabilities in slow]
-    routes = routes_of(routed, ExitPolicy(LogitLens(routed), TELLING), prompts)
-    assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
