@@ -167,7 +167,6 @@ serch --limit 3 => unknown verb 'serch'
 search --num-simulation 5 => unknown flag '--num-simulation'
 search --limit => --limit has no value
 search --stop-rule => --stop-rule has no value; give one of paper, released,
-search --no_damage => unknown flag '--no-damage', which is called --no-kl now
 show run --question => --question has no value; give one (id of a searched
 search --kl maybe => --kl takes no value, but 'maybe' follows it; --no-kl
 search --no_kl=maybe => --no-kl takes no value, but 'maybe' follows it; --kl

@@ -184,22 +184,6 @@ def test_a_supervision_line_is_refused_with(what):
         read_row(json.loads(encode(TARGET)) | values, SupervisionRecord)
 
 
-def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path):
-    record = replace(
-        RECORD,
-        question='"damage"',
-        paths=tuple(replace(path, kl=0.5) for path in RECORD.paths),
-    )
-    file = written(tmp_path / "search.jsonl", record)
-    old = file.read_text(encoding="utf-8").replace('"kl":', '"damage":')
-    assert old.count('"damage":') == 2
-    file.write_text(old, encoding="utf-8")
-    about = json.loads(manifest_path(file).read_text())
-    about |= {"schema_version": 1, "sha256": sha256(file)}
-    manifest_path(file).write_text(json.dumps(about))
-    assert list(read_search(file)) == [record]
-
-
 def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     file = written(tmp_path / "supervision.jsonl", TARGET, schema="supervision")

@@ -28,7 +28,6 @@ Kind = TypeVar("Kind", bound=Settings)
 _WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 HELP = ("-h", "--help", "--help-all")
 _FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
-_RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
 
 
 # --- the table of verbs ------------------------------------------------------------------------
@@ -321,8 +320,6 @@ def _unknown(verb: Verb, name: str) -> ConfigError:
             f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
             f"{flags[name].value}', and give that as --config FILE"
         )
-    if _RENAMED.get(name, "").replace("--no-", "--") in flags:
-        return ConfigError(f"unknown flag {name!r}, which is called {_RENAMED[name]} now")
     known = [*flags, *HELP, *(["--config"] if verb.settings else [])]
     return ConfigError(f"{nearest_name('flag', name, known)} {_see(verb)}")
 

@@ -450,7 +450,7 @@ def export(request: Request, terminal: Terminal) -> None:
     terminal.say(f"size        {size}")
     if zeros := zeros_in_words(StaticPath(made.path)):
         terminal.say(
-            f"zeros       for the last linear map of {zeros}: whatever loads the checkpoint still "
+            f"zeros       for the weights of {zeros}: whatever loads the checkpoint still "
             f"computes these parts, so they save no time there; only whole layers do"
         )
     how = "to rounding, the adapter merged" if StaticPath(made.path).adapters else "bit by bit"

@@ -3,7 +3,7 @@
 Build the stock class for the path, give it the base model's weights, write it, load it again and
 compare; only then the folder appears. What a config means is found out by comparing the layers that
 a class builds from it, not looked up by the model's name. An attention or MLP that is left out has
-zeros for its last linear map (`zeroed`).
+zeros for its weights (`zeroed`).
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
@@ -94,8 +94,8 @@ def export_path(
     The folder holds config, weights, generation config, tokenizer and a model card, and loading it
     needs no code of ours. A healed path's adapter is merged into the weights. A stock checkpoint
     can't say that two layers are the same, so a layer that the path runs twice is written twice.
-    Nor can it say that a layer has no attention or no MLP: the last linear map of one that is left
-    out is written as zeros, so the numbers are right, but whatever loads the checkpoint still
+    Nor can it say that a layer has no attention or no MLP: the weights of one that is left out are
+    written as zeros, so the numbers are right, but whatever loads the checkpoint still
     computes it. The folder appears when all is written and checked: loaded again, every weight is
     as it should be, and the logits of a short row of tokens equal those of the base model run along
     the path, bit by bit; to rounding where an adapter is merged.

@@ -57,7 +57,7 @@ def step_in_words(item: int | Step) -> str:
 
 
 def zeros_in_words(path: StaticPath) -> str:
-    """Name the sublayers whose last linear map an export writes as zeros; empty without any.
+    """Name the sublayers whose weights an export writes as zeros; empty without any.
 
     Example:
         >>> zeros_in_words(StaticPath([0, {"layer": 1, "run": "mlp"}, {"layer": 3, "run": "mlp"}]))

@@ -14,7 +14,7 @@ import platform
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,8 +26,7 @@ from drllm.errors import RecordError
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
-"""The newest form of our files that this version reads, and the one it writes. In version 1 the KL
-of a path was called `damage`."""
+"""The newest form of our files that this version reads, and the one it writes."""
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -94,14 +93,12 @@ def read_json(path: Path | str, kind: type[T]) -> T:
         return decode(file.read(), kind, str(path))
 
 
-def read_json_lines(
-    path: Path | str, kind: type[T], upgrade: Callable[[bytes], bytes] = bytes
-) -> Iterator[tuple[int, T]]:
-    """Yield `(line number from 1, value)` of a file; `upgrade` rewrites lines of older versions."""
+def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """Yield `(line number from 1, value)` of a file."""
     number = 0
     with _opened(Path(path)) as file:
         for number, line in enumerate(file, start=1):
-            yield number, decode(upgrade(line), kind, f"{path}, line {number}")
+            yield number, decode(line, kind, f"{path}, line {number}")
     if not number:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 

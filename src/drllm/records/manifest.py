@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,14 +91,12 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     return manifest
 
 
-def read_records(
-    path: Path, kind: type[T], schema: str, upgrade: Callable[[bytes], bytes] = bytes
-) -> list[T]:
+def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
     """Read and check a whole records file, of the schema (`search`, …) that its manifest says."""
     manifest = read_manifest(path, schema)
     records: list[T] = []
     seen: dict[tuple[str, str], int] = {}
-    for line, record in codec.read_json_lines(path, kind, upgrade):
+    for line, record in codec.read_json_lines(path, kind):
         earlier = seen.setdefault((record.task, record.id), line)
         if earlier != line:
             raise RecordError(

@@ -194,7 +194,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seeds: tuple[Seeds, ...] = ()
     choice: Choice | None = None
     pooled: Pooled | None = None
-    not_compared: dict[str, str] = {}  # of older files
     findings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

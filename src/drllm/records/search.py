@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,9 +142,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
 
 def read_search(file: Path) -> SearchRecords:
     """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
-    # The name of version 1; inside a text its quotes would be escaped.
-    upgrade = operator.methodcaller("replace", b'"damage":', b'"kl":')
-    records = read_records(file, SearchRecord, "search", upgrade)
+    records = read_records(file, SearchRecord, "search")
     layers = records[0].num_layers
     for line, record in enumerate(records, start=1):
         if record.num_layers != layers:

@@ -107,7 +107,7 @@ def test_a_part_that_is_left_out_is_written_as_zeros_and_said_to_save_no_time(ex
     plan = written(tmp_path, '{"path": [0, {"layer": 1, "run": "mlp"}, 2, 4]}')
     said = export(plan, tmp_path / "out")
     assert "path        0 1:mlp 2 4\n" in said.out
-    assert "last linear map of the attention of layer 1: whatever loads" in said.out
+    assert "the weights of the attention of layer 1: whatever loads" in said.out
     assert "they save no time there" in said.out
 
 
