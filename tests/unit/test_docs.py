@@ -72,7 +72,8 @@ def test_the_page_on_architectures_runs_on_a_model(tiny_llama):
 
 def test_the_page_on_rewards_runs_and_its_reward_grades_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(REWARDS, "_entries", dict(REWARDS._entries))
-    assert run("add-a-reward.md") == [shown(*blocks("add-a-reward.md"))]
+    monkeypatch.chdir(tmp_path)
+    assert run("add-a-reward.md") == list(map(shown, blocks("add-a-reward.md")))
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "3 + 4?", "answer": 7, "grader": "last-number"}')
     assert get_task(str(path)).rewards == ("last-number",)

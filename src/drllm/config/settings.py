@@ -57,7 +57,8 @@ class SearchConfig(Settings):
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         split: which questions
         limit: at most this many questions a task, drawn with the seed
-        reward: graded by: of a comma list the first that fits the task; default: the task's own
+        reward: of a comma list the first that fits; default: the task's; or FILE.py:FUNCTION
+        max_new_tokens: with --reward FILE.py:FUNCTION: maximum tokens of an answer (256)
         num_simulations: paths tried a question (paper: 50)
         budget: maximum executions of a path, as a factor of L (paper: 2)
         strategy: tree, sweep (single edits, then pairs) or walk (one chain)
@@ -84,6 +85,7 @@ class SearchConfig(Settings):
     split: str = setting("search", choices=SPLITS)
     limit: int | None = basic(None, minimum=1)
     reward: str | None = basic(None)
+    max_new_tokens: int | None = setting(None, minimum=1, idle=("reward", None))
     num_simulations: int = basic(50, minimum=1)
     budget: float = basic(2.0, minimum=1.0, maximum=2.0)
     strategy: str = setting("tree", choices=NamesIn("drllm.search.strategies:STRATEGIES"))
@@ -107,7 +109,7 @@ class SearchConfig(Settings):
         super().__post_init__()
         rewards = NamesIn("drllm.tasks.rewards:REWARDS")
         for name in () if self.reward is None else self.reward.split(","):
-            if name not in rewards:
+            if name not in rewards and ".py:" not in name:
                 raise ConfigError("--reward: " + unknown_name("value", name, rewards))
 
 
@@ -293,6 +295,8 @@ class EvaluateConfig(Settings):
         splits: other splits for some tasks
         fitted_on: other tasks on whose questions depths are chosen and baselines fitted
         num_fewshot: worked examples before each question; each task's own unless given
+        reward: FILE.py:FUNCTION, a function of your own that grades what is generated
+        max_new_tokens: with --reward: maximum tokens of an answer (256)
         chat: ask through the tokenizer's chat template
         paths: static paths: files; of a paths.json all but the full one, or the named one
         menu: instead of routers: the folder of a menu, which is compared with its own paths
@@ -323,6 +327,8 @@ class EvaluateConfig(Settings):
     splits: dict[str, str] | None = setting(None, choices=SPLITS, value="{gsm8k: select}")
     fitted_on: dict[str, str] | None = setting(None, value="{hellaswag: arc_easy}")
     num_fewshot: int | None = setting(None, minimum=0)
+    reward: str | None = setting(None, value="FILE.py:FUNCTION")
+    max_new_tokens: int | None = setting(None, minimum=1, idle=("reward", None))
     chat: bool = setting(False)
     paths: str | None = basic(None, value="FILE[:NAME],...")
     menu: str | None = basic(None, value="DIR")

@@ -18,6 +18,7 @@ from drllm.records.menu import Menu, find_menu
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task, questions_in
+from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 
@@ -34,7 +35,7 @@ def tasks_of(
     if given is None or isinstance(given, str):
         names = config.tasks if given is None else given
         given = [name.strip() for name in names.split(",") if name.strip()]
-    tasks = _tasks([given] if isinstance(given, Task) else given)
+    tasks = _tasks([given] if isinstance(given, Task) else given, config)
     check(config)
     if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
@@ -81,11 +82,14 @@ def _check_there(task: Task, split: str, config: EvaluateConfig) -> None:
     questions_in(task, split, config.data_dir)
 
 
-def _tasks(given: Sequence[Task | str]) -> list[Task]:
-    """Return tasks by name."""
+def _tasks(given: Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
+    """Return tasks by name, their answers graded by a function of the user's own if given."""
     tasks: list[Task] = []
     for each in given or [""]:
         tasks += [each] if isinstance(each, Task) else get_tasks(each)
+    if config.reward is not None:
+        own = config.reward, config.max_new_tokens
+        tasks = [each if isinstance(each, GradedTask) else GradedTask(each, *own) for each in tasks]
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")

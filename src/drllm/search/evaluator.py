@@ -178,9 +178,12 @@ class Evaluator:
 
         For a generated answer the margin is the mean token log-probability of the gold answer
         minus that of the path's own answer if that is wrong, else that of the best of the most
-        frequent wrong answers to the question; None where nobody answered wrong.
+        frequent wrong answers to the question; None where nobody answered wrong, or where there is
+        no gold answer, since a function grades.
         """
-        if isinstance(self._batch, ChoiceBatch):
+        if isinstance(self._batch, ChoiceBatch) or not all(
+            r.continuations[0] for r in self.readings
+        ):
             return list(outcomes)
         wrong: list[Counter[tuple[int, ...]]] = [Counter() for _ in self.readings]
         for (place, _), outcome in zip(pairs, outcomes, strict=True):

@@ -19,6 +19,7 @@ from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
 from drllm.tasks.files import FileTask
+from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 
@@ -85,6 +86,14 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     if source is None or isinstance(source, (str, Path)):
         source = get_tasks(config.dataset if source is None else str(source))
     found = _examples_of(source, config)
+    if config.reward is not None and SUFFIX in config.reward:
+        own = config.reward, config.max_new_tokens
+        found = [(GradedTask(task, *own), examples) for task, examples in found]
+    elif config.max_new_tokens is not None:
+        raise ConfigError(
+            f"--max-new-tokens {config.max_new_tokens} has no effect with --reward "
+            f"{config.reward}; leave it out, or give a function of your own (FILE.py:FUNCTION)"
+        )
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)

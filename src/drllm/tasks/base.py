@@ -95,6 +95,7 @@ class Prompt:
         letters: For `letter`, the letters that name an option.
         unscored: Of each continuation, the text that it begins with and that is read but not
             scored: of a gap that is filled, the filling. Empty for none.
+        question: The question alone, for a function that grades; else empty.
     """
 
     text: str
@@ -109,6 +110,7 @@ class Prompt:
     letters: str = "ABCDE"
     # Not in the repr, by which a search knows its prompts, those of earlier versions too.
     unscored: tuple[str, ...] = field(default=(), repr=False)
+    question: str = field(default="", repr=False)
 
 
 class Function(str):

@@ -14,6 +14,7 @@ from drllm.extras import need
 from drllm.registry import Registry
 from drllm.tasks.base import Prompt
 from drllm.tasks.equality import same_value
+from drllm.tasks.graded import SUFFIX, graded
 
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
@@ -46,13 +47,13 @@ REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
 
 def check_installed(reward: str) -> None:
     """Refuse, by ConfigError, a reward that needs packages that aren't installed."""
-    if extra := REWARDS.get(reward).needs:
+    if SUFFIX not in reward and (extra := REWARDS.get(reward).needs):
         need(extra, f"reward {reward!r}")
 
 
 def reward_of(prompt: Prompt) -> Reward:
-    """Return the reward that a prompt names."""
-    return REWARDS.get(prompt.reward)()
+    """Return the reward that a prompt names, which may be a function of the user's own."""
+    return _Function() if SUFFIX in prompt.reward else REWARDS.get(prompt.reward)()
 
 
 def grade(prompt: Prompt, text: str) -> float:
@@ -90,6 +91,14 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     others = scores[: prompt.gold] + scores[prompt.gold + 1 :]
     right = scores.index(max(scores)) == prompt.gold
     return float(right), scores[prompt.gold] - max(others)
+
+
+class _Function(Reward):
+    """What a function of the user's own says of the whole answer."""
+
+    def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
+        """See `Reward.verdict`."""
+        return graded(prompt, text) if finished else None
 
 
 @REWARDS.register("loglikelihood")

@@ -97,7 +97,9 @@ def grading_of(prompt: Prompt) -> str:
     One text, since columns that happen to hold nothing but dates, or nothing at all, would be
     read back as something else than texts.
     """
-    return json.dumps({name: getattr(prompt, name) for name in RULE}, ensure_ascii=False)
+    rule = {name: getattr(prompt, name) for name in RULE}
+    rule |= {"question": prompt.question} if prompt.question else {}
+    return json.dumps(rule, ensure_ascii=False)
 
 
 def _prompt(doc: Mapping[str, Any]) -> Prompt:

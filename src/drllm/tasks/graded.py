@@ -1,0 +1,107 @@
+"""Answers that a Python function of the user's own grades: the reward `FILE.py:FUNCTION`.
+
+It is `def reward(example, text) -> float`: what the text that was generated for an example is
+worth, from 0 to 1, which is right. The hash of the file becomes a part of the reward's name, so
+that records say which function it was. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import ConfigError, TaskError
+from drllm.records.codec import sha256
+from drllm.tasks.base import Example, Prompt, Task
+
+SUFFIX = ".py:"
+MAX_NEW_TOKENS = 256
+"""Of an answer, unless another number is given."""
+
+
+class GradedTask(Task):
+    """The questions of a task, prompts without answers too, asked as they stand and then graded.
+
+    Args:
+        task: Whose questions.
+        reward: `FILE.py:FUNCTION`; a ConfigError where there is none.
+        max_new_tokens: Maximum tokens of an answer.
+    """
+
+    def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
+        self.task, self.reward = task, pinned(reward)
+        self.name, self.description = task.name, f"{task.description}, graded by {reward}"
+        self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.reward,)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is something to grade by: the function."""
+        return True
+
+    def check_reward(self, reward: str | None) -> str:
+        """Return the one, whatever it is called without its hash."""
+        return self.reward
+
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
+        """Return those of the task."""
+        return self.task.examples(split, data_dir)
+
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how the question is asked: there is one way, so that nothing is re-tested."""
+        prompt = Prompt(
+            text=f"{example.context}\n\n{example.question}".strip(),
+            reward=reward,
+            answer=example.answer,
+            other_answers=example.other_answers,
+            chat=True,
+            max_new_tokens=self.max_new_tokens,
+            question=example.question,
+        )
+        return (prompt,)
+
+
+def pinned(reward: str) -> str:
+    """Return `FILE.py:FUNCTION` with the file's hash behind an `@`; a ConfigError for none."""
+    file = Path(reward.rpartition(":")[0])
+    if not file.is_file():
+        raise ConfigError(
+            f"--reward {reward}: no file {str(file)!r} is there; give FILE.py:FUNCTION"
+        )
+    name = f"{reward}@{sha256(file)[:16]}"
+    function_of(name)
+    return name
+
+
+@functools.cache
+def function_of(name: str) -> Callable[[Example, str], Any]:
+    """Return the function that a reward with the hash of its file names, if the file is that."""
+    reward, _, digest = name.partition("@")
+    file, _, function = reward.rpartition(":")
+    if not Path(file).is_file() or not sha256(Path(file)).startswith(digest):
+        raise ConfigError(f"{file} isn't the file that reward {name} was of; put it back")
+    found = runpy.run_path(file).get(function)
+    if not callable(found):
+        raise ConfigError(
+            f"--reward {reward}: {file} has no function {function!r}; give it one, "
+            f"def {function}(example, text) -> float"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def graded(prompt: Prompt, text: str) -> float:
+    """Return what a function says of an answer; a TaskError unless it is a number from 0 to 1."""
+    example = Example(
+        question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers
+    )
+    value = function_of(prompt.reward)(example, text)
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise TaskError(f"reward {prompt.reward} returned {value!r}; expected a number from 0 to 1")
+    return float(value)

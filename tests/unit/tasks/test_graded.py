@@ -1,0 +1,95 @@
+"""A reward of the user's own: a function in a file, by its hash."""
+
+import pytest
+
+import drllm
+from drllm.config import SearchConfig
+from drllm.errors import ConfigError, TaskError
+from drllm.models.base.load import BaseModel
+from drllm.search.questions import questions_of
+from drllm.tasks.graded import GradedTask, pinned
+from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import grade, verdict
+
+SOURCE = '''
+def reward(example, text):
+    """The share of the answer's letters that are there."""
+    return len(set(text) & set(example.question)) / len(set(example.question))
+'''
+
+
+@pytest.fixture
+def function(tmp_path):
+    """A file with a function, as `--reward` names it."""
+    (tmp_path / "mine.py").write_text(SOURCE)
+    return f"{tmp_path / 'mine.py'}:reward"
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    """A file of prompts without answers."""
+    lines = [f'{{"prompt": "say {chr(97 + n % 26) * (1 + n % 3)} {n}"}}' for n in range(60)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "mine.jsonl")
+
+
+def test_a_function_grades_a_finished_answer_by_the_example(function):
+    task = GradedTask(get_task("builtin_facts"), function)
+    example = task.examples("search")[0]
+    [prompt] = task.prompts(example, task.check_reward(None))
+    assert prompt.text == example.question
+    assert verdict(prompt, example.question, finished=False) is None
+    assert (grade(prompt, example.question), grade(prompt, "")) == (1.0, 0.0)
+    assert prompt.reward.startswith(f"{function}@")
+
+
+def test_a_changed_file_is_another_reward_and_its_old_one_is_refused(function, tmp_path):
+    task = GradedTask(get_task("builtin_facts"), function)
+    [prompt] = task.prompts(task.examples("search")[0], task.rewards[0])
+    (tmp_path / "mine.py").write_text(SOURCE + "\n# changed\n")
+    assert GradedTask(get_task("builtin_facts"), function).rewards != task.rewards
+    drllm.tasks.graded.function_of.cache_clear()
+    with pytest.raises(ConfigError, match="isn't the file that reward"):
+        grade(prompt, "")
+
+
+@pytest.mark.parametrize("value", ["'much'", "1.5", "None"])
+def test_what_is_no_number_from_0_to_1_is_refused(value, tmp_path):
+    (tmp_path / "odd.py").write_text(f"def reward(example, text):\n    return {value}\n")
+    task = GradedTask(get_task("builtin_facts"), f"{tmp_path / 'odd.py'}:reward")
+    [prompt] = task.prompts(task.examples("search")[0], task.rewards[0])
+    with pytest.raises(TaskError, match="expected a number from 0 to 1"):
+        grade(prompt, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward": "nowhere.py:reward"}, r"no file 'nowhere.py' is there; give FILE.py:FUNCTION"),
+        ({"reward": "mine.py:other"}, "has no function 'other'; give it one"),
+        ({"reward": "letter", "max_new_tokens": 9}, "--max-new-tokens 9 has no effect"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    settings, message, function, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        questions_of(None, SearchConfig(limit=3, **settings))
+
+
+def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_function(
+    function, prompts_file, tiny_llama, tiny_tokenizer, tmp_path
+):
+    model = tiny_llama(max_position_embeddings=1024)
+    base = BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+    own = {"reward": function, "max_new_tokens": 6}
+    records = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **own)
+    assert {record.reward for record in records} == {pinned(function)}
+    targets = drllm.supervise(records, target="least_kl")
+    routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
+    assert routers.config.training["rewards"] == [pinned(function)]
+    few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none", "limit": 4}
+    [result] = drllm.evaluate(base, prompts_file, routers=routers, **own, **few)
+    assert result.num_questions == 4
+    assert 0 < result.base.accuracy < 1  # shares, as the function gives them
