@@ -3,8 +3,6 @@
 Public names are resolved on use, so that `import drllm` loads no torch.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """`path.json` of a healed path: the path, and how the adapter that lies beside it was trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -4,8 +4,6 @@ The forward passes and their shared prefixes are in `models.scoring`, the reward
 `tasks.rewards`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

@@ -7,9 +7,6 @@ so that a run that is interrupted resumes, and ends with the same adapter.
 Axes: B rows, T tokens, D hidden, N real tokens of a batch, V vocabulary.
 """
 
-from __future__ import annotations
-
-import hashlib
 import itertools
 import math
 import tempfile
@@ -51,6 +48,7 @@ from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.packing import Question
 from drllm.paths import StaticPath, layer_of
+from drllm.records.codec import digest_of
 from drllm.records.healed import HEALED_FILE, Checked, HealedPath, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
@@ -216,7 +214,7 @@ class _Healing:
             tasks=tuple(source.name for source in self.sources if source.prompts),
             texts=tuple(source.name for source in self.sources if source.texts),
             divided=tuple(source.name for source in self.sources if source.is_divided),
-            questions_sha256=hashlib.sha256(repr(self.sources).encode()).hexdigest(),
+            questions_sha256=digest_of([self.sources]),
             runtime={**base.runtime, "autocast": str(self.low).removeprefix("torch.")},
         )
         identity = _identity(self.record)

@@ -4,7 +4,6 @@ Texts are held out by their hash and never trained on.
 """
 
 import functools
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TypeAlias
 from drllm.config import HealConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
-from drllm.records.codec import read_text
+from drllm.records.codec import digest_of, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import FILE_NAMES, Prompt, Task, choose
 from drllm.tasks.rows import hub_rows, read_rows
@@ -136,7 +135,8 @@ def divided(
     seen: set[Tokens] = set()
     wanted, size = -(-config.num_held_out // len(by_source)), config.max_tokens
     for name, texts in by_source.items():
-        own = sorted({text for text in texts if len(text) > 1} - seen, key=_hash)
+        left = {text for text in texts if len(text) > 1} - seen
+        own = sorted(left, key=lambda text: digest_of([text]))
         seen.update(own)
         if len(own) < 2:
             raise TaskError(
@@ -148,7 +148,3 @@ def divided(
         pieces = (t[start : start + size] for t in own[num:] for start in range(0, len(t), size))
         trained[name] = [piece for piece in pieces if len(piece) > 1]  # one token predicts nothing
     return trained, held_out
-
-
-def _hash(text: Tokens) -> bytes:
-    return hashlib.sha256(repr(text).encode()).digest()

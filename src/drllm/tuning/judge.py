@@ -145,9 +145,7 @@ def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
     return found
 
 
-def graded(
-    routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt], batch_size: int = 16
-) -> list[float]:
+def graded(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> list[float]:
     """Generate the answers of prompts along a path, and grade them."""
     found = [0.0] * len(prompts)
     alike: dict[tuple[int, bool], list[int]] = {}  # places of prompts that are asked in one go
@@ -158,7 +156,6 @@ def graded(
             answers = generate_many(
                 routed,
                 [prompts[place].text for place in places],
-                batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 chat=chat,
                 route_first=False,

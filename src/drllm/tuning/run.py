@@ -4,8 +4,6 @@ Paths are fitted on one part of the questions, chosen on another, certified on a
 once on the rest; see `parts`.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

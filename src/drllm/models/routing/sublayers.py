@@ -6,8 +6,6 @@ map, weight and bias, were zero. That is right only where a layer adds what its 
 its state; a probe tries it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

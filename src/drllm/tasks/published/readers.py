@@ -6,8 +6,6 @@ naming file and line. `*_columns` return what the harness reads of a question an
 `sets.yaml` name these functions. Loads no torch.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging
