@@ -50,6 +50,6 @@ def show_menu(file: Path, terminal: Terminal) -> None:
     terminal.table("|".join(["path", "layers", *found.tasks]), rows, title, 1)
     for task, shares in found.chosen.items():
         mean = plain(sum(share * found.executions[name] for name, share in shares.items()), 2)
-        terminal.fact(task, f"{mean} executions; on fit {found.best_for(task)} is best")
+        terminal.fact(task, f"{mean} executions; {found.best_for(task)} is best")
     price = f"{found.price:g} nats for all {found.num_layers} layers"
     terminal.fact("menu", f"{file.parent}, read at layer {found.reads_at}, price {price}")

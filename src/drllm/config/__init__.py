@@ -457,7 +457,7 @@ class MenuConfig(Settings):
         executions: mean executions of the tasks, at most; layers cost nothing unless given
         reads_at: layer whose input is read to choose; the first that a path changes unless given
         num_fit: questions of a task that the chooser is fitted on, at most
-        num_judged: questions of a task that the price of layers is chosen on, at most
+        num_judged: questions of a task that paths are measured and priced on, at most
         seed: seed of --num-fit and --num-judged
     """
 

@@ -22,15 +22,14 @@ class MenuFile(StaticPaths, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A menu without its chooser, whose digest it has; the full path comes first.
 
     The kinds are the tasks, in their order; on the tasks `chosen_on` paths were tuned or trained.
-    By task and path there are, on `fit` and on `select`, what the path has more of the objective
-    than the full one on average, and in `chosen` which share of the questions of `select` takes it.
+    By task and path there is in `select` what the path has more of the objective than the full one,
+    on average over these questions, and in `chosen` which share of them takes it.
     The price is in nats for all layers together.
     """
 
     chosen_on: tuple[str, ...] = ()
     reads_at: int
     price: float
-    fit: dict[str, dict[str, float]]
     select: dict[str, dict[str, float]]
     chosen: dict[str, Shares]
     chooser_sha256: str
@@ -38,8 +37,8 @@ class MenuFile(StaticPaths, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         if not self.paths or self.paths[0].path != StaticPath(range(self.num_layers)):
             raise ValueError("the first path isn't the full one")
-        if any([*self.fit.get(task, ())] != [*self.executions] for task in self.tasks):
-            raise ValueError("`fit` hasn't each path's value for each task")
+        if any([*self.select.get(task, ())] != [*self.executions] for task in self.tasks):
+            raise ValueError("`select` hasn't each path's value for each task")
 
     @property
     def executions(self) -> dict[str, float]:
@@ -49,7 +48,7 @@ class MenuFile(StaticPaths, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def worth(self, task: str) -> dict[str, float]:
         """Return what each path is worth to a kind of prompts, less what it costs."""
         rate, costs = self.price / self.num_layers, self.executions
-        return {name: change - rate * costs[name] for name, change in self.fit[task].items()}
+        return {name: change - rate * costs[name] for name, change in self.select[task].items()}
 
     def best_for(self, task: str) -> str:
         """Return the path that is worth most to a kind of prompts."""
@@ -60,11 +59,11 @@ class MenuFile(StaticPaths, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Return the shares of each task's questions that run the paths, for each rival.
 
         Given are the menu's own shares over all tasks, whose mean executions the first two rivals
-        don't exceed. Nothing but `fit` chooses; the oracle is told each question's task, and is
+        don't exceed. Nothing but `select` chooses; the oracle is told each question's task, and is
         left out where one of them is no kind of the menu.
         """
         costs = self.executions
-        values = {name: sum(self.fit[task][name] for task in self.tasks) for name in costs}
+        values = {name: sum(self.select[task][name] for task in self.tasks) for name in costs}
         single = best_mixture(values, costs, sum(own[name] * costs[name] for name in own))
         found: dict[str, list[Shares]] = {
             BEST_SINGLE: [single] * len(tasks),

@@ -1,12 +1,12 @@
 """Making a menu as a stage: static paths and questions of several tasks in, a menu's folder out.
 
-What paths are worth to a kind of prompts, and what tells kinds apart, is fitted on one part of the
-questions; the price of layers is chosen on another; see `parts`.
+What tells kinds of prompts apart is fitted on one part of the questions. On another, which no
+healing has trained on, it is measured what paths are worth to a kind, and chosen what a layer
+costs; see `parts`.
 
 Axes: K tasks, P paths, Q questions, D hidden.
 """
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -107,7 +107,7 @@ def make_menu(
         }
         chunks = Chunks(folder / CHUNKS_FOLDER, made_from, stage="menu")
         chunks.open()
-        worth: dict[str, list[Tensor]] = {FIT: [], SELECT: []}  # [K], of [P]
+        worth: list[Tensor] = []  # [K], of [P]
         states: dict[str, list[Tensor]] = {FIT: [], SELECT: []}  # [K], of [Q, D]
         with listener.progress("making a menu", "tasks") as on_progress:
 
@@ -115,12 +115,13 @@ def make_menu(
                 on_progress(len(states[SELECT]), len(divided), note)
 
             scorers = [TaskScorer(routed, each, config.tuning(), chunks, tell) for each in divided]
-            for task, part in itertools.product(scorers, (FIT, SELECT)):
-                means = torch.tensor(task.objectives(part, [*on_menu.values()])).mean(dim=1)
-                worth[part].append(means - means[0])
-                prompts = [item.question.context for item in task.judge(part).items]
-                read = recorded(routed, prompts, PromptView.mean, [reads_at], decision=1)
-                states[part].append(read[:, 0])
+            for task in scorers:
+                means = torch.tensor(task.objectives(SELECT, [*on_menu.values()])).mean(dim=1)
+                worth.append(means - means[0])
+                for part in (FIT, SELECT):
+                    prompts = [item.question.context for item in task.judge(part).items]
+                    read = recorded(routed, prompts, PromptView.mean, [reads_at], decision=1)
+                    states[part].append(read[:, 0])
             tell(0, "")
         names = tuple(task.name for task in scorers)
 
@@ -131,7 +132,7 @@ def make_menu(
         kinds = _fit(states[FIT])
         costs = torch.tensor([float(sum(row)) for row, _ in rows])
         probabilities = [kinds(each).softmax(dim=1) for each in states[SELECT]]
-        price, chosen = _priced(probabilities, torch.stack(worth[FIT]), costs, L, config)
+        price, chosen = _priced(probabilities, torch.stack(worth), costs, L, config)
         counted = [[of.count(at) / len(of) for at in range(len(costs))] for of in chosen]
         tuned = [file.record for file in given.values() if file.record is not None]
         own = [each.task.name for each in divided if each.is_divided]
@@ -149,8 +150,7 @@ def make_menu(
             ),
             reads_at=reads_at,
             price=price,
-            fit=by_path([each.tolist() for each in worth[FIT]]),
-            select=by_path([each.tolist() for each in worth[SELECT]]),
+            select=by_path([each.tolist() for each in worth]),
             chosen=by_path(counted),
             chooser_sha256=save_kinds(folder, kinds),
         )

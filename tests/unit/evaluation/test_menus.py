@@ -44,7 +44,7 @@ def menu(base, tmp_path_factory):
     written_healed(folder / "healed", base.model, base.identity, **fields)
     plain = {name: path for name, path in PATHS.items() if name != "three"}
     paths = f"{written_plans(folder, plain)},{folder / 'healed'}"
-    make_menu(base, TASKS, None, folder, paths=paths, executions=4.6, num_fit=10, num_judged=10)
+    make_menu(base, TASKS, None, folder, paths=paths, executions=4.1, num_fit=10, num_judged=10)
     return find_menu(folder)
 
 
@@ -113,9 +113,11 @@ def test_rivals_are_mixtures_of_the_paths_at_the_menus_mean_executions(evaluated
             assert systems[PERMUTED_CHOICES]["correct"] == pytest.approx(expected)
 
 
-def test_the_best_single_path_is_chosen_on_the_questions_that_fitted_the_chooser(menu):
+def test_the_best_single_path_is_chosen_where_the_paths_of_the_menu_were_measured(
+    menu,
+):
     record = menu.record
-    value = {n: sum(record.fit[t][n] for t in record.tasks) for n in record.executions}
+    value = {n: sum(record.select[t][n] for t in record.tasks) for n in record.executions}
     for name, most in record.executions.items():
         [shares, _] = record.rivals({name: 1.0}, record.tasks)[BEST_SINGLE]
         assert sum(value[n] * share for n, share in shares.items()) >= value[name]

@@ -14,8 +14,10 @@ from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath
 from drllm.records.menu import best_mixture, find_menu
 from drllm.records.static_paths import read_path
-from drllm.tuning.judge import Judge
+from drllm.tasks.registry import get_task
+from drllm.tuning.judge import Judge, items_of
 from drllm.tuning.menu import CHUNKS_FOLDER, _fit, _priced, make_menu
+from drllm.tuning.parts import GOLD
 from healed_folder import written_healed
 from paths_json import written_plans
 from slow_way import tiny_adapter
@@ -110,8 +112,26 @@ def test_a_menu_keeps_to_the_executions_on_select_and_tells_kinds_apart(made):
     for task in record.tasks:
         assert sum(record.chosen[task].values()) == pytest.approx(1.0)
         assert record.worth(task)["four"] == pytest.approx(
-            record.fit[task]["four"] - record.price * 4 / 6
+            record.select[task]["four"] - record.price * 4 / 6
         )
+
+
+def test_paths_are_measured_on_no_question_that_a_healing_trains_on(routed, paths, monkeypatch):
+    scores, read = Judge.scores, set()
+
+    def noting(self, *args):
+        read.update(tuple(item.question.context) for item in self.items)
+        return scores(self, *args)
+
+    monkeypatch.setattr(Judge, "scores", noting)
+    make_menu(routed, TASKS, paths=paths, **SMALL)
+    monkeypatch.undo()
+    trained = set()
+    for task in map(get_task, TASKS.split(",")):
+        prompts = [task.prompt(each, task.rewards[0]) for each in task.examples("search")]
+        trained |= {tuple(item.question.context) for item in items_of(routed, prompts, GOLD)}
+    assert read
+    assert read.isdisjoint(trained)
 
 
 def test_a_loaded_menu_chooses_what_the_file_says(made, routed):
@@ -131,7 +151,7 @@ def test_an_interrupted_run_resumes_and_makes_the_same_menu(
 
     def until(self, *args):
         asked.append(1)
-        if len(asked) == 3:
+        if len(asked) == 2:
             raise KeyboardInterrupt
         return scores(self, *args)
 
@@ -140,7 +160,7 @@ def test_an_interrupted_run_resumes_and_makes_the_same_menu(
     with pytest.raises(KeyboardInterrupt):
         make_menu(routed, TASKS, None, tmp_path, **settings)
     found = make_menu(routed, TASKS, None, tmp_path, **settings)
-    assert len(asked) == 3 + 2  # two of four parts were kept
+    assert len(asked) == 2 + 1  # one of two tasks was kept
     assert (found.paths, found.price, found.chosen) == (
         made[0].paths, made[0].price, made[0].chosen,
     )  # fmt: skip
