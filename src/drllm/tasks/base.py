@@ -252,7 +252,7 @@ class Task(ABC):
         if not self.has_answers:
             raise TaskError(
                 f"task {self.name!r} has prompts without answers, which only 'drllm tune' takes; "
-                f"give 'answer' with 'choices' or 'grader'"
+                f"give 'answer' with 'choices' or 'grader', or --reward FILE.py:FUNCTION"
             )
         if not self.rewards:
             raise TaskError(
