@@ -37,6 +37,9 @@ def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_que
     few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none"}
     [result] = drllm.evaluate(base, name, routers=routers, output_dir=tmp_path / "eval", **few)
     assert result.num_questions == len(task.examples("test")) < len(ROWS)
+    few |= {"baselines": "block-influence", "curve": "0.2", "num_calibration": 8}
+    [result] = drllm.evaluate(base, name, routers=routers, **few)  # fitted on select of the same
+    assert result.num_questions == len(task.examples("test"))
 
 
 def test_a_task_of_the_harness_is_tuned_on(base, tmp_path):

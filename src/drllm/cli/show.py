@@ -16,7 +16,7 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import results
-from drllm.records.codec import read_json, read_json_lines, refuse_odd_file
+from drllm.records.codec import read_json, read_json_lines
 from drllm.records.healed import HEALED_FILE
 from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
 from drllm.records.search import read_search
@@ -104,8 +104,6 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
 
 
 def _show_json(path: Path, terminal: Terminal) -> None:
-    if not path.is_file():
-        raise RecordError(f"{path} doesn't exist; give a file or folder that drllm has written")
     if path.name in _JSON:
         _JSON[path.name](path, terminal)
     elif path.name.endswith(".manifest.json"):
@@ -158,7 +156,6 @@ def _show_metric_table(
 
 def _show_routers(path: Path, terminal: Terminal) -> None:
     config, folder = read_json(path, dict[str, Any]), path.parent
-    _check_weights(folder / "routers.safetensors")
     training = config.get("training") or {}
     shape = f"{config.get('num_layers')} layers of width {config.get('hidden_size')}"
     terminal.fact("base model", f"{config.get('base_model') or 'not named'}, {shape}")
@@ -185,24 +182,6 @@ def _show_routers(path: Path, terminal: Terminal) -> None:
     for name, render in (("metrics.jsonl", _show_metrics), (LAYERS_FILE, _show_agreement)):
         if (folder / name).is_file():
             render(folder / name, terminal)
-
-
-def _check_weights(path: Path) -> None:
-    if not refuse_odd_file(path, "read"):
-        return
-    import numpy as np
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:  # as torch takes seconds to load
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
-        raise RecordError(
-            f"{path} is broken or cut off ({error}); train the routers again"
-        ) from error
-    for name, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise RecordError(f"{path}: {name!r} holds NaN or infinity; train the routers again")
 
 
 def _show_agreement(path: Path, terminal: Terminal) -> None:

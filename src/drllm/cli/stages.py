@@ -426,8 +426,7 @@ def report(request: Request, terminal: Terminal) -> None:
 )
 def export(request: Request, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
-    from drllm.models.export import check_output, export_path
-    from drllm.models.export_card import step_in_words, zeros_in_words
+    from drllm.models.export import check_output, export_path, step_in_words, zeros_in_words
 
     output = request.path("output")
     plan = read_path(str(request.path("path")))

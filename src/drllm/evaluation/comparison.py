@@ -38,6 +38,7 @@ from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, 
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
 from drllm.tasks.harness import StockTask
+from drllm.tasks.registry import TASKS
 
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
 WORKED = "worked-"
@@ -114,7 +115,9 @@ class Shared:
         if isinstance(task, StockTask):
             trained = [each.config.training.get("tasks", ()) for each in self.routers.values()]
             made_on = {*self.tuned_on}.union(*trained)
-            is_whole = split == "test" and task.name not in made_on and not is_fitted(config)
+            # Of names that aren't ours it isn't known whether they hold the same questions.
+            is_fresh = made_on <= {*TASKS} and config.supervision is None and not is_fitted(config)
+            is_whole = split == "test" and is_fresh
             written = asked_of(
                 task, None if is_whole else split, limit, config.seed, config.num_fewshot
             )

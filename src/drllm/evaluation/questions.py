@@ -75,9 +75,9 @@ def _check_there(task: Task, split: str, config: EvaluateConfig) -> None:
     """Refuse, by a TaskError, a split of a task that can't be asked, or has no questions."""
     if split != "test" and task.reports_test_alone:
         raise TaskError(
-            f"task {task.name!r} is the harness' own and has only the questions that it reports, "
-            f"none for {split!r}; name another task's questions as fitted_on, or leave out what "
-            f"needs them"
+            f"task {task.name!r} is the harness' own, of which an evaluation has only the "
+            f"questions that it reports, none for {split!r}; name another task's questions as "
+            f"fitted_on, or leave out what needs them"
         )
     questions_in(task, split, config.data_dir)
 
@@ -162,10 +162,10 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
                 f"without --curve; leave it out, or give --curve or baselines that are fitted"
             )
     by_name = {task.name: task for task in tasks}
-    return {
-        name: task if name not in others else by_name.get(others[name]) or get_task(others[name])
-        for name, task in by_name.items()
-    }
+    found = dict(by_name)
+    for name, other in others.items():
+        found[name] = by_name.get(other) or _tasks([other], config)[0]
+    return found
 
 
 def chosen_on(source: Task, config: EvaluateConfig) -> str:
@@ -200,6 +200,7 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
             f"fit and tested on select"
         ) * (split == "test")
         try:
+            _check_there(task, split, config)
             found = len(task.examples(split, config.data_dir))
         except TaskError as error:
             raise TaskError(f"{given}: {error}{other}") from error

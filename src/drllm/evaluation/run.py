@@ -49,6 +49,7 @@ from drllm.records.static_paths import (
     steps_to_write,
 )
 from drllm.tasks.base import OPTIONS_REWARD, Task
+from drllm.tasks.graded import pinned
 
 if TYPE_CHECKING:
     from drllm.evaluation.tables import TaskRuns
@@ -111,6 +112,8 @@ def evaluate(
     is_routed = bool(given) or (isinstance(model, RoutedModel) and model.routers is not None)
     if not is_routed:
         config = without_routers(config)
+    if config.reward is not None:
+        config = replace(config, reward=pinned(config.reward))  # records say which file it was
     found = tasks_of(config, tasks)
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
@@ -156,11 +159,11 @@ def evaluate(
         first = next(iter(loaded), None)
         trained = None if first is None else loaded[first]
         asked_by = trained and trained.config.training.get("rewards")
-        if isinstance(asked_by, list) and asked_by and OPTIONS_REWARD not in asked_by:
+        ours = OPTIONS_REWARD if config.reward is None else config.reward
+        if isinstance(asked_by, list) and asked_by and ours not in asked_by:
             listener.note(
                 f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, "
-                f"the evaluation asks by {OPTIONS_REWARD}; to have both alike, search with "
-                f"--reward {OPTIONS_REWARD}"
+                f"the evaluation asks by {ours}; to have both alike, search with --reward {ours}"
             )
         hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in loaded}
         if len(set(hashes.values())) < len(given):

@@ -21,7 +21,8 @@ _DECISIONS = frozenset((0, 1, 2))
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a path fared when its question was asked in other ways; `margin` is the mean of those.
 
-    It has survived if it is right in most, and its margin close enough to the full path's.
+    It has survived if it is right in most, and its margin close enough to the full path's; where
+    there are no other ways, without.
     """
 
     passed: int
@@ -32,7 +33,7 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if not 0 <= self.passed <= self.asked:
             raise ValueError(f"'passed' is {self.passed} of {self.asked} 'asked'")
-        if self.survived and self.passed * 2 <= self.asked:
+        if self.survived and self.asked and self.passed * 2 <= self.asked:
             raise ValueError(
                 f"'survived' is true, but only {self.passed} of {self.asked} were passed"
             )

@@ -105,6 +105,4 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def read_sweep_file(path: Path) -> SweepResult:
     """Read `sweep.json`, a RecordError if it is absent, newer than this drllm or not trusted."""
-    if not path.is_file():
-        raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
     return read_form(path, SweepResult, SCHEMA)

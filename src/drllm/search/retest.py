@@ -122,7 +122,8 @@ def _asking(
 def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
     """Say whether a path has survived, by its outcomes and the full path's, one a way of asking.
 
-    Its mean margin may lie below the full path's by `tolerance` nats.
+    Its mean margin may lie below the full path's by `tolerance` nats. Where there is no other way
+    of asking, it has.
     """
     passed = sum(outcome.reward >= 1 for outcome in outcomes)
     # Margins are compared only over the ways in which both paths have one.
@@ -136,5 +137,5 @@ def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float
         passed=passed,
         asked=len(outcomes),
         margin=sum(m for m, _ in both) / len(both) if both else None,
-        survived=passed * 2 > len(outcomes) and lost <= tolerance,
+        survived=(passed * 2 > len(outcomes) or not outcomes) and lost <= tolerance,
     )

@@ -8,6 +8,7 @@ that records say which function it was. Loads no torch.
 from __future__ import annotations
 
 import functools
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from drllm.records.codec import sha256
 from drllm.tasks.base import Example, Prompt, Task
 
 SUFFIX = ".py:"
+_HASH = re.compile(r"@[0-9a-f]{16}$")
 MAX_NEW_TOKENS = 256
 """Of an answer, unless another number is given."""
 
@@ -25,10 +27,7 @@ MAX_NEW_TOKENS = 256
 class GradedTask(Task):
     """The questions of a task, prompts without answers too, asked as they stand and then graded.
 
-    Args:
-        task: Whose questions.
-        reward: `FILE.py:FUNCTION`; a ConfigError where there is none.
-        max_new_tokens: Maximum tokens of an answer.
+    A `FILE.py:FUNCTION` that isn't there is a ConfigError.
     """
 
     def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
@@ -41,11 +40,6 @@ class GradedTask(Task):
         """The one."""
         return (self.reward,)
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether there is something to grade by: the function."""
-        return True
-
     def check_reward(self, reward: str | None) -> str:
         """Return the one, whatever it is called without its hash."""
         return self.reward
@@ -55,7 +49,7 @@ class GradedTask(Task):
         return self.task.examples(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how the question is asked: there is one way, so that nothing is re-tested."""
+        """Return how the question is asked; there is one way."""
         prompt = Prompt(
             text=f"{example.context}\n\n{example.question}".strip(),
             reward=reward,
@@ -70,6 +64,9 @@ class GradedTask(Task):
 
 def pinned(reward: str) -> str:
     """Return `FILE.py:FUNCTION` with the file's hash behind an `@`; a ConfigError for none."""
+    if _HASH.search(reward):
+        function_of(reward)
+        return reward
     file = Path(reward.rpartition(":")[0])
     if not file.is_file():
         raise ConfigError(
@@ -83,11 +80,14 @@ def pinned(reward: str) -> str:
 @functools.cache
 def function_of(name: str) -> Callable[[Example, str], Any]:
     """Return the function that a reward with the hash of its file names, if the file is that."""
-    reward, _, digest = name.partition("@")
+    reward, _, digest = name.rpartition("@")
     file, _, function = reward.rpartition(":")
     if not Path(file).is_file() or not sha256(Path(file)).startswith(digest):
         raise ConfigError(f"{file} isn't the file that reward {name} was of; put it back")
-    found = runpy.run_path(file).get(function)
+    try:
+        found = runpy.run_path(file).get(function)
+    except Exception as error:  # whatever a file of the user's raises
+        raise ConfigError(f"--reward {reward}: {file} can't be run: {_words(error)}") from error
     if not callable(found):
         raise ConfigError(
             f"--reward {reward}: {file} has no function {function!r}; give it one, "
@@ -101,7 +101,17 @@ def graded(prompt: Prompt, text: str) -> float:
     example = Example(
         question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers
     )
-    value = function_of(prompt.reward)(example, text)
-    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+    function = function_of(prompt.reward)
+    try:
+        value = function(example, text)
+        number = -1.0 if isinstance(value, str) or value is None else float(value)
+    except Exception as error:  # whatever a function of the user's raises
+        asked = f"{prompt.question[:60]!r}, answered {text[:60]!r}"
+        raise TaskError(f"reward {prompt.reward} failed on {asked}: {_words(error)}") from error
+    if not 0 <= number <= 1:
         raise TaskError(f"reward {prompt.reward} returned {value!r}; expected a number from 0 to 1")
-    return float(value)
+    return number
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

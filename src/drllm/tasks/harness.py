@@ -15,7 +15,7 @@ from typing import Any
 
 from drllm.errors import TaskError, nearest_name
 from drllm.listener import quiet
-from drllm.records.splits import hash_of, split_of
+from drllm.records.splits import hash_of, question_key, split_of
 from drllm.tasks.base import (
     OPTIONS_REWARD,
     Example,
@@ -43,9 +43,10 @@ class StockTask(Task):
     """A task of the harness, or all of a group or of a task file, by what its `--tasks` takes.
 
     Its `test` are the questions that the harness reports. The others are its training questions or,
-    without any, its validation questions where these aren't reported, by the hash of their texts.
-    Where it has neither, the reported ones are divided so too, and an evaluation of what was made
-    on some of them asks `test` alone. All are asked as the harness has it, worked examples too.
+    without any, its validation questions where these aren't reported, by the hash of their texts:
+    those with one right answer that aren't reported too. Where it has neither, the reported ones
+    are divided so, and an evaluation of what may be made on some of them asks `test` alone. All are
+    asked as the harness has it, worked examples too.
 
     Args:
         name: What the harness' `--tasks` takes.
@@ -77,6 +78,7 @@ class StockTask(Task):
             raise TaskError(f"task {name!r} runs code or shows images, which isn't done here")
         self.kind = KINDS[kinds.pop()]
         self.metric = next((metric for metric in PREFERRED if metric in shared), shared[0])
+        self._unclear: set[str] = set()  # questions with no right answer, or options with several
         self.reported = [
             (leaf, place, self._example(leaf, f"{leaf}-{place}", doc))
             for leaf, task in self.tasks.items()
@@ -88,6 +90,7 @@ class StockTask(Task):
     def to_fit(self) -> list[Example]:
         """The questions that the harness doesn't report, each text once; empty without any."""
         found: dict[str, Example] = {}
+        reported = {question_key(example.question) for *_, example in self.reported}
         for leaf, task in self.tasks.items():
             docs: Any = ()
             if task.has_training_docs():
@@ -96,7 +99,8 @@ class StockTask(Task):
                 docs = task.validation_docs()
             for place, doc in enumerate(docs):
                 example = self._example(leaf, f"{leaf}-train-{place}", doc)
-                if found.setdefault(example.question, example) is example:
+                key = question_key(example.question)
+                if key not in reported and found.setdefault(key, example) is example:
                     self._docs[example.id] = leaf, doc
         return [*found.values()]
 
@@ -112,21 +116,20 @@ class StockTask(Task):
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split; see the class."""
-        origin = "own" if self.is_divided else "train"
+        reported = [example for *_, example in self.reported]
         if check_split(split) == "test" and not self.is_divided:
-            return [example for *_, example in self.reported]
-        whole = [example for *_, example in self.reported] if self.is_divided else self.to_fit
-        return [example for example in whole if split_of(example.question, origin) == split]
+            return reported
+        origin, whole = ("own", reported) if self.is_divided else ("train", self.to_fit)
+        own = [example for example in whole if split_of(example.question, origin) == split]
+        if split == "test":
+            return own
+        known = {question_key(each.question): each for each in own if each.id not in self._unclear}
+        return [*known.values()]
 
     @property
     def rewards(self) -> tuple[str, ...]:
         """The rewards that fit: the options' log-probabilities, or how a text is graded."""
         return (OPTIONS_REWARD,) if self.kind == "choices" else GENERATED_REWARDS
-
-    @property
-    def has_answers(self) -> bool:
-        """They do."""
-        return True
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how the harness asks a question; then, with options, scored by character.
@@ -142,9 +145,11 @@ class StockTask(Task):
                 f"be evaluated, but not searched or tuned on"
             )
         own, first_seed = str(task.doc_to_text(doc)), FEWSHOT_SEED + hash_of(example.question)
-        for seed in range(first_seed, first_seed + MOST_DRAWS):
-            task.set_fewshot_seed(seed=seed)
-            context = task.fewshot_context(doc, num_fewshot=self.shots_of[leaf])
+        # The last time without any, where the question is among them however they are drawn.
+        for number in [*[self.shots_of[leaf]] * MOST_DRAWS, 0]:
+            task.set_fewshot_seed(seed=(first_seed := first_seed + 1))
+            prefix = task.doc_to_prefix(doc)
+            context = task.fewshot_context(doc, num_fewshot=number, gen_prefix=prefix)
             if context.count(own) == 1:
                 break
         if self.kind == "choices":
@@ -160,7 +165,11 @@ class StockTask(Task):
         settings = task.config.generation_kwargs or {}
         most = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
         answer = Prompt(
-            text=context, reward=reward, answer=example.answer, max_new_tokens=int(most)
+            text=context,
+            reward=reward,
+            answer=example.answer,
+            other_answers=example.other_answers,
+            max_new_tokens=int(most),
         )
         return (answer,)
 
@@ -175,10 +184,22 @@ class StockTask(Task):
         task = self.tasks[leaf]
         text, target = task.doc_to_text(doc), task.doc_to_target(doc)
         if self.kind == "generated":
-            first = target[0] if isinstance(target, list) and target else target
-            return Example(id=own_id, task=self.name, question=str(text), answer=str(first))
+            named = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else ()
+            given = target if isinstance(target, list) else [target]
+            answers = [str(named[one] if named and isinstance(one, int) else one) for one in given]
+            first, *others = answers or [""]
+            self._unclear |= set() if first else {own_id}
+            return Example(
+                id=own_id,
+                task=self.name,
+                question=str(text),
+                answer=first,
+                other_answers=tuple(others),
+            )
         choices = tuple(map(str, task.doc_to_choice(doc)))
-        [gold, *_] = golds_of(task, doc) or [0]
+        golds = golds_of(task, doc)
+        self._unclear |= set() if len(golds) == 1 else {own_id}
+        [gold, *_] = golds or [0]
         question = str(target if task.multiple_input else text)
         return with_options(question, choices, gold, own_id, self.name)
 
@@ -207,7 +228,9 @@ def loaded(name: str, taken: tuple[str, ...] = ()) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
-        if name.endswith(".yaml") and (file := Path(name)).is_file():
+        if name.endswith(".yaml") and not (file := Path(name)).is_file():
+            raise TaskError(f"there is no task file {name}; give one, or the name of a task")
+        if name.endswith(".yaml"):
             # All of its folder, since a group there names its neighbours; and by its name there,
             # since a group that is loaded by its path has its list of tasks for a name.
             manager = TaskManager(include_path=file.parent, include_defaults=False)

@@ -37,7 +37,6 @@ class Level:
 
     saved: float  # the least that one of them saves, in layer equivalents
     paths: tuple[StaticPath, ...]
-    num_tried: int  # candidates of the level
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Beam:
             best = self._best(candidates, measure) if candidates else []
             if best:
                 saved = min(self.saved(path) for path in best)
-                yield Level(saved, tuple(best), len(candidates))
+                yield Level(saved, tuple(best))
             for path in [*roots, *best]:
                 if path == full or grows(path):
                     new = [each for each in skips(path, self.kind) if each not in seen]

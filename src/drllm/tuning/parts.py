@@ -14,7 +14,7 @@ from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose
 from drllm.tasks.registry import get_tasks
-from drllm.tasks.rewards import REWARDS, check_installed
+from drllm.tasks.rewards import check_installed
 
 BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
 """Where the share of each part ends, of a set that doesn't have all four splits."""
@@ -38,9 +38,7 @@ class TaskParts:
         """Whether answers are generated and graded; options and worked solutions are read."""
         solved = any(example.solution for example in self.examples[FIT])
         return (
-            objective == LOSS
-            and not solved
-            and not REWARDS.get(reward_for(self.task, objective)).scores_options
+            objective == LOSS and not solved and reward_for(self.task, objective) != OPTIONS_REWARD
         )
 
 

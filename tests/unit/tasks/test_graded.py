@@ -1,12 +1,16 @@
 """A reward of the user's own: a function in a file, by its hash."""
 
 import pytest
+import torch
 
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
+from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import encode
 from drllm.search.questions import questions_of
+from drllm.tasks.base import choose
 from drllm.tasks.graded import GradedTask, pinned
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, verdict
@@ -53,13 +57,34 @@ def test_a_changed_file_is_another_reward_and_its_old_one_is_refused(function, t
         grade(prompt, "")
 
 
-@pytest.mark.parametrize("value", ["'much'", "1.5", "None"])
-def test_what_is_no_number_from_0_to_1_is_refused(value, tmp_path):
-    (tmp_path / "odd.py").write_text(f"def reward(example, text):\n    return {value}\n")
-    task = GradedTask(get_task("builtin_facts"), f"{tmp_path / 'odd.py'}:reward")
-    [prompt] = task.prompts(task.examples("search")[0], task.rewards[0])
-    with pytest.raises(TaskError, match="expected a number from 0 to 1"):
-        grade(prompt, "")
+def returning(value, folder):
+    """A prompt whose answers a function grades that returns some expression."""
+    (folder / "odd.py").write_text(
+        f"import numpy\ndef reward(example, text):\n    return {value}\n"
+    )
+    task = GradedTask(get_task("builtin_facts"), f"{folder / 'odd.py'}:reward")
+    return task.prompts(task.examples("search")[0], task.rewards[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("'much'", "returned 'much'; expected a number from 0 to 1"),
+        ("1.5", "returned 1.5; expected"),
+        ("None", "returned None; expected"),
+        ("1 / 0", "failed on .What .*ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_is_no_number_from_0_to_1_is_refused(value, message, tmp_path):
+    with pytest.raises(TaskError, match=message):
+        grade(returning(value, tmp_path), "")
+
+
+@pytest.mark.parametrize("value", ["True", "numpy.float32(1)", "numpy.bool_(True)"])
+def test_whatever_is_a_number_counts(value, tmp_path):
+    folder = tmp_path / "me@home"
+    folder.mkdir()
+    assert grade(returning(value, folder), "") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -67,6 +92,7 @@ def test_what_is_no_number_from_0_to_1_is_refused(value, tmp_path):
     [
         ({"reward": "nowhere.py:reward"}, r"no file 'nowhere.py' is there; give FILE.py:FUNCTION"),
         ({"reward": "mine.py:other"}, "has no function 'other'; give it one"),
+        ({"reward": "broken.py:reward"}, "broken.py can't be run: SyntaxError: "),
         ({"reward": "letter", "max_new_tokens": 9}, "--max-new-tokens 9 has no effect"),
     ],
 )
@@ -74,6 +100,7 @@ def test_settings_that_make_no_sense_are_refused(
     settings, message, function, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("def reward(:")
     with pytest.raises(ConfigError, match=message):
         questions_of(None, SearchConfig(limit=3, **settings))
 
@@ -86,10 +113,24 @@ def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_func
     own = {"reward": function, "max_new_tokens": 6}
     records = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **own)
     assert {record.reward for record in records} == {pinned(function)}
+    (tmp_path / "always.py").write_text("def reward(example, text):\n    return 1\n")
+    always = {**own, "reward": f"{tmp_path / 'always.py'}:reward"}
+    right = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **always)
+    assert len(drllm.supervise(right, target="shortest")) == 6  # with no re-test to survive
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
     assert routers.config.training["rewards"] == [pinned(function)]
-    few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none", "limit": 4}
-    [result] = drllm.evaluate(base, prompts_file, routers=routers, **own, **few)
+    few = {"latency_rounds": 0, "num_texts": 4, "baselines": "none", "limit": 4}
+    noted, told = [], Listener()
+    told.note = noted.append
+    [result] = drllm.evaluate(base, prompts_file, routers=routers, listener=told, **own, **few)
+    assert result.config["reward"] == pinned(function)
+    assert not any("trained on prompts for" in text for text in noted)
+    with torch.no_grad():  # of prompts alone the prompt is the text
+        losses = []
+        for example in choose(get_task(prompts_file).examples("test"), 4, 0):
+            ids = torch.tensor([encode(tiny_tokenizer, example.question)])
+            losses.append(float(model(ids, labels=ids).loss))
+    assert result.base.text_loss == pytest.approx(sum(losses) / 4, rel=1e-4)
     assert result.num_questions == 4
     assert 0 < result.base.accuracy < 1  # shares, as the function gives them

@@ -6,6 +6,7 @@ from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.tasks.harness import StockTask
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import grade
 from harness_files import GENERATED, OPTIONS, ROWS, written_task
 
 MORE = [
@@ -50,6 +51,47 @@ def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp
             assert asked == task.prompts(example, "loglikelihood")[0]
     right = [each for each in task.examples("test") if each.question.startswith("Is 2 larger th")]
     assert [each.answer for each in right] == ["yes", "yes", "no"]
+
+
+def test_a_question_that_is_reported_too_is_not_fitted_on(tmp_path):
+    task = StockTask(written_task(tmp_path, OPTIONS, {"train": MORE, "test": MORE[:30]}))
+    fitted = set.union(*(questions(task, split) for split in SPLITS if split != "test"))
+    assert fitted.isdisjoint(questions(task, "test"))
+    assert len(fitted) == len(MORE) - 30
+
+
+def test_the_beginning_of_an_answer_stands_before_it_as_in_an_evaluation(tmp_path):
+    task = StockTask(written_task(tmp_path, OPTIONS, gen_prefix="I say", num_fewshot=0))
+    [asked, _] = task.prompts(task.examples("test")[0], "loglikelihood")
+    assert asked.text.endswith("Answer: I say")
+
+
+def test_a_question_that_is_always_among_the_worked_examples_has_none(tmp_path):
+    first = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    task = StockTask(written_task(tmp_path, OPTIONS, {"train": MORE[:4], "test": ROWS}, **first))
+    asked = [
+        task.prompts(example, "loglikelihood")[0].text.count("Answer:")
+        for split in SPLITS[:3]
+        for example in task.examples(split)
+    ]
+    assert sorted(asked) == [1, 1, 3, 3]
+
+
+def test_questions_with_no_right_answer_or_several_right_options_are_not_fitted_on(tmp_path):
+    rows = [{**row, "yes": "[0, 1]" if n < 50 else str(row["yes"])} for n, row in enumerate(MORE)]
+    test = [{**row, "yes": str(row["yes"])} for row in ROWS]
+    task = StockTask(written_task(tmp_path, OPTIONS, {"train": rows, "test": test}))
+    fitted = set.union(*(questions(task, split) for split in SPLITS if split != "test"))
+    assert len(fitted) == len(MORE) - 50
+
+
+def test_every_answer_of_a_list_is_right(tmp_path):
+    rows = [{"q": "Which city?", "yes": ["Paris", "City of Paris"]}]
+    answers = {"doc_to_target": "{{yes}}"}
+    task = StockTask(written_task(tmp_path, GENERATED, {"test": rows}, **answers))
+    [(_, _, example)] = task.reported
+    [prompt] = task.prompts(example, "exact")
+    assert [grade(prompt, text) for text in ("paris.", "City of Paris", "Rome")] == [1, 1, 0]
 
 
 def test_a_generated_answer_is_graded_against_the_target(tmp_path):

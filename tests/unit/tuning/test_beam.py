@@ -102,8 +102,6 @@ def test_repeats_that_cost_what_the_full_path_does_are_cut_to_the_beam():
     [even] = [level for level in found if level.saved == 0]
     assert len(even.paths) == 2
     assert StaticPath(range(L)) not in even.paths
-    [one_less] = [level for level in found if level.saved == 1]
-    assert one_less.num_tried < 10 * L
 
 
 def test_with_repeats_levels_begin_with_what_costs_more():

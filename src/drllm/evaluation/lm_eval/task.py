@@ -1,5 +1,6 @@
 """A task as lm-evaluation-harness renders it: of a task folder of ours, or its own by any name."""
 
+import copy
 import functools
 import hashlib
 import io
@@ -45,7 +46,8 @@ class AskedTask:
         self._lm = lm
         if isinstance(source, Path):
             source = loaded(f"{source / written.harness_name}.yaml")
-        self._tasks = {name: source[name] for name in written.leaves}
+        # Copies, since a task holds the requests of those that were built last.
+        self._tasks = {name: copy.copy(source[name]) for name in written.leaves}
         # The harness and `datasets` tell how they read a task, in bars of their own.
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
             for name, task in self._tasks.items():
@@ -110,7 +112,7 @@ class AskedTask:
 
         With options it is the question and the right one, all but its first token predicted;
         where answers are generated, the right answer after the question (for GSM8K a worked
-        solution), which alone is predicted.
+        solution), which alone is predicted; the question where there is no right answer.
         """
         if self.has_options:
             request = self._lm.request_of(self.instances[place][self.golds(place)[0]])
@@ -120,6 +122,9 @@ class AskedTask:
         task = self._tasks[name]
         answer = task.doc_to_target(self.docs[place])
         first = answer[0] if isinstance(answer, list) else answer
+        if not str(first):  # of a prompt alone, which a function grades
+            tokens = self.prompt_tokens[place]
+            return Request(self.keys[place], tokens[:1], tokens[1:])
         args = str(self.instances[place][0].args[0]), task.config.target_delimiter + str(first)
         return self._lm.request_of(Instance("loglikelihood", {}, args, 0, (name, doc_id, 1)))
 

@@ -25,6 +25,7 @@ from drllm.tasks.base import (
     QuestionRow,
     Row,
     Task,
+    check_data_dir,
     check_split,
     shots_split,
 )
@@ -140,8 +141,7 @@ class PublishedTask(Task):
         """Return the questions of a file; see `rows` for what is refused."""
         if data_dir is None:
             return _read(self, file, None, 0, 0)
-        if not Path(data_dir).is_dir():
-            raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder of task data")
+        check_data_dir(str(data_dir))
         path = self._find(file, data_dir)
         if path is None:
             there = [each for each in self.files if self._find(each, data_dir)]

@@ -5,8 +5,7 @@ import json
 import pytest
 import yaml
 
-from drllm.models.export import say_for_transformers_4
-from drllm.models.export_card import model_card
+from drllm.models.export import model_card, say_for_transformers_4
 from drllm.paths import StaticPath
 from drllm.records.static_paths import read_path
 from paths_json import written_paths
