@@ -2,8 +2,8 @@
 
 The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
 checked, and it is converted once to safetensors in the user's cache folder. Everything is written
-and synced in a temporary folder next to the final one, which then appears in one step. What the
-conversion needs (gguf, torch) is loaded when it is needed.
+in a temporary folder next to the final one, which then appears in one step. What the conversion
+needs (gguf, torch) is loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
                 temporary.mkdir()
                 _convert(source, temporary)
                 temporary.rename(target)
-                _sync(target.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except ModelError:  # which is an OSError too
@@ -122,7 +121,7 @@ def _find_gguf() -> Path | None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write and sync files that every supported transformers reads alike.
+    """Write files that every supported transformers reads alike.
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
@@ -143,8 +142,6 @@ def _convert(source: Path, target: Path) -> None:
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
-    for file in (*target.iterdir(), target):
-        _sync(file)
 
 
 def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
@@ -237,11 +234,3 @@ def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
         "chat_template": read("tokenizer.chat_template"),
     }
     write_json(target / "tokenizer_config.json", settings)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
