@@ -16,8 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import common
-from common.compare import ACCURACY, compared, in_words
-from common.quantities import QUICK, WHOLE, quantities
+from common.quantities import QUICK, WHOLE, less_full, quantities
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -51,20 +50,9 @@ def main() -> None:
     options.clock = "none"
     figures: dict[str, Any] = {"of": common.of(base, options), "part": options.part, "tasks": {}}
     for parts in divided:
-        values = quantities(routed, parts, options.part, [*paths.values()], sizes)
-        found = {
-            quantity: [compared(quantity, own, each.values[0]) for own in each.values]
-            for quantity, each in values.items()
-        }
-        figures["tasks"][parts.task.name] = {
-            quantity: dict(zip(paths, rows, strict=True)) for quantity, rows in found.items()
-        }
-        for quantity, rows in found.items():
-            scale = 100 if quantity == ACCURACY else 1
-            print(f"{parts.task.name}, {quantity}, {rows[0]['n']} questions of {options.part}:")
-            for name, row in zip(paths, rows, strict=True):
-                change = "" if name == "full" else f"  {in_words(quantity, row)}"
-                print(f"  {name:24} {scale * row['mean']:8.3f}{change}", flush=True)
+        found = quantities(routed, parts, options.part, [*paths.values()], sizes)
+        name = parts.task.name
+        figures["tasks"][name] = less_full(name, options.part, found, [*paths])
     common.write(options, figures)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 from common.compare import compared, in_words
-from common.quantities import QUICK, WHOLE, Quantity, quantities
+from common.quantities import QUICK, WHOLE, Quantity, less_full, quantities
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -35,16 +35,25 @@ Chosen = dict[str, dict[str, list[str]]]
 """By task and quantity, the path of each question."""
 
 
-def paths_chosen(routed: RoutedModel, menu: Menu, asked: Mapping[str, Any]) -> Chosen:
+def paths_chosen(
+    routed: RoutedModel, menu: Menu, asked: Mapping[str, dict[str, Quantity]]
+) -> Chosen:
     """Return the path that a menu chooses for each question, given what `quantities` returns."""
     policy = load_menu(routed, menu)
     named = dict(zip(policy.by_route, policy.paths, strict=True))
 
-    def names(quantity: Quantity) -> list[str]:
-        routes = routes_of(routed, policy, [item.question.context for item in quantity.asked])
-        return [named[tuple(route)] for route in routes.tolist()]
+    def prompts(quantity: Quantity) -> list[tuple[int, ...]]:
+        return [tuple(item.question.context) for item in quantity.asked]
 
-    return {task: {name: names(each) for name, each in own.items()} for task, own in asked.items()}
+    every = [
+        *{prompt for own in asked.values() for each in own.values() for prompt in prompts(each)}
+    ]
+    routes = routes_of(routed, policy, every).tolist()
+    path_of = {prompt: named[tuple(route)] for prompt, route in zip(every, routes, strict=True)}
+    return {
+        task: {name: [path_of[prompt] for prompt in prompts(each)] for name, each in own.items()}
+        for task, own in asked.items()
+    }
 
 
 def mixed(by_path: Mapping[str, Sequence[float]], shares: Shares) -> list[float]:
@@ -102,11 +111,11 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
     options = parser.parse_args()
     sizes = common.sizes_of(options, QUICK, WHOLE)
-    menus = {folder: find_menu(folder) for folder in options.menus.split(",")}
-    for folder, menu in menus.items():
-        if menu is None:
+    found: dict[str, Menu] = {}
+    for folder in options.menus.split(","):
+        if (menu := find_menu(folder)) is None:
             raise ConfigError(f"{folder} holds no menu; make one with drllm menu")
-    found = {folder: menu for folder, menu in menus.items() if menu is not None}
+        found[folder] = menu
     first = next(iter(found.values()))
     for folder, menu in found.items():
         if menu.record.paths != first.record.paths:
@@ -130,17 +139,7 @@ def main() -> None:
     options.clock = "none"
     figures: dict[str, Any] = {"of": common.of(base, options), "tasks": {}, "menus": {}}
     for task, by_quantity in asked.items():
-        figures["tasks"][task] = {
-            quantity: {
-                name: compared(quantity, each.values[place], each.values[0])
-                for name, place in places.items()
-            }
-            for quantity, each in by_quantity.items()
-        }
-        for quantity, rows in figures["tasks"][task].items():
-            print(f"{task}, {quantity}, {rows['full']['n']} questions, less the full path:")
-            for name, row in rows.items():
-                print(f"  {name:24} {row['mean']:8.3f}  {in_words(quantity, row)}", flush=True)
+        figures["tasks"][task] = less_full(task, TEST, by_quantity, [*paths])
     for folder, menu in found.items():
         chosen = paths_chosen(routed, menu, asked)
         of_all, less = against_rivals(menu, chosen, asked, places)

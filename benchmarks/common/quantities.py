@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from common.compare import ACCURACY, SEED
+from common.compare import ACCURACY, SEED, compared, in_words
 from drllm.config import TuneConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
@@ -61,3 +61,19 @@ def quantities(
         values, _ = scores(items, LOSS)
         found[name] = Quantity(asked, [[-value for value in own] for own in values])
     return found
+
+
+def less_full(
+    task: str, part: str, found: Mapping[str, Quantity], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Compare the named paths with the full one, which comes first, and print what is found."""
+    figures: dict[str, dict[str, Any]] = {}
+    for quantity, (_, values) in found.items():
+        rows = [compared(quantity, own, values[0]) for own in values]
+        figures[quantity] = dict(zip(names, rows, strict=True))
+        scale = 100 if quantity == ACCURACY else 1
+        print(f"{task}, {quantity}, {rows[0]['n']} questions of {part}:")
+        for name, row in figures[quantity].items():
+            change = "" if name == "full" else f"  {in_words(quantity, row)}"
+            print(f"  {name:24} {scale * row['mean']:8.3f}{change}", flush=True)
+    return figures

@@ -17,7 +17,7 @@ from drllm.extras import need
 from drllm.records.menu import Menu, find_menu
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import Task, questions_in
+from drllm.tasks.base import Example, Task, questions_in
 from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
@@ -57,7 +57,7 @@ def tasks_of(
     for task in tasks:
         if task.harness is None and task.form is not None:  # asked and graded as in a search
             check_installed(task.check_reward(None))
-        _check_there(task, config.split_of(task.name), config)
+        _questions(task, config.split_of(task.name), config)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
     if config.limit is not None and limited <= (config.limits or {}).keys():
@@ -66,20 +66,20 @@ def tasks_of(
         )
     if is_fitted(config):
         for source in sources.values():
-            _check_there(source, chosen_on(source, config), config)
+            _questions(source, chosen_on(source, config), config)
     worked_task(config, tasks)
     return tasks
 
 
-def _check_there(task: Task, split: str, config: EvaluateConfig) -> None:
-    """Refuse, by a TaskError, a split of a task that can't be asked, or has no questions."""
+def _questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
+    """Return the questions of a split; a TaskError for one that can't be asked, or has none."""
     if split != "test" and task.reports_test_alone:
         raise TaskError(
             f"task {task.name!r} is the harness' own, of which an evaluation has only the "
             f"questions that it reports, none for {split!r}; name another task's questions as "
             f"fitted_on, or leave out what needs them"
         )
-    questions_in(task, split, config.data_dir)
+    return questions_in(task, split, config.data_dir)
 
 
 def _tasks(given: Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
@@ -87,13 +87,17 @@ def _tasks(given: Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
     tasks: list[Task] = []
     for each in given or [""]:
         tasks += [each] if isinstance(each, Task) else get_tasks(each)
-    if config.reward is not None:
-        own = config.reward, config.max_new_tokens
-        tasks = [each if isinstance(each, GradedTask) else GradedTask(each, *own) for each in tasks]
+    tasks = [_graded(task, config) for task in tasks]
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")
     return tasks
+
+
+def _graded(task: Task, config: EvaluateConfig) -> Task:
+    if config.reward is None or isinstance(task, GradedTask):
+        return task
+    return GradedTask(task, config.reward, config.max_new_tokens)
 
 
 def without_routers(config: EvaluateConfig) -> EvaluateConfig:
@@ -162,10 +166,8 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
                 f"without --curve; leave it out, or give --curve or baselines that are fitted"
             )
     by_name = {task.name: task for task in tasks}
-    found = dict(by_name)
-    for name, other in others.items():
-        found[name] = by_name.get(other) or _tasks([other], config)[0]
-    return found
+    found = {name: by_name.get(other) or get_task(other) for name, other in others.items()}
+    return by_name | {name: _graded(source, config) for name, source in found.items()}
 
 
 def chosen_on(source: Task, config: EvaluateConfig) -> str:
@@ -200,8 +202,7 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
             f"fit and tested on select"
         ) * (split == "test")
         try:
-            _check_there(task, split, config)
-            found = len(task.examples(split, config.data_dir))
+            found = len(_questions(task, split, config))
         except TaskError as error:
             raise TaskError(f"{given}: {error}{other}") from error
         if found < FEWEST_TEXTS:

@@ -110,7 +110,7 @@ GAP = GapForm(rewards=(OPTIONS_REWARD,), templates=("{question}", "Text: {questi
 
 def _scored_prompt(example: Example, template: str) -> Prompt:
     return Prompt(
-        text=_in_context(example, template.format(question=example.question)),
+        text=in_context(example, template.format(question=example.question)),
         reward=OPTIONS_REWARD,
         answer=example.answer,
         continuations=tuple(f" {choice}" for choice in example.choices),
@@ -126,7 +126,7 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
     text = LETTER_TEMPLATE.format(question=example.question, options=options)
     return Prompt(
-        text=_in_context(example, text),
+        text=in_context(example, text),
         reward="letter",
         answer=letters[(example.gold - rotation) % len(choices)],
         chat=True,
@@ -135,5 +135,6 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
     )
 
 
-def _in_context(example: Example, text: str) -> str:
+def in_context(example: Example, text: str) -> str:
+    """Return a text with what stands before the question, if anything does."""
     return f"{example.context}\n\n{text}" if example.context else text

@@ -17,6 +17,7 @@ from typing import Any
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import sha256
 from drllm.tasks.base import Example, Prompt, Task
+from drllm.tasks.forms import in_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
@@ -51,7 +52,7 @@ class GradedTask(Task):
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how the question is asked; there is one way."""
         prompt = Prompt(
-            text=f"{example.context}\n\n{example.question}".strip(),
+            text=in_context(example, example.question),
             reward=reward,
             answer=example.answer,
             other_answers=example.other_answers,
@@ -83,7 +84,7 @@ def function_of(name: str) -> Callable[[Example, str], Any]:
     reward, _, digest = name.rpartition("@")
     file, _, function = reward.rpartition(":")
     if not Path(file).is_file() or not sha256(Path(file)).startswith(digest):
-        raise ConfigError(f"{file} isn't the file that reward {name} was of; put it back")
+        raise ConfigError(f"{file} has changed since it was reward {name}; put the old file back")
     try:
         found = runpy.run_path(file).get(function)
     except Exception as error:  # whatever a file of the user's raises

@@ -70,8 +70,8 @@ class StockTask(Task):
             fit = [leaf for leaf, task in self.tasks.items() if task.OUTPUT_TYPE in KINDS]
             alone = f"; name one of {', '.join(fit)}" if fit and len(self.tasks) > 1 else ""
             raise TaskError(
-                f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; taken are tasks "
-                f"with {wanted}{alone}; 'drllm lm-eval run --model drllm' has the rest"
+                f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; drllm takes "
+                f"tasks with {wanted}{alone}; 'drllm lm-eval run --model drllm' has the rest"
             )
         forbidden = ("UNSAFE_CODE", "MULTIMODAL")
         if any(getattr(task, each, False) for task in self.tasks.values() for each in forbidden):
@@ -105,21 +105,16 @@ class StockTask(Task):
         return [*found.values()]
 
     @property
-    def is_divided(self) -> bool:
-        """Whether all of its questions are reported, so that those to fit on are some of them."""
-        return not self.to_fit
-
-    @property
     def reports_test_alone(self) -> bool:
-        """Whether an evaluation can't ask its other questions, which the harness doesn't report."""
-        return not self.is_divided
+        """Whether it has questions that the harness doesn't report; else the reported are divided."""
+        return bool(self.to_fit)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split; see the class."""
         reported = [example for *_, example in self.reported]
-        if check_split(split) == "test" and not self.is_divided:
+        if check_split(split) == "test" and self.reports_test_alone:
             return reported
-        origin, whole = ("own", reported) if self.is_divided else ("train", self.to_fit)
+        origin, whole = ("train", self.to_fit) if self.reports_test_alone else ("own", reported)
         own = [example for example in whole if split_of(example.question, origin) == split]
         if split == "test":
             return own
@@ -144,11 +139,11 @@ class StockTask(Task):
                 f"task {self.name!r} asks a question in as many ways as it has options, which can "
                 f"be evaluated, but not searched or tuned on"
             )
-        own, first_seed = str(task.doc_to_text(doc)), FEWSHOT_SEED + hash_of(example.question)
-        # The last time without any, where the question is among them however they are drawn.
-        for number in [*[self.shots_of[leaf]] * MOST_DRAWS, 0]:
-            task.set_fewshot_seed(seed=(first_seed := first_seed + 1))
-            prefix = task.doc_to_prefix(doc)
+        own, prefix = str(task.doc_to_text(doc)), task.doc_to_prefix(doc)
+        for draw in range(1, MOST_DRAWS + 2):
+            task.set_fewshot_seed(seed=FEWSHOT_SEED + hash_of(example.question) + draw)
+            # At last without any, where the question is among them however they are drawn.
+            number = self.shots_of[leaf] if draw <= MOST_DRAWS else 0
             context = task.fewshot_context(doc, num_fewshot=number, gen_prefix=prefix)
             if context.count(own) == 1:
                 break

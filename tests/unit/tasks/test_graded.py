@@ -53,7 +53,7 @@ def test_a_changed_file_is_another_reward_and_its_old_one_is_refused(function, t
     (tmp_path / "mine.py").write_text(SOURCE + "\n# changed\n")
     assert GradedTask(get_task("builtin_facts"), function).rewards != task.rewards
     drllm.tasks.graded.function_of.cache_clear()
-    with pytest.raises(ConfigError, match="isn't the file that reward"):
+    with pytest.raises(ConfigError, match="has changed since it was reward"):
         grade(prompt, "")
 
 

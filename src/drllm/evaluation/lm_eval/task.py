@@ -178,7 +178,7 @@ def asked_of(
     """
     note = "asked as lm-evaluation-harness has it, on the questions that it reports"
     questions = task.reported
-    if task.is_divided and split is not None:
+    if split is not None and not task.reports_test_alone:
         own = {example.id for example in task.examples(split)}
         questions = [each for each in questions if each[2].id in own]
         note += f": {len(questions)} of {len(task.reported)}, since others are to be fitted on"
