@@ -45,9 +45,8 @@ def paths_chosen(
     def prompts(quantity: Quantity) -> list[tuple[int, ...]]:
         return [tuple(item.question.context) for item in quantity.asked]
 
-    every = [
-        *{prompt for own in asked.values() for each in own.values() for prompt in prompts(each)}
-    ]
+    read = (each for own in asked.values() for each in own.values())
+    every = [*dict.fromkeys(prompt for each in read for prompt in prompts(each))]  # each once
     routes = routes_of(routed, policy, every).tolist()
     path_of = {prompt: named[tuple(route)] for prompt, route in zip(every, routes, strict=True)}
     return {

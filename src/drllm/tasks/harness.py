@@ -106,7 +106,7 @@ class StockTask(Task):
 
     @property
     def reports_test_alone(self) -> bool:
-        """Whether it has questions that the harness doesn't report; else the reported are divided."""
+        """Whether it has questions that aren't reported; else the reported ones are divided."""
         return bool(self.to_fit)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
