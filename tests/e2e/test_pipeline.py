@@ -254,20 +254,6 @@ def test_features_that_are_kept_are_used_again_by_another_training(train, tmp_pa
     assert weights["first"] == weights["again"] != weights["other"]
 
 
-def test_calibrated_routers_say_their_temperature_and_leave_no_features(run_copy, train, tmp_path):
-    few = (run_copy / "supervision.jsonl").read_text().splitlines()
-    many = [
-        row | {"id": str(number), "question": f"{row['question']} {number}"}
-        for number, row in enumerate(map(json.loads, few * 4))
-    ]
-    targets, output = tmp_path / "many.jsonl", tmp_path / "calibrated"
-    targets.write_text("".join(json.dumps(row) + "\n" for row in many))
-    said = train("--calibrate", "--output", output, targets=targets)
-    assert "calibration    temperature" in said.out
-    assert "(in the weights), expected calibration error" in said.out
-    assert not list(output.rglob("features"))
-
-
 def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(train, tmp_path):
     output = tmp_path / "routers"
     (output / "README.md").mkdir(parents=True)  # in the way of the card

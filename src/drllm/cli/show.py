@@ -18,7 +18,7 @@ from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines
 from drllm.records.healed import HEALED_FILE
-from drllm.records.layers import LAYERS_FILE, Layers, calibration_of
+from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.search import read_search
 from drllm.records.static_paths import MENU_FILE, PATHS_FILE
 from drllm.reporting.evaluated import measured_line
@@ -167,15 +167,6 @@ def _show_routers(path: Path, terminal: Terminal) -> None:
             "trained on",
             f"{training.get('num_trained')} targets ({tasks}), "
             f"{training.get('num_held_out')} held out, {training.get('steps')} steps",
-        )
-    if (found := calibration_of(config, str(path))) is not None:
-        folded = (training.get("settings") or {}).get("calibrate") is True
-        terminal.fact(
-            "calibration",
-            f"temperature {plain(found.temperature, 2)} "
-            f"({'in the weights' if folded else 'not in the weights'}), expected calibration "
-            f"error {plain(found.ece_before, 4)} without and {plain(found.ece_after, 4)} with "
-            f"it, on {found.num_decisions} held-out decisions",
         )
     if counts := config.get("label_counts"):
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)

@@ -154,7 +154,6 @@ class TrainConfig(Settings):
         normalise_features: scale each component of the routers' inputs to mean 0, deviation 1
         validation_fraction: share of the targets held out for metrics (ours)
         early_stopping: epochs without a lower held-out loss before it ends; keeps the best
-        calibrate: divide the logits by a temperature fitted on targets held out
         seed: seed of initial weights, order and held-out part
         num_seeds: routers from so many seeds, counting up from --seed; see seed_S in the output
         report_to: trackers of accelerate (comma list), such as tensorboard,wandb; off by default
@@ -178,7 +177,6 @@ class TrainConfig(Settings):
     normalise_features: bool = setting(False)
     validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)
     early_stopping: int | None = setting(None, minimum=1, idle=("validation_fraction", 0.0))
-    calibrate: bool = setting(False, idle=("validation_fraction", 0.0))
     seed: int = setting(0, minimum=0)
     num_seeds: int = setting(1, minimum=1)
     report_to: str | None = incidental(None, basic=True, value="NAMES")

@@ -1,4 +1,4 @@
-"""What training measured of the saved routers: `layers.json`, and the calibration in their config.
+"""What training measured of the saved routers: `layers.json`.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -10,7 +10,6 @@ import msgspec
 
 from drllm import metrics
 from drllm.metrics import ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
-from drllm.records.codec import decode, encode
 
 LAYERS_FILE = "layers.json"
 SIZE = len(metrics.DECISIONS)
@@ -66,25 +65,3 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Return what a part is called, with its size."""
         kind = "held-out targets" if part == VALIDATION else "targets trained on"
         return f"{self.parts[part][ROUTERS].examples} {kind}"
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """How far routers' probabilities can be believed: `training.calibration` of their config.
-
-    Both errors are measured on the targets that the temperature is fitted on, so they are a little
-    optimistic: one number is fitted on thousands of decisions. Older files hold more.
-    """
-
-    temperature: float
-    num_decisions: int
-    nll_before: float
-    nll_after: float
-    ece_before: float
-    ece_after: float
-    bins: int
-
-
-def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
-    """Return what a `router_config.json` says of it; None where no target was held out."""
-    found = (config.get("training") or {}).get("calibration")
-    return None if found is None else decode(encode(found), Calibration, f"{where}, 'calibration'")

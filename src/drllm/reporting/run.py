@@ -16,7 +16,7 @@ from drllm.errors import RecordError
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines, read_text, sha256
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
-from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of
+from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
@@ -47,9 +47,8 @@ class Run:
     """Everything a run folder says; what it doesn't hold is empty or None.
 
     `num_layers` is L, agreed on by all files; `model` is the base model's identity, from the first
-    file that says it. `layers` says how the saved routers agree with their labels, `calibration`
-    how far their probabilities can be believed. `sources` are the files that were read; of each
-    that isn't there `absent` has a line.
+    file that says it. `layers` says how the saved routers agree with their labels. `sources` are
+    the files that were read; of each that isn't there `absent` has a line.
     """
 
     folder: Path
@@ -60,7 +59,6 @@ class Run:
     router_config: Mapping[str, Any] = field(default_factory=dict)
     epochs: Sequence[Epoch] = ()
     layers: Layers | None = None
-    calibration: Calibration | None = None
     evaluations: Sequence[results.Result] = ()
     latency: results.Latency | None = None
     paths: StaticPaths | None = None
@@ -164,7 +162,6 @@ def _read_routers(run: Run) -> None:
         run.router_config = read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
-        run.calibration = calibration_of(run.router_config, str(path))
     if run.has("routers/metrics.jsonl", "their metrics"):
         epochs = [epoch for _, epoch in read_json_lines(folder / "metrics.jsonl", Epoch)]
         run.epochs = sorted(epochs, key=lambda epoch: epoch.epoch)

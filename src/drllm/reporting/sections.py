@@ -184,13 +184,11 @@ def _routers(run: Run) -> Section:
         caption="By epoch. Where targets are held out, full lines are validation and dotted lines "
         "training; the dashed line is the best of the decisions that ignore the question.",
     )
-    settings = (run.router_config.get("training") or {}).get("settings") or {}
     values = {
         "run": run,
         "verdict": f"{metrics.verdict(layers.parts)} {metrics.by_layer(known)}" if layers else "",
         "scores": scores,
         "held_out": VALIDATION in last,
-        "is_folded": settings.get("calibrate") is True,
     }
     return Section("Router metrics", [curves], 2, True, "routers.j2", values)
 

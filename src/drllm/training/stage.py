@@ -24,7 +24,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from drllm.config import TrainConfig
@@ -41,7 +40,7 @@ from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder
 from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
-from drllm.training import checkpoint, temperature
+from drllm.training import checkpoint
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Features, collect, digest
@@ -228,11 +227,6 @@ def train_on(
     if trainer.best is not None:
         training |= {"best_epoch": epoch, "last_epoch": last}
     stack = trainer.routers()
-    confidence = temperature.measure(stack, trainer)
-    if confidence is not None:
-        training["calibration"] = msgspec.to_builtins(confidence)
-        if trainer.config.calibrate:
-            temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
     if used is not None:

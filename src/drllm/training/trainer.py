@@ -58,13 +58,10 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
 def divide(questions: Sequence[str], config: TrainConfig) -> tuple[list[int], list[int]]:
     """Return `hold_out` for some settings, refusing those that need what it doesn't hold out."""
     trained, held_out = hold_out(questions, config.validation_fraction, config.seed)
-    needs = "--calibrate" if config.calibrate else None
-    if config.early_stopping is not None:
-        needs = f"--early-stopping {config.early_stopping}"
-    if needs is not None and not held_out:
+    if config.early_stopping is not None and not held_out:
         raise ConfigError(
-            f"{needs} has no effect: of {len(questions)} targets none is held out to measure on; "
-            f"leave it out, or give more targets"
+            f"--early-stopping {config.early_stopping} has no effect: of {len(questions)} targets "
+            f"none is held out to measure on; leave it out, or give more targets"
         )
     return trained, held_out
 

@@ -203,8 +203,7 @@ class Folder:
     def routers(self, epochs: int = 25, validation: bool = True) -> None:
         shape = {"num_layers": self.num_layers, "hidden_size": 576, "num_windows": 8}
         base = {"base_model": "smollm2-135m", "base_fingerprint": self.model["fingerprint"]}
-        training = {"calibration": self.calibration()} if validation else {}
-        self.write("routers/router_config.json", {**shape, **base, "training": training})
+        self.write("routers/router_config.json", {**shape, **base, "training": {}})
         lines = []
         for epoch in range(1, epochs + 1):
             learned = 1 - math.exp(-epoch / 6)
@@ -223,17 +222,6 @@ class Folder:
                 lines.append(json.dumps(line))
         self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
         self.layers({"train": 40} | ({"validation": 12} if validation else {}), epochs)
-
-    def calibration(self) -> dict[str, Any]:
-        """Return what older versions told of routers that are too sure, bins too."""
-        sure = [0.5 + 0.03 * number for number in range(15)]
-        before, after = (
-            [{"decisions": 10, "confidence": c - shift, "hits": c - 0.05} for c in sure]
-            for shift in (0, 0.04)
-        )
-        found = {"temperature": 1.25, "num_decisions": 150, "bins": 15}
-        found |= {"nll_before": 0.5, "nll_after": 0.45, "ece_before": 0.05, "ece_after": 0.01}
-        return found | {"reliability_before": before, "reliability_after": after}
 
     def layers(self, parts: dict[str, int], epoch: int) -> None:
         """Write the confusions of the saved routers, which hit three labels in four."""

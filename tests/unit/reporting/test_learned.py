@@ -59,20 +59,10 @@ def test_routers_stand_beside_decisions_that_ignore_the_question(run, found):
         assert axes.lines[-1].get_ydata()[0] == max(scores.values())
 
 
-def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
-    config = {"training": {"settings": {"calibrate": True}}}
-    cold = replace(run.calibration, temperature=0.8)
-    found = learned(dataclasses.replace(run, calibration=cold, router_config=config))
-    said = text(found, "Router metrics").strip()
-    assert "are not sure enough" in said
-    assert said.endswith("same decisions and is in the weights.")
-
-
 def test_without_held_out_targets_the_missing_validation_is_said(folder):
     folder.routers(validation=False)
     said = text(learned(read_run(folder.path)), "Router metrics")
     assert "No targets were held out, so there are no validation metrics." in said
-    assert "calibration error" not in said
     assert "*On 40 targets trained on" in said
 
 

@@ -26,7 +26,6 @@ def no_pass(monkeypatch):
     ("changes", "number", "message"),
     [
         ({"early_stopping": 2}, 9, "--early-stopping 2 has no effect: of 9 targets none is"),
-        ({"calibrate": True}, 9, "--calibrate has no effect: of 9 targets none is"),
         ({"loss": "cross_entropy", "gamma": 1.0}, N, "--gamma 1 has no effect"),
         ({"report_to": "tensorbord"}, N, "unknown tracker 'tensorbord'; did you mean 'tensorbo"),
     ],
