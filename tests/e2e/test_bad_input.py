@@ -208,8 +208,9 @@ TARGETS --run-name x --early-stopping 2 --validation-fraction 0 => --early-stopp
 search --device tpu => unknown device 'tpu'
 search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice
-search --dataset owner/name => 'owner/name' is neither a listed task nor a .jsonl file
-EVALUATE --tasks builtin_facts,owner/name => write the questions to a .jsonl file of your own
+search --dataset owner/name/more => neither a listed task nor a .jsonl file or a data set of the hub
+search --columns question=q => --columns question=q has no effect on builtin_facts
+search --dataset q.jsonl --columns query=q => unknown field 'query'
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task
 search --reward letter,letter => --reward names 'letter' twice
 search --strategy sweep --length-penalty 9 => --length-penalty 9 has no effect with --strategy sweep
@@ -333,6 +334,8 @@ show new.rejected.jsonl => new.rejected.jsonl, line 1: \
 """Answered without loading torch."""
 
 HEAVY = """\
+search --dataset owner/name => task owner/name can't fetch train of owner/name from the hub
+EVALUATE --tasks builtin_facts,owner/name:small:test => can't fetch test of owner/name from the hub
 TARGETS --run-name x --report-to wanb => --report-to: unknown tracker 'wanb'
 search --model MODEL --device cuda:97 => --device is 'cuda:97'
 search --model smollm2-135 --output-dir new => 'smollm2-135'

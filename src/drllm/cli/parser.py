@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from drllm.config.fields import Settings, check_text, flag_of, from_text, is_by_task, kinds_of
 from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, nearest_name, unknown_name
+from drllm.tasks.files import FIELDS, with_columns
 
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
@@ -115,6 +116,15 @@ CONFIG = Flag(
 )
 
 
+COLUMNS = Flag(
+    "columns",
+    f"columns of files and hub sets with the fields {', '.join(FIELDS)}; grader=exact is the "
+    f"grader itself",
+    value="FIELD=COLUMN,...",
+    basic=False,
+)
+
+
 class _Verbs(UserDict[str, Any]):
     """Verbs by name, first the names of modules: each is imported when its verb is asked for."""
 
@@ -160,7 +170,8 @@ def parse(words: Sequence[str]) -> Request:
         values |= _read_settings(PRESETS.get(file) or Path(file).expanduser(), verb)
     values |= given
     own: dict[str, Any] = {}
-    for flag in flags_of(verb):
+    flags = {flag.name: flag for flag in flags_of(verb)}
+    for flag in flags.values():
         said, name = given.get(flag.name), flag.names[0]
         if flag.group is None:
             missing: Any = [] if flag.many else False if flag.switch else flag.default
@@ -174,6 +185,9 @@ def parse(words: Sequence[str]) -> Request:
             values[flag.name] = from_text(said, (flag.kind,))
             if not isinstance(values[flag.name], flag.kind):
                 raise ConfigError(f"{name} is {said[:80]!r}; give {flag.wanted}")
+    if columns := own.get(COLUMNS.name):
+        name = next(name for name in ("dataset", "tasks") if name in flags)
+        values[name] = with_columns(values.get(name) or flags[name].default or "", columns)
     groups = tuple(_made(group, values) for group in verb.settings)
     return Request(verb.name, groups, own, "model" in values)
 

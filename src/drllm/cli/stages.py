@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli import published
-from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.parser import COLUMNS, Flag, Request, verb
 from drllm.cli.show import show, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.show_tuned import show_healed, show_menu, show_paths
@@ -30,7 +30,6 @@ from drllm.config import (
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
 from drllm.listener import duration
-from drllm.paths import StaticPath
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import sha256
 from drllm.records.healed import HEALED_FILE
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
     settings=(ModelConfig, SearchConfig, SuperviseConfig),
     flags=(
+        COLUMNS,
         Flag(
             "dry_run",
             "measure a few paths and say what the search will take; writes nothing",
@@ -258,7 +258,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     "tune",
     example="drllm tune --tasks builtin_facts --output-dir tuned/",
     settings=(ModelConfig, TuneConfig),
-    flags=(Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR"),),
+    flags=(COLUMNS, Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR")),
     resumes=True,
 )
 def tune_verb(request: Request, terminal: Terminal) -> None:
@@ -282,7 +282,10 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     "heal",
     example="drllm heal --path tuned/paths.json:skip2 --tasks builtin_facts --output-dir healed/",
     settings=(ModelConfig, HealConfig),
-    flags=(Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),),
+    flags=(
+        COLUMNS,
+        Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),
+    ),
     model_from="a paths.json names",
     resumes=True,
 )
@@ -303,7 +306,7 @@ def heal_verb(request: Request, terminal: Terminal) -> None:
     "menu",
     example="drllm menu --paths tuned/paths.json --executions 27 --output-dir menu/",
     settings=(ModelConfig, MenuConfig),
-    flags=(Flag("output_dir", "folder for the menu", default="menu/", value="DIR"),),
+    flags=(COLUMNS, Flag("output_dir", "folder for the menu", default="menu/", value="DIR")),
     model_from="a paths.json names",
     resumes=True,
 )
@@ -330,6 +333,7 @@ def menu_verb(request: Request, terminal: Terminal) -> None:
             many=True,
             value="DIR",
         ),
+        COLUMNS,
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
     model_from="the routers, a menu or a paths.json name",
@@ -426,7 +430,7 @@ def report(request: Request, terminal: Terminal) -> None:
 )
 def export(request: Request, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
-    from drllm.models.export import check_output, export_path, step_in_words, zeros_in_words
+    from drllm.models.export import check_output, export_path
 
     output = request.path("output")
     plan = read_path(str(request.path("path")))
@@ -438,7 +442,7 @@ def export(request: Request, terminal: Terminal) -> None:
     ):
         made = export_path(base, plan, output)
     terminal.say(f"export      {made.folder}")
-    terminal.say(f"path        {' '.join(map(step_in_words, made.path))}")
+    terminal.say(f"path        {' '.join(map(str, made.path))}")
     terminal.say(f"layers      {len(made.path)}, the base model has {base.num_layers}")
     size = f"{made.num_bytes / 1e6:.1f} MB in {made.dtype}"
     if made.num_repeated_bytes:
@@ -447,10 +451,5 @@ def export(request: Request, terminal: Terminal) -> None:
             f"since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")
-    if zeros := zeros_in_words(StaticPath(made.path)):
-        terminal.say(
-            f"zeros       for the weights of {zeros}: whatever loads the checkpoint still "
-            f"computes these parts, so they save no time there; only whole layers do"
-        )
-    how = "to rounding, the adapter merged" if StaticPath(made.path).adapters else "bit by bit"
+    how = "to rounding, the adapter merged" if made.is_healed else "bit by bit"
     terminal.say(f"checked     loaded again, its logits equal the path's {how}")

@@ -53,7 +53,7 @@ class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise.
 
     Attributes:
-        dataset: tasks (comma list), ours or the harness' own, or a .jsonl file of your own
+        dataset: tasks (comma list), ours or the harness', FILE.jsonl, or OWNER/NAME of the hub
         output_dir: folder that receives search.jsonl and supervision.jsonl
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         split: which questions
@@ -286,7 +286,7 @@ class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines.
 
     Attributes:
-        tasks: tasks (comma list), ours or the harness' own, or a .jsonl file of your own
+        tasks: tasks (comma list), ours or the harness', FILE.jsonl, or OWNER/NAME of the hub
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         split: which questions
         limit: at most this many questions a task, drawn with the seed
@@ -359,7 +359,8 @@ class TuneConfig(Settings):
     """The search for one path that serves a whole task.
 
     Attributes:
-        tasks: tasks (comma list), ours or the harness' own, or a .jsonl file, of prompts alone too
+        tasks: tasks (comma list), ours or the harness', FILE.jsonl, or OWNER/NAME of the hub;
+            those of prompts alone too
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         max_skipped: layers left out, at most; a sixth of the layers unless given
         objective: what is kept high; gold_logprob with options, next_token_loss with other answers,
@@ -404,7 +405,7 @@ class HealConfig(Settings):
         tasks: tasks (comma list) whose search questions are read with their right answers, prompts
             alone with the full path's own
         text: further texts: .jsonl files with a field text, .txt files, a text a paragraph, or data
-            sets of the hub, OWNER/NAME[:CONFIG]: of train the first --limit texts, else 10,000
+            sets of the hub, OWNER/NAME[:CONFIG[:SPLIT]]: the first --limit texts, else 10,000
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         limit: at most this many questions or texts a source, drawn with the seed
         rank: rank of the adapter

@@ -2,8 +2,7 @@
 
 Build the stock class for the path, give it the base model's weights, write it, load it again and
 compare; only then the folder appears. What a config means is found out by comparing the layers that
-a class builds from it, not looked up by the model's name. An attention or MLP that is left out has
-zeros for its weights (`zeroed`).
+a class builds from it, not looked up by the model's name.
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
@@ -12,9 +11,9 @@ import importlib.metadata
 import json
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,8 +31,7 @@ from drllm.models.routers.card import template
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.policies import PathPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.zeroed import zeroed_weights
-from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, Steps, layer_of, step_of
+from drllm.paths import ALL, StaticPath, Step, layer_of, step_of
 from drllm.records.healed import HealedPath
 from drllm.records.static_paths import PathFile, StaticPaths
 
@@ -65,27 +63,24 @@ OLDER_NAMES: dict[str, dict[str, str]] = {
 """Type of model → name of a setting in transformers 5 → its name in 4, where that is another."""
 
 
-Change: TypeAlias = tuple[Collection[str], Adapter | None]
-"""What a step changes of its layer: the weights that are zeros, and what is merged."""
-
-
 class Export(NamedTuple):
     """What was written.
 
     Attributes:
         folder: The checkpoint.
-        path: The steps in the order executed: indices of the base model's layers, and a `Step` for
-            one of which a part is left out.
+        path: Indices of the base model's layers in the order executed.
         dtype: Of the weights.
         num_bytes: Size of the weights.
         num_repeated_bytes: The part of it that is there a second time or more.
+        is_healed: An adapter is merged into the weights.
     """
 
     folder: Path
-    path: Steps
+    path: tuple[int, ...]
     dtype: str
     num_bytes: int
     num_repeated_bytes: int
+    is_healed: bool
 
 
 def export_path(
@@ -95,24 +90,23 @@ def export_path(
 
     The folder holds config, weights, generation config, tokenizer and a model card, and loading it
     needs no code of ours. A healed path's adapter is merged into the weights. A stock checkpoint
-    can't say that two layers are the same, so a layer that the path runs twice is written twice.
-    Nor can it say that a layer has no attention or no MLP: the weights of one that is left out are
-    written as zeros, so the numbers are right, but whatever loads the checkpoint still
-    computes it. The folder appears when all is written and checked: loaded again, every weight is
-    as it should be, and the logits of a short row of tokens equal those of the base model run along
-    the path, bit by bit; to rounding where an adapter is merged.
+    can't say that two layers are the same, so a layer that the path runs twice is written twice;
+    nor that a layer has no attention or no MLP, so such a path is refused. The folder appears when
+    all is written and checked: loaded again, every weight is as it should be, and the logits of a
+    short row of tokens equal those of the base model run along the path, bit by bit; to rounding
+    where an adapter is merged.
 
     Args:
         base: The base model, not routed; it stays as it is.
-        path: A path without damped steps; or layer indices in the order executed: in any order,
-            each any number of times. Of a `PathFile` the card says how the path was found.
+        path: A path of whole, undamped layers; or layer indices in the order executed: in any
+            order, each any number of times. Of a `PathFile` the card says how the path was found.
         output: The folder to make; an empty one may be there.
 
     Raises:
-        PathError: An empty path, a layer that the model doesn't have, a damped step, or paths of
-            another model.
-        ArchitectureError: The model's config can't express the path, its class isn't one of
-            transformers, or its attention and MLP can't be left out alone.
+        PathError: An empty path, a layer that the model doesn't have, a step that is damped or
+            runs a part of its layer, or paths of another model.
+        ArchitectureError: The model's config can't express the path, or its class isn't one of
+            transformers.
         ConfigError: The folder isn't empty.
         ModelError: The folder can't be written.
         RoutingError: The model is routed.
@@ -125,8 +119,7 @@ def export_path(
         path = path.path_of(base.identity)
     elif not isinstance(path, StaticPath):
         path = StaticPath(path)
-    _check_undamped(path.check(base.num_layers))
-    steps = [step_of(item) for item in path.steps]
+    steps = _whole_steps(path.check(base.num_layers))
     layers = tuple(step.layer for step in steps)
     check_output(output)
     with hub.quiet():
@@ -135,15 +128,12 @@ def export_path(
         try:
             if file is not None:
                 load_path(routed, file)
-            routed.injection.prepare(path)
-            zeroed = zeroed_weights(routed.injection, steps, _tokens(model))
             adapters = [routed.adapters.get(step.adapter) for step in steps]
-            changes = list(zip(zeroed, adapters, strict=True))
             expected = _logits(model)
         finally:
             routed.detach()
-        sizes = _fill(listed, model, layers, changes)
-        made = Export(output, path.steps, base.runtime["dtype"], *sizes)
+        sizes = _fill(listed, model, layers, adapters)
+        made = Export(output, layers, base.runtime["dtype"], *sizes, any(adapters))
         # Filled next to its place, and moved there when all has succeeded.
         place = output.resolve()
         folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
@@ -152,7 +142,7 @@ def export_path(
             card = model_card(base.identity, path, made.dtype, made.num_repeated_bytes, file)
             _write(folder, listed, base, card)
             del listed  # the copies of weights; the checkpoint is loaded now
-            _verify(folder, model, layers, changes, expected)
+            _verify(folder, model, layers, adapters, expected)
             if place.is_dir():
                 place.rmdir()
             folder.rename(place)
@@ -169,14 +159,18 @@ def export_path(
     return made
 
 
-def _check_undamped(path: StaticPath) -> None:
-    for place, step in enumerate(map(step_of, path.steps)):
-        if step.scale != 1:
+def _whole_steps(path: StaticPath) -> list[Step]:
+    """Return the steps of a path, or refuse one that no class of transformers can say."""
+    steps = [step_of(item) for item in path.steps]
+    for place, step in enumerate(steps):
+        if step.scale != 1 or step.run != ALL:
+            how = f"at weight {step.scale:g}" if step.run == ALL else f"with its {step.run} alone"
             raise PathError(
                 f"the step at position {place} of the path (counted from 0) runs layer "
-                f"{step.layer} at weight {step.scale:g}, which no class of transformers can say; "
-                f"give a path without damped steps, or run this one with 'drllm generate --path'"
+                f"{step.layer} {how}, which no class of transformers can say; give a path of "
+                f"whole, undamped layers, or run this one with 'drllm generate --path'"
             )
+    return steps
 
 
 def check_output(folder: Path) -> None:
@@ -217,7 +211,7 @@ def _build(base: Any, path: tuple[int, ...]) -> Any:
 
 
 def _weights_along(
-    base: Any, path: tuple[int, ...], changes: Sequence[Change]
+    base: Any, path: tuple[int, ...], adapters: Sequence[Adapter | None]
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Yield the name of each weight in the model for a path, its values, and whether it is a copy.
 
@@ -229,21 +223,19 @@ def _weights_along(
         if not name.startswith(prefix):
             yield name, weight, False
     for place, layer in enumerate(path):
-        zeros, adapter = changes[place]
+        adapter = adapters[place]
         for name, weight in layers[layer].state_dict().items():
             values, inner = weight, name.removesuffix(".weight")
-            if name in zeros:
-                values = torch.zeros_like(weight)
-            elif adapter is not None and inner != name and f"{layer}.{inner}" in adapter.weights:
+            if adapter is not None and inner != name and f"{layer}.{inner}" in adapter.weights:
                 values = adapter.merged(f"{layer}.{inner}", layers[layer].get_submodule(inner))
             yield f"{prefix}{place}.{name}", values, layer in path[:place]
 
 
 def _fill(
-    listed: Any, base: Any, path: tuple[int, ...], changes: Sequence[Change]
+    listed: Any, base: Any, path: tuple[int, ...], adapters: Sequence[Adapter | None]
 ) -> tuple[int, int]:
     """Give the model on the meta device the base's weights; return their and the copies' bytes."""
-    along = list(_weights_along(base, path, changes))
+    along = list(_weights_along(base, path, adapters))
     # safetensors refuses tensors that share memory, but for those that the class ties.
     weights = {name: weight.clone() if is_copy else weight for name, weight, is_copy in along}
     shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
@@ -434,7 +426,7 @@ def _verify(
     folder: Path,
     base: Any,
     path: tuple[int, ...],
-    changes: Sequence[Change],
+    adapters: Sequence[Adapter | None],
     expected: Tensor,
 ) -> None:
     """Load the checkpoint and refuse it unless it is the base model along the path."""
@@ -446,7 +438,7 @@ def _verify(
     )
     loaded.to(base.device).eval()
     check_layers(find_layers(loaded)[1], find_layers(base)[1], path)
-    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path, changes)}
+    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path, adapters)}
     for name, weight in wanted.items():
         if found[name].dtype != weight.dtype or not torch.equal(found[name], weight):
             raise ArchitectureError(
@@ -458,7 +450,7 @@ def _verify(
     logits = _logits(loaded)
     difference = float((logits - expected).abs().max())
     tolerance = MERGED_TOLERANCE if logits.dtype.itemsize > 2 else MERGED_TOLERANCE_16_BITS
-    allowed = tolerance * float(expected.std()) if any(adapter for _, adapter in changes) else 0.0
+    allowed = tolerance * float(expected.std()) if any(adapters) else 0.0
     if not difference <= allowed:
         raise ArchitectureError(
             f"loaded again, the export's logits differ from the path's by up to {difference:.3g}, "
@@ -490,12 +482,11 @@ def model_card(
     record = made if isinstance(made, StaticPaths) else None
     return template(Path(__file__).with_name("export_card.md.j2")).render(
         base=base,
-        steps=list(map(step_in_words, path.steps)),
+        steps=layers,
         decisions=() if isinstance(plan, StaticPath) else plan,
         skipped=sorted(set(range(base["num_layers"])) - set(layers)),
         repeated=sorted({layer for layer in layers if layers.count(layer) > 1}),
         in_order=layers == sorted(layers),
-        zeros=zeros_in_words(path),
         dtype=dtype,
         num_repeated_bytes=num_repeated_bytes,
         found=found,
@@ -503,29 +494,3 @@ def model_card(
         healed=made if isinstance(made, HealedPath) else None,
         version=importlib.metadata.version("drllm"),
     )
-
-
-def step_in_words(item: int | Step) -> str:
-    """Write a step: the index of its layer, and what runs of it if not all.
-
-    Example:
-        >>> step_in_words(3), step_in_words(Step(1, "mlp"))
-        ('3', '1:mlp')
-    """
-    step = step_of(item)
-    return str(step.layer) if step.run == ALL else f"{step.layer}:{step.run}"
-
-
-def zeros_in_words(path: StaticPath) -> str:
-    """Name the sublayers whose weights an export writes as zeros; empty without any.
-
-    Example:
-        >>> zeros_in_words(StaticPath([0, {"layer": 1, "run": "mlp"}, {"layer": 3, "run": "mlp"}]))
-        'the attention of layers 1, 3'
-    """
-    said = []
-    for run, what in ((MLP, "attention"), (ATTENTION, "MLP")):
-        layers = [str(s.layer) for s in map(step_of, path.steps) if s.run == run]
-        if layers:
-            said.append(f"the {what} of layer{'s' * (len(layers) > 1)} {', '.join(layers)}")
-    return " and ".join(said)

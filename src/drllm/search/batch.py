@@ -238,7 +238,7 @@ class LocalExecutor:
         texts: list[str | None] = []
         for prompt in prompts:
             try:
-                texts.append(render(self.routed.tokenizer, prompt.text, chat=prompt.chat))
+                texts.append(render(self.routed.tokenizer, prompt.asked, chat=prompt.chat))
             except ConfigError:  # noqa: PERF203  # said when the question is searched
                 texts.append(None)
         return texts

@@ -18,7 +18,7 @@ from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.models.scoring.prefix_sharing import Pair
-from drllm.tasks.base import Prompt
+from drllm.tasks.base import KL_REWARD, Prompt
 from drllm.tasks.rewards import reward_of, score_choices, verdict
 
 WRONG_ANSWERS = 4
@@ -61,8 +61,9 @@ class Reading:
 
     @property
     def question(self) -> Question:
-        """What is scored."""
-        return Question(self.tokens, self.continuations, self.num_unscored)
+        """What is scored; where the prompt's own tokens are all that is looked at, any token."""
+        behind = [self.tokens[-1:]] if self.prompt.reward == KL_REWARD else self.continuations
+        return Question(self.tokens, behind, self.num_unscored)
 
 
 def read(routed: RoutedModel, prompt: Prompt) -> Reading:
@@ -71,7 +72,7 @@ def read(routed: RoutedModel, prompt: Prompt) -> Reading:
     A ModelError where it, with the longest of what may follow, is beyond the model's context: some
     models fail there, others go on at positions that they have never learned.
     """
-    text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
+    text = render(routed.tokenizer, prompt.asked, chat=prompt.chat)
     tokens = encode(routed.tokenizer, text)
     behind = partial(encode_continuation, routed.tokenizer, text)
     continuations = [behind(each) for each in prompt.continuations or (gold_text(prompt),)]
@@ -95,6 +96,8 @@ def gold_text(prompt: Prompt) -> str:
 
 def outcome_of(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
     """Judge the log-probabilities of a prompt's options; without any the path is wrong."""
+    if prompt.reward == KL_REWARD:
+        return Outcome(reward=0.0 if kl is None else math.exp(-kl), margin=None, logprobs=(), kl=kl)
     reward, margin = score_choices(logprobs, prompt) if logprobs else (0.0, None)
     return Outcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
 

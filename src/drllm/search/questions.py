@@ -17,7 +17,16 @@ from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
+from drllm.tasks.base import (
+    KL_REWARD,
+    Example,
+    Prompt,
+    Row,
+    Task,
+    check_data_dir,
+    choose,
+    questions_in,
+)
 from drllm.tasks.files import FileTask
 from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks
@@ -97,6 +106,10 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)
+        if name == KL_REWARD and not config.kl:
+            raise ConfigError(
+                "--no-kl leaves nothing to search prompts without answers by; leave it out"
+            )
     wanted = [] if config.reward is None else config.reward.split(",")
     for name in wanted:
         if wanted.count(name) > 1:
@@ -179,7 +192,7 @@ def _examples_of(
             given.setdefault(example.task, []).append(example)
     found += [(get_task(name), examples) for name, examples in given.items()]
     if rows := [row for row in source if isinstance(row, Mapping)]:
-        given_task = FileTask(Path("examples"), rows=rows)
+        given_task = FileTask(Path("examples"), (), enumerate(rows, 1))
         found.append((given_task, given_task.all))
     if not found:
         raise TaskError("no question is given; give tasks or examples")

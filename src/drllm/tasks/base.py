@@ -33,6 +33,11 @@ FILE_NAMES = (".jsonl", ".jsonl.gz")
 
 OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
+KL_REWARD = "kl"
+"""The reward of prompts without answers: how near a path stays to the full one."""
+
+Messages: TypeAlias = tuple[tuple[str, str], ...]
+"""A conversation that ends with the user: role and content of each message."""
 
 
 class NoSplitError(TaskError):
@@ -54,6 +59,7 @@ class Example:
         solution: How the answer is found, ending in it; empty for most.
         context: What stands before the question: the passage that it asks about, or a line on its
             subject. Empty for most; a question is recognised by its own text alone.
+        messages: The conversation, where that is what is asked; `question` then has its text.
     """
 
     id: str = ""
@@ -65,6 +71,7 @@ class Example:
     other_answers: tuple[str, ...] = ()
     solution: str = ""
     context: str = ""
+    messages: Messages = ()
 
 
 def with_options(
@@ -96,6 +103,7 @@ class Prompt:
         unscored: Of each continuation, the text that it begins with and that is read but not
             scored: of a gap that is filled, the filling. Empty for none.
         question: The question alone, for a function that grades; else empty.
+        messages: The conversation, which the chat template renders in place of `text`.
     """
 
     text: str
@@ -111,6 +119,12 @@ class Prompt:
     # Not in the repr, by which a search knows its prompts, those of earlier versions too.
     unscored: tuple[str, ...] = field(default=(), repr=False)
     question: str = field(default="", repr=False)
+    messages: Messages = field(default=(), repr=False)
+
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        """What the model is to read: the text, or the messages of a conversation."""
+        return [{"role": role, "content": said} for role, said in self.messages] or self.text
 
 
 class Function(str):
@@ -227,7 +241,7 @@ class Task(ABC):
     @property
     def has_answers(self) -> bool:
         """Whether its questions have right answers; else they are prompts alone."""
-        return self.form is None or bool(self.form.rewards)
+        return KL_REWARD not in self.rewards
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""
@@ -249,11 +263,6 @@ class Task(ABC):
             reward: A name, or several with commas between, of which the first that fits is taken
                 (`letter,boxed` for tasks with options and problems); None for the task's own.
         """
-        if not self.has_answers:
-            raise TaskError(
-                f"task {self.name!r} has prompts without answers, which only 'drllm tune' takes; "
-                f"give 'answer' with 'choices' or 'grader', or --reward FILE.py:FUNCTION"
-            )
         if not self.rewards:
             raise TaskError(
                 f"task {self.name!r} is only evaluated and can't be searched or tuned on; "

@@ -1,21 +1,43 @@
-"""Questions from a `.jsonl` file of the user's own.
+"""Questions from a `.jsonl` file of the user's own, or from any data set of the hub.
 
-Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` alone.
+Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` or
+`messages` alone; a name such as `FILE.jsonl?question=query&answer=target` says their columns.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from drllm.errors import TaskError, unknown_name
+from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.records.splits import question_key, split_of
-from drllm.tasks.base import Example, Row, Task, check_split, with_options
+from drllm.tasks.base import (
+    FILE_NAMES,
+    KL_REWARD,
+    Example,
+    Messages,
+    Row,
+    Task,
+    check_split,
+    with_options,
+)
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
 from drllm.tasks.rewards import REWARDS, normalise
-from drllm.tasks.rows import index_of, read_rows, text_of, texts_of
+from drllm.tasks.rows import (
+    HUB_ROWS,
+    HUB_SET,
+    index_of,
+    object_of,
+    read_rows,
+    rows_of_hub_set,
+    text_of,
+    texts_of,
+)
 
 FORMS = {
     "letter": Form(
@@ -36,24 +58,70 @@ FORMS = {
         ),
     ),
     "boxed": replace(BOXED, max_new_tokens=None),
+    "": Form(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1),
 }
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
 
 
 CHOICES, PROMPT = "'choices'", "a prompt alone"
+FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
+
+logger = logging.getLogger(__name__)
 
 
-def task_of_file(path: Path, taken: tuple[str, ...] = ()) -> FileTask:
-    """Return the task of a file, which is read once unless it changes; see `FileTask`."""
-    if not path.is_file():
-        return FileTask(path)  # which says what is there instead
-    state = path.stat()
-    return _kept(path, taken, state.st_mtime_ns, state.st_size)
+def is_source(name: str) -> bool:
+    """Say whether a name is that of a file of questions, or of a data set of the hub."""
+    source = name.partition("?")[0]
+    if source.endswith(FILE_NAMES):
+        return True
+    return HUB_SET.fullmatch(source) is not None and not Path(source).exists()
+
+
+def with_columns(names: str, columns: str) -> str:
+    """Return a list of tasks whose files and hub sets have their columns named.
+
+    Example:
+        >>> with_columns("arc_easy,own.jsonl", "question=query,answer=target")
+        'arc_easy,own.jsonl?question=query&answer=target'
+    """
+    given = [name.strip() for name in names.split(",")]
+    if not any(map(is_source, given)):
+        raise ConfigError(
+            f"--columns {columns} has no effect on {names}: the columns of files and of data sets "
+            f"of the hub (OWNER/NAME) can be named; leave it out"
+        )
+    said = columns.replace(",", "&")
+    return ",".join(f"{name}?{said}" if is_source(name) else name for name in given)
+
+
+def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:
+    """Return the task of a file or of a hub set, which is read once unless the file changes.
+
+    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`, of which the first `HUB_ROWS` rows of `train`, or of
+    the split, are asked. Behind a `?` stand the columns that the fields of `FIELDS` are in, with a
+    `.` between those of a column within another; `grader` names the grader itself, and is `exact`
+    where an answer has neither that nor choices. See `FileTask`.
+    """
+    source = name.partition("?")[0]
+    state = Path(source).stat() if Path(source).is_file() else None
+    return _kept(name, taken, state and (state.st_mtime_ns, state.st_size))
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(path: Path, taken: tuple[str, ...], _mtime_ns: int, _size: int) -> FileTask:
-    return FileTask(path, taken)
+def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> FileTask:
+    source, _, said = name.partition("?")
+    columns = dict(each.partition("=")[::2] for each in said.split("&") if each)
+    for field, column in columns.items():
+        if field not in FIELDS:
+            raise TaskError(f"columns of {source}: " + unknown_name("field", field, FIELDS))
+        if not column:
+            raise TaskError(f"columns of {source}: {field!r} has none; give {field}=COLUMN")
+    if "answer" in columns and {"choices", "grader"}.isdisjoint(columns):
+        columns["grader"] = "exact"
+    if not source.endswith(FILE_NAMES):
+        rows = enumerate(itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS), 1)
+        return FileTask(Path(source.partition(":")[0]), taken, rows, columns, skips=True)
+    return FileTask(Path(source), taken, read_rows(Path(source)), columns)
 
 
 class FileTask(Task):
@@ -63,26 +131,34 @@ class FileTask(Task):
     training and evaluation, and no question is trained on and reported on.
 
     Args:
-        path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
-            right option's index from 0, its text, or its letter), or `question`, `answer` and
-            `grader` (a reward that grades text), the same for all, or `prompt` (or `question`)
-            without an answer.
+        path: What the rows are of, a `.jsonl` or `.jsonl.gz` file or another place.
         taken: Names of other tasks; a file of such a name is called `NAME_file`.
-        rows: The rows, where they aren't in the file.
+        rows: The rows with their numbers: `question`, `choices` and `answer` (the right option's
+            index from 0, its text, or its letter), or `question`, `answer` and `grader` (a reward
+            that grades text), the same for all, or `prompt` (or `question`) without an answer, or
+            `messages`, a conversation, of which an answer at the end is left out.
+        columns: The columns that these fields are in, where rows have others.
+        skips: Rows that can't be asked are left out with a warning; else they are a TaskError.
     """
 
     def __init__(
-        self, path: Path, taken: Collection[str] = (), rows: Sequence[Row] | None = None
+        self,
+        path: Path,
+        taken: Collection[str],
+        rows: Iterable[tuple[int, Row]],
+        columns: Mapping[str, str] | None = None,
+        *,
+        skips: bool = False,
     ) -> None:
-        self.path = path
+        self.path, self._skips = path, skips
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
         self.name = f"{stem}_file" if stem in taken else stem
         self.description = f"the questions of {path}"
-        self.all, grader = self._read(read_rows(path) if rows is None else enumerate(rows, 1))
+        self.all, grader = self._read(rows, columns or {})
         last = max(LETTERS.find(example.answer) for example in self.all)
         letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
-        form, rewards = FORMS.get(grader or "", FORMS["exact"]), (grader,) if grader else ()
-        self.form = OPTIONS if grader is None else replace(form, rewards=rewards, letters=letters)
+        form, reward = FORMS.get(grader or "", FORMS["exact"]), grader or KL_REWARD
+        self.form = OPTIONS if grader is None else replace(form, rewards=(reward,), letters=letters)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
@@ -98,13 +174,17 @@ class FileTask(Task):
                 found.setdefault(key, example)
         return list(found.values())
 
-    def _read(self, rows: Iterable[tuple[int, Row]]) -> tuple[list[Example], str | None]:
+    def _read(
+        self, rows: Iterable[tuple[int, Row]], columns: Mapping[str, str]
+    ) -> tuple[list[Example], str | None]:
         """Return the questions and their grader: None with options, empty without answers."""
         examples: list[Example] = []
         found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
-        first_kind = ""
-        for line, row in rows:
+        first_kind = grader = reason = ""
+        skipped = 0
+        for line, own in rows:
             try:
+                row = {field: _value(own, field, columns[field]) for field in columns} or own
                 kind = _kind(row)
                 first_kind = first_kind or kind
                 if kind != first_kind:
@@ -120,10 +200,35 @@ class FileTask(Task):
                         f"the question stands on line {first} with another answer; keep one of them"
                     )
             except TaskError as error:
-                raise TaskError(f"{self.path}, line {line}: {error}") from error
+                if not self._skips:
+                    raise TaskError(f"{self.path}, line {line}: {error}") from error
+                skipped, reason = skipped + 1, reason or f"row {line}: {error}"
+                continue
+            grader = str(row.get("grader", ""))
             if first == line:
                 examples.append(example)
-        return examples, None if first_kind == CHOICES else str(row.get("grader", ""))
+        if not examples:
+            raise TaskError(f"{self.path} has no row that can be asked; {reason}")
+        if skipped:
+            logger.warning("%d rows of %s are left out, first %s", skipped, self.path, reason)
+        return examples, None if first_kind == CHOICES else grader
+
+
+def _value(row: Row, field: str, column: str) -> Any:
+    """Return what a row has for a field, in a column or within one; a grader is named itself."""
+    if field == "grader":
+        return column
+    value: Any = row
+    for name in [column] if column in row else column.split("."):
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            raise TaskError(
+                f"column {column!r} is missing (the line has: {', '.join(row) or 'nothing'})"
+            )
+    return value
 
 
 def _kind(row: Row) -> str:
@@ -135,11 +240,11 @@ def _kind(row: Row) -> str:
     if "choices" in row:
         return CHOICES
     if "grader" not in row:
-        if "answer" not in row and not {"prompt", "question"}.isdisjoint(row):
+        if "answer" not in row and not {"prompt", "question", "messages"}.isdisjoint(row):
             return PROMPT
         raise TaskError(
-            f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); "
-            f"give question, choices, answer, or question, answer, grader, or prompt alone"
+            f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
+            f"question, choices, answer, or question, answer, grader, or prompt or messages alone"
         )
     grader = row["grader"]
     graders = [name for name in REWARDS if not REWARDS.get(name).scores_options]
@@ -150,6 +255,10 @@ def _kind(row: Row) -> str:
 
 def _example(row: Row) -> Example:
     if {"choices", "grader"}.isdisjoint(row):
+        if "messages" in row:
+            messages = _messages(row)
+            text = "\n".join(f"{role}: {content}" for role, content in messages)
+            return Example(question=text, answer="", messages=messages)
         text = text_of(row, "prompt" if "prompt" in row else "question")
         return Example(question=text, answer="")
     question = text_of(row, "question")
@@ -162,6 +271,20 @@ def _example(row: Row) -> Example:
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
     return with_options(question, choices, _gold(row, choices))
+
+
+def _messages(row: Row) -> Messages:
+    """Return a conversation up to the user's last message: an answer to it is left out."""
+    said = row["messages"]
+    if not isinstance(said, list) or not said:
+        raise TaskError(f"'messages' is {said!r}; expected a list of messages")
+    messages = [object_of({"messages": one}, "messages", "role", "content") for one in said]
+    found = [(text_of(one, "role"), text_of(one, "content")) for one in messages]
+    while found and found[-1][0] == "assistant":
+        found.pop()
+    if not found or found[-1][0] != "user":
+        raise TaskError("'messages' has no message of the user to answer; give one with role user")
+    return tuple(found)
 
 
 def _gold(row: Row, choices: tuple[str, ...]) -> int:

@@ -62,6 +62,7 @@ class Form:
                 chat=True,
                 max_new_tokens=self.max_new_tokens or max(ANSWER_TOKENS, longest),
                 letters=self.letters,
+                messages=example.messages,
             )
             for template in self.templates
         )

@@ -59,6 +59,7 @@ class GradedTask(Task):
             chat=True,
             max_new_tokens=self.max_new_tokens,
             question=example.question,
+            messages=example.messages,
         )
         return (prompt,)
 

@@ -3,13 +3,12 @@
 import functools
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
 from drllm.errors import TaskError, unknown_name
 from drllm.registry import Registry
 from drllm.tasks.base import FILE_NAMES, Task
-from drllm.tasks.files import task_of_file
+from drllm.tasks.files import is_source, task_of_source
 from drllm.tasks.harness import StockTask
 
 TASKS: Registry[Task] = Registry(
@@ -45,11 +44,12 @@ def task_names() -> list[str]:
 
 def is_task_name(name: str) -> bool:
     """Say whether a name is that of a task, a group, an alias, or a file of questions."""
-    return _own_name(name) in task_names() or name.endswith(FILE_NAMES)
+    is_file = name.partition("?")[0].endswith(FILE_NAMES)
+    return is_file or _own_name(name) in task_names()
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name, or that of a `.jsonl` file of the user's own; else the harness' own.
+    """Return a task by name, that of a file of questions or of a hub set, or the harness' own.
 
     The harness' tasks are looked for where lm-evaluation-harness is installed; a `.yaml` file is a
     task file of it.
@@ -57,8 +57,8 @@ def get_task(name: str) -> Task:
     Raises:
         TaskError: No such name (with the nearest) or file, or the name of several tasks.
     """
-    if name.endswith(FILE_NAMES):
-        return task_of_file(Path(name), tuple(task_names()))
+    if is_source(name):
+        return task_of_source(name, tuple(task_names()))
     name = _own_name(name)
     if name in TASKS:
         return TASKS.get(name)
@@ -66,9 +66,8 @@ def get_task(name: str) -> Task:
         raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
     if "/" in name and not name.endswith(".yaml"):
         raise TaskError(
-            f"{name!r} is neither a listed task nor a .jsonl file; of other data sets, those of "
-            f"the hub too, write the questions to a .jsonl file of your own (docs/formats.md), or "
-            f"name a task of 'drllm ls tasks'"
+            f"{name!r} is neither a listed task nor a .jsonl file or a data set of the hub; name "
+            f"one of 'drllm ls tasks', FILE.jsonl, or OWNER/NAME[:CONFIG[:SPLIT]]"
         )
     if find_spec("lm_eval") is None:
         raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")

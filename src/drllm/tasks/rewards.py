@@ -108,6 +108,13 @@ class Loglikelihood(Reward):
     scores_options = True
 
 
+@REWARDS.register("kl")
+class Kl(Reward):
+    """Nothing is right: a path is worth e to the minus its KL from the full path."""
+
+    scores_options = True
+
+
 @REWARDS.register("letter")
 class Letter(Reward):
     """The first option letter that stands alone is the right one (docs/differences.md, D-34)."""

@@ -1,6 +1,7 @@
 """Reading question files (JSON lines, plain or gzipped) and the fields of their rows."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,11 @@ from drllm.errors import RecordError, TaskError
 from drllm.extras import need
 from drllm.listener import quiet
 from drllm.records.codec import decode, refuse_odd_file
+
+HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
+"""How a data set of the hub is named, with its configuration and split where they are needed."""
+HUB_ROWS = 10_000
+"""How many rows of one are read where no limit is given."""
 
 
 class EmptyTextError(TaskError):
@@ -68,6 +74,16 @@ def hub_rows(
             f"{what} can't fetch {split} of {repository} from the hub ({cause}); connect or log "
             f"in (hf auth login), or give {instead}"
         ) from error
+
+
+def rows_of_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`, of `train` where it names no split."""
+    matched = HUB_SET.fullmatch(name)
+    assert matched
+    repository, config, split = matched.groups()
+    instead = "another set, OWNER/NAME[:CONFIG[:SPLIT]], or a file"
+    where = {"what": f"{kind} {repository}", "instead": instead}
+    return hub_rows(repository, config or None, split or "train", **where, stream=True)
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:

@@ -37,6 +37,7 @@ from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.models.base.devices import on_device
 from drllm.models.base.load import BaseModel, resolve_dtype
+from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.healed import save_healed
 from drllm.models.routing.adapters import Adapter
@@ -269,14 +270,14 @@ class _Healing:
             items = (item.question for item in texts_of(self.routed, source.prompts))
             return [(*item.context, *item.continuations[0]) for item in items]
         found: list[Tokens] = []
-        asked = [prompt.text for prompt in source.prompts]
+        asked = [prompt.asked for prompt in source.prompts]
         for start in range(0, len(asked), ANSWERS_AT_ONCE):
             answer = partial(self._answered, asked[start : start + ANSWERS_AT_ONCE])
             key = f"{source.name} answers from {start}"
             found += self.chunks.once(key, list[Tokens], answer)
         return found
 
-    def _answered(self, prompts: Sequence[str]) -> list[Tokens]:
+    def _answered(self, prompts: Sequence[Conversation]) -> list[Tokens]:
         """Return prompts with the answers that the full path gives."""
         answers = generate_many(self.routed, prompts, max_new_tokens=self.config.max_tokens)
         tokenizer = self.routed.tokenizer

@@ -17,13 +17,11 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import digest_of, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import FILE_NAMES, Prompt, Task, choose
-from drllm.tasks.rows import hub_rows, read_rows
+from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_rows, rows_of_hub_set
 from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_of
 
 Tokens: TypeAlias = tuple[int, ...]
 
-HUB_SET, HUB_TEXTS = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?"), 10_000
-"""How a data set of the hub is named, and how many of its texts are read unless a limit says it."""
 LEAST_PER_HELD_OUT = 5
 """Of a source, at most one text in so many is held out, but one in any case."""
 
@@ -60,7 +58,7 @@ def sources_of(
     found = [_of_task(parts) for parts in parts_of_tasks(fitted, tasks or [])]
     if isinstance(texts, str):
         words = dict.fromkeys(filter(None, map(str.strip, texts.split(","))))
-        given = [_texts_of(word, config.limit or HUB_TEXTS) for word in words]
+        given = [_texts_of(word, config.limit or HUB_ROWS) for word in words]
     else:
         given = [("texts", list(texts))] if texts else []
     found += [Source(name=name, texts=choose(own, num, seed)) for name, own in given]
@@ -88,17 +86,19 @@ def _texts_of(word: str, num: int) -> tuple[str, list[str]]:
     """Return a name and the texts of a file, or of a data set of the hub the first `num`."""
     file, hub_set = Path(word).expanduser(), HUB_SET.fullmatch(word)
     if hub_set and not file.is_file() and not word.endswith((*FILE_NAMES, ".txt")):
-        return word.partition("/")[2], _texts_on_hub(hub_set[1], hub_set[2], num)
+        return word.partition("/")[2], _texts_on_hub(word, num)
     return file.name.partition(".")[0], _texts_in(file)
 
 
 @functools.cache  # asked for twice: to check the settings, and to train
-def _texts_on_hub(repository: str, config: str | None, num: int) -> list[str]:
-    what, instead = f"--text {repository}", "another set, OWNER/NAME[:CONFIG], or a file of texts"
+def _texts_on_hub(name: str, num: int) -> list[str]:
     found: list[str] = []
-    for row in hub_rows(repository, config, "train", what=what, instead=instead, stream=True):
+    for row in rows_of_hub_set(name, "--text"):
         if not isinstance(text := row.get("text"), str):
-            raise TaskError(f"{what} has no text in a column 'text' of {[*row]}; give {instead}")
+            raise TaskError(
+                f"--text {name} has no text in a column 'text' of {[*row]}; give another set, or a "
+                f"file of texts"
+            )
         found += [text] if text.strip() else []
         if len(found) == num:
             break
@@ -112,7 +112,7 @@ def _texts_in(file: Path) -> list[str]:
     if not file.name.endswith(FILE_NAMES):
         raise ConfigError(
             f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these, "
-            f"or a data set of the hub as OWNER/NAME[:CONFIG]"
+            f"or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
         )
     found = []
     for line, row in read_rows(file):

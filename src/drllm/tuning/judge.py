@@ -155,7 +155,7 @@ def graded(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> 
         for (max_new_tokens, chat), places in alike.items():
             answers = generate_many(
                 routed,
-                [prompts[place].text for place in places],
+                [prompts[place].asked for place in places],
                 max_new_tokens=max_new_tokens,
                 chat=chat,
                 route_first=False,

@@ -127,10 +127,6 @@ def prompt_of(task: Task, example: Example, objective: str) -> Prompt:
             continuations=(f" {example.solution}",),
             gold=0,
         )
-    if not task.has_answers:
-        return Prompt(
-            text=example.question, reward=OPTIONS_REWARD, answer="", chat=True, max_new_tokens=0
-        )
     return task.prompt(example, reward_for(task, objective))
 
 

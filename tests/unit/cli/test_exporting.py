@@ -103,12 +103,13 @@ def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 8
 
 
-def test_a_part_that_is_left_out_is_written_as_zeros_and_said_to_save_no_time(export, tmp_path):
+def test_a_part_that_is_left_out_cannot_be_exported(export, tmp_path):
     plan = written(tmp_path, '{"path": [0, {"layer": 1, "run": "mlp"}, 2, 4]}')
-    said = export(plan, tmp_path / "out")
-    assert "path        0 1:mlp 2 4\n" in said.out
-    assert "the weights of the attention of layer 1: whatever loads" in said.out
-    assert "they save no time there" in said.out
+    said = export(plan, tmp_path / "out", status=2).err
+    assert "position 1 " in said
+    assert "layer 1 with its mlp alone, which no class of transformers can say" in said
+    assert "'drllm generate --path'" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, drllm, tmp_path):

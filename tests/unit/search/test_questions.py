@@ -98,6 +98,15 @@ def test_a_shard_that_makes_no_sense_is_refused(facts, text, says):
         questions_of([facts], SearchConfig(shard=text))
 
 
+def test_prompts_without_answers_cannot_be_searched_without_kl(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {n}."}}\n' for n in range(20)))
+    asked = questions_of(str(file), SearchConfig())
+    assert {(one.prompt.reward, one.retests) for one in asked} == {("kl", ())}
+    with pytest.raises(ConfigError, match="--no-kl leaves nothing to search"):
+        questions_of(str(file), SearchConfig(kl=False))
+
+
 @pytest.fixture
 def overlapping(tmp_path):
     """Two tasks of 60 questions, of which 30 are the same but for case and white space."""

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from drllm.config import SPLITS
-from drllm.errors import TaskError
+from drllm.config import SPLITS, EvaluateConfig
+from drllm.errors import ConfigError, TaskError
+from drllm.evaluation.questions import tasks_of
+from drllm.tasks.files import with_columns
+from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import grade
 
@@ -65,9 +68,89 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
     task, examples = read(write(tmp_path, {name: "Say something.", "id": 7}))
     assert [(each.question, each.answer) for each in examples] == [("Say something.", "")]
     assert not task.has_answers
-    for reward in (None, "exact"):
-        with pytest.raises(TaskError, match="without answers"):
-            task.prompts(examples[0], reward)
+    assert task.rewards == ("kl",)
+    with pytest.raises(TaskError, match="'exact' doesn't fit task 'mine'; it takes kl"):
+        task.prompts(examples[0], "exact")
+    with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
+        tasks_of(EvaluateConfig(), [task])
+
+
+USER, ASSISTANT = ({"role": role, "content": role[0].upper()} for role in ("user", "assistant"))
+
+
+def test_a_conversation_is_asked_up_to_the_users_last_message(tmp_path):
+    said = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT]
+    task, [example] = read(write(tmp_path, {"messages": said}))
+    assert example.question == "system: Be brief.\nuser: U\nassistant: A\nuser: U"
+    [prompt] = task.prompts(example, "kl")
+    assert (prompt.asked, prompt.chat) == (said[:4], True)
+
+
+def test_a_function_grades_the_answer_to_a_conversation(tmp_path):
+    (tmp_path / "own.py").write_text("def reward(example, text):\n    return 1.0\n")
+    task, [example] = read(write(tmp_path, {"messages": [USER, ASSISTANT, USER]}))
+    own = GradedTask(task, f"{tmp_path / 'own.py'}:reward")
+    assert own.prompt(example, own.reward).asked == [USER, ASSISTANT, USER]
+
+
+ROW = {"query": "Which is cold?", "options": {"text": ["fire", "ice"]}, "target": [{"at": 1}]}
+
+
+def test_columns_of_other_names_are_named_behind_the_file_those_within_others_too(tmp_path):
+    path = write(tmp_path, ROW)
+    _, [example] = read(f"{path}?question=query&choices=options.text&answer=target.0.at")
+    assert (example.question, example.choices) == ("Which is cold?", ("fire", "ice"))
+    assert (example.gold, example.task) == (1, "mine")
+
+
+@pytest.mark.parametrize(("said", "right"), [("", "Rome."), ("&grader=boxed", "\\boxed{Rome}")])
+def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
+    tmp_path, said, right
+):
+    path = write(tmp_path, {"q": "The capital of Italy?", "a": "Rome", "grader": "the teacher"})
+    task, [example] = read(f"{path}?question=q&answer=a{said}")
+    assert grade(task.prompt(example, task.rewards[0]), right) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("question=query&gold=target", "unknown field 'gold'"),
+        ("question=", "'question' has none; give question=COLUMN"),
+        (
+            "question=text",
+            "line 1: column 'text' is missing (the line has: query, options, target)",
+        ),
+        ("question=options.label", "line 1: column 'options.label' is missing"),
+        ("question=target.1", "line 1: column 'target.1' is missing"),
+    ],
+)
+def test_columns_that_cannot_be_read_are_named(tmp_path, columns, message):
+    with pytest.raises(TaskError) as caught:
+        get_task(f"{write(tmp_path, ROW)}?{columns}")
+    assert message in str(caught.value)
+
+
+def test_a_hub_set_is_read_by_its_columns_and_rows_that_cannot_be_asked_are_left_out(hub, caplog):
+    rows = [{"q": f"What is {n}?", "a": str(n)} for n in range(40)]
+    hub.files["owner/name", "small", "validation"] = [{"q": "", "a": "1"}, *rows]
+    task, examples = read("owner/name:small:validation?question=q&answer=a")
+    assert (task.name, len(examples)) == ("name", 40)
+    assert "1 rows of owner/name are left out, first row 1: 'question' is empty" in caplog.text
+
+
+def test_a_hub_set_without_a_row_that_can_be_asked_says_why(hub):
+    hub.files["owner/name", None, "train"] = [{"text": "Why?"}, {"text": "How?"}]
+    with pytest.raises(TaskError, match="owner/name has no row that can be asked; row 1: 'choices"):
+        get_task("owner/name")
+
+
+def test_columns_are_put_behind_every_file_and_hub_set_of_a_list():
+    found = with_columns("arc_easy, mine.jsonl,owner/name:small", "question=q,answer=a")
+    said = "?question=q&answer=a"
+    assert found == f"arc_easy,mine.jsonl{said},owner/name:small{said}"
+    with pytest.raises(ConfigError, match="has no effect on arc_easy"):
+        with_columns("arc_easy", "question=q")
 
 
 def test_a_file_is_read_once_unless_it_changes(tmp_path):
@@ -150,6 +233,9 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
     ([{"prompt": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
     ([{"prompt": ""}], "line 1: 'prompt' is empty"),
+    ([{"messages": []}], "line 1: 'messages' is []; expected a list of messages"),
+    ([{"messages": [{"role": "user"}]}], "'content' is missing"),
+    ([{"messages": [ASSISTANT]}], "no message of the user to answer"),
     ([CHOICES, {"prompt": "Why?"}], "line 2: a row with a prompt alone, but the first has"),
     ([graded(grader="exakt")], "unknown grader 'exakt'; did you mean 'exact'?"),
     ([graded(grader=["exact"])], "unknown grader"),

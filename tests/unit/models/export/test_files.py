@@ -105,15 +105,6 @@ def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_
     assert "`models/tiny`: LlamaForCausalLM" in card
 
 
-def test_a_part_that_is_left_out_is_said_to_be_computed_by_others_all_the_same():
-    path = StaticPath([0, {"layer": 1, "run": "mlp"}, 2, {"layer": 3, "run": "attention"}, 4])
-    card = model_card(IDENTITY, path, "float32", 0)
-    assert "\n    0 1:mlp 2 3:attention 4\n" in card
-    assert "Left out too: the attention of layer 1 and the MLP of layer 3." in card
-    assert "still computes these parts: they save no time" in card
-    assert "every weight is a copy, or zero" in card
-
-
 def card_of(tmp_path, name, **options):
     identity = {**IDENTITY, "num_layers": 6}
     file = read_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
