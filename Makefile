@@ -26,7 +26,7 @@ EVERY := -m "thorough or not thorough"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-quick test-thorough test-all test-upstream test-here \
+.PHONY: help setup demo test test-quick test-thorough test-all test-torchao test-upstream test-here \
 	$(VERSIONS:%=test-%) check fmt lint types layers bench build
 
 help:  ## list the targets
@@ -47,9 +47,13 @@ test-thorough: $(STAMP)  ## run what make test leaves out
 	$(BIN)/python $(PYTEST) -m thorough $(ARGS)
 
 test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each supported transformers
-	@failed=; for place in here $(VERSIONS); do \
+	@failed=; for place in here torchao $(VERSIONS); do \
 	echo "== $$place"; $(MAKE) --no-print-directory test-$$place || failed="$$failed $$place"; done; \
 	if [ -n "$$failed" ]; then echo "tests failed:$$failed" >&2; exit 1; fi
+
+test-torchao: $(STAMP)  ## run the tests of other precisions with torchao, beside the environment
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venvs/torchao torchao
+	PYTHONPATH=.venvs/torchao $(BIN)/python $(PYTEST) $(EVERY) tests/e2e/test_precision.py $(ARGS)
 
 test-upstream: $(STAMP)  ## run transformers' own tests on routed models (TESTS=DIR; see CONTRIBUTING.md)
 	@[ -d "$(TESTS)/tests/models" ] || { \

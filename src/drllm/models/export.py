@@ -33,6 +33,7 @@ from drllm.models.routing.policies import PathPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import ALL, StaticPath, Step, layer_of, step_of
 from drllm.records.healed import HealedPath
+from drllm.records.identity import QUANTISED
 from drllm.records.static_paths import PathFile, StaticPaths
 
 NUM_TOKENS = 32
@@ -105,8 +106,8 @@ def export_path(
     Raises:
         PathError: An empty path, a layer that the model doesn't have, a step that is damped or
             runs a part of its layer, or paths of another model.
-        ArchitectureError: The model's config can't express the path, or its class isn't one of
-            transformers.
+        ArchitectureError: The model's config can't express the path, its class isn't one of
+            transformers, or its weights are quantised.
         ConfigError: The folder isn't empty.
         ModelError: The folder can't be written.
         RoutingError: The model is routed.
@@ -122,6 +123,11 @@ def export_path(
     steps = _whole_steps(path.check(base.num_layers))
     layers = tuple(step.layer for step in steps)
     check_output(output)
+    if base.identity["fingerprint"].startswith(QUANTISED):
+        raise ArchitectureError(
+            f"the weights of {base.name} are quantised, and an export copies weights as they were "
+            f"trained; export from the model without quantisation, then quantise the checkpoint"
+        )
     with hub.quiet():
         listed = _build(model, layers)
         routed = RoutedModel(model, policy=PathPolicy(path, base.num_layers))

@@ -16,6 +16,7 @@ from drllm.errors import RecordError
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines, read_text, sha256
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
+from drllm.records.identity import same_weights
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
@@ -204,7 +205,9 @@ def _agree(run: Run) -> None:
     said = [(each.name, each.manifest.get("model")) for each in run.sources]
     models = [(name, model) for name, model in said if model and isinstance(model, dict)]
     prints = [(name, str(m["fingerprint"])) for name, m in models if m.get("fingerprint")]
-    _agreed(run, "base models with different weights, by fingerprint", prints)
+    first = prints[0][1] if prints else ""
+    alike = [(name, first if same_weights(first, own, name) else own) for name, own in prints]
+    _agreed(run, "base models with different weights, by fingerprint", alike)
     run.model = models[0][1] if models else {}
 
 

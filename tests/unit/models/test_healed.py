@@ -13,7 +13,7 @@ from drllm.models.export import MERGED_TOLERANCE, export_path
 from drllm.models.healed import load_path
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import StaticPath, Step
+from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
 from drllm.records.healed import ADAPTER_FILE, HEALED_FILE
 from drllm.records.static_paths import read_path, read_path_list
@@ -167,10 +167,9 @@ def test_an_export_has_the_adapter_merged_and_nothing_else(
     family, tiny_model, tiny_tokenizer, tmp_path
 ):
     base = BaseModel(tiny_model(family), tiny_tokenizer, "tiny")
-    path = [0, Step(1, "mlp"), 3, 4, 4, 5]
-    record = written_healed(tmp_path / "healed", base.model, base.identity, path=path)
+    written_healed(tmp_path / "healed", base.model, base.identity)
     made = export_path(base, read_path(str(tmp_path / "healed")), tmp_path / "out")
-    assert made.path == record.path.steps
+    assert made.path == tuple(PATH)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         found = plain(IDS, use_cache=False).logits[0]

@@ -81,7 +81,7 @@ def test_the_manifest_tells_what_the_features_are_of(folder):
     assert manifest["config"] == {"num_windows": W, "feature_dtype": "float32"}
     assert manifest["targets"]["number"] == N
     assert manifest["runtime"] == {"dtype": "float32", "device": "cpu"}
-    assert len(manifest["model"]["fingerprint"]) == 16
+    assert len(manifest["model"]["fingerprint"]) == 25
 
 
 def test_nothing_else_is_left_and_removing_leaves_what_others_put_there(folder):
@@ -122,7 +122,7 @@ def test_the_map_is_no_writable_one_so_that_features_may_be_larger_than_the_memo
 RECORDS = make_records(N)
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"num_windows": 5}, "num_windows 4, now 5"),
-    "model": ({"model": make_model(1)}, r"model fingerprint \"\w{16}\", now \"\w{16}\""),
+    "model": ({"model": make_model(1)}, r"model fingerprint \"[\w-]{25}\", now \"[\w-]{25}\""),
     "dtype": ({"model": make_model().bfloat16()}, "dtype .float32., now .bfloat16."),
     "stored dtype": ({"dtype": "bfloat16"}, "feature_dtype .float32., now .bfloat16."),
     "number": ({"records": RECORDS[:-1]}, "targets number 7, now 6; other targets prompts"),

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drllm.errors import ModelError
 from drllm.models.base.layers import base_of, find_layers
+from drllm.records.identity import QUANTISED
 
 FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
 WRAPPED = ("base_layer", "original_module")
@@ -34,26 +35,38 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return 16 hex digits that another model, or a fine-tune of the same one, doesn't share.
+    """Return what another model, or a fine-tune of the same one, doesn't share, as a text.
 
     Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
     the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
-    routers trained on a float32 model fit its bfloat16 or float16 load. An adapter that isn't
+    routers trained on a float32 model fit its bfloat16 or float16 load. They don't survive
+    quantisation, which mostly leaves the embedding alone: behind the 16 digits of all three, or
+    `QUANTISED` in their place, stand 8 of the embedding (see `same_weights`). An adapter that isn't
     merged into the weights doesn't count. Models are refused as by `find_layers`; weights on the
     meta device, of which nothing says where they really are, are a ModelError.
     """
     base = base_of(model)
     _, layers = find_layers(base)
-    digest = hashlib.sha256(_content("embedding", base.get_input_embeddings()))
-    for index in (len(layers) // 2, len(layers) - 1):
-        digest.update(_content(f"layers.{index}", layers[index]))
-    return digest.hexdigest()[:16]
+    embedding = _content("embedding", base.get_input_embeddings())
+    inner = [_content(f"layers.{at}", layers[at]) for at in (len(layers) // 2, len(layers) - 1)]
+    is_quantised = getattr(base.config, "quantization_config", None) is not None or None in inner
+    digest = hashlib.sha256(b"".join(filter(None, [embedding, *inner])))
+    own = QUANTISED if is_quantised else digest.hexdigest()[:16]
+    return f"{own}-{hashlib.sha256(embedding).hexdigest()[:8] if embedding else ''}"
 
 
-def _content(place: str, module: nn.Module) -> bytes:
-    """Return what is hashed of a module's first matrix: name, shape, signs."""
+def _is_plain(weight: Tensor) -> bool:
+    """Say whether a weight is a matrix whose numbers are there, not packed or quantised."""
+    is_packed = type(weight).__module__.partition(".")[0] == "torchao"
+    return weight.dim() == 2 and weight.is_floating_point() and not is_packed
+
+
+def _content(place: str, module: nn.Module) -> bytes | None:
+    """Return what is hashed of a module's first matrix: name, shape, signs; None without one."""
     # An adapter's layers have what they stand in for as their first part.
-    path = next(name for name, weight in module.named_parameters() if weight.dim() == 2)
+    path = next((name for name, weight in module.named_parameters() if _is_plain(weight)), None)
+    if path is None:
+        return None
     *parts, own = path.split(".")
     inner = [part for part in (*parts, own) if part not in WRAPPED]
     name = place if place == "embedding" else ".".join([place, *inner])

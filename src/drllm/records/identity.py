@@ -1,0 +1,37 @@
+"""Whether two files are of one base model, by the fingerprints that they carry."""
+
+import logging
+
+QUANTISED = "quantised"
+"""What a fingerprint begins with where the weights can't be read as they were trained."""
+
+logger = logging.getLogger(__name__)
+
+
+def same_weights(one: str, other: str, where: str) -> bool:
+    """Say whether two fingerprints are of the same base model, in whatever precision.
+
+    A fingerprint is the weights' hash or `QUANTISED` and, behind a `-`, that of the embedding,
+    which most quantisations leave as it is. Where one of the two is quantised, the embeddings must
+    agree as far as they are known, and a warning says so, `where` it was found: routes and verdicts
+    may be others in another precision.
+
+    Example:
+        >>> same_weights("0123456789abcdef", "0123456789abcdef-89abcdef", "here")
+        True
+    """
+    (ours, _, our_embedding), (theirs, _, their_embedding) = (
+        one.partition("-"),
+        other.partition("-"),
+    )
+    if QUANTISED not in (ours, theirs):
+        return ours == theirs
+    if our_embedding and their_embedding and our_embedding != their_embedding:
+        return False
+    if ours != theirs:
+        logger.warning(
+            "%s: one of two base models is quantised, so they were told by class, size and "
+            "embedding alone; if they are one model, its answers may still be others here",
+            where,
+        )
+    return True
