@@ -101,8 +101,9 @@ def main() -> None:
         started = clock()
         found[name] = Evaluator(routed, prompts, 4.0).evaluate(pairs)
         seconds[name] = clock() - started
-    figures: dict[str, Any] = {"of": common.of(base, options), "task": task.name, "repeats": 1}
-    figures |= {"questions": len(prompts), "verdicts": len(pairs), "precisions": {}}
+    figures: dict[str, Any] = {**common.of(base, options), "task": task.name, "repeats": 1}
+    figures |= {"ours": "the other precisions", "theirs": "float32", "precisions": {}}
+    figures |= {"questions": len(prompts), "verdicts": len(pairs)}
     figures["speedup"] = {name: seconds["float32"] / took for name, took in seconds.items()}
     right = [one.reward for one in found["float32"]]
     for name, outcomes in found.items():
@@ -124,7 +125,8 @@ def main() -> None:
         print(
             f"{name:38} {row['differ']:5} differ, {row['full_path_differs']} of the full path's; "
             f"{100 * row['accuracy']:.1f} % right; margins move by "
-            f"{row['median_margin_moved']:.3f} nats (median); speedup {figures['speedup'][name]:.2f}"
+            f"{row['median_margin_moved']:.3f} nats (median); "
+            f"speedup {figures['speedup'][name]:.2f}"
         )
     common.write(options, figures)
 

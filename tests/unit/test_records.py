@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from drllm.errors import ConfigError, RecordError
 from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
+from drllm.records.identity import same_weights
 from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
 from drllm.records.places import check_file
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
@@ -431,3 +432,23 @@ def test_a_new_file_never_has_an_old_manifest(two_lines, monkeypatch):
     monkeypatch.setattr(codec, "write_atomically", watch)
     written(two_lines, RECORD)
     assert seen == [("search.jsonl", False), ("search.manifest.json", False)]
+
+
+WEIGHTS, OTHERS, EMBEDDING = "0123456789abcdef", "fedcba9876543210", "89abcdef"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same", "warns"),
+    [
+        (WEIGHTS, f"{WEIGHTS}-{EMBEDDING}", True, False),
+        (f"{WEIGHTS}-{EMBEDDING}", f"{OTHERS}-{EMBEDDING}", False, False),
+        (f"{WEIGHTS}-{EMBEDDING}", f"quantised-{EMBEDDING}", True, True),
+        (f"{WEIGHTS}-{EMBEDDING}", "quantised-00000000", False, False),
+        (WEIGHTS, f"quantised-{EMBEDDING}", True, True),  # an earlier file's, which says no more
+        (f"{WEIGHTS}-{EMBEDDING}", "quantised-", True, True),
+        (f"quantised-{EMBEDDING}", f"quantised-{EMBEDDING}", True, False),
+    ],
+)
+def test_a_quantised_base_is_known_by_its_embedding_and_warned_of(one, other, same, warns, caplog):
+    assert same_weights(one, other, "paths.json") is same_weights(other, one, "paths.json") is same
+    assert ("paths.json: one of two base models is quantised" in caplog.text) is warns
