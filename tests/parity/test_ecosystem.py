@@ -299,3 +299,54 @@ def test_decoding_with_a_compiled_model_follows_the_pinned_route(tiny_llama):
     assert len({tuple(row) for row in routed.last_route.tolist()}) > 1, "the sample must be a test"
     routed.model.forward = compiled(routed.model.forward)
     assert torch.equal(expected, routed.generate(**prompts(), **options))
+
+
+LIMIT = {"fail_on_recompile_limit_hit": True}
+"""Has torch raise where it would give up compiling a function, which it only warns of else."""
+
+
+@needs_tracing
+@pytest.mark.thorough
+def test_routers_in_a_compiled_model_never_meet_the_limit_of_recompilations(tiny_llama):
+    routed = RoutedModel(tiny_llama(num_layers=12), tiny_routers(num_layers=12))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    asked = [torch.randint(3, 100, (1 + n % 3, 6 + n)) for n in range(12)]
+    expected, routes = [], set()
+    for ids in asked:
+        expected.append(routed.generate(ids, **options))
+        routes |= set(map(tuple, routed.last_route.tolist()))
+    assert len(routes) > torch._dynamo.config.recompile_limit, "the sample must be a test"
+    routed.model.forward = compiled(routed.model.forward)
+    with torch._dynamo.config.patch(LIMIT):
+        found = [routed.generate(ids, **options) for ids in asked]
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_tracing
+@pytest.mark.thorough
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_decoding_along_a_plan_is_one_graph_for_all_layers(tiny_llama, cache):
+    plan = [1, 0, 2, 1, 0, 1] * 2
+    routed = RoutedModel(tiny_llama(num_layers=12), policy=FixedPolicy(plan, 12))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options |= {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    ids = prompts()["input_ids"][:1]
+    expected = routed.generate(ids, **options)
+    routed.model.forward = compiled(routed.model.forward)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(LIMIT):
+        assert torch.equal(routed.generate(ids, **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_decoding_along_a_plan_runs_in_cuda_graphs(tiny_llama):
+    model = tiny_llama().to("cuda")
+    routed = RoutedModel(model, policy=FixedPolicy(PLAN, 6))
+    ids = prompts()["input_ids"][:1].to("cuda")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    expected = routed.generate(ids, **options)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, mode="reduce-overhead")
+    assert torch.equal(routed.generate(ids, **options), expected)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
@@ -160,6 +161,12 @@ class RoutedPass(Driver):
                 self.generate.taken[call.index] = taken
         check_rows(taken.decisions, hidden)
         return self._execute(call, hidden, taken, entry)
+
+    def compiles(self, cache: Cache | None) -> bool:
+        """See `Driver.compiles`."""
+        first = cache.layers[0] if cache is not None and cache.layers else None
+        is_pinned = isinstance(first, RoutedCacheLayer) and first.decisions is not None
+        return not reads_prompt(self.policy) and (cache is None or is_pinned)
 
     def end(self) -> None:
         """Keep the route if this pass decided one."""

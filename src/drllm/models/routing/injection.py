@@ -62,6 +62,10 @@ class Driver:
         """Return what the model's loop continues with after this layer."""
         return call.run(hidden)
 
+    def compiles(self, cache: Cache | None) -> bool:
+        """Say whether what runs is known before the pass, so that a graph can be made of it."""
+        return True
+
     def end(self) -> None:
         """Finish a pass, once every layer was called."""
 
@@ -122,7 +126,8 @@ class Injection:
     def install(self) -> None:
         """Put the overrides and hooks on; after `remove`, on again."""
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
-        for handle in self.handles:
+        self.whole = DecoderHandle(self)
+        for handle in (*self.handles, self.whole):
             handle.put_on()
         for part in self._parts():
             part.install()
@@ -143,6 +148,7 @@ class Injection:
                 )
         for part in self._parts():
             part.remove()
+        self.whole.take_off()
         for handle in self.handles:
             handle.take_off()
             checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
@@ -275,6 +281,37 @@ class ForwardOverride:
             del self.module.forward
         elif self.is_on_top:
             self.module.forward = self.previous
+
+
+class DecoderHandle(ForwardOverride):
+    """The override of the decoder's forward: in a compiled model, some passes run uncompiled.
+
+    Which rows run under routers is known once each was read, and differs from prompt to prompt: a
+    layer would be graphs of its own, made anew until torch gives up. So would a cache's entries,
+    which the first pass makes. Fixed plans and static paths compile otherwise.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        super().__init__(injection.decoder)
+        self.injection = injection
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Replace the decoder's own forward."""
+        current = self.injection.current.get() if torch.compiler.is_compiling() else None
+        cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+        if current is not None and not current.driver.compiles(cache):
+            return _uncompiled(self.original, *args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        # Not by `original`: after a graph break torch would take its method for this override.
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _run(original: Callable[[], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    return original()(*args, **kwargs)
+
+
+_uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
 
 
 class LayerHandle(ForwardOverride):

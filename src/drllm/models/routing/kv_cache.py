@@ -260,8 +260,8 @@ def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
 
     Not a zero: up to transformers 5.0 a static entry counts what isn't zero for its length.
     """
-    start = int(entry.get_seq_length())
-    positions = torch.arange(start, start + num_tokens, device=like.device)
+    # Added, not counted from: to read a static entry's length breaks a compiled graph.
+    positions = torch.arange(num_tokens, device=like.device) + entry.get_seq_length()
     ones = torch.ones(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
     # transformers 4.56 asks static entries for cache_position; later ones ignore the mapping.
     entry.update(ones, ones, {"cache_position": positions})
