@@ -11,6 +11,7 @@ import torch
 import drllm
 from devices.pretended import Devices, own_waits, placed
 from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.scoring import choices
 
 L = 4
 NUM_NEW = 6
@@ -152,7 +153,11 @@ def test_static_paths_are_tuned_as_on_the_cpu(model, on_cpu, tiny_tokenizer):
     assert [path.steps for path in there.paths] == [path.steps for path in here.paths]
 
 
-def test_an_evaluation_gives_the_outcomes_of_the_cpu(model, on_cpu, tiny_tokenizer):
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_evaluation_gives_the_outcomes_of_the_cpu(
+    model, on_cpu, tiny_tokenizer, packs, monkeypatch
+):
+    monkeypatch.setattr(choices, "can_pack", lambda *_: packs)
     options = {"limit": 2, "latency_rounds": 1, "baselines": "permuted-routes"}
     results = [
         drllm.evaluate(drllm.attach(each, routers(), tokenizer=tiny_tokenizer), TASK, **options)

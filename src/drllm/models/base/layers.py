@@ -84,7 +84,7 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             for module in model.modules()
             for parent, layers in lists_in(module)
             if {type(layer).__name__ for layer in layers} <= whole
-            and "input_ids" in inspect.signature(parent.forward).parameters
+            and "input_ids" in inspect.signature(type(parent).forward).parameters
         ]
     if len(found) != 1:
         raise ArchitectureError(
@@ -216,7 +216,7 @@ def _takes_any_mask(model: Any) -> bool:
     inverting = "_prepare_4d_causal_attention_mask"
     return (
         model.config._attn_implementation in ("sdpa", "eager")
-        and "position_ids" in inspect.signature(decoder.forward).parameters
+        and "position_ids" in inspect.signature(type(decoder).forward).parameters
         # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
         and not getattr(model.config.get_text_config(), "alibi", False)
         and not hasattr(sys.modules[type(decoder).__module__], inverting)

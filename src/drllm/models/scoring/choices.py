@@ -65,9 +65,9 @@ class _OncePerQuestion(Policy):
         return self._for_all(adapters_of(self.policy, layer, self._shown(prompts)))
 
     def _shown(self, prompts: PromptView) -> PromptView:
-        first = on_device([rows[0] for rows in self.places], prompts.hidden.device)
-        hidden, readable = prompts.hidden[first], prompts.readable[first]
-        return PromptView(hidden, readable, prompts.spans, prompts.kept)
+        first = [rows[0] for rows in self.places]
+        both = (each[on_device(first, each.device)] for each in (prompts.hidden, prompts.readable))
+        return PromptView(*both, prompts.spans, prompts.kept)
 
     def _for_all(self, values: Sequence[Value]) -> list[Value]:
         return [value for value, rows in zip(values, self.places, strict=False) for _ in rows]

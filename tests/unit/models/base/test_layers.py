@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers, probe
+from drllm.models.base.layers import can_pack, can_split, find_layers, probe
 from drllm.models.routing.routed_model import RoutedModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
@@ -145,3 +145,13 @@ def test_a_loop_that_uses_more_than_the_hidden_state_is_refused(tiny_llama, laye
     else:
         with pytest.raises(ArchitectureError, match="return more than a hidden state"):
             probed(model)
+
+
+def test_what_a_model_can_do_is_seen_through_the_override_of_routing(tiny_llama):
+    model = tiny_llama()
+    assert can_pack(model, 8)
+    assert can_split(model)
+    routed = RoutedModel(model)
+    assert can_pack(model, 8)
+    assert can_split(model)
+    routed.detach()
