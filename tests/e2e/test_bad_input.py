@@ -208,7 +208,7 @@ TARGETS --run-name x --early-stopping 2 --validation-fraction 0 => --early-stopp
 search --device tpu => unknown device 'tpu'
 search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice
-search --dataset owner/name/more => neither a listed task nor a .jsonl file or a data set of the hub
+search --dataset builtin_facts,owner/name/more => unknown task 'owner/name/more'
 search --columns question=q => --columns question=q has no effect on builtin_facts
 search --dataset q.jsonl --columns query=q => unknown field 'query'
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task

@@ -359,8 +359,7 @@ class TuneConfig(Settings):
     """The search for one path that serves a whole task.
 
     Attributes:
-        tasks: tasks (comma list), ours or the harness', FILE.jsonl, or OWNER/NAME of the hub;
-            those of prompts alone too
+        tasks: tasks (comma list), ours or the harness', FILE.jsonl, or OWNER/NAME of the hub
         data_dir: folder with SPLIT.jsonl[.gz] files by task
         max_skipped: layers left out, at most; a sixth of the layers unless given
         objective: what is kept high; gold_logprob with options, next_token_loss with other answers,

@@ -58,8 +58,7 @@ def tasks_of(
         if not task.has_answers:
             raise TaskError(
                 f"task {task.name!r} has prompts without answers, which can be searched and tuned "
-                f"on, but not evaluated; give 'answer' with 'choices' or 'grader', or --reward "
-                f"FILE.py:FUNCTION"
+                f"on, but not evaluated; give answers, or --reward FILE.py:FUNCTION"
             )
         if task.harness is None and task.form is not None:  # asked and graded as in a search
             check_installed(task.check_reward(None))

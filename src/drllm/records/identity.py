@@ -15,15 +15,9 @@ def same_weights(one: str, other: str, where: str) -> bool:
     which most quantisations leave as it is. Where one of the two is quantised, the embeddings must
     agree as far as they are known, and a warning says so, `where` it was found: routes and verdicts
     may be others in another precision.
-
-    Example:
-        >>> same_weights("0123456789abcdef", "0123456789abcdef-89abcdef", "here")
-        True
     """
-    (ours, _, our_embedding), (theirs, _, their_embedding) = (
-        one.partition("-"),
-        other.partition("-"),
-    )
+    ours, _, our_embedding = one.partition("-")
+    theirs, _, their_embedding = other.partition("-")
     if QUANTISED not in (ours, theirs):
         return ours == theirs
     if our_embedding and their_embedding and our_embedding != their_embedding:

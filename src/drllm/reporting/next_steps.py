@@ -72,24 +72,24 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
         yield f"{what}lose less than you allow:", f"drllm evaluate … {words} --epsilon 2"
     if rival := _unbeaten(evaluation):
         what = f"Routed minus {rival.name}, which reads no question: "
-        what += f"{difference(against(rival))} points, {label(against(rival))}. A path that needs "
-        what += f"no router can be exported as {_checkpoint(evaluation, rival)}:"
-        yield what, "drllm export --path FILE --output FOLDER"
+        what += f"{difference(against(rival))} points, {label(against(rival))}. A path needs no "
+        how, command = _use(evaluation, rival)
+        yield f"{what}router; {how}", command
     if not is_worse and saves and evaluation.routers:
         routers = shlex.quote(evaluation.routers)
         yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
     if not is_worse and saves and not evaluation.routed:
-        what = f"Write {evaluation.called(ours)} as {_checkpoint(evaluation, ours)}:"
-        yield what, "drllm export --path FILE --output FOLDER"
+        how, command = _use(evaluation, ours)
+        yield f"Use {evaluation.called(ours)}; {how}", command
     if evaluation.routed and not evaluation.seeds:
         yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
 
 
-def _checkpoint(evaluation: Evaluation, system: System) -> str:
-    """Say what an export of a path is: parts of layers that are left out stay in it, as zeros."""
-    if all(step.run == ALL for step in evaluation.paths.get(system.name, ())):
-        return "an ordinary, smaller checkpoint"
-    return "an ordinary checkpoint (parts of layers left out are zeros there, and save no time)"
+def _use(evaluation: Evaluation, system: System) -> Step:
+    """Say how a path is used; no checkpoint can leave out parts of layers."""
+    if any(step.run != ALL for step in evaluation.paths.get(system.name, ())):
+        return "with parts of layers left out it runs in drllm alone:", "drllm generate --path FILE"
+    return "it can be an ordinary, smaller checkpoint:", "drllm export --path FILE --output FOLDER"
 
 
 def _better_targets(run: Run) -> Iterator[Step]:

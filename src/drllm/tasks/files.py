@@ -84,13 +84,12 @@ def with_columns(names: str, columns: str) -> str:
         >>> with_columns("arc_easy,own.jsonl", "question=query,answer=target")
         'arc_easy,own.jsonl?question=query&answer=target'
     """
-    given = [name.strip() for name in names.split(",")]
+    given, said = [name.strip() for name in names.split(",")], columns.replace(",", "&")
     if not any(map(is_source, given)):
         raise ConfigError(
-            f"--columns {columns} has no effect on {names}: the columns of files and of data sets "
-            f"of the hub (OWNER/NAME) can be named; leave it out"
+            f"--columns {columns} has no effect on {names}: it names no file and no data set of "
+            f"the hub (OWNER/NAME); leave it out"
         )
-    said = columns.replace(",", "&")
     return ",".join(f"{name}?{said}" if is_source(name) else name for name in given)
 
 
@@ -111,11 +110,10 @@ def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:
 def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> FileTask:
     source, _, said = name.partition("?")
     columns = dict(each.partition("=")[::2] for each in said.split("&") if each)
-    for field, column in columns.items():
-        if field not in FIELDS:
-            raise TaskError(f"columns of {source}: " + unknown_name("field", field, FIELDS))
-        if not column:
-            raise TaskError(f"columns of {source}: {field!r} has none; give {field}=COLUMN")
+    for field in columns:
+        if field not in FIELDS or not columns[field]:
+            what = unknown_name("field", field, FIELDS) if columns[field] else f"{field}= is empty"
+            raise TaskError(f"columns of {source}: {what}; give FIELD=COLUMN")
     if "answer" in columns and {"choices", "grader"}.isdisjoint(columns):
         columns["grader"] = "exact"
     if not source.endswith(FILE_NAMES):

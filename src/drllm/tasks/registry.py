@@ -64,11 +64,6 @@ def get_task(name: str) -> Task:
         return TASKS.get(name)
     if members := groups().get(name):
         raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
-    if "/" in name and not name.endswith(".yaml"):
-        raise TaskError(
-            f"{name!r} is neither a listed task nor a .jsonl file or a data set of the hub; name "
-            f"one of 'drllm ls tasks', FILE.jsonl, or OWNER/NAME[:CONFIG[:SPLIT]]"
-        )
     if find_spec("lm_eval") is None:
         raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
     return _stock_task(name, tuple(task_names()))

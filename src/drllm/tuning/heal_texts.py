@@ -95,10 +95,8 @@ def _texts_on_hub(name: str, num: int) -> list[str]:
     found: list[str] = []
     for row in rows_of_hub_set(name, "--text"):
         if not isinstance(text := row.get("text"), str):
-            raise TaskError(
-                f"--text {name} has no text in a column 'text' of {[*row]}; give another set, or a "
-                f"file of texts"
-            )
+            said = f"--text {name} has no text in a column 'text' of {[*row]}"
+            raise TaskError(f"{said}; give another set, or a file of texts")
         found += [text] if text.strip() else []
         if len(found) == num:
             break

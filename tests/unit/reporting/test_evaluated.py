@@ -352,14 +352,22 @@ def test_one_depth_asks_for_a_curve_and_a_curve_for_a_certified_choice(run):
     assert any("--epsilon" in code for _, code in several)
 
 
-@pytest.mark.parametrize(("run_step", "said"), [("all", "smaller"), ("mlp", "save no time")])
-def test_an_export_is_called_smaller_only_where_whole_layers_are_left_out(run, run_step, said):
+@pytest.mark.parametrize(
+    ("run_step", "said", "command"),
+    [
+        ("all", "can be an ordinary, smaller checkpoint", "drllm export"),
+        ("mlp", "runs in drllm alone", "drllm generate --path"),
+    ],
+)
+def test_a_path_of_whole_layers_is_offered_for_export_others_to_be_run(
+    run, run_step, said, command
+):
     evaluation = along(run.evaluations[0], 1, routed=False)
     won = replace(evaluation.systems[1].against_base, accuracy=judge_counts(9, 9, 60))
     path = replace(evaluation.systems[1], against_base=replace(won, text_loss=None))
     steps = {path.name: (StepRecord(layer=0, run=run_step),)}
     evaluation = replace(evaluation, systems=(evaluation.base, path), paths=steps)
-    [what] = [what for what, code in next_steps(clone(run, evaluation)) if "drllm export" in code]
+    [what] = [what for what, code in next_steps(clone(run, evaluation)) if command in code]
     assert said in what
 
 

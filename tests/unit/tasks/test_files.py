@@ -116,7 +116,7 @@ def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
     ("columns", "message"),
     [
         ("question=query&gold=target", "unknown field 'gold'"),
-        ("question=", "'question' has none; give question=COLUMN"),
+        ("question=", "question= is empty; give FIELD=COLUMN"),
         (
             "question=text",
             "line 1: column 'text' is missing (the line has: query, options, target)",

@@ -47,19 +47,6 @@ MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
 PATIENCE = timedelta(weeks=52)
 """How long a process waits for the others: some have much more to do. As in the harness."""
-NOT_TAKEN = {
-    "parallelize": "load the model on one device a process, and start several with torchrun",
-    "peft": "merge the adapter into the base model, or route a PEFT model from Python",
-    "delta": "apply the delta and save the model",
-    "autogptq": "give a model that transformers loads by itself",
-    "gptqmodel": "give a model that transformers loads by itself",
-    "gguf_file": "give a folder of safetensors",
-    "mixed_precision_dtype": "give dtype=bfloat16",
-    "softmax_dtype": "log-probabilities are always computed in float32",
-    "backend": "only decoder-only models are routed",
-}
-"""Arguments of the harness' own class that would have no effect here, and what to do instead."""
-
 PASSED_ON = (
     *("add_bos_token", "prefix_token_id", "truncation"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
@@ -118,9 +105,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         **others: Any,
     ) -> None:
-        for name, value in others.items():
-            if name in NOT_TAKEN:
-                raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
+        for name in others:
             if name not in (known := (*DEPTH, *LOADING, *PASSED_ON)):
                 known = (*known, *signature(RoutedLM).parameters)
                 raise ConfigError(unknown_name("model argument", name, known))

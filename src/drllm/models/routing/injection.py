@@ -286,9 +286,8 @@ class ForwardOverride:
 class DecoderHandle(ForwardOverride):
     """The override of the decoder's forward: in a compiled model, some passes run uncompiled.
 
-    Which rows run under routers is known once each was read, and differs from prompt to prompt: a
-    layer would be graphs of its own, made anew until torch gives up. So would a cache's entries,
-    which the first pass makes. Fixed plans and static paths compile otherwise.
+    Which rows run under routers differs from prompt to prompt, so graphs would be made anew until
+    torch gives up; the pass that makes a cache's entries is no graph either. Others compile.
     """
 
     def __init__(self, injection: Injection) -> None:
@@ -300,18 +299,14 @@ class DecoderHandle(ForwardOverride):
         current = self.injection.current.get() if torch.compiler.is_compiling() else None
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
         if current is not None and not current.driver.compiles(cache):
-            return _uncompiled(self.original, *args, **kwargs)
+            return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         # Not by `original`: after a graph break torch would take its method for this override.
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _run(original: Callable[[], Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
-    return original()(*args, **kwargs)
-
-
-_uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+_uncompiled: Any = torch.compiler.disable(lambda run, *args, **kwargs: run(*args, **kwargs))  # type: ignore[no-untyped-call]
 
 
 class LayerHandle(ForwardOverride):

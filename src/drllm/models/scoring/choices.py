@@ -66,8 +66,10 @@ class _OncePerQuestion(Policy):
 
     def _shown(self, prompts: PromptView) -> PromptView:
         first = [rows[0] for rows in self.places]
-        both = (each[on_device(first, each.device)] for each in (prompts.hidden, prompts.readable))
-        return PromptView(*both, prompts.spans, prompts.kept)
+        hidden, readable = prompts.hidden, prompts.readable
+        hidden = hidden[on_device(first, hidden.device)]
+        readable = readable[on_device(first, readable.device)]
+        return PromptView(hidden, readable, prompts.spans, prompts.kept)
 
     def _for_all(self, values: Sequence[Value]) -> list[Value]:
         return [value for value, rows in zip(values, self.places, strict=False) for _ in rows]
