@@ -26,7 +26,8 @@ EVERY := -m "thorough or not thorough"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-quick test-thorough test-all test-torchao test-upstream test-here \
+.PHONY: help setup demo test test-quick test-thorough test-all test-torchao \
+	test-llama-cpp test-upstream test-here \
 	$(VERSIONS:%=test-%) check fmt lint types layers bench build
 
 help:  ## list the targets
@@ -55,6 +56,15 @@ test-torchao: $(STAMP)  ## run the tests of other precisions with torchao, besid
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venvs/torchao torchao
 	PYTHONPATH=.venvs/torchao $(BIN)/python $(PYTEST) $(EVERY) tests/e2e/test_precision.py $(ARGS)
 
+test-llama-cpp: $(STAMP)  ## compare llama.cpp with transformers on exported paths (LLAMA_CPP=DIR)
+	@[ -f "$(LLAMA_CPP)/convert_hf_to_gguf.py" ] || { \
+	echo "LLAMA_CPP=$(LLAMA_CPP) is no checkout of llama.cpp: make test-llama-cpp LLAMA_CPP=DIR" >&2; \
+	exit 2; }
+	[ -d .venvs/llama-cpp/llama_cpp ] || $(BIN)/python -m pip install --quiet --no-deps \
+	--target .venvs/llama-cpp llama-cpp-python diskcache sentencepiece
+	LLAMA_CPP="$(LLAMA_CPP)" PYTHONPATH=.venvs/llama-cpp $(BIN)/python -m pytest $(EVERY) \
+	tests/unit/test_benchmarks.py -k llama_cpp $(ARGS)
+
 test-upstream: $(STAMP)  ## run transformers' own tests on routed models (TESTS=DIR; see CONTRIBUTING.md)
 	@[ -d "$(TESTS)/tests/models" ] || { \
 	echo "TESTS=$(TESTS) is no checkout of transformers: make test-upstream TESTS=DIR" >&2; exit 2; }
@@ -82,10 +92,9 @@ types: $(STAMP)  ## types (mypy, strict)
 layers: $(STAMP)  ## who may import whom
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## run every benchmark, quickly
-	@set -- benchmarks/*.py; \
-	if [ ! -f "$$1" ]; then echo "no benchmarks in benchmarks/ yet"; exit 0; fi; \
-	for script; do echo "== $$script"; $(BIN)/python "$$script" --quick || exit 1; done
+bench: $(STAMP)  ## run the benchmarks that take a model, quickly (benchmarks/all.py for an hour)
+	rm -rf runs/benchmarks/quick
+	$(BIN)/python benchmarks/all.py --quick --output-dir runs/benchmarks/quick $(ARGS)
 
 build: $(STAMP)  ## build the wheel into dist/, install it anew and run the demo with it (10 minutes)
 	rm -rf dist

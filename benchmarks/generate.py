@@ -17,6 +17,7 @@ does hits all of them alike, and are compared round by round; figures are median
     that is saved has to be saved in time
 
     python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
+        [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def ratios(rounds: Rounds, above: str, below: str) -> list[float]:
 def token_ids(base: BaseModel, num_rows: int, num_tokens: int) -> Tensor:
     """Return rows of random tokens, `[B, T]`: what they are doesn't change the time they take."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, len(base.tokenizer), (num_rows, num_tokens), generator=generator)
+    ids = torch.randint(3, len(base.tokenizer), (num_rows, num_tokens), generator=generator)
+    return ids.to(base.model.device)
 
 
 def variants(base: BaseModel) -> dict[str, Any]:
@@ -344,7 +346,8 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
             export_path(base, [layer for layer in range(L) if plan[layer]], folder)
             models[f"exported {k}"] = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=base.model.dtype
-            ).eval()
+            )
+            models[f"exported {k}"].to(base.model.device).eval()
     figures = []
     for name, way, num_tokens in (("prefill", reading, PROMPT_TOKENS), ("decode", decoding, 1)):
         calls = {each: way(model, ids) for each, model in models.items()}
@@ -378,7 +381,7 @@ def main() -> None:
     """Measure, print a table, and write the figures if asked to."""
     parser = common.parser_of(__doc__, "few rounds, under a minute")
     common.add_clock(parser)
-    common.add_model(parser)
+    common.add_model(parser, devices=True, dtypes=True)
     options = parser.parse_args()
     repeats = QUICK if options.quick else WHOLE
     clock = common.clock_of(options)

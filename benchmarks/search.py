@@ -130,17 +130,6 @@ def one_by_one(model: Any, tokenizer: Any, prompt: Prompt, decisions: tuple[int,
     return score_choices(sums, prompt)[0]
 
 
-def synchronised(clock: common.Clock, device: torch.device) -> common.Clock:
-    """Return a clock that first waits for what a device was asked to do."""
-
-    def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock()
-
-    return read
-
-
 @contextmanager
 def routing(base: BaseModel) -> Iterator[RoutedModel]:
     """Attach routing inside the block."""
@@ -339,7 +328,7 @@ def main() -> None:
     if unknown := set(options.rewards.split(",")) - set(REWARDS):
         parser.error(f"--rewards takes {', '.join(REWARDS)}; not {', '.join(sorted(unknown))}")
     base = common.base_of(options)
-    clock = synchronised(common.clock_of(options), base.model.device)
+    clock = common.clock_of(options)
     tasks = REAL_REWARDS if options.data_dir else REWARDS
     results = []
     with torch.no_grad():

@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,8 @@ from paths_json import written_plans
 from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OF_PATHS = {"healed", "healed_routers", "menus"}
-"""Compare what paths of the user's answer, not how fast two ways are."""
+OF_PATHS = {"all", "healed", "healed_routers", "menus", "serving"}
+"""Compare what paths of the user's answer, not how fast two ways are; or are made of others."""
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in OF_PATHS)
 NUM_LAYERS = 12
 
@@ -419,3 +421,54 @@ def test_two_paths_are_mixed_so_that_they_run_as_many_layers(benchmark):
     plans = mixed([shorter, full, short], 9, 8)
     assert sorted(len(path.steps) for path in plans) == [6, 6, 10, 10, 10, 10, 10, 10]
     assert {*mixed([full, short], 13.5, 3)} == {full}
+
+
+@pytest.fixture
+def everything(benchmark, tiny_folder, tmp_path, monkeypatch):
+    """A function that measures everything on a tiny model; the steps, and the exit status."""
+
+    def run(*words):
+        file = tmp_path / "figures.json"
+        fixed = ["--quick", "--json", str(file), "--output-dir", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["all.py", *fixed, "--model", str(tiny_folder), *words])
+        try:
+            benchmark("all").main()
+        except SystemExit as end:
+            return json.loads(file.read_text())["steps"], end.code
+        return json.loads(file.read_text())["steps"], 0
+
+    return run
+
+
+def test_steps_for_which_no_time_is_left_are_named_and_those_that_miss_others_fail(everything):
+    steps, status = everything("--minutes", "0")
+    assert (status, {row["ended"] for row in steps.values()}) == (0, {"not reached"})
+    steps, status = everything("--only", "healing")
+    assert status == 1
+    assert "paths.json isn't there" in steps["healing"]["ended"]
+
+
+@pytest.mark.thorough
+def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
+    names = "path,healing,paths,targets,training,routing"
+    steps, status = everything("--only", names)
+    assert {row["ended"] for row in steps.values()} == {"done"}
+    assert status == 0
+    assert steps["paths"]["figures"]["tasks"].keys() == {"builtin_facts"}
+    assert steps["routing"]["figures"]["num_questions"] == 8
+    steps, status = everything("--only", names)
+    assert {row["ended"] for row in steps.values()} == {"done before"}
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    find_spec("llama_cpp") is None or "LLAMA_CPP" not in os.environ,
+    reason="llama-cpp-python isn't installed, or LLAMA_CPP names no checkout (make test-llama-cpp)",
+)
+def test_llama_cpp_says_what_transformers_says_of_an_exported_path(smollm2, tmp_path):
+    file = tmp_path / "figures.json"
+    words = ["--llama-cpp", os.environ["LLAMA_CPP"], "--prompts", "20", "--json", str(file)]
+    script = [sys.executable, BENCHMARKS / "serving.py", *words]
+    child = subprocess.run(script, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert json.loads(file.read_text())["equal"] == {"full": 20, "path": 20}
