@@ -1,10 +1,11 @@
 """Everything that the log claims, measured on one device in an hour at most.
 
-First how fast: every benchmark beside this one that takes the model. Then what is kept: a path is
-tuned, healed and compared with the full one, and routers are searched for, trained and compared
-with the baselines. Each step is a process of its own with what is left of the time; what it writes
-stays in the output folder, and the same command goes on with the steps that aren't there. Steps
-that failed or were not reached are named in the figures, and the exit status is 1 if any failed.
+First how fast: the benchmarks beside this one that take a model, in their quick form on a CPU.
+Then what is kept: a path is tuned, healed and compared with the full one, and routers are searched
+for, trained and compared with the baselines. Each step is a process of its own with what is left of
+the time; what it writes stays in the output folder, and the same command goes on with the steps
+that aren't there. Steps that failed or were not reached are named in the figures, and the exit
+status is 1 if any failed.
 
     python benchmarks/all.py [--output-dir DIR] [--minutes 60] [--only NAMES] [--quick]
         [--json FILE] [--model MODEL] [--device DEVICE] [--dtype DTYPE] [--task TASK]
@@ -136,6 +137,12 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in steps]:
         parser.error(f"there is no step {unknown[0]!r}; there are {', '.join(steps)}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    same = ("model", "device", "dtype", "task", "data_dir", "quick")
+    settings = {name: getattr(options, name) for name in same}
+    begun = options.output_dir / "settings.json"
+    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != settings:
+        parser.error(f"{options.output_dir} holds figures of other settings; give another folder")
+    begun.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     end = time.monotonic() + 60 * options.minutes
     figures: dict[str, Any] = {"drllm": importlib.metadata.version("drllm"), "steps": {}}
     figures |= {"model": options.model, "device": options.device, "dtype": options.dtype}

@@ -54,22 +54,32 @@ def test_a_hub_set_with_columns_of_its_own(loop, drllm, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     columns = ("--columns", "question=q,choices=of.text,answer=n")
     asked, file = loop("owner/name:small", *columns)
-    assert {record.task for record in read_search(file)} == {"name"}
-    assert "name, test: 4 questions" in drllm(asked, "owner/name:small", *columns).out
+    assert {record.task for record in read_search(file)} == {"name_small"}
+    assert "name_small, test: 4 questions" in drllm(asked, "owner/name:small", *columns).out
 
 
-def test_a_file_of_conversations_and_a_reward_function(loop, drllm, tmp_path):
+def test_a_file_of_conversations(loop, drllm, tmp_path):
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
-    (tmp_path / "own.py").write_text(REWARD)
     asked, file = loop("chats.jsonl")
     for record in read_search(file):
         assert record.reward == "kl"
-        assert record.full.reward == 1.0
+        assert record.full.reward == 0.5
         assert "A fine one." in record.prompt
-        assert all(0 < path.reward < 1 for path in record.paths[1:])
-    assert (
-        "which can be searched and tuned on, but not" in drllm(asked, "chats.jsonl", status=2).err
-    )
-    said = drllm(asked, "chats.jsonl", "--reward", "own.py:reward").out
-    assert "chats, test: 4 questions" in said
+        assert all(0 < path.reward < 0.5 for path in record.paths[1:])
     assert "skip1" in (tmp_path / "tuned" / "paths.json").read_text()
+    config = json.loads((tmp_path / "routers" / "router_config.json").read_text())
+    assert config["training"]["rewards"] == ["kl"]
+    (tmp_path / "own.py").write_text(REWARD)
+    for reward, said in ((), "not evaluated"), (("--reward", "own.py:reward"), "conversations"):
+        assert said in drllm(asked, "chats.jsonl", *reward, status=2).err
+
+
+def test_a_file_of_prompts_and_a_reward_function(loop, drllm, tmp_path):
+    prompts = [{"prompt": f"Say {n} words."} for n in range(90)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "own.py").write_text(REWARD)
+    asked, _ = loop("prompts.jsonl")
+    assert (
+        "prompts, test: 4 questions"
+        in drllm(asked, "prompts.jsonl", "--reward", "own.py:reward").out
+    )

@@ -63,7 +63,8 @@ def test_routers_and_paths_of_the_same_base_are_taken_with_a_warning_those_of_ot
 ):
     folder = str(model_folder(num_layers=6))
     full, int8 = load(folder, device="cpu"), in_precision(folder, kind)
-    assert fingerprint(int8.model) == f"quantised-{fingerprint(full.model).partition('-')[2]}"
+    known = f"quantised-{fingerprint(full.model).partition('-')[2]}-"
+    assert fingerprint(int8.model).startswith(known)
     records = drllm.search_paths(full, "builtin_facts", limit=8, num_simulations=6)
     targets = drllm.supervise(records, target="least_kl")
     trained = {"num_epochs": 1, "num_windows": 2, "router_width": 4}

@@ -254,10 +254,12 @@ def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(routed, call
         routed.model(IDS, use_cache=False)
 
 
-def test_an_override_over_ours_is_not_swept_away(routed):
-    layer = routed.model.model.layers[2]
-    layer.forward = lambda *args, **kwargs: None
-    with pytest.raises(RoutingError, match="layer 2 was overridden again"):
+@pytest.mark.parametrize("what", ["layer 2", "the decoder"])
+def test_an_override_over_ours_is_not_swept_away(routed, what):
+    decoder = routed.model.model
+    module = decoder if what == "the decoder" else decoder.layers[2]
+    module.forward = lambda *args, **kwargs: None
+    with pytest.raises(RoutingError, match=f"{what} was overridden again"):
         routed.detach()
     assert hasattr(routed.model.model.layers[0].forward, "__self__")
 

@@ -446,7 +446,8 @@ WEIGHTS, OTHERS, EMBEDDING = "0123456789abcdef", "fedcba9876543210", "89abcdef"
         (f"{WEIGHTS}-{EMBEDDING}", "quantised-00000000", False, False),
         (WEIGHTS, f"quantised-{EMBEDDING}", True, True),  # an earlier file's, which says no more
         (f"{WEIGHTS}-{EMBEDDING}", "quantised-", True, True),
-        (f"quantised-{EMBEDDING}", f"quantised-{EMBEDDING}", True, False),
+        (f"quantised-{EMBEDDING}-1", f"quantised-{EMBEDDING}-1", True, False),
+        (f"quantised-{EMBEDDING}-1", f"quantised-{EMBEDDING}-2", True, True),
     ],
 )
 def test_a_quantised_base_is_known_by_its_embedding_and_warned_of(one, other, same, warns, caplog):

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import published
 from drllm.cli.parser import COLUMNS, Flag, Request, verb
-from drllm.cli.show import show, show_results
+from drllm.cli.show import show, show_healed, show_menu, show_paths, show_results
 from drllm.cli.show_search import say_written, show_search
-from drllm.cli.show_tuned import show_healed, show_menu, show_paths
 from drllm.cli.terminal import Terminal
 from drllm.config import (
     SPLITS,

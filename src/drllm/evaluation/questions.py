@@ -55,11 +55,7 @@ def tasks_of(
             if name not in known:
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
-        if not task.has_answers:
-            raise TaskError(
-                f"task {task.name!r} has prompts without answers, which can be searched and tuned "
-                f"on, but not evaluated; give answers, or --reward FILE.py:FUNCTION"
-            )
+        task.check_answers()
         if task.harness is None and task.form is not None:  # asked and graded as in a search
             check_installed(task.check_reward(None))
         _questions(task, config.split_of(task.name), config)

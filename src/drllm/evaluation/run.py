@@ -48,7 +48,7 @@ from drllm.records.static_paths import (
     read_path_list,
     steps_to_write,
 )
-from drllm.tasks.base import OPTIONS_REWARD, Task
+from drllm.tasks.base import KL_REWARD, OPTIONS_REWARD, Task
 from drllm.tasks.graded import pinned
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def evaluate(
         trained = None if first is None else loaded[first]
         asked_by = trained and trained.config.training.get("rewards")
         ours = OPTIONS_REWARD if config.reward is None else config.reward
-        if isinstance(asked_by, list) and asked_by and ours not in asked_by:
+        if isinstance(asked_by, list) and {*asked_by} - {KL_REWARD} and ours not in asked_by:
             listener.note(
                 f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, "
                 f"the evaluation asks by {ours}; to have both alike, search with --reward {ours}"

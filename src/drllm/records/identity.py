@@ -12,17 +12,16 @@ def same_weights(one: str, other: str, where: str) -> bool:
     """Say whether two fingerprints are of the same base model, in whatever precision.
 
     A fingerprint is the weights' hash or `QUANTISED` and, behind a `-`, that of the embedding,
-    which most quantisations leave as it is. Where one of the two is quantised, the embeddings must
-    agree as far as they are known, and a warning says so, `where` it was found: routes and verdicts
-    may be others in another precision.
+    which most quantisations leave as it is, and that of how the model is quantised. Where one is
+    quantised the embeddings must agree, as far as they are known, and `where` it is warned of.
     """
-    ours, _, our_embedding = one.partition("-")
-    theirs, _, their_embedding = other.partition("-")
+    ours, our_embedding, *_ = [*one.split("-"), ""]
+    theirs, their_embedding, *_ = [*other.split("-"), ""]
     if QUANTISED not in (ours, theirs):
         return ours == theirs
     if our_embedding and their_embedding and our_embedding != their_embedding:
         return False
-    if ours != theirs:
+    if one != other:
         logger.warning(
             "%s: one of two base models is quantised, so they were told by class, size and "
             "embedding alone; if they are one model, its answers may still be others here",

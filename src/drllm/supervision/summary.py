@@ -10,6 +10,7 @@ from drllm.records.search import SearchRecord, TriedPath
 from drllm.records.splits import question_key
 from drllm.records.supervision import SupervisionRecord
 from drllm.supervision.rules import REASONS, is_improving, is_saving, is_valid, survived
+from drllm.tasks.base import KL_REWARD
 
 KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
     "valid": lambda path, _: is_valid(path),
@@ -33,7 +34,9 @@ def summarise(
     by_question: dict[str, SearchRecord] = {}
     reached: dict[tuple[str, str, Decisions], bool] = {}  # whether a target answers right
     for record in records:
-        reached |= {(record.task, record.id, p.decisions): is_valid(p) for p in record.paths}
+        is_open = record.reward == KL_REWARD  # nothing is right there, and nothing wrong
+        for path in record.paths:
+            reached[record.task, record.id, path.decisions] = is_open or is_valid(path)
         by_question.setdefault(question_key(record.question), record)
     first = [(record, _path_counts(record)) for record in by_question.values()]
     copies = Counter(record.task for record in records)

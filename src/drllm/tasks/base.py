@@ -71,7 +71,7 @@ class Example:
     other_answers: tuple[str, ...] = ()
     solution: str = ""
     context: str = ""
-    messages: Messages = ()
+    messages: Messages = field(default=(), repr=False)
 
 
 def with_options(
@@ -242,6 +242,14 @@ class Task(ABC):
     def has_answers(self) -> bool:
         """Whether its questions have right answers; else they are prompts alone."""
         return KL_REWARD not in self.rewards
+
+    def check_answers(self) -> None:
+        """Refuse a task that can't be evaluated, since nothing says which answers are right."""
+        if not self.has_answers:
+            raise TaskError(
+                f"task {self.name!r} has prompts without answers, which can be searched and tuned "
+                f"on, but not evaluated; give answers, or --reward FILE.py:FUNCTION"
+            )
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""

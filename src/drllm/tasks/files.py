@@ -32,7 +32,6 @@ from drllm.tasks.rows import (
     HUB_ROWS,
     HUB_SET,
     index_of,
-    object_of,
     read_rows,
     rows_of_hub_set,
     text_of,
@@ -78,19 +77,13 @@ def is_source(name: str) -> bool:
 
 
 def with_columns(names: str, columns: str) -> str:
-    """Return a list of tasks whose files and hub sets have their columns named.
-
-    Example:
-        >>> with_columns("arc_easy,own.jsonl", "question=query,answer=target")
-        'arc_easy,own.jsonl?question=query&answer=target'
-    """
+    """Return a list of tasks whose files and hub sets have their columns named, behind a `?`."""
     given, said = [name.strip() for name in names.split(",")], columns.replace(",", "&")
     if not any(map(is_source, given)):
-        raise ConfigError(
-            f"--columns {columns} has no effect on {names}: it names no file and no data set of "
-            f"the hub (OWNER/NAME); leave it out"
-        )
-    return ",".join(f"{name}?{said}" if is_source(name) else name for name in given)
+        said = f"--columns {columns} has no effect on {names or 'no task'}"
+        raise ConfigError(f"{said}, which is no file and no data set of the hub; leave it out")
+    joined = (f"{name}{'&' if '?' in name else '?'}{said}" for name in given)
+    return ",".join(a if is_source(n) else n for n, a in zip(given, joined, strict=True))
 
 
 def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:
@@ -114,12 +107,10 @@ def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> 
         if field not in FIELDS or not columns[field]:
             what = unknown_name("field", field, FIELDS) if columns[field] else f"{field}= is empty"
             raise TaskError(f"columns of {source}: {what}; give FIELD=COLUMN")
-    if "answer" in columns and {"choices", "grader"}.isdisjoint(columns):
-        columns["grader"] = "exact"
-    if not source.endswith(FILE_NAMES):
-        rows = enumerate(itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS), 1)
-        return FileTask(Path(source.partition(":")[0]), taken, rows, columns, skips=True)
-    return FileTask(Path(source), taken, read_rows(Path(source)), columns)
+    if source.endswith(FILE_NAMES):
+        return FileTask(Path(source), taken, read_rows(Path(source)), columns)
+    rows = enumerate(itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS), 1)
+    return FileTask(Path(source), taken, rows, columns, skips=True)
 
 
 class FileTask(Task):
@@ -149,7 +140,7 @@ class FileTask(Task):
         skips: bool = False,
     ) -> None:
         self.path, self._skips = path, skips
-        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        stem = path.name.removesuffix(".gz").removesuffix(".jsonl").replace(":", "_")
         self.name = f"{stem}_file" if stem in taken else stem
         self.description = f"the questions of {path}"
         self.all, grader = self._read(rows, columns or {})
@@ -182,7 +173,7 @@ class FileTask(Task):
         skipped = 0
         for line, own in rows:
             try:
-                row = {field: _value(own, field, columns[field]) for field in columns} or own
+                row = _with_columns(own, columns) if columns else own
                 kind = _kind(row)
                 first_kind = first_kind or kind
                 if kind != first_kind:
@@ -212,10 +203,17 @@ class FileTask(Task):
         return examples, None if first_kind == CHOICES else grader
 
 
-def _value(row: Row, field: str, column: str) -> Any:
-    """Return what a row has for a field, in a column or within one; a grader is named itself."""
-    if field == "grader":
-        return column
+def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the fields of a row, from columns of other names where these are named."""
+    found = {field: row[field] for field in FIELDS if field in row}
+    found |= {f: c if f == "grader" else _value(row, c) for f, c in columns.items()}
+    if "answer" in found and {"choices", "grader"}.isdisjoint(found):
+        found["grader"] = "exact"
+    return found
+
+
+def _value(row: Row, column: str) -> Any:
+    """Return what a row has in a column, or within one."""
     value: Any = row
     for name in [column] if column in row else column.split("."):
         if isinstance(value, Mapping) and name in value:
@@ -274,10 +272,9 @@ def _example(row: Row) -> Example:
 def _messages(row: Row) -> Messages:
     """Return a conversation up to the user's last message: an answer to it is left out."""
     said = row["messages"]
-    if not isinstance(said, list) or not said:
-        raise TaskError(f"'messages' is {said!r}; expected a list of messages")
-    messages = [object_of({"messages": one}, "messages", "role", "content") for one in said]
-    found = [(text_of(one, "role"), text_of(one, "content")) for one in messages]
+    if not isinstance(said, list) or not said or not all(isinstance(m, Mapping) for m in said):
+        raise TaskError(f"'messages' is {said!r}; expected a list of objects with role and content")
+    found = [(text_of(one, "role"), text_of(one, "content")) for one in said]
     while found and found[-1][0] == "assistant":
         found.pop()
     if not found or found[-1][0] != "user":

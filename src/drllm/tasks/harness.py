@@ -234,8 +234,8 @@ def loaded(name: str, taken: tuple[str, ...] = ()) -> dict[str, Any]:
         elif name not in (manager := _of_the_harness()).task_index:
             raise TaskError(
                 f"{nearest_name('task', name, {*taken, *manager.task_index})}; 'drllm ls "
-                f"tasks' and 'drllm lm-eval ls tasks' list all; of others, write the questions "
-                f"to a .jsonl file of your own, or a .yaml task file"
+                f"tasks' and 'drllm lm-eval ls tasks' list all; of others, give a .jsonl file, or "
+                f"OWNER/NAME of the hub"
             )
         unreached = (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError)
         try:

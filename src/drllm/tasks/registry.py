@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from drllm.errors import TaskError, unknown_name
 from drllm.registry import Registry
-from drllm.tasks.base import FILE_NAMES, Task
+from drllm.tasks.base import Task
 from drllm.tasks.files import is_source, task_of_source
 from drllm.tasks.harness import StockTask
 
@@ -44,8 +44,7 @@ def task_names() -> list[str]:
 
 def is_task_name(name: str) -> bool:
     """Say whether a name is that of a task, a group, an alias, or a file of questions."""
-    is_file = name.partition("?")[0].endswith(FILE_NAMES)
-    return is_file or _own_name(name) in task_names()
+    return is_source(name) or _own_name(name) in task_names()
 
 
 def get_task(name: str) -> Task:

@@ -110,7 +110,7 @@ class Loglikelihood(Reward):
 
 @REWARDS.register("kl")
 class Kl(Reward):
-    """Nothing is right: a path is worth e to the minus its KL from the full path."""
+    """Nothing is right: a path is worth half of e to the minus its KL from the full path."""
 
     scores_options = True
 

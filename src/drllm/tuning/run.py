@@ -44,10 +44,9 @@ from drllm.records.static_paths import (
 from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
 from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import compare
+from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
-from drllm.tuning import progress
 from drllm.tuning.beam import LAYERS, Beam
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
@@ -315,11 +314,11 @@ class _Tuning:
             best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
             found.append(best)
             if len(found) == 1:
-                self.listener.note(progress.HEAD)
-            told = self.beam.saved(best), self._change(best)
+                self.listener.note(HEAD)
+            level_is = self.beam.saved(best), self._change(best)
             self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
-            self._scored(0, progress.told(*told))
-            self.listener.note(f"{progress.line(*told)}\n  {best.edits(L)}")
+            self._scored(0, told(*level_is))
+            self.listener.note(f"{line(*level_is)}\n  {best.edits(L)}")
             seconds = sum(task.seconds for task in self.tasks)
             if config.minutes is not None and seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
@@ -360,7 +359,7 @@ class _Tuning:
             shares = sum(len(task.judge(FIT).items) for task in self.tasks) / most
             chosen = sum(len(task.judge(SELECT).items) for task in self.tasks)
             self._pairs = 0
-            self._expected = shares * progress.num_pairs(len(paths), self.beam.rungs)
+            self._expected = shares * num_pairs(len(paths), self.beam.rungs)
             self._expected += self.beam.width * chosen
         total = np.zeros(len(paths))
         for task in self.tasks:
@@ -494,3 +493,51 @@ class _Tuning:
         return msgspec.structs.replace(
             told, accuracy=fmean(ours.correct), against_full=None if is_full else verdicts
         )
+
+
+# --- what is said while it runs ---
+
+AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
+AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
+"""The numbers at the axis of a drawn interval, whose columns stand for `AXIS_STEP` each."""
+
+
+def drawn(mean: float, low: float, high: float) -> str:
+    """Draw a mean and its interval in columns of a fixed axis; what lies outside is an arrow."""
+    marks = [round((value - AXIS_FROM) / AXIS_STEP) for value in (0.0, low, mean, high)]
+    zero, first, middle, last = (min(max(mark, 0), AXIS_WIDTH - 1) for mark in marks)
+    cells = [" "] * first + ["─"] * (last - first + 1) + [" "] * (AXIS_WIDTH - 1 - last)
+    for mark, place in zip("│├┤●", (zero, first, last, middle), strict=True):
+        cells[place] = mark
+    cells[0] = "<" if marks[1] < 0 else cells[0]
+    cells[-1] = ">" if marks[3] >= AXIS_WIDTH else cells[-1]
+    return "".join(cells).rstrip()
+
+
+HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
+"""What stands above the lines."""
+
+
+def told(saved: float, change: tuple[float, float, float]) -> str:
+    """Say what the best path of a level saves, and its change on `select`."""
+    mean, low, high = (signed(value, 3) for value in change)
+    return f"{saved:.3g} saved".replace("-", "−") + f"  {mean} nats ({low} to {high})"
+
+
+def line(saved: float, change: tuple[float, float, float]) -> str:
+    """Return the same with the interval drawn on the axis of `HEAD`."""
+    return f"{told(saved, change):<46}  {drawn(*change)}"
+
+
+def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
+    """Return how many questions times paths a level scores, given `parts.rungs`.
+
+    Example:
+        >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
+        3008
+    """
+    pairs = asked = 0
+    for num_questions, kept in rungs:
+        pairs += num_paths * (num_questions - asked)
+        num_paths, asked = min(num_paths, kept), num_questions
+    return pairs

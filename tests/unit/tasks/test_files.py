@@ -8,6 +8,7 @@ import pytest
 
 from drllm.config import SPLITS, EvaluateConfig
 from drllm.errors import ConfigError, TaskError
+from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.evaluation.questions import tasks_of
 from drllm.tasks.files import with_columns
 from drllm.tasks.graded import GradedTask
@@ -73,6 +74,8 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
         task.prompts(examples[0], "exact")
     with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
         tasks_of(EvaluateConfig(), [task])
+    with pytest.raises(TaskError, match="without answers"):  # as lm-eval comes to it
+        entry_of(task)
 
 
 USER, ASSISTANT = ({"role": role, "content": role[0].upper()} for role in ("user", "assistant"))
@@ -107,7 +110,7 @@ def test_columns_of_other_names_are_named_behind_the_file_those_within_others_to
 def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
     tmp_path, said, right
 ):
-    path = write(tmp_path, {"q": "The capital of Italy?", "a": "Rome", "grader": "the teacher"})
+    path = write(tmp_path, {"q": "The capital of Italy?", "a": "Rome"})
     task, [example] = read(f"{path}?question=q&answer=a{said}")
     assert grade(task.prompt(example, task.rewards[0]), right) == 1.0
 
@@ -131,12 +134,22 @@ def test_columns_that_cannot_be_read_are_named(tmp_path, columns, message):
     assert message in str(caught.value)
 
 
+def test_fields_that_no_column_is_named_for_keep_their_own_names(tmp_path):
+    row = {"query": "Which is cold?", "choices": ["fire", "ice"], "answer": 1}
+    task, [example] = read(f"{write(tmp_path, row)}?question=query")
+    assert (example.question, example.gold) == ("Which is cold?", 1)
+    assert task.rewards == ("loglikelihood", "letter")
+
+
 def test_a_hub_set_is_read_by_its_columns_and_rows_that_cannot_be_asked_are_left_out(hub, caplog):
     rows = [{"q": f"What is {n}?", "a": str(n)} for n in range(40)]
     hub.files["owner/name", "small", "validation"] = [{"q": "", "a": "1"}, *rows]
     task, examples = read("owner/name:small:validation?question=q&answer=a")
-    assert (task.name, len(examples)) == ("name", 40)
-    assert "1 rows of owner/name are left out, first row 1: 'question' is empty" in caplog.text
+    assert (task.name, len(examples)) == ("name_small_validation", 40)
+    assert (
+        "1 rows of owner/name:small:validation are left out, first row 1: 'question' is empty"
+        in caplog.text
+    )
 
 
 def test_a_hub_set_without_a_row_that_can_be_asked_says_why(hub):
@@ -146,9 +159,9 @@ def test_a_hub_set_without_a_row_that_can_be_asked_says_why(hub):
 
 
 def test_columns_are_put_behind_every_file_and_hub_set_of_a_list():
-    found = with_columns("arc_easy, mine.jsonl,owner/name:small", "question=q,answer=a")
-    said = "?question=q&answer=a"
-    assert found == f"arc_easy,mine.jsonl{said},owner/name:small{said}"
+    found = with_columns("arc_easy, mine.jsonl?prompt=p,owner/name:small", "question=q,answer=a")
+    said = "question=q&answer=a"
+    assert found == f"arc_easy,mine.jsonl?prompt=p&{said},owner/name:small?{said}"
     with pytest.raises(ConfigError, match="has no effect on arc_easy"):
         with_columns("arc_easy", "question=q")
 
@@ -233,7 +246,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
     ([{"prompt": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
     ([{"prompt": ""}], "line 1: 'prompt' is empty"),
-    ([{"messages": []}], "line 1: 'messages' is []; expected a list of messages"),
+    ([{"messages": []}], "line 1: 'messages' is []; expected a list of objects"),
     ([{"messages": [{"role": "user"}]}], "'content' is missing"),
     ([{"messages": [ASSISTANT]}], "no message of the user to answer"),
     ([CHOICES, {"prompt": "Why?"}], "line 2: a row with a prompt alone, but the first has"),

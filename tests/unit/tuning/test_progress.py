@@ -1,4 +1,4 @@
-from drllm.tuning.progress import AXIS, AXIS_WIDTH, drawn
+from drllm.tuning.run import AXIS, AXIS_WIDTH, drawn
 
 
 def test_an_interval_is_drawn_to_scale_and_cut_off_where_the_axis_ends():

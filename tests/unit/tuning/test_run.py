@@ -11,8 +11,7 @@ from drllm.paths import StaticPath
 from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
-from drllm.tuning.progress import drawn
-from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, TaskScorer, tune
+from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, TaskScorer, drawn, tune
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 

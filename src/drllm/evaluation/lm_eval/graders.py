@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drllm.errors import TaskError
 from drllm.tasks.base import OPTIONS_REWARD, Example, Function, Harness, Prompt, Row, Task
 from drllm.tasks.rewards import grade, reward_of
 
@@ -25,6 +26,7 @@ def entry_of(task: Task) -> Harness:
     """Return how the harness asks a task: as the task says itself, or by its first reward."""
     if task.harness is not None:
         return task.harness
+    task.check_answers()
 
     def options(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, OPTIONS_REWARD)
@@ -35,6 +37,8 @@ def entry_of(task: Task) -> Harness:
 
     def answers(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, task.rewards[0])
+        if prompt.messages:
+            raise TaskError("conversations can't be evaluated; give prompts, one text each")
         return {
             "prompt": prompt.text,
             "grading": grading_of(prompt),

@@ -6,6 +6,7 @@ Axes: D hidden, L layers.
 """
 
 import hashlib
+import json
 from contextlib import ExitStack
 from typing import Any
 
@@ -39,20 +40,26 @@ def fingerprint(model: nn.Module) -> str:
 
     Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
     the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
-    routers trained on a float32 model fit its bfloat16 or float16 load. They don't survive
-    quantisation, which mostly leaves the embedding alone: behind the 16 digits of all three, or
-    `QUANTISED` in their place, stand 8 of the embedding (see `same_weights`). An adapter that isn't
-    merged into the weights doesn't count. Models are refused as by `find_layers`; weights on the
+    routers trained on a float32 model fit its bfloat16 load. They don't survive quantisation, which
+    mostly leaves the embedding alone: behind the 16 digits of all three, or `QUANTISED` in their
+    place, stand 8 of the embedding, then 8 of how the model is quantised (see `same_weights`). An
+    adapter that isn't merged doesn't count. Models are refused as by `find_layers`; weights on the
     meta device, of which nothing says where they really are, are a ModelError.
     """
     base = base_of(model)
     _, layers = find_layers(base)
     embedding = _content("embedding", base.get_input_embeddings())
     inner = [_content(f"layers.{at}", layers[at]) for at in (len(layers) // 2, len(layers) - 1)]
-    is_quantised = getattr(base.config, "quantization_config", None) is not None or None in inner
+    quantisation = getattr(base.config, "quantization_config", None)
+    is_quantised = quantisation is not None or None in inner
     digest = hashlib.sha256(b"".join(filter(None, [embedding, *inner])))
-    own = QUANTISED if is_quantised else digest.hexdigest()[:16]
-    return f"{own}-{hashlib.sha256(embedding).hexdigest()[:8] if embedding else ''}"
+    own = f"{digest.hexdigest()[:16]}-{hashlib.sha256(embedding or b'').hexdigest()[:8]}"
+    if not is_quantised:
+        return own
+    how = [type(module).__name__ for module in layers[-1].modules()]
+    how.append(json.dumps(quantisation, default=lambda one: getattr(one, "to_dict", str)()))
+    known = own.partition("-")[2] if embedding else ""
+    return f"{QUANTISED}-{known}-{hashlib.sha256(repr(how).encode()).hexdigest()[:8]}"
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -83,7 +83,9 @@ def form_of(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> PromptForm | No
         before = after = ""
     forms: set[PromptForm] = set()
     for question, text in asked:
-        chat = bool(before) and text.startswith(before) and text.endswith(after)
+        # A conversation begins as it likes, and its text isn't there as it stands.
+        begins = text.startswith(before) or (bool(after) and question not in text)
+        chat = bool(before) and begins and text.endswith(after)
         inner = text[len(before) : len(text) - len(after)] if chat else text
         first, found, rest = inner.partition(question)
         forms.add(PromptForm(chat, f"{first}{PLACE}{rest}" if found else PLACE))

@@ -139,12 +139,13 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off, unless somebody has put an override over ours."""
-        for handle in self.handles:
+        for place, handle in enumerate((*self.handles, self.whole)):
             is_gone = handle.module.__dict__.get("forward") == handle.previous
             if not (handle.is_on_top or is_gone):
+                what = f"layer {place}" if place < self.num_layers else "the decoder"
                 raise RoutingError(
-                    f"the forward of layer {handle.index} was overridden again after routing was "
-                    f"attached; take that override off, then detach()"
+                    f"the forward of {what} was overridden again after routing was attached; take "
+                    f"that override off, then detach()"
                 )
         for part in self._parts():
             part.remove()

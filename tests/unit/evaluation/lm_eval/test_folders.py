@@ -14,6 +14,7 @@ from drllm.tasks.base import OPTIONS_REWARD, Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.rows import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
@@ -166,7 +167,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(asked, tm
     ]
     path = tmp_path / "my days, all.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    task = FileTask(path)
+    task = FileTask(path, (), read_rows(path))
     written, leaves = asked(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
     found = leaves["my_days_all"]

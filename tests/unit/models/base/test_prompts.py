@@ -104,6 +104,17 @@ def test_prompts_of_several_forms_agree_on_the_chat_template_at_most(tiny_tokeni
     assert form_of(tiny_tokenizer, []) is None
 
 
+def test_conversations_that_begin_with_a_system_message_are_known_for_what_they_are(tiny_tokenizer):
+    tokenizer = copy.copy(tiny_tokenizer)
+    turn = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    tokenizer.chat_template = f"{turn}<assistant>"
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is ice?"}]
+    asked = "system: Be brief.\nuser: What is ice?"
+    read = render(tokenizer, said, chat=True)
+    assert form_of(tokenizer, [(asked, read)]) == PromptForm(chat=True)
+    assert form_of(tokenizer, [("What is ice?", "What is ice?")]) == PromptForm(chat=False)
+
+
 def test_a_prompt_that_has_its_form_already_stays_as_it_is():
     form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
     assert form.put("What is ice?") == "Question: What is ice?\nAnswer:"
