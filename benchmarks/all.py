@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Steps:
         found: dict[str, tuple[Callable[[], Sequence[str]], Path]] = {}
         for name in (*SPEED, *(ON_CPU if self.options.device == "cpu" else ())):
             file = self.folder / f"{name}.json"
-            found[name] = (lambda name=name, file=file: self._benchmark(name, file)), file
+            found[name] = partial(self._benchmark, name, file), file
         found["path"] = self._tune, self.folder / PATHS / "paths.json"
         found["healing"] = self._heal, self.folder / HEALED / "path.json"
         found["paths"] = self._compare, self.folder / "paths.json"
@@ -70,8 +71,6 @@ class Steps:
     def _benchmark(self, name: str, file: Path) -> Sequence[str]:
         quick = ["--quick"] if self.options.quick or self.options.device == "cpu" else []
         model = ["--model", self.options.model] if name in ON_CPU else self.model
-        if name == "tune":  # always in float32
-            model = model[: model.index("--dtype")]
         return [str(HERE / f"{name}.py"), *quick, "--json", str(file), *model]
 
     def _shortest(self) -> str:

@@ -12,7 +12,7 @@ verdicts that differ, how far the right option's lead moves, and the time of eac
 from __future__ import annotations
 
 import copy
-import random
+import itertools
 import statistics
 import warnings
 from importlib.util import find_spec
@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+from common.searched import searched_paths
 from torch import nn
 
-from drllm.config import SearchConfig
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator, Outcome
-from drllm.search.strategies import new_search
 from drllm.tasks.base import choose
 from drllm.tasks.registry import get_task
 
@@ -65,18 +64,6 @@ def quantised(model: Any) -> Any:
     return model
 
 
-def searched(num_layers: int, place: int, num_paths: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Return paths as a tree search meets them, the full one first, whatever the model answers."""
-    rng = random.Random(place)
-    search = new_search(num_layers, SearchConfig(num_simulations=num_paths - 1), rng)
-    found = []
-    while asked := search.ask():
-        for path in asked:
-            search.tell(path, float(rng.random() < 0.5))
-            found.append((place, path))
-    return found
-
-
 def main() -> None:
     """Run it from the command line."""
     parser = common.parser_of(__doc__ or "")
@@ -91,8 +78,8 @@ def main() -> None:
     base, task = common.base_of(options), get_task(options.task)
     examples = choose(task.examples("search", options.data_dir), sizes["questions"], 0)
     prompts = [task.prompt(example, "loglikelihood") for example in examples]
-    places = range(len(prompts))
-    pairs = [pair for at in places for pair in searched(base.num_layers, at, sizes["paths"])]
+    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"])
+    pairs = list(itertools.chain.from_iterable(rounds))
     found: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = {}
     for name, loaded in precisions(options.model).items():

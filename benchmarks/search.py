@@ -27,6 +27,7 @@ from typing import Any
 
 import common
 import torch
+from common.searched import Pair, Rounds, searched_paths
 from torch import nn
 
 from drllm.config import SearchConfig
@@ -39,13 +40,9 @@ from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
 from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, Reading
-from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices
-
-Pair = tuple[int, tuple[int, ...]]
-Rounds = list[list[Pair]]
 
 REWARDS = {
     "loglikelihood": "builtin_facts",
@@ -60,25 +57,6 @@ WHOLE = {"repeats": 3, "questions": 32, "paths": 50, "sample": 160}
 
 OURS = "Evaluator: all questions in step, prefixes and beginnings shared, choices packed"
 THEIRS = "one plain forward per choice, or one generate, for each path, batch 1"
-
-
-def searched_paths(num_layers: int, num_questions: int, num_paths: int) -> Rounds:
-    """Return the rounds of a tree search: in each, one new path of every question.
-
-    Rewards are drawn, so that both ways evaluate the same paths whatever the model answers.
-    """
-    config = SearchConfig(num_simulations=num_paths - 1)
-    searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
-    rng = random.Random(0)
-    rounds: Rounds = []
-    for _ in range(num_paths):
-        pairs: list[Pair] = []
-        for question, search in enumerate(searches):
-            for decisions in search.ask():
-                search.tell(decisions, float(rng.random() < 0.5))
-                pairs.append((question, decisions))
-        rounds.append(pairs)
-    return rounds
 
 
 def block_of(task_name: str, reward: str, num: int, data_dir: Path | None) -> list[Prompt]:

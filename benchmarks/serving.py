@@ -52,10 +52,17 @@ def converted(folder: Path, llama_cpp: Path) -> Path:
     return file
 
 
-def in_transformers(model: Any, ids: Sequence[int], num: int, end: int) -> list[int]:
-    """Return so many tokens as transformers gives them greedily."""
-    options = {"min_new_tokens": num, "max_new_tokens": num, "do_sample": False}
-    output = model.generate(torch.tensor([ids]), pad_token_id=end, **options)
+def in_transformers(
+    model: Any, ids: Sequence[int], num: int, end: int, least: int = 0
+) -> list[int]:
+    """Return the tokens, `num` at most, that transformers gives greedily."""
+    output = model.generate(
+        torch.tensor([ids]),
+        min_new_tokens=least,
+        max_new_tokens=num,
+        do_sample=False,
+        pad_token_id=end,
+    )
     found: list[int] = output[0, len(ids) :].tolist()
     return found
 
@@ -74,14 +81,6 @@ def in_llama_cpp(model: Any, ids: Sequence[int], num: int) -> list[int]:
 def ended(tokens: Sequence[int], end: int) -> list[int]:
     """Return tokens up to the first end of a text."""
     return list(tokens[: tokens.index(end)] if end in tokens else tokens)
-
-
-def text_of(model: Any, ids: Sequence[int], num: int, end: int) -> list[int]:
-    """Return what transformers says greedily, up to its end."""
-    output = model.generate(
-        torch.tensor([ids]), max_new_tokens=num, do_sample=False, pad_token_id=end
-    )
-    return ended(output[0, len(ids) :].tolist(), end)
 
 
 def main() -> None:
@@ -124,12 +123,13 @@ def main() -> None:
             for name in sorted(plans, reverse=bool(number % 2)):
                 stock, llama = engines[name]
                 started = clock()
-                in_transformers(stock, ids, num, end)
+                in_transformers(stock, ids, num, end, num)
                 between = clock()
                 said = in_llama_cpp(llama, ids, num)
                 row[f"transformers {name}"] = between - started
                 row[f"llama.cpp {name}"] = clock() - between
-                equal[name] += ended(said, end) == text_of(stock, ids, num, end)
+                text = in_transformers(stock, ids, num, end)
+                equal[name] += ended(said, end) == ended(text, end)
             rows.append(row)
         for _, llama in engines.values():
             llama.close()

@@ -7,7 +7,8 @@ beside it the same with all options of several questions in a padded batch.
 All score the same paths on the same questions, taking turns in one run; values are compared.
 
     python benchmarks/tune.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR] [--task TASK]
-        [--model MODEL] [--device DEVICE] [--questions N] [--candidates N] [--repeats N]
+        [--model MODEL] [--device DEVICE] [--dtype DTYPE] [--questions N] [--candidates N]
+        [--repeats N]
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def main() -> None:
     common.add_clock(parser)
     parser.add_argument("--data-dir", type=Path, help="of the task, where it needs one")
     parser.add_argument("--task", default="builtin_facts", help="with options")
-    common.add_model(parser, devices=True)
+    common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--questions", type=int)
     parser.add_argument("--candidates", type=int, help="paths scored together")
     parser.add_argument("--repeats", type=int)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from drllm.config.fields import Settings, check_text, flag_of, from_text, is_by_task, kinds_of
 from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, nearest_name, unknown_name
-from drllm.tasks.files import FIELDS, with_columns
 
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
@@ -116,15 +115,6 @@ CONFIG = Flag(
 )
 
 
-COLUMNS = Flag(
-    "columns",
-    f"columns of files and hub sets with the fields {', '.join(FIELDS)}; grader=exact is the "
-    f"grader itself",
-    value="FIELD=COLUMN,...",
-    basic=False,
-)
-
-
 class _Verbs(UserDict[str, Any]):
     """Verbs by name, first the names of modules: each is imported when its verb is asked for."""
 
@@ -185,7 +175,9 @@ def parse(words: Sequence[str]) -> Request:
             values[flag.name] = from_text(said, (flag.kind,))
             if not isinstance(values[flag.name], flag.kind):
                 raise ConfigError(f"{name} is {said[:80]!r}; give {flag.wanted}")
-    if columns := own.get(COLUMNS.name):
+    if columns := own.get("columns"):
+        from drllm.tasks.files import with_columns  # which few commands need
+
         name = next(name for name in ("dataset", "tasks") if name in flags)
         values[name] = with_columns(values.get(name) or flags[name].default or "", columns)
     groups = tuple(_made(group, values) for group in verb.settings)

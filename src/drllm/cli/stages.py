@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli import published
-from drllm.cli.parser import COLUMNS, Flag, Request, verb
+from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show, show_healed, show_menu, show_paths, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
@@ -48,7 +48,7 @@ from drllm.records.supervision import check_targets, join_supervision
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
-from drllm.tasks.files import FileTask
+from drllm.tasks.files import FIELDS, FileTask
 from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.heal_texts import sources_of
@@ -56,6 +56,13 @@ from drllm.tuning.parts import parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
+
+COLUMNS = Flag(
+    "columns",
+    f"which columns of a file or hub set hold {', '.join(FIELDS)}; grader=exact names the grader",
+    value="FIELD=COLUMN,...",
+    basic=False,
+)
 
 
 @verb(

@@ -23,8 +23,14 @@ def same_weights(one: str, other: str, where: str) -> bool:
         return False
     if one != other:
         logger.warning(
-            "%s: one of two base models is quantised, so they were told by class, size and "
-            "embedding alone; if they are one model, its answers may still be others here",
+            "%s: one of two base models is quantised, so only class, size and embedding were "
+            "compared; answers may differ between precisions",
             where,
         )
     return True
+
+
+def differ(key: str, one: object, other: object, where: str) -> bool:
+    """Say whether two identities differ under a key; of fingerprints, as `same_weights` does."""
+    is_print = key == "fingerprint"
+    return not same_weights(str(one), str(other), where) if is_print else one != other

@@ -14,7 +14,7 @@ from drllm.errors import PathError, RecordError, unknown_name
 from drllm.paths import StaticPath, check_decisions, step_of, to_path
 from drllm.records.codec import decode, read_json, read_text
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
-from drllm.records.identity import same_weights
+from drllm.records.identity import differ
 from drllm.records.results import Header, StepRecord
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
@@ -129,9 +129,8 @@ def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file
     differences = [
         f"{key} {found[key]} (this model has {model[key]})"
         for key in both
-        if found[key] != model[key]
-        and (key != "id" or "fingerprint" not in both)
-        and (key != "fingerprint" or not same_weights(found[key], model[key], str(file)))
+        if (key != "id" or "fingerprint" not in both)
+        and differ(key, found[key], model[key], str(file))
     ]
     if differences:
         raise PathError(

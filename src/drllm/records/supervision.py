@@ -15,7 +15,7 @@ import msgspec
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
-from drllm.records.identity import same_weights
+from drllm.records.identity import differ
 from drllm.records.manifest import read_manifest, read_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
@@ -138,9 +138,7 @@ def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[st
         rewards |= dict.fromkeys(manifest.get("rewards") or ())
         theirs = manifest.get("model", {})
         for name in ("num_layers", "fingerprint"):
-            if name not in theirs or theirs[name] == identity[name]:
-                continue
-            if name != "fingerprint" or not same_weights(theirs[name], identity[name], str(file)):
+            if name in theirs and differ(name, theirs[name], identity[name], str(file)):
                 raise RecordError(
                     f"{file} holds targets of {theirs.get('id', 'another model')!r} ({name} "
                     f"{theirs[name]}), the base model {identity['id']!r} has {name} "

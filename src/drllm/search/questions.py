@@ -17,16 +17,7 @@ from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import (
-    KL_REWARD,
-    Example,
-    Prompt,
-    Row,
-    Task,
-    check_data_dir,
-    choose,
-    questions_in,
-)
+from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
 from drllm.tasks.files import FileTask
 from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks
@@ -106,10 +97,10 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)
-        if name == KL_REWARD and not config.kl:
-            raise ConfigError(
-                "--no-kl leaves nothing to search prompts without answers by; leave it out"
-            )
+    if not config.kl and not all(task.has_answers for task, _ in found):
+        raise ConfigError(
+            "--no-kl leaves nothing to search prompts without answers by; leave it out"
+        )
     wanted = [] if config.reward is None else config.reward.split(",")
     for name in wanted:
         if wanted.count(name) > 1:

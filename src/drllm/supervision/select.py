@@ -13,7 +13,7 @@ from typing import Any
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
-from drllm.records.identity import same_weights
+from drllm.records.identity import differ
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
@@ -273,10 +273,8 @@ def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
     known = first.model.keys() & other.model.keys()
     others = () if "fingerprint" in known else ("id", "revision")
     for name in ("fingerprint", "num_layers", "hidden_size", "class", *others):
-        if name not in known or first.model[name] == other.model[name]:
-            continue
-        prints = first.model[name], other.model[name]
-        if name != "fingerprint" or not same_weights(*prints, str(other.file)):
+        values = first.model.get(name), other.model.get(name)
+        if name in known and differ(name, *values, str(other.file)):
             raise RecordError(
                 f"{first.file} and {other.file} are of different base models "
                 f"({name} {first.model[name]!r} and {other.model[name]!r}); "

@@ -79,11 +79,11 @@ def is_source(name: str) -> bool:
 def with_columns(names: str, columns: str) -> str:
     """Return a list of tasks whose files and hub sets have their columns named, behind a `?`."""
     given, said = [name.strip() for name in names.split(",")], columns.replace(",", "&")
-    if not any(map(is_source, given)):
-        said = f"--columns {columns} has no effect on {names or 'no task'}"
-        raise ConfigError(f"{said}, which is no file and no data set of the hub; leave it out")
-    joined = (f"{name}{'&' if '?' in name else '?'}{said}" for name in given)
-    return ",".join(a if is_source(n) else n for n, a in zip(given, joined, strict=True))
+    found = [f"{n}{'&' if '?' in n else '?'}{said}" if is_source(n) else n for n in given]
+    if found == given:
+        told = f"--columns {columns} has no effect on {names or 'no task'}"
+        raise ConfigError(f"{told}, which is no file and no data set of the hub; leave it out")
+    return ",".join(found)
 
 
 def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:

@@ -110,7 +110,7 @@ class Loglikelihood(Reward):
 
 @REWARDS.register("kl")
 class Kl(Reward):
-    """Nothing is right: a path is worth half of e to the minus its KL from the full path."""
+    """For prompts without answers: exp(-KL) / 2, so that no path counts as right."""
 
     scores_options = True
 

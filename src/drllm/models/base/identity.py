@@ -36,7 +36,7 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return what another model, or a fine-tune of the same one, doesn't share, as a text.
+    """Return a text that tells a model's weights from those of others, its own fine-tunes too.
 
     Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
     the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
@@ -50,16 +50,19 @@ def fingerprint(model: nn.Module) -> str:
     _, layers = find_layers(base)
     embedding = _content("embedding", base.get_input_embeddings())
     inner = [_content(f"layers.{at}", layers[at]) for at in (len(layers) // 2, len(layers) - 1)]
-    quantisation = getattr(base.config, "quantization_config", None)
+    quantisation: Any = getattr(base.config, "quantization_config", None)
     is_quantised = quantisation is not None or None in inner
-    digest = hashlib.sha256(b"".join(filter(None, [embedding, *inner])))
-    own = f"{digest.hexdigest()[:16]}-{hashlib.sha256(embedding or b'').hexdigest()[:8]}"
+    known = _digest(embedding)[:8] if embedding else ""
     if not is_quantised:
-        return own
+        return f"{_digest(b''.join(filter(None, [embedding, *inner])))[:16]}-{known}"
     how = [type(module).__name__ for module in layers[-1].modules()]
-    how.append(json.dumps(quantisation, default=lambda one: getattr(one, "to_dict", str)()))
-    known = own.partition("-")[2] if embedding else ""
-    return f"{QUANTISED}-{known}-{hashlib.sha256(repr(how).encode()).hexdigest()[:8]}"
+    settings = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
+    how.append(json.dumps(settings, default=lambda one: type(one).__name__))
+    return f"{QUANTISED}-{known}-{_digest(repr(how).encode())[:8]}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -27,7 +27,7 @@ from drllm.models.base.layers import base_of
 from drllm.models.routers.card import FOLDER, MARK, model_card
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records.codec import read_json
-from drllm.records.identity import same_weights
+from drllm.records.identity import differ
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "router_config.json"
@@ -253,13 +253,10 @@ def check_routers(model: Any, routers: RouterStack) -> None:
     """
     config, found = routers.config, describe(model)
     differences = [
-        f"{name} {getattr(config, name)}, this model has {found[name.removeprefix('base_')]}"
+        f"{name} {said}, this model has {found[key]}"
         for name in ("base_class", "num_layers", "hidden_size", "base_fingerprint")
-        if getattr(config, name) not in ("", found[name.removeprefix("base_")])
-        and (
-            name != "base_fingerprint"
-            or not same_weights(config.base_fingerprint, found["fingerprint"], "routers")
-        )
+        if (said := getattr(config, name))
+        and differ(key := name.removeprefix("base_"), said, found[key], "routers")
     ]
     if differences:
         raise CheckpointError(

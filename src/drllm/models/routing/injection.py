@@ -63,7 +63,7 @@ class Driver:
         return call.run(hidden)
 
     def compiles(self, cache: Cache | None) -> bool:
-        """Say whether what runs is known before the pass, so that a graph can be made of it."""
+        """Say whether a pass can be compiled: what it runs is known before it starts."""
         return True
 
     def end(self) -> None:
@@ -139,13 +139,13 @@ class Injection:
 
     def remove(self) -> None:
         """Take every override and hook off, unless somebody has put an override over ours."""
-        for place, handle in enumerate((*self.handles, self.whole)):
+        overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.whole]
+        for handle in overrides:
             is_gone = handle.module.__dict__.get("forward") == handle.previous
             if not (handle.is_on_top or is_gone):
-                what = f"layer {place}" if place < self.num_layers else "the decoder"
                 raise RoutingError(
-                    f"the forward of {what} was overridden again after routing was attached; take "
-                    f"that override off, then detach()"
+                    f"the forward of {handle.place} was overridden again after routing was "
+                    f"attached; take that override off, then detach()"
                 )
         for part in self._parts():
             part.remove()
@@ -207,7 +207,7 @@ class Injection:
         for handle in self.handles:
             if not handle.is_on_top and handle not in _overriding(handle.module):
                 raise RoutingError(
-                    f"the routing of layer {handle.index} was taken off the model by other code; "
+                    f"the routing of {handle.place} was taken off the model by other code; "
                     f"make a new RoutedModel to attach it again"
                 )
             checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
@@ -291,16 +291,18 @@ class DecoderHandle(ForwardOverride):
     torch gives up; the pass that makes a cache's entries is no graph either. Others compile.
     """
 
+    place = "the decoder"
+
     def __init__(self, injection: Injection) -> None:
         super().__init__(injection.decoder)
         self.injection = injection
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Replace the decoder's own forward."""
-        current = self.injection.current.get() if torch.compiler.is_compiling() else None
-        cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
-        if current is not None and not current.driver.compiles(cache):
-            return _uncompiled(self.original(), *args, **kwargs)
+        if torch.compiler.is_compiling() and (current := self.injection.current.get()):
+            cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+            if not current.driver.compiles(cache):
+                return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         # Not by `original`: after a graph break torch would take its method for this override.
@@ -316,7 +318,7 @@ class LayerHandle(ForwardOverride):
     def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
         super().__init__(layer)
         self.injection = injection
-        self.index = index
+        self.index, self.place = index, f"layer {index}"
         # Names of the layer's arguments after its input, in order.
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(self.original()).parameters.values()
