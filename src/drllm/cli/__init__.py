@@ -7,15 +7,19 @@ anything else is a defect of ours and keeps its traceback.
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from itertools import takewhile
 
-from drllm import __version__
+from drllm import __version__, processes
 from drllm.cli.help import say_help, say_overview
 from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, verb_of
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
+
+GRACE_S = 3.0
+"""How long a further process waits before it says why it failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminal.warnings():
             return _run(words, terminal)
     except DrllmError as error:
+        if not processes.is_first():  # where the first fails too, the launcher ends this one soon
+            time.sleep(GRACE_S)
+            terminal.err.quiet = False
         terminal.fail(str(error))
         return 2
     except KeyboardInterrupt:
@@ -59,5 +66,13 @@ def _run(words: list[str], terminal: Terminal) -> int:
         say_help(verb_of(words[0]), terminal, everything="--help-all" in asked)
     else:
         request = parse(words)
-        VERBS[request.verb].run(request, terminal)
+        chosen = VERBS[request.verb]
+        if processes.count() > 1 and not chosen.shares:
+            ray = " --executor ray" if chosen.name == "search" else ""
+            raise ConfigError(
+                f"drllm {chosen.name} is started once, but {processes.count()} processes were; "
+                f"leave torchrun or accelerate out: drllm {chosen.name}{ray} …"
+            )
+        terminal.err.quiet = terminal.out.quiet = not processes.is_first()
+        chosen.run(request, terminal)
     return 0

@@ -5,7 +5,6 @@
 
 import io
 import logging
-import os
 import re
 import sys
 from argparse import Namespace
@@ -20,6 +19,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
+from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
 from drllm.listener import quiet
@@ -94,7 +94,6 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         # Without effect on tasks that set the other one, which the harness prefers.
         args.gen_kwargs = dict(settings.gen_kwargs)
         args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
-    is_first = int(os.environ.get("RANK", "0")) == 0  # the process that writes
     length = settings.model_args.get("max_length")
     tasks: list[HarnessTask] = []
     files: FolderFiles | None = None
@@ -111,7 +110,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             data_dir=data_dir,
             num_fewshot=settings.num_fewshot,
             max_length=length if isinstance(length, int) else None,
-            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            num_processes=processes.count(),
         )
     with ExitStack() as stack:
         if settings.cache_requests:
@@ -120,10 +119,10 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             place = str(Path(cache.PATH) / f"drllm-{_key(args, files)}")
             stack.enter_context(patch.object(cache, "PATH", place))
         if files is not None:
-            for task in tasks if is_first else ():
+            for task in tasks if processes.is_first() else ():
                 for note in task.notes:
                     logger.warning("%s: %s", task.name, note)
-            if output is not None and is_first:
+            if output is not None and processes.is_first():
                 folder = str(output / FOLDER / files.key)
             else:
                 folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))

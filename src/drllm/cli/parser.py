@@ -108,6 +108,7 @@ class Verb:
     flags: tuple[Flag, ...] = ()
     model_from: str = ""  # what names the base model where --model isn't given
     resumes: bool = False  # the same command resumes after an interruption
+    shares: bool = False  # several processes divide the work
 
 
 CONFIG = Flag(

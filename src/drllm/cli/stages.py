@@ -30,6 +30,7 @@ from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
+from drllm.processes import is_first
 from drllm.records.codec import sha256
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
@@ -214,6 +215,7 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
         ),
     ),
     resumes=True,
+    shares=True,
 )
 def train_verb(request: Request, terminal: Terminal) -> None:
     """Train the routers on target paths."""
@@ -238,7 +240,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     with loaded(request.of(ModelConfig), terminal) as base:
         rewards = check_targets(files, base.identity)
         train(base, found, config, output, features=features, rewards=rewards, listener=terminal)
-    for folder in folders:
+    for folder in folders if is_first() else ():
         terminal.fact("routers", folder)
         show(folder, terminal)
 
@@ -266,6 +268,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     settings=(ModelConfig, TuneConfig),
     flags=(COLUMNS, Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR")),
     resumes=True,
+    shares=True,
 )
 def tune_verb(request: Request, terminal: Terminal) -> None:
     """Find one path for a whole task: fewer layers, answers as good."""
@@ -281,7 +284,8 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     from drllm.tuning.run import tune
 
     tune(request.of(ModelConfig), None, config, output, listener=terminal)
-    show_paths(output / PATHS_FILE, terminal)
+    if is_first():
+        show_paths(output / PATHS_FILE, terminal)
 
 
 @verb(
@@ -344,6 +348,7 @@ def menu_verb(request: Request, terminal: Terminal) -> None:
     ),
     model_from="the routers, a menu or a paths.json name",
     resumes=True,
+    shares=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
     """Compare base, routed model, baselines and static paths on tasks."""
@@ -364,8 +369,9 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
         from drllm.evaluation.run import evaluate
 
         evaluate(base, tasks, config, output, routers=folders, listener=terminal)
-    show_results(output, terminal, [task.name for task in tasks])
-    terminal.fact("results", output)
+    if is_first():
+        show_results(output, terminal, [task.name for task in tasks])
+        terminal.fact("results", output)
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:

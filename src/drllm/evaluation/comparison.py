@@ -1,6 +1,7 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,10 +154,9 @@ class Shared:
         """Run a system, or return what an earlier start of this evaluation has kept of it."""
         parts = self.chunks.within(name)
 
-        def keep(key: str, share: float, ask: Callable[[], Answered]) -> Answered:
-            answered = parts.once(key, Answered, ask)
-            self.tell(name, share * cost)
-            return answered
+        def keep(asks: Mapping[str, Callable[[], Answered]]) -> list[Answered]:
+            shares = itertools.accumulate([cost / len(asks)] * len(asks))
+            return parts.each_once(asks, Answered, lambda _: self.tell(name, next(shares)))
 
         with self.doing(name, cost):
             return self.chunks.once(name, SystemRun, lambda: run(keep))

@@ -7,7 +7,6 @@ Questions are asked in blocks. What a system did on a block is kept as soon as i
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,10 +26,11 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_ro
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel, detach, unrouted
 from drllm.paths import StaticPath
+from drllm.processes import is_first
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.menu import RIVALS, Menu
-from drllm.records.places import only_writer
+from drllm.records.places import only_writer, stage_folder
 from drllm.records.results import (
     BASE,
     ROUTED,
@@ -126,7 +126,7 @@ def evaluate(
         if isinstance(chosen, (PathFile, Menu)):
             _refuse_chosen_on(chosen, found, config)
     with ExitStack() as stack:
-        output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        output = stage_folder(output_dir, stack)
         check_output(output)
         held = {**model.adapters} if isinstance(model, RoutedModel) else {}
         if isinstance(model, RoutedModel):
@@ -229,7 +229,8 @@ def evaluate(
                 done = with_rivals(done, policy, menu.record, config.seed)
             detach(base.model)
             with shared.doing("measuring time", timed):
-                write_latency(base, first, trained, shared.prompts, config, output)
+                if is_first():
+                    write_latency(base, first, trained, shared.prompts, config, output)
         results = Results(_write(done, header, output))
         shared.chunks.remove()
     results.folder = None if output_dir is None else output

@@ -85,10 +85,10 @@ class SystemRun(Outcomes, kw_only=True):
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
 
-Keep: TypeAlias = Callable[[str, float, Callable[[], Answered]], Answered]
-"""Called with a block's key, the share of the questions that are answered with it, and what asks
-it; returns the answers that were kept under the same key, else those of now. The key has the
-decisions: were they others after an interruption, the block would be asked again."""
+Keep: TypeAlias = Callable[[Mapping[str, Callable[[], Answered]]], list[Answered]]
+"""Called with what asks each block, by key; returns the answers that were kept under the same key,
+else those of now. The key has the decisions: were they others after an interruption, the block
+would be asked again."""
 
 
 class TaskRun:
@@ -202,15 +202,11 @@ class TaskRun:
     def _by_blocks(
         self, keep: Keep, decided: Callable[[Block], Any], ask: Callable[[Block], Answered]
     ) -> Answered:
-        answered = [
-            keep(
-                f"block {number} {json.dumps(decided(block))}",
-                (number + 1) / len(self._blocks),
-                partial(ask, block),
-            )
+        asks = {
+            f"block {number} {json.dumps(decided(block))}": partial(ask, block)
             for number, block in enumerate(self._blocks)
-        ]
-        return joined(self._blocks, answered)
+        }
+        return joined(self._blocks, keep(asks))
 
     def _ask(self, block: Block, draws: Sequence[Decides]) -> Answered:
         """Ask a block's questions under the first draw, which is timed, and under further plans."""

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from drllm.errors import ConfigError, RecordError
+from drllm.processes import is_first
 from drllm.records.codec import read_json, refuse_odd_file
 from drllm.records.manifest import manifest_path
 
@@ -48,6 +50,15 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
         is_ours |= held.startswith("drllm.") and held != f"drllm.{schema}"
     if is_ours:
         raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
+
+
+def stage_folder(given: Path | str | None, stack: ExitStack) -> Path:
+    """Return the folder that a stage writes to, a temporary one where nothing is to stay.
+
+    Of several processes of one stage the first one's stays.
+    """
+    kept = given if is_first() else None
+    return Path(kept or stack.enter_context(TemporaryDirectory()))
 
 
 @contextmanager

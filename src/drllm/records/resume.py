@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from drllm.errors import ConfigError, RecordError
+from drllm.processes import count, from_first, is_first, share
 from drllm.records import codec
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ class Chunks:
     """The finished chunks of one run, by key.
 
     Use it inside `only_writer` of the folder that gets the results. Instances can be pickled:
-    processes that the run starts may `put` chunks, each its own.
+    processes that the run starts may `put` chunks, each its own. Of several processes of one stage
+    the first has the chunks; in all of them the same is asked for.
 
     The folder is made with the first chunk and not sooner: a start that came to nothing, by a
     setting that is mended then, must not stand in the way of the next one. The identity is what
@@ -74,12 +76,12 @@ class Chunks:
 
         A folder of another run is a ConfigError; a link, or files of others, a RecordError.
         """
-        marker = self._read_marker()
+        marker = from_first(self._read_marker)
         if marker is not None:
             wanted = {"drllm_version": _VERSION, **self._identity}
             self._refuse_other({"drllm_version": marker.drllm_version, **marker.identity}, wanted)
             self._later, self._is_marked = marker.later, True
-        elif foreign := sorted(name for name in self._names() if not _is_ours(name)):
+        elif is_first() and (foreign := sorted(n for n in self._names() if not _is_ours(n))):
             raise RecordError(
                 f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "
                 f"move them, or choose another --output-dir"
@@ -97,10 +99,13 @@ class Chunks:
 
     def has(self, key: str) -> bool:
         """Tell whether a chunk is there."""
-        return self._file(key).is_file()
+        return from_first(self._file(key).is_file)
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """Return a chunk, or None where it isn't done or can't be read."""
+        return from_first(lambda: self._read(key, kind))
+
+    def _read(self, key: str, kind: type[T]) -> T | None:
         file = self._file(key)
         try:
             if file.is_symlink():
@@ -112,6 +117,8 @@ class Chunks:
 
     def put(self, key: str, value: Any) -> None:
         """Keep a finished chunk; its parts go."""
+        if not is_first():
+            return
         if not self._is_marked:
             marker = _Marker(identity=self._identity, later=self._later)
             codec.write_json(self.folder / MARKER_FILE, marker)
@@ -125,13 +132,30 @@ class Chunks:
     def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
         """Return a chunk; one that isn't done is made, and kept, first.
 
-        What was made is read back, so that it can't differ from what a later start will find.
+        What was made is encoded and decoded, so that it can't differ from what a later start will
+        find.
         """
         found = self.get(key, kind)
-        if found is None:
-            self.put(key, make())
-            found = codec.read_json(self._file(key), kind)
-        return found
+        return self._kept(key, kind, make()) if found is None else found
+
+    def each_once(
+        self, makes: Mapping[str, Callable[[], Any]], kind: type[T], on_chunk: Callable[[T], None]
+    ) -> list[T]:
+        """Return chunks as `once`; those that aren't done are shared out among the processes."""
+        found = {key: self.get(key, kind) for key in makes}
+        todo = [key for key, value in found.items() if value is None]
+        for value in filter(None, found.values()):
+            on_chunk(value)
+        for start in range(0, len(todo), count()):
+            keys = todo[start : start + count()]
+            for key, value in zip(keys, share([makes[key] for key in keys]), strict=True):
+                found[key] = kept = self._kept(key, kind, value)
+                on_chunk(kept)
+        return list(found.values())  # type: ignore[arg-type]
+
+    def _kept(self, key: str, kind: type[T], value: Any) -> T:
+        self.put(key, value)
+        return codec.decode(codec.encode(value), kind, key)
 
     def within(self, key: str) -> Chunks:
         """Return the parts of a chunk: kept like chunks, until the chunk itself is put."""
@@ -145,7 +169,7 @@ class Chunks:
         The marker goes last, so that what a kill leaves can still be told to be ours.
         """
         try:
-            marker = self._read_marker()
+            marker = self._read_marker() if is_first() else None
         except RecordError:
             return
         if marker is not None and marker.identity != self._identity:

@@ -7,9 +7,10 @@ Axes: N targets, B rows, D hidden, L layers, W windows.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from drllm.models.routers.depth_control import read_under
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import batches
+from drllm.processes import count, from_first, share
 from drllm.records.codec import digest_of
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
@@ -123,18 +125,16 @@ def collect(
             done = N - sum(map(len, missing))
             if done > 0:
                 progress(done, N)
-            for rows in missing:
-                policy = RecordingPolicy(FixedPolicy(labels[rows], labels.shape[1]), num_windows)
-                read_under(routed, policy, [prompts[row] for row in rows])
-                finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
-                store.put(
-                    rows,
-                    torch.where(finite[:, None, None, None], policy.means, 0.0),
-                    torch.where(finite, policy.filled.to(finite.device), NOT_FINITE),
-                )
-                _check_finite(model, kept, len(rejected), store.filled)
-                done += len(rows)
-                progress(done, N)
+            for start in range(0, len(missing), count()):
+                group = missing[start : start + count()]
+                parts = [([prompts[row] for row in rows], labels[rows]) for rows in group]
+                pooled = share(_pooling(routed, num_windows, from_first(parts.copy)))
+                for rows, (means, filled) in zip(group, pooled, strict=True):
+                    store.put(rows, means, filled)
+                    _check_finite(model, kept, len(rejected), store.filled)
+                    done += len(rows)
+                    progress(done, N)
+            from_first(list)  # nothing more to assist with
     finally:
         routed.detach()
 
@@ -152,6 +152,36 @@ def collect(
         places=is_used.nonzero().flatten() if overflown else None,
         rejected=(*rejected, *overflown),
     )
+
+
+Part: TypeAlias = tuple[list[list[int]], Tensor]
+"""Prompts and their decisions `[B, L]`, which are run in one batch."""
+
+
+@torch.no_grad()
+def assist(model: Any, num_windows: int) -> None:
+    """Pool a part of the batches of `collect`, which runs in the first of several processes."""
+    routed, parts = RoutedModel(model), list[Part]()
+    try:
+        while parts := from_first(lambda: parts):
+            share(_pooling(routed, num_windows, parts))
+    finally:
+        routed.detach()
+
+
+def _pooling(
+    routed: RoutedModel, num_windows: int, parts: Sequence[Part]
+) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """Return what pools each batch: its windows' means, zeros where not finite, and `filled`."""
+
+    def pool(prompts: list[list[int]], labels: Tensor) -> tuple[Tensor, Tensor]:
+        policy = RecordingPolicy(FixedPolicy(labels, labels.shape[1]), num_windows)
+        read_under(routed, policy, prompts)
+        finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
+        means = torch.where(finite[:, None, None, None], policy.means, 0.0)
+        return means.cpu(), torch.where(finite.cpu(), policy.filled.cpu(), NOT_FINITE)
+
+    return [partial(pool, *part) for part in parts]
 
 
 def _check_finite(

@@ -1,16 +1,7 @@
-"""Training, the stage: features, then for each seed rounds of epochs, then folders of routers.
+"""Training as a stage: targets in, for each seed a folder of routers out.
 
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
-
-In teacher forcing (round 0) a router reads the states that the target path leaves; in routing it
-reads those that the routers before it made, mistakes and all. So before each further round what
-the last round's routers read along their own routes is pooled; then new routers are trained from
-the same initial weights on all rounds' inputs, with the question's labels unchanged. A round's
-routers are those of a training with that number of rounds.
-
-Source of the rounds: Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1 with β = 1 in round 0 and
-0 after.
 """
 
 import dataclasses
@@ -35,6 +26,7 @@ from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import unrouted
+from drllm.processes import from_first, is_first
 from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
@@ -43,7 +35,7 @@ from drllm.records.supervision import SupervisionRecord, check_targets, join_sup
 from drllm.training import checkpoint
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
-from drllm.training.features import Features, collect, digest
+from drllm.training.features import Features, assist, collect, digest
 from drllm.training.targets import REJECTED_FILE, reasons_of
 from drllm.training.trackers import RUN_FILE, check_trackers, tell, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
@@ -104,6 +96,9 @@ def train(
     with ExitStack() as stack:
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
+        if not is_first():
+            assist(base.model, config.num_windows)
+            return from_first(lambda: load_routers(output))
         known = check_targets(files, base.identity) if files else getattr(targets, "rewards", ())
         seeds = config.by_seed(output)
         config.check_effects()
@@ -146,7 +141,7 @@ def train(
             )
         if features is None:
             store.remove()
-        return load_routers(output)
+        return from_first(lambda: load_routers(output))
 
 
 def train_on(

@@ -4,7 +4,6 @@ Paths are fitted on one part of the questions, chosen on another, certified on a
 once on the rest; see `parts`.
 """
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,9 +24,10 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
+from drllm.processes import from_first
 from drllm.records.codec import digest_of, write_json
 from drllm.records.manifest import new_manifest
-from drllm.records.places import only_writer
+from drllm.records.places import only_writer, stage_folder
 from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import (
     CERTIFY,
@@ -102,7 +102,7 @@ def tune(
     config, listener = changed(TuneConfig, config, settings), listener or Listener()
     divided = parts_of_tasks(config, tasks)
     with ExitStack() as stack:
-        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stage_folder(output_dir, stack)
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
@@ -185,16 +185,29 @@ class TaskScorer:
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
         digest = digest_of(path.steps for path in paths)[:16]
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            key = f"{self.name} {part} {first} to {last} from {start} {digest}"
-            scores = self.chunks.once(key, Scores, partial(judge.scores, paths, places))
+        parts = {start: order[start : start + size] for start in range(0, len(order), size)}
+        makes = {
+            f"{self.name} {part} {first} to {last} from {start} {digest}": partial(
+                judge.scores, paths, places
+            )
+            for start, places in parts.items()
+        }
+        num_asked = 0
+
+        def on_chunk(scores: Scores) -> None:
+            nonlocal num_asked
+            num_new = len(scores.objective[0])
+            num_asked += num_new
+            self.seconds += scores.seconds
+            told = f"{len(paths)} paths on {num_asked} of {len(order)} questions"
+            self.on_scored(len(paths) * num_new, told)
+
+        for places, scores in zip(
+            parts.values(), self.chunks.each_once(makes, Scores, on_chunk), strict=True
+        ):
             at = [place - first for place in places]
             found[0][:, at] = scores.objective
             found[1][:, at] = scores.right or 0.0
-            self.seconds += scores.seconds
-            told = f"{len(paths)} paths on {start + len(places)} of {len(order)} questions"
-            self.on_scored(len(paths) * len(places), told)
         return found
 
     def correct(self, part: str, path: StaticPath) -> list[float]:
@@ -204,14 +217,18 @@ class TaskScorer:
             right: list[float] = self._known[part, path][1].tolist()
             return right
         if self.is_generated and (part, path) not in self._answered:
-            prompts, found, digest = self.prompts(part), [], digest_of(path.steps)[:16]
-            for start in range(0, len(prompts), MOST_ANSWERS):
-                ask = partial(graded, self.routed, path, prompts[start : start + MOST_ANSWERS])
-                key = f"{self.name} answers {part} from {start} {digest}"
-                found += self.chunks.once(key, list[float], ask)
-                told = f"{len(found)} of {len(prompts)} answers of a path"
-                self.on_scored(len(found) - start, told)
-            self._answered[part, path] = found
+            prompts, digest = self.prompts(part), digest_of(path.steps)[:16]
+            makes = {
+                f"{self.name} answers {part} from {start} {digest}": partial(
+                    graded, self.routed, path, prompts[start : start + MOST_ANSWERS]
+                )
+                for start in range(0, len(prompts), MOST_ANSWERS)
+            }
+            told = f"{len(prompts)} answers of a path"
+            found = self.chunks.each_once(
+                makes, list[float], lambda new: self.on_scored(len(new), told)
+            )
+            self._answered[part, path] = [each for part_of in found for each in part_of]
         return self._answered.get((part, path), [])
 
     @property
@@ -268,6 +285,22 @@ class _Tuning:
 
     def run(self) -> StaticPaths:
         """Search, or return what an earlier run of the same has written."""
+        if (finished := from_first(self._finished)) is not None:
+            return finished
+        self.chunks.open()
+        with self.listener.progress("tuning", "") as self.on_progress:
+            paths = {self.full: False} | self._dominated(self._search())
+            self._measure_all(paths)
+            choice = None if self.config.epsilon is None else self._certify(paths)
+            result = self._result(paths, choice)
+            self.on_progress(self._most + FINAL, self._most + FINAL, "")
+        write_json(self.folder / PATHS_FILE, result)
+        if not result.is_cut:
+            self.chunks.remove()
+        return result
+
+    def _finished(self) -> StaticPaths | None:
+        """Return what the folder holds; None if there is nothing, or more is asked for."""
         file = self.folder / PATHS_FILE
         if file.exists():
             found, own = read_paths(file), self.identity
@@ -290,17 +323,7 @@ class _Tuning:
                     f"{file} has tested {found.choice.confirmation.name} for --epsilon, and going "
                     f"on would test another path on the same questions; tune in another folder"
                 )
-        self.chunks.open()
-        with self.listener.progress("tuning", "") as self.on_progress:
-            paths = {self.full: False} | self._dominated(self._search())
-            self._measure_all(paths)
-            choice = None if self.config.epsilon is None else self._certify(paths)
-            result = self._result(paths, choice)
-            self.on_progress(self._most + FINAL, self._most + FINAL, "")
-        write_json(file, result)
-        if not result.is_cut:
-            self.chunks.remove()
-        return result
+        return None
 
     # --- search ---
 

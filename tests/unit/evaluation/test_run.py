@@ -448,7 +448,7 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
         read = TaskRun(lm, asked, num_texts=8, seed=0).texts(
-            "routed", Drawn(policy), "", lambda *asks: asks[-1]()
+            "routed", Drawn(policy), "", lambda asks: [ask() for ask in asks.values()]
         )
         routes = []
         for prompt in asked.prompts():

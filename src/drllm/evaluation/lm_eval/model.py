@@ -6,10 +6,8 @@ Axes: P prompts, L layers.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -40,13 +38,12 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
+from drllm.processes import PATIENCE, count
 from drllm.records.menu import read_plan
 from drllm.records.static_paths import PathFile
 
 MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
-PATIENCE = timedelta(weeks=52)
-"""How long a process waits for the others: some have much more to do. As in the harness."""
 PASSED_ON = (
     *("add_bos_token", "prefix_token_id", "truncation"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
@@ -133,7 +130,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 f"num_windows={own}, or leave it out"
             )
         accelerator = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if count() > 1 and not isinstance(pretrained, BaseModel):
             # Each process takes a device of its own, or all the CPU, where that is asked for.
             accelerator = Accelerator(
                 cpu=device == "cpu" or not torch.cuda.is_available(),

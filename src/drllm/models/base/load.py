@@ -7,6 +7,7 @@ for it. What transformers reports over many lines and by many exceptions becomes
 import dataclasses
 import difflib
 import logging
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -196,7 +197,10 @@ def resolve_device(name: str) -> torch.device:
     """Return a device, which this machine must have; `auto` is CUDA, else MPS, else the CPU."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        if torch.cuda.is_available():  # of several processes, each has one of its own
+            own = os.environ.get("LOCAL_RANK")
+            return torch.device("cuda" if own is None else f"cuda:{own}")
+        return torch.device("mps" if has_mps else "cpu")
     kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(index or 0) >= count:

@@ -4,6 +4,7 @@ Results don't depend on how paths are split over passes.
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ SHARE_OF_FREE_MEMORY = 0.5
 """The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4
 
-_num_sharing = 1
+_num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True, slots=True)

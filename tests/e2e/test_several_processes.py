@@ -1,0 +1,151 @@
+"""Processes that a launcher starts divide a stage, and end with the files of one process."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+
+MOST_S = 240.0
+ONE_OF_SEVERAL = """
+import functools, os, sys
+import lm_eval.tasks
+from drllm.cli import main
+os.environ.update(environment)
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+sys.stdout, sys.stderr = (open(f"{said}.{kind}", "w", buffering=1) for kind in ("out", "err"))
+sys.exit(main(words))
+"""
+MEASURED = {"seconds", "created", "created_at", "latency", "routers"}
+"""What two runs never have in common: times, and where they lie."""
+
+
+@pytest.fixture
+def begin(processes: Any, tmp_path: Path) -> Callable[[list[str]], list[Any]]:
+    """A function that starts a command in two processes, as torchrun does."""
+
+    def begin_both(words: list[str]) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        pair = []
+        for rank in ("0", "1"):
+            environment = {**place, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            given = {"words": words, "environment": environment, "said": str(tmp_path / rank)}
+            pair.append(processes.Process(target=exec, args=(ONE_OF_SEVERAL, given)))
+            pair[-1].start()
+        return pair
+
+    return begin_both
+
+
+def ended(pair: list[Any]) -> list[int]:
+    for process in pair:
+        process.join(MOST_S)
+    return [process.exitcode for process in pair]
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(each) for key, each in value.items() if key not in MEASURED}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    found = {
+        path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*.json")
+    }
+    found.pop("latency.json", None)
+    found.pop("samples.manifest.json", None)
+    return found | {path.name: path.read_text() for path in folder.glob("samples.jsonl")}
+
+
+TUNE = "tune --device cpu --tasks builtin_facts,builtin_arithmetic --num-fit 8 --num-judged 6"
+EVALUATE = "evaluate --device cpu --tasks builtin_facts,builtin_arithmetic --limit 7"
+
+
+def test_tuning_in_two_processes_writes_the_paths_of_one(begin, model_folder, tmp_path):
+    words = [*TUNE.split(), "--max-skipped", "2", "--model", str(model_folder()), "--output-dir"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
+    assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
+    assert [*(tmp_path / "two").iterdir()] == [tmp_path / "two" / "paths.json"]
+
+
+def test_only_the_first_process_says_anything(begin, model_folder, tmp_path):
+    words = [*TUNE.split(), "--max-skipped", "1", "--model", str(model_folder())]
+    assert ended(begin([*words, "--output-dir", str(tmp_path / "two")])) == [0, 0]
+    assert "skip1" in (tmp_path / "0.out").read_text()
+    assert "tuning" in (tmp_path / "0.err").read_text()
+    assert (tmp_path / "1.out").read_text() == (tmp_path / "1.err").read_text() == ""
+
+
+@pytest.mark.thorough
+def test_training_in_two_processes_writes_the_routers_of_one(begin, finished_run, tmp_path):
+    words = ["train", "--device", "cpu", "--supervision", str(finished_run / "supervision.jsonl")]
+    words += ["--model", _model_of(finished_run), "--num-epochs", "1", "--output"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
+    one, two = ((tmp_path / name / "routers.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.thorough
+def test_an_evaluation_in_two_processes_writes_the_results_of_one(
+    begin, finished_run, tmp_path, small_harness
+):
+    words = [*EVALUATE.split(), "--routers", str(finished_run / "routers"), "--output-dir"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
+    assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("resumed_by", ["two", "one"])
+def test_what_two_processes_had_done_before_a_kill_is_resumed(
+    resumed_by, begin, model_folder, tmp_path
+):
+    words = [*TUNE.split(), "--max-skipped", "3", "--model", str(model_folder()), "--output-dir"]
+    assert main([*words, str(tmp_path / "undisturbed")]) == 0
+    killed, kept = tmp_path / "killed", tmp_path / "killed" / "paths.partial"
+    pair = begin([*words, str(killed)])
+    until = time.monotonic() + MOST_S
+    while (not kept.is_dir() or len([*kept.iterdir()]) < 4) and time.monotonic() < until:
+        time.sleep(0.01)
+    for process in pair:
+        process.kill()
+    assert ended(pair) == [-9, -9]
+    assert not (killed / "paths.json").exists()
+    if resumed_by == "two":
+        assert ended(begin([*words, str(killed)])) == [0, 0]
+    else:
+        assert main([*words, str(killed)]) == 0
+    assert results_in(killed) == results_in(tmp_path / "undisturbed")
+
+
+def test_what_is_wrong_is_said_by_all_in_the_same_line(begin, model_folder, tmp_path):
+    words = [*TUNE.split(), "--model", str(model_folder()), "--output-dir", str(tmp_path / "two")]
+    assert ended(begin([*words, "--max-skipped", "60"])) == [2, 2]
+    said = [(tmp_path / f"{rank}.err").read_text().splitlines()[-1] for rank in "01"]
+    assert said[0] == said[1]
+    assert "--max-skipped 60" in said[0]
+
+
+@pytest.mark.parametrize("verb", ["search", "heal"])
+def test_a_verb_that_divides_nothing_is_refused_in_several_processes(verb, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = ["--path", "none.json:skip2"] if verb == "heal" else []
+    assert main([verb, *given]) == 2
+    said = capsys.readouterr().err
+    assert f"drllm {verb} is started once" in said
+    assert ("--executor ray" in said) == (verb == "search")
+
+
+def _model_of(run: Path) -> str:
+    found: str = json.loads((run / "search.manifest.json").read_text())["model"]["id"]
+    return found
