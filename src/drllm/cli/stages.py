@@ -57,12 +57,16 @@ from drllm.tuning.parts import parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
+    from drllm.pipeline.forecast import Forecast
 
 COLUMNS = Flag(
     "columns",
     f"which columns of a file or hub set hold {', '.join(FIELDS)}; grader=exact names the grader",
     value="FIELD=COLUMN,...",
     basic=False,
+)
+DRY_RUN = Flag(
+    "dry_run", "say what it will take, from the model's shape; no weights are read", switch=True
 )
 
 
@@ -172,6 +176,35 @@ def _say_forecast(
     terminal.say("nothing was written; leave --dry-run out to search")
 
 
+def _say_derived(found: Forecast, request: Request, terminal: Terminal) -> None:
+    from drllm.models.base.load import resolve_device
+    from drllm.pipeline.forecast import flops_a_second
+
+    base, device = found.base, resolve_device(request.of(ModelConfig).device)
+    with terminal.busy("measuring"):
+        speed = flops_a_second(base, device)
+    rows = []
+    for name, work in found.work.items():
+        counts = name, str(work.passes), str(work.tokens), f"{work.flops / 1e12:.3g}"
+        rows.append([*counts, duration(work.flops / speed)])
+    terminal.table("part|passes|tokens|TFLOPs|time at most", rows, numbers_from=1)
+    seconds = sum(work.flops for work in found.work.values()) / speed
+    weights, dtype = base.model.num_parameters(), base.model.dtype
+    sizes = {"weights": weights * dtype.itemsize} | found.memory
+    terminal.fact(
+        "model", f"{weights / 1e9:.3g} billion weights, {base.num_layers} layers, {dtype}"
+    )
+    terminal.fact("time", f"{duration(seconds)} at most on one {device.type}")
+    terminal.fact(
+        "memory", ", ".join(f"{size / 1e9:.3g} GB {what}" for what, size in sizes.items())
+    )
+    terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
+    terminal.say(
+        f"derived from the model's shape, without what paths share, at {speed / 1e12:.3g} TFLOPs a "
+        f"second, as two layers of that shape run here; nothing was written"
+    )
+
+
 @verb(
     "supervise",
     example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
@@ -213,6 +246,7 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
             value="DIR",
             basic=False,
         ),
+        DRY_RUN,
     ),
     resumes=True,
     shares=True,
@@ -225,6 +259,11 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     check_trackers(config.trackers)
     files = published.supervision_files(request)
     found = join_supervision(files)
+    if request.values["dry_run"]:
+        from drllm.pipeline.forecast import of_training
+
+        _say_derived(of_training(request.of(ModelConfig), config, found), request, terminal)
+        return
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:
@@ -266,7 +305,11 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     "tune",
     example="drllm tune --tasks builtin_facts --output-dir tuned/",
     settings=(ModelConfig, TuneConfig),
-    flags=(COLUMNS, Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR")),
+    flags=(
+        COLUMNS,
+        Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR"),
+        DRY_RUN,
+    ),
     resumes=True,
     shares=True,
 )
@@ -274,13 +317,19 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     """Find one path for a whole task: fewer layers, answers as good."""
     config, output = request.of(TuneConfig), request.path("output_dir")
     check_folder(output, "--output-dir")
-    for divided in parts_of_tasks(config):
+    tasks = parts_of_tasks(config)
+    for divided in tasks:
         limit = {FIT: None}  # drawn already, by --num-fit
         parts = ", ".join(
             f"{len(found[: limit.get(part, config.num_judged)])} to {part}"
             for part, found in divided.examples.items()
         )
         terminal.say(f"questions of {divided.task.name}: {parts}")
+    if request.values["dry_run"]:
+        from drllm.pipeline.forecast import of_tuning
+
+        _say_derived(of_tuning(request.of(ModelConfig), config, tasks), request, terminal)
+        return
     from drllm.tuning.run import tune
 
     tune(request.of(ModelConfig), None, config, output, listener=terminal)

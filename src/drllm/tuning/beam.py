@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from drllm.config import TuneConfig
 from drllm.cost import Shares, path_executions
+from drllm.errors import ConfigError
 from drllm.paths import ALL, ATTENTION, MLP, StaticPath, Step, layer_of, step_of
+from drllm.records.static_paths import FIT
 from drllm.statistics.intervals import Floats
-from drllm.tuning.parts import rungs
+from drllm.tuning.parts import TaskParts, rungs
 
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
@@ -27,6 +30,8 @@ SCALES = (0.25, 0.5, 1.0)
 1 (arXiv 2605.23872)."""
 LONGEST_BLOCK = 7
 """Layers of a block that is repeated, at most."""
+SHARE_SKIPPED = 1 / 6
+"""Of the layers, unless another number is given."""
 ROUNDING = 1e-6
 """Of a level that shares of layers add up to."""
 
@@ -112,6 +117,24 @@ class Beam:
             order = sorted(range(len(left)), key=lambda place: -values[place])
             left = [left[place] for place in order[:kept]]
         return left
+
+
+def beam_of(config: TuneConfig, divided: Sequence[TaskParts], shares: Shares) -> Beam:
+    """Return the search that settings ask for on tasks; a ConfigError where none is possible."""
+    L = len(shares)
+    most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
+    if most >= L:
+        raise ConfigError(
+            f"--max-skipped {most:g} leaves nothing of {L} layers; give at most {L - 1}"
+        )
+    num = max(len(each.examples[FIT]) for each in divided)
+    beam = Beam(config.edits, config.beam, most, num, shares)
+    if not beam.num_levels:
+        raise ConfigError(
+            f"--max-skipped {most:g} is too little: one edit leaves out at least {beam.unit:.3g} "
+            f"of a layer; give that or more"
+        )
+    return beam
 
 
 def skips(path: StaticPath, kind: str) -> Iterator[StaticPath]:

@@ -47,13 +47,11 @@ from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Prompt, Task
 from drllm.tasks.base import choose as draw
-from drllm.tuning.beam import LAYERS, Beam
+from drllm.tuning.beam import LAYERS, beam_of
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 CHUNKS_FOLDER = "paths.partial"
-SHARE_SKIPPED = 1 / 6
-"""Of the layers, unless another number is given."""
 FINAL = 1
 """Levels whose time certifying and testing takes, about."""
 MOST_PAIRS = 100
@@ -267,18 +265,8 @@ class _Tuning:
         self.tasks = [
             TaskScorer(routed, each, config, self.chunks, self._scored) for each in divided
         ]
-        self._most = config.max_skipped or max(1, int(SHARE_SKIPPED * L))
-        if self._most >= L:
-            raise ConfigError(
-                f"--max-skipped {self._most:g} leaves nothing of {L} layers; give at most {L - 1}"
-            )
-        num = max(len(each.examples[FIT]) for each in divided)
-        self.beam = Beam(config.edits, config.beam, self._most, num, self.shares)
-        if not self.beam.num_levels:
-            raise ConfigError(
-                f"--max-skipped {self._most:g} is too little: one edit leaves out at least "
-                f"{self.beam.unit:.3g} of a layer; give that or more"
-            )
+        self.beam = beam_of(config, divided, self.shares)
+        self._most = self.beam.max_saved
         self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
         self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many

@@ -9,14 +9,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
@@ -158,6 +158,27 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     return BaseModel(loaded, _padding_left(tokenizer), name=config.model, revision=revision)
 
 
+def without_weights(config: ModelConfig) -> BaseModel:
+    """Build a model of its configuration alone, on the device `meta`, where nothing can be run.
+
+    ConfigError and ModelError as `load`; the weights needn't be there.
+    """
+    device = resolve_device(config.device)
+    with hub.quiet():
+        source, revision = _locate(config, {}, weights=())
+        given = {"trust_remote_code": config.trust_remote_code, "revision": revision}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **given)
+            found = AutoConfig.from_pretrained(source, **given)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    found, dtype=resolve_dtype(config.dtype, device)
+                )
+        except _OPENING as error:
+            raise _explain(error, config) from error
+    return BaseModel(model.eval(), _padding_left(tokenizer), name=config.model, revision=revision)
+
+
 def _settings(
     model: ModelConfig | str, options: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
@@ -220,7 +241,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | None]:
+def _locate(
+    config: ModelConfig, options: Mapping[str, Any], weights: Sequence[str] = ("*.safetensors",)
+) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name, revision = config.model, config.revision
     if name in ALIASES:
@@ -231,7 +254,7 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
             raise ConfigError(
                 f"--revision {revision!r} has no effect on the folder {name}; leave it out"
             )
-        _check_folder(place, name)
+        _check_folder(place, name, weights)
         return str(place), None
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
@@ -247,10 +270,10 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
     return name, hub.find_commit(name, revision, otherwise=advice, **hub.options_in(options))
 
 
-def _check_folder(place: Path, name: str) -> None:
+def _check_folder(place: Path, name: str, weights: Sequence[str]) -> None:
     parts = {
         "config.json": (place / "config.json").is_file(),
-        "weights (*.safetensors)": any(place.glob("*.safetensors")),
+        "weights (*.safetensors)": all(any(place.glob(each)) for each in weights),
         "a tokenizer (tokenizer.json)": any((place / n).is_file() for n in TOKENIZER_FILES),
     }
     if missing := [part for part, is_there in parts.items() if not is_there]:
