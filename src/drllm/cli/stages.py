@@ -189,16 +189,14 @@ def _say_derived(found: Forecast, request: Request, terminal: Terminal) -> None:
         rows.append([*counts, duration(work.flops / speed)])
     terminal.table("part|passes|tokens|TFLOPs|time at most", rows, numbers_from=1)
     seconds = sum(work.flops for work in found.work.values()) / speed
-    weights, dtype = base.model.num_parameters(), base.model.dtype
-    sizes = {"weights": weights * dtype.itemsize} | found.memory
-    terminal.fact(
-        "model", f"{weights / 1e9:.3g} billion weights, {base.num_layers} layers, {dtype}"
-    )
+    num, dtype = base.model.num_parameters(), str(base.model.dtype).removeprefix("torch.")
+    sizes = {"weights": num * base.model.dtype.itemsize} | found.memory
+    memory = (f"{size / 1e9:.3g} GB {what}" for what, size in sizes.items())
+    terminal.fact("model", f"{num / 1e9:.3g} billion weights in {dtype}, {base.num_layers} layers")
     terminal.fact("time", f"{duration(seconds)} at most on one {device.type}")
-    terminal.fact(
-        "memory", ", ".join(f"{size / 1e9:.3g} GB {what}" for what, size in sizes.items())
-    )
-    terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
+    terminal.fact("memory", ", ".join(memory))
+    if found.disk:
+        terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
     terminal.say(
         f"derived from the model's shape, without what paths share, at {speed / 1e12:.3g} TFLOPs a "
         f"second, as two layers of that shape run here; nothing was written"

@@ -118,19 +118,17 @@ def of_training(
     L, D, W = base.num_layers, base.model.config.get_text_config().hidden_size, config.num_windows
     kept, prompts, _ = targets_for(base.model, base.tokenizer, L, targets)
     lengths = list(map(len, prompts))
-    found = Forecast(base)
-    found.count("features", lengths, Counter(each.optimal_layer_config for each in kept))
     router = (D + 3) * config.router_width * L  # entries of all routers' matrices
+    a_target = L * W * D * DTYPES[config.feature_dtype][0].itemsize
+    written = len(kept) * a_target + config.num_seeds * FLOAT_BYTES * router
+    found = Forecast(base, disk=written)
+    found.count("features", lengths, Counter(each.optimal_layer_config for each in kept))
     passes = config.num_epochs * config.num_seeds * len(kept)
     # Forward, and backward for weights and inputs: three products of two FLOPs each.
     found.work["fit"] = Work(passes, passes * W, 6.0 * passes * W * router)
-    tokens = min(MAXIMUM_TOKENS, BATCH_SIZE * max(lengths))
-    found.memory["a batch of the features' pass"] = PathSize(tokens, BATCH_SIZE).num_bytes(
-        base.model
-    )
+    batch = PathSize(min(MAXIMUM_TOKENS, BATCH_SIZE * max(lengths)), BATCH_SIZE)
+    found.memory["a batch of the feature pass"] = batch.num_bytes(base.model)
     found.memory["the fit"] = FLOAT_BYTES * ADAM_COPIES * router
-    kind, _ = DTYPES[config.feature_dtype]
-    found.disk = len(kept) * L * W * D * kind.itemsize + config.num_seeds * FLOAT_BYTES * router
     return found
 
 
