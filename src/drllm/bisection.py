@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-NUM_HALVINGS = 60
-"""Of the range; a double has no more digits."""
+NUM_HALVINGS = 60  # of the range; a double has no more digits
 
 
 class Setting(NamedTuple):

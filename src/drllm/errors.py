@@ -52,10 +52,7 @@ class RoutingError(DrllmError, RuntimeError):
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
     """Word the message for a name that isn't in a short table: the closest valid names, and all.
 
-    Args:
-        kind: What the name stands for, in the singular ("task", "flag").
-        name: The name as the user wrote it.
-        choices: Every valid name.
+    The `kind` is what the name stands for, in the singular ("task", "flag").
     """
     valid = sorted(choices)
     said = nearest_name(kind, name, valid)

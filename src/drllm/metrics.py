@@ -38,19 +38,14 @@ Labels: TypeAlias = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What was counted over some targets; expected values where decisions are drawn.
+    """What was counted over some targets; expected values where decisions are drawn."""
 
-    Attributes:
-        confusion: `[L]` confusions, one a layer; empty where nothing was counted.
-        executions: What the decisions cost over all targets, in layer equivalents.
-        examples: How many targets.
-        loss: Sum over the targets of their losses (each a mean over layers); None for decisions
-            that aren't made from probabilities.
-    """
-
+    # `[L]` confusions, one a layer; empty where nothing was counted.
     confusion: tuple[Confusion, ...] = ()
-    executions: float = 0
-    examples: int = 0
+    executions: float = 0  # what the decisions cost over all targets, in layer equivalents
+    examples: int = 0  # how many targets
+    # Sum over the targets of their losses (each a mean over layers); None for decisions that aren't
+    # made from probabilities.
     loss: float | None = 0.0
 
     def __add__(self, other: Counts) -> Counts:
@@ -107,9 +102,6 @@ def ratios(counts: Counts) -> dict[str, float | None]:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-# --- baselines that ignore the question ---
 
 
 def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:

@@ -18,8 +18,7 @@ from drllm.errors import PathError, unknown_name
 Decisions: TypeAlias = tuple[int, ...]
 """One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
 
-Path: TypeAlias = tuple[int, ...]
-"""Layer indices from 0 in the order executed, at least one."""
+Path: TypeAlias = tuple[int, ...]  # layer indices from 0 in the order executed, at least one
 
 
 class Decision(IntEnum):
@@ -124,8 +123,6 @@ def _check_layer(layer: object, place: int, num_layers: int) -> None:
             f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
         )
 
-
-# --- static paths ------------------------------------------------------------------------------
 
 ALL, ATTENTION, MLP = "all", "attention", "mlp"
 RUNS = (ALL, ATTENTION, MLP)

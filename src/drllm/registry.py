@@ -18,12 +18,9 @@ Entry = TypeVar("Entry")
 class Registry(Generic[T]):
     """Things of one kind by name, in the order of their registration.
 
-    Args:
-        kind: What a name stands for, in the singular, for messages ("baseline").
-        modules: Modules that register on import; they are imported on the first look-up, so that
-            making the registry loads nothing. `package.*` is every module of a package, so that
-            adding one is adding a file.
-        error: What an unknown name raises.
+    `kind` is what a name stands for, in the singular, for messages ("baseline"). The `modules`
+    register on import, with the first look-up, so that making the registry loads nothing;
+    `package.*` is every module of a package, so that adding one is adding a file.
     """
 
     def __init__(

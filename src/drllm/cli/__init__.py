@@ -18,8 +18,7 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 
-GRACE_S = 3.0
-"""How long a further process waits before it says why it failed."""
+GRACE_S = 3.0  # how long a further process waits before it says why it failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 LEAVE = "/exit"
-HALF = "\ufffd"
-"""Stands in a text for a character of which only the first token is there."""
+HALF = "\ufffd"  # stands in a text for a character of which only the first token is there
 
 
 class Along(NamedTuple):

@@ -27,8 +27,7 @@ from drllm.records.codec import digest_of
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
-FOLDER = "tasks"
-"""Below `--output_path`: the task folders of the runs whose results are there."""
+FOLDER = "tasks"  # below `--output_path`: the task folders of the runs whose results are there
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ def run(words: Sequence[str]) -> None:
     with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
         group = harness._subparsers.choices["run"].add_argument_group(
-            "drllm",
-            "With one of these, all --tasks are names of 'drllm ls tasks' or .jsonl files.",
+            "drllm", "With one of these, all --tasks are names of 'drllm ls tasks' or .jsonl files."
         )
         group.add_argument(
             "--data_dir",

@@ -10,8 +10,7 @@ IN_ORDER = {
     "what there is": "show ls",
 }
 """Titles and verbs as `drllm --help` has them: in the order in which data goes through them."""
-WIDEST = 26
-"""Columns for a flag; the text of a longer one begins on the next line."""
+WIDEST = 26  # columns for a flag; the text of a longer one begins on the next line
 
 
 def say_overview(terminal: Terminal) -> None:

@@ -30,9 +30,6 @@ HELP = ("-h", "--help", "--help-all")
 _FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 
 
-# --- the table of verbs ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Flag:
     """What a verb reads or writes, or one of its settings."""
@@ -146,9 +143,6 @@ def verb(name: str, **described: Any) -> Callable[[Any], Any]:
         return function
 
     return register
-
-
-# --- a command line ----------------------------------------------------------------------------
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -315,9 +309,6 @@ def _flag_value(flag: Flag, value: Any) -> Any:
     for text in texts:
         check_text(flag.names[0], text)
     return texts if flag.many else texts[0]
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 def _unknown(verb: Verb, name: str) -> ConfigError:

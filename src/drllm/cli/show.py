@@ -187,9 +187,6 @@ def _show_agreement(path: Path, terminal: Terminal) -> None:
     terminal.say(verdict(layers.parts))
 
 
-# --- results -----------------------------------------------------------------------------------
-
-
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
     """Print the tables of an `eval` folder: of some tasks, or of all."""
     for evaluation in results.read_results(folder):

@@ -25,8 +25,7 @@ from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import candidates, is_valid, survived
 from drllm.supervision.summary import KINDS, summarise
 
-ANSWER_WIDTH = 14
-"""Columns for what a path answered: its beginning, so that a path stays one line."""
+ANSWER_WIDTH = 14  # columns for what a path answered: its beginning, so that a path stays one line
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:

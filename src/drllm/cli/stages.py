@@ -31,20 +31,13 @@ from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
 from drllm.processes import is_first
+from drllm.records import static_paths
 from drllm.records.codec import sha256
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.menu import Menu
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
-from drllm.records.static_paths import (
-    FIT,
-    MENU_FILE,
-    PATHS_FILE,
-    PathFile,
-    read_path,
-    read_path_list,
-)
 from drllm.records.supervision import check_targets, join_supervision
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
@@ -317,7 +310,7 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     tasks = parts_of_tasks(config)
     for divided in tasks:
-        limit = {FIT: None}  # drawn already, by --num-fit
+        limit = {static_paths.FIT: None}  # drawn already, by --num-fit
         parts = ", ".join(
             f"{len(found[: limit.get(part, config.num_judged)])} to {part}"
             for part, found in divided.examples.items()
@@ -332,7 +325,7 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
 
     tune(request.of(ModelConfig), None, config, output, listener=terminal)
     if is_first():
-        show_paths(output / PATHS_FILE, terminal)
+        show_paths(output / static_paths.PATHS_FILE, terminal)
 
 
 @verb(
@@ -350,7 +343,7 @@ def heal_verb(request: Request, terminal: Terminal) -> None:
     """Train an adapter that makes up for the layers that a path leaves out."""
     config, output = request.of(HealConfig), request.path("output_dir")
     check_folder(output, "--output-dir")
-    plan = read_path(config.named_path())
+    plan = static_paths.read_path(config.named_path())
     sources_of(config)  # so that a mistake is told before anything is loaded
     from drllm.tuning.heal import heal
 
@@ -371,12 +364,12 @@ def menu_verb(request: Request, terminal: Terminal) -> None:
     """Make a menu of paths, of which each prompt runs the one that suits its kind."""
     config, output = request.of(MenuConfig), request.path("output_dir")
     check_folder(output, "--output-dir")
-    given = read_path_list(config.paths or "").values()
+    given = static_paths.read_path_list(config.paths or "").values()
     from drllm.tuning.menu import make_menu
 
     model = model_of(request, path=next((path for path in given if path.record), None))
     make_menu(model, None, config, output, listener=terminal)
-    show_menu(output / MENU_FILE, terminal)
+    show_menu(output / static_paths.MENU_FILE, terminal)
 
 
 @verb(
@@ -403,7 +396,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     places = request.paths("routers")
     config = config if places else without_routers(config)
     tasks = tasks_of(config)
-    paths = read_path_list(config.paths or "").values()  # before a model is loaded
+    paths = static_paths.read_path_list(config.paths or "").values()  # before a model is loaded
     check_folder(output, "--output-dir")
     check_output(output)
     _say_splits(tasks, terminal)
@@ -431,7 +424,9 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
 
 
 def model_of(
-    request: Request, routers: RouterStack | None = None, path: PathFile | Menu | None = None
+    request: Request,
+    routers: RouterStack | None = None,
+    path: static_paths.PathFile | Menu | None = None,
 ) -> ModelConfig:
     """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
     config = request.of(ModelConfig)
@@ -492,7 +487,7 @@ def export(request: Request, terminal: Terminal) -> None:
     from drllm.models.export import check_output, export_path
 
     output = request.path("output")
-    plan = read_path(str(request.path("path")))
+    plan = static_paths.read_path(str(request.path("path")))
     check_folder(output, "--output")
     check_output(output)
     with (

@@ -31,14 +31,11 @@ from drllm.listener import Listener, duration
 from drllm.paths import Decision, sketch
 from drllm.reporting.numbers import NBSP
 
-NAME_WIDTH = 14
-"""Columns for the name of a fact."""
-UNBROKEN = sys.maxsize
-"""Columns of what is no terminal: lines there are as long as they are."""
+NAME_WIDTH = 14  # columns for the name of a fact
+UNBROKEN = sys.maxsize  # columns of what is no terminal: lines there are as long as they are
 STEPS, PLAIN_EVERY_S = 10, 10.0
 """Maximum lines of plain progress from start to end, and the least time between two of them."""
-BAR = 14
-"""Columns of a bar: on a terminal of 60 there is room for the time left beside it."""
+BAR = 14  # columns of a bar: on a terminal of 60 there is room for the time left beside it
 RESUMED_WITHIN_S = 2.0
 """Work reported this soon was done by an earlier run and says nothing about the rate."""
 STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold green"}

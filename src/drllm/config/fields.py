@@ -48,8 +48,7 @@ def setting(
     return field(default=default, metadata=rules)
 
 
-basic = partial(setting, basic=True)
-"""Declares a field that `--help` shows."""
+basic = partial(setting, basic=True)  # declares a field that `--help` shows
 incidental = partial(setting, decisive=False)
 """Declares a field that results don't depend on: places, memory, who does the work."""
 

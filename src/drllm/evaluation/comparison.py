@@ -42,14 +42,11 @@ from drllm.tasks.harness import StockTask
 from drllm.tasks.registry import TASKS
 
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
-WORKED = "worked-"
-"""Beginning of the names of task folders with worked answers."""
+WORKED = "worked-"  # beginning of the names of task folders with worked answers
 NUM_CALIBRATION = 64
 """Questions that depths are found and baselines fitted on, unless another number is given."""
-PROBES = 12
-"""Times that all of these are routed, about, until the depth is found."""
-NUM_RANDOM_DRAWS = 10
-"""Draws of the baselines that are drawn, unless another number is given."""
+PROBES = 12  # times that all of these are routed, about, until the depth is found
+NUM_RANDOM_DRAWS = 10  # draws of the baselines that are drawn, unless another number is given
 
 
 class Shared:
@@ -361,8 +358,6 @@ class Comparison:
 
         cost = self.questions.num_tokens * num_draws
         return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)
-
-    # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
 
     def _choice(
         self, epsilon: float, systems: Sequence[SystemRun], tried: Sequence[Decided]

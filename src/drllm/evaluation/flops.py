@@ -30,23 +30,16 @@ another shape than heads times head size."""
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a model that its cost is derived from.
+    """The numbers of a model that its cost is derived from."""
 
-    Attributes:
-        matrices: The entries of all matrices that a layer multiplies a token with, `[L]`.
-        head: Entries of the output matrix.
-        queries: Numbers in a token's queries, those of all heads.
-        kv_bytes: Of the keys and values that a layer keeps of a token.
-        shares: What `layer_shares` finds, for paths that run parts of layers.
-        adapters: By name, the entries that an adapter adds to each layer, `[L]`; all of them count
-            where a part of the layer runs.
-    """
-
+    # The entries of all matrices that a layer multiplies a token with, `[L]`.
     matrices: tuple[float, ...]
-    head: int
-    queries: int
-    kv_bytes: int
-    shares: Shares = ()
+    head: int  # entries of the output matrix
+    queries: int  # numbers in a token's queries, those of all heads
+    kv_bytes: int  # of the keys and values that a layer keeps of a token
+    shares: Shares = ()  # what `layer_shares` finds, for paths that run parts of layers
+    # By name, the entries that an adapter adds to each layer, `[L]`; all of them count where a part
+    # of the layer runs.
     adapters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -98,8 +91,7 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     # Two products for each pair of tokens: the score, and the value that it weights.
     pairs = sum(step.run != MLP for step in steps) * num_tokens * num_tokens
     return Flops(
-        weights=2 * (shape.head + num_tokens * round(entries)),
-        attention=4 * pairs * shape.queries,
+        weights=2 * (shape.head + num_tokens * round(entries)), attention=4 * pairs * shape.queries
     )
 
 

@@ -36,8 +36,7 @@ from drllm.records.manifest import new_manifest
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
 
 Clock: TypeAlias = Callable[[], float]
-Rounds: TypeAlias = list[dict[str, float]]
-"""Seconds by what was timed, for every round."""
+Rounds: TypeAlias = list[dict[str, float]]  # seconds by what was timed, for every round
 
 BATCH_SIZES = (1, 4, 16)
 PROMPT_TOKENS, NEW_TOKENS = 16, 1
@@ -94,9 +93,6 @@ def measure(
     return Timings(prompt_tokens=T, new_tokens=NEW_TOKENS, timings=tuple(timings))
 
 
-# --- what is timed -----------------------------------------------------------------------------
-
-
 def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
     """Time calls in turn, every round in another order.
 
@@ -151,9 +147,6 @@ def device_clock(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return now
-
-
-# --- what an evaluation measures ---------------------------------------------------------------
 
 
 def write_latency(

@@ -141,9 +141,6 @@ def check_output(output: Path) -> None:
             )
 
 
-# --- what is chosen and fitted on --------------------------------------------------------------
-
-
 def is_fitted(config: EvaluateConfig) -> bool:
     """Tell whether an evaluation chooses, looks for depths or fits baselines on questions."""
     baselines = [BASELINES.get(name) for name in named(config.baselines)]

@@ -32,10 +32,8 @@ from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import choose
 
-Answers: TypeAlias = list[list[Answer | str]]
-"""For each question, the answers to its requests."""
-Block: TypeAlias = Sequence[int]
-"""Places of the questions that are asked together."""
+Answers: TypeAlias = list[list[Answer | str]]  # for each question, the answers to its requests
+Block: TypeAlias = Sequence[int]  # places of the questions that are asked together
 
 LEAST_SCORED = 64
 """Questions of a block whose options are scored, in whole batches: seconds of work, which hide the
@@ -58,24 +56,20 @@ class SystemRun(Outcomes, kw_only=True):
 
     Of draws `correct` and `gold_logprob` are means, `text_loss` is the first one's; the executions
     are a mean over questions and draws.
-
-    Attributes:
-        setting: Its depth in words; empty for the routers as they were trained.
-        routes: For each draw, every question's decisions; empty where a path can't be expressed.
-        answers: The option chosen or the text generated, of the first draw.
-        metrics: Mean scores by all metrics of the harness, by name.
-        seconds: Wall time of the first draw, measured block by block and added up.
-        decode_executions: Of answers that are generated, mean a token; None with options.
     """
 
     executions: float = 0.0
     correct: Sequence[float] = ()
-    setting: str = ""
+    setting: str = ""  # its depth in words; empty for the routers as they were trained
     path: StaticPath | None = None
+    # For each draw, every question's decisions; empty where a path can't be expressed.
     routes: list[list[Decisions]] = field(default_factory=list)
+    # The option chosen or the text generated, of the first draw.
     answers: list[int | str] = field(default_factory=list)
+    # Mean scores by all metrics of the harness, by name.
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time of the first draw, measured block by block and added up
+    # Of answers that are generated, mean a token; None with options.
     decode_executions: float | None = None
     notes: list[str] = field(default_factory=list)
 

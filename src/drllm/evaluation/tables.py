@@ -19,40 +19,25 @@ from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun, mean_of
 from drllm.paths import Decisions, Plan, StaticPath
+from drllm.records import results
 from drllm.records.menu import BEST_SINGLE, BY_KIND, PERMUTED_CHOICES, RIVALS
-from drllm.records.results import (
-    BASE,
-    PERMUTED,
-    ROUTED,
-    Evaluation,
-    Flops,
-    Outcome,
-    Point,
-    Pooled,
-    Sample,
-    Seeds,
-    Spread,
-    System,
-)
 from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import Differences, compare, correct_together, lower
 
 DESCRIPTIONS = {
-    BASE: "the untouched model: every layer once",
-    ROUTED: "the routers decide, reading the question alone",
+    results.BASE: "the untouched model: every layer once",
+    results.ROUTED: "the routers decide, reading the question alone",
     BEST_SINGLE: "one of the menu's paths for all questions, or two at random, the best on the "
     "questions that its chooser was fitted on at no more executions over all tasks",
     PERMUTED_CHOICES: "each question runs the path that the menu chose for any other, of any task",
     BY_KIND: "each question runs the path that is worth most to its task, which it is told",
 }
 OF_MENU = "the menu chooses a path, reading the question alone"
-SHOWN = (BASE, ROUTED)
-"""Systems whose answers are kept; the texts of all are many."""
+SHOWN = (results.BASE, results.ROUTED)  # systems whose answers are kept; the texts of all are many
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
-MENTIONED = 0.01
-"""Share of routes unchanged by the permutation above which it is said."""
+MENTIONED = 0.01  # share of routes unchanged by the permutation above which it is said
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class TaskRuns:
     shape: ModelShape | str
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
     plans: Mapping[Decisions, StaticPath] = field(default_factory=dict)
-    pooled: Pooled | None = None
+    pooled: results.Pooled | None = None
 
     @property
     def trained(self) -> list[SystemRun]:
@@ -87,13 +72,13 @@ class TaskRuns:
         lowest, _ = accuracy_interval(self.systems[0].correct, self.config.seed)
         return lowest > self.asked.written.chance
 
-    def table(self) -> tuple[System, ...]:
+    def table(self) -> tuple[results.System, ...]:
         """Return the systems at the depth that the routers were trained for."""
         return tuple(map(self._row, self.trained))
 
-    def _row(self, system: SystemRun) -> System:
+    def _row(self, system: SystemRun) -> results.System:
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
-        if self.plans and system.name == ROUTED:
+        if self.plans and system.name == results.ROUTED:
             about = {"description": OF_MENU}
         if system.name in RIVALS:
             about |= {"reads_question": False, "fitted_on": "the questions that fitted the chooser"}
@@ -105,10 +90,10 @@ class TaskRuns:
             about = {name: getattr(baseline, name) for name in names}
         flops, kv = self._cost(system)
         unchanged = None
-        if system.name == PERMUTED:
+        if system.name == results.PERMUTED:
             own = self.trained[1].routes[0]
             unchanged = fmean(fmean(map(eq, own, routes)) for routes in system.routes)
-        return System(
+        return results.System(
             name=system.name,
             **about,
             **self._measured(system),
@@ -121,7 +106,7 @@ class TaskRuns:
             unchanged_routes=unchanged,
         )
 
-    def _cost(self, system: SystemRun) -> tuple[Flops | None, float | None]:
+    def _cost(self, system: SystemRun) -> tuple[results.Flops | None, float | None]:
         """Return the mean FLOPs of a prompt with one token predicted, and K/V bytes a token."""
         if isinstance(self.shape, str) or not (system.routes or system.path):
             return None, None
@@ -136,28 +121,28 @@ class TaskRuns:
         ]
         weights, attention = fmean(f.weights for f in flops), fmean(f.attention for f in flops)
         kv = fmean(kv_bytes(self.shape, plan) for draw in draws for plan in draw)
-        return Flops(weights=weights, attention=attention), kv
+        return results.Flops(weights=weights, attention=attention), kv
 
-    def curve(self) -> tuple[Point, ...]:
+    def curve(self) -> tuple[results.Point, ...]:
         """Return base, then each system's depths from the most executions to the fewest.
 
         Paths come last, in the same order.
         """
         base, *others = [
-            each for each in self.systems if each.setting or each.name == BASE or each.path
+            each for each in self.systems if each.setting or each.name == results.BASE or each.path
         ]
         names = list(dict.fromkeys("" if each.path else each.name for each in others))
         others.sort(key=lambda e: (names.index("" if e.path else e.name), -e.executions))
         return tuple(
-            Point(system=each.name, setting=each.setting, **self._measured(each))
+            results.Point(system=each.name, setting=each.setting, **self._measured(each))
             for each in ((base, *others) if others else ())
         )
 
     def _measured(self, system: SystemRun) -> dict[str, Any]:
         """Return what a row of the table and a point of the curve have in common."""
         base = self.systems[0]
-        routed = {each.setting: each for each in self.systems if each.name == ROUTED}
-        is_baseline = system.name not in (BASE, ROUTED)
+        routed = {each.setting: each for each in self.systems if each.name == results.ROUTED}
+        is_baseline = system.name not in (results.BASE, results.ROUTED)
         return {
             "accuracy": fmean(system.correct),
             "interval": accuracy_interval(system.correct, self.config.seed),
@@ -173,7 +158,7 @@ class TaskRuns:
     def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
         return compare(ours, theirs, self.config.seed, above_chance=self.above_chance)
 
-    def of_seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> Seeds:
+    def of_seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> results.Seeds:
         """Return what routers of several seeds did at one depth.
 
         Two numbers must not be mixed. The spread says how much the training's randomness moves a
@@ -182,24 +167,26 @@ class TaskRuns:
         """
         mean = mean_of(routed, "mean over seeds")
 
-        def spread(values: Sequence[Sequence[float]]) -> Spread | None:
-            return Spread.of(list(map(fmean, values))) if all(values) else None
+        def spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
+            return results.Spread.of(list(map(fmean, values))) if all(values) else None
 
-        return Seeds(
+        return results.Seeds(
             setting=routed[0].setting,
             num_seeds=len(routed),
-            accuracy=Spread.of([fmean(each.correct) for each in routed]),
-            executions=Spread.of([each.executions for each in routed]),
+            accuracy=results.Spread.of([fmean(each.correct) for each in routed]),
+            executions=results.Spread.of([each.executions for each in routed]),
             gold_logprob=spread([each.gold_logprob for each in routed]),
             text_loss=spread([each.text_loss for each in routed]),
             against_base=self._compare(mean, self.systems[0]),
             against_permuted=(self._compare(mean, mean_of(permuted, "")) if permuted else None),
         )
 
-    def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
+    def evaluation(
+        self, table: Sequence[results.System], header: Mapping[str, Any]
+    ) -> results.Evaluation:
         """Return the record of the task; `correct` has corrected its table for all tasks."""
         written = self.asked.written
-        found = Evaluation(
+        found = results.Evaluation(
             **header,
             task=written.name,
             split=self.config.split_of(written.name),
@@ -213,9 +200,9 @@ class TaskRuns:
         )
         return replace(found, findings=tuple(self._findings(found)))
 
-    def _findings(self, found: Evaluation) -> list[str]:
+    def _findings(self, found: results.Evaluation) -> list[str]:
         """Return what a reader may conclude, what is shown of the routed model or a path first."""
-        written, ours, permuted = self.asked.written, found.compared, found.system(PERMUTED)
+        written, ours, permuted = self.asked.written, found.compared, found.system(results.PERMUTED)
         if ours is None or (against := ours.against_base) is None:
             raise ValueError("nothing is compared with base")
         said = [self._headline(ours, found)]
@@ -242,14 +229,14 @@ class TaskRuns:
             said += [f"{system.name.capitalize()}: {note}." for note in system.notes]
         return said
 
-    def _headline(self, system: System, found: Evaluation) -> str:
+    def _headline(self, system: results.System, found: results.Evaluation) -> str:
         """Say what is shown of a system against base, at what cost, and of routers against it."""
         against, routed = system.against_base, system.routed_against
         assert against is not None
         saved = 100 * share_saved(system.executions, self.num_layers)
         cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
         cost += f" ({system.executions:.2f} of {self.num_layers} run)"
-        if system.name == ROUTED:
+        if system.name == results.ROUTED:
             said = against.headline(cost)
             return f"Routed: {lower(said)}" if found.paths else said
         certified = found.choice and found.choice.certified
@@ -264,28 +251,30 @@ class TaskRuns:
         said = f"One path for the whole task, {named}: {against.told(f' with {cost}')}."
         return f"{said} Routed minus {system.name}: {routed.told()}."
 
-    def _against_permuted(self, permuted: System) -> str:
+    def _against_permuted(self, permuted: results.System) -> str:
         if len(set(self.trained[1].routes[0])) == 1:
             return "All questions took one route, so permuting says nothing."
         against, unchanged = permuted.routed_against, permuted.unchanged_routes or 0.0
         assert against is not None
-        said = against.accuracy.sentence(ROUTED, "its own routes permuted over the questions")
+        said = against.accuracy.sentence(
+            results.ROUTED, "its own routes permuted over the questions"
+        )
         if unchanged > MENTIONED:
             said += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
         return said
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[results.Sample]:
         """Return one line a question."""
         examples = {example.id: example for example in self.asked.written.examples}
         return [
-            Sample(
+            results.Sample(
                 id=own_id,
                 task=examples[own_id].task,
                 question=examples[own_id].question,
                 choices=tuple(examples[own_id].choices),
                 gold=examples[own_id].gold,
                 systems={
-                    each.title: Outcome(
+                    each.title: results.Outcome(
                         correct=each.correct[place],
                         gold_logprob=each.gold_logprob[place] if each.gold_logprob else None,
                         decisions=tuple(each.routes[0][place]) if len(each.routes) == 1 else None,
@@ -304,13 +293,15 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def correct(tables: Sequence[Sequence[System]], rivals: Collection[str] = ()) -> list[list[System]]:
+def correct(
+    tables: Sequence[Sequence[results.System]], rivals: Collection[str] = ()
+) -> list[list[results.System]]:
     """Correct each system's tests against base for several tasks.
 
     Rivals are systems of which the best is picked: their tests are corrected together.
     """
 
-    def group(system: System) -> str:
+    def group(system: results.System) -> str:
         return "" if system.name in rivals else system.name
 
     corrected = [list(table) for table in tables]
@@ -328,17 +319,17 @@ def correct(tables: Sequence[Sequence[System]], rivals: Collection[str] = ()) ->
     return corrected
 
 
-def pooled_sentences(pooled: Pooled) -> Iterator[str]:
+def pooled_sentences(pooled: results.Pooled) -> Iterator[str]:
     """Say how a menu does against each rival over all tasks, the best single path first."""
     over = f"Over {pooled.num_questions} questions of {', '.join(pooled.tasks)}"
-    for name in (*RIVALS, BASE):
+    for name in (*RIVALS, results.BASE):
         if name in pooled.routed_against:
-            ours, theirs = pooled.executions[ROUTED], pooled.executions[name]
+            ours, theirs = pooled.executions[results.ROUTED], pooled.executions[name]
             told = pooled.routed_against[name].told(f" at {ours:.2f} and {theirs:.2f} executions")
             yield f"{over}, the menu minus {name}: {told}."
 
 
-def seeds_sentence(seeds: Seeds) -> str:
+def seeds_sentence(seeds: results.Seeds) -> str:
     """Say what routers of several seeds did at one depth."""
     at = f" at {seeds.setting}" if seeds.setting else ""
     accuracy, executions = seeds.accuracy, seeds.executions

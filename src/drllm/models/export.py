@@ -36,8 +36,7 @@ from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.static_paths import PathFile, StaticPaths
 
-NUM_TOKENS = 32
-"""Length of the row on which the checkpoint is compared with the path."""
+NUM_TOKENS = 32  # length of the row on which the checkpoint is compared with the path
 
 MERGED_TOLERANCE, MERGED_TOLERANCE_16_BITS = 1e-4, 0.25
 """Largest difference of two logits, in their standard deviations, that counts as rounding where an
@@ -464,9 +463,6 @@ def _verify(
             f"place, or was changed after it was loaded (load it in the wanted dtype; on an "
             f"accelerator also try --device cpu, where sums have one order)"
         )
-
-
-# --- the model card ------------------------------------------------------------------------------
 
 
 def model_card(

@@ -6,8 +6,7 @@ from typing import Any
 import yaml
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
-COMMON: dict[str, Any] = _TABLE["common"]
-"""What the configurations of all tiny models say."""
+COMMON: dict[str, Any] = _TABLE["common"]  # what the configurations of all tiny models say
 FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
 """Family, by the `model_type` of transformers → what its configuration says besides `COMMON`."""
 IN_SUITE: list[str] = _TABLE["in_suite"]

@@ -24,14 +24,7 @@ from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
-from drllm.records.codec import (
-    SCHEMA_VERSION,
-    digest_of,
-    read_json,
-    sha256,
-    write_atomically,
-    write_json,
-)
+from drllm.records import codec
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE, read_path
@@ -62,7 +55,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`run.manifest.json`: what each stage was made from, what it wrote and how long it took."""
 
     schema: Literal["drllm.run"] = "drllm.run"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = ""
     stages: dict[str, StageDone] = {}
 
@@ -83,7 +76,7 @@ def read_run(folder: Path) -> RunManifest:
     if not path.exists():
         return RunManifest()
     try:
-        return read_json(path, RunManifest)
+        return codec.read_json(path, RunManifest)
     except RecordError as error:
         raise RecordError(
             f"{error}; delete {path}, and finished stages are checked or made anew"
@@ -92,7 +85,7 @@ def read_run(folder: Path) -> RunManifest:
 
 def hash_of(path: Path) -> str:
     """Return a file's hash; empty for one that isn't there."""
-    return sha256(path) if path.is_file() else ""
+    return codec.sha256(path) if path.is_file() else ""
 
 
 def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
@@ -100,7 +93,7 @@ def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
     folder = None if config.data_dir is None else Path(config.data_dir)
 
     def digest(task: Task, split: str, limit: int | None) -> str:
-        return digest_of(choose(task.examples(split, folder), limit, config.seed))
+        return codec.digest_of(choose(task.examples(split, folder), limit, config.seed))
 
     found = {t.name: digest(t, config.split_of(t.name), config.limit_of(t.name)) for t in tasks}
     if config.worked_answers is not None:
@@ -176,14 +169,15 @@ class RunFolder:
                 if name != "search":  # which refuses a folder with another search: nothing changes
                     self.begin(name, made_from)
                 hashes = {
-                    path.relative_to(self.folder).as_posix(): sha256(path) for path in next(stage)
+                    path.relative_to(self.folder).as_posix(): codec.sha256(path)
+                    for path in next(stage)
                 }
                 seconds = round(time.perf_counter() - started, 3)
                 self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
             if name == names[0]:
                 kept, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
                 if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
-                    write_atomically(kept, text)  # it fits the folder
+                    codec.write_atomically(kept, text)  # it fits the folder
             times[name] = duration(self.manifest.stages[name].seconds) + ", done before" * skipped
             took = "done before" if skipped else times[name]
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
@@ -204,9 +198,9 @@ class RunFolder:
 
     def _note(self, name: str, done: StageDone) -> None:
         self.manifest.stages[name] = done
-        self.manifest.schema_version = SCHEMA_VERSION
+        self.manifest.schema_version = codec.SCHEMA_VERSION
         self.manifest.drllm_version = importlib.metadata.version("drllm")
-        write_json(self.folder / RUN_FILE, self.manifest)
+        codec.write_json(self.folder / RUN_FILE, self.manifest)
 
     # Each stage yields what it is made from, then, when it has run, the files that it wrote.
 
@@ -215,7 +209,7 @@ class RunFolder:
         yield {
             "config": recipe.search.decisive(),
             "model": recipe.model.to_dict(),
-            "questions": digest_of([question.example for question in recipe.questions]),
+            "questions": codec.digest_of([question.example for question in recipe.questions]),
         }
         from drllm.search.run import search_paths
 
@@ -256,7 +250,9 @@ class RunFolder:
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "questions": {
-                each.task.name: digest_of([e for part in each.examples.values() for e in part])
+                each.task.name: codec.digest_of(
+                    [e for part in each.examples.values() for e in part]
+                )
                 for each in self.recipe.tuned
             },
         }
@@ -275,7 +271,7 @@ class RunFolder:
         yield {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
-            "texts": digest_of(self.recipe.healed),
+            "texts": codec.digest_of(self.recipe.healed),
             "path": [plan.found.name if plan.found else "", hash_of(plan.file)],
         }
         from drllm.tuning.heal import heal
@@ -311,7 +307,7 @@ class RunFolder:
         yield [output / name for name in names + ["latency.json"] * is_timed]
 
     def _report(self) -> Stage:
-        made_from = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
+        made_from = {RECIPE_FILE: codec.sha256(self.folder / RECIPE_FILE)}
         for stage in STAGES[:-1]:
             if stage in self.manifest.stages:
                 made_from |= self.manifest.stages[stage].outputs

@@ -39,8 +39,7 @@ from drllm.tuning.parts import TaskParts
 from drllm.tuning.run import TaskScorer
 
 TIMED_ROWS, TIMED_TOKENS, TIMED_ROUNDS = 4, 256, 5
-ADAM_COPIES = 4
-"""Numbers kept of each weight of a router: itself, its gradient and two moments."""
+ADAM_COPIES = 4  # numbers kept of each weight of a router: itself, its gradient and two moments
 FLOAT_BYTES = 4
 
 

@@ -12,15 +12,7 @@ from typing import Any
 
 import yaml
 
-from drllm.config import (
-    EvaluateConfig,
-    HealConfig,
-    ModelConfig,
-    SearchConfig,
-    SuperviseConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from drllm import config
 from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, unknown_name
@@ -37,10 +29,9 @@ from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 ROUTING = ("search", "supervise", "train")
 """Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
-PATHS: dict[str, Any] = {"tune": TuneConfig, "heal": HealConfig}
+PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
 """Sections and stages of a static path, which a recipe has only if it says so."""
-SWEPT = ("supervise", "train")
-"""Sections that a setting of a sweep may change."""
+SWEPT = ("supervise", "train")  # sections that a setting of a sweep may change
 FOR_CHOICE = ("limit", "limits", "num_texts")
 """Settings of the evaluation that may differ where the settings of a sweep are judged."""
 CHOSEN_ON = "select"
@@ -62,13 +53,13 @@ class Recipe:
     `path` of `heal` is the name of one that is found, the certified one unless given.
     """
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
-    supervise: SuperviseConfig = dataclasses.field(default_factory=SuperviseConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    tune: TuneConfig | None = None
-    heal: HealConfig | None = None
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    model: config.ModelConfig = dataclasses.field(default_factory=config.ModelConfig)
+    search: config.SearchConfig = dataclasses.field(default_factory=config.SearchConfig)
+    supervise: config.SuperviseConfig = dataclasses.field(default_factory=config.SuperviseConfig)
+    train: config.TrainConfig = dataclasses.field(default_factory=config.TrainConfig)
+    tune: config.TuneConfig | None = None
+    heal: config.HealConfig | None = None
+    evaluate: config.EvaluateConfig = dataclasses.field(default_factory=config.EvaluateConfig)
     has_routers: bool = True
 
     def to_yaml(self) -> str:
@@ -95,12 +86,12 @@ class Recipe:
     @cached_property
     def tuned(self) -> list[TaskParts]:
         """The tasks that a static path is looked for, with their questions; raises as `check`."""
-        return parts_of_tasks(self.tune or TuneConfig())
+        return parts_of_tasks(self.tune or config.TuneConfig())
 
     @cached_property
     def healed(self) -> list[Source]:
         """What a path is healed on; raises as `check`."""
-        return sources_of(self.heal or HealConfig())
+        return sources_of(self.heal or config.HealConfig())
 
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, and a missing package."""
@@ -170,7 +161,7 @@ class SweepPlan:
     file: Path
     common: Recipe  # without any setting's changes
     settings: Mapping[str, Recipe]  # by name, with them
-    choosing: EvaluateConfig  # how each setting is evaluated
+    choosing: config.EvaluateConfig  # how each setting is evaluated
 
 
 def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:

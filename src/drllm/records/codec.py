@@ -25,8 +25,7 @@ from drllm.errors import RecordError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2
-"""The newest form of our files that this version reads, and the one it writes."""
+SCHEMA_VERSION = 2  # the newest form of our files that this version reads, and the one it writes
 
 
 _ENCODER = msgspec.json.Encoder()

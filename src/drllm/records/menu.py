@@ -11,11 +11,9 @@ from drllm.records.static_paths import PathFile, StaticPaths, read_path
 
 CHOOSER_FILE, ADAPTERS_FOLDER = "chooser.safetensors", "adapters"
 RIVALS = ("best single path", "permuted choices", "oracle by kind")
-BEST_SINGLE, PERMUTED_CHOICES, BY_KIND = RIVALS
-"""What a menu is compared with."""
+BEST_SINGLE, PERMUTED_CHOICES, BY_KIND = RIVALS  # what a menu is compared with
 
-Shares: TypeAlias = dict[str, float]
-"""By path, the share of some questions that run it."""
+Shares: TypeAlias = dict[str, float]  # by path, the share of some questions that run it
 
 
 class MenuFile(StaticPaths, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -26,8 +26,7 @@ PERMUTED = "permuted routes"
 PREFILL, DECODE = "prefill", "decode"
 EVALUATION_SCHEMA, LATENCY_SCHEMA = "drllm.evaluation", "drllm.latency"
 SAMPLES_FILE, LATENCY_FILE = "samples.jsonl", "latency.json"
-OLDEST = 2
-"""The oldest form of results that is read."""
+OLDEST = 2  # the oldest form of results that is read
 ACCURACY_TOLERANCE = 5e-4
 """How far an accuracy may lie from that of its samples: files may round to three digits."""
 
@@ -317,8 +316,7 @@ def schema_of(path: Path) -> str:
 class Results(tuple[Evaluation, ...]):
     """What `evaluate` returns: a result for each task, in order."""
 
-    folder: Path | None = None
-    """Where their files are; None where they were never written."""
+    folder: Path | None = None  # where their files are; None where they were never written
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -404,9 +402,6 @@ def refuse_twice(what: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{what} {name!r} is there twice")
-
-
-# --- measured times: latency.json ---
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -36,8 +36,7 @@ MARKER_FILE = "drllm.resume.json"
 
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
-_SECTIONS = ("settings", "config")
-"""Parts of an identity whose names say nothing to a user."""
+_SECTIONS = ("settings", "config")  # parts of an identity whose names say nothing to a user
 _ABSENT: Any = object()
 _VERSION = importlib.metadata.version("drllm")
 

@@ -111,18 +111,13 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SearchRecords(tuple[SearchRecord, ...]):
-    """What `search_paths` returns and `supervise` takes: one record per question, in order.
+    """What `search_paths` returns and `supervise` takes: one record per question, in order."""
 
-    Attributes:
-        model: Identity of the base model, as far as it is known.
-        file: The `search.jsonl` that holds them; None where they were never written.
-        is_new: Something was searched for them, not all read from a file.
-    """
-
-    model: dict[str, Any]
+    model: dict[str, Any]  # identity of the base model, as far as it is known
+    # The `search.jsonl` that holds them; None where they were never written.
     file: Path | None = None
     failed: tuple[FailedQuestion, ...] = ()
-    is_new: bool = True
+    is_new: bool = True  # something was searched for them, not all read from a file
 
     @classmethod
     def of(

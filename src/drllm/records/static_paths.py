@@ -149,9 +149,6 @@ def read_paths(file: Path) -> StaticPaths:
     return read_json(file, StaticPaths)
 
 
-# --- a file that a user gives -------------------------------------------------------------------
-
-
 class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     decisions: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] | None = None
     path: Annotated[tuple[int | StepRecord, ...], msgspec.Meta(min_length=1)] | None = None

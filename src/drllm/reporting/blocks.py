@@ -100,8 +100,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     is_large: bool = False
 
 
-Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure
-"""A text is a paragraph."""
+Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure  # a text is a paragraph
 
 
 class Section(msgspec.Struct, frozen=True):

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Colours: TypeAlias = Mapping[str, str]
-"""Name of a colour → what matplotlib draws with."""
+Colours: TypeAlias = Mapping[str, str]  # name of a colour → what matplotlib draws with
 Draw: TypeAlias = Callable[[Colours, float], "Figure"]
 """Makes a figure in the colours given, so many inches wide."""
 

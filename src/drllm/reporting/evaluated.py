@@ -10,18 +10,7 @@ from statistics import median
 
 from drllm.cost import share_saved
 from drllm.paths import Decision, Decisions, num_executions
-from drllm.records.results import (
-    BASE,
-    DECODE,
-    PREFILL,
-    ROUTED,
-    Evaluation,
-    Latency,
-    Point,
-    Result,
-    Sample,
-    System,
-)
+from drllm.records import results
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
 from drllm.reporting.numbers import NONE, count, percent, plain
@@ -29,14 +18,13 @@ from drllm.reporting.run import Run
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.summary import class_counts
 
-PHASES = {PREFILL: "reading", DECODE: "decoding"}
-LONGEST = 120
-"""Characters of a question or an answer; the samples hold the whole."""
+PHASES = {results.PREFILL: "reading", results.DECODE: "decoding"}
+LONGEST = 120  # characters of a question or an answer; the samples hold the whole
 ROWS = 5
 """Questions that are shown of each kind, the first ones, so that nobody picks the pretty ones."""
 
 
-def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
+def tiles(evaluation: results.Evaluation, measured: results.Latency | None) -> Tiles:
     """Return the four numbers that count: layers saved, both differences, measured time."""
     ours = evaluation.compared
     if ours is None or (found := ours.against_base) is None:
@@ -64,7 +52,7 @@ def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
     return Tile(title, f"{size} {unit}", said, verdict.label)
 
 
-def sections(run: Run, evaluation: Result) -> list[Section]:
+def sections(run: Run, evaluation: results.Result) -> list[Section]:
     """Return the plot, the table of systems, the certified choice, routes and changed answers."""
     found = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
@@ -77,13 +65,15 @@ def sections(run: Run, evaluation: Result) -> list[Section]:
         )
     if routes := evaluation.routes():
         found.append(Section("Routes by layer", [_routes(run, routes)]))
-    able = [each for each in evaluation.samples if {BASE, ROUTED} <= each.systems.keys()]
+    able = [
+        each for each in evaluation.samples if {results.BASE, results.ROUTED} <= each.systems.keys()
+    ]
     if able:
         found.append(Section("Questions won and lost", _changed(evaluation, able)))
     return found
 
 
-def _plot(evaluation: Evaluation) -> Figure:
+def _plot(evaluation: results.Evaluation) -> Figure:
     shown = ", ".join(
         f"{each.name} {percent(each.accuracy)} at {plain(each.executions, 2)}"
         for each in evaluation.systems
@@ -91,7 +81,7 @@ def _plot(evaluation: Evaluation) -> Figure:
     depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
     static = f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
     depths += static if evaluation.paths else ""
-    barred = figures.STATIC if evaluation.paths and not evaluation.routed else ROUTED
+    barred = figures.STATIC if evaluation.paths and not evaluation.routed else results.ROUTED
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",
@@ -102,7 +92,7 @@ def _plot(evaluation: Evaluation) -> Figure:
     )
 
 
-def details(evaluation: Evaluation) -> list[Section]:
+def details(evaluation: results.Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
     values = {"evaluation": evaluation}
     found = [Section("What the systems are", (), 2, True, "systems.j2", values)]
@@ -111,18 +101,17 @@ def details(evaluation: Evaluation) -> list[Section]:
     return found
 
 
-def side_by_side(what: str, named: Sequence[tuple[str, Evaluation]], caption: str) -> Section:
+def side_by_side(
+    what: str, named: Sequence[tuple[str, results.Evaluation]], caption: str
+) -> Section:
     """Return base, routed model at all depths, and paths, of runs or tasks (`what` says which)."""
-    placed: list[tuple[str, Evaluation, System | Point]] = []
+    placed: list[tuple[str, results.Evaluation, results.System | results.Point]] = []
     for name, each in named:
-        shown = {BASE, ROUTED, *each.paths}
+        shown = {results.BASE, results.ROUTED, *each.paths}
         placed += [(name, each, one) for one in each.systems if one.name in shown]
-        placed += [(name, each, one) for one in each.curve if one.system == ROUTED]
+        placed += [(name, each, one) for one in each.curve if one.system == results.ROUTED]
     values = {"what": what, "named": placed, "caption": caption}
     return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
-
-
-# --- routes and single questions ---
 
 
 def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
@@ -147,19 +136,19 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
     )
 
 
-def _change(sample: Sample) -> float:
+def _change(sample: results.Sample) -> float:
     """Return what routing makes of a question: above 0 it is won, below 0 lost."""
-    return sample.systems[ROUTED].correct - sample.systems[BASE].correct
+    return sample.systems[results.ROUTED].correct - sample.systems[results.BASE].correct
 
 
-def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
+def _changed(evaluation: results.Result, able: Sequence[results.Sample]) -> list[Block]:
     won = [sample for sample in able if _change(sample) > 0]
     lost = [sample for sample in able if _change(sample) < 0]
     same = [sample for sample in able if _change(sample) == 0]
     if evaluation.is_graded:
         kept = f"{count(len(same))} keep their grade"
     else:
-        right = sum(sample.systems[BASE].correct >= 1 for sample in same)
+        right = sum(sample.systems[results.BASE].correct >= 1 for sample in same)
         kept = f"{count(right)} stay right, {count(len(same) - right)} stay wrong"
     said = (
         f"Of {count(len(able))} questions {count(len(won))} are won (better with routing) and "
@@ -175,7 +164,7 @@ def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
             _short(sample.question),
             "won" if _change(sample) > 0 else "lost",
             NONE if sample.gold is None else _short(sample.choices[sample.gold]),
-            *(_answer(sample, system) for system in (BASE, ROUTED)),
+            *(_answer(sample, system) for system in (results.BASE, results.ROUTED)),
         ]
         for sample in shown
     ]
@@ -184,7 +173,7 @@ def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
     return [said, table]
 
 
-def _answer(sample: Sample, system: str) -> str:
+def _answer(sample: results.Sample, system: str) -> str:
     """Return what a system answered, and its grade where it is neither right nor wrong."""
     found = sample.systems[system]
     grade = f" (graded {plain(found.correct, 2)})" if 0 < found.correct < 1 else ""
@@ -200,16 +189,13 @@ def _short(text: str) -> str:
     return line if len(line) <= LONGEST else line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
 
 
-# --- cost ---
-
-
-def costs(evaluations: Sequence[Evaluation], measured: Latency | None) -> Section:
+def costs(evaluations: Sequence[results.Evaluation], measured: results.Latency | None) -> Section:
     """Return the section on cost, of every task and of the machine."""
     values = {"evaluations": evaluations, "measured": measured, "phases": PHASES, "median": median}
     return Section("Cost", folded=True, template="cost.j2", values=values)
 
 
-def time_tile(measured: Latency | None) -> Tile:
+def time_tile(measured: results.Latency | None) -> Tile:
     """Return what the measured times show, in a tile."""
     if measured is None:
         return Tile(
@@ -220,17 +206,17 @@ def time_tile(measured: Latency | None) -> Tile:
     labels = list(places.values())
     most = max(labels, key=labels.count)
     value = most if len({*labels}) == 1 else f"{most} in {labels.count(most)} of {len(labels)}"
-    ratios = [median(found.ratio(ROUTED, BASE, *place)) for place in places]
+    ratios = [median(found.ratio(results.ROUTED, results.BASE, *place)) for place in places]
     note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 
 
-def measured_line(measured: Latency) -> str:
+def measured_line(measured: results.Latency) -> str:
     """Say in one line what the measured times show."""
     found = measured.measured
     shown: dict[str, list[str]] = {}
     for (phase, size), label in found.labels().items():
-        ratio = plain(median(found.ratio(ROUTED, BASE, phase, size)), 2)
+        ratio = plain(median(found.ratio(results.ROUTED, results.BASE, phase, size)), 2)
         shown.setdefault(label, []).append(f"{PHASES[phase]} {count(size)} ({ratio})")
     said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
     return (

@@ -22,8 +22,7 @@ from drllm.reporting.run import Epoch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LETTER, LINE = 0.066, 0.15
-"""Inches that a letter of a label takes, and a label's line."""
+LETTER, LINE = 0.066, 0.15  # inches that a letter of a label takes, and a label's line
 STATIC = "static paths"
 LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
 """Colour and marker of what stands out."""
@@ -121,9 +120,6 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     axes.set_xlabel(f"layers run a forward pass (full path: {evaluation.num_layers})", loc="right")
     axes.set_ylabel(f"{evaluation.score}, %")
     return figure
-
-
-# --- routes, search and training ---------------------------------------------------------------
 
 
 def routes_by_layer(

@@ -11,12 +11,10 @@ from drllm.reporting.numbers import against, count, difference, label
 from drllm.reporting.run import Run
 from drllm.supervision.rules import MIN_SAVING
 
-Step: TypeAlias = tuple[str, str]
-"""Something to do, and what to type for it."""
+Step: TypeAlias = tuple[str, str]  # something to do, and what to type for it
 
 MOST = 5
-SMALL = 0.01
-"""Share of the layers by which executions may differ and still be called equal."""
+SMALL = 0.01  # share of the layers by which executions may differ and still be called equal
 
 
 def next_steps(run: Run) -> list[Step]:

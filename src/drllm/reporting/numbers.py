@@ -4,8 +4,7 @@ from drllm.records.results import System
 from drllm.statistics import verdicts
 from drllm.statistics.verdicts import Verdict
 
-NONE = "–"
-"""Stands for a value that wasn't measured or doesn't exist."""
+NONE = "–"  # stands for a value that wasn't measured or doesn't exist
 NBSP = "\u00a0"
 
 

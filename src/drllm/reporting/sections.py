@@ -16,24 +16,13 @@ from drllm.config.fields import flag_of
 from drllm.metrics import ROUTERS, TRAIN, VALIDATION, ratios
 from drllm.paths import Decision, num_executions
 from drllm.records.results import EVALUATION_SCHEMA
-from drllm.reporting import evaluated, figures, tuned
-from drllm.reporting.blocks import (
-    Block,
-    Document,
-    Figure,
-    Listing,
-    Section,
-    Tiles,
-    Verdicts,
-    lowered,
-)
+from drllm.reporting import blocks, evaluated, figures, tuned
 from drllm.reporting.next_steps import next_steps
 from drllm.reporting.numbers import count, plain
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
-MIN_QUESTIONS = 5
-"""Single edits that were tried on fewer questions aren't named as best or worst."""
+MIN_QUESTIONS = 5  # single edits that were tried on fewer questions aren't named as best or worst
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
 HEALED = "A healed one has an adapter, trained to make up for the layers that it leaves out."
@@ -42,11 +31,11 @@ RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
 
 
-def document(runs: Sequence[Run]) -> Document:
+def document(runs: Sequence[Run]) -> blocks.Document:
     """Lay out the report of one run, or of several with a comparison in front."""
     if len(runs) == 1:
         [run] = runs
-        return Document(_title(run), _about(run), _first(run), _sections(run))
+        return blocks.Document(_title(run), _about(run), _first(run), _sections(run))
     named = [(f"{number}: {run.name}", run) for number, run in enumerate(runs, start=1)]
     compared = evaluated.side_by_side(
         "run",
@@ -57,8 +46,8 @@ def document(runs: Sequence[Run]) -> Document:
     sections = [compared]
     for name, run in named:
         said = [f"{_title(run)}. {_about(run)}", *_first(run)]
-        sections += [Section(f"Run {name}", said), *lowered(_sections(run))]
-    return Document(f"Layer routing: {len(runs)} runs", "", [], sections)
+        sections += [blocks.Section(f"Run {name}", said), *blocks.lowered(_sections(run))]
+    return blocks.Document(f"Layer routing: {len(runs)} runs", "", [], sections)
 
 
 def _title(run: Run) -> str:
@@ -89,7 +78,7 @@ def _about(run: Run) -> str:
     return " · ".join([*said, f"folder {run.name}"])
 
 
-def _first(run: Run) -> list[Block]:
+def _first(run: Run) -> list[blocks.Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
     lines = [(e.task if several else "", line) for e in run.evaluations for line in e.verdict]
@@ -98,52 +87,51 @@ def _first(run: Run) -> list[Block]:
     otherwise = [run.paths.choice.verdict()] if run.paths and run.paths.choice else []
     otherwise += [tuned.healing(run.healed)] if run.healed else []
     otherwise = otherwise or ["Nothing was evaluated yet."]
-    first: list[Block] = [
+    first: list[blocks.Block] = [
         " ".join(
             [ROUTING] * is_routed + [PATHS] * has_paths + [HEALED] * bool(run.healed) + [BASE_IS]
         ),
-        Verdicts(lines or [("", line) for line in otherwise]),
+        blocks.Verdicts(lines or [("", line) for line in otherwise]),
     ]
     first += run.notes
     if several:
-        return [*first, Tiles([evaluated.time_tile(run.latency)])]
+        return [*first, blocks.Tiles([evaluated.time_tile(run.latency)])]
     return [*first, *(evaluated.tiles(e, run.latency) for e in run.evaluations)]
 
 
-def _sections(run: Run) -> list[Section]:
-    sections: list[Section] = []
+def _sections(run: Run) -> list[blocks.Section]:
+    sections: list[blocks.Section] = []
     if len(run.evaluations) > 1:
         named = [(each.task, each) for each in run.evaluations]
         caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
         sections.append(evaluated.side_by_side("task", named, caption))
-    folded: list[Section] = []
+    folded: list[blocks.Section] = []
     for evaluation in run.evaluations:
         shown = evaluated.sections(run, evaluation)
         if len(run.evaluations) == 1:
             sections, folded = shown, evaluated.details(evaluation)
         else:
-            own = lowered([*shown, *evaluated.details(evaluation)])
-            sections += [Section(evaluation.task, []), *own]
+            own = blocks.lowered([*shown, *evaluated.details(evaluation)])
+            sections += [blocks.Section(evaluation.task, []), *own]
     steps = next_steps(run)
-    following: list[Block] = [Listing([text for text, _ in steps], [code for _, code in steps])]
+    following: list[blocks.Block] = [
+        blocks.Listing([text for text, _ in steps], [code for _, code in steps])
+    ]
     if run.absent:
         following.append(f"Not in this folder: {'; '.join(run.absent)}.")
-    sections.append(Section("What to do next", following))
+    sections.append(blocks.Section("What to do next", following))
     if run.evaluations:
         folded.append(evaluated.costs(run.evaluations, run.latency))
     return [*sections, *folded, *learned(run), _provenance(run)]
 
 
-# --- search and training ---
-
-
-def learned(run: Run) -> list[Section]:
+def learned(run: Run) -> list[blocks.Section]:
     """Return the sections on paths, search and routers, as far as there are files for them."""
     found = [tuned.section(run.paths, folded=bool(run.evaluations))] if run.paths else []
     if run.healed:
         found.append(tuned.healed_section(run.healed, folded=bool(run.evaluations)))
     if run.search or run.supervision or run.summary:
-        found.append(Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
+        found.append(blocks.Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
     if run.epochs:
         found.append(_routers(run))
     return found
@@ -166,7 +154,7 @@ def _searched(run: Run) -> dict[str, Any]:
     }
 
 
-def _routers(run: Run) -> Section:
+def _routers(run: Run) -> blocks.Section:
     layers = run.layers
     known = layers.parts[layers.judged] if layers else {}
     scores = {name: ratios(counts) for name, counts in known.items()}
@@ -177,7 +165,7 @@ def _routers(run: Run) -> Section:
         if split in last
     ]
     baselines = {name: each for name, each in scores.items() if name != ROUTERS}
-    curves = Figure(
+    curves = blocks.Figure(
         draw=partial(figures.router_metrics, run.epochs, baselines),
         name="router metrics",
         alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(told)}.",
@@ -190,18 +178,15 @@ def _routers(run: Run) -> Section:
         "scores": scores,
         "held_out": VALIDATION in last,
     }
-    return Section("Router metrics", [curves], 2, True, "routers.j2", values)
+    return blocks.Section("Router metrics", [curves], 2, True, "routers.j2", values)
 
 
-# --- provenance ---
-
-
-def _provenance(run: Run) -> Section:
+def _provenance(run: Run) -> blocks.Section:
     made = (each.manifest for each in run.sources)
     wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA)
     commands = list(dict.fromkeys(map(command, wanted)))
     values = {"run": run, "runtime": _runtime, "commands": commands}
-    return Section("Provenance", folded=True, template="provenance.j2", values=values)
+    return blocks.Section("Provenance", folded=True, template="provenance.j2", values=values)
 
 
 def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -30,8 +30,7 @@ from drllm.search.retest import retested, to_retest
 from drllm.search.strategies import graded, new_search
 from drllm.tasks.base import Prompt
 
-ATTEMPTS = 3
-"""How often a question is tried: with its batch, then alone."""
+ATTEMPTS = 3  # how often a question is tried: with its batch, then alone
 QUESTION_ERRORS = (
     ConfigError,  # a prompt that the chat template refuses
     ModelError,  # log-probabilities that are not finite, a prompt beyond the model's context
@@ -44,8 +43,7 @@ QUESTION_ERRORS = (
 OnShare = Callable[[Batch, float, int, str], None]
 """Called within a batch with the share of its work that is done, the number of paths run by this
 start of the search, and what is being done."""
-OnStep = Callable[[float, int, str], None]
-"""The same for the questions of one batch."""
+OnStep = Callable[[float, int, str], None]  # the same for the questions of one batch
 
 logger = logging.getLogger(__name__)
 

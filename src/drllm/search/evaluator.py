@@ -27,26 +27,18 @@ WRONG_ANSWERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one path fared on one question; see `TriedPath`.
+    """How one path fared on one question; see `TriedPath`."""
 
-    Attributes:
-        reward: In [0, 1].
-        margin: In nats, positive when right; None where it isn't known (yet).
-        logprobs: Each option's, in nats; empty where one isn't finite, and of generated answers.
-        answer: What was generated; None when choices were scored.
-        tokens: Those of the answer, without the end-of-sequence token.
-        logprob: Mean log-probability of the answer's tokens (with the end of sequence), in nats;
-            None when choices were scored, and where it isn't finite.
-        kl: In nats a token; None where it wasn't asked for or isn't finite.
-    """
-
-    reward: float
-    margin: float | None
+    reward: float  # in [0, 1]
+    margin: float | None  # in nats, positive when right; None where it isn't known (yet)
+    # Each option's, in nats; empty where one isn't finite, and of generated answers.
     logprobs: tuple[float, ...]
-    answer: str | None = None
-    tokens: tuple[int, ...] = ()
+    answer: str | None = None  # what was generated; None when choices were scored
+    tokens: tuple[int, ...] = ()  # those of the answer, without the end-of-sequence token
+    # Mean log-probability of the answer's tokens (with the end of sequence), in nats; None when
+    # choices were scored, and where it isn't finite.
     logprob: float | None = None
-    kl: float | None = None
+    kl: float | None = None  # in nats a token; None where it wasn't asked for or isn't finite
 
 
 @dataclass(frozen=True, slots=True)

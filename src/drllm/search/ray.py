@@ -34,10 +34,8 @@ BATCHES_A_WORKER = 2
 """Batches that a worker holds: the one it searches and the next, so that it never waits."""
 MAX_LOSSES = 3
 """Workers that a question may cost while it is searched alone, before it is set aside."""
-MAX_FAILED_STARTS = 3
-"""Workers in a row that may die while they load the model."""
-START_TIMEOUT_S = 600.0
-"""How long nothing at all may happen while no worker has a model yet."""
+MAX_FAILED_STARTS = 3  # workers in a row that may die while they load the model
+START_TIMEOUT_S = 600.0  # how long nothing at all may happen while no worker has a model yet
 CONNECT_TIMEOUT_S = 5.0
 """How long it may take until somebody answers at an address; Ray itself tries for minutes."""
 

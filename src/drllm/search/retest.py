@@ -15,8 +15,7 @@ from drllm.search.evaluator import Evaluator, Outcome, Reading, outcome_of
 Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]
 """Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
 
-PATHS_AT_ONCE = 64
-"""Asked again together, of whole questions: what an interruption loses at most."""
+PATHS_AT_ONCE = 64  # asked again together, of whole questions: what an interruption loses at most
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:

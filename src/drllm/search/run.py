@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
     Executor = LocalExecutor | RayExecutor
 
-HOPELESS = 16
-"""Questions that may fail before the first one succeeds; then something else is wrong."""
+HOPELESS = 16  # questions that may fail before the first one succeeds; then something else is wrong
 PROMPT_SHOWN = 600
 """Characters of a prompt that are shown; of a longer one, half of them from either end."""
 SAMPLE_QUESTIONS = 8

@@ -27,8 +27,7 @@ POWER = 0.8
 NEGLIGIBLE = 1e-12
 """Numbers of different answers with a smaller probability are left out; with ten thousand
 questions that changes no probability by more than 1e-8."""
-HALVINGS = 17
-"""Of the range of a share, which is found to a thousandth of a point, from above."""
+HALVINGS = 17  # of the range of a share, which is found to a thousandth of a point, from above
 
 
 def smallest_certifiable(

@@ -18,16 +18,7 @@ from drllm.records.manifest import new_manifest, write_or_remove, write_records
 from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_search
 from drllm.records.splits import question_key
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
-from drllm.supervision.rules import (
-    NO_KL,
-    OVER_QUOTA,
-    REASONS,
-    SAVES_TOO_LITTLE,
-    TWICE,
-    candidates,
-    is_improving,
-    reads_min_saving,
-)
+from drllm.supervision import rules
 from drllm.supervision.summary import summarise
 
 _ROUNDING = 1e-9
@@ -36,12 +27,9 @@ _ROUNDING = 1e-9
 class Supervision(tuple[SupervisionRecord, ...]):
     """The targets, one per question that has one, in order; and what became of the others."""
 
-    reasons: tuple[str | None, ...]
-    """One per question: why it has no target, None where it has one."""
-    summary: dict[str, Any]
-    """Counts, as `summarise` describes them."""
-    rewards: tuple[str, ...]
-    """Those that the prompts of the targets were made for, by name."""
+    reasons: tuple[str | None, ...]  # one per question: why it has no target, None where it has one
+    summary: dict[str, Any]  # counts, as `summarise` describes them
+    rewards: tuple[str, ...]  # those that the prompts of the targets were made for, by name
 
 
 def supervise(
@@ -120,10 +108,10 @@ def write(
         counts = (Counter(itertools.islice(reasons, len(source))) for source in sources)
         manifest["files"] = {
             name: {
-                "questions": found.total() - found[TWICE],
-                "copies": found[TWICE],
+                "questions": found.total() - found[rules.TWICE],
+                "copies": found[rules.TWICE],
                 "targets": found[None],
-                "rejected": {reason: found[reason] for reason in REASONS},
+                "rejected": {reason: found[reason] for reason in rules.REASONS},
             }
             for name, found in zip(manifest["inputs"], counts, strict=True)
         }
@@ -146,7 +134,7 @@ def check_settings(
             "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
             "rule, such as --target shortest"
         )
-    if config.min_saving is not None and not reads_min_saving(config.target):
+    if config.min_saving is not None and not rules.reads_min_saving(config.target):
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "
             f"leave it out, or choose --target least_kl"
@@ -170,10 +158,10 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     seen: set[str] = set()
     for place, record in enumerate(records):
         key = question_key(record.question)
-        paths: list[TriedPath] | str = TWICE
+        paths: list[TriedPath] | str = rules.TWICE
         if key not in seen:
             seen.add(key)
-            paths = candidates(record, config.target, min_saving=config.min_saving)
+            paths = rules.candidates(record, config.target, min_saving=config.min_saving)
         reasons.append(paths if isinstance(paths, str) else None)
         if not isinstance(paths, str):
             target = paths[0]
@@ -185,13 +173,13 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
                 id=record.id,
                 task=record.task,
                 executions=target.executions,
-                improving=is_improving(target, record),
+                improving=rules.is_improving(target, record),
                 margin=target.margin,
             )
     places = list(found)
     for dropped in over_quota(list(found.values()), quotas, config.quota_improving):
         del found[places[dropped]]
-        reasons[places[dropped]] = OVER_QUOTA
+        reasons[places[dropped]] = rules.OVER_QUOTA
     supervision = Supervision(found.values())
     supervision.reasons = tuple(reasons)
     supervision.summary = summarise(records, supervision, Counter(filter(None, reasons)))
@@ -251,14 +239,16 @@ def over_quota(
 
 def _without_targets(summary: Mapping[str, Any]) -> str:
     rejected = {reason: n for reason, n in summary["rejected"].items() if n}
-    if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
+    if (
+        rules.OVER_QUOTA in rejected
+    ):  # a quota alone leaves targets, a share leaves the improving ones
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "
             "simulations"
         )
-    elif NO_KL in rejected:
+    elif rules.NO_KL in rejected:
         remedy = "search again with --kl, or choose another --target"
-    elif SAVES_TOO_LITTLE in rejected:
+    elif rules.SAVES_TOO_LITTLE in rejected:
         remedy = "search more simulations, or give a smaller --min-saving"
     else:
         remedy = "search more questions or simulations, or choose another --target"

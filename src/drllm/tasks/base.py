@@ -19,22 +19,18 @@ from drllm.errors import TaskError, unknown_name
 if TYPE_CHECKING:
     from drllm.tasks.forms import Form
 
-Question = TypeVar("Question")
-"""An example, alone or with what belongs to it."""
+Question = TypeVar("Question")  # an example, alone or with what belongs to it
 
 Row: TypeAlias = Mapping[str, Any]
 """One object of a task's file, in the schema of the hub or of a data folder."""
 
-QuestionRow: TypeAlias = tuple["Example", Row]
-"""A question, and the row that it was read from."""
+QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that it was read from
 
-FILE_NAMES = (".jsonl", ".jsonl.gz")
-"""How the name of a file of questions ends."""
+FILE_NAMES = (".jsonl", ".jsonl.gz")  # how the name of a file of questions ends
 
 OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
-KL_REWARD = "kl"
-"""The reward of prompts without answers: how near a path stays to the full one."""
+KL_REWARD = "kl"  # the reward of prompts without answers: how near a path stays to the full one
 
 Messages: TypeAlias = tuple[tuple[str, str], ...]
 """A conversation that ends with the user: role and content of each message."""
@@ -135,33 +131,23 @@ class Function(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Harness:
-    """How lm-evaluation-harness asks a task in an evaluation.
+    """How lm-evaluation-harness asks a task in an evaluation."""
 
-    Attributes:
-        file: The harness' task file below its `tasks`, with `{part}` where there is one for each
-            part of the set; empty where `settings` are all there is.
-        columns: The columns that the task file reads: names that are taken as they stand, the
-            question's field for each, or a function that makes them of a question and its row.
-        settings: Changes to the harness' file or, without one, the whole task.
-        generated: Answers are generated; else options are scored.
-        metric: The metric that counts, of those that the harness reports.
-        filter: Which of the harness' filters of a generated text it is taken from.
-        shots: Worked examples before a question unless another number is asked for.
-        max_new_tokens: Maximum tokens of an answer; 0 where options are scored.
-        part_of: The column with the part that a row belongs to; empty for sets of one part.
-        notes: What a reader of results must know.
-    """
-
+    # The columns that the task file reads: names that are taken as they stand, the question's field
+    # for each, or a function that makes them of a question and its row.
     columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
+    # The harness' task file below its `tasks`, with `{part}` where there is one for each part of
+    # the set; empty where `settings` are all there is.
     file: str = ""
+    # Changes to the harness' file or, without one, the whole task.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    generated: bool = False
-    metric: str = "acc"
-    filter: str = "none"
-    shots: int = 0
-    max_new_tokens: int = 0
-    part_of: str = ""
-    notes: tuple[str, ...] = ()
+    generated: bool = False  # answers are generated; else options are scored
+    metric: str = "acc"  # the metric that counts, of those that the harness reports
+    filter: str = "none"  # which of the harness' filters of a generated text it is taken from
+    shots: int = 0  # worked examples before a question unless another number is asked for
+    max_new_tokens: int = 0  # maximum tokens of an answer; 0 where options are scored
+    part_of: str = ""  # the column with the part that a row belongs to; empty for sets of one part
+    notes: tuple[str, ...] = ()  # what a reader of results must know
 
     def row_of(self, example: Example, row: Row) -> dict[str, Any]:
         """Return the columns of one question, or refuse a row that lacks one of them."""

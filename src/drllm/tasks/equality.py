@@ -18,8 +18,7 @@ from decimal import Decimal
 
 from drllm.extras import need
 
-LIMIT_S = 5.0
-"""Longest time for one comparison, in seconds; math-verify's own default."""
+LIMIT_S = 5.0  # longest time for one comparison, in seconds; math-verify's own default
 
 _PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
 _WORKER = """

@@ -119,15 +119,12 @@ class FileTask(Task):
     Every question belongs to one of the four splits by its text, so that one file serves search,
     training and evaluation, and no question is trained on and reported on.
 
-    Args:
-        path: What the rows are of, a `.jsonl` or `.jsonl.gz` file or another place.
-        taken: Names of other tasks; a file of such a name is called `NAME_file`.
-        rows: The rows with their numbers: `question`, `choices` and `answer` (the right option's
-            index from 0, its text, or its letter), or `question`, `answer` and `grader` (a reward
-            that grades text), the same for all, or `prompt` (or `question`) without an answer, or
-            `messages`, a conversation, of which an answer at the end is left out.
-        columns: The columns that these fields are in, where rows have others.
-        skips: Rows that can't be asked are left out with a warning; else they are a TaskError.
+    A row has `question`, `choices` and `answer` (the right option's index from 0, its text, or its
+    letter), or `question`, `answer` and `grader` (a reward that grades text, the same for all), or
+    `prompt` (or `question`) without an answer, or `messages`, a conversation, of which an answer at
+    the end is left out; `columns` says where rows have them under other names. With `skips`, rows
+    that can't be asked are left out with a warning, else they are a TaskError. A file that is
+    called like one of the `taken` names is `NAME_file`.
     """
 
     def __init__(

@@ -17,28 +17,23 @@ LETTER_TOKENS = 10
 """Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
 BOXED_TOKENS = 15
 """Maximum tokens of a boxed answer; no room for a chain of thought (Dr.LLM section 4)."""
-ANSWER_TOKENS = 16
-"""What other answers may have at least; more where a right one is longer."""
+ANSWER_TOKENS = 16  # what other answers may have at least; more where a right one is longer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How the questions of a task are asked in a search.
+    """How the questions of a task are asked in a search."""
 
-    Attributes:
-        rewards: The rewards that fit, the default first: `loglikelihood` scores the options' texts,
-            `letter` asks for one of their letters, others grade a generated answer. None where the
-            questions are prompts without answers.
-        templates: Around `{question}` and, for generated answers, `{context}`: as it is asked, then
-            for the re-tests.
-        max_new_tokens: Maximum tokens of an answer; None: what its longest right answer needs.
-        letters: Those that may be answered, where options stand in the question.
-    """
-
+    # The rewards that fit, the default first: `loglikelihood` scores the options' texts, `letter`
+    # asks for one of their letters, others grade a generated answer. None where the questions are
+    # prompts without answers.
     rewards: tuple[str, ...]
+    # Around `{question}` and, for generated answers, `{context}`: as it is asked, then for the re-
+    # tests.
     templates: tuple[str, ...]
+    # Maximum tokens of an answer; None: what its longest right answer needs.
     max_new_tokens: int | None = None
-    letters: str = "ABCDE"
+    letters: str = "ABCDE"  # those that may be answered, where options stand in the question
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how a question is asked for one of the rewards, then other ways of asking it.

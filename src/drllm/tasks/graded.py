@@ -21,8 +21,7 @@ from drllm.tasks.forms import in_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
-MAX_NEW_TOKENS = 256
-"""Of an answer, unless another number is given."""
+MAX_NEW_TOKENS = 256  # of an answer, unless another number is given
 
 
 class GradedTask(Task):

@@ -26,14 +26,12 @@ from drllm.tasks.base import (
     with_options,
 )
 
-FEWSHOT_SEED = 1234
-"""The harness' own, so that its command line draws the same worked examples."""
+FEWSHOT_SEED = 1234  # the harness' own, so that its command line draws the same worked examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
 """What the harness asks of a model, of which we take these."""
 PREFERRED = ("acc", "exact_match")
 """Metrics that count where a task has them; else its first one does."""
-MOST_DRAWS = 10
-"""Of worked examples, until the question itself isn't among them."""
+MOST_DRAWS = 10  # of worked examples, until the question itself isn't among them
 GENERATED_REWARDS = ("exact", "boxed")
 MAX_NEW_TOKENS = 256
 """Of a generated answer where the task doesn't say it; the harness' own default."""
@@ -48,13 +46,9 @@ class StockTask(Task):
     are divided so, and an evaluation of what may be made on some of them asks `test` alone. All are
     asked as the harness has it, worked examples too.
 
-    Args:
-        name: What the harness' `--tasks` takes.
-        taken: Names of other tasks, which an unknown one may be near to.
-
-    Raises:
-        TaskError: An unknown name, questions that can't be fetched, or a task that doesn't score
-            options or generate answers.
+    Its name is what the harness' `--tasks` takes; an unknown one may be near to a `taken` one. A
+    task whose questions can't be fetched is a TaskError, as is one that neither scores options nor
+    generates answers.
     """
 
     def __init__(self, name: str, taken: tuple[str, ...] = ()) -> None:

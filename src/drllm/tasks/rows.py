@@ -14,8 +14,7 @@ from drllm.records.codec import decode, refuse_odd_file
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
 """How a data set of the hub is named, with its configuration and split where they are needed."""
-HUB_ROWS = 10_000
-"""How many rows of one are read where no limit is given."""
+HUB_ROWS = 10_000  # how many rows of one are read where no limit is given
 
 
 class EmptyTextError(TaskError):

@@ -30,10 +30,8 @@ from drllm.records.resume import refuse_other_run
 
 FEATURES_FOLDER = "features"
 FEATURES_FILE = "features.safetensors"
-FEATURE_VERSION = 1
-"""Raised when the same targets would be pooled to other numbers."""
-COMMIT_S = 2.0
-"""Seconds between two commits, the maximum of its work that a pass loses to a kill."""
+FEATURE_VERSION = 1  # raised when the same targets would be pooled to other numbers
+COMMIT_S = 2.0  # seconds between two commits, the maximum of its work that a pass loses to a kill
 NOT_DONE, NOT_FINITE = 0, -1
 """What `filled` says of a row that isn't pooled yet, and of one whose states aren't finite."""
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
@@ -45,14 +43,10 @@ class Store:
     """Keeps the routers' inputs in a folder, memory-mapped, as `float32` or `bfloat16`.
 
     The folder is made if necessary; nothing else that lies in it is touched.
-
-    Attributes:
-        means: `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to.
-        filled: `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`.
     """
 
-    means: Tensor
-    filled: Tensor
+    means: Tensor  # `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to
+    filled: Tensor  # `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`
     _file: BinaryIO
     _committed: float
 

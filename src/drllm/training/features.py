@@ -30,8 +30,7 @@ from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
 from drllm.training.targets import OVERFLOWS, are_too_many, targets_for
 
 BATCH_SIZE = 8
-MAXIMUM_TOKENS = 16_384
-"""Of a batch, padding counted; a longer prompt has a batch to itself."""
+MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
 READ_AT_ONCE = 32
 CONSTANT = 1e-5
 """A component whose deviation is below this share of its layer's size counts as constant."""

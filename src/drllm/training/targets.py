@@ -16,8 +16,7 @@ TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"
 OVERFLOWS = "hidden states that are NaN or infinite"
 REJECTED_FILE = "rejected.jsonl"
-MAXIMUM_SET_ASIDE = 0.1
-"""Share of the targets that may be set aside; one of them always may."""
+MAXIMUM_SET_ASIDE = 0.1  # share of the targets that may be set aside; one of them always may
 
 
 def targets_for(

@@ -29,8 +29,7 @@ from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
-FUSED = ("cpu", "cuda")
-"""Devices for which every torch that we support has a fused AdamW."""
+FUSED = ("cpu", "cuda")  # devices for which every torch that we support has a fused AdamW
 
 
 class DivergedError(ConfigError):

@@ -28,12 +28,9 @@ LAYERS, SUBLAYERS, REPEATS = "layers", "sublayers", "repeats"
 SCALES = (0.25, 0.5, 1.0)
 """Weights of a second pass's update. Published work on looping frozen models finds gains only below
 1 (arXiv 2605.23872)."""
-LONGEST_BLOCK = 7
-"""Layers of a block that is repeated, at most."""
-SHARE_SKIPPED = 1 / 6
-"""Of the layers, unless another number is given."""
-ROUNDING = 1e-6
-"""Of a level that shares of layers add up to."""
+LONGEST_BLOCK = 7  # layers of a block that is repeated, at most
+SHARE_SKIPPED = 1 / 6  # of the layers, unless another number is given
+ROUNDING = 1e-6  # of a level that shares of layers add up to
 
 
 @dataclass(frozen=True, slots=True)

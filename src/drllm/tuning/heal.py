@@ -61,8 +61,7 @@ from drllm.tuning.judge import Item, Judge, texts_of
 from drllm.tuning.parts import KL, LOSS
 
 CHUNKS_FOLDER, TRAINING = "heal.partial", "training"
-NAME = "healed"
-"""Of the adapter while it is trained."""
+NAME = "healed"  # of the adapter while it is trained
 STEPS, CHECKS = 250, 10
 """Of training, unless a number or a time is given; measurements of the held-out texts in it."""
 WARM_UP, MAX_GRAD_NORM = 0.05, 1.0
@@ -284,8 +283,6 @@ class _Healing:
         texts = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in prompts]
         return [(*text, *answer.tokens) for text, answer in zip(texts, answers, strict=True)]
 
-    # --- training ---
-
     def _drawn(self, seed: str) -> int:
         """Draw one of the paths, the same one for the same seed."""
         return Random(seed).choices(range(len(self.paths)), self.counts)[0]
@@ -396,8 +393,6 @@ class _Healing:
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.routed.device.type, self.low) if self.low else nullcontext()
 
-    # --- held-out texts ---
-
     def _check(self) -> None:
         """Measure the held-out texts, and keep the adapter if it is the best so far."""
         started, state = time.perf_counter(), self.state
@@ -428,8 +423,6 @@ class _Healing:
             for own, scores in zip(losses, found, strict=True):
                 own += [-float(score) for score in scores]
         return [fmean(own) for own in losses]
-
-    # --- what is kept of an unfinished run ---
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}

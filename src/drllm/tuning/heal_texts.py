@@ -22,8 +22,7 @@ from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_o
 
 Tokens: TypeAlias = tuple[int, ...]
 
-LEAST_PER_HELD_OUT = 5
-"""Of a source, at most one text in so many is held out, but one in any case."""
+LEAST_PER_HELD_OUT = 5  # of a source, at most one text in so many is held out, but one in any case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,7 @@ from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.parts import GOLD, KL, LOSS
 
-BLOCK_SIZE = 32
-"""Questions scored together, of like length."""
+BLOCK_SIZE = 32  # questions scored together, of like length
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,8 +109,7 @@ class Judge:
         return log_share(sums, item.gold), float(sums.index(max(sums)) == item.gold)
 
 
-WORST = -100.0
-"""Nats that stand for a value that isn't finite, which can't be averaged."""
+WORST = -100.0  # nats that stand for a value that isn't finite, which can't be averaged
 
 
 def log_share(sums: Sequence[float], place: int) -> float:

@@ -52,14 +52,10 @@ from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 CHUNKS_FOLDER = "paths.partial"
-FINAL = 1
-"""Levels whose time certifying and testing takes, about."""
-MOST_PAIRS = 100
-"""Questions times paths that are scored in one go, and that a kill loses, at most."""
-MOST_ANSWERS = 32
-"""The same of answers that are generated."""
-NUM_TEXTS = 100
-"""Questions of a part whose text's next-token loss is read too, at most."""
+FINAL = 1  # levels whose time certifying and testing takes, about
+MOST_PAIRS = 100  # questions times paths that are scored in one go, and that a kill loses, at most
+MOST_ANSWERS = 32  # the same of answers that are generated
+NUM_TEXTS = 100  # questions of a part whose text's next-token loss is read too, at most
 
 
 def tune(
@@ -313,8 +309,6 @@ class _Tuning:
                 )
         return None
 
-    # --- search ---
-
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
         config, L = self.config, self.routed.num_layers
@@ -411,8 +405,6 @@ class _Tuning:
             for place, (path, gain) in enumerate(zip(paths, gains, strict=True))
         }
 
-    # --- choice and result ---
-
     def _name(self, path: StaticPath) -> str:
         if path == self.full:
             return "full"
@@ -482,10 +474,7 @@ class _Tuning:
     def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> Measured:
         [values] = task.objectives(part, [path])
         told = Measured(
-            task=task.name,
-            part=part,
-            num_questions=len(values),
-            objective=fmean(values),
+            task=task.name, part=part, num_questions=len(values), objective=fmean(values)
         )
         is_full = path == self.full
         if not is_full:
@@ -506,8 +495,6 @@ class _Tuning:
         )
 
 
-# --- what is said while it runs ---
-
 AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
 AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
 """The numbers at the axis of a drawn interval, whose columns stand for `AXIS_STEP` each."""
@@ -525,8 +512,7 @@ def drawn(mean: float, low: float, high: float) -> str:
     return "".join(cells).rstrip()
 
 
-HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
-"""What stands above the lines."""
+HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"  # what stands above the lines
 
 
 def told(saved: float, change: tuple[float, float, float]) -> str:

@@ -174,9 +174,6 @@ def executions_of(routes: Tensor) -> float:
     return mean_executions(routes.tolist())
 
 
-# --- which ones users ask for, and what is refused of the settings that do -----------------------
-
-
 def ordered() -> list[type[Baseline]]:
     """Return all baselines in the order in which they are shown."""
     return sorted(map(BASELINES.get, BASELINES), key=lambda baseline: baseline.order)

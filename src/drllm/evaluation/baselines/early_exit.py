@@ -44,8 +44,7 @@ class ConfidenceExit(Baseline):
         lens, measured = self.measured
         found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
         return Drawn(
-            ExitPolicy(lens, found.value),
-            note=f"exits above a confidence of {found.value:.4f}",
+            ExitPolicy(lens, found.value), note=f"exits above a confidence of {found.value:.4f}"
         )
 
 

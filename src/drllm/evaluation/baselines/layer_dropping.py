@@ -10,16 +10,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from drllm.evaluation.baselines.base import (
-    CALIBRATION,
-    CHOICE,
-    NOTHING,
-    Baseline,
-    Drawn,
-    Measure,
-    executions_of,
-    register,
-)
+from drllm.evaluation.baselines import base
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.paths import Decisions, num_executions
 
@@ -30,11 +21,10 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 
-class LayerDropping(Baseline):
+class LayerDropping(base.Baseline):
     """Drops k or k + 1 layers on each question, so that mean executions are the routed model's."""
 
-    num_kept: ClassVar[int] = 1
-    """Layers that are never dropped."""
+    num_kept: ClassVar[int] = 1  # layers that are never dropped
 
     def obstacle(self, executions: float) -> str | None:
         """Say so if fewer executions are wanted than layers are kept."""
@@ -53,24 +43,24 @@ class LayerDropping(Baseline):
         """Return the decisions that drop so many layers, or all that can be."""
         return without(self.dropped(number), self.num_layers)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
         """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
-        L, wanted = self.num_layers, executions_of(routes)
+        L, wanted = self.num_layers, base.executions_of(routes)
         if wanted > L:
             note = f"runs {L} layers, having none to drop"
-            return Drawn(routes.new_ones(routes.shape), note=note)
+            return base.Drawn(routes.new_ones(routes.shape), note=note)
         more = L - int(wanted)  # layers dropped by the questions that drop more
         first, second = self.decisions(more), self.decisions(max(more - 1, 0))
-        return Drawn(mixture(first, second, wanted, len(routes), generator))
+        return base.Drawn(mixture(first, second, wanted, len(routes), generator))
 
 
-@register
+@base.register
 class LastLayers(LayerDropping):
     """The deepest layers but the last one, which makes what the head can read, are dropped."""
 
     name = "last layers"
     source = "Gromov et al., arXiv 2403.17887"
-    fitted_on = NOTHING
+    fitted_on = base.NOTHING
     order = 40
     num_kept = 2
 
@@ -79,7 +69,7 @@ class LastLayers(LayerDropping):
         return range(self.num_layers - 2, 0, -1)[:number]
 
 
-@register
+@base.register
 class EvenlySpaced(LayerDropping):
     """Layers at even distances are dropped, the first and the last kept.
 
@@ -88,7 +78,7 @@ class EvenlySpaced(LayerDropping):
 
     name = "evenly spaced"
     source = "Unified Layer Skipping, arXiv 2404.06954"
-    fitted_on = NOTHING
+    fitted_on = base.NOTHING
     order = 50
     num_kept = 2
 
@@ -99,13 +89,13 @@ class EvenlySpaced(LayerDropping):
         return [1 + (2 * i + 1) * between // (2 * k) for i in range(k)]
 
 
-@register
+@base.register
 class BlockInfluence(LayerDropping):
     """The layers that turn the hidden state least are dropped."""
 
     name = "block influence"
     source = "ShortGPT, arXiv 2403.03853"
-    fitted_on = CALIBRATION
+    fitted_on = base.CALIBRATION
     order = 60
 
     @cached_property
@@ -130,24 +120,24 @@ class _ByMeasure(LayerDropping):
         return self._order[:number]
 
 
-@register
+@base.register
 class GreedyByLoss(_ByMeasure):
     """One by one the layer is dropped whose absence raises the next-token loss least."""
 
     name = "greedy by loss"
     source = "SLEB, arXiv 2402.09025"
-    fitted_on = CALIBRATION
+    fitted_on = base.CALIBRATION
     order = 70
     measure = "loss"
 
 
-@register
+@base.register
 class GreedyByAnswers(_ByMeasure):
     """One by one the layer is dropped that matters least to the gold answers' log-probability."""
 
     name = "greedy by answers"
     source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"
-    fitted_on = CHOICE
+    fitted_on = base.CHOICE
     order = 80
     needs = ("questions", "a task with options")
     measure = "answers"
@@ -228,7 +218,7 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
 
 
 def greedy(
-    measure: Measure,
+    measure: base.Measure,
     num_layers: int,
     number: int,
     known: Sequence[int] = (),

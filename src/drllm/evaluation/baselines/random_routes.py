@@ -10,27 +10,18 @@ from typing import TYPE_CHECKING
 
 from drllm.bisection import bisect
 from drllm.errors import CheckpointError
-from drllm.evaluation.baselines.base import (
-    ROUTES,
-    TARGETS,
-    Baseline,
-    Drawn,
-    executions_of,
-    register,
-)
+from drllm.evaluation.baselines import base
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-STEEPEST = 60.0
-"""Largest tilt in either direction: what is left of a decision then can't be drawn."""
-TOLERANCE = 1e-6
-"""How far expected executions may lie from those wanted and still be called equal."""
+STEEPEST = 60.0  # largest tilt in either direction: what is left of a decision then can't be drawn
+TOLERANCE = 1e-6  # how far expected executions may lie from those wanted and still be called equal
 
 
-@register
-class PermutedRoutes(Baseline):
+@base.register
+class PermutedRoutes(base.Baseline):
     """Each question runs the route of another question.
 
     Controls for everything but the match between question and route. The same routes run, each as
@@ -41,17 +32,17 @@ class PermutedRoutes(Baseline):
 
     name = "permuted routes"
     source = "ours"
-    fitted_on = ROUTES
+    fitted_on = base.ROUTES
     order = 10
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
         """Return the routes in another order."""
-        return Drawn(permuted(routes, generator))
+        return base.Drawn(permuted(routes, generator))
 
 
-@register
-class RandomDecisions(Baseline):
+@base.register
+class RandomDecisions(base.Baseline):
     """Each question's skips and repeats are at random layers.
 
     Controls for how much is executed, question by question. If this does as well as the routed
@@ -60,18 +51,18 @@ class RandomDecisions(Baseline):
 
     name = "random decisions"
     source = "ours"
-    fitted_on = ROUTES
+    fitted_on = base.ROUTES
     order = 20
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
         """Return each row's decisions in random order."""
         order = routes.double().uniform_(generator=generator).argsort(dim=1)
-        return Drawn(routes.gather(1, order))
+        return base.Drawn(routes.gather(1, order))
 
 
-@register
-class LabelFrequency(Baseline):
+@base.register
+class LabelFrequency(base.Baseline):
     """Each layer's decision is drawn as often as it was the target, tilted to equal executions.
 
     Controls for what the targets are like on the whole, layer by layer. If this does as well as the
@@ -81,15 +72,15 @@ class LabelFrequency(Baseline):
 
     name = "label frequency"
     source = "ours"
-    fitted_on = TARGETS
+    fitted_on = base.TARGETS
     order = 30
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
         """Return decisions drawn one by one."""
         routers = self.routed.routers
         assert routers is not None
-        wanted = executions_of(routes)
+        wanted = base.executions_of(routes)
         frequencies = tilted(routers.config.label_counts, wanted)
         expected = expected_executions(frequencies)
         note = ""
@@ -98,7 +89,7 @@ class LabelFrequency(Baseline):
                 f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
                 f"{expected:.2f} where the routed model has {wanted:.2f}"
             )
-        return Drawn(label_frequency(frequencies, len(routes), generator), note)
+        return base.Drawn(label_frequency(frequencies, len(routes), generator), note)
 
 
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:

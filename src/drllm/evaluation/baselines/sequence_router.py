@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.routed_model import RoutedModel
 
-STEEPEST = 1024.0
-"""Greatest bias in either direction; the router's logits lie far within."""
+STEEPEST = 1024.0  # greatest bias in either direction; the router's logits lie far within
 
 
 @register

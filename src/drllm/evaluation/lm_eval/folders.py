@@ -23,15 +23,7 @@ from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
-from drllm.tasks.base import (
-    Example,
-    Function,
-    Harness,
-    QuestionRow,
-    Task,
-    choose,
-    name_for_harness,
-)
+from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose, name_for_harness
 from drllm.tasks.published.task import Loader, PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
@@ -41,37 +33,29 @@ Line: TypeAlias = tuple[str, dict[str, Any]]
 ASKED, SHOWN = "asked", "shown"
 ROWS, CACHE = "rows", "cache"
 """Places below a task folder: what is asked and shown, and what `datasets` makes of it."""
-NAMED = 5
-"""Rows that aren't asked whose ids a note lists; the results hold all."""
-SEED = 0
-"""Of drawing the questions of `--limit` on the harness' command line."""
+NAMED = 5  # rows that aren't asked whose ids a note lists; the results hold all
+SEED = 0  # of drawing the questions of `--limit` on the harness' command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """A task of a task folder; `harness_name` is what to give to the harness' `--tasks`.
-
-    Attributes:
-        leaves: The harness' tasks that hold the questions, itself or a group's parts, by name:
-            how many questions each holds.
-        metric: The metric that counts.
-        filter: The harness' filter that it is taken from; `none` for most.
-        examples: The questions that are asked, over all parts.
-        notes: What a reader of results must know.
-        not_asked: Rows of the set that aren't asked: id → why.
-        places: Of the harness' own tasks, which questions of each are asked.
-    """
+    """A task of a task folder; `harness_name` is what to give to the harness' `--tasks`."""
 
     name: str
     harness_name: str
+    # The harness' tasks that hold the questions, itself or a group's parts, by name: how many
+    # questions each holds.
     leaves: Mapping[str, int]
-    metric: str
-    filter: str
+    metric: str  # the metric that counts
+    filter: str  # the harness' filter that it is taken from; `none` for most
     kind: Literal["choices", "generated"]
+    # The questions that are asked, over all parts.
     examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader of results must know
+    # Rows of the set that aren't asked: id → why.
     not_asked: dict[str, str] = field(default_factory=dict)
+    # Of the harness' own tasks, which questions of each are asked.
     places: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -304,9 +288,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
 )
-
-
-# --- our tasks on the harness' command line -------------------------------------------------------
 
 
 def own_tasks(

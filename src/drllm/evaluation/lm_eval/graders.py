@@ -18,8 +18,7 @@ from drllm.tasks.rewards import grade, reward_of
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""
 
-RULE = ("reward", "answer", "other_answers", "letters")
-"""What grading needs to know of a prompt."""
+RULE = ("reward", "answer", "other_answers", "letters")  # what grading needs to know of a prompt
 
 
 def entry_of(task: Task) -> Harness:
@@ -109,9 +108,6 @@ def grading_of(prompt: Prompt) -> str:
 def _prompt(doc: Mapping[str, Any]) -> Prompt:
     rule = json.loads(doc["grading"])
     return Prompt(text="", **{**rule, "other_answers": tuple(rule["other_answers"])})
-
-
-# --- SQuAD 2.0 ---------------------------------------------------------------------------------
 
 
 def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

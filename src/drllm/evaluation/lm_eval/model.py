@@ -33,7 +33,7 @@ from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.menu import load_policy
-from drllm.models.routing.policies import PathPolicy, Policy, reads_prompt
+from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
@@ -42,15 +42,13 @@ from drllm.processes import PATIENCE, count
 from drllm.records.menu import read_plan
 from drllm.records.static_paths import PathFile
 
-MAX_ROWS = 64
-"""As the harness' `max_batch_size`."""
+MAX_ROWS = 64  # as the harness' `max_batch_size`
 PASSED_ON = (
     *("add_bos_token", "prefix_token_id", "truncation"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Arguments of the harness' own class that keep their meaning."""
-PUBLISHED = "is_static_routing"
-"""The published name of `static_routing`."""
+PUBLISHED = "is_static_routing"  # the published name of `static_routing`
 DEPTH = (*(each.name for each in dataclasses.fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
 FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
@@ -203,8 +201,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]
 
-    # --- log-likelihoods ---
-
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score continuations, those of one question together; see `scoring.asked`."""
         if self.enable_thinking:
@@ -212,7 +208,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         rows = [self.request_of(each) for each in requests]
         with tqdm(desc="scoring", total=len(rows), disable=disable_tqdm or self.rank != 0) as bar:
             answers, _ = self.scorer.score(
-                rows, self.policy, by_prompt=reads_prompt(self.policy), on_progress=bar.update
+                rows, self.policy, by_prompt=self.policy.reads_prompt, on_progress=bar.update
             )
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -224,7 +220,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         context, continuation = instance.args
         if context != "":
             return Request(question, *self._encode_pair(context, continuation))
-        if reads_prompt(self.policy):
+        if self.policy.reads_prompt:
             raise RoutingError(
                 f"{instance.task_name} scores text without a prompt, so nothing can decide on "
                 f"its route; {FIXED}"
@@ -240,15 +236,13 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[Answer]:
         """Score windows of a text (rolling log-likelihoods), each by itself, without a prompt."""
-        if reads_prompt(self.policy):
+        if self.policy.reads_prompt:
             raise RoutingError(
                 f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
                 f"{FIXED}"
             )
         rows = [Request(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
         return self.scorer.score(rows, self.policy, by_prompt=False)[0]
-
-    # --- generated answers ---
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """Encode prompts, and remember whose routes come next."""
@@ -282,8 +276,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if self.world_size > 1:
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
         return found
-
-    # --- several processes, and what is written down ---
 
     def barrier(self) -> None:
         """Wait for all processes, and add up what they counted: the harness calls it in each."""

@@ -36,19 +36,14 @@ from drllm.paths import Decisions, StaticPath
 Answer: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
 
-Plan: TypeAlias = Mapping[Any, Decisions]
-"""Decisions by question."""
-Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]
-"""The same, of paths too."""
+Plan: TypeAlias = Mapping[Any, Decisions]  # decisions by question
+Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]  # the same, of paths too
 Decides: TypeAlias = Policy | Plan | StaticPath
 
-STATE_CACHE_GB = 1.0
-"""For states that the paths of a batch share; nothing is kept beyond a batch."""
+STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; nothing is kept beyond a batch
 
-ENOUGH_TOKENS = 512
-"""A pass of so many keeps a processor busy; a larger one costs in proportion."""
-LEAST_FILLED = 0.8
-"""Share of a pass's columns that each of its rows fills, from `ENOUGH_TOKENS` on."""
+ENOUGH_TOKENS = 512  # a pass of so many keeps a processor busy; a larger one costs in proportion
+LEAST_FILLED = 0.8  # share of a pass's columns that each of its rows fills, from `ENOUGH_TOKENS` on
 STEPS = 16
 """Into which a context is divided: answers are generated side by side where they may be equally
 long, so that prompts of about one length should leave the same room."""
@@ -134,9 +129,6 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
 
 def _named(key: Hashable) -> str:
     return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-
-
-# --- log-probabilities ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -256,9 +248,6 @@ def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
         (scores[place].logprobs[number], scores[place].greedy[number])
         for place, number in found.places
     ]
-
-
-# --- generated answers --------------------------------------------------------------------------
 
 
 def fitted(

@@ -23,8 +23,7 @@ from drllm.tasks.base import choose
 from drllm.tasks.harness import FEWSHOT_SEED, StockTask, golds_of, loaded
 from drllm.tuning.judge import log_share
 
-Key: TypeAlias = tuple[str, int]
-"""Which question: the harness' task, and the row's number there."""
+Key: TypeAlias = tuple[str, int]  # which question: the harness' task, and the row's number there
 
 
 class AskedTask:
@@ -35,12 +34,7 @@ class AskedTask:
     """
 
     def __init__(
-        self,
-        written: HarnessTask,
-        source: Path | Mapping[str, Any],
-        lm: RoutedLM,
-        *,
-        chat: bool,
+        self, written: HarnessTask, source: Path | Mapping[str, Any], lm: RoutedLM, *, chat: bool
     ) -> None:
         self.written = written
         self._lm = lm
@@ -166,11 +160,7 @@ class AskedTask:
 
 
 def asked_of(
-    task: StockTask,
-    split: str | None,
-    limit: int | None,
-    seed: int,
-    num_fewshot: int | None,
+    task: StockTask, split: str | None, limit: int | None, seed: int, num_fewshot: int | None
 ) -> HarnessTask:
     """Return a task of the harness with the questions that are asked, and as many worked examples.
 

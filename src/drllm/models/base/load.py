@@ -26,8 +26,7 @@ from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 
-ALIASES = (smollm2.ALIAS,)
-"""Names of our own for models."""
+ALIASES = (smollm2.ALIAS,)  # names of our own for models
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 

@@ -23,21 +23,15 @@ date a prompt would change tomorrow, for a resumed search and for routers traine
 DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{each}" for each in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
 """What a template's format of a date may hold."""
 
-PLACE = "{prompt}"
-"""Stands in a template for what is asked; other braces are text."""
+PLACE = "{prompt}"  # stands in a template for what is asked; other braces are text
 
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """How prompts are put to the model.
+    """How prompts are put to the model."""
 
-    Attributes:
-        chat: Whether they go through the tokenizer's chat template.
-        template: The text around `PLACE`.
-    """
-
-    chat: bool
-    template: str = PLACE
+    chat: bool  # whether they go through the tokenizer's chat template
+    template: str = PLACE  # the text around `PLACE`
 
     def put(self, text: str) -> str:
         """Return a prompt in the template; one that has its form already stays as it is."""

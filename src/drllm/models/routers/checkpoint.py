@@ -33,8 +33,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
-COUNTED_FILE = "config.json"
-"""The file that the hub counts downloads by; nothing else reads it."""
+COUNTED_FILE = "config.json"  # the file that the hub counts downloads by; nothing else reads it
 COUNTED = b'{"library_name": "drllm"}\n'
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save and pickle begin a file
 

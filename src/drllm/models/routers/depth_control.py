@@ -28,14 +28,11 @@ TOLERANCE = 0.25
 """Executions that the mean over the calibration set may differ from the wanted one. Less is often
 impossible: where a layer is skipped, later routers read something else, and a single prompt may
 lose twenty executions at once."""
-DECIMALS = 6
-"""Biases are looked for among numbers that can be written down as they are."""
-RESOLUTION = 1e-5
-"""Two biases nearer than this are not told apart."""
+DECIMALS = 6  # biases are looked for among numbers that can be written down as they are
+RESOLUTION = 1e-5  # two biases nearer than this are not told apart
 WIDEST = 2.0**19
 """No bias beyond this is tried; routers whose logits lie within that are skipped or repeated."""
-SCANNED = 16
-"""Biases, evenly spaced, from which the search starts again where it ended in a jump."""
+SCANNED = 16  # biases, evenly spaced, from which the search starts again where it ended in a jump
 
 
 class Calibration(NamedTuple):

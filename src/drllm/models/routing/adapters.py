@@ -37,17 +37,12 @@ TRIED = (3, 5)
 
 @dataclass(eq=False)
 class Adapter:
-    """A low-rank update (LoRA) of linear maps: to x each adds `alpha / rank · B A x`.
+    """A low-rank update (LoRA) of linear maps: to x each adds `alpha / rank · B A x`."""
 
-    Attributes:
-        rank: R.
-        alpha: What the update counts, times the rank.
-        weights: A `[R, in]` and B `[out, R]` of each map, by `LAYER.PLACE`: the index of the layer
-            and the map's place in it, such as `14.mlp.up_proj`.
-    """
-
-    rank: int
-    alpha: float
+    rank: int  # r
+    alpha: float  # what the update counts, times the rank
+    # A `[R, in]` and B `[out, R]` of each map, by `LAYER.PLACE`: the index of the layer and the
+    # map's place in it, such as `14.mlp.up_proj`.
     weights: dict[str, tuple[Tensor, Tensor]]
 
     @classmethod

@@ -25,14 +25,7 @@ from drllm.models.routing.adapters import rows_by_adapter
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
-from drllm.models.routing.policies import (
-    FullPolicy,
-    PathPolicy,
-    Policy,
-    PromptView,
-    adapters_of,
-    reads_prompt,
-)
+from drllm.models.routing.policies import FullPolicy, PathPolicy, Policy, PromptView
 from drllm.paths import MLP, StaticPath, Step, layer_of, step_of
 
 
@@ -166,7 +159,7 @@ class RoutedPass(Driver):
         """See `Driver.compiles`."""
         first = cache.layers[0] if cache is not None and cache.layers else None
         is_pinned = isinstance(first, RoutedCacheLayer) and first.decisions is not None
-        return not reads_prompt(self.policy) and (cache is None or is_pinned)
+        return not self.policy.reads_prompt and (cache is None or is_pinned)
 
     def end(self) -> None:
         """Keep the route if this pass decided one."""
@@ -203,7 +196,7 @@ class RoutedPass(Driver):
         the same lines take several times as long, since those have emptied the processor's caches.
         """
         if self._readable is None:
-            if reads_prompt(self.policy):
+            if self.policy.reads_prompt:
                 readable = _readable_tokens(self.driver, self.attention_mask, hidden)
                 self._readable = readable[:: self.copies]
                 self._has_prompts = readable.any(dim=1).all()
@@ -240,7 +233,7 @@ class RoutedPass(Driver):
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
                 f"for each of {B // copies} prompts"
             )
-        names = list(adapters_of(self.policy, layer, prompts))
+        names = list(self.policy.adapters(layer, prompts))
         if names and len(names) * copies != B:
             said = f"the policy gave the adapters {names} at layer {layer}"
             raise RoutingError(f"{said}; expected a name for each of {B // copies} prompts")
@@ -265,11 +258,7 @@ class RoutedPass(Driver):
         return decided.tolist() if isinstance(decided, Tensor) else decided
 
     def _execute(
-        self,
-        call: LayerCall,
-        hidden: Tensor,
-        taken: Taken,
-        entry: RoutedCacheLayer | None,
+        self, call: LayerCall, hidden: Tensor, taken: Taken, entry: RoutedCacheLayer | None
     ) -> Tensor:
         """Run a layer on each row as often as decided; skipped rows pass on what they read."""
         decisions, names = taken

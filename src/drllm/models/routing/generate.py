@@ -12,7 +12,6 @@ import torch
 
 from drllm.errors import RoutingError
 from drllm.models.routing.driver import RoutingDriver
-from drllm.models.routing.policies import reads_prompt
 
 
 @dataclass(eq=False)
@@ -29,7 +28,7 @@ class GenerateHandle:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with decisions taken once per prompt."""
         option = options_of(self.model, kwargs, args)
-        reads = reads_prompt(self.driver.current_policy)
+        reads = self.driver.current_policy.reads_prompt
         if (early_exit := option("assistant_early_exit")) is not None:
             raise RoutingError(
                 f"assistant_early_exit={early_exit} would leave out layers behind the back of "

@@ -30,17 +30,12 @@ if TYPE_CHECKING:
 class MenuPolicy(Policy):
     """Choose among a few paths, once a prompt, by its mean state at an early layer.
 
-    Args:
-        paths: By name.
-        kinds: From a prompt's mean state to the logits of its kind, `[D]` to `[K]`, on the CPU.
-        worth: What each path is worth to each kind, less what it costs, `[K, P]`.
-        reads_at: The layer whose input is read; None for the first that a path leaves out or runs
-            with an adapter.
-        num_layers: L.
+    `kinds` maps a prompt's mean state `[D]` before layer `reads_at` (None: the first that a path
+    leaves out or runs with an adapter) to the logits of its kind, `[K]`, on the CPU; `worth`
+    `[K, P]` is what each path is worth to each kind, less what it costs.
 
-    Raises:
-        PathError: A path that runs parts of layers or repeats one, or differs from the full path
-            before it is chosen; two that run the same layers.
+    A path that runs parts of layers or repeats one, or that differs from the full path before it is
+    chosen, is a PathError, as are two that run the same layers.
 
     Source: ours; PuDDing (arXiv 2502.04348) picks among omission sets with a model of its own.
     """

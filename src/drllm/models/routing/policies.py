@@ -97,17 +97,6 @@ class Policy(Protocol):
         return ()
 
 
-def adapters_of(policy: Policy, layer: int, prompts: PromptView) -> Sequence[str]:
-    """Return the adapters that a policy chooses; one that has no such method chooses none."""
-    choose = getattr(policy, "adapters", None)
-    return () if choose is None else choose(layer, prompts)
-
-
-def reads_prompt(policy: Policy) -> bool:
-    """Tell whether a policy's decisions depend on the prompt; unless it says no, they do."""
-    return bool(getattr(policy, "reads_prompt", True))
-
-
 @POLICIES.register("full")
 class FullPolicy(Policy):
     """Execute every layer once: the base model."""
@@ -198,7 +187,7 @@ class RecordingPolicy(Policy):
 
     def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
         """Return the other policy's."""
-        return adapters_of(self.policy, layer, prompts)
+        return self.policy.adapters(layer, prompts)
 
     @property
     def means(self) -> Tensor:

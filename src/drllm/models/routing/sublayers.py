@@ -20,10 +20,8 @@ from drllm.models.routing.injection import Driver, ForwardOverride, Injection, L
 from drllm.models.routing.kv_cache import entry_of
 from drllm.paths import ATTENTION, MLP
 
-NONE = "none"
-"""In place of the sublayer that runs: neither does. Only the probe asks for it."""
-LEAST_MATRICES = 2
-"""Fewer than these and a module is no MLP: it has to go up and down again."""
+NONE = "none"  # in place of the sublayer that runs: neither does. Only the probe asks for it
+LEAST_MATRICES = 2  # fewer than these and a module is no MLP: it has to go up and down again
 
 
 class Sublayers:

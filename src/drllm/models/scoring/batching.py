@@ -22,8 +22,7 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-MAX_PATHS = 256
-"""A pass of so many paths keeps any device busy; more only takes memory."""
+MAX_PATHS = 256  # a pass of so many paths keeps any device busy; more only takes memory
 SHARE_OF_FREE_MEMORY = 0.5
 """The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4

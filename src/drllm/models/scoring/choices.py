@@ -19,7 +19,7 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import Policy, PromptView, adapters_of
+from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
@@ -62,7 +62,7 @@ class _OncePerQuestion(Policy):
 
     def adapters(self, layer: int, prompts: PromptView) -> list[str]:
         """Return those that the policy chooses for the same rows, for all of them."""
-        return self._for_all(adapters_of(self.policy, layer, self._shown(prompts)))
+        return self._for_all(self.policy.adapters(layer, self._shown(prompts)))
 
     def _shown(self, prompts: PromptView) -> PromptView:
         first = [rows[0] for rows in self.places]

@@ -15,8 +15,7 @@ from drllm.models.base.layers import base_of, hooked
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
-NUM_TOKENS = 8
-"""Of the check; more than one, since a padding token's embedding may be all zeros."""
+NUM_TOKENS = 8  # of the check; more than one, since a padding token's embedding may be all zeros
 RELATIVE_TOLERANCE = 1e-3
 """How far the logits of the check may differ from the model's own, as a share of the largest: the
 same two modules give them, so all but the last bits agree; a missed cap or scale is far above."""

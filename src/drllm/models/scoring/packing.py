@@ -20,18 +20,14 @@ Tokens: TypeAlias = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and the continuations to score after it, as tokens.
+    """A prompt and the continuations to score after it, as tokens."""
 
-    Attributes:
-        context: Tokens of the prompt, at least one.
-        continuations: Tokens of each continuation, at least one each; empty to generate only.
-        num_unscored: For each continuation, how many of its first tokens are read without being
-            scored, fewer than it has; empty for none. They belong to one continuation alone, so
-            they are no part of the prompt: of a gap that is filled, the text of the filling.
-    """
-
-    context: Tokens
+    context: Tokens  # tokens of the prompt, at least one
+    # Tokens of each continuation, at least one each; empty to generate only.
     continuations: Sequence[Tokens] = ()
+    # For each continuation, how many of its first tokens are read without being scored, fewer than
+    # it has; empty for none. They belong to one continuation alone, so they are no part of the
+    # prompt: of a gap that is filled, the text of the filling.
     num_unscored: Sequence[int] = ()
 
     @property

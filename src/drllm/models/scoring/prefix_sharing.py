@@ -33,22 +33,18 @@ from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, layer_of, step_of, steps_of
 
-Pair: TypeAlias = tuple[int, Decisions]
-"""A prompt's row and the decisions it runs under."""
+Pair: TypeAlias = tuple[int, Decisions]  # a prompt's row and the decisions it runs under
 
 PlanPair: TypeAlias = tuple[int, Plan]
 """A prompt's row and what it runs: decisions, or a static path."""
 
-RowPath: TypeAlias = tuple[int, Steps]
-"""A row and what was executed so far."""
+RowPath: TypeAlias = tuple[int, Steps]  # a row and what was executed so far
 
 PADDING_WORTH_A_RUN = {"cpu": 48}
 """Tokens of padding that take as long as running a layer once more, by device: on a processor
 every token costs, on the others time goes by the number of runs."""
-MAX_PADDING = 4096
-"""The same on any other device."""
-MIN_PREFIX = 8
-"""Fewer common tokens than these aren't worth a pass of their own."""
+MAX_PADDING = 4096  # the same on any other device
+MIN_PREFIX = 8  # fewer common tokens than these aren't worth a pass of their own
 
 
 @dataclass(eq=False)

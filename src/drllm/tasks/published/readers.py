@@ -20,28 +20,21 @@ from drllm.tasks.forms import LETTERS
 from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import EmptyTextError, index_of, object_of, text_of, texts_of
 
-UNANSWERABLE = "unanswerable"
-"""What SQuAD's prompts ask for where the passage holds no answer."""
-DART_LEVELS = (1, 2, 3, 4, 5)
-"""As MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2."""
+UNANSWERABLE = "unanswerable"  # what SQuAD's prompts ask for where the passage holds no answer
+DART_LEVELS = (1, 2, 3, 4, 5)  # as MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Reads a question with options from the columns that are named.
+    """Reads a question with options from the columns that are named."""
 
-    Attributes:
-        question: The question's column.
-        choices: The column that lists the options, or a column for each of them.
-        answer: The column that says which option is right.
-        answers: What it says for each option, in order; the index from 0 unless given.
-    """
-
-    question: str = "question"
+    question: str = "question"  # the question's column
+    # The column that lists the options, or a column for each of them.
     choices: str | tuple[str, ...] = "choices"
-    answer: str = "answer"
+    answer: str = "answer"  # the column that says which option is right
+    # What it says for each option, in order; the index from 0 unless given.
     answers: tuple[Any, ...] = ()
 
     def __call__(self, row: Row) -> Example:
