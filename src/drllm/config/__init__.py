@@ -59,7 +59,8 @@ class SearchConfig(Settings):
         split: which questions
         limit: at most this many questions a task, drawn with the seed
         reward: of a comma list the first that fits; default: the task's; or FILE.py:FUNCTION
-        max_new_tokens: with --reward FILE.py:FUNCTION: maximum tokens of an answer (256)
+        max_new_tokens: maximum tokens of an answer; with boxed, leaves room to work it out
+        num_fewshot: worked examples shown before each question, of another split
         num_simulations: paths tried a question (paper: 50)
         budget: maximum executions of a path, as a factor of L (paper: 2)
         strategy: tree, sweep (single edits, then pairs) or walk (one chain)
@@ -86,7 +87,8 @@ class SearchConfig(Settings):
     split: str = setting("search", choices=SPLITS)
     limit: int | None = basic(None, minimum=1)
     reward: str | None = basic(None)
-    max_new_tokens: int | None = setting(None, minimum=1, idle=("reward", None))
+    max_new_tokens: int | None = setting(None, minimum=1)
+    num_fewshot: int = setting(0, minimum=0)
     num_simulations: int = basic(50, minimum=1)
     budget: float = basic(2.0, minimum=1.0, maximum=2.0)
     strategy: str = setting("tree", choices=NamesIn("drllm.search.strategies:STRATEGIES"))

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from drllm.tasks.files import FileTask
 from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
+from drllm.tasks.worked import WorkedTask
 
 Source: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
 """What questions are given as."""
@@ -86,14 +88,13 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
     if source is None or isinstance(source, (str, Path)):
         source = get_tasks(config.dataset if source is None else str(source))
     found = _examples_of(source, config)
+    length = config.max_new_tokens
     if config.reward is not None and SUFFIX in config.reward:
-        own = config.reward, config.max_new_tokens
-        found = [(GradedTask(task, *own), examples) for task, examples in found]
-    elif config.max_new_tokens is not None:
-        raise ConfigError(
-            f"--max-new-tokens {config.max_new_tokens} has no effect with --reward "
-            f"{config.reward}; leave it out, or give a function of your own (FILE.py:FUNCTION)"
-        )
+        own = config.reward, length
+        found, length = [(GradedTask(task, *own), examples) for task, examples in found], None
+    if config.num_fewshot or length is not None:
+        worked = partial(WorkedTask, max_new_tokens=length)
+        found = [(worked(task, _shots(task, config)), examples) for task, examples in found]
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)
@@ -168,6 +169,19 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
     """Say whether a question belongs to a shard, from 1; its text alone decides, not its id."""
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
     return hash_of(f"shard:{question_key(example.question)}") % parts == part - 1
+
+
+def _shots(task: Task, config: SearchConfig) -> list[Example]:
+    """Return the questions that are shown before each, of another split, drawn with the seed."""
+    if not config.num_fewshot:
+        return []
+    found = [example for example, _ in task.shots(config.split, config.data_dir)]
+    if len(found) < config.num_fewshot:
+        raise TaskError(
+            f"--num-fewshot is {config.num_fewshot}, and {task.name} has {len(found)} questions to "
+            f"show; give at most {len(found)}"
+        )
+    return choose(found, config.num_fewshot, config.seed)
 
 
 def _examples_of(

@@ -101,6 +101,14 @@ BOXED = Form(
     ),
     max_new_tokens=BOXED_TOKENS,
 )
+WORKED = Form(  # `boxed` with room for a chain of thought
+    rewards=("boxed",),
+    templates=(
+        "{question}\n\nThink step by step, and give the final answer as \\boxed{{answer}}.",
+        "Solve this problem step by step, with the result in \\boxed{{}}.\n\nProblem: {question}",
+        "Question: {question}\nWork out the answer, then write it in the form \\boxed{{answer}}.",
+    ),
+)
 GAP = GapForm(rewards=(OPTIONS_REWARD,), templates=("{question}", "Text: {question}"))
 
 

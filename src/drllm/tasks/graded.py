@@ -16,7 +16,7 @@ from typing import Any
 
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import sha256
-from drllm.tasks.base import Example, Prompt, Task
+from drllm.tasks.base import Example, Prompt, QuestionRow, Task
 from drllm.tasks.forms import in_context
 
 SUFFIX = ".py:"
@@ -47,6 +47,10 @@ class GradedTask(Task):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return those of the task."""
         return self.task.examples(split, data_dir)
+
+    def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
+        """Return those of the task."""
+        return self.task.shots(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how the question is asked; there is one way."""

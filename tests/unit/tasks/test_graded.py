@@ -93,7 +93,6 @@ def test_whatever_is_a_number_counts(value, tmp_path):
         ({"reward": "nowhere.py:reward"}, r"no file 'nowhere.py' is there; give FILE.py:FUNCTION"),
         ({"reward": "mine.py:other"}, "has no function 'other'; give it one"),
         ({"reward": "broken.py:reward"}, "broken.py can't be run: SyntaxError: "),
-        ({"reward": "letter", "max_new_tokens": 9}, "--max-new-tokens 9 has no effect"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

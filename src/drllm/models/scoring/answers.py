@@ -83,7 +83,8 @@ class AnswerBatch:
         measures that too, in the passes that read the prompts.
         """
         columns = self.rows.packed.mask.shape[-1]
-        size = PathSize(columns, columns if kl else 1, keeps_kv=True)
+        longest = columns + max(max_new_tokens, default=0)
+        size = PathSize(longest, columns if kl else 1, keeps_kv=True)
 
         def generate(places: Sequence[int]) -> list[Answer]:
             answers: dict[int, Answer] = {}
