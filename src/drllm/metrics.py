@@ -8,8 +8,6 @@ Loads no torch.
 Axes: L layers, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class Counts:
     # made from probabilities.
     loss: float | None = 0.0
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: "Counts") -> "Counts":
         """Return the counts over both sets of targets; both models need as many layers."""
         confusion = self.confusion or other.confusion
         if self.confusion and other.confusion:

@@ -5,8 +5,6 @@ break at words and progress is a bar; elsewhere lines are as long as they are an
 plain line every tenth of the way, without control characters.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import textwrap
@@ -120,7 +118,7 @@ class Terminal(Listener):
         """Show on a terminal what is being done where no progress can be measured."""
         return self.err.status(what) if self.err.is_terminal else nullcontext()
 
-    def progress(self, title: str, unit: str) -> Progress:
+    def progress(self, title: str, unit: str) -> "Progress":
         """Return a display of the progress of what `title` says, counted in `unit` (a plural)."""
         return Progress(self.err, title, unit)
 
@@ -166,7 +164,7 @@ class Progress:
         self.done = self.done_before = done
         self.printed = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         if self.console.is_terminal:
             texts = "{task.description}", "{task.percentage:3.0f} %", "{task.fields[state]}"
             title, share, state = (TextColumn(text, markup=False) for text in texts)

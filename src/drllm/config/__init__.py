@@ -4,8 +4,6 @@ A field here and its line under `Attributes` are all it takes to add a flag, a k
 their checks. Loads no torch.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
@@ -197,7 +195,7 @@ class TrainConfig(Settings):
         named = [] if self.report_to is None else self.report_to.split(",")
         return list(dict.fromkeys(name.strip() for name in named))
 
-    def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
+    def by_seed(self, output: Path) -> "dict[Path, TrainConfig]":
         """Return the folder of every seed's routers, with the settings of that training alone.
 
         The first seed's routers lie in `output`, those of a further seed S in `seed_S` below it.

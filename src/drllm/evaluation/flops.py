@@ -9,8 +9,6 @@ the pass, those that the causal mask hides included, since the usual code comput
 Axes: L layers, T tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +43,7 @@ class ModelShape:
     @classmethod
     def of(
         cls, model: Any, shares: Shares = (), adapters: Mapping[str, Adapter] | None = None
-    ) -> ModelShape:
+    ) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,

@@ -10,8 +10,6 @@ What drllm didn't write there is never deleted, links are never followed, and ev
 whole or not at all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -156,7 +154,7 @@ class Chunks:
         self.put(key, value)
         return codec.decode(codec.encode(value), kind, key)
 
-    def within(self, key: str) -> Chunks:
+    def within(self, key: str) -> "Chunks":
         """Return the parts of a chunk: kept like chunks, until the chunk itself is put."""
         parts = copy.copy(self)
         parts._stem = self._file(key).name.removesuffix("json")

@@ -3,8 +3,6 @@
 `docs/formats.md` says of each field what it means.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,7 +126,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
         file: Path | None = None,
         failed: Sequence[FailedQuestion] = (),
         is_new: bool = True,
-    ) -> SearchRecords:
+    ) -> "SearchRecords":
         """Return records with what they are from."""
         found = cls(records)
         found.model = {**({"num_layers": found[0].num_layers} if found else {}), **(model or {})}

@@ -3,8 +3,6 @@
 Texts are never markup: the templates escape all of them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -65,7 +63,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         rows: Sequence[Sequence[str]],
         words: str = "",
         bold: str = "",
-    ) -> Table:
+    ) -> "Table":
         """Make a table of rows, with the columns' names between bars; `words` are names too.
 
         Columns that say the same of several rows are said once instead, and those that say nothing

@@ -4,8 +4,6 @@ Keeps every worker busy with a bounded number of batches, and replaces a worker 
 imported only when an executor is made.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os
@@ -116,7 +114,7 @@ class RayExecutor:
             self.__exit__()
             raise
 
-    def __enter__(self) -> RayExecutor:
+    def __enter__(self) -> "RayExecutor":
         return self
 
     def __exit__(self, *error: object) -> None:

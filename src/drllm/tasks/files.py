@@ -4,8 +4,6 @@ Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or 
 `messages` alone; a name such as `FILE.jsonl?question=query&answer=target` says their columns.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging
@@ -86,7 +84,7 @@ def with_columns(names: str, columns: str) -> str:
     return ",".join(found)
 
 
-def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:
+def task_of_source(name: str, taken: tuple[str, ...] = ()) -> "FileTask":
     """Return the task of a file or of a hub set, which is read once unless the file changes.
 
     A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`, of which the first `HUB_ROWS` rows of `train`, or of
@@ -100,7 +98,7 @@ def task_of_source(name: str, taken: tuple[str, ...] = ()) -> FileTask:
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> FileTask:
+def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> "FileTask":
     source, _, said = name.partition("?")
     columns = dict(each.partition("=")[::2] for each in said.split("&") if each)
     for field in columns:

@@ -5,8 +5,6 @@ worth, from 0 to 1, which is right. The hash of the file becomes a part of the r
 that records say which function it was. Loads no torch.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import runpy

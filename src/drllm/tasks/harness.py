@@ -3,8 +3,6 @@
 The harness is loaded where such a task is named, and not before.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Mapping

@@ -31,16 +31,16 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
 
 
-def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
+def focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    """Return −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
 
-    p_c is the router's probability of decision c; q_c, of the targets `[..., C]`, 1 for the label,
-    else 0. The weights `[C]` are not divided out. γ = 0 gives weighted cross-entropy.
+    p_c is the router's probability of decision c, the label. The weights `[C]`, of the same dtype,
+    are not divided out. γ = 0 gives weighted cross-entropy.
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """
-    log_p = logits.log_softmax(dim=-1)
+    log_p = logits.log_softmax(dim=-1).gather(-1, labels[..., None]).squeeze(-1)
     # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
     # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
     remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
-    return -(targets * weights * remaining**gamma * log_p).sum(dim=-1)
+    return -weights[labels] * remaining**gamma * log_p

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import TrainConfig
@@ -70,7 +69,6 @@ class Trainer:
 
     Attributes:
         trained: Targets trained on; `held_out` the others.
-        targets: `[N, L, C]` float64: 1 for the label, 0 for the other decisions.
         label_counts: `[L][C]`: labels of the target paths trained on.
         steps: Of all epochs; in `warmup` of them the learning rate rises.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
@@ -93,10 +91,9 @@ class Trainer:
         self.device, self.dtype = torch.device(device), dtype
         self.trained, self.held_out = divide(examples.questions, config)
         self.label_counts = class_counts(examples.labels[self.trained].tolist())
-        self.targets = F.one_hot(examples.labels, NUM_DECISIONS).double()
-        learned = self.targets[self.trained]
         beta = config.beta if config.class_weights == "effective_number" else 0.0
-        self.class_weights = class_weights(learned.sum(dim=(0, 1)).tolist(), beta)
+        totals = [sum(counts) for counts in zip(*self.label_counts, strict=True)]
+        self.class_weights = class_weights(totals, beta)
         self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
         self.steps = self.steps_per_epoch * config.num_epochs
         # A warm-up as long as the training would end it before the rate has reached its peak
@@ -201,8 +198,8 @@ class Trainer:
 
     def loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`."""
-        targets = self._here(self.targets[rows])
-        return focal_losses(logits, targets, self.weights, self.gamma).mean()
+        labels = on_device(self.examples.labels[rows], self.device)
+        return focal_losses(logits, labels, self.weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
         """Count how the routers fare on the rows trained on and on those held out, by name."""

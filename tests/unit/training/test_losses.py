@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from drllm.training.losses import class_weights, focal_losses
 
@@ -30,8 +29,7 @@ def slow_focal_loss(logits, labels, weights, gamma) -> float:
 
 def focal_loss(logits, labels, weights, gamma):
     """The mean over layers and rows for hard labels."""
-    targets = F.one_hot(labels, 3).to(logits.dtype)
-    return focal_losses(logits, targets, weights.to(logits.dtype), gamma).mean()
+    return focal_losses(logits, labels, weights.to(logits.dtype), gamma).mean()
 
 
 def batch(seed: int = 0, rows: int = 5, layers: int = 4):
@@ -86,14 +84,3 @@ def test_the_loss_keeps_the_dtype_of_the_logits():
     logits, labels = batch()
     loss = focal_loss(logits.float(), labels, torch.ones(3, dtype=torch.float64), gamma=2.0)
     assert loss.dtype == torch.float32
-
-
-def test_the_loss_of_soft_targets_is_the_mix_of_the_losses_of_the_labels():
-    logits, _ = batch(seed=3)
-    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    mixed = sum(
-        share * focal_losses(logits, one, WEIGHTS, 2.0)
-        for share, one in zip(shares, torch.eye(3, dtype=torch.float64), strict=True)
-    )
-    softly = focal_losses(logits, shares, WEIGHTS, 2.0)
-    torch.testing.assert_close(softly, mixed, rtol=0, atol=EXACT)

@@ -106,7 +106,7 @@ def logits():
 def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, gamma, beta, kind):
     counts = FEATURES.labels.flatten().bincount().tolist()
     weights = class_weights(counts, beta)
-    losses = focal_losses(logits, ONE_HOT[:4], torch.tensor(weights).double(), gamma)
+    losses = focal_losses(logits, FEATURES.labels[:4], torch.tensor(weights).double(), gamma)
     changes = {"beta": beta} if beta else {}
     trainer = prepared(gamma=gamma, class_weights=kind, validation_fraction=0.0, **changes)
     assert trainer.class_weights == weights

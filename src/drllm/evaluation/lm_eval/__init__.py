@@ -1,5 +1,1 @@
 """lm-evaluation-harness: our model in it, its tasks for us. Nothing else imports `lm_eval`."""
-
-from drllm.extras import need
-
-need("eval", "an evaluation")

@@ -3,8 +3,6 @@
 Axes: P prompts, L layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -171,7 +169,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
-    ) -> RoutedLM:
+    ) -> "RoutedLM":
         """Make a model of `--model_args` and of the harness' flags (batch sizes, device)."""
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:

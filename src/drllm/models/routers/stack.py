@@ -5,8 +5,6 @@ Each reads the mean of the prompt's hidden states in W contiguous windows.
 Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import reprlib
 import typing
@@ -75,7 +73,7 @@ class RouterConfig:
             raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
 
     @classmethod
-    def from_pretrained(cls, routers: Path | str, **options: Any) -> RouterConfig:
+    def from_pretrained(cls, routers: Path | str, **options: Any) -> "RouterConfig":
         """Read the config of routers, without their weights; see `RoutedModel.from_pretrained`."""
         from drllm.models.routers import checkpoint, hub
 

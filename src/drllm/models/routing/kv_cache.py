@@ -7,8 +7,6 @@ with the cache.
 Axes: B rows, H heads, T tokens, E head size.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from drllm.paths import StaticPath
 def _by_representative(name: str) -> Callable[..., Any]:
     """Return a method that the entry which stands for all answers, by its class's arithmetic."""
 
-    def method(self: RoutedCacheLayer, *args: Any, **kwargs: Any) -> Any:
+    def method(self: "RoutedCacheLayer", *args: Any, **kwargs: Any) -> Any:
         return getattr(self._representative(), name)(*args, **kwargs)
 
     return method

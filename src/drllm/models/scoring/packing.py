@@ -3,8 +3,6 @@
 Axes: P rows, T tokens of a row, F past tokens.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +48,7 @@ class Question:
         """Whether all that is read is one ordinary text: at most one continuation is read."""
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
 
-    def apart(self) -> list[Question]:
+    def apart(self) -> "list[Question]":
         """Return plain questions that ask the same: itself, or one for each continuation."""
         if self.is_plain:
             return [self]

@@ -3,8 +3,6 @@
 Select, expand, evaluate (by the caller, through `ask` and `tell`), back up. Loads no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ class Node:
     decisions: Decisions
     executions: int
     untried: list[Action]  # legal edits that weren't made here yet
-    children: dict[Action, Node] = field(default_factory=dict)  # by edit; nodes may share one
+    children: "dict[Action, Node]" = field(default_factory=dict)  # by edit; nodes may share one
     visits: int = 0  # simulations that passed through or ended here, or are in flight
     value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
     closed: bool = False  # every path below was tried or is in flight

@@ -3,8 +3,6 @@
 The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only to ask the hub.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -137,7 +135,7 @@ class PublishedTask(Task):
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
 
-    def _questions(self, file: str, data_dir: Path | str | None) -> Questions:
+    def _questions(self, file: str, data_dir: Path | str | None) -> "Questions":
         """Return the questions of a file; see `rows` for what is refused."""
         if data_dir is None:
             return _read(self, file, None, 0, 0)
