@@ -86,6 +86,7 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
 
     levels = [level.paths for level in beam.levels(measure, lambda _: True)]
     best = [StaticPath(range(L)), *(paths[0] for paths in levels)]
+    fitted[best[0]] = beam.num_questions  # the full path is compared with all of them
     tried = {FIT: list(fitted), SELECT: [best[0], *(path for paths in levels for path in paths)]}
     found, longest = Forecast(base), 0
     for task in divided:
@@ -96,7 +97,7 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
             paths, texts = tried.get(part, best), scorer.judge(f"texts of {part}").items
             asked = [round(share * fitted[p]) if part == FIT else len(lengths) for p in paths]
             found.count(part, lengths, dict(zip(paths, asked, strict=True)))
-            if part != FIT and (part != SELECT or scorer.is_generated):
+            if part != FIT:
                 lengths_of_texts = [item.question.length for item in texts]
                 found.count("texts", lengths_of_texts, dict.fromkeys(best, len(texts)))
             if part != FIT and scorer.is_generated:
