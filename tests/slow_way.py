@@ -21,6 +21,7 @@ from drllm.models.families import WHOLE_LAYERS
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.kv_cache import RoutedCacheLayer
+from drllm.models.routing.policies import Policy
 from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
 
 LOGIT_TOLERANCE = 2e-5
@@ -294,7 +295,7 @@ def answers(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> lis
     return output[:, ids.shape[1] :].tolist()
 
 
-class Recorder:
+class Recorder(Policy):
     """A policy that executes everything and keeps what it could read, layer by layer."""
 
     def __init__(self) -> None:

@@ -159,8 +159,10 @@ def _say_forecast(
     shared = f", {duration(seconds / workers)} on {workers} like it" if workers > 1 else ""
     terminal.fact("time", f"{duration(seconds)} on one {runtime['device']}{shared}")
     weights = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
-    memory = f"{weights:.3g} GB weights, up to {config.state_cache_gb:g} GB shared states"
-    terminal.fact("memory", f"{memory} (--state-cache-gb), and passes as large as what is free")
+    gigabytes = config.state_cache_gb
+    shared = "a quarter of what is free" if gigabytes is None else f"up to {gigabytes:g} GB"
+    memory = f"{weights:.3g} GB weights; {shared} for shared states (--state-cache-gb)"
+    terminal.fact("memory", f"{memory}, and half of the rest for a pass")
     terminal.fact("disk", f"{size / 1e6:.3g} MB, twice that while the files are joined")
     for part in parts:
         terminal.fact(

@@ -70,7 +70,7 @@ class SearchConfig(Settings):
         kl: keep each path's mean KL from the full path over the prompt, in nats a token
         margin_tolerance: re-test: nats a path's margin may lie below the full path's
         block_size: questions searched together
-        state_cache_gb: memory for shared path prefixes, in GB; shared by Ray's workers on one CPU
+        state_cache_gb: GB for shared path prefixes; a quarter of what is free unless given
         paths_per_pass: maximum paths in a forward pass; as many as memory allows unless given
         shard: search part i of n (i/n, from 1), to be joined by supervise
         executor: where to search: in this process, or on Ray
@@ -98,7 +98,7 @@ class SearchConfig(Settings):
     kl: bool = setting(True)
     margin_tolerance: float = setting(0.5, minimum=0.0)
     block_size: int = setting(32, minimum=1)
-    state_cache_gb: float = incidental(4.0, above=0.0)
+    state_cache_gb: float | None = incidental(None, above=0.0)
     paths_per_pass: int | None = incidental(None, minimum=1)
     shard: str | None = setting(None, value="I/N")
     executor: str = incidental("local", choices=("local", "ray"), basic=True)
@@ -374,7 +374,7 @@ class TuneConfig(Settings):
             given
         weights: with several tasks: what each counts; 1 unless given
         minutes: time after which no further level is begun; a later run with more time goes on
-        state_cache_gb: memory for shared path prefixes, in GB
+        state_cache_gb: GB for shared path prefixes; a quarter of what is free unless given
         seed: seed of --num-fit and --num-judged
     """
 
@@ -391,7 +391,7 @@ class TuneConfig(Settings):
     max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
     weights: dict[str, float] | None = setting(None, above=0.0, value="{arc_easy: 2}")
     minutes: float | None = basic(None, above=0.0, decisive=False)
-    state_cache_gb: float = incidental(1.0, above=0.0)
+    state_cache_gb: float | None = incidental(None, above=0.0)
     seed: int = setting(0, minimum=0)
 
 

@@ -26,6 +26,7 @@ from drllm.models.base.load import BaseModel, without_weights
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import PathSize
+from drllm.models.scoring.prefix_cache import GIGABYTE
 from drllm.paths import Plan, StaticPath
 from drllm.records.resume import Chunks
 from drllm.records.static_paths import CERTIFY, FIT, SELECT, TEST
@@ -105,7 +106,8 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
                 written = [len(item.question.context) + new for item in scorer.judge(part).items]
                 found.count("answers", written, dict.fromkeys(best, len(written)))
             longest = max(longest, *lengths)
-    found.memory["shared states (--state-cache-gb)"] = config.state_cache_gb * 1e9
+    if config.state_cache_gb is not None:
+        found.memory["shared states (--state-cache-gb)"] = config.state_cache_gb * GIGABYTE
     found.memory["a pass of one path"] = PathSize(longest, longest).num_bytes(base.model)
     return found
 

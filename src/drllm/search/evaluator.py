@@ -107,7 +107,7 @@ class Evaluator:
         self,
         routed: RoutedModel,
         prompts: Sequence[Prompt | Reading],
-        state_cache_gb: float,
+        state_cache_gb: float | None,
         *,
         kl: bool = False,
         paths_per_pass: int | None = None,

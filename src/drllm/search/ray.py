@@ -145,8 +145,10 @@ class RayExecutor:
         """
         jobs = Jobs(batches)
         # A worker gets its share of the memory; the manifest keeps what the user has given.
-        share = config.state_cache_gb / self.num_sharing
-        stored = self.ray.put(dataclasses.replace(config, state_cache_gb=share))
+        if config.state_cache_gb is not None:
+            share = config.state_cache_gb / self.num_sharing
+            config = dataclasses.replace(config, state_cache_gb=share)
+        stored = self.ray.put(config)
         kept = chunks if self._is_here else None
         while True:
             for seat in self.seats:

@@ -50,7 +50,11 @@ class Judge:
     """Scores paths on a fixed list of questions, by one objective."""
 
     def __init__(
-        self, routed: RoutedModel, items: Sequence[Item], objective: str, state_cache_gb: float
+        self,
+        routed: RoutedModel,
+        items: Sequence[Item],
+        objective: str,
+        state_cache_gb: float | None,
     ) -> None:
         self.routed, self.items, self.objective = routed, items, objective
         self.state_cache_gb = state_cache_gb

@@ -95,7 +95,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         raise ConfigError(
             f"device={config.device!r} has no effect with device_map; leave one of the two out"
         )
-    if options.get("quantization_config") is not None:  # such weights are placed as they are read
+    # Placed as they are read: a GPU's weights never lie in memory whole, and quantised ones can't.
+    if device.type == "cuda" or options.get("quantization_config") is not None:
         options.setdefault("device_map", {"": device})
     attention = config.attn_implementation
     if attention is not None and "/" not in attention:  # OWNER/NAME is a kernel on the hub
@@ -130,6 +131,11 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
+        except torch.cuda.OutOfMemoryError as error:
+            raise ModelError(
+                f"model {config.model!r} doesn't fit in the memory of {device}; "
+                f"use --dtype bfloat16, --device cpu or a smaller model"
+            ) from error
         except _OPENING as error:
             raise _explain(error, config) from error
         for problem in ("missing_keys", "mismatched_keys"):
@@ -143,14 +149,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
                 )
         if unused := len(info["unexpected_keys"]):
             logger.warning("%s has %d weights that its class doesn't use", config.model, unused)
-    try:
-        if options.get("device_map") is None:
-            loaded.to(device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"model {config.model!r} doesn't fit in the memory of {device}; "
-            f"use --dtype bfloat16, --device cpu or a smaller model"
-        ) from error
+    if options.get("device_map") is None:
+        loaded.to(device)
     loaded.name_or_path = config.model  # not the folder that an alias stands for
     loaded.eval()
     loaded.requires_grad_(False)

@@ -18,10 +18,9 @@ from drllm.models.base.devices import on_device
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Question, Tokens
-from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
@@ -51,13 +50,13 @@ class AnswerBatch:
         routed: RoutedModel,
         tokenizer: Any,
         contexts: Sequence[Tokens],
-        state_cache_gb: float,
+        state_cache_gb: float | None,
         *,
         paths_per_pass: int | None = None,
     ) -> None:
         self.routed = routed
         self.tokenizer = tokenizer
-        self.states = PrefixCache(state_cache_gb * GIGABYTE)
+        self.states = prefix_cache(state_cache_gb, routed.model.device)
         questions = [Question(context) for context in contexts]
         self.rows = packed_rows(routed, questions, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)

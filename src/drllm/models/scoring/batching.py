@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.scoring.prefix_cache import PrefixCache
+from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -131,6 +131,12 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
     return int(psutil.virtual_memory().available) // _num_sharing
+
+
+def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
+    """Return an empty cache of so many GB; of a quarter of the memory that is free unless given."""
+    size = free_bytes(device) / 4 if gigabytes is None else gigabytes * GIGABYTE
+    return PrefixCache(size)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:

@@ -21,10 +21,9 @@ from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import MemoryBatcher, PathSize
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Question, pack
-from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
 
 Value = TypeVar("Value")
@@ -83,10 +82,10 @@ class ChoiceBatch:
     layers see fewer tokens than a question has with all its continuations, each continuation gets a
     plain row of its own with a copy of the context. The numbers are the same.
 
-    Shared states take `state_cache_gb` GB at most. A forward pass has `paths_per_pass` rows at
-    most, one for each path; None picks it by memory. Where `contexts` are rows that hold the
-    questions' contexts, with the states of their paths, only the continuations are run. A prompt or
-    a continuation without tokens is a RoutingError.
+    Shared states take `state_cache_gb` GB at most (see `prefix_cache`). A forward pass has
+    `paths_per_pass` rows at most, one for each path; None picks it by memory. Where `contexts` are
+    rows that hold the questions' contexts, with the states of their paths, only the continuations
+    are run. A prompt or a continuation without tokens is a RoutingError.
 
     Source: ours; it equals lm-evaluation-harness' row (context and continuation without its last
         token).
@@ -96,7 +95,7 @@ class ChoiceBatch:
         self,
         routed: RoutedModel,
         questions: Sequence[Question],
-        state_cache_gb: float,
+        state_cache_gb: float | None,
         *,
         paths_per_pass: int | None = None,
         contexts: PackedRows | None = None,
@@ -107,7 +106,8 @@ class ChoiceBatch:
             each = zip(question.continuations, question.scored_from, strict=True)
             if not question.context or not all(len(tokens) > first for tokens, first in each):
                 raise RoutingError("a prompt or one of its continuations has no tokens to score")
-        self.states = contexts.states if contexts else PrefixCache(state_cache_gb * GIGABYTE)
+        device = routed.model.device
+        self.states = contexts.states if contexts else prefix_cache(state_cache_gb, device)
         packs = can_pack(routed.model, max(question.length for question in self.questions))
         parts = [[question] if packs else question.apart() for question in self.questions]
         self._parts = list(itertools.chain.from_iterable(parts))  # [B], a row each
