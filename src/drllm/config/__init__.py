@@ -16,6 +16,7 @@ from drllm.errors import ConfigError, unknown_name
 STOP_RULES = ("paper", "released", "exhaust")
 SPLITS = ("search", "fit", "select", "test")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TIMING = ("latency_rounds", "latency_read", "latency_written")  # no result depends on them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +314,8 @@ class EvaluateConfig(Settings):
         num_random_draws: draws of the random baselines a question; 10 unless given
         batch_size: questions a forward pass
         latency_rounds: turns in which base and routed are timed; 0 measures no time
+        latency_read: tokens of a prompt that is timed, at most
+        latency_written: tokens that are decoded in a timing
         seed: seed of permutations, random draws, --limit and --num-texts
     """
 
@@ -342,6 +345,8 @@ class EvaluateConfig(Settings):
     num_random_draws: int | None = setting(None, minimum=1)
     batch_size: int = setting(16, minimum=1)
     latency_rounds: int = incidental(8, minimum=0)
+    latency_read: int = incidental(128, minimum=1, idle=("latency_rounds", 0))
+    latency_written: int = incidental(64, minimum=1, idle=("latency_rounds", 0))
     seed: int = setting(0, minimum=0)
 
     def limit_of(self, task: str) -> int | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from msgspec.structs import replace
 
-from drllm.config import EvaluateConfig
+from drllm.config import TIMING, EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.baselines.base import BASELINES, Drawn, Material, Measure, depths, named
 from drllm.evaluation.flops import ModelShape
@@ -93,7 +93,7 @@ class Shared:
         self.chunks = Chunks(
             output / PARTIAL_FOLDER,
             {
-                "config": {**config.to_dict(), "latency_rounds": None},  # measured anew each time
+                "config": config.to_dict() | dict.fromkeys(TIMING),
                 "tasks": [task.name for task in tasks],
                 "paths": dict(paths),
                 "files": {f"{path}_sha256": sha256(path) for path in files},

@@ -14,6 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,25 +40,25 @@ Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]  # seconds by what was timed, for every round
 
 BATCH_SIZES = (1, 4, 16)
-PROMPT_TOKENS, NEW_TOKENS = 16, 1
-"""At most of a prompt; decoded in one timing. Small enough for a model of 135 million parameters on
-two cores."""
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
-TIMED_TOKENS = len(DESCRIPTIONS) * sum(BATCH_SIZES) * (PROMPT_TOKENS + NEW_TOKENS)
-"""Of a round, at most."""
 
 
 @torch.no_grad()
 def measure(
-    model: Any, systems: Mapping[str, Policy | None], prompts: Sequence[Sequence[int]], rounds: int
+    model: Any,
+    systems: Mapping[str, Policy | None],
+    prompts: Sequence[Sequence[int]],
+    rounds: int,
+    num_read: int,
+    num_written: int,
 ) -> Timings:
     """Time systems, each a policy or None for base, while they read prompts and while they decode.
 
-    Prompts are cut to one length, the shortest one's or `PROMPT_TOKENS`, so that no padding is
-    timed; a batch of more rows than there are prompts holds some several times. A round that isn't
-    measured comes first. RoutingError for a model that is routed already.
+    Prompts are cut to one length, the shortest one's or `num_read`, so that no padding is timed; a
+    batch of more rows than there are prompts holds some several times. A round that isn't measured
+    comes first. RoutingError for a model that is routed already.
     """
-    T = min(PROMPT_TOKENS, *map(len, prompts))
+    T = min(num_read, *map(len, prompts))
     clock = device_clock(model.device)
     models = {name: twin(model) for name in systems}
     routed = {
@@ -68,7 +69,7 @@ def measure(
     full = full_decisions(len(find_layers(model)[1]))
     ways: list[tuple[Literal["prefill", "decode"], Callable[..., Any], int]] = [
         ("prefill", reading, T),
-        ("decode", decoding, NEW_TOKENS),
+        ("decode", partial(decoding, num_tokens=num_written), num_written),
     ]
     timings = []
     for size in BATCH_SIZES:
@@ -90,7 +91,7 @@ def measure(
                 )
                 for name in systems
             ]
-    return Timings(prompt_tokens=T, new_tokens=NEW_TOKENS, timings=tuple(timings))
+    return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
@@ -125,15 +126,22 @@ def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
 
 
-def decoding(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """Return a call that reads one more token after prompts `[B, T]`, which are read once here.
+def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], None]:
+    """Return a call that reads more tokens, one by one, after prompts `[B, T]`, read once here.
 
-    What is read stays in the cache, so the next call finds it longer. Which tokens they are
+    The cache is cut back afterwards, so that every call finds it alike. Which tokens they are
     doesn't change the time, as decisions hold since the prompt.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
-    return lambda: model(ids[:, :1], logits_to_keep=1, **cache)
+
+    def decode() -> None:
+        for _ in range(num_tokens):
+            model(ids[:, :1], logits_to_keep=1, **cache)
+        for each in cache.values():
+            each.crop(-num_tokens)
+
+    return decode
 
 
 def device_clock(device: torch.device) -> Clock:
@@ -166,7 +174,7 @@ def write_latency(
     if not config.latency_rounds or folder is None or routers is None:
         path.unlink(missing_ok=True)
         return
-    timed = choose_prompts(prompts, config.seed)
+    timed = choose_prompts(prompts, config.latency_read, config.seed)
     systems = {BASE: None, ROUTED: RouterPolicy(routers)}
     weights = folder / WEIGHTS_FILE
     latency = Latency(
@@ -177,21 +185,34 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(base.model, systems, timed, config.latency_rounds),
+        measured=measure(
+            base.model,
+            systems,
+            timed,
+            config.latency_rounds,
+            config.latency_read,
+            config.latency_written,
+        ),
     )
     write_json(path, latency)
 
 
-def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+def timed_tokens(config: EvaluateConfig) -> int:
+    """Return how many tokens a measurement runs, at most."""
+    a_row = config.latency_read + config.latency_written
+    return config.latency_rounds * len(DESCRIPTIONS) * sum(BATCH_SIZES) * a_row
+
+
+def choose_prompts(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
     """Draw the prompts that are timed: one a row of the largest batch, if there are so many.
 
     Those that are long enough are drawn first, then the longest of the others. Of each its last
     tokens are kept: with worked examples or a chat template all prompts of a task begin alike.
     """
     drawn = random.Random(seed).sample(list(prompts), len(prompts))
-    drawn.sort(key=lambda ids: -min(len(ids), PROMPT_TOKENS))  # stable: else as drawn
+    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: else as drawn
     chosen = drawn[: max(BATCH_SIZES)]
-    T = min(PROMPT_TOKENS, *map(len, chosen))
+    T = min(length, *map(len, chosen))
     return [list(ids[-T:]) for ids in chosen]
 
 

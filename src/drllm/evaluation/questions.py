@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from drllm.config import EvaluateConfig
+from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
@@ -112,7 +112,7 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
             "(--paths), or both; or a menu (--menu)"
         )
     default = EvaluateConfig()
-    for name in ("curve", "num_calibration", "baselines", "latency_rounds"):
+    for name in ("curve", "num_calibration", "baselines", *TIMING):
         value = getattr(config, name)
         if value not in (getattr(default, name), "none", 0):  # 0 rounds: nothing is to be timed
             raise ConfigError(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from drllm.config import EvaluateConfig
+from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES
-from drllm.evaluation.latency import TIMED_TOKENS, write_latency
+from drllm.evaluation.latency import timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
 from drllm.listener import Listener
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
@@ -218,7 +218,7 @@ def evaluate(
         shared.chunks.open()
         with listener.busy("reading the questions"):
             comparisons = [Comparison(shared, task) for task in found]
-        timed = TIMED_TOKENS * config.latency_rounds if loaded else 0
+        timed = timed_tokens(config) if loaded else 0
         shared.plan(timed)
         with listener.progress("evaluating", "") as shared.on_progress:
             done = []
@@ -259,9 +259,12 @@ def _refuse_chosen_on(path: PathFile | Menu, tasks: Sequence[Task], config: Eval
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two evaluations the same one; how often time is measured doesn't."""
     names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
-    config = {**header["config"], "latency_rounds": None}
     menu = {"menu_sha256": header["inputs"].get(MENU_FILE)}
-    return {"config": config, **menu, **{name: header[name] for name in names}}
+    return {
+        "config": header["config"] | dict.fromkeys(TIMING),
+        **menu,
+        **{name: header[name] for name in names},
+    }
 
 
 def _write(

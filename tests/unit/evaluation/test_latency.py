@@ -65,7 +65,7 @@ def test_systems_take_turns_in_another_order_every_round():
 def test_every_system_phase_and_batch_size_has_its_timing(base, systems, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(latency, "device_clock", lambda _: lambda: 0.5 * next(ticks))
-    found = measure(base.model, systems, PROMPTS, 2)
+    found = measure(base.model, systems, PROMPTS, 2, 16, 1)
     timed = [(each.phase, each.batch_size, each.system) for each in found.timings]
     assert sorted(timed) == sorted(itertools.product(PHASES, BATCH_SIZES, systems))
     for each in found.timings:
@@ -79,18 +79,18 @@ def test_every_system_phase_and_batch_size_has_its_timing(base, systems, monkeyp
 def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, systems):
     model = tiny_llama()
     before = model(torch.tensor([PROMPTS[0]])).logits
-    measure(model, systems, PROMPTS, 1)
+    measure(model, systems, PROMPTS, 1, 16, 1)
     assert torch.equal(before, model(torch.tensor([PROMPTS[0]])).logits)
     weights = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in twin(model).parameters()} == weights
     RoutedModel(model)  # would be refused if it were routed
     with pytest.raises(RoutingError, match="routed already"):
-        measure(model, systems, PROMPTS, 1)
+        measure(model, systems, PROMPTS, 1, 16, 1)
 
 
 def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, routers, systems):
     systems = {**systems, "static": FixedPolicy([1, 0, 2, 1, 2, 1], 6)}
-    found = measure(base.model, systems, PROMPTS, 1)
+    found = measure(base.model, systems, PROMPTS, 1, 16, 1)
     routed = RoutedModel(base.model, routers)
     costs = []
     for prompt in PROMPTS:  # one by one
@@ -105,7 +105,7 @@ def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, rout
         assert found.of("base", phase, size).executions == 6.0
 
 
-def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
+def test_reading_starts_anew_and_decoding_starts_behind_the_prompt(tiny_llama):
     model = tiny_llama()
     lengths = []
 
@@ -120,14 +120,14 @@ def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
     read()
     assert lengths == [(5, 0), (5, 0)]
     lengths.clear()
-    decode = decoding(model, ids)
+    decode = decoding(model, ids, 2)
     decode()
     decode()
-    assert lengths == [(5, 0), (1, 5), (1, 6)]
+    assert lengths == [(5, 0), (1, 5), (1, 6), (1, 5), (1, 6)]
 
 
 def test_long_prompts_are_cut(base):
-    found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1)
+    found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1, 16, 1)
     assert found.of("base", "prefill", 4).num_tokens == 4 * 16
 
 
@@ -155,18 +155,18 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
 def test_prompts_that_are_long_enough_are_drawn_first_and_keep_their_last_tokens():
     long = [[*range(100, 117), number] for number in range(20)]
     short = [[number, 1] for number in range(9)]
-    chosen = choose_prompts([*short, *long], seed=0)
+    chosen = choose_prompts([*short, *long], 16, seed=0)
     assert len(chosen) == 16
     assert len(set(map(tuple, chosen))) == 16
     assert all(ids in [each[-16:] for each in long] for ids in chosen)
-    assert choose_prompts([*short, *long], seed=0) == chosen
-    assert choose_prompts([*short, *long], seed=1) != chosen
+    assert choose_prompts([*short, *long], 16, seed=0) == chosen
+    assert choose_prompts([*short, *long], 16, seed=1) != chosen
 
 
 def test_of_short_prompts_the_longest_are_drawn_and_of_few_all_cut_to_the_shortest_of_them():
     prompts = [list(range(10 - length, 10)) for length in (3, 9, 5, 7)] * 4 + [[0, 0]] * 4
-    assert choose_prompts(prompts, seed=0) == [[7, 8, 9]] * 16
-    assert sorted(choose_prompts(PROMPTS, seed=0)) == [prompt[-5:] for prompt in PROMPTS]
+    assert choose_prompts(prompts, 16, seed=0) == [[7, 8, 9]] * 16
+    assert sorted(choose_prompts(PROMPTS, 16, seed=0)) == [prompt[-5:] for prompt in PROMPTS]
 
 
 def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):

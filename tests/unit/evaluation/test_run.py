@@ -532,12 +532,13 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
 ):
     given, calls = [], []
 
-    def note(model, systems, prompts, rounds):
+    def note(model, systems, prompts, *numbers):
         given.append(prompts)
-        return measure(model, systems, prompts, rounds)
+        return measure(model, systems, prompts, *numbers)
 
     monkeypatch.setattr(latency, "measure", note)
-    few = {"limit": 6, "latency_rounds": 2, "baselines": "none"}
+    few = {"limit": 6, "latency_rounds": 2, "latency_read": 8, "latency_written": 2}
+    few |= {"baselines": "none"}
     results = run(tmp_path, tasks=two_tasks, calls=calls, **few)
     [prompts] = given
     asked = [
@@ -550,7 +551,7 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
     assert read_latency(tmp_path).measured.num_rounds == 2
     (before, total, what), (after, *_) = calls[-2:]
     assert what == "measuring time"
-    assert total - before == latency.TIMED_TOKENS * 2
+    assert total - before == 2 * 2 * (1 + 4 + 16) * (8 + 2)  # rounds, systems, rows, tokens
     assert after == total, "all that was planned is done"
     found = [by_name(result)["routed"]["against_base"]["accuracy"] for result in results]
     assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
