@@ -4,7 +4,6 @@
 """
 
 import io
-import logging
 import re
 import sys
 from argparse import Namespace
@@ -22,14 +21,12 @@ from lm_eval.utils import setup_logging
 from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
-from drllm.listener import quiet
+from drllm.listener import logger, quiet
 from drllm.records.codec import digest_of
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
 FOLDER = "tasks"  # below `--output_path`: the task folders of the runs whose results are there
-
-logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> None:

@@ -1,11 +1,9 @@
 """Whether two files are of one base model, by the fingerprints that they carry."""
 
-import logging
+from drllm.listener import logger
 
 QUANTISED = "quantised"
 """What a fingerprint begins with where the weights can't be read as they were trained."""
-
-logger = logging.getLogger(__name__)
 
 
 def same_weights(one: str, other: str, where: str) -> bool:

@@ -15,7 +15,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from drllm.errors import ConfigError, RecordError
+from drllm.listener import logger
 from drllm.processes import count, from_first, is_first, share
 from drllm.records import codec
 
@@ -37,8 +37,6 @@ _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")  # parts of an identity whose names say nothing to a user
 _ABSENT: Any = object()
 _VERSION = importlib.metadata.version("drllm")
-
-logger = logging.getLogger(__name__)
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

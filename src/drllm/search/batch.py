@@ -5,7 +5,6 @@ failing. `LocalExecutor` searches batches in this process; what offers the same 
 """
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
+from drllm.listener import logger
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
@@ -44,8 +44,6 @@ OnShare = Callable[[Batch, float, int, str], None]
 """Called within a batch with the share of its work that is done, the number of paths run by this
 start of the search, and what is being done."""
 OnStep = Callable[[float, int, str], None]  # the same for the questions of one batch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Examples are loaded and prompts built here, once. Loads no torch.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TypeAlias
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
+from drllm.listener import logger
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
@@ -27,8 +27,6 @@ from drllm.tasks.worked import WorkedTask
 
 Source: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
 """What questions are given as."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

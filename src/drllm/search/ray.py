@@ -19,6 +19,7 @@ import torch
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
 from drllm.extras import need
+from drllm.listener import logger
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
@@ -36,8 +37,6 @@ MAX_FAILED_STARTS = 3  # workers in a row that may die while they load the model
 START_TIMEOUT_S = 600.0  # how long nothing at all may happen while no worker has a model yet
 CONNECT_TIMEOUT_S = 5.0
 """How long it may take until somebody answers at an address; Ray itself tries for minutes."""
-
-logger = logging.getLogger(__name__)
 
 
 class Worker:

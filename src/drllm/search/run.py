@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.listener import Listener
+from drllm.listener import Listener, logger
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records.codec import digest_of
 from drllm.records.manifest import (
@@ -45,8 +44,6 @@ PROMPT_SHOWN = 600
 SAMPLE_QUESTIONS = 8
 """Maximum questions of a task that a forecast searches; never more than a batch holds."""
 SAMPLE_SIMULATIONS = 10
-
-logger = logging.getLogger(__name__)
 
 
 def search_paths(

@@ -8,7 +8,6 @@ is ended when an answer takes too long: any thread may ask.
 import atexit
 import functools
 import json
-import logging
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ import threading
 from decimal import Decimal
 
 from drllm.extras import need
+from drllm.listener import logger
 
 LIMIT_S = 5.0  # longest time for one comparison, in seconds; math-verify's own default
 
@@ -36,8 +36,6 @@ for line in sys.stdin:
     equal = bool(verify(gold, given, timeout_seconds=None))
     print(json.dumps(equal), file=answers, flush=True)
 """
-
-logger = logging.getLogger(__name__)
 
 
 def plain_number(text: str) -> Decimal | None:

@@ -6,13 +6,13 @@ Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or 
 
 import functools
 import itertools
-import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import ConfigError, TaskError, unknown_name
+from drllm.listener import logger
 from drllm.records.splits import question_key, split_of
 from drllm.tasks.base import (
     FILE_NAMES,
@@ -62,8 +62,6 @@ FORMS = {
 
 CHOICES, PROMPT = "'choices'", "a prompt alone"
 FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
-
-logger = logging.getLogger(__name__)
 
 
 def is_source(name: str) -> bool:

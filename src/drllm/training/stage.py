@@ -7,7 +7,6 @@ A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.
 import dataclasses
 import functools
 import json
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from drllm.config import TrainConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
-from drllm.listener import Listener
+from drllm.listener import Listener, logger
 from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
@@ -39,8 +38,6 @@ from drllm.training.features import Features, assist, collect, digest
 from drllm.training.targets import REJECTED_FILE, reasons_of
 from drllm.training.trackers import RUN_FILE, check_trackers, tell, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
-
-logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 

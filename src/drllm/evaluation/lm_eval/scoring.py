@@ -11,7 +11,6 @@ Axes: P questions, L layers.
 
 import copy
 import functools
-import logging
 import math
 import os.path
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.folders import room_for_answer
+from drllm.listener import logger
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
@@ -47,8 +47,6 @@ LEAST_FILLED = 0.8  # share of a pass's columns that each of its rows fills, fro
 STEPS = 16
 """Into which a context is divided: answers are generated side by side where they may be equally
 long, so that prompts of about one length should leave the same room."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

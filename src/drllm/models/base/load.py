@@ -6,7 +6,6 @@ for it. What transformers reports over many lines and by many exceptions becomes
 
 import dataclasses
 import difflib
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from drllm.config import ModelConfig
 from drllm.config.fields import kinds_of
 from drllm.errors import ConfigError, ModelError, unknown_name
+from drllm.listener import logger
 from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
@@ -35,8 +35,6 @@ _FOREIGN: tuple[type[Exception], ...]
 _OPENING: tuple[type[Exception], ...]
 _FOREIGN = (*hub.ERRORS, ImportError, KeyError, RuntimeError, SafetensorError, ValueError)
 _OPENING = (*_FOREIGN, TypeError)  # of an option that nobody takes
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)

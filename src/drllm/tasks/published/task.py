@@ -4,7 +4,6 @@ The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from drllm.errors import TaskError
+from drllm.listener import logger
 from drllm.records.splits import BOUNDS, question_key, split_of
 from drllm.tasks.base import (
     FILE_NAMES,
@@ -35,8 +35,6 @@ from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
 """How many files of questions are kept in memory, since every stage asks for them again."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
