@@ -89,7 +89,6 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         # Without effect on tasks that set the other one, which the harness prefers.
         args.gen_kwargs = dict(settings.gen_kwargs)
         args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
-    length = settings.model_args.get("max_length")
     tasks: list[HarnessTask] = []
     files: FolderFiles | None = None
     if data_dir is not None or split is not None:
@@ -104,7 +103,6 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             limit=settings.limit,
             data_dir=data_dir,
             num_fewshot=settings.num_fewshot,
-            max_length=length if isinstance(length, int) else None,
             num_processes=processes.count(),
         )
     with ExitStack() as stack:

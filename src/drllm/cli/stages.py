@@ -38,7 +38,7 @@ from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.menu import Menu
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
-from drllm.records.supervision import check_targets, join_supervision
+from drllm.records.supervision import join_supervision
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
@@ -250,15 +250,14 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
 def train_verb(request: Request, terminal: Terminal) -> None:
     """Train the routers on target paths."""
     output, flag = _routers_folder(request)
-    config = request.of(TrainConfig)
+    config, files = request.of(TrainConfig), published.supervision_files(request)
     config.check_effects()
     check_trackers(config.trackers)
-    files = published.supervision_files(request)
-    found = join_supervision(files)
     if request.values["dry_run"]:
         from drllm.pipeline.forecast import of_training
 
-        _say_derived(of_training(request.of(ModelConfig), config, found), request, terminal)
+        found = of_training(request.of(ModelConfig), config, join_supervision(files))
+        _say_derived(found, request, terminal)
         return
     check_folder(output, flag)
     features = request.optional_path("features")
@@ -272,9 +271,8 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
-    with loaded(request.of(ModelConfig), terminal) as base:
-        rewards = check_targets(files, base.identity)
-        train(base, found, config, output, features=features, rewards=rewards, listener=terminal)
+    model = request.of(ModelConfig)
+    train(model, files, config, output, features=features, listener=terminal)
     for folder in folders if is_first() else ():
         terminal.fact("routers", folder)
         show(folder, terminal)

@@ -128,7 +128,6 @@ class Shared:
                 seed=config.seed,
                 data_dir=config.data_dir,
                 num_fewshot=config.num_fewshot,
-                max_length=self.lm.max_length,
             )
             files.write(source)
             asked = AskedTask(written, source, self.lm, chat=config.chat)

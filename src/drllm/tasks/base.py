@@ -81,40 +81,30 @@ def with_options(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One way of asking an example, complete: what the model reads and what counts as right.
+    """One way of asking an example, complete: what the model reads and what counts as right."""
 
-    Attributes:
-        text: What the model reads; the routers see this and nothing else.
-        reward: `loglikelihood` (score `continuations`), or how a generated answer is graded.
-        answer: What a generated answer is graded against (for `letter`, the letter).
-        other_answers: For `exact`, further answers that are as right.
-        continuations: For `loglikelihood`, the texts that follow `text` directly, each with its
-            leading space; else empty.
-        gold: Index of the right continuation; None for generated answers.
-        chat: Send `text` as the user's turn of the tokenizer's chat template, where it has one.
-        max_new_tokens: Maximum tokens of a generated answer.
-        normalised: Score continuations by log-probability per character (as `acc_norm` of
-            lm-evaluation-harness does), not by their sum. Only re-tests ask for it.
-        letters: For `letter`, the letters that name an option.
-        unscored: Of each continuation, the text that it begins with and that is read but not
-            scored: of a gap that is filled, the filling. Empty for none.
-        question: The question alone, for a function that grades; else empty.
-        messages: The conversation, which the chat template renders in place of `text`.
-    """
-
-    text: str
-    reward: str
-    answer: str
-    other_answers: tuple[str, ...] = ()
+    text: str  # what the model reads; the routers see this and nothing else
+    reward: str  # `loglikelihood` (score `continuations`), or how a generated answer is graded
+    answer: str  # what a generated answer is graded against (for `letter`, the letter)
+    other_answers: tuple[str, ...] = ()  # for `exact`, further answers that are as right
+    # For `loglikelihood`, the texts that follow `text` directly, each with its leading space; else
+    # empty.
     continuations: tuple[str, ...] = ()
-    gold: int | None = None
+    gold: int | None = None  # index of the right continuation; None for generated answers
+    # Send `text` as the user's turn of the tokenizer's chat template, where it has one.
     chat: bool = False
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # maximum tokens of a generated answer
+    # Score continuations by log-probability per character (as `acc_norm` of lm-evaluation-harness
+    # does), not by their sum. Only re-tests ask for it.
     normalised: bool = False
-    letters: str = "ABCDE"
-    # Not in the repr, by which a search knows its prompts, those of earlier versions too.
+    letters: str = "ABCDE"  # for `letter`, the letters that name an option
+    # Of each continuation, the text that it begins with and that is read but not scored: of a gap
+    # that is filled, the filling. Empty for none. These aren't in the repr, by which a search knows
+    # its prompts, those of earlier versions too.
     unscored: tuple[str, ...] = field(default=(), repr=False)
+    # The question alone, for a function that grades; else empty.
     question: str = field(default="", repr=False)
+    # The conversation, which the chat template renders in place of `text`.
     messages: Messages = field(default=(), repr=False)
 
     @property

@@ -38,28 +38,19 @@ CONSTANT = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Features:
-    """The training set of the routers, in the order of the targets.
+    """The training set of the routers, in the order of the targets."""
 
-    Attributes:
-        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, a map of a file. Read
-            them by `rows`.
-        filled: `[N]`: how many windows hold tokens.
-        labels: `[N, L]` int64: the target path's decisions.
-        questions: `[N]`: the questions' texts; they decide what is held out.
-        tasks: `[N]`: the tasks' names.
-        made_from: Hash of the prompts, and the dtype of the base model.
-        places: `[N]`: where each target lies in `means`; None if that is its own place.
-        rejected: Targets that were set aside, and why.
-    """
-
+    # `[M, L, W, D]`, M ≥ N: the windows of every router's input, a map of a file. Read them by
+    # `rows`.
     means: Tensor
-    filled: Tensor
-    labels: Tensor
-    questions: Sequence[str]
-    tasks: Sequence[str]
-    made_from: tuple[str, str] = ("", "")
+    filled: Tensor  # `[N]`: how many windows hold tokens
+    labels: Tensor  # `[N, L]` int64: the target path's decisions
+    questions: Sequence[str]  # `[N]`: the questions' texts; they decide what is held out
+    tasks: Sequence[str]  # `[N]`: the tasks' names
+    made_from: tuple[str, str] = ("", "")  # hash of the prompts, and the dtype of the base model
+    # `[N]`: where each target lies in `means`; None if that is its own place.
     places: Tensor | None = None
-    rejected: tuple[RejectedQuestion, ...] = ()
+    rejected: tuple[RejectedQuestion, ...] = ()  # targets that were set aside, and why
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read some targets' windows, `[B, L, W, D]`, into memory; zeros past `filled`.

@@ -44,13 +44,12 @@ METRICS_FILE = "metrics.jsonl"
 
 def train(
     model: Any,
-    targets: Sequence[SupervisionRecord] | Path | str,
+    targets: Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
     config: TrainConfig | None = None,
     output_dir: Path | str | None = None,
     *,
     tokenizer: Any = None,
     features: Path | str | None = None,
-    rewards: Sequence[str] | None = None,
     listener: Listener | None = None,
     **settings: Any,
 ) -> RouterStack:
@@ -62,15 +61,14 @@ def train(
     Args:
         model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
             model of transformers.
-        targets: One target path a question, from `drllm.supervise`; or a `supervision.jsonl`.
+        targets: One target path a question, from `drllm.supervise`; or a `supervision.jsonl`, or
+            several.
         config: The settings.
         output_dir: Receives the first seed's routers, those of a further seed S go to `seed_S` in
             it. None trains in a temporary folder.
         tokenizer: The model's; None loads the one of its name, unless it comes with one.
         features: A folder that keeps the routers' inputs for further trainings. Without it they
             are in the output folder and deleted when the routers are trained.
-        rewards: The rewards that the prompts were made for, stored with the routers; None takes
-            those that `drllm.supervise` gives its targets.
         listener: Is told of progress.
         settings: Settings of `TrainConfig` by name, in place of the config's.
 
@@ -86,28 +84,27 @@ def train(
     config, listener = changed(TrainConfig, config, settings), listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-    files: list[Path] = []
-    if isinstance(targets, (str, Path)):
-        files = [Path(targets)]
-        targets = join_supervision(files)
+    config.check_effects()
+    check_trackers(config.trackers)
+    given = [targets] if isinstance(targets, (str, Path)) else targets
+    files = [Path(each) for each in given if isinstance(each, (str, Path))]
+    records: Any = join_supervision(files) if files else targets
     with ExitStack() as stack:
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
+        check_folder(output, "output")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         if not is_first():
             assist(base.model, config.num_windows)
             return from_first(lambda: load_routers(output))
-        known = check_targets(files, base.identity) if files else getattr(targets, "rewards", ())
+        known = check_targets(files, base.identity) if files else getattr(records, "rewards", ())
         seeds = config.by_seed(output)
-        config.check_effects()
-        check_trackers(config.trackers)
-        check_folder(output, "output")
         for own in seeds.values():
-            divide([target.question for target in targets], own)
+            divide([target.question for target in records], own)
         store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
         examples = collect(
             base.model,
             base.tokenizer,
-            targets,
+            records,
             num_windows=config.num_windows,
             store=store,
             listener=listener,
@@ -116,13 +113,13 @@ def train(
         write_or_remove(output / REJECTED_FILE, rejected)
         if rejected:
             listener.note(
-                f"drllm: {len(rejected)} of {len(targets)} targets are set aside "
+                f"drllm: {len(rejected)} of {len(records)} targets are set aside "
                 f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
             )
         identity_of = functools.partial(
             checkpoint.identity_of, base_identity=base.identity, targets=digest(examples)
         )
-        form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
+        form = form_of(base.tokenizer, ((each.question, each.prompt) for each in records))
         left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
         for folder in left:
             train_on(
@@ -130,7 +127,7 @@ def train(
                 base.identity,
                 seeds[folder],
                 folder,
-                rewards=known if rewards is None else rewards,
+                rewards=known,
                 form=form,
                 device=base.model.device,
                 used=store if folder == left[-1] and features is None else None,

@@ -24,7 +24,7 @@ from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose, name_for_harness
-from drllm.tasks.published.task import Loader, PublishedTask
+from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
 Line: TypeAlias = tuple[str, dict[str, Any]]
@@ -136,14 +136,12 @@ def task_folder(
     seed: int,
     data_dir: Path | str | None,
     num_fewshot: int | None = None,
-    max_length: int | None = None,
 ) -> tuple[list[HarnessTask], FolderFiles]:
     """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
 
     The same arguments and questions give the same files to the last byte. At most `limit` questions
     a task are drawn with the seed, None asks all. `num_fewshot` worked examples stand before each;
-    None leaves it to each task. `max_length` tokens are all that the model reads and writes; None
-    doesn't cap answers.
+    None leaves it to each task.
 
     Raises:
         ConfigError: A negative number of examples.
@@ -185,7 +183,7 @@ def task_folder(
         lines = {ASKED: _lines(task, entry, left), SHOWN: _lines(task, entry, shown)}
         settings = dict(entry.settings)
         if entry.generated:
-            settings |= _lengths(entry, lines, shots, max_length, notes)
+            settings |= _lengths(entry, lines)
         leaves = {}
         for part in sorted({part for part, _ in lines[ASKED]}):
             own = {use: [row for at, row in each if at == part] for use, each in lines.items()}
@@ -234,42 +232,13 @@ def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list
     return found
 
 
-def _lengths(
-    entry: Harness,
-    lines: Mapping[str, Sequence[Line]],
-    shots: int,
-    max_length: int | None,
-    notes: list[str],
-) -> dict[str, Any]:
-    """Return how long generated answers may be, where the task file doesn't say so itself."""
-    given = wanted = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in lines[ASKED])
-    if max_length is not None:
-        # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
-        asked, shown = (max(map(_bytes, lines[use]), default=0) for use in (ASKED, SHOWN))
-        longest = asked + shots * shown
-        given = min(wanted, room_for_answer(longest, max_length))
-    if given < wanted:
-        notes.append(
-            f"answers have at most {given} new tokens, since the model holds {max_length} in "
-            f"all; the task asks for {wanted}"
-        )
-    elif entry.file:
+def _lengths(entry: Harness, lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
+    """Return how long generated answers may be, where no task file says so itself."""
+    if entry.file:
         return {}
-    kwargs = entry.settings.get("generation_kwargs")
-    if kwargs is None:
-        text = harness_file(entry.file).read_text(encoding="utf-8")
-        kwargs = yaml.load(text, Loader=Loader)["generation_kwargs"]
-    return {"generation_kwargs": {**kwargs, "max_gen_toks": given}}
-
-
-def _bytes(line: Line) -> int:
-    columns = {name: value for name, value in line[1].items() if name != "drllm_id"}
-    return len(json.dumps(columns, ensure_ascii=False).encode())
-
-
-def room_for_answer(prompt: int, max_length: int) -> int:
-    """Return how many tokens an answer may have: what its prompt leaves, half of all at least."""
-    return max(max_length // 2, max_length - prompt)
+    longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in lines[ASKED])
+    kwargs = {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
+    return {"generation_kwargs": kwargs}
 
 
 def harness_file(name: str) -> Path:
@@ -300,7 +269,7 @@ def own_tasks(
 ) -> tuple[list[HarnessTask], FolderFiles]:
     """Return the tasks of a command line, in its `--tasks`, all of which are ours.
 
-    Processes share a task's questions. `data_dir` and `more` (split, num_fewshot, max_length) are
+    Processes share a task's questions. `data_dir` and `more` (split, num_fewshot) are
     as `task_folder`'s.
 
     Raises:

@@ -23,7 +23,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from drllm.errors import TaskError
-from drllm.evaluation.lm_eval.folders import room_for_answer
 from drllm.listener import logger
 from drllm.models.base.layers import can_pack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
@@ -274,7 +273,8 @@ def fitted(
         asked = settings["max_gen_toks"]
         length = 0 if asked <= max_length // 2 else len(encode(prompt))
         if length + asked > max_length:
-            room = room_for_answer(step * math.ceil(length / step), max_length)
+            rounded = step * math.ceil(length / step)
+            room = max(max_length // 2, max_length - rounded)
             settings["max_gen_toks"] = room
             request = copy.copy(request)
             request.arguments = (prompt, settings)

@@ -295,19 +295,6 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
     }
 
 
-def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(sets, asked):
-    task, leaves = asked("gsm8k", max_length=360, num_fewshot=0)
-    found = leaves["gsm8k"]
-    [most] = {how["max_gen_toks"] for _, how in requests_of(found)}
-    longest = max(len(context.encode()) for context, _ in requests_of(found))
-    assert 180 < most <= 360 - longest
-    assert any(f"at most {most} new tokens" in note and "256" in note for note in task.notes)
-    assert requests_of(found)[0][1]["until"][0] == "Question:"
-    task, leaves = asked("gsm8k", max_length=4096, num_fewshot=0)
-    assert not any("max_gen_toks" in how for _, how in requests_of(leaves["gsm8k"]))
-    assert not any("new tokens" in note for note in task.notes)
-
-
 @pytest.mark.parametrize(
     ("names", "given", "message"),
     [

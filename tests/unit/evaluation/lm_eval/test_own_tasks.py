@@ -14,7 +14,6 @@ def chosen(*names: str, **changes: Any):
         "limit": 4,
         "data_dir": None,
         "num_fewshot": None,
-        "max_length": None,
         "num_processes": 1,
         **changes,
     }
