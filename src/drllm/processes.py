@@ -1,8 +1,7 @@
 """One stage in several processes, one a device, as torchrun or `accelerate launch` starts them.
 
-All run the same stage on the same questions. The first one alone reads and writes what the stage
-keeps, and says how far it is; work is divided piece by piece, and every process gets all results,
-so that all of them end with the same ones. Nothing is imported for a process that is alone.
+All run the same stage on the same questions. The first alone reads and writes what the stage keeps;
+work is divided piece by piece, and every process gets all results, so that all end alike.
 """
 
 import datetime
@@ -36,8 +35,7 @@ def from_first(make: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     outcomes: list[Any] = [_tried(make) if is_first() else None]
-    found: T = _result(broadcast_object_list(outcomes)[0])
-    return found
+    return _result(broadcast_object_list(outcomes)[0])  # type: ignore[no-any-return]
 
 
 def share(jobs: Sequence[Callable[[], T]]) -> list[T]:

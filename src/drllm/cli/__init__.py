@@ -18,8 +18,6 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 
-GRACE_S = 3.0  # how long a further process waits before it says why it failed
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of the process.
@@ -32,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminal.warnings():
             return _run(words, terminal)
     except DrllmError as error:
-        if not processes.is_first():  # where the first fails too, the launcher ends this one soon
-            time.sleep(GRACE_S)
+        if not processes.is_first():
+            time.sleep(3)  # where the first fails too, the launcher ends this one meanwhile
             terminal.err.quiet = False
         terminal.fail(str(error))
         return 2

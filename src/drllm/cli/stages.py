@@ -159,10 +159,9 @@ def _say_forecast(
     shared = f", {duration(seconds / workers)} on {workers} like it" if workers > 1 else ""
     terminal.fact("time", f"{duration(seconds)} on one {runtime['device']}{shared}")
     weights = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
-    gigabytes = config.state_cache_gb
-    shared = "a quarter of what is free" if gigabytes is None else f"up to {gigabytes:g} GB"
-    memory = f"{weights:.3g} GB weights; {shared} for shared states (--state-cache-gb)"
-    terminal.fact("memory", f"{memory}, and half of the rest for a pass")
+    most = config.state_cache_gb
+    shared = "a quarter of what is free" if most is None else f"up to {most:g} GB"
+    terminal.fact("memory", f"{weights:.3g} GB weights, {shared} (--state-cache-gb) and passes")
     terminal.fact("disk", f"{size / 1e6:.3g} MB, twice that while the files are joined")
     for part in parts:
         terminal.fact(
@@ -253,11 +252,11 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     config, files = request.of(TrainConfig), published.supervision_files(request)
     config.check_effects()
     check_trackers(config.trackers)
+    found = join_supervision(files)
     if request.values["dry_run"]:
         from drllm.pipeline.forecast import of_training
 
-        found = of_training(request.of(ModelConfig), config, join_supervision(files))
-        _say_derived(found, request, terminal)
+        _say_derived(of_training(request.of(ModelConfig), config, found), request, terminal)
         return
     check_folder(output, flag)
     features = request.optional_path("features")
@@ -271,8 +270,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
-    model = request.of(ModelConfig)
-    train(model, files, config, output, features=features, listener=terminal)
+    train(request.of(ModelConfig), files, config, output, features=features, listener=terminal)
     for folder in folders if is_first() else ():
         terminal.fact("routers", folder)
         show(folder, terminal)

@@ -198,7 +198,7 @@ def evaluate(
         # Only here, since they load the harness, which an installation without `eval` lacks.
         from drllm.evaluation.comparison import Comparison, Shared
         from drllm.evaluation.lm_eval.model import RoutedLM
-        from drllm.evaluation.menus import with_rivals
+        from drllm.evaluation.tables import with_rivals
         from drllm.models.healed import load_path
         from drllm.models.routing.menu import load_menu
 

@@ -1,8 +1,7 @@
 """What tuning and training will take, derived from the model's shape: `--dry-run`.
 
-No weights are needed. The work is counted in FLOPs, as `evaluation.flops` derives them, without
-what paths share, so it is an upper bound; the time is that of two layers of the same shape, with
-random weights, which are run on the device that the stage would use.
+No weights are needed. Work is counted in FLOPs, without what paths share, so it is an upper bound;
+the time is that of two layers of the same shape with random weights, which are run on the device.
 
 Axes: B rows, D hidden, L layers, T tokens, W windows.
 """
@@ -26,7 +25,6 @@ from drllm.models.base.load import BaseModel, without_weights
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import PathSize
-from drllm.models.scoring.prefix_cache import GIGABYTE
 from drllm.paths import Plan, StaticPath
 from drllm.records.resume import Chunks
 from drllm.records.static_paths import CERTIFY, FIT, SELECT, TEST
@@ -40,8 +38,7 @@ from drllm.tuning.parts import TaskParts
 from drllm.tuning.run import TaskScorer
 
 TIMED_ROWS, TIMED_TOKENS, TIMED_ROUNDS = 4, 256, 5
-ADAM_COPIES = 4  # numbers kept of each weight of a router: itself, its gradient and two moments
-FLOAT_BYTES = 4
+WEIGHT_BYTES, FIT_BYTES = 4, 16  # of a router's weight; with its gradient and two moments
 
 
 @dataclass(slots=True)
@@ -107,7 +104,7 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
                 found.count("answers", written, dict.fromkeys(best, len(written)))
             longest = max(longest, *lengths)
     if config.state_cache_gb is not None:
-        found.memory["shared states (--state-cache-gb)"] = config.state_cache_gb * GIGABYTE
+        found.memory["shared states (--state-cache-gb)"] = config.state_cache_gb * 1e9
     found.memory["a pass of one path"] = PathSize(longest, longest).num_bytes(base.model)
     return found
 
@@ -122,7 +119,7 @@ def of_training(
     lengths = list(map(len, prompts))
     router = (D + 3) * config.router_width * L  # entries of all routers' matrices
     a_target = L * W * D * DTYPES[config.feature_dtype][0].itemsize
-    written = len(kept) * a_target + config.num_seeds * FLOAT_BYTES * router
+    written = len(kept) * a_target + config.num_seeds * WEIGHT_BYTES * router
     found = Forecast(base, disk=written)
     found.count("features", lengths, Counter(each.optimal_layer_config for each in kept))
     passes = config.num_epochs * config.num_seeds * len(kept)
@@ -130,7 +127,7 @@ def of_training(
     found.work["fit"] = Work(passes, passes * W, 6.0 * passes * W * router)
     batch = PathSize(min(MAXIMUM_TOKENS, BATCH_SIZE * max(lengths)), BATCH_SIZE)
     found.memory["a batch of the feature pass"] = batch.num_bytes(base.model)
-    found.memory["the fit"] = FLOAT_BYTES * ADAM_COPIES * router
+    found.memory["the fit"] = FIT_BYTES * router
     return found
 
 

@@ -57,8 +57,7 @@ def stage_folder(given: Path | str | None, stack: ExitStack) -> Path:
 
     Of several processes of one stage the first one's stays.
     """
-    kept = given if is_first() else None
-    return Path(kept or stack.enter_context(TemporaryDirectory()))
+    return Path((given if is_first() else None) or stack.enter_context(TemporaryDirectory()))
 
 
 @contextmanager

@@ -137,16 +137,16 @@ class Chunks:
         self, makes: Mapping[str, Callable[[], Any]], kind: type[T], on_chunk: Callable[[T], None]
     ) -> list[T]:
         """Return chunks as `once`; those that aren't done are shared out among the processes."""
-        found = {key: self.get(key, kind) for key in makes}
+        found: dict[str, Any] = {key: self.get(key, kind) for key in makes}
         todo = [key for key, value in found.items() if value is None]
         for value in filter(None, found.values()):
             on_chunk(value)
         for start in range(0, len(todo), count()):
             keys = todo[start : start + count()]
             for key, value in zip(keys, share([makes[key] for key in keys]), strict=True):
-                found[key] = kept = self._kept(key, kind, value)
-                on_chunk(kept)
-        return list(found.values())  # type: ignore[arg-type]
+                found[key] = self._kept(key, kind, value)
+                on_chunk(found[key])
+        return list(found.values())
 
     def _kept(self, key: str, kind: type[T], value: Any) -> T:
         self.put(key, value)

@@ -179,29 +179,22 @@ class TaskScorer:
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
         digest = digest_of(path.steps for path in paths)[:16]
-        parts = {start: order[start : start + size] for start in range(0, len(order), size)}
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
         makes = {
-            f"{self.name} {part} {first} to {last} from {start} {digest}": partial(
+            f"{self.name} {part} {first} to {last} from {size * number} {digest}": partial(
                 judge.scores, paths, places
             )
-            for start, places in parts.items()
+            for number, places in enumerate(parts)
         }
-        num_asked = 0
-
-        def on_chunk(scores: Scores) -> None:
-            nonlocal num_asked
-            num_new = len(scores.objective[0])
-            num_asked += num_new
-            self.seconds += scores.seconds
-            told = f"{len(paths)} paths on {num_asked} of {len(order)} questions"
-            self.on_scored(len(paths) * num_new, told)
-
-        for places, scores in zip(
-            parts.values(), self.chunks.each_once(makes, Scores, on_chunk), strict=True
-        ):
+        told = f"{len(paths)} paths on {len(order)} questions"
+        scored = self.chunks.each_once(
+            makes, Scores, lambda new: self.on_scored(len(paths) * len(new.objective[0]), told)
+        )
+        for places, scores in zip(parts, scored, strict=True):
             at = [place - first for place in places]
             found[0][:, at] = scores.objective
             found[1][:, at] = scores.right or 0.0
+            self.seconds += scores.seconds
         return found
 
     def correct(self, part: str, path: StaticPath) -> list[float]:

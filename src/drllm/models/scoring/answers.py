@@ -81,9 +81,8 @@ class AnswerBatch:
         penalty in a model's generation settings is not applied (docs/differences.md, D-19). `kl`
         measures that too, in the passes that read the prompts.
         """
-        columns = self.rows.packed.mask.shape[-1]
-        longest = columns + max(max_new_tokens, default=0)
-        size = PathSize(longest, columns if kl else 1, keeps_kv=True)
+        read, written = self.rows.packed.mask.shape[-1], max(max_new_tokens, default=0)
+        size = PathSize(read + written, read if kl else 1, keeps_kv=True)
 
         def generate(places: Sequence[int]) -> list[Answer]:
             answers: dict[int, Answer] = {}

@@ -134,8 +134,7 @@ def free_bytes(device: torch.device) -> int:
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
     """Return an empty cache of so many GB; of a quarter of the memory that is free unless given."""
-    size = free_bytes(device) / 4 if gigabytes is None else gigabytes * GIGABYTE
-    return PrefixCache(size)
+    return PrefixCache(free_bytes(device) / 4 if gigabytes is None else gigabytes * GIGABYTE)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
