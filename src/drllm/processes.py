@@ -15,27 +15,32 @@ T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(weeks=52)
 """How long a process waits for the others: some have much more to do. One that died is noticed."""
+divides = False
+"""Whether all work on one stage: the command line says so; in a script each may do its own."""
+
+
+def launched() -> int:
+    """Return how many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def count() -> int:
     """Return how many processes run this stage."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched() if divides else 1
 
 
 def is_first() -> bool:
     """Tell whether this process is the one that reads, writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return count() == 1 or os.environ.get("RANK") == "0"
 
 
 def from_first(make: Callable[[], T]) -> T:
     """Return what the first process makes, in all of them; an error of ours is raised in all."""
     if count() == 1:
         return make()
-    _connect()
-    from accelerate.utils import broadcast_object_list
-
-    outcomes: list[Any] = [_tried(make) if is_first() else None]
-    return _result(broadcast_object_list(outcomes)[0])  # type: ignore[no-any-return]
+    outcomes = [_tried(make) if is_first() else None]
+    _connected().broadcast_object_list(outcomes)
+    return _result(outcomes[0])  # type: ignore[no-any-return]
 
 
 def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
@@ -45,19 +50,20 @@ def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
     """
     if count() == 1:
         return [job() for job in jobs]
-    _connect()
-    from accelerate.utils import gather_object
-
     own = range(int(os.environ["RANK"]), len(jobs), count())
-    outcomes = dict(gather_object([(place, _tried(jobs[place])) for place in own]))
+    parts: list[Any] = [None] * count()
+    _connected().all_gather_object(parts, {place: _tried(jobs[place]) for place in own})
+    outcomes = {place: outcome for part in parts for place, outcome in part.items()}
     return [_result(outcomes[place]) for place in range(len(jobs))]
 
 
-def _connect() -> None:
-    import torch
-    from accelerate import PartialState
+def _connected() -> Any:
+    """Return torch's collectives, by gloo: only Python's objects are sent, whatever the devices."""
+    from torch import distributed
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    return distributed
 
 
 def _tried(make: Callable[[], Any]) -> tuple[Any, DrllmError | None]:

@@ -1,5 +1,6 @@
 """Processes that a launcher starts divide a stage, and end with the files of one process."""
 
+import importlib
 import json
 import socket
 import time
@@ -9,18 +10,38 @@ from typing import Any
 
 import pytest
 
+import drllm
 from drllm.cli import main
+from drllm.config import ModelConfig
 
 MOST_S = 240.0
 ONE_OF_SEVERAL = """
-import functools, os, sys
+import functools, importlib, json, os, sys
 import lm_eval.tasks
+from drllm import processes
 from drllm.cli import main
 os.environ.update(environment)
+for module, name, value in small:
+    setattr(importlib.import_module(module), name, value)
+share, numbers = processes.share, []
+def counted(jobs):
+    numbers.append(len(jobs))
+    return share(jobs)
+for module in ("drllm.records.resume", "drllm.training.features"):
+    importlib.import_module(module).share = counted
 lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
 sys.stdout, sys.stderr = (open(f"{said}.{kind}", "w", buffering=1) for kind in ("out", "err"))
-sys.exit(main(words))
+status = main(words)
+open(f"{said}.shared", "w").write(json.dumps(numbers))
+sys.exit(status)
 """
+SMALL = [
+    ("drllm.tuning.run", "MOST_PAIRS", 12),
+    ("drllm.tuning.run", "MOST_ANSWERS", 2),
+    ("drllm.evaluation.systems", "LEAST_SCORED", 2),
+    ("drllm.training.features", "MAXIMUM_TOKENS", 64),
+]
+"""So that there are several pieces of work to divide."""
 MEASURED = {"seconds", "created", "created_at", "latency", "routers"}
 """What two runs never have in common: times, and where they lie."""
 
@@ -37,11 +58,26 @@ def begin(processes: Any, tmp_path: Path) -> Callable[[list[str]], list[Any]]:
         for rank in ("0", "1"):
             environment = {**place, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
             given = {"words": words, "environment": environment, "said": str(tmp_path / rank)}
+            given["small"] = SMALL
             pair.append(processes.Process(target=exec, args=(ONE_OF_SEVERAL, given)))
             pair[-1].start()
         return pair
 
     return begin_both
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the work of this process, too, into small pieces."""
+    for module, name, value in SMALL:
+        monkeypatch.setattr(importlib.import_module(module), name, value)
+
+
+def assert_divided(folder: Path) -> None:
+    """Check that both processes had pieces to do, more than once."""
+    shared = [json.loads((folder / f"{rank}.shared").read_text()) for rank in "01"]
+    assert shared[0] == shared[1]
+    assert shared[0].count(2) > 1
 
 
 def ended(pair: list[Any]) -> list[int]:
@@ -66,7 +102,7 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 
 TUNE = "tune --device cpu --tasks builtin_facts,builtin_arithmetic --num-fit 8 --num-judged 6"
-EVALUATE = "evaluate --device cpu --tasks builtin_facts,builtin_arithmetic --limit 7"
+EVALUATE = "evaluate --device cpu --tasks builtin_facts,builtin_arithmetic --limit 7 --batch-size 2"
 
 
 def test_tuning_in_two_processes_writes_the_paths_of_one(begin, model_folder, tmp_path):
@@ -75,6 +111,7 @@ def test_tuning_in_two_processes_writes_the_paths_of_one(begin, model_folder, tm
     assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
     assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
     assert [*(tmp_path / "two").iterdir()] == [tmp_path / "two" / "paths.json"]
+    assert_divided(tmp_path)
 
 
 def test_only_the_first_process_says_anything(begin, model_folder, tmp_path):
@@ -93,6 +130,7 @@ def test_training_in_two_processes_writes_the_routers_of_one(begin, finished_run
     assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
     one, two = ((tmp_path / name / "routers.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+    assert_divided(tmp_path)
 
 
 @pytest.mark.thorough
@@ -103,6 +141,7 @@ def test_an_evaluation_in_two_processes_writes_the_results_of_one(
     assert main([*words, str(tmp_path / "one")]) == 0
     assert ended(begin([*words, str(tmp_path / "two")])) == [0, 0]
     assert results_in(tmp_path / "two") == results_in(tmp_path / "one")
+    assert_divided(tmp_path)
 
 
 @pytest.mark.thorough
@@ -142,8 +181,26 @@ def test_a_verb_that_divides_nothing_is_refused_in_several_processes(verb, monke
     given = ["--path", "none.json:skip2"] if verb == "heal" else []
     assert main([verb, *given]) == 2
     said = capsys.readouterr().err
-    assert f"drllm {verb} is started once" in said
+    assert f"drllm {verb} runs in one process, and WORLD_SIZE is 2" in said
     assert ("--executor ray" in said) == (verb == "search")
+
+
+def test_processes_of_a_script_of_ones_own_share_nothing_unless_told_to(
+    monkeypatch, model_folder, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("drllm.processes.divides", False)
+    settings = {"num_fit": 8, "num_judged": 4, "max_skipped": 1}
+    model = ModelConfig(model=str(model_folder()), device="cpu")
+    drllm.tune(model, "builtin_facts", output_dir=tmp_path / "own", **settings)
+    assert (tmp_path / "own" / "paths.json").exists()
+
+
+def test_a_rank_without_other_processes_means_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["ls", "tasks"]) == 0
+    assert "builtin_facts" in capsys.readouterr().out
 
 
 def _model_of(run: Path) -> str:

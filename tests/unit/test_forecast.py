@@ -36,6 +36,15 @@ def finished_targets(
     return folder / "supervision.jsonl"
 
 
+@pytest.mark.parametrize("edits", ["sublayers", "repeats"])
+def test_a_tuning_with_other_edits_is_forecast_too(edits, shape_alone):
+    config = TuneConfig(num_fit=30, num_judged=8, max_skipped=1, edits=edits)
+    layers = TuneConfig(num_fit=30, num_judged=8, max_skipped=1)
+    divided = parts_of_tasks(config)
+    more, fewer = (of_tuning(shape_alone, each, divided) for each in (config, layers))
+    assert more.work["fit"].flops > fewer.work["fit"].flops > 0
+
+
 @pytest.mark.parametrize("tasks", ["builtin_facts", "builtin_facts,builtin_arithmetic"])
 def test_a_tuning_scores_as_many_paths_as_was_forecast(
     tasks, shape_alone, model_folder, monkeypatch, tmp_path

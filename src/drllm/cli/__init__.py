@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from drllm import __version__, processes
-from drllm.cli.help import say_help, say_overview
-from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, verb_of
+from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, say_help, say_overview, verb_of
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
@@ -58,17 +57,19 @@ def _run(words: list[str], terminal: Terminal) -> int:
         need("eval", "the verb lm-eval")
         from drllm.cli import harness
 
+        processes.divides = True
         harness.run(words[1:])
     elif asked := {word.replace("_", "-") for word in takewhile("--".__ne__, words)} & set(HELP):
         say_help(verb_of(words[0]), terminal, everything="--help-all" in asked)
     else:
         request = parse(words)
         chosen = VERBS[request.verb]
-        if processes.count() > 1 and not chosen.shares:
+        processes.divides = chosen.shares
+        if processes.launched() > 1 and chosen.resumes and not chosen.shares:
             ray = " --executor ray" if chosen.name == "search" else ""
             raise ConfigError(
-                f"drllm {chosen.name} is started once, but {processes.count()} processes were; "
-                f"leave torchrun or accelerate out: drllm {chosen.name}{ray} …"
+                f"drllm {chosen.name} runs in one process, and WORLD_SIZE is "
+                f"{processes.launched()}; start it alone: drllm {chosen.name}{ray} …"
             )
         terminal.err.quiet = terminal.out.quiet = not processes.is_first()
         chosen.run(request, terminal)

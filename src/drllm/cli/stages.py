@@ -190,14 +190,12 @@ def _say_derived(found: Forecast, request: Request, terminal: Terminal) -> None:
     sizes = {"weights": num * base.model.dtype.itemsize} | found.memory
     memory = (f"{size / 1e9:.3g} GB {what}" for what, size in sizes.items())
     terminal.fact("model", f"{num / 1e9:.3g} billion weights in {dtype}, {base.num_layers} layers")
-    terminal.fact("time", f"{duration(seconds)} at most on one {device.type}")
+    rate = f"{speed / 1e12:.3g} TFLOPs a second, as two layers of this shape run here"
+    terminal.fact("time", f"{duration(seconds)} at most on one {device.type}, at {rate}")
     terminal.fact("memory", ", ".join(memory))
     if found.disk:
         terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
-    terminal.say(
-        f"derived from the model's shape, without what paths share, at {speed / 1e12:.3g} TFLOPs a "
-        f"second, as two layers of that shape run here; nothing was written"
-    )
+    terminal.say("derived from the model's shape, without what paths share; nothing was written")
 
 
 @verb(

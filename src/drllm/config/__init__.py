@@ -87,7 +87,7 @@ class SearchConfig(Settings):
     limit: int | None = basic(None, minimum=1)
     reward: str | None = basic(None)
     max_new_tokens: int | None = setting(None, minimum=1)
-    num_fewshot: int = setting(0, minimum=0)
+    num_fewshot: int | None = setting(None, minimum=1)
     num_simulations: int = basic(50, minimum=1)
     budget: float = basic(2.0, minimum=1.0, maximum=2.0)
     strategy: str = setting("tree", choices=NamesIn("drllm.search.strategies:STRATEGIES"))

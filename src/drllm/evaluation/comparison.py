@@ -31,6 +31,7 @@ from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
+from drllm.processes import from_first
 from drllm.records.codec import sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
 from drllm.records.resume import Chunks
@@ -321,7 +322,7 @@ class Comparison:
 
             with self.shared.doing(key, self._depth_cost):
                 try:
-                    bias = self.shared.chunks.once(key, float, find)
+                    bias = self.shared.chunks.once(key, float, functools.partial(from_first, find))
                 except ConfigError as error:
                     self.notes.append(f"{otherwise}: {error}")
                     return None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from drllm.config import EvaluateConfig
+from drllm.config import TIMING, EvaluateConfig
 from drllm.cost import mean_executions
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
@@ -129,17 +129,16 @@ def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
 def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], None]:
     """Return a call that reads more tokens, one by one, after prompts `[B, T]`, read once here.
 
-    The cache is cut back afterwards, so that every call finds it alike. Which tokens they are
-    doesn't change the time, as decisions hold since the prompt.
+    Each call has a copy of the prompt's cache. Which tokens they are doesn't change the time, as
+    decisions hold since the prompt.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
 
     def decode() -> None:
+        own = copy.deepcopy(cache)
         for _ in range(num_tokens):
-            model(ids[:, :1], logits_to_keep=1, **cache)
-        for each in cache.values():
-            each.crop(-num_tokens)
+            model(ids[:, :1], logits_to_keep=1, **own)
 
     return decode
 
@@ -185,14 +184,7 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(
-            base.model,
-            systems,
-            timed,
-            config.latency_rounds,
-            config.latency_read,
-            config.latency_written,
-        ),
+        measured=measure(base.model, systems, timed, *(getattr(config, name) for name in TIMING)),
     )
     write_json(path, latency)
 

@@ -26,7 +26,7 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_ro
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel, detach, unrouted
 from drllm.paths import StaticPath
-from drllm.processes import is_first
+from drllm.processes import from_first
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.menu import RIVALS, Menu
@@ -229,8 +229,8 @@ def evaluate(
                 done = with_rivals(done, policy, menu.record, config.seed)
             detach(base.model)
             with shared.doing("measuring time", timed):
-                if is_first():
-                    write_latency(base, first, trained, shared.prompts, config, output)
+                timing = base, first, trained, shared.prompts, config, output
+                from_first(lambda: write_latency(*timing))
         results = Results(_write(done, header, output))
         shared.chunks.remove()
     results.folder = None if output_dir is None else output

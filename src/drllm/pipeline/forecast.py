@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drllm.config import ModelConfig, TrainConfig, TuneConfig
+from drllm.cost import Shares
 from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import device_clock
 from drllm.models.base.load import BaseModel, without_weights
@@ -58,11 +59,12 @@ class Forecast:
     work: dict[str, Work] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     disk: float = 0.0
+    shares: Shares = ()  # of attention and MLP, where parts of layers run
 
     def count(self, part: str, lengths: Sequence[int], plans: Mapping[Plan, int]) -> None:
         """Add passes: of each plan so many, over prompts of such lengths in tokens."""
-        work, shape = self.work.setdefault(part, Work()), ModelShape.of(self.base.model)
-        length = round(fmean(lengths))
+        work, length = self.work.setdefault(part, Work()), round(fmean(lengths))
+        shape = ModelShape.of(self.base.model, self.shares)
         for plan, num in plans.items():
             flops = prompt_flops(shape, plan, length)
             work.flops += num * (flops.weights + flops.attention)
@@ -74,19 +76,21 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
     """Run the beam search on values that are drawn at random, and count what it asks."""
     base = without_weights(model)
     routed, L = RoutedModel(base.model, tokenizer=base.tokenizer), base.num_layers
-    shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
+    shares = [(0.5, 0.5)] * L
+    if config.edits != LAYERS:
+        shares = [*layer_shares(RoutedModel(_shallow(base)))[:1]] * L
     beam = beam_of(config, divided, shares)
     fitted: Counter[StaticPath] = Counter()  # on how many questions of the largest task
 
     def measure(paths: Sequence[StaticPath], num_questions: int) -> Floats:
-        fitted.update({path: num_questions - fitted[path] for path in paths})
+        fitted.update({path: max(0, num_questions - fitted[path]) for path in paths})
         return np.random.default_rng(len(fitted)).random(len(paths))
 
     levels = [level.paths for level in beam.levels(measure, lambda _: True)]
     best = [StaticPath(range(L)), *(paths[0] for paths in levels)]
     fitted[best[0]] = beam.num_questions  # the full path is compared with all of them
     tried = {FIT: list(fitted), SELECT: [best[0], *(path for paths in levels for path in paths)]}
-    found, longest = Forecast(base), 0
+    found, longest = Forecast(base, shares=shares), 0
     for task in divided:
         scorer = TaskScorer(routed, task, config, Chunks(Path(), {}, stage=""), lambda *_: None)
         share = len(task.examples[FIT]) / beam.num_questions
@@ -133,13 +137,7 @@ def of_training(
 
 def flops_a_second(base: BaseModel, device: torch.device) -> float:
     """Run two layers of the model's shape, with random weights, and return how fast they are."""
-    config: Any = copy.deepcopy(base.model.config)
-    text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, TIMED_TOKENS, None
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    small = AutoModelForCausalLM.from_config(config, dtype=base.model.dtype).to(device).eval()
-    clock, seconds = device_clock(device), []
+    small, clock, seconds = _shallow(base).to(device), device_clock(device), []
     ids = torch.arange(TIMED_TOKENS, device=device).repeat(TIMED_ROWS, 1)  # [B, T]
     with torch.inference_mode():
         for _ in range(1 + TIMED_ROUNDS):
@@ -148,3 +146,13 @@ def flops_a_second(base: BaseModel, device: torch.device) -> float:
             seconds.append(clock() - started)
     flops = prompt_flops(ModelShape.of(small), (1, 1), TIMED_TOKENS)
     return TIMED_ROWS * (flops.weights + flops.attention) / median(seconds[1:])
+
+
+def _shallow(base: BaseModel) -> Any:
+    """Return a model of two layers of the same shape, with random weights and few words."""
+    config: Any = copy.deepcopy(base.model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, TIMED_TOKENS, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:2]
+    return AutoModelForCausalLM.from_config(config, dtype=base.model.dtype).eval()

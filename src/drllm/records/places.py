@@ -23,7 +23,7 @@ def check_folder(folder: Path, flag: str) -> None:
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+    if not is_first() or (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         return
     reason = f": no permission in {place}" if place.is_dir() else f", since {place} is a file"
     raise ConfigError(

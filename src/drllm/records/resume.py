@@ -131,7 +131,10 @@ class Chunks:
         find.
         """
         found = self.get(key, kind)
-        return self._kept(key, kind, make()) if found is None else found
+        if found is None:
+            made = make()
+            found = self._kept(key, kind, from_first(lambda: made))
+        return found
 
     def each_once(
         self, makes: Mapping[str, Callable[[], Any]], kind: type[T], on_chunk: Callable[[T], None]
@@ -235,11 +238,13 @@ def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
         for key in {**new, **old}:
             inner = name if key in _SECTIONS else f"{name} {key}".strip()
             yield from _differ(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
-    elif old is _ABSENT:
+    elif old is _ABSENT and new is not None:  # else a setting that there wasn't, left alone
         yield f"no {name}, now {_short(new)}"
-    elif old != new and name.endswith("_sha256"):
+    elif old in (new, _ABSENT):
+        return
+    elif name.endswith("_sha256"):
         yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
-    elif old != new:
+    else:
         yield f"{name} {_short(old)}, now {_short(new)}"
 
 

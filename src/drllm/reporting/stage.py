@@ -1,18 +1,32 @@
-"""Write the report of one or more run folders: an HTML page, and Markdown with pictures."""
+"""Write the report of one or more run folders: one HTML page, and Markdown with pictures.
 
+Styles and drawings are inside the page. Every text is escaped; markup, colours and layout are in
+`templates/`. What is folded in the page is open in the Markdown.
+"""
+
+import html
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from drllm.errors import ConfigError, RecordError
+import jinja2
+from markupsafe import Markup
+
+from drllm.cost import share_saved
+from drllm.errors import ConfigError, RecordError, printable
 from drllm.extras import need
 from drllm.listener import Listener
 from drllm.records.codec import write_atomically
 from drllm.records.results import Results
-from drllm.reporting.drawing import NARROW, WIDE, png
-from drllm.reporting.rendering import to_html, to_markdown
+from drllm.reporting import numbers
+from drllm.reporting.blocks import Document, Listing, Section, Table
+from drllm.reporting.drawing import NARROW, WIDE, png, svg
 from drllm.reporting.run import read_run
-from drllm.reporting.sections import document
+from drllm.reporting.sections import document as document_of
 
+TEMPLATES = Path(__file__).parent / "templates"
 FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
 """What the names of our pictures look like; other files in their folder are the user's."""
 
@@ -55,7 +69,7 @@ def report(
     own = run_folders[0] / "report.html"
     target = own if output is None else _target(Path(output))
     with listener.busy("drawing the report"):
-        found = document([read_run(folder) for folder in run_folders])
+        found = document_of([read_run(folder) for folder in run_folders])
         figures, text = target.with_name(f"{target.stem}_figures"), target.with_suffix(".md")
         contents: dict[Path, str | bytes] = {
             figures / f"{name}.png": png(figure.draw, WIDE if figure.is_large else NARROW)
@@ -93,3 +107,73 @@ def _target(output: Path) -> Path:
     if output.suffix != ".html":
         raise ConfigError(f"--output is {output}; give a folder or a file that ends in .html")
     return output
+
+
+def to_html(document: Document) -> str:
+    """Return the whole page."""
+    names = document.figures()
+
+    def drawn(figure: Any, width: float) -> str:
+        name = names[figure] if width == NARROW else f"{names[figure]}-wide"
+        return svg(figure.draw, name, width).removeprefix("<svg")
+
+    return _render("report.html.j2", document, autoescape=True, drawn=drawn)
+
+
+def to_markdown(document: Document, folder: str) -> str:
+    """Return the whole report, whose figures lie in a folder: `FOLDER/NAME.png`, by their names."""
+    names = document.figures()
+    text = _render(
+        "report.md.j2",
+        document,
+        autoescape=False,
+        place=lambda figure: quote(f"{folder}/{names[figure]}.png"),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+@cache  # it keeps what it compiled
+def _environment(autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"md": escape, "line": line, "fenced": fenced}
+    return environment
+
+
+def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
+    environment = _environment(autoescape)
+    values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
+    values |= {"narrow": NARROW, "wide": WIDE, "table": Table.made, "listing": Listing}
+    values |= {name: value for name, value in vars(numbers).items() if name[0] != "_"}
+
+    def part(section: Section, **macros: Any) -> str:
+        own = environment.get_template(section.template)
+        text = own.render(**values, **section.values, **macros)
+        return Markup(text) if autoescape else text  # escaped by then
+
+    return printable(
+        environment.get_template(template).render(document=document, part=part, **values)
+    )
+
+
+def escape(text: str) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    written = html.escape(" ".join(text.split()), quote=False)
+    written = re.sub(r"([\\`*\[\]|~])", r"\\\1", written)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", written)
+
+
+def line(text: str) -> str:
+    """Escape a text that starts a line, where some characters begin a heading or a list."""
+    return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
+
+
+def fenced(text: str) -> str:
+    """Write a text as a block of code, whose fence is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"

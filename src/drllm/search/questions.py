@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -91,8 +90,7 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
         own = config.reward, length
         found, length = [(GradedTask(task, *own), examples) for task, examples in found], None
     if config.num_fewshot or length is not None:
-        worked = partial(WorkedTask, max_new_tokens=length)
-        found = [(worked(task, _shots(task, config)), examples) for task, examples in found]
+        found = [_worked(*each, config, length) for each in found]
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)
@@ -169,17 +167,21 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
     return hash_of(f"shard:{question_key(example.question)}") % parts == part - 1
 
 
-def _shots(task: Task, config: SearchConfig) -> list[Example]:
-    """Return the questions that are shown before each, of another split, drawn with the seed."""
-    if not config.num_fewshot:
-        return []
-    found = [example for example, _ in task.shots(config.split, config.data_dir)]
-    if len(found) < config.num_fewshot:
+def _worked(
+    task: Task, examples: list[Example], config: SearchConfig, length: int | None
+) -> tuple[Task, list[Example]]:
+    """Return a task with examples of another split, drawn with the seed, and what it is asked."""
+    num = config.num_fewshot or 0
+    if num and any(getattr(task, "shots_of", {}).values()):
+        raise ConfigError(f"--num-fewshot has no effect on {task.name}, which has its own")
+    pool = [each for each, _ in task.shots(config.split, config.data_dir)] if num else []
+    if len(pool) < num:
         raise TaskError(
-            f"--num-fewshot is {config.num_fewshot}, and {task.name} has {len(found)} questions to "
-            f"show; give at most {len(found)}"
+            f"--num-fewshot is {num}, and {task.name} has {len(pool)} questions to show; give at "
+            f"most {len(pool)}"
         )
-    return choose(found, config.num_fewshot, config.seed)
+    shots = choose(pool, num, config.seed)
+    return WorkedTask(task, shots, length), [each for each in examples if each not in shots]
 
 
 def _examples_of(

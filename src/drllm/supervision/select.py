@@ -239,9 +239,8 @@ def over_quota(
 
 def _without_targets(summary: Mapping[str, Any]) -> str:
     rejected = {reason: n for reason, n in summary["rejected"].items() if n}
-    if (
-        rules.OVER_QUOTA in rejected
-    ):  # a quota alone leaves targets, a share leaves the improving ones
+    # A quota alone leaves targets, a share leaves the improving ones.
+    if rules.OVER_QUOTA in rejected:
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "
             "simulations"

@@ -99,8 +99,8 @@ class Prompt:
     normalised: bool = False
     letters: str = "ABCDE"  # for `letter`, the letters that name an option
     # Of each continuation, the text that it begins with and that is read but not scored: of a gap
-    # that is filled, the filling. Empty for none. These aren't in the repr, by which a search knows
-    # its prompts, those of earlier versions too.
+    # that is filled, the filling. Empty for none. This and what follows isn't in the repr, by which
+    # a search knows its prompts, those of earlier versions too.
     unscored: tuple[str, ...] = field(default=(), repr=False)
     # The question alone, for a function that grades; else empty.
     question: str = field(default="", repr=False)

@@ -28,8 +28,7 @@ class Form:
     # asks for one of their letters, others grade a generated answer. None where the questions are
     # prompts without answers.
     rewards: tuple[str, ...]
-    # Around `{question}` and, for generated answers, `{context}`: as it is asked, then for the re-
-    # tests.
+    # Around `{question}` and, for generated answers, `{context}`: as asked, then for the re-tests.
     templates: tuple[str, ...]
     # Maximum tokens of an answer; None: what its longest right answer needs.
     max_new_tokens: int | None = None

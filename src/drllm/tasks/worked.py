@@ -38,8 +38,10 @@ class WorkedTask(Task):
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return how the question is asked, then other ways; what is shown is asked alike."""
-        if example.messages and self.shown:
-            raise ConfigError(f"--num-fewshot has no effect on conversations ({self.name})")
+        if self.shown and (example.messages or not self.task.has_answers):
+            raise ConfigError(
+                f"--num-fewshot has no effect on {self.name}, which asks no questions"
+            )
         found = []
         for way, prompt in enumerate(self._asked(example, reward)):
             before = (self._solved(shot, reward, way) for shot in self.shown)
@@ -51,10 +53,10 @@ class WorkedTask(Task):
             return self.task.prompts(example, reward)
         form = WORKED if reward == "boxed" else self.task
         found = form.prompts(example, reward)
-        if found[0].continuations:
+        if found[0].continuations or not self.task.has_answers:
             raise ConfigError(
-                f"--max-new-tokens {self.max_new_tokens} has no effect on {self.name}, whose "
-                f"options are scored; leave it out, or choose a --reward that grades text"
+                f"--max-new-tokens {self.max_new_tokens} has no effect on {self.name}, which "
+                f"generates nothing; leave it out, or choose a --reward that grades text"
             )
         return tuple(replace(each, max_new_tokens=self.max_new_tokens) for each in found)
 

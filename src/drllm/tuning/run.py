@@ -24,7 +24,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
-from drllm.processes import from_first
+from drllm.processes import count, from_first
 from drllm.records.codec import digest_of, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer, stage_folder
@@ -317,7 +317,7 @@ class _Tuning:
             self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
             self._scored(0, told(*level_is))
             self.listener.note(f"{line(*level_is)}\n  {best.edits(L)}")
-            seconds = sum(task.seconds for task in self.tasks)
+            seconds = sum(task.seconds for task in self.tasks) / count()
             if config.minutes is not None and seconds > 60 * config.minutes:
                 said = f"{config.minutes:g} minutes are over; no further level is begun"
                 self.listener.note(said)

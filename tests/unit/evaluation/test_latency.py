@@ -22,6 +22,7 @@ from drllm.evaluation.latency import (
 )
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
+from drllm.models.check import make_tiny
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
@@ -174,3 +175,11 @@ def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):
     assert words.endswith(" cores")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     assert machine(torch.device("cuda:1")) == f"Card 1, {words}"
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_models_with_sliding_windows_are_timed_beyond_their_window(family):
+    model = make_tiny(family)
+    window = model.config.get_text_config().sliding_window
+    found = measure(model, {"base": None}, [[5] * 3 * window], 1, 2 * window, window)
+    assert found.of("base", "decode", 1).num_tokens == window

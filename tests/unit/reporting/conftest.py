@@ -19,10 +19,10 @@ from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
 from drllm.records.search import Retest, SearchRecord, TriedPath
-from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document
 from drllm.reporting.stage import report as write_report
+from drllm.reporting.stage import to_markdown
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.paired import mcnemar_exact, paired_interval

@@ -10,9 +10,9 @@ from drllm.paths import Decision
 from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.numbers import NBSP, plain
-from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import MIN_QUESTIONS, learned
+from drllm.reporting.stage import to_markdown
 from drllm.supervision.summary import edit_effects
 
 

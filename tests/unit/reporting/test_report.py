@@ -12,10 +12,9 @@ import pytest
 
 from drllm.errors import ConfigError, RecordError
 from drllm.reporting.numbers import of_total, plain, signed
-from drllm.reporting.rendering import escape, to_html, to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
-from drllm.reporting.stage import figures_of
+from drllm.reporting.stage import escape, figures_of, to_html, to_markdown
 from drllm.reporting.stage import report as write_report
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"

@@ -81,3 +81,21 @@ def test_a_solution_is_shown_where_an_answer_may_be_worked_out():
 def test_what_has_no_effect_or_is_too_much_is_refused(settings, error, said):
     with pytest.raises(error, match=said):
         asked(dataset="builtin_facts", **settings)
+
+
+def test_rows_given_from_python_are_never_shown_before_themselves():
+    rows = [{"question": f"{n} + 1?", "answer": f"{n + 1}", "grader": "exact"} for n in range(40)]
+    found = questions_of(rows, SearchConfig(num_fewshot=2))
+    shown = [
+        one.example.question for one in found if one.prompt.text.count(one.example.question) > 1
+    ]
+    assert not shown
+    assert len(found) == 38
+
+
+def test_prompts_without_answers_have_nothing_to_show():
+    rows = [{"prompt": f"Tell me about {n}."} for n in range(40)]
+    with pytest.raises(ConfigError, match="--num-fewshot has no effect"):
+        questions_of(rows, SearchConfig(num_fewshot=2))
+    with pytest.raises(ConfigError, match="--max-new-tokens 9 has no effect"):
+        questions_of(rows, SearchConfig(max_new_tokens=9))

@@ -36,7 +36,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
-from drllm.processes import PATIENCE, count
+from drllm.processes import PATIENCE, launched
 from drllm.records.menu import read_plan
 from drllm.records.static_paths import PathFile
 
@@ -126,7 +126,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 f"num_windows={own}, or leave it out"
             )
         accelerator = None
-        if count() > 1 and not isinstance(pretrained, BaseModel):
+        if launched() > 1 and not isinstance(pretrained, BaseModel):
             # Each process takes a device of its own, or all the CPU, where that is asked for.
             accelerator = Accelerator(
                 cpu=device == "cpu" or not torch.cuda.is_available(),

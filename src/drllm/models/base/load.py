@@ -214,10 +214,10 @@ def _padding_left(tokenizer: Any) -> Any:
 def resolve_device(name: str) -> torch.device:
     """Return a device, which this machine must have; `auto` is CUDA, else MPS, else the CPU."""
     has_mps = torch.backends.mps.is_available()
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # of several processes, an own one
+        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        return torch.device(f"cuda:{own}" if "LOCAL_RANK" in os.environ else "cuda")
     if name == "auto":
-        if torch.cuda.is_available():  # of several processes, each has one of its own
-            own = os.environ.get("LOCAL_RANK")
-            return torch.device("cuda" if own is None else f"cuda:{own}")
         return torch.device("mps" if has_mps else "cpu")
     kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]

@@ -39,7 +39,7 @@ TRIED = (3, 5)
 class Adapter:
     """A low-rank update (LoRA) of linear maps: to x each adds `alpha / rank · B A x`."""
 
-    rank: int  # r
+    rank: int  # R
     alpha: float  # what the update counts, times the rank
     # A `[R, in]` and B `[out, R]` of each map, by `LAYER.PLACE`: the index of the layer and the
     # map's place in it, such as `14.mlp.up_proj`.

@@ -26,7 +26,7 @@ SHARE_OF_FREE_MEMORY = 0.5
 """The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4
 
-_num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+_num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of so many GB; of a quarter of the memory that is free unless given."""
-    return PrefixCache(free_bytes(device) / 4 if gigabytes is None else gigabytes * GIGABYTE)
+    """Return an empty cache of so many GB; else of a quarter of what is free, 16 GB at most."""
+    size = min(free_bytes(device) / 4 / GIGABYTE, 16) if gigabytes is None else gigabytes
+    return PrefixCache(size * GIGABYTE)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
