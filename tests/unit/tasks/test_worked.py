@@ -84,7 +84,9 @@ def test_what_has_no_effect_or_is_too_much_is_refused(settings, error, said):
 
 
 def test_rows_given_from_python_are_never_shown_before_themselves():
-    rows = [{"question": f"{n} + 1?", "answer": f"{n + 1}", "grader": "exact"} for n in range(40)]
+    rows = [
+        {"question": f"{n:03} + 1?", "answer": f"{n + 1}", "grader": "exact"} for n in range(40)
+    ]
     found = questions_of(rows, SearchConfig(num_fewshot=2))
     for one in found:
         assert one.prompt.text.count(one.example.question) == 1
