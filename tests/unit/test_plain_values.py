@@ -92,9 +92,9 @@ def test_targets_in_a_file_train_the_same_routers_and_fit_one_model_only(
     for routers in (expected, found):
         assert routers.config.training["rewards"] == ["loglikelihood"]
     other = tiny_llama(num_layers=4, seed=1)
-    for more in ({}, {"rewards": ["letter"]}):
+    for given in (str(file), [file]):
         with pytest.raises(RecordError, match=r"holds targets of .* fingerprint"):
-            drllm.train(other, str(file), tokenizer=tiny_tokenizer, **SHORT, **more)
+            drllm.train(other, given, tokenizer=tiny_tokenizer, **SHORT)
 
 
 def test_results_that_were_not_written_have_no_report():
