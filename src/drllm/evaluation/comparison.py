@@ -1,7 +1,6 @@
 """What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
 import functools
-import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,8 +151,11 @@ class Shared:
         parts = self.chunks.within(name)
 
         def keep(asks: Mapping[str, Callable[[], Answered]]) -> list[Answered]:
-            shares = itertools.accumulate([cost / len(asks)] * len(asks))
-            return parts.each_once(asks, Answered, lambda _: self.tell(name, next(shares)))
+            found: list[Answered] = []
+            for answered in parts.each_once(asks, Answered):
+                found.append(answered)
+                self.tell(name, cost * len(found) / len(asks))
+            return found
 
         with self.doing(name, cost):
             return self.chunks.once(name, SystemRun, lambda: run(keep))

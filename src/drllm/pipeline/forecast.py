@@ -96,17 +96,18 @@ def of_tuning(model: ModelConfig, config: TuneConfig, divided: Sequence[TaskPart
         share = len(task.examples[FIT]) / beam.num_questions
         for part in (FIT, SELECT, TEST, *([CERTIFY] if config.epsilon is not None else [])):
             lengths = [item.question.length for item in scorer.judge(part).items]
-            paths, texts = tried.get(part, best), scorer.judge(f"texts of {part}").items
+            paths = tried.get(part, best)
             asked = [round(share * fitted[p]) if part == FIT else len(lengths) for p in paths]
             found.count(part, lengths, dict(zip(paths, asked, strict=True)))
-            if part != FIT:
-                lengths_of_texts = [item.question.length for item in texts]
-                found.count("texts", lengths_of_texts, dict.fromkeys(best, len(texts)))
-            if part != FIT and scorer.is_generated:
+            longest = max(longest, *lengths)
+            if part == FIT:
+                continue
+            texts = [item.question.length for item in scorer.judge(f"texts of {part}").items]
+            found.count("texts", texts, dict.fromkeys(best, len(texts)))
+            if scorer.is_generated:
                 new = max(prompt.max_new_tokens for prompt in scorer.prompts(part))
                 written = [len(item.question.context) + new for item in scorer.judge(part).items]
                 found.count("answers", written, dict.fromkeys(best, len(written)))
-            longest = max(longest, *lengths)
     if config.state_cache_gb is not None:
         found.memory["shared states (--state-cache-gb)"] = config.state_cache_gb * 1e9
     found.memory["a pass of one path"] = PathSize(longest, longest).num_bytes(base.model)

@@ -136,20 +136,16 @@ class Chunks:
             found = self._kept(key, kind, from_first(lambda: made))
         return found
 
-    def each_once(
-        self, makes: Mapping[str, Callable[[], Any]], kind: type[T], on_chunk: Callable[[T], None]
-    ) -> list[T]:
-        """Return chunks as `once`; those that aren't done are shared out among the processes."""
+    def each_once(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
+        """Yield chunks as `once`, in order; processes share out those that aren't done."""
         found: dict[str, Any] = {key: self.get(key, kind) for key in makes}
         todo = [key for key, value in found.items() if value is None]
-        for value in filter(None, found.values()):
-            on_chunk(value)
-        for start in range(0, len(todo), count()):
-            keys = todo[start : start + count()]
-            for key, value in zip(keys, share([makes[key] for key in keys]), strict=True):
-                found[key] = self._kept(key, kind, value)
-                on_chunk(found[key])
-        return list(found.values())
+        for key in makes:
+            if found[key] is None:
+                keys, todo = todo[: count()], todo[count() :]
+                for each, value in zip(keys, share([makes[each] for each in keys]), strict=True):
+                    found[each] = self._kept(each, kind, value)
+            yield found[key]
 
     def _kept(self, key: str, kind: type[T], value: Any) -> T:
         self.put(key, value)

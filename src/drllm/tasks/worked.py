@@ -3,6 +3,7 @@
 Loads no torch.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class WorkedTask(Task):
     ) -> None:
         self.task, self.name, self.description = task, task.name, task.description
         self.shown, self.max_new_tokens = shots, max_new_tokens
+        self.solved = functools.cache(self._solved)  # the same before each question
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ class WorkedTask(Task):
             )
         found = []
         for way, prompt in enumerate(self._asked(example, reward)):
-            before = (self._solved(shot, reward, way) for shot in self.shown)
+            before = (self.solved(shot, reward, way) for shot in self.shown)
             found.append(replace(prompt, text="".join((*before, prompt.text))))
         return tuple(found)
 

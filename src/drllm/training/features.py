@@ -7,10 +7,10 @@ Axes: N targets, B rows, D hidden, L layers, W windows.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,13 +118,13 @@ def collect(
             for start in range(0, len(missing), count()):
                 group = missing[start : start + count()]
                 parts = [([prompts[row] for row in rows], labels[rows]) for rows in group]
-                pooled = share(_pooling(routed, num_windows, from_first(parts.copy)))
+                pooled = _pooled(routed, num_windows, parts)
                 for rows, (means, filled) in zip(group, pooled, strict=True):
                     store.put(rows, means, filled)
                     _check_finite(model, kept, len(rejected), store.filled)
                     done += len(rows)
                     progress(done, N)
-            from_first(list)  # nothing more to assist with
+            _pooled(routed, num_windows)  # nothing is left to assist with
     finally:
         routed.detach()
 
@@ -144,25 +144,24 @@ def collect(
     )
 
 
-Part: TypeAlias = tuple[list[list[int]], Tensor]
-"""Prompts and their decisions `[B, L]`, which are run in one batch."""
-
-
 @torch.no_grad()
 def assist(model: Any, num_windows: int) -> None:
     """Pool a part of the batches of `collect`, which runs in the first of several processes."""
-    routed, parts = RoutedModel(model), list[Part]()
+    routed = RoutedModel(model)
     try:
-        while parts := from_first(lambda: parts):
-            share(_pooling(routed, num_windows, parts))
+        while _pooled(routed, num_windows):
+            pass
     finally:
         routed.detach()
 
 
-def _pooling(
-    routed: RoutedModel, num_windows: int, parts: Sequence[Part]
-) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-    """Return what pools each batch: its windows' means, zeros where not finite, and `filled`."""
+def _pooled(
+    routed: RoutedModel, num_windows: int, batches: Sequence[tuple[list[list[int]], Tensor]] = ()
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the means, 0 where they aren't finite, and `filled` of the first process' batches.
+
+    A batch is prompts and their decisions `[B, L]`; each is read by one of the processes.
+    """
 
     def pool(prompts: list[list[int]], labels: Tensor) -> tuple[Tensor, Tensor]:
         policy = RecordingPolicy(FixedPolicy(labels, labels.shape[1]), num_windows)
@@ -171,7 +170,7 @@ def _pooling(
         means = torch.where(finite[:, None, None, None], policy.means, 0.0)
         return means.cpu(), torch.where(finite.cpu(), policy.filled.cpu(), NOT_FINITE)
 
-    return [partial(pool, *part) for part in parts]
+    return share([partial(pool, *batch) for batch in from_first(lambda: batches)])
 
 
 def _check_finite(

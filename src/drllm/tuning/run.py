@@ -179,22 +179,21 @@ class TaskScorer:
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
         digest = digest_of(path.steps for path in paths)[:16]
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        parts = {start: order[start : start + size] for start in range(0, len(order), size)}
         makes = {
-            f"{self.name} {part} {first} to {last} from {size * number} {digest}": partial(
+            f"{self.name} {part} {first} to {last} from {start} {digest}": partial(
                 judge.scores, paths, places
             )
-            for number, places in enumerate(parts)
+            for start, places in parts.items()
         }
-        told = f"{len(paths)} paths on {len(order)} questions"
-        scored = self.chunks.each_once(
-            makes, Scores, lambda new: self.on_scored(len(paths) * len(new.objective[0]), told)
-        )
-        for places, scores in zip(parts, scored, strict=True):
+        scored = self.chunks.each_once(makes, Scores)
+        for (start, places), scores in zip(parts.items(), scored, strict=True):
             at = [place - first for place in places]
             found[0][:, at] = scores.objective
             found[1][:, at] = scores.right or 0.0
             self.seconds += scores.seconds
+            told = f"{len(paths)} paths on {start + len(places)} of {len(order)} questions"
+            self.on_scored(len(paths) * len(places), told)
         return found
 
     def correct(self, part: str, path: StaticPath) -> list[float]:
@@ -211,11 +210,11 @@ class TaskScorer:
                 )
                 for start in range(0, len(prompts), MOST_ANSWERS)
             }
-            told = f"{len(prompts)} answers of a path"
-            found = self.chunks.each_once(
-                makes, list[float], lambda new: self.on_scored(len(new), told)
-            )
-            self._answered[part, path] = [each for part_of in found for each in part_of]
+            found: list[float] = []
+            for grades in self.chunks.each_once(makes, list[float]):
+                found += grades
+                self.on_scored(len(grades), f"{len(found)} of {len(prompts)} answers of a path")
+            self._answered[part, path] = found
         return self._answered.get((part, path), [])
 
     @property
