@@ -195,7 +195,7 @@ def _say_derived(found: Forecast, request: Request, terminal: Terminal) -> None:
     terminal.fact("memory", ", ".join(memory))
     if found.disk:
         terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
-    terminal.say("derived from the model's shape, without what paths share; nothing was written")
+    terminal.say("derived from the model's shape, an upper bound; nothing was written")
 
 
 @verb(

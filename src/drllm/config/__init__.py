@@ -71,7 +71,7 @@ class SearchConfig(Settings):
         kl: keep each path's mean KL from the full path over the prompt, in nats a token
         margin_tolerance: re-test: nats a path's margin may lie below the full path's
         block_size: questions searched together
-        state_cache_gb: GB for shared path prefixes; a quarter of what is free unless given
+        state_cache_gb: GB for shared path prefixes; default: a quarter of free memory, at most 16
         paths_per_pass: maximum paths in a forward pass; as many as memory allows unless given
         shard: search part i of n (i/n, from 1), to be joined by supervise
         executor: where to search: in this process, or on Ray
@@ -379,7 +379,7 @@ class TuneConfig(Settings):
             given
         weights: with several tasks: what each counts; 1 unless given
         minutes: time after which no further level is begun; a later run with more time goes on
-        state_cache_gb: GB for shared path prefixes; a quarter of what is free unless given
+        state_cache_gb: GB for shared path prefixes; default: a quarter of free memory, at most 16
         seed: seed of --num-fit and --num-judged
     """
 

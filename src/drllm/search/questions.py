@@ -170,7 +170,7 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
 def _worked(
     task: Task, examples: list[Example], config: SearchConfig, length: int | None
 ) -> tuple[Task, list[Example]]:
-    """Return a task with examples of another split, drawn with the seed, and what it is asked."""
+    """Return the task with worked examples of another split, and the questions left to ask."""
     num = config.num_fewshot or 0
     if num and any(getattr(task, "shots_of", {}).values()):
         raise ConfigError(f"--num-fewshot has no effect on {task.name}, which has its own")

@@ -133,7 +133,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of so many GB; else of a quarter of what is free, 16 GB at most."""
+    """Return an empty cache of the given GB, else a quarter of the free memory, at most 16."""
     size = min(free_bytes(device) / 4 / GIGABYTE, 16) if gigabytes is None else gigabytes
     return PrefixCache(size * GIGABYTE)
 
