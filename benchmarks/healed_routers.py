@@ -23,7 +23,8 @@ from typing import Any
 
 import common
 import torch
-from common.compare import ACCURACY, SEED, compared, in_words
+from common.asked import Asked, Plans, Values, executions_of, mean_executions
+from common.compare import SEED, compared, in_words
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -38,46 +39,13 @@ from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_l
 from drllm.statistics.intervals import mean_interval
 from drllm.tasks.base import choose
 from drllm.tuning.heal import heal
-from drllm.tuning.judge import Judge, items_of, texts_of
-from drllm.tuning.parts import GOLD, LOSS, parts_of_tasks, prompt_of
+from drllm.tuning.judge import items_of
+from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 12, "texts": 4, "steps": 2}
 WHOLE = {"questions": 1000, "texts": 100, "steps": 250}
-STATE_CACHE_GB = 1.0
 CALIBRATED_ON = 64
 """Questions of `select` on which a depth is found."""
-
-Values = dict[str, list[float]]
-Plans = Sequence[StaticPath]
-
-
-class Asked:
-    """The questions to test, and what each gives along a path of its own."""
-
-    def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int) -> None:
-        items, texts = items_of(routed, prompts, GOLD), texts_of(routed, prompts[:num_texts])
-        self.prompts = [list(item.question.context) for item in items]
-        self.num_texts = len(texts)
-        self.options = Judge(routed, items, GOLD, STATE_CACHE_GB)
-        self.texts = Judge(routed, texts, LOSS, STATE_CACHE_GB)
-
-    def along(self, plans: Plans) -> Values:
-        """Return what each question gives along its own path."""
-        found: Values = {ACCURACY: [0.0] * len(plans), "gold log-probability": [0.0] * len(plans)}
-        found["loss of texts"] = [0.0] * self.num_texts
-        places: dict[StaticPath, list[int]] = {}
-        for place, path in enumerate(plans):
-            places.setdefault(path, []).append(place)
-        for path, own in places.items():
-            scores = self.options.scores([path], own)
-            for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
-                found[ACCURACY][place] = right
-                found["gold log-probability"][place] = gold
-            if read := [place for place in own if place < self.num_texts]:
-                losses = self.texts.scores([path], read).objective[0]
-                for place, value in zip(read, losses, strict=True):
-                    found["loss of texts"][place] = -value
-        return found
 
 
 def with_adapter(route: Sequence[int], adapter: str) -> StaticPath:
@@ -116,11 +84,6 @@ def mean_change(values: Mapping[str, Values], what: str, theirs: Sequence[str]) 
 def in_one_line(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the changes of all quantities in words."""
     return "; ".join(f"{what} {in_words(what, row)}" for what, row in found.items())
-
-
-def executions_of(path: StaticPath) -> int:
-    """Return how many layers a path runs; one that runs parts of layers is a PathError."""
-    return len(path.with_adapter("").path())
 
 
 def main() -> None:
@@ -186,11 +149,11 @@ def main() -> None:
         healed = [with_adapter(route, adapter) for route in ways[adapter].tolist()]
         systems[f"healed routers {seed}"] = healed
         systems[f"permuted {seed}"] = [healed[place] for place in order.tolist()]
-        executions = fmean(map(executions_of, healed))
         if fixed:
+            executions = mean_executions(healed)
             systems[f"mixed {seed}"] = mixed([full, *fixed.values()], executions, num)
     values = {name: asked.along(plans) for name, plans in systems.items()}
-    costs = {name: fmean(map(executions_of, plans)) for name, plans in systems.items()}
+    costs = {name: mean_executions(plans) for name, plans in systems.items()}
     figures: dict[str, Any] = {"of": common.of(base, options), "questions": num}
     figures["executions"], figures["less"] = costs, {}
     pairs = [(name, "full") for name in systems if name != "full"]

@@ -24,7 +24,7 @@ from paths_json import written_plans
 from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OF_PATHS = {"all", "healed", "healed_routers", "menus", "serving"}
+OF_PATHS = {"all", "healed", "healed_routers", "learning_curve", "menus", "serving"}
 """Compare what paths of the user's answer, not how fast two ways are; or are made of others."""
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in OF_PATHS)
 NUM_LAYERS = 12
@@ -413,6 +413,47 @@ def test_routers_with_an_adapter_are_compared_with_their_routes_on_other_questio
     loss, of_seeds = "loss of texts", found["mean of seeds"]["permuted"]
     each = [found["less"][f"healed routers {s} less permuted {s}"][loss]["change"] for s in (0, 1)]
     assert of_seeds[loss]["change"] == pytest.approx(sum(each) / 2)
+
+
+@pytest.fixture
+def alike_targets(tiny_folder, tmp_path):
+    """A file of targets that all leave out the same two layers."""
+    decisions = [0 if layer in (2, 5) else 1 for layer in range(NUM_LAYERS)]
+    examples = get_task("builtin_facts").examples("search")[:16]
+    rows = [
+        {"question": each.question, "answer": each.answer, "optimal_layer_config": decisions}
+        for each in examples
+    ]
+    file = tmp_path / "supervision.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.thorough
+def test_the_learning_curve_compares_routers_of_each_size_on_held_out_targets(
+    figures_of, alike_targets
+):
+    words = ["--supervision", str(alike_targets), "--sizes", "2,12", "--seeds", "2"]
+    found = figures_of("learning_curve", *words)
+    assert found["baselines"]["layer_majority"]["accuracy"] == 1.0
+    assert found["baselines"]["always_execute"]["accuracy"] == pytest.approx(10 / 12)
+    few, many = found["sizes"]["2"], found["sizes"]["12"]
+    loss = [one["held_out"]["routers_loss"] for part in (few, many) for one in part["seeds"]]
+    assert max(loss[2:]) < min(loss[:2])
+    right = "gold log-probability"
+    for part in (few, many):
+        for rival, mean in part["mean of seeds"].items():
+            each = [one[rival][right]["change"] for one in part["seeds"]]
+            assert mean["change"] == pytest.approx(sum(each) / 2)
+
+
+def test_a_learning_curve_needs_as_many_targets_as_its_largest_size(
+    figures_of, alike_targets, capsys
+):
+    with pytest.raises(SystemExit) as end:
+        figures_of("learning_curve", "--supervision", str(alike_targets), "--sizes", "2,13")
+    assert end.value.code == 2
+    assert "13 targets, but there are 16, of which 4 are held out" in capsys.readouterr().err
 
 
 def test_two_paths_are_mixed_so_that_they_run_as_many_layers(benchmark):

@@ -1,0 +1,63 @@
+"""What the questions to test give, each along a path of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from common.compare import ACCURACY
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath
+from drllm.tuning.judge import Judge, items_of, texts_of
+from drllm.tuning.parts import GOLD, LOSS
+
+STATE_CACHE_GB = 1.0
+GOLD_LOG_PROBABILITY = "gold log-probability"
+TEXT_LOSS = "loss of texts"
+
+Values = dict[str, list[float]]
+Plans = Sequence[StaticPath]
+
+
+class Asked:
+    """Questions with options, of which the first few are read as texts too."""
+
+    def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int = 0) -> None:
+        items = items_of(routed, prompts, GOLD)
+        self.prompts = [list(item.question.context) for item in items]
+        self.num_texts = min(num_texts, len(items))
+        self.options = Judge(routed, items, GOLD, STATE_CACHE_GB)
+        if num_texts:
+            texts = texts_of(routed, prompts[:num_texts])
+            self.texts = Judge(routed, texts, LOSS, STATE_CACHE_GB)
+
+    def along(self, plans: Plans) -> Values:
+        """Return what each question gives along its own path."""
+        num = len(plans)
+        found: Values = {ACCURACY: [0.0] * num, GOLD_LOG_PROBABILITY: [0.0] * num}
+        if self.num_texts:
+            found[TEXT_LOSS] = [0.0] * self.num_texts
+        places: dict[StaticPath, list[int]] = {}
+        for place, path in enumerate(plans):
+            places.setdefault(path, []).append(place)
+        for path, own in places.items():
+            scores = self.options.scores([path], own)
+            for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
+                found[ACCURACY][place] = right
+                found[GOLD_LOG_PROBABILITY][place] = gold
+            if read := [place for place in own if place < self.num_texts]:
+                losses = self.texts.scores([path], read).objective[0]
+                for place, value in zip(read, losses, strict=True):
+                    found[TEXT_LOSS][place] = -value
+        return found
+
+
+def executions_of(path: StaticPath) -> int:
+    """Return how many layers a path runs; one that runs parts of layers is a PathError."""
+    return len(path.with_adapter("").path())
+
+
+def mean_executions(plans: Plans) -> float:
+    """Return how many layers the paths run on average."""
+    return fmean(map(executions_of, plans))

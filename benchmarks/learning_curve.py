@@ -1,0 +1,209 @@
+"""How many targets do routers need? Routers of several sizes of training set and several seeds.
+
+A fixed part of the target paths is held out, drawn with a seed; of the others the first 25, 50 and
+so on of one order are trained on, so that a larger set contains the smaller ones. How far routers
+agree with the held-out targets is read as they are trained: each router reads what the target path
+gives its layer. Then questions to test are asked along the routes that the routers take, with
+`--executions` at the depth bias that brings questions of `select` to that mean, and along the same
+routes, each on another question (permuted): what routes gain by being chosen for their questions.
+
+    python benchmarks/learning_curve.py --supervision FILE ... --task TASK [--sizes N,...]
+        [--held-out N] [--seeds N] [--executions X] [--questions N] [--quick] [--json FILE]
+        [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import common
+import torch
+from common.asked import GOLD_LOG_PROBABILITY as RIGHT
+from common.asked import Asked, Values, mean_executions
+from common.compare import SEED, compared, in_words
+
+from drllm.config import TrainConfig, TuneConfig
+from drllm.config.fields import LARGEST_INT
+from drllm.metrics import baselines, ratios
+from drllm.models.routers.depth_control import find_depth_bias, routes_of
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel, detach
+from drllm.paths import StaticPath, to_path
+from drllm.records.static_paths import SELECT, TEST
+from drllm.records.supervision import join_supervision
+from drllm.statistics.intervals import mean_interval
+from drllm.supervision.summary import class_counts
+from drllm.tasks.base import choose
+from drllm.training.feature_store import Store
+from drllm.training.features import Features, collect
+from drllm.training.trainer import Trainer, count
+from drllm.tuning.judge import items_of
+from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
+
+QUICK = {"questions": 8, "seeds": 1, "held_out": 4}
+WHOLE = {"questions": 300, "seeds": 3, "held_out": 150}
+QUICK_SIZES, SIZES = "4,8", "25,50,100,200,400"
+RIVALS = ("full", "permuted")
+CALIBRATED_ON = 64
+"""Questions of `select` on which a depth is found."""
+
+
+def of_rows(examples: Features, rows: Sequence[int]) -> Features:
+    """Return some of the targets' features, which stay where they are."""
+    places = torch.arange(len(examples.labels)) if examples.places is None else examples.places
+    return dataclasses.replace(
+        examples,
+        filled=examples.filled[rows],
+        labels=examples.labels[rows],
+        questions=[examples.questions[row] for row in rows],
+        tasks=[examples.tasks[row] for row in rows],
+        places=places[rows],
+    )
+
+
+def trained(
+    examples: Features, rows: Sequence[int], identity: Mapping[str, Any], seed: int
+) -> RouterStack:
+    """Train routers on some targets by the default settings, with none held out."""
+    config = TrainConfig(seed=seed, validation_fraction=0.0)
+    trainer = Trainer(of_rows(examples, rows), identity, config)
+    while not trainer.is_over:
+        trainer.epoch()
+    return trainer.routers()
+
+
+@torch.no_grad()
+def agreement(routers: RouterStack, examples: Features, rows: Sequence[int]) -> dict[str, Any]:
+    """Return how far routers agree with held-out targets; the loss is in nats a label."""
+    labels = examples.labels[rows]  # [B, L]
+    logits = routers(examples.rows(rows), examples.filled[rows])  # [B, L, C]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return ratios(count(logits.argmax(dim=-1), labels, float(loss)))
+
+
+def hits_in_words(found: Mapping[str, Any]) -> str:
+    """Return what routers, or a trivial way to decide, reach on held-out targets."""
+    words = f"labels hit {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}"
+    if found["routers_loss"] is not None:
+        words += f", {found['routers_loss']:.4f} nats a label"
+    return words
+
+
+def mean_of_seeds(values: Sequence[Mapping[str, Values]], rival: str) -> dict[str, Any]:
+    """Return how much more the right option gets than with a rival, the mean of the seeds."""
+    changes = [
+        [a - b for a, b in zip(one["own"][RIGHT], one[rival][RIGHT], strict=True)] for one in values
+    ]
+    by_question = [*map(fmean, zip(*changes, strict=True))]
+    interval = mean_interval(by_question, SEED)
+    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
+
+
+def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: RoutedModel) -> Any:
+    """Return a function that compares routers' routes with the full path and permuted routes."""
+    [parts] = parts_of_tasks(
+        TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT), options.task
+    )
+
+    def prompts(part: str, num: int) -> list[Any]:
+        chosen = choose(parts.examples[part], num, SEED)
+        return [prompt_of(parts.task, example, GOLD) for example in chosen]
+
+    calibrated_on = [
+        list(item.question.context)
+        for item in items_of(routed, prompts(SELECT, CALIBRATED_ON), GOLD)
+    ]
+    asked = Asked(routed, prompts(TEST, numbers["questions"]))
+    num = len(asked.prompts)
+    full = asked.along([StaticPath(range(routed.num_layers))] * num)
+    permutation = torch.randperm(num, generator=torch.Generator().manual_seed(SEED)).tolist()
+
+    def compare(routers: RouterStack) -> tuple[dict[str, Any], dict[str, Values]]:
+        routers = routers.to(routed.model.device)
+        bias = 0.0
+        if options.executions is not None:
+            wanted = options.executions
+            found = find_depth_bias(routed, calibrated_on, wanted, routers=routers)
+            bias = found.depth_bias
+        taken = routes_of(routed, RouterPolicy(routers, depth_bias=bias), asked.prompts)
+        plans = [StaticPath(to_path(route)) for route in taken.tolist()]
+        values = {"own": asked.along(plans), "full": full}
+        values["permuted"] = asked.along([plans[place] for place in permutation])
+        figures: dict[str, Any] = {"executions": mean_executions(plans)}
+        for rival in RIVALS:
+            figures[rival] = {
+                what: compared(what, values["own"][what], values[rival][what]) for what in full
+            }
+        return figures, values
+
+    return compare
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = common.parser_of(__doc__ or "")
+    common.add_model(parser, devices=True, dtypes=True)
+    parser.add_argument("--supervision", nargs="+", type=Path, required=True, help="target paths")
+    parser.add_argument("--task", default="builtin_facts", help="with options, to test on")
+    parser.add_argument("--sizes", help=f"of training sets; {SIZES} unless given")
+    parser.add_argument("--executions", type=float, help="mean executions; as trained unless given")
+    parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
+    for name in WHOLE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    options = parser.parse_args()
+    options.clock = "none"
+    numbers = common.sizes_of(options, QUICK, WHOLE)
+    default = QUICK_SIZES if options.quick else SIZES
+    sizes = [int(size) for size in (options.sizes or default).split(",")]
+    targets = join_supervision(options.supervision)
+    base = common.base_of(options)
+    with tempfile.TemporaryDirectory() as folder:
+        store, windows = Store(Path(folder) / "features"), TrainConfig().num_windows
+        examples = collect(base.model, base.tokenizer, targets, num_windows=windows, store=store)
+        order = list(range(len(examples.labels)))
+        random.Random(SEED).shuffle(order)
+        held_out, rest = order[: numbers["held_out"]], order[numbers["held_out"] :]
+        if max(sizes) > len(rest):
+            parser.error(
+                f"--sizes: {max(sizes)} targets, but there are {len(order)}, of which "
+                f"{len(held_out)} are held out"
+            )
+        labels = (class_counts(examples.labels[rows].tolist()) for rows in (held_out, rest))
+        trivial = {name: ratios(counted) for name, counted in baselines(*labels).items()}
+        for name, found in trivial.items():
+            print(f"{name}: {hits_in_words(found)}")
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        compare = rivals(options, numbers, routed)
+        figures: dict[str, Any] = {"of": common.of(base, options), "held_out": len(held_out)}
+        figures |= {"baselines": trivial, "sizes": {}}
+        for size in sizes:
+            seeds: list[dict[str, Any]] = []
+            values: list[dict[str, Values]] = []
+            for seed in range(numbers["seeds"]):
+                routers = trained(examples, rest[:size], base.identity, seed)
+                found = {"held_out": agreement(routers, examples, held_out)}
+                less, answers = compare(routers)
+                seeds.append(found | less)
+                values.append(answers)
+                print(
+                    f"{size} targets, seed {seed}: {hits_in_words(found['held_out'])}", flush=True
+                )
+            mean = {rival: mean_of_seeds(values, rival) for rival in RIVALS}
+            figures["sizes"][str(size)] = {"seeds": seeds, "mean of seeds": mean}
+            executions = fmean(found["executions"] for found in seeds)
+            words = "; ".join(f"less {name} {in_words(RIGHT, one)}" for name, one in mean.items())
+            print(f"{size} targets: {executions:.2f} executions, right option {words}", flush=True)
+    detach(base.model)
+    common.write(options, figures)
+
+
+if __name__ == "__main__":
+    main()
