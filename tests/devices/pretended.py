@@ -36,9 +36,10 @@ CUDA, META = 1, 14
 MEMORY = 2**34
 """Bytes of a pretended device."""
 
-WAIT, COPY = "wait", "copy"
+WAIT, COPY, RUN = "wait", "copy", "run"
 """Kinds of events: the host waits for a device, as it does for a copy from it, or to it out of
-memory that isn't pinned; a tensor goes from one device to another."""
+memory that isn't pinned; a tensor goes from one device to another; the host tells a device to
+compute, which takes it a few microseconds, however little there is to compute."""
 
 WAITS = {
     aten._local_scalar_dense.default: "item",  # of bool(), int(), float(), .item() as well
@@ -127,6 +128,8 @@ class Pretended(Tensor):
         out = func(*[_unwrapped(each) for each in args], **_unwrapped(kwargs))
         if device.type == "cpu":
             return out
+        if not _is_view(func):
+            _count(RUN, func.overloadpacket.__name__)
         if isinstance(out, Tensor):
             wrapped: Any = Pretended(out, device)
         else:
@@ -140,6 +143,13 @@ class Pretended(Tensor):
 def _shares_memory(func: Any) -> bool:
     """Tell whether an operation changes an argument or returns a view of one."""
     return any(each.alias_info is not None for each in func._schema.arguments)
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Tell whether an operation only looks at an argument's memory in another way."""
+    aliases = [each.alias_info for each in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _unwrapped(value: Any) -> Any:

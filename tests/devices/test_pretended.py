@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from devices.pretended import COPY, WAIT, Devices
+from devices.pretended import COPY, RUN, WAIT, Devices
 
 CUDA0, CUDA1 = "cuda:0", "cuda:1"
 
@@ -95,7 +95,7 @@ def test_an_operation_on_tensors_of_two_devices_fails(devices, mixed):
 )
 def test_a_single_number_of_the_cpu_is_no_mix_and_no_wait(devices, fine):
     fine(torch.ones(2, 2, device=CUDA0))
-    assert devices.events == []
+    assert {each.kind for each in devices.events} == {RUN}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,12 @@ def test_a_copy_between_devices_or_out_of_pinned_memory_is_no_wait(devices):
     torch.ones(2).pin_memory().to(CUDA0, non_blocking=True)
     assert kinds(devices, COPY) == ["cuda:0 to cuda:1", "cpu to cuda:0"]
     assert not kinds(devices, WAIT)
+
+
+def test_what_the_device_is_told_to_compute_is_counted_and_a_view_is_not(devices):
+    one = torch.ones(2, 2, device=CUDA0)
+    torch.cat([one[0], one.view(4)[1:]]).mul_(2)
+    assert kinds(devices, RUN) == ["cat", "mul_"]
 
 
 def test_nothing_is_counted_or_pretended_outside_of_the_block():

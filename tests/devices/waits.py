@@ -3,8 +3,9 @@
     python tests/devices/waits.py [--devices 2] [--layers 6]
 
 The GPU is pretended (tests/devices/pretended.py), the model is tiny and random. What is counted is
-the number of times that the host waits until the device has done all it was told, and the number
-of copies from one device to another, those of transformers and accelerate among them.
+the number of times that the host waits until the device has done all it was told, the number of
+copies from one device to another, and the number of operations that the device is told to run; of
+the latter two those of transformers and accelerate as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 import conftest
 import drllm
-from devices.pretended import COPY, Devices, Event, own_waits, placed
+from devices.pretended import COPY, RUN, Devices, Event, own_waits, placed
 from drllm.models.check import make_tiny
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
@@ -95,9 +96,10 @@ def main() -> None:
 
 
 def report(name: str, events: list[Event]) -> None:
-    """Print the waits and copies of a stage."""
-    waits, copies = own_waits(events), sum(each.kind == COPY for each in events)
-    print(f"{name}: {waits.total()} waits, {copies} copies")
+    """Print the waits, copies and operations of a stage."""
+    waits = own_waits(events)
+    copies, runs = (sum(each.kind == kind for each in events) for kind in (COPY, RUN))
+    print(f"{name}: {waits.total()} waits, {copies} copies, {runs} operations")
     for line, num in waits.most_common():
         print(f"  {num:5} {line}")
     sys.stdout.flush()

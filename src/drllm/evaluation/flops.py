@@ -47,11 +47,8 @@ class ModelShape:
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,
-        since a configuration may hold what no layer reads.
-
-        Raises:
-            ArchitectureError: A model whose layers can't be found, or whose cost doesn't follow
-                from these numbers: experts, latent K/V.
+        since a configuration may hold what no layer reads. A model whose cost doesn't follow from
+        these numbers (experts, latent K/V) is an ArchitectureError.
         """
         _, layers = find_layers(model)
         model = base_of(model)

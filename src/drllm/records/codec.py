@@ -45,12 +45,7 @@ class Version(msgspec.Struct):
 def decode(data: bytes | str, kind: type[T], where: str) -> T:
     """Read one JSON value: a struct (its `__post_init__` is run), or `dict[str, Any]`.
 
-    Messages begin with `where`: the file, and the line if need be.
-
-    Raises:
-        RecordError: Not JSON, another type than `kind` says, a number that is not finite or too
-            long, a key given twice, half a surrogate pair, nesting too deep to read, or a
-            `schema_version` above ours.
+    What can't be read is a RecordError that begins with `where`: the file, and the line if need be.
     """
     try:
         raw = data.encode() if isinstance(data, str) else data

@@ -87,10 +87,7 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     """Read several `supervision.jsonl` files as one; a target in two of them counts once.
 
-    Raises:
-        RecordError: What `read_records` refuses of one file; a file named twice; targets of
-            different numbers of layers; one question with two targets, under whatever ids, or one
-            id with two questions or prompts.
+    One question with two targets, or one id with two questions, is a RecordError.
     """
     joined: list[SupervisionRecord] = []
     by_id: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}

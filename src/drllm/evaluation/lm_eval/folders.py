@@ -142,11 +142,6 @@ def task_folder(
     The same arguments and questions give the same files to the last byte. At most `limit` questions
     a task are drawn with the seed, None asks all. `num_fewshot` worked examples stand before each;
     None leaves it to each task.
-
-    Raises:
-        ConfigError: A negative number of examples.
-        TaskError: A task named twice, questions that can't be had, none in the split, or fewer
-            worked examples than asked for.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
@@ -271,11 +266,6 @@ def own_tasks(
 
     Processes share a task's questions. `data_dir` and `more` (split, num_fewshot) are
     as `task_folder`'s.
-
-    Raises:
-        ConfigError: A name that isn't ours, a `data_dir` that none of them reads, or a limit that
-            isn't a whole number.
-        TaskError: More processes than questions, or see `task_folder`.
     """
     if others := [name for name in names if not is_task_name(name)]:
         said = nearest_name("task of drllm's", others[0], task_names())

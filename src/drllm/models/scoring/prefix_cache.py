@@ -3,8 +3,9 @@
 Axes: T tokens, D hidden, H heads, E head size.
 """
 
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -36,10 +37,11 @@ class PrefixState:
 class PrefixCache:
     """States by row and path; the least recently used are evicted when memory runs out.
 
-    Everything held counts: states that nobody needs at the moment, those of a running pass, and
-    what others hold besides the states and report here (`count_other`). A state that a pass needs
-    isn't evicted before the pass is over, so memory may exceed the maximum by what a single pass
-    needs; afterwards the maximum holds.
+    States that were put together lie in one tensor, so they are evicted together. Everything held
+    counts: states that nobody needs at the moment, those of a running pass, and what others hold
+    besides the states and report here (`count_other`). A state that a pass needs isn't evicted
+    before the pass is over, so memory may exceed the maximum by what a single pass needs, and
+    what lies beside it; afterwards the maximum holds.
     """
 
     max_bytes: float
@@ -47,7 +49,10 @@ class PrefixCache:
     peak_bytes: int = 0  # the largest that `num_bytes` was
     executions_run: int = 0  # states that were computed
     tokens_run: int = 0  # the sum of their tokens
-    _states: OrderedDict[Key, PrefixState] = field(default_factory=OrderedDict)
+    # Each with the number of its batch; the batches' keys and bytes, least recently used first.
+    _states: dict[Key, tuple[PrefixState, int]] = field(default_factory=dict)
+    _batches: OrderedDict[int, tuple[list[Key], int]] = field(default_factory=OrderedDict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _needed: Counter[Key] = field(default_factory=Counter)  # by how many passes
 
     def __len__(self) -> int:
@@ -55,18 +60,18 @@ class PrefixCache:
 
     def get(self, key: Key) -> PrefixState | None:
         """Return a state, or None if it was never kept or was evicted."""
-        state = self._states.get(key)
-        if state is not None:
-            self._states.move_to_end(key)
+        state, batch = self._states.get(key, (None, None))
+        if batch is not None:
+            self._batches.move_to_end(batch)
         return state
 
-    def put(self, key: Key, state: PrefixState) -> None:
-        """Keep a state that is needed until `release`, evicting others if necessary."""
-        self.need(key)
-        if key in self._states:
-            return
-        self._states[key] = state
-        self.count_other(state.num_bytes)
+    def put(self, states: Mapping[Key, PrefixState]) -> None:
+        """Keep states of one tensor, needed until `release`, evicting others if necessary."""
+        number, num_bytes = next(self._numbers), sum(state.num_bytes for state in states.values())
+        self._states |= {key: (state, number) for key, state in states.items()}
+        self._batches[number] = list(states), num_bytes
+        self._needed.update(states.keys())
+        self.count_other(num_bytes)
 
     def need(self, key: Key) -> None:
         """Protect a state from eviction until `release`, which has to follow once for each call."""
@@ -86,14 +91,16 @@ class PrefixCache:
 
     def forget(self) -> None:
         """Drop all states; what is held besides them still counts."""
-        for state in self._states.values():
-            self.num_bytes -= state.num_bytes
+        self.num_bytes -= sum(num_bytes for _, num_bytes in self._batches.values())
         self._states.clear()
+        self._batches.clear()
 
     def _shrink(self) -> None:
-        if self.num_bytes <= self.max_bytes:
-            return
-        for key in [key for key in self._states if key not in self._needed]:
-            self.num_bytes -= self._states.pop(key).num_bytes
+        for number, (keys, num_bytes) in list(self._batches.items()):
             if self.num_bytes <= self.max_bytes:
                 return
+            if self._needed.keys().isdisjoint(keys):
+                del self._batches[number]
+                for key in keys:
+                    self._states.pop(key, None)  # put anew since, it may be gone
+                self.num_bytes -= num_bytes

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -316,14 +315,14 @@ class PrefixSharingDriver(Driver):
         outputs = cut.run(inputs, rows, step=step)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
-        for place, (row, path) in enumerate(wanted):
-            # Clones: a view would keep the whole batch alive as long as one of its states.
-            kept = [outputs[place]]
-            if entry is not None and self.rows.keep_kv and keeps_kv(step):
-                kept += [entry.keys[place], entry.values[place]]
-            state = PrefixState(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
-            self._used[row, path] = state
-            self.states.put((self.rows.number, row, path), state)
+        kept = [outputs]
+        if entry is not None and self.rows.keep_kv and keeps_kv(step):
+            kept += [entry.keys, entry.values]
+        lengths = [self.lengths[row] for row in rows]
+        states = map(PrefixState, *(without_padding(values, lengths) for values in kept))
+        found = dict(zip(wanted, states, strict=True))
+        self._used |= found
+        self.states.put({(self.rows.number, *state): found[state] for state in wanted})
         if entry is not None:
             assert call.cache is not None
             call.cache.layers[call.index] = self._pristine[call.index]
@@ -331,6 +330,18 @@ class PrefixSharingDriver(Driver):
 
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
     """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded on the left."""
-    missing = [max(num_tokens, *(p.shape[-2] for p in parts)) - part.shape[-2] for part in parts]
-    padded = zip(parts, missing, strict=True)
-    return torch.stack([F.pad(part, (0, 0, num, 0)) if num else part for part, num in padded])
+    lengths = [part.shape[-2] for part in parts]
+    T = max(num_tokens, *lengths)
+    if min(lengths) == T:
+        return torch.stack([*parts])
+    # One copy of all: a GPU takes as long to be told of a small operation as a layer's.
+    zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - min(lengths), parts[0].shape[-1])
+    padded = [each for part in parts for each in (zeros[..., : T - part.shape[-2], :], part)]
+    whole = torch.cat(padded, dim=-2)  # [..., U * T, D]
+    return whole.view(*whole.shape[:-2], len(parts), T, -1).movedim(-3, 0)
+
+
+def without_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Return the last tokens of each row of `[U, ..., T, D]`, in one new tensor without others."""
+    parts = [row[..., -length:, :] for row, length in zip(values, lengths, strict=True)]
+    return torch.split(torch.cat(parts, dim=-2), list(lengths), dim=-2)
