@@ -45,7 +45,7 @@ from drllm.records.supervision import SupervisionRecord
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.training.feature_store import Store
-from drllm.training.features import BATCH_SIZE, Features, collect, shape
+from drllm.training.features import Features, collect, shape
 from drllm.training.stage import train_on
 from drllm.training.trainer import Trainer, epoch_batches
 
@@ -279,7 +279,7 @@ def pooled(
     base: BaseModel,
     records: Sequence[SupervisionRecord],
     folder: Path,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Features:
     """Run the feature pass, into a folder."""
     return collect(

@@ -22,7 +22,7 @@ from drllm.config import ModelConfig, TrainConfig, TuneConfig
 from drllm.cost import Shares
 from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import device_clock
-from drllm.models.base.load import BaseModel, without_weights
+from drllm.models.base.load import BaseModel, resolve_device, without_weights
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import PathSize
@@ -32,7 +32,7 @@ from drllm.records.static_paths import CERTIFY, FIT, SELECT, TEST
 from drllm.records.supervision import SupervisionRecord
 from drllm.statistics.intervals import Floats
 from drllm.training.feature_store import DTYPES
-from drllm.training.features import BATCH_SIZE, MAXIMUM_TOKENS
+from drllm.training.features import MAXIMUM_TOKENS, batch_size_on
 from drllm.training.targets import targets_for
 from drllm.tuning.beam import LAYERS, beam_of
 from drllm.tuning.parts import TaskParts
@@ -130,9 +130,12 @@ def of_training(
     passes = config.num_epochs * config.num_seeds * len(kept)
     # Forward, and backward for weights and inputs: three products of two FLOPs each.
     found.work["fit"] = Work(passes, passes * W, 6.0 * passes * W * router)
-    batch = PathSize(min(MAXIMUM_TOKENS, BATCH_SIZE * max(lengths)), BATCH_SIZE)
+    size = batch_size_on(resolve_device(model.device).type)
+    batch = PathSize(min(MAXIMUM_TOKENS, size * max(lengths)), size)
     found.memory["a batch of the feature pass"] = batch.num_bytes(base.model)
     found.memory["the fit"] = FIT_BYTES * router
+    held = "features, held if a quarter of the free memory takes them"
+    found.memory[held] = len(kept) * L * W * D * WEIGHT_BYTES
     return found
 
 

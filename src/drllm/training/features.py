@@ -7,6 +7,7 @@ Axes: N targets, B rows, D hidden, L layers, W windows.
 """
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from drllm.models.base.identity import describe
 from drllm.models.routers.depth_control import read_under
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import batches
+from drllm.models.scoring.batching import MemoryBatcher, PathSize, batches
 from drllm.processes import count, from_first, share
 from drllm.records.codec import digest_of
 from drllm.records.manifest import new_manifest
@@ -29,7 +30,6 @@ from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
 from drllm.training.targets import OVERFLOWS, are_too_many, targets_for
 
-BATCH_SIZE = 8
 MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
 READ_AT_ONCE = 32
 CONSTANT = 1e-5
@@ -70,7 +70,7 @@ def collect(
     *,
     num_windows: int,
     store: Store,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     listener: Listener | None = None,
 ) -> Features:
     """Run the base model once along each target path and keep what the routers read.
@@ -78,7 +78,7 @@ def collect(
     A router's input is the state before its layer, after the labelled decisions of the layers
     before it. The batches follow from the prompts' lengths alone, so that a pass that was killed
     and resumed ends with the bytes of one that wasn't, on the same machine with the same number of
-    threads.
+    threads; but where memory runs out, a batch is read in parts.
 
     The model is without routing; a few targets that it can't run are set aside, too many whose
     hidden states overflow the model's dtype are a ModelError. The store is resumed or used again.
@@ -107,9 +107,11 @@ def collect(
             listener.progress("feature pass", "targets") as progress,
         ):
             _check_finite(model, kept, len(rejected), store.filled)
+            size = batch_size or batch_size_on(device)
+            batcher = MemoryBatcher(model, maximum=size)
             missing = [
                 rows
-                for rows in batches(list(map(len, prompts)), batch_size, MAXIMUM_TOKENS)
+                for rows in batches(list(map(len, prompts)), size, MAXIMUM_TOKENS)
                 if bool((store.filled[rows] == NOT_DONE).any())
             ]
             done = N - sum(map(len, missing))
@@ -118,13 +120,13 @@ def collect(
             for start in range(0, len(missing), count()):
                 group = missing[start : start + count()]
                 parts = [([prompts[row] for row in rows], labels[rows]) for rows in group]
-                pooled = _pooled(routed, num_windows, parts)
+                pooled = _pooled(routed, batcher, num_windows, parts)
                 for rows, (means, filled) in zip(group, pooled, strict=True):
                     store.put(rows, means, filled)
                     _check_finite(model, kept, len(rejected), store.filled)
                     done += len(rows)
                     progress(done, N)
-            _pooled(routed, num_windows)  # nothing is left to assist with
+            _pooled(routed, batcher, num_windows)  # nothing is left to assist with
     finally:
         routed.detach()
 
@@ -144,19 +146,27 @@ def collect(
     )
 
 
+def batch_size_on(device: str) -> int:
+    """Return how many prompts are read in one pass; a CPU is busy with a few already."""
+    return 8 if device == "cpu" else 64
+
+
 @torch.no_grad()
 def assist(model: Any, num_windows: int) -> None:
     """Pool a part of the batches of `collect`, which runs in the first of several processes."""
-    routed = RoutedModel(model)
+    routed, batcher = RoutedModel(model), MemoryBatcher(model, maximum=sys.maxsize)
     try:
-        while _pooled(routed, num_windows):
+        while _pooled(routed, batcher, num_windows):
             pass
     finally:
         routed.detach()
 
 
 def _pooled(
-    routed: RoutedModel, num_windows: int, batches: Sequence[tuple[list[list[int]], Tensor]] = ()
+    routed: RoutedModel,
+    batcher: MemoryBatcher,
+    num_windows: int,
+    batches: Sequence[tuple[list[list[int]], Tensor]] = (),
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the means, 0 where they aren't finite, and `filled` of the first process' batches.
 
@@ -164,11 +174,17 @@ def _pooled(
     """
 
     def pool(prompts: list[list[int]], labels: Tensor) -> tuple[Tensor, Tensor]:
-        policy = RecordingPolicy(FixedPolicy(labels, labels.shape[1]), num_windows)
-        read_under(routed, policy, prompts)
-        finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
-        means = torch.where(finite[:, None, None, None], policy.means, 0.0)
-        return means.cpu(), torch.where(finite.cpu(), policy.filled.cpu(), NOT_FINITE)
+        def read(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+            policy = RecordingPolicy(FixedPolicy(labels[rows], labels.shape[1]), num_windows)
+            read_under(routed, policy, [prompts[row] for row in rows])
+            return [*zip(policy.means.cpu(), policy.filled.cpu(), strict=True)]
+
+        size = PathSize(max(map(len, prompts)), num_logits=1)
+        found = batcher.run(range(len(prompts)), size, read)
+        means, filled = (torch.stack(part) for part in zip(*found, strict=True))
+        finite = means.isfinite().flatten(1).all(dim=1)  # [B]
+        means = torch.where(finite[:, None, None, None], means, 0.0)
+        return means, torch.where(finite, filled, NOT_FINITE)
 
     return share([partial(pool, *batch) for batch in from_first(lambda: batches)])
 

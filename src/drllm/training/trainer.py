@@ -1,7 +1,8 @@
 """One training in memory: what is settled before it, its steps and epochs, and its metrics.
 
-Features stay where they are and are read a batch at a time; weights, moments and a batch are on
-the training's device. Each random draw is a function of the seed and of what it is for: resuming
+Weights, moments and a batch are on the training's device, and so are all features where they take
+at most `SHARE_HELD` of its free memory; else they stay where they are and are read a batch at a
+time. Each random draw is a function of the seed and of what it is for: resuming
 needs no state of a generator.
 
 Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
@@ -21,6 +22,7 @@ from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.base.devices import on_device
 from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.models.scoring.batching import free_bytes
 from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, moments, parts_of, shape
@@ -28,6 +30,7 @@ from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
+SHARE_HELD = 0.25
 FUSED = ("cpu", "cuda")  # devices for which every torch that we support has a fused AdamW
 
 
@@ -103,7 +106,7 @@ class Trainer:
         self.scale = moments(examples, self.trained) if config.normalise_features else None
         self.gamma = config.gamma if config.loss == "focal" else 0.0
         self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
-        _, L, W, D = shape(examples)
+        N, L, W, D = shape(examples)
         assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
         assert config.num_windows == W, "the features are pooled in other windows"
         described = RouterConfig(
@@ -126,6 +129,12 @@ class Trainer:
             {"params": biases, "weight_decay": 0.0},  # as in the Trainer of transformers
         ]
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
+        self.inputs: Tensor | None = None  # [N, L, W, D], as the routers read them
+        if N * L * W * D * dtype.itemsize <= SHARE_HELD * free_bytes(self.device):
+            inputs = torch.empty(N, L, W, D, dtype=dtype, device=self.device)
+            for rows in parts_of(range(N)):
+                inputs[rows[0] : rows[-1] + 1] = self._read(rows)
+            self.inputs = inputs
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
         self.best: tuple[int, float] | None = None
@@ -133,6 +142,15 @@ class Trainer:
 
     def _here(self, tensor: Tensor) -> Tensor:
         return on_device(tensor.to(self.dtype), self.device)  # in this order: MPS has no float64
+
+    def _read(self, rows: Sequence[int]) -> Tensor:
+        if self.inputs is not None:
+            return self.inputs[on_device(rows, self.device)]
+        means = self.examples.rows(rows)  # [B, L, W, D]
+        if self.scale is not None:
+            mean, deviation = self.scale
+            means = (means.double() - mean[:, None]) / deviation[:, None]
+        return self._here(means)
 
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
@@ -243,11 +261,8 @@ class Trainer:
         return sum((self._judge(part)[1] for part in parts_of(rows)), Counts())
 
     def _judge(self, rows: list[int], kept_units: Tensor | None = None) -> tuple[Tensor, Counts]:
-        means, filled = self.examples.rows(rows), self.examples.filled[rows]
-        if self.scale is not None:
-            mean, deviation = self.scale
-            means = (means.double() - mean[:, None]) / deviation[:, None]
-        logits = self.stack(self._here(means), on_device(filled, self.device), kept_units)
+        filled = on_device(self.examples.filled[rows], self.device)
+        logits = self.stack(self._read(rows), filled, kept_units)
         loss = self.loss(logits, rows)
         decided = logits.detach().argmax(dim=-1)  # [B, L]
         # In one copy, since the host waits for it; small whole numbers are exact in any dtype.

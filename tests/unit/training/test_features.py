@@ -9,6 +9,7 @@ import torch
 from killable import CONTEXT, D, L, Letters, make_model, make_record, pooled
 from small import W, Watching, assert_windows, make_features
 
+import drllm.training.features as features
 from drllm.errors import ModelError, RecordError
 from drllm.models.base.prompts import encode
 from drllm.records.codec import read_json_lines
@@ -70,6 +71,23 @@ def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
     assert features.tasks == ("own",) * N
     sizes_of_passes = [*range(batch_size, N, batch_size), N]
     assert seen == [(done, N) for done in sizes_of_passes]
+
+
+def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
+    read, sizes = features.read_under, []
+
+    def little_memory(routed, policy, prompts):
+        if len(prompts) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        sizes.append(len(prompts))
+        read(routed, policy, prompts)
+
+    whole = features_of(batch_size=5)
+    monkeypatch.setattr(features, "read_under", little_memory)
+    in_parts = features_of(batch_size=5)
+    assert sizes == [2, 2, 1, 2]
+    torch.testing.assert_close(in_parts.means, whole.means, **CLOSE)
+    assert torch.equal(in_parts.filled, whole.filled)
 
 
 def test_each_target_of_a_batch_follows_its_own_path():

@@ -44,6 +44,19 @@ def prepared(features=FEATURES, **changes) -> Trainer:
     return Trainer(features, IDENTITY, config_of(**changes), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_routers_are_the_same_whether_or_not_memory_holds_all_features(monkeypatch, normalise):
+    config = config_of(normalise_features=normalise)
+    held = fitted(FEATURES, config)
+    monkeypatch.setattr("drllm.training.trainer.free_bytes", lambda device: 0)
+    read_anew = fitted(FEATURES, config)
+    assert held.inputs is not None
+    assert read_anew.inputs is None
+    assert held.rows == read_anew.rows
+    for name, weights in weights_of(held).items():
+        assert torch.equal(weights, weights_of(read_anew)[name])
+
+
 def test_rows_are_read_a_batch_at_a_time():
     asked = []
 

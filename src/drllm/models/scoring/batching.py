@@ -92,10 +92,11 @@ class MemoryBatcher:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
+                    lower = "lower --state-cache-gb, " if self.states.max_bytes else ""
                     raise ModelError(
                         f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
-                        f"{self.model.device}; lower --state-cache-gb, load the model with --dtype "
-                        f"bfloat16, or use a device with more memory"
+                        f"{self.model.device}; {lower}load the model with --dtype bfloat16, or use "
+                        f"a device with more memory"
                     ) from error
             else:
                 continue

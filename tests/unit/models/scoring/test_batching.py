@@ -97,9 +97,12 @@ def test_out_of_memory_halves_the_pass_and_says_so(model, caplog, error):
 
 
 def test_a_single_path_that_does_not_fit_is_an_error_that_says_what_to_do(model):
-    split = MemoryBatcher(model, PrefixCache(0), 2)
+    split = MemoryBatcher(model, PrefixCache(1), 2)
     with pytest.raises(ModelError, match=r"10 tokens doesn't fit .* cpu; lower --state-cache-gb"):
         split.run(range(3), PRICE, Work(0, cpu_is_full()))
+    without_states = MemoryBatcher(model, PrefixCache(0), 2)
+    with pytest.raises(ModelError, match=r"doesn't fit .* cpu; load the model with --dtype"):
+        without_states.run(range(3), PRICE, Work(0, cpu_is_full()))
 
 
 def test_other_errors_pass_through(model):
