@@ -1,87 +1,16 @@
 """Layer routing for frozen Hugging Face language models: skip, execute or repeat each layer.
 
-Public names are resolved on use, so that `import drllm` loads no torch.
+Public names are those of `__init__.pyi`, resolved on use, so that `import drllm` loads no torch.
 """
 
 import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:  # for type checkers and editors; the same as below
-    from drllm.config import DepthConfig as DepthConfig
-    from drllm.config import EvaluateConfig as EvaluateConfig
-    from drllm.config import HealConfig as HealConfig
-    from drllm.config import MenuConfig as MenuConfig
-    from drllm.config import ModelConfig as ModelConfig
-    from drllm.config import SearchConfig as SearchConfig
-    from drllm.config import SuperviseConfig as SuperviseConfig
-    from drllm.config import TrainConfig as TrainConfig
-    from drllm.config import TuneConfig as TuneConfig
-    from drllm.errors import ArchitectureError as ArchitectureError
-    from drllm.errors import CheckpointError as CheckpointError
-    from drllm.errors import ConfigError as ConfigError
-    from drllm.errors import DrllmError as DrllmError
-    from drllm.errors import ModelError as ModelError
-    from drllm.errors import PathError as PathError
-    from drllm.errors import RecordError as RecordError
-    from drllm.errors import RoutingError as RoutingError
-    from drllm.errors import TaskError as TaskError
-    from drllm.evaluation.run import evaluate as evaluate
-    from drllm.models.base.load import load as load
-    from drllm.models.export import export_path as export_path
-    from drllm.models.routers.depth_control import find_depth_bias as find_depth_bias
-    from drllm.models.routers.stack import RouterConfig as RouterConfig
-    from drllm.models.routers.stack import RouterStack as RouterStack
-    from drllm.models.routing.batch_generation import generate_many as generate_many
-    from drllm.models.routing.policies import POLICIES as POLICIES
-    from drllm.models.routing.policies import FixedPolicy as FixedPolicy
-    from drllm.models.routing.policies import FullPolicy as FullPolicy
-    from drllm.models.routing.policies import Policy as Policy
-    from drllm.models.routing.policies import PromptView as PromptView
-    from drllm.models.routing.policies import RouterPolicy as RouterPolicy
-    from drllm.models.routing.routed_model import RoutedModel as RoutedModel
-    from drllm.models.routing.routed_model import attach as attach
-    from drllm.models.routing.routed_model import detach as detach
-    from drllm.paths import StaticPath as StaticPath
-    from drllm.paths import Step as Step
-    from drllm.paths import sketch as sketch
-    from drllm.paths import to_decisions as to_decisions
-    from drllm.paths import to_path as to_path
-    from drllm.reporting.stage import report as report
-    from drllm.search.run import search_paths as search_paths
-    from drllm.supervision.select import supervise as supervise
-    from drllm.tasks.registry import get_task as get_task
-    from drllm.training.stage import train as train
-    from drllm.tuning.heal import heal as heal
-    from drllm.tuning.menu import make_menu as make_menu
-    from drllm.tuning.run import tune as tune
-
-    __version__: str
-
-_NAMES = {
-    "config": "DepthConfig EvaluateConfig HealConfig MenuConfig ModelConfig SearchConfig "
-    "SuperviseConfig TrainConfig TuneConfig",
-    "errors": "ArchitectureError CheckpointError ConfigError DrllmError ModelError PathError "
-    "RecordError RoutingError TaskError",
-    "evaluation.run": "evaluate",
-    "models.base.load": "load",
-    "models.export": "export_path",
-    "models.routers.depth_control": "find_depth_bias",
-    "models.routers.stack": "RouterConfig RouterStack",
-    "models.routing.batch_generation": "generate_many",
-    "models.routing.policies": "POLICIES FixedPolicy FullPolicy Policy PromptView RouterPolicy",
-    "models.routing.routed_model": "RoutedModel attach detach",
-    "paths": "StaticPath Step sketch to_decisions to_path",
-    "reporting.stage": "report",
-    "search.run": "search_paths",
-    "supervision.select": "supervise",
-    "tasks.registry": "get_task",
-    "training.stage": "train",
-    "tuning.heal": "heal",
-    "tuning.menu": "make_menu",
-    "tuning.run": "tune",
-}
-_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_PUBLIC = {name: module for module, name in re.findall(r"(?m)^from (\S+) import (\w+) as", _STUB)}
 
 __all__ = list(_PUBLIC)
 
@@ -90,7 +19,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("drllm")
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"drllm.{_PUBLIC[name]}"), name)
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'drllm' has no attribute {name!r}")
 
 

@@ -134,8 +134,7 @@ def of_training(
     batch = PathSize(min(MAXIMUM_TOKENS, size * max(lengths)), size)
     found.memory["a batch of the feature pass"] = batch.num_bytes(base.model)
     found.memory["the fit"] = FIT_BYTES * router
-    held = "features, held if a quarter of the free memory takes them"
-    found.memory[held] = len(kept) * L * W * D * WEIGHT_BYTES
+    found.memory["features, held where memory allows"] = len(kept) * L * W * D * WEIGHT_BYTES
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
@@ -36,7 +36,7 @@ from drllm.supervision.rules import is_improving, survived
 if TYPE_CHECKING:
     from drllm.search.ray import RayExecutor
 
-    Executor = LocalExecutor | RayExecutor
+    Executor: TypeAlias = LocalExecutor | RayExecutor
 
 HOPELESS = 16  # questions that may fail before the first one succeeds; then something else is wrong
 PROMPT_SHOWN = 600

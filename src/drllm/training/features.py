@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from drllm.training.targets import OVERFLOWS, are_too_many, targets_for
 
 MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
 READ_AT_ONCE = 32
+Batch: TypeAlias = tuple[list[list[int]], Tensor]  # prompts and their decisions, [B, L]
 CONSTANT = 1e-5
 """A component whose deviation is below this share of its layer's size counts as constant."""
 
@@ -163,14 +164,11 @@ def assist(model: Any, num_windows: int) -> None:
 
 
 def _pooled(
-    routed: RoutedModel,
-    batcher: MemoryBatcher,
-    num_windows: int,
-    batches: Sequence[tuple[list[list[int]], Tensor]] = (),
+    routed: RoutedModel, batcher: MemoryBatcher, num_windows: int, batches: Sequence[Batch] = ()
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the means, 0 where they aren't finite, and `filled` of the first process' batches.
 
-    A batch is prompts and their decisions `[B, L]`; each is read by one of the processes.
+    Each batch is read by one of the processes.
     """
 
     def pool(prompts: list[list[int]], labels: Tensor) -> tuple[Tensor, Tensor]:

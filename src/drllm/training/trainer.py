@@ -1,9 +1,8 @@
 """One training in memory: what is settled before it, its steps and epochs, and its metrics.
 
-Weights, moments and a batch are on the training's device, and so are all features where they take
-at most `SHARE_HELD` of its free memory; else they stay where they are and are read a batch at a
-time. Each random draw is a function of the seed and of what it is for: resuming
-needs no state of a generator.
+Weights, moments and a batch are on the training's device. So are all features, where a part of its
+free memory holds them; else a batch of them is read at a time. Each random draw is a function of
+the seed and of what it is for: resuming needs no state of a generator.
 
 Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -30,7 +29,7 @@ from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
-SHARE_HELD = 0.25
+SHARE_HELD = 0.25  # while they are gathered, they take twice as much
 FUSED = ("cpu", "cuda")  # devices for which every torch that we support has a fused AdamW
 
 
@@ -131,10 +130,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
         self.inputs: Tensor | None = None  # [N, L, W, D], as the routers read them
         if N * L * W * D * dtype.itemsize <= SHARE_HELD * free_bytes(self.device):
-            inputs = torch.empty(N, L, W, D, dtype=dtype, device=self.device)
-            for rows in parts_of(range(N)):
-                inputs[rows[0] : rows[-1] + 1] = self._read(rows)
-            self.inputs = inputs
+            self.inputs = torch.cat([self._read(rows) for rows in parts_of(range(N))])
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
         self.best: tuple[int, float] | None = None

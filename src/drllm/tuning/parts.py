@@ -136,9 +136,6 @@ def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskP
     Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses, `fit` and
     what is left of `search` certify, and `test` tests. A task that lacks one of the splits has all
     of its questions divided anew by their texts, 20 % for each of the first three parts.
-
-    Raises:
-        TaskError: No questions, none in one of the parts, or a file that can't be read.
     """
     folder = None if data_dir is None else Path(data_dir)
     problems: list[str] = []

@@ -40,8 +40,7 @@ class PrefixCache:
     States that were put together lie in one tensor, so they are evicted together. Everything held
     counts: states that nobody needs at the moment, those of a running pass, and what others hold
     besides the states and report here (`count_other`). A state that a pass needs isn't evicted
-    before the pass is over, so memory may exceed the maximum by what a single pass needs, and
-    what lies beside it; afterwards the maximum holds.
+    before the pass is over, so memory may exceed the maximum meanwhile; afterwards it holds.
     """
 
     max_bytes: float
