@@ -163,7 +163,7 @@ def evaluate(
         if isinstance(asked_by, list) and {*asked_by} - {KL_REWARD} and ours not in asked_by:
             listener.note(
                 f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, "
-                f"the evaluation asks by {ours}; to have both alike, search with --reward {ours}"
+                f"the evaluation asks by {ours}; give both the same --reward to have them alike"
             )
         hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in loaded}
         if len(set(hashes.values())) < len(given):

@@ -2,6 +2,3 @@
 
 `docs/formats.md` describes the same files for readers without Python. Loads no torch.
 """
-
-from drllm.records.search import SearchRecord as SearchRecord
-from drllm.records.search import TriedPath as TriedPath

@@ -317,11 +317,14 @@ class _Tuning:
             self._scored(0, told(*level_is))
             self.listener.note(f"{line(*level_is)}\n  {best.edits(L)}")
             seconds = sum(task.seconds for task in self.tasks) / count()
+            is_last = level.saved + self.beam.unit > self._most
             if config.minutes is not None and seconds > 60 * config.minutes:
-                said = f"{config.minutes:g} minutes are over; no further level is begun"
-                self.listener.note(said)
-                self._is_cut = level.saved + self.beam.unit <= self._most
+                self.listener.note(f"{config.minutes:g} minutes are over: no level is begun")
+                self._is_cut = not is_last
                 break
+            if not (is_last or self._grows(best)):
+                lost = f"all paths of this level lose more than --max-loss {config.max_loss:g}"
+                self.listener.note(f"{lost}: none is edited further")
         return found
 
     def _scored(self, num_pairs: int, note: str) -> None:

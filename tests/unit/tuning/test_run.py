@@ -190,6 +190,14 @@ def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(
     assert 0 < num < sum(counted), "what was scored is kept"
 
 
+def test_a_level_whose_paths_all_lose_too_much_is_said_to_end_there(routed, heard, unbroken):
+    strict = Noting()
+    found = tuned(routed, objective="kl", max_loss=0.0, listener=strict)
+    assert [path.name for path in found.paths] == ["full", "skip1"]
+    assert sum("--max-loss 0" in line for line in strict.lines) == 1
+    assert not any("--max-loss" in line for line in heard.lines)
+
+
 def test_a_finished_tuning_in_another_precision_is_refused(unbroken, routed, tmp_path):
     written = json.loads((unbroken[1] / "paths.json").read_text())
     written["runtime"]["dtype"] = "bfloat16"
