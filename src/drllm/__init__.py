@@ -5,11 +5,11 @@ Public names are those of `__init__.pyi`, resolved on use, so that `import drllm
 
 import importlib
 import importlib.metadata
+import pkgutil
 import re
-from pathlib import Path
 from typing import Any
 
-_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_STUB = (pkgutil.get_data(__name__, "__init__.pyi") or b"").decode()
 _PUBLIC = {name: module for module, name in re.findall(r"(?m)^from (\S+) import (\w+) as", _STUB)}
 
 __all__ = list(_PUBLIC)

@@ -117,6 +117,7 @@ class Pretended(Tensor):
             return _moved(args[0], **kwargs)
         if func is aten.copy_.default:
             _count_copy(args[1], args[0].device)
+            _count(RUN, "copy_")
             _unwrapped(args[0]).copy_(_unwrapped(args[1]))
             return args[0]
         device = _device_of(func, args, kwargs)
@@ -199,6 +200,8 @@ def _moved(tensor: Tensor, **options: Any) -> Tensor:
     non_blocking = options.pop("non_blocking", False)
     _count_copy(tensor, device, non_blocking=non_blocking)
     inner = aten._to_copy.default(_unwrapped(tensor), **options)
+    if device == tensor.device != CPU:
+        _count(RUN, "_to_copy")
     return inner if device.type == "cpu" else Pretended(inner, device)
 
 

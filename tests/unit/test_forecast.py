@@ -93,6 +93,8 @@ def test_memory_and_disk_follow_from_the_shape(shape_alone, finished_targets):
     a_target = config.num_hidden_layers * config.hidden_size * 8
     assert full.disk - half.disk == len(targets) * a_target * 2
     assert full.base.model.device.type == "meta"
+    held = full.memory["features, held where memory allows"]
+    assert held == half.memory["features, held where memory allows"] == len(targets) * a_target * 4
 
 
 def test_the_speed_is_that_of_layers_of_the_same_shape(shape_alone, finished_targets):

@@ -23,8 +23,9 @@ def test_every_public_name_is_there_and_none_is_a_packages():
 def test_type_checkers_see_the_names_that_python_resolves():
     stub = ast.parse(SOURCE.with_suffix(".pyi").read_text())
     imports = [each for each in stub.body if isinstance(each, ast.ImportFrom)]
-    assert all(each.names[0].name == each.names[0].asname for each in imports)
-    assert [each.names[0].name for each in imports] == drllm.__all__
+    names = [name for each in imports for name in each.names]
+    assert all(name.name == name.asname for name in names)
+    assert [name.name for name in names] == drllm.__all__
 
 
 def test_the_package_says_its_version_and_no_name_that_it_lacks():

@@ -130,7 +130,7 @@ def of_training(
     passes = config.num_epochs * config.num_seeds * len(kept)
     # Forward, and backward for weights and inputs: three products of two FLOPs each.
     found.work["fit"] = Work(passes, passes * W, 6.0 * passes * W * router)
-    size = batch_size_on(resolve_device(model.device).type)
+    size = min(batch_size_on(resolve_device(model.device).type, L * W * D), len(kept))
     batch = PathSize(min(MAXIMUM_TOKENS, size * max(lengths)), size)
     found.memory["a batch of the feature pass"] = batch.num_bytes(base.model)
     found.memory["the fit"] = FIT_BYTES * router

@@ -7,7 +7,6 @@ Axes: N targets, B rows, D hidden, L layers, W windows.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,10 +78,9 @@ def collect(
     A router's input is the state before its layer, after the labelled decisions of the layers
     before it. The batches follow from the prompts' lengths alone, so that a pass that was killed
     and resumed ends with the bytes of one that wasn't, on the same machine with the same number of
-    threads; but where memory runs out, a batch is read in parts.
-
-    The model is without routing; a few targets that it can't run are set aside, too many whose
-    hidden states overflow the model's dtype are a ModelError. The store is resumed or used again.
+    threads. A batch that memory doesn't hold is read in parts. The model is without routing; a few
+    targets that it can't run are set aside, too many whose hidden states overflow the model's dtype
+    are a ModelError. The store is resumed or used again.
     """
     listener = listener or Listener()
     routed = RoutedModel(model)
@@ -108,8 +106,7 @@ def collect(
             listener.progress("feature pass", "targets") as progress,
         ):
             _check_finite(model, kept, len(rejected), store.filled)
-            size = batch_size or batch_size_on(device)
-            batcher = MemoryBatcher(model, maximum=size)
+            size = batch_size or batch_size_on(device, labels.shape[1] * num_windows * shape[-1])
             missing = [
                 rows
                 for rows in batches(list(map(len, prompts)), size, MAXIMUM_TOKENS)
@@ -121,13 +118,13 @@ def collect(
             for start in range(0, len(missing), count()):
                 group = missing[start : start + count()]
                 parts = [([prompts[row] for row in rows], labels[rows]) for rows in group]
-                pooled = _pooled(routed, batcher, num_windows, parts)
+                pooled = _pooled(routed, num_windows, parts)
                 for rows, (means, filled) in zip(group, pooled, strict=True):
                     store.put(rows, means, filled)
                     _check_finite(model, kept, len(rejected), store.filled)
                     done += len(rows)
                     progress(done, N)
-            _pooled(routed, batcher, num_windows)  # nothing is left to assist with
+            _pooled(routed, num_windows)  # nothing is left to assist with
     finally:
         routed.detach()
 
@@ -147,24 +144,25 @@ def collect(
     )
 
 
-def batch_size_on(device: str) -> int:
-    """Return how many prompts are read in one pass; a CPU is busy with a few already."""
-    return 8 if device == "cpu" else 64
+def batch_size_on(device: str, num_values: int) -> int:
+    """Return how many prompts are read in one pass, each with so many values of features."""
+    # A CPU is busy with a few already; of torchrun's processes each gets the features of all.
+    return 8 if device == "cpu" else min(64, max(8, 2**24 // num_values))
 
 
 @torch.no_grad()
 def assist(model: Any, num_windows: int) -> None:
     """Pool a part of the batches of `collect`, which runs in the first of several processes."""
-    routed, batcher = RoutedModel(model), MemoryBatcher(model, maximum=sys.maxsize)
+    routed = RoutedModel(model)
     try:
-        while _pooled(routed, batcher, num_windows):
+        while _pooled(routed, num_windows):
             pass
     finally:
         routed.detach()
 
 
 def _pooled(
-    routed: RoutedModel, batcher: MemoryBatcher, num_windows: int, batches: Sequence[Batch] = ()
+    routed: RoutedModel, num_windows: int, batches: Sequence[Batch] = ()
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the means, 0 where they aren't finite, and `filled` of the first process' batches.
 
@@ -178,6 +176,7 @@ def _pooled(
             return [*zip(policy.means.cpu(), policy.filled.cpu(), strict=True)]
 
         size = PathSize(max(map(len, prompts)), num_logits=1)
+        batcher = MemoryBatcher(routed.model, maximum=len(prompts))
         found = batcher.run(range(len(prompts)), size, read)
         means, filled = (torch.stack(part) for part in zip(*found, strict=True))
         finite = means.isfinite().flatten(1).all(dim=1)  # [B]

@@ -29,7 +29,7 @@ from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
-SHARE_HELD = 0.25  # while they are gathered, they take twice as much
+SHARE_HELD, MOST_HELD = 0.25, 2**32  # of free memory, and bytes: MPS holds no larger tensor
 FUSED = ("cpu", "cuda")  # devices for which every torch that we support has a fused AdamW
 
 
@@ -129,8 +129,11 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
         self.inputs: Tensor | None = None  # [N, L, W, D], as the routers read them
-        if N * L * W * D * dtype.itemsize <= SHARE_HELD * free_bytes(self.device):
-            self.inputs = torch.cat([self._read(rows) for rows in parts_of(range(N))])
+        if N * L * W * D * dtype.itemsize < min(SHARE_HELD * free_bytes(self.device), MOST_HELD):
+            inputs = torch.empty(N, L, W, D, dtype=dtype, device=self.device)
+            for rows in parts_of(range(N)):
+                inputs[rows[0] : rows[-1] + 1] = self._read(rows)
+            self.inputs = inputs
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
         self.best: tuple[int, float] | None = None

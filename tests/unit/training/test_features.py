@@ -90,6 +90,27 @@ def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
     assert torch.equal(in_parts.filled, whole.filled)
 
 
+def test_a_batch_that_memory_does_not_hold_makes_later_ones_no_smaller(monkeypatch):
+    read, sizes = features.read_under, []
+
+    def little_memory(routed, policy, prompts):
+        if sum(map(len, prompts)) > 40:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        sizes.append(len(prompts))
+        read(routed, policy, prompts)
+
+    monkeypatch.setattr(features, "read_under", little_memory)
+    features_of(batch_size=4)
+    assert sizes == [2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("device", "num_values", "size"), [("cpu", 1, 8), ("cuda", 1, 64), ("cuda", 10**6, 16)]
+)
+def test_off_a_cpu_a_pass_reads_as_many_prompts_as_their_features_allow(device, num_values, size):
+    assert features.batch_size_on(device, num_values) == size
+
+
 def test_each_target_of_a_batch_follows_its_own_path():
     """The same prompt along several paths, the first of them the full one."""
     paths = [FULL, (0, 1, 1), (2, 1, 0), (1, 0, 2)]

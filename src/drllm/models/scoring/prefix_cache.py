@@ -38,9 +38,8 @@ class PrefixCache:
     """States by row and path; the least recently used are evicted when memory runs out.
 
     States that were put together lie in one tensor, so they are evicted together. Everything held
-    counts: states that nobody needs at the moment, those of a running pass, and what others hold
-    besides the states and report here (`count_other`). A state that a pass needs isn't evicted
-    before the pass is over, so memory may exceed the maximum meanwhile; afterwards it holds.
+    counts: all states, and what others hold besides them and report here (`count_other`). What a
+    pass needs isn't evicted before it is over, so memory may exceed the maximum meanwhile.
     """
 
     max_bytes: float
@@ -95,10 +94,9 @@ class PrefixCache:
         self._batches.clear()
 
     def _shrink(self) -> None:
-        for number, (keys, num_bytes) in list(self._batches.items()):
-            if self.num_bytes <= self.max_bytes:
-                return
-            if self._needed.keys().isdisjoint(keys):
+        batches = list(self._batches.items()) if self.num_bytes > self.max_bytes else []
+        for number, (keys, num_bytes) in batches:
+            if self.num_bytes > self.max_bytes and self._needed.keys().isdisjoint(keys):
                 del self._batches[number]
                 for key in keys:
                     self._states.pop(key, None)  # put anew since, it may be gone
