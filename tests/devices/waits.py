@@ -1,6 +1,6 @@
 """Print what a GPU would make drllm wait for, stage by stage, by line of drllm.
 
-    python tests/devices/waits.py [--devices 2] [--layers 6]
+    python tests/devices/waits.py [--devices 2] [--layers 6] [--questions 4]
 
 The GPU is pretended (tests/devices/pretended.py), the model is tiny and random. What is counted is
 the number of times that the host waits until the device has done all it was told, the number of
@@ -35,8 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--devices", type=int, choices=(1, 2), default=1)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--questions", type=int, default=4, help="to search and to tune on")
     options = parser.parse_args()
-    L, tokenizer = options.layers, conftest.tiny_tokenizer.__wrapped__()
+    L, num, tokenizer = options.layers, options.questions, conftest.tiny_tokenizer.__wrapped__()
     model = make_tiny("llama", 3, "sdpa", num_hidden_layers=L)
     config = RouterConfig(
         num_layers=L, hidden_size=model.config.hidden_size, label_counts=[(1, 2, 1)] * L
@@ -70,17 +71,17 @@ def main() -> None:
         drllm.detach(model)
         shared = {"tokenizer": tokenizer}
         records = stage(
-            "search, 4 questions",
-            lambda: drllm.search_paths(model, TASK, limit=4, num_simulations=6, **shared),
+            f"search, {num} questions",
+            lambda: drllm.search_paths(model, TASK, limit=num, num_simulations=6, **shared),
         )
-        targets = drllm.supervise(records)
+        targets = drllm.supervise(records)[:4]
         trained = stage(
             "train, 4 targets, 3 epochs",
             lambda: drllm.train(model, targets, num_epochs=3, gradient_accumulation=1, **shared),
         )
         stage(
-            "tune, 4 questions a part",
-            lambda: drllm.tune(model, TASK, num_fit=4, num_judged=4, max_skipped=1, **shared),
+            f"tune, {num} questions a part",
+            lambda: drllm.tune(model, TASK, num_fit=num, num_judged=num, max_skipped=1, **shared),
         )
         path = drllm.StaticPath([*range(2), *range(3, L)])
         stage(
