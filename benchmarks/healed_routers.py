@@ -18,34 +18,37 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import common
 import torch
-from common.asked import Asked, Plans, Values, executions_of, mean_executions
-from common.compare import SEED, compared, in_words
+from common.asked import (
+    CALIBRATED_ON,
+    Asked,
+    Plans,
+    depth_bias_of,
+    executions_of,
+    mean_executions,
+    tokens_of,
+)
+from common.compare import SEED, compared, in_words, mean_change
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.listener import Listener
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.depth_control import find_depth_bias, routes_of
+from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_list
-from drllm.statistics.intervals import mean_interval
 from drllm.tasks.base import choose
 from drllm.tuning.heal import heal
-from drllm.tuning.judge import items_of
 from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 12, "texts": 4, "steps": 2}
 WHOLE = {"questions": 1000, "texts": 100, "steps": 250}
-CALIBRATED_ON = 64
-"""Questions of `select` on which a depth is found."""
 
 
 def with_adapter(route: Sequence[int], adapter: str) -> StaticPath:
@@ -65,20 +68,6 @@ def mixed(paths: Plans, executions: float, num: int) -> list[StaticPath]:
     plans = [above] * num_above + [below] * (num - num_above)
     random.Random(SEED).shuffle(plans)
     return plans
-
-
-def mean_change(values: Mapping[str, Values], what: str, theirs: Sequence[str]) -> dict[str, Any]:
-    """Return how much more healed routers have than others, the mean of the seeds by question."""
-    changes = [
-        [
-            a - b
-            for a, b in zip(values[f"healed routers {seed}"][what], values[name][what], strict=True)
-        ]
-        for seed, name in enumerate(theirs)
-    ]
-    by_question = [*map(fmean, zip(*changes, strict=True))]
-    interval = mean_interval(by_question, SEED)
-    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
 
 
 def in_one_line(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -113,18 +102,14 @@ def main() -> None:
         return [prompt_of(parts.task, example, GOLD) for example in chosen]
 
     def tokens(part: str, num: int) -> list[list[int]]:
-        read = items_of(routed, prompts(part, num), GOLD)
-        return [list(item.question.context) for item in read]
+        return tokens_of(routed, prompts(part, num))
 
     knobs: dict[Path, float] = {}
     routes: list[StaticPath] = []
     for folder, stack in stacks.items():
         stack.to(base.model.device)
-        knobs[folder] = 0.0
-        if options.executions is not None:
-            calibrated, target = tokens(SELECT, CALIBRATED_ON), options.executions
-            found = find_depth_bias(routed, calibrated, target, routers=stack)
-            knobs[folder] = found.depth_bias
+        calibrated_on = tokens(SELECT, CALIBRATED_ON)
+        knobs[folder] = depth_bias_of(routed, stack, calibrated_on, options.executions)
         policy = RouterPolicy(stack, depth_bias=knobs[folder])
         taken = routes_of(routed, policy, tokens(FIT, LARGEST_INT)).tolist()
         routes += [StaticPath(to_path(route)) for route in taken]
@@ -168,7 +153,13 @@ def main() -> None:
     figures["mean of seeds"] = {}
     for rival in ["full", "routers", "permuted", *["mixed"] * bool(fixed), *fixed]:
         theirs = [rival if rival in values else f"{rival} {seed}" for seed in range(len(stacks))]
-        found = {what: mean_change(values, what, theirs) for what in values["full"]}
+        found = {
+            what: mean_change(
+                [values[f"healed routers {seed}"][what] for seed in range(len(stacks))],
+                [values[name][what] for name in theirs],
+            )
+            for what in values["full"]
+        }
         figures["mean of seeds"][rival] = found
         print(f"healed routers minus {rival}, mean of seeds: {in_one_line(found)}", flush=True)
     common.write(options, figures)

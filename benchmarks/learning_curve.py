@@ -20,41 +20,36 @@ import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import common
 import torch
+from common.asked import CALIBRATED_ON, Asked, Values, depth_bias_of, mean_executions, tokens_of
 from common.asked import GOLD_LOG_PROBABILITY as RIGHT
-from common.asked import Asked, Values, mean_executions
-from common.compare import SEED, compared, in_words
+from common.compare import SEED, compared, in_words, mean_change
 
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
 from drllm.metrics import baselines, ratios
-from drllm.models.routers.depth_control import find_depth_bias, routes_of
+from drllm.models.routers.depth_control import routes_of
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import SELECT, TEST
 from drllm.records.supervision import join_supervision
-from drllm.statistics.intervals import mean_interval
 from drllm.supervision.summary import class_counts
 from drllm.tasks.base import choose
 from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect
 from drllm.training.trainer import Trainer, count
-from drllm.tuning.judge import items_of
 from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 8, "seeds": 1, "held_out": 4}
 WHOLE = {"questions": 300, "seeds": 3, "held_out": 150}
 QUICK_SIZES, SIZES = "4,8", "25,50,100,200,400"
 RIVALS = ("full", "permuted")
-CALIBRATED_ON = 64
-"""Questions of `select` on which a depth is found."""
 
 
 def of_rows(examples: Features, rows: Sequence[int]) -> Features:
@@ -98,16 +93,6 @@ def hits_in_words(found: Mapping[str, Any]) -> str:
     return words
 
 
-def mean_of_seeds(values: Sequence[Mapping[str, Values]], rival: str) -> dict[str, Any]:
-    """Return how much more the right option gets than with a rival, the mean of the seeds."""
-    changes = [
-        [a - b for a, b in zip(one["own"][RIGHT], one[rival][RIGHT], strict=True)] for one in values
-    ]
-    by_question = [*map(fmean, zip(*changes, strict=True))]
-    interval = mean_interval(by_question, SEED)
-    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
-
-
 def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: RoutedModel) -> Any:
     """Return a function that compares routers' routes with the full path and permuted routes."""
     [parts] = parts_of_tasks(
@@ -118,10 +103,7 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
         chosen = choose(parts.examples[part], num, SEED)
         return [prompt_of(parts.task, example, GOLD) for example in chosen]
 
-    calibrated_on = [
-        list(item.question.context)
-        for item in items_of(routed, prompts(SELECT, CALIBRATED_ON), GOLD)
-    ]
+    calibrated_on = tokens_of(routed, prompts(SELECT, CALIBRATED_ON))
     asked = Asked(routed, prompts(TEST, numbers["questions"]))
     num = len(asked.prompts)
     full = asked.along([StaticPath(range(routed.num_layers))] * num)
@@ -129,11 +111,7 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
 
     def compare(routers: RouterStack) -> tuple[dict[str, Any], dict[str, Values]]:
         routers = routers.to(routed.model.device)
-        bias = 0.0
-        if options.executions is not None:
-            wanted = options.executions
-            found = find_depth_bias(routed, calibrated_on, wanted, routers=routers)
-            bias = found.depth_bias
+        bias = depth_bias_of(routed, routers, calibrated_on, options.executions)
         taken = routes_of(routed, RouterPolicy(routers, depth_bias=bias), asked.prompts)
         plans = [StaticPath(to_path(route)) for route in taken.tolist()]
         values = {"own": asked.along(plans), "full": full}
@@ -200,7 +178,8 @@ def main() -> None:
                 print(
                     f"{size} targets, seed {seed}: {hits_in_words(found['held_out'])}", flush=True
                 )
-            mean = {rival: mean_of_seeds(values, rival) for rival in RIVALS} if values else {}
+            right = {name: [one[name][RIGHT] for one in values] for name in ("own", *RIVALS)}
+            mean = {each: mean_change(right["own"], right[each]) for each in RIVALS if values}
             figures["sizes"][str(size)] = {"seeds": seeds, "mean of seeds": mean}
             words = "; ".join(f"less {name} {in_words(RIGHT, one)}" for name, one in mean.items())
             print(f"{size} targets, {len(values)} seeds: right option {words}", flush=True)

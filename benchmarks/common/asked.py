@@ -7,12 +7,16 @@ from statistics import fmean
 from typing import Any
 
 from common.compare import ACCURACY
+from drllm.models.routers.depth_control import find_depth_bias
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tuning.judge import Judge, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS
 
 STATE_CACHE_GB = 1.0
+CALIBRATED_ON = 64
+"""Questions of `select` on which a depth is found."""
 GOLD_LOG_PROBABILITY = "gold log-probability"
 TEXT_LOSS = "loss of texts"
 
@@ -51,6 +55,23 @@ class Asked:
                 for place, value in zip(read, losses, strict=True):
                     found[TEXT_LOSS][place] = -value
         return found
+
+
+def tokens_of(routed: RoutedModel, prompts: Sequence[Any]) -> list[list[int]]:
+    """Return what the model reads of prompts with options, without the options."""
+    return [list(item.question.context) for item in items_of(routed, prompts, GOLD)]
+
+
+def depth_bias_of(
+    routed: RoutedModel,
+    routers: RouterStack,
+    prompts: Sequence[Sequence[int]],
+    executions: float | None,
+) -> float:
+    """Return the depth bias that brings prompts to a mean number of executions; 0 for None."""
+    if executions is None:
+        return 0.0
+    return find_depth_bias(routed, prompts, executions, routers=routers).depth_bias
 
 
 def executions_of(path: StaticPath) -> int:

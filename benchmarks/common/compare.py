@@ -33,6 +33,22 @@ def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> d
     }
 
 
+def mean_change(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """Return the mean change of a quantity over seeds and questions, each `[seeds][questions]`.
+
+    The 95 % interval is over questions.
+    """
+    changes = [
+        [a - b for a, b in zip(one, other, strict=True)]
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    by_question = [*map(fmean, zip(*changes, strict=True))]
+    interval = mean_interval(by_question, SEED)
+    return {"change": fmean(by_question), "n": len(by_question), "interval": interval}
+
+
 def in_words(quantity: str, figures: Mapping[str, Any]) -> str:
     """Return a change with its interval, accuracy in points, and its test where there is one."""
     scale = 100 if quantity == ACCURACY else 1

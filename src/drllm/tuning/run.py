@@ -319,7 +319,7 @@ class _Tuning:
             seconds = sum(task.seconds for task in self.tasks) / count()
             is_last = level.saved + self.beam.unit > self._most
             if config.minutes is not None and seconds > 60 * config.minutes:
-                self.listener.note(f"{config.minutes:g} minutes are over: no level is begun")
+                self.listener.note(f"{config.minutes:g} minutes are over; no further level begins")
                 self._is_cut = not is_last
                 break
             if not (is_last or self._grows(best)):
