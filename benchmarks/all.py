@@ -64,7 +64,7 @@ class Steps:
         found["healing"] = self._heal, self.folder / HEALED / "path.json"
         found["paths"] = self._compare, self.folder / "paths.json"
         found["targets"] = self._search, self.folder / SEARCH / "supervision.manifest.json"
-        found["training"] = self._train, self.folder / ROUTERS / "router_config.json"
+        found["routers"] = self._train, self.folder / ROUTERS / "router_config.json"
         found["routing"] = self._evaluate, self.folder / "eval" / f"{self.options.task}.json"
         return found
 

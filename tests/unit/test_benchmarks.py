@@ -484,6 +484,7 @@ def everything(benchmark, tiny_folder, tmp_path, monkeypatch):
 def test_steps_for_which_no_time_is_left_are_named_and_those_that_miss_others_fail(everything):
     steps, status = everything("--minutes", "0")
     assert (status, {row["ended"] for row in steps.values()}) == (0, {"not reached"})
+    assert {"training", "routers"} <= steps.keys()  # the benchmark, and what the commands train
     steps, status = everything("--only", "healing")
     assert status == 1
     assert "paths.json isn't there" in steps["healing"]["ended"]
@@ -491,7 +492,7 @@ def test_steps_for_which_no_time_is_left_are_named_and_those_that_miss_others_fa
 
 @pytest.mark.thorough
 def test_everything_is_measured_in_steps_that_are_not_repeated(everything):
-    names = "path,healing,paths,targets,training,routing"
+    names = "path,healing,paths,targets,routers,routing"
     steps, status = everything("--only", names)
     assert {row["ended"] for row in steps.values()} == {"done"}
     assert status == 0

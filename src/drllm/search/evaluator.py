@@ -175,30 +175,30 @@ class Evaluator:
         frequent wrong answers to the question; None where nobody answered wrong, or where there is
         no gold answer, since a function grades.
         """
-        if isinstance(self._batch, ChoiceBatch) or not all(
-            r.continuations[0] for r in self.readings
-        ):
+        has_gold = all(reading.continuations[0] for reading in self.readings)
+        if isinstance(self._batch, ChoiceBatch) or not has_gold:
             return list(outcomes)
         wrong: list[Counter[tuple[int, ...]]] = [Counter() for _ in self.readings]
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.reward < 1 and outcome.tokens:
                 wrong[place][outcome.tokens] += 1
-        questions = [
-            Question(
-                reading.tokens,
-                [*reading.continuations, *(t for t, _ in given.most_common(WRONG_ANSWERS))],
-            )
-            for reading, given in zip(self.readings, wrong, strict=True)
-        ]
-        batch = self._choices(questions, contexts=self._batch.rows)
-        completed = []
-        scores = batch.logprobs(pairs)
-        for (place, _), outcome, sums in zip(pairs, outcomes, scores, strict=True):
-            continuations = questions[place].continuations
-            gold, *others = (s / len(c) for s, c in zip(sums, continuations, strict=True))
-            own = outcome.logprob if outcome.reward < 1 else max(others, default=None)
-            margin = None if own is None or not math.isfinite(gold - own) else gold - own
-            completed.append(dataclasses.replace(outcome, margin=margin))
+        completed = list(outcomes)
+        for is_right in (False, True):  # a wrong path is compared with its own answer
+            chosen = [n for n, each in enumerate(outcomes) if (each.reward >= 1) == is_right]
+            most = WRONG_ANSWERS if is_right else 0
+            rivals = [[tokens for tokens, _ in given.most_common(most)] for given in wrong]
+            questions = [
+                Question(reading.tokens, [*reading.continuations, *tokens])
+                for reading, tokens in zip(self.readings, rivals, strict=True)
+            ]
+            batch = self._choices(questions, contexts=self._batch.rows)
+            scores = batch.logprobs([pairs[number] for number in chosen])
+            for number, sums in zip(chosen, scores, strict=True):
+                continuations = questions[pairs[number][0]].continuations
+                gold, *others = (s / len(c) for s, c in zip(sums, continuations, strict=True))
+                own = max(others, default=None) if is_right else outcomes[number].logprob
+                margin = None if own is None or not math.isfinite(gold - own) else gold - own
+                completed[number] = dataclasses.replace(outcomes[number], margin=margin)
         return completed
 
     def forget(self) -> None:
