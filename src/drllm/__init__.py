@@ -4,7 +4,6 @@ Public names are those of `__init__.pyi`, resolved on use, so that `import drllm
 """
 
 import importlib
-import importlib.metadata
 import pkgutil
 import re
 from typing import Any
@@ -17,7 +16,9 @@ __all__ = list(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("drllm")
+        from importlib.metadata import version  # it takes as long to import as all of this
+
+        return version("drllm")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'drllm' has no attribute {name!r}")

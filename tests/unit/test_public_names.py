@@ -2,6 +2,8 @@
 
 import ast
 import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,14 @@ def test_every_public_name_is_there_and_none_is_a_packages():
     assert not packages & set(drllm.__all__)
     for name in drllm.__all__:
         assert getattr(drllm, name).__module__.startswith("drllm.")
+
+
+def test_the_package_and_its_help_load_nothing_that_takes_long_to_load():
+    heavy = {"importlib.metadata": "drllm", "numpy": "drllm.cli", "torch": "drllm.cli"}
+    for name, module in heavy.items():
+        asked = f"import sys, {module}; print({name!r} in sys.modules)"
+        said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+        assert said.stdout == "False\n", said.stderr
 
 
 def test_type_checkers_see_the_names_that_python_resolves():

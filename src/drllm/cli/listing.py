@@ -23,9 +23,7 @@ def _list_tasks(terminal: Terminal) -> None:
 
     rows = ((name, rewards or "only evaluated", what) for name, rewards, what in describe_tasks())
     terminal.table("task|rewards (default first)|what it asks", rows)
-    terminal.say(
-        "Or name a .jsonl file or OWNER/NAME of the hub; docs/formats.md says what it holds."
-    )
+    terminal.say("Or name a .jsonl file, or OWNER/NAME of the hub (docs/formats.md).")
 
 
 def _list_models(terminal: Terminal) -> None:

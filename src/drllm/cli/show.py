@@ -70,10 +70,7 @@ def show(place: Path, terminal: Terminal) -> None:
     elif place.suffix == ".jsonl" or not place.exists():
         _show_lines(place, terminal)
     else:
-        raise RecordError(
-            f"{place} is no file of records; give a .jsonl or .json file, or a folder, that drllm "
-            f"has written"
-        )
+        raise RecordError(f"{place} is no .jsonl, .json or folder; give one that drllm has written")
 
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
@@ -128,9 +125,8 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
             render(path, terminal)
             return
     known = ", ".join(f"{field!r} ({what})" for field, (what, _) in _LINES.items())
-    raise RecordError(
-        f"{path}, line 1: has {', '.join(sorted(first)) or 'nothing'}; expected {known}"
-    )
+    has = ", ".join(sorted(first)) or "nothing"
+    raise RecordError(f"{path}, line 1: has {has}; expected {known}")
 
 
 def _show_samples(path: Path, terminal: Terminal) -> None:
@@ -164,11 +160,8 @@ def _show_routers(path: Path, terminal: Terminal) -> None:
     terminal.fact("routers", f"{windows} windows, inner width {width}")
     if training:
         tasks = ", ".join(f"{name} {n}" for name, n in training.get("tasks", {}).items())
-        terminal.fact(
-            "trained on",
-            f"{training.get('num_trained')} targets ({tasks}), "
-            f"{training.get('num_held_out')} held out, {training.get('steps')} steps",
-        )
+        n, out, steps = map(training.get, ("num_trained", "num_held_out", "steps"))
+        terminal.fact("trained on", f"{n} targets ({tasks}), {out} held out, {steps} steps")
     if counts := config.get("label_counts"):
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
     for name, render in (("metrics.jsonl", _show_metrics), (LAYERS_FILE, _show_agreement)):

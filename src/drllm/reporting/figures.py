@@ -6,10 +6,9 @@ How it is drawn is in `drawing`. Axes: L layers.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import numpy as np
 
 from drllm.metrics import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
@@ -130,16 +129,17 @@ def routes_by_layer(
     The targets' share of skips is a stroke at each layer.
     """
     figure, (axes,) = panels(1, 1, width, max(2.2, 0.24 * width))
-    layers, bottom = np.arange(len(routes)), np.zeros(len(routes))
+    layers, bottom = range(len(routes)), [0.0] * len(routes)
     for decision, colour in zip(Decision, ("skip", "run", "repeat"), strict=True):
-        values = np.array([100 * layer[decision] for layer in routes])
+        values = [100 * layer[decision] for layer in routes]
         look: dict[str, Any] = {"color": colours[colour], "label": NAMES[decision]}
         axes.bar(layers, values, bottom=bottom, width=0.85, **look)
-        bottom += values
+        bottom = list(map(operator.add, bottom, values))
     if targets is not None:
         skips = [100 * layer[Decision.SKIP] for layer in targets]
         look = {"color": colours["ink"], "linewidth": 1.6, "label": "skipped by targets"}
-        axes.hlines(skips, layers - 0.42, layers + 0.42, **look)
+        left, right = ([layer + by for layer in layers] for by in (-0.42, 0.42))
+        axes.hlines(skips, left, right, **look)
     ends = (-0.8, len(routes) - 0.2)
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
     whole_numbers(axes)

@@ -5,11 +5,12 @@ Everything that draws takes a seed.
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import NormalDist
-from typing import TypeAlias
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # numpy is loaded where something is computed: every command imports this module
+    import numpy as np
+    import numpy.typing as npt
 
 Floats: TypeAlias = "npt.NDArray[np.float64]"
 
@@ -57,6 +58,8 @@ def mean_interval(
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
     """
+    import numpy as np
+
     means = [resamples.mean(axis=1) for resamples in _resamples(np.asarray(values), seed, draws)]
     outside = (1 - confidence) / 2
     lower, upper = np.quantile(np.concatenate(means), [outside, 1 - outside], method="nearest")
@@ -72,7 +75,7 @@ def sum_interval(
     """
     total = below = above = 0.0
     for weight, values in given:
-        mean, (low, high) = float(np.mean(values)), mean_interval(values, seed)
+        mean, (low, high) = fmean(values), mean_interval(values, seed)
         total += weight * mean
         below = math.hypot(below, weight * (mean - low))
         above = math.hypot(above, weight * (high - mean))
@@ -93,6 +96,8 @@ def upper_bound(
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
     """
+    import numpy as np
+
     given = np.asarray(values, dtype=np.float64)
     if given.size and (given == given[0]).all():
         return float(given[0])
@@ -107,6 +112,8 @@ def upper_bound(
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:
     """Yield values drawn anew, `[some of the draws, n]` at a time."""
+    import numpy as np
+
     n = len(values)
     if n == 0:
         raise ValueError("an interval needs at least one question")

@@ -11,7 +11,6 @@ from statistics import NormalDist
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from drllm.bisection import bisect
 from drllm.statistics.intervals import is_single
@@ -85,6 +84,8 @@ def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, A
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """
+    import numpy as np
+
     # The share lost that is likeliest under this difference solves a quadratic equation.
     half = (won + lost - (2 * n - won + lost) * difference) / 2
     root = np.sqrt(np.maximum(0.0, half**2 + 2 * n * lost * difference * (1 - difference)))

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from statistics import NormalDist, stdev
 from typing import Any
 
-import numpy as np
-
 from drllm.bisection import bisect
 from drllm.statistics.intervals import Floats
 from drllm.statistics.paired import maximum_loss, paired_score
@@ -46,7 +44,7 @@ def smallest_certifiable(
     # Half a question more on each side where their number is odd.
     half = min(math.ceil(discordant * n / 2), n // 2)
     if_equal = maximum_loss(half, half, n, confidence)
-    lost = np.maximum(0.0, differing - won)
+    lost = (differing - won).clip(0.0)
     probabilities = weights * _binomial(won, differing, 0.5)
     z = NormalDist().inv_cdf(confidence)
 
@@ -83,7 +81,7 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     """
     weights, differing, won = _outcomes(n, discordant)
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    shown = (2 * tails < alpha) & (won > np.maximum(0.0, differing - won))
+    shown = (2 * tails < alpha) & (won > (differing - won).clip(0.0))
     share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
     return float((weights * _binomial(won, differing, share_won))[shown].sum())
 
@@ -136,6 +134,8 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 @functools.lru_cache(maxsize=4)
 def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
     """Return how likely `[M, 1]` what numbers `[M, 1]` differ, and how many may be won `[1, W]`."""
+    import numpy as np
+
     every = np.arange(n + 1, dtype=np.float64)
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE
@@ -145,7 +145,7 @@ def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:
     """Return probabilities of so many successes; 0 where they are more than the trials."""
-    # Here, since every command imports this module and few of them compute a power.
+    import numpy as np
     from scipy.special import gammaln, xlog1py, xlogy
 
     failures = np.maximum(0.0, trials - successes)
