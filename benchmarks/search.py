@@ -5,7 +5,8 @@ a shared beginning of all prompts, choices packed behind one context, answers ju
 Theirs: for every path a plain forward per choice (loglikelihood), or one greedy `generate`
 (letter, boxed), of a model whose layer list is the path, batch 1, nothing shared.
 Both evaluate paths that a tree search meets, in one run, and verdicts are compared; where there
-are many, theirs runs a sample of the same paths and times count by path.
+are many, theirs runs a sample of the same paths and times count by path. The bound is what layers
+and head would take that any exact method must run, at the batch at which they cost least.
 
     python benchmarks/search.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--paths N]
@@ -27,6 +28,7 @@ from typing import Any
 
 import common
 import torch
+from common.bound import cheapest, least_to_search
 from common.searched import Pair, Rounds, searched_paths
 from torch import nn
 
@@ -202,6 +204,18 @@ def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) 
     }
 
 
+def bound_of(
+    base: BaseModel, evaluator: Evaluator, found: dict[Pair, Outcome], clock: common.Clock
+) -> float:
+    """Return the seconds a path that no exact method is faster than."""
+    readings = evaluator.readings
+    after = [num_tokens(reading) - len(reading.tokens) for reading in readings]
+    answers = {pair: outcome.tokens for pair, outcome in found.items()}
+    least = least_to_search([reading.tokens for reading in readings], after, answers)
+    cost = cheapest(base, round(statistics.mean(map(num_tokens, readings))), clock)
+    return (least.layers * cost.layers + least.head * cost.head) / len(found)
+
+
 def compare(
     base: BaseModel,
     reward: str,
@@ -244,7 +258,9 @@ def compare(
                 first = ours + making
         if repeat % 2 == 1:
             theirs, rewards = slowly()
-        runs.append({"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins})
+        bound = bound_of(base, evaluator, found, clock)
+        run = {"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins, "bound_s": bound}
+        runs.append(run)
         differ += sum(
             found[pair].reward != value for pair, value in zip(sample, rewards, strict=True)
         )
@@ -255,6 +271,7 @@ def compare(
         "paths": len(everything),
         "max_new_tokens": None if reward == "loglikelihood" else prompts[0].max_new_tokens,
         "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
+        "bound": statistics.median(run["theirs_s"] / run["bound_s"] for run in runs),
         "runs": runs,
         "verdicts_compared": sampled,
         "verdicts_that_differ": differ,
@@ -277,6 +294,8 @@ def report(result: dict[str, Any]) -> None:
         f"{theirs * 1e3:.0f} ms a path one by one, {ours * 1e3:.0f} ms ours "
         f"({margins * 1e3:.0f} ms more for the margins of answers); "
         f"{result['questions']} questions, {result['paths']} paths\n"
+        f"  bound {result['bound']:.2f}: what has to run, at the least that it costs; "
+        f"{result['speedup'] / result['bound']:.0%} of it is reached\n"
         f"  verdicts: {result['verdicts_that_differ']} of {result['verdicts_compared']} differ, "
         f"{result['share_right']:.0%} are right\n"
         f"  executions of a whole prompt, by path: {shares['run']:.1f} run, "
@@ -317,6 +336,7 @@ def main() -> None:
     by_reward = {result["reward"]: result for result in results}
     figures = {
         "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},
+        "bound": {reward: result["bound"] for reward, result in by_reward.items()},
         "kl_overhead": {r: result["kl_overhead"] for r, result in by_reward.items()},
         "verdicts_that_differ": {
             reward: result["verdicts_that_differ"] for reward, result in by_reward.items()

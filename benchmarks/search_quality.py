@@ -83,15 +83,12 @@ def search(
     while going:
         pairs = []
         for place in sorted(going):
-            affordable = [
-                decisions
-                for decisions in searches[place].ask()
-                if len(known[place] | beginnings(decisions)) <= allowance
-            ]
-            for decisions in affordable:
-                known[place] |= beginnings(decisions)
-                pairs.append((place, decisions))
-            if not affordable:
+            num_pairs = len(pairs)
+            for decisions in searches[place].ask(config.leaves_per_round):
+                if len(more := known[place] | beginnings(decisions)) <= allowance:
+                    known[place] = more
+                    pairs.append((place, decisions))
+            if len(pairs) == num_pairs:
                 going.remove(place)
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place, decisions] = outcome

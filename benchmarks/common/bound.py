@@ -1,0 +1,77 @@
+"""What no exact method can do without: the layers that have to run, at the least that they cost."""
+
+from __future__ import annotations
+
+import os.path
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from common import Clock
+from drllm.cost import distinct_executions
+from drllm.models.base.load import BaseModel
+from drllm.paths import Decisions
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+HEAD_TOKENS = (32, 128, 512)
+REPEATS = 3
+
+
+class Work(NamedTuple):
+    """Tokens that layers run, each execution counted, and tokens that the head runs."""
+
+    layers: float
+    head: float
+
+
+def cheapest(base: BaseModel, num_tokens: int, clock: Clock) -> Work:
+    """Return the seconds of a token in a layer and in the head, each at its best batch.
+
+    Measured on prompts of so many tokens, in batches of 1 to 32.
+    """
+    ids = torch.randint(100, (max(BATCHES), num_tokens), device=base.model.device)
+    head = base.model.get_output_embeddings()
+    states = torch.randn(max(HEAD_TOKENS), head.weight.shape[1]).to(head.weight)
+
+    def seconds(run: torch.nn.Module, given: torch.Tensor, **options: bool) -> float:
+        times = []
+        for _ in range(REPEATS):
+            started = clock()
+            run(given, **options)
+            times.append(clock() - started)
+        return min(times)
+
+    with torch.no_grad():
+        decoder = base.model.get_decoder()
+        read = [(seconds(decoder, ids[:num], use_cache=False), num) for num in BATCHES]
+        scored = [seconds(head, states[:num]) / num for num in HEAD_TOKENS]
+    return Work(min(s / num for s, num in read) / num_tokens / base.num_layers, min(scored))
+
+
+def least_to_search(
+    prompts: Sequence[Sequence[int]],
+    num_after: Sequence[int],
+    answers: Mapping[tuple[int, Decisions], Sequence[int]],
+) -> Work:
+    """Return what paths on prompts must run, where all that paths agree on runs once.
+
+    `num_after` are the tokens of a prompt's options, which are read behind it and scored;
+    `answers` the tokens that were generated under each prompt's paths, none where options are.
+    """
+    tried: defaultdict[int, list[Decisions]] = defaultdict(list)
+    for place, path in answers:
+        tried[place].append(path)
+    common = len(os.path.commonprefix([*prompts])) if len(prompts) > 1 else 0  # noqa: RUF071
+    layers = common * distinct_executions([*dict.fromkeys(path for _, path in answers)])
+    for place, paths in tried.items():
+        own = len(prompts[place]) - common + num_after[place]
+        layers += own * distinct_executions(paths)
+    said: defaultdict[tuple[int, tuple[int, ...]], list[Decisions]] = defaultdict(list)
+    for (place, path), tokens in answers.items():
+        for end in range(1, len(tokens)):  # the last token isn't read
+            said[place, tuple(tokens[:end])].append(path)
+    layers += sum(map(distinct_executions, said.values()))
+    scored = sum(1 + num_after[place] for place, _ in answers)
+    return Work(layers, scored + sum(map(len, said.values())))
