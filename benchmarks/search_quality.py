@@ -43,7 +43,7 @@ from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import ask
-from drllm.search.strategies import graded, mcts, new_search, sweep, walk
+from drllm.search.strategies import graded, mcts, new_search, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
 from drllm.tasks.base import Example, Task, choose
@@ -297,7 +297,7 @@ def strategy_settings(text: str) -> dict[str, Any]:
 
 def block_file(folder: Path, config: SearchConfig, *others: object) -> Path:
     """Return where a block's result lies; other settings, questions or code are another file."""
-    sources = [inspect.getsource(module) for module in (actions, mcts, strategies, sweep, walk)]
+    sources = [inspect.getsource(module) for module in (actions, mcts, strategies, walk)]
     what = repr([config, others, sources])
     return folder / f"{config.strategy}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--executions", type=int, default=600, help="allowance of a question")
     parser.add_argument("--seeds", default="0,1,2", help="comma list")
-    parser.add_argument("--strategies", default="tree,sweep,walk", help="comma list, ours first")
+    parser.add_argument("--strategies", default="tree,walk", help="comma list, ours first")
     parser.add_argument("--block-size", type=int, default=4, help="questions evaluated together")
     common.add_model(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/search_quality"))

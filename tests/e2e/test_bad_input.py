@@ -213,7 +213,7 @@ search --columns question=q => --columns question=q has no effect on builtin_fac
 search --dataset q.jsonl --columns query=q => unknown field 'query'
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task
 search --reward letter,letter => --reward names 'letter' twice
-search --strategy sweep --length-penalty 9 => --length-penalty 9 has no effect with --strategy sweep
+search --strategy walk --length-penalty 9 => --length-penalty 9 has no effect with --strategy walk
 search --model nowhere --shard 1/2 --limit 1 => --shard 1/2 holds no questions
 evaluate --tasks builtin_facts => neither routers nor paths are given
 evaluate --paths nowhere.json => nowhere.json doesn't exist

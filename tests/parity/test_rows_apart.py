@@ -231,13 +231,12 @@ def test_attention_whose_masks_cannot_be_cut_is_refused(tiny_llama, tiny_tokeniz
         answers.answers(pairs, [2], lambda *_: 0.0)
 
 
-@pytest.mark.parametrize("strategy", ["tree", "sweep"])
 def test_a_search_finds_the_same_where_choices_stand_in_rows_of_their_own(
-    tiny_llama, tiny_tokenizer, assert_same_run, strategy
+    tiny_llama, tiny_tokenizer, assert_same_run
 ):
     task = get_task("builtin_facts")
     examples = task.examples("search")[:12]
-    config = SearchConfig(num_simulations=8, strategy=strategy)
+    config = SearchConfig(num_simulations=8)
     routed = RoutedModel(tiny_llama(max_position_embeddings=1024), tokenizer=tiny_tokenizer)
     packed = drllm.search_paths(routed, examples, config)
     said_to_slide(routed.model)

@@ -178,16 +178,15 @@ def test_every_child_is_one_legal_edit_away_and_the_edits_own_node(
 @given(
     st.integers(1, 4),
     st.sampled_from([1.0, 1.1, 1.5, 2.0]),
-    st.sampled_from(["tree", "sweep"]),
     seeds,
     scales,
     mosts,
 )
 @settings(max_examples=60)
 def test_a_search_given_enough_simulations_tries_everything_and_ends(
-    num_layers, budget, strategy, seed, scale, most
+    num_layers, budget, seed, scale, most
 ):
-    config = SearchConfig(strategy=strategy, budget=budget, num_simulations=1000)
+    config = SearchConfig(budget=budget, num_simulations=1000)
     search = run(num_layers, config, seed, scale, most)
 
     limit = max_executions(budget, num_layers)

@@ -118,8 +118,8 @@ def found(figures_of):
 
 @pytest.mark.thorough
 def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_away(found):
-    assert found["strategies"].keys() == {"tree", "sweep", "walk"}
-    assert found["speedup"].keys() == {"tree / sweep", "tree / walk"}
+    assert found["strategies"].keys() == {"tree", "walk"}
+    assert found["speedup"].keys() == {"tree / walk"}
     allowance = found["executions_a_question"]
     for one in itertools.chain(*found["strategies"].values()):
         # Less than one more path of 2L executions is left over.
@@ -131,7 +131,7 @@ def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_
 
 def test_the_executions_counted_are_those_that_the_evaluator_runs(quality, one_question):
     routed, task, examples = one_question(1)
-    for strategy in ("tree", "sweep", "walk"):
+    for strategy in ("tree", "walk"):
         config = SearchConfig(strategy=strategy, num_simulations=10_000)
         result = quality.search(routed, examples, task, config, 120)
         (row,) = result["rows"]

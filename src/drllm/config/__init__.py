@@ -62,7 +62,7 @@ class SearchConfig(Settings):
         num_fewshot: worked examples shown before each question, of another split
         num_simulations: paths tried a question (paper: 50)
         budget: maximum executions of a path, as a factor of L (paper: 2)
-        strategy: tree, sweep (single edits, then pairs) or walk (one chain)
+        strategy: tree, or walk (one chain)
         stop_rule: when a question is done before its simulations are
         exploration_constant: c of the UCB rule (paper: 1.8)
         length_penalty: lambda of the UCB rule (paper: 3.0)

@@ -81,7 +81,7 @@ def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):
     ("what", "names"),
     [
         ("baselines", ["permuted-routes", "greedy-by-loss", "sequence-router"]),
-        ("strategies", ["tree", "sweep", "walk"]),
+        ("strategies", ["tree", "walk"]),
         ("targets", ["least_kl", "shortest", "largest_margin", "paper", "released"]),
         ("policies", ["fixed", "full", "routers"]),
         ("rewards", ["loglikelihood", "letter", "boxed", "exact"]),
