@@ -50,7 +50,7 @@ class Steps:
             "tune": ["--num-fit", "8" if few else "60", "--num-judged", "8" if few else "100"],
             "heal": ["--steps", "2"] if few else ["--minutes", str(options.minutes / 6)],
             "limit": ["--limit", "6" if few else "60"],
-            "judged": ["--limit", "8" if few else "200"],
+            "judged": ["--limit", "8" if few else "100"],
             "simulations": ["--num-simulations", "4" if few else "50"],
         }
 

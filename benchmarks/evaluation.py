@@ -1,14 +1,16 @@
-"""How much faster multiple-choice questions are scored than by the harness' own class.
+"""How much faster questions are scored and answered than by the harness' own class.
 
 Ours: `RoutedLM` in lm-evaluation-harness, every layer executed once: all continuations of a
-question behind one copy of its context, beginnings that prompts share read once.
-Theirs: the harness' `hf` class, one row for each continuation.
+question behind one copy of its context, beginnings that prompts share read once. Answers that are
+generated stand behind five worked examples.
+Theirs: the harness' `hf` class, one row for each continuation or answer.
 Both answer the same requests with the same batch size, taking turns in one run, and every
-log-probability and verdict is compared. Then the same with routers that read the prompts and are
-biased to execute every layer, which is what routers cost.
+log-probability and verdict, or text, is compared. Then the same with routers that read the prompts
+and are biased to execute every layer, which is what routers cost.
 
     python benchmarks/evaluation.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--batch-size N]
+        [--tasks NAMES] [--answers N] [--answer-tokens N]
 """
 
 from __future__ import annotations
@@ -31,22 +33,33 @@ from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
+from drllm.tasks.worked import WorkedTask
 
-TASKS = ("builtin_facts",)
-REAL_TASKS = ("arc_easy", "mmlu", "commonsense_qa")
+TASKS = ("builtin_facts", "builtin_arithmetic")
+REAL_TASKS = ("arc_easy", "hellaswag", "commonsense_qa", "gsm8k")
 """With --data-dir."""
+SHOTS = 5
 
-QUICK = {"repeats": 1, "questions": 32}
-WHOLE = {"repeats": 5, "questions": 200}
+QUICK = {"repeats": 1, "questions": 32, "answers": 8, "answer_tokens": 16}
+WHOLE = {"repeats": 5, "questions": 200, "answers": 32, "answer_tokens": 128}
 
 OURS = "RoutedLM: the choices of a question behind one copy of its context"
 THEIRS = "lm-evaluation-harness' hf class: a row for each choice"
 
 
-def requests_of(task_name: str, num: int, data_dir: Path | None) -> list[Instance]:
+def requests_of(task_name: str, sizes: dict[str, int], data_dir: Path | None) -> list[Instance]:
     """Return the requests of some questions, as the harness makes them."""
     task = get_task(task_name)
-    examples = choose(task.examples("test", data_dir), num, seed=0)
+    if OPTIONS_REWARD not in task.rewards:
+        shown = choose(task.examples("search", data_dir), SHOTS, seed=0)
+        worked = WorkedTask(task, shown, sizes["answer_tokens"])
+        examples = choose(task.examples("select", data_dir), sizes["answers"], seed=0)
+        how = {"until": [], "max_gen_toks": sizes["answer_tokens"], "do_sample": False}
+        return [
+            Instance("generate_until", {}, (worked.prompt(each, "boxed").text, how), 0)
+            for each in examples
+        ]
+    examples = choose(task.examples("test", data_dir), sizes["questions"], seed=0)
     prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
     return [
         Instance("loglikelihood", {}, (prompt.text, choice), idx, (task_name, doc, 1))
@@ -70,7 +83,8 @@ def compare(
     base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: common.Clock
 ) -> dict[str, Any]:
     """Time both ways on one task's questions, and compare their answers."""
-    requests = requests_of(task, sizes["questions"], data_dir)
+    requests = requests_of(task, sizes, data_dir)
+    kind = requests[0].request_type
     stock = HFLM(
         pretrained=copy.deepcopy(base.model),
         tokenizer=base.tokenizer,
@@ -79,9 +93,9 @@ def compare(
     ours = RoutedLM(base, batch_size=sizes["batch_size"])
     full, routers = ours.policy, RouterPolicy(executing_routers(base).to(base.model.device))
 
-    def timed(lm: HFLM) -> tuple[float, list[tuple[float, bool]]]:
+    def timed(lm: HFLM) -> tuple[float, list[Any]]:
         started = clock()
-        answers = lm.loglikelihood(requests, disable_tqdm=True)
+        answers = getattr(lm, kind)(requests, disable_tqdm=True)
         return clock() - started, answers
 
     runs = []
@@ -101,17 +115,23 @@ def compare(
     finally:
         ours.routed.detach()
     pairs = list(zip(answers["theirs_s"], answers["ours_s"], strict=True))
-    routed = list(zip(answers["ours_s"], answers["routers_s"], strict=True))
     timed_runs = runs[1:]
     speedups = [run["theirs_s"] / run["ours_s"] for run in timed_runs]
     overheads = [run["routers_s"] / run["ours_s"] for run in timed_runs]
-    return {
+    found = {
         "task": task,
         "questions": sizes["questions"],
         "requests": len(requests),
         "speedup": statistics.median(speedups),
         "router_overhead": statistics.median(overheads),
         "runs": timed_runs,
+    }
+    if kind == "generate_until":
+        differ = sum(theirs != own for theirs, own in pairs)
+        return {**found, "questions": len(requests), "verdicts_that_differ": differ}
+    routed = list(zip(answers["ours_s"], answers["routers_s"], strict=True))
+    return {
+        **found,
         "largest_difference": max(abs(slow[0] - fast[0]) for slow, fast in pairs),
         "verdicts_that_differ": sum(slow[1] != fast[1] for slow, fast in pairs)
         + best_differ(requests, answers["theirs_s"], answers["ours_s"]),
@@ -134,12 +154,16 @@ def report(result: dict[str, Any]) -> None:
     theirs, ours = (
         statistics.median(run[name] for run in result["runs"]) for name in ("theirs_s", "ours_s")
     )
+    is_scored = "largest_difference" in result
+    requests = f"{result['requests']} choices" if is_scored else f"each behind {SHOTS} worked ones"
+    apart = ""
+    if is_scored:
+        apart = f"largest difference of a log-probability {result['largest_difference']:.1e}, "
     print(
         f"{result['task']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
         f"{theirs:.1f} s by the harness' class, {ours:.1f} s ours; {result['questions']} "
-        f"questions, {result['requests']} choices\n"
-        f"  largest difference of a log-probability {result['largest_difference']:.1e}, "
-        f"{result['verdicts_that_differ']} verdicts differ\n"
+        f"questions, {requests}\n"
+        f"  {apart}{result['verdicts_that_differ']} {'verdicts' if is_scored else 'texts'} differ\n"
         f"  with routers that execute everything {result['router_overhead']:.3f} times the time"
     )
 
@@ -149,9 +173,11 @@ def main() -> None:
     parser = common.parser_of(__doc__)
     common.add_clock(parser)
     parser.add_argument("--data-dir", type=Path, help="real questions in place of built-in ones")
-    parser.add_argument("--tasks", help="comma list of tasks with options")
+    parser.add_argument("--tasks", help="comma list")
     common.add_model(parser, devices=True, dtypes=True)
-    parser.add_argument("--questions", type=int, help="of each task")
+    parser.add_argument("--questions", type=int, help="of each task with options")
+    parser.add_argument("--answers", type=int, help="of each task whose answers are generated")
+    parser.add_argument("--answer-tokens", type=int, help="of each of them")
     parser.add_argument("--batch-size", type=int, default=32, help="rows a pass, both ways")
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()

@@ -8,14 +8,16 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+import drllm
 from drllm.errors import ConfigError, PathError, RoutingError
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import STEPS
 from drllm.models.base.identity import fingerprint
+from drllm.models.base.layers import can_split
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import RouterPolicy
-from drllm.paths import Step
+from drllm.paths import StaticPath, Step
 from healed_folder import written_healed
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
@@ -140,6 +142,92 @@ def test_without_routers_generated_answers_are_the_harness_own(base, batch_size)
     expected = stock(base).generate_until(requests, disable_tqdm=True)
     found = RoutedLM(base, batch_size=batch_size).generate_until(requests, disable_tqdm=True)
     assert expected == found
+
+
+SHOTS = "one + one = two\ntwo + one = three\n"
+ASKED = ["one + two =", "six - one and then two =", "two + two and one ="]
+PLANS = {
+    "all layers": (1,) * 6,
+    "decisions": (1, 0, 2, 1, 1, 1),
+    "a path that no decisions say": StaticPath([0, Step(1, "mlp"), 2, 4, 3, 5]),
+}
+
+
+def tokens_read(lm):
+    """Return a list that gets, for each pass that reads a prompt, its rows and tokens."""
+    passes = []
+
+    def note(_model, args, options):
+        rows, tokens = options["input_ids"].shape
+        passes.extend([(rows, tokens)] * (tokens > 1))
+
+    lm.model.register_forward_pre_hook(note, with_kwargs=True)
+    return passes
+
+
+@pytest.mark.parametrize("runs", PLANS)
+def test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_whole_prompt(
+    tiny_model, tiny_tokenizer, family, runs
+):
+    plan = PLANS[runs]
+    model = tiny_model(family)
+    base = BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+    lm = RoutedLM(base, batch_size=2)
+    lm.policy = lm.routed.policy_of(plan)
+    passes = tokens_read(lm)
+    texts = [SHOTS + text for text in ASKED]
+    requests = to_answer(texts, until=["\n"], max_gen_toks=8, do_sample=False)
+    answers = lm.generate_until(requests, disable_tqdm=True)
+
+    whole = [(2, len(SHOTS + ASKED[1])), (1, len(texts[0]))]
+    shares = can_split(model) and isinstance(plan, tuple)
+    assert passes == ([(1, len(SHOTS)), (2, len(ASKED[1])), whole[1]] if shares else whole)
+    assert lm.generated_routes.keys() == set(texts)
+    for text, answer in zip(texts, answers, strict=True):
+        ids = torch.tensor([lm.tok_encode(text)])
+        with lm.routed.using(lm.policy):
+            said = lm.routed.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert answer == tiny_tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+
+
+@pytest.mark.parametrize("where", ["the model's own settings", "the task's"])
+def test_what_changes_the_likeliest_token_is_heeded(base, where):
+    given = {"repetition_penalty": 5.0} if where == "the task's" else {}
+    plain = to_answer(until=[], max_gen_toks=8, do_sample=False)
+    without = RoutedLM(base).generate_until(plain, disable_tqdm=True)
+    if not given:
+        base.model.generation_config.repetition_penalty = 5.0
+    requests = to_answer(until=[], max_gen_toks=8, do_sample=False, **given)
+    expected = stock(base).generate_until(requests, disable_tqdm=True)
+    assert expected != without, "the sample must be a test"
+    drllm.detach(base.model)
+    assert RoutedLM(base, batch_size=2).generate_until(requests, disable_tqdm=True) == expected
+
+
+def test_answers_that_are_done_leave_the_batch(base):
+    lm = RoutedLM(base, batch_size=len(QUESTIONS))
+    rows = []
+    lm.model.register_forward_pre_hook(
+        lambda _model, _args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    requests = to_answer(until=["v"], max_gen_toks=12, do_sample=False)
+    answers = lm.generate_until(requests, disable_tqdm=True)
+    assert len(set(map(len, answers))) > 1, "the sample must be a test"
+    assert rows[-1] < len(QUESTIONS)
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+
+
+def test_answers_whose_plans_or_beams_differ_read_their_whole_prompts(base, routers):
+    texts = [SHOTS + text for text in ASKED]
+    whole = [(2, len(SHOTS + ASKED[1])), (1, len(texts[0]))]
+    for given, settings in (({"routers": str(routers)}, {}), ({}, {"num_beams": 2})):
+        lm = RoutedLM(base, batch_size=2, **given)
+        passes = tokens_read(lm)
+        requests = to_answer(texts, until=["\n"], max_gen_toks=2, do_sample=False, **settings)
+        lm.generate_until(requests, disable_tqdm=True)
+        beams = settings.get("num_beams", 1)
+        assert passes == [(rows * beams, tokens) for rows, tokens in whole]
+        lm.routed.detach()
 
 
 def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, routers):

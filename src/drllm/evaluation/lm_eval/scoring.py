@@ -25,7 +25,7 @@ from torch import Tensor
 from drllm.errors import TaskError
 from drllm.listener import logger
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
+from drllm.models.routing.policies import FixedPolicy, Policy, one_plan
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
@@ -199,12 +199,8 @@ class RequestScorer:
 
         One plan for all is run as a path: then the prompts' common beginning is read once for all.
         """
-        plan: Decisions | None = None
-        if isinstance(policy, FullPolicy):
-            plan = (1,) * self.routed.num_layers
-        elif isinstance(policy, FixedPolicy) and policy.shared:
-            plan = tuple(policy.plan[0])
-        if plan is None or not batch.shares_beginning:
+        plan = one_plan(policy, self.routed.num_layers)
+        if not isinstance(plan, tuple) or not batch.shares_beginning:
             return batch.routed_scores(policy)
         pairs = [(place, plan) for place in range(len(batch.questions))]
         return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))

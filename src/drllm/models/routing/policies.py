@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from drllm.models.routers.stack import RouterStack, Spans, Windows
+    from drllm.paths import Plan
 
 POLICIES: Registry[type[Policy]] = Registry(
     "policy", ["drllm.models.routing.policies", "drllm.models.routing.menu"]
@@ -159,6 +160,15 @@ class PathPolicy(Policy):
         """Return how often the layer runs, in whole or in part; the driver runs the path itself."""
         count = [layer_of(item) for item in self.path.steps].count(layer)
         return [count] * prompts.num_rows
+
+
+def one_plan(policy: Policy, num_layers: int) -> Plan | None:
+    """Return what a policy runs for every prompt, whatever it says; None where that differs."""
+    if isinstance(policy, FullPolicy):
+        return (1,) * num_layers
+    if isinstance(policy, FixedPolicy):
+        return policy.plan[0] if len({*policy.plan}) == 1 else None
+    return policy.path if isinstance(policy, PathPolicy) else None
 
 
 @dataclass(eq=False)
