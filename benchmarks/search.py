@@ -207,7 +207,7 @@ def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) 
 def bound_of(
     base: BaseModel, evaluator: Evaluator, found: dict[Pair, Outcome], clock: common.Clock
 ) -> float:
-    """Return the seconds a path that no exact method is faster than."""
+    """Return the seconds a path that a method needs which shares all that can be (see `bound`)."""
     readings = evaluator.readings
     after = [num_tokens(reading) - len(reading.tokens) for reading in readings]
     answers = {pair: outcome.tokens for pair, outcome in found.items()}

@@ -83,12 +83,14 @@ def search(
     while going:
         pairs = []
         for place in sorted(going):
-            num_pairs = len(pairs)
-            for decisions in searches[place].ask(config.leaves_per_round):
-                if len(more := known[place] | beginnings(decisions)) <= allowance:
-                    known[place] = more
-                    pairs.append((place, decisions))
-            if len(pairs) == num_pairs:
+            asked_for = searches[place].ask(config.leaves_per_round)
+            for decisions in asked_for:
+                if len(more := known[place] | beginnings(decisions)) > allowance:
+                    asked_for = []  # the search is over, as for one that asks path by path
+                    break
+                known[place] = more
+                pairs.append((place, decisions))
+            if not asked_for:
                 going.remove(place)
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place, decisions] = outcome

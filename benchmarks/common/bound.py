@@ -1,10 +1,14 @@
-"""What no exact method can do without: the layers that have to run, at the least that they cost."""
+"""What an exact method has to run at the least, and at the least that it costs.
+
+One that shares between paths all that they agree on, and between questions what all of them begin
+with. What some of the questions alone have in common isn't counted as shared.
+"""
 
 from __future__ import annotations
 
 import os.path
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +16,7 @@ import torch
 from common import Clock
 from drllm.cost import distinct_executions
 from drllm.models.base.load import BaseModel
-from drllm.paths import Decisions
+from drllm.paths import Decisions, to_path
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 HEAD_TOKENS = (32, 128, 512)
@@ -64,10 +68,11 @@ def least_to_search(
     for place, path in answers:
         tried[place].append(path)
     common = len(os.path.commonprefix([*prompts])) if len(prompts) > 1 else 0  # noqa: RUF071
-    layers = common * distinct_executions([*dict.fromkeys(path for _, path in answers)])
+    layers = common * len(_inner(path for _, path in answers))
     for place, paths in tried.items():
         own = len(prompts[place]) - common + num_after[place]
-        layers += own * distinct_executions(paths)
+        inner, scored_there = len(_inner(paths)), 1 + num_after[place]
+        layers += own * inner + scored_there * (distinct_executions(paths) - inner)
     said: defaultdict[tuple[int, tuple[int, ...]], list[Decisions]] = defaultdict(list)
     for (place, path), tokens in answers.items():
         for end in range(1, len(tokens)):  # the last token isn't read
@@ -75,3 +80,9 @@ def least_to_search(
     layers += sum(map(distinct_executions, said.values()))
     scored = sum(1 + num_after[place] for place, _ in answers)
     return Work(layers, scored + sum(map(len, said.values())))
+
+
+def _inner(paths: Iterable[Decisions]) -> set[tuple[int, ...]]:
+    """Return the states that another execution follows; others are needed where they are scored."""
+    listed = {to_path(path) for path in paths}
+    return {path[:end] for path in listed for end in range(1, len(path))}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.layers import can_split
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
-from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath, Step
 from healed_folder import written_healed
 from paths_json import written_paths
@@ -179,9 +180,11 @@ def test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_wh
     requests = to_answer(texts, until=["\n"], max_gen_toks=8, do_sample=False)
     answers = lm.generate_until(requests, disable_tqdm=True)
 
-    whole = [(2, len(SHOTS + ASKED[1])), (1, len(texts[0]))]
-    shares = can_split(model) and isinstance(plan, tuple)
-    assert passes == ([(1, len(SHOTS)), (2, len(ASKED[1])), whole[1]] if shares else whole)
+    if can_split(model):
+        own = [len(text) for text in ASKED]
+        assert passes == [(1, len(SHOTS)), (2, own[1]), (1, own[0])]
+    else:  # windows count columns, say, so that padding has to stay in front
+        assert passes == [(2, len(SHOTS) + len(ASKED[1])), (1, len(texts[0]))]
     assert lm.generated_routes.keys() == set(texts)
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([lm.tok_encode(text)])
@@ -204,17 +207,55 @@ def test_what_changes_the_likeliest_token_is_heeded(base, where):
     assert RoutedLM(base, batch_size=2).generate_until(requests, disable_tqdm=True) == expected
 
 
-def test_answers_that_are_done_leave_the_batch(base):
-    lm = RoutedLM(base, batch_size=len(QUESTIONS))
-    rows = []
-    lm.model.register_forward_pre_hook(
-        lambda _model, _args, options: rows.append(len(options["input_ids"])), with_kwargs=True
-    )
-    requests = to_answer(until=["v"], max_gen_toks=12, do_sample=False)
-    answers = lm.generate_until(requests, disable_tqdm=True)
-    assert len(set(map(len, answers))) > 1, "the sample must be a test"
-    assert rows[-1] < len(QUESTIONS)
-    assert rows[1:] == sorted(rows[1:], reverse=True)
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_models_without_rotations_answer_behind_worked_examples_too(
+    tiny_model, tiny_tokenizer, kind
+):
+    base = BaseModel(model=tiny_model(kind), tokenizer=tiny_tokenizer, name="", revision=None)
+    requests = to_answer([SHOTS + text for text in ASKED], until=["\n"], max_gen_toks=8)
+    expected = stock(base).generate_until(requests, disable_tqdm=True)
+    assert RoutedLM(base, batch_size=3).generate_until(requests, disable_tqdm=True) == expected
+
+
+ENDINGS = {
+    "a stop within a special token's name": ({"until": ["a"]}, {}),
+    "a stop that begins with a special token": ({"until": ["<t><t>", ")<"]}, {}),
+    "an end token of the request": ({"until": [], "eos_token_id": 20}, {}),
+    "thinking": ({"until": ["v"]}, {"think_end_token": "4"}),
+    "samples": ({"until": [], "do_sample": True, "temperature": 1.5}, {}),
+    "a bound of all tokens": ({"until": [], "max_length": 60}, {}),
+}
+
+
+@pytest.mark.parametrize(("settings", "options"), ENDINGS.values(), ids=ENDINGS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_behind_worked_examples_end_where_the_harness_own_do(
+    base, settings, options, batch_size
+):
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens(["<t>"])
+    base.model.resize_token_embeddings(len(tokenizer))
+    base = replace(base, tokenizer=tokenizer)
+    texts = [SHOTS + text for text in ASKED]
+    requests = to_answer(texts, max_gen_toks=12, **settings)
+    plain = stock(base, batch_size=batch_size, **options)
+    lm = RoutedLM(base, batch_size=batch_size, **options)
+    torch.manual_seed(0)
+    expected = plain.generate_until(requests, disable_tqdm=True)
+    torch.manual_seed(0)
+    assert lm.generate_until(requests, disable_tqdm=True) == expected
+
+
+def test_a_policy_that_is_told_from_a_full_one_by_what_it_decides_is_asked(base):
+    class Fewer(FullPolicy):
+        def decide(self, layer, prompts):
+            return [int(layer != 2)] * prompts.num_rows
+
+    lm = RoutedLM(base, batch_size=3)
+    lm.policy = Fewer()
+    texts = [SHOTS + text for text in ASKED]
+    lm.generate_until(to_answer(texts, until=[], max_gen_toks=2), disable_tqdm=True)
+    assert {*lm.generated_routes.values()} == {(1, 1, 0, 1, 1, 1)}
 
 
 def test_answers_whose_plans_or_beams_differ_read_their_whole_prompts(base, routers):

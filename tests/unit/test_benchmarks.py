@@ -139,6 +139,19 @@ def test_the_executions_counted_are_those_that_the_evaluator_runs(quality, one_q
         assert len(row["paths"]) > 5
 
 
+def test_the_least_that_a_search_runs_is_what_nothing_is_run_twice_for(benchmark):
+    benchmark("search")
+    from common.bound import least_to_search
+
+    prompts = [[0] * 8 + [1, 2], [0] * 8 + [3, 4, 5]]
+    answers = {(0, (1, 1, 1)): (7, 8), (0, (1, 1, 0)): (7, 9), (1, (1, 1, 1)): (5,)}
+    least = least_to_search(prompts, [0, 0], answers)
+    # Layers 0 and 1 on what both begin with, and on their own tokens; layer 2 on the last tokens;
+    # all three on the token 7, which both paths of the first question read.
+    assert least.layers == 8 * 2 + (2 * 2 + 1) + (3 * 2 + 1) + 3
+    assert least.head == 3 + 2
+
+
 def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(quality):
     survived = {"survived": True, "margin": 0.5}
     full = {"decisions": [1, 1, 1], "reward": 1.0, "margin": 1.0, "kl": 0.0, "retest": survived}

@@ -127,15 +127,15 @@ def test_the_depth_control_says_which_knob_is_turned(given, knob):
     [
         (
             {"depth_bias": 1.0, "router_penalty": 0.5},
-            "--depth-bias and --router-penalty are given, but only one of them can set the depth",
+            "--depth-bias and --router-penalty would each set the depth",
         ),
         (
             {"target_executions": 20.0, "calibration": "x.jsonl", "static_routing": True},
-            "--target-executions and --static-routing are given",
+            "--target-executions and --static-routing would",
         ),
         (
             {"depth_bias": 1.0, "router_penalty": 0.5, "static_routing": True},
-            "--depth-bias, --router-penalty and --static-routing are given",
+            "--depth-bias and --router-penalty and --static-routing would",
         ),
         ({"target_executions": 20.5}, "--target-executions 20.5 needs prompts to look on; give"),
         ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),

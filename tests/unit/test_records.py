@@ -157,7 +157,7 @@ BROKEN_SEARCH_ROWS = {
     "a margin of NaN": (spoiled_path(margin=float("nan")), "NaN"),
     "a re-test without verdict": (spoiled_path(retest={"passed": 1, "asked": 2}), "`margin`"),
     "more passed than asked": (spoiled_retest(passed=5), r"5 of 4.*`paths\[1\]\.retest`"),
-    "survived with half": (spoiled_retest(passed=2), "'survived' is true, but only 2 of 4"),
+    "survived with half": (spoiled_retest(passed=2), "'survived' is true, but 2 of 4"),
 }
 
 

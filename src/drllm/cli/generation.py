@@ -24,6 +24,7 @@ from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.menu import Menu, find_menu, read_plan
 from drllm.records.places import check_file
+from drllm.tasks.files import messages_of
 from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
@@ -163,20 +164,14 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
         request.values[name] for name in ("prompt", "file", "output", "routers", "path")
     )
     if routers and path:
-        raise ConfigError(
-            f"--routers {routers} and --path {path} are both given, but only one of them can "
-            f"decide; leave one out"
-        )
+        raise ConfigError(f"--routers {routers} and --path {path} would both decide; leave one out")
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if file and output:
         target = request.path("output")
         check_file(target, "--output")
         if target.exists() and target.samefile(request.path("file")):
-            raise ConfigError(
-                f"--output {output} is the file of prompts itself, which would be lost; give "
-                f"another name"
-            )
+            raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
     knob, size, at_once = depth.knob(), config.batch_size, not config.route_first
     chooses = routers or (path and find_menu(path))
     idle = {
@@ -201,9 +196,7 @@ def read_prompts(path: Path) -> list[Asked]:
             found = _asked(row, line)
             first = lines.setdefault(str(found.id), line)
             if first != line:
-                raise TaskError(
-                    f"the id {found.id!r} is the one of line {first} already; give each its own"
-                )
+                raise TaskError(f"the id {found.id!r} is line {first}'s already; give each its own")
         except TaskError as error:
             raise TaskError(f"{path}, line {line}: {error}") from error
         asked.append(found)
@@ -220,15 +213,8 @@ def _asked(row: dict[str, Any], line: int) -> Asked:
         raise TaskError(f"'id' is {own_id!r}; expected text or a whole number")
     if kinds != ["messages"]:
         return Asked(line, own_id, text_of(row, kinds[0]))
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise TaskError(f"'messages' is {messages!r}; expected a list of messages")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise TaskError(f"'messages' holds {message!r}; expected objects with role and content")
-        for key in ("role", "content"):
-            text_of(message, key)
-    return Asked(line, own_id, messages)
+    messages_of(row)
+    return Asked(line, own_id, row["messages"])
 
 
 def _answer(

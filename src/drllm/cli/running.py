@@ -17,10 +17,7 @@ IN_A_FOLDER = (
     Flag("data_dir", "folder with SPLIT.jsonl[.gz] files by task", value="DIR"),
 )
 RECIPE = "YAML file, or the name of a packaged recipe"
-SWEEP = (
-    "YAML file, or the name of a packaged sweep: a recipe, and under 'settings' what differs from "
-    "it"
-)
+SWEEP = "YAML file or packaged sweep: a recipe, and under 'settings' what differs from it"
 
 
 @verb(

@@ -87,10 +87,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         schemas = map(results.schema_of, results.results_in(place))
         parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:
-        raise RecordError(
-            f"{folder} holds no search.jsonl, supervision.jsonl, routers or results; "
-            f"give a folder that a stage of drllm has written"
-        )
+        raise RecordError(f"{folder} holds nothing that drllm shows; give what a stage has written")
     for number, (place, print_it) in enumerate(parts):
         if number:
             terminal.say()

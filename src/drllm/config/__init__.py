@@ -268,11 +268,8 @@ class DepthConfig(Settings):
         given = [each.name for each in fields_of(self) if getattr(self, each.name) != each.default]
         names = [name for name in given if name != "calibration"]
         if len(names) > 1:
-            flags = [flag_of(name) for name in names]
-            raise ConfigError(
-                f"{', '.join(flags[:-1])} and {flags[-1]} are given, but only one of them can set "
-                f"the depth; leave the others out"
-            )
+            flags = " and ".join(flag_of(name) for name in names)
+            raise ConfigError(f"{flags} would each set the depth; leave all but one out")
         if self.target_executions is not None and self.calibration is None:
             raise ConfigError(
                 f"--target-executions {self.target_executions:g} needs prompts to look on; give "

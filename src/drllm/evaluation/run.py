@@ -167,9 +167,7 @@ def evaluate(
             )
         hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in loaded}
         if len(set(hashes.values())) < len(given):
-            raise ConfigError(
-                "the same routers are given twice, and would count as another seed; give each once"
-            )
+            raise ConfigError("the same routers are given twice; give those of each seed once")
         header = {
             **new_manifest(
                 "evaluation",

@@ -129,9 +129,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise RecordError(
-            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
-        ) from error
+        raise RecordError(f"can't write {path}: {error.strerror}; choose another folder") from error
     except UnicodeEncodeError as error:
         raise RecordError(f"can't write {path}: its text isn't UTF-8 ({error.reason})") from error
 

@@ -76,9 +76,7 @@ def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
             f"another {stage} is writing to {folder}; wait until it ends, or choose another {flag}"
         ) from None
     except OSError as error:
-        raise RecordError(
-            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
-        ) from error
+        raise RecordError(f"can't write {path}: {error.strerror}; choose another folder") from error
     try:
         yield
     finally:

@@ -328,9 +328,7 @@ def read_form(path: Path, kind: type[T], schema: str) -> T:
     """Read a file of results, refusing one of an older form by its version's name."""
     found = read_json(path, Version)
     if found.schema != schema:
-        raise RecordError(
-            f"{path} says {found.schema!r}; expected {schema!r}. Is it the right file?"
-        )
+        raise RecordError(f"{path} says {found.schema!r}; expected {schema!r}; give another file")
     if found.schema_version < OLDEST:
         raise RecordError(
             f"{path} was written by drllm {found.drllm_version} in an older form (schema version "

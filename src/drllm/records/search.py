@@ -32,9 +32,7 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if not 0 <= self.passed <= self.asked:
             raise ValueError(f"'passed' is {self.passed} of {self.asked} 'asked'")
         if self.survived and self.asked and self.passed * 2 <= self.asked:
-            raise ValueError(
-                f"'survived' is true, but only {self.passed} of {self.asked} were passed"
-            )
+            raise ValueError(f"'survived' is true, but {self.passed} of {self.asked} were passed")
 
 
 class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -92,9 +92,7 @@ def figures_of(page: Path) -> list[Path]:
 
 def _folder_of(results: Results) -> Path:
     if results.folder is None:
-        raise ConfigError(
-            "these results were not written; give evaluate(..., output_dir='runs/NAME/eval')"
-        )
+        raise ConfigError("these results weren't written; give evaluate(..., output_dir=FOLDER)")
     return results.folder.parent if results.folder.name == "eval" else results.folder
 
 

@@ -223,9 +223,7 @@ def _value(row: Row, column: str) -> Any:
 def _kind(row: Row) -> str:
     """Say which kind of row this is, in the words of a message."""
     if "choices" in row and "grader" in row:
-        raise TaskError(
-            "a row with 'choices' takes no 'grader'; leave it out and choose by --reward"
-        )
+        raise TaskError("'choices' take no 'grader'; leave it out and choose by --reward")
     if "choices" in row:
         return CHOICES
     if "grader" not in row:
@@ -262,12 +260,17 @@ def _example(row: Row) -> Example:
     return with_options(question, choices, _gold(row, choices))
 
 
-def _messages(row: Row) -> Messages:
-    """Return a conversation up to the user's last message: an answer to it is left out."""
+def messages_of(row: Row) -> list[tuple[str, str]]:
+    """Return the roles and texts of a row's conversation; a TaskError if it is none."""
     said = row["messages"]
     if not isinstance(said, list) or not said or not all(isinstance(m, Mapping) for m in said):
         raise TaskError(f"'messages' is {said!r}; expected a list of objects with role and content")
-    found = [(text_of(one, "role"), text_of(one, "content")) for one in said]
+    return [(text_of(one, "role"), text_of(one, "content")) for one in said]
+
+
+def _messages(row: Row) -> Messages:
+    """Return a conversation up to the user's last message: an answer to it is left out."""
+    found = messages_of(row)
     while found and found[-1][0] == "assistant":
         found.pop()
     if not found or found[-1][0] != "user":

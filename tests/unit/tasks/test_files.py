@@ -240,7 +240,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([choices(choices="ice")], "line 1: 'choices' is 'ice'; expected a list"),
     ([choices(choices=["ice", "ice"])], "line 1: 'choices' holds 'ice' twice"),
     ([choices(choices=[*map(str, range(27))])], "'choices' has 27 entries; give at most"),
-    ([choices(grader="letter")], "takes no 'grader'"),
+    ([choices(grader="letter")], "take no 'grader'"),
     ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
     ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),

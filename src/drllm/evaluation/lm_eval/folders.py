@@ -149,9 +149,7 @@ def task_folder(
     files, found = FolderFiles(), []
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
-            raise TaskError(
-                f"task {task.name!r} is evaluated twice, or another has the same name; name it once"
-            )
+            raise TaskError(f"task {task.name!r} is given twice, or its name is; give it once")
         entry = entry_of(task)
         shots = entry.shots if num_fewshot is None else num_fewshot
         asked = choose(task.rows(split, data_dir), limit, seed)

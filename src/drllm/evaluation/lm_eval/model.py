@@ -23,14 +23,8 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
-from drllm.evaluation.lm_eval.scoring import (
-    STATE_CACHE_GB,
-    Answer,
-    Request,
-    RequestScorer,
-    fitted,
-    without_padding,
-)
+from drllm.evaluation.lm_eval.prefix import CommonPrefix
+from drllm.evaluation.lm_eval.scoring import Answer, Request, RequestScorer, fitted, without_padding
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers import hub
@@ -38,10 +32,9 @@ from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.menu import load_policy
-from drllm.models.routing.policies import PathPolicy, Policy, one_plan
+from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import executions_along
-from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
 from drllm.processes import PATIENCE, launched
@@ -54,12 +47,6 @@ PASSED_ON = (
     *("think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Arguments of the harness' own class that keep their meaning."""
-NOT_READ = (
-    *("do_sample", "temperature", "top_k", "top_p", "use_cache", "_from_model_config"),
-    *("output_attentions", "output_hidden_states"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "transformers_version"),
-)
-"""Settings of `generate` that change nothing where the likeliest token is taken, or are known."""
 PUBLISHED = "is_static_routing"  # the published name of `static_routing`
 DEPTH = (*(each.name for each in dataclasses.fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
@@ -118,9 +105,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 raise ConfigError(unknown_name("model argument", name, known))
         batch_size = 1 if batch_size is None else batch_size
         if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
-            raise ConfigError(
-                f"--batch_size is '{batch_size}'; give auto, or a whole number from 1"
-            )
+            raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
         knobs = {name: others.pop(name) for name in DEPTH if name in others}
         if knobs.pop(PUBLISHED, False):
             knobs["static_routing"] = True
@@ -179,6 +164,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         # Which policy decides on the answers to a batch's prompts.
         self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
+        self._prefix = CommonPrefix(self.routed)
 
     @classmethod
     def create_from_arg_obj(
@@ -201,10 +187,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def _policy(self, depth: DepthConfig, path: str | None) -> Policy:
         if path is not None:
             if other := "routers" if self.routed.routers is not None else depth.knob():
-                raise ConfigError(
-                    f"path={path} and {other} are given, but only one of them can decide"
-                    f"; leave one out"
-                )
+                raise ConfigError(f"path={path} and {other} would both decide; leave one out")
             plan = read_plan(path)
             named = plan.found.name if isinstance(plan, PathFile) and plan.found else ""
             self.path_source = f"{plan.file}:{named}" if named else str(plan.file)
@@ -262,53 +245,17 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
-        policy = self.policy_of(self._contexts)
-        plan = one_plan(policy, self.routed.num_layers)
-        if isinstance(plan, tuple) and self._is_plain(kwargs):
-            output = self._answers(plan, context, **kwargs)
-            routes = torch.tensor([plan] * len(context))
-        else:
-            with self.routed.using(policy):
-                output = super()._model_generate(context, *args, **kwargs)
+        policy, routes = self.policy_of(self._contexts), None
+        if found := self._prefix.before(policy, context, kwargs):
+            context, kwargs, routes = found
+        with self.routed.using(policy):
+            output = super()._model_generate(context, *args, **kwargs)
+        if routes is None:
             copies = len(self.routed.last_route) // len(self._contexts)
             routes = self.routed.last_route[::copies]
         self.scorer.count(routes)
         self.generated_routes.update(zip(self._contexts, map(tuple, routes.tolist()), strict=True))
         return output
-
-    def _is_plain(self, options: Mapping[str, Any]) -> bool:
-        """Say whether the likeliest token is taken at each step, and nothing else is asked for."""
-        asked = {*options} | {*self.model.generation_config.to_diff_dict()}
-        is_greedy = not options.get("do_sample") and not options.get("temperature")
-        return is_greedy and asked <= {"attention_mask", "max_length", "stop", *NOT_READ}
-
-    def _answers(
-        self,
-        plan: Decisions,
-        context: Tensor,
-        attention_mask: Tensor,
-        max_length: int,
-        stop: Sequence[str],
-        **_: Any,
-    ) -> Tensor:
-        """Return the prompts with their answers, the same as `generate` gives, faster.
-
-        What the prompts begin with is read once for all, and answers that are done leave the batch.
-        """
-        T, lengths = context.shape[1], attention_mask.sum(dim=1).tolist()
-        rows = [row[T - num :] for row, num in zip(context.tolist(), lengths, strict=True)]
-        added = self.tokenizer.get_added_vocab()  # the harness looks into their names too
-        ends = [token for name, token in added.items() if any(each in name for each in stop)]
-        batch = AnswerBatch(self.routed, self.tokenizer, rows, STATE_CACHE_GB, ends=ends)
-        said = batch.answers(
-            [(row, plan) for row in range(len(rows))],
-            [max_length - T] * len(rows),
-            lambda _, text, done: 0.0 if done or any(each in text for each in stop) else None,
-        )
-        batch.forget()
-        fill = [self.tokenizer.pad_token_id] * max(len(answer.tokens) for answer in said)
-        ids = [[*answer.tokens, *fill][: len(fill)] for answer in said]
-        return torch.cat([context, torch.tensor(ids, dtype=context.dtype).to(context)], dim=1)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate answers; decisions are taken in the prefill, and pinned.

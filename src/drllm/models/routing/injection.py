@@ -78,6 +78,8 @@ class Forward:
     attention_mask: Any
     rejected: tuple[str, ...]  # names of requested outputs that routing can't give
     driver: Driver = field(init=False)
+    # A cache of pinned decisions, by which layers that run as without routing are known.
+    pinned: Cache | None = None
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
     # By argument and part, an argument and that part of it; made once a pass, like `indices`.
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
@@ -330,6 +332,14 @@ class LayerHandle(ForwardOverride):
         if forward is None:  # somebody calls the layer by itself: it is what it always was
             return self.original()(hidden_states, *args, **kwargs)
         forward.visited.append(self.index)
+        if forward.pinned is not None:
+            entry = forward.pinned.layers[self.index]
+            if entry.is_plain and len(entry.decisions) == hidden_states.shape[0]:
+                entry.begin_pass(0)
+                try:
+                    return self.original()(hidden_states, *args, **kwargs)
+                finally:
+                    entry.end_pass()
         call = LayerCall(self, forward, hidden_states.shape[0], args, kwargs)
         output = forward.driver.layer(call, hidden_states)
         if not self.injection.returns_tuple:

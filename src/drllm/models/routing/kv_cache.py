@@ -84,6 +84,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.rows.append(tuple(r for r, value in enumerate(decisions) if value > count))
         if not self.passes:
             self.shadow = copy.deepcopy(self.pristine)
+        self.is_plain = {*decisions} == {1} and path is None and not any(adapters)
 
     def begin_pass(self, index: int) -> tuple[int, ...]:
         """Direct `update` and the lengths to one pass until `end_pass`, and return its rows."""
@@ -176,6 +177,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything, the decisions too."""
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
         self.path, self.adapters = None, ()
+        self.is_plain = False  # whether all rows run the layer once and whole, as without routing
         self._uncounted = 0
         # As in a `Forward`, of the passes that this is the first layer's entry of.
         self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

@@ -163,12 +163,12 @@ class PathPolicy(Policy):
 
 
 def one_plan(policy: Policy, num_layers: int) -> Plan | None:
-    """Return what a policy runs for every prompt, whatever it says; None where that differs."""
-    if isinstance(policy, FullPolicy):
+    """Return what a policy runs for every prompt, whatever it says; None where that may differ."""
+    if type(policy) is FullPolicy:  # a subclass may decide otherwise
         return (1,) * num_layers
-    if isinstance(policy, FixedPolicy):
-        return policy.plan[0] if len({*policy.plan}) == 1 else None
-    return policy.path if isinstance(policy, PathPolicy) else None
+    if type(policy) is FixedPolicy:
+        return policy.plan[0] if policy.shared else None
+    return policy.path if type(policy) is PathPolicy else None
 
 
 @dataclass(eq=False)

@@ -41,8 +41,8 @@ class Answer:
 class AnswerBatch:
     """Prompts, as tokens, that are answered greedily, each pair under its own decisions.
 
-    `state_cache_gb` and `paths_per_pass` are those of a `ChoiceBatch`; `ends` end an answer beside
-    the model's own end tokens; `rows` are the prompts' rows, with the states of their paths.
+    `state_cache_gb` and `paths_per_pass` are those of a `ChoiceBatch`; `rows` are the prompts'
+    rows, with the states of their paths.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class AnswerBatch:
         state_cache_gb: float | None,
         *,
         paths_per_pass: int | None = None,
-        ends: Sequence[int] = (),
     ) -> None:
         self.routed = routed
         self.tokenizer = tokenizer
@@ -64,7 +63,7 @@ class AnswerBatch:
         self.forget = self._kl.forget
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
-        self._ends = {*end_tokens(routed.model.generation_config.eos_token_id), *ends}
+        self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
         self._cache_argument = cache_argument(routed.model)
 
     def answers(

@@ -312,7 +312,7 @@ def test_what_cannot_be_asked_is_refused(names, given, message, sets, write):
 
 def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
     twice = [get_task("builtin_facts")] * 2
-    with pytest.raises(TaskError, match="'builtin_facts' is evaluated twice"):
+    with pytest.raises(TaskError, match="'builtin_facts' is given twice"):
         task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"question": "1?", "choices": ["a", "b"], "answer": 0}) + "\n")
