@@ -23,6 +23,7 @@ from typing import Any
 
 import common
 import torch
+from common.bound import cheapest, least_to_search
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -66,6 +67,31 @@ def requests_of(task_name: str, sizes: dict[str, int], data_dir: Path | None) ->
         for doc, prompt in enumerate(prompts)
         for idx, choice in enumerate(prompt.continuations)
     ]
+
+
+def bound_of(
+    base: BaseModel, lm: RoutedLM, requests: list[Instance], answers: list[Any], clock: common.Clock
+) -> float:
+    """Return the seconds of a method which shares all that can be (see `common.bound`)."""
+    full = (1,) * base.num_layers
+    prompts: list[list[int]] = []
+    after: list[int] = []
+    said: dict[Any, list[int]] = {}
+    for request, answer in zip(requests, answers, strict=True):
+        if request.request_type == "generate_until":
+            said[len(prompts), full] = lm.tok_encode(answer, add_special_tokens=False)
+            prompts.append(lm.tok_encode(request.args[0]))
+            after.append(0)
+            continue
+        context, option = lm._encode_pair(*request.args)
+        if request.idx == 0:
+            said[len(prompts), full] = []
+            prompts.append(context)
+            after.append(0)
+        after[-1] += len(option) - 1
+    least = least_to_search(prompts, after, said)
+    cost = cheapest(base, round(statistics.mean(map(len, prompts))), clock)
+    return least.layers * cost.layers + least.head * cost.head
 
 
 def executing_routers(base: BaseModel) -> RouterStack:
@@ -118,8 +144,10 @@ def compare(
     timed_runs = runs[1:]
     speedups = [run["theirs_s"] / run["ours_s"] for run in timed_runs]
     overheads = [run["routers_s"] / run["ours_s"] for run in timed_runs]
+    bound = bound_of(base, ours, requests, answers["ours_s"], clock)
     found = {
         "task": task,
+        "bound": statistics.median(run["theirs_s"] / bound for run in timed_runs),
         "questions": sizes["questions"],
         "requests": len(requests),
         "speedup": statistics.median(speedups),
@@ -163,6 +191,8 @@ def report(result: dict[str, Any]) -> None:
         f"{result['task']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
         f"{theirs:.1f} s by the harness' class, {ours:.1f} s ours; {result['questions']} "
         f"questions, {requests}\n"
+        f"  bound {result['bound']:.2f}: what has to run, at the least that it costs; "
+        f"{result['speedup'] / result['bound']:.0%} of it is reached\n"
         f"  {apart}{result['verdicts_that_differ']} {'verdicts' if is_scored else 'texts'} differ\n"
         f"  with routers that execute everything{'' if is_scored else ', which read it all'}, "
         f"{result['router_overhead']:.3f} times the time"
@@ -193,6 +223,7 @@ def main() -> None:
         report(results[-1])
     figures = {
         "speedup": {result["task"]: result["speedup"] for result in results},
+        "bound": {result["task"]: result["bound"] for result in results},
         "overhead": {r["task"]: r["router_overhead"] for r in results if "largest_difference" in r},
         "verdicts_that_differ": {r["task"]: r["verdicts_that_differ"] for r in results},
         "repeats": sizes["repeats"],

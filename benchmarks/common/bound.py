@@ -19,6 +19,7 @@ from drllm.models.base.load import BaseModel
 from drllm.paths import Decisions, to_path
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+MOST_TOKENS = 4096  # in a batch: a larger one costs as much a token
 HEAD_TOKENS = (32, 128, 512)
 REPEATS = 3
 
@@ -35,7 +36,8 @@ def cheapest(base: BaseModel, num_tokens: int, clock: Clock) -> Work:
 
     Measured on prompts of so many tokens, in batches of 1 to 32.
     """
-    ids = torch.randint(100, (max(BATCHES), num_tokens), device=base.model.device)
+    batches = [num for num in BATCHES if num * num_tokens <= MOST_TOKENS] or [1]
+    ids = torch.randint(100, (max(batches), num_tokens), device=base.model.device)
     head = base.model.get_output_embeddings()
     states = torch.randn(max(HEAD_TOKENS), head.weight.shape[1]).to(head.weight)
 
@@ -49,7 +51,7 @@ def cheapest(base: BaseModel, num_tokens: int, clock: Clock) -> Work:
 
     with torch.no_grad():
         decoder = base.model.get_decoder()
-        read = [(seconds(decoder, ids[:num], use_cache=False), num) for num in BATCHES]
+        read = [(seconds(decoder, ids[:num], use_cache=False), num) for num in batches]
         scored = [seconds(head, states[:num]) / num for num in HEAD_TOKENS]
     return Work(min(s / num for s, num in read) / num_tokens / base.num_layers, min(scored))
 
