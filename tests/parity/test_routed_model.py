@@ -17,6 +17,7 @@ from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
 from drllm.models.base.prompts import left_padded
+from drllm.models.routing.driver import RoutedPass
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -271,6 +272,43 @@ def test_a_cache_filled_without_routing_is_refused(tiny_llama):
     routed = RoutedModel(model)
     with pytest.raises(RoutingError, match="filled without routing"):
         routed.model(torch.tensor([[4]]), **on(model, cache))
+
+
+@pytest.mark.parametrize("plan", [[1] * 6, PLANS["skips and repeats"]])
+def test_a_routed_cache_is_refused_without_routing_and_goes_on_with_it_as_if_nothing_was(
+    tiny_llama, plan
+):
+    routed = RoutedModel(tiny_llama())
+    caches = [DynamicCache(config=routed.model.config) for _ in range(2)]
+    with routed.fixed(plan):
+        for cache in caches:
+            routed.model(IDS, **on(routed.model, cache))
+    routed.detach()
+    with pytest.raises(RoutingError, match="run without routing"):
+        routed.model(torch.tensor([[4]]), **on(routed.model, caches[0]))
+    again = RoutedModel(routed.model)
+    found, expected = (
+        again.model(torch.tensor([[4]]), **on(again.model, cache)).logits for cache in caches
+    )
+    assert torch.equal(found, expected)
+
+
+def test_after_the_prompt_the_driver_is_asked_for_the_layers_alone_that_rows_differ_in(
+    routed, monkeypatch
+):
+    asked = []
+    layer = RoutedPass.layer
+    monkeypatch.setattr(
+        RoutedPass,
+        "layer",
+        lambda of, call, hidden: asked.append(call.index) or layer(of, call, hidden),
+    )
+    cache = DynamicCache(config=routed.model.config)
+    with routed.fixed([[1, 1, 0, 1, 1, 2], [1, 1, 1, 1, 1, 1]]):
+        routed.model(IDS.repeat(2, 1), **on(routed.model, cache))
+        assert asked == [0, 1, 2, 3, 4, 5]
+        routed.model(torch.tensor([[4], [4]]), **on(routed.model, cache))
+    assert asked[6:] == [0, 2, 5]  # layer 0 finds that the cache has decisions
 
 
 def test_attentions_are_refused_under_routing_and_given_without(tiny_llama):
