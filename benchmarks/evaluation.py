@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import torch
-from common.bound import cheapest, least_to_search
+from common import bound
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -89,9 +89,7 @@ def bound_of(
             prompts.append(context)
             after.append(0)
         after[-1] += len(option) - 1
-    least = least_to_search(prompts, after, said)
-    cost = cheapest(base, round(statistics.mean(map(len, prompts))), clock)
-    return least.layers * cost.layers + least.head * cost.head
+    return bound.seconds_to_search(base, prompts, after, said, clock)
 
 
 def executing_routers(base: BaseModel) -> RouterStack:
@@ -144,10 +142,10 @@ def compare(
     timed_runs = runs[1:]
     speedups = [run["theirs_s"] / run["ours_s"] for run in timed_runs]
     overheads = [run["routers_s"] / run["ours_s"] for run in timed_runs]
-    bound = bound_of(base, ours, requests, answers["ours_s"], clock)
+    bound_s = bound_of(base, ours, requests, answers["ours_s"], clock)
     found = {
         "task": task,
-        "bound": statistics.median(run["theirs_s"] / bound for run in timed_runs),
+        "bound": statistics.median(run["theirs_s"] / bound_s for run in timed_runs),
         "questions": sizes["questions"],
         "requests": len(requests),
         "speedup": statistics.median(speedups),
@@ -191,8 +189,7 @@ def report(result: dict[str, Any]) -> None:
         f"{result['task']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
         f"{theirs:.1f} s by the harness' class, {ours:.1f} s ours; {result['questions']} "
         f"questions, {requests}\n"
-        f"  bound {result['bound']:.2f}: what has to run, at the least that it costs; "
-        f"{result['speedup'] / result['bound']:.0%} of it is reached\n"
+        f"  {bound.in_words(result)}\n"
         f"  {apart}{result['verdicts_that_differ']} {'verdicts' if is_scored else 'texts'} differ\n"
         f"  with routers that execute everything{'' if is_scored else ', which read it all'}, "
         f"{result['router_overhead']:.3f} times the time"

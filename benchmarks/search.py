@@ -28,7 +28,7 @@ from typing import Any
 
 import common
 import torch
-from common.bound import cheapest, least_to_search
+from common import bound
 from common.searched import Pair, Rounds, searched_paths
 from torch import nn
 
@@ -211,9 +211,8 @@ def bound_of(
     readings = evaluator.readings
     after = [num_tokens(reading) - len(reading.tokens) for reading in readings]
     answers = {pair: outcome.tokens for pair, outcome in found.items()}
-    least = least_to_search([reading.tokens for reading in readings], after, answers)
-    cost = cheapest(base, round(statistics.mean(map(num_tokens, readings))), clock)
-    return (least.layers * cost.layers + least.head * cost.head) / len(found)
+    prompts = [reading.tokens for reading in readings]
+    return bound.seconds_to_search(base, prompts, after, answers, clock) / len(found)
 
 
 def compare(
@@ -258,9 +257,8 @@ def compare(
                 first = ours + making
         if repeat % 2 == 1:
             theirs, rewards = slowly()
-        bound = bound_of(base, evaluator, found, clock)
-        run = {"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins, "bound_s": bound}
-        runs.append(run)
+        run = {"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins}
+        runs.append({**run, "bound_s": bound_of(base, evaluator, found, clock)})
         differ += sum(
             found[pair].reward != value for pair, value in zip(sample, rewards, strict=True)
         )
@@ -294,8 +292,7 @@ def report(result: dict[str, Any]) -> None:
         f"{theirs * 1e3:.0f} ms a path one by one, {ours * 1e3:.0f} ms ours "
         f"({margins * 1e3:.0f} ms more for the margins of answers); "
         f"{result['questions']} questions, {result['paths']} paths\n"
-        f"  bound {result['bound']:.2f}: what has to run, at the least that it costs; "
-        f"{result['speedup'] / result['bound']:.0%} of it is reached\n"
+        f"  {bound.in_words(result)}\n"
         f"  verdicts: {result['verdicts_that_differ']} of {result['verdicts_compared']} differ, "
         f"{result['share_right']:.0%} are right\n"
         f"  executions of a whole prompt, by path: {shares['run']:.1f} run, "

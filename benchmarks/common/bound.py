@@ -9,7 +9,8 @@ from __future__ import annotations
 import os.path
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,6 +83,27 @@ def least_to_search(
     layers += sum(map(distinct_executions, said.values()))
     scored = sum(1 + num_after[place] for place, _ in answers)
     return Work(layers, scored + sum(map(len, said.values())))
+
+
+def seconds_to_search(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    num_after: Sequence[int],
+    answers: Mapping[tuple[int, Decisions], Sequence[int]],
+    clock: Clock,
+) -> float:
+    """Return the seconds of what `least_to_search` says, at what a token costs at the least."""
+    least = least_to_search(prompts, num_after, answers)
+    lengths = [len(prompt) + after for prompt, after in zip(prompts, num_after, strict=True)]
+    cost = cheapest(base, round(fmean(lengths)), clock)
+    return least.layers * cost.layers + least.head * cost.head
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """Say how much of the bound a `speedup` has reached."""
+    reached = result["speedup"] / result["bound"]
+    said = f"bound {result['bound']:.2f}: what has to run, at the least that it costs"
+    return f"{said}; {reached:.0%} of it is reached"
 
 
 def _inner(paths: Iterable[Decisions]) -> set[tuple[int, ...]]:

@@ -131,11 +131,11 @@ def test_the_depth_control_says_which_knob_is_turned(given, knob):
         ),
         (
             {"target_executions": 20.0, "calibration": "x.jsonl", "static_routing": True},
-            "--target-executions and --static-routing would",
+            "--target-executions and --static-routing would each set",
         ),
         (
             {"depth_bias": 1.0, "router_penalty": 0.5, "static_routing": True},
-            "--depth-bias and --router-penalty and --static-routing would",
+            "--depth-bias and --router-penalty and --static-routing would each set",
         ),
         ({"target_executions": 20.5}, "--target-executions 20.5 needs prompts to look on; give"),
         ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),

@@ -24,8 +24,7 @@ from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.menu import Menu, find_menu, read_plan
 from drllm.records.places import check_file
-from drllm.tasks.files import messages_of
-from drllm.tasks.rows import read_rows, text_of
+from drllm.tasks.rows import messages_of, read_rows, text_of
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm

@@ -70,7 +70,7 @@ def show(place: Path, terminal: Terminal) -> None:
     elif place.suffix == ".jsonl" or not place.exists():
         _show_lines(place, terminal)
     else:
-        raise RecordError(f"{place} is no .jsonl, .json or folder; give one that drllm has written")
+        raise RecordError(f"{place} is no folder and no .json[l]; give one that drllm has written")
 
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
@@ -87,7 +87,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         schemas = map(results.schema_of, results.results_in(place))
         parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:
-        raise RecordError(f"{folder} holds nothing that drllm shows; give what a stage has written")
+        raise RecordError(f"{folder} holds no records or results; give a folder that a stage wrote")
     for number, (place, print_it) in enumerate(parts):
         if number:
             terminal.say()

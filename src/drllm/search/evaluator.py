@@ -183,7 +183,7 @@ class Evaluator:
             if outcome.reward < 1 and outcome.tokens:
                 wrong[place][outcome.tokens] += 1
         completed = list(outcomes)
-        for is_right in (False, True):  # a wrong path is compared with its own answer
+        for is_right in {each.reward >= 1 for each in outcomes}:  # a wrong path needs no rivals
             chosen = [n for n, each in enumerate(outcomes) if (each.reward >= 1) == is_right]
             most = WRONG_ANSWERS if is_right else 0
             rivals = [[tokens for tokens, _ in given.most_common(most)] for given in wrong]

@@ -30,6 +30,7 @@ from drllm.tasks.rows import (
     HUB_ROWS,
     HUB_SET,
     index_of,
+    messages_of,
     read_rows,
     rows_of_hub_set,
     text_of,
@@ -258,14 +259,6 @@ def _example(row: Row) -> Example:
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
     return with_options(question, choices, _gold(row, choices))
-
-
-def messages_of(row: Row) -> list[tuple[str, str]]:
-    """Return the roles and texts of a row's conversation; a TaskError if it is none."""
-    said = row["messages"]
-    if not isinstance(said, list) or not said or not all(isinstance(m, Mapping) for m in said):
-        raise TaskError(f"'messages' is {said!r}; expected a list of objects with role and content")
-    return [(text_of(one, "role"), text_of(one, "content")) for one in said]
 
 
 def _messages(row: Row) -> Messages:

@@ -119,6 +119,17 @@ def object_of(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]
     return value
 
 
+def messages_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the roles and texts of a row's conversation, one message at least."""
+    said, expected = row["messages"], "objects with role and content"
+    if not isinstance(said, list) or not said:
+        raise TaskError(f"'messages' is {said!r}; expected a list of {expected}")
+    for message in said:
+        if not isinstance(message, Mapping):
+            raise TaskError(f"'messages' holds {message!r}; expected {expected}")
+    return [(text_of(message, "role"), text_of(message, "content")) for message in said]
+
+
 def index_of(value: Any, count: int, key: str) -> int:
     """Return an index from 0 of one of `count` options, as the field `key` gives it."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:

@@ -4,7 +4,6 @@ Axes: B prompts, L layers, T tokens.
 """
 
 import copy
-import os.path
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from drllm.models.routing.generate import options_of
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, one_plan
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.prefix_sharing import MIN_PREFIX
+from drllm.models.scoring.prefix_sharing import MIN_PREFIX, prefix_length
 
 
 class CommonPrefix:
@@ -49,8 +48,7 @@ class CommonPrefix:
             return None
         starts = (ids.shape[1] - mask.sum(dim=1)).tolist()
         rows = [row[start:] for row, start in zip(ids.tolist(), starts, strict=True)]
-        # Each prompt keeps a token of its own, whose logits are the first that are wanted.
-        common = os.path.commonprefix([*rows, min(rows, key=len)[:-1]])  # noqa: RUF071 (of tokens)
+        common = rows[0][: prefix_length(rows)]
         followed, tokens, *_ = self._last
         num = len(tokens) if followed == plan and tokens == common[: len(tokens)] else 0
         if len(rows) > 1 and len(common) >= max(MIN_PREFIX, 2 * num):
@@ -60,8 +58,7 @@ class CommonPrefix:
             return None
         order = [[*range(s, s + num), *range(s), *range(s + num, ids.shape[1])] for s in starts]
         index = torch.tensor(order, device=ids.device)
-        *_, cache, route = self._last
-        cache = copy.deepcopy(cache)
+        *_, cache, route = copy.deepcopy(self._last)
         cache.batch_repeat_interleave(len(rows))
         given = {"attention_mask": mask.gather(1, index), cache_argument(self.routed.model): cache}
         return ids.gather(1, index), {**options, **given}, route.expand(len(rows), -1)

@@ -173,9 +173,9 @@ class RoutedPass(Driver):
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
         if entry is not None and not torch.compiler.is_compiling():
             call.forward.indices = entry.indices  # the same rows run at the next token
-            if entry.decisions is not None and not call.forward.rejected:
-                call.forward.pinned = call.cache
         if entry is not None and entry.decisions is not None:
+            if not (call.forward.rejected or torch.compiler.is_compiling()):
+                call.forward.pinned = call.cache
             return None if entry.path is None else PathPass(entry.path)
         if not isinstance(self.policy, PathPolicy):
             return None

@@ -78,8 +78,7 @@ class Forward:
     attention_mask: Any
     rejected: tuple[str, ...]  # names of requested outputs that routing can't give
     driver: Driver = field(init=False)
-    # A cache of pinned decisions, by which layers that run as without routing are known.
-    pinned: Cache | None = None
+    pinned: Cache | None = None  # has pinned decisions: says which layers run as without routing
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
     # By argument and part, an argument and that part of it; made once a pass, like `indices`.
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import RoutingError
-from drllm.paths import Decision, StaticPath, check_decisions, layer_of
+from drllm.paths import Decision, Plan, StaticPath, check_decisions, layer_of
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from drllm.models.routers.stack import RouterStack, Spans, Windows
-    from drllm.paths import Plan
 
 POLICIES: Registry[type[Policy]] = Registry(
     "policy", ["drllm.models.routing.policies", "drllm.models.routing.menu"]

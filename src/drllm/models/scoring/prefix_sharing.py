@@ -28,7 +28,7 @@ from drllm.models.routing.driver import keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import PackedBatch, Question, pack
+from drllm.models.scoring.packing import PackedBatch, Question, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, layer_of, step_of, steps_of
 
@@ -108,14 +108,10 @@ def packed_rows(
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
 ) -> PackedRows:
-    """Return the rows to run: after given contexts, after the common prefix, or whole.
-
-    The common prefix is what all prompts begin with; each keeps a token of its own after it.
-    """
+    """Return the rows to run: after given contexts, after the common prefix, or whole."""
     where = {"dtype": routed.model.dtype, "device": routed.model.device}
     prompts = [question.context for question in questions]
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    shared = min(len(list(alike)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    shared = prefix_length(prompts) if len(prompts) > 1 else 0
     past, past_rows, num_past = None, list[int](), None
     if can_split(routed.model) and (contexts is not None or shared >= MIN_PREFIX):
         if contexts is None:
@@ -128,6 +124,12 @@ def packed_rows(
             num_past = [len(prompt) - 1 for prompt in prompts]
     packed = pack(questions, num_past=num_past, **where)
     return PackedRows(routed, packed, states, keep_kv, past, past_rows)
+
+
+def prefix_length(prompts: Sequence[Tokens]) -> int:
+    """Return how many tokens all prompts begin with; each keeps one of its own behind them."""
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return max(0, min(len(list(alike)), min(map(len, prompts)) - 1))
 
 
 @dataclass(eq=False)
