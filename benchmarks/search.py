@@ -36,7 +36,7 @@ from drllm.config import SearchConfig
 from drllm.cost import distinct_executions
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
-from drllm.models.routing.injection import LayerCall
+from drllm.models.routing.injection import LayerCall, LayerHandle
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
@@ -165,13 +165,13 @@ def parts_of_the_time(
         *_, cumulative, callers = stats.stats.get(key_of(function), (0, 0, 0, 0.0, {}))
         return callers.get(key_of(caller), [0.0])[-1] if caller else cumulative
 
-    run, run_paths = LayerCall.run, PrefixSharingDriver._run
+    reading = within(PrefixSharingDriver.layer)
     parts = {
-        "layers, prompts": within(run, run_paths),
+        "layers, prompts": within(LayerCall.run, PrefixSharingDriver._run),
         "head": head_seconds,
-        "handling states": within(PrefixSharingDriver.layer),
+        "handling states": reading,
         "cache to generate from": within(PrefixSharingDriver.routed_cache),
-        "layers, decoding": within(run) - within(run, run_paths),
+        "layers, decoding": within(LayerHandle.forward) - reading,
         "scoring": within(ChoiceBatch._scored),
         "rows and masks, once": within(packed_rows),
     }
