@@ -128,11 +128,11 @@ class Trainer:
             {"params": biases, "weight_decay": 0.0},  # as in the Trainer of transformers
         ]
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
-        self.inputs: Tensor | None = None  # [N, L, W, D], as the routers read them
+        self.inputs: Tensor | None = None  # [L, N, W, D], as the routers read them
         if N * L * W * D * dtype.itemsize < min(SHARE_HELD * free_bytes(self.device), MOST_HELD):
-            inputs = torch.empty(N, L, W, D, dtype=dtype, device=self.device)
+            inputs = torch.empty(L, N, W, D, dtype=dtype, device=self.device)
             for rows in parts_of(range(N)):
-                inputs[rows[0] : rows[-1] + 1] = self._read(rows)
+                inputs[:, rows[0] : rows[-1] + 1] = self._read(rows).transpose(0, 1)
             self.inputs = inputs
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
@@ -144,7 +144,7 @@ class Trainer:
 
     def _read(self, rows: Sequence[int]) -> Tensor:
         if self.inputs is not None:
-            return self.inputs[on_device(rows, self.device)]
+            return self.inputs.index_select(1, on_device(rows, self.device)).transpose(0, 1)
         means = self.examples.rows(rows)  # [B, L, W, D]
         if self.scale is not None:
             mean, deviation = self.scale
@@ -281,8 +281,7 @@ class Trainer:
             return None
         L, H = len(self.label_counts), self.config.router_width
         draws = generator("dropout", self.config.seed, epoch, step)
-        drawn = torch.rand(size, L, H, generator=draws)
-        return self._here((drawn >= share) / (1 - share))
+        return self._here((torch.rand(size, L, H, generator=draws) >= share) / (1 - share))
 
 
 def count(decided: Tensor, labels: Tensor, loss: float) -> Counts:

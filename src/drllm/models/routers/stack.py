@@ -180,29 +180,30 @@ class RouterStack(nn.Module):
         Returns:
             `[B, L, 3]` logits: the mean over the filled windows.
         """
-        inner = torch.einsum("blwd,lhd->blwh", means, self.hidden_weight)
-        inner = inner + self.hidden_bias[:, None, :]
-        inner = nn.functional.gelu(inner, approximate="tanh")
-        inner = _mean_over_filled(inner, filled[:, None])  # [B, L, H]
+        (B, L, W, _), bias = means.shape, self.hidden_bias[..., None]
+        # The weights stand first in both products, so that their gradients lie as they do.
+        rows = means.transpose(0, 1).reshape(L, B * W, -1)
+        inner = torch.baddbmm(bias, self.hidden_weight, rows.transpose(1, 2))
+        inner = nn.functional.gelu(inner, approximate="tanh").view(L, -1, B, W)
+        inner = _mean_over_filled(inner, filled)  # [L, H, B]
         if kept is not None:
-            inner = inner * kept
-        return torch.einsum("blh,lch->blc", inner, self.decision_weight) + self.decision_bias
+            inner = inner * kept.permute(1, 2, 0)
+        logits = torch.baddbmm(self.decision_bias[..., None], self.decision_weight, inner)
+        return logits.permute(2, 0, 1)
 
     def layer_logits(self, layer: int, windows: Windows) -> Tensor:
         """Return the logits of one layer's router, `[B, 3]`, wherever that layer itself runs."""
         linear, device = nn.functional.linear, self.hidden_weight.device
         means, filled = windows.means.to(device), windows.filled.to(device)
         inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
-        inner = nn.functional.gelu(inner, approximate="tanh")
+        inner = nn.functional.gelu(inner, approximate="tanh").transpose(1, 2)  # [B, H, W]
         # A plain mean spares four small steps a layer.
         whole = windows.are_all_filled
-        inner = inner.mean(dim=-2) if whole else _mean_over_filled(inner, filled)  # [B, H]
+        inner = inner.mean(dim=-1) if whole else _mean_over_filled(inner, filled[:, None])
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])
 
 
 def _mean_over_filled(values: Tensor, filled: Tensor) -> Tensor:
-    """Average axis -2 (W) over its first `filled` entries; `filled` has the axes before it."""
-    W = values.shape[-2]
-    present = torch.arange(W, device=values.device) < filled[..., None]  # [..., W]
-    total = torch.where(present[..., None], values, 0.0).sum(dim=-2)
-    return total / filled[..., None]
+    """Average the last axis (W) over its first `filled` entries; `filled` has those before it."""
+    present = torch.arange(values.shape[-1], device=values.device) < filled[..., None]
+    return torch.where(present, values, 0.0).sum(dim=-1) / filled
