@@ -1,6 +1,6 @@
 """How much faster paths are evaluated together than one by one, and where the rest of time goes.
 
-Ours: `Evaluator` on one block of questions, one new path of each in a round: shared prefixes,
+Ours: `Evaluator` on one block of questions, a few new paths of each in a round: shared prefixes,
 a shared beginning of all prompts, choices packed behind one context, answers judged as they come.
 Theirs: for every path a plain forward per choice (loglikelihood), or one greedy `generate`
 (letter, boxed), of a model whose layer list is the path, batch 1, nothing shared.
@@ -10,6 +10,7 @@ and head would take that any exact method must run, at the batch at which they c
 
     python benchmarks/search.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--paths N]
+        [--leaves N]
 
 With `--dtype bfloat16` the verdicts that differ are those that its rounding costs.
 """
@@ -221,9 +222,10 @@ def compare(
     prompts: Sequence[Prompt],
     sizes: dict[str, int],
     clock: common.Clock,
+    leaves: int | None,
 ) -> dict[str, Any]:
     """Time both ways on one block of questions, and count the verdicts on which they differ."""
-    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"])
+    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"], leaves)
     everything = [pair for pairs in rounds for pair in pairs]
     rng = random.Random(0)
     runs: list[dict[str, float]] = []
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--rewards", default=",".join(REWARDS), help="comma list")
     parser.add_argument("--questions", type=int, help="searched in step, as --block-size")
     parser.add_argument("--paths", type=int, help="of each question")
+    parser.add_argument("--leaves", type=int, help="paths a round; the search's own if not given")
     parser.add_argument("--sample", type=int, help="paths that are also run one by one")
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
@@ -328,7 +331,7 @@ def main() -> None:
     with torch.no_grad():
         for reward in options.rewards.split(","):
             prompts = block_of(tasks[reward], reward, sizes["questions"], options.data_dir)
-            results.append(compare(base, reward, prompts, sizes, clock))
+            results.append(compare(base, reward, prompts, sizes, clock, options.leaves))
             report(results[-1])
     by_reward = {result["reward"]: result for result in results}
     figures = {
