@@ -7,6 +7,7 @@ answers: the model can't box what it has to work out, so it is shown the answer 
 import copy
 import gzip
 import json
+import os
 import random
 from collections import Counter
 from statistics import mean
@@ -35,9 +36,12 @@ TIE = 3e-4
 """Nats by which one token may lie behind another and still be said in its place."""
 LEAST_SHARE = 0.1
 """Of right verdicts, and of wrong ones, in each sample."""
-COMPARED = 40
-"""How many of the paths are compared one by one, drawn with a seed. All 1,000 paths of each reward
-were compared once, in 80 minutes: docs/results/log.md."""
+HOUR = "DRLLM_HOUR" in os.environ
+QUESTIONS, PATHS, COMPARED = (20, 50, 1000) if HOUR else (12, 12, 40)
+"""Of each reward, and how many of the paths are compared one by one, drawn with a seed.
+
+With DRLLM_HOUR in the environment all are, which takes an hour of two cores.
+"""
 MARGINS_CHECKED = 5
 """Of every so many of them one has its margin checked, which takes several plain forwards."""
 
@@ -175,7 +179,7 @@ def check_answers(base, prompts, found, sample):
     [
         (3, 3, "loglikelihood"),
         *(pytest.param(3, 3, each, marks=pytest.mark.thorough) for each in REWARDS[1:]),
-        *(pytest.param(12, 12, each, marks=pytest.mark.thorough) for each in REWARDS),
+        *(pytest.param(QUESTIONS, PATHS, each, marks=pytest.mark.thorough) for each in REWARDS),
     ],
 )
 def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(

@@ -24,9 +24,11 @@ from paths_json import written_plans
 from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OF_PATHS = {"all", "healed", "healed_routers", "learning_curve", "menus", "serving"}
-"""Compare what paths of the user's answer, not how fast two ways are; or are made of others."""
-SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in OF_PATHS)
+NOT_OF_TWO_WAYS = {
+    *("healed", "healed_routers", "learning_curve", "menus", "serving"),  # what paths answer
+    *("all", "growth"),  # made of others; one way at several sizes
+}
+SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
 NUM_LAYERS = 12
 
 
@@ -319,6 +321,19 @@ def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_pa
     assert len(driver.run_search(ready, questions, config, tmp_path, driver.Clock())) == 40
     assert {len(question.retests) for question in questions} == {4}
     assert driver.ReadyMadeWorker().load(ModelConfig(), 1, 1)[0] == driver.IDENTITY
+
+
+@pytest.mark.thorough
+def test_every_stage_is_timed_at_every_size_that_it_grows_with(figures_of, benchmark, tmp_path):
+    growth, picture = benchmark("growth"), tmp_path / "growth.png"
+    found = figures_of("growth", "--png", str(picture))["seconds"]
+    for axis, sizes in growth.QUICK.items():
+        stages = {stage for stage, grows in growth.STAGES.items() if axis in grows}
+        assert found[axis].keys() == stages
+        for seconds in found[axis].values():
+            assert list(seconds) == [str(size) for size in sizes]
+            assert min(seconds.values()) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):

@@ -95,7 +95,7 @@ class SearchConfig(Settings):
     exploration_constant: float = setting(1.8, minimum=0.0)
     length_penalty: float = setting(3.0, minimum=0.0)
     random_child_probability: float = setting(0.1, minimum=0.0, maximum=1.0)
-    leaves_per_round: int = setting(1, minimum=1)
+    leaves_per_round: int = setting(4, minimum=1)
     kl: bool = setting(True)
     margin_tolerance: float = setting(0.5, minimum=0.0)
     block_size: int = setting(32, minimum=1)

@@ -67,7 +67,7 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
 
 def test_the_seed_and_the_leaves_a_round_change_which_paths_are_tried(routed, facts):
     examples = facts.examples("search")[:1]
-    found = [{}, {"seed": 1}, {"leaves_per_round": 4}]
+    found = [{}, {"seed": 1}, {"leaves_per_round": 1}]
     tried = [
         {
             path.decisions

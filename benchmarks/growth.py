@@ -1,0 +1,240 @@
+"""How the time of each stage grows: with questions, paths, the length of answers, layers, batch.
+
+One size at a time is changed, the others stay as `REST` has them; each point is one run, the
+smallest after another one to warm up. Along the dotted line time would grow as the size does;
+flatter is better. Layers are those of a model of the same shape with random weights, since what it
+says changes no time; answers are written to their full length.
+
+    python benchmarks/growth.py [--quick] [--json FILE] [--png FILE] [--clock cpu] [--model MODEL]
+        [--only AXES]
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from common.searched import searched_paths
+from lm_eval.api.instance import Instance
+from search import routing
+from training import CONFIG, drawn_targets, pooled
+from transformers import AutoModelForCausalLM
+
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.models.base.load import BaseModel
+from drllm.models.scoring.answers import AnswerBatch
+from drllm.reporting import drawing
+from drllm.search.evaluator import Evaluator, read
+from drllm.tasks.base import OPTIONS_REWARD, Prompt
+from drllm.tasks.registry import get_task
+from drllm.training.stage import train_on
+
+Sizes = dict[str, int]
+Growth = dict[str, dict[str, dict[int, float]]]
+"""Axis → stage → size → seconds."""
+
+REST: Sizes = {"questions": 8, "paths": 10, "answer tokens": 16, "batch": 8}
+WHOLE: dict[str, list[int]] = {
+    "questions": [8, 16, 32, 64, 128, 256],
+    "paths": [10, 25, 50, 100, 200],
+    "answer tokens": [16, 64, 128, 256, 512],
+    "layers": [12, 24, 36, 48, 60],
+    "batch": [1, 2, 4, 8, 16, 32, 64],
+}
+QUICK = {axis: values[:2] for axis, values in WHOLE.items()} | {"paths": [3, 6]}
+BLOCK = 32
+"""Questions searched or evaluated together."""
+STAGES: Mapping[str, Sequence[str]] = {
+    "search by options": ("questions", "paths", "layers"),
+    "search by answers": ("paths", "answer tokens", "layers"),
+    "evaluation by options": ("questions", "layers"),
+    "train: the pass": ("questions", "layers"),
+    "train: the fit": ("questions", "layers"),
+    "generation": ("answer tokens", "layers", "batch"),
+}
+"""Each with the sizes that it grows with."""
+PROMPT_TOKENS = 100
+EVERY = 10
+"""A generated answer's plan skips every so many layers one."""
+
+
+def search_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
+    """Score the options of all questions under their paths, a block after the other."""
+    prompts = prompts_of(sizes["questions"])
+
+    def run() -> None:
+        for start in range(0, len(prompts), BLOCK):
+            block = prompts[start : start + BLOCK]
+            with routing(base) as routed:
+                evaluator = Evaluator(routed, block, None)
+                for pairs in searched_paths(base.num_layers, len(block), sizes["paths"]):
+                    evaluator.evaluate(pairs)
+
+    return run
+
+
+def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
+    """Write an answer to every question under each of its paths."""
+    prompts, length = prompts_of(sizes["questions"]), sizes["answer tokens"]
+
+    def run() -> None:
+        with routing(base) as routed:
+            contexts = [read(routed, prompt).tokens for prompt in prompts]
+            batch = AnswerBatch(routed, base.tokenizer, contexts, None)
+            batch._ends.clear()
+            for pairs in searched_paths(base.num_layers, len(prompts), sizes["paths"]):
+                batch.answers(pairs, [length] * len(pairs), lambda _p, _t, over: over or None)
+
+    return run
+
+
+def evaluation_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
+    """Score the options of all questions with the full path."""
+    requests = [
+        Instance("loglikelihood", {}, (prompt.text, option), place, ("facts", number, 1))
+        for number, prompt in enumerate(prompts_of(sizes["questions"]))
+        for place, option in enumerate(prompt.continuations)
+    ]
+
+    def run() -> None:
+        lm = RoutedLM(base, batch_size=BLOCK)
+        try:
+            lm.loglikelihood(requests, disable_tqdm=True)
+        finally:
+            lm.routed.detach()
+
+    return run
+
+
+def the_pass(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
+    """Read what the routers learn from."""
+    records = drawn_targets(base, sizes["questions"], None)
+    return lambda: pooled(base, records, folder / "features") and None
+
+
+def the_fit(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
+    """Train routers for the paper's 25 epochs."""
+    features = pooled(base, drawn_targets(base, sizes["questions"], None), folder / "features")
+    return lambda: train_on(features, base.identity, CONFIG, folder / "routers") and None
+
+
+def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
+    """Answer a batch of prompts along a plan that skips some layers."""
+    tokens = torch.arange(PROMPT_TOKENS) % base.model.get_input_embeddings().num_embeddings
+    ids = tokens.expand(sizes["batch"], -1)
+    plan = [0 if layer % EVERY == EVERY // 2 else 1 for layer in range(base.num_layers)]
+    length = sizes["answer tokens"]
+
+    def run() -> None:
+        with routing(base) as routed, routed.fixed(plan):
+            mask = torch.ones_like(ids)
+            told = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            routed.generate(input_ids=ids, attention_mask=mask, **told)
+
+    return run
+
+
+WAYS: Mapping[str, Callable[[BaseModel, Sizes, Path], Callable[[], None]]] = {
+    "search by options": search_by_options,
+    "search by answers": search_by_answers,
+    "evaluation by options": evaluation_by_options,
+    "train: the pass": the_pass,
+    "train: the fit": the_fit,
+    "generation": generation,
+}
+
+
+def prompts_of(num: int) -> list[Prompt]:
+    """Return the prompts of so many built-in questions, whose answers are options."""
+    task = get_task("builtin_facts")
+    examples = task.examples("fit")
+    assert num <= len(examples), "there are fewer built-in questions"
+    return [task.prompt(example, OPTIONS_REWARD) for example in examples[:num]]
+
+
+def with_layers(base: BaseModel, num: int) -> BaseModel:
+    """Return a model of the same shape but for its layers, with random weights."""
+    config = copy.deepcopy(base.model.config)
+    config.num_hidden_layers = num
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * num)[:num]
+    model = AutoModelForCausalLM.from_config(config).to(base.model.dtype).eval()
+    model.requires_grad_(False).generation_config = base.model.generation_config
+    return BaseModel(model, base.tokenizer, f"{base.name} of {num} layers")
+
+
+def points(
+    base: BaseModel, axes: Mapping[str, Sequence[int]], clock: common.Clock
+) -> Iterator[tuple[str, str, int, float]]:
+    """Yield axis, stage, size and seconds, as they are measured."""
+    with tempfile.TemporaryDirectory() as name:
+        numbers = count()
+        for axis, values in axes.items():
+            for size in values:
+                model = with_layers(base, size) if axis == "layers" else base
+                for stage in (stage for stage, grows in STAGES.items() if axis in grows):
+                    sizes = REST if axis == "layers" else REST | {axis: size}
+                    for _ in range(2 if size == values[0] else 1):  # once more, to warm up
+                        folder = Path(name) / str(next(numbers))
+                        folder.mkdir()
+                        run = WAYS[stage](model, sizes, folder)
+                        started = clock()
+                        run()
+                    yield axis, stage, size, clock() - started
+
+
+def drawn(found: Growth, colours: drawing.Colours, width: float) -> Any:
+    """Draw a panel for each axis: seconds by size, both logarithmic."""
+    figure, panels = drawing.panels(1, len(found), width, 2.8, sharey=True)
+    marks = dict(zip(STAGES, ("s0", "s1", "s2", "s3", "s4", "s5"), strict=True))
+    for axes, (axis, stages) in zip(panels, found.items(), strict=True):
+        for stage, seconds in stages.items():
+            look = {"color": colours[marks[stage]], "markersize": 3.5, "linewidth": 1.2}
+            axes.plot(list(seconds), list(seconds.values()), "o-", label=stage, **look)
+            ends = min(seconds), max(seconds)
+            alike = [seconds[ends[0]] * end / ends[0] for end in ends]
+            axes.plot(ends, alike, ":", color=colours["faint"], linewidth=0.8, zorder=0)
+        axes.set(xscale="log", yscale="log", xlabel=axis)
+        shown = [*next(iter(stages.values()))]
+        axes.set_xticks(shown, [str(each) for each in shown])
+        axes.minorticks_off()
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].set_ylabel("seconds")
+    known = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    named = {stage: known[stage] for stage in STAGES if stage in known}
+    figure.legend(named.values(), named, loc="outside upper center", ncols=len(named))
+    return figure
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
+    common.add_model(parser)
+    parser.add_argument("--only", default=",".join(WHOLE), help="comma list of axes")
+    parser.add_argument("--png", type=Path, help="also draw them to this file")
+    options = parser.parse_args()
+    names = options.only.split(",")
+    if unknown := set(names) - set(WHOLE):
+        parser.error(f"--only takes {', '.join(WHOLE)}; not {', '.join(sorted(unknown))}")
+    clock, base = common.clock_of(options), common.base_of(options)
+    axes = {axis: (QUICK if options.quick else WHOLE)[axis] for axis in names}
+    found: Growth = {}
+    for axis, stage, size, seconds in points(base, axes, clock):
+        found.setdefault(axis, {}).setdefault(stage, {})[size] = seconds
+        print(f"{size} {axis}: {stage} {seconds:.2f} s", flush=True)
+    if options.png:
+        wide = 1.3 * drawing.WIDE
+        options.png.write_bytes(drawing.png(partial(drawn, found), wide))
+    common.write(options, {**common.of(base, options), "seconds": found})
+
+
+if __name__ == "__main__":
+    main()
