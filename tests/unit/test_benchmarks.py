@@ -26,7 +26,8 @@ from slow_way import tiny_routers
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
     *("healed", "healed_routers", "learning_curve", "menus", "serving"),  # what paths answer
-    *("all", "growth"),  # made of others; one way at several sizes
+    *("all", "two_commits"),  # made of others
+    "growth",  # one way at several sizes
 }
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
 NUM_LAYERS = 12
@@ -334,6 +335,40 @@ def test_every_stage_is_timed_at_every_size_that_it_grows_with(figures_of, bench
             assert list(seconds) == [str(size) for size in sizes]
             assert min(seconds.values()) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+SAID = """
+import json, sys
+from pathlib import Path
+file = Path(sys.argv[sys.argv.index("--json") + 1])
+with Path(__file__).with_name("runs.txt").open("a") as runs:
+    print(file.stem, file=runs)
+number = int(file.stem[-1])
+figures = {"speedup": {"letter": SPEED + number}, "bound": {"letter": 8.0}}
+file.write_text(json.dumps(figures | {"overhead": {"new": 1.0}} if SPEED > 3 else figures))
+"""
+
+
+def test_two_checkouts_are_compared_by_medians_of_runs_in_turns(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    script = benchmark("two_commits")
+    for name, speed in (("before", 2), ("after", 4)):
+        file = tmp_path / name / "benchmarks" / "search.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(SAID.replace("SPEED", str(speed)))
+    monkeypatch.setattr(script, "HERE", tmp_path / "after")
+    places = ["--before", str(tmp_path / "before"), "--output-dir", str(tmp_path / "kept")]
+    words = [*places, "--only", "search", "--json", str(tmp_path / "table.json")]
+    monkeypatch.setattr(sys, "argv", ["two_commits.py", *words])
+    for _ in range(2):  # the second time nothing is run again
+        script.main()
+    [row] = json.loads((tmp_path / "table.json").read_text())  # what both measure
+    assert row["all"] == {"before": [2, 3, 4], "after": [4, 5, 6]}
+    assert (row["before"], row["after"], row["bound"]) == (3, 5, 8)
+    assert "search: speedup letter" in capsys.readouterr().out
+    runs = (tmp_path / "after" / "benchmarks" / "runs.txt").read_text()
+    assert runs.split() == ["search-after-0", "search-after-1", "search-after-2"]
 
 
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
