@@ -317,7 +317,7 @@ def many_prompts(
 
     figures, differ = [], {}
     for size in (NUM_PROMPTS, NUM_PROMPTS // 4):
-        calls = {name: partial(answer, name, size) for name in ways}
+        calls = {name: partial(partial, answer, name, size) for name in ways}
         rounds = take_turns(calls, repeats["many"], clock)
         for name in ("routed_and_grouped", "grouped"):
             label = f"{name}_batches_of_{size}"

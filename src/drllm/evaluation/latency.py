@@ -1,8 +1,8 @@
 """Measured time: base and routed model reading prompts and decoding, taking turns.
 
-Everything here is a measurement of this machine as it is now. Models under comparison share their
-weights and are timed in interleaved rounds, each round in another order, so that whatever else the
-machine does hits all of them alike; what is reported are medians, and ratios of one round.
+Models under comparison share their weights and are timed in interleaved rounds, each round in
+another order, so that whatever else the machine does hits all of them alike; what is reported are
+medians, and ratios of one round.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -38,6 +38,7 @@ from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, T
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]  # seconds by what was timed, for every round
+Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # returns what is timed, ready to be called
 
 BATCH_SIZES = (1, 4, 16)
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
@@ -94,8 +95,8 @@ def measure(
     return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, every round in another order.
+def take_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Rounds:
+    """Time calls in turn, each prepared before its clock starts, every round in another order.
 
     In a fixed order one call would always follow the same other one, and find its weights and code
     in the processor's caches, or not.
@@ -104,8 +105,9 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Cloc
     for number in range(repeats):
         times = {}
         for name in random.Random(number).sample(list(calls), len(calls)):
+            call = calls[name]()
             started = clock()
-            calls[name]()
+            call()
             times[name] = clock() - started
         rounds.append(times)
     return rounds
@@ -121,26 +123,24 @@ def empty_cache(model: Any) -> dict[str, Cache]:
     return {cache_argument(model): DynamicCache(config=model.config)}
 
 
-def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """Return a call that reads prompts `[B, T]` into a new cache."""
-    return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
+def reading(model: Any, ids: Tensor) -> Prepare:
+    """Prepare to read prompts `[B, T]` into a new cache."""
+    return lambda: partial(model, ids, logits_to_keep=1, **empty_cache(model))
 
 
-def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], None]:
-    """Return a call that reads more tokens, one by one, after prompts `[B, T]`, read once here.
+def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
+    """Prepare to read more tokens, one by one, after prompts `[B, T]`, read once here.
 
-    Each call has a copy of the prompt's cache. Which tokens they are doesn't change the time, as
-    decisions hold since the prompt.
+    Each has its own copy of the cache. Whichever tokens they are, the time is the same.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
 
-    def decode() -> None:
-        own = copy.deepcopy(cache)
+    def decode(own: Mapping[str, Cache]) -> None:
         for _ in range(num_tokens):
             model(ids[:, :1], logits_to_keep=1, **own)
 
-    return decode
+    return lambda: partial(decode, copy.deepcopy(cache))
 
 
 def device_clock(device: torch.device) -> Clock:
