@@ -61,12 +61,15 @@ STAGES: Mapping[str, Sequence[str]] = {
 }
 """Each with the sizes that it grows with."""
 PROMPT_TOKENS = 100
-EVERY = 10
-"""A generated answer's plan skips every so many layers one."""
+SKIPPED = 10
+"""A generated answer's plan skips one of so many layers."""
 
 
 def search_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
-    """Score the options of all questions under their paths, a block after the other."""
+    """Score the options of all questions under their paths, a block after the other.
+
+    Without their KL and without re-tests.
+    """
     prompts = prompts_of(sizes["questions"])
 
     def run() -> None:
@@ -129,7 +132,7 @@ def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     """Answer a batch of prompts along a plan that skips some layers."""
     tokens = torch.arange(PROMPT_TOKENS) % base.model.get_input_embeddings().num_embeddings
     ids = tokens.expand(sizes["batch"], -1)
-    plan = [0 if layer % EVERY == EVERY // 2 else 1 for layer in range(base.num_layers)]
+    plan = [0 if layer % SKIPPED == SKIPPED // 2 else 1 for layer in range(base.num_layers)]
     length = sizes["answer tokens"]
 
     def run() -> None:
@@ -154,7 +157,7 @@ WAYS: Mapping[str, Callable[[BaseModel, Sizes, Path], Callable[[], None]]] = {
 def prompts_of(num: int) -> list[Prompt]:
     """Return the prompts of so many built-in questions, whose answers are options."""
     task = get_task("builtin_facts")
-    examples = task.examples("fit")
+    examples = task.examples("search")
     assert num <= len(examples), "there are fewer built-in questions"
     return [task.prompt(example, OPTIONS_REWARD) for example in examples[:num]]
 

@@ -3,7 +3,7 @@
 Each benchmark runs in a process of its own with the checkout's own code, before and after by turns,
 and compares with its obvious way there and then, so ratios are what is compared here. The bound is
 that of this checkout's run, since an earlier one may not know it. What a run wrote stays in the
-output folder; the same command goes on with those that aren't there.
+output folder, under the commit and the words of the run, and isn't run again.
 
     git worktree add --detach ../before COMMIT
     python benchmarks/two_commits.py --before ../before [--quick] [--repeats 3] [--clock cpu]
@@ -23,6 +23,8 @@ from typing import Any
 
 import common
 
+from drllm.records.codec import digest_of
+
 HERE = Path(__file__).resolve().parents[1]
 SIZES = {
     "search": "--questions 32 --paths 25 --sample 24 --repeats 1",
@@ -37,14 +39,26 @@ TAKE_DATA = ("search", "few", "evaluation", "training")
 RATIOS = ("speedup", "overhead", "share_of_the_time")
 
 
-def run(checkout: Path, name: str, options: Any, file: Path) -> dict[str, Any]:
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout, and whether anything of it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def run(checkout: Path, name: str, options: Any, label: str) -> dict[str, Any]:
     """Run a benchmark of a checkout, unless its figures are there already; return them."""
+    words = ["--quick"] if options.quick else SIZES[name].split()
+    words += ["--clock", options.clock]
+    if options.data_dir and name in TAKE_DATA:
+        words += ["--data-dir", str(options.data_dir.resolve())]
+    folder = options.output_dir.resolve() / digest_of([commit_of(checkout), words])[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{label}.json"
     if not file.exists():
         script = checkout / "benchmarks" / f"{SCRIPTS[name]}.py"
-        words = ["--quick"] if options.quick else SIZES[name].split()
-        words += ["--clock", options.clock, "--json", str(file)]
-        if options.data_dir and name in TAKE_DATA:
-            words += ["--data-dir", str(options.data_dir)]
+        written = file.with_suffix(".part")
+        words += ["--json", str(written)]
         paths = os.pathsep.join([str(checkout / "src"), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": paths}
         done = subprocess.run(
@@ -56,6 +70,7 @@ def run(checkout: Path, name: str, options: Any, file: Path) -> dict[str, Any]:
         )
         if done.returncode != 0:
             raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+        written.replace(file)
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
@@ -90,14 +105,12 @@ def main() -> None:
     if unknown := set(names) - set(SIZES):
         parser.error(f"--only takes {', '.join(SIZES)}; not {', '.join(sorted(unknown))}")
     places = {"before": options.before.resolve(), "after": HERE}
-    folder = options.output_dir.resolve() / ("quick" if options.quick else "whole")
-    folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     bounds: dict[str, list[float]] = {}
     for repeat in range(options.repeats):
         for name in names:
             for side in sorted(places, reverse=repeat % 2 == 0):
-                found = run(places[side], name, options, folder / f"{name}-{side}-{repeat}.json")
+                found = run(places[side], name, options, f"{side}-{repeat}")
                 for figure, ratio in figures_of(found):
                     by_side = values.setdefault(name, {}).setdefault(figure, {})
                     by_side.setdefault(side, []).append(ratio)

@@ -40,7 +40,7 @@ HOUR = "DRLLM_HOUR" in os.environ
 QUESTIONS, PATHS, COMPARED = (20, 50, 1000) if HOUR else (12, 12, 40)
 """Of each reward, and how many of the paths are compared one by one, drawn with a seed.
 
-With DRLLM_HOUR in the environment all are, which takes an hour of two cores.
+With DRLLM_HOUR in the environment all are, which takes 80 minutes of one thread.
 """
 MARGINS_CHECKED = 5
 """Of every so many of them one has its margin checked, which takes several plain forwards."""

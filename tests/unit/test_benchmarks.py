@@ -327,6 +327,7 @@ def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_pa
 @pytest.mark.thorough
 def test_every_stage_is_timed_at_every_size_that_it_grows_with(figures_of, benchmark, tmp_path):
     growth, picture = benchmark("growth"), tmp_path / "growth.png"
+    assert len(growth.prompts_of(max(growth.WHOLE["questions"]))) == 256
     found = figures_of("growth", "--png", str(picture))["seconds"]
     for axis, sizes in growth.QUICK.items():
         stages = {stage for stage, grows in growth.STAGES.items() if axis in grows}
@@ -341,7 +342,7 @@ SAID = """
 import json, sys
 from pathlib import Path
 file = Path(sys.argv[sys.argv.index("--json") + 1])
-with Path(__file__).with_name("runs.txt").open("a") as runs:
+with Path(__file__).parents[2].joinpath("runs.txt").open("a") as runs:
     print(file.stem, file=runs)
 number = int(file.stem[-1])
 figures = {"speedup": {"letter": SPEED + number}, "bound": {"letter": 8.0}}
@@ -367,8 +368,8 @@ def test_two_checkouts_are_compared_by_medians_of_runs_in_turns(
     assert row["all"] == {"before": [2, 3, 4], "after": [4, 5, 6]}
     assert (row["before"], row["after"], row["bound"]) == (3, 5, 8)
     assert "search: speedup letter" in capsys.readouterr().out
-    runs = (tmp_path / "after" / "benchmarks" / "runs.txt").read_text()
-    assert runs.split() == ["search-after-0", "search-after-1", "search-after-2"]
+    turns = ("before-0", "after-0", "after-1", "before-1", "before-2", "after-2")
+    assert (tmp_path / "runs.txt").read_text().split() == [f"search-{turn}" for turn in turns]
 
 
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):

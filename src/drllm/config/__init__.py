@@ -67,7 +67,7 @@ class SearchConfig(Settings):
         exploration_constant: c of the UCB rule (paper: 1.8)
         length_penalty: lambda of the UCB rule (paper: 3.0)
         random_child_probability: share of selections made at random (paper)
-        leaves_per_round: paths of a question evaluated together; above 1 with virtual losses
+        leaves_per_round: paths of a question evaluated together (paper: 1), by virtual losses
         kl: keep each path's mean KL from the full path over the prompt, in nats a token
         margin_tolerance: re-test: nats a path's margin may lie below the full path's
         block_size: questions searched together

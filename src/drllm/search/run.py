@@ -271,8 +271,8 @@ def forecast(
     """Search a few questions of each task, and conclude what all of them will take.
 
     Nothing is written. Time, executions and disk are those of the sample by path. Later paths
-    share more with earlier ones, so a search of more simulations than the sample's is quicker than
-    this by path.
+    share more with earlier ones, and fuller rounds are quicker where answers are generated, so a
+    search of more simulations and questions than the sample's is quicker than this by path.
     """
     by_task: dict[str, list[SearchQuestion]] = {}
     for batch in batches_of(questions, config.block_size):

@@ -181,10 +181,10 @@ class RouterStack(nn.Module):
             `[B, L, 3]` logits: the mean over the filled windows.
         """
         (B, L, W, _), bias = means.shape, self.hidden_bias[..., None]
-        # The weights stand first in both products, so that their gradients lie as they do.
+        # The weights stand first, so that their gradients have their layout and aren't copied.
         rows = means.transpose(0, 1).reshape(L, B * W, -1)
         inner = torch.baddbmm(bias, self.hidden_weight, rows.transpose(1, 2))
-        inner = nn.functional.gelu(inner, approximate="tanh").view(L, -1, B, W)
+        inner = nn.functional.gelu(inner, approximate="tanh").view(L, bias.shape[1], B, W)
         inner = _mean_over_filled(inner, filled)  # [L, H, B]
         if kept is not None:
             inner = inner * kept.permute(1, 2, 0)
@@ -196,14 +196,14 @@ class RouterStack(nn.Module):
         linear, device = nn.functional.linear, self.hidden_weight.device
         means, filled = windows.means.to(device), windows.filled.to(device)
         inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
-        inner = nn.functional.gelu(inner, approximate="tanh").transpose(1, 2)  # [B, H, W]
+        inner = nn.functional.gelu(inner, approximate="tanh").transpose(-1, -2)  # [B, H, W]
         # A plain mean spares four small steps a layer.
         whole = windows.are_all_filled
-        inner = inner.mean(dim=-1) if whole else _mean_over_filled(inner, filled[:, None])
+        inner = inner.mean(dim=-1) if whole else _mean_over_filled(inner, filled[..., None])
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])
 
 
 def _mean_over_filled(values: Tensor, filled: Tensor) -> Tensor:
-    """Average the last axis (W) over its first `filled` entries; `filled` has those before it."""
+    """Average the last axis (W) over its first `filled` entries."""
     present = torch.arange(values.shape[-1], device=values.device) < filled[..., None]
     return torch.where(present, values, 0.0).sum(dim=-1) / filled
