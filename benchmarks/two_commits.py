@@ -27,10 +27,10 @@ from drllm.records.codec import digest_of
 
 HERE = Path(__file__).resolve().parents[1]
 SIZES = {
-    "search": "--questions 32 --paths 25 --sample 24 --repeats 1",
-    "few": "--questions 5 --paths 25 --sample 24 --repeats 1 --rewards letter,boxed",
-    "evaluation": "--questions 100 --repeats 1 --tasks arc_easy,hellaswag,commonsense_qa",
-    "training": "--questions 80",
+    "search": "--questions 32 --paths 13 --sample 16 --repeats 1",
+    "few": "--questions 5 --paths 25 --sample 16 --repeats 1 --rewards letter,boxed",
+    "evaluation": "--questions 40 --repeats 1 --tasks arc_easy,hellaswag,commonsense_qa",
+    "training": "--questions 40",
     "generate": "--quick",
 }
 """What each is run with; `few` is the search of a few questions."""
