@@ -17,6 +17,8 @@ import torch
 
 from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Question
 from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
 from drllm.tasks.base import Prompt, choose
 from drllm.tasks.registry import get_task
@@ -109,11 +111,14 @@ class Alone:
         """Return the log-probability of each token behind the prompt."""
         return self.slow.each(self.context, tokens)
 
-    def score(self):
-        behind = [
+    def options(self):
+        """Return the tokens of each option."""
+        return [
             encode_continuation(self.tokenizer, self.text, c) for c in self.prompt.continuations
         ]
-        return score_choices(self.slow.sums(self.context, behind), self.prompt)
+
+    def score(self):
+        return score_choices(self.slow.sums(self.context, self.options()), self.prompt)
 
     def generate(self):
         output = self.slow.model.generate(
@@ -126,6 +131,17 @@ class Alone:
         return output[0, len(self.context) :].tolist()
 
 
+def check_in_double(base, exact_model, decisions, prompt, behind):
+    """Both ways must give the same log-probabilities in float64: then rounding set them apart."""
+    alone = Alone(base, exact_model, decisions, prompt)
+    slow = [sum(alone.each(tokens)) for tokens in behind]
+    routed = RoutedModel(exact_model, tokenizer=base.tokenizer)
+    batch = ChoiceBatch(routed, [Question(alone.context, behind)], 1.0)
+    [ours] = batch.logprobs([(0, decisions)])
+    routed.detach()
+    assert ours == pytest.approx(slow, abs=IN_DOUBLE), decisions
+
+
 def check_choices(base, prompts, found, sample):
     """Compare choice scores; return how far margins are apart."""
     apart, exact_model = [], copy.deepcopy(base.model).double()
@@ -136,11 +152,7 @@ def check_choices(base, prompts, found, sample):
         apart.append(abs(margin - outcome.margin))
         assert reward == outcome.reward or abs(margin) < MARGIN_TOLERANCE, (place, decisions)
         if apart[-1] >= MARGIN_TOLERANCE:
-            _, exact = Alone(base, exact_model, decisions, prompts[place]).score()
-            routed = RoutedModel(exact_model, tokenizer=base.tokenizer)
-            [ours] = Evaluator(routed, [prompts[place]], 1.0).evaluate([(0, decisions)])
-            routed.detach()
-            assert ours.margin == pytest.approx(exact, abs=IN_DOUBLE), (place, decisions)
+            check_in_double(base, exact_model, decisions, prompts[place], alone.options())
     return apart
 
 
@@ -150,7 +162,7 @@ def check_answers(base, prompts, found, sample):
     for (place, _), outcome in found.items():
         if outcome.reward < 1 and outcome.tokens:
             wrong.setdefault(place, Counter())[outcome.tokens] += 1
-    apart = []
+    apart, exact_model = [], copy.deepcopy(base.model).double()
     for number, (place, decisions) in enumerate(sample):
         prompt, outcome = prompts[place], found[place, decisions]
         alone = Alone(base, base.model, decisions, prompt)
@@ -170,11 +182,14 @@ def check_answers(base, prompts, found, sample):
                 # An answer that no verdict cut short went on to its end, which counts as a token.
                 is_cut = verdict(prompt, outcome.answer, finished=False) is not None
                 steps = len(ours) if is_cut else len(said)
-                assert mean(alone.each(said[:steps])) == pytest.approx(other, abs=MARGIN_TOLERANCE)
+                rivals = [said[:steps]]
+                assert mean(alone.each(*rivals)) == pytest.approx(other, abs=MARGIN_TOLERANCE)
             else:
                 rivals = [tokens for tokens, _ in wrong[place].most_common(WRONG_ANSWERS)]
                 other = max(mean(alone.each(tokens)) for tokens in rivals)
             apart.append(abs(mean(alone.each(gold)) - other - outcome.margin))
+            if apart[-1] >= MARGIN_TOLERANCE:
+                check_in_double(base, exact_model, decisions, prompt, [gold, *rivals])
     return apart
 
 
@@ -215,5 +230,3 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     record_property("margins_apart", f"{max(apart):.1e} at most, {mean(apart):.1e} on average")
     record_property("share_right", right)
     assert mean(each < MARGIN_TOLERANCE for each in apart) >= LEAST_WITHIN
-    if reward != "loglikelihood":
-        assert max(apart) < MARGIN_TOLERANCE
