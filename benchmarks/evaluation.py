@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
-from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.base import OPTIONS_REWARD, Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.tasks.worked import WorkedTask
 
@@ -61,7 +62,11 @@ def requests_of(task_name: str, sizes: dict[str, int], data_dir: Path | None) ->
             for each in examples
         ]
     examples = choose(task.examples("test", data_dir), sizes["questions"], seed=0)
-    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
+    return choices_of(task_name, [task.prompt(example, OPTIONS_REWARD) for example in examples])
+
+
+def choices_of(task_name: str, prompts: Sequence[Prompt]) -> list[Instance]:
+    """Return the requests that score the options of prompts, as the harness makes them."""
     return [
         Instance("loglikelihood", {}, (prompt.text, choice), idx, (task_name, doc, 1))
         for doc, prompt in enumerate(prompts)

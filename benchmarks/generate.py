@@ -24,14 +24,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-import shutil
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import common
@@ -312,12 +309,15 @@ def many_prompts(
     ways = {way.__name__: way for way in (mixed, routed_and_grouped, grouped)}
     said: dict[str, list[tuple[int, ...]]] = {}
 
-    def answer(name: str, size: int) -> None:
-        said[name] = ways[name](size)
+    def prepare(name: str, size: int) -> Callable[[], None]:
+        def answer() -> None:
+            said[name] = ways[name](size)
+
+        return answer
 
     figures, differ = [], {}
     for size in (NUM_PROMPTS, NUM_PROMPTS // 4):
-        calls = {name: partial(partial, answer, name, size) for name in ways}
+        calls = {name: partial(prepare, name, size) for name in ways}
         rounds = take_turns(calls, repeats["many"], clock)
         for name in ("routed_and_grouped", "grouped"):
             label = f"{name}_batches_of_{size}"
@@ -368,15 +368,6 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
     return figures
 
 
-def commit() -> str:
-    """Return the commit of this checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    if shutil.which("git") is None:
-        return "an unknown commit"
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or "an unknown commit"
-
-
 def main() -> None:
     """Measure, print a table, and write the figures if asked to."""
     parser = common.parser_of(__doc__, "few rounds, under a minute")
@@ -417,7 +408,7 @@ def main() -> None:
         "ours": OURS,
         "theirs": THEIRS,
         **common.of(base, options),
-        "drllm": f"{importlib.metadata.version('drllm')} at {commit()}",
+        "drllm": f"{importlib.metadata.version('drllm')} at {common.commit_of()}",
     }
     common.write(options, result)
 

@@ -22,7 +22,7 @@ from typing import Any
 import common
 import torch
 from common.searched import searched_paths
-from lm_eval.api.instance import Instance
+from evaluation import choices_of
 from search import routing
 from training import CONFIG, drawn_targets, pooled
 from transformers import AutoModelForCausalLM
@@ -37,6 +37,8 @@ from drllm.tasks.registry import get_task
 from drllm.training.stage import train_on
 
 Sizes = dict[str, int]
+Stage = Callable[[BaseModel, Sizes, Path], Callable[[], None]]
+"""Makes what is timed, from a model, sizes and an empty folder."""
 Growth = dict[str, dict[str, dict[int, float]]]
 """Axis → stage → size → seconds."""
 
@@ -51,15 +53,6 @@ WHOLE: dict[str, list[int]] = {
 QUICK = {axis: values[:2] for axis, values in WHOLE.items()} | {"paths": [3, 6]}
 BLOCK = 32
 """Questions searched or evaluated together."""
-STAGES: Mapping[str, Sequence[str]] = {
-    "search by options": ("questions", "paths", "layers"),
-    "search by answers": ("paths", "answer tokens", "layers"),
-    "evaluation by options": ("questions", "layers"),
-    "train: the pass": ("questions", "layers"),
-    "train: the fit": ("questions", "layers"),
-    "generation": ("answer tokens", "layers", "batch"),
-}
-"""Each with the sizes that it grows with."""
 PROMPT_TOKENS = 100
 SKIPPED = 10
 """A generated answer's plan skips one of so many layers."""
@@ -91,7 +84,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
         with routing(base) as routed:
             contexts = [read(routed, prompt).tokens for prompt in prompts]
             batch = AnswerBatch(routed, base.tokenizer, contexts, None)
-            batch._ends.clear()
+            batch._ends.clear()  # so that each is written to its length
             for pairs in searched_paths(base.num_layers, len(prompts), sizes["paths"]):
                 batch.answers(pairs, [length] * len(pairs), lambda _p, _t, over: over or None)
 
@@ -100,11 +93,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
 
 def evaluation_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     """Score the options of all questions with the full path."""
-    requests = [
-        Instance("loglikelihood", {}, (prompt.text, option), place, ("facts", number, 1))
-        for number, prompt in enumerate(prompts_of(sizes["questions"]))
-        for place, option in enumerate(prompt.continuations)
-    ]
+    requests = choices_of("builtin_facts", prompts_of(sizes["questions"]))
 
     def run() -> None:
         lm = RoutedLM(base, batch_size=BLOCK)
@@ -144,14 +133,15 @@ def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     return run
 
 
-WAYS: Mapping[str, Callable[[BaseModel, Sizes, Path], Callable[[], None]]] = {
-    "search by options": search_by_options,
-    "search by answers": search_by_answers,
-    "evaluation by options": evaluation_by_options,
-    "train: the pass": the_pass,
-    "train: the fit": the_fit,
-    "generation": generation,
+STAGES: Mapping[str, tuple[Stage, Sequence[str]]] = {
+    "search by options": (search_by_options, ("questions", "paths", "layers")),
+    "search by answers": (search_by_answers, ("paths", "answer tokens", "layers")),
+    "evaluation by options": (evaluation_by_options, ("questions", "layers")),
+    "train: the pass": (the_pass, ("questions", "layers")),
+    "train: the fit": (the_fit, ("questions", "layers")),
+    "generation": (generation, ("answer tokens", "layers", "batch")),
 }
+"""Each with the sizes that it grows with."""
 
 
 def prompts_of(num: int) -> list[Prompt]:
@@ -182,12 +172,14 @@ def points(
         for axis, values in axes.items():
             for size in values:
                 model = with_layers(base, size) if axis == "layers" else base
-                for stage in (stage for stage, grows in STAGES.items() if axis in grows):
+                for stage, (make, grows) in STAGES.items():
+                    if axis not in grows:
+                        continue
                     sizes = REST if axis == "layers" else REST | {axis: size}
                     for _ in range(2 if size == values[0] else 1):  # once more, to warm up
                         folder = Path(name) / str(next(numbers))
                         folder.mkdir()
-                        run = WAYS[stage](model, sizes, folder)
+                        run = make(model, sizes, folder)
                         started = clock()
                         run()
                     yield axis, stage, size, clock() - started

@@ -30,7 +30,7 @@ from typing import Any
 import common
 import torch
 from common import bound
-from common.searched import Pair, Rounds, searched_paths
+from common.searched import LEAVES, Pair, Rounds, searched_paths
 from torch import nn
 
 from drllm.config import SearchConfig
@@ -222,7 +222,7 @@ def compare(
     prompts: Sequence[Prompt],
     sizes: dict[str, int],
     clock: common.Clock,
-    leaves: int | None,
+    leaves: int,
 ) -> dict[str, Any]:
     """Time both ways on one block of questions, and count the verdicts on which they differ."""
     rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"], leaves)
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--rewards", default=",".join(REWARDS), help="comma list")
     parser.add_argument("--questions", type=int, help="searched in step, as --block-size")
     parser.add_argument("--paths", type=int, help="of each question")
-    parser.add_argument("--leaves", type=int, help="paths a round; the search's own if not given")
+    parser.add_argument("--leaves", type=int, default=LEAVES, help="of a question, a round")
     parser.add_argument("--sample", type=int, help="paths that are also run one by one")
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()

@@ -39,20 +39,13 @@ TAKE_DATA = ("search", "few", "evaluation", "training")
 RATIOS = ("speedup", "overhead", "share_of_the_time")
 
 
-def commit_of(checkout: Path) -> str:
-    """Return the commit of a checkout, and whether anything of it was changed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def run(checkout: Path, name: str, options: Any, label: str) -> dict[str, Any]:
     """Run a benchmark of a checkout, unless its figures are there already; return them."""
     words = ["--quick"] if options.quick else SIZES[name].split()
     words += ["--clock", options.clock]
     if options.data_dir and name in TAKE_DATA:
         words += ["--data-dir", str(options.data_dir.resolve())]
-    folder = options.output_dir.resolve() / digest_of([commit_of(checkout), words])[:12]
+    folder = options.output_dir.resolve() / digest_of([common.commit_of(checkout), words])[:12]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{label}.json"
     if not file.exists():

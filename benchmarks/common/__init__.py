@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -110,6 +112,15 @@ def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
     if device.type == "cuda":
         words.append(torch.cuda.get_device_name(device))
     return {"model": base.name, "clock": options.clock, "machine": ", ".join(words)}
+
+
+def commit_of(checkout: Path = Path(__file__).parent) -> str:
+    """Return the commit of a checkout, by default of this one, and whether it was changed."""
+    if shutil.which("git") is None:
+        return "an unknown commit"
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    return found.stdout.strip() or "an unknown commit"
 
 
 def write(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:

@@ -9,20 +9,18 @@ from drllm.search.strategies import new_search
 
 Pair = tuple[int, tuple[int, ...]]
 Rounds = list[list[Pair]]
+LEAVES = SearchConfig().leaves_per_round
 
 
 def searched_paths(
-    num_layers: int, num_questions: int, num_paths: int, leaves: int | None = None
+    num_layers: int, num_questions: int, num_paths: int, leaves: int = LEAVES
 ) -> Rounds:
     """Return the rounds of a tree search: in each, `leaves` new paths of every question.
 
-    The first has the full paths alone. Unless given, `leaves` is the
-    search's own default.
-
-    Rewards are drawn, so that both ways evaluate the same paths whatever the model answers.
+    The first has the full paths alone. Rewards are drawn, so that both ways evaluate the same
+    paths whatever the model answers.
     """
-    config = SearchConfig(num_simulations=num_paths - 1)
-    leaves = leaves or config.leaves_per_round
+    config = SearchConfig(num_simulations=num_paths - 1, leaves_per_round=leaves)
     searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
     rng = random.Random(0)
     rounds: Rounds = []
