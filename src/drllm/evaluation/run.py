@@ -275,9 +275,7 @@ def _write(
     # Without routers the most accurate path stands first.
     rivals = header["paths"] if not (header["routers"] or header["menu"]) else ()
     tables = correct([each.table() for each in done], rivals)
-    results = tuple(
-        each.evaluation(table, header) for each, table in zip(done, tables, strict=True)
-    )
+    results = tuple(one.evaluation(table, header) for one, table in zip(done, tables, strict=True))
     for result in results:
         write_json(output / f"{result.task}.json", result)
     manifest = new_manifest("samples", model=header["model"], config=header["config"])

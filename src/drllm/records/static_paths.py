@@ -98,11 +98,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def division(self) -> str:
         """Say which sets were divided anew, so that `test` isn't their own; empty without any."""
-        tasks = ", ".join(self.divided)
-        said = (
-            f"The questions of {tasks} were divided anew, so test isn't the set's own test split."
-        )
-        return said if tasks else ""
+        sets = ", ".join(self.divided)
+        said = f"The questions of {sets} were divided anew, so test isn't the set's own test split."
+        return said if sets else ""
 
     def find(self, name: str | None, file: Path) -> NamedPath:
         """Return a path by name, the certified one without; a PathError where there is none."""

@@ -65,9 +65,8 @@ def sections(run: Run, evaluation: results.Result) -> list[Section]:
         )
     if routes := evaluation.routes():
         found.append(Section("Routes by layer", [_routes(run, routes)]))
-    able = [
-        each for each in evaluation.samples if {results.BASE, results.ROUTED} <= each.systems.keys()
-    ]
+    both = {results.BASE, results.ROUTED}
+    able = [each for each in evaluation.samples if both <= each.systems.keys()]
     if able:
         found.append(Section("Questions won and lost", _changed(evaluation, able)))
     return found

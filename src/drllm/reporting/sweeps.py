@@ -72,16 +72,12 @@ def read_candidate(name: str, folder: Path) -> Candidate:
 
 
 def _places(evaluation: Evaluation) -> Iterator[Placed]:
-    rows = [
-        (row.setting, row.num_seeds, row.executions.mean, row.against_base)
-        for row in evaluation.seeds
+    rows = [(r.setting, r.num_seeds, r.executions.mean, r.against_base) for r in evaluation.seeds]
+    rows = rows or [
+        (point.setting, 1, point.executions, point.against_base)
+        for point in evaluation.curve
+        if point.system == ROUTED and point.against_base is not None
     ]
-    if not rows:
-        rows = [
-            (point.setting, 1, point.executions, point.against_base)
-            for point in evaluation.curve
-            if point.system == ROUTED and point.against_base is not None
-        ]
     for depth, seeds, executions, found in rows:
         if depth:
             about = {"task": evaluation.task, "depth": depth}

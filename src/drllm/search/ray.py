@@ -151,10 +151,8 @@ class RayExecutor:
         kept = chunks if self._is_here else None
         while True:
             for seat in self.seats:
-                while seat.starting is None and len(seat.jobs) < BATCHES_A_WORKER:
-                    batch = jobs.take()
-                    if batch is None:
-                        break
+                has_begun = seat.starting is None
+                while has_begun and len(seat.jobs) < BATCHES_A_WORKER and (batch := jobs.take()):
                     parts = None if kept is None else kept.within(batch.key)
                     seat.jobs.append((seat.worker.search.remote(batch, stored, parts), batch))
             if not jobs.again and not any(seat.jobs for seat in self.seats):

@@ -124,7 +124,10 @@ class StockTask(Task):
         A question is never among its own worked examples, which depend on its text alone.
         """
         self.check_reward(reward)
-        leaf, doc = self._doc_of(example)
+        if example.id not in self._docs:
+            for leaf, place, each in self.reported:
+                self._docs[each.id] = leaf, self.tasks[leaf].eval_docs[place]
+        leaf, doc = self._docs[example.id]
         task = self.tasks[leaf]
         if task.multiple_input:
             raise TaskError(
@@ -159,12 +162,6 @@ class StockTask(Task):
             max_new_tokens=int(most),
         )
         return (answer,)
-
-    def _doc_of(self, example: Example) -> tuple[str, Mapping[str, Any]]:
-        if example.id not in self._docs:
-            for leaf, place, each in self.reported:
-                self._docs[each.id] = leaf, self.tasks[leaf].eval_docs[place]
-        return self._docs[example.id]
 
     def _example(self, leaf: str, own_id: str, doc: Mapping[str, Any]) -> Example:
         """Return a question as far as results show it."""

@@ -86,9 +86,7 @@ class Judge:
         asked = list(itertools.product(order, range(len(items))))
         # As decisions where these can say it: by them the full path is known, whose KL is 0.
         plans = [path.plan(self.routed.num_layers) for path in paths]
-        scores = batch.scores(
-            [(row, plans[number]) for number, row in asked], kl=self.objective == KL
-        )
+        scores = batch.scores([(row, plans[at]) for at, row in asked], kl=self.objective == KL)
         found = np.zeros((2, len(paths), len(items)))
         for (number, row), score in zip(asked, scores, strict=True):
             value, right = self._value(items[row], score.logprobs, score.kl)

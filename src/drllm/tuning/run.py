@@ -250,9 +250,7 @@ class _Tuning:
             "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
-        self.tasks = [
-            TaskScorer(routed, each, config, self.chunks, self._scored) for each in divided
-        ]
+        self.tasks = [TaskScorer(routed, one, config, self.chunks, self._scored) for one in divided]
         self.beam = beam_of(config, divided, self.shares)
         self._most = self.beam.max_saved
         self._is_cut = False  # by `--minutes`

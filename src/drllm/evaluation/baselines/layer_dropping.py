@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drllm.evaluation.baselines import base
@@ -193,17 +193,14 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
             readable = prompts.readable
             return [1] * prompts.num_rows
 
-    def hook_at(layer: int) -> Any:
-        def add(_module: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            before: Tensor = args[0] if args else kwargs["hidden_states"]
-            after: Tensor = output[0] if isinstance(output, tuple) else output
-            cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
-            sums[layer] += cosines[readable].cpu().double().sum()
-
-        return add
+    def add(place: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        before: Tensor = args[0] if args else kwargs["hidden_states"]
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
+        sums[place] += cosines[readable].cpu().double().sum()
 
     hooks = [
-        layer.register_forward_hook(hook_at(place), with_kwargs=True)
+        layer.register_forward_hook(partial(add, place), with_kwargs=True)
         for place, layer in enumerate(routed.injection.layers)
     ]
     with hooked(hooks):

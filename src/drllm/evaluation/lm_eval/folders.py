@@ -97,7 +97,7 @@ class FolderFiles:
             places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
             self.rows[places[use]] = text
         self.tasks[f"{leaf}.yaml"] = {
-            **({"include": str(harness_file(file))} if file else {}),
+            **({"include": f"{importlib.resources.files('lm_eval')}/tasks/{file}"} if file else {}),
             "task": leaf,
             "tag": None,  # else the harness' own tags would mean these tasks alone
             "dataset_path": "json",
@@ -232,11 +232,6 @@ def _lengths(entry: Harness, lines: Mapping[str, Sequence[Line]]) -> dict[str, A
     longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in lines[ASKED])
     kwargs = {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
     return {"generation_kwargs": kwargs}
-
-
-def harness_file(name: str) -> Path:
-    """Return where the installed harness has a task file, by its name below `tasks`."""
-    return Path(str(importlib.resources.files("lm_eval"))) / "tasks" / name
 
 
 def _digest(text: str) -> str:

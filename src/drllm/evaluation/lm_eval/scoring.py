@@ -211,9 +211,7 @@ class RequestScorer:
         A pass ends early where padding what follows would cost more than a pass of its own.
         """
         questions, model = found.questions, self.routed.model
-        order = sorted(
-            range(len(questions)), key=lambda place: questions[place].length, reverse=True
-        )
+        order = sorted(range(len(questions)), key=lambda row: questions[row].length, reverse=True)
         passes = MemoryBatcher(model)
         all_packed = bool(order) and can_pack(model, questions[order[0]].length)
         while order:

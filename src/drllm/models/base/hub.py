@@ -27,9 +27,7 @@ FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 
 def options_in(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those options of a `from_pretrained` that say how the hub is asked."""
-    return {
-        name: given[name] for name in ("token", "cache_dir", "local_files_only") if name in given
-    }
+    return {n: given[n] for n in ("token", "cache_dir", "local_files_only") if n in given}
 
 
 def find_commit(name: str, revision: str | None, *, otherwise: str, **options: Any) -> str:

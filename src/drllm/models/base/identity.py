@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drllm.errors import ModelError
 from drllm.models.base.layers import base_of, find_layers
@@ -65,19 +65,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Say whether a weight is a matrix whose numbers are there, not packed or quantised."""
-    is_packed = type(weight).__module__.partition(".")[0] == "torchao"
-    return weight.dim() == 2 and weight.is_floating_point() and not is_packed
-
-
 def _content(place: str, module: nn.Module) -> bytes | None:
     """Return what is hashed of a module's first matrix: name, shape, signs; None without one."""
     # An adapter's layers have what they stand in for as their first part.
-    path = next((name for name, weight in module.named_parameters() if _is_plain(weight)), None)
-    if path is None:
+    for path, weight in module.named_parameters():
+        is_packed = type(weight).__module__.partition(".")[0] == "torchao"
+        if weight.dim() == 2 and weight.is_floating_point() and not is_packed:
+            *parts, own = path.split(".")
+            break
+    else:
         return None
-    *parts, own = path.split(".")
     inner = [part for part in (*parts, own) if part not in WRAPPED]
     name = place if place == "embedding" else ".".join([place, *inner])
     around = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]

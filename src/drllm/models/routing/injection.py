@@ -369,10 +369,8 @@ class LayerCall:
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward  # the pass that this call belongs to
         self.extras: tuple[Any, ...] = ()  # returned besides hidden states when it last ran
-        self.cache: Cache | None = None  # found by its type
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache):
-                self.cache = value
+        found = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
+        self.cache: Cache | None = next(found, None)
         if self.cache is None:
             for name in CACHE_NAMES:
                 if kwargs.get(name) is not None:
@@ -442,11 +440,7 @@ class LayerCall:
         memo = self.forward.parts
 
         def of(name: str, value: Any) -> Any:
-            if (
-                value is None
-                or isinstance(value, (bool, int, float, str, Cache))
-                or name in NOT_READ
-            ):
+            if name in NOT_READ or isinstance(value, (int, float, str, Cache, type(None))):
                 return value
             known = memo.get((name, part))
             if known is None or known[0] is not value:
@@ -518,9 +512,7 @@ def _overriding(layer: Any) -> list[Any]:
 
 def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
     """Refuse several sequences in one row: decisions are made for a row."""
-    packed = any(
-        value is not None and name.startswith("cu_seq_lens") for name, value in kwargs.items()
-    )
+    packed = any(v is not None and name.startswith("cu_seq_lens") for name, v in kwargs.items())
     positions = kwargs.get("position_ids")
     # transformers reads a restart of the positions as a new sequence where there is no mask. One
     # position can't restart, and looking would make a decode step wait for the device.

@@ -15,12 +15,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import is_kv
 from drllm.paths import StaticPath
+
+ROOM = 32
+"""Tokens that K and V have room for whenever they are copied."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """transformers' dynamic entry with room for more tokens, so that a step copies its own alone.
+
+    Where gradients are recorded or a graph is compiled, it copies all as there.
+    """
+
+    keys: Any
+    values: Any
+    _room: Any = None  # K and V, behind which as many tokens may still come
+    _view: Tensor | None = None  # the keys as they were left; whoever reorders or crops sets others
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store K and V of new tokens, `[B, H, T, E]`, and return those of all."""
+        start, num_new = self.get_seq_length(), key_states.shape[-2]
+        if not start or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        given, end = (key_states, value_states), start + num_new
+        room, mode = self._room, torch.is_inference_mode_enabled()
+        is_ours = room is not None and self.keys is self._view
+        if not is_ours or end > room[0].shape[-2] or room[0].is_inference() != mode:
+            shapes = [(*new.shape[:-2], end + ROOM, new.shape[-1]) for new in given]
+            self._room = room = list(map(torch.Tensor.new_empty, given, shapes))
+            for all_tokens, held in zip(room, (self.keys, self.values), strict=True):
+                all_tokens.narrow(-2, 0, start).copy_(held)
+        for all_tokens, new in zip(room, given, strict=True):
+            all_tokens.narrow(-2, start, num_new).copy_(new)
+        self.keys, self.values = (all_tokens.narrow(-2, 0, end) for all_tokens in room)
+        self._view = self.keys
+        return self.keys, self.values
+
+    def offload(self) -> None:
+        """Move K and V off the accelerator, and give up their room there."""
+        self._room = self._view = None
+        super().offload()
 
 
 def _by_representative(name: str) -> Callable[..., Any]:
@@ -58,7 +97,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         # It is empty, but may have its room already, for all rows: each pass takes its own.
         pristine.keys = pristine.values = None
         pristine.is_initialized = False
-        self.pristine = pristine
+        self.pristine = GrowingLayer() if type(pristine) is DynamicLayer else pristine
         self.is_sliding = getattr(pristine, "is_sliding", False)
         self.is_croppable = getattr(pristine, "is_croppable", True)
         self.max_cache_len = getattr(pristine, "max_cache_len", 0)

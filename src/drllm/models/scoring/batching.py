@@ -42,9 +42,7 @@ class PathSize:
         config = model.config.get_text_config()
         size = model.dtype.itemsize
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        each = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv = 2 * heads * each * 2 if self.keeps_kv else 0  # in the state, and in the cache
         states = self.num_tokens * config.num_hidden_layers * (config.hidden_size + kv) * size
         # As computed, in fp32, and once more in fp32 for what is computed from them.

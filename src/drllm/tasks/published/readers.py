@@ -141,9 +141,7 @@ def dart(row: Row, level: int) -> Example | None:
     return Example(question=question, answer=answer) if its_level == level else None
 
 
-dart_1, dart_2, dart_3, dart_4, dart_5 = (
-    functools.partial(dart, level=level) for level in DART_LEVELS
-)
+dart_1, dart_2, dart_3, dart_4, dart_5 = (functools.partial(dart, level=n) for n in DART_LEVELS)
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
