@@ -1,3 +1,5 @@
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -59,6 +61,22 @@ def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(tmp_path
 def test_a_training_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one(tmp_path, kills):
     run_script("train_features", tmp_path, kills)
     assert kills_that_changed_nothing(tmp_path, 2 * 6) == kills
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(interrupted):
+    """The operating system itself refuses, as it lets no file of the process grow any more."""
+    kept = (interrupted / CHECKPOINT_FILE).read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    was = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=f"can't write .*{CHECKPOINT_FILE}: .*too large"):
+            train_on(FEATURES, IDENTITY, SETTINGS, interrupted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, was)
+    assert (interrupted / CHECKPOINT_FILE).read_bytes() == kept
+    assert not list(interrupted.glob(f".{CHECKPOINT_FILE}*"))
 
 
 def relabelled():
