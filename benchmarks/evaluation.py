@@ -41,6 +41,8 @@ TASKS = ("builtin_facts", "builtin_arithmetic")
 REAL_TASKS = ("arc_easy", "hellaswag", "commonsense_qa", "gsm8k")
 """With --data-dir."""
 SHOTS = 5
+TOLERANCE = 1e-3
+"""Nats that the log-probability of a choice may differ by."""
 
 QUICK = {"repeats": 1, "questions": 32, "answers": 8, "answer_tokens": 16}
 WHOLE = {"repeats": 5, "questions": 200, "answers": 32, "answer_tokens": 128}
@@ -161,9 +163,11 @@ def compare(
         differ = sum(theirs != own for theirs, own in pairs)
         return {**found, "questions": len(requests), "verdicts_that_differ": differ}
     routed = list(zip(answers["ours_s"], answers["routers_s"], strict=True))
+    away = [abs(slow[0] - fast[0]) for slow, fast in pairs]
     return {
         **found,
-        "largest_difference": max(abs(slow[0] - fast[0]) for slow, fast in pairs),
+        "largest_difference": max(away),
+        "far_apart": sum(each > TOLERANCE for each in away),
         "verdicts_that_differ": sum(slow[1] != fast[1] for slow, fast in pairs)
         + best_differ(requests, answers["theirs_s"], answers["ours_s"]),
         "routers_largest_difference": max(abs(a[0] - b[0]) for a, b in routed),
@@ -223,6 +227,8 @@ def main() -> None:
     for name in names:
         results.append(compare(base, name, sizes, options.data_dir, clock))
         report(results[-1])
+        common.refuse(base, f"answers of {name}", results[-1]["verdicts_that_differ"])
+        common.refuse(base, f"log-probabilities of {name}", results[-1].get("far_apart", 0))
     figures = {
         "speedup": {result["task"]: result["speedup"] for result in results},
         "bound": {result["task"]: result["bound"] for result in results},

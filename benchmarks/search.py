@@ -333,6 +333,8 @@ def main() -> None:
             prompts = block_of(tasks[reward], reward, sizes["questions"], options.data_dir)
             results.append(compare(base, reward, prompts, sizes, clock, options.leaves))
             report(results[-1])
+            differ = results[-1]["verdicts_that_differ"]
+            common.refuse(base, f"verdicts of {reward}", differ)
     by_reward = {result["reward"]: result for result in results}
     figures = {
         "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},

@@ -22,12 +22,13 @@ from typing import Any
 import common
 import numpy as np
 import torch
+from common import bound
 
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import layers_listed
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import StaticPath
+from drllm.paths import Decisions, StaticPath
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import LAYERS, skips
@@ -134,8 +135,17 @@ def compare(
     if max(away.values()) > TOLERANCE:
         raise SystemExit(f"the ways differ by up to {away} nats; no figure is given")
     medians = {name: statistics.median(run[name] for run in runs) for name in ways}
+    read = [item.question for item in items]
+    after = [sum(len(option) - 1 for option in question.continuations) for question in read]
+    plans = [tuple(path.decisions(base.num_layers)) for path in paths]
+    pairs: dict[tuple[int, Decisions], list[int]] = {
+        (place, plan): [] for plan in plans for place in range(len(items))
+    }
+    prompts = [list(question.context) for question in read]
+    bound_s = bound.seconds_to_search(base, prompts, after, pairs, clock)
     return {
         "speedup": statistics.median(run["theirs"] / run["ours"] for run in runs),
+        "bound": statistics.median(run["theirs"] / bound_s for run in runs),
         "speedup_over_batches": statistics.median(run["batched"] / run["ours"] for run in runs),
         "candidates_per_second": {name: len(paths) / medians[name] for name in ways},
         "largest_difference": away,
@@ -171,7 +181,7 @@ def main() -> None:
         f"{rates['ours']:.2f} a second by ours, {rates['theirs']:.2f} one option a pass "
         f"(speedup {result['speedup']:.1f}), {rates['batched']:.2f} in batches (speedup "
         f"{result['speedup_over_batches']:.1f}); largest difference "
-        f"{max(result['largest_difference'].values()):.1e} nats"
+        f"{max(result['largest_difference'].values()):.1e} nats\n  {bound.in_words(result)}"
     )
     figures = {
         **result,

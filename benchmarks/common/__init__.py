@@ -114,6 +114,16 @@ def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
     return {"model": base.name, "clock": options.clock, "machine": ", ".join(words)}
 
 
+def refuse(base: BaseModel, what: str, differ: int) -> None:
+    """End without figures where two ways that are compared came to different results.
+
+    In float32 they never may; a dtype of fewer digits decides near ties by chance, so there the
+    number is a figure itself.
+    """
+    if differ and base.model.dtype == torch.float32:
+        raise SystemExit(f"{what}: {differ} differ between the two ways; no figures are written")
+
+
 def commit_of(checkout: Path = Path(__file__).parent) -> str:
     """Return the commit of a checkout, by default of this one, and whether it was changed."""
     if shutil.which("git") is None:
