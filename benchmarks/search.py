@@ -22,8 +22,9 @@ import cProfile
 import pstats
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,34 @@ def routing(base: BaseModel) -> Iterator[RoutedModel]:
 
 
 def together(
-    evaluator: Evaluator, rounds: Rounds, clock: common.Clock
-) -> tuple[float, dict[Pair, Outcome]]:
-    """Evaluate all rounds our way; return the time a path, and what came out."""
+    evaluator: Evaluator, rounds: Rounds, clock: common.Clock, margins: bool = False
+) -> tuple[float, float, dict[Pair, Outcome]]:
+    """Evaluate all rounds our way; return what came out, after the time a path and of its margin.
+
+    Margins of generated answers are taken as a search does: of wrong ones in their round, of right
+    ones in the end. The work that they are isn't counted as run.
+    """
     found: dict[Pair, Outcome] = {}
-    started = clock()
+    times = {"verdicts": 0.0, "margins": 0.0}
+
+    def timed(what: str, run: Callable[[], list[Outcome]]) -> list[Outcome]:
+        run_before, started = evaluator.states.tokens_run, clock()
+        outcomes = run()
+        times[what] += clock() - started
+        if what == "margins":
+            evaluator.states.tokens_run = run_before
+        return outcomes
+
     for pairs in rounds:
-        found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
-    return (clock() - started) / len(found), found
+        outcomes = timed("verdicts", partial(evaluator.evaluate, pairs))
+        if margins:
+            early = partial(evaluator.with_margins, pairs, outcomes, so_far=True)
+            outcomes = timed("margins", early)
+        found.update(zip(pairs, outcomes, strict=True))
+    if margins:
+        completed = timed("margins", partial(evaluator.with_margins, [*found], [*found.values()]))
+        found = dict(zip(found, completed, strict=True))
+    return times["verdicts"] / len(found), times["margins"] / len(found), found
 
 
 def parts_of_the_time(
@@ -248,14 +269,12 @@ def compare(
             started = clock()
             evaluator = Evaluator(routed, prompts, state_cache_gb)
             making = (clock() - started) / len(everything)
-            ours, found = together(evaluator, rounds, clock)
+            ours, margins, found = together(evaluator, rounds, clock, margins=True)
             shares = executions(evaluator, prompts, rounds)
-            started = clock()
-            evaluator.with_margins(everything, [found[pair] for pair in everything])
-            margins = (clock() - started) / len(everything)
             evaluator.forget()
             if repeat == 0:
-                kl, _ = together(Evaluator(routed, prompts, state_cache_gb, kl=True), rounds, clock)
+                with_kl = Evaluator(routed, prompts, state_cache_gb, kl=True)
+                kl, *_ = together(with_kl, rounds, clock)
                 first = ours + making
         if repeat % 2 == 1:
             theirs, rewards = slowly()

@@ -221,7 +221,8 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     try:
         evaluator = Evaluator(routed, prompts, 4.0)
         for pairs in obvious.searched_paths(30, num_questions, num_paths):
-            found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
+            outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs), so_far=True)
+            found.update(zip(pairs, outcomes, strict=True))
         pairs = list(found)
         completed = evaluator.with_margins(pairs, list(found.values()))
         found = dict(zip(pairs, completed, strict=True))

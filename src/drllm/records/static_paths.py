@@ -223,9 +223,7 @@ def read_path_list(given: str) -> dict[str, PathFile]:
             continue
         full = StaticPath(range(found.num_layers))
         named = found.paths if name is None else [found.find(name, file)]
-        wanted = [
-            each for each in named if name is not None or not (each.dominated or each.path == full)
-        ]
+        wanted = [p for p in named if name is not None or not (p.dominated or p.path == full)]
         if not wanted:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
         files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]

@@ -135,7 +135,7 @@ def search_in_step(
             what = ([question.place for question in questions], list(pairs))
             digest = digest_of([what])[:16]
             outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
-        num_run += len(pairs)
+        num_run += len(pairs) * (step != "margins")
         if not step.startswith("round"):
             tell("margins" if step == "margins" else "re-tests")
         return outcomes
@@ -155,8 +155,7 @@ def search_in_step(
             for place, path in to_retest(found)
             if not going or set(path) != {1}
         ]
-        a_path = (1 if evaluator.scores_options else 2) + sum(again) / len(found)  # 2: margins
-        share = max(share, num_run / (sum(tried) * a_path))  # it never falls
+        share = max(share, num_run / (sum(tried) * (1 + sum(again) / len(found))))  # never falls
         on_step(share, num_new, what)
 
     started = time.perf_counter()
@@ -171,6 +170,10 @@ def search_in_step(
         for one in questions
     ]
     found: dict[Pair, Outcome] = {}
+
+    def evaluate(pairs: Sequence[Pair]) -> list[Outcome]:
+        return evaluator.with_margins(pairs, evaluator.evaluate(pairs), so_far=True)
+
     for number in itertools.count():
         pairs = [
             (place, decisions)
@@ -179,10 +182,11 @@ def search_in_step(
         ]
         if not pairs:
             break
-        outcomes = once(f"round {number}", pairs, partial(evaluator.evaluate, pairs))
+        outcomes = once(f"round {number}", pairs, partial(evaluate, pairs))
         for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
             found[place, decisions] = outcome
-            searches[place].tell(decisions, outcome.reward, graded(outcome.margin, outcome.kl))
+            margin = outcome.margin if evaluator.scores_options else None  # of all paths or none
+            searches[place].tell(decisions, outcome.reward, graded(margin, outcome.kl))
         tell("new paths", {place for place, _ in pairs})
     found = dict(sorted(found.items(), key=lambda item: item[0][0]))  # question by question
     if not evaluator.scores_options:

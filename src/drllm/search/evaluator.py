@@ -167,13 +167,16 @@ class Evaluator:
             for pair, answer in zip(pairs, answers, strict=True)
         ]
 
-    def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Return the outcomes of all paths of the batch with their margins.
+    def with_margins(
+        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, so_far: bool = False
+    ) -> list[Outcome]:
+        """Return the outcomes of all paths of the batch with their margins, if they had none.
 
         For a generated answer the margin is the mean token log-probability of the gold answer
         minus that of the path's own answer if that is wrong, else that of the best of the most
         frequent wrong answers to the question; None where nobody answered wrong, or where there is
-        no gold answer, since a function grades.
+        no gold answer, since a function grades. `so_far` leaves out those of right answers, which
+        other paths may still change: the others take less while their states aren't evicted.
         """
         has_gold = all(reading.continuations[0] for reading in self.readings)
         if isinstance(self._batch, ChoiceBatch) or not has_gold:
@@ -183,8 +186,10 @@ class Evaluator:
             if outcome.reward < 1 and outcome.tokens:
                 wrong[place][outcome.tokens] += 1
         completed = list(outcomes)
-        for is_right in {each.reward >= 1 for each in outcomes}:  # a wrong path needs no rivals
-            chosen = [n for n, each in enumerate(outcomes) if (each.reward >= 1) == is_right]
+        without = [n for n, each in enumerate(outcomes) if each.margin is None]
+        kinds = {outcomes[n].reward >= 1 for n in without}
+        for is_right in kinds - {True} if so_far else kinds:  # a wrong path needs no rivals
+            chosen = [n for n in without if (outcomes[n].reward >= 1) == is_right]
             most = WRONG_ANSWERS if is_right else 0
             rivals = [[tokens for tokens, _ in given.most_common(most)] for given in wrong]
             questions = [

@@ -37,9 +37,8 @@ class TaskParts:
     def is_generated(self, objective: str) -> bool:
         """Whether answers are generated and graded; options and worked solutions are read."""
         solved = any(example.solution for example in self.examples[FIT])
-        return (
-            objective == LOSS and not solved and reward_for(self.task, objective) != OPTIONS_REWARD
-        )
+        is_read = solved or reward_for(self.task, objective) == OPTIONS_REWARD
+        return objective == LOSS and not is_read
 
 
 def parts_of_tasks(
@@ -145,12 +144,8 @@ def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskP
         fit = choose(found["search"], num_fit, seed)
         fitted = {question_key(example.question) for example in fit}
         left = [each for each in found["search"] if question_key(each.question) not in fitted]
-        parts = {
-            FIT: fit,
-            SELECT: found["select"],
-            CERTIFY: [*found["fit"], *left],
-            TEST: found["test"],
-        }
+        certify, test = [*found["fit"], *left], found["test"]
+        parts = {FIT: fit, SELECT: found["select"], CERTIFY: certify, TEST: test}
         return TaskParts(task, parts, is_divided=False)
     if not found:
         raise TaskError(problems[0] if problems else f"task {task.name!r} has no questions")

@@ -125,9 +125,7 @@ class TaskScorer:
         self.seconds = 0.0
         self._judges: dict[str, Judge] = {}
         # Objective and right answers on the first questions of a part, [2, Q].
-        self._known: defaultdict[tuple[str, StaticPath], Floats] = defaultdict(
-            lambda: np.zeros((2, 0))
-        )
+        self._known: dict[tuple[str, StaticPath], Floats] = defaultdict(lambda: np.zeros((2, 0)))
         self._answered: dict[tuple[str, StaticPath], list[float]] = {}
 
     def prompts(self, part: str) -> list[Prompt]:

@@ -13,6 +13,7 @@ from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring import answers
 from drllm.models.scoring.choices import Score
 from drllm.search.evaluator import Evaluator, gold_text
 from drllm.tasks.base import Prompt
@@ -128,6 +129,49 @@ def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_one
         assert expected == pytest.approx(outcome.margin, abs=MARGIN_TOLERANCE)
         seen.add(outcome.reward)
     assert seen == {0.0, 1.0}, "the sample must hold both verdicts"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_margins_of_wrong_paths_may_be_taken_before_the_others_are_known(
+    tiny_model, tiny_tokenizer, kind
+):
+    model = tiny_model(kind)
+    pairs = some_pairs(40, seed=1)
+    prompts, _ = asked_and_answered(model, tiny_tokenizer, pairs)
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    evaluator, early = Evaluator(routed, prompts, 1.0), []
+    for start in range(0, len(pairs), 10):
+        part = pairs[start : start + 10]
+        early += evaluator.with_margins(part, evaluator.evaluate(part), so_far=True)
+    assert {outcome.margin is None for outcome in early if outcome.reward < 1} == {False}
+    assert {outcome.margin is None for outcome in early if outcome.reward >= 1} == {True}
+    evaluator.forget()
+    expected = evaluator.with_margins(pairs, evaluator.evaluate(pairs))
+    found = [outcome.margin for outcome in evaluator.with_margins(pairs, early)]
+    assert found == pytest.approx([outcome.margin for outcome in expected], abs=MARGIN_TOLERANCE)
+
+
+@pytest.mark.parametrize("most_idle", [0.0, 0.3, 100.0])
+def test_answers_are_the_same_however_long_answered_rows_are_run_on_with(
+    tiny_llama, tiny_tokenizer, monkeypatch, most_idle
+):
+    limits = (1, 3, 9)
+    prompts = [
+        Prompt(text=f"Say {limit}:", reward="boxed", answer="1", max_new_tokens=limit)
+        for limit in limits
+    ]
+    model = tiny_llama(eos_token_id=None)
+    pairs = some_pairs(12, seed=3)
+    expected = [
+        ListedModel(model, decisions).greedy(
+            encode(tiny_tokenizer, prompts[place].text), limits[place]
+        )
+        for place, decisions in pairs
+    ]
+    monkeypatch.setattr(answers, "MOST_IDLE", most_idle)
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    found = Evaluator(routed, prompts, 1.0).evaluate(pairs)
+    assert [[*outcome.tokens] for outcome in found] == [[*tokens] for tokens in expected]
 
 
 def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tokenizer):

@@ -242,9 +242,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes a task file, functions as the harness names them."""
 
 
-_Dumper.add_representer(
-    Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
-)
+_Dumper.add_representer(Function, lambda to, name: to.represent_scalar("!function", str(name)))
 
 
 def own_tasks(

@@ -77,10 +77,8 @@ def entry_of(task: Task) -> Harness:
 
 def _averaged(*metrics: str) -> dict[str, Any]:
     each = {"aggregation": "mean", "higher_is_better": True}
-    return {
-        "metric_list": [{"metric": metric, **each} for metric in metrics],
-        "metadata": {"version": 1},
-    }
+    listed = [{"metric": metric, **each} for metric in metrics]
+    return {"metric_list": listed, "metadata": {"version": 1}}
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -156,9 +156,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.routers_source = None if stack is None else str(routers or pretrained)
         self.path_source: str | None = None
         self.policy = self._policy(depth, path)
-        self.scorer = RequestScorer(
-            self.routed, self.max_length, self.batch_size, self.max_batch_size
-        )
+        sizes = self.max_length, self.batch_size, self.max_batch_size
+        self.scorer = RequestScorer(self.routed, *sizes)
         self.shared_counts = self.scorer.counts
         self._contexts: list[str] = []
         # Which policy decides on the answers to a batch's prompts.

@@ -26,6 +26,9 @@ from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
 
+# Steps' worth of answered rows that are run on with, since to drop them copies the others' K/V.
+MOST_IDLE = 0.3
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -101,13 +104,14 @@ class AnswerBatch:
             width = int(lengths.max())
             lengths = on_device(lengths, logits.device)
             mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
-            positions = lengths - 1
+            positions, idle = lengths - 1, 0.0
             for step in itertools.count(1):
                 highest, best = logits.float().max(dim=-1)  # [rows]
                 logprobs = highest - logits.float().logsumexp(dim=-1)
-                for place, token, logprob in zip(
-                    going, best.tolist(), logprobs.tolist(), strict=True
-                ):
+                said = zip(going, best.tolist(), logprobs.tolist(), strict=True)
+                for place, token, logprob in said:
+                    if place in answers:
+                        continue
                     totals[place] += logprob
                     is_end = token in self._ends
                     if not is_end:
@@ -115,12 +119,14 @@ class AnswerBatch:
                     text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
                     grade = grader(place, text, is_end or step == max_new_tokens[place])
                     if grade is not None:
-                        said, mean = tuple(tokens[place]), totals[place] / step
-                        answers[place] = Answer(text, said, grade, mean, kls.get(pairs[place]))
+                        own, mean = tuple(tokens[place]), totals[place] / step
+                        answers[place] = Answer(text, own, grade, mean, kls.get(pairs[place]))
                 left = [row for row, place in enumerate(going) if place not in answers]
                 if not left:
                     break
-                if len(left) < len(going):
+                idle += 1 - len(left) / len(going)
+                if idle > MOST_IDLE:
+                    idle = 0.0
                     keep = on_device(left, best.device)
                     cache.batch_select_indices(keep)
                     best, mask, positions = best[keep], mask[keep], positions[keep]
