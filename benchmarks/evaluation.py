@@ -167,7 +167,7 @@ def compare(
     return {
         **found,
         "largest_difference": max(away),
-        "far_apart": sum(each > TOLERANCE for each in away),
+        "far_apart": sum(not each <= TOLERANCE for each in away),
         "verdicts_that_differ": sum(slow[1] != fast[1] for slow, fast in pairs)
         + best_differ(requests, answers["theirs_s"], answers["ours_s"]),
         "routers_largest_difference": max(abs(a[0] - b[0]) for a, b in routed),

@@ -128,7 +128,7 @@ def together(
     """Evaluate all rounds our way; return what came out, after the time a path and of its margin.
 
     Margins of generated answers are taken as a search does: of wrong ones in their round, of right
-    ones in the end. The work that they are isn't counted as run.
+    ones in the end. What is run for margins isn't counted.
     """
     found: dict[Pair, Outcome] = {}
     times = {"verdicts": 0.0, "margins": 0.0}

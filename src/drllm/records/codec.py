@@ -14,7 +14,7 @@ import platform
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -111,8 +111,8 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, msgspec.json.format(encode(value), indent=2) + b"\n")
 
 
-def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """Write a file and its folder, or have it written; readers see the old or all of the new."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, and its folder, so that readers see the old content or all of the new."""
     refuse_odd_file(path, "write")
     clear_half_written(path.parent)
     # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
@@ -121,10 +121,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                if callable(content):
-                    content(temporary)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -135,7 +135,7 @@ def search_in_step(
             what = ([question.place for question in questions], list(pairs))
             digest = digest_of([what])[:16]
             outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
-        num_run += len(pairs) * (step != "margins")
+        num_run += len(pairs)
         if not step.startswith("round"):
             tell("margins" if step == "margins" else "re-tests")
         return outcomes
@@ -155,7 +155,8 @@ def search_in_step(
             for place, path in to_retest(found)
             if not going or set(path) != {1}
         ]
-        share = max(share, num_run / (sum(tried) * (1 + sum(again) / len(found))))  # never falls
+        late = 0 if evaluator.scores_options else sum(one.reward >= 1 for one in found.values())
+        share = max(share, num_run / (sum(tried) * (1 + (late + sum(again)) / len(found))))
         on_step(share, num_new, what)
 
     started = time.perf_counter()
@@ -191,7 +192,8 @@ def search_in_step(
     found = dict(sorted(found.items(), key=lambda item: item[0][0]))  # question by question
     if not evaluator.scores_options:
         tried, known = [*found], [*found.values()]
-        completed = once("margins", tried, lambda: evaluator.with_margins(tried, known))
+        right = [pair for pair, outcome in found.items() if outcome.reward >= 1]
+        completed = once("margins", right, lambda: evaluator.with_margins(tried, known))
         found = dict(zip(tried, completed, strict=True))
     retests = retested(evaluator, asked_again, config, found, once)
     paths: list[list[TriedPath]] = [[] for _ in questions]

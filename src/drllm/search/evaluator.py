@@ -176,7 +176,7 @@ class Evaluator:
         minus that of the path's own answer if that is wrong, else that of the best of the most
         frequent wrong answers to the question; None where nobody answered wrong, or where there is
         no gold answer, since a function grades. `so_far` leaves out those of right answers, which
-        other paths may still change: the others take less while their states aren't evicted.
+        paths to come may change; the others are best taken now, while the states are there.
         """
         has_gold = all(reading.continuations[0] for reading in self.readings)
         if isinstance(self._batch, ChoiceBatch) or not has_gold:

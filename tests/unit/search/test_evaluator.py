@@ -174,6 +174,29 @@ def test_answers_are_the_same_however_long_answered_rows_are_run_on_with(
     assert [[*outcome.tokens] for outcome in found] == [[*tokens] for tokens in expected]
 
 
+def test_an_answered_row_that_is_run_on_with_never_goes_beyond_the_context(
+    tiny_model, tiny_tokenizer, monkeypatch
+):
+    """GPT-2 has an embedding for each of its positions, and no more."""
+    model = tiny_model("gpt2")
+    context = model.config.n_positions
+    long = "a" * (context - 12)  # a token each
+    prompts = [
+        Prompt(text=text, reward="boxed", answer="1", max_new_tokens=limit)
+        for text, limit in ((long, 2), ("Say:", 20))
+    ]
+    assert context - 20 < len(encode(tiny_tokenizer, long)) <= context - 2
+    monkeypatch.setattr(answers, "MOST_IDLE", 100.0)
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    found = Evaluator(routed, prompts, 1.0).evaluate([(0, FULL), (1, FULL)])
+    routed.detach()
+    expected = [
+        ListedModel(model, FULL).greedy(encode(tiny_tokenizer, p.text), p.max_new_tokens)
+        for p in prompts
+    ]
+    assert [[*outcome.tokens] for outcome in found] == [[*tokens] for tokens in expected]
+
+
 def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tokenizer):
     prompt = Prompt(text="x", reward="exact", answer="y", max_new_tokens=4)
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)

@@ -40,7 +40,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store K and V of new tokens, `[B, H, T, E]`, and return those of all."""
         start, num_new = self.get_seq_length(), key_states.shape[-2]
-        if not start or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_other = not start or key_states.dtype != self.keys.dtype
+        if is_other or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         given, end = (key_states, value_states), start + num_new
         room, mode = self._room, torch.is_inference_mode_enabled()

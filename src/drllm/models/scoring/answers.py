@@ -26,7 +26,8 @@ from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
 
-# Steps' worth of answered rows that are run on with, since to drop them copies the others' K/V.
+# Answered rows stay in a batch until they have cost so much of a step: to drop them, K and V of
+# all others are copied.
 MOST_IDLE = 0.3
 
 
@@ -122,17 +123,19 @@ class AnswerBatch:
                         own, mean = tuple(tokens[place]), totals[place] / step
                         answers[place] = Answer(text, own, grade, mean, kls.get(pairs[place]))
                 left = [row for row, place in enumerate(going) if place not in answers]
+                over = [row for row, place in enumerate(going) if place in answers]
                 if not left:
                     break
-                idle += 1 - len(left) / len(going)
+                idle += len(over) / len(going)
                 if idle > MOST_IDLE:
-                    idle = 0.0
+                    idle, over = 0.0, []
                     keep = on_device(left, best.device)
                     cache.batch_select_indices(keep)
                     best, mask, positions = best[keep], mask[keep], positions[keep]
                     going = [going[row] for row in left]
                 mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
                 positions = positions + 1
+                positions[over] = 0  # never beyond the context, nor the largest of all
                 with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
                     logits = self.routed.model(
                         input_ids=best[:, None],

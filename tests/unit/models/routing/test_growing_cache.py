@@ -118,3 +118,13 @@ def test_keys_that_gradients_need_are_never_written_over() -> None:
     entry.update(*new_tokens(2, 1, seed=2))
     loss.backward()
     assert torch.equal(keys.grad, 2 * keys.detach())
+
+
+@torch.no_grad()
+def test_tokens_of_another_dtype_are_joined_as_without_room() -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)):
+        new = [part.to(dtype) for part in new_tokens(2, 3, seed)]
+        mine, other = ours.update(*new)[0], theirs.update(*new)[0]
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
