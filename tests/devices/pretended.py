@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
+import drllm
+
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 
@@ -239,10 +241,11 @@ def _caller() -> str:
 def _place_of(file_name: str) -> str:
     """Return a file from the package on, or another package's name; empty for what is passed by."""
     file = Path(file_name)
-    if file == Path(__file__) or "torch" in file.parts:
+    if file == Path(__file__) or file.is_relative_to(Path(torch.__file__).parent):
         return ""
-    if PACKAGE in file.parts:
-        return str(Path(*file.parts[file.parts.index(PACKAGE) :]))
+    own = Path(drllm.__file__).parent  # not by its name: a checkout is called like it, too
+    if file.is_relative_to(own):
+        return str(PACKAGE / file.relative_to(own))
     if "site-packages" in file.parts:
         return file.parts[file.parts.index("site-packages") + 1]
     return file.name
