@@ -84,7 +84,9 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
     terminal.table("family|class|status|prefill|decode|why", rows)
     counts = Counter(found.status for found in findings)
     terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
-    terminal.say("Differences: the greatest of logits, routed and plain, in standard deviations.")
+    terminal.say(
+        "Differences: the largest between routed and plain logits, in standard deviations."
+    )
     if parts:
         terminal.say(parts)
 

@@ -170,7 +170,7 @@ class Evaluator:
     def with_margins(
         self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, so_far: bool = False
     ) -> list[Outcome]:
-        """Return the outcomes of all paths of the batch with their margins, if they had none.
+        """Return the outcomes of all paths of the batch with their margins; known ones stay.
 
         For a generated answer the margin is the mean token log-probability of the gold answer
         minus that of the path's own answer if that is wrong, else that of the best of the most

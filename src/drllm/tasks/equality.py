@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from decimal import Decimal
-from typing import Any
 
 from drllm.extras import need
 from drllm.listener import logger
@@ -63,12 +62,14 @@ class _Comparer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: Any = None
+        self._process: subprocess.Popen[str] | None = None
         self._owner = 0
 
     def ask(self, gold: str, given: str) -> bool:
         with self._lock:
             process = self._started()
+            assert process.stdin is not None
+            assert process.stdout is not None
             late = threading.Event()
 
             def stop() -> None:
@@ -92,7 +93,7 @@ class _Comparer:
                 return False
             return bool(json.loads(answer))
 
-    def _started(self) -> Any:
+    def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._owner != os.getpid():  # a fork's parent owns its own
             need("math", "comparing LaTeX answers")
             self._process = subprocess.Popen(
@@ -104,6 +105,7 @@ class _Comparer:
                 encoding="utf-8",
             )
             self._owner = os.getpid()
+            assert self._process.stdout is not None
             if self._process.stdout.readline().strip() != "ready":
                 self.end()
                 raise ImportError(f"{sys.executable} can't import math_verify")

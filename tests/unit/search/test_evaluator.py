@@ -96,17 +96,21 @@ def asked_and_answered(model, tokenizer, pairs):
     return prompts, texts
 
 
+def answered(tiny_model, tokenizer, kind):
+    """Return a model, pairs, what `asked_and_answered` gives, and an evaluator of it."""
+    model, pairs = tiny_model(kind), some_pairs(40, seed=1)
+    prompts, texts = asked_and_answered(model, tokenizer, pairs)
+    routed = RoutedModel(model, tokenizer=tokenizer)
+    return model, pairs, prompts, texts, Evaluator(routed, prompts, 1.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_ones(
     tiny_model, tiny_tokenizer, kind
 ):
-    model = tiny_model(kind)
-    pairs = some_pairs(40, seed=1)
-    prompts, texts = asked_and_answered(model, tiny_tokenizer, pairs)
-    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    evaluator = Evaluator(routed, prompts, 1.0)
+    model, pairs, prompts, texts, evaluator = answered(tiny_model, tiny_tokenizer, kind)
     outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs))
-    routed.detach()
+    evaluator.routed.detach()
     for (place, _), text, outcome in zip(pairs, texts, outcomes, strict=True):
         assert outcome.reward == grade(prompts[place], text)
         assert text.startswith(outcome.answer), "an answer is a beginning of the plain one"
@@ -135,11 +139,8 @@ def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_one
 def test_margins_of_wrong_paths_may_be_taken_before_the_others_are_known(
     tiny_model, tiny_tokenizer, kind
 ):
-    model = tiny_model(kind)
-    pairs = some_pairs(40, seed=1)
-    prompts, _ = asked_and_answered(model, tiny_tokenizer, pairs)
-    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    evaluator, early = Evaluator(routed, prompts, 1.0), []
+    _, pairs, _, _, evaluator = answered(tiny_model, tiny_tokenizer, kind)
+    early = []
     for start in range(0, len(pairs), 10):
         part = pairs[start : start + 10]
         early += evaluator.with_margins(part, evaluator.evaluate(part), so_far=True)

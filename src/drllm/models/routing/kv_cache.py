@@ -22,19 +22,18 @@ from drllm.models.base.devices import on_device
 from drllm.models.base.layers import is_kv
 from drllm.paths import StaticPath
 
-ROOM = 32
-"""Tokens that K and V have room for whenever they are copied."""
+ROOM = 32  # tokens that K and V have room for whenever they are copied
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' dynamic entry with room for more tokens, so that a step copies its own alone.
+    """transformers' dynamic entry with room for more tokens, so that a step copies only its own.
 
     Where gradients are recorded or a graph is compiled, it copies all as there.
     """
 
     keys: Any
     values: Any
-    _room: Any = None  # K and V, behind which as many tokens may still come
+    _room: Any = None  # K and V, with space behind them for tokens to come
     _view: Tensor | None = None  # the keys as they were left; whoever reorders or crops sets others
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:

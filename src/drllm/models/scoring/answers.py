@@ -26,8 +26,7 @@ from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
 
-# Answered rows stay in a batch until they have cost so much of a step: to drop them, K and V of
-# all others are copied.
+# Steps' worth of work on answered rows before they are dropped, which copies all others' K and V.
 MOST_IDLE = 0.3
 
 
@@ -135,7 +134,8 @@ class AnswerBatch:
                     going = [going[row] for row in left]
                 mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
                 positions = positions + 1
-                positions[over] = 0  # never beyond the context, nor the largest of all
+                if over:  # never beyond the context, nor the largest position of all
+                    positions[on_device(over, positions.device)] = 0
                 with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
                     logits = self.routed.model(
                         input_ids=best[:, None],
