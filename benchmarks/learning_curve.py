@@ -28,10 +28,10 @@ from common.asked import CALIBRATED_ON, Asked, Values, depth_bias_of, mean_execu
 from common.asked import GOLD_LOG_PROBABILITY as RIGHT
 from common.compare import SEED, compared, in_words, mean_change
 
+from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
-from drllm.metrics import baselines, ratios
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
@@ -82,7 +82,7 @@ def agreement(routers: RouterStack, examples: Features, rows: Sequence[int]) -> 
     labels = examples.labels[rows]  # [B, L]
     logits = routers(examples.rows(rows), examples.filled[rows])  # [B, L, C]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return ratios(count(logits.argmax(dim=-1), labels, float(loss)))
+    return compute_metrics(count(logits.argmax(dim=-1), labels, float(loss)))
 
 
 def hits_in_words(found: Mapping[str, Any]) -> str:
@@ -156,7 +156,9 @@ def main() -> None:
                 f"{len(held_out)} are held out"
             )
         labels = (class_counts(examples.labels[rows].tolist()) for rows in (held_out, rest))
-        trivial = {name: ratios(counted) for name, counted in baselines(*labels).items()}
+        trivial = {
+            name: compute_metrics(counted) for name, counted in count_baselines(*labels).items()
+        }
         for name, found in trivial.items():
             print(f"{name}: {hits_in_words(found)}")
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.text import Text
 
+from drllm.agreement import compare_by_layer, compute_metrics, display_name, judge_routers
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_search import LINES, say_classes, show_question, show_unfinished
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
-from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines
 from drllm.records.healed import HEALED_FILE, read_healed
@@ -170,11 +170,11 @@ def _show_agreement(path: Path, terminal: Terminal) -> None:
     """Compare the saved routers with decisions that ignore the question, on each part."""
     layers = read_json(path, Layers)
     for part, systems in layers.parts.items():
-        scores = {shown(name): ratios(counts) for name, counts in systems.items()}
+        scores = {display_name(name): compute_metrics(counts) for name, counts in systems.items()}
         title = f"after epoch {layers.epoch}, on {layers.title(part)}"
         _show_metric_table(next(iter(scores.values())), scores, title, terminal)
-    terminal.say(by_layer(layers.parts[layers.judged]))
-    terminal.say(verdict(layers.parts))
+    terminal.say(compare_by_layer(layers.parts[layers.judged]))
+    terminal.say(judge_routers(layers.parts))
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:

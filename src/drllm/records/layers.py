@@ -1,4 +1,4 @@
-"""What training measured of the saved routers: `layers.json`.
+"""How the saved routers agree with their targets, layer by layer: `layers.json`.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -8,11 +8,20 @@ from typing import Any, Literal
 
 import msgspec
 
-from drllm import metrics
-from drllm.metrics import ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
+from drllm.agreement import (
+    DECISIONS,
+    ROUTERS,
+    TRAIN,
+    VALIDATION,
+    Confusion,
+    Counts,
+    add_baselines,
+    compute_metrics,
+    judge_routers,
+)
 
 LAYERS_FILE = "layers.json"
-SIZE = len(metrics.DECISIONS)
+SIZE = len(DECISIONS)
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,26 +34,20 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     validation: Counts | None = None
 
     def __post_init__(self) -> None:
-        for counts in filter(None, (self.train, self.validation)):
-            for layer in counts.confusion or [()]:
-                cells = [cell for row in layer for cell in row]
-                if (
-                    [len(row) for row in layer] != [SIZE] * SIZE
-                    or any(cell < 0 or cell != int(cell) for cell in cells)
-                    or not sum(cells) == counts.examples > 0
-                ):
-                    raise ValueError(
-                        f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
-                        f"{counts.examples} examples"
-                    )
-            if len(counts.confusion) != len(self.train.confusion):
+        _check_counts(self.train)
+        if self.validation is not None:
+            _check_counts(self.validation)
+            if len(self.validation.confusion) != len(self.train.confusion):
                 raise ValueError("`train` and `validation` have different numbers of layers")
 
     @property
     def parts(self) -> Mapping[str, Mapping[str, Counts]]:
-        """By part, what the routers and the baselines scored, by name."""
-        found = {TRAIN: self.train} | ({VALIDATION: self.validation} if self.validation else {})
-        return {part: with_baselines(counts, self.train.labels) for part, counts in found.items()}
+        """By part, the counts of routers and baselines by name."""
+        labels = self.train.labels
+        parts = {TRAIN: add_baselines(self.train, labels)}
+        if self.validation is not None:
+            parts[VALIDATION] = add_baselines(self.validation, labels)
+        return parts
 
     @property
     def judged(self) -> str:
@@ -57,11 +60,30 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {
             "split": self.judged,
             "examples": systems[ROUTERS].examples,
-            "systems": {name: metrics.ratios(counts) for name, counts in systems.items()},
-            "verdict": metrics.verdict(self.parts),
+            "systems": {name: compute_metrics(counts) for name, counts in systems.items()},
+            "verdict": judge_routers(self.parts),
         }
 
     def title(self, part: str) -> str:
-        """Return what a part is called, with its size."""
+        """Return the name of a part with its size."""
         kind = "held-out targets" if part == VALIDATION else "targets trained on"
         return f"{self.parts[part][ROUTERS].examples} {kind}"
+
+
+def _check_counts(counts: Counts) -> None:
+    """Refuse counts that don't add up to their number of examples at every layer."""
+    is_valid = counts.examples > 0 and len(counts.confusion) > 0
+    for layer in counts.confusion:
+        is_valid = is_valid and _adds_up(layer, counts.examples)
+    if not is_valid:
+        raise ValueError(
+            f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
+            f"{counts.examples} examples"
+        )
+
+
+def _adds_up(layer: Confusion, num_examples: int) -> bool:
+    cells = [cell for row in layer for cell in row]
+    has_shape = [len(row) for row in layer] == [SIZE] * SIZE
+    are_counts = all(cell >= 0 and cell == int(cell) for cell in cells)
+    return has_shape and are_counts and sum(cells) == num_examples

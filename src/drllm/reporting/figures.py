@@ -10,7 +10,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from drllm.metrics import NAMES, TRAIN, VALIDATION
+from drllm.agreement import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
 from drllm.records.healed import Checked
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System

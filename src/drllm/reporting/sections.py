@@ -10,10 +10,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from drllm import metrics
+from drllm import agreement
+from drllm.agreement import ROUTERS, TRAIN, VALIDATION, compute_metrics
 from drllm.config import EvaluateConfig
 from drllm.config.fields import flag_of
-from drllm.metrics import ROUTERS, TRAIN, VALIDATION, ratios
 from drllm.paths import Decision, num_executions
 from drllm.records.results import EVALUATION_SCHEMA
 from drllm.reporting import blocks, evaluated, figures, tuned
@@ -157,7 +157,7 @@ def _searched(run: Run) -> dict[str, Any]:
 def _routers(run: Run) -> blocks.Section:
     layers = run.layers
     known = layers.parts[layers.judged] if layers else {}
-    scores = {name: ratios(counts) for name, counts in known.items()}
+    scores = {name: compute_metrics(counts) for name, counts in known.items()}
     last = {epoch.split: epoch for epoch in run.epochs}
     told = [
         f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
@@ -174,7 +174,9 @@ def _routers(run: Run) -> blocks.Section:
     )
     values = {
         "run": run,
-        "verdict": f"{metrics.verdict(layers.parts)} {metrics.by_layer(known)}" if layers else "",
+        "verdict": f"{agreement.judge_routers(layers.parts)} {agreement.compare_by_layer(known)}"
+        if layers
+        else "",
         "scores": scores,
         "held_out": VALIDATION in last,
     }

@@ -53,7 +53,9 @@ def mcnemar_exact(won: int, lost: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
-def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def paired_interval(
+    won: float, lost: float, n: int, confidence: float = 0.95
+) -> tuple[float, float]:
     """Return the score interval of the difference between two accuracies on the same questions.
 
     All differences that a score test on the questions won and lost doesn't reject. Unlike a

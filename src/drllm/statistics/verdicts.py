@@ -193,8 +193,8 @@ def compare(
 
 
 def judge_counts(
-    won: int,
-    lost: int,
+    won: float,
+    lost: float,
     n: int,
     *,
     above_chance: bool = True,
@@ -203,9 +203,13 @@ def judge_counts(
 ) -> Verdict:
     """Judge two accuracies by the questions won and lost of n, with the arguments of `Verdict`.
 
+    Won and lost may be fractions, where a question can be won in part: difference and interval are
+    of the fractions, and only the exact test, which needs whole questions, is of rounded ones.
+
     Source: ours, of McNemar's exact test and Tango's interval.
     """
-    interval, p = paired_interval(won, lost, n), mcnemar_exact(won, lost)
+    interval = paired_interval(won, lost, n)
+    p = mcnemar_exact(round(won), round(lost))
     by_test = (p if p_corrected is None else p_corrected) < power.ALPHA
     by_interval = not interval[0] <= 0 <= interval[1]
     reason = None
@@ -220,8 +224,8 @@ def judge_counts(
         interval=interval,
         n=n,
         shown="none shown",
-        won=won,
-        lost=lost,
+        won=round(won),
+        lost=round(lost),
         p=p,
         p_corrected=p_corrected,
         num_tests=num_tests,

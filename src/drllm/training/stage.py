@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener, logger
-from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -176,7 +176,11 @@ def train_on(
         def on_step(done: int, counts: Counts) -> None:
             progress(done, trainer.steps)
             if trackers:
-                row = {"split": "step", **ratios(counts), "learning_rate": trainer.rate(done - 1)}
+                row = {
+                    "split": "step",
+                    **compute_metrics(counts),
+                    "learning_rate": trainer.rate(done - 1),
+                }
                 tell(trackers, [row], done)
 
         progress(trainer.epochs_done * trainer.steps_per_epoch, trainer.steps)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
 from drllm.models.base.devices import on_device
 from drllm.models.routers.checkpoint import stack_of
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
@@ -200,9 +200,11 @@ class Trainer:
             counts += counted
             if on_step is not None:
                 on_step(done + step + 1, counted)
-        self.rows.append({"epoch": number, "split": TRAIN, **ratios(counts), "learning_rate": rate})
+        self.rows.append(
+            {"epoch": number, "split": TRAIN, **compute_metrics(counts), "learning_rate": rate}
+        )
         if self.held_out:
-            measured = ratios(self._measure(self.held_out))
+            measured = compute_metrics(self._measure(self.held_out))
             self.rows.append({"epoch": number, "split": VALIDATION, **measured})
         self.epochs_done = number
         if config.early_stopping is not None:

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from msgspec.structs import replace
 
+from drllm.agreement import compare_by_layer, compute_metrics, judge_routers
 from drllm.cli.show import show, show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
-from drllm.metrics import by_layer, ratios, verdict
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.records.results import Evaluation
@@ -151,7 +151,7 @@ def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(layers, 
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     for systems in read_json(layers, Layers).parts.values():
-        scores = [ratios(counts) for counts in systems.values()]
+        scores = [compute_metrics(counts) for counts in systems.values()]
         for name in scores[0]:
             assert [name, *(plain(each[name], 3) for each in scores)] in rows
     assert "after epoch 3, on 40 targets trained on" in out
@@ -165,7 +165,10 @@ def test_the_verdict_stands_below_the_tables(layers: Path, capsys: pytest.Captur
     show(layers, terminal)
     agreement = read_json(layers, Layers)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == [by_layer(agreement.parts["validation"]), verdict(agreement.parts)]
+    assert lines[-2:] == [
+        compare_by_layer(agreement.parts["validation"]),
+        judge_routers(agreement.parts),
+    ]
 
 
 def test_a_folder_of_routers_shows_its_layers_too(layers: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from msgspec.structs import replace
 
-from drllm.metrics import by_layer, ratios
+from drllm.agreement import compare_by_layer, compute_metrics
 from drllm.paths import Decision
 from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import LIGHT, svg
@@ -51,11 +51,13 @@ def test_the_worst_single_skip_is_named(run, found):
 def test_routers_stand_beside_decisions_that_ignore_the_question(run, found):
     systems = run.layers.parts["validation"]
     said = text(found, "Router metrics")
-    assert by_layer(systems) in said
-    cells = [plain(ratios(counts)["macro_f1"], 3) for counts in systems.values()]
+    assert compare_by_layer(systems) in said
+    cells = [plain(compute_metrics(counts)["macro_f1"], 3) for counts in systems.values()]
     assert f"| macro-F1 | {' | '.join(cells)} |" in said.split("*On 12 held-out targets")[1]
     for axes, key in zip(curves(found)(LIGHT, 4.2).axes, ("macro_f1", "accuracy"), strict=False):
-        scores = {name: ratios(each)[key] for name, each in systems.items() if name != "routers"}
+        scores = {
+            name: compute_metrics(each)[key] for name, each in systems.items() if name != "routers"
+        }
         assert axes.lines[-1].get_ydata()[0] == max(scores.values())
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small import IDENTITY, QUICK, BrokenOffError, Watching, files_of, make_features, stop_at
 
+from drllm.agreement import compute_metrics, judge_routers
 from drllm.errors import ConfigError
-from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers
@@ -105,7 +105,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_pat
         assert replace(counted, loss=0.0) == expected
     [line] = [row for row in rows if (row["epoch"], row["split"]) == (best, "validation")]
     kept = {name: line[name] for name in line if name not in ("epoch", "split")}
-    assert ratios(agreement.parts["validation"]["routers"]) == kept
+    assert compute_metrics(agreement.parts["validation"]["routers"]) == kept
 
 
 @pytest.mark.thorough
@@ -114,8 +114,8 @@ def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the
     agreement = read_json(tmp_path / "layers.json", Layers)
     told = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
-    assert told["systems"] == {name: ratios(counts) for name, counts in systems.items()}
-    assert told["verdict"] == verdict(agreement.parts)
+    assert told["systems"] == {name: compute_metrics(counts) for name, counts in systems.items()}
+    assert told["verdict"] == judge_routers(agreement.parts)
     card = (tmp_path / "README.md").read_text()
     for name, scores in told["systems"].items():
         assert f"| {name.replace('_', ' ')} | {scores['macro_f1']:.4g} |" in card

@@ -8,8 +8,8 @@ import torch
 from small import IDENTITY, QUICK, make_features
 from torch.nn import functional as F
 
+from drllm.agreement import Counts, compute_metrics
 from drllm.config import TrainConfig
-from drllm.metrics import Counts, ratios
 from drllm.training.features import Features, moments
 from drllm.training.losses import class_weights, focal_losses
 from drllm.training.trainer import DivergedError, Trainer, count
@@ -292,7 +292,7 @@ def test_each_layer_is_counted_by_itself_and_counts_of_parts_add_up():
 def test_ratios_equal_their_definitions():
     logits, labels = batch(seed=1)
     found = pairs(logits, labels)
-    measured = ratios(count(logits.argmax(dim=-1), labels, loss=0.25))
+    measured = compute_metrics(count(logits.argmax(dim=-1), labels, loss=0.25))
     f1 = [f1_of(found, wanted) for wanted in range(3)]
     skips = [decision for label, decision in found if label == 0]
     repeats = [decision for label, decision in found if label == 2]
@@ -313,7 +313,7 @@ def test_ratios_equal_their_definitions():
 
 def test_a_class_decided_but_never_labelled_has_f1_zero():
     logits = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
-    measured = ratios(count(logits.argmax(dim=-1), torch.tensor([[1, 1]]), loss=0.0))
+    measured = compute_metrics(count(logits.argmax(dim=-1), torch.tensor([[1, 1]]), loss=0.0))
     assert measured["f1_repeat"] == 0.0
     assert measured["acc_repeat"] is None
 
@@ -321,7 +321,7 @@ def test_a_class_decided_but_never_labelled_has_f1_zero():
 def test_skipping_everything_still_costs_one_execution():
     logits = torch.tensor([[[1.0, 0.0, 0.0]] * 4, [[0.0, 0.0, 1.0]] * 4])
     assert (
-        ratios(count(logits.argmax(dim=-1), torch.ones(2, 4, dtype=torch.long), loss=0.0))[
+        compute_metrics(count(logits.argmax(dim=-1), torch.ones(2, 4, dtype=torch.long), loss=0.0))[
             "avg_layers"
         ]
         == 4.5

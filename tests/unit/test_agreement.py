@@ -3,22 +3,23 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.metrics import (
+from drllm.agreement import (
     ALWAYS_EXECUTE,
     LABEL_FREQUENCY,
     LAYER_MAJORITY,
     Counts,
-    baselines,
-    by_layer,
-    expected_counts,
-    ratios,
-    verdict,
-    with_baselines,
+    add_baselines,
+    compare_by_layer,
+    compute_metrics,
+    count_baselines,
+    count_expected,
+    judge_routers,
 )
 
 ROUNDING = 1e-12
@@ -74,7 +75,7 @@ def test_counts_of_other_depths_do_not_add_up():
 @pytest.mark.parametrize("seed", range(3))
 def test_constant_baselines_equal_a_count_label_by_label(seed):
     trained, judged = some_labels(seed, rows=11), some_labels(seed + 50)
-    found = baselines(labels_of(judged), labels_of(trained))
+    found = count_baselines(labels_of(judged), labels_of(trained))
     columns = list(zip(*trained, strict=True))
     commonest = tuple(max((1, 0, 2), key=column.count) for column in columns)
     for name, decided in ((ALWAYS_EXECUTE, (1, 1, 1)), (LAYER_MAJORITY, commonest)):
@@ -93,7 +94,7 @@ def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(see
         executions += chance * one.executions
         for layer, label, value in itertools.product(range(3), repeat=3):
             expected[layer][label][value] += chance * one.confusion[layer][label][value]
-    found = baselines(labels_of(judged), labels_of(trained))[LABEL_FREQUENCY]
+    found = count_baselines(labels_of(judged), labels_of(trained))[LABEL_FREQUENCY]
     assert found.executions == pytest.approx(executions, rel=ROUNDING)
     for mine, theirs in zip(found.confusion, expected, strict=True):
         for row, other in zip(mine, theirs, strict=True):
@@ -101,7 +102,9 @@ def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(see
 
 
 def test_always_execute_scores_as_counted_by_hand():
-    found = ratios(baselines([[1, 3, 0], [0, 4, 0]], [[1, 0, 0], [0, 0, 1]])[ALWAYS_EXECUTE])
+    found = compute_metrics(
+        count_baselines([[1, 3, 0], [0, 4, 0]], [[1, 0, 0], [0, 0, 1]])[ALWAYS_EXECUTE]
+    )
     assert found["accuracy"] == 7 / 8
     assert found["f1_execute"] == pytest.approx(14 / 15)
     assert found["f1_skip"] == 0.0
@@ -113,7 +116,7 @@ def test_always_execute_scores_as_counted_by_hand():
 
 
 def test_drawing_only_skips_still_costs_one_execution():
-    assert expected_counts([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
+    assert count_expected([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
 
 
 TRAINED = [(1, 1)] * 6 + [(0, 1)] * 2
@@ -123,10 +126,10 @@ JUDGED = [(1, 1), (1, 1), (0, 1), (1, 0)]
 def said_of(decided: list[tuple[int, ...]], times: int) -> str:
     trained = labels_of(TRAINED)
     pairs = list(zip(JUDGED * times, decided * times, strict=True))
-    return verdict(
+    return judge_routers(
         {
-            "train": with_baselines(counted([(row, row) for row in TRAINED]), trained),
-            "validation": with_baselines(counted(pairs), trained),
+            "train": add_baselines(counted([(row, row) for row in TRAINED]), trained),
+            "validation": add_baselines(counted(pairs), trained),
         }
     )
 
@@ -143,7 +146,7 @@ def said_of(decided: list[tuple[int, ...]], times: int) -> str:
 def test_the_verdict_is_that_of_the_paired_test_with_macro_f1_beside_it(decided, points, told):
     said = said_of(decided, 200)
     assert said.startswith(f"Accuracy of routers minus always execute: {points} points (95 %")
-    assert " of 800 held-out targets, p = " in said
+    assert "; 800 held-out targets, p = " in said
     assert told in said
     assert said.endswith(" (label frequency).")
 
@@ -156,14 +159,48 @@ def test_too_few_held_out_targets_carry_no_verdict_but_the_number_that_would_do(
     assert "better" not in said
 
 
+def difference_in(sentence: str) -> tuple[float, float, float]:
+    """The difference that a sentence prints and the ends of its interval, in points."""
+    number = r"([−+]?[\d.]+)"
+    found = re.search(rf"{number} points \(95 % interval {number} to {number};", sentence)
+    difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
+    return difference, low, high
+
+
+def test_the_printed_difference_is_that_of_the_accuracies_even_of_a_single_target():
+    """Of 18 labels routers hit 13, always execute hits 17: accuracies of 0.722 and 0.944."""
+    labels = (0,) + (1,) * 17
+    decisions = (1,) + (0,) * 4 + (1,) * 13
+    systems = add_baselines(counted([(labels, decisions)]), labels_of([(1,) * 18] * 3))
+    accuracies = [
+        compute_metrics(systems[name])["accuracy"] for name in ("routers", ALWAYS_EXECUTE)
+    ]
+    assert accuracies == pytest.approx([13 / 18, 17 / 18])
+    sentence = judge_routers({"validation": systems})
+    assert difference_in(sentence)[0] == -22.2
+    assert sentence.startswith("Too few held-out targets to tell")
+    assert "won" not in sentence
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_printed_difference_and_its_interval_agree_with_the_accuracies(seed):
+    pairs = list(zip(some_labels(seed + 50), some_labels(seed + 100), strict=True))
+    systems = add_baselines(counted(pairs), labels_of(some_labels(seed, rows=40)))
+    accuracy = {name: compute_metrics(counts)["accuracy"] for name, counts in systems.items()}
+    best = max(accuracy[ALWAYS_EXECUTE], accuracy[LAYER_MAJORITY])
+    difference, low, high = difference_in(judge_routers({"validation": systems}))
+    assert difference == pytest.approx(100 * (accuracy["routers"] - best), abs=0.051)
+    assert low < difference < high
+
+
 def test_no_held_out_targets_carry_no_verdict():
-    few = with_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
-    said = verdict({"train": few})
+    few = add_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
+    said = judge_routers({"train": few})
     assert said.startswith("No targets were held out, so nothing says whether the routers beat")
 
 
 def test_layers_at_which_routers_hit_more_than_the_majority_are_counted():
-    systems = with_baselines(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
-    assert by_layer(systems) == (
+    systems = add_baselines(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
+    assert compare_by_layer(systems) == (
         "The routers hit more labels than the layer's majority at 1 of 2 layers, fewer at 1."
     )

@@ -1,0 +1,258 @@
+"""How far routers agree with the target paths, beside baselines that ignore the question.
+
+Counts are kept, not ratios, because counts can be summed over batches, layers and processes.
+There are three baselines: execute every layer; decide each layer by its most common training
+label; and draw each layer's decision as often as it was a label there (counts are then expected
+values, nothing is drawn). Loads no torch.
+
+Axes: L layers, C = 3 decisions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from drllm.paths import Decision
+from drllm.statistics.verdicts import judge_counts
+
+NAMES = ("skip", "execute", "repeat")
+DECISIONS = range(len(NAMES))
+ROUTERS = "routers"
+ALWAYS_EXECUTE = "always_execute"
+LABEL_FREQUENCY = "label_frequency"
+LAYER_MAJORITY = "layer_majority"
+TRAIN = "train"
+VALIDATION = "validation"
+
+Confusion: TypeAlias = tuple[tuple[float, ...], ...]
+"""`[C][C]`: how often each label (row) met each decision (column)."""
+LabelCounts: TypeAlias = Sequence[Sequence[float]]
+"""`[L][C]`: how often each decision is the label of each layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Counts over a set of targets; expected values where decisions are drawn.
+
+    Attributes:
+        confusion: `[L]` confusions, one a layer; empty where nothing was counted.
+        executions: Cost of the decisions over all targets, in layer equivalents.
+        examples: Number of targets.
+        loss: Sum of the targets' losses, each a mean over layers; None for decisions that aren't
+            made from probabilities.
+    """
+
+    confusion: tuple[Confusion, ...] = ()
+    executions: float = 0
+    examples: int = 0
+    loss: float | None = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Return the counts over both sets of targets, of models with as many layers."""
+        return Counts(
+            confusion=_add_layers(self.confusion, other.confusion),
+            executions=self.executions + other.executions,
+            examples=self.examples + other.examples,
+            loss=_add_losses(self.loss, other.loss),
+        )
+
+    @property
+    def labels(self) -> list[list[float]]:
+        """`[L][C]`: how often each decision is the label of each layer."""
+        return [[sum(row) for row in layer] for layer in self.confusion]
+
+
+def _add_losses(first: float | None, second: float | None) -> float | None:
+    if first is None or second is None:
+        return None
+    return first + second
+
+
+def _add_layers(
+    first: tuple[Confusion, ...], second: tuple[Confusion, ...]
+) -> tuple[Confusion, ...]:
+    if not first or not second:
+        return first or second
+    layers = zip(first, second, strict=True)
+    return tuple(_add_confusions(*pair) for pair in layers)
+
+
+def _add_confusions(first: Confusion, second: Confusion) -> Confusion:
+    rows = []
+    for row, other_row in zip(first, second, strict=True):
+        cells = zip(row, other_row, strict=True)
+        rows.append(tuple(cell + other_cell for cell, other_cell in cells))
+    return tuple(rows)
+
+
+def compute_metrics(counts: Counts) -> dict[str, float | None]:
+    """Compute metrics from counts of at least one target, named as on a line of `metrics.jsonl`.
+
+    Returns:
+        `routers_loss` (mean over targets and layers; None without losses), `accuracy` (share of
+        the labels that were hit), `macro_f1` (mean of the F1 that are defined), `f1_*` (None where
+        a class is neither a label nor decided), `acc_skip` and `acc_repeat` (share of a class'
+        labels that were hit; None where it has none), and `avg_layers` (mean executions).
+
+    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
+        out of the mean is ours.
+    """
+    confusion = counts.confusion[0]
+    for layer in counts.confusion[1:]:
+        confusion = _add_confusions(confusion, layer)
+    hits = [confusion[decision][decision] for decision in DECISIONS]
+    num_labels = [sum(row) for row in confusion]
+    num_decisions = [sum(column) for column in zip(*confusion, strict=True)]
+
+    f1 = [_ratio(2 * hits[i], num_labels[i] + num_decisions[i]) for i in DECISIONS]
+    defined_f1 = [value for value in f1 if value is not None]
+    loss = None if counts.loss is None else counts.loss / counts.examples
+    return {
+        "routers_loss": loss,
+        "accuracy": sum(hits) / sum(num_labels),
+        "macro_f1": sum(defined_f1) / len(defined_f1),
+        "f1_skip": f1[Decision.SKIP],
+        "f1_execute": f1[Decision.EXECUTE],
+        "f1_repeat": f1[Decision.REPEAT],
+        "acc_skip": _ratio(hits[Decision.SKIP], num_labels[Decision.SKIP]),
+        "acc_repeat": _ratio(hits[Decision.REPEAT], num_labels[Decision.REPEAT]),
+        "avg_layers": counts.executions / counts.examples,
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[str, Counts]:
+    """Count how the baselines decide on some targets, by the baseline's name.
+
+    Args:
+        labels: `[L][C]` label counts of the targets to decide on.
+        trained_labels: `[L][C]` label counts of the targets trained on, from which majorities and
+            frequencies come.
+    """
+    tie_order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
+    always_execute = [_certain(Decision.EXECUTE) for _ in labels]
+    frequencies = [[n / sum(layer) for n in layer] for layer in trained_labels]
+    majorities = [_certain(max(tie_order, key=layer.__getitem__)) for layer in trained_labels]
+    return {
+        ALWAYS_EXECUTE: count_expected(labels, always_execute),
+        LABEL_FREQUENCY: count_expected(labels, frequencies),
+        LAYER_MAJORITY: count_expected(labels, majorities),
+    }
+
+
+def add_baselines(routers: Counts, trained_labels: LabelCounts) -> dict[str, Counts]:
+    """Return the counts of routers and of the baselines on the same targets, by name."""
+    return {ROUTERS: routers, **count_baselines(routers.labels, trained_labels)}
+
+
+def _certain(decision: int) -> list[float]:
+    """Return the probabilities of a decision that is always made."""
+    return [float(option == decision) for option in DECISIONS]
+
+
+def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]) -> Counts:
+    """Return the expected counts of decisions that are drawn without looking at the question.
+
+    Layers are drawn independently. Decisions that skip every layer cost 1, as everywhere.
+
+    Args:
+        labels: `[L][C]` label counts of the targets.
+        probabilities: `[L][C]` probability of each decision at each layer.
+    """
+    confusion = []
+    for label_counts, layer in zip(labels, probabilities, strict=True):
+        rows = [tuple(count * share for share in layer) for count in label_counts]
+        confusion.append(tuple(rows))
+    mean = sum(decision * layer[decision] for layer in probabilities for decision in DECISIONS)
+    chance_to_skip_all = math.prod(layer[Decision.SKIP] for layer in probabilities)
+    num_examples = sum(labels[0])
+    return Counts(
+        confusion=tuple(confusion),
+        executions=num_examples * (mean + chance_to_skip_all),
+        examples=int(num_examples),
+        loss=None,
+    )
+
+
+def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
+    """Say in one sentence whether routers beat constant decisions on held-out targets.
+
+    Accuracy is tested against the better of the two constant baselines, target by target: the
+    decisions of one target go together, so they count as one, and won and lost labels are divided
+    by the number of layers. Macro-F1, which has no test, is compared with the best baseline's.
+
+    Args:
+        parts: What `add_baselines` returns, of `TRAIN` and, if there is one, of `VALIDATION`.
+    """
+    if VALIDATION not in parts:
+        return (
+            "No targets were held out, so nothing says whether the routers beat decisions that "
+            "ignore the question."
+        )
+    systems = parts[VALIDATION]
+    metrics = {name: compute_metrics(counts) for name, counts in systems.items()}
+    accuracy = {name: values["accuracy"] or 0.0 for name, values in metrics.items()}
+    macro_f1 = {name: values["macro_f1"] or 0.0 for name, values in metrics.items()}
+
+    constant = max((ALWAYS_EXECUTE, LAYER_MAJORITY), key=accuracy.__getitem__)
+    sentence = _compare_accuracy(systems[ROUTERS], systems[constant], display_name(constant))
+    routers_f1 = macro_f1.pop(ROUTERS)
+    best = max(macro_f1, key=macro_f1.__getitem__)
+    return (
+        f"{sentence.removesuffix('.')}; macro-F1 {routers_f1:.3f} against {macro_f1[best]:.3f} "
+        f"({display_name(best)})."
+    )
+
+
+def _compare_accuracy(routers: Counts, constant: Counts, constant_name: str) -> str:
+    won_labels, lost_labels = _count_won_and_lost(routers, constant)
+    num_layers = len(routers.confusion)
+    won = won_labels / num_layers
+    lost = min(lost_labels / num_layers, routers.examples - won)  # rounding may exceed the sum
+    verdict = judge_counts(won, lost, routers.examples)
+    # Shares of a target aren't counts that a reader could check.
+    verdict = replace(verdict, quantity="label_accuracy", won=None, lost=None)
+    return verdict.sentence(ROUTERS, constant_name)
+
+
+def _count_won_and_lost(routers: Counts, constant: Counts) -> tuple[float, float]:
+    """Count labels that routers hit and a constant decision a layer misses, and the reverse."""
+    won = 0.0
+    lost = 0.0
+    for layer, constant_layer in zip(routers.confusion, constant.confusion, strict=True):
+        columns = [sum(column) for column in zip(*constant_layer, strict=True)]
+        decision = columns.index(max(columns))
+        for other in DECISIONS:
+            if other != decision:
+                won += layer[other][other]
+                lost += layer[decision][other]
+    return won, lost
+
+
+def compare_by_layer(systems: Mapping[str, Counts]) -> str:
+    """Say in one sentence at how many layers routers hit more labels than the layer's majority."""
+    hits = _count_hits(systems[ROUTERS])
+    majority_hits = _count_hits(systems[LAYER_MAJORITY])
+    gains = [count - other for count, other in zip(hits, majority_hits, strict=True)]
+    more = sum(gain > 0 for gain in gains)
+    fewer = sum(gain < 0 for gain in gains)
+    return (
+        f"The routers hit more labels than the layer's majority at {more} of {len(gains)} layers, "
+        f"fewer at {fewer}."
+    )
+
+
+def _count_hits(counts: Counts) -> list[float]:
+    """Return how many labels are hit at each layer."""
+    return [sum(layer[decision][decision] for decision in DECISIONS) for layer in counts.confusion]
+
+
+def display_name(name: str) -> str:
+    """Return the name of a system as people read it."""
+    return name.replace("_", " ")
