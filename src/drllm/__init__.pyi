@@ -3,7 +3,6 @@
 from drllm.config import DepthConfig as DepthConfig
 from drllm.config import EvaluateConfig as EvaluateConfig
 from drllm.config import HealConfig as HealConfig
-from drllm.config import MenuConfig as MenuConfig
 from drllm.config import ModelConfig as ModelConfig
 from drllm.config import SearchConfig as SearchConfig
 from drllm.config import SuperviseConfig as SuperviseConfig
@@ -45,7 +44,6 @@ from drllm.supervision.select import supervise as supervise
 from drllm.tasks.registry import get_task as get_task
 from drllm.training.stage import train as train
 from drllm.tuning.heal import heal as heal
-from drllm.tuning.menu import make_menu as make_menu
 from drllm.tuning.run import tune as tune
 
 __version__: str

@@ -19,13 +19,11 @@ from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.registry import get_task
-from drllm.tuning.menu import make_menu
-from paths_json import written_plans
 from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
-    *("healed", "healed_routers", "learning_curve", "menus", "serving"),  # what paths answer
+    *("healed", "healed_routers", "learning_curve", "serving"),  # what paths answer
     *("all", "two_commits"),  # made of others
     "growth",  # one way at several sizes
 }
@@ -413,47 +411,6 @@ def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_par
     ours, full = (facts["loss of texts"][name] for name in ("without_three", "full"))
     assert ours["change"] == pytest.approx(ours["mean"] - full["mean"])
     assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
-
-
-@pytest.fixture(scope="module")
-def menus(tiny_folder, tmp_path_factory):
-    """Two menus of the same two paths, with choosers of different questions."""
-    folder = tmp_path_factory.mktemp("menus")
-    without = {"eight": (3, 5, 6, 9), "nine": (4, 7, 8)}
-    plans = {
-        name: StaticPath(layer for layer in range(NUM_LAYERS) if layer not in layers)
-        for name, layers in without.items()
-    }
-    paths, tasks = written_plans(folder, plans), "builtin_facts,builtin_arithmetic"
-    settings = {"paths": paths, "executions": 8.9, "num_fit": 6, "num_judged": 6}
-    for seed in range(2):
-        make_menu(str(tiny_folder), tasks, output_dir=folder / str(seed), seed=seed, **settings)
-    return [str(folder / str(seed)) for seed in range(2)]
-
-
-def test_menus_are_compared_with_paths_and_with_their_own_choices_permuted(
-    figures_of, menus, tmp_path
-):
-    other = written_plans(tmp_path, {"other": StaticPath(range(1, NUM_LAYERS))})
-    found = figures_of("menus", "--menus", ",".join(menus), "--paths", other)
-    tasks = found["tasks"]
-    assert found["menus"].keys() == {*menus}
-    for menu in found["menus"].values():
-        chosen = menu["chosen"]["builtin_facts"]
-        assert sum(chosen.values()) == 8 + 8 + 4  # accuracy, log-probability, texts
-        less = menu["less"]
-        gold = "gold log-probability"  # which one of the tasks alone has
-        mean = tasks["builtin_facts"][gold]
-        for name in ("full", "eight", "nine", "other"):
-            ours = less[name][gold]["change"] + mean[name]["mean"]
-            assert ours == pytest.approx(less["full"][gold]["mean"])
-        assert less["permuted choices"]["loss of texts"]["n"] == 4 + 4
-        shares = menu["rivals"]["permuted choices"][0]
-        expected = sum(share * mean[name]["mean"] for name, share in shares.items())
-        found_mean = (
-            less["permuted choices"][gold]["mean"] - less["permuted choices"][gold]["change"]
-        )
-        assert found_mean == pytest.approx(expected)
 
 
 @pytest.mark.thorough

@@ -22,8 +22,8 @@ from drllm.listener import duration
 from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
-from drllm.records.menu import Menu, find_menu, read_plan
 from drllm.records.places import check_file
+from drllm.records.static_paths import read_path
 from drllm.tasks.rows import messages_of, read_rows, text_of
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Asked(NamedTuple):
             "routers: a folder or a hub id; without, every layer is executed",
             value="DIR",
         ),
-        Flag("path", "instead of routers: a path for all prompts (paths.json:NAME), or a menu"),
+        Flag("path", "instead of routers: a path for all prompts (paths.json:NAME)"),
         Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
         Flag("output", "with --file: answers to write (.jsonl); default: print them"),
     ),
-    model_from="the routers, a menu or a paths.json name",
+    model_from="the routers or a paths.json name",
 )
 def generate(request: Request, terminal: Terminal) -> None:
     """Answer a prompt or a file of them, with the route taken; or chat."""
@@ -81,7 +81,7 @@ def generate(request: Request, terminal: Terminal) -> None:
 
         texts = read_calibration(Path(depth.calibration).expanduser())
     routers = None if place is None else read_routers(place)[1]
-    path = None if (given := request.optional_path("path")) is None else read_plan(str(given))
+    path = None if (given := request.optional_path("path")) is None else read_path(str(given))
     from drllm.models.base.prompts import PromptForm
 
     form = PromptForm(chat=config.chat is not False)
@@ -97,7 +97,6 @@ def generate(request: Request, terminal: Terminal) -> None:
     with loaded(model_of(request, routers, path), terminal) as base:
         from drllm.models.healed import load_path
         from drllm.models.routers.depth_control import encode_calibration, policy_for
-        from drllm.models.routing.menu import load_menu
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.models.routing.shares import executions_along
 
@@ -113,9 +112,7 @@ def generate(request: Request, terminal: Terminal) -> None:
                 f"give --depth-bias {found.depth_bias}"
             )
         along = None
-        if isinstance(path, Menu):
-            policy = load_menu(routed, path)
-        elif path is not None:
+        if path is not None:
             static = load_path(routed, path)
             policy, cost = routed.policy_of(static), executions_along(routed, static)
             along = Along(static.edits(routed.num_layers), cost)
@@ -172,12 +169,11 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
         if target.exists() and target.samefile(request.path("file")):
             raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
     knob, size, at_once = depth.knob(), config.batch_size, not config.route_first
-    chooses = routers or (path and find_menu(path))
     idle = {
         f"--output {output} has no effect on one PROMPT": output and not file,
         f"--batch-size {size} has no effect on one PROMPT": size and not file,
         "--no-route-first has no effect on one PROMPT": at_once and not file,
-        "--no-route-first has no effect without routers or a menu": at_once and not chooses,
+        "--no-route-first has no effect without routers": at_once and not routers,
         "--no-route-first has no effect with --static-routing": at_once and depth.static_routing,
         f"{flag_of(knob or '')} has no effect without routers": knob and not routers,
     }

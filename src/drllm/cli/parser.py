@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from drllm.cli.removed import REMOVED_FLAGS, REMOVED_VERBS
 from drllm.config.fields import Settings, check_text, flag_of, from_text, is_by_task, kinds_of
 from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, nearest_name, unknown_name
@@ -123,7 +124,7 @@ class _Verbs(UserDict[str, Any]):
         return found
 
 
-_OF_STAGES = "search supervise train tune heal menu evaluate report export"
+_OF_STAGES = "search supervise train tune heal evaluate report export"
 VERBS = _Verbs(
     {"run": "running", "sweep": "running", "generate": "generation"}
     | dict.fromkeys(_OF_STAGES.split(), "stages")
@@ -133,7 +134,7 @@ VERBS = _Verbs(
 IN_ORDER = {
     "all stages in a row": "run sweep",
     "the stages, each of which reads what one before it wrote": "search supervise train tune "
-    "heal menu generate evaluate lm-eval report export",
+    "heal generate evaluate lm-eval report export",
     "what there is": "show ls",
 }
 """Titles and verbs as `drllm --help` has them: in the order in which data goes through them."""
@@ -194,6 +195,8 @@ def _made(group: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 def verb_of(name: str) -> Verb:
     """Return the verb of a name; ConfigError for one that there isn't."""
+    if name in REMOVED_VERBS:
+        raise ConfigError(REMOVED_VERBS[name])
     if name not in VERBS:
         kind = "flag" if name.startswith("-") else "verb"
         known = [*VERBS, *FOREIGN]
@@ -292,6 +295,8 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
         values = canonical(group, values)
     names = [flag.name for flag in flags_of(verb) if not flag.positional]
     for key in values:
+        if key not in names and flag_of(key) in REMOVED_FLAGS:
+            raise ConfigError(f"{path}: {REMOVED_FLAGS[flag_of(key)]}")
         if key not in names:
             raise ConfigError(f"{path}: {nearest_name('setting', key, names)} {_see(verb)}")
     try:
@@ -326,6 +331,8 @@ def _unknown(verb: Verb, name: str) -> ConfigError:
             f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
             f"{flags[name].value}', and give that as --config FILE"
         )
+    if name in REMOVED_FLAGS:
+        return ConfigError(REMOVED_FLAGS[name])
     known = [*flags, *HELP, *(["--config"] if verb.settings else [])]
     return ConfigError(f"{nearest_name('flag', name, known)} {_see(verb)}")
 

@@ -18,9 +18,9 @@ from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines
 from drllm.records.healed import HEALED_FILE, read_healed
 from drllm.records.layers import LAYERS_FILE, Layers
-from drllm.records.menu import MenuFile
+from drllm.records.removed import refuse_menu
 from drllm.records.search import read_search
-from drllm.records.static_paths import MENU_FILE, PATHS_FILE, read_paths
+from drllm.records.static_paths import PATHS_FILE, read_paths
 from drllm.reporting import tuned
 from drllm.reporting.evaluated import measured_line
 from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
@@ -78,7 +78,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         _show_routers(folder / "router_config.json", terminal)
         return
     names = ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
-    more = ("routers/router_config.json", SWEEP_FILE, PATHS_FILE, HEALED_FILE, MENU_FILE)
+    more = ("routers/router_config.json", SWEEP_FILE, PATHS_FILE, HEALED_FILE)
     files = [folder / name for name in (*names, *more)]
     parts: list[tuple[Path, Renderer]] = [(file, show) for file in files if file.is_file()]
     if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
@@ -87,6 +87,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         schemas = map(results.schema_of, results.results_in(place))
         parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:
+        refuse_menu(folder)
         raise RecordError(f"{folder} holds no records or results; give a folder that a stage wrote")
     for number, (place, print_it) in enumerate(parts):
         if number:
@@ -99,6 +100,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
 
 
 def _show_json(path: Path, terminal: Terminal) -> None:
+    refuse_menu(path)
     if path.name in _JSON:
         _JSON[path.name](path, terminal)
     elif path.name.endswith(".manifest.json"):
@@ -305,23 +307,6 @@ def show_healed(file: Path, terminal: Terminal) -> None:
     terminal.fact("healed path", file.parent)
 
 
-def show_menu(file: Path, terminal: Terminal) -> None:
-    """Print what the paths of a menu are worth to each task, and which it chooses how often."""
-    found = read_json(file, MenuFile)
-    rows = []
-    for name, cost in found.executions.items():
-        both = [(found.select[task][name], found.chosen[task][name]) for task in found.tasks]
-        told = [f"{signed(change)}, {100 * share:.0f} %" for change, share in both]
-        rows.append([name, plain(cost, 0), *told])
-    title = "on select: the objective's change from full, and how often the path is chosen"
-    terminal.table("|".join(["path", "layers", *found.tasks]), rows, title, 1)
-    for task, shares in found.chosen.items():
-        mean = plain(sum(share * found.executions[name] for name, share in shares.items()), 2)
-        terminal.fact(task, f"{mean} executions; {found.best_for(task)} is best")
-    price = f"{found.price:g} nats for all {found.num_layers} layers"
-    terminal.fact("menu", f"{file.parent}, read at layer {found.reads_at}, price {price}")
-
-
 _JSON: dict[str, Renderer] = {
     "router_config.json": _show_routers,
     "run.manifest.json": lambda path, terminal: _show_folder(path.parent, terminal),
@@ -330,7 +315,6 @@ _JSON: dict[str, Renderer] = {
     SWEEP_FILE: show_sweep,
     PATHS_FILE: show_paths,
     HEALED_FILE: show_healed,
-    MENU_FILE: show_menu,
 }
 """By name, what prints a file."""
 

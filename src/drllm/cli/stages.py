@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
-from drllm.cli.show import show, show_healed, show_menu, show_paths, show_results
+from drllm.cli.show import show, show_healed, show_paths, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.config import (
     SPLITS,
     EvaluateConfig,
     HealConfig,
-    MenuConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
@@ -27,7 +26,7 @@ from drllm.config import (
     TuneConfig,
 )
 from drllm.errors import CheckpointError, ConfigError
-from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
+from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
 from drllm.processes import is_first
@@ -35,7 +34,6 @@ from drllm.records import static_paths
 from drllm.records.codec import sha256
 from drllm.records.healed import HEALED_FILE
 from drllm.records.manifest import read_manifest, to_lines
-from drllm.records.menu import Menu
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.supervision import join_supervision
@@ -352,26 +350,6 @@ def heal_verb(request: Request, terminal: Terminal) -> None:
 
 
 @verb(
-    "menu",
-    example="drllm menu --paths tuned/paths.json --executions 27 --output-dir menu/",
-    settings=(ModelConfig, MenuConfig),
-    flags=(COLUMNS, Flag("output_dir", "folder for the menu", default="menu/", value="DIR")),
-    model_from="a paths.json names",
-    resumes=True,
-)
-def menu_verb(request: Request, terminal: Terminal) -> None:
-    """Make a menu of paths, of which each prompt runs the one that suits its kind."""
-    config, output = request.of(MenuConfig), request.path("output_dir")
-    check_folder(output, "--output-dir")
-    given = static_paths.read_path_list(config.paths or "").values()
-    from drllm.tuning.menu import make_menu
-
-    model = model_of(request, path=next((path for path in given if path.record), None))
-    make_menu(model, None, config, output, listener=terminal)
-    show_menu(output / static_paths.MENU_FILE, terminal)
-
-
-@verb(
     "evaluate",
     example="drllm evaluate --routers checkpoints/first --paths paths.json --tasks builtin_facts",
     settings=(ModelConfig, EvaluateConfig),
@@ -385,7 +363,7 @@ def menu_verb(request: Request, terminal: Terminal) -> None:
         COLUMNS,
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from="the routers, a menu or a paths.json name",
+    model_from="the routers or a paths.json name",
     resumes=True,
     shares=True,
 )
@@ -402,8 +380,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     read = [read_routers(place) for place in places]
     folders = [folder for folder, _ in read]
     routers = read[0][1] if read else None
-    made_for = [menu_of(config, bool(places)), *paths]
-    tuned = next((each for each in made_for if each and each.record and not read), None)
+    tuned = None if read else next((path for path in paths if path.record), None)
     with loaded(model_of(request, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
@@ -425,7 +402,7 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
 def model_of(
     request: Request,
     routers: RouterStack | None = None,
-    path: static_paths.PathFile | Menu | None = None,
+    path: static_paths.PathFile | None = None,
 ) -> ModelConfig:
     """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
     config = request.of(ModelConfig)

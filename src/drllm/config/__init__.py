@@ -296,7 +296,6 @@ class EvaluateConfig(Settings):
         max_new_tokens: with --reward: maximum tokens of an answer (256)
         chat: ask through the tokenizer's chat template
         paths: static paths: files; of a paths.json all but the full one, or the named one
-        menu: instead of routers: the folder of a menu, which is compared with its own paths
         baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
         supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
         curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
@@ -330,7 +329,6 @@ class EvaluateConfig(Settings):
     max_new_tokens: int | None = setting(None, minimum=1, idle=("reward", None))
     chat: bool = setting(False)
     paths: str | None = basic(None, value="FILE[:NAME],...")
-    menu: str | None = basic(None, value="DIR")
     baselines: str = basic("quick", value="NAMES")
     supervision: str | None = setting(None, value="FILE")
     curve: str | None = basic(None, value="X,X,...")
@@ -444,33 +442,3 @@ class HealConfig(Settings):
         if self.path is None:
             raise ConfigError("no path is given; name a file that says which layers run as --path")
         return self.path
-
-
-@dataclass(frozen=True, kw_only=True)
-class MenuConfig(Settings):
-    """A menu of static paths, of which each prompt runs one.
-
-    Attributes:
-        paths: static paths: files; of a paths.json all, or the named one; the full one is added
-        tasks: at least two tasks (comma list), the kinds of prompts that are told apart
-        data_dir: folder with SPLIT.jsonl[.gz] files by task
-        executions: mean executions of the tasks, at most; layers cost nothing unless given
-        reads_at: layer whose input is read to choose; the first that a path changes unless given
-        num_fit: questions of a task that the chooser is fitted on, at most
-        num_judged: questions of a task that paths are measured and priced on, at most
-        seed: seed of --num-fit and --num-judged
-    """
-
-    paths: str | None = basic(None, value="FILE[:NAME],...")
-    tasks: str = basic("builtin_facts,builtin_arithmetic", value="TASKS")
-    data_dir: str | None = incidental(None)
-    executions: float | None = basic(None, above=0.0)
-    reads_at: int | None = basic(None, minimum=0)
-    num_fit: int = setting(300, minimum=2)
-    num_judged: int | None = setting(None, minimum=2)
-    seed: int = setting(0, minimum=0)
-
-    def tuning(self) -> TuneConfig:
-        """Return the settings by which a tuning would divide, ask and score the same questions."""
-        shared = {field.name for field in fields_of(TuneConfig)} & {f.name for f in fields_of(self)}
-        return TuneConfig(**{name: getattr(self, name) for name in shared})

@@ -24,7 +24,6 @@ from drllm.listener import OnProgress
 from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.menu import MenuPolicy
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.packing import Question
@@ -50,7 +49,7 @@ NUM_RANDOM_DRAWS = 10  # draws of the baselines that are drawn, unless another n
 
 
 class Shared:
-    """What all tasks of one evaluation share; without routers or a menu there is no routed model.
+    """What all tasks of one evaluation share; without routers there is no routed model.
 
     `tuned_on` names tasks that some of the paths were chosen for, on `select`. `prompts` are the
     tokens of those asked so far, and `chunks` keeps finished systems and blocks.
@@ -67,10 +66,7 @@ class Shared:
         tasks: Sequence[Task],
         config: EvaluateConfig,
         output: Path,
-        menu: MenuPolicy | None = None,
-        menu_file: Path | None = None,
     ) -> None:
-        self.menu = menu
         self.lm, self.routers, self.config, self.output = lm, routers, config, output
         self.paths, self.tuned_on = paths, tuned_on
         for path in paths.values():
@@ -89,7 +85,6 @@ class Shared:
         targets = [] if config.supervision is None else [Path(config.supervision)]
         self._targets = [record for file in targets for record in read_supervision(file)]
         files = [folder / WEIGHTS_FILE for folder in routers] + targets
-        files += [menu_file] if menu_file else []
         self.chunks = Chunks(
             output / PARTIAL_FOLDER,
             {
@@ -243,7 +238,7 @@ class Comparison:
         draws = {name: self._num_draws(name) for name in shared.baselines}
         of_others = (len(self.folders) - 1) * (1 + draws.get(PERMUTED, 0))
         at_depth = 1 + sum(draws.values()) + of_others if self.folders else 0
-        num_systems = 1 + (shared.menu is not None) + len(shared.paths) + num_depths * at_depth
+        num_systems = 1 + len(shared.paths) + num_depths * at_depth
         if config.epsilon is not None:  # asked on other questions, about as many
             num_systems += len(shared.paths) + num_depths
         self.cost = num_systems * num_tokens  # in tokens, about
@@ -283,9 +278,6 @@ class Comparison:
                         permuted.append(self._baseline(PERMUTED, which, routed[-1]))
             if self.folders[1:]:
                 seeds.append((routed, permuted))
-        if (menu := self.shared.menu) is not None:
-            drawn = Drawn(menu, plans=menu.by_route)
-            systems.append(self._decided(self.questions, Decided(ROUTED, drawn)))
         paths = [Decided(name, Drawn(path)) for name, path in self.shared.paths.items()]
         systems += [self._decided(self.questions, path) for path in paths]
         choice = None
@@ -308,7 +300,6 @@ class Comparison:
             num_layers=lm.routed.num_layers,
             shape=shape,
             seeds=seeds,
-            plans={} if menu is None else menu.by_route,
         )
 
     def _at_depth(self, folder: Path, setting: str, otherwise: str) -> Decided | None:

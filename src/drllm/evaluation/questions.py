@@ -14,7 +14,6 @@ from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
 from drllm.extras import need
-from drllm.records.menu import Menu, find_menu
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Example, Task, questions_in
@@ -106,10 +105,10 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
 
     ConfigError where there are no paths either, or for what only routers have.
     """
-    if config.paths is None and config.menu is None:
+    if config.paths is None:
         raise ConfigError(
             "neither routers nor paths are given; name the folder of routers (--routers), paths "
-            "(--paths), or both; or a menu (--menu)"
+            "(--paths), or both"
         )
     default = EvaluateConfig()
     for name in ("curve", "num_calibration", "baselines", *TIMING):
@@ -120,15 +119,6 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
                 f"or leave it out"
             )
     return replace(config, baselines="none")
-
-
-def menu_of(config: EvaluateConfig, is_routed: bool) -> Menu | None:
-    """Return the menu that is evaluated; ConfigError for none in its folder, or beside routers."""
-    menu = None if config.menu is None else find_menu(config.menu)
-    if config.menu is not None and (menu is None or is_routed):
-        why = "holds no menu.json" if menu is None else "can't be the routed model beside routers"
-        raise ConfigError(f"--menu {config.menu} {why}; give a folder of 'drllm menu' alone")
-    return menu
 
 
 def check_output(output: Path) -> None:

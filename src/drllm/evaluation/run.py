@@ -20,7 +20,7 @@ from drllm.config.fields import changed
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import timed_tokens, write_latency
-from drllm.evaluation.questions import check_output, menu_of, tasks_of, without_routers
+from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -29,7 +29,6 @@ from drllm.paths import StaticPath
 from drllm.processes import from_first
 from drllm.records.codec import sha256, write_json
 from drllm.records.manifest import new_manifest, write_records
-from drllm.records.menu import RIVALS, Menu
 from drllm.records.places import only_writer, stage_folder
 from drllm.records.results import (
     BASE,
@@ -42,9 +41,7 @@ from drllm.records.results import (
 )
 from drllm.records.resume import refuse_other_run
 from drllm.records.static_paths import (
-    MENU_FILE,
     PathFile,
-    check_model,
     read_path_list,
     steps_to_write,
 )
@@ -70,7 +67,7 @@ def evaluate(
     listener: Listener | None = None,
     **settings: Any,
 ) -> Results:
-    """Evaluate base, routed model or menu, baselines and static paths on tasks.
+    """Evaluate base, routed model, baselines and static paths on tasks.
 
     Args:
         model: A `RoutedModel`, whose own routers are evaluated; or the base model (a name or a
@@ -118,12 +115,11 @@ def evaluate(
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
     )
-    menu = menu_of(config, is_routed)
-    taken = {BASE, ROUTED, *BASELINES, *RIVALS, *(menu.record.executions if menu else ())}
+    taken = {BASE, ROUTED, *BASELINES}
     for name in taken & by_name.keys():
         raise PathError(f"a path is called {name!r}, as another system is; give it another name")
-    for chosen in [*by_name.values(), menu]:
-        if isinstance(chosen, (PathFile, Menu)):
+    for chosen in by_name.values():
+        if isinstance(chosen, PathFile):
             _refuse_chosen_on(chosen, found, config)
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
@@ -145,9 +141,6 @@ def evaluate(
         }
         records = (path.record for path in by_name.values() if isinstance(path, PathFile))
         tuned_on = {task for record in records if record is not None for task in record.tasks}
-        if menu is not None:
-            check_model(menu.record, base.identity, menu.file)
-            tuned_on |= {*menu.record.tasks, *menu.record.chosen_on}
         loaded: dict[Path, RouterStack] = {}
         for number, each in enumerate(given):
             folder = output / "routers" / str(number)
@@ -173,14 +166,12 @@ def evaluate(
                 "evaluation",
                 model=base.identity,
                 config=config.to_dict(),
-                inputs=[folder / WEIGHTS_FILE for folder in loaded] + ([menu.file] if menu else []),
+                inputs=[folder / WEIGHTS_FILE for folder in loaded],
             ),
             "runtime": base.runtime,
             "routers": first and str(first),
             "routers_sha256": first and hashes[first],
-            "menu": menu and str(menu.file.parent),
-            "paths": {name: steps_to_write(path) for name, path in checked.items()}
-            | {path.name: path.steps for path in (menu.record.paths[1:] if menu else ())},
+            "paths": {name: steps_to_write(path) for name, path in checked.items()},
             "other_seeds": {str(folder): hashes[folder] for folder in loaded if folder != first},
         }
         for file in results_in(output):
@@ -196,9 +187,7 @@ def evaluate(
         # Only here, since they load the harness, which an installation without `eval` lacks.
         from drllm.evaluation.comparison import Comparison, Shared
         from drllm.evaluation.lm_eval.model import RoutedLM
-        from drllm.evaluation.tables import with_rivals
         from drllm.models.healed import load_path
-        from drllm.models.routing.menu import load_menu
 
         lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
         stack.callback(detach, base.model)
@@ -207,11 +196,7 @@ def evaluate(
         for path in by_name.values():
             if isinstance(path, PathFile):
                 load_path(lm.routed, path)
-        policy = None if menu is None else load_menu(lm.routed, menu)
-        if policy is not None:  # its full path is base
-            checked |= dict([*policy.paths.items()][1:])
-        own = (policy, menu and menu.file)
-        shared = Shared(lm, loaded, checked, tuned_on, found, config, output, *own)
+        shared = Shared(lm, loaded, checked, tuned_on, found, config, output)
         stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
         shared.chunks.open()
         with listener.busy("reading the questions"):
@@ -223,8 +208,6 @@ def evaluate(
             for comparison in comparisons:
                 with shared.planned(comparison.cost):
                     done.append(comparison.run())
-            if policy is not None and menu is not None:
-                done = with_rivals(done, policy, menu.record, config.seed)
             detach(base.model)
             with shared.doing("measuring time", timed):
                 timing = base, first, trained, shared.prompts, config, output
@@ -235,11 +218,11 @@ def evaluate(
     return results
 
 
-def _refuse_chosen_on(path: PathFile | Menu, tasks: Sequence[Task], config: EvaluateConfig) -> None:
+def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
     """Refuse, by a ConfigError, questions that paths were fitted, chosen or certified on."""
     record = path.record
     for task in tasks:
-        if record is None or task.name not in {*record.tasks, *getattr(record, "chosen_on", ())}:
+        if record is None or task.name not in record.tasks:
             continue
         if task.name in record.divided:
             raise ConfigError(
@@ -257,10 +240,8 @@ def _refuse_chosen_on(path: PathFile | Menu, tasks: Sequence[Task], config: Eval
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two evaluations the same one; how often time is measured doesn't."""
     names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
-    menu = {"menu_sha256": header["inputs"].get(MENU_FILE)}
     return {
         "config": header["config"] | dict.fromkeys(TIMING),
-        **menu,
         **{name: header[name] for name in names},
     }
 
@@ -273,7 +254,7 @@ def _write(
     from drllm.evaluation.tables import correct
 
     # Without routers the most accurate path stands first.
-    rivals = header["paths"] if not (header["routers"] or header["menu"]) else ()
+    rivals = header["paths"] if not header["routers"] else ()
     tables = correct([each.table() for each in done], rivals)
     results = tuple(one.evaluation(table, header) for one, table in zip(done, tables, strict=True))
     for result in results:

@@ -153,8 +153,7 @@ class TaskRun:
         if path is not None:
             of_texts, system.executions = path, executions_along(self.lm.routed, path)
         else:
-            taken = [drawn[0].plans.get(route, route) for route in found.routes[0]]
-            of_texts = dict(zip(self.asked.keys, taken, strict=True))
+            of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
             [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
         [texts] = self.lm.scorer.score_plans(self._texts, [of_texts])
         system.text_loss = self._losses(texts)
@@ -290,11 +289,11 @@ def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
     )
 
 
-def mean_of(systems: Sequence[SystemRun], name: str, weights: Sequence[float] = ()) -> SystemRun:
-    """Return the mean outcomes of systems on the same questions, weighted if weights are given."""
+def mean_of(systems: Sequence[SystemRun], name: str) -> SystemRun:
+    """Return the mean outcomes of systems on the same questions."""
 
     def mean(values: Sequence[Any]) -> Any:
-        return np.average(values, axis=0, weights=weights or [1.0] * len(systems)).tolist()
+        return np.mean(values, axis=0).tolist()
 
     metrics = {key: mean([each.metrics[key] for each in systems]) for key in systems[0].metrics}
     names = ("correct", "gold_logprob", "text_loss", "seconds", "executions")

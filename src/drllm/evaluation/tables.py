@@ -3,16 +3,13 @@
 Every difference is a `Verdict`, and the findings are their sentences.
 """
 
-import dataclasses
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from operator import eq
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
@@ -21,10 +18,8 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun, mean_of
-from drllm.models.routing.menu import MenuPolicy
-from drllm.paths import Decisions, Plan, StaticPath
+from drllm.paths import Plan
 from drllm.records import results
-from drllm.records.menu import BEST_SINGLE, BY_KIND, PERMUTED_CHOICES, RIVALS, MenuFile, Shares
 from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.paired import Outcomes
@@ -33,12 +28,7 @@ from drllm.statistics.verdicts import Differences, compare, correct_together, lo
 DESCRIPTIONS = {
     results.BASE: "the untouched model: every layer once",
     results.ROUTED: "the routers decide, reading the question alone",
-    BEST_SINGLE: "one of the menu's paths for all questions, or two at random, the best on the "
-    "questions that its chooser was fitted on at no more executions over all tasks",
-    PERMUTED_CHOICES: "each question runs the path that the menu chose for any other, of any task",
-    BY_KIND: "each question runs the path that is worth most to its task, which it is told",
 }
-OF_MENU = "the menu chooses a path, reading the question alone"
 SHOWN = (results.BASE, results.ROUTED)  # systems whose answers are kept; the texts of all are many
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
 MENTIONED = 0.01  # share of routes unchanged by the permutation above which it is said
@@ -50,8 +40,7 @@ class TaskRuns:
 
     Systems are base, then at each depth routed and its baselines, if there are routers, and paths
     last. The shape is the model's, or why its cost can't be derived. `seeds` are, depth by depth,
-    routers of several seeds on the same questions, and their own routes permuted, if any. Of a
-    menu, `plans` are the paths by their routes, and `pooled` how it does over all tasks.
+    routers of several seeds on the same questions, and their own routes permuted, if any.
     """
 
     asked: AskedTask
@@ -62,8 +51,6 @@ class TaskRuns:
     num_layers: int
     shape: ModelShape | str
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
-    plans: Mapping[Decisions, StaticPath] = field(default_factory=dict)
-    pooled: results.Pooled | None = None
 
     @property
     def trained(self) -> list[SystemRun]:
@@ -82,10 +69,6 @@ class TaskRuns:
 
     def _row(self, system: SystemRun) -> results.System:
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
-        if self.plans and system.name == results.ROUTED:
-            about = {"description": OF_MENU}
-        if system.name in RIVALS:
-            about |= {"reads_question": False, "fitted_on": "the questions that fitted the chooser"}
         if system.path is not None:
             about = {"description": system.path.edits(self.num_layers), "reads_question": False}
         if system.name in BASELINES:
@@ -115,7 +98,7 @@ class TaskRuns:
         if isinstance(self.shape, str) or not (system.routes or system.path):
             return None, None
         prompts = self.asked.prompt_tokens
-        draws: list[list[Plan]] = [[self.plans.get(r, r) for r in draw] for draw in system.routes]
+        draws: list[list[Plan]] = [[*draw] for draw in system.routes]
         if system.path is not None:
             draws = [[system.path] * len(prompts)]
         flops = [
@@ -200,7 +183,6 @@ class TaskRuns:
             curve=self.curve(),
             seeds=tuple(self.of_seeds(*runs) for runs in self.seeds),
             choice=self.choice,
-            pooled=self.pooled,
         )
         return replace(found, findings=tuple(self._findings(found)))
 
@@ -210,9 +192,7 @@ class TaskRuns:
         if ours is None or (against := ours.against_base) is None:
             raise ValueError("nothing is compared with base")
         said = [self._headline(ours, found)]
-        if self.pooled is not None:
-            said += pooled_sentences(self.pooled)
-        elif found.best_path is not None and found.best_path is not ours:
+        if found.best_path is not None and found.best_path is not ours:
             said.append(self._headline(found.best_path, found))
         if not self.above_chance:
             said.append(
@@ -323,16 +303,6 @@ def correct(
     return corrected
 
 
-def pooled_sentences(pooled: results.Pooled) -> Iterator[str]:
-    """Say how a menu does against each rival over all tasks, the best single path first."""
-    over = f"Over {pooled.num_questions} questions of {', '.join(pooled.tasks)}"
-    for name in (*RIVALS, results.BASE):
-        if name in pooled.routed_against:
-            ours, theirs = pooled.executions[results.ROUTED], pooled.executions[name]
-            told = pooled.routed_against[name].told(f" at {ours:.2f} and {theirs:.2f} executions")
-            yield f"{over}, the menu minus {name}: {told}."
-
-
 def seeds_sentence(seeds: results.Seeds) -> str:
     """Say what routers of several seeds did at one depth."""
     at = f" at {seeds.setting}" if seeds.setting else ""
@@ -349,58 +319,3 @@ def seeds_sentence(seeds: results.Seeds) -> str:
         permuted = seeds.against_permuted.accuracy
         said += " " + permuted.sentence("their mean", "their own routes permuted")
     return said
-
-
-def with_rivals(
-    done: Sequence[TaskRuns], menu: MenuPolicy, record: MenuFile, seed: int
-) -> list[TaskRuns]:
-    """Return all tasks' runs with the menu's rivals, and how it does against each over all of them.
-
-    The menu is the routed system of each task, and its paths have run, the full one as base.
-    """
-    names = dict(zip(menu.by_route, menu.paths, strict=True))
-    routed = [runs.systems[1] for runs in done]
-    counts = Counter(names[tuple(route)] for each in routed for route in each.routes[0])
-    own = {name: number / counts.total() for name, number in counts.items()}
-    rivals = record.rivals(own, [runs.asked.written.name for runs in done])
-    # A path's outcomes don't depend on what runs beside it, so nothing is asked again.
-    grown = []
-    for place, runs in enumerate(done):
-        mixed = [_mixed(runs.systems, name, each[place]) for name, each in rivals.items()]
-        grown.append(
-            dataclasses.replace(runs, systems=[*runs.systems[:2], *mixed, *runs.systems[2:]])
-        )
-    compared = results.ROUTED, *rivals, results.BASE
-    ours, *others = (_over_all(grown, name) for name in compared)
-    above_chance = all(runs.above_chance for runs in grown)
-    pooled = results.Pooled(
-        tasks=tuple(runs.asked.written.name for runs in done),
-        num_questions=counts.total(),
-        executions={each.name: each.executions for each in (ours, *others)},
-        routed_against={
-            each.name: compare(ours, each, seed, above_chance=above_chance) for each in others
-        },
-    )
-    return [dataclasses.replace(runs, pooled=pooled) for runs in grown]
-
-
-def _mixed(systems: Sequence[SystemRun], name: str, shares: Shares) -> SystemRun:
-    """Return a rival on one task: of each path's outcomes its share of the questions."""
-    runs = {system.name: system for system in systems}
-    parts = [runs.get(path, systems[0]) for path in shares]
-    said = ", ".join(f"{path} on {100 * share:.0f} %" for path, share in shares.items())
-    mixed = mean_of(parts, name, [*shares.values()])
-    mixed.notes = [f"of the questions it runs {said}"]
-    return mixed
-
-
-def _over_all(done: Sequence[TaskRuns], name: str) -> Outcomes:
-    """Return a system's outcomes on the questions of all tasks."""
-    systems = [system for runs in done for system in runs.systems if system.name == name]
-    numbers = [len(each.correct) for each in systems]
-    executions = float(np.average([each.executions for each in systems], weights=numbers))
-    joined: dict[str, Any] = {
-        field: [value for each in systems for value in getattr(each, field)]
-        for field in ("correct", "gold_logprob", "text_loss")
-    }
-    return Outcomes(name=name, executions=executions, **joined)

@@ -158,18 +158,6 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     against_permuted: Differences | None
 
 
-class Pooled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a menu, the routed system, does over all questions of all tasks of an evaluation.
-
-    `executions` are means by system; `routed_against`, what the menu has more than each.
-    """
-
-    tasks: tuple[str, ...]
-    num_questions: int
-    executions: dict[str, float]
-    routed_against: dict[str, Differences]
-
-
 class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `eval/TASK.json`; `systems` and `curve` (empty if not asked for) begin with base."""
 
@@ -185,15 +173,16 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chance: float
     routers: str | None = None
     routers_sha256: str | None = None
-    menu: str | None = None
     paths: dict[str, tuple[StepRecord, ...]] = {}
     other_seeds: dict[str, str] = {}
     systems: tuple[System, ...]
     curve: tuple[Point, ...] = ()
     seeds: tuple[Seeds, ...] = ()
     choice: Choice | None = None
-    pooled: Pooled | None = None
     findings: tuple[str, ...] = ()
+    # Of menus of paths, which earlier versions had; read and ignored.
+    menu: Any | msgspec.UnsetType = msgspec.UNSET
+    pooled: Any | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]

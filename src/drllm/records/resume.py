@@ -234,6 +234,8 @@ def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
         for key in {**new, **old}:
             inner = name if key in _SECTIONS else f"{name} {key}".strip()
             yield from _differ(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
+    elif old is None and new is _ABSENT:  # a setting that there is no more, left alone
+        return
     elif old is _ABSENT and new is not None:  # else a setting that there wasn't, left alone
         yield f"no {name}, now {_short(new)}"
     elif old in (new, _ABSENT):

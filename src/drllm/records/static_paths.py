@@ -15,12 +15,12 @@ from drllm.paths import StaticPath, check_decisions, step_of, to_path
 from drllm.records.codec import decode, read_json, read_text
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.identity import differ
+from drllm.records.removed import MENU_SCHEMA, refuse_menu, refuse_removed
 from drllm.records.results import Header, StepRecord
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
 PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
-MENU_FILE = "menu.json"
 FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 """The parts of a task's questions: on each, paths are fitted, chosen, certified or tested."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
@@ -251,12 +251,12 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if not file.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         file = Path(before)
-    if file.name == MENU_FILE or (file / MENU_FILE).is_file():
-        said = "is a menu, which chooses a path for each prompt; give the file of one of its paths"
-        raise PathError(f"{file} {said}")
+    refuse_menu(file)
     if (file / HEALED_FILE).is_file():
         file = file / HEALED_FILE
     text = read_text(file).strip()
+    if f'"{MENU_SCHEMA}"' in text:  # under another name
+        refuse_removed(file, "a menu of paths", "give the file of one of its paths")
     if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
         return read_paths(file), file, name
     if name is not None:

@@ -57,8 +57,6 @@ def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     if accuracy.needed is not None:
         what = f"Ask more than these {count(evaluation.num_questions)} questions of {task}:"
         yield what, f"drllm evaluate … --limit {-(-accuracy.needed // 10) * 10}"
-    if evaluation.menu is not None:
-        return
     if is_worse and saves and evaluation.routed:
         yield from _better_targets(run)
     if evaluation.routed and not any(point.setting for point in evaluation.curve):

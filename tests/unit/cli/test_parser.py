@@ -215,7 +215,7 @@ def test_a_verb_loads_its_own_module_alone():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    known = ["listing", "parser", "terminal"]
+    known = ["listing", "parser", "removed", "terminal"]
     assert done.stdout.splitlines()[-1] == str([f"drllm.cli.{name}" for name in known])
 
 

@@ -264,3 +264,13 @@ def test_files_of_others_beside_a_run_are_no_results(folder):
     folder.search()
     folder.write("notes.json", {"mine": 1})
     assert not read_run(folder.path).evaluations
+
+
+def test_what_only_menus_filled_in_results_of_an_earlier_version_is_ignored(copied):
+    expected = read_run(copied.path).evaluations
+    pooled = {"tasks": ["arc_easy"], "num_questions": 60, "executions": {"base": 4.0}}
+    copied.change("eval/arc_easy.json", lambda values: values.update(menu="menu", pooled=pooled))
+    [found] = read_run(copied.path).evaluations
+    assert found.systems == expected[0].systems
+    _, markdown = report(copied.path)
+    assert "pooled" not in markdown.read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.config import EvaluateConfig
@@ -103,13 +103,11 @@ class Material:
 class Drawn:
     """How a system decides on a task's questions: a plan `[Q, L]`, a policy, or a path for all.
 
-    `note` is what a reader should know beyond the description; a part of a sentence. `plans` are
-    what routes stand for, where their layers may run with adapters.
+    `note` is what a reader should know beyond the description; a part of a sentence.
     """
 
     decides: Tensor | Policy | StaticPath
     note: str = ""
-    plans: Mapping[Decisions, StaticPath] = field(default_factory=dict)
 
 
 class Baseline(ABC):

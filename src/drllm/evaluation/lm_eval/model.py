@@ -27,19 +27,18 @@ from drllm.evaluation.lm_eval.prefix import CommonPrefix
 from drllm.evaluation.lm_eval.scoring import Answer, Request, RequestScorer, fitted, without_padding
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
+from drllm.models.healed import load_path
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.menu import load_policy
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
 from drllm.processes import PATIENCE, launched
-from drllm.records.menu import read_plan
-from drllm.records.static_paths import PathFile
+from drllm.records.static_paths import read_path
 
 MAX_ROWS = 64  # as the harness' `max_batch_size`
 PASSED_ON = (
@@ -67,8 +66,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         routers: With a base model: its routers, a folder or a hub id; from Python also routers.
         base: With a folder of routers: the base model, where its config names none that is here.
         num_windows: Windows W of the routers; a check, since trained routers can't change it.
-        path: FILE or FILE:NAME, a static path that is run whatever the prompt, see `read_path`; or
-            the folder of a menu.
+        path: FILE or FILE:NAME, a static path that is run whatever the prompt, see `read_path`.
         device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
         batch_size: Rows a pass, as the harness has it; a question with all its continuations is
             one. `auto` goes by memory.
@@ -187,10 +185,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if path is not None:
             if other := "routers" if self.routed.routers is not None else depth.knob():
                 raise ConfigError(f"path={path} and {other} would both decide; leave one out")
-            plan = read_plan(path)
-            named = plan.found.name if isinstance(plan, PathFile) and plan.found else ""
+            plan = read_path(path)
+            named = plan.found.name if plan.found else ""
             self.path_source = f"{plan.file}:{named}" if named else str(plan.file)
-            return load_policy(self.routed, plan)
+            return self.routed.policy_of(load_path(self.routed, plan))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]

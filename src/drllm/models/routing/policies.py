@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
     from drllm.models.routers.stack import RouterStack, Spans, Windows
 
-POLICIES: Registry[type[Policy]] = Registry(
-    "policy", ["drllm.models.routing.policies", "drllm.models.routing.menu"]
-)
+POLICIES: Registry[type[Policy]] = Registry("policy", ["drllm.models.routing.policies"])
 """Policies by name; `drllm ls policies` lists them."""
 
 

@@ -21,6 +21,7 @@ from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
 from drllm.models.base.load import BaseModel
+from drllm.models.healed import load_path
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
@@ -28,12 +29,11 @@ from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
-from drllm.models.routing.menu import load_policy
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
 from drllm.paths import StaticPath
 from drllm.records.healed import HEALED_FILE
-from drllm.records.menu import read_plan
-from drllm.records.static_paths import MENU_FILE
+from drllm.records.removed import refuse_menu
+from drllm.records.static_paths import read_path
 
 
 def attach(
@@ -227,12 +227,12 @@ class RoutedModel:
         revision: str | None = None,
         **options: Any,
     ) -> RoutedModel:
-        """Load routers, a healed path or a menu, and the base model they belong to.
+        """Load routers or a healed path, and the base model they belong to.
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub; a folder of that name comes first. Or a folder of `drllm heal` or
-                `drllm menu`, which is then followed.
+                the hub; a folder of that name comes first. Or a folder of `drllm heal`, whose
+                path is then followed.
             base: The base model, or its id or folder; None takes it from the folder.
             tokenizer: The base model's; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
@@ -246,8 +246,9 @@ class RoutedModel:
             ModelError: The base model can't be had.
         """
         place = hub.find(routers, revision, **base_hub.options_in(options))
-        is_plan = any((place / name).is_file() for name in (HEALED_FILE, MENU_FILE))
-        plan = read_plan(str(place)) if is_plan else None
+        refuse_menu(place)
+        is_healed = (place / HEALED_FILE).is_file()
+        plan = read_path(str(place)) if is_healed else None
         stack = load_routers(place) if plan is None else None
         if not (base is None or isinstance(base, (str, Path))):
             for name in options.keys() - base_hub.options_in(options).keys():
@@ -267,7 +268,7 @@ class RoutedModel:
             base = loading.load(str(base or made_for["id"]), revision=base_revision, **options)
         routed = attach(base, stack, tokenizer)
         if plan is not None:
-            routed.driver.policy = load_policy(routed, plan)
+            routed.driver.policy = routed.policy_of(load_path(routed, plan))
         return routed
 
     @cached_property

@@ -1,0 +1,13 @@
+"""Verbs and flags that were removed, and in one line what took the place of each."""
+
+REMOVED_VERBS: dict[str, str] = {
+    "menu": "'menu' was removed: a menu of paths measured no gain; use 'drllm tune' and "
+    "'drllm heal' for one path per task",
+}
+"""Name of a removed verb → the whole message: why it went, and what to use instead."""
+
+REMOVED_FLAGS: dict[str, str] = {
+    "--menu": "--menu was removed: a menu of paths measured no gain; compare static paths with "
+    "--paths",
+}
+"""Name of a removed flag of any verb, with dashes → the whole message, as for verbs."""
