@@ -5,6 +5,8 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "drllm"
 FILES = (".json", ".jsonl", ".safetensors")
@@ -35,6 +37,22 @@ def test_every_package_and_every_module_at_the_top_is_in_the_tree():
     packages = {package for package in packages if package.count("/") <= 2}
     modules = {p.name for p in PACKAGE.glob("[a-z]*.py")}
     assert packages | modules <= tree() | {"models/architectures/"}
+
+
+def import_order(text: str) -> list[str]:
+    """Return the lines of the first code block that begins with `cli`."""
+    block = re.search(r"^```\n(cli\n.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return block[1].splitlines()
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_import_order_is_that_of_the_contract(page):
+    settings = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    contract = re.search(r"^layers = \[\n(.*?)^\]", settings, flags=re.DOTALL | re.MULTILINE)
+    assert contract is not None
+    layers = re.findall(r'"([^"]+)"', contract[1])
+    assert import_order((REPOSITORY / page).read_text(encoding="utf-8")) == layers
 
 
 def page_from(heading: str) -> str:

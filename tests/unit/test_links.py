@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "docs" / "results"
 PAGES = sorted(
-    [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
+    [
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "CHANGELOG.md",
+        *(REPOSITORY / "docs").rglob("*.md"),
+    ]
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -32,3 +38,10 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         assert target.exists(), link
         if heading:
             assert heading in map(anchor, HEADING.findall(without_code(target))), link
+
+
+def test_the_results_log_links_to_every_study():
+    links = {link.partition("#")[0] for link in LINK.findall(without_code(RESULTS / "log.md"))}
+    studies = {f"studies/{study.name}" for study in (RESULTS / "studies").glob("*.md")}
+    assert len(studies) > 40
+    assert studies <= links
