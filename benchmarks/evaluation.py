@@ -31,7 +31,8 @@ from lm_eval.models.huggingface import HFLM
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.tasks.base import OPTIONS_REWARD, Prompt, choose
 from drllm.tasks.registry import get_task

@@ -51,7 +51,8 @@ from drllm.evaluation.latency import (
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, left_padded
 from drllm.models.export import export_path
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import RoutedCacheLayer

@@ -38,7 +38,7 @@ from drllm.config.fields import LARGEST_INT
 from drllm.listener import Listener
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.depth_control import route_prompts
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
@@ -111,7 +111,7 @@ def main() -> None:
         calibrated_on = tokens(SELECT, CALIBRATED_ON)
         knobs[folder] = depth_bias_of(routed, stack, calibrated_on, options.executions)
         policy = RouterPolicy(stack, depth_bias=knobs[folder])
-        taken = routes_of(routed, policy, tokens(FIT, LARGEST_INT)).tolist()
+        taken = route_prompts(routed, policy, tokens(FIT, LARGEST_INT)).tolist()
         routes += [StaticPath(to_path(route)) for route in taken]
     detach(base.model)
     data = {"data_dir": options.data_dir, "steps": sizes["steps"]}
@@ -128,7 +128,7 @@ def main() -> None:
         ways = {}
         for name in ("", adapter):
             policy = RouterPolicy(stack, depth_bias=knobs[folder], adapter=name)
-            ways[name] = routes_of(routed, policy, asked.prompts)
+            ways[name] = route_prompts(routed, policy, asked.prompts)
         order = torch.randperm(num, generator=torch.Generator().manual_seed(SEED))
         systems[f"routers {seed}"] = [with_adapter(r, "") for r in ways[""].tolist()]
         healed = [with_adapter(route, adapter) for route in ways[adapter].tolist()]

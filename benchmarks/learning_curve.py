@@ -32,7 +32,7 @@ from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError
-from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.depth_control import route_prompts
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
@@ -112,7 +112,7 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
     def compare(routers: RouterStack) -> tuple[dict[str, Any], dict[str, Values]]:
         routers = routers.to(routed.model.device)
         bias = depth_bias_of(routed, routers, calibrated_on, options.executions)
-        taken = routes_of(routed, RouterPolicy(routers, depth_bias=bias), asked.prompts)
+        taken = route_prompts(routed, RouterPolicy(routers, depth_bias=bias), asked.prompts)
         plans = [StaticPath(to_path(route)) for route in taken.tolist()]
         values = {"own": asked.along(plans), "full": full}
         values["permuted"] = asked.along([plans[place] for place in permutation])

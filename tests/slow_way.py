@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import make_tiny
 from drllm.models.families import WHOLE_LAYERS
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import Policy

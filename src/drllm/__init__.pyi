@@ -20,8 +20,8 @@ from drllm.errors import TaskError as TaskError
 from drllm.evaluation.run import evaluate as evaluate
 from drllm.models.base.load import load as load
 from drllm.models.export import export_path as export_path
+from drllm.models.routers.config import RouterConfig as RouterConfig
 from drllm.models.routers.depth_control import find_depth_bias as find_depth_bias
-from drllm.models.routers.stack import RouterConfig as RouterConfig
 from drllm.models.routers.stack import RouterStack as RouterStack
 from drllm.models.routing.batch_generation import generate_many as generate_many
 from drllm.models.routing.policies import POLICIES as POLICIES

@@ -10,7 +10,8 @@ import torch
 
 import drllm
 from devices.pretended import Devices, own_waits, placed
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 from drllm.models.scoring import choices
 
 L = 4

@@ -24,7 +24,8 @@ import conftest
 import drllm
 from devices.pretended import COPY, RUN, Devices, Event, own_waits, placed
 from drllm.models.check import make_tiny
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 
 TASK = "builtin_facts"
 NUM_NEW = 9

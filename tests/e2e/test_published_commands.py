@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from drllm.models.routers.checkpoint import read_config
+from drllm.models.routers.config import read_config
 from drllm.records.splits import split_of
 from drllm.records.supervision import join_supervision, read_supervision
 

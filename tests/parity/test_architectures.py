@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from drllm.models.base.prompts import left_padded
-from drllm.models.routers.depth_control import read_under
+from drllm.models.routers.depth_control import run_prompts
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -61,10 +61,10 @@ def test_routers_decide_once_and_their_route_holds_while_decoding(slow, prompts,
 def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(routed, prompts, family):
     """Learned positions (GPT-2) count the real tokens, wherever padding puts them."""
     together = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
-    read_under(routed, together, prompts)
+    run_prompts(routed, together, prompts)
     for row, prompt in enumerate(prompts):
         alone = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
-        read_under(routed, alone, [prompt])
+        run_prompts(routed, alone, [prompt])
         torch.testing.assert_close(
             alone.means[0], together.means[row], atol=LOGIT_TOLERANCE, rtol=1e-4
         )

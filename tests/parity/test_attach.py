@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import drllm
 from drllm.errors import CheckpointError, RoutingError
-from drllm.models.routers.checkpoint import described
+from drllm.models.routers.checkpoint import complete_config
 from slow_way import tiny_routers
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -21,7 +21,7 @@ PLAN = [0, 1, 2, 1, 0, 2]
 
 def routers_of(model):
     routers = tiny_routers()
-    routers.config = described(routers.config, model)
+    routers.config = complete_config(routers.config, model)
     return routers
 
 

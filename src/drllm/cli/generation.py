@@ -96,7 +96,7 @@ def generate(request: Request, terminal: Terminal) -> None:
         )
     with loaded(model_of(request, routers, path), terminal) as base:
         from drllm.models.healed import load_path
-        from drllm.models.routers.depth_control import encode_calibration, policy_for
+        from drllm.models.routers.depth_control import encode_calibration, make_policy
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.models.routing.shares import executions_along
 
@@ -104,7 +104,7 @@ def generate(request: Request, terminal: Terminal) -> None:
         texts = [(text if as_it_is else form.put(text), as_it_is) for text, as_it_is in texts]
         prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
         with terminal.busy("looking for a depth bias") if prompts else nullcontext():
-            policy, found = policy_for(routed, depth, prompts)
+            policy, found = make_policy(routed, depth, prompts)
         if found is not None:
             terminal.note(
                 f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "

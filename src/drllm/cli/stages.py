@@ -392,10 +392,10 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:
     """Read routers from a folder or the hub; return the local folder and the routers."""
-    from drllm.models.routers import hub
     from drllm.models.routers.checkpoint import load_routers
+    from drllm.models.routers.files import find_routers
 
-    folder = hub.find(place)
+    folder = find_routers(place)
     return folder, load_routers(folder)
 
 

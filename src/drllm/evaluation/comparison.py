@@ -21,8 +21,8 @@ from drllm.evaluation.questions import chosen_on, is_fitted, sources_of, worked_
 from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns
 from drllm.listener import OnProgress
-from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
+from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.shares import layer_shares

@@ -22,7 +22,8 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
-from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
+from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
+from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel, detach, unrouted
 from drllm.paths import StaticPath

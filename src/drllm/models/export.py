@@ -26,8 +26,8 @@ from drllm.models.base import hub
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
+from drllm.models.cards import load_template
 from drllm.models.healed import load_path
-from drllm.models.routers.card import template
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.policies import PathPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -482,7 +482,7 @@ def model_card(
     plan = path.with_adapter("").plan(base["num_layers"])
     found, made = (None, None) if file is None else (file.found, file.record)
     record = made if isinstance(made, StaticPaths) else None
-    return template(Path(__file__).with_name("export_card.md.j2")).render(
+    return load_template(Path(__file__).with_name("export_card.md.j2")).render(
         base=base,
         steps=layers,
         decisions=() if isinstance(plan, StaticPath) else plan,

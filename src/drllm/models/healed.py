@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import RecordError
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
-from drllm.models.routers.card import template
-from drllm.models.routers.checkpoint import CARD_FILE
+from drllm.models.cards import CARD_FILE, load_template
 from drllm.models.routing.adapters import Adapter, layer_of_map
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
@@ -53,7 +52,7 @@ def save_healed(
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))
-    card = template(Path(__file__).with_name("healed_card.md.j2")).render(record=record)
+    card = load_template(Path(__file__).with_name("healed_card.md.j2")).render(record=record)
     write_atomically(folder / CARD_FILE, card)
     write_json(folder / HEALED_FILE, record)
     return record

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, RecordError
-from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
+from drllm.models.routers.config import read_config
+from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.records.codec import decode, encode, write_atomically
 from drllm.records.resume import differences
 from drllm.training.trainer import Trainer

@@ -18,7 +18,7 @@ from torch import Tensor
 from drllm.errors import ModelError
 from drllm.listener import Listener
 from drllm.models.base.identity import describe
-from drllm.models.routers.depth_control import read_under
+from drllm.models.routers.depth_control import run_prompts
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize, batches
@@ -172,7 +172,7 @@ def _pooled(
     def pool(prompts: list[list[int]], labels: Tensor) -> tuple[Tensor, Tensor]:
         def read(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
             policy = RecordingPolicy(FixedPolicy(labels[rows], labels.shape[1]), num_windows)
-            read_under(routed, policy, [prompts[row] for row in rows])
+            run_prompts(routed, policy, [prompts[row] for row in rows])
             return [*zip(policy.means.cpu(), policy.filled.cpu(), strict=True)]
 
         size = PathSize(max(map(len, prompts)), num_logits=1)

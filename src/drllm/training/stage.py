@@ -22,7 +22,8 @@ from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener, logger
 from drllm.models.base.prompts import PromptForm, form_of
-from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
+from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import unrouted
 from drllm.processes import from_first, is_first

@@ -19,8 +19,9 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.base.devices import on_device
-from drllm.models.routers.checkpoint import stack_of
-from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.models.routers.checkpoint import build_stack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.models.scoring.batching import free_bytes
 from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
@@ -237,7 +238,7 @@ class Trainer:
             weights["hidden_weight"] = weights["hidden_weight"] / deviation[:, None]  # [L, H, D]
             shift = torch.einsum("lhd,ld->lh", weights["hidden_weight"], mean)
             weights["hidden_bias"] = weights["hidden_bias"] - shift
-        return stack_of(self.stack.config, {name: w.float() for name, w in weights.items()})
+        return build_stack(self.stack.config, {name: w.float() for name, w in weights.items()})
 
     def _step(self, rows: list[int], rate: float, kept_units: Tensor | None) -> Counts:
         """Learn from rows, and count how they fared before.

@@ -18,8 +18,9 @@ import pytest
 from huggingface_hub import constants
 
 from drllm.errors import CheckpointError
-from drllm.models.routers import hub
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.files import find_routers
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,8 +137,9 @@ import drllm
 from drllm.errors import DrllmError
 from drllm.models.base.load import load
 from drllm.models.check import make_tiny
-from drllm.models.routers.stack import RouterConfig, RouterStack
-from drllm.models.routers.hub import find
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.files import find_routers
 
 model = make_tiny("llama", num_hidden_layers=3)
 routed = drllm.RoutedModel(model, RouterStack(RouterConfig(num_layers=3, hidden_size=32)))
@@ -181,18 +183,19 @@ model.name_or_path = "org/tiny"
 weights = routed.routers.state_dict()
 fetched = drllm.RoutedModel.from_pretrained("someone/routers", routed.detach())
 said["fetched"] = all(torch.equal(weights[k], w) for k, w in fetched.routers.state_dict().items())
-note("fetched folder", lambda: find("someone/routers"))
+note("fetched folder", lambda: find_routers("someone/routers"))
 options = {"cache_dir": "own-cache", "token": "hf_reader"}
-note("fetched elsewhere", lambda: find("someone/routers", **options))
-note("local only", lambda: find("someone/local", cache_dir="own-cache", local_files_only=True))
+note("fetched elsewhere", lambda: find_routers("someone/routers", **options))
+local = {"cache_dir": "own-cache", "local_files_only": True}
+note("local only", lambda: find_routers("someone/local", **local))
 load_base = lambda: drllm.load("someone/absent", **options, local_files_only=True)
 note("base local only", load_base)
-note("fetched at a commit", lambda: find("someone/routers", COMMIT))
+note("fetched at a commit", lambda: find_routers("someone/routers", COMMIT))
 for name in ("gated", "absent", "forbidden", "unreachable"):
-    note(f"fetch {name}", lambda: find(name + "/routers"))
+    note(f"fetch {name}", lambda: find_routers(name + "/routers"))
     note(f"model {name}", load_model(name + "/model"))
-note("fetch other revision", lambda: find("someone/routers", "v9"))
-note("fetch a base model", lambda: find("someone/model"))
+note("fetch other revision", lambda: find_routers("someone/routers", "v9"))
+note("fetch a base model", lambda: find_routers("someone/model"))
 note("model other revision", load_model("someone/model", "v9"))
 note("model without a config", load_model("someone/notes"))
 note("model that is routers", load_model("someone/routers"))
@@ -358,15 +361,15 @@ def test_token_and_cache_are_passed_through(said):
 
 def test_routers_that_arent_cached_are_refused_offline():
     with pytest.raises(CheckpointError, match="isn't in the local cache, and HF_HUB_OFFLINE is"):
-        hub.find("someone/absent")
+        find_routers("someone/absent")
 
 
 @pytest.mark.parametrize("place", ["x--y/z", "-a/b"])
 def test_a_name_that_cant_be_a_hub_id_is_refused(place):
     with pytest.raises(CheckpointError, match=f"'{place}' can't be a hub id"):
-        hub.find(place)
+        find_routers(place)
 
 
 @pytest.mark.parametrize("place", ["routers", "./a/b", "../routers", "a/b/c", "/no/such", "a/b/"])
 def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place):
-    assert hub.find(place) == Path(place)
+    assert find_routers(place) == Path(place)

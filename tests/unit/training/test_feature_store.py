@@ -46,13 +46,13 @@ def folder(tmp_path):
 def passes(monkeypatch):
     """How many prompts each forward pass had."""
     sizes: list[int] = []
-    forward = features_module.read_under
+    forward = features_module.run_prompts
 
     def counted(routed: Any, policy: Any, prompts: Any) -> None:
         sizes.append(len(prompts))
         forward(routed, policy, prompts)
 
-    monkeypatch.setattr(features_module, "read_under", counted)
+    monkeypatch.setattr(features_module, "run_prompts", counted)
     return sizes
 
 

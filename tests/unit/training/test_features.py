@@ -74,7 +74,7 @@ def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
 
 
 def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
-    read, sizes = features.read_under, []
+    read, sizes = features.run_prompts, []
 
     def little_memory(routed, policy, prompts):
         if len(prompts) > 2:
@@ -83,7 +83,7 @@ def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
         read(routed, policy, prompts)
 
     whole = features_of(batch_size=5)
-    monkeypatch.setattr(features, "read_under", little_memory)
+    monkeypatch.setattr(features, "run_prompts", little_memory)
     in_parts = features_of(batch_size=5)
     assert sizes == [2, 2, 1, 2]
     torch.testing.assert_close(in_parts.means, whole.means, **CLOSE)
@@ -91,7 +91,7 @@ def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
 
 
 def test_a_batch_that_memory_does_not_hold_makes_later_ones_no_smaller(monkeypatch):
-    read, sizes = features.read_under, []
+    read, sizes = features.run_prompts, []
 
     def little_memory(routed, policy, prompts):
         if sum(map(len, prompts)) > 40:
@@ -99,7 +99,7 @@ def test_a_batch_that_memory_does_not_hold_makes_later_ones_no_smaller(monkeypat
         sizes.append(len(prompts))
         read(routed, policy, prompts)
 
-    monkeypatch.setattr(features, "read_under", little_memory)
+    monkeypatch.setattr(features, "run_prompts", little_memory)
     features_of(batch_size=4)
     assert sizes == [2, 2, 3]
 

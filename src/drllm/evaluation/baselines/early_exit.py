@@ -96,12 +96,12 @@ def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence
     """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
 
     Until it stops a prompt runs the full path, so these numbers say where it stops at any
-    threshold. The model has at least two layers. See `recorded`.
+    threshold. The model has at least two layers. See `record_at_layers`.
     """
-    from drllm.models.routers.depth_control import recorded
+    from drllm.models.routers.depth_control import record_at_layers
 
     layers = range(1, routed.num_layers)
-    return recorded(routed, prompts, partial(confidence, lens), layers, decision=1)
+    return record_at_layers(routed, prompts, partial(confidence, lens), layers, decision=1)
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:

@@ -182,7 +182,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
     import torch
 
     from drllm.models.base.layers import hooked
-    from drllm.models.routers.depth_control import routes_of
+    from drllm.models.routers.depth_control import route_prompts
 
     readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
     sums = torch.zeros(routed.num_layers, dtype=torch.float64)
@@ -204,7 +204,7 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
         for place, layer in enumerate(routed.injection.layers)
     ]
     with hooked(hooks):
-        routes_of(routed, KeepsReadable(), prompts)
+        route_prompts(routed, KeepsReadable(), prompts)
     influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence
 

@@ -105,8 +105,8 @@ def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
 def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return prompts' means at the first layer, where only the embedding has run, `[N, D]`.
 
-    All layers are skipped, of which routing runs the last one all the same; see `recorded`.
+    All layers are skipped, of which routing runs the last one all the same; see `record_at_layers`.
     """
-    from drllm.models.routers.depth_control import recorded
+    from drllm.models.routers.depth_control import record_at_layers
 
-    return recorded(routed, prompts, PromptView.mean, [0], decision=0)[:, 0]
+    return record_at_layers(routed, prompts, PromptView.mean, [0], decision=0)[:, 0]

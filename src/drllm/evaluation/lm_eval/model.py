@@ -28,9 +28,9 @@ from drllm.evaluation.lm_eval.scoring import Answer, Request, RequestScorer, fit
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.healed import load_path
-from drllm.models.routers import hub
-from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
-from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
+from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routers.depth_control import encode_calibration, make_policy, read_calibration
+from drllm.models.routers.files import CONFIG_FILE, find_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
@@ -191,7 +191,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             return self.routed.policy_of(load_path(self.routed, plan))
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
-        return policy_for(self.routed, depth, prompts)[0]
+        return make_policy(self.routed, depth, prompts)[0]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score continuations, those of one question together; see `scoring.asked`."""
@@ -314,7 +314,7 @@ def _routers_and_base(
     stack = routers if isinstance(routers, RouterStack) else None
     is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
     if isinstance(routers, str) and not is_folder:
-        stack = load_routers(hub.find(Path(routers)))
+        stack = load_routers(find_routers(Path(routers)))
     if isinstance(pretrained, BaseModel):
         return stack, pretrained.name, None
     if not is_folder:

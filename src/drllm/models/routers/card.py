@@ -1,22 +1,22 @@
-"""The model card of saved routers: `card.md.j2` filled in from `router_config.json` alone.
+"""The model card of saved routers, made from `router_config.json` alone.
 
 What isn't recorded there isn't claimed.
 """
 
-import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from huggingface_hub import ModelCardData
 
-from drllm.models.routers.stack import RouterConfig
+from drllm.models.cards import HUB_ID, render_card
+from drllm.models.routers.config import RouterConfig
 
 FOLDER = "path/to/this/folder"
-MARK = "library_name: drllm"
-"""Stands in every card of ours, so that one can be told from somebody else's README."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LIBRARY = "drllm"
+MARK = f"library_name: {LIBRARY}"
+"""A line of every card of routers, which tells it from somebody else's README."""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 METRICS = {
     "routers_loss": "loss",
     "macro_f1": "macro-F1",
@@ -27,62 +27,77 @@ METRICS = {
     "acc_repeat": "repeat labels hit",
     "avg_layers": "executions",
 }
-COMPARED = {"macro_f1": "macro-F1", "accuracy": "labels hit"}
-COMPARED |= {key: METRICS[key] for key in ("f1_skip", "f1_repeat", "avg_layers")}
+COMPARED_METRICS = {
+    "macro_f1": "macro-F1",
+    "accuracy": "labels hit",
+    "f1_skip": "F1 skip",
+    "f1_repeat": "F1 repeat",
+    "avg_layers": "executions",
+}
 
 
-def model_card(config: RouterConfig, place: str = FOLDER) -> str:
-    """Write the card of routers, Markdown with the front matter that the hub reads.
+def write_card(config: RouterConfig, place: str = FOLDER) -> str:
+    """Write the card of routers: the hub's metadata, then Markdown.
 
-    `base_model` is in the front matter only where it has the form of a hub id. Of routers that
-    weren't trained the card says that nothing is known of their data and metrics. `place` is from
-    where they are loaded: a folder or a hub id.
+    Where no training is recorded, the card says that nothing is known of data and metrics.
+
+    Args:
+        config: The routers' config.
+        place: Where they will be loaded from: a folder or a hub id.
     """
-    training, rows = config.training, config.training.get("metrics")
-    compared = _mapping(training.get("against_baselines"))
-    systems = _mapping(compared.get("systems"))
-    D, H = config.hidden_size, config.router_width
-    return template(Path(__file__).with_name("card.md.j2")).render(
+    training = config.training
+    comparison = _as_mapping(training.get("against_baselines"))
+    systems = _as_mapping(comparison.get("systems"))
+    return render_card(
+        TEMPLATE,
+        _describe_for_hub(config),
         config=config,
         place=place,
-        # The hub would take any other safetensors with a base model for a fine-tune of it.
-        is_on_hub=HUB_ID.fullmatch(config.base_model) is not None,
-        num_parameters=config.num_layers * ((D + 1) * H + (H + 1) * 3),
+        num_parameters=_count_parameters(config),
         training=training,
-        tasks=_mapping(training.get("tasks")),
+        tasks=_as_mapping(training.get("tasks")),
         labels=[sum(counts) for counts in zip(*config.label_counts, strict=True)],
         metrics=METRICS,
-        rows=[
-            row
-            for row in (rows if isinstance(rows, list) else ())
-            if _are_numbers(row, METRICS) and isinstance(row.get("split"), str)
-        ],
-        compared=compared,
-        compared_metrics=COMPARED,
-        systems={name: row for name, row in systems.items() if _are_numbers(row, COMPARED)},
-        settings=_mapping(training.get("settings")),
+        rows=_usable_rows(training.get("metrics")),
+        comparison=comparison,
+        compared_metrics=COMPARED_METRICS,
+        systems={name: row for name, row in systems.items() if _has_numbers(row, COMPARED_METRICS)},
+        settings=_as_mapping(training.get("settings")),
     )
 
 
-@cache
-def template(path: Path) -> jinja2.Template:
-    """Return a template of Markdown, with the filters `line` and `number`."""
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
-    )
-    environment.filters.update(
-        # A value as text that ends neither its line nor its code span.
-        line=lambda value: " ".join(str(value).split()).replace("`", "'"),
-        number=lambda value: "–" if value is None else f"{value:.4g}",
-    )
-    return environment.from_string(path.read_text(encoding="utf-8"))
+def _describe_for_hub(config: RouterConfig) -> ModelCardData:
+    """Return the hub's metadata; the base model is in it only where its name is a hub id."""
+    metadata = ModelCardData(library_name=LIBRARY, tags=["layer-routing", "dynamic-depth"])
+    if HUB_ID.fullmatch(config.base_model):
+        metadata.base_model = config.base_model
+        # The hub would take any other safetensors with a base model for a fine-tune of it.
+        metadata["base_model_relation"] = "adapter"
+    return metadata
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _count_parameters(config: RouterConfig) -> int:
+    hidden_layer = (config.hidden_size + 1) * config.router_width
+    decision_layer = (config.router_width + 1) * 3
+    return config.num_layers * (hidden_layer + decision_layer)
+
+
+def _usable_rows(metrics: Any) -> list[Mapping[str, Any]]:
+    """Return the lines of metrics that can be written, of whatever a config holds."""
+    if not isinstance(metrics, list):
+        return []
+    return [row for row in metrics if _has_numbers(row, METRICS) and _has_split(row)]
+
+
+def _has_numbers(row: Any, metrics: Mapping[str, str]) -> bool:
+    if not isinstance(row, Mapping):
+        return False
+    return all(isinstance(row.get(key), int | float | None) for key in metrics)
+
+
+def _has_split(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("split"), str)
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _are_numbers(row: Any, metrics: Mapping[str, str]) -> bool:
-    return isinstance(row, Mapping) and all(
-        isinstance(row.get(key), (int, float, type(None))) for key in metrics
-    )

@@ -1,6 +1,6 @@
-"""Depth control: the depth bias for a wanted number of executions, and the policy for settings.
+"""Depth control: find the depth bias for a number of executions, and make a policy of settings.
 
-The bias is found on a calibration set by measuring the routes that its prompts take.
+The bias is found on a calibration set by measuring the routes of its prompts.
 
 Axes: N prompts, L layers.
 """
@@ -25,24 +25,24 @@ from drllm.models.scoring.batching import batches
 from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
-"""Executions that the mean over the calibration set may differ from the wanted one. Less is often
+"""Executions that the mean over the calibration set may differ from the target. Less is often
 impossible: where a layer is skipped, later routers read something else, and a single prompt may
 lose twenty executions at once."""
-DECIMALS = 6  # biases are looked for among numbers that can be written down as they are
-RESOLUTION = 1e-5  # two biases nearer than this are not told apart
+DECIMALS = 6  # biases are chosen among numbers that can be written down exactly
+RESOLUTION = 1e-5  # two biases nearer than this count as the same
 WIDEST = 2.0**19
-"""No bias beyond this is tried; routers whose logits lie within that are skipped or repeated."""
-SCANNED = 16  # biases, evenly spaced, from which the search starts again where it ended in a jump
+"""The largest bias that is tried; routers whose logits lie within it skip or repeat at it."""
+GRID_SIZE = 16  # evenly spaced biases between which the search starts again after a jump
 
 
 class Calibration(NamedTuple):
-    """A depth bias, and what it gives on the prompts that it was found on.
+    """A depth bias and what it gives on the calibration set.
 
     Attributes:
         depth_bias: For `RouterPolicy`, or as `--depth-bias`.
-        executions: Mean executions over the prompts as routed under this bias, measured.
+        executions: Mean executions of the prompts under this bias, measured.
         num_prompts: N.
-        num_probes: Times that all prompts were routed to find it.
+        num_probes: How many times all prompts were routed to find it.
     """
 
     depth_bias: float
@@ -52,38 +52,66 @@ class Calibration(NamedTuple):
 
 
 @torch.no_grad()
-def routes_of(
+def route_prompts(
     routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
-    """Return the route that each prompt takes under a policy; nothing is generated.
+    """Return the route of each prompt under a policy; nothing is generated.
 
-    It is `[N, L]` on the CPU, in the order of the prompts; prompts of similar length share a
-    left-padded batch, so the policy can be no plan with rows of its own. `routed.last_route` and
-    the model's own policy stay what they are.
+    Prompts of similar length share a left-padded batch, so the policy can't be a plan with rows of
+    its own. `routed.last_route` and the model's own policy are left as they were.
+
+    Returns:
+        `[N, L]` on the CPU, in the order of the prompts.
     """
-    if not prompts:
-        raise ConfigError("there are no prompts to route; give at least one")
-    context = context_length(routed.model)
-    for place, tokens in enumerate(prompts, start=1):
-        if not tokens:
-            raise ConfigError(f"prompt {place} has no tokens; leave it out")
-        if context is not None and len(tokens) > context:
-            raise ConfigError(
-                f"prompt {place} has {len(tokens)} tokens, the model's context holds {context}; "
-                f"shorten it or leave it out"
-            )
+    _check_prompts(routed, prompts)
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
-    before = routed.driver.last
+    last_decisions = routed.driver.last
     try:
-        for rows in batches(list(map(len, prompts)), batch_size):
-            read_under(routed, policy, [prompts[row] for row in rows])
+        for rows in batches([len(tokens) for tokens in prompts], batch_size):
+            run_prompts(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:
-        routed.driver.keep(before)
+        routed.driver.keep(last_decisions)
     return routes
 
 
-def recorded(
+def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse no prompts, a prompt without tokens, and one that is longer than the context."""
+    if not prompts:
+        raise ConfigError("there are no prompts to route; give at least one")
+    context = context_length(routed.model)
+    for number, tokens in enumerate(prompts, start=1):
+        if not tokens:
+            raise ConfigError(f"prompt {number} has no tokens; leave it out")
+        if context is not None and len(tokens) > context:
+            raise ConfigError(
+                f"prompt {number} has {len(tokens)} tokens, the model's context holds {context}; "
+                f"shorten it or leave it out"
+            )
+
+
+class _Recorder(Policy):
+    """Records a reading of some layers' inputs, and makes the same decision at each layer.
+
+    Behind the last of these layers nothing needs to run, so the rest is skipped.
+    """
+
+    def __init__(
+        self, read: Callable[[PromptView], Tensor], layers: Collection[int], decision: int
+    ) -> None:
+        self.read = read
+        self.layers = layers
+        self.decision = decision
+        self.readings: list[Tensor] = []  # batch by batch, layer by layer
+
+    def decide(self, layer: int, prompts: PromptView) -> list[int]:
+        if layer in self.layers:
+            self.readings.append(self.read(prompts).cpu())
+        decision = self.decision if layer < max(self.layers) else 0
+        return [decision] * prompts.num_rows
+
+
+def record_at_layers(
     routed: RoutedModel,
     prompts: Sequence[Sequence[int]],
     read: Callable[[PromptView], Tensor],
@@ -91,25 +119,23 @@ def recorded(
     *,
     decision: int,
 ) -> Tensor:
-    """Return what is read, `[N, layers, …]`, at some layers, while all take the same decision."""
-    kept: list[Tensor] = []  # batch by batch, layer by layer
+    """Return what a function reads of each prompt at some layers, `[N, layers, …]`.
 
-    class Recorder(Policy):
-        def decide(self, layer: int, prompts: PromptView) -> list[int]:
-            if layer in layers:
-                kept.append(read(prompts).cpu())
-            return [decision if layer < max(layers) else 0] * prompts.num_rows  # none after
-
-    # The longest first, as they run.
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-    routes_of(routed, Recorder(), [prompts[row] for row in by_length])
-    starts = range(0, len(kept), len(layers))
-    values = torch.cat([torch.stack(kept[at : at + len(layers)], dim=1) for at in starts])
-    return values[torch.tensor(by_length).argsort()]
+    All layers before the last of these make the same decision.
+    """
+    # `route_prompts` runs the longest first, so that batches come in this order.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+    recorder = _Recorder(read, layers, decision)
+    route_prompts(routed, recorder, [prompts[row] for row in order])
+    batch_readings = []
+    for start in range(0, len(recorder.readings), len(layers)):
+        readings = recorder.readings[start : start + len(layers)]
+        batch_readings.append(torch.stack(readings, dim=1))
+    return torch.cat(batch_readings)[torch.tensor(order).argsort()]
 
 
-def read_under(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
-    """Have the model read one left-padded batch of prompts under a policy."""
+def run_prompts(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
+    """Run the model once over a left-padded batch of prompts under a policy."""
     ids, mask = left_padded(prompts, routed.model.device)
     with routed.using(policy):
         routed.model(
@@ -118,6 +144,44 @@ def read_under(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[i
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
             logits_to_keep=1,
+        )
+
+
+class _Probes:
+    """Measures the mean executions of prompts under depth biases; each bias is measured once."""
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        routers: RouterStack,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+    ) -> None:
+        self.routed = routed
+        self.routers = routers
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.executions: dict[float, float] = {}
+
+    def measure(self, bias: float) -> float:
+        """Return the mean executions under a bias."""
+        if bias not in self.executions:
+            policy = RouterPolicy(self.routers, depth_bias=bias)
+            routes = route_prompts(self.routed, policy, self.prompts, batch_size=self.batch_size)
+            self.executions[bias] = mean_executions(routes.tolist())
+        return self.executions[bias]
+
+    def describe_nearest(self, target: float) -> str:
+        """Name the nearest measured values below and above a target, with their biases."""
+
+        def distance(bias: float) -> tuple[float, float]:
+            return abs(self.executions[bias] - target), abs(bias)
+
+        below = [bias for bias, value in self.executions.items() if value < target]
+        above = [bias for bias, value in self.executions.items() if value > target]
+        nearest = [min(biases, key=distance) for biases in (below, above) if biases]
+        return " and ".join(
+            f"{self.executions[bias]:.2f} (--depth-bias {bias})" for bias in nearest
         )
 
 
@@ -130,23 +194,23 @@ def find_depth_bias(
     batch_size: int = 16,
     tolerance: float = TOLERANCE,
 ) -> Calibration:
-    """Find the depth bias under which prompts run a wanted number of executions on average.
+    """Find the depth bias under which prompts run a given number of executions on average.
 
-    Every bias tried is measured by routing all prompts, since a decision changes what later
-    routers read. So the mean is a step function of the bias, may jump over values, and needn't be
-    monotone. It is bisected all the same; where bisection ends in a jump, it starts again between
-    evenly spaced biases. The bias returned was measured to give what it says.
+    Every bias is measured by routing all prompts, since a decision changes what later routers
+    read. So the mean is a step function of the bias, may jump over values, and may rise as well as
+    fall. It is bisected all the same; where bisection ends in a jump, it starts again between
+    evenly spaced biases.
 
     Args:
         routed: A model with routers.
         prompts: The calibration set, token ids of each prompt.
-        target_executions: Wanted mean, from 1 to 2L.
-        routers: Whose bias is wanted; the model's own unless given.
+        target_executions: Mean executions, from 1 to 2L.
+        routers: The routers to find a bias for; the model's own unless given.
         batch_size: Prompts in a forward pass.
         tolerance: How far the mean may be from the target.
 
     Returns:
-        The first bias found within the tolerance, and what it gives.
+        The first bias within the tolerance, with its measured executions.
 
     Raises:
         ConfigError: No routers, no usable prompts, a target that no model of L layers can run, or
@@ -154,117 +218,122 @@ def find_depth_bias(
 
     Source: ours (D-20).
     """
-    L, target = routed.num_layers, target_executions
-    routers = routed.routers if routers is None else routers
+    if routers is None:
+        routers = routed.routers
     if routers is None:
         raise ConfigError(
             "--target-executions has no effect on a model without routers; give routers, or pin a "
             "plan with routed.fixed(...)"
         )
-    if not 1 <= target <= 2 * L:
+    most = 2 * routed.num_layers
+    if not 1 <= target_executions <= most:
         raise ConfigError(
-            f"--target-executions is {target:g}, but a model of {L} layers runs 1 to {2 * L} "
-            f"executions; give a number from 1 to {2 * L}"
+            f"--target-executions is {target_executions:g}, but a model of {routed.num_layers} "
+            f"layers runs 1 to {most} executions; give a number from 1 to {most}"
         )
-    seen: dict[float, float] = {}
-
-    def measure(bias: float) -> float:
-        if bias not in seen:
-            policy = RouterPolicy(routers, depth_bias=bias)
-            routes = routes_of(routed, policy, prompts, batch_size=batch_size)
-            seen[bias] = mean_executions(routes.tolist())
-        return seen[bias]
-
-    for bias in _biases_to_try(measure, target):
-        if abs(measure(bias) - target) <= tolerance:
-            return Calibration(bias, seen[bias], num_prompts=len(prompts), num_probes=len(seen))
-    by_distance = sorted(seen, key=lambda bias: (abs(seen[bias] - target), abs(bias)))
-    below = [bias for bias in by_distance if seen[bias] < target]
-    above = [bias for bias in by_distance if seen[bias] > target]
-    nearest = [*below[:1], *above[:1]]
-    named = " and ".join(f"{seen[bias]:.2f} (--depth-bias {bias})" for bias in nearest)
+    probes = _Probes(routed, routers, prompts, batch_size)
+    for bias in _propose_biases(probes.measure, target_executions):
+        executions = probes.measure(bias)
+        if abs(executions - target_executions) <= tolerance:
+            return Calibration(bias, executions, len(prompts), len(probes.executions))
     raise ConfigError(
-        f"no depth bias gives {target:g} executions on these {len(prompts)} prompts, whose mean "
-        f"jumps over it: the nearest are {named}; take one of these, or calibrate on more prompts"
+        f"no depth bias gives {target_executions:g} executions on these {len(prompts)} prompts, "
+        f"whose mean jumps over it: the nearest are {probes.describe_nearest(target_executions)}; "
+        f"take one of these, or calibrate on more prompts"
     )
 
 
-def _biases_to_try(measure: Callable[[float], float], target: float) -> Iterator[float]:
-    """Yield biases one by one, each chosen by what those before it gave."""
+def _propose_biases(measure: Callable[[float], float], target: float) -> Iterator[float]:
+    """Yield biases one by one, each chosen by the measurements of those before it."""
     yield 0.0
     direction = 1.0 if measure(0.0) > target else -1.0
-    near, far = 0.0, direction
+    near = 0.0
+    far = direction
     yield far
     while (measure(far) - target) * direction > 0 and abs(far) < WIDEST:
-        near, far = far, 2 * far
+        near = far
+        far = 2 * far
         yield far
-    yield from _halvings(measure, target, near, far)
-    grid = [round(far * place / SCANNED, DECIMALS) for place in range(SCANNED + 1)]
+    yield from _bisect(measure, target, near, far)
+    grid = [round(far * step / GRID_SIZE, DECIMALS) for step in range(GRID_SIZE + 1)]
     yield from grid
     for start, end in itertools.pairwise(grid):
-        yield from _halvings(measure, target, start, end)
+        yield from _bisect(measure, target, start, end)
 
 
-def _halvings(
+def _bisect(
     measure: Callable[[float], float], target: float, start: float, end: float
 ) -> Iterator[float]:
-    """Bisect between two biases on different sides of the target; yield nothing between others."""
-    above = measure(start) > target
-    if above == (measure(end) > target):
+    """Bisect between two biases on different sides of the target; else yield nothing."""
+    is_above = measure(start) > target
+    if is_above == (measure(end) > target):
         return
     while abs(end - start) > RESOLUTION:
         middle = round((start + end) / 2, DECIMALS)
         yield middle
-        if (measure(middle) > target) == above:
+        if (measure(middle) > target) == is_above:
             start = middle
         else:
             end = middle
 
 
-def policy_for(
+def make_policy(
     routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[Policy, Calibration | None]:
-    """Return the policy that settings ask for, and what was found on the calibration set.
+    """Return the policy of depth settings, and the calibration if a target was calibrated.
 
-    Without a knob it is the policy in force. Prompts are read for `target_executions` alone.
+    Without a depth setting it is the policy in force. Prompts are read for `target_executions`
+    alone.
     """
-    knob, routers = config.knob(), routed.routers
-    if knob is None:
+    setting = config.knob()
+    routers = routed.routers
+    if setting is None:
         return routed.policy, None
     if routers is None:
         raise ConfigError(
-            f"{flag_of(knob)} has no effect without routers; give --routers, or leave it out"
+            f"{flag_of(setting)} has no effect without routers; give --routers, or leave it out"
         )
-    if knob == "static_routing":  # the routers need not be asked
+    if setting == "static_routing":  # the routers need not run
         return FullPolicy(), None
     if config.target_executions is not None:
-        found = find_depth_bias(routed, prompts, config.target_executions)
-        return RouterPolicy(routers, depth_bias=found.depth_bias), found
-    penalty = config.router_penalty
-    return RouterPolicy(routers, depth_bias=config.depth_bias, router_penalty=penalty), None
+        calibration = find_depth_bias(routed, prompts, config.target_executions)
+        return RouterPolicy(routers, depth_bias=calibration.depth_bias), calibration
+    policy = RouterPolicy(
+        routers, depth_bias=config.depth_bias, router_penalty=config.router_penalty
+    )
+    return policy, None
 
 
 def read_calibration(path: Path) -> list[tuple[str, bool]]:
-    """Return each prompt of a calibration file, and whether the model reads it as it is.
+    """Read the prompts of a calibration file.
 
     Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
-    and `search.jsonl` are known by what else they hold: their prompts are what the model reads, a
-    chat template included.
+    and `search.jsonl` are recognised by their other fields: their prompts are what the model reads,
+    a chat template included.
+
+    Returns:
+        Each prompt, and whether it is rendered already.
     """
-    texts = []
+    prompts = []
     for line, row in read_json_lines(path, dict[str, Any]):
         name = "prompt" if "prompt" in row else "question"
         text = row.get(name)
         if not isinstance(text, str) or not text.strip():
-            said = f"{name!r} is {text!r}; expected a text, as 'prompt' or 'question'"
-            raise RecordError(f"{path}, line {line}: {said}")
-        texts.append((text, "optimal_layer_config" in row or "paths" in row))
-    return texts
+            raise RecordError(
+                f"{path}, line {line}: {name!r} is {text!r}; expected a text, as 'prompt' or "
+                f"'question'"
+            )
+        is_rendered = "optimal_layer_config" in row or "paths" in row
+        prompts.append((text, is_rendered))
+    return prompts
 
 
 def encode_calibration(
-    texts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
+    prompts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of prompts; `chat` renders those that aren't rendered yet."""
-    rendered = (render(tokenizer, text, chat=chat and not is_done) for text, is_done in texts)
-    return [encode(tokenizer, text) for text in rendered]
+    """Return the tokens of calibration prompts; `chat` renders those that aren't rendered yet."""
+    tokens = []
+    for text, is_rendered in prompts:
+        prompt = render(tokenizer, text, chat=chat and not is_rendered)
+        tokens.append(encode(tokenizer, prompt))
+    return tokens

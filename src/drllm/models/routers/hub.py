@@ -1,65 +1,29 @@
-"""Routers on the hub: fetched by name, and pushed with a model card."""
+"""Pushing routers to the hub with a model card."""
 
 import dataclasses
 import re
 import tempfile
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from drllm.errors import CheckpointError, ConfigError
+from drllm.errors import CheckpointError
 from drllm.models.base import hub
 from drllm.models.base.load import ALIASES
-from drllm.models.routers import checkpoint
-from drllm.models.routers.card import HUB_ID
-from drllm.models.routers.checkpoint import CONFIG_FILE, described, save_routers
+from drllm.models.cards import HUB_ID
+from drllm.models.routers.checkpoint import complete_config, save_routers
+from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 
-FILES = [CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE, checkpoint.COUNTED_FILE]
-NEW_TOKEN = "make one with write access in your settings there, then pass it as token=... or set "
-NEW_TOKEN += hub.TOKEN_VARIABLE
+NEW_TOKEN = (
+    f"make one with write access in your settings there, then pass it as token=... or set "
+    f"{hub.TOKEN_VARIABLE}"
+)
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
-
-
-def find(place: Path | str, revision: str | None = None, **options: Any) -> Path:
-    """Return the folder of routers that a name stands for, fetched from the hub if necessary.
-
-    A folder on this machine wins over OWNER/NAME on the hub. One that doesn't exist is returned
-    too, for its reader to refuse. Options are `token`, `cache_dir` and `local_files_only`, as the
-    hub's library takes them. Routers that can't be had are a CheckpointError.
-    """
-    name, folder = str(place), Path(place).expanduser()
-    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        if revision is not None:
-            raise ConfigError(
-                f"the revision {revision!r} has no effect on the folder {place}; leave it out"
-            )
-        return folder
-    try:
-        with hub.quiet():
-            fetch = partial(
-                huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=FILES
-            )
-            try:
-                fetched = fetch(**options)
-            except OfflineModeIsEnabled:  # which some versions say of a commit that is in the cache
-                fetched = fetch(**{**options, "local_files_only": True})
-    except hub.FETCH_ERRORS as error:
-        otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
-        said = hub.explain(error, "routers repository", name, revision, otherwise)
-        raise CheckpointError(f"{said}; there is no folder {name!r} either") from error
-    folder = Path(fetched)
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"the hub repository {name!r} has no {CONFIG_FILE}; is it a base model? Then give it "
-            f"as --model"
-        )
-    return folder
 
 
 def push_routers(
@@ -71,21 +35,17 @@ def push_routers(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Push routers with a model card to the hub, making the repository if necessary.
+    """Push routers with a model card to the hub; the repository is made if it doesn't exist.
 
-    The name of a base model that only this machine has isn't pushed, and a warning says so: it
-    would lead nobody anywhere, and tell how folders are called here.
+    The name of a base model that is only on this machine isn't pushed, and a warning says so.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        CheckpointError: A name that no repository can have, no token, no network, or a refusal.
     """
-    config = described(routers.config, model)
-    name = config.base_model
-    is_local = Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-    if name and name not in ALIASES and is_local:
-        warnings.warn(
-            f"{name!r} is no hub id, so the pushed routers don't name their base model; whoever "
-            f"loads them gives it as base=...",
-            stacklevel=3,
-        )
-        config = dataclasses.replace(config, base_model="", base_revision=None)
+    config = _remove_local_name(complete_config(routers.config, model))
     if not HUB_ID.fullmatch(repo):
         raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
     if constants.HF_HUB_OFFLINE:
@@ -97,28 +57,54 @@ def push_routers(
     with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
         save_routers(routers, folder, config=config, place=repo)
         try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            if private and not api.model_info(repo).private:
-                raise CheckpointError(
-                    f"{repo} is public already and private=True can't change that, so nothing was "
-                    f"pushed; make it private in its settings on the hub, or choose another name"
-                )
-            if revision is not None and not revision.startswith("refs/"):
-                api.create_branch(repo, branch=revision, exist_ok=True)
+            _create_repository(api, repo, private, revision)
             commit = api.upload_folder(
                 repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message
             )
         except HFValidationError as error:
-            said = hub.first_line(error)
+            reason = hub.first_line(error)
             raise CheckpointError(
-                f"{repo!r} can't be a repository on the hub: {said}; {NAME_EXAMPLE}"
+                f"{repo!r} can't be a repository on the hub: {reason}; {NAME_EXAMPLE}"
             ) from error
         except hub.ERRORS as error:
-            raise CheckpointError(f"can't push to {repo}: {_refusal(repo, error)}") from error
+            raise CheckpointError(f"can't push to {repo}: {_explain(repo, error)}") from error
     return str(commit.commit_url)
 
 
-def _refusal(repo: str, error: Exception) -> str:
+def _create_repository(
+    api: huggingface_hub.HfApi, repo: str, private: bool, revision: str | None
+) -> None:
+    """Make the repository and the branch if they don't exist; refuse a public one as private."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise CheckpointError(
+            f"{repo} is public already and private=True can't change that, so nothing was "
+            f"pushed; make it private in its settings on the hub, or choose another name"
+        )
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo, branch=revision, exist_ok=True)
+
+
+def _remove_local_name(config: RouterConfig) -> RouterConfig:
+    """Return a config without the base model's name if only this machine has that model.
+
+    The name would lead nobody anywhere, and tell how folders are called here.
+    """
+    name = config.base_model
+    has_hub_form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    is_on_hub = has_hub_form and not Path(name).expanduser().exists()
+    if not name or name in ALIASES or is_on_hub:
+        return config
+    warnings.warn(
+        f"{name!r} is no hub id, so the pushed routers don't name their base model; whoever "
+        f"loads them gives it as base=...",
+        stacklevel=4,
+    )
+    return dataclasses.replace(config, base_model="", base_revision=None)
+
+
+def _explain(repo: str, error: Exception) -> str:
+    """Say in one line why the hub refused a push, and what to do."""
     if not isinstance(error, HfHubHTTPError):
         return f"{hub.no_network()} ({hub.first_line(error)}); connect and push again"
     if error.response.status_code == 401:

@@ -24,52 +24,77 @@ def fit_logistic(
 ) -> nn.Linear:
     """Fit a linear map from inputs `[N, D]` to the logits `[N, L · C]` of labels `[N, L]`.
 
-    Least is the examples' mean cross-entropy, summed over their decisions, plus half the penalty
-    times the squares of the map from inputs that are scaled to mean 0 and deviation 1. Biases are
-    free, and an input that never varies isn't read. No class counts more than its examples do.
+    The objective is the examples' mean cross-entropy, summed over their decisions, plus half the
+    penalty times the squares of the map from inputs that are scaled to mean 0 and deviation 1.
+    Biases have no penalty, and an input that never varies isn't read. Classes have no weights.
 
     Args:
         inputs: Of any scale; the map returned reads them as they are.
         labels: Classes, from 0.
         num_classes: C.
-        weights: How much each example counts, `[N]`; all alike by default.
-        penalty: By default the one of `PENALTIES` whose map fits a fifth of the examples best that
-            it wasn't fitted on; it is fitted on all of them then.
+        weights: Weight of each example, `[N]`; all equal by default.
+        penalty: By default the one of `PENALTIES` that is best on a fifth of the examples, held
+            out for that; the map is then fitted on all of them.
     """
-    N, read = len(inputs), inputs.double()
-    weights = torch.ones(N) if weights is None else weights
-    varies = read.amax(dim=0) > read.amin(dim=0)
-    mean = read.mean(dim=0)
-    deviation = torch.where(varies, read.std(dim=0, correction=0), torch.inf)
-    scaled = (read - mean) / deviation
-
-    def loss(linear: nn.Linear, counting: Tensor) -> Tensor:
-        logits = linear(scaled).view(-1, num_classes)
-        found = cross_entropy(logits, labels.flatten(), reduction="none").view(N, -1).sum(dim=1)
-        total: Tensor = (counting * found).sum() / counting.sum().clamp(min=1e-9)
-        return total
-
-    def fit(penalty: float, counting: Tensor) -> nn.Linear:
-        shape = inputs.shape[1], labels.shape[1] * num_classes
-        linear: nn.Linear = nn.utils.skip_init(nn.Linear, *shape, dtype=torch.float64)  # type: ignore[no-untyped-call]
-        for parameter in linear.parameters():
-            nn.init.zeros_(parameter)
-        lbfgs = torch.optim.LBFGS(linear.parameters(), **LBFGS)
-
-        def step() -> Tensor:
-            lbfgs.zero_grad()
-            total = loss(linear, counting) + penalty / 2 * linear.weight.square().sum()
-            total.backward()  # type: ignore[no-untyped-call]
-            return total
-
-        lbfgs.step(step)  # type: ignore[no-untyped-call]
-        return linear.requires_grad_(False)
-
+    num_examples = len(inputs)
+    if weights is None:
+        weights = torch.ones(num_examples)
+    values = inputs.double()
+    varies = values.amax(dim=0) > values.amin(dim=0)
+    mean = values.mean(dim=0)
+    deviation = torch.where(varies, values.std(dim=0, correction=0), torch.inf)
+    scaled = (values - mean) / deviation
     if penalty is None:
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        unseen = weights.index_fill(0, order[round(HELD_OUT * N) :], 0.0)
-        penalty = min(PENALTIES, key=lambda one: float(loss(fit(one, weights - unseen), unseen)))
-    linear = fit(penalty, weights)
+        penalty = _choose_penalty(scaled, labels, num_classes, weights)
+    linear = _fit(scaled, labels, num_classes, weights, penalty)
     linear.weight.div_(deviation)
     linear.bias.sub_(linear.weight @ mean)
     return linear.float()
+
+
+def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor) -> float:
+    """Return the penalty under which a map fits held-out examples best."""
+    num_examples = len(inputs)
+    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
+    num_held_out = round(HELD_OUT * num_examples)
+    held_out = weights.index_fill(0, order[num_held_out:], 0.0)  # weights of the held-out examples
+
+    def loss_held_out(penalty: float) -> float:
+        linear = _fit(inputs, labels, num_classes, weights - held_out, penalty)
+        return float(_compute_loss(linear, inputs, labels, num_classes, held_out))
+
+    return min(PENALTIES, key=loss_held_out)
+
+
+def _fit(
+    inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor, penalty: float
+) -> nn.Linear:
+    """Fit a map from scaled inputs under a penalty."""
+    num_logits = labels.shape[1] * num_classes
+    linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, inputs.shape[1], num_logits, dtype=torch.float64
+    )
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), **LBFGS)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = _compute_loss(linear, inputs, labels, num_classes, weights)
+        loss = loss + penalty / 2 * linear.weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(step)  # type: ignore[no-untyped-call]
+    return linear.requires_grad_(False)
+
+
+def _compute_loss(
+    linear: nn.Linear, inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor
+) -> Tensor:
+    """Return the weighted mean over examples of their summed cross-entropy."""
+    logits = linear(inputs).view(-1, num_classes)
+    losses = cross_entropy(logits, labels.flatten(), reduction="none")
+    losses = losses.view(len(inputs), -1).sum(dim=1)  # [N]
+    total: Tensor = (weights * losses).sum() / weights.sum().clamp(min=1e-9)
+    return total

@@ -15,7 +15,7 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
-from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.depth_control import route_prompts
 from drllm.models.routing.generate import end_tokens, options_of
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
@@ -201,7 +201,7 @@ def _batches(
     elif isinstance(routed.policy, PathPolicy):
         pass  # one plan for all, which decisions can't express
     elif route_first and len(rows) > batch_size:
-        routes = routes_of(routed, routed.policy, rows, batch_size=batch_size)
+        routes = route_prompts(routed, routed.policy, rows, batch_size=batch_size)
         plans = [tuple(route) for route in routes.tolist()]
     groups: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):

@@ -22,8 +22,14 @@ from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
 from drllm.models.base.load import BaseModel
 from drllm.models.healed import load_path
-from drllm.models.routers import hub
-from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
+from drllm.models.routers.checkpoint import (
+    check_routers,
+    complete_config,
+    load_routers,
+    save_routers,
+)
+from drllm.models.routers.files import find_routers
+from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.driver import RoutingDriver
@@ -55,7 +61,7 @@ def attach(
         DrllmError: What `RoutedModel` and `load_routers` refuse; then all is as it was before.
     """
     if isinstance(routers, (str, Path)):
-        routers = load_routers(hub.find(routers))
+        routers = load_routers(find_routers(routers))
     if isinstance(model, (RoutedModel, BaseModel)):
         if tokenizer is None:
             tokenizer = vars(model).get("tokenizer")  # None: not needed yet
@@ -245,7 +251,7 @@ class RoutedModel:
             ConfigError: A setting that has no effect on what is given.
             ModelError: The base model can't be had.
         """
-        place = hub.find(routers, revision, **base_hub.options_in(options))
+        place = find_routers(routers, revision, **base_hub.options_in(options))
         refuse_menu(place)
         is_healed = (place / HEALED_FILE).is_file()
         plan = read_path(str(place)) if is_healed else None
@@ -430,7 +436,7 @@ class RoutedModel:
         routers = self._own_routers()
         if push_to_hub != (repo_id is not None) or (push and not push_to_hub):
             raise ConfigError("push_to_hub=True and repo_id='OWNER/NAME' go together; give both")
-        save_routers(routers, folder, config=described(routers.config, self.model))
+        save_routers(routers, folder, config=complete_config(routers.config, self.model))
         return None if repo_id is None else self.push_to_hub(repo_id, **push)
 
     def push_to_hub(
@@ -460,7 +466,7 @@ class RoutedModel:
             RoutingError: There are no routers.
         """
         routers = self._own_routers()
-        return hub.push_routers(routers, self.model, repo, private, token, revision, commit_message)
+        return push_routers(routers, self.model, repo, private, token, revision, commit_message)
 
     def _own_routers(self) -> RouterStack:
         if self.routers is None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_threshold
-from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Question
@@ -62,7 +62,7 @@ def test_the_policy_stops_where_a_loop_by_hand_stops(
 ):
     wanted = [stops(probabilities, threshold) for probabilities in slow]
     assert threshold != TELLING or len(set(wanted)) > 2
-    routes = routes_of(routed, ExitPolicy(lens, threshold), prompts, batch_size=batch_size)
+    routes = route_prompts(routed, ExitPolicy(lens, threshold), prompts, batch_size=batch_size)
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
 
 
@@ -73,7 +73,7 @@ def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
     found = find_threshold(measured, executions)
     # A threshold lets one prompt more run, by up to L - 1 layers.
     assert found.executions == pytest.approx(executions, abs=(L - 1) / 2 / len(measured))
-    routes = routes_of(routed, ExitPolicy(lens, found.value), prompts)
+    routes = route_prompts(routed, ExitPolicy(lens, found.value), prompts)
     assert float(routes.sum(dim=1).double().mean()) == found.executions
 
 
@@ -83,7 +83,7 @@ def test_a_scored_continuation_is_not_read(routed, lens, prompts):
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
     policy = ExitPolicy(lens, TELLING)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
-    assert torch.equal(routes, routes_of(routed, policy, prompts))
+    assert torch.equal(routes, route_prompts(routed, policy, prompts))
     assert len(set(map(tuple, routes.tolist()))) > 1
 
 
@@ -91,5 +91,5 @@ def test_generated_tokens_run_what_the_prompt_ran(routed, lens, prompts):
     prompt = torch.tensor([prompts[3]])
     with routed.using(ExitPolicy(lens, TELLING)):
         routed.generate(prompt, max_new_tokens=5, do_sample=False)
-    expected = routes_of(routed, ExitPolicy(lens, TELLING), prompt.tolist())
+    expected = route_prompts(routed, ExitPolicy(lens, TELLING), prompt.tolist())
     assert torch.equal(routed.last_route, expected)

@@ -9,7 +9,7 @@ from drllm.evaluation.baselines.sequence_router import (
     first_inputs,
     plans_of,
 )
-from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 
@@ -38,7 +38,7 @@ def test_what_is_read_is_the_mean_embedding_of_each_prompt_alone(model, routed, 
 @pytest.mark.parametrize("bias", [0.0, 0.7])
 def test_the_policy_follows_the_plans_of_each_prompt(routed, router, prompts, bias):
     expected = plans_of(router, first_inputs(routed, prompts), bias)
-    routes = routes_of(routed, SequenceRouterPolicy(router, bias), prompts, batch_size=7)
+    routes = route_prompts(routed, SequenceRouterPolicy(router, bias), prompts, batch_size=7)
     assert torch.equal(routes, expected)
     assert len(set(map(tuple, routes.tolist()))) > 10
 
@@ -47,7 +47,7 @@ def test_a_scored_continuation_is_not_read(routed, router, prompts):
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts[:6]]
     policy = SequenceRouterPolicy(router)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
-    assert torch.equal(routes, routes_of(routed, policy, prompts[:6]))
+    assert torch.equal(routes, route_prompts(routed, policy, prompts[:6]))
 
 
 @pytest.mark.parametrize("executions", [1.2, 2.0, 3.3, 4.0, 6.5])
@@ -56,7 +56,7 @@ def test_the_bias_gives_the_wanted_executions_when_the_policy_runs(
 ):
     found = find_bias(router, first_inputs(routed, prompts), executions)
     assert found.executions == pytest.approx(executions, abs=1 / len(prompts))
-    routes = routes_of(routed, SequenceRouterPolicy(router, found.value), prompts)
+    routes = route_prompts(routed, SequenceRouterPolicy(router, found.value), prompts)
     assert float(routes.sum(dim=1).double().mean()) == found.executions
 
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
-from drllm.models.routers.card import METRICS, model_card
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.card import METRICS, write_card
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack
 
 BASE = {"base_model": "org/tiny", "base_revision": "abc123", "base_class": "LlamaForCausalLM"}
 SIZES = {"num_layers": 3, "hidden_size": 6, "num_windows": 4, "router_width": 5}
@@ -27,7 +29,7 @@ TRAINED = dataclasses.replace(
 
 
 def card_with(config=BY_HAND, **values):
-    return model_card(dataclasses.replace(config, **values))
+    return write_card(dataclasses.replace(config, **values))
 
 
 def front_matter(card):
@@ -39,13 +41,13 @@ def test_the_card_names_the_base_model_with_all_that_it_is_recognised_by(config)
     assert (
         "`org/tiny`, revision `abc123`: LlamaForCausalLM, 3 layers, hidden size 6, "
         "fingerprint `0123456789abcdef`.\nOn another model these routers are refused."
-        in model_card(config)
+        in write_card(config)
     )
 
 
 @pytest.mark.parametrize("place", ["path/to/this/folder", "someone/routers"])
 def test_the_card_says_how_to_load_from_where_the_routers_are(place):
-    card = model_card(BY_HAND, place)
+    card = write_card(BY_HAND, place)
     assert f'    routed = drllm.RoutedModel.from_pretrained("{place}")\n' in card
     assert f"`drllm generate --routers {place} " in card
 
@@ -60,19 +62,26 @@ def test_routers_without_the_name_of_a_base_say_that_one_has_to_be_given():
 
 
 def test_without_a_fingerprint_the_card_doesnt_claim_that_other_models_are_refused():
-    card = model_card(RouterConfig(num_layers=3, hidden_size=6))
+    card = write_card(RouterConfig(num_layers=3, hidden_size=6))
     assert "3 layers, hidden size 6; no fingerprint is recorded." in card
     assert "refused" not in card
     assert "# Routers for a language model\n" in card
 
 
 def test_the_hub_is_told_the_base_model_and_that_routers_are_no_fine_tune():
-    assert front_matter(model_card(BY_HAND)) == {
+    assert front_matter(write_card(BY_HAND)) == {
         "library_name": "drllm",
         "base_model": "org/tiny",
         "base_model_relation": "adapter",
         "tags": ["layer-routing", "dynamic-depth"],
     }
+
+
+def test_the_hubs_own_reader_finds_the_metadata_and_the_text():
+    card = ModelCard(write_card(TRAINED))
+    assert (card.data.library_name, card.data.base_model) == ("drllm", "org/tiny")
+    assert card.data.tags == ["layer-routing", "dynamic-depth"]
+    assert card.text.strip().startswith("# Routers for org/tiny\n")
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "/home/me/models/tiny", "a/b\nlicense: mit"])
@@ -88,11 +97,11 @@ def test_a_name_breaks_out_of_neither_line_nor_code():
 
 def test_the_number_of_parameters_is_the_real_one():
     number = sum(weight.numel() for weight in RouterStack(BY_HAND).parameters())
-    assert f"\n{number} parameters in float32: width 5, 4 windows.\n" in model_card(BY_HAND)
+    assert f"\n{number} parameters in float32: width 5, 4 windows.\n" in write_card(BY_HAND)
 
 
 def test_the_card_of_trained_routers_tells_data_metrics_and_settings():
-    card = model_card(TRAINED)
+    card = write_card(TRAINED)
     for text in (
         "Target paths trained on: 30; held out: 10.",
         "By task: arc_easy (25), dart (15).",
@@ -121,7 +130,7 @@ def test_what_isnt_recorded_of_a_training_is_left_out_and_the_rest_stays(absent,
     card = card_with(TRAINED, training=training)
     assert gone not in card
     assert "Labels trained on" in card
-    assert card.count("## ") == model_card(TRAINED).count("## ") - gone.startswith("## ")
+    assert card.count("## ") == write_card(TRAINED).count("## ") - gone.startswith("## ")
 
 
 @pytest.mark.parametrize(

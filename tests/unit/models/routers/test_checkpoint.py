@@ -11,10 +11,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drllm.errors import CheckpointError, ConfigError, ModelError, RoutingError
 from drllm.models.base.identity import fingerprint
-from drllm.models.routers.card import model_card
-from drllm.models.routers.checkpoint import check_routers, load_routers, read_config, save_routers
-from drllm.models.routers.checkpoint import described as fill_in
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.card import write_card
+from drllm.models.routers.checkpoint import (
+    check_routers,
+    complete_config,
+    load_routers,
+    save_routers,
+)
+from drllm.models.routers.config import RouterConfig, read_config
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 
 IDS = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29, 31]])
@@ -43,7 +48,7 @@ def by_hand(**values):
 def described(model, **values):
     """The same, with all that the base model is recognised by."""
     stack = by_hand(**values)
-    stack.config = fill_in(stack.config, model)
+    stack.config = complete_config(stack.config, model)
     return stack
 
 
@@ -133,7 +138,7 @@ def test_what_trained_routers_say_of_their_base_is_kept(model, tmp_path):
     routers = described(model, **known)
     RoutedModel(model, routers).save_pretrained(tmp_path)
     assert read_config(tmp_path) == routers.config
-    assert (tmp_path / "README.md").read_text() == model_card(routers.config)
+    assert (tmp_path / "README.md").read_text() == write_card(routers.config)
 
 
 def test_a_model_without_routers_has_nothing_to_save(model, tmp_path):

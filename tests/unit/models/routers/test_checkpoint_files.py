@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from drllm.errors import CheckpointError
-from drllm.models.routers.checkpoint import load_routers, read_config, save_routers
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.config import RouterConfig, read_config
+from drllm.models.routers.stack import RouterStack
 
 WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG_FILE, CARD, "config.json")
@@ -358,6 +359,19 @@ BROKEN = [
 def test_a_file_that_is_broken_or_cut_off_is_refused(folder, name, said, content):
     (folder / name).write_bytes(content)
     refused(folder, said + "train the routers again")
+
+
+def test_weights_that_may_not_be_read_are_refused_by_the_systems_own_reason(folder, monkeypatch):
+    """Tests may run as root, who may read every file."""
+    open_file = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refused(folder, r"can't read .*routers\.safetensors: Permission denied; make the file readable")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from drllm.config import DepthConfig
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
 from drllm.models.routers import depth_control
+from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.depth_control import (
     encode_calibration,
     find_depth_bias,
-    policy_for,
+    make_policy,
     read_calibration,
-    routes_of,
+    route_prompts,
 )
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 
@@ -44,7 +45,7 @@ def routed(tiny_llama):
 
 
 def mean(routed, bias, prompts):
-    routes = routes_of(routed, RouterPolicy(routed.routers, depth_bias=bias), prompts)
+    routes = route_prompts(routed, RouterPolicy(routed.routers, depth_bias=bias), prompts)
     return mean_executions(routes.tolist())
 
 
@@ -61,9 +62,9 @@ def with_learned_positions(tiny_model):
 def test_prompts_of_all_lengths_take_the_same_routes_together_as_one_by_one(request, kind, bias):
     routed = request.getfixturevalue(kind)
     prompts, policy = some_prompts(), RouterPolicy(routed.routers, depth_bias=bias)
-    alone = [routes_of(routed, policy, [prompt])[0].tolist() for prompt in prompts]
+    alone = [route_prompts(routed, policy, [prompt])[0].tolist() for prompt in prompts]
     for batch_size in (7, 100):
-        assert alone == routes_of(routed, policy, prompts, batch_size=batch_size).tolist()
+        assert alone == route_prompts(routed, policy, prompts, batch_size=batch_size).tolist()
     assert len(set(map(tuple, alone))) > 3
 
 
@@ -73,7 +74,7 @@ def test_a_route_is_the_one_that_generating_takes(routed):
     for prompt in prompts:
         routed.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)
         expected += routed.last_route.tolist()
-    assert expected == routes_of(routed, routed.policy, prompts).tolist()
+    assert expected == route_prompts(routed, routed.policy, prompts).tolist()
 
 
 class FailsLate(Policy):
@@ -86,13 +87,13 @@ class FailsLate(Policy):
 def test_probing_leaves_the_last_route_and_the_policy_as_they_were(tiny_llama):
     routed = RoutedModel(tiny_llama(), policy=FixedPolicy([1, 0, 2, 1, 1, 1], L))
     policy = routed.policy
-    routes_of(routed, FullPolicy(), some_prompts(3))
+    route_prompts(routed, FullPolicy(), some_prompts(3))
     with pytest.raises(RoutingError, match="no prompt has passed"):
         _ = routed.last_route
     routed.model(torch.tensor([[5, 6, 7]]))
-    assert routes_of(routed, FullPolicy(), some_prompts(3)).tolist() == [[1] * L] * 3
+    assert route_prompts(routed, FullPolicy(), some_prompts(3)).tolist() == [[1] * L] * 3
     with pytest.raises(RuntimeError, match="too long for me"):
-        routes_of(routed, FailsLate(), some_prompts(), batch_size=4)
+        route_prompts(routed, FailsLate(), some_prompts(), batch_size=4)
     assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
     assert routed.policy is policy
 
@@ -107,7 +108,7 @@ def test_probing_leaves_the_last_route_and_the_policy_as_they_were(tiny_llama):
 )
 def test_prompts_that_cannot_be_routed_are_refused(routed, prompts, message):
     with pytest.raises(ConfigError, match=message):
-        routes_of(routed, FullPolicy(), prompts)
+        route_prompts(routed, FullPolicy(), prompts)
 
 
 @pytest.mark.parametrize("target", [2.5, 5.0, 9.0])
@@ -126,7 +127,7 @@ def test_the_least_and_the_most_executions_can_be_had(routed, target, route):
     found = find_depth_bias(routed, prompts, target)
     policy = RouterPolicy(routed.routers, depth_bias=found.depth_bias)
     assert found.executions == target
-    assert routes_of(routed, policy, prompts, batch_size=1).tolist() == [route] * 5
+    assert route_prompts(routed, policy, prompts, batch_size=1).tolist() == [route] * 5
 
 
 def test_only_prompts_are_run_once_for_each_probe(routed):
@@ -173,7 +174,7 @@ def routing_by(monkeypatch, routed):
             plans = [[min(2, max(0, row - 2 * layer)) for layer in range(L)] for row in rows]
             return torch.tensor(plans)
 
-        monkeypatch.setattr(depth_control, "routes_of", routes)
+        monkeypatch.setattr(depth_control, "route_prompts", routes)
         return find_depth_bias(routed, [[5]] * number, target, **options)
 
     return find
@@ -236,12 +237,12 @@ def test_a_target_is_found_behind_a_jump_of_a_function_that_is_not_monotone(rout
 
 def test_each_knob_becomes_a_policy_and_without_one_the_policy_in_force_stays(routed, tiny_llama):
     for model in (routed, RoutedModel(tiny_llama())):
-        assert policy_for(model, DepthConfig()) == (model.policy, None)
+        assert make_policy(model, DepthConfig()) == (model.policy, None)
     for knob in ({"depth_bias": 0.7}, {"router_penalty": -0.6}):
-        policy, found = policy_for(routed, DepthConfig(**knob))
+        policy, found = make_policy(routed, DepthConfig(**knob))
         assert {name: getattr(policy, name) for name in knob} == knob
         assert found is None
-    policy, found = policy_for(routed, DepthConfig(static_routing=True))
+    policy, found = make_policy(routed, DepthConfig(static_routing=True))
     assert (type(policy), found) == (FullPolicy, None)
 
 
@@ -249,7 +250,7 @@ def test_a_target_becomes_the_bias_that_was_found(routed):
     prompts = some_prompts()
     target = mean(routed, 0.4, prompts)
     config = DepthConfig(target_executions=target, calibration="prompts.jsonl")
-    policy, found = policy_for(routed, config, prompts)
+    policy, found = make_policy(routed, config, prompts)
     assert policy.routers is routed.routers
     assert found.depth_bias == policy.depth_bias != 0
     assert found == find_depth_bias(routed, prompts, target)
@@ -266,7 +267,7 @@ def test_a_target_becomes_the_bias_that_was_found(routed):
 )
 def test_a_knob_without_routers_is_refused(tiny_llama, config):
     with pytest.raises(ConfigError, match=f"--{config.knob().replace('_', '-')} has no effect"):
-        policy_for(RoutedModel(tiny_llama()), config, some_prompts(2))
+        make_policy(RoutedModel(tiny_llama()), config, some_prompts(2))
 
 
 def test_prompts_are_read_and_those_of_our_files_are_rendered_already(write_rows):

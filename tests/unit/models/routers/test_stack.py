@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from drllm.models.routers.stack import RouterConfig, RouterStack, Spans, Windows
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack, Spans, Windows
 
 L, D, W, H = 3, 5, 4, 7
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order

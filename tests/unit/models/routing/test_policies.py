@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from drllm.errors import ConfigError
-from drllm.models.routers.stack import RouterConfig, RouterStack, Spans
+from drllm.models.routers.config import RouterConfig
+from drllm.models.routers.stack import RouterStack, Spans
 from drllm.models.routing.policies import (
     FixedPolicy,
     FullPolicy,

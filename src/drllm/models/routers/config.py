@@ -1,0 +1,146 @@
+"""What routers are for, and their shapes: `router_config.json`.
+
+Axes: D hidden, L layers, W windows, H router width.
+"""
+
+import dataclasses
+import reprlib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
+from drllm.models.base.prompts import PromptForm
+from drllm.models.routers.files import CONFIG_FILE, find_routers
+from drllm.records.codec import read_json, worded
+
+FORMAT_VERSION = 1
+ROUTER_WIDTH = 128
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Shapes of the routers and the base model they are for; saved as `router_config.json`.
+
+    Attributes:
+        num_layers: L of the base model.
+        hidden_size: D of the base model.
+        num_windows: W.
+        router_width: H.
+        base_model: Hub id, alias or path of the base model.
+        base_revision: Its revision, where known.
+        base_class: Class name of the base model.
+        base_fingerprint: Hash over three named weight tensors of the base model.
+        label_counts: `[L][3]`: how often each decision was the target at each layer in training;
+            empty where the routers weren't trained on targets.
+        training: Settings and final metrics, for the reader. Only `rewards`, the rewards that the
+            prompts trained on were made for, and `prompt_form`, the form of these prompts, are
+            interpreted.
+
+    Raises:
+        ConfigError: A value of another type, or a size below 1.
+    """
+
+    num_layers: Size
+    hidden_size: Size
+    num_windows: Size = 8
+    router_width: Size = ROUTER_WIDTH
+    base_model: str = ""
+    base_revision: str | None = None
+    base_class: str = ""
+    base_fingerprint: str = ""
+    label_counts: tuple[tuple[Count, Count, Count], ...] = ()
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                converted = msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                message = f"{name!r}: {worded(error)}; it is {reprlib.repr(value)}"
+                raise ConfigError(message) from error
+            object.__setattr__(self, name, converted)
+        if len(self.label_counts) not in (0, self.num_layers):
+            raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
+
+    @classmethod
+    def from_pretrained(cls, routers: Path | str, **options: Any) -> "RouterConfig":
+        """Read the config of routers without their weights.
+
+        Args:
+            routers: A folder, or OWNER/NAME on the hub.
+            options: `revision`, `token`, `cache_dir` and `local_files_only` for the hub.
+        """
+        return read_config(find_routers(routers, **options))
+
+    @property
+    def prompt_form(self) -> PromptForm | None:
+        """The form of the prompts trained on; None where it isn't recorded."""
+        try:
+            return msgspec.convert(self.training.get("prompt_form"), PromptForm | None)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"'training.prompt_form': {worded(error)}") from error
+
+
+def read_config(folder: Path | str) -> RouterConfig:
+    """Read the `router_config.json` of a routers folder; a CheckpointError if it can't be."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(_explain_missing_config(path.parent))
+    try:
+        values = read_json(path, dict[str, Any])
+    except RecordError as error:
+        raise CheckpointError(f"{error}; train the routers again") from error
+    _check_version(values.pop("format_version", None), path)
+    _check_keys(values, path)
+    try:
+        return RouterConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_version(version: Any, path: Path) -> None:
+    if type(version) is not int or version < 1:  # True is an int too
+        raise CheckpointError(
+            f"{path}: 'format_version' is {version!r}; expected a whole number from 1 to "
+            f"{FORMAT_VERSION}; is it the config of routers?"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this drllm reads up to {FORMAT_VERSION}; "
+            f"install a newer drllm"
+        )
+
+
+def _check_keys(values: dict[str, Any], path: Path) -> None:
+    names = [field.name for field in dataclasses.fields(RouterConfig)]
+    for name in values:
+        if name not in names:
+            raise CheckpointError(f"{path}: " + unknown_name("key", name, names))
+    for name in names:
+        if name not in values:
+            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
+
+
+def _explain_missing_config(folder: Path) -> str:
+    """Say why a place isn't a folder of routers, and what may have been meant."""
+    if folder.is_file():
+        return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
+    problem = f"{folder} has no {CONFIG_FILE}"
+    advice = "give a folder that 'drllm train' has written"
+    if (folder / "routers" / CONFIG_FILE).is_file():
+        return f"{problem}; did you mean {folder / 'routers'}?"
+    if (folder / "config.json").is_file():
+        return f"{problem}; is it a base model? Then give it as --model"
+    if not folder.exists():
+        return f"{problem}, since it doesn't exist; {advice}"
+    if not any(folder.iterdir()):
+        return f"{problem}, since it is empty; {advice}"
+    return f"{problem}; {advice}"

@@ -1,0 +1,61 @@
+"""The files of a routers folder, and the folder on this machine that a name stands for."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from drllm.errors import CheckpointError, ConfigError
+from drllm.models.base import hub
+from drllm.models.cards import CARD_FILE, HUB_ID
+
+CONFIG_FILE = "router_config.json"
+WEIGHTS_FILE = "routers.safetensors"
+COUNTED_FILE = "config.json"  # the file that the hub counts downloads by; nothing else reads it
+FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
+
+
+def find_routers(place: Path | str, revision: str | None = None, **options: Any) -> Path:
+    """Return the folder of routers that a name stands for, downloaded from the hub if necessary.
+
+    Args:
+        place: A folder, or OWNER/NAME on the hub; a folder of that name comes first. A folder
+            that doesn't exist is returned too, for its reader to refuse.
+        revision: Branch, tag or commit on the hub.
+        options: `token`, `cache_dir` and `local_files_only`, as the hub's library takes them.
+
+    Raises:
+        CheckpointError: Routers that can't be had from the hub.
+        ConfigError: A revision of a folder.
+    """
+    name = str(place)
+    folder = Path(place).expanduser()
+    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
+        if revision is not None:
+            raise ConfigError(
+                f"the revision {revision!r} has no effect on the folder {place}; leave it out"
+            )
+        return folder
+    try:
+        folder = _download(name, revision, options)
+    except hub.FETCH_ERRORS as error:
+        advice = "give OWNER/NAME, or a folder that 'drllm train' has written"
+        reason = hub.explain(error, "routers repository", name, revision, advice)
+        raise CheckpointError(f"{reason}; there is no folder {name!r} either") from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"the hub repository {name!r} has no {CONFIG_FILE}; is it a base model? Then give it "
+            f"as --model"
+        )
+    return folder
+
+
+def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
+    options = {"revision": revision, "allow_patterns": FILES, **options}
+    with hub.quiet():
+        try:
+            return Path(huggingface_hub.snapshot_download(name, **options))
+        except OfflineModeIsEnabled:  # which some versions raise for a commit that is in the cache
+            options["local_files_only"] = True
+            return Path(huggingface_hub.snapshot_download(name, **options))
