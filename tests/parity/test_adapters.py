@@ -13,7 +13,7 @@ from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.policies import FixedPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import MLP, StaticPath, Step, to_path
 from slow_way import (
     LOGIT_TOLERANCE,
@@ -194,7 +194,7 @@ def test_many_prompts_are_answered_in_batches_of_equal_plans(routed, tiny_tokeni
 
 def test_shared_prefixes_know_the_adapter_of_each_state(tiny_llama):
     routed = with_adapters(tiny_llama())
-    questions = [Question([5, 9, 30, 7], [[4, 8], [61]]), Question([5, 9, 30, 11, 3], [[2, 6, 1]])]
+    questions = [Request([5, 9, 30, 7], [[4, 8], [61]]), Request([5, 9, 30, 11, 3], [[2, 6, 1]])]
     given = [(row, plan) for plan in [*plans(), StaticPath(PATH)] for row in range(2)]
     batch = ChoiceBatch(routed, questions, 1.0)
     found = batch.scores(given, kl=True)
@@ -210,7 +210,7 @@ def test_shared_prefixes_know_the_adapter_of_each_state(tiny_llama):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])  # packed, and a row for each continuation
 def test_options_are_scored_with_the_adapter_of_their_question(name, tiny_model):
-    questions = [Question([5, 9, 30, row], [[4, 8], [61], [7, 7, 8]]) for row in range(4)]
+    questions = [Request([5, 9, 30, row], [[4, 8], [61], [7, 7, 8]]) for row in range(4)]
     routed = with_adapters(tiny_model(name))
     found, _ = ChoiceBatch(routed, questions, 1.0).routed_scores(mixed())
     expected = [

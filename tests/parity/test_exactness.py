@@ -18,7 +18,7 @@ import torch
 from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
 from drllm.tasks.base import Prompt, choose
 from drllm.tasks.registry import get_task
@@ -138,7 +138,7 @@ def in_double(base, decisions, prompt, behind):
     alone = Alone(base, exact_model, decisions, prompt)
     slow = [sum(alone.each(tokens)) for tokens in behind]
     routed = RoutedModel(exact_model, tokenizer=base.tokenizer)
-    batch = ChoiceBatch(routed, [Question(alone.context, behind)], 1.0)
+    batch = ChoiceBatch(routed, [Request(alone.context, behind)], 1.0)
     [ours] = batch.logprobs([(0, decisions)])
     routed.detach()
     assert ours == pytest.approx(slow, abs=IN_DOUBLE), decisions

@@ -11,7 +11,7 @@ import torch
 
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
 
 PLANS = {
@@ -53,7 +53,7 @@ def test_a_generation_leaves_no_tensor_behind(routed, garbage, plan):
 
 
 def test_the_shared_states_of_a_batch_are_freed_with_it(routed, garbage):
-    batch = ChoiceBatch(routed, [Question([5, 9, 30], [[4, 8], [61]])], 1.0)
+    batch = ChoiceBatch(routed, [Request([5, 9, 30], [[4, 8], [61]])], 1.0)
     batch.scores([(0, StaticPath([0, 1, 3])), (0, (1,) * 6)], kl=True)
     states = weakref.ref(batch.states)
     del batch

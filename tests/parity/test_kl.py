@@ -6,7 +6,7 @@ import torch
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from slow_way import FULL, kls_alone, never, prefixes, some_pairs
 
 TOLERANCE = 2e-5
@@ -22,7 +22,7 @@ def measured(routed, tokenizer, contexts, pairs, reward, **options):
     """Return the KL of each pair by one way of asking."""
     gb = options.pop("gb", 1.0)
     if reward == "choices":
-        questions = [Question(c, more) for c, more in zip(contexts, CONTINUATIONS, strict=True)]
+        questions = [Request(c, more) for c, more in zip(contexts, CONTINUATIONS, strict=True)]
         batch = ChoiceBatch(routed, questions, gb, **options)
         return [score.kl for score in batch.scores(pairs, kl=True)], batch
     batch = AnswerBatch(routed, tokenizer, contexts, gb, **options)
@@ -72,7 +72,7 @@ def test_nothing_is_measured_unless_asked_for(tiny_llama, tiny_tokenizer, reward
     kls, with_it = measured(routed, tiny_tokenizer, OWN, pairs, reward)
     assert None not in kls
     if reward == "choices":
-        questions = [Question(c, more) for c, more in zip(OWN, CONTINUATIONS, strict=True)]
+        questions = [Request(c, more) for c, more in zip(OWN, CONTINUATIONS, strict=True)]
         without = ChoiceBatch(routed, questions, 1.0)
         assert {score.kl for score in without.scores(pairs)} == {None}
     else:

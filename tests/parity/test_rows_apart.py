@@ -15,7 +15,7 @@ from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.tasks.registry import get_task
 from slow_way import (
     FULL,
@@ -37,9 +37,9 @@ SLIDING = ("mistral", "gemma3_text", "gpt_neo", "llama4_text")
 """Layers that see 8 tokens: all of them; two of three; every other one, by column; in chunks."""
 
 QUESTIONS = [
-    Question([60, 61, 62, 63, 64, 65, 5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
-    Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
-    Question([40, 41, 42, 43, 44, 45, 46, 47, 48], [[50], [52], [53]]),  # none of them is read
+    Request([60, 61, 62, 63, 64, 65, 5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Request([40, 41, 42, 43, 44, 45, 46, 47, 48], [[50], [52], [53]]),  # none of them is read
 ]
 NUM_ROWS = [3, 4, 1]
 
@@ -84,7 +84,7 @@ def test_choices_longer_than_a_window_equal_each_path_alone(sliding):
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
 def test_choices_that_fit_the_context_one_by_one_equal_each_path_alone(kind, tiny_model):
     """Some models keep a mask of the context's size, which together they would exceed."""
-    question = Question([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14, 15], [16, 17, 18]])
+    question = Request([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14, 15], [16, 17, 18]])
     windows = {"window_size": 64} if kind == "gpt_neo" else {}
     model = tiny_model(kind, attention="eager", max_position_embeddings=8, **windows)
     paths = [decisions for _, decisions in some_pairs(6)]
@@ -101,7 +101,7 @@ def test_paths_of_a_row_of_its_own_share_their_states(tiny_model):
     assert sum(NUM_ROWS[place] for place, _ in prefixes(pairs)) == batch.states.executions_run
 
 
-FITS, TOO_LONG = Question([5, 6, 7, 8], [[1, 2, 3], [4, 5, 6]]), QUESTIONS[0]  # 8 tokens
+FITS, TOO_LONG = Request([5, 6, 7, 8], [[1, 2, 3], [4, 5, 6]]), QUESTIONS[0]  # 8 tokens
 
 
 @pytest.mark.parametrize(

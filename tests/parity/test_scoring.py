@@ -13,7 +13,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import prefix_sharing as sharing
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import ATTENTION, MLP, StaticPath, Step
 from slow_way import (
     FULL,
@@ -31,12 +31,12 @@ from slow_way import (
 TELLING_ONLY = True
 
 QUESTIONS = [
-    Question([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
-    Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
-    Question([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
+    Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Request([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
 ]
 STEM = [60, 61, 62, 63, 64, 65, 66, 67]
-WITH_STEM = [Question([*STEM, *q.context], q.continuations) for q in QUESTIONS]
+WITH_STEM = [Request([*STEM, *q.context], q.continuations) for q in QUESTIONS]
 CONTEXTS = [question.context for question in QUESTIONS]
 STEM_CONTEXTS = [question.context for question in WITH_STEM]
 PATH = (1, 0, 2, 1, 1, 1)
@@ -106,7 +106,7 @@ def test_deciding_and_scoring_in_one_pass_equals_scoring_under_that_route(model)
 
 def test_tokens_that_are_not_scored_are_read_like_those_of_the_prompt(tiny_llama):
     model = tiny_llama()
-    question = Question([5, 6, 7, 8], [[10, 11, 12, 13], [20, 21, 13], [30, 13]], [3, 2, 0])
+    question = Request([5, 6, 7, 8], [[10, 11, 12, 13], [20, 21, 13], [30, 13]], [3, 2, 0])
     pairs = [(0, decisions) for _, decisions in some_pairs(8)]
     parts = list(zip(question.continuations, question.num_unscored, strict=True))
     expected = [
@@ -119,7 +119,7 @@ def test_tokens_that_are_not_scored_are_read_like_those_of_the_prompt(tiny_llama
     routed = RoutedModel(model)
     assert_sums(expected, ChoiceBatch(routed, [question], 1.0).logprobs(pairs))
     apart = [
-        [ChoiceBatch(routed, [row], 1.0).logprobs([pair])[0][0] for row in question.apart()]
+        [ChoiceBatch(routed, [row], 1.0).logprobs([pair])[0][0] for row in question.split()]
         for pair in pairs
     ]
     assert_sums(expected, apart)
@@ -130,7 +130,7 @@ def test_greedy_are_the_continuations_that_the_path_would_say_itself(tiny_llama)
     listed = ListedModel(model, PATH)
     said = listed.greedy([5, 6, 7], 4)
     other = [said[0], said[1] + 1, said[2]]
-    question = Question([5, 6, 7], [said, said[:2], other, [*other, 9]], [0, 0, 0, 3])
+    question = Request([5, 6, 7], [said, said[:2], other, [*other, 9]], [0, 0, 0, 3])
     last = int(listed.logits([5, 6, 7, *other])[-1].argmax()) == 9
     batch = ChoiceBatch(RoutedModel(model), [question], 1.0)
     [alone] = batch.scores([(0, PATH)], greedy=True)
@@ -238,7 +238,7 @@ def test_answers_equal_plain_generation_in_families_of_every_kind(
 def test_scores_equal_each_path_alone_in_families_of_every_kind(tiny_model, family, length):
     questions = WITH_STEM
     if length == "within a window":
-        questions = [Question(q.context[-2:], [c[:2] for c in q.continuations]) for q in WITH_STEM]
+        questions = [Request(q.context[-2:], [c[:2] for c in q.continuations]) for q in WITH_STEM]
     check_sums(tiny_model(family), questions, some_pairs(8, seed=7))
 
 

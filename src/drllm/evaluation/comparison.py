@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from drllm.config import TIMING, EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
-from drllm.evaluation.baselines.base import BASELINES, Drawn, Material, Measure, depths, named
+from drllm.evaluation.baselines.base import BASELINES, BaselineRun, Material, Measure, depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -26,7 +26,7 @@ from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.shares import layer_shares
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
 from drllm.processes import from_first
@@ -170,12 +170,12 @@ class Shared:
     def _material(self, name: str) -> Material:
         source, num = self._fitted_on[name], self.config.num_calibration or NUM_CALIBRATION
         asked = self.asked(source, chosen_on(source, self.config), num)
-        questions: dict[int, Question] = {}  # by place
+        questions: dict[int, Request] = {}  # by place
         for place, requests in enumerate(asked.requests() if asked.has_options else ()):
             context = requests[0].context
             # Else the options stand in the context, and there is no one prompt.
             if all(request.context == context for request in requests):
-                questions[place] = Question(context, [each.continuation for each in requests])
+                questions[place] = Request(context, [each.continuation for each in requests])
 
         def remember(kind: str, candidates: Sequence[LayerPath], measure: Measure) -> list[float]:
             key = f"{kind} {json.dumps(candidates)}"
@@ -199,7 +199,7 @@ class Decided(NamedTuple):
     """A system that isn't a baseline, and what decides in it: base, routed, or a path."""
 
     name: str
-    drawn: Drawn
+    drawn: BaselineRun
     setting: str = ""
 
     @property
@@ -213,7 +213,7 @@ class Decided(NamedTuple):
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
 
-BASE_MODEL = Decided(BASE, Drawn(FullPolicy()))
+BASE_MODEL = Decided(BASE, BaselineRun(FullPolicy()))
 
 
 class Comparison:
@@ -278,7 +278,7 @@ class Comparison:
                         permuted.append(self._baseline(PERMUTED, which, routed[-1]))
             if self.folders[1:]:
                 seeds.append((routed, permuted))
-        paths = [Decided(name, Drawn(path)) for name, path in self.shared.paths.items()]
+        paths = [Decided(name, BaselineRun(path)) for name, path in self.shared.paths.items()]
         systems += [self._decided(self.questions, path) for path in paths]
         choice = None
         if config.epsilon is not None:
@@ -319,7 +319,7 @@ class Comparison:
                 except ConfigError as error:
                     self.notes.append(f"{otherwise}: {error}")
                     return None
-        return Decided(ROUTED, Drawn(RouterPolicy(routers, depth_bias=bias)), setting)
+        return Decided(ROUTED, BaselineRun(RouterPolicy(routers, depth_bias=bias)), setting)
 
     def _decided(self, questions: TaskRun, system: Decided, which: str = "") -> SystemRun:
         name, drawn, setting = system

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from drllm.cost import decode_executions, mean_executions
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.base import Drawn
+from drllm.evaluation.baselines.base import BaselineRun
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Answer, Decides, Paths, Plan, Request
+from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.shares import executions_along
@@ -32,7 +32,7 @@ from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import choose
 
-Answers: TypeAlias = list[list[Answer | str]]  # for each question, the answers to its requests
+Answers: TypeAlias = list[list[OptionScore | str]]  # for each question, the answers to its requests
 Block: TypeAlias = Sequence[int]  # places of the questions that are asked together
 
 LEAST_SCORED = 64
@@ -119,7 +119,7 @@ class TaskRun:
         texts = [[*text.context, *text.continuation] for text in self._texts]
         self.num_tokens = sum(lengths) + sum(map(len, texts))
 
-    def run(self, name: str, drawn: Sequence[Drawn], setting: str, keep: Keep) -> SystemRun:
+    def run(self, name: str, drawn: Sequence[BaselineRun], setting: str, keep: Keep) -> SystemRun:
         """Run a system that decides by a policy, a path, or one or more draws of plans."""
         note, decides = drawn[0].note, [self._by_key(each.decides) for each in drawn]
         path = decides[0] if isinstance(decides[0], StaticPath) else None
@@ -168,7 +168,7 @@ class TaskRun:
                 system.decode_executions = system.executions
         return system
 
-    def texts(self, name: str, drawn: Drawn, setting: str, keep: Keep) -> SystemRun:
+    def texts(self, name: str, drawn: BaselineRun, setting: str, keep: Keep) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
         A policy decides on the questions' prompts, as before an answer is generated.
@@ -240,10 +240,10 @@ class TaskRun:
     def _rows(self, plan: Plan, block: Block) -> list[Decisions]:
         return [plan[self.asked.keys[place]] for place in block]
 
-    def _requests_of(self, block: Block) -> list[Request]:
+    def _requests_of(self, block: Block) -> list[HarnessRequest]:
         return [each for place in block for each in self._requests[place]]
 
-    def _by_question(self, block: Block, answers: Sequence[Answer]) -> Answers:
+    def _by_question(self, block: Block, answers: Sequence[OptionScore]) -> Answers:
         given = iter(answers)
         found: Answers = []
         for place in block:
@@ -257,7 +257,7 @@ class TaskRun:
             found.append([*each])
         return found
 
-    def _losses(self, answers: Sequence[Answer]) -> list[float]:
+    def _losses(self, answers: Sequence[OptionScore]) -> list[float]:
         return [
             -logprob / len(text.continuation)
             for text, (logprob, _) in zip(self._texts, answers, strict=True)

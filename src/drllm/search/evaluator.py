@@ -16,7 +16,7 @@ from drllm.models.base.prompts import context_length, encode, encode_continuatio
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import KL_REWARD, Prompt
 from drllm.tasks.rewards import reward_of, score_choices, verdict
@@ -52,10 +52,10 @@ class Reading:
     num_unscored: tuple[int, ...]  # of each, the tokens that aren't scored; empty for none
 
     @property
-    def question(self) -> Question:
+    def question(self) -> Request:
         """What is scored; where the prompt's own tokens are all that is looked at, any token."""
         behind = [self.tokens[-1:]] if self.prompt.reward == KL_REWARD else self.continuations
-        return Question(self.tokens, behind, self.num_unscored)
+        return Request(self.tokens, behind, self.num_unscored)
 
 
 def read(routed: RoutedModel, prompt: Prompt) -> Reading:
@@ -193,7 +193,7 @@ class Evaluator:
             most = WRONG_ANSWERS if is_right else 0
             rivals = [[tokens for tokens, _ in given.most_common(most)] for given in wrong]
             questions = [
-                Question(reading.tokens, [*reading.continuations, *tokens])
+                Request(reading.tokens, [*reading.continuations, *tokens])
                 for reading, tokens in zip(self.readings, rivals, strict=True)
             ]
             batch = self._choices(questions, contexts=self._batch.rows)

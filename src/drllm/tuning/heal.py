@@ -47,7 +47,7 @@ from drllm.models.routing.injection import Driver, LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import batches
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath, layer_of
 from drllm.records.codec import digest_of
 from drllm.records.healed import HEALED_FILE, Checked, HealedPath, Losses, read_healed
@@ -414,7 +414,7 @@ class _Healing:
         num = 1 if what == LOSS else None  # tokens before what is scored
         by_path: dict[int, list[Item]] = {}
         for place, text in enumerate(texts):
-            item = Item(Question(text[:num], [text[1:] if num else text[:1]]))
+            item = Item(Request(text[:num], [text[1:] if num else text[:1]]))
             by_path.setdefault(self._drawn(f"held out {place}"), []).append(item)
         losses: list[list[float]] = [[] for _ in systems]
         for path, items in by_path.items():

@@ -19,7 +19,7 @@ from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath, step_of
 from drllm.search.evaluator import Reading, read
 from drllm.statistics.intervals import Floats
@@ -42,7 +42,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Item:
     """A question as it is scored: tokens, and which continuation is the right one."""
 
-    question: Question
+    question: Request
     gold: int | None = None
 
 
@@ -132,8 +132,8 @@ def _item(reading: Reading, objective: str) -> Item:
     if objective == GOLD:
         return Item(reading.question, reading.prompt.gold)
     if objective == KL:  # what follows the prompt is not looked at, but something has to
-        return Item(Question(reading.tokens, [reading.tokens[:1]]))
-    return Item(Question(reading.tokens, [reading.continuations[reading.prompt.gold or 0]]))
+        return Item(Request(reading.tokens, [reading.tokens[:1]]))
+    return Item(Request(reading.tokens, [reading.continuations[reading.prompt.gold or 0]]))
 
 
 def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
@@ -141,7 +141,7 @@ def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
     found = []
     for reading in (read(routed, prompt) for prompt in prompts):
         tokens = [*reading.tokens, *reading.continuations[reading.prompt.gold or 0]]
-        found.append(Item(Question(tokens[:1], [tokens[1:]])))
+        found.append(Item(Request(tokens[:1], [tokens[1:]])))
     return found
 
 

@@ -16,7 +16,7 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
-from drllm.evaluation.baselines.base import Drawn, depths, named
+from drllm.evaluation.baselines.base import BaselineRun, depths, named
 from drllm.evaluation.baselines.random_routes import permuted
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import task_folder
@@ -448,7 +448,7 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
         read = TaskRun(lm, asked, num_texts=8, seed=0).texts(
-            "routed", Drawn(policy), "", lambda asks: [ask() for ask in asks.values()]
+            "routed", BaselineRun(policy), "", lambda asks: [ask() for ask in asks.values()]
         )
         routes = []
         for prompt in asked.prompts():

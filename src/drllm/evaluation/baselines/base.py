@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
-    from drllm.models.scoring.packing import Question
+    from drllm.models.scoring.packing import Request
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -58,7 +58,7 @@ class Material:
 
     routed: RoutedModel
     prompts: Sequence[Sequence[int]] = ()
-    questions: Sequence[Question] = ()
+    questions: Sequence[Request] = ()
     golds: Sequence[int] = ()
     supervision: Sequence[SupervisionRecord] = ()
     name: str = ""
@@ -80,11 +80,11 @@ class Material:
         def measure(unknown: Sequence[Decisions]) -> list[float]:
             import numpy as np
 
-            from drllm.models.scoring.packing import Question
+            from drllm.models.scoring.packing import Request
             from drllm.tuning.judge import Item, Judge
             from drllm.tuning.parts import GOLD, LOSS
 
-            texts = [Question(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
+            texts = [Request(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
             weights, objective = [len(text.continuations[0]) for text in texts], LOSS
             items = list(map(Item, texts))
             if kind == "answers":
@@ -100,7 +100,7 @@ class Material:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class BaselineRun:
     """How a system decides on a task's questions: a plan `[Q, L]`, a policy, or a path for all.
 
     `note` is what a reader should know beyond the description; a part of a sentence.
@@ -148,7 +148,7 @@ class Baseline(ABC):
         return None
 
     @abstractmethod
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return how it decides on questions on which the routed model took `routes`, `[Q, L]`.
 
         Its mean executions are to be those of the routes.

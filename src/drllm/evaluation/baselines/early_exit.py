@@ -10,7 +10,13 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.base import CALIBRATION, Baseline, Drawn, executions_of, register
+from drllm.evaluation.baselines.base import (
+    CALIBRATION,
+    Baseline,
+    BaselineRun,
+    executions_of,
+    register,
+)
 from drllm.models.routing.policies import Policy, PromptView
 
 if TYPE_CHECKING:
@@ -39,11 +45,11 @@ class ConfidenceExit(Baseline):
         lens = LogitLens(self.routed)
         return lens, confidences(self.routed, lens, self.material.prompts)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the exit policy."""
         lens, measured = self.measured
         found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
-        return Drawn(
+        return BaselineRun(
             ExitPolicy(lens, found.value), note=f"exits above a confidence of {found.value:.4f}"
         )
 

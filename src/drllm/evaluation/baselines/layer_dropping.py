@@ -43,15 +43,15 @@ class LayerDropping(base.Baseline):
         """Return the decisions that drop so many layers, or all that can be."""
         return without(self.dropped(number), self.num_layers)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
         L, wanted = self.num_layers, base.executions_of(routes)
         if wanted > L:
             note = f"runs {L} layers, having none to drop"
-            return base.Drawn(routes.new_ones(routes.shape), note=note)
+            return base.BaselineRun(routes.new_ones(routes.shape), note=note)
         more = L - int(wanted)  # layers dropped by the questions that drop more
         first, second = self.decisions(more), self.decisions(max(more - 1, 0))
-        return base.Drawn(mixture(first, second, wanted, len(routes), generator))
+        return base.BaselineRun(mixture(first, second, wanted, len(routes), generator))
 
 
 @base.register

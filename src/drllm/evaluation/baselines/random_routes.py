@@ -36,9 +36,9 @@ class PermutedRoutes(base.Baseline):
     order = 10
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return the routes in another order."""
-        return base.Drawn(permuted(routes, generator))
+        return base.BaselineRun(permuted(routes, generator))
 
 
 @base.register
@@ -55,10 +55,10 @@ class RandomDecisions(base.Baseline):
     order = 20
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return each row's decisions in random order."""
         order = routes.double().uniform_(generator=generator).argsort(dim=1)
-        return base.Drawn(routes.gather(1, order))
+        return base.BaselineRun(routes.gather(1, order))
 
 
 @base.register
@@ -76,7 +76,7 @@ class LabelFrequency(base.Baseline):
     order = 30
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions drawn one by one."""
         routers = self.routed.routers
         assert routers is not None
@@ -89,7 +89,7 @@ class LabelFrequency(base.Baseline):
                 f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
                 f"{expected:.2f} where the routed model has {wanted:.2f}"
             )
-        return base.Drawn(label_frequency(frequencies, len(routes), generator), note)
+        return base.BaselineRun(label_frequency(frequencies, len(routes), generator), note)
 
 
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.base import TARGETS, Baseline, Drawn, executions_of, register
+from drllm.evaluation.baselines.base import TARGETS, Baseline, BaselineRun, executions_of, register
 from drllm.models.routing.policies import Policy, PromptView, biased, full_precision
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ class SequenceRouterBaseline(Baseline):
         router = fit_logistic(inputs, labels, num_classes=3)
         return router, first_inputs(self.routed, material.prompts)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the router's policy."""
         router, inputs = self.trained
         bias = find_bias(router, inputs, executions_of(routes)).value
-        return Drawn(SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
+        return BaselineRun(SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
 
 
 class SequenceRouterPolicy(Policy):

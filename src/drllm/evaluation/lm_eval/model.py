@@ -24,7 +24,13 @@ from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import changed
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.prefix import CommonPrefix
-from drllm.evaluation.lm_eval.scoring import Answer, Request, RequestScorer, fitted, without_padding
+from drllm.evaluation.lm_eval.scoring import (
+    HarnessRequest,
+    OptionScore,
+    RequestScorer,
+    fitted,
+    without_padding,
+)
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.healed import load_path
@@ -193,7 +199,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return make_policy(self.routed, depth, prompts)[0]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[OptionScore]:
         """Score continuations, those of one question together; see `scoring.asked`."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
@@ -206,12 +214,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
 
-    def request_of(self, instance: Instance) -> Request:
+    def request_of(self, instance: Instance) -> HarnessRequest:
         """Return a request of the harness as tokens."""
         question = (instance.task_name, instance.doc_id)
         context, continuation = instance.args
         if context != "":
-            return Request(question, *self._encode_pair(context, continuation))
+            return HarnessRequest(question, *self._encode_pair(context, continuation))
         if self.policy.reads_prompt:
             raise RoutingError(
                 f"{instance.task_name} scores text without a prompt, so nothing can decide on "
@@ -219,21 +227,21 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             )
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
-        return Request(question, whole[:1], whole[1:])
+        return HarnessRequest(question, whole[:1], whole[1:])
 
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-    ) -> list[Answer]:
+    ) -> list[OptionScore]:
         """Score windows of a text (rolling log-likelihoods), each by itself, without a prompt."""
         if self.policy.reads_prompt:
             raise RoutingError(
                 f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
                 f"{FIXED}"
             )
-        rows = [Request(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
+        rows = [HarnessRequest(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
         return self.scorer.score(rows, self.policy, by_prompt=False)[0]
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -29,10 +29,10 @@ from drllm.models.routing.policies import FixedPolicy, Policy, one_plan
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import Decisions, StaticPath
 
-Answer: TypeAlias = tuple[float, bool]
+OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
 
 Plan: TypeAlias = Mapping[Any, Decisions]  # decisions by question
@@ -49,7 +49,7 @@ long, so that prompts of about one length should leave the same room."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class HarnessRequest:
     """One continuation to score after a context, each of one token or more.
 
     `question` tells its question from others, such as the task's name and the row.
@@ -61,18 +61,18 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The questions of a list of requests, and for each its requests' `Request.question`.
+class RequestBatch:
+    """The questions of a list of requests, and for each its requests' `HarnessRequest.question`.
 
     `places` has for each request the place of its question and of its continuation there.
     """
 
-    questions: list[Question]
+    questions: list[Request]
     keys: list[Hashable]
     places: list[tuple[int, int]]
 
 
-def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> Asked:
+def asked(requests: Sequence[HarnessRequest], max_length: int, *, by_prompt: bool) -> RequestBatch:
     """Put the requests of one question together.
 
     Requests that occur twice, as the harness asks where processes share the work unevenly, are
@@ -91,7 +91,7 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
                 f"longer context"
             )
         groups.setdefault(request.question, []).append(place)
-    found = Asked([], [], [(0, 0)] * len(requests))
+    found = RequestBatch([], [], [(0, 0)] * len(requests))
     for key, places in groups.items():
         longest = max(len(requests[place].continuation) for place in places)
         contexts = {}
@@ -115,7 +115,7 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
                     found.places[place] = (len(found.questions), number)
             found.keys.append(key)
             found.questions.append(
-                Question(
+                Request(
                     prompt,
                     [tokens for tokens, _ in continuations],
                     [num for _, num in continuations],
@@ -149,12 +149,12 @@ class RequestScorer:
 
     def score(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[HarnessRequest],
         decides: Decides,
         *,
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
-    ) -> tuple[list[Answer], dict[Hashable, Decisions]]:
+    ) -> tuple[list[OptionScore], dict[Hashable, Decisions]]:
         """Return the answer to each request, and each question's one route, if no path is given.
 
         `on_progress` is called with the number of continuations that were scored.
@@ -173,12 +173,12 @@ class RequestScorer:
             self.count(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
-            on_progress(sum(len(question.continuations) for question in batch.questions))
+            on_progress(sum(len(question.continuations) for question in batch.requests))
         return _answers(found, scores), routes
 
     def score_plans(
-        self, requests: Sequence[Request], plans: Sequence[Paths | StaticPath]
-    ) -> list[list[Answer]]:
+        self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
+    ) -> list[list[OptionScore]]:
         """Return the answers under each plan; what their paths have in common runs once."""
         found = asked(requests, self.max_length, by_prompt=True)
 
@@ -202,10 +202,10 @@ class RequestScorer:
         plan = one_plan(policy, self.routed.num_layers)
         if not isinstance(plan, tuple) or not batch.shares_beginning:
             return batch.routed_scores(policy)
-        pairs = [(place, plan) for place in range(len(batch.questions))]
+        pairs = [(place, plan) for place in range(len(batch.requests))]
         return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
 
-    def _batches(self, found: Asked) -> Iterator[tuple[list[int], ChoiceBatch]]:
+    def _batches(self, found: RequestBatch) -> Iterator[tuple[list[int], ChoiceBatch]]:
         """Yield the questions of each pass, with their places, the longest first.
 
         A pass ends early where padding what follows would cost more than a pass of its own.
@@ -224,7 +224,7 @@ class RequestScorer:
             taken = rows = 0
             for question in (questions[place] for place in order):
                 packed = all_packed or can_pack(model, question.length)
-                rows += 1 if packed else len(question.apart())
+                rows += 1 if packed else len(question.split())
                 too_short = question.length < LEAST_FILLED * longest
                 if taken and (rows > limit or (taken * longest >= ENOUGH_TOKENS and too_short)):
                     break
@@ -234,7 +234,7 @@ class RequestScorer:
             yield places, ChoiceBatch(self.routed, batch, STATE_CACHE_GB)
 
 
-def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
+def _answers(found: RequestBatch, scores: Mapping[int, Score]) -> list[OptionScore]:
     return [
         (scores[place].logprobs[number], scores[place].greedy[number])
         for place, number in found.places

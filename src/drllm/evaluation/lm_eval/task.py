@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.folders import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.scoring import Answer, Request
+from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
 from drllm.listener import quiet
 from drllm.tasks.base import choose
 from drllm.tasks.harness import FEWSHOT_SEED, StockTask, golds_of, loaded
@@ -81,7 +81,7 @@ class AskedTask:
         text = json.dumps([self.keys, args, self.docs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def requests(self) -> list[list[Request]]:
+    def requests(self) -> list[list[HarnessRequest]]:
         """Return each question's options as tokens after its context."""
         return [[self._lm.request_of(each) for each in instances] for instances in self.instances]
 
@@ -101,7 +101,7 @@ class AskedTask:
             return found
         raise TaskError(f"{name} has no right option in row {place}; leave the task out")
 
-    def text(self, place: int) -> Request:
+    def text(self, place: int) -> HarnessRequest:
         """Return a question with its right answer as a text whose next-token loss can be read.
 
         With options it is the question and the right one, all but its first token predicted;
@@ -111,18 +111,18 @@ class AskedTask:
         if self.has_options:
             request = self._lm.request_of(self.instances[place][self.golds(place)[0]])
             tokens = [*request.context, *request.continuation]
-            return Request(self.keys[place], tokens[:1], tokens[1:])
+            return HarnessRequest(self.keys[place], tokens[:1], tokens[1:])
         name, doc_id = self.keys[place]
         task = self._tasks[name]
         answer = task.doc_to_target(self.docs[place])
         first = answer[0] if isinstance(answer, list) else answer
         if not str(first):  # of a prompt alone, which a function grades
             tokens = self.prompt_tokens[place]
-            return Request(self.keys[place], tokens[:1], tokens[1:])
+            return HarnessRequest(self.keys[place], tokens[:1], tokens[1:])
         args = str(self.instances[place][0].args[0]), task.config.target_delimiter + str(first)
         return self._lm.request_of(Instance("loglikelihood", {}, args, 0, (name, doc_id, 1)))
 
-    def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[dict[str, float]]:
+    def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
         """Return, for each question, what the harness says of its answers: metrics by name."""
         for instances, given in zip(self.instances, answers, strict=True):
             for instance, answer in zip(instances, given, strict=True):
@@ -142,7 +142,7 @@ class AskedTask:
             graded.append(scores)
         return graded
 
-    def answer(self, place: int, answers: Sequence[Answer | str]) -> int | str:
+    def answer(self, place: int, answers: Sequence[OptionScore | str]) -> int | str:
         """Return the option that a question was answered with, from 0, or the text generated."""
         sums = [answer[0] for answer in answers if not isinstance(answer, str)]
         if not sums:
@@ -152,7 +152,7 @@ class AskedTask:
             sums = [total / len(text) for total, text in zip(sums, choices, strict=True)]
         return sums.index(max(sums))
 
-    def gold_logprob(self, place: int, answers: Sequence[Answer | str]) -> float:
+    def gold_logprob(self, place: int, answers: Sequence[OptionScore | str]) -> float:
         """Return the gold option's log-probability among the options of a question, in nats."""
         sums = [answer[0] for answer in answers if not isinstance(answer, str)]
         first, *others = (log_share(sums, gold) for gold in self.golds(place))

@@ -1,4 +1,4 @@
-"""Copies from the host to a device that don't make it wait."""
+"""Copy from the host to a device without making it wait."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,8 @@ def on_device(values: Tensor | Sequence[Any], device: torch.device | str) -> Ten
     From pinned memory a GPU copies while the host goes on; a copy from other memory would wait for
     all that the GPU still has to do.
     """
-    tensor, device = torch.as_tensor(values), torch.device(device)
+    tensor = torch.as_tensor(values)
+    device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,14 +1,13 @@
-"""Which layers a model has, and what its loop allows: routing, packed rows, prompts in parts.
+"""Find a model's layers, and what its loop allows: routing, packed rows, prompts in parts.
 
-Layers are found by a rule instead of a table of model names. Configurations and return annotations
-don't say reliably what may be done with them, and a state may lie in the modules themselves, so
-`probe` runs one token through the model before anything is put on it.
+A rule finds the layers, not a table of model names. Configurations and return annotations don't
+say reliably what may be done with them, and a module may hold a state of its own. So `probe` runs
+one token through the model before anything is attached to it.
 
 Axes: P rows, T tokens, K keys.
 """
 
 import inspect
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ FOREIGN = tuple(
 """Cache entries that hold more than K/V."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-"""Names of the number of tokens that layers see which don't see all."""
+"""What configurations call the number of tokens that a layer with a window sees."""
 
 
 def base_of(model: Any) -> Any:
@@ -50,6 +49,20 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     state other than K/V are an ArchitectureError.
     """
     model = base_of(model)
+    _refuse_by_config(model)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    lists = _lists_in(decoder, num_layers) or _lists_below(model, num_layers)
+    if len(lists) != 1:
+        raise ArchitectureError(
+            f"{type(model).__name__}: found {len(lists)} lists of {num_layers} layers in "
+            f"{type(decoder).__name__}, expected one; this architecture can't be routed yet"
+        )
+    return lists[0]
+
+
+def _refuse_by_config(model: Any) -> None:
+    """Refuse a model whose class or configuration says that it can't be routed."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
@@ -62,36 +75,35 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{name} shares keys and values between layers; skipping a layer would break its "
             f"readers, so it can't be routed"
         )
-    named = (getattr(text, name, None) or () for name in ("layer_types", "layers_block_type"))
-    kinds = set(itertools.chain.from_iterable(named))
-    foreign = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
+    kinds = [
+        *(getattr(text, "layer_types", None) or ()),
+        *(getattr(text, "layers_block_type", None) or ()),
+    ]
+    foreign = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
     if foreign:
         raise ArchitectureError(
-            f"{name} has layers of type {', '.join(foreign)}, whose state is not K/V; "
+            f"{name} has layers of type {', '.join(sorted(foreign))}, whose state is not K/V; "
             f"it can't be routed"
         )
-    num_layers, decoder = text.num_hidden_layers, model.get_decoder()
 
-    def lists_in(parent: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
-        children = [child for child in parent.children() if isinstance(child, nn.ModuleList)]
-        return [(parent, child) for child in children if len(child) == num_layers]
 
-    found = lists_in(decoder)
-    if not found:
-        whole = set(getattr(model, "_no_split_modules", None) or ())
-        found = [
-            (parent, layers)
-            for module in model.modules()
-            for parent, layers in lists_in(module)
-            if {type(layer).__name__ for layer in layers} <= whole
-            and "input_ids" in inspect.signature(type(parent).forward).parameters
-        ]
-    if len(found) != 1:
-        raise ArchitectureError(
-            f"{name}: found {len(found)} lists of {num_layers} layers in "
-            f"{type(decoder).__name__}, expected one; this architecture can't be routed yet"
-        )
-    return found[0]
+def _lists_in(module: nn.Module, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the lists of L layers among a module's direct children, each with the module."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    return [(module, layers) for layers in lists if len(layers) == num_layers]
+
+
+def _lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the lists of L whole layers in any module of a model that takes token ids."""
+    layer_classes = set(getattr(model, "_no_split_modules", None) or ())
+    lists = []
+    for module in model.modules():
+        for parent, layers in _lists_in(module, num_layers):
+            classes = {type(layer).__name__ for layer in layers}
+            arguments = inspect.signature(type(parent).forward).parameters
+            if classes <= layer_classes and "input_ids" in arguments:
+                lists.append((parent, layers))
+    return lists
 
 
 def is_kv(entry: Any) -> bool:
@@ -106,7 +118,8 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     call each layer once or uses more of a layer's output than its hidden state, and layers that
     remember anything but K/V, are an ArchitectureError.
     """
-    name, token = type(base_of(model)).__name__, one_token(model)
+    name = type(base_of(model)).__name__
+    token = one_token(model)
     outputs: list[Any] = []
 
     def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
@@ -120,17 +133,19 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
             f"its loop can't be routed"
         )
-    if foreign := _foreign_state(result, len(layers)):
+    foreign = _foreign_state(result, len(layers))
+    if foreign is not None:
         raise ArchitectureError(
             f"{name} keeps state other than K/V in its layers ({foreign}); it can't be routed"
         )
     if not isinstance(outputs[0], tuple):
         return False
+
     try:
-        alone = run(lambda _layer, _inputs, output: output[:1])
+        hidden_only = run(lambda _layer, _inputs, output: output[:1])
     except (IndexError, TypeError, ValueError):  # the loop unpacks more
-        alone = None
-    if alone is None or not torch.equal(alone[0], result[0]):
+        hidden_only = None
+    if hidden_only is None or not torch.equal(hidden_only[0], result[0]):
         raise ArchitectureError(
             f"the layers of {name} return more than a hidden state; what a skipped layer should "
             f"return isn't known, so it can't be routed"
@@ -148,7 +163,7 @@ def one_token(model: Any) -> torch.Tensor:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and checkpointing off inside the block, in all parts of a module."""
+    """Switch dropout and gradient checkpointing off inside the block, in all parts of a module."""
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
         part.training = False
@@ -161,7 +176,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again after the block."""
+    """Remove hooks after the block."""
     try:
         yield
     finally:
@@ -171,12 +186,13 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 def _foreign_state(output: Any, num_layers: int) -> str | None:
     """Say how layers remember a token in anything but one K/V entry each; None if they don't."""
-    cache = next((value for value in output.values() if isinstance(value, Cache)), None)
-    if cache is None:
+    caches = [value for value in output.values() if isinstance(value, Cache)]
+    if not caches:
         return "no K/V cache comes back from a forward pass"
-    entries = getattr(cache, "layers", [])
-    if foreign := sorted({type(entry).__name__ for entry in entries if not is_kv(entry)}):
-        return f"its cache holds {', '.join(foreign)}"
+    entries = getattr(caches[0], "layers", [])
+    foreign = {type(entry).__name__ for entry in entries if not is_kv(entry)}
+    if foreign:
+        return f"its cache holds {', '.join(sorted(foreign))}"
     if len(entries) != num_layers:
         return f"its cache has {len(entries)} entries for {num_layers} layers"
     if any(int(entry.get_seq_length()) != 1 for entry in entries):
@@ -185,45 +201,47 @@ def _foreign_state(output: Any, num_layers: int) -> str | None:
 
 
 def can_pack(model: Any, length: int) -> bool:
-    """Say whether the continuations of a prompt may stand in one row after a single copy of it.
+    """Tell whether the continuations of a prompt may stand in one row after a single copy of it.
 
-    That takes attention that is told by a mask what it may see. Such a mask replaces a window, or
-    is cut by it column by column, and some models keep one as wide as their context, so no row may
-    be longer than these; `length` is that of the longest.
+    It takes attention that sees what a mask allows. Such a mask replaces a window, or is cut by it
+    column by column, and some models keep one as wide as their context. So no row may be longer
+    than these; `length` is that of the longest.
     """
-    return _takes_any_mask(model) and length <= min(_window(model), context_length(model) or length)
+    if not _takes_any_mask(model):
+        return False
+    longest = min(_window(model), context_length(model) or length)
+    return length <= longest
 
 
 def can_split(model: Any) -> bool:
-    """Say whether a prompt may be read in parts, the later ones with the K/V of the earlier.
+    """Tell whether a prompt may be read in parts, the later ones with the K/V of the earlier.
 
-    That takes attention that is told by a mask what it may see, all of it at every layer, and
-    rotations that don't depend on how much is read at once.
+    It takes attention that sees what a mask allows, no windows at any layer, and rotations that
+    don't depend on how much is read at once.
     """
-    rotations = [str(part.rope_type) for part in model.modules() if hasattr(part, "rope_type")]
-    return (
-        _takes_any_mask(model)
-        and _window(model) == math.inf
-        and not any("dynamic" in kind or "longrope" in kind for kind in rotations)
-    )
+    rotations = {str(part.rope_type) for part in model.modules() if hasattr(part, "rope_type")}
+    if any("dynamic" in kind or "longrope" in kind for kind in rotations):
+        return False
+    return _takes_any_mask(model) and _window(model) == math.inf
 
 
 def _takes_any_mask(model: Any) -> bool:
-    """Say whether a mask and positions may be given that no ordinary text has."""
+    """Tell whether the model takes masks and positions that no ordinary text has."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
+    if getattr(model.config.get_text_config(), "alibi", False):
+        return False
     decoder, _ = find_layers(model)
     # Up to transformers 5.0 XGLM and few others take a mask `[P, 1, T, K]` for one of ones and
     # zeros, by this function, which later versions have no use for.
-    inverting = "_prepare_4d_causal_attention_mask"
-    return (
-        model.config._attn_implementation in ("sdpa", "eager")
-        and "position_ids" in inspect.signature(type(decoder).forward).parameters
-        # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
-        and not getattr(model.config.get_text_config(), "alibi", False)
-        and not hasattr(sys.modules[type(decoder).__module__], inverting)
-    )
+    if hasattr(sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"):
+        return False
+    return "position_ids" in inspect.signature(type(decoder).forward).parameters
 
 
 def _window(model: Any) -> float:
-    """Return how many tokens the layers see that see the fewest; infinity if all see all."""
-    sizes = [getattr(model.config.get_text_config(), name, None) for name in WINDOWS]
+    """Return the smallest number of tokens that a layer sees; infinity if all see all."""
+    text = model.config.get_text_config()
+    sizes = [getattr(text, name, None) for name in WINDOWS]
     return min((size for size in sizes if size), default=math.inf)  # 0 is none too

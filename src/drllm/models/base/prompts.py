@@ -20,33 +20,33 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 CLOCK = datetime(2024, 7, 26)
 """The date that chat templates print: the one that Llama 3.1's own template names. With today's
 date a prompt would change tomorrow, for a resumed search and for routers trained on it."""
-DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{each}" for each in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
+DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{char}" for char in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
 """What a template's format of a date may hold."""
 
-PLACE = "{prompt}"  # stands in a template for what is asked; other braces are text
+PLACE = "{prompt}"  # stands in a template for the prompt; other braces are text
 
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """How prompts are put to the model."""
+    """The form in which prompts are given to the model."""
 
     chat: bool  # whether they go through the tokenizer's chat template
     template: str = PLACE  # the text around `PLACE`
 
     def put(self, text: str) -> str:
-        """Return a prompt in the template; one that has its form already stays as it is."""
+        """Put a prompt into the template; one that is in it already stays as it is."""
         before, _, after = self.template.partition(PLACE)
         is_put = text.startswith(before) and text.endswith(after)
         return text if is_put else f"{before}{text}{after}"
 
     @property
     def next_prompt(self) -> str | None:
-        """How the next prompt would begin, after an answer; None where nothing would tell it."""
+        """How the next prompt would begin after an answer; None where that isn't known."""
         before = self.template.partition(PLACE)[0].strip()
         return None if self.chat or not before else f"\n{before}"
 
     def options(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the options of `generate` with which a plain text is continued by an answer.
+        """Return the options of `generate` that make it continue a plain text by one answer.
 
         A model that was trained to chat may end a plain text at once, or go on with further
         questions and answers.
@@ -56,37 +56,37 @@ class PromptForm:
         return {"min_new_tokens": 1, "stop_strings": [self.next_prompt], "tokenizer": tokenizer}
 
     def answer(self, text: str) -> str:
-        """Return an answer without what begins the next prompt."""
+        """Cut an answer off where the next prompt begins."""
         return text.partition(self.next_prompt)[0] if self.next_prompt else text
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe the form in words."""
         shown = "as it is" if self.template == PLACE else repr(self.template)
         return f"{shown}, {'through' if self.chat else 'without'} the chat template"
 
 
-def form_of(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> PromptForm | None:
-    """Return the form in which questions were put, each given with what the model read of it.
+def form_of(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm | None:
+    """Return the form in which questions were put, from pairs of a question and what was read.
 
-    Its template is `PLACE` alone where they were put in several; it is None where some went through
-    the chat template and others didn't, or none is given.
+    Its template is `PLACE` alone where they were put in several. It is None where some went through
+    the chat template and others didn't, or where there are no questions.
     """
     try:
         before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
     except ConfigError:  # a template that takes no plain question
         before = after = ""
     forms: set[PromptForm] = set()
-    for question, text in asked:
-        # A conversation begins as it likes, and its text isn't there as it stands.
+    for question, text in questions:
+        # A conversation may begin in any way, and its text isn't there as it stands.
         begins = text.startswith(before) or (bool(after) and question not in text)
-        chat = bool(before) and begins and text.endswith(after)
-        inner = text[len(before) : len(text) - len(after)] if chat else text
-        first, found, rest = inner.partition(question)
-        forms.add(PromptForm(chat, f"{first}{PLACE}{rest}" if found else PLACE))
+        is_chat = bool(before) and begins and text.endswith(after)
+        inner = text[len(before) : len(text) - len(after)] if is_chat else text
+        first, match, rest = inner.partition(question)
+        forms.add(PromptForm(is_chat, f"{first}{PLACE}{rest}" if match else PLACE))
     chats = {form.chat for form in forms}
-    if len(forms) > 1 and len(chats) == 1:
-        return PromptForm(chats.pop())
-    return forms.pop() if len(forms) == 1 else None
+    if len(chats) != 1:
+        return None
+    return forms.pop() if len(forms) == 1 else PromptForm(chats.pop())
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
@@ -131,11 +131,11 @@ def with_fixed_clock(template: str) -> str:
     if "strftime_now" not in template:
         return template
     filled = ""
-    for each in DIRECTIVES:
-        text = CLOCK.strftime(each.replace("-", ""))
-        if "-" in each:  # which leaves out leading zeros, and not in every C library
+    for directive in DIRECTIVES:
+        text = CLOCK.strftime(directive.replace("-", ""))
+        if "-" in directive:  # without leading zeros, which not every C library can do
             text = text.lstrip("0") or "0"
-        filled += f".replace({each!r}, {text!r})"
+        filled += f".replace({directive!r}, {text!r})"
     # The line's end goes with the tag (`trim_blocks`), and the template begins as it would alone.
     return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
 
@@ -153,8 +153,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     own (a rendered chat template starts with the begin-of-sequence token).
     """
     bos = getattr(tokenizer, "bos_token", None)
-    own = bos is not None and text.startswith(bos)
-    tokens: list[int] = tokenizer(text, add_special_tokens=not own)["input_ids"]
+    has_bos = bos is not None and text.startswith(bos)
+    tokens: list[int] = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
     return tokens
 
 

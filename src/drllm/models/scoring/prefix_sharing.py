@@ -28,7 +28,7 @@ from drllm.models.routing.driver import keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import PackedBatch, Question, Tokens, pack
+from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, layer_of, step_of, steps_of
 
@@ -102,7 +102,7 @@ class PackedRows:
 
 def packed_rows(
     routed: RoutedModel,
-    questions: Sequence[Question],
+    questions: Sequence[Request],
     states: PrefixCache,
     *,
     keep_kv: bool = False,
@@ -115,7 +115,7 @@ def packed_rows(
     past, past_rows, num_past = None, list[int](), None
     if can_split(routed.model) and (contexts is not None or shared >= MIN_PREFIX):
         if contexts is None:
-            prefix = pack([Question(prompts[0][:shared])], **where)
+            prefix = pack([Request(prompts[0][:shared])], **where)
             past, past_rows = PackedRows(routed, prefix, states, keep_kv=True), [0] * len(prompts)
             num_past = [shared] * len(prompts)
         else:

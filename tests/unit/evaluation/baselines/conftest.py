@@ -9,17 +9,17 @@ import torch
 
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.records.search import SearchRecord, TriedPath
 from slow_way import ListedModel
 
 NUM_LAYERS = 4
 
 QUESTIONS = [
-    Question([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
-    Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
-    Question([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
-    Question([60, 61, 62], [[70, 71], [72]]),
+    Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Request([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
+    Request([60, 61, 62], [[70, 71], [72]]),
 ]
 GOLDS = [2, 0, 1, 0]
 

@@ -5,7 +5,7 @@ from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_
 from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from slow_way import ListedModel
 
 L = 4
@@ -80,7 +80,7 @@ def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
 def test_a_scored_continuation_is_not_read(routed, lens, prompts):
     """There the prompt's last real token isn't the row's last one."""
     prompts = prompts[:6]
-    questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
+    questions = [Request(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
     policy = ExitPolicy(lens, TELLING)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
     assert torch.equal(routes, route_prompts(routed, policy, prompts))

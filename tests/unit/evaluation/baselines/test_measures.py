@@ -10,7 +10,7 @@ import torch
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import BASELINES, Material
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 from drllm.paths import to_path
 from drllm.tuning import judge
 from slow_way import ListedModel
@@ -46,7 +46,7 @@ def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
 def test_numbers_of_the_full_path_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama(num_layers=4)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
-    questions = [Question([5, 6], [[7], [8]])]
+    questions = [Request([5, 6], [[7], [8]])]
     routed = RoutedModel(model)
     measure = Material(routed=routed, questions=questions, golds=[0]).measure("answers")
     assert measure([(1, 0, 1, 1)])[0] < 0

@@ -11,7 +11,7 @@ from drllm.evaluation.baselines.sequence_router import (
 )
 from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.packing import Question
+from drllm.models.scoring.packing import Request
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_policy_follows_the_plans_of_each_prompt(routed, router, prompts, bi
 
 
 def test_a_scored_continuation_is_not_read(routed, router, prompts):
-    questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts[:6]]
+    questions = [Request(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts[:6]]
     policy = SequenceRouterPolicy(router)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
     assert torch.equal(routes, route_prompts(routed, policy, prompts[:6]))

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval import scoring
-from drllm.evaluation.lm_eval.scoring import STEPS, Request, asked, fitted, without_padding
+from drllm.evaluation.lm_eval.scoring import STEPS, HarnessRequest, asked, fitted, without_padding
 
 LONG = 1000
 CONTEXT = 160
@@ -18,8 +18,8 @@ NAMES = (f"task {number}" for number in itertools.count())
 
 
 def test_the_continuations_of_one_context_stand_behind_it_together_each_once():
-    first, other = Request("a", [1, 2], [7]), Request("b", [3], [7])
-    wanted = [first, other, Request("a", [1, 2], [8, 9]), first]
+    first, other = HarnessRequest("a", [1, 2], [7]), HarnessRequest("b", [3], [7])
+    wanted = [first, other, HarnessRequest("a", [1, 2], [8, 9]), first]
     found = asked(wanted, LONG, by_prompt=True)
     first, second = found.questions
     assert (first.context, first.continuations) == ((1, 2), [(7,), (8, 9)])
@@ -29,7 +29,10 @@ def test_the_continuations_of_one_context_stand_behind_it_together_each_once():
 
 
 def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_them():
-    wanted = [Request("gap", [1, 2, 30], [7, 8]), Request("gap", [1, 2, 40, 41], [7, 8])]
+    wanted = [
+        HarnessRequest("gap", [1, 2, 30], [7, 8]),
+        HarnessRequest("gap", [1, 2, 40, 41], [7, 8]),
+    ]
     [question] = asked(wanted, LONG, by_prompt=True).questions
     assert question.context == (1, 2)
     assert question.continuations == [(30, 7, 8), (40, 41, 7, 8)]
@@ -38,7 +41,11 @@ def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_
 
 def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused():
     key = ("pmi", 3)
-    wanted = [Request(key, [1, 2], [7]), Request(key, [5], [7]), Request(key, [1, 2], [8])]
+    wanted = [
+        HarnessRequest(key, [1, 2], [7]),
+        HarnessRequest(key, [5], [7]),
+        HarnessRequest(key, [1, 2], [8]),
+    ]
     found = asked(wanted, LONG, by_prompt=False)
     assert [question.context for question in found.questions] == [(1, 2), (5,)]
     assert found.places == [(0, 0), (1, 0), (0, 1)]
@@ -54,20 +61,20 @@ def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused()
 def test_what_is_too_long_loses_its_beginning_alike_where_somebody_decides_on_it(
     by_prompt, contexts
 ):
-    wanted = [Request("a", [1, 2, 3, 4], [7]), Request("a", [1, 2, 3, 4], [8, 9])]
+    wanted = [HarnessRequest("a", [1, 2, 3, 4], [7]), HarnessRequest("a", [1, 2, 3, 4], [8, 9])]
     found = asked(wanted, 3, by_prompt=by_prompt).questions
     assert [question.context for question in found] == contexts
 
 
 def test_a_continuation_that_the_model_cannot_read_is_refused():
     with pytest.raises(TaskError, match="continuation of arc 0 has 4 tokens, the model reads 3"):
-        asked([Request(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
+        asked([HarnessRequest(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
 
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=5)
 
 
-@given(st.lists(st.builds(Request, st.sampled_from("abc"), tokens, tokens), max_size=12))
+@given(st.lists(st.builds(HarnessRequest, st.sampled_from("abc"), tokens, tokens), max_size=12))
 def test_every_request_is_found_again_whole_at_its_place(wanted):
     found = asked(wanted, LONG, by_prompt=False)
     for request, (place, number) in zip(wanted, found.places, strict=True):
