@@ -159,7 +159,7 @@ def test_an_evaluation_gives_the_outcomes_of_the_cpu(
     model, on_cpu, tiny_tokenizer, packs, monkeypatch
 ):
     monkeypatch.setattr(choices, "can_pack", lambda *_: packs)
-    options = {"limit": 2, "latency_rounds": 1, "baselines": "permuted-routes"}
+    options = {"limit": 2, "latency": True, "latency_rounds": 1, "baselines": "permuted-routes"}
     options |= {"latency_read": 8, "latency_written": 2}
     results = [
         drllm.evaluate(drllm.attach(each, routers(), tokenizer=tiny_tokenizer), TASK, **options)

@@ -15,7 +15,7 @@ model: {{model: {model}, device: cpu}}
 search: {{dataset: builtin_facts, limit: 6, num_simulations: 6, block_size: 3}}
 supervise: {{target: shortest}}
 train: {{num_epochs: 2, warmup_steps: 0}}
-evaluate: {{tasks: builtin_facts, limit: 6, num_random_draws: 2}}
+evaluate: {{latency: true, latency_rounds: 2, tasks: builtin_facts, limit: 6, num_random_draws: 2}}
 """
 
 

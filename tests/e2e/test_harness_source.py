@@ -34,7 +34,7 @@ def test_a_task_of_the_harness_is_searched_trained_on_and_evaluated_on_other_que
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
     assert routers.config.training["tasks"] == {task.name: len(targets)}
-    few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none"}
+    few = {"num_texts": 2, "baselines": "none"}
     [result] = drllm.evaluate(base, name, routers=routers, output_dir=tmp_path / "eval", **few)
     assert result.num_questions == len(task.examples("test")) < len(ROWS)
     few |= {"baselines": "block-influence", "curve": "0.2", "num_calibration": 8}

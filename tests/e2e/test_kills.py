@@ -19,7 +19,7 @@ QUESTIONS = 24
 
 @pytest.fixture
 def words(model_folder: Callable[..., Path]) -> list[str]:
-    settings = ["--limit", str(QUESTIONS), "--block-size", "1"]
+    settings = ["--dataset", "builtin_facts", "--limit", str(QUESTIONS), "--block-size", "1"]
     return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
 
 
@@ -127,7 +127,6 @@ def test_a_healing_killed_at_random_moments_ends_with_the_adapter_of_an_undistur
 SETTINGS = (
     *("--tasks", "builtin_arithmetic", "--limit", "7", "--batch-size", "1"),
     *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
-    *("--latency-rounds", "0"),
 )
 NUM_BLOCKS = 7
 """Of each of three systems: answers are generated, and a batch is one question."""

@@ -37,7 +37,7 @@ def loop(drllm, model_folder, tmp_path, monkeypatch):
         drllm(f"train {own} --num-epochs 1 --num-windows 2 --router-width 4 --output routers")
         few = "--num-fit 8 --num-judged 8 --max-skipped 1 --beam 1 --max-loss 10"
         drllm(f"tune {own} {few} --output-dir tuned --tasks", dataset, *flags)
-        asked = f"evaluate {own} --routers routers --limit 4 --latency-rounds 0 --num-texts 2"
+        asked = f"evaluate {own} --routers routers --limit 4 --num-texts 2"
         return f"{asked} --baselines none --tasks", tmp_path / "data" / "search.jsonl"
 
     return run

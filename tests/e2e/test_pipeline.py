@@ -148,8 +148,9 @@ def test_a_result_that_was_changed_by_hand_is_made_again(run_copy, rerun, quick_
 def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
     run_copy, rerun, quick_report
 ):
-    for rounds, redone in ((4, False), (0, True)):
-        said = rerun("evaluate: {", f"evaluate: {{latency_rounds: {rounds}, ")
+    measured = "latency: true, latency_rounds: 2, "
+    for settings, redone in ((measured.replace("2", "4"), False), ("", True)):
+        said = rerun(measured, settings)
         assert ("evaluate: done before" not in said) == redone
         assert (run_copy / "eval" / "latency.json").exists() != redone
 
@@ -187,7 +188,7 @@ def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
     recipe, tmp_path, drllm, quick_report
 ):
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
-    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1', latency_rounds: 0}")
+    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1'}")
     sweep.write_text(text + "settings: {plain: {}, two: {train: {gamma: 1.0, num_seeds: 2}}}\n")
     shown = drllm("sweep", sweep, "--output-dir", out).out
     found = json.loads((out / "sweep.json").read_text())
@@ -229,11 +230,11 @@ def test_the_stages_one_by_one_end_in_an_evaluation(tmp_path, model_folder, monk
     monkeypatch.chdir(tmp_path)
     model = ["--model-id", model_folder(), "--device", "cpu"]
 
-    drllm("search --limit 6 --num_simulations 6", *model)
+    drllm("search --dataset builtin_facts --limit 6 --num_simulations 6", *model)
     drllm("supervise --search data/search.jsonl --output data/paper.jsonl --target paper")
     few = "--num-epochs 1 --warmup-steps 0"
     drllm(f"train --supervision data/supervision.jsonl --run-name first {few}", *model)
-    few = "--limit 4 --num-random-draws 1"
+    few = "--tasks builtin_facts --limit 4 --num-random-draws 1"
     out = drllm(f"evaluate --routers checkpoints/first --device cpu {few}").out
 
     assert Path("data/paper.jsonl").is_file()
@@ -302,7 +303,7 @@ def test_several_seeds_are_trained_and_evaluated_together(train, tmp_path, drllm
     assert (both / "routers.safetensors").stat().st_mtime_ns == before
 
     evaluate = ["--output-dir", tmp_path / "eval", "--routers", both, both / "seed_1"]
-    command = "evaluate --device cpu --limit 4 --baselines none"
+    command = "evaluate --tasks builtin_facts --device cpu --limit 4 --baselines none"
     twice = drllm(command, *evaluate, both, status=2).err
     assert "the same routers are given twice" in twice
     assert "Routers of 2 seeds: accuracy" in " ".join(drllm(command, *evaluate).out.split())
@@ -324,7 +325,9 @@ def test_several_seeds_are_trained_each_in_its_own_folder(
 @pytest.fixture
 def search_again(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callable[..., Any]:
     """A function that repeats the run's search by its own verb, and returns what it says."""
-    command = "search --limit 6 --num-simulations 6 --block-size 3 --output-dir"
+    command = (
+        "search --dataset builtin_facts --limit 6 --num-simulations 6 --block-size 3 --output-dir"
+    )
     return lambda *more: drllm(command, run_copy, *model, *more)
 
 
@@ -419,7 +422,7 @@ def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
     run_copy, tmp_path, rewards, notes, drllm
 ):
     places = [trained_for(run_copy / "routers", *rewards), "--output-dir", tmp_path / "eval"]
-    command = "evaluate --device cpu --limit 2 --baselines none --latency-rounds 0 --routers"
+    command = "evaluate --tasks builtin_facts --device cpu --limit 2 --baselines none --routers"
     said = drllm(command, *places).err
     assert said.count("were trained on prompts for letter, the") == notes
 

@@ -45,7 +45,7 @@ def test_a_base_in_another_precision_is_searched_trained_on_tuned_and_evaluated(
     records = drllm.search_paths(base, "builtin_facts", limit=8, num_simulations=6)
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
-    few = {"latency_rounds": 0, "num_texts": 2, "baselines": "none", "limit": 8}
+    few = {"num_texts": 2, "baselines": "none", "limit": 8}
     [result] = drllm.evaluate(base, "builtin_facts", routers=routers, **few)
     assert result.num_questions == 8
     assert len(drllm.tune(base, "builtin_facts", output_dir=tmp_path, **FEW).paths) == 2

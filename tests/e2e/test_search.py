@@ -15,7 +15,8 @@ from drllm.records.search import read_search
 @pytest.fixture
 def search(model_folder: Callable[..., Path], tmp_path: Path, drllm: Any) -> Callable[..., Any]:
     """A function that searches with a tiny model, to `out` unless told otherwise."""
-    command = f"search --model {model_folder()} --device cpu --num-simulations 6 --limit 10"
+    model = f"--model {model_folder()} --device cpu"
+    command = f"search --dataset builtin_facts {model} --num-simulations 6 --limit 10"
     place = ["--block-size", "3", "--output-dir", tmp_path / "out"]
     return lambda *words, status=0: drllm(command, *place, *words, status=status)
 

@@ -183,7 +183,7 @@ def test_a_setting_that_another_leaves_without_effect_is_refused(group, declared
     assert given != declared.default
     switch = next(f for f in dataclasses.fields(group) if f.name == other)
     some = {"curve": "0.1", "target_executions": 2.0, "reward": "own.py:reward"}
-    some = some.get(other, 1 if other == "latency_rounds" else 0.5)
+    some = some.get(other, True if other == "latency" else 0.5)
     options = [some] if switch.metadata["choices"] is None else switch.metadata["choices"]
     on = next(option for option in options if option != value)
     more = {"curve": "0.1"} if other == "epsilon" else {}  # which is idle without it

@@ -82,7 +82,7 @@ def search(request: Request, terminal: Terminal) -> None:
     questions = questions_of(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
-    _say_splits(get_tasks(config.dataset), terminal)
+    _say_splits(get_tasks(config.dataset or ""), terminal)
     if request.values["dry_run"]:
         _say_forecast(questions, request, terminal)
         return

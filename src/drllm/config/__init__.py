@@ -16,7 +16,8 @@ from drllm.errors import ConfigError, unknown_name
 STOP_RULES = ("paper", "released", "exhaust")
 SPLITS = ("search", "fit", "select", "test")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-TIMING = ("latency_rounds", "latency_read", "latency_written")  # no result depends on them
+# No other result depends on these.
+TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class SearchConfig(Settings):
         seed: seed of the search and of --limit
     """
 
-    dataset: str = basic("builtin_facts", value="TASKS")
+    dataset: str | None = basic(None, value="TASKS", alias="tasks")
     output_dir: str = incidental("data/", basic=True)
     data_dir: str | None = incidental(None)
     split: str = setting("search", choices=SPLITS)
@@ -309,13 +310,14 @@ class EvaluateConfig(Settings):
         num_texts: questions whose text's next-token loss is read too, at most
         num_random_draws: draws of the random baselines a question; 10 unless given
         batch_size: questions a forward pass
-        latency_rounds: turns in which base and routed are timed; 0 measures no time
-        latency_read: tokens of a prompt that is timed, at most
-        latency_written: tokens that are decoded in a timing
+        latency: measure the time of base and routed model too
+        latency_rounds: with --latency: rounds in which both are timed
+        latency_read: with --latency: maximum tokens of a timed prompt
+        latency_written: with --latency: tokens decoded in a timing
         seed: seed of permutations, random draws, --limit and --num-texts
     """
 
-    tasks: str = basic("builtin_facts", value="TASKS")
+    tasks: str | None = basic(None, value="TASKS", alias="dataset")
     data_dir: str | None = incidental(None)
     split: str = basic("test", choices=SPLITS)
     limit: int | None = basic(None, minimum=1)
@@ -339,9 +341,10 @@ class EvaluateConfig(Settings):
     num_texts: int = setting(100, minimum=1)
     num_random_draws: int | None = setting(None, minimum=1)
     batch_size: int = setting(16, minimum=1)
-    latency_rounds: int = incidental(8, minimum=0)
-    latency_read: int = incidental(128, minimum=1, idle=("latency_rounds", 0))
-    latency_written: int = incidental(64, minimum=1, idle=("latency_rounds", 0))
+    latency: bool = incidental(False, basic=True)
+    latency_rounds: int = incidental(8, minimum=1, idle=("latency", False))
+    latency_read: int = incidental(128, minimum=1, idle=("latency", False))
+    latency_written: int = incidental(64, minimum=1, idle=("latency", False))
     seed: int = setting(0, minimum=0)
 
     def limit_of(self, task: str) -> int | None:
@@ -378,7 +381,7 @@ class TuneConfig(Settings):
         seed: seed of --num-fit and --num-judged
     """
 
-    tasks: str = basic("builtin_facts", value="TASKS")
+    tasks: str | None = basic(None, value="TASKS", alias="dataset")
     data_dir: str | None = incidental(None)
     max_skipped: float | None = basic(None, above=0.0)
     objective: str | None = basic(None, choices=("gold_logprob", "next_token_loss", "kl"))
@@ -421,7 +424,7 @@ class HealConfig(Settings):
     """
 
     path: str | None = incidental(None, basic=True, value="FILE[:NAME]")
-    tasks: str | None = incidental(None, basic=True, value="TASKS")
+    tasks: str | None = incidental(None, basic=True, value="TASKS", alias="dataset")
     text: str | None = incidental(None, basic=True, value="FILE,...")
     data_dir: str | None = incidental(None)
     limit: int | None = basic(None, minimum=2)

@@ -181,6 +181,16 @@ def check_text(flag: str, text: str) -> None:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
+def required_tasks(names: str | None, flag: str = "--tasks") -> str:
+    """Return the names of the tasks that a stage asks; ConfigError where none is named."""
+    if names is None:
+        raise ConfigError(
+            f"no task is given; name one as {flag}, for example {flag} questions.jsonl or "
+            f"{flag} arc_easy ('drllm ls tasks' lists all)"
+        )
+    return names
+
+
 def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
     """Return a group of settings, by default that of all defaults, with some changed by name."""
     return from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")

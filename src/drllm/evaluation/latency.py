@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from drllm.config import TIMING, EvaluateConfig
+from drllm.config import EvaluateConfig
 from drllm.cost import mean_executions
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
@@ -166,16 +166,17 @@ def write_latency(
 ) -> None:
     """Time the base model, not routed yet, and the routed one, and write `latency.json`.
 
-    Without rounds or routers nothing is measured, and a file of an earlier evaluation is removed,
-    so that no result is shown with another one's times.
+    Without `latency` or routers nothing is measured, and a file of an earlier evaluation is
+    removed, so that no result is shown with another one's times.
     """
     path = output / LATENCY_FILE
-    if not config.latency_rounds or folder is None or routers is None:
+    if not config.latency or folder is None or routers is None:
         path.unlink(missing_ok=True)
         return
     timed = choose_prompts(prompts, config.latency_read, config.seed)
     systems = {BASE: None, ROUTED: RouterPolicy(routers)}
     weights = folder / WEIGHTS_FILE
+    lengths = (config.latency_rounds, config.latency_read, config.latency_written)
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
         runtime={**base.runtime, "num_threads": torch.get_num_threads()},
@@ -184,13 +185,15 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(base.model, systems, timed, *(getattr(config, name) for name in TIMING)),
+        measured=measure(base.model, systems, timed, *lengths),
     )
     write_json(path, latency)
 
 
 def timed_tokens(config: EvaluateConfig) -> int:
-    """Return how many tokens a measurement runs, at most."""
+    """Return how many tokens a measurement runs at most; 0 where no time is measured."""
+    if not config.latency:
+        return 0
     a_row = config.latency_read + config.latency_written
     return config.latency_rounds * len(DESCRIPTIONS) * sum(BATCH_SIZES) * a_row
 

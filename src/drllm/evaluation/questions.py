@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drllm.config import TIMING, EvaluateConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import flag_of, required_tasks
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
 from drllm.extras import need
@@ -32,7 +32,7 @@ def tasks_of(
     """
     need("eval", "an evaluation")
     if given is None or isinstance(given, str):
-        names = config.tasks if given is None else given
+        names = required_tasks(config.tasks) if given is None else given
         given = [name.strip() for name in names.split(",") if name.strip()]
     tasks = _tasks([given] if isinstance(given, Task) else given, config)
     check(config)
@@ -113,10 +113,10 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
     default = EvaluateConfig()
     for name in ("curve", "num_calibration", "baselines", *TIMING):
         value = getattr(config, name)
-        if value not in (getattr(default, name), "none", 0):  # 0 rounds: nothing is to be timed
+        if value not in (getattr(default, name), "none"):
+            flag = flag_of(name) if value is True else f"{flag_of(name)} {value}"
             raise ConfigError(
-                f"{flag_of(name)} {value} has no effect without routers; give them as --routers, "
-                f"or leave it out"
+                f"{flag} has no effect without routers; give them as --routers, or leave it out"
             )
     return replace(config, baselines="none")
 

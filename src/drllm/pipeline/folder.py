@@ -285,7 +285,7 @@ class RunFolder:
         routers = [folder / name for folder in self.seeds for name in ROUTER_FILES]
         made = {"tune": self.paths_file, "heal": self.healed / HEALED_FILE}
         static = [file for name, file in made.items() if self.recipe.runs(name)]
-        is_timed = config.latency_rounds > 0 and bool(self.seeds)
+        is_timed = config.latency and bool(self.seeds)
         yield {
             "config": config.decisive() | {"measures_time": is_timed},
             "model": self.recipe.model.to_dict(),

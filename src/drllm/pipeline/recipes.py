@@ -40,7 +40,7 @@ ALONE: dict[str, Any] = {
     **dict.fromkeys(_IDLE.split()),
     "split": CHOSEN_ON,
     "baselines": "none",
-    "latency_rounds": 0,
+    "latency": False,
 }
 """How settings of a sweep are judged: the routed model alone, at every depth, on one split."""
 

@@ -197,9 +197,7 @@ def costs(evaluations: Sequence[results.Evaluation], measured: results.Latency |
 def time_tile(measured: results.Latency | None) -> Tile:
     """Return what the measured times show, in a tile."""
     if measured is None:
-        return Tile(
-            "Measured time", "not measured", "only a routed model's is, unless --latency-rounds 0"
-        )
+        return Tile("Measured time", "not measured", "evaluate --latency measures it")
     found = measured.measured
     places = found.labels()
     labels = list(places.values())

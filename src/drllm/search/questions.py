@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from drllm.config import SearchConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import flag_of, required_tasks
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import logger
 from drllm.records.splits import hash_of, question_key
@@ -83,7 +83,8 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
                 )
     shard = None if config.shard is None else parse_shard(config.shard)
     if source is None or isinstance(source, (str, Path)):
-        source = get_tasks(config.dataset if source is None else str(source))
+        names = required_tasks(config.dataset, "--dataset") if source is None else str(source)
+        source = get_tasks(names)
     found = _examples_of(source, config)
     length = config.max_new_tokens
     if config.reward is not None and SUFFIX in config.reward:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.config import SPLITS, TuneConfig
+from drllm.config.fields import required_tasks
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
@@ -46,7 +47,7 @@ def parts_of_tasks(
 ) -> list[TaskParts]:
     """Return the tasks with their questions by part, if they can be tuned on."""
     config.check_effects()
-    given = config.tasks if tasks is None else tasks
+    given = required_tasks(config.tasks) if tasks is None else tasks
     listed = [given] if isinstance(given, (str, Task)) else list(given)
     named = [get_tasks(each) if isinstance(each, str) else [each] for each in listed]
     found = [task for each in named for task in each]

@@ -72,7 +72,9 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
-PATHS_ALONE = "tune: {max_skipped: 1}\nheal: {path: skip1, tasks: builtin_facts}\n"
+TUNE = "tune: {tasks: builtin_facts, max_skipped: 1}\n"
+EVALUATE = "evaluate: {tasks: builtin_facts}\n"
+PATHS_ALONE = f"{TUNE}heal: {{path: skip1, tasks: builtin_facts}}\n{EVALUATE}"
 
 
 def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path: Path):
@@ -88,13 +90,16 @@ def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tune: {}\nheal: {tasks: builtin_facts}\n", "'path: skip1'"),
-        ("heal: {tasks: builtin_facts}\n", "no path is given"),
-        ("tune: {}\nheal: {path: skip1}\n", "nothing to train on"),
-        (PATHS_ALONE + "evaluate: {curve: '0.1'}\n", "no effect without routers"),
+        (f"{TUNE}{EVALUATE}heal: {{tasks: builtin_facts}}\n", "'path: skip1'"),
+        (f"{EVALUATE}heal: {{tasks: builtin_facts}}\n", "no path is given"),
+        (f"{TUNE}{EVALUATE}heal: {{path: skip1}}\n", "nothing to train on"),
+        (f"{EVALUATE}tune: {{}}\n", "no task is given"),
+        (TUNE, "no task is given"),
+        (f"{EVALUATE}search: {{limit: 2}}\n", "no task is given"),
+        (PATHS_ALONE.replace("evaluate: {", "evaluate: {curve: '0.1', "), "no effect without routers"),
     ],
 )
-def test_a_healing_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
+def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
     with pytest.raises(ConfigError, match=says):
         read_recipe(write(tmp_path, text)).check()
 

@@ -144,18 +144,17 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
     save_routers(routers, tmp_path / "routers")
     weights = tmp_path / "routers" / "routers.safetensors"
 
-    def write(rounds):
-        config = EvaluateConfig(latency_rounds=rounds)
+    def write(config):
         write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
 
-    write(2)
+    write(EvaluateConfig(latency=True, latency_rounds=2))
     found = read_latency(tmp_path)
     assert found.model == base.identity
     assert (found.routers, found.routers_sha256) == (str(tmp_path / "routers"), sha256(weights))
     assert found.config["latency_rounds"] == found.measured.num_rounds == 2
     assert found.runtime == {**base.runtime, "num_threads": torch.get_num_threads()}
     assert found.num_prompts == 3
-    write(0)
+    write(EvaluateConfig())
     assert not (tmp_path / "latency.json").exists()
 
 

@@ -54,7 +54,7 @@ def routers(base):
 
 
 def small(**values):
-    few: dict[str, Any] = {"limit": NUM_QUESTIONS, "num_texts": 4, "latency_rounds": 0}
+    few: dict[str, Any] = {"limit": NUM_QUESTIONS, "num_texts": 4}
     return EvaluateConfig(**{**few, "batch_size": 5, **values})
 
 
@@ -279,7 +279,7 @@ def test_paths_alone_name_their_base_model(drllm, model_folder, tmp_path):
     plan, out = tmp_path / "plan.json", tmp_path / "eval"
     plan.write_text('{"path": [0, 1, 2]}')  # names no model, so the next file's counts
     file = written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
-    few = ("--limit", 2, "--num-texts", 2, "--latency-rounds", 0, "--output-dir", out)
+    few = ("--limit", 2, "--num-texts", 2, "--output-dir", out)
     drllm("evaluate --device cpu --paths", f"{plan},{file}:5.00", *few)
     [result] = read_results(out)
     assert result.model["fingerprint"] == base.identity["fingerprint"]
@@ -291,7 +291,7 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
         run(base, tmp_path, None)
     with pytest.raises(ConfigError, match="neither routers nor paths"):
         run(RoutedModel(base.model, tokenizer=base.tokenizer), tmp_path, None)
-    refused = {"curve": "0.1", "baselines": "all", "num_calibration": 4, "latency_rounds": 3}
+    refused = {"curve": "0.1", "baselines": "all", "num_calibration": 4, "latency": True}
     for name, value in refused.items():
         values = {name: value}
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* without routers"):

@@ -75,7 +75,7 @@ def task():
 
 
 def settings(**values):
-    small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, "latency_rounds": 0, **values}
+    small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, **values}
     config = EvaluateConfig(**small)
     few = {}
     drawn = named("permuted-routes,random-decisions,label-frequency")
@@ -537,7 +537,8 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
         return measure(model, systems, prompts, *numbers)
 
     monkeypatch.setattr(latency, "measure", note)
-    few = {"limit": 6, "latency_rounds": 2, "latency_read": 8, "latency_written": 2}
+    few = {"limit": 6, "latency": True, "latency_rounds": 2}
+    few |= {"latency_read": 8, "latency_written": 2}
     few |= {"baselines": "none"}
     results = run(tmp_path, tasks=two_tasks, calls=calls, **few)
     [prompts] = given
@@ -564,7 +565,7 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
 def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
     run, tmp_path, monkeypatch
 ):
-    few = {"limit": 4, "baselines": "none"}
+    few = {"limit": 4, "baselines": "none", "latency": True}
     with monkeypatch.context() as broken_off:
         broken_off.setattr(stage, "write_latency", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -109,7 +109,7 @@ def test_what_is_not_known_of_costs_is_a_dash_and_what_is_not_measured_is_said(f
     replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
     text = text_of(folder.path)
     assert table(text, "system | layers run, reading | saved")[1][3:6] == ["–", "–", "–"]
-    assert "No time was measured: only a routed model's is, unless --latency-rounds is 0." in text
+    assert "No time was measured; drllm evaluate --latency measures a routed model's." in text
 
 
 def test_generated_answers_have_decoding_and_no_log_probability(folder, text_of):

@@ -119,7 +119,7 @@ def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_func
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
     assert routers.config.training["rewards"] == [pinned(function)]
-    few = {"latency_rounds": 0, "num_texts": 4, "baselines": "none", "limit": 4}
+    few = {"num_texts": 4, "baselines": "none", "limit": 4}
     noted, told = [], Listener()
     told.note = noted.append
     [result] = drllm.evaluate(base, prompts_file, routers=routers, listener=told, **own, **few)

@@ -47,7 +47,7 @@ def routers_of(base):
 
 
 def config_of(tasks, **values: Any):
-    few = {"latency_rounds": 0, "num_texts": 4, "baselines": "permuted-routes", **values}
+    few = {"num_texts": 4, "baselines": "permuted-routes", **values}
     return EvaluateConfig(tasks=tasks, **few)
 
 
