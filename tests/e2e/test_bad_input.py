@@ -272,7 +272,7 @@ supervise --search= --output x => --search is ''
 train --run-name= => --run-name is ''
 train --run-name x --supervision= => --supervision is ''
 run dem => unknown recipe 'dem'; did you mean 'demo'?
-run recipes/demo.yaml => packaged recipes are run by name: demo or sweeps/demo
+run recipes/demo.yaml => packaged recipes are run by name: drllm run demo
 supervise --search run/search.jsonl --output run/search.manifest.json => run/search.manifest.json
 supervise --search run/search.jsonl --output /dev/null => it is a device
 supervise --search run/search.jsonl --output run/eval/builtin_facts.json => another stage

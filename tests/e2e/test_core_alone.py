@@ -37,7 +37,6 @@ export --model MODEL --path plan.json --output exported"""
 
 REFUSED = {
     "run RECIPE --output-dir out": "eval,report",
-    "sweep sweeps/demo --output-dir out": "eval,report",
     "report data": "report",
     "evaluate --routers checkpoints/r --tasks builtin_facts --output-dir out": "eval",
     "lm-eval ls tasks": "eval",

@@ -183,33 +183,6 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(run_copy, rerun, quick_r
     assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
 
 
-@pytest.mark.thorough
-def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
-    recipe, tmp_path, drllm, quick_report
-):
-    sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
-    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1'}")
-    sweep.write_text(text + "settings: {plain: {}, two: {train: {gamma: 1.0, num_seeds: 2}}}\n")
-    shown = drllm("sweep", sweep, "--output-dir", out).out
-    found = json.loads((out / "sweep.json").read_text())
-    assert [each["name"] for each in found["settings"]] == ["plain", "two"]
-    for name in ("plain", "two"):
-        result = json.loads((out / "settings" / name / "eval/builtin_facts.json").read_text())
-        assert result["split"] == "select"
-        assert {row["name"] for row in result["systems"]} == {"base", "routed"}
-    tested = json.loads((out / "test" / "eval" / "builtin_facts.json").read_text())
-    assert tested["split"] == "test"
-    assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
-    assert (out / "test" / "report.html").is_file()
-    assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
-
-    before = files_of(out)
-    drllm("sweep", sweep, "--output-dir", out)
-    after = files_of(out)
-    assert {name for name in before if before[name] != after[name]} <= {"sweep.json"}
-    assert "settings on select" in drllm("show", out).out
-
-
 @pytest.fixture
 def model(model_folder: Callable[..., Path]) -> list[str]:
     return ["--model", str(model_folder()), "--device", "cpu"]

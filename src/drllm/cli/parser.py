@@ -126,13 +126,13 @@ class _Verbs(UserDict[str, Any]):
 
 _OF_STAGES = "search supervise train tune heal evaluate report export"
 VERBS = _Verbs(
-    {"run": "running", "sweep": "running", "generate": "generation"}
+    {"run": "running", "generate": "generation"}
     | dict.fromkeys(_OF_STAGES.split(), "stages")
     | {"show": "show", "ls": "listing"}
 )
 
 IN_ORDER = {
-    "all stages in a row": "run sweep",
+    "all stages in a row": "run",
     "the stages, each of which reads what one before it wrote": "search supervise train tune "
     "heal generate evaluate lm-eval report export",
     "what there is": "show ls",

@@ -24,7 +24,6 @@ from drllm.records.static_paths import PATHS_FILE, read_paths
 from drllm.reporting import tuned
 from drllm.reporting.evaluated import measured_line
 from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
-from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, read_sweep_file
 from drllm.search import CHUNKS_FOLDER
 from drllm.statistics.verdicts import Differences
 
@@ -78,12 +77,12 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         _show_routers(folder / "router_config.json", terminal)
         return
     names = ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
-    more = ("routers/router_config.json", SWEEP_FILE, PATHS_FILE, HEALED_FILE)
+    more = ("routers/router_config.json", PATHS_FILE, HEALED_FILE)
     files = [folder / name for name in (*names, *more)]
     parts: list[tuple[Path, Renderer]] = [(file, show) for file in files if file.is_file()]
     if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
         parts.insert(0, (folder / CHUNKS_FOLDER, show_unfinished))
-    for place in (folder / "eval", folder, folder / "test" / "eval"):
+    for place in (folder / "eval", folder):
         schemas = map(results.schema_of, results.results_in(place))
         parts += [(place, show_results)] * (results.EVALUATION_SCHEMA in schemas)
     if not parts:
@@ -243,38 +242,6 @@ def _depths(curve: Sequence[results.Point]) -> Iterator[list[str]]:
         yield []
 
 
-def show_sweep(path: Path, terminal: Terminal) -> None:
-    """Print the settings of a sweep side by side, and which one was chosen."""
-    sweep = read_sweep_file(path)
-    terminal.table(
-        "setting|depth|seeds|layers\nrun|accuracy minus\nbase's, points|gold log-p.\nminus base's"
-        "|text loss\nminus base's",
-        _settings(sweep),
-        title=f"settings on {sweep.chosen_on}, means over seeds",
-        numbers_from=2,
-    )
-    terminal.say(
-        "No setting's routers can be brought to any of the depths: none is chosen."
-        if sweep.chosen is None
-        else f"Chosen on {sweep.chosen_on}: {sweep.chosen}, which keeps most of the gold answers' "
-        f"log-probability (of accuracy where answers are generated) over all depths; other "
-        f"questions test it once."
-    )
-
-
-def _settings(sweep: SweepResult) -> Iterator[list[str]]:
-    several = len({place.task for each in sweep.settings for place in each.places}) > 1
-    for each in sweep.settings:
-        if not each.places:
-            yield [each.name, "none reached", *[NONE] * 5]
-        for number, place in enumerate(each.places):
-            depth = f"{place.task}, {place.depth}" if several else place.depth
-            accuracy = signed(100 * place.against_base.accuracy.mean, 1)
-            numbers = str(place.num_seeds), plain(place.executions, 2), accuracy
-            yield ["" if number else each.name, depth, *numbers, *_losses(place.against_base)]
-        yield []
-
-
 def _losses(found: Differences | None) -> list[str]:
     verdicts = (found.gold_logprob, found.text_loss) if found else (None, None)
     return [signed(verdict.mean if verdict else None) for verdict in verdicts]
@@ -312,7 +279,6 @@ _JSON: dict[str, Renderer] = {
     "run.manifest.json": lambda path, terminal: _show_folder(path.parent, terminal),
     results.LATENCY_FILE: lambda path, terminal: show_measured(path.parent, terminal),
     LAYERS_FILE: _show_agreement,
-    SWEEP_FILE: show_sweep,
     PATHS_FILE: show_paths,
     HEALED_FILE: show_healed,
 }

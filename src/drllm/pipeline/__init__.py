@@ -1,1 +1,1 @@
-"""The stages in a row: `folder.run` carries out a recipe, `sweeps.sweep` many settings of one."""
+"""All stages in a row: `folder.run` carries out a recipe."""

@@ -1,11 +1,9 @@
-"""Recipes and sweeps: the settings of all stages in one YAML file.
+"""Recipes: the settings of all stages in one YAML file.
 
 Everything in them is checked before a model is loaded and before anything is written.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ import yaml
 from drllm import config
 from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, sections_of, with_preset
-from drllm.errors import ConfigError, unknown_name
+from drllm.errors import ConfigError
 from drllm.evaluation.questions import tasks_of, without_routers
 from drllm.extras import need
 from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
-from drllm.tasks.registry import get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.heal_texts import Source, sources_of
 from drllm.tuning.parts import TaskParts, parts_of_tasks
@@ -31,19 +28,6 @@ ROUTING = ("search", "supervise", "train")
 """Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
 PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
 """Sections and stages of a static path, which a recipe has only if it says so."""
-SWEPT = ("supervise", "train")  # sections that a setting of a sweep may change
-FOR_CHOICE = ("limit", "limits", "num_texts")
-"""Settings of the evaluation that may differ where the settings of a sweep are judged."""
-CHOSEN_ON = "select"
-_IDLE = "splits supervision epsilon worked_answers max_loss_increase num_random_draws"
-ALONE: dict[str, Any] = {
-    **dict.fromkeys(_IDLE.split()),
-    "split": CHOSEN_ON,
-    "baselines": "none",
-    "latency": False,
-}
-"""How settings of a sweep are judged: the routed model alone, at every depth, on one split."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -128,18 +112,13 @@ SECTIONS: dict[str, Any] = {
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     """Read and check a recipe; `data_dir` replaces that of every stage that asks questions."""
     values = with_preset(path, read_yaml(path, "a recipe"))
-    return _recipe(path, sections_of(path, values, SECTIONS), data_dir)
-
-
-def _recipe(
-    path: Path, sections: Mapping[str, dict[str, Any]], data_dir: str | None, **changes: Any
-) -> Recipe:
+    sections = sections_of(path, values, SECTIONS)
     groups: dict[str, Any] = {}
     groups["has_routers"] = not sections.keys() & PATHS or bool(sections.keys() & set(ROUTING))
     for name, kind in SECTIONS.items():
         if name in PATHS and name not in sections:
             continue
-        section = canonical(kind, sections.get(name, {}) | changes.get(name, {}))
+        section = canonical(kind, sections.get(name, {}))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
@@ -152,70 +131,3 @@ def _recipe(
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep file says."""
-
-    file: Path
-    common: Recipe  # without any setting's changes
-    settings: Mapping[str, Recipe]  # by name, with them
-    choosing: config.EvaluateConfig  # how each setting is evaluated
-
-
-def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
-    """Read and check a sweep file: a recipe with a section `settings`, and maybe one `choose`.
-
-    `settings` has, by name, the sections `supervise` and `train` as far as they differ from the
-    file's own, `choose` what differs from `evaluate` where settings are judged.
-    """
-    values = with_preset(path, read_yaml(path, "a sweep"))
-    settings = values.pop("settings", None)
-    if not isinstance(settings, dict) or len(settings) < 2:
-        raise ConfigError(
-            f"{path}: 'settings' is {settings}; give at least two settings to compare, by name"
-        )
-    known = [name for name in SECTIONS if name not in PATHS]  # settings of routers are compared
-    sections = sections_of(path, values, [*known, "choose"])
-    choose = sections.pop("choose", {})
-    for name in choose:
-        if name not in FOR_CHOICE:
-            raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
-    common = _recipe(path, sections, data_dir)
-    choosing = _recipe(path, sections, data_dir, evaluate=choose).evaluate
-    if common.evaluate.curve is None:
-        raise ConfigError(
-            f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
-            f"'0.05,0.1'"
-        )
-    for task in get_tasks(common.evaluate.tasks):
-        if common.evaluate.split_of(task.name) == CHOSEN_ON:
-            raise ConfigError(
-                f"{path}: evaluate: {task.name}'s split is {CHOSEN_ON}, on which the setting is "
-                f"chosen; leave it out or give test"
-            )
-    recipes: dict[str, Recipe] = {}
-    for name, changes in settings.items():
-        if not re.fullmatch(r"[\w.-]*\w", str(name)):
-            raise ConfigError(
-                f"{path}: a setting is named '{name}'; give a name of letters, digits, '-', '_' "
-                f"and '.'"
-            )
-        if not isinstance(changes, dict):
-            raise ConfigError(
-                f"{path}: setting '{name}' is {changes}; give sections with what differs, {{}} for "
-                f"nothing"
-            )
-        try:
-            changed = sections_of(path, changes, SWEPT)
-            recipe = _recipe(path, sections, data_dir, **changed)
-        except ConfigError as error:
-            raise ConfigError(f"setting '{name}' of {error}") from error
-        for other, theirs in recipes.items():
-            if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train):
-                raise ConfigError(
-                    f"{path}: settings {other!r} and {name!r} are the same; leave one out"
-                )
-        recipes[str(name)] = recipe
-    return SweepPlan(path, common, recipes, dataclasses.replace(choosing, **ALONE))

@@ -10,12 +10,12 @@ from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
 from drllm.pipeline.folder import STAGES, RunFolder, RunManifest, StageDone, loader, read_run
-from drllm.pipeline.recipes import Recipe, read_recipe, read_sweep
+from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"
-FILES = sorted(RECIPES.rglob("*.yaml"))
+FILES = sorted(RECIPES.glob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
@@ -24,18 +24,15 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_there_are_recipes_and_sweeps():
-    names = {path.relative_to(RECIPES).as_posix() for path in FILES}
-    assert names >= {"demo.yaml", "arc_easy_smollm2.yaml", "sweeps/arc_easy_smollm2.yaml"}
+def test_there_are_recipes():
+    assert {path.stem for path in FILES} >= {"demo", "arc_easy_smollm2"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_comes_with_the_project_is_understood(path: Path):
-    if path.parent.name == "sweeps":
-        sweep = read_sweep(path)
-        assert len(sweep.settings) >= (12 if path.stem == "arc_easy_smollm2" else 2)
-    recipe = sweep.common if path.parent.name == "sweeps" else read_recipe(path)
-    assert get_tasks(recipe.search.dataset)
+    recipe = read_recipe(path)
+    if recipe.has_routers:
+        assert get_tasks(recipe.search.dataset)
     assert get_tasks(recipe.evaluate.tasks)
     assert recipe.evaluate.split == "test"
     assert recipe.search.split == "search"
@@ -104,62 +101,20 @@ def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_p
         read_recipe(write(tmp_path, text)).check()
 
 
-COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
-SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
-
-
-def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
-    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS))
-    assert sweep.settings["plain"] == sweep.common
-    sharp = sweep.settings["sharp"]
-    assert (sharp.train.gamma, sharp.train.num_epochs) == (3.0, 3)
-    assert sharp.supervise.target == "paper"
-    assert sharp.evaluate == sweep.common.evaluate
-
-
-def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_questions(tmp_path):
-    text = COMMON + SETTINGS + "choose: {limit: 20, num-texts: 5}\n"
-    sweep = read_sweep(write(tmp_path, text))
-    config = sweep.choosing
-    assert (config.split, config.baselines, config.curve) == ("select", "none", "0.1")
-    assert config.epsilon is None
-    assert (config.limit, config.num_texts) == (20, 5)
-    assert {recipe.evaluate.limit for recipe in sweep.settings.values()} == {None}
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (COMMON, "'settings' is None; give at least two settings"),
-        (COMMON + "settings: {one: {}}\n", "give at least two settings"),
-        (COMMON + "settings: {a: {}, b: {train: {gama: 1}}}\n", "did you mean 'gamma'"),
-        (COMMON + "settings: {a: {}, b: {trian: {gamma: 1}}}\n", "did you mean 'train'"),
-        (COMMON + "settings: {a: {}, b: {search: {limit: 1}}}\n", "Valid: supervise, train"),
-        (COMMON + "settings: {a: {}, b: 3}\n", "setting 'b' is 3; give sections"),
-        (COMMON + SETTINGS + "tune: {}\n", "unknown section 'tune'"),
-        (COMMON + "settings: {a: {}, b: {on: {}}}\n", "unknown section 'True'"),  # true to YAML
-        (COMMON + "settings: {a: {}, b: {train: 3}}\n", "section 'train' is 3"),
-        (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),
-        (COMMON + "settings: {a: {}, ../b: {train: {gamma: 1}}}\n", "named '../b'"),
-        (COMMON + SETTINGS + "choose: {curve: '0.2'}\n", "choose: unknown setting 'curve'"),
-        (COMMON + SETTINGS + "choose: {limt: 9}\n", "did you mean 'limit'"),
-        (COMMON + SETTINGS + "choose: {limit: few}\n", "'few'"),
-        (COMMON + SETTINGS + "choose: 100\n", "section 'choose' is 100"),
-        (SETTINGS, "a sweep compares at equal depths"),
-        (
-            "evaluate: {curve: '0.1', split: select}\n" + SETTINGS,
-            "split is select, on which the setting is chosen",
-        ),
-        (
-            "evaluate: {curve: '0.1', splits: {builtin_facts: select}}\n" + SETTINGS,
-            "builtin_facts's split is select, on which the setting is chosen",
-        ),
+        ("train: {gama: 1}\n", "did you mean 'gamma'"),
+        ("trian: {gamma: 1}\n", "did you mean 'train'"),
+        ("on: {}\n", "unknown section 'True'"),  # true to YAML
+        ("train: 3\n", "section 'train' is 3"),
+        ("evaluate: {limit: few}\n", "'few'"),
     ],
 )
-def test_a_sweep_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
+def test_a_recipe_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as refused:
-        read_sweep(path)
+        read_recipe(path)
     assert says in str(refused.value)
     assert str(path) in str(refused.value)
 
