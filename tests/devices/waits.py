@@ -92,7 +92,11 @@ def main() -> None:
         stage(
             "evaluate, 4 questions",
             lambda: drllm.evaluate(
-                drllm.attach(model, trained, tokenizer=tokenizer), TASK, limit=4, latency=True, latency_rounds=2
+                drllm.attach(model, trained, tokenizer=tokenizer),
+                TASK,
+                limit=4,
+                latency=True,
+                latency_rounds=2,
             ),
         )
 

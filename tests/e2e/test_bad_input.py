@@ -23,7 +23,8 @@ import pytest
 from drllm.cli import main
 
 WORDS = {
-    "SEARCH": "search --dataset builtin_facts --model MODEL --device cpu --output-dir new",
+    "FACTS": "--tasks builtin_facts",
+    "SEARCH": "search FACTS --model MODEL --device cpu --output-dir new",
     "SAME": "--dataset builtin_facts --limit 6 --num-simulations 6 --block-size 3",
     "SUPERVISE": "supervise --output new.jsonl --search",
     "TRAIN": "train --model MODEL --device cpu --num-epochs 1 --run-name new --supervision",
@@ -31,7 +32,7 @@ WORDS = {
     "TARGETS": "train --supervision run/supervision.jsonl",
     "GENERATE": "generate hello --device cpu --max-new-tokens 2 --routers",
     "ROUTED": "GENERATE run/routers",
-    "EVALUATE": "evaluate --tasks builtin_facts --device cpu --routers run/routers --output-dir new",
+    "EVALUATE": "evaluate FACTS --device cpu --routers run/routers --output-dir new",
     "HARNESS": "LM_EVAL --model_args pretrained=run/routers",
     "LM_EVAL": "lm-eval run --model drllm --device cpu",
     "ASKED": "--tasks builtin_facts --split test --limit 2",
@@ -209,20 +210,20 @@ search --device tpu => unknown device 'tpu'
 search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice
 search --dataset builtin_facts,owner/name/more => unknown task 'owner/name/more'
-search --dataset builtin_facts --columns question=q => --columns question=q has no effect on builtin_facts
+search FACTS --columns question=q => --columns question=q has no effect on builtin_facts
 search --dataset q.jsonl --columns query=q => unknown field 'query'
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task
-search --dataset builtin_facts --reward letter,letter => --reward names 'letter' twice
-search --dataset builtin_facts --strategy walk --length-penalty 9 => --length-penalty 9 has no effect with --strategy walk
-search --dataset builtin_facts --model nowhere --shard 1/2 --limit 1 => --shard 1/2 holds no questions
+search FACTS --reward letter,letter => --reward names 'letter' twice
+search FACTS --strategy walk --length-penalty 9 => --length-penalty 9 has no effect
+search FACTS --model nowhere --shard 1/2 --limit 1 => --shard 1/2 holds no questions
 search --output-dir new => no task is given; name one as --dataset
 evaluate --routers run/routers --output-dir new => no task is given; name one as --tasks
 tune --output-dir new => no task is given; name one as --tasks
 evaluate --tasks builtin_facts => neither routers nor paths are given
-evaluate --paths nowhere.json => nowhere.json doesn't exist
+evaluate FACTS --paths nowhere.json => nowhere.json doesn't exist
 evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers \
 => p.json: {"path": [0]}\\n
-evaluate --tasks builtin_facts --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
+evaluate FACTS --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
 EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
 EVALUATE --epsilon 2 => --epsilon 2 has no effect
@@ -278,10 +279,10 @@ supervise --search run/search.jsonl --output /dev/null => it is a device
 supervise --search run/search.jsonl --output run/eval/builtin_facts.json => another stage
 search --dataset own.jsonl => own.jsonl, line 2 => own.jsonl: \
 {"question": "1+1?", "answer": "2", "grader": "exact"}\\n{"question": \\n
-search --dataset builtin_facts --output-dir file => file is a file => file: x
-evaluate --tasks builtin_facts --routers run/routers --output-dir file/eval => can't write to file/eval => file: x
+search FACTS --output-dir file => file is a file => file: x
+evaluate FACTS --routers run/routers --output-dir file/eval => can't write to file/eval => file: x
 tune --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
-tune --tasks builtin_facts --epsilon 2 --num-judged 10 --output-dir new => needs 30 questions to certify at least
+tune FACTS --epsilon 2 --num-judged 10 --output-dir new => needs 30 questions to certify at least
 tune --max-loss-increase 0.1 --output-dir new => --epsilon
 heal --tasks builtin_facts --output-dir new => no path is given
 heal --path plan.json --output-dir new => nothing to train on => plan.json: {"decisions": [1, 1]}
@@ -340,13 +341,13 @@ HEAVY = """\
 search --dataset owner/name => task owner/name can't fetch train of owner/name from the hub
 EVALUATE --tasks builtin_facts,owner/name:small:test => can't fetch test of owner/name from the hub
 TARGETS --run-name x --report-to wanb => --report-to: unknown tracker 'wanb'
-search --dataset builtin_facts --model MODEL --device cuda:97 => --device is 'cuda:97'
-search --dataset builtin_facts --model smollm2-135 --output-dir new => 'smollm2-135'
-search --dataset builtin_facts --model run --output-dir new => the folder run doesn't hold a model
-search --dataset builtin_facts --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
+search FACTS --model MODEL --device cuda:97 => --device is 'cuda:97'
+search FACTS --model smollm2-135 --output-dir new => 'smollm2-135'
+search FACTS --model run --output-dir new => the folder run doesn't hold a model
+search FACTS --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 SEARCH --attn-implementation sdap => --attn-implementation
 train --model MODEL --supervision run/supervision.jsonl --output run/routers => holds trained
-search --dataset builtin_facts --model MODEL --device cpu --output-dir run --limit 5 => run/search.jsonl was made with
+search FACTS --model MODEL --device cpu --output-dir run --limit 5 => run/search.jsonl was made with
 search --model OTHER --device cpu --output-dir run SAME => run/search.jsonl was made with
 search --model MODEL --device cpu --dtype bfloat16 --output-dir run SAME => dtype
 train --model OTHER --device cpu --supervision run/supervision.jsonl --run-name x => fingerprint

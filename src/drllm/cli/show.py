@@ -23,7 +23,7 @@ from drllm.records.search import read_search
 from drllm.records.static_paths import PATHS_FILE, read_paths
 from drllm.reporting import tuned
 from drllm.reporting.evaluated import measured_line
-from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
+from drllm.reporting.numbers import against, difference, label, plain, signed
 from drllm.search import CHUNKS_FOLDER
 from drllm.statistics.verdicts import Differences
 

@@ -29,6 +29,7 @@ ROUTING = ("search", "supervise", "train")
 PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
 """Sections and stages of a static path, which a recipe has only if it says so."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of all stages.
@@ -80,6 +81,7 @@ class Recipe:
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, and a missing package."""
         need("eval,report", "a run")
+        self._check_tasks()
         _ = self.tasks
         if self.has_routers:
             searched = dict.fromkeys(question.task for question in self.questions)
@@ -99,6 +101,20 @@ class Recipe:
                 raise ConfigError(
                     "heal: no path is named, and without 'epsilon' tune certifies none; name one "
                     "that it will find, for example 'path: skip1'"
+                )
+
+    def _check_tasks(self) -> None:
+        """Refuse a section that asks questions and names no task."""
+        names = {"evaluate": self.evaluate.tasks}
+        if self.has_routers:
+            names["search"] = self.search.dataset
+        if self.tune is not None:
+            names["tune"] = self.tune.tasks
+        for section, tasks in names.items():
+            if tasks is None:
+                raise ConfigError(
+                    f"{section}: no task is given; add one to the recipe's section {section}, for "
+                    f"example 'tasks: questions.jsonl'"
                 )
 
 

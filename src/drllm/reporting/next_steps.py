@@ -34,7 +34,10 @@ def _before_evaluation(run: Run) -> Step:
         return "Read a few answers yourself:", f"drllm generate --path {given} PROMPT"
     if run.router_config or run.epochs:
         what = "Evaluate the routers against base and the baselines:"
-        return what, f"drllm evaluate --routers {here}/routers --tasks TASKS --output-dir {here}/eval"
+        return (
+            what,
+            f"drllm evaluate --routers {here}/routers --tasks TASKS --output-dir {here}/eval",
+        )
     if run.supervision:
         what = "Train routers on these targets:"
         return what, f"drllm train --supervision {here}/supervision.jsonl --output {here}/routers"
@@ -45,7 +48,10 @@ def _before_evaluation(run: Run) -> Step:
 def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     ours, task = evaluation.compared, evaluation.task
     if ours is None or ours.against_base is None:
-        yield f"Compare the routed model on {task} too:", f"drllm evaluate --routers FOLDER --tasks {task}"
+        yield (
+            f"Compare the routed model on {task} too:",
+            f"drllm evaluate --routers FOLDER --tasks {task}",
+        )
         return
     accuracy, loss = ours.against_base.accuracy, ours.against_base.text_loss
     saves = share_saved(ours.executions, evaluation.num_layers) > 0

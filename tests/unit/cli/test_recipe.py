@@ -17,6 +17,11 @@ from drllm.tasks.registry import get_tasks
 RECIPES = Path(drllm.__file__).parent / "cli" / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
 
+TUNE = "tune: {tasks: builtin_facts, max_skipped: 1}\n"
+EVALUATE = "evaluate: {tasks: builtin_facts}\n"
+PATHS_ALONE = f"{TUNE}heal: {{path: skip1, tasks: builtin_facts}}\n{EVALUATE}"
+CURVE = PATHS_ALONE.replace("evaluate: {", "evaluate: {curve: '0.1', ")
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "r.yaml"
@@ -41,7 +46,8 @@ def test_what_comes_with_the_project_is_understood(path: Path):
 def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
     """A model that can't be loaded isn't missed before Ray is, which comes first."""
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
-    path = write(tmp_path, "model: {model: no/such/folder}\nsearch: {executor: ray, limit: 2}\n")
+    search = "search: {dataset: builtin_facts, executor: ray, limit: 2}\n"
+    path = write(tmp_path, "model: {model: no/such/folder}\n" + EVALUATE + search)
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
     assert 'pip install "drllm[ray]"' in capsys.readouterr().err
 
@@ -69,11 +75,6 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
-TUNE = "tune: {tasks: builtin_facts, max_skipped: 1}\n"
-EVALUATE = "evaluate: {tasks: builtin_facts}\n"
-PATHS_ALONE = f"{TUNE}heal: {{path: skip1, tasks: builtin_facts}}\n{EVALUATE}"
-
-
 def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path: Path):
     recipe = read_recipe(write(tmp_path, PATHS_ALONE))
     recipe.check()
@@ -90,10 +91,10 @@ def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path
         (f"{TUNE}{EVALUATE}heal: {{tasks: builtin_facts}}\n", "'path: skip1'"),
         (f"{EVALUATE}heal: {{tasks: builtin_facts}}\n", "no path is given"),
         (f"{TUNE}{EVALUATE}heal: {{path: skip1}}\n", "nothing to train on"),
-        (f"{EVALUATE}tune: {{}}\n", "no task is given"),
-        (TUNE, "no task is given"),
-        (f"{EVALUATE}search: {{limit: 2}}\n", "no task is given"),
-        (PATHS_ALONE.replace("evaluate: {", "evaluate: {curve: '0.1', "), "no effect without routers"),
+        (f"{EVALUATE}tune: {{}}\n", "tune: no task is given"),
+        (TUNE, "evaluate: no task is given"),
+        (f"{EVALUATE}search: {{limit: 2}}\n", "search: no task is given"),
+        (CURVE, "no effect without routers"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, text, says):
