@@ -3,6 +3,8 @@
 REMOVED_VERBS: dict[str, str] = {
     "menu": "'menu' was removed: a menu of paths measured no gain; use 'drllm tune' and "
     "'drllm heal' for one path per task",
+    "sweep": "'sweep' was removed; give 'drllm run' a recipe for each setting, and choose by their "
+    "reports",
 }
 """Name of a removed verb → the whole message: why it went, and what to use instead."""
 
