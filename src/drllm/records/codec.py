@@ -1,7 +1,7 @@
-"""JSON and JSON lines: one reader and one writer for every file between the stages.
+"""Reads and writes JSON and JSON lines, for every file between the stages.
 
-Values are typed (msgspec structs, or plain `dict` and `list`), files are written atomically, and
-what can't be trusted is refused with one `RecordError` that names file, line and place.
+Values are typed: msgspec structs, or plain `dict` and `list`. Files are written atomically. A file
+that can't be trusted is refused by a `RecordError` that names the file, the line and the place.
 """
 
 import contextlib
@@ -25,17 +25,27 @@ from drllm.errors import RecordError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2  # the newest form of our files that this version reads, and the one it writes
-
+SCHEMA_VERSION = 2
+"""The schema version that is written, and the newest one that is read."""
 
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
-_SUSPECT = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
+_NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 """How NaN and infinity begin in MessagePack: a float whose exponent bits are all set."""
+_MESSAGE_PARTS = (
+    (re.compile(r"Object missing required field (`.*?`)", re.DOTALL), r"the field \1 is missing"),
+    (re.compile(r"Object contains unknown field (`.*?`)", re.DOTALL), r"unknown field \1"),
+    (re.compile(r"^Expected"), "expected"),
+    (re.compile(r" - at (`key` in )?`\$\.?(.*)`$", re.DOTALL), r" (at \1`\2`)"),
+    (re.compile(r" \(at ``\)$"), ""),
+)
+"""Parts of msgspec's messages, and what we write instead."""
+_FILE_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+_READ_SIZE = 1 << 20  # bytes
 
 
 class Version(msgspec.Struct):
-    """What any file of ours says of its form."""
+    """The fields that tell the form of any of our files."""
 
     schema: str = ""
     schema_version: int = 0
@@ -45,26 +55,36 @@ class Version(msgspec.Struct):
 def decode(data: bytes | str, kind: type[T], where: str) -> T:
     """Read one JSON value: a struct (its `__post_init__` is run), or `dict[str, Any]`.
 
-    What can't be read is a RecordError that begins with `where`: the file, and the line if need be.
+    Args:
+        data: The JSON text.
+        kind: The type of the value.
+        where: The file, and the line where there are several: the message begins with it.
+
+    Raises:
+        RecordError: The text isn't JSON, isn't of this type, or is of a newer version.
     """
     try:
-        raw = data.encode() if isinstance(data, str) else data
-        if b'"schema_version"' in raw:
-            _refuse_newer(raw)
-        value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
-        # Our own files are byte for byte what we would write; only others need the slow look.
-        if _ENCODER.encode(value) != raw.rstrip():
-            json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        return _decode_bytes(data.encode() if isinstance(data, str) else data, kind)
     except msgspec.ValidationError as error:
-        raise RecordError(f"{where}: {worded(error)}") from error
+        raise RecordError(f"{where}: {describe_invalid(error)}") from error
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error
     except msgspec.DecodeError as error:
-        raise RecordError(f"{where}: {_malformed(data, str(error))}") from error
+        raise RecordError(f"{where}: {_describe_malformed(data, str(error))}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deep to be read") from error
     except ValueError as error:  # of _refuse_…, or a whole number of thousands of digits
         raise RecordError(f"{where}: {error}") from error
+
+
+def _decode_bytes(raw: bytes, kind: type[T]) -> T:
+    """Decode JSON; a ValueError for a newer version or a key that is there twice."""
+    if b'"schema_version"' in raw:
+        _refuse_newer(raw)
+    value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
+    # Files that drllm wrote are encoded to the same bytes again; only others need the slow check.
+    if _ENCODER.encode(value) != raw.rstrip():
+        json.loads(raw, object_pairs_hook=_refuse_duplicates)
     return value
 
 
@@ -75,32 +95,32 @@ def encode(value: Any) -> bytes:
     except UnicodeEncodeError as error:
         raise RecordError(f"text that isn't UTF-8 can't be written: {error.object!r}") from error
     # msgspec writes null for None, and for NaN and infinity.
-    if b"null" in data and _may_not_be_finite(value):
-        for place, number in _not_finite(msgspec.to_builtins(value), ""):
+    if b"null" in data and _may_hold_infinity(value):
+        for place, number in _numbers_not_finite(msgspec.to_builtins(value), ""):
             raise RecordError(f"`{place}` is {number}, which JSON can't hold")
     return data
 
 
 def read_json(path: Path | str, kind: type[T]) -> T:
-    """Read a file of one JSON value; a RecordError for what isn't there, or `decode` refuses."""
-    with _opened(Path(path)) as file:
+    """Read a file of one JSON value; a RecordError if it is missing or `decode` refuses it."""
+    with _open_file(Path(path)) as file:
         return decode(file.read(), kind, str(path))
 
 
 def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
     """Yield `(line number from 1, value)` of a file."""
     number = 0
-    with _opened(Path(path)) as file:
+    with _open_file(Path(path)) as file:
         for number, line in enumerate(file, start=1):
             yield number, decode(line, kind, f"{path}, line {number}")
-    if not number:
+    if number == 0:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 
 
 def read_text(path: Path | str) -> str:
-    """Read a whole UTF-8 file, without a byte order mark; see `read_json` for what is refused."""
+    """Read a whole UTF-8 file, without its byte order mark; RecordErrors as in `read_json`."""
     try:
-        with _opened(Path(path)) as file:
+        with _open_file(Path(path)) as file:
             return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not a UTF-8 text file ({error.reason})") from error
@@ -112,40 +132,49 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, and its folder, so that readers see the old content or all of the new."""
+    """Write a file so that readers see the old content or all of the new.
+
+    The folder is made if it is missing. A RecordError names what can't be written.
+    """
     refuse_odd_file(path, "write")
     clear_half_written(path.parent)
-    # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
+    # Not tempfile.mkstemp: only their owner may read its files.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _write_and_replace(temporary, path, content)
     except OSError as error:
         raise RecordError(f"can't write {path}: {error.strerror}; choose another folder") from error
     except UnicodeEncodeError as error:
         raise RecordError(f"can't write {path}: its text isn't UTF-8 ({error.reason})") from error
 
 
+def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> None:
+    """Write a temporary file and rename it; delete it if anything fails."""
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def clear_half_written(folder: Path) -> None:
-    """Delete what processes of this machine that were killed have left of files in a folder."""
+    """Delete the temporary files that killed processes of this machine left in a folder."""
+    pattern = re.compile(rf"\..+\.{_host()}-(\d+)-\w{{8}}")
     with contextlib.suppress(OSError):  # it is for tidiness only
-        # A folder may hold thousands of chunks, and this is done at every write.
+        # os.listdir is quick: a folder may hold thousands of chunks, and every write comes here.
         for name in os.listdir(folder):  # noqa: PTH208
-            half = name[0] == "." and re.fullmatch(rf"\..+\.{_host()}-(\d+)-\w{{8}}", name)
-            if half and not psutil.pid_exists(int(half[1])):
+            match = pattern.fullmatch(name) if name.startswith(".") else None
+            if match is not None and not psutil.pid_exists(int(match[1])):
                 (folder / name).unlink(missing_ok=True)
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:
-    """Tell whether a file is there; refuse to read or write a folder, a FIFO and the like."""
+    """Return whether a file exists; refuse to read or write a folder, a FIFO and the like."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -156,47 +185,40 @@ def refuse_odd_file(path: Path, doing: str) -> bool:
         raise RecordError(f"can't {doing} {path}: {_reason(error)}") from error
     if stat.S_ISREG(mode):
         return True
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-    what = kinds.get(stat.S_IFMT(mode), "device")
-    raise RecordError(f"can't {doing} {path}: it is a {what}; give the name of a file")
+    kind = _FILE_KINDS.get(stat.S_IFMT(mode), "device")
+    raise RecordError(f"can't {doing} {path}: it is a {kind}; give the name of a file")
 
 
-def worded(error: msgspec.ValidationError) -> str:
-    """Word msgspec's error as ours: what is wrong, then the place in brackets."""
+def describe_invalid(error: msgspec.ValidationError) -> str:
+    """Return msgspec's message in our words: what is wrong, then the place in brackets."""
     message = str(error)
-    for theirs, ours in (
-        (r"Object missing required field (`.*?`)", r"the field \1 is missing"),
-        (r"Object contains unknown field (`.*?`)", r"unknown field \1"),
-        (r"^Expected", "expected"),
-        (r" - at (`key` in )?`\$\.?(.*)`$", r" (at \1`\2`)"),
-        (r" \(at ``\)$", ""),
-    ):
-        message = re.sub(theirs, ours, message, flags=re.DOTALL)
+    for pattern, replacement in _MESSAGE_PARTS:
+        message = pattern.sub(replacement, message)
     return message
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hex digits."""
     digest = hashlib.sha256()
-    with _opened(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    with _open_file(path) as file:
+        for block in iter(functools.partial(file.read, _READ_SIZE), b""):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def digest_of(parts: Iterable[object]) -> str:
-    """Return the SHA-256 of how values are written, one after the other, as hex digits."""
-    return hashlib.sha256("".join(map(repr, parts)).encode()).hexdigest()
+def digest_of(values: Iterable[object]) -> str:
+    """Return the SHA-256 of the `repr` of all values, joined, as hex digits."""
+    return hashlib.sha256("".join(map(repr, values)).encode()).hexdigest()
 
 
 @functools.cache
 def _host() -> str:
-    """Tell machines that share a folder apart, as process ids are each machine's own."""
+    """Return 8 hex digits of this machine: process ids mean nothing on another one."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open_file(path: Path) -> Iterator[BinaryIO]:
     if not refuse_odd_file(path, "read"):
         raise RecordError(f"{path} doesn't exist; give a file that a stage has written")
     try:
@@ -207,11 +229,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
 
 
-def _malformed(data: bytes | str, message: str) -> str:
-    """Say what keeps a text from being JSON."""
+def _describe_malformed(data: bytes | str, message: str) -> str:
+    """Return why a text isn't JSON, given msgspec's message."""
     constants: list[str] = []
     try:
         text = data.decode() if isinstance(data, bytes) else data
@@ -238,7 +262,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_newer(data: bytes) -> None:
-    """Refuse, by ValueError, a file of a newer version by its version's name, if it says one."""
+    """Refuse a file of a newer schema version by a ValueError that names its version."""
     try:
         version = msgspec.json.decode(data, type=Version)
     except (msgspec.MsgspecError, RecursionError):
@@ -250,20 +274,21 @@ def _refuse_newer(data: bytes) -> None:
         )
 
 
-def _may_not_be_finite(value: Any) -> bool:
-    """Tell quickly whether a number may be NaN or infinite; it is seldom wrong."""
+def _may_hold_infinity(value: Any) -> bool:
+    """Return quickly whether a number may be NaN or infinite; False is always right."""
     try:
-        return _SUSPECT.search(msgspec.msgpack.encode(value)) is not None
+        return _NOT_FINITE.search(msgspec.msgpack.encode(value)) is not None
     except OverflowError:  # a whole number beyond 64 bits
         return True
 
 
-def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+def _numbers_not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Yield each NaN and infinity in a value of plain types, with its place."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     elif isinstance(value, dict):
-        for name, each in value.items():
-            yield from _not_finite(each, f"{place}.{name}".lstrip("."))
+        for name, item in value.items():
+            yield from _numbers_not_finite(item, f"{place}.{name}".lstrip("."))
     elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            yield from _not_finite(each, f"{place}[{index}]")
+        for index, item in enumerate(value):
+            yield from _numbers_not_finite(item, f"{place}[{index}]")
