@@ -1,24 +1,117 @@
-"""What commit 3820ce17 wrote and this version no longer reads is refused in one line."""
+"""What commit 3820ce17 wrote is read, and what this version no longer reads is refused in one line.
+
+The files are those of `tests/fixtures/3820ce17/`, which that commit has written.
+"""
 
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
+from drllm.config import ModelConfig, TrainConfig
 from drllm.errors import RecordError
+from drllm.models.base.load import load
+from drllm.models.healed import load_path
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import StaticPath
+from drllm.records.healed import read_healed
+from drllm.records.manifest import read_manifest
 from drllm.records.removed import OLD_VERSION
+from drllm.records.results import read_latency, read_results
+from drllm.records.search import read_search
+from drllm.records.static_paths import read_path, read_path_list, read_paths
+from drllm.records.supervision import read_supervision
+from drllm.reporting.run import read_run
+from drllm.supervision.select import supervise
+from drllm.training.stage import train
 
-MENU = {
-    "schema": "drllm.menu",
-    "schema_version": 2,
-    "drllm_version": "0.1.0.dev0",
-    "created": "2026-11-29T10:00:00+00:00",
-    "model": {"id": "owner/name", "num_layers": 6},
-    "tasks": ["arc_easy", "gsm8k"],
-    "reads_at": 2,
-    "price": 0.1,
-}
+OLD = Path(__file__).parents[1] / "fixtures" / "3820ce17"
+RUN = OLD / "run"
+LOGITS_TOLERANCE = 1e-4  # the stored ones are rounded to five digits
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load(ModelConfig(model=str(OLD / "model"), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What that commit decided and computed on a prompt."""
+    return json.loads((OLD / "expected.json").read_text())
+
+
+def test_a_search_is_read_and_makes_the_same_targets(tmp_path):
+    records = read_search(RUN / "search.jsonl")
+    assert len(records) == 6
+    assert records.model["class"] == "LlamaForCausalLM"
+    assert all(record.full.executions == 4 for record in records)
+    supervise([RUN / "search.jsonl"], output=tmp_path / "supervision.jsonl", target="shortest")
+    assert read_supervision(tmp_path / "supervision.jsonl") == targets()
+
+
+def targets():
+    return read_supervision(RUN / "supervision.jsonl")
+
+
+def test_supervision_is_read_and_trained_on(base, tmp_path):
+    assert [len(target.optimal_layer_config) for target in targets()] == [4] * 4
+    assert read_manifest(RUN / "supervision.jsonl", "supervision")["summary"]["targets"] == 4
+    train(base, [RUN / "supervision.jsonl"], TrainConfig(num_epochs=1), tmp_path / "routers")
+    assert load_routers(tmp_path / "routers").config.num_layers == 4
+
+
+def test_routers_are_read_and_decide_as_they_did(base, expected):
+    routers = load_routers(RUN / "routers")
+    with pytest.warns(UserWarning, match="the weights are the same"):  # it was called "model"
+        routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
+    with torch.no_grad():
+        routed(**base.tokenizer(expected["prompt"], return_tensors="pt"))
+        assert routed.last_route[0].tolist() == expected["decisions"]
+        routed.detach()
+
+
+def test_results_are_read_with_their_samples_and_times():
+    [result] = read_results(RUN / "eval")
+    assert (result.task, result.num_questions) == ("builtin_facts", 6)
+    assert len(result.samples) == 6
+    assert result.routed.executions == pytest.approx(2 + 1 / 6)
+    assert read_latency(RUN / "eval").measured.num_rounds == 2
+
+
+def test_a_run_folder_is_read_whole():
+    run = read_run(RUN)
+    assert run.absent == []
+    assert run.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "shortest", "named"),
+    [("tuned", [0, 3], ["skip2"]), ("certified", [0, 1], ["skip1", "skip2"])],
+)
+def test_static_paths_are_read(base, folder, shortest, named):
+    file = OLD / folder / "paths.json"
+    assert [path.name for path in read_paths(file).paths] == ["full", "skip1", "skip2"]
+    assert read_path(f"{file}:skip2").path_of(base.identity) == StaticPath(shortest)
+    assert list(read_path_list(str(file))) == named  # skip1 of the first is dominated
+
+
+def test_a_healed_path_is_read_and_computes_what_it_did(base, expected):
+    record = read_healed(OLD / "healed" / "path.json")
+    assert record.rank == 2
+    assert [step.layer for step in record.steps] == [0, 1, 3]
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    path = load_path(routed, read_path(str(OLD / "healed")))
+    with torch.no_grad(), routed.fixed(path):
+        logits = routed(**base.tokenizer(expected["prompt"], return_tensors="pt")).logits[0, -1]
+    healed_logits = torch.tensor(expected["healed_logits"])
+    torch.testing.assert_close(logits, healed_logits, atol=LOGITS_TOLERANCE, rtol=0)
+    routed.detach()
+
 
 READERS = (
     "show {}",  # which goes by a file's name
@@ -32,10 +125,9 @@ PLACES = ("menu", "menu/menu.json", "menu/plan.json")
 
 @pytest.fixture
 def menu(tmp_path):
-    file = tmp_path / "menu" / "menu.json"
-    file.parent.mkdir()
-    file.write_text(json.dumps(MENU), encoding="utf-8")
-    return file
+    """The file of a menu, in a folder that may be written to."""
+    folder = Path(shutil.copytree(OLD / "menu", tmp_path / "menu"))
+    return folder / "menu.json"
 
 
 @pytest.mark.parametrize(

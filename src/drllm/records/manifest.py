@@ -87,7 +87,9 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     try:
         msgspec.convert(manifest, _Manifest)
     except msgspec.ValidationError as error:
-        raise RecordError(f"{file}: {codec.worded(error)}; make {path.name} again") from error
+        raise RecordError(
+            f"{file}: {codec.describe_invalid(error)}; make {path.name} again"
+        ) from error
     return manifest
 
 
