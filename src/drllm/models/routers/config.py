@@ -15,7 +15,7 @@ import msgspec
 from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
 from drllm.models.base.prompts import PromptForm
 from drllm.models.routers.files import CONFIG_FILE, find_routers
-from drllm.records.codec import read_json, worded
+from drllm.records.codec import describe_invalid, read_json
 
 FORMAT_VERSION = 1
 ROUTER_WIDTH = 128
@@ -64,7 +64,7 @@ class RouterConfig:
             try:
                 converted = msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
-                message = f"{name!r}: {worded(error)}; it is {reprlib.repr(value)}"
+                message = f"{name!r}: {describe_invalid(error)}; it is {reprlib.repr(value)}"
                 raise ConfigError(message) from error
             object.__setattr__(self, name, converted)
         if len(self.label_counts) not in (0, self.num_layers):
@@ -86,7 +86,7 @@ class RouterConfig:
         try:
             return msgspec.convert(self.training.get("prompt_form"), PromptForm | None)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"'training.prompt_form': {worded(error)}") from error
+            raise ConfigError(f"'training.prompt_form': {describe_invalid(error)}") from error
 
 
 def read_config(folder: Path | str) -> RouterConfig:
