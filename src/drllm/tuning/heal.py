@@ -227,6 +227,7 @@ class _Healing:
             found, remedy = read_healed(file), "choose another --output-dir, or delete the old one"
             what = f"the healed path in {file}"
             refuse_other_run(what, _identity(found), _identity(self.record), remedy)
+            self.chunks.remove()  # where a kill ended the clean-up
             return found
         self.chunks.open()
         with self.listener.busy("reading the texts"):

@@ -257,7 +257,10 @@ class _Tuning:
 
     def run(self) -> StaticPaths:
         """Search, or return what an earlier run of the same has written."""
-        if (finished := from_first(self._finished)) is not None:
+        finished = from_first(self._finished)
+        if finished is not None:
+            if not finished.is_cut:
+                self.chunks.remove()  # where a kill ended the clean-up
             return finished
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.on_progress:

@@ -16,6 +16,7 @@ from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath, Step
 from drllm.records.healed import HEALED_FILE, read_healed
+from drllm.records.resume import Chunks
 from drllm.records.static_paths import read_path
 from drllm.tasks.registry import get_task
 from drllm.tuning import heal as healing
@@ -321,6 +322,15 @@ def test_the_folder_has_what_was_returned_and_is_not_made_again(unbroken, routed
     assert not (folder / CHUNKS_FOLDER).exists()
     monkeypatch.setattr(healing, "divided", None)
     assert healed(routed, folder) == found
+
+
+def test_a_clean_up_that_was_killed_is_ended_by_the_next_start(routed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunks, "remove", lambda chunks: None)
+        healed(routed, tmp_path, steps=2)
+    assert (tmp_path / CHUNKS_FOLDER).exists()
+    healed(routed, tmp_path, steps=2)
+    assert not (tmp_path / CHUNKS_FOLDER).exists()
 
 
 @pytest.mark.parametrize("number", [1, 5])

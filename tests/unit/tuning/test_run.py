@@ -8,6 +8,7 @@ import pytest
 from drllm.errors import ConfigError, PathError
 from drllm.listener import Listener
 from drllm.paths import StaticPath
+from drllm.records.resume import Chunks
 from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
 from drllm.tuning.judge import Judge
@@ -81,6 +82,15 @@ def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, m
     assert not (folder / CHUNKS_FOLDER).exists()
     monkeypatch.setattr(Judge, "scores", None)
     assert tuned(routed, folder, max_loss=10.0) == found
+
+
+def test_a_clean_up_that_was_killed_is_ended_by_the_next_start(routed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunks, "remove", lambda chunks: None)
+        tuned(routed, tmp_path, max_skipped=1)
+    assert (tmp_path / CHUNKS_FOLDER).exists()
+    tuned(routed, tmp_path, max_skipped=1)
+    assert not (tmp_path / CHUNKS_FOLDER).exists()
 
 
 def test_another_tuning_in_the_same_folder_is_refused(unbroken, routed):
