@@ -11,5 +11,7 @@ REMOVED_VERBS: dict[str, str] = {
 REMOVED_FLAGS: dict[str, str] = {
     "--menu": "--menu was removed: a menu of paths measured no gain; compare static paths with "
     "--paths",
+    "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
+    "how long they take at most",
 }
 """Name of a removed flag of any verb, with dashes → the whole message, as for verbs."""

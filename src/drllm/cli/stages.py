@@ -48,16 +48,12 @@ from drllm.tuning.parts import parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
-    from drllm.pipeline.forecast import Forecast
 
 COLUMNS = Flag(
     "columns",
     f"which columns of a file or hub set hold {', '.join(FIELDS)}; grader=exact names the grader",
     value="FIELD=COLUMN,...",
     basic=False,
-)
-DRY_RUN = Flag(
-    "dry_run", "say what it will take, from the model's shape; no weights are read", switch=True
 )
 
 
@@ -171,31 +167,6 @@ def _say_forecast(
     terminal.say("nothing was written; leave --dry-run out to search")
 
 
-def _say_derived(found: Forecast, request: Request, terminal: Terminal) -> None:
-    from drllm.models.base.load import resolve_device
-    from drllm.pipeline.forecast import flops_a_second
-
-    base, device = found.base, resolve_device(request.of(ModelConfig).device)
-    with terminal.busy("measuring"):
-        speed = flops_a_second(base, device)
-    rows = []
-    for name, work in found.work.items():
-        counts = name, str(work.passes), str(work.tokens), f"{work.flops / 1e12:.3g}"
-        rows.append([*counts, duration(work.flops / speed)])
-    terminal.table("part|passes|tokens|TFLOPs|time at most", rows, numbers_from=1)
-    seconds = sum(work.flops for work in found.work.values()) / speed
-    num, dtype = base.model.num_parameters(), str(base.model.dtype).removeprefix("torch.")
-    sizes = {"weights": num * base.model.dtype.itemsize} | found.memory
-    memory = (f"{size / 1e9:.3g} GB {what}" for what, size in sizes.items())
-    terminal.fact("model", f"{num / 1e9:.3g} billion weights in {dtype}, {base.num_layers} layers")
-    rate = f"{speed / 1e12:.3g} TFLOPs a second, as two layers of this shape run here"
-    terminal.fact("time", f"{duration(seconds)} at most on one {device.type}, at {rate}")
-    terminal.fact("memory", ", ".join(memory))
-    if found.disk:
-        terminal.fact("disk", f"{found.disk / 1e9:.3g} GB")
-    terminal.say("derived from the model's shape, an upper bound; nothing was written")
-
-
 @verb(
     "supervise",
     example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
@@ -237,7 +208,6 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
             value="DIR",
             basic=False,
         ),
-        DRY_RUN,
     ),
     resumes=True,
     shares=True,
@@ -248,12 +218,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     config, files = request.of(TrainConfig), published.supervision_files(request)
     config.check_effects()
     check_trackers(config.trackers)
-    found = join_supervision(files)
-    if request.values["dry_run"]:
-        from drllm.pipeline.forecast import of_training
-
-        _say_derived(of_training(request.of(ModelConfig), config, found), request, terminal)
-        return
+    join_supervision(files)  # a mistake in them is reported before a model is loaded
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:
@@ -296,7 +261,6 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     flags=(
         COLUMNS,
         Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR"),
-        DRY_RUN,
     ),
     resumes=True,
     shares=True,
@@ -313,11 +277,6 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
             for part, found in divided.examples.items()
         )
         terminal.say(f"questions of {divided.task.name}: {parts}")
-    if request.values["dry_run"]:
-        from drllm.pipeline.forecast import of_tuning
-
-        _say_derived(of_tuning(request.of(ModelConfig), config, tasks), request, terminal)
-        return
     from drllm.tuning.run import tune
 
     tune(request.of(ModelConfig), None, config, output, listener=terminal)

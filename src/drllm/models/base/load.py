@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
@@ -125,25 +125,6 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     loaded.eval()
     loaded.requires_grad_(False)
     return BaseModel(loaded, _pad_left(tokenizer), name=config.model, revision=revision)
-
-
-def without_weights(config: ModelConfig) -> BaseModel:
-    """Build a model of its configuration alone, on the device `meta`, where nothing can be run.
-
-    ConfigError and ModelError as `load`; the weights needn't be there.
-    """
-    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
-    with hub.quiet():
-        source, revision = _locate(config, {}, needs_weights=False)
-        common = {"trust_remote_code": config.trust_remote_code, "revision": revision}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model_config = AutoConfig.from_pretrained(source, **common)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        except _MODEL_ERRORS as error:
-            raise _explain(error, config) from error
-    return BaseModel(model.eval(), _pad_left(tokenizer), name=config.model, revision=revision)
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -296,9 +277,7 @@ def _pad_left(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _locate(
-    config: ModelConfig, options: Mapping[str, Any], *, needs_weights: bool = True
-) -> tuple[str, str | None]:
+def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name = config.model
     revision = config.revision
@@ -310,7 +289,7 @@ def _locate(
             raise ConfigError(
                 f"--revision {revision!r} has no effect on the folder {name}; leave it out"
             )
-        _check_folder(place, name, needs_weights)
+        _check_folder(place, name)
         return str(place), None
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
@@ -333,12 +312,12 @@ def _advise(name: str) -> str:
     return f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
 
 
-def _check_folder(place: Path, name: str, needs_weights: bool) -> None:
+def _check_folder(place: Path, name: str) -> None:
     """Refuse a folder that lacks a part of a model."""
     missing = []
     if not (place / "config.json").is_file():
         missing.append("config.json")
-    if needs_weights and not any(place.glob("*.safetensors")):
+    if not any(place.glob("*.safetensors")):
         missing.append("weights (*.safetensors)")
     if not any((place / file).is_file() for file in TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
