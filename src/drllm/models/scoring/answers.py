@@ -1,4 +1,4 @@
-"""Greedy answers for many (prompt, decisions) pairs at once, each until it can be graded.
+"""Generate greedy answers for many (prompt, decisions) pairs at once, each until it is graded.
 
 Prompts are read as packed rows, so that paths of one prompt share their common prefixes, within a
 call and across calls, and prompts share what they begin with; then they are decoded as an ordinary
@@ -7,12 +7,15 @@ routed batch with a cache of its own.
 Axes: P prompts, N pairs, V vocabulary.
 """
 
-import itertools
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
 
 from drllm.models.base.devices import on_device
 from drllm.models.routing.generate import end_tokens
@@ -21,10 +24,11 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Request, Tokens
-from drllm.models.scoring.prefix_sharing import Pair, packed_rows
+from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
-"""Called with a pair's place, its text so far, and whether that is all; None while undecided."""
+"""Called with a pair's place, its text so far, and whether that is all. Returns the grade, or None
+while it can't be told."""
 
 # Steps' worth of work on answered rows before they are dropped, which copies all others' K and V.
 MOST_IDLE = 0.3
@@ -60,14 +64,17 @@ class AnswerBatch:
         self.routed = routed
         self.tokenizer = tokenizer
         self.states = prefix_cache(state_cache_gb, routed.model.device)
-        questions = [Request(context) for context in contexts]
-        self.rows = packed_rows(routed, questions, self.states, keep_kv=True)
+        requests = [Request(context) for context in contexts]
+        self.rows = packed_rows(routed, requests, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)
-        self.forget = self._kl.forget
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
-        self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
         self._cache_argument = cache_argument(routed.model)
+        self._end_tokens = set(end_tokens(routed.model.generation_config.eos_token_id))
+
+    def forget(self) -> None:
+        """Drop all shared states, and the full path's distributions."""
+        self._kl.forget()
 
     def answers(
         self,
@@ -84,66 +91,142 @@ class AnswerBatch:
         penalty in a model's generation settings is not applied (docs/differences.md, D-19). `kl`
         measures that too, in the passes that read the prompts.
         """
-        read, written = self.rows.packed.mask.shape[-1], max(max_new_tokens, default=0)
-        size = PathSize(read + written, read if kl else 1, keeps_kv=True)
+        num_read = self.rows.packed.mask.shape[-1]
+        num_written = max(max_new_tokens, default=0)
+        size = PathSize(num_read + num_written, num_read if kl else 1, keeps_kv=True)
 
-        def generate(places: Sequence[int]) -> list[ScoredAnswer]:
-            answers: dict[int, ScoredAnswer] = {}
-            tokens: dict[int, list[int]] = {place: [] for place in places}
-            totals = dict.fromkeys(places, 0.0)
-            going = list(places)
-            wanted = [pairs[place] for place in places]
-            asked = self._kl.with_full(wanted) if kl else list(dict.fromkeys(wanted))
-            num_kept = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]
-            with self.rows.run(asked, num_kept) as shared:
-                last = {pair: values[-1] for pair, values in zip(asked, shared.logits, strict=True)}
-                kls = self._kl.measure(asked, shared.logits) if kl else {}
-                logits = torch.stack([last[pair] for pair in wanted])  # [N, V]
-                cache = shared.routed_cache(wanted)
-            lengths = self._lengths[[pairs[place][0] for place in places]][:, None]
-            width = int(lengths.max())
-            lengths = on_device(lengths, logits.device)
-            mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
-            positions, idle = lengths - 1, 0.0
-            for step in itertools.count(1):
-                highest, best = logits.float().max(dim=-1)  # [rows]
-                logprobs = highest - logits.float().logsumexp(dim=-1)
-                said = zip(going, best.tolist(), logprobs.tolist(), strict=True)
-                for place, token, logprob in said:
-                    if place in answers:
-                        continue
-                    totals[place] += logprob
-                    is_end = token in self._ends
-                    if not is_end:
-                        tokens[place].append(token)
-                    text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
-                    grade = grader(place, text, is_end or step == max_new_tokens[place])
-                    if grade is not None:
-                        own, mean = tuple(tokens[place]), totals[place] / step
-                        answers[place] = ScoredAnswer(text, own, grade, mean, kls.get(pairs[place]))
-                left = [row for row, place in enumerate(going) if place not in answers]
-                over = [row for row, place in enumerate(going) if place in answers]
-                if not left:
-                    break
-                idle += len(over) / len(going)
-                if idle > MOST_IDLE:
-                    idle, over = 0.0, []
-                    keep = on_device(left, best.device)
-                    cache.batch_select_indices(keep)
-                    best, mask, positions = best[keep], mask[keep], positions[keep]
-                    going = [going[row] for row in left]
-                mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-                positions = positions + 1
-                if over:  # never beyond the context, nor the largest position of all
-                    positions[on_device(over, positions.device)] = 0
-                with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
-                    logits = self.routed.model(
-                        input_ids=best[:, None],
-                        attention_mask=mask,
-                        position_ids=positions,
-                        use_cache=True,
-                        **{self._cache_argument: cache},
-                    ).logits[:, -1]
-            return [answers[place] for place in places]
+        def answer_part(places: Sequence[int]) -> list[ScoredAnswer]:
+            drafts = [_Draft(place, pairs[place], max_new_tokens[place]) for place in places]
+            return self._answer(drafts, grader, kl)
 
-        return self._batcher.run(range(len(pairs)), size, generate)
+        return self._batcher.run(range(len(pairs)), size, answer_part)
+
+    def _answer(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
+        """Answer so many pairs in one batch: read the prompts, then decode token by token."""
+        batch, logits, kls = self._read(drafts, kl)
+        while True:
+            highest, tokens = logits.float().max(dim=-1)  # [rows]
+            logprobs = highest - logits.float().logsumexp(dim=-1)
+            steps = zip(batch.drafts, tokens.tolist(), logprobs.tolist(), strict=True)
+            for draft, token, logprob in steps:
+                if draft.grade is None:
+                    self._extend(draft, token, logprob, grader)
+            if all(draft.grade is not None for draft in batch.drafts):
+                break
+            tokens = batch.drop_answered(tokens)
+            logits = batch.step(tokens)
+        return [draft.finished(kls.get(draft.pair)) for draft in drafts]
+
+    def _read(
+        self, drafts: list[_Draft], kl: bool
+    ) -> tuple[_DecodingBatch, Tensor, dict[PlanPair, float | None]]:
+        """Read the prompts; return the batch to decode, the next token's logits, and each KL."""
+        pairs = [draft.pair for draft in drafts]
+        unique: list[PlanPair] = list(dict.fromkeys(pairs))
+        if kl:
+            unique = self._kl.with_full(pairs)
+        num_own = self.rows.packed.num_own
+        num_kept = [num_own[row] if kl else 1 for row, _ in unique]
+        kls: dict[PlanPair, float | None] = {}
+        with self.rows.run(unique, num_kept) as driver:
+            last = {}
+            for pair, values in zip(unique, driver.logits, strict=True):
+                last[pair] = values[-1]
+            if kl:
+                kls = self._kl.measure(unique, driver.logits)
+            logits = torch.stack([last[pair] for pair in pairs])  # [N, V]
+            cache = driver.routed_cache(pairs)
+        lengths = self._lengths[[row for row, _ in pairs]][:, None]  # [N, 1]
+        width = int(lengths.max())
+        lengths = on_device(lengths, logits.device)
+        batch = _DecodingBatch(
+            routed=self.routed,
+            drafts=list(drafts),
+            cache=cache,
+            cache_argument=self._cache_argument,
+            mask=(torch.arange(width, device=logits.device) >= width - lengths).long(),
+            positions=lengths - 1,
+        )
+        return batch, logits, kls
+
+    def _extend(self, draft: _Draft, token: int, logprob: float, grader: Grader) -> None:
+        """Add a token to an answer, and grade it if that can be done."""
+        draft.num_steps += 1
+        draft.sum_logprobs += logprob
+        is_end = token in self._end_tokens
+        if not is_end:
+            draft.tokens.append(token)
+        draft.text = self.tokenizer.decode(draft.tokens, skip_special_tokens=True)
+        is_complete = is_end or draft.num_steps == draft.max_new_tokens
+        draft.grade = grader(draft.place, draft.text, is_complete)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An answer while it is generated."""
+
+    place: int
+    pair: Pair
+    max_new_tokens: int
+    tokens: list[int] = field(default_factory=list)  # without the end-of-sequence token
+    text: str = ""
+    num_steps: int = 0  # tokens generated, with the end of sequence
+    sum_logprobs: float = 0.0
+    grade: float | None = None  # None until it is graded, when the answer is over
+
+    def finished(self, kl: float | None) -> ScoredAnswer:
+        """Return the graded answer."""
+        assert self.grade is not None
+        logprob = self.sum_logprobs / self.num_steps
+        return ScoredAnswer(self.text, tuple(self.tokens), self.grade, logprob, kl)
+
+
+@dataclass(eq=False)
+class _DecodingBatch:
+    """Answers that are generated together, as an ordinary routed batch with a cache.
+
+    A row whose answer is over stays until it has cost enough: dropping it copies the K and V of
+    all others.
+    """
+
+    routed: RoutedModel
+    drafts: list[_Draft]  # of each row
+    cache: Cache
+    cache_argument: str  # the name under which the model takes it
+    mask: Tensor  # [rows, T]
+    positions: Tensor  # [rows, 1], of the last token
+    num_idle: float = 0.0  # steps' worth of work on rows whose answers are over
+
+    def drop_answered(self, tokens: Tensor) -> Tensor:
+        """Drop the rows whose answers are over, once they have cost `MOST_IDLE` steps.
+
+        `tokens` `[rows]` are the ones to read next; returned are those of the rows that are left.
+        """
+        left = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
+        self.num_idle += (len(self.drafts) - len(left)) / len(self.drafts)
+        if self.num_idle <= MOST_IDLE:
+            return tokens
+        self.num_idle = 0.0
+        keep = on_device(left, tokens.device)
+        self.cache.batch_select_indices(keep)
+        self.mask = self.mask[keep]
+        self.positions = self.positions[keep]
+        self.drafts = [self.drafts[row] for row in left]
+        return tokens[keep]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read a token a row, `[rows]`; return the next one's logits, `[rows, V]`."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.drafts), 1)], dim=1)
+        self.positions = self.positions + 1
+        answered = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
+        if answered:  # never beyond the context, nor the largest position of all
+            self.positions[on_device(answered, self.positions.device)] = 0
+        with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
+            logits: Tensor = self.routed.model(
+                input_ids=tokens[:, None],
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                use_cache=True,
+                **{self.cache_argument: self.cache},
+            ).logits[:, -1]
+        return logits

@@ -1,4 +1,4 @@
-"""Batch size by memory: how many paths one forward pass takes, and half as many where it runs out.
+"""Choose how many paths a forward pass takes by memory; halve it where memory runs out.
 
 Results don't depend on how paths are split over passes.
 """
@@ -25,13 +25,14 @@ MAX_PATHS = 256  # a pass of so many paths keeps any device busy; more only take
 SHARE_OF_FREE_MEMORY = 0.5
 """The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4
+MAX_STATE_CACHE_GB = 16
 
 _num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PathSize:
-    """What a path of one prompt takes while its pass runs."""
+    """How large a path of one prompt is in memory while its pass runs."""
 
     num_tokens: int  # of its row, past ones included
     num_logits: int  # tokens whose logits are computed
@@ -40,19 +41,23 @@ class PathSize:
     def num_bytes(self, model: Any) -> int:
         """Return its memory in a model."""
         config = model.config.get_text_config()
-        size = model.dtype.itemsize
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv = 2 * heads * each * 2 if self.keeps_kv else 0  # in the state, and in the cache
-        states = self.num_tokens * config.num_hidden_layers * (config.hidden_size + kv) * size
+        num_bytes = model.dtype.itemsize
+        state_size = config.hidden_size
+        if self.keeps_kv:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_size = getattr(config, "head_dim", None)
+            head_size = head_size or config.hidden_size // config.num_attention_heads
+            kv_size = 2 * heads * head_size
+            state_size += 2 * kv_size  # in the state, and in the cache
+        states = self.num_tokens * config.num_hidden_layers * state_size * num_bytes
         # As computed, in fp32, and once more in fp32 for what is computed from them.
-        logits = self.num_logits * config.vocab_size * (size + 2 * FLOAT_BYTES)
+        logits = self.num_logits * config.vocab_size * (num_bytes + 2 * FLOAT_BYTES)
         return int(states + logits)
 
 
 @dataclass(eq=False)
 class MemoryBatcher:
-    """Splits work over forward passes."""
+    """Splits work over forward passes that fit into memory."""
 
     model: Any
     # A cache that will still take some of the memory that is free now.
@@ -62,13 +67,13 @@ class MemoryBatcher:
 
     def num_paths(self, size: PathSize) -> int:
         """Return how many paths the next pass takes."""
-        wanted = self.maximum
-        if wanted is None:
-            free = free_bytes(self.model.device)
-            left = max(free - (self.states.max_bytes - self.states.num_bytes), free / 2)
-            wanted = int(left * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
-            wanted = min(max(wanted, 1), MAX_PATHS)
-        return min(wanted, self._limit)
+        if self.maximum is not None:
+            return min(self.maximum, self._limit)
+        free = free_bytes(self.model.device)
+        room_for_states = self.states.max_bytes - self.states.num_bytes
+        left = max(free - room_for_states, free / 2)
+        number = int(left * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
+        return min(max(number, 1), MAX_PATHS, self._limit)
 
     def run(
         self,
@@ -83,47 +88,60 @@ class MemoryBatcher:
         """
         results: list[Result] = []
         while len(results) < len(items):
-            part = items[len(results) :][: self.num_paths(size)]
+            start = len(results)
+            part = items[start : start + self.num_paths(size)]
             try:
                 results += one_pass(part)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    lower = "lower --state-cache-gb, " if self.states.max_bytes else ""
-                    raise ModelError(
-                        f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
-                        f"{self.model.device}; {lower}load the model with --dtype bfloat16, or use "
-                        f"a device with more memory"
-                    ) from error
+                    raise ModelError(self._explain(size)) from error
             else:
                 continue
             # Outside of the except block, so that what the failed pass held is free by now.
-            self._limit = max(len(part) // 2, 1)
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            logger.warning(
-                "out of memory on %s with %d paths in a pass; continuing with %d",
-                *(self.model.device, len(part), self._limit),
-            )
+            self._halve(len(part))
         return results
+
+    def _explain(self, size: PathSize) -> str:
+        """Say that not even one path fits, and what to do."""
+        advice = "load the model with --dtype bfloat16, or use a device with more memory"
+        if self.states.max_bytes:
+            advice = f"lower --state-cache-gb, {advice}"
+        return (
+            f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
+            f"{self.model.device}; {advice}"
+        )
+
+    def _halve(self, num_paths: int) -> None:
+        """Let later passes take half as many paths as the one that ran out of memory."""
+        self._limit = max(num_paths // 2, 1)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory on %s with %d paths in a pass; continuing with %d",
+            self.model.device,
+            num_paths,
+            self._limit,
+        )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether an error means that an allocator had no memory left."""
+    """Tell whether an error means that an allocator had no memory left."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
     # torch has a class for CUDA alone; its other allocators raise a bare error that names them.
-    named = re.search("DefaultCPUAllocator|MPS backend out of memory", str(error))
-    return isinstance(error, torch.cuda.OutOfMemoryError) or named is not None
+    return re.search("DefaultCPUAllocator|MPS backend out of memory", str(error)) is not None
 
 
 def share_memory(num_sharing: int) -> None:
-    """Set how many processes, this one included, each count on a part of the machine's memory."""
+    """Set how many processes, this one included, share the machine's memory."""
     global _num_sharing
     _num_sharing = num_sharing
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory: of a CUDA device, what torch has cached included, else our part."""
+    """Return the free memory: of a CUDA device with what torch caches, else this process's part."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -132,21 +150,23 @@ def free_bytes(device: torch.device) -> int:
 
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of the given GB, else a quarter of the free memory, at most 16."""
-    size = min(free_bytes(device) / 4 / GIGABYTE, 16) if gigabytes is None else gigabytes
-    return PrefixCache(size * GIGABYTE)
+    """Return an empty cache of so many GB; None is a quarter of the free memory, at most 16 GB."""
+    if gigabytes is None:
+        gigabytes = min(free_bytes(device) / 4 / GIGABYTE, MAX_STATE_CACHE_GB)
+    return PrefixCache(gigabytes * GIGABYTE)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
-    """Divide prompts or questions into batches by their lengths in tokens alone, the longest first.
+    """Divide prompts into batches of their places by their lengths in tokens, the longest first.
 
-    So little of a batch is padding, and what is too large for memory fails at the start. Padding
-    counted, a batch has `max_tokens` at most; a longer prompt has one to itself.
+    So little of a batch is padding, and what is too large for memory fails at the start. A batch
+    has at most `max_tokens`, with padding; a longer prompt is a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    found: list[list[int]] = []
+    parts: list[list[int]] = []
     while order:
-        number = max(1, min(size, max_tokens // max(lengths[order[0]], 1)))
-        found.append(order[:number])
+        longest = max(lengths[order[0]], 1)
+        number = max(1, min(size, max_tokens // longest))
+        parts.append(order[:number])
         order = order[number:]
-    return found
+    return parts

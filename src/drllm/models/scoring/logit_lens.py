@@ -1,10 +1,12 @@
-"""Logit lens: a model's final norm and output head applied after any of its layers.
+"""Logit lens: apply a model's final norm and output head after any of its layers.
 
-The two are found by rule, and checked to be all that lies between the last layer and the logits.
+A rule finds the two, and a check shows that nothing else lies between the last layer and the
+logits.
 
 Axes: N states, D hidden, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,34 +35,18 @@ class LogitLens:
 
     def __init__(self, routed: RoutedModel) -> None:
         model = base_of(routed.model)
+        name = type(model).__name__
         self.head: nn.Module = model.get_output_embeddings()
         if self.head is None:
-            raise ArchitectureError(
-                f"{type(model).__name__} has no output head, so a hidden state has no logits"
-            )
-        states: list[Tensor] = []
-        after: list[nn.Module] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states.append(output[0] if isinstance(output, tuple) else output)
-
-        def note(module: nn.Module, _inputs: Any) -> None:
-            if states:
-                after.append(module)
-
-        layers = routed.injection.layers
-        others = [child for child in routed.injection.decoder.children() if child is not layers]
-        hooks = [layers[-1].register_forward_hook(keep)]
-        hooks += [child.register_forward_pre_hook(note) for child in others]
-        with hooked(hooks), torch.no_grad(), routed.injection.driven_by(Driver()):
-            tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
-            expected = routed.model(input_ids=tokens, use_cache=False).logits[0]
-        self.norm: nn.Module = after[0] if after else nn.Identity()
+            raise ArchitectureError(f"{name} has no output head, so a hidden state has no logits")
+        trace = _trace(routed)
+        self.norm: nn.Module = trace.modules[0] if trace.modules else nn.Identity()
         with torch.no_grad():
-            difference = float((self.logits(states[0][0]) - expected).abs().max())
-        if len(after) > 1 or not difference <= RELATIVE_TOLERANCE * float(expected.abs().max()):
+            difference = float((self.logits(trace.last_state) - trace.logits).abs().max())
+        tolerance = RELATIVE_TOLERANCE * float(trace.logits.abs().max())
+        if len(trace.modules) > 1 or not difference <= tolerance:  # a NaN is refused too
             raise ArchitectureError(
-                f"{type(model).__name__} makes its logits with more than a final norm and a head, "
+                f"{name} makes its logits with more than a final norm and a head, "
                 f"so the logits after an earlier layer aren't known"
             )
 
@@ -68,3 +54,34 @@ class LogitLens:
         """Return the logits of hidden states, `[N, D]` to `[N, V]`, at least in float32."""
         logits: Tensor = self.head(self.norm(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """What a pass of the untouched model does after its last layer."""
+
+    last_state: Tensor  # [N, D], as the last layer returns it
+    modules: list[nn.Module]  # those that run after it, in order
+    logits: Tensor  # [N, V]
+
+
+def _trace(routed: RoutedModel) -> _Trace:
+    """Run a few tokens through the untouched model."""
+    states: list[Tensor] = []
+    modules: list[nn.Module] = []
+
+    def keep_state(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    def note_module(module: nn.Module, _inputs: Any) -> None:
+        if states:
+            modules.append(module)
+
+    layers = routed.injection.layers
+    children = [child for child in routed.injection.decoder.children() if child is not layers]
+    hooks = [layers[-1].register_forward_hook(keep_state)]
+    hooks += [child.register_forward_pre_hook(note_module) for child in children]
+    with hooked(hooks), torch.no_grad(), routed.injection.driven_by(Driver()):
+        tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
+        logits = routed.model(input_ids=tokens, use_cache=False).logits[0]
+    return _Trace(states[0][0], modules, logits)

@@ -47,8 +47,9 @@ class PrefixCache:
     peak_bytes: int = 0  # the largest that `num_bytes` was
     executions_run: int = 0  # states that were computed
     tokens_run: int = 0  # the sum of their tokens
-    # Each with the number of its batch; the batches' keys and bytes, least recently used first.
+    # Each state with the number of its batch.
     _states: dict[Key, tuple[PrefixState, int]] = field(default_factory=dict)
+    # Each batch's keys and bytes, least recently used first.
     _batches: OrderedDict[int, tuple[list[Key], int]] = field(default_factory=OrderedDict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _needed: Counter[Key] = field(default_factory=Counter)  # by how many passes
@@ -58,16 +59,20 @@ class PrefixCache:
 
     def get(self, key: Key) -> PrefixState | None:
         """Return a state, or None if it was never kept or was evicted."""
-        state, batch = self._states.get(key, (None, None))
-        if batch is not None:
-            self._batches.move_to_end(batch)
+        entry = self._states.get(key)
+        if entry is None:
+            return None
+        state, batch = entry
+        self._batches.move_to_end(batch)
         return state
 
     def put(self, states: Mapping[Key, PrefixState]) -> None:
         """Keep states of one tensor, needed until `release`, evicting others if necessary."""
-        number, num_bytes = next(self._numbers), sum(state.num_bytes for state in states.values())
-        self._states |= {key: (state, number) for key, state in states.items()}
-        self._batches[number] = list(states), num_bytes
+        batch = next(self._numbers)
+        num_bytes = sum(state.num_bytes for state in states.values())
+        for key, state in states.items():
+            self._states[key] = (state, batch)
+        self._batches[batch] = (list(states), num_bytes)
         self._needed.update(states.keys())
         self.count_other(num_bytes)
 
@@ -94,10 +99,15 @@ class PrefixCache:
         self._batches.clear()
 
     def _shrink(self) -> None:
-        batches = list(self._batches.items()) if self.num_bytes > self.max_bytes else []
-        for number, (keys, num_bytes) in batches:
-            if self.num_bytes > self.max_bytes and self._needed.keys().isdisjoint(keys):
-                del self._batches[number]
-                for key in keys:
-                    self._states.pop(key, None)  # put anew since, it may be gone
-                self.num_bytes -= num_bytes
+        """Evict the least recently used batches that no pass needs, as far as memory demands it."""
+        if self.num_bytes <= self.max_bytes:
+            return
+        for batch, (keys, num_bytes) in list(self._batches.items()):
+            if self.num_bytes <= self.max_bytes:
+                break
+            if not self._needed.keys().isdisjoint(keys):
+                continue
+            del self._batches[batch]
+            for key in keys:
+                self._states.pop(key, None)  # put anew since, it may be gone
+            self.num_bytes -= num_bytes
