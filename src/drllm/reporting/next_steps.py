@@ -27,7 +27,7 @@ def next_steps(run: Run) -> list[Step]:
 
 def _before_evaluation(run: Run) -> Step:
     here = shlex.quote(str(run.folder))
-    if (run.paths or run.healed) and not run.learns:
+    if (run.paths or run.healed) and not run.has_training:
         given = f"{here}/{run.sources[-1].name}"  # of what is healed before what isn't
         if run.paths and not run.healed:
             given += f":{run.paths.certified or run.paths.paths[-1].name}"
@@ -99,7 +99,7 @@ def _better_targets(run: Run) -> Iterator[Step]:
         searched = count(len(run.search))
         what = f"Search more questions than these {searched}, and train again:"
         yield what, f"drllm search … --limit {4 * len(run.search)}"
-    used = run.supervised("config")
+    used = run.supervision_manifest.get("config") or {}
     if used.get("target") == "least_kl":
         saving = MIN_SAVING if used.get("min_saving") is None else used["min_saving"]
         if saving:

@@ -1,7 +1,7 @@
-"""What one run folder holds, read and checked: records, router metrics, results, manifests.
+"""Reads a run folder: records, router metrics, results and manifests.
 
-Files that don't exist are noted in `Run.absent`. A file that can't be trusted, or that belongs to
-another model than the others, is an error. Axes: L layers.
+Files that don't exist are listed in `Run.absent`. A file that can't be trusted, or that belongs to
+another model than the others, is an error that names it. Axes: L layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 
 from drllm.errors import RecordError
 from drllm.records import results
-from drllm.records.codec import read_json, read_json_lines, read_text, sha256
+from drllm.records.codec import Version, read_json, read_json_lines, read_text, sha256
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
 from drllm.records.identity import same_weights
 from drllm.records.layers import LAYERS_FILE, Layers
@@ -23,10 +23,13 @@ from drllm.records.search import SearchRecord, read_search
 from drllm.records.static_paths import PATHS_FILE, StaticPaths, read_paths
 from drllm.records.supervision import SupervisionRecord, read_supervision
 
+SEARCH_FILE = "search.jsonl"
+SUPERVISION_FILE = "supervision.jsonl"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file that was read, for the provenance table."""
+class ReportSource:
+    """One file that a report is made from, for the table of provenance."""
 
     name: str
     sha256: str
@@ -34,7 +37,7 @@ class Source:
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `routers/metrics.jsonl`: what is shown of one split after one epoch."""
+    """One line of `routers/metrics.jsonl`: the metrics of one split after one epoch."""
 
     epoch: int
     split: Literal["train", "validation"]
@@ -45,11 +48,14 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything a run folder says; what it doesn't hold is empty or None.
+    """What a run folder holds; what is missing is empty or None.
 
-    `num_layers` is L, agreed on by all files; `model` is the base model's identity, from the first
-    file that says it. `layers` says how the saved routers agree with their labels. `sources` are
-    the files that were read; of each that isn't there `absent` has a line.
+    Attributes:
+        num_layers: L, on which all files agree.
+        model: The base model's identity, from the first file that has it.
+        layers: How the saved routers agree with their targets, layer by layer.
+        sources: The files that were read.
+        absent: A line for each file that is missing.
     """
 
     folder: Path
@@ -65,7 +71,7 @@ class Run:
     paths: StaticPaths | None = None
     healed: HealedPath | None = None
     recipe: str | None = None
-    sources: list[Source] = field(default_factory=list)
+    sources: list[ReportSource] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
     @property
@@ -74,110 +80,110 @@ class Run:
         return self.folder.resolve().name
 
     @property
-    def learns(self) -> bool:
-        """Whether there is anything of a search or of routers."""
+    def has_training(self) -> bool:
+        """Whether the folder holds anything of a search or of routers."""
         return bool(self.search or self.supervision or self.router_config or self.epochs)
+
+    @property
+    def supervision_manifest(self) -> Mapping[str, Any]:
+        """The manifest of the targets; empty where there is none."""
+        for source in self.sources:
+            if source.name == SUPERVISION_FILE:
+                return source.manifest
+        return {}
 
     @property
     def summary(self) -> Mapping[str, Any]:
         """Counts that the supervision stage left in its manifest."""
-        return self.supervised("summary")
+        return self.supervision_manifest.get("summary") or {}
 
     @property
     def notes(self) -> list[str]:
         """What a reader should know before trusting the rest."""
-        read = self.supervised("inputs").get("search.jsonl")
-        searched = [each.sha256 for each in self.sources if each.name == "search.jsonl"]
-        if read is None or searched in ([], [read]):
+        made_from = (self.supervision_manifest.get("inputs") or {}).get(SEARCH_FILE)
+        digests = [source.sha256 for source in self.sources if source.name == SEARCH_FILE]
+        if made_from is None or not digests or digests == [made_from]:
             return []
         return [
             "The targets in supervision.jsonl were made from another search.jsonl than the one in "
-            "this folder, so what is said of the search and of the targets doesn't belong together."
+            "this folder, so the numbers of the search and of the targets don't belong together."
         ]
-
-    def supervised(self, key: str) -> Mapping[str, Any]:
-        """Return what the supervision's manifest says of something; empty where it says nothing."""
-        said = [each.manifest for each in self.sources if each.name == "supervision.jsonl"]
-        return (said[0].get(key) if said else None) or {}
-
-    def has(self, name: str, otherwise: str, said: msgspec.Struct | None = None) -> bool:
-        """Say whether a file is there, and note it as a source, or as absent.
-
-        `otherwise` is what it would show, empty where nobody misses it; `said` is the
-        file as read, where it says itself what a manifest says.
-        """
-        path = self.folder / name
-        if not path.exists():
-            self.absent += [f"{name} ({otherwise})"] if otherwise else []
-            return False
-        manifest = asdict(said) if said is not None else {}
-        if path.suffix == ".jsonl":
-            manifest = read_manifest(path, path.stem) or {}
-        self.sources.append(Source(name=name, sha256=sha256(path), manifest=manifest))
-        return True
 
 
 def read_run(folder: Path) -> Run:
     """Read a folder of `drllm run` or `drllm evaluate`; any of its parts may be missing.
 
-    Nothing to report on, a file that can't be trusted, and files that belong to different models
-    are a RecordError.
+    Raises:
+        RecordError: The folder holds nothing to report on, a file that can't be trusted, or files
+            of different models.
     """
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "doesn't exist"
-        raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
+        state = "is a file" if folder.exists() else "doesn't exist"
+        raise RecordError(f"{folder} {state}; give a folder that 'drllm run' has written")
     run = Run(folder=folder)
-    if run.has("search.jsonl", "what the search found"):
-        run.search = list(read_search(folder / "search.jsonl"))
-    if run.has("supervision.jsonl", "the targets"):
-        run.supervision = list(read_supervision(folder / "supervision.jsonl"))
+    _read_records(run)
     _read_routers(run)
     _read_results(run)
-    for name in (PATHS_FILE, f"tuned/{PATHS_FILE}"):
-        if run.paths is None and (folder / name).is_file():
-            run.paths = read_paths(folder / name)
-            run.has(name, "", run.paths)
-    for name in (HEALED_FILE, f"healed/{HEALED_FILE}"):  # a path.json may be a plain path as well
-        if run.healed is None and results.schema_of(folder / name) == HEALED_SCHEMA:
-            run.healed = read_healed(folder / name)
-            run.has(name, "", run.healed)
-    recipe = folder / "run.yaml"
-    if recipe.is_file():
-        run.recipe = read_text(recipe)
-    else:
-        run.absent.append("run.yaml (the recipe)")
-    if not (run.learns or run.evaluations or run.paths or run.healed):
-        raise RecordError(
-            f"{folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
-            f"or eval/; give a folder that 'drllm run' has written"
-        )
-    _check_routers(run)
-    _agree(run)
+    _read_paths(run)
+    _read_healed_path(run)
+    _read_recipe(run)
+    _refuse_empty(run)
+    _refuse_other_routers(run)
+    run.num_layers = _agreed_depth(run)
+    run.model = _agreed_model(run)
     return run
+
+
+def _exists(run: Run, name: str, content: str) -> bool:
+    """Return whether a file of the run exists; if not, list it as absent with what it holds."""
+    if (run.folder / name).exists():
+        return True
+    run.absent.append(f"{name} ({content})")
+    return False
+
+
+def _add_source(run: Run, name: str, record: msgspec.Struct | None = None) -> None:
+    """List a file as a source; a record has in itself what else a manifest says."""
+    path = run.folder / name
+    manifest: Mapping[str, Any] = {}
+    if record is not None:
+        manifest = asdict(record)
+    elif path.suffix == ".jsonl":
+        manifest = read_manifest(path, path.stem) or {}
+    run.sources.append(ReportSource(name=name, sha256=sha256(path), manifest=manifest))
+
+
+def _read_records(run: Run) -> None:
+    if _exists(run, SEARCH_FILE, "what the search found"):
+        run.search = list(read_search(run.folder / SEARCH_FILE))
+        _add_source(run, SEARCH_FILE)
+    if _exists(run, SUPERVISION_FILE, "the targets"):
+        run.supervision = read_supervision(run.folder / SUPERVISION_FILE)
+        _add_source(run, SUPERVISION_FILE)
 
 
 def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
-    if run.has("routers/router_config.json", "the routers"):
+    if _exists(run, "routers/router_config.json", "the routers"):
         path = folder / "router_config.json"
         run.router_config = read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
-    if run.has("routers/metrics.jsonl", "their metrics"):
+        _add_source(run, "routers/router_config.json")
+    if _exists(run, "routers/metrics.jsonl", "their metrics"):
         epochs = [epoch for _, epoch in read_json_lines(folder / "metrics.jsonl", Epoch)]
         run.epochs = sorted(epochs, key=lambda epoch: epoch.epoch)
-    missed = "the routers layer by layer" if run.epochs else ""
-    if run.has(f"routers/{LAYERS_FILE}", missed):
+        _add_source(run, "routers/metrics.jsonl")
+    if (folder / LAYERS_FILE).exists():
         run.layers = read_json(folder / LAYERS_FILE, Layers)
+        _add_source(run, f"routers/{LAYERS_FILE}")
+    elif run.epochs:
+        run.absent.append(f"routers/{LAYERS_FILE} (the routers layer by layer)")
 
 
 def _read_results(run: Run) -> None:
     """Read `eval/`, or results that lie in the folder itself, as `drllm evaluate` leaves them."""
-    own = any(
-        results.schema_of(path) == results.EVALUATION_SCHEMA
-        for path in results.results_in(run.folder)
-    )
-    prefix = "" if own and not (run.folder / "eval").is_dir() else "eval/"
+    prefix = "" if _holds_results(run.folder) else "eval/"
     folder = run.folder / prefix
     paths = results.results_in(folder)
     if not paths:
@@ -185,51 +191,119 @@ def _read_results(run: Run) -> None:
         return
     run.evaluations = results.read_results(folder)
     run.latency = results.read_latency(folder)
-    run.has(f"{prefix}{results.SAMPLES_FILE}", "routes and questions")
+    samples = f"{prefix}{results.SAMPLES_FILE}"
+    if _exists(run, samples, "routes and questions"):
+        _add_source(run, samples)
     for path, evaluation in zip(paths, run.evaluations, strict=True):
-        run.has(f"{prefix}{path.name}", "", evaluation)
-    run.has(f"{prefix}{results.LATENCY_FILE}", "measured time", run.latency)
+        _add_source(run, f"{prefix}{path.name}", evaluation)
+    latency = f"{prefix}{results.LATENCY_FILE}"
+    if _exists(run, latency, "measured time"):
+        _add_source(run, latency, run.latency)
 
 
-def _agree(run: Run) -> None:
-    """Set depth and model, on which all files must agree."""
-    depths = [("search.jsonl", n) for n in dict.fromkeys(one.num_layers for one in run.search)]
-    depths += [("supervision.jsonl", len(s.optimal_layer_config)) for s in run.supervision[:1]]
-    if run.router_config:
-        depths.append(("router_config.json", run.router_config["num_layers"]))
-    depths += [(LAYERS_FILE, len(run.layers.train.confusion))] if run.layers else []
-    depths += [(PATHS_FILE, run.paths.num_layers)] if run.paths else []
-    depths += [(HEALED_FILE, run.healed.num_layers)] if run.healed else []
-    depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
-    run.num_layers = _agreed(run, "models of different depth, by layers", depths)
-    said = [(each.name, each.manifest.get("model")) for each in run.sources]
-    models = [(name, model) for name, model in said if model and isinstance(model, dict)]
-    prints = [(name, str(m["fingerprint"])) for name, m in models if m.get("fingerprint")]
-    first = prints[0][1] if prints else ""
-    alike = [(name, first if same_weights(first, own, name) else own) for name, own in prints]
-    _agreed(run, "base models with different weights, by fingerprint", alike)
-    run.model = models[0][1] if models else {}
+def _holds_results(folder: Path) -> bool:
+    """Return whether results lie in the folder itself; one with an `eval/` has them there."""
+    if (folder / "eval").is_dir():
+        return False
+    schemas = [results.schema_of(path) for path in results.results_in(folder)]
+    return results.EVALUATION_SCHEMA in schemas
 
 
-def _agreed(run: Run, what: str, said: Sequence[tuple[str, Any]]) -> Any:
-    """Return what files say of the model, None if none does; a RecordError where they differ."""
-    if len({value for _, value in said}) > 1:
-        shown = ", ".join(f"{name}: {value}" for name, value in said)
-        raise RecordError(
-            f"{run.folder} mixes {what} ({shown}); keep the files of one run in a folder"
-        )
-    return said[0][1] if said else None
+def _read_paths(run: Run) -> None:
+    for name in (PATHS_FILE, f"tuned/{PATHS_FILE}"):
+        if (run.folder / name).is_file():
+            run.paths = read_paths(run.folder / name)
+            _add_source(run, name, run.paths)
+            return
 
 
-def _check_routers(run: Run) -> None:
+def _read_healed_path(run: Run) -> None:
+    for name in (HEALED_FILE, f"healed/{HEALED_FILE}"):
+        file = run.folder / name
+        # A plain path may be called path.json too.
+        if file.is_file() and read_json(file, Version).schema == HEALED_SCHEMA:
+            run.healed = read_healed(file)
+            _add_source(run, name, run.healed)
+            return
+
+
+def _read_recipe(run: Run) -> None:
+    recipe = run.folder / "run.yaml"
+    if recipe.is_file():
+        run.recipe = read_text(recipe)
+    else:
+        run.absent.append("run.yaml (the recipe)")
+
+
+def _refuse_empty(run: Run) -> None:
+    if run.has_training or run.evaluations or run.paths or run.healed:
+        return
+    for path in results.results_in(run.folder):
+        read_json(path, Version)  # a damaged result is named
+    raise RecordError(
+        f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
+        f"or eval/; give a folder that 'drllm run' has written"
+    )
+
+
+def _refuse_other_routers(run: Run) -> None:
     """Refuse results of other routers than those in the folder, such as before a new training."""
     weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return
-    here = sha256(weights)
+    digest = sha256(weights)
     for source in run.sources:
-        if (source.manifest.get("routers_sha256") or here) != here:
+        evaluated = source.manifest.get("routers_sha256")
+        if evaluated and evaluated != digest:
             raise RecordError(
                 f"{run.folder / source.name} was made with other routers than those in "
                 f"{weights.parent}; evaluate again"
             )
+
+
+def _agreed_depth(run: Run) -> int | None:
+    """Return the number of layers that all files name."""
+    depths = [(SEARCH_FILE, record.num_layers) for record in run.search[:1]]
+    for target in run.supervision[:1]:
+        depths.append((SUPERVISION_FILE, len(target.optimal_layer_config)))
+    if run.router_config:
+        depths.append(("router_config.json", run.router_config["num_layers"]))
+    if run.layers:
+        depths.append((LAYERS_FILE, len(run.layers.train.confusion)))
+    if run.paths:
+        depths.append((PATHS_FILE, run.paths.num_layers))
+    if run.healed:
+        depths.append((HEALED_FILE, run.healed.num_layers))
+    for evaluation in run.evaluations:
+        depths.append((f"the evaluation of {evaluation.task!r}", evaluation.num_layers))
+    _refuse_different(run, "models of different depth, by layers", depths)
+    return depths[0][1] if depths else None
+
+
+def _agreed_model(run: Run) -> Mapping[str, Any]:
+    """Return the first identity of the base model; all files must name the same weights."""
+    models: list[tuple[str, dict[str, Any]]] = []
+    for source in run.sources:
+        model = source.manifest.get("model")
+        if model and isinstance(model, dict):
+            models.append((source.name, model))
+    fingerprints: list[tuple[str, str]] = []
+    for name, model in models:
+        if not model.get("fingerprint"):
+            continue
+        fingerprint = str(model["fingerprint"])
+        # The same weights in another precision count as the first ones.
+        if fingerprints and same_weights(fingerprints[0][1], fingerprint, name):
+            fingerprint = fingerprints[0][1]
+        fingerprints.append((name, fingerprint))
+    _refuse_different(run, "base models with different weights, by fingerprint", fingerprints)
+    return models[0][1] if models else {}
+
+
+def _refuse_different(run: Run, what: str, values: Sequence[tuple[str, Any]]) -> None:
+    """Refuse files that don't say the same of the model."""
+    if len({value for _, value in values}) > 1:
+        listed = ", ".join(f"{name}: {value}" for name, value in values)
+        raise RecordError(
+            f"{run.folder} mixes {what} ({listed}); keep the files of one run in a folder"
+        )

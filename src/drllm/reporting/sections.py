@@ -63,7 +63,7 @@ def _title(run: Run) -> str:
 
 def _is_routed(run: Run) -> bool:
     routed = any(each.routed for each in run.evaluations)
-    return routed if run.evaluations else run.learns or not (run.paths or run.healed)
+    return routed if run.evaluations else run.has_training or not (run.paths or run.healed)
 
 
 def _about(run: Run) -> str:

@@ -260,6 +260,18 @@ def test_a_folder_of_results_alone_is_read_too(folder, tmp_path, text_of):
     assert "| arc_easy.json |" in text_of(tmp_path / "results")
 
 
+def test_a_damaged_healed_path_is_named(copied):
+    file = copied.text("healed/path.json", "garbage")
+    with pytest.raises(RecordError, match=re.escape(str(file))):
+        read_run(copied.path)
+
+
+def test_a_damaged_result_is_named_where_it_is_all_that_the_folder_holds(folder):
+    file = folder.text("arc_easy.json", "garbage")
+    with pytest.raises(RecordError, match=re.escape(str(file))):
+        read_run(folder.path)
+
+
 def test_files_of_others_beside_a_run_are_no_results(folder):
     folder.search()
     folder.write("notes.json", {"mine": 1})
