@@ -1,13 +1,13 @@
 """The drawings of a report: systems by the layers they run; routes, search and training.
 
-How it is drawn is in `drawing`. Axes: L layers.
+`drawing` has the style. Axes: L layers.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.agreement import NAMES, TRAIN, VALIDATION
@@ -19,106 +19,208 @@ from drllm.reporting.drawing import Colours, apart, legend, panels, whole_number
 from drllm.reporting.run import Epoch
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LETTER, LINE = 0.066, 0.15  # inches that a letter of a label takes, and a label's line
+LETTER = 0.066  # inches that a letter of a label takes
+LINE = 0.15  # inches of a label's line
+MARGIN = 0.6  # inches that the axis' own labels take
 STATIC = "static paths"
 LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
-"""Colour and marker of what stands out."""
+"""Colour and marker of the systems that stand out."""
+OTHER_LOOK = ("faint", "D")
 
+Curves: TypeAlias = Mapping[str, Sequence[System | Point]]
 Scores: TypeAlias = Mapping[str, float | None]
 Shares: TypeAlias = Sequence[Sequence[float]]
 
 
 def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
-    """Return where each system stands, at all depths from the fewest executions.
+    """Return the points of each system, at all depths from the fewest executions.
 
-    The depth that the routers were trained for is one of them. Static paths are one curve, on which
-    base is, the full path.
+    The depth that the routers were trained for is one of them. Static paths are one curve, which
+    base, the full path, belongs to.
     """
-    found: dict[str, list[System | Point]] = {STATIC: [evaluation.base]} if evaluation.paths else {}
-    for each in evaluation.systems:
-        found.setdefault(STATIC if each.name in evaluation.paths else each.name, []).append(each)
+    curves: dict[str, list[System | Point]] = {}
+    if evaluation.paths:
+        curves[STATIC] = [evaluation.base]
+    for system in evaluation.systems:
+        name = STATIC if system.name in evaluation.paths else system.name
+        curves.setdefault(name, []).append(system)
     for point in evaluation.curve:
         if point.setting:
-            found.setdefault(point.system, []).append(point)
-    return {name: sorted(each, key=lambda one: one.executions) for name, each in found.items()}
+            curves.setdefault(point.system, []).append(point)
+    return {
+        name: sorted(points, key=lambda point: point.executions) for name, points in curves.items()
+    }
 
 
 def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
     """Draw every system's accuracy over the layers it runs, each named beside its first point.
 
-    Base and what is compared with it have their intervals; a system at several depths is a line,
-    and so are static paths, each named where there is room.
+    Base and what is compared with it have their intervals. A system at several depths is a line,
+    and so are static paths, which are each named where there is room.
     """
-    ours = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
-    looks = {**LOOKS, ours: LOOKS[ROUTED]}
-    found, base = places(evaluation), evaluation.base
-    others = {name: points for name, points in found.items() if name != BASE}
-    height = max(0.42 * width, 1.2 + LINE * 1.25 * len(others), 3.0)
+    curves = places(evaluation)
+    main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
+    named = {name: points for name, points in curves.items() if name != BASE}
+    height = max(0.42 * width, 1.2 + LINE * 1.25 * len(named), 3.0)
     figure, (axes,) = panels(1, 1, width, height)
-    every = [each for points in found.values() for each in points]
-    right = max(each.executions for each in every)
-    left = min(evaluation.num_layers - 0.5, *(each.executions for each in every))
-    names = {
-        name: f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
-        for name, points in others.items()
-    }
-    # The labels stand in a column of their own, left of all points.
-    share = min(0.6, (LETTER * max(map(len, names.values()), default=0) + 0.3) / (width - 0.6))
-    room = (right - left) * share / (1 - share)
-    axes.set_xlim(left - room, right + 0.03 * (right - left + room))
-    levels = [100 * evaluation.chance] if evaluation.chance > 0 else []
-    heights = [100 * end for each in every for end in each.interval] + levels
-    space = 0.06 * (max(heights) - min(heights)) or 1.0
-    low, high = max(min(heights) - space, -3.0), min(max(heights) + space, 103.0)
-    label_places: list[float] = []
-    for _ in range(3):  # the room that labels take depends on the range, which depends on them
-        line = LINE * (high - low) / (height - 0.6)
-        label_places = apart([100 * points[0].accuracy for points in others.values()], line)
-        low = min([low, *(y - line for y in label_places)])
-        high = max([high, *(y + line / 2 for y in label_places)])
-    axes.set_ylim(low, high)
-
-    def at(each: System | Point) -> tuple[float, float]:
-        return each.executions, 100 * each.accuracy
-
-    at_level: dict[str, Any] = {"color": colours["faint"], "linewidth": 0.8, "zorder": 0}
-    axes.hlines(100 * base.accuracy, left, right, **at_level)
-    beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
-    for level in levels:
-        axes.hlines(level, left, right, linestyle=":", **at_level)
-        axes.annotate("chance", (right, level), (0, 2), color=colours["faint"], **beside)
-    for (name, points), place in zip(others.items(), label_places, strict=True):
-        colour, marker = looks.get(name, ("faint", "D"))
-        stands_out = name in looks
-        xs, ys = zip(*map(at, points), strict=True)
-        look: dict[str, Any] = {"color": colours[colour], "zorder": 2 + stands_out + (name == ours)}
-        axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ours else 4.5, **look)
-        edge = left - 0.09 * room
-        axes.plot([edge, xs[0]], [place, ys[0]], color=colours["grid"], linewidth=0.8, zorder=1)
-        look = {"fontweight": "bold" if name == ours else "normal", "ha": "right"}
-        ink = colours[colour if stands_out else "ink"]
-        axes.text(edge - 0.015 * room, place, names[name], color=ink, va="center", **look)
-    axes.plot(*at(base), "o", color=colours["s0"], ms=7, zorder=4)
-    for name in (ours, BASE):
-        for each in found.get(name, ()):
-            low, high = (100 * end for end in each.interval)
-            axes.vlines(each.executions, low, high, color=colours[looks[name][0]], linewidth=1.8)
-    inches = (width - 0.6) / (right - left + room)  # that one layer takes
-    for each, after in itertools.pairwise(found.get(STATIC, ())):
-        if (after.executions - each.executions) * inches > (1.2 if after is base else 0.6):
-            align = "left" if each.executions == left else "center"  # left are the labels
-            look = {"color": colours[looks[STATIC][0]], "ha": align}
-            axes.annotate(each.name, at(each), (3, 5), textcoords="offset points", **look)
-    said = f"base  {100 * base.accuracy:.1f} %"
-    axes.annotate(said, at(base), (-7, 5), color=colours["s0"], fontweight="bold", **beside)
-    ticks = [tick for tick in axes.get_xticks() if left - 0.06 * (right - left) <= tick <= right]
+    layout = _lay_out(evaluation, curves, width, height)
+    axes.set_xlim(layout.left - layout.room, layout.right + 0.03 * layout.span)
+    axes.set_ylim(layout.low, layout.high)
+    looks = {**LOOKS, main: LOOKS[ROUTED]}
+    _draw_levels(axes, evaluation, layout, colours)
+    for name, points in named.items():
+        colour, marker = looks.get(name, OTHER_LOOK)
+        _draw_curve(axes, points, marker, colours[colour], name == main, name in looks)
+        ink = colours[colour if name in looks else "ink"]
+        _draw_label(axes, name, points[0], layout, ink, colours["grid"], name == main)
+    axes.plot(*_position(evaluation.base), "o", color=colours["s0"], ms=7, zorder=4)
+    for name in (main, BASE):
+        _draw_intervals(axes, curves.get(name, ()), colours[looks[name][0]])
+    _name_static_paths(axes, evaluation, curves, layout, colours[looks[STATIC][0]])
+    _name_base(axes, evaluation, colours["s0"])
+    ticks = [tick for tick in axes.get_xticks() if layout.has_tick(tick)]
     axes.set_xticks(ticks or [evaluation.num_layers])
     axes.grid(visible=False, axis="x")
     axes.set_xlabel(f"layers run a forward pass (full path: {evaluation.num_layers})", loc="right")
     axes.set_ylabel(f"{evaluation.score}, %")
     return figure
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where points and labels stand: executions from left to right, percent from low to high."""
+
+    left: float  # of all points
+    right: float
+    room: float  # of the column of labels, left of all points
+    low: float
+    high: float
+    inches: float  # that one execution takes
+    labels: Mapping[str, str]
+    label_heights: Mapping[str, float]
+
+    @property
+    def span(self) -> float:
+        """Executions from the left of the labels to the right of the points."""
+        return self.right - self.left + self.room
+
+    def has_tick(self, value: float) -> bool:
+        """Return whether a tick stands below the points."""
+        return self.left - 0.06 * (self.right - self.left) <= value <= self.right
+
+
+def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float) -> _Layout:
+    points = [point for curve in curves.values() for point in curve]
+    executions = [point.executions for point in points]
+    left = min(evaluation.num_layers - 0.5, *executions)
+    right = max(executions)
+    firsts = {name: curve[0] for name, curve in curves.items() if name != BASE}
+    labels = {name: _label(name, curves[name]) for name in firsts}
+    widest = max((len(label) for label in labels.values()), default=0)
+    share = min(0.6, (LETTER * widest + 0.3) / (width - MARGIN))
+    room = (right - left) * share / (1 - share)
+    ends = [100 * end for point in points for end in point.interval]
+    if evaluation.chance > 0:
+        ends.append(100 * evaluation.chance)
+    space = 0.06 * (max(ends) - min(ends)) or 1.0
+    low = max(min(ends) - space, -3.0)
+    high = min(max(ends) + space, 103.0)
+    heights: list[float] = []
+    for _ in range(3):  # the room that labels take depends on the range, which depends on them
+        line = LINE * (high - low) / (height - MARGIN)
+        heights = apart([100 * point.accuracy for point in firsts.values()], line)
+        low = min([low, *(place - line for place in heights)])
+        high = max([high, *(place + line / 2 for place in heights)])
+    return _Layout(
+        left=left,
+        right=right,
+        room=room,
+        low=low,
+        high=high,
+        inches=(width - MARGIN) / (right - left + room),
+        labels=labels,
+        label_heights=dict(zip(firsts, heights, strict=True)),
+    )
+
+
+def _label(name: str, points: Sequence[System | Point]) -> str:
+    """Return a system's label, with its accuracy where it has one point."""
+    return f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
+
+
+def _position(point: System | Point) -> tuple[float, float]:
+    return point.executions, 100 * point.accuracy
+
+
+def _draw_levels(axes: Axes, evaluation: Evaluation, layout: _Layout, colours: Colours) -> None:
+    """Draw base's accuracy and that of guessing as horizontal lines."""
+    look: dict[str, Any] = {"color": colours["faint"], "linewidth": 0.8, "zorder": 0}
+    axes.hlines(100 * evaluation.base.accuracy, layout.left, layout.right, **look)
+    if evaluation.chance > 0:
+        chance = 100 * evaluation.chance
+        axes.hlines(chance, layout.left, layout.right, linestyle=":", **look)
+        offset: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
+        axes.annotate("chance", (layout.right, chance), (0, 2), color=colours["faint"], **offset)
+
+
+def _draw_curve(
+    axes: Axes,
+    points: Sequence[System | Point],
+    marker: str,
+    colour: str,
+    is_main: bool,
+    stands_out: bool,
+) -> None:
+    executions, accuracies = zip(*map(_position, points), strict=True)
+    size = 7 if is_main else 4.5
+    order = 2 + stands_out + is_main
+    axes.plot(executions, accuracies, f"{marker}-", color=colour, markersize=size, zorder=order)
+
+
+def _draw_label(
+    axes: Axes,
+    name: str,
+    first: System | Point,
+    layout: _Layout,
+    ink: str,
+    line: str,
+    is_main: bool,
+) -> None:
+    """Write a system's name left of all points, with a line to its first point."""
+    place = layout.label_heights[name]
+    edge = layout.left - 0.09 * layout.room
+    executions, accuracy = _position(first)
+    axes.plot([edge, executions], [place, accuracy], color=line, linewidth=0.8, zorder=1)
+    look: dict[str, Any] = {"fontweight": "bold" if is_main else "normal", "ha": "right"}
+    text = layout.labels[name]
+    axes.text(edge - 0.015 * layout.room, place, text, color=ink, va="center", **look)
+
+
+def _draw_intervals(axes: Axes, points: Sequence[System | Point], colour: str) -> None:
+    for point in points:
+        low, high = point.interval
+        axes.vlines(point.executions, 100 * low, 100 * high, color=colour, linewidth=1.8)
+
+
+def _name_static_paths(
+    axes: Axes, evaluation: Evaluation, curves: Curves, layout: _Layout, colour: str
+) -> None:
+    """Name the static paths that are far enough from the next one."""
+    for point, after in itertools.pairwise(curves.get(STATIC, ())):
+        least = 1.2 if after is evaluation.base else 0.6
+        if (after.executions - point.executions) * layout.inches > least:
+            align = "left" if point.executions == layout.left else "center"  # left are the labels
+            look: dict[str, Any] = {"color": colour, "ha": align, "textcoords": "offset points"}
+            axes.annotate(point.name, _position(point), (3, 5), **look)
+
+
+def _name_base(axes: Axes, evaluation: Evaluation, colour: str) -> None:
+    label = f"base  {100 * evaluation.base.accuracy:.1f} %"
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontweight": "bold"}
+    axes.annotate(label, _position(evaluation.base), (-7, 5), color=colour, **look)
 
 
 def routes_by_layer(
@@ -129,16 +231,18 @@ def routes_by_layer(
     The targets' share of skips is a stroke at each layer.
     """
     figure, (axes,) = panels(1, 1, width, max(2.2, 0.24 * width))
-    layers, bottom = range(len(routes)), [0.0] * len(routes)
+    layers = range(len(routes))
+    bottom = [0.0] * len(routes)
     for decision, colour in zip(Decision, ("skip", "run", "repeat"), strict=True):
-        values = [100 * layer[decision] for layer in routes]
+        heights = [100 * shares[decision] for shares in routes]
         look: dict[str, Any] = {"color": colours[colour], "label": NAMES[decision]}
-        axes.bar(layers, values, bottom=bottom, width=0.85, **look)
-        bottom = list(map(operator.add, bottom, values))
+        axes.bar(layers, heights, bottom=bottom, width=0.85, **look)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     if targets is not None:
-        skips = [100 * layer[Decision.SKIP] for layer in targets]
+        skips = [100 * shares[Decision.SKIP] for shares in targets]
+        left = [layer - 0.42 for layer in layers]
+        right = [layer + 0.42 for layer in layers]
         look = {"color": colours["ink"], "linewidth": 1.6, "label": "skipped by targets"}
-        left, right = ([layer + by for layer in layers] for by in (-0.42, 0.42))
         axes.hlines(skips, left, right, **look)
     ends = (-0.8, len(routes) - 0.2)
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
@@ -148,16 +252,24 @@ def routes_by_layer(
 
 
 def changes_by_layers_saved(
-    found: StaticPaths, task: str, colours: Colours, width: float
+    record: StaticPaths, task: str, colours: Colours, width: float
 ) -> Figure:
-    """Draw paths' changes from the full one's objective, by part; on test with intervals."""
+    """Draw how paths change the full one's objective, by part; on test with intervals."""
     figure, (axes,) = panels(1, 1, width, 2.6)
     for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
-        known = [(found.num_layers - p.executions, p.on(task, part)) for p in found.paths]
-        drawn = [(saved, *(on.change or (0.0, 0.0, 0.0))) for saved, on in known if on]
-        saved, means, lows, highs = zip(*drawn, strict=True) if drawn else ((), (), (), ())
+        saved: list[float] = []
+        changes: list[tuple[float, float, float]] = []
+        for path in record.paths:
+            measured = path.on(task, part)
+            if measured is not None:
+                saved.append(record.num_layers - path.executions)
+                changes.append(measured.change or (0.0, 0.0, 0.0))
+        means = [mean for mean, _, _ in changes]
         axes.plot(saved, means, f"o{dash}", color=colours[colour], markersize=4, label=part)
-    axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
+        if part == TEST:
+            lows = [low for _, low, _ in changes]
+            highs = [high for _, _, high in changes]
+            axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
     axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")
     whole_numbers(axes)
     legend(axes, columns=3)
@@ -167,9 +279,9 @@ def changes_by_layers_saved(
 def kl_by_tokens(curve: Sequence[Checked], colours: Colours, width: float) -> Figure:
     """Draw the KL of training and of held-out texts over the tokens that were trained on."""
     figure, (axes,) = panels(1, 1, width, 2.6)
-    tokens = [check.tokens / 1000 for check in curve]
-    trained: list[Any] = [check.train_kl for check in curve]  # None, a gap, before the first step
-    held_out = [check.held_out_kl for check in curve]
+    tokens = [point.tokens / 1000 for point in curve]
+    trained: list[Any] = [point.train_kl for point in curve]  # None, a gap, before the first step
+    held_out = [point.held_out_kl for point in curve]
     axes.plot(tokens, trained, "o:", label="training", color=colours["faint"], markersize=4)
     axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)
     axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
@@ -183,28 +295,48 @@ def router_metrics(
 ) -> Figure:
     """Draw macro-F1, labels hit and loss by epoch.
 
-    Of the baselines, decisions that ignore the question, each metric's best is a dashed line.
+    A dashed line is the best of the baselines, decisions that ignore the question.
     """
-    splits = [name for name in (TRAIN, VALIDATION) if any(e.split == name for e in epochs)]
-    figure, found = panels(3, 1, width, 4.6, sharex=True)
-    judged = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
-    for axes, (key, title) in zip(found, judged, strict=True):
-        for split in splits:
-            of_split = [(each.epoch, getattr(each, key)) for each in epochs if each.split == split]
-            points = [(epoch, value) for epoch, value in of_split if value is not None]
-            marker = "o" if len(points) == 1 else None
-            look: dict[str, Any] = {"marker": marker, "color": colours["s1"], "label": split}
-            if points:
-                dashes = "-" if split == splits[-1] else ":"
-                axes.plot(*zip(*points, strict=True), dashes, linewidth=1.6, **look)
-        known = {name: v for name, each in baselines.items() if (v := each.get(key)) is not None}
-        if known and key != "routers_loss":
-            best = max(known, key=lambda name: known[name])
-            look = {"color": colours["ink"], "linewidth": 1, "linestyle": "--"}
-            axes.axhline(known[best], label=best.replace("_", " "), **look)
+    figure, all_axes = panels(3, 1, width, 4.6, sharex=True)
+    metrics = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
+    for axes, (key, title) in zip(all_axes, metrics, strict=True):
+        _draw_metric(axes, epochs, key, colours["s1"])
+        if key != "routers_loss":
+            _draw_best_baseline(axes, baselines, key, colours["ink"])
         axes.set_ylabel(title)
         whole_numbers(axes)
         legend(axes, columns=3)
-    found[-1].set_ylim(bottom=0)
-    found[-1].set_xlabel("epoch")
+    all_axes[-1].set_ylim(bottom=0)
+    all_axes[-1].set_xlabel("epoch")
     return figure
+
+
+def _draw_metric(axes: Axes, epochs: Sequence[Epoch], key: str, colour: str) -> None:
+    """Draw a metric of each split by epoch; the last split's line is full."""
+    there = {epoch.split for epoch in epochs}
+    splits = [split for split in (TRAIN, VALIDATION) if split in there]
+    for split in splits:
+        numbers: list[int] = []
+        values: list[float] = []
+        for epoch in epochs:
+            value = getattr(epoch, key)
+            if epoch.split == split and value is not None:
+                numbers.append(epoch.epoch)
+                values.append(value)
+        if values:
+            dashes = "-" if split == splits[-1] else ":"
+            marker = "o" if len(values) == 1 else None
+            look: dict[str, Any] = {"marker": marker, "color": colour, "label": split}
+            axes.plot(numbers, values, dashes, linewidth=1.6, **look)
+
+
+def _draw_best_baseline(axes: Axes, baselines: Mapping[str, Scores], key: str, colour: str) -> None:
+    values: dict[str, float] = {}
+    for name, scores in baselines.items():
+        value = scores.get(key)
+        if value is not None:
+            values[name] = value
+    if values:
+        best = max(values, key=values.__getitem__)
+        look: dict[str, Any] = {"color": colour, "linewidth": 1, "linestyle": "--"}
+        axes.axhline(values[best], label=best.replace("_", " "), **look)

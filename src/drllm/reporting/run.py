@@ -263,9 +263,11 @@ def _refuse_other_routers(run: Run) -> None:
 
 def _agreed_depth(run: Run) -> int | None:
     """Return the number of layers that all files name."""
-    depths = [(SEARCH_FILE, record.num_layers) for record in run.search[:1]]
-    for target in run.supervision[:1]:
-        depths.append((SUPERVISION_FILE, len(target.optimal_layer_config)))
+    depths: list[tuple[str, int]] = []
+    if run.search:
+        depths.append((SEARCH_FILE, run.search[0].num_layers))
+    if run.supervision:
+        depths.append((SUPERVISION_FILE, len(run.supervision[0].optimal_layer_config)))
     if run.router_config:
         depths.append(("router_config.json", run.router_config["num_layers"]))
     if run.layers:
@@ -274,8 +276,7 @@ def _agreed_depth(run: Run) -> int | None:
         depths.append((PATHS_FILE, run.paths.num_layers))
     if run.healed:
         depths.append((HEALED_FILE, run.healed.num_layers))
-    for evaluation in run.evaluations:
-        depths.append((f"the evaluation of {evaluation.task!r}", evaluation.num_layers))
+    depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
     _refuse_different(run, "models of different depth, by layers", depths)
     return depths[0][1] if depths else None
 
