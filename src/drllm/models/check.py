@@ -1,4 +1,4 @@
-"""Is a model routed exactly? Found out by trying it, for `drllm ls architectures --try`.
+"""Check by trying whether a model is routed exactly, for `drllm ls architectures --try`.
 
 A padded batch with a plan for each row generates with a cache, and every logit is compared with the
 plain model whose list of layers *is* the path, one unpadded row at a time and without a cache.
@@ -10,8 +10,8 @@ Axes: B rows, L layers, T tokens, V vocabulary.
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ NUM_NEW = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What trying a model has shown; differences are in standard deviations of the logits.
+    """The result of trying a model; differences are in standard deviations of the logits.
 
     The status is `exact`; `refused`; `absent` (not in the installed transformers); `broken` (the
     plain model differs from itself, with padding and a cache from one row without); or `differs`
@@ -83,35 +83,39 @@ def check(family: str) -> Finding:
     if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)
-    threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # waiting for a second one can take longer than the work
     try:
         with quiet():
             return check_model(make_tiny(family))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
 def check_model(model: Any) -> Finding:
     """Try a model in float32 that isn't routed, and leave it as it was."""
-    made: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
+    finding = Finding(
+        family=model.config.model_type,
+        class_name=type(model).__name__,
+        status="differs",
+        reason="routed and plain logits differ by more than rounding; please report this model",
+    )
     with quiet():
         try:
             plans = mixed_plans(len(find_layers(model)[1]))
-            prefill, decode = _differences(model, plans)
+            prefill, decode = _compare_routed(model, plans)
         except (ArchitectureError, RoutingError) as error:
-            return Finding(**made, status="refused", reason=str(error))
-        made |= {"prefill": prefill, "decode": decode}
+            return replace(finding, status="refused", reason=str(error))
+        finding = replace(finding, prefill=prefill, decode=decode)
         if max(prefill, decode) <= TOLERANCE:
-            return Finding(**made, status="exact")
-        if max(_differences(model, None)) > TOLERANCE:
+            return replace(finding, status="exact", reason="")
+        if max(_compare_plain(model)) > TOLERANCE:
             reason = (
                 f"transformers {transformers.__version__} itself says something else with padding "
                 f"and a cache than without; another version may do better"
             )
-            return Finding(**made, status="broken", reason=reason)
-    reason = "routed and plain logits differ by more than rounding; please report this model"
-    return Finding(**made, status="differs", reason=reason)
+            return replace(finding, status="broken", reason=reason)
+    return finding
 
 
 def why_whole_layers(model: Any) -> str:
@@ -149,60 +153,95 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
-    config, path = vars(decoder.config), to_path(decisions)
-    said = {"num_hidden_layers": len(path), **lists_along(config, path, len(layers))}
-    before = {key: getattr(decoder.config, key) for key in said}
+    config = decoder.config
+    path = to_path(decisions)
+    settings = {"num_hidden_layers": len(path), **lists_along(vars(config), path, len(layers))}
+    before = {key: getattr(config, key) for key in settings}
     try:
         setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
-        for key, value in said.items():
-            setattr(decoder.config, key, value)
+        for key, value in settings.items():
+            setattr(config, key, value)
         yield
     finally:
         setattr(decoder, name, layers)
         for key, value in before.items():
-            setattr(decoder.config, key, value)
+            setattr(config, key, value)
 
 
-def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[float, float]:
-    """Return the largest difference of the two ways where the prompts end, and while decoding.
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A prompt, and the answer that both ways are made to read after it, as tokens."""
 
-    It is in standard deviations of the logits. Without plans `[B, L]` the plain model is compared
-    with itself.
+    prompt: list[int]
+    answer: list[int]
+
+
+def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Return the largest differences of the routed model from each plan run alone.
+
+    They are those where the prompts end, and those while decoding, in standard deviations of the
+    logits. There is a plan of L decisions for each prompt.
     """
+    examples = _make_examples(model)
+    expected = []
+    for example, plan in zip(examples, plans, strict=True):
+        with layers_listed(model, plan):
+            expected.append(_read_alone(model, example))
+    routed = RoutedModel(model)
+    try:
+        with routed.fixed(plans):
+            logits = _generate_batch(model, examples)
+    finally:
+        routed.detach()
+    return _largest_differences(logits, torch.stack(expected))
+
+
+def _compare_plain(model: Any) -> tuple[float, float]:
+    """Return the same differences of the plain model from itself, without padding or cache."""
+    examples = _make_examples(model)
+    expected = [_read_alone(model, example) for example in examples]
+    return _largest_differences(_generate_batch(model, examples), torch.stack(expected))
+
+
+def _make_examples(model: Any) -> list[_Example]:
+    """Draw prompts and answers, the same in each call, without tokens that end an answer."""
     rng = random.Random(0)
-    ends = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}  # would cut answers short
+    ends = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
     vocab_size = model.config.get_text_config().vocab_size
     tokens = [token for token in range(vocab_size) if token not in ends]
     prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]
-    answers = [rng.choices(tokens, k=NUM_NEW) for _ in PROMPT_LENGTHS]
-    slow = []
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        with layers_listed(model, plans[row]) if plans else nullcontext(), torch.no_grad():
-            ids = torch.tensor([[*prompt, *answer]], device=model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-        slow.append(logits[len(prompt) - 1 : -1].float().cpu())  # [T_new, V]
-    ids, mask = left_padded(prompts, model.device)
-    routed = None if plans is None else RoutedModel(model)
+    return [_Example(prompt, rng.choices(tokens, k=NUM_NEW)) for prompt in prompts]
 
-    def forced(row: int, said: Tensor) -> list[int]:
-        return [answers[row][len(said) - ids.shape[1]]]
 
-    try:
-        with nullcontext() if routed is None else routed.fixed(plans or []):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
-                max_new_tokens=NUM_NEW,
-                use_cache=True,  # some models say no by default
-                prefix_allowed_tokens_fn=forced,  # so that both ways read the same tokens
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-    finally:
-        if routed is not None:
-            routed.detach()
-    fast = torch.stack(output.logits, dim=1).float().cpu()  # [B, T_new, V]
-    expected = torch.stack(slow)
-    difference = ((fast - expected).abs() / expected.std()).amax(dim=(0, 2))
+def _read_alone(model: Any, example: _Example) -> Tensor:
+    """Return the logits of an answer's tokens, `[T_new, V]`, of one row without a cache."""
+    ids = torch.tensor([[*example.prompt, *example.answer]], device=model.device)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[len(example.prompt) - 1 : -1].float().cpu()
+
+
+def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
+    """Return the same logits, `[B, T_new, V]`, of one padded batch that generates with a cache."""
+    ids, mask = left_padded([example.prompt for example in examples], model.device)
+    num_read = ids.shape[1]
+
+    def force_answer(row: int, tokens: Tensor) -> list[int]:
+        return [examples[row].answer[len(tokens) - num_read]]
+
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+        max_new_tokens=NUM_NEW,
+        use_cache=True,  # some models say no by default
+        prefix_allowed_tokens_fn=force_answer,  # so that both ways read the same tokens
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(output.logits, dim=1).float().cpu()
+
+
+def _largest_differences(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    difference = ((logits - expected).abs() / expected.std()).amax(dim=(0, 2))  # [T_new]
     return float(difference[0]), float(difference[1:].max())
