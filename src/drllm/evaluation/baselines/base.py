@@ -1,7 +1,7 @@
-"""What a baseline is, what it may be fitted on, and the registry of all of them.
+"""Define a baseline, what it may be fitted on, and the registry of all of them.
 
 Adding one is a module of this package with a class under `@register`, and a test. The modules load
-torch only inside of functions, so that baselines are listed without it.
+torch only inside functions, so that baselines are listed without it.
 
 Axes: Q questions, L layers, N calibration prompts.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
     from drllm.models.scoring.packing import Request
+    from drllm.tuning.judge import Item
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -37,7 +38,7 @@ CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
 QUESTIONS = (CALIBRATION, CHOICE)
-"""What is fitted on questions of the split that settings are chosen on."""
+"""Both are questions of the split that settings are chosen on."""
 STATE_CACHE_GB = 1.0
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
@@ -46,14 +47,17 @@ Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What baselines may be fitted on, never what is reported on; empty is what isn't there.
+    """What baselines may be fitted on, never what is reported on; what isn't there is empty.
 
-    Prompts are the token ids of each calibration prompt of the named task, `[N]`; questions are the
-    same with their options, where they have any, and golds say which of these are right. The
-    supervision holds the routers' own targets.
-
-    `remember`, given the name of a measure, candidates and the measure itself, returns what it
-    gives, asking it unless that is known: by far the longest part of fitting.
+    Attributes:
+        routed: The routed model.
+        prompts: The token ids of each calibration prompt of the task, `[N]`.
+        questions: The same prompts with their options, where they have any.
+        golds: The right option of each question.
+        supervision: The routers' own targets.
+        name: The task's name.
+        remember: Gets the name of a measure, candidates, and the measure; returns its values. It
+            calls the measure only for what it doesn't know: that takes the longest of all fitting.
     """
 
     routed: RoutedModel
@@ -67,7 +71,7 @@ class Material:
     )
 
     def measure(self, kind: str) -> Measure:
-        """Return a measure of candidates, in nats, that remembers what it found.
+        """Return a measure of candidates, in nats, that remembers its values.
 
         `loss` is the mean log-probability of a token of the calibration prompts, but their first
         ones; `answers` that of the gold options, of the options and not of the text. ModelError
@@ -76,34 +80,52 @@ class Material:
         Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
             log-probability (D-18).
         """
+        values_of = self._mean_answer_logprobs if kind == "answers" else self._mean_token_logprobs
+        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, values_of)
 
-        def measure(unknown: Sequence[Decisions]) -> list[float]:
-            import numpy as np
+    def _mean_token_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
+        from drllm.models.scoring.packing import Request
+        from drllm.tuning.judge import Item
+        from drllm.tuning.parts import LOSS
 
-            from drllm.models.scoring.packing import Request
-            from drllm.tuning.judge import Item, Judge
-            from drllm.tuning.parts import GOLD, LOSS
+        texts = [Request(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
+        num_tokens = [len(text.continuations[0]) for text in texts]
+        return self._mean_scores(candidates, [Item(text) for text in texts], LOSS, num_tokens)
 
-            texts = [Request(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
-            weights, objective = [len(text.continuations[0]) for text in texts], LOSS
-            items = list(map(Item, texts))
-            if kind == "answers":
-                items = list(map(Item, self.questions, self.golds))
-                weights, objective = [1] * len(items), GOLD
-            judge = Judge(self.routed, items, objective, STATE_CACHE_GB)
-            paths = [StaticPath(to_path(decisions)) for decisions in unknown]
-            values = judge.scores(paths).objective  # [N][Q]
-            means: list[float] = np.average(values, axis=1, weights=weights).tolist()
-            return means
+    def _mean_answer_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
+        from drllm.tuning.judge import Item
+        from drllm.tuning.parts import GOLD
 
-        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, measure)
+        questions = zip(self.questions, self.golds, strict=True)
+        items = [Item(request, gold) for request, gold in questions]
+        return self._mean_scores(candidates, items, GOLD, [1] * len(items))
+
+    def _mean_scores(
+        self,
+        candidates: Sequence[Decisions],
+        items: Sequence[Item],
+        objective: str,
+        weights: Sequence[int],
+    ) -> list[float]:
+        """Return the weighted mean over the items of each candidate's score."""
+        import numpy as np
+
+        from drllm.tuning.judge import Judge
+
+        judge = Judge(self.routed, items, objective, STATE_CACHE_GB)
+        paths = [StaticPath(to_path(decisions)) for decisions in candidates]
+        scores = judge.scores(paths).objective  # [N][Q]
+        means: list[float] = np.average(scores, axis=1, weights=weights).tolist()
+        return means
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineRun:
-    """How a system decides on a task's questions: a plan `[Q, L]`, a policy, or a path for all.
+    """How a system decides on a task's questions.
 
-    `note` is what a reader should know beyond the description; a part of a sentence.
+    Attributes:
+        decides: Decisions of each question `[Q, L]`, a policy, or a path for all.
+        note: What a reader should know beyond the description; a part of a sentence.
     """
 
     decides: Tensor | Policy | StaticPath
@@ -111,16 +133,16 @@ class BaselineRun:
 
 
 class Baseline(ABC):
-    """One baseline of a routed model, fitted on one task when it is first asked for.
+    """One baseline of a routed model, fitted on one task on first use.
 
     Attributes:
         description: What it does: the first line of its docstring.
         fitted_on: What its decisions are fitted on; never questions that are reported on.
         order: Its place in tables.
-        needs: What of the material it can't do without, and how that is said.
+        needs: A field of the material that must not be empty, and what messages call it.
         is_drawn: Whether it is drawn several times; the others' draws only decide which questions
             run a layer more.
-        reads_question: Whether its decisions follow from the question that is asked.
+        reads_question: Whether its decisions depend on the question.
     """
 
     name: ClassVar[str]
@@ -133,25 +155,29 @@ class Baseline(ABC):
     reads_question: ClassVar[bool] = False
 
     def __init__(self, routed: RoutedModel, read: Callable[[], Material]) -> None:
-        self.routed, self.num_layers = routed, routed.num_layers
+        self.routed = routed
+        self.num_layers = routed.num_layers
         self._read = read
 
     @functools.cached_property
     def material(self) -> Material:
-        """What it is fitted on, read when it is first needed."""
+        """What it is fitted on, read on first use."""
         return self._read()
 
     def obstacle(self, executions: float) -> str | None:
-        """Say why the baseline can't be had at given mean executions; None if it can."""
-        if self.needs and not getattr(self.material, self.needs[0]):
-            return f"it needs {self.needs[1]}"
-        return None
+        """Say why the baseline can't run at these mean executions; None if it can."""
+        if self.needs is None:
+            return None
+        field, name = self.needs
+        return None if getattr(self.material, field) else f"it needs {name}"
 
     @abstractmethod
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
-        """Return how it decides on questions on which the routed model took `routes`, `[Q, L]`.
+        """Return how it decides at the routed model's mean executions.
 
-        Its mean executions are to be those of the routes.
+        Args:
+            routes: The decisions that the routed model took on the questions, `[Q, L]`.
+            generator: What is drawn is drawn from it.
         """
 
 
@@ -173,28 +199,33 @@ def executions_of(routes: Tensor) -> float:
 
 
 def ordered() -> list[type[Baseline]]:
-    """Return all baselines in the order in which they are shown."""
+    """Return all baselines in the order of tables."""
     return sorted(map(BASELINES.get, BASELINES), key=lambda baseline: baseline.order)
 
 
 def named(names: str) -> list[str]:
-    """Return the baselines of a comma list, in the order in which they are shown.
+    """Return the baselines of a comma list, in the order of tables.
 
-    Names have dashes or underscores for spaces; ConfigError for one that there isn't. `quick` are
+    Names have dashes or underscores for spaces; an unknown one is a ConfigError. `quick` stands for
     those that need no fitting; `all` and `none` are lists too.
     """
     baselines = ordered()
-    if names in ("all", "none"):
-        return [each.name for each in baselines if names == "all"]
+    if names == "none":
+        return []
+    if names == "all":
+        return [baseline.name for baseline in baselines]
     if names == "quick":
-        fitted = [each for each in baselines if each.needs or each.fitted_on in QUESTIONS]
-        return [each.name for each in baselines if each not in fitted]
-    wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
-    for name in wanted:
+        return [baseline.name for baseline in baselines if not _needs_fitting(baseline)]
+    listed = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
+    for name in listed:
         if name not in BASELINES:
-            known = {*map(dashed, BASELINES), "quick", "all", "none"}
-            raise ConfigError("--baselines: " + unknown_name("baseline", dashed(name), known))
-    return [each.name for each in baselines if each.name in wanted]
+            choices = {*map(dashed, BASELINES), "quick", "all", "none"}
+            raise ConfigError("--baselines: " + unknown_name("baseline", dashed(name), choices))
+    return [baseline.name for baseline in baselines if baseline.name in listed]
+
+
+def _needs_fitting(baseline: type[Baseline]) -> bool:
+    return baseline.needs is not None or baseline.fitted_on in QUESTIONS
 
 
 def dashed(name: str) -> str:
@@ -203,8 +234,9 @@ def dashed(name: str) -> str:
 
 
 def needs_targets(baselines: str) -> bool:
-    """Tell whether some of the baselines of a comma list are fitted on the routers' targets."""
-    return any((BASELINES.get(name).needs or [""])[0] == "supervision" for name in named(baselines))
+    """Tell whether some of the baselines of a comma list need the routers' targets."""
+    needs = [BASELINES.get(name).needs for name in named(baselines)]
+    return any(need is not None and need[0] == "supervision" for need in needs)
 
 
 def check(config: EvaluateConfig) -> None:
@@ -236,12 +268,14 @@ def check(config: EvaluateConfig) -> None:
 
 
 def depths(curve: str | None) -> list[float]:
-    """Return the shares of the executions that a curve is to save, `0.1,0.2`, in order.
+    """Read the shares of the executions that a curve is to save, `0.1,0.2`; return them in order.
 
     ConfigError for what is no share below 1 and above 0, or one given twice.
     """
+    if curve is None:
+        return []
     shares: list[float] = []
-    for word in [] if curve is None else curve.split(","):
+    for word in curve.split(","):
         try:
             share = float(word)
         except ValueError:

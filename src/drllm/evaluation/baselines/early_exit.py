@@ -38,28 +38,31 @@ class ConfidenceExit(Baseline):
     reads_question = True
 
     @cached_property
-    def measured(self) -> tuple[LogitLens, Tensor]:
-        """Logits after any layer, and the calibration prompts' confidences, `[N, L − 1]`."""
+    def lens(self) -> LogitLens:
+        """Gives the logits after any layer."""
         from drllm.models.scoring.logit_lens import LogitLens
 
-        lens = LogitLens(self.routed)
-        return lens, confidences(self.routed, lens, self.material.prompts)
+        return LogitLens(self.routed)
+
+    @cached_property
+    def confidences(self) -> Tensor:
+        """The calibration prompts' confidences, `[N, L − 1]`."""
+        return confidences(self.routed, self.lens, self.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the exit policy."""
-        lens, measured = self.measured
-        found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
-        return BaselineRun(
-            ExitPolicy(lens, found.value), note=f"exits above a confidence of {found.value:.4f}"
-        )
+        executions = min(executions_of(routes), float(self.num_layers))
+        threshold = find_threshold(self.confidences, executions).value
+        note = f"exits above a confidence of {threshold:.4f}"
+        return BaselineRun(ExitPolicy(self.lens, threshold), note)
 
 
 class ExitPolicy(Policy):
-    """Executes layers until what the model would say behind one of them is likely enough.
+    """Runs layers until the next token's probability exceeds a threshold.
 
-    Behind every layer but the last, the state of the prompt's last real token goes through the
+    After every layer but the last, the state of the prompt's last real token goes through the
     model's own final norm and output head. Once the likeliest token's probability exceeds the
-    threshold, all further layers are skipped, for the prompt and for what is generated behind it.
+    threshold, all further layers are skipped, for the prompt and for what is generated after it.
     Nothing is trained. The first layer always runs; at a threshold of 1 every layer does, at 0 only
     the first.
 
@@ -86,11 +89,11 @@ class ExitPolicy(Policy):
 
 
 def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
-    """Return the probability of the likeliest token behind each prompt's last real one, `[B]`."""
+    """Return the probability of each prompt's likeliest next token, `[B]`."""
     import torch
 
     T = prompts.hidden.shape[1]
-    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
+    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding after the last one
     rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
     last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
     with torch.no_grad():
@@ -99,9 +102,9 @@ def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
 
 
 def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
+    """Measure the confidence after each layer but the last, on the full path, `[N, L − 1]`.
 
-    Until it stops a prompt runs the full path, so these numbers say where it stops at any
+    Until it stops a prompt runs the full path, so these numbers show where it stops at any
     threshold. The model has at least two layers. See `record_at_layers`.
     """
     from drllm.models.routers.depth_control import record_at_layers
@@ -111,10 +114,10 @@ def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which the calibration prompts run the wanted executions on average."""
+    """Find the threshold at which the calibration prompts run these executions on average."""
 
-    def mean(threshold: float) -> float:
+    def mean_executions(threshold: float) -> float:
         goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
         return float((1 + goes_on.sum(dim=1)).double().mean())
 
-    return nearest_setting(mean, executions, 0.0, 1.0)
+    return nearest_setting(mean_executions, executions, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Baselines that drop layers in an order of their own, whatever the question, at any executions.
+"""Baselines that drop the same layers on every question, in an order of their own.
 
 Axes: Q questions, B rows, T tokens, D hidden, L layers, k layers dropped.
 """
@@ -27,7 +27,7 @@ class LayerDropping(base.Baseline):
     num_kept: ClassVar[int] = 1  # layers that are never dropped
 
     def obstacle(self, executions: float) -> str | None:
-        """Say so if fewer executions are wanted than layers are kept."""
+        """Say why it can't run so few executions; None if it can."""
         if executions >= min(self.num_kept, self.num_layers):
             return super().obstacle(executions)
         return (
@@ -45,13 +45,14 @@ class LayerDropping(base.Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
-        L, wanted = self.num_layers, base.executions_of(routes)
-        if wanted > L:
-            note = f"runs {L} layers, having none to drop"
-            return base.BaselineRun(routes.new_ones(routes.shape), note=note)
-        more = L - int(wanted)  # layers dropped by the questions that drop more
-        first, second = self.decisions(more), self.decisions(max(more - 1, 0))
-        return base.BaselineRun(mixture(first, second, wanted, len(routes), generator))
+        executions = base.executions_of(routes)
+        if executions > self.num_layers:
+            note = f"runs {self.num_layers} layers, having none to drop"
+            return base.BaselineRun(routes.new_ones(routes.shape), note)
+        num_dropped = self.num_layers - int(executions)  # by the questions that drop more
+        shorter = self.decisions(num_dropped)
+        longer = self.decisions(max(num_dropped - 1, 0))
+        return base.BaselineRun(mixture(shorter, longer, executions, len(routes), generator))
 
 
 @base.register
@@ -83,10 +84,10 @@ class EvenlySpaced(LayerDropping):
     num_kept = 2
 
     def dropped(self, number: int) -> Sequence[int]:
-        """Return those of the L − 2 layers between that are nearest to the middles of k parts."""
+        """Divide the L − 2 layers between into k parts; return the layer in the middle of each."""
         between = max(self.num_layers - 2, 0)
         k = min(number, between)
-        return [1 + (2 * i + 1) * between // (2 * k) for i in range(k)]
+        return [1 + (2 * part + 1) * between // (2 * k) for part in range(k)]
 
 
 @base.register
@@ -109,14 +110,16 @@ class BlockInfluence(LayerDropping):
 
 
 class _ByMeasure(LayerDropping):
-    measure = ""
+    """Drops layers one by one, each the one that a measure misses least."""
 
-    _order: Sequence[int] = ()
+    measure: ClassVar[str]
+
+    _order: Sequence[int] = ()  # the layers dropped so far, the first one first
 
     def dropped(self, number: int) -> Sequence[int]:
-        """Return the first layers of the greedy order, which is kept as far as it was asked for."""
-        measure, known = self.material.measure(self.measure), self._order
-        self._order = greedy(measure, self.num_layers, number, known)
+        """Return the first layers of the greedy order, which is extended if need be."""
+        measure = self.material.measure(self.measure)
+        self._order = drop_greedily(measure, self.num_layers, number, self._order)
         return self._order[:number]
 
 
@@ -155,17 +158,19 @@ def mixture(
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each question one of two decisions `[L]`, drawn, at given mean executions, `[Q, L]`.
+    """Give each question one of two decisions `[L]`, drawn, at these mean executions, `[Q, L]`.
 
-    The mean is as near to that wanted as Q questions allow: within half the difference of the two,
-    divided by Q. The executions lie between those of the two.
+    The mean is as near as Q questions allow: within half the difference of the two, divided by Q.
+    The executions lie between those of the two.
     """
     import torch
 
     first, second = sorted((one, other), key=num_executions)
-    low, high = num_executions(first), num_executions(second)
+    low = num_executions(first)
+    high = num_executions(second)
     share = (executions - low) / (high - low) if high > low else 0.0
-    takes_second = torch.randperm(num_questions, generator=generator) < round(share * num_questions)
+    order = torch.randperm(num_questions, generator=generator)
+    takes_second = order < round(share * num_questions)
     return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))
 
 
@@ -179,34 +184,45 @@ def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> li
 
     Source: ShortGPT (arXiv 2403.03853).
     """
-    import torch
-
     from drllm.models.base.layers import hooked
     from drllm.models.routers.depth_control import route_prompts
 
-    readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
-    sums = torch.zeros(routed.num_layers, dtype=torch.float64)
+    recorder = _InfluenceRecorder(routed.num_layers)
+    hooks = [
+        layer.register_forward_hook(partial(recorder.add, index), with_kwargs=True)
+        for index, layer in enumerate(routed.injection.layers)
+    ]
+    with hooked(hooks):
+        route_prompts(routed, recorder, prompts)
+    num_tokens = sum(map(len, prompts))
+    influence: list[float] = (1 - recorder.sums / num_tokens).tolist()
+    return influence
 
-    class KeepsReadable(Policy):
-        def decide(self, layer: int, prompts: PromptView) -> list[int]:
-            nonlocal readable
-            readable = prompts.readable
-            return [1] * prompts.num_rows
 
-    def add(place: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+class _InfluenceRecorder(Policy):
+    """Runs the full path, and sums the cosines between each layer's input and output."""
+
+    def __init__(self, num_layers: int) -> None:
+        import torch
+
+        self.sums = torch.zeros(num_layers, dtype=torch.float64)  # [L]
+        self._readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
+
+    def decide(self, layer: int, prompts: PromptView) -> list[int]:
+        """Execute the layer."""
+        self._readable = prompts.readable
+        return [1] * prompts.num_rows
+
+    def add(
+        self, index: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Add the cosines of a layer's real tokens; a hook of the layer."""
+        import torch
+
         before: Tensor = args[0] if args else kwargs["hidden_states"]
         after: Tensor = output[0] if isinstance(output, tuple) else output
         cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
-        sums[place] += cosines[readable].cpu().double().sum()
-
-    hooks = [
-        layer.register_forward_hook(partial(add, place), with_kwargs=True)
-        for place, layer in enumerate(routed.injection.layers)
-    ]
-    with hooked(hooks):
-        route_prompts(routed, KeepsReadable(), prompts)
-    influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
-    return influence
+        self.sums[index] += cosines[self._readable].cpu().double().sum()
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
@@ -214,23 +230,25 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
 
 
-def greedy(
+def drop_greedily(
     measure: base.Measure,
     num_layers: int,
     number: int,
-    known: Sequence[int] = (),
+    start: Sequence[int] = (),
     keep: Sequence[int] = (),
 ) -> list[int]:
-    """Return the order in which so many layers are dropped, or all that can be; `known` begins it.
+    """Return the order in which so many layers are dropped, or all that can be; it begins as given.
 
-    A step measures the drop of every layer that is left at once; of equal layers the deepest goes.
-    One layer is always left, and those in `keep` are.
+    A step measures the drop of every layer that is left; of equal layers the deepest goes. At least
+    one layer is left, and those in `keep`.
 
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
     """
-    order = list(known)
+    order = list(start)
     left = [layer for layer in reversed(range(num_layers)) if layer not in {*keep, *order}]
     while len(order) < min(number, num_layers - 1) and left:
-        found = measure([without([*order, each], num_layers) for each in left])
-        order.append(left.pop(found.index(max(found))))  # the first of equal ones
+        candidates = [without([*order, layer], num_layers) for layer in left]
+        values = measure(candidates)
+        best = values.index(max(values))  # the first of equal ones
+        order.append(left.pop(best))
     return order

@@ -1,4 +1,4 @@
-"""Baselines whose decisions are drawn: routes permuted or shuffled, or by the labels' frequencies.
+"""Baselines that draw decisions: routes permuted or shuffled, or by the labels' frequencies.
 
 Axes: Q questions, L layers.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEEPEST = 60.0  # largest tilt in either direction: what is left of a decision then can't be drawn
-TOLERANCE = 1e-6  # how far expected executions may lie from those wanted and still be called equal
+TOLERANCE = 1e-6  # expected executions that differ by no more count as equal
 
 
 @base.register
@@ -80,14 +80,14 @@ class LabelFrequency(base.Baseline):
         """Return decisions drawn one by one."""
         routers = self.routed.routers
         assert routers is not None
-        wanted = base.executions_of(routes)
-        frequencies = tilted(routers.config.label_counts, wanted)
+        executions = base.executions_of(routes)
+        frequencies = tilted(routers.config.label_counts, executions)
         expected = expected_executions(frequencies)
         note = ""
-        if abs(expected - wanted) > TOLERANCE:
+        if abs(expected - executions) > TOLERANCE:
             note = (
                 f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
-                f"{expected:.2f} where the routed model has {wanted:.2f}"
+                f"{expected:.2f} where the routed model has {executions:.2f}"
             )
         return base.BaselineRun(label_frequency(frequencies, len(routes), generator), note)
 
@@ -113,7 +113,7 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     """Return each layer's frequencies of the targets, tilted to mean executions, `[L, 3]`.
 
     A decision d is weighted by its count times exp(-θ d), with one θ for all layers, so that
-    drawing by the weights runs the wanted executions on average, or comes as near as labels allow.
+    drawing by the weights runs these executions on average, or comes as near as labels allow.
     Of all distributions with that mean these are the nearest to the targets' own (in relative
     entropy). Counts are those of `router_config.json`, `[L][3]`; CheckpointError if the routers
     carry none.
@@ -131,11 +131,14 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     frequencies = counts / counts.sum(dim=1, keepdim=True)
     decisions = torch.arange(3, dtype=torch.float64)
 
-    def at(theta: float) -> Tensor:  # executions fall as θ grows
+    def tilt(theta: float) -> Tensor:
         return (frequencies.log() - theta * decisions).softmax(dim=1)
 
-    found = bisect(lambda theta: expected_executions(at(theta)) <= executions, -STEEPEST, STEEPEST)
-    return at(found[1])
+    def runs_no_more(theta: float) -> bool:  # executions fall as θ grows
+        return expected_executions(tilt(theta)) <= executions
+
+    _, theta = bisect(runs_no_more, -STEEPEST, STEEPEST)
+    return tilt(theta)
 
 
 def expected_executions(probabilities: Tensor) -> float:

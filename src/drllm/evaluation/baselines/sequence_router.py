@@ -1,4 +1,4 @@
-"""The baseline that decides everything before the first layer, by one linear router.
+"""Baseline: one linear router decides for all layers before the first one runs.
 
 Source: MindSkip in Router-Tuning (arXiv 2410.13184), changed as D-18 of docs/differences.md says.
 
@@ -28,8 +28,8 @@ STEEPEST = 1024.0  # greatest bias in either direction; the router's logits lie 
 class SequenceRouterBaseline(Baseline):
     """One linear router decides for all layers, from the mean of the prompt's embeddings.
 
-    Shows what knowing the prompt's tokens, but nothing that a layer made of them, is worth. It
-    follows the router at the depth bias that gives the wanted executions.
+    Shows what the prompt's tokens are worth without what the layers make of them. It follows the
+    router at the depth bias that gives the routed model's executions.
     """
 
     name = "sequence router"
@@ -40,25 +40,28 @@ class SequenceRouterBaseline(Baseline):
     reads_question = True
 
     @cached_property
-    def trained(self) -> tuple[nn.Linear, Tensor]:
-        """The router, and what it reads of the calibration prompts, `[N, D]`."""
+    def router(self) -> nn.Linear:
+        """The router, fitted on the targets."""
         import torch
 
         from drllm.models.base.prompts import encode
         from drllm.models.routers.logistic import fit_logistic
 
-        material, tokenizer = self.material, self.routed.tokenizer
-        prompts = [encode(tokenizer, each.prompt) for each in material.supervision]
-        inputs = first_inputs(self.routed, prompts)
-        labels = torch.tensor([each.optimal_layer_config for each in material.supervision])
-        router = fit_logistic(inputs, labels, num_classes=3)
-        return router, first_inputs(self.routed, material.prompts)
+        records = self.material.supervision
+        prompts = [encode(self.routed.tokenizer, record.prompt) for record in records]
+        labels = torch.tensor([record.optimal_layer_config for record in records])
+        return fit_logistic(first_inputs(self.routed, prompts), labels, num_classes=3)
+
+    @cached_property
+    def calibration_inputs(self) -> Tensor:
+        """What the router reads of the calibration prompts, `[N, D]`."""
+        return first_inputs(self.routed, self.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the router's policy."""
-        router, inputs = self.trained
-        bias = find_bias(router, inputs, executions_of(routes)).value
-        return BaselineRun(SequenceRouterPolicy(router, bias), note=f"with a bias of {bias:.4g}")
+        executions = executions_of(routes)
+        bias = find_bias(self.router, self.calibration_inputs, executions).value
+        return BaselineRun(SequenceRouterPolicy(self.router, bias), f"with a bias of {bias:.4g}")
 
 
 class SequenceRouterPolicy(Policy):
@@ -80,10 +83,10 @@ class SequenceRouterPolicy(Policy):
 
 
 def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
-    """Return decisions `[B, L]` by a map from prompts' means at layer 0, `[B, D]`, to L · C logits.
+    """Return a router's decisions `[B, L]` from means at layer 0, `[B, D]`, by L · C logits.
 
-    The higher the bias, the price of an execution, the fewer a row has; one that would skip
-    everything runs the last layer.
+    The bias is the price of an execution: the higher it is, the fewer a row has. A row that would
+    skip everything runs the last layer.
     """
     plans = biased(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
     plans[plans.sum(dim=1) == 0, -1] = 1
@@ -91,15 +94,17 @@ def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
 
 
 def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
-    """Find the depth bias under which prompts run the wanted executions on average.
+    """Find the depth bias under which prompts run these executions on average.
 
     What the router reads doesn't depend on its decisions, so no forward pass is needed.
 
     Source: ours (D-20).
     """
-    return nearest_setting(
-        lambda bias: executions_of(plans_of(router, inputs, bias)), executions, -STEEPEST, STEEPEST
-    )
+
+    def mean_executions(bias: float) -> float:
+        return executions_of(plans_of(router, inputs, bias))
+
+    return nearest_setting(mean_executions, executions, -STEEPEST, STEEPEST)
 
 
 def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:

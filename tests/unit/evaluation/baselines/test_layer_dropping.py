@@ -13,7 +13,7 @@ from drllm.evaluation.baselines.layer_dropping import (
     LastLayers,
     LayerDropping,
     block_influence,
-    greedy,
+    drop_greedily,
     mixture,
     order_by_influence,
 )
@@ -172,7 +172,11 @@ def brute_force(measure, num_layers):
 
 def test_the_order_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
     measure, order = material.measure("answers"), brute_force(slow_gold_logprob, SHALLOW)
-    assert greedy(measure, SHALLOW, SHALLOW - 1) == greedy(measure, SHALLOW, SHALLOW) == order
+    assert (
+        drop_greedily(measure, SHALLOW, SHALLOW - 1)
+        == drop_greedily(measure, SHALLOW, SHALLOW)
+        == order
+    )
     assert sorted(order) != order, "the order must not be that of the layers themselves"
 
 
@@ -183,19 +187,19 @@ def test_steps_are_made_as_far_as_they_are_asked_for_each_with_all_its_candidate
         sizes.append(len(plans))
         return [float(plan[0] - plan[2]) for plan in plans]
 
-    assert greedy(counting, SHALLOW, 0) == []
+    assert drop_greedily(counting, SHALLOW, 0) == []
     assert sizes == []
-    order = greedy(counting, SHALLOW, 2)
-    assert order == greedy(counting, SHALLOW, 1, order) == [2, 3]
+    order = drop_greedily(counting, SHALLOW, 2)
+    assert order == drop_greedily(counting, SHALLOW, 1, order) == [2, 3]
     assert sizes == [4, 3]
-    assert greedy(counting, SHALLOW, 3, order)[:2] == order
+    assert drop_greedily(counting, SHALLOW, 3, order)[:2] == order
     assert sizes == [4, 3, 2]
 
 
 def test_layers_that_are_kept_are_never_dropped():
-    order = greedy(lambda plans: [0.0] * len(plans), SHALLOW, 3, keep=[0, 3])
+    order = drop_greedily(lambda plans: [0.0] * len(plans), SHALLOW, 3, keep=[0, 3])
     assert order == [2, 1]
 
 
 def test_of_equal_layers_the_deepest_goes():
-    assert greedy(lambda plans: [0.0] * len(plans), SHALLOW, 3) == [3, 2, 1]
+    assert drop_greedily(lambda plans: [0.0] * len(plans), SHALLOW, 3) == [3, 2, 1]
