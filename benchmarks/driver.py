@@ -34,8 +34,8 @@ from drllm.paths import full_decisions
 from drllm.records.manifest import to_lines
 from drllm.records.search import Retest, SearchRecord, TriedPath
 from drllm.search import ray as ray_executor
-from drllm.search.batch import Searched
-from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
+from drllm.search.batch import BatchRecords
+from drllm.search.questions import Batch, SearchQuestion, collect_questions, split_into_batches
 from drllm.search.ray import RayExecutor
 from drllm.search.run import run_search
 from drllm.tasks.base import Example, Prompt, Task
@@ -70,7 +70,7 @@ class ManyQuestions(Task):
         return (Prompt(text=text, reward=reward, answer="one"),) * 5
 
 
-def ready_made(questions: Sequence[SearchQuestion]) -> Searched:
+def ready_made(questions: Sequence[SearchQuestion]) -> BatchRecords:
     """Return a batch of records of the size that a search of 50 simulations gives."""
     records = []
     for question in questions:
@@ -110,7 +110,7 @@ def ready_made(questions: Sequence[SearchQuestion]) -> Searched:
                 seconds=1.0,
             )
         )
-    return Searched(tuple(records))
+    return BatchRecords(tuple(records))
 
 
 class ReadyMade:
@@ -119,7 +119,7 @@ class ReadyMade:
     identity = IDENTITY
     runtime = RUNTIME
 
-    def __init__(self, results: dict[int, Searched]) -> None:
+    def __init__(self, results: dict[int, BatchRecords]) -> None:
         self.results = results
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -131,8 +131,8 @@ class ReadyMade:
         batches: Iterable[Batch],
         config: SearchConfig,
         chunks: Any = None,
-        on_share: Any = None,
-    ) -> Iterator[tuple[Batch, Searched]]:
+        on_batch_step: Any = None,
+    ) -> Iterator[tuple[Batch, BatchRecords]]:
         """Hand over the batches."""
         for batch in batches:
             yield batch, self.results[batch.number]
@@ -145,14 +145,14 @@ class ReadyMadeWorker:
         self, model: ModelConfig, num_threads: int, num_sharing: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Say that there is a model."""
-        self.made: dict[int, Searched] = {}
+        self.made: dict[int, BatchRecords] = {}
         return IDENTITY, RUNTIME
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the prompts' texts."""
         return [prompt.text for prompt in prompts]
 
-    def search(self, batch: Batch, config: SearchConfig, parts: Any) -> Searched:
+    def search(self, batch: Batch, config: SearchConfig, parts: Any) -> BatchRecords:
         """Return ready-made records of the questions."""
         size = len(batch.questions)
         if size not in self.made:
@@ -161,7 +161,7 @@ class ReadyMadeWorker:
             msgspec.structs.replace(record, id=question.example.id)
             for record, question in zip(self.made[size].records, batch.questions, strict=True)
         ]
-        return Searched(tuple(renamed))
+        return BatchRecords(tuple(renamed))
 
 
 class Clock(Listener):
@@ -194,7 +194,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def append(path: Path, batches: Sequence[Batch], results: dict[int, Searched]) -> None:
+def append(path: Path, batches: Sequence[Batch], results: dict[int, BatchRecords]) -> None:
     """Keep the batches the obvious way."""
     with path.open("a", encoding="utf-8") as file:
         for batch in batches:
@@ -209,8 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     repeats, number = (2, 800) if options.quick else (5, 8000)
     task = ManyQuestions(number)
-    questions = questions_of([task], SearchConfig())
-    batches = batches_of(questions, SearchConfig().block_size)
+    questions = collect_questions([task], SearchConfig())
+    batches = split_into_batches(questions, SearchConfig().block_size)
     results = {batch.number: ready_made(batch.questions) for batch in batches}
     size = sum(len(to_lines(result.records).encode()) for result in results.values())
     ways: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "ray": []}

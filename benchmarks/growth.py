@@ -31,7 +31,7 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.load import BaseModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.reporting import drawing
-from drllm.search.evaluator import Evaluator, read
+from drllm.search.evaluator import Evaluator, tokenize_prompt
 from drllm.tasks.base import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
 from drllm.training.stage import train_on
@@ -82,7 +82,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
 
     def run() -> None:
         with routing(base) as routed:
-            contexts = [read(routed, prompt).tokens for prompt in prompts]
+            contexts = [tokenize_prompt(routed, prompt).tokens for prompt in prompts]
             batch = AnswerBatch(routed, base.tokenizer, contexts, None)
             batch._ends.clear()  # so that each is written to its length
             for pairs in searched_paths(base.num_layers, len(prompts), sizes["paths"]):

@@ -43,7 +43,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
 from drllm.paths import to_path
-from drllm.search.evaluator import Evaluator, Outcome, Reading
+from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt
 from drllm.tasks.base import Prompt
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices
@@ -144,7 +144,7 @@ def together(
     for pairs in rounds:
         outcomes = timed("verdicts", partial(evaluator.evaluate, pairs))
         if margins:
-            early = partial(evaluator.with_margins, pairs, outcomes, so_far=True)
+            early = partial(evaluator.with_margins, pairs, outcomes, wrong_only=True)
             outcomes = timed("margins", early)
         found.update(zip(pairs, outcomes, strict=True))
     if margins:
@@ -208,17 +208,17 @@ def key_of(function: Any) -> tuple[str, int, str]:
     return code.co_filename, code.co_firstlineno, code.co_name
 
 
-def num_tokens(reading: Reading) -> int:
+def num_tokens(prompt: TokenizedPrompt) -> int:
     """Return how many tokens the model reads of a prompt and the options that it scores."""
-    options = reading.continuations if reading.prompt.continuations else []
-    return len(reading.tokens) + sum(len(option) - 1 for option in options)
+    options = prompt.continuations if prompt.prompt.continuations else []
+    return len(prompt.tokens) + sum(len(option) - 1 for option in options)
 
 
 def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) -> dict[str, float]:
     """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
     pairs = [pair for each in rounds for pair in each]
     tried = [[d for place, d in pairs if place == question] for question in range(len(prompts))]
-    tokens = statistics.mean(num_tokens(reading) for reading in evaluator.readings)
+    tokens = statistics.mean(num_tokens(prompt) for prompt in evaluator.prompts)
     return {
         "run": evaluator.states.tokens_run / tokens / len(pairs),
         "perfect_sharer": sum(map(distinct_executions, tried)) / len(pairs),
@@ -230,10 +230,10 @@ def bound_of(
     base: BaseModel, evaluator: Evaluator, found: dict[Pair, Outcome], clock: common.Clock
 ) -> float:
     """Return the seconds a path that a method needs which shares all that can be (see `bound`)."""
-    readings = evaluator.readings
-    after = [num_tokens(reading) - len(reading.tokens) for reading in readings]
+    tokenized = evaluator.prompts
+    after = [num_tokens(prompt) - len(prompt.tokens) for prompt in tokenized]
     answers = {pair: outcome.tokens for pair, outcome in found.items()}
-    prompts = [reading.tokens for reading in readings]
+    prompts = [prompt.tokens for prompt in tokenized]
     return bound.seconds_to_search(base, prompts, after, answers, clock) / len(found)
 
 

@@ -41,9 +41,9 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records.codec import write_atomically
 from drllm.search import actions, retest, strategies
-from drllm.search.evaluator import Evaluator, Outcome, read
-from drllm.search.questions import ask
-from drllm.search.strategies import graded, mcts, new_search, walk
+from drllm.search.evaluator import Evaluator, Outcome, tokenize_prompt
+from drllm.search.questions import build_question
+from drllm.search.strategies import mcts, new_search, path_score, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
 from drllm.tasks.base import Example, Task, choose
@@ -69,9 +69,11 @@ def search(
         `rows`, one a question, and `executions_run`, what the evaluator had to run for all of them.
     """
     reward = task.check_reward(config.reward)
-    asked = [ask(task, example, reward) for example in examples]
+    asked = [build_question(task, example, reward) for example in examples]
     prompts = [question.prompt for question in asked]
-    others = [[read(routed, prompt) for prompt in question.retests] for question in asked]
+    others = [
+        [tokenize_prompt(routed, prompt) for prompt in question.retests] for question in asked
+    ]
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [
         new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
@@ -94,13 +96,13 @@ def search(
                 going.remove(place)
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place, decisions] = outcome
-            score = graded(outcome.margin, outcome.kl)
+            score = path_score(outcome.margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
     executions_run = evaluator.states.executions_run
     tried = sorted(found, key=lambda pair: pair[0])
     completed = evaluator.with_margins(tried, [found[pair] for pair in tried])
     found = dict(zip(tried, completed, strict=True))
-    retests = retest.retested(evaluator, others, config, found)
+    retests = retest.retest_paths(evaluator, others, config, found)
     return {
         "executions_run": executions_run,
         "rows": [

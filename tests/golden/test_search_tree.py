@@ -37,7 +37,7 @@ def draw() -> str:
     drawn: set[Decisions] = set()
 
     def add(label: str, node: Node, depth: int) -> None:
-        simulation, reward, score = search.tried[node.decisions]
+        simulation, reward, score = search.trials[node.decisions]
         start = f"{'  ' * depth}{label}".ljust(26)
         if node.decisions in drawn:
             lines.append(f"{start}{sketch(node.decisions)}  as above")

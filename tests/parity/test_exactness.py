@@ -221,7 +221,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     try:
         evaluator = Evaluator(routed, prompts, 4.0)
         for pairs in obvious.searched_paths(30, num_questions, num_paths):
-            outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs), so_far=True)
+            outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
             found.update(zip(pairs, outcomes, strict=True))
         pairs = list(found)
         completed = evaluator.with_margins(pairs, list(found.values()))

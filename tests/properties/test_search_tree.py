@@ -52,7 +52,7 @@ def observed(search, most, seed, scale):
         asked = search.ask(most)
         assert len(asked) <= most
         assert len({*asked, *in_flight}) == len(asked) + len(in_flight)
-        assert not search.tried.keys() & {*asked}
+        assert not search.trials.keys() & {*asked}
         in_flight += asked
         if not in_flight:
             return search
@@ -91,7 +91,7 @@ def run_tree(num_layers, config, seed, scale, most):
 def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
     limit = max_executions(config.budget, num_layers)
-    for decisions in search.tried:
+    for decisions in search.trials:
         assert len(decisions) == num_layers
         assert set(decisions) <= {0, 1, 2}
         assert 1 <= num_executions(decisions) <= limit
@@ -100,8 +100,8 @@ def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed
 @given(layers, configs, seeds, scales, mosts)
 def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-    assert len(search.tried) - 1 <= search.num_simulations_done <= config.num_simulations
-    numbers = [tried.simulation for tried in search.tried.values()]
+    assert len(search.trials) - 1 <= search.num_simulations_done <= config.num_simulations
+    numbers = [tried.simulation for tried in search.trials.values()]
     assert len(set(numbers)) == len(numbers)
     assert set(numbers) <= set(range(config.num_simulations + 1))
     if most == 1:
@@ -111,7 +111,7 @@ def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config,
 @given(layers, configs, seeds, scales, mosts)
 def test_the_same_seed_and_rewards_try_the_same_paths(num_layers, config, seed, scale, most):
     first, second = (run(num_layers, config, seed, scale, most) for _ in range(2))
-    assert list(first.tried.items()) == list(second.tried.items())
+    assert list(first.trials.items()) == list(second.trials.items())
 
 
 @given(layers, configs, seeds, scales)
@@ -119,11 +119,11 @@ def test_under_every_stop_rule_only_the_last_path_can_be_one_that_stops(
     num_layers, config, seed, scale
 ):
     search = run(num_layers, config, seed, scale)
-    *others, _ = search.tried
-    full = search.tried[full_decisions(num_layers)].reward
+    *others, _ = search.trials
+    full = search.trials[full_decisions(num_layers)].reward
     saved = {"paper": 1, "released": 2, "exhaust": num_layers + 1}[config.stop_rule]
     for decisions in others[1:]:
-        right = search.tried[decisions].reward == 1
+        right = search.trials[decisions].reward == 1
         improving = right and full < 1 and config.stop_rule != "exhaust"
         assert not improving
         assert not (right and num_layers - num_executions(decisions) >= saved)
@@ -147,9 +147,9 @@ def test_the_same_seed_and_rewards_give_the_same_tree(num_layers, config, seed, 
 def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
     search = run_tree(num_layers, config, seed, scale, most)
 
-    assert set(search.nodes) == set(search.tried)  # one node a vector, one vector a simulation
+    assert set(search.nodes) == set(search.trials)  # one node a vector, one vector a simulation
     assert search.root.visits == search.num_simulations_done + 1
-    rewards = [tried.reward for tried in search.tried.values()]
+    rewards = [tried.reward for tried in search.trials.values()]
     assert search.root.value_sum == pytest.approx(sum(rewards))
     left, arrived = Counter(), Counter({search.root.decisions: search.root.visits})
     for (before, after), times in search.steps.items():
@@ -196,11 +196,11 @@ def test_a_search_given_enough_simulations_tries_everything_and_ends(
         edited = {apply(decisions, action) for action in legal_actions(decisions, limit)}
         front += edited - everything
         everything |= edited
-    assert set(search.tried) == everything
+    assert set(search.trials) == everything
 
 
 @given(st.integers(1, 3), configs, seeds, scales, mosts)
 def test_every_search_of_a_tiny_model_ends_by_itself(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
     assert search.ask(most) == []
-    assert len(search.tried) <= 3**num_layers - 1
+    assert len(search.trials) <= 3**num_layers - 1

@@ -316,8 +316,8 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
 
 def test_the_driver_is_measured_on_batches_that_are_ready_made(benchmark, tmp_path):
     driver, config = benchmark("driver"), SearchConfig()
-    questions = driver.questions_of([driver.ManyQuestions(40)], config)
-    batches = driver.batches_of(questions, config.block_size)
+    questions = driver.collect_questions([driver.ManyQuestions(40)], config)
+    batches = driver.split_into_batches(questions, config.block_size)
     ready = driver.ReadyMade({each.number: driver.ready_made(each.questions) for each in batches})
     assert len(driver.run_search(ready, questions, config, tmp_path, driver.Clock())) == 40
     assert {len(question.retests) for question in questions} == {4}

@@ -37,7 +37,7 @@ from drllm.records.manifest import read_manifest, to_lines
 from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.supervision import join_supervision
-from drllm.search.questions import SearchQuestion, questions_of
+from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
 from drllm.tasks.files import FIELDS, FileTask
@@ -75,7 +75,7 @@ def search(request: Request, terminal: Terminal) -> None:
     """Try layer paths for each question, then choose its target path."""
     config, targets_config = request.of(SearchConfig), request.of(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
-    questions = questions_of(None, config)
+    questions = collect_questions(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
     _say_splits(get_tasks(config.dataset or ""), terminal)
@@ -140,9 +140,11 @@ def _say_forecast(
     config = request.of(SearchConfig)
     with loaded(request.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
-        from drllm.search.run import forecast
+        from drllm.search.forecast import forecast_search
 
-        parts = forecast(RoutedModel(base.model, tokenizer=base.tokenizer), questions, config)
+        parts = forecast_search(
+            RoutedModel(base.model, tokenizer=base.tokenizer), questions, config
+        )
     rows = []
     for part in parts:
         counts = part.task, str(part.questions), str(part.paths), f"{part.executions:.2e}"

@@ -17,7 +17,7 @@ from drllm.errors import ConfigError
 from drllm.evaluation.questions import tasks_of, without_routers
 from drllm.extras import need
 from drllm.records.static_paths import PATHS_FILE, read_path
-from drllm.search.questions import SearchQuestion, questions_of
+from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
@@ -61,7 +61,7 @@ class Recipe:
     @cached_property
     def questions(self) -> list[SearchQuestion]:
         """The questions of the search; raises as `check` does."""
-        return questions_of(None, self.search)
+        return collect_questions(None, self.search)
 
     @cached_property
     def tasks(self) -> list[Task]:

@@ -1,16 +1,16 @@
-"""Searching a batch of questions in step: from questions to search records.
+"""Searches a batch of questions in step: from questions to search records.
 
 Questions that can't be searched with others are searched alone, and set aside when they keep
-failing. `LocalExecutor` searches batches in this process; what offers the same on Ray is in `ray`.
+failing. `LocalExecutor` searches batches in this process; `ray` has the same for Ray.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,11 +23,11 @@ from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
 from drllm.records.codec import digest_of
 from drllm.records.resume import Chunks
-from drllm.records.search import FailedQuestion, SearchRecord, TriedPath
-from drllm.search.evaluator import Evaluator, Outcome, read
+from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
+from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, tokenize_prompt
 from drllm.search.questions import Batch, SearchQuestion
-from drllm.search.retest import retested, to_retest
-from drllm.search.strategies import graded, new_search
+from drllm.search.retest import Evaluate, pairs_to_retest, retest_paths
+from drllm.search.strategies import PathSearch, new_search, path_score
 from drllm.tasks.base import Prompt
 
 ATTEMPTS = 3  # how often a question is tried: with its batch, then alone
@@ -40,15 +40,49 @@ QUESTION_ERRORS = (
 )
 """What a single question can cause. Any other error ends the search."""
 
-OnShare = Callable[[Batch, float, int, str], None]
-"""Called within a batch with the share of its work that is done, the number of paths run by this
-start of the search, and what is being done."""
-OnStep = Callable[[float, int, str], None]  # the same for the questions of one batch
+
+class OnStep(Protocol):
+    """Called with the progress of one batch."""
+
+    def __call__(self, share: float, num_paths: int, step: str, /) -> None:
+        """Report progress.
+
+        Args:
+            share: Of the batch's work that is done, from 0 to 1.
+            num_paths: Paths that this start of the search has run for the batch.
+            step: What is being done, in words.
+        """
+
+
+class OnBatchStep(Protocol):
+    """Called with the progress of a batch of several; see `OnStep`."""
+
+    def __call__(self, batch: Batch, share: float, num_paths: int, step: str, /) -> None:
+        """Report progress."""
+
+
+class Executor(Protocol):
+    """Searches batches, in this process or elsewhere."""
+
+    identity: Mapping[str, Any]  # which base model it has
+    runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return the text that the model reads of each prompt; None if its template refuses it."""
+
+    def search(
+        self,
+        batches: Iterable[Batch],
+        config: SearchConfig,
+        chunks: Chunks | None = None,
+        on_batch_step: "OnBatchStep | None" = None,
+    ) -> "Iterator[tuple[Batch, BatchRecords]]":
+        """Search batches, in any order; `chunks` keeps what is done of each, under its key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
-    """What became of the questions of a batch: records in order, and what failed every time."""
+class BatchRecords:
+    """The records of a batch's questions, in order, and the questions that failed every time."""
 
     records: tuple[SearchRecord, ...]
     failed: tuple[FailedQuestion, ...] = ()
@@ -61,8 +95,8 @@ def search_batch(
     *,
     parts: Chunks | None = None,
     on_step: OnStep | None = None,
-) -> Searched:
-    """Search a batch, setting aside the questions that fail every time.
+) -> BatchRecords:
+    """Search a batch, and set aside the questions that fail every time.
 
     A batch that fails as a whole is searched question by question, which gives the same records:
     a question's tree doesn't depend on its neighbours. `parts` keeps what is done of the batch, so
@@ -70,23 +104,43 @@ def search_batch(
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
-        return Searched(tuple(records))
+        return BatchRecords(tuple(records))
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
-    records, failed = [], []
+    return _search_one_by_one(routed, batch, config, parts, on_step)
+
+
+def _search_one_by_one(
+    routed: RoutedModel,
+    batch: Batch,
+    config: SearchConfig,
+    parts: Chunks | None,
+    on_step: OnStep | None,
+) -> BatchRecords:
+    records: list[SearchRecord] = []
+    failed: list[FailedQuestion] = []
     for number, question in enumerate(batch.questions):
         if on_step is not None:
             on_step(number / len(batch.questions), 0, "one by one")
-        reason = ""
-        for _ in range(ATTEMPTS - 1):
-            try:
-                records += search_in_step(routed, [question], config, parts=parts)
-                break
-            except QUESTION_ERRORS as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        result = _search_alone(routed, question, config, parts)
+        if isinstance(result, FailedQuestion):
+            failed.append(result)
         else:
-            failed.append(failed_question(question, reason, ATTEMPTS))
-    return Searched(tuple(records), tuple(failed))
+            records.append(result)
+    return BatchRecords(tuple(records), tuple(failed))
+
+
+def _search_alone(
+    routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
+) -> SearchRecord | FailedQuestion:
+    """Search a question without neighbours; its first attempt was the one with its batch."""
+    message = ""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return search_in_step(routed, [question], config, parts=parts)[0]
+        except QUESTION_ERRORS as error:  # noqa: PERF203
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return failed_question(question, message, ATTEMPTS)
 
 
 def failed_question(question: SearchQuestion, error: str, attempts: int) -> FailedQuestion:
@@ -115,116 +169,205 @@ def search_in_step(
 
     Source: Dr.LLM section 3.1.
     """
-    num_run = num_new = 0  # paths; those that weren't kept by an earlier start
-    share = 0.0
+    started = time.perf_counter()
+    prompts = [tokenize_prompt(routed, question.prompt) for question in questions]
+    # Those of the re-test too, before anything runs: without them no path could become a target.
+    retest_prompts = [
+        [tokenize_prompt(routed, prompt) for prompt in question.retests] for question in questions
+    ]
+    evaluator = Evaluator(
+        routed, prompts, config.state_cache_gb, kl=config.kl, paths_per_pass=config.paths_per_pass
+    )
+    searches = [_start_search(routed.num_layers, question, config) for question in questions]
+    outcomes: dict[Pair, Outcome] = {}
+    progress = BatchProgress(
+        searches=searches,
+        outcomes=outcomes,
+        num_simulations=config.num_simulations,
+        num_retests=[len(question.retests) for question in questions],
+        has_late_margins=not evaluator.scores_options,
+        on_step=on_step,
+    )
+    steps = BatchSteps(questions, parts, progress)
+    _run_rounds(searches, evaluator, config, steps, outcomes)
+    by_question = dict(sorted(outcomes.items(), key=lambda item: item[0][0]))
+    completed = _add_late_margins(evaluator, by_question, steps)
+    retests = retest_paths(evaluator, retest_prompts, config, completed, steps.run_retest)
+    seconds = (time.perf_counter() - started) / len(questions)
+    paths = _tried_paths(searches, completed, retests)
+    return [
+        _record(routed.num_layers, question, prompts[place], paths[place], seconds)
+        for place, question in enumerate(questions)
+    ]
 
-    def once(
-        step: str, pairs: Sequence[Pair], evaluate: Callable[[], list[Outcome]]
-    ) -> list[Outcome]:
-        """Evaluate, or take what an earlier start of the search has kept."""
-        nonlocal num_run
+
+def _start_search(num_layers: int, question: SearchQuestion, config: SearchConfig) -> PathSearch:
+    seed = f"{config.seed}:{question.task}:{question.example.id}"
+    return new_search(num_layers, config, Random(seed))
+
+
+def _run_rounds(
+    searches: Sequence[PathSearch],
+    evaluator: Evaluator,
+    config: SearchConfig,
+    steps: "BatchSteps",
+    outcomes: dict[Pair, Outcome],
+) -> None:
+    """Evaluate new paths of all questions, round by round, until every search is over.
+
+    The outcome of every path is added to `outcomes`.
+    """
+    for number in itertools.count():
+        pairs = _new_pairs(searches, config.leaves_per_round)
+        if not pairs:
+            return
+        round_outcomes = steps.run(f"round {number}", pairs, partial(_evaluate_new, evaluator))
+        for (place, decisions), outcome in zip(pairs, round_outcomes, strict=True):
+            outcomes[place, decisions] = outcome
+            # Of generated answers only the wrong ones have margins by now, so none counts.
+            margin = outcome.margin if evaluator.scores_options else None
+            score = path_score(margin, outcome.kl)
+            searches[place].tell(decisions, outcome.reward, score)
+        steps.progress.report("new paths", running={place for place, _ in pairs})
+
+
+def _new_pairs(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pair]:
+    """Ask every search for its next paths."""
+    pairs: list[Pair] = []
+    for place, search in enumerate(searches):
+        pairs += [(place, decisions) for decisions in search.ask(leaves_per_round)]
+    return pairs
+
+
+def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[Outcome]:
+    """Evaluate paths, with those margins that no later path can change."""
+    return evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
+
+
+def _add_late_margins(
+    evaluator: Evaluator, outcomes: dict[Pair, Outcome], steps: "BatchSteps"
+) -> dict[Pair, Outcome]:
+    """Add the margins of right generated answers, now that all wrong answers are known."""
+    if evaluator.scores_options:
+        return outcomes
+    pairs = list(outcomes)
+    values = list(outcomes.values())
+    right = [pair for pair, outcome in outcomes.items() if outcome.is_right]
+    completed = steps.run("margins", right, lambda _: evaluator.with_margins(pairs, values))
+    steps.progress.report("margins")
+    return dict(zip(pairs, completed, strict=True))
+
+
+def _tried_paths(
+    searches: Sequence[PathSearch],
+    outcomes: Mapping[Pair, Outcome],
+    retests: Mapping[Pair, Retest],
+) -> list[list[TriedPath]]:
+    """Return the records of all paths of each question, in the order in which they were tried."""
+    paths: list[list[TriedPath]] = [[] for _ in searches]
+    for (place, decisions), outcome in outcomes.items():
+        path = TriedPath(
+            decisions=decisions,
+            simulation=searches[place].trials[decisions].simulation,
+            reward=outcome.reward,
+            margin=outcome.margin,
+            executions=float(num_executions(decisions)),
+            answer=outcome.answer,
+            kl=outcome.kl,
+            retest=retests.get((place, decisions)),
+        )
+        paths[place].append(path)
+    return paths
+
+
+def _record(
+    num_layers: int,
+    question: SearchQuestion,
+    prompt: TokenizedPrompt,
+    paths: Sequence[TriedPath],
+    seconds: float,
+) -> SearchRecord:
+    return SearchRecord(
+        id=question.example.id,
+        task=question.task,
+        question=question.example.question,
+        prompt=prompt.text,
+        answer=question.example.answer,
+        reward=question.prompt.reward,
+        num_layers=num_layers,
+        paths=tuple(paths),
+        seconds=seconds,
+    )
+
+
+@dataclass
+class BatchProgress:
+    """Estimates how much of a batch is done, and reports it.
+
+    The number of paths to re-test is estimated from the candidates among the paths so far.
+    """
+
+    searches: Sequence[PathSearch]
+    outcomes: Mapping[Pair, Outcome]  # of all paths so far
+    num_simulations: int  # of each question, at most
+    num_retests: Sequence[int]  # other ways of asking, for each question
+    has_late_margins: bool  # right answers are scored once more after the rounds
+    on_step: OnStep | None
+    num_run: int = 0  # paths run, those that an earlier start kept too
+    num_new: int = 0  # paths that this start ran
+    share: float = 0.0  # never falls
+
+    def report(self, step: str, running: Collection[int] = ()) -> None:
+        """Report a finished step; `running` are the questions whose search goes on."""
+        if self.on_step is None:
+            return
+        self.share = max(self.share, self.num_run / self._estimate_total(running))
+        self.on_step(self.share, self.num_new, step)
+
+    def _estimate_total(self, running: Collection[int]) -> float:
+        """Estimate how many paths the whole batch runs, re-tests and late margins included."""
+        num_paths = 0
+        for place, search in enumerate(self.searches):
+            num_paths += self.num_simulations + 1 if place in running else len(search.trials)
+        num_again = 0
+        for place, decisions in pairs_to_retest(self.outcomes):
+            # During the rounds full paths don't count: they come first, and are no sample.
+            if not running or set(decisions) != {1}:
+                num_again += self.num_retests[place]
+        if self.has_late_margins:
+            num_again += sum(outcome.is_right for outcome in self.outcomes.values())
+        return num_paths * (1 + num_again / len(self.outcomes))
+
+
+@dataclass(frozen=True)
+class BatchSteps:
+    """Runs the steps of a batch; a step that an earlier start finished is read instead."""
+
+    questions: Sequence[SearchQuestion]
+    parts: Chunks | None  # what is kept; None keeps nothing
+    progress: BatchProgress
+
+    def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+        """Return the outcomes of a step; its name and its pairs tell it from all others."""
 
         def evaluate_now() -> list[Outcome]:
-            nonlocal num_new
-            num_new += len(pairs)
-            return evaluate()
+            self.progress.num_new += len(pairs)
+            return evaluate(pairs)
 
-        if parts is None:
+        if self.parts is None:
             outcomes = evaluate_now()
         else:
-            what = ([question.place for question in questions], list(pairs))
-            digest = digest_of([what])[:16]
-            outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
-        num_run += len(pairs)
-        if not step.startswith("round"):
-            tell("margins" if step == "margins" else "re-tests")
+            places = [question.place for question in self.questions]
+            digest = digest_of([(places, list(pairs))])[:16]
+            outcomes = self.parts.once(f"{name} {digest}", list[Outcome], evaluate_now)
+        self.progress.num_run += len(pairs)
         return outcomes
 
-    def tell(what: str, going: Collection[int] = ()) -> None:
-        """Say how far the batch is; `going` are the questions whose search isn't over."""
-        nonlocal share
-        if on_step is None:
-            return
-        tried = [len(each.tried) for each in searches]
-        for place in going:
-            tried[place] = config.num_simulations + 1
-        # How many of those to come are asked again is guessed from those that are known. The full
-        # paths, which come first, are no sample of them.
-        again = [
-            len(asked_again[place])
-            for place, path in to_retest(found)
-            if not going or set(path) != {1}
-        ]
-        late = 0 if evaluator.scores_options else sum(one.reward >= 1 for one in found.values())
-        share = max(share, num_run / (sum(tried) * (1 + (late + sum(again)) / len(found))))
-        on_step(share, num_new, what)
-
-    started = time.perf_counter()
-    asked = [read(routed, question.prompt) for question in questions]
-    # Re-tests too, before anything is run: without them no path of the question could count.
-    asked_again = [[read(routed, prompt) for prompt in one.retests] for one in questions]
-    evaluator = Evaluator(
-        routed, asked, config.state_cache_gb, kl=config.kl, paths_per_pass=config.paths_per_pass
-    )
-    searches = [
-        new_search(routed.num_layers, config, Random(f"{config.seed}:{one.task}:{one.example.id}"))
-        for one in questions
-    ]
-    found: dict[Pair, Outcome] = {}
-
-    def evaluate(pairs: Sequence[Pair]) -> list[Outcome]:
-        return evaluator.with_margins(pairs, evaluator.evaluate(pairs), so_far=True)
-
-    for number in itertools.count():
-        pairs = [
-            (place, decisions)
-            for place, search in enumerate(searches)
-            for decisions in search.ask(config.leaves_per_round)
-        ]
-        if not pairs:
-            break
-        outcomes = once(f"round {number}", pairs, partial(evaluate, pairs))
-        for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
-            found[place, decisions] = outcome
-            margin = outcome.margin if evaluator.scores_options else None  # of all paths or none
-            searches[place].tell(decisions, outcome.reward, graded(margin, outcome.kl))
-        tell("new paths", {place for place, _ in pairs})
-    found = dict(sorted(found.items(), key=lambda item: item[0][0]))  # question by question
-    if not evaluator.scores_options:
-        tried, known = [*found], [*found.values()]
-        right = [pair for pair, outcome in found.items() if outcome.reward >= 1]
-        completed = once("margins", right, lambda: evaluator.with_margins(tried, known))
-        found = dict(zip(tried, completed, strict=True))
-    retests = retested(evaluator, asked_again, config, found, once)
-    paths: list[list[TriedPath]] = [[] for _ in questions]
-    for (place, decisions), outcome in found.items():
-        paths[place].append(
-            TriedPath(
-                decisions=decisions,
-                simulation=searches[place].tried[decisions].simulation,
-                reward=outcome.reward,
-                margin=outcome.margin,
-                executions=float(num_executions(decisions)),
-                answer=outcome.answer,
-                kl=outcome.kl,
-                retest=retests.get((place, decisions)),
-            )
-        )
-    seconds = (time.perf_counter() - started) / len(questions)
-    return [
-        SearchRecord(
-            id=question.example.id,
-            task=question.task,
-            question=question.example.question,
-            prompt=reading.text,
-            answer=question.example.answer,
-            reward=question.prompt.reward,
-            num_layers=routed.num_layers,
-            paths=tuple(tried_paths),
-            seconds=seconds,
-        )
-        for question, reading, tried_paths in zip(questions, asked, paths, strict=True)
-    ]
+    def run_retest(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+        """Run a step of the re-test, and report it."""
+        outcomes = self.run(name, pairs, evaluate)
+        self.progress.report("re-tests")
+        return outcomes
 
 
 @dataclass(eq=False)
@@ -236,24 +379,24 @@ class LocalExecutor:
     runtime: Mapping[str, Any]  # how it runs: in another dtype, say, it is another search
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return what the model reads of each prompt; None where its template refuses it."""
-        texts: list[str | None] = []
-        for prompt in prompts:
-            try:
-                texts.append(render(self.routed.tokenizer, prompt.asked, chat=prompt.chat))
-            except ConfigError:  # noqa: PERF203  # said when the question is searched
-                texts.append(None)
-        return texts
+        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        return [self._render(prompt) for prompt in prompts]
+
+    def _render(self, prompt: Prompt) -> str | None:
+        try:
+            return render(self.routed.tokenizer, prompt.asked, chat=prompt.chat)
+        except ConfigError:  # raised again, and recorded, when the question is searched
+            return None
 
     def search(
         self,
         batches: Iterable[Batch],
         config: SearchConfig,
         chunks: Chunks | None = None,
-        on_share: OnShare | None = None,
-    ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches one by one; what is done of each is kept in `chunks`, under its key."""
+        on_batch_step: OnBatchStep | None = None,
+    ) -> Iterator[tuple[Batch, BatchRecords]]:
+        """Search batches one by one; `chunks` keeps what is done of each, under its key."""
         for batch in batches:
             parts = None if chunks is None else chunks.within(batch.key)
-            on_step = None if on_share is None else partial(on_share, batch)
+            on_step = None if on_batch_step is None else partial(on_batch_step, batch)
             yield batch, search_batch(self.routed, batch, config, parts=parts, on_step=on_step)

@@ -1,4 +1,4 @@
-"""What a path is worth on a question: reward, margin and answer, for many questions at once.
+"""Scores paths on questions: reward, margin, answer and KL, for many questions at once.
 
 The forward passes and their shared prefixes are in `models.scoring`, the rewards in
 `tasks.rewards`.
@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from drllm.errors import ModelError
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
@@ -17,67 +16,101 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
-from drllm.models.scoring.prefix_sharing import Pair
+from drllm.models.scoring.prefix_sharing import PackedRows, Pair
 from drllm.tasks.base import KL_REWARD, Prompt
 from drllm.tasks.rewards import reward_of, score_choices, verdict
 
 WRONG_ANSWERS = 4
 """Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
+CHARACTERS_A_TOKEN = 16
+"""A text with more characters than this for each token of the model's context is most likely too
+long; its beginning is tokenised first, since tokenising megabytes takes minutes."""
+
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one path fared on one question; see `TriedPath`."""
+    """The result of one path on one question; see `TriedPath`."""
 
     reward: float  # in [0, 1]
     margin: float | None  # in nats, positive when right; None where it isn't known (yet)
-    # Each option's, in nats; empty where one isn't finite, and of generated answers.
+    # Each option's, in nats; empty where one isn't finite, and for generated answers.
     logprobs: tuple[float, ...]
-    answer: str | None = None  # what was generated; None when choices were scored
-    tokens: tuple[int, ...] = ()  # those of the answer, without the end-of-sequence token
+    answer: str | None = None  # the generated text; None when options were scored
+    tokens: TokenIds = ()  # of the answer, without the end-of-sequence token
     # Mean log-probability of the answer's tokens (with the end of sequence), in nats; None when
-    # choices were scored, and where it isn't finite.
+    # options were scored, and where it isn't finite.
     logprob: float | None = None
-    kl: float | None = None  # in nats a token; None where it wasn't asked for or isn't finite
+    kl: float | None = None  # in nats a token; None where it wasn't computed or isn't finite
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the path answered right."""
+        return self.reward >= 1
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A prompt as the model reads it: with the chat template, where it is sent through one."""
+class TokenizedPrompt:
+    """A prompt as the model reads it, through the chat template where it is sent through one."""
 
     prompt: Prompt
     text: str
     tokens: list[int]
-    continuations: list[list[int]]  # the options; the right answer where one is generated
-    num_unscored: tuple[int, ...]  # of each, the tokens that aren't scored; empty for none
+    continuations: list[list[int]]  # the options; the gold answer where one is generated
+    num_unscored: tuple[int, ...]  # leading tokens of each that aren't scored; empty for none
 
     @property
-    def question(self) -> Request:
-        """What is scored; where the prompt's own tokens are all that is looked at, any token."""
-        behind = [self.tokens[-1:]] if self.prompt.reward == KL_REWARD else self.continuations
-        return Request(self.tokens, behind, self.num_unscored)
+    def request(self) -> Request:
+        """The continuations to score after the prompt.
+
+        Where only the prompt's own tokens matter (reward `kl`), its last token stands in for one.
+        """
+        continuations = self.continuations
+        if self.prompt.reward == KL_REWARD:
+            continuations = [self.tokens[-1:]]
+        return Request(self.tokens, continuations, self.num_unscored)
 
 
-def read(routed: RoutedModel, prompt: Prompt) -> Reading:
-    """Render and tokenise a prompt, with what may follow it.
+def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
+    """Render and tokenise a prompt and its possible continuations.
 
-    A ModelError where it, with the longest of what may follow, is beyond the model's context: some
-    models fail there, others go on at positions that they have never learned.
+    A ModelError if the prompt and its longest continuation don't fit the model's context: some
+    models fail there, others go on at positions that they never learned.
     """
-    text = render(routed.tokenizer, prompt.asked, chat=prompt.chat)
-    tokens = encode(routed.tokenizer, text)
-    behind = partial(encode_continuation, routed.tokenizer, text)
-    continuations = [behind(each) for each in prompt.continuations or (gold_text(prompt),)]
-    num_unscored = tuple(len(behind(each)) for each in prompt.unscored)
-    generated = 0 if prompt.continuations else prompt.max_new_tokens
-    longest = max(generated, *map(len, continuations))
+    tokenizer = routed.tokenizer
     context = context_length(routed.model)
+    text = render(tokenizer, prompt.asked, chat=prompt.chat)
+    if context is not None:
+        _refuse_overlong(tokenizer, text, context)
+    tokens = encode(tokenizer, text)
+    texts = prompt.continuations or (gold_text(prompt),)
+    continuations = [encode_continuation(tokenizer, text, each) for each in texts]
+    num_unscored = tuple(
+        len(encode_continuation(tokenizer, text, each)) for each in prompt.unscored
+    )
+    longest = max(len(each) for each in continuations)
+    if not prompt.continuations:  # an answer is generated
+        longest = max(longest, prompt.max_new_tokens)
     if context is not None and len(tokens) + longest > context:
         raise ModelError(
             f"a prompt of the question has {len(tokens)} tokens, and up to {longest} follow; the "
             f"model's context holds {context}; shorten the question or leave it out"
         )
-    return Reading(prompt, text, tokens, continuations, num_unscored)
+    return TokenizedPrompt(prompt, text, tokens, continuations, num_unscored)
+
+
+def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
+    """Refuse a text whose beginning alone is twice as long as the context; tokenise no more of it.
+
+    Twice, since the beginning ends anywhere: its last tokens may not be those of the whole text.
+    """
+    beginning = text[: CHARACTERS_A_TOKEN * context]
+    if len(beginning) < len(text) and len(encode(tokenizer, beginning)) > 2 * context:
+        raise ModelError(
+            f"a prompt of the question has {len(text)} characters, more than {2 * context} tokens; "
+            f"the model's context holds {context}; shorten the question or leave it out"
+        )
 
 
 def gold_text(prompt: Prompt) -> str:
@@ -86,45 +119,56 @@ def gold_text(prompt: Prompt) -> str:
     return answer if prompt.chat else f" {answer}"
 
 
-def outcome_of(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
+def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
     """Judge the log-probabilities of a prompt's options; without any the path is wrong."""
     if prompt.reward == KL_REWARD:
-        worth = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
-        return Outcome(reward=worth, margin=None, logprobs=(), kl=kl)
-    reward, margin = score_choices(logprobs, prompt) if logprobs else (0.0, None)
+        reward = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
+        return Outcome(reward=reward, margin=None, logprobs=(), kl=kl)
+    if not logprobs:
+        return Outcome(reward=0.0, margin=None, logprobs=(), kl=kl)
+    reward, margin = score_choices(logprobs, prompt)
     return Outcome(reward=reward, margin=margin, logprobs=logprobs, kl=kl)
 
 
 class Evaluator:
-    """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
+    """Evaluates paths on a fixed batch of prompts, sharing the work that paths have in common.
 
-    The prompts, all of one reward, may be read already. What comes out doesn't depend on
-    `state_cache_gb` and `paths_per_pass` (see `ChoiceBatch`). With `kl` each path's KL is measured:
-    0 for the full path, which is run with the others of its prompt if it wasn't before.
+    Args:
+        routed: The model, with its tokenizer.
+        prompts: Prompts of one reward, tokenised already or not.
+        state_cache_gb: Memory for shared states (see `ChoiceBatch`); results don't depend on it.
+        kl: Measure each path's KL from the full path, which then runs too if it wasn't asked for.
+            The full path's own KL is 0.
+        paths_per_pass: Rows of a forward pass; None picks it by memory. Results don't depend on it.
     """
 
     def __init__(
         self,
         routed: RoutedModel,
-        prompts: Sequence[Prompt | Reading],
+        prompts: Sequence[Prompt | TokenizedPrompt],
         state_cache_gb: float | None,
         *,
         kl: bool = False,
         paths_per_pass: int | None = None,
     ) -> None:
-        self.readings = [p if isinstance(p, Reading) else read(routed, p) for p in prompts]
+        self.prompts = [
+            prompt if isinstance(prompt, TokenizedPrompt) else tokenize_prompt(routed, prompt)
+            for prompt in prompts
+        ]
         self.routed = routed
         self.kl = kl
-        self._choices = partial(
-            ChoiceBatch, routed, state_cache_gb=state_cache_gb, paths_per_pass=paths_per_pass
-        )
+        self._state_cache_gb = state_cache_gb
+        self._paths_per_pass = paths_per_pass
         self._batch: ChoiceBatch | AnswerBatch
-        if reward_of(self.readings[0].prompt).scores_options:
-            self._batch = self._choices([reading.question for reading in self.readings])
+        if reward_of(self.prompts[0].prompt).scores_options:
+            self._batch = self._choice_batch([prompt.request for prompt in self.prompts])
         else:
-            contexts = [reading.tokens for reading in self.readings]
             self._batch = AnswerBatch(
-                routed, routed.tokenizer, contexts, state_cache_gb, paths_per_pass=paths_per_pass
+                routed,
+                routed.tokenizer,
+                [prompt.tokens for prompt in self.prompts],
+                state_cache_gb,
+                paths_per_pass=paths_per_pass,
             )
         self.states = self._batch.states
 
@@ -134,90 +178,179 @@ class Evaluator:
         return isinstance(self._batch, ChoiceBatch)
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        """Return the outcome of each path on its prompt, in order.
+        """Return the outcome of each (prompt's place, path), in order.
 
         Margins of generated answers are None: they compare with what other paths answered, so
-        `with_margins` adds them when all paths are known. Log-probabilities of the full path itself
-        that aren't finite are a ModelError.
+        `with_margins` adds them when all paths are known. A ModelError if the full path's own
+        log-probabilities aren't finite.
         """
         if isinstance(self._batch, ChoiceBatch):
-            outcomes = []
-            for pair, score in zip(pairs, self._batch.scores(pairs, kl=self.kl), strict=True):
-                logprobs = score.logprobs if self._is_finite(pair, score.logprobs) else ()
-                prompt = self.readings[pair[0]].prompt
-                outcomes.append(outcome_of(logprobs, prompt, score.kl))
-            return outcomes
-        prompts = [self.readings[place].prompt for place, _ in pairs]
-        answers = self._batch.answers(
+            return self._score_options(self._batch, pairs)
+        return self._generate_answers(self._batch, pairs)
+
+    def _score_options(self, batch: ChoiceBatch, pairs: Sequence[Pair]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        scores = batch.scores(pairs, kl=self.kl)
+        for pair, score in zip(pairs, scores, strict=True):
+            place, _ = pair
+            is_finite = self._is_finite(pair, score.logprobs)
+            logprobs = score.logprobs if is_finite else ()
+            outcomes.append(judge_options(logprobs, self.prompts[place].prompt, score.kl))
+        return outcomes
+
+    def _generate_answers(self, batch: AnswerBatch, pairs: Sequence[Pair]) -> list[Outcome]:
+        prompts = [self.prompts[place].prompt for place, _ in pairs]
+        answers = batch.answers(
             pairs,
             [prompt.max_new_tokens for prompt in prompts],
-            lambda pair, text, finished: verdict(prompts[pair], text, finished),
+            lambda number, text, is_finished: verdict(prompts[number], text, is_finished),
             kl=self.kl,
         )
-        return [
-            Outcome(
+        outcomes: list[Outcome] = []
+        for pair, answer in zip(pairs, answers, strict=True):
+            is_finite = self._is_finite(pair, [answer.logprob])
+            outcome = Outcome(
                 reward=answer.grade,
                 margin=None,
                 logprobs=(),
                 answer=answer.text,
                 tokens=answer.tokens,
-                logprob=answer.logprob if self._is_finite(pair, [answer.logprob]) else None,
+                logprob=answer.logprob if is_finite else None,
                 kl=answer.kl,
             )
-            for pair, answer in zip(pairs, answers, strict=True)
-        ]
+            outcomes.append(outcome)
+        return outcomes
 
     def with_margins(
-        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, so_far: bool = False
+        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, wrong_only: bool = False
     ) -> list[Outcome]:
         """Return the outcomes of all paths of the batch with their margins; known ones stay.
 
         For a generated answer the margin is the mean token log-probability of the gold answer
         minus that of the path's own answer if that is wrong, else that of the best of the most
-        frequent wrong answers to the question; None where nobody answered wrong, or where there is
-        no gold answer, since a function grades. `so_far` leaves out those of right answers, which
-        paths to come may change; the others are best taken now, while the states are there.
+        frequent wrong answers to the question. It is None where no path answered wrong, and where
+        there is no gold answer, since a function grades.
+
+        With `wrong_only` the margins of right answers stay out, since paths to come may change
+        them. Those of wrong answers are best computed early, while the states are in memory.
         """
-        has_gold = all(reading.continuations[0] for reading in self.readings)
+        has_gold = all(prompt.continuations[0] for prompt in self.prompts)
         if isinstance(self._batch, ChoiceBatch) or not has_gold:
             return list(outcomes)
-        wrong: list[Counter[tuple[int, ...]]] = [Counter() for _ in self.readings]
-        for (place, _), outcome in zip(pairs, outcomes, strict=True):
-            if outcome.reward < 1 and outcome.tokens:
-                wrong[place][outcome.tokens] += 1
         completed = list(outcomes)
-        without = [n for n, each in enumerate(outcomes) if each.margin is None]
-        kinds = {outcomes[n].reward >= 1 for n in without}
-        for is_right in kinds - {True} if so_far else kinds:  # a wrong path needs no rivals
-            chosen = [n for n in without if (outcomes[n].reward >= 1) == is_right]
-            most = WRONG_ANSWERS if is_right else 0
-            rivals = [[tokens for tokens, _ in given.most_common(most)] for given in wrong]
-            questions = [
-                Request(reading.tokens, [*reading.continuations, *tokens])
-                for reading, tokens in zip(self.readings, rivals, strict=True)
-            ]
-            batch = self._choices(questions, contexts=self._batch.rows)
-            scores = batch.logprobs([pairs[number] for number in chosen])
-            for number, sums in zip(chosen, scores, strict=True):
-                continuations = questions[pairs[number][0]].continuations
-                gold, *others = (s / len(c) for s, c in zip(sums, continuations, strict=True))
-                own = max(others, default=None) if is_right else outcomes[number].logprob
-                margin = None if own is None or not math.isfinite(gold - own) else gold - own
-                completed[number] = dataclasses.replace(outcomes[number], margin=margin)
+        numbers = [n for n, outcome in enumerate(outcomes) if outcome.margin is None]
+        wrong = [n for n in numbers if not outcomes[n].is_right]
+        right = [n for n in numbers if outcomes[n].is_right]
+        self._add_margins_of_wrong(self._batch, pairs, wrong, completed)
+        if not wrong_only:
+            rivals = self._wrong_answers(pairs, outcomes)
+            self._add_margins_of_right(self._batch, pairs, right, rivals, completed)
         return completed
 
+    def _add_margins_of_wrong(
+        self,
+        batch: AnswerBatch,
+        pairs: Sequence[Pair],
+        numbers: Sequence[int],
+        outcomes: list[Outcome],
+    ) -> None:
+        """Add the margins of these outcomes: the gold answer against the path's own answer."""
+        no_rivals: list[list[TokenIds]] = [[] for _ in self.prompts]
+        scores = self._score_answers(batch, pairs, numbers, no_rivals)
+        for number, (gold,) in zip(numbers, scores, strict=True):
+            margin = _difference(gold, outcomes[number].logprob)
+            outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
+
+    def _add_margins_of_right(
+        self,
+        batch: AnswerBatch,
+        pairs: Sequence[Pair],
+        numbers: Sequence[int],
+        rivals: Sequence[Sequence[TokenIds]],
+        outcomes: list[Outcome],
+    ) -> None:
+        """Add the margins of these outcomes: the gold answer against the best of its rivals."""
+        scores = self._score_answers(batch, pairs, numbers, rivals)
+        for number, (gold, *others) in zip(numbers, scores, strict=True):
+            margin = _difference(gold, max(others, default=None))
+            outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
+
+    def _wrong_answers(
+        self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]
+    ) -> list[list[TokenIds]]:
+        """Return, for each prompt, the most frequent wrong answers."""
+        counts: list[Counter[TokenIds]] = [Counter() for _ in self.prompts]
+        for (place, _), outcome in zip(pairs, outcomes, strict=True):
+            if outcome.tokens and not outcome.is_right:
+                counts[place][outcome.tokens] += 1
+        return [[tokens for tokens, _ in count.most_common(WRONG_ANSWERS)] for count in counts]
+
+    def _score_answers(
+        self,
+        batch: AnswerBatch,
+        pairs: Sequence[Pair],
+        numbers: Sequence[int],
+        rivals: Sequence[Sequence[TokenIds]],
+    ) -> list[list[float]]:
+        """Score the gold answer, then its rivals, along the paths of some of the pairs.
+
+        Args:
+            batch: The batch that generated the answers; its rows hold the prompts' states.
+            pairs: All pairs.
+            numbers: Which of the pairs to score.
+            rivals: For each prompt, further answers to score.
+
+        Returns:
+            For each number, the mean token log-probability of each answer, in nats.
+        """
+        if not numbers:
+            return []
+        requests = [
+            Request(prompt.tokens, [*prompt.continuations, *others])
+            for prompt, others in zip(self.prompts, rivals, strict=True)
+        ]
+        choices = self._choice_batch(requests, contexts=batch.rows)
+        sums = choices.logprobs([pairs[number] for number in numbers])
+        means: list[list[float]] = []
+        for number, sums_of_pair in zip(numbers, sums, strict=True):
+            place, _ = pairs[number]
+            lengths = [len(tokens) for tokens in requests[place].continuations]
+            means.append([s / length for s, length in zip(sums_of_pair, lengths, strict=True)])
+        return means
+
+    def _choice_batch(
+        self, requests: Sequence[Request], contexts: PackedRows | None = None
+    ) -> ChoiceBatch:
+        return ChoiceBatch(
+            self.routed,
+            requests,
+            self._state_cache_gb,
+            paths_per_pass=self._paths_per_pass,
+            contexts=contexts,
+        )
+
     def forget(self) -> None:
-        """Give up all shared states."""
+        """Free all shared states."""
         self._batch.forget()
 
     def _is_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
-        """Say whether a path's numbers can be judged; nothing can where the full path overflows."""
+        """Whether all log-probabilities of a path are finite.
+
+        A ModelError if the full path's aren't: without them no path can be judged.
+        """
         place, decisions = pair
         if all(math.isfinite(value) for value in logprobs):
             return True
         if set(decisions) == {1}:
             raise ModelError(
                 f"the base model's own log-probabilities are not finite on "
-                f"{self.readings[place].text!r}; load it with --dtype float32"
+                f"{self.prompts[place].text!r}; load it with --dtype float32"
             )
         return False
+
+
+def _difference(gold: float, other: float | None) -> float | None:
+    """Return a margin, or None where one of the two is missing or not finite."""
+    if other is None or not math.isfinite(gold - other):
+        return None
+    return gold - other

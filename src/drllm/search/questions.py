@@ -1,4 +1,4 @@
-"""Which questions a search asks, and how each is asked; the batches they are searched in.
+"""The questions of a search, the prompts of each, and the batches they are searched in.
 
 Examples are loaded and prompts built here, once. Loads no torch.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of, required_tasks
@@ -24,16 +24,20 @@ from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
 
-Source: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
-"""What questions are given as."""
+QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
+"""Names of tasks or a file; or tasks, examples of named tasks, or rows as a file has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchQuestion:
-    """One question of a search, with every way of asking it.
+    """One question of a search, with all its prompts.
 
-    Its place is among all questions of the search in their own order, which is that of the records;
-    `retests` are the other ways of asking that a path must survive.
+    Attributes:
+        place: Among all questions of the search, in their own order, which is that of the records.
+        task: The task's name.
+        example: The question and its answer.
+        prompt: How the search asks it.
+        retests: Other ways of asking it, which a target path must survive.
     """
 
     place: int
@@ -57,149 +61,214 @@ class Batch:
 
     @property
     def key(self) -> str:
-        """The key under which what is done of them is kept."""
+        """The key under which their results are kept."""
         return f"batch {self.number}"
 
 
-def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQuestion]:
-    """Return the questions that a search asks, each one once.
+class TaskExamples(NamedTuple):
+    """A task and those of its examples that a search may draw."""
+
+    task: Task
+    examples: list[Example]
+
+
+class Shard(NamedTuple):
+    """One part of a search that is divided among machines."""
+
+    part: int  # from 1
+    num_parts: int
+
+
+def collect_questions(source: QuestionSource | None, config: SearchConfig) -> list[SearchQuestion]:
+    """Return the questions of a search, each one once.
 
     The limit comes before the shard, so that the shards of one limit add up to it, and before
     copies are left out, so that what is drawn of a task doesn't depend on the others. Copies of
-    questions of an earlier task are left out with a warning. The source is tasks or their names,
-    whose questions of `config.split` are loaded, examples of named tasks, or rows; None for the
-    tasks that `config.dataset` names.
+    questions of an earlier task are left out with a warning.
 
-    Settings without effect and missing packages are a ConfigError; unknown tasks, no questions in a
-    task or in this shard, and rewards that a task can't grade a TaskError.
+    Args:
+        source: Tasks or their names, whose questions of `config.split` are loaded; examples of
+            named tasks; or rows. None for the tasks that `config.dataset` names.
+        config: The settings.
+
+    Raises:
+        ConfigError: Settings without effect, and missing packages.
+        TaskError: Unknown tasks, no questions in a task or in this shard, and rewards that a task
+            can't grade.
     """
     config.check_effects()
-    for strategy in STRATEGIES:
-        for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
-            if (value := getattr(config, name)) != getattr(SearchConfig(), name):
-                raise ConfigError(
-                    f"{flag_of(name)} {value:g} has no effect with --strategy "
-                    f"{config.strategy}; leave it out, or choose --strategy {strategy}"
-                )
+    _check_strategy_settings(config)
     shard = None if config.shard is None else parse_shard(config.shard)
-    if source is None or isinstance(source, (str, Path)):
-        names = required_tasks(config.dataset, "--dataset") if source is None else str(source)
-        source = get_tasks(names)
-    found = _examples_of(source, config)
-    length = config.max_new_tokens
-    if config.reward is not None and SUFFIX in config.reward:
-        own = config.reward, length
-        found, length = [(GradedTask(task, *own), examples) for task, examples in found], None
-    if config.num_fewshot or length is not None:
-        found = [_worked(*each, config, length) for each in found]
-    rewards = [task.check_reward(config.reward) for task, _ in found]
-    for name in rewards:
-        check_installed(name)
-    if not config.kl and not all(task.has_answers for task, _ in found):
-        raise ConfigError(
-            "--no-kl leaves nothing to search prompts without answers by; leave it out"
-        )
-    wanted = [] if config.reward is None else config.reward.split(",")
-    for name in wanted:
-        if wanted.count(name) > 1:
-            raise ConfigError(f"--reward names {name!r} twice; name it once")
+    if source is None:
+        source = required_tasks(config.dataset, "--dataset")
+    if isinstance(source, (str, Path)):
+        source = get_tasks(str(source))
+    groups = _load_examples(source, config)
+    groups = _apply_prompt_settings(groups, config)
+    rewards = _choose_rewards([group.task for group in groups], config)
     questions: list[SearchQuestion] = []
-    seen: set[str] = set()
-    copies = 0
-    for (task, examples), reward in zip(found, rewards, strict=True):
-        asked = choose(examples, config.limit, config.seed)
-        keys = [question_key(example.question) for example in asked]
-        for example, key in zip(asked, keys, strict=True):
-            if shard is not None and not in_shard(example, *shard):
+    keys: set[str] = set()  # of the questions of earlier tasks
+    num_copies = 0
+    for group, reward in zip(groups, rewards, strict=True):
+        examples = choose(group.examples, config.limit, config.seed)
+        for example in examples:
+            if shard is not None and not in_shard(example, shard):
                 continue
-            if key in seen:
-                copies += 1
-            else:
-                questions.append(ask(task, example, reward, len(questions)))
-        seen.update(keys)
+            if question_key(example.question) in keys:
+                num_copies += 1
+                continue
+            question = build_question(group.task, example, reward, place=len(questions))
+            questions.append(question)
+        keys.update(question_key(example.question) for example in examples)
     if not questions:
         raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
-    if copies:
+    if num_copies > 0:
         logger.warning(
-            "questions left out, since an earlier task of this search has them too: %d", copies
+            "questions left out, since an earlier task of this search has them too: %d", num_copies
         )
     return questions
 
 
-def ask(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:
-    """Return a question of a task with every way of asking it."""
-    prompt, *others = task.prompts(example, reward)
+def build_question(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:
+    """Return a question of a task with all its prompts."""
+    prompt, *retests = task.prompts(example, reward)
     return SearchQuestion(
-        place=place, task=task.name, example=example, prompt=prompt, retests=tuple(others)
+        place=place, task=task.name, example=example, prompt=prompt, retests=tuple(retests)
     )
 
 
-def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
-    """Return the questions in batches of one task each, of like length: little is then padding."""
-
-    def length(question: SearchQuestion) -> int:
-        return sum(map(len, (question.prompt.text, *question.prompt.continuations)))
-
+def split_into_batches(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
+    """Split questions into batches of one task and of like length, which need little padding."""
+    by_task: dict[str, list[SearchQuestion]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question)
     batches: list[Batch] = []
-    for task in dict.fromkeys(question.task for question in questions):
-        by_length = sorted((q for q in questions if q.task == task), key=length)
+    for questions_of_task in by_task.values():
+        by_length = sorted(questions_of_task, key=_num_characters)
         for start in range(0, len(by_length), size):
-            batches.append(Batch(len(batches), tuple(by_length[start : start + size])))
+            batch = Batch(len(batches), tuple(by_length[start : start + size]))
+            batches.append(batch)
     return batches
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Return which part of how many a `--shard` names; a ConfigError for what makes no sense."""
+def _num_characters(question: SearchQuestion) -> int:
+    """Count the characters of a question's prompt and its continuations."""
+    texts = [question.prompt.text, *question.prompt.continuations]
+    return sum(len(text) for text in texts)
+
+
+def parse_shard(text: str) -> Shard:
+    """Read a `--shard`, such as `1/8`; a ConfigError if it makes no sense."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    part, parts = map(int, match.groups()) if match else (0, 0)
-    if part == parts == 1:
-        raise ConfigError("--shard 1/1 is the whole search and has no effect; leave it out")
-    if not 1 <= part <= parts:
-        raise ConfigError(
-            f"--shard is {text!r}; give i/n with i from 1 to n, for example 1/8 for the first of "
-            f"eight"
-        )
-    return part, parts
+    if match is not None:
+        shard = Shard(int(match[1]), int(match[2]))
+        if shard == (1, 1):
+            raise ConfigError("--shard 1/1 is the whole search and has no effect; leave it out")
+        if 1 <= shard.part <= shard.num_parts:
+            return shard
+    raise ConfigError(
+        f"--shard is {text!r}; give i/n with i from 1 to n, for example 1/8 for the first of eight"
+    )
 
 
-def in_shard(example: Example, part: int, parts: int) -> bool:
-    """Say whether a question belongs to a shard, from 1; its text alone decides, not its id."""
+def in_shard(example: Example, shard: Shard) -> bool:
+    """Whether a question belongs to a shard; its text alone decides, not its id."""
     # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
-    return hash_of(f"shard:{question_key(example.question)}") % parts == part - 1
+    number = hash_of(f"shard:{question_key(example.question)}")
+    return number % shard.num_parts == shard.part - 1
 
 
-def _worked(
-    task: Task, examples: list[Example], config: SearchConfig, length: int | None
-) -> tuple[Task, list[Example]]:
-    """Return the task with worked examples of another split, and the questions left to ask."""
-    num = config.num_fewshot or 0
-    if num and any(getattr(task, "shots_of", {}).values()):
-        raise ConfigError(f"--num-fewshot has no effect on {task.name}, which has its own")
-    pool = [each for each, _ in task.shots(config.split, config.data_dir)] if num else []
-    if len(pool) < num:
-        raise TaskError(
-            f"--num-fewshot is {num}, and {task.name} has {len(pool)} questions to show; give at "
-            f"most {len(pool)}"
-        )
-    shots = choose(pool, num, config.seed)
-    return WorkedTask(task, shots, length), [each for each in examples if each not in shots]
+def _check_strategy_settings(config: SearchConfig) -> None:
+    """Refuse a changed setting that only another strategy reads."""
+    defaults = SearchConfig()
+    for strategy in STRATEGIES:
+        if strategy == config.strategy:
+            continue
+        for name in STRATEGIES.get(strategy).own_settings:
+            value = getattr(config, name)
+            if value != getattr(defaults, name):
+                raise ConfigError(
+                    f"{flag_of(name)} {value:g} has no effect with --strategy "
+                    f"{config.strategy}; leave it out, or choose --strategy {strategy}"
+                )
 
 
-def _examples_of(
+def _load_examples(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
-) -> list[tuple[Task, list[Example]]]:
+) -> list[TaskExamples]:
     """Return the examples by task, in the order in which the tasks come first."""
-    check_data_dir(config.data_dir)  # examples given from Python don't read it
-    tasks = (task for task in source if isinstance(task, Task))
-    found = [(task, questions_in(task, config.split, config.data_dir)) for task in tasks]
-    given: dict[str, list[Example]] = {}
-    for example in source:
-        if isinstance(example, Example):
-            given.setdefault(example.task, []).append(example)
-    found += [(get_task(name), examples) for name, examples in given.items()]
-    if rows := [row for row in source if isinstance(row, Mapping)]:
-        given_task = FileTask(Path("examples"), (), enumerate(rows, 1))
-        found.append((given_task, given_task.all))
-    if not found:
+    check_data_dir(config.data_dir)  # refused even where only examples are given
+    groups: list[TaskExamples] = []
+    examples_by_task: dict[str, list[Example]] = {}
+    rows: list[Row] = []
+    for item in source:
+        if isinstance(item, Task):
+            examples = questions_in(item, config.split, config.data_dir)
+            groups.append(TaskExamples(item, examples))
+        elif isinstance(item, Example):
+            examples_by_task.setdefault(item.task, []).append(item)
+        elif isinstance(item, Mapping):
+            rows.append(item)
+    for name, examples in examples_by_task.items():
+        groups.append(TaskExamples(get_task(name), examples))
+    if rows:
+        task = FileTask(Path("examples"), (), enumerate(rows, start=1))
+        groups.append(TaskExamples(task, task.all))
+    if not groups:
         raise TaskError("no question is given; give tasks or examples")
-    return found
+    return groups
+
+
+def _apply_prompt_settings(
+    groups: Sequence[TaskExamples], config: SearchConfig
+) -> list[TaskExamples]:
+    """Have the tasks ask as `--reward FILE.py:…`, `--num-fewshot` and `--max-new-tokens` say."""
+    max_new_tokens = config.max_new_tokens
+    groups = list(groups)
+    if config.reward is not None and SUFFIX in config.reward:
+        groups = [
+            TaskExamples(GradedTask(group.task, config.reward, max_new_tokens), group.examples)
+            for group in groups
+        ]
+        max_new_tokens = None
+    if config.num_fewshot or max_new_tokens is not None:
+        groups = [_add_worked_examples(group, config, max_new_tokens) for group in groups]
+    return groups
+
+
+def _add_worked_examples(
+    group: TaskExamples, config: SearchConfig, max_new_tokens: int | None
+) -> TaskExamples:
+    """Return the task with worked examples of another split, which it doesn't ask itself."""
+    task, examples = group
+    num_shots = config.num_fewshot or 0
+    if num_shots == 0:
+        return TaskExamples(WorkedTask(task, (), max_new_tokens), examples)
+    if any(getattr(task, "shots_of", {}).values()):
+        raise ConfigError(f"--num-fewshot has no effect on {task.name}, which has its own")
+    pool = [example for example, _ in task.shots(config.split, config.data_dir)]
+    if len(pool) < num_shots:
+        raise TaskError(
+            f"--num-fewshot is {num_shots}, and {task.name} has {len(pool)} questions to show; "
+            f"give at most {len(pool)}"
+        )
+    shots = choose(pool, num_shots, config.seed)
+    remaining = [example for example in examples if example not in shots]
+    return TaskExamples(WorkedTask(task, shots, max_new_tokens), remaining)
+
+
+def _choose_rewards(tasks: Sequence[Task], config: SearchConfig) -> list[str]:
+    """Return the reward of each task, or refuse what can't be graded."""
+    rewards = [task.check_reward(config.reward) for task in tasks]
+    for reward in rewards:
+        check_installed(reward)
+    if not config.kl and not all(task.has_answers for task in tasks):
+        raise ConfigError(
+            "--no-kl leaves nothing to search prompts without answers by; leave it out"
+        )
+    if config.reward is not None:
+        names = config.reward.split(",")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"--reward names {name!r} twice; name it once")
+    return rewards

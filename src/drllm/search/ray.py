@@ -1,4 +1,4 @@
-"""Batches searched by Ray: one worker process a device, on this machine or on a cluster.
+"""Searches batches on Ray: one worker process a device, on this machine or on a cluster.
 
 Keeps every worker busy with a bounded number of batches, and replaces a worker that died. Ray is
 imported only when an executor is made.
@@ -25,7 +25,14 @@ from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import share_memory
 from drllm.records.resume import Chunks
-from drllm.search.batch import LocalExecutor, OnShare, Searched, failed_question, search_batch
+from drllm.records.search import FailedQuestion, SearchRecord
+from drllm.search.batch import (
+    BatchRecords,
+    LocalExecutor,
+    OnBatchStep,
+    failed_question,
+    search_batch,
+)
 from drllm.search.questions import Batch
 from drllm.tasks.base import Prompt
 
@@ -34,9 +41,9 @@ BATCHES_A_WORKER = 2
 MAX_LOSSES = 3
 """Workers that a question may cost while it is searched alone, before it is set aside."""
 MAX_FAILED_STARTS = 3  # workers in a row that may die while they load the model
-START_TIMEOUT_S = 600.0  # how long nothing at all may happen while no worker has a model yet
+START_TIMEOUT_S = 600.0  # how long the first worker may take to load the model
 CONNECT_TIMEOUT_S = 5.0
-"""How long it may take until somebody answers at an address; Ray itself tries for minutes."""
+"""How long connecting to an address may take; Ray itself tries for minutes."""
 
 
 class Worker:
@@ -45,9 +52,12 @@ class Worker:
     def load(
         self, model: ModelConfig, num_threads: int, num_sharing: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Load the base model; return which it is and how it runs.
+        """Load the base model; return its identity and how it runs.
 
-        So many workers share the memory that it is in.
+        Args:
+            model: Which model, and how to load it.
+            num_threads: Threads of torch.
+            num_sharing: Workers that share the memory of this machine.
         """
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
@@ -58,10 +68,10 @@ class Worker:
         return base.identity, base.runtime
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Do what `LocalExecutor.texts` does."""
+        """Return the text that the model reads of each prompt; None if its template refuses it."""
         return self.local.texts(prompts)
 
-    def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
+    def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> BatchRecords:
         """Search a batch."""
         with quiet():
             return search_batch(self.local.routed, batch, config, parts=parts)
@@ -69,21 +79,50 @@ class Worker:
 
 @dataclass(eq=False)
 class Seat:
-    """A device's place: the worker that has it now, and its promised results, the next first."""
+    """One device's place for a worker: the worker it has now, and the worker's jobs.
+
+    Attributes:
+        worker: Ray's handle of the actor.
+        starting: Ray's future of the loaded model; None once the model is loaded.
+        jobs: Futures of results with their batches, the next to finish first.
+    """
 
     worker: Any
-    starting: Any  # Ray's promise that the model is loaded; None once it is
+    starting: Any
     jobs: deque[tuple[Any, Batch]] = field(default_factory=deque)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker has loaded the model."""
+        return self.starting is None
+
+    @property
+    def next_future(self) -> Any:
+        """The future to wait for: of the model, then of the first job; None without any."""
+        if not self.is_ready:
+            return self.starting
+        return self.jobs[0][0] if self.jobs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlan:
+    """How many workers run, and what each gets."""
+
+    num_workers: int
+    device: str  # "cuda", "cpu", or what the model's settings name
+    num_threads: int  # of torch, in each worker
+    num_sharing: int  # workers that share the memory of one machine
+    options: Mapping[str, int]  # Ray's options of an actor
 
 
 class RayExecutor:
     """Searches batches on Ray, one worker a device, as `LocalExecutor` does; a context manager.
 
-    A worker that dies is replaced, and what it had to do is searched again: its records are the
-    same, wherever and however often a batch is searched. With the device `auto` each worker has a
-    GPU of its own where Ray has any, else the CPU; unless their number is given there is one a GPU,
-    or else one a CPU core. Without a cluster's address Ray is started on this machine, and ended
-    afterwards; one that this process has started already is used as it is.
+    A worker that dies is replaced, and its jobs are searched again: the records are the same,
+    wherever and however often a batch is searched. With the device `auto` each worker has a GPU of
+    its own where Ray has any, else the CPU; unless their number is given there is one a GPU, or
+    else one a CPU core. Without a cluster's address Ray is started on this machine, and ended
+    afterwards; a Ray that this process has started already is used as it is.
     """
 
     def __init__(
@@ -93,8 +132,8 @@ class RayExecutor:
         import ray
 
         self.ray: Any = ray
-        losses = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
-        self._lost = tuple(getattr(ray.exceptions, name) for name in losses)
+        names = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
+        self._loss_errors = tuple(getattr(ray.exceptions, name) for name in names)
         self._is_ours = not ray.is_initialized()
         self._is_here = self._is_ours and address is None
         self.seats: list[Seat] = []
@@ -104,11 +143,7 @@ class RayExecutor:
         if self._is_ours:
             connect(ray, address, num_workers)
         try:
-            self._plan_workers(model, num_workers)
-            self.seats = [self._seat() for _ in range(self.num_workers)]
-            while not self.identity:
-                for seat in self._news():
-                    self._take_in(seat)
+            self._start_workers(model, num_workers)
         except BaseException:
             self.__exit__()
             raise
@@ -125,8 +160,8 @@ class RayExecutor:
             self.ray.shutdown()
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return what the model reads of each prompt; None where its template refuses it."""
-        seat = next(seat for seat in self.seats if seat.starting is None)
+        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        seat = next(seat for seat in self.seats if seat.is_ready)
         texts: list[str | None] = self.ray.get(seat.worker.texts.remote(list(prompts)))
         return texts
 
@@ -135,108 +170,104 @@ class RayExecutor:
         batches: Iterable[Batch],
         config: SearchConfig,
         chunks: Chunks | None = None,
-        on_share: OnShare | None = None,
-    ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches on all workers, and hand them over in any order.
+        on_batch_step: OnBatchStep | None = None,
+    ) -> Iterator[tuple[Batch, BatchRecords]]:
+        """Search batches on all workers, and yield them in any order.
 
         The caller's pace is the limit: no more batches are out than the workers can hold. Workers
         of a cluster keep nothing of a batch under way: they may not see the folder.
         """
         jobs = Jobs(batches)
-        # A worker gets its share of the memory; the manifest keeps what the user has given.
-        if config.state_cache_gb is not None:
-            share = config.state_cache_gb / self.num_sharing
-            config = dataclasses.replace(config, state_cache_gb=share)
-        stored = self.ray.put(config)
-        kept = chunks if self._is_here else None
+        stored_config = self.ray.put(self._worker_config(config))
+        kept_parts = chunks if self._is_here else None
         while True:
-            for seat in self.seats:
-                has_begun = seat.starting is None
-                while has_begun and len(seat.jobs) < BATCHES_A_WORKER and (batch := jobs.take()):
-                    parts = None if kept is None else kept.within(batch.key)
-                    seat.jobs.append((seat.worker.search.remote(batch, stored, parts), batch))
-            if not jobs.again and not any(seat.jobs for seat in self.seats):
+            self._hand_out(jobs, stored_config, kept_parts)
+            if not jobs.retries and not any(seat.jobs for seat in self.seats):
                 return
-            for seat in self._news():
-                if seat.starting is not None:
-                    self._take_in(seat)
+            for seat in self._wait_for_news():
+                if not seat.is_ready:
+                    self._finish_start(seat)
                     continue
-                promised, batch = seat.jobs[0]
-                try:
-                    result = self._get(promised)
-                except self._lost:
-                    # What waited after the first job wasn't begun, and isn't to blame.
-                    jobs.again.extend([waiting for _, waiting in seat.jobs][1:])
-                    self._replace(seat)
-                    finished = jobs.lost(batch)
-                else:
-                    seat.jobs.popleft()
-                    finished = jobs.done(batch, result)
+                finished = self._finish_job(seat, jobs)
                 if finished is not None:
                     yield finished
 
-    def _plan_workers(self, model: ModelConfig, num_workers: int | None) -> None:
-        if ":" in model.device:
-            raise ConfigError(
-                f"--device {model.device} doesn't go with --executor ray, which gives each worker "
-                f"a device of its own; give --device {model.device.partition(':')[0]}"
-            )
-        resources, nodes = self.ray.cluster_resources(), self.ray.nodes()
-        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        is_gpu = model.device == "cuda" or (model.device == "auto" and gpus > 0)
-        device, there = ("GPU", gpus) if is_gpu else ("CPU core", cores)
-        self.num_workers = max(1, there) if num_workers is None else num_workers
-        if self.num_workers > there:
-            raise ConfigError(
-                f"--executor ray: {self.num_workers} workers need a {device} each, and Ray has "
-                f"{there}; give --num-workers {there}"
-                if there
-                else f"--device is {model.device!r}, but Ray has no {device}; give --device cpu"
-            )
-        # A Ray of ours may count more cores than there are, so that workers can share them.
-        real = min(cores, os.cpu_count() or 1) if len(nodes) == 1 else cores
-        self.num_threads = max(1, real // self.num_workers)
-        # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
-        on_a_node = min(self.num_workers, max(1, largest // self.num_threads))
-        self.num_sharing = 1 if is_gpu else on_a_node
-        chosen = ("cuda" if is_gpu else "cpu") if model.device == "auto" else model.device
-        self._model = dataclasses.replace(model, device=chosen)
-        self._options = {"num_gpus": int(is_gpu), "num_cpus": 0 if is_gpu else self.num_threads}
+    def _worker_config(self, config: SearchConfig) -> SearchConfig:
+        """Return the settings with a worker's share of the memory; the manifest keeps all of it."""
+        if config.state_cache_gb is None:
+            return config
+        return dataclasses.replace(
+            config, state_cache_gb=config.state_cache_gb / self.plan.num_sharing
+        )
 
-    def _seat(self) -> Seat:
-        worker = self.ray.remote(Worker).options(**self._options).remote()
-        return Seat(worker, worker.load.remote(self._model, self.num_threads, self.num_sharing))
+    def _hand_out(self, jobs: "Jobs", stored_config: Any, kept_parts: Chunks | None) -> None:
+        """Give every worker that has its model as many jobs as it holds."""
+        for seat in self.seats:
+            while seat.is_ready and len(seat.jobs) < BATCHES_A_WORKER:
+                batch = jobs.next_job()
+                if batch is None:
+                    return
+                parts = None if kept_parts is None else kept_parts.within(batch.key)
+                future = seat.worker.search.remote(batch, stored_config, parts)
+                seat.jobs.append((future, batch))
+
+    def _finish_job(self, seat: Seat, jobs: "Jobs") -> tuple[Batch, BatchRecords] | None:
+        """Take the result of a worker's first job, or replace a worker that died of it."""
+        future, batch = seat.jobs[0]
+        try:
+            result = self._get(future)
+        except self._loss_errors:
+            # What waited after the first job wasn't begun, and isn't to blame.
+            waiting = list(seat.jobs)[1:]
+            jobs.retries.extend(batch for _, batch in waiting)
+            self._replace(seat)
+            return jobs.lose(batch)
+        seat.jobs.popleft()
+        return jobs.finish(batch, result)
+
+    def _start_workers(self, model: ModelConfig, num_workers: int | None) -> None:
+        """Start all workers, and wait until the first has loaded the model."""
+        self.plan = plan_workers(self.ray, model, num_workers)
+        self._model = dataclasses.replace(model, device=self.plan.device)
+        self.seats = [self._new_seat() for _ in range(self.plan.num_workers)]
+        while not self.identity:
+            for seat in self._wait_for_news():
+                self._finish_start(seat)
+
+    def _new_seat(self) -> Seat:
+        worker = self.ray.remote(Worker).options(**self.plan.options).remote()
+        starting = worker.load.remote(self._model, self.plan.num_threads, self.plan.num_sharing)
+        return Seat(worker, starting)
 
     def _replace(self, seat: Seat) -> None:
         """Start a new worker in the place of one that died."""
         self.ray.kill(seat.worker)  # one that can't be reached may still live
-        self.seats[self.seats.index(seat)] = self._seat()
+        self.seats[self.seats.index(seat)] = self._new_seat()
 
-    def _news(self) -> list[Seat]:
-        """Wait until a worker has loaded the model, done its first job, or died."""
-        seats = {
-            seat.jobs[0][0] if seat.starting is None else seat.starting: seat
-            for seat in self.seats
-            if seat.starting is not None or seat.jobs
-        }
-        is_started = any(seat.starting is None for seat in self.seats)
-        timeout = None if is_started else START_TIMEOUT_S
-        done, others = self.ray.wait(list(seats), num_returns=1, timeout=timeout)
+    def _wait_for_news(self) -> list[Seat]:
+        """Wait until workers have loaded the model, done their first job, or died."""
+        seats: dict[Any, Seat] = {}
+        for seat in self.seats:
+            if seat.next_future is not None:
+                seats[seat.next_future] = seat
+        is_any_ready = any(seat.is_ready for seat in self.seats)
+        timeout = None if is_any_ready else START_TIMEOUT_S
+        done, waiting = self.ray.wait(list(seats), num_returns=1, timeout=timeout)
         if not done:
             raise ModelError(
                 f"no worker of Ray has loaded the model within {START_TIMEOUT_S:.0f} s; "
                 f"'ray status' says what its nodes lack"
             )
-        if others:
-            done += self.ray.wait(others, num_returns=len(others), timeout=0)[0]
-        return [seats[promised] for promised in done]
+        if waiting:
+            more, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            done += more
+        return [seats[future] for future in done]
 
-    def _take_in(self, seat: Seat) -> None:
-        """Note that a worker has loaded the model; one whose model differs is refused."""
+    def _finish_start(self, seat: Seat) -> None:
+        """Note that a worker has loaded the model; refuse one whose model differs."""
         try:
             identity, runtime = self._get(seat.starting)
-        except self._lost as error:
+        except self._loss_errors as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise ModelError(
@@ -246,111 +277,209 @@ class RayExecutor:
             self._replace(seat)
             return
         if not self.identity:
-            self.identity, self.runtime = identity, runtime
-        theirs = {**identity, **runtime}
-        for name, ours in {**self.identity, **self.runtime}.items():
-            if ours != theirs.get(name):
-                raise ModelError(
-                    f"the workers' models differ: one has {name} {ours!r}, another "
-                    f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are alike"
-                )
+            self.identity = identity
+            self.runtime = runtime
+        self._check_same_model({**identity, **runtime})
         self._failed_starts = 0
         seat.starting = None
 
-    def _get(self, promised: Any) -> Any:
-        """Return what was promised; an error of ours that a worker met is raised as it was."""
+    def _check_same_model(self, model: Mapping[str, Any]) -> None:
+        for name, value in {**self.identity, **self.runtime}.items():
+            if value != model.get(name):
+                raise ModelError(
+                    f"the workers' models differ: one has {name} {value!r}, another "
+                    f"{model.get(name)!r}; give --dtype and --revision, and nodes that are alike"
+                )
+
+    def _get(self, future: Any) -> Any:
+        """Return a future's value; a DrllmError that a worker met is raised as it was."""
         try:
-            return self.ray.get(promised)
+            return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, DrllmError):
                 raise error.cause from None
             raise
 
 
+def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> WorkerPlan:
+    """Decide how many workers run, and on which device each.
+
+    Args:
+        ray: The package, connected.
+        model: Its device is `auto`, `cuda` or `cpu`; a ConfigError for a numbered one.
+        num_workers: None for one a GPU, or one a CPU core.
+
+    Raises:
+        ConfigError: More workers than devices.
+    """
+    if ":" in model.device:
+        raise ConfigError(
+            f"--device {model.device} doesn't go with --executor ray, which gives each worker "
+            f"a device of its own; give --device {model.device.partition(':')[0]}"
+        )
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0))
+    num_cores = int(resources.get("CPU", 1))
+    uses_gpus = model.device == "cuda" or (model.device == "auto" and num_gpus > 0)
+    num_devices = num_gpus if uses_gpus else num_cores
+    if num_workers is None:
+        num_workers = max(1, num_devices)
+    if num_workers > num_devices:
+        raise _too_few_devices(model.device, num_workers, num_devices, uses_gpus)
+    device = model.device
+    if device == "auto":
+        device = "cuda" if uses_gpus else "cpu"
+
+    nodes = ray.nodes()
+    # A Ray of ours may count more cores than there are, so that workers can share them.
+    num_real_cores = min(num_cores, os.cpu_count() or 1) if len(nodes) == 1 else num_cores
+    num_threads = max(1, num_real_cores // num_workers)
+    if uses_gpus:
+        num_sharing = 1  # a GPU's memory is one worker's own
+        options = {"num_gpus": 1, "num_cpus": 0}
+    else:
+        # As many workers as the node with the most cores has room for.
+        most_cores = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
+        num_sharing = min(num_workers, max(1, most_cores // num_threads))
+        options = {"num_gpus": 0, "num_cpus": num_threads}
+    return WorkerPlan(
+        num_workers=num_workers,
+        device=device,
+        num_threads=num_threads,
+        num_sharing=num_sharing,
+        options=options,
+    )
+
+
+def _too_few_devices(
+    device: str, num_workers: int, num_devices: int, uses_gpus: bool
+) -> ConfigError:
+    kind = "GPU" if uses_gpus else "CPU core"
+    if num_devices == 0:
+        return ConfigError(f"--device is {device!r}, but Ray has no {kind}; give --device cpu")
+    return ConfigError(
+        f"--executor ray: {num_workers} workers need a {kind} each, and Ray has {num_devices}; "
+        f"give --num-workers {num_devices}"
+    )
+
+
 class Jobs:
     """The batches of a search, for workers that may die.
 
     A batch that costs a worker is searched again question by question, which gives the same
-    decisions and rewards; a question that costs workers when it is alone is set aside alone. What
-    is to be done `again`, whole batches or one question of a batch, comes before batches that
-    nobody has seen yet, so no more batches are under way than jobs.
+    decisions and rewards; a question that costs workers when it is alone is set aside alone.
+
+    Attributes:
+        retries: Jobs to do again, whole batches or one question of a batch. They come before new
+            batches, so no more batches are under way than jobs.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self.again: deque[Batch] = deque()
-        self._fresh = iter(batches)
-        self._losses: Counter[int] = Counter()  # by the question's place in the search
-        self._divided: dict[int, tuple[Batch, dict[int, Searched]]] = {}  # results by place
+        self.retries: deque[Batch] = deque()
+        self._new = iter(batches)
+        self._losses: Counter[int] = Counter()  # workers, by the question's place in the search
+        self._split: dict[int, SplitBatch] = {}  # by the batch's number
 
-    def take(self) -> Batch | None:
+    def next_job(self) -> Batch | None:
         """Return the next job; None where there is none at the moment."""
-        return self.again.popleft() if self.again else next(self._fresh, None)
+        if self.retries:
+            return self.retries.popleft()
+        return next(self._new, None)
 
-    def done(self, job: Batch, result: Searched) -> tuple[Batch, Searched] | None:
+    def finish(self, job: Batch, result: BatchRecords) -> tuple[Batch, BatchRecords] | None:
         """Return a whole batch with its result; None while other questions of it are missing."""
-        if job.number not in self._divided:
+        split = self._split.get(job.number)
+        if split is None:
             return job, result
-        whole, parts = self._divided[job.number]
-        parts[job.questions[0].place] = result
-        if len(parts) < len(whole.questions):
+        split.results[job.questions[0].place] = result
+        if len(split.results) < len(split.batch.questions):
             return None
-        del self._divided[job.number]
-        ordered = [parts[question.place] for question in whole.questions]
-        return whole, Searched(
-            tuple(record for part in ordered for record in part.records),
-            tuple(failed for part in ordered for failed in part.failed),
-        )
+        del self._split[job.number]
+        return split.batch, split.joined()
 
-    def lost(self, job: Batch) -> tuple[Batch, Searched] | None:
-        """Record that a worker died of a job; returns as `done`, once questions are set aside."""
+    def lose(self, job: Batch) -> tuple[Batch, BatchRecords] | None:
+        """Record that a worker died of a job; returns as `finish` if that ends the batch."""
         if len(job.questions) > 1:
-            logger.warning(
-                "a worker died while it searched batch %d; its %d questions are searched again, "
-                "one by one",
-                *(job.number, len(job.questions)),
-            )
-            self._divided[job.number] = job, {}
-            self.again.extend(Batch(job.number, (question,)) for question in job.questions)
+            self._split_up(job)
             return None
-        (question,) = job.questions
+        [question] = job.questions
         self._losses[question.place] += 1
+        num_losses = self._losses[question.place]
         logger.warning(
             "a worker died while it searched question %s of %s (loss %d of at most %d)",
-            *(question.example.id, question.task, self._losses[question.place], MAX_LOSSES),
+            *(question.example.id, question.task, num_losses, MAX_LOSSES),
         )
-        if self._losses[question.place] < MAX_LOSSES:
-            self.again.append(job)
+        if num_losses < MAX_LOSSES:
+            self.retries.append(job)
             return None
         failed = failed_question(question, "its worker process died", MAX_LOSSES)
-        return self.done(job, Searched((), (failed,)))
+        return self.finish(job, BatchRecords((), (failed,)))
+
+    def _split_up(self, batch: Batch) -> None:
+        """Have the questions of a batch searched one by one."""
+        logger.warning(
+            "a worker died while it searched batch %d; its %d questions are searched again, "
+            "one by one",
+            *(batch.number, len(batch.questions)),
+        )
+        self._split[batch.number] = SplitBatch(batch)
+        for question in batch.questions:
+            self.retries.append(Batch(batch.number, (question,)))
+
+
+@dataclass
+class SplitBatch:
+    """A batch whose questions are searched one by one, and the results so far."""
+
+    batch: Batch
+    results: dict[int, BatchRecords] = field(default_factory=dict)  # by the question's place
+
+    def joined(self) -> BatchRecords:
+        """Return the results of all questions as one, in order."""
+        records: list[SearchRecord] = []
+        failed: list[FailedQuestion] = []
+        for question in self.batch.questions:
+            result = self.results[question.place]
+            records += result.records
+            failed += result.failed
+        return BatchRecords(tuple(records), tuple(failed))
 
 
 def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
-    """Start Ray on this machine, with cores for so many workers at least, or join a cluster.
+    """Start Ray on this machine, or join a cluster.
 
-    The address is HOST:PORT, or `auto` for the cluster that `RAY_ADDRESS` names or Ray finds on
-    this machine. One that is none, or at which there is no cluster, is a ConfigError.
+    Args:
+        ray: The package.
+        address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or that Ray
+            finds on this machine; None starts Ray here.
+        num_workers: How many cores Ray counts here at least.
+
+    Raises:
+        ConfigError: Not an address, or no cluster there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        cores = max(os.cpu_count() or 1, num_workers or 1)
-        # A RAY_ADDRESS in the environment isn't asked: without --ray-address, this machine.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **silent)
+        num_cores = max(os.cpu_count() or 1, num_workers or 1)
+        # A RAY_ADDRESS in the environment isn't read: without --ray-address, this machine.
+        ray.init(address="local", num_cpus=num_cores, include_dashboard=False, **silent)
         return
-    found = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)
-    if address != "auto" and not (found and int(found[2]) < 1 << 16):
+    match = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)
+    is_address = match is not None and int(match[2]) < 1 << 16
+    if address != "auto" and not is_address:
         raise ConfigError(
             f"--ray-address is {address!r}; give HOST:PORT of a running cluster, 'auto' for one "
             f"on this machine, or leave it out to start one"
         )
     try:
-        if found:
-            host = found[1].strip("[]")  # an IPv6 address stands in brackets
-            socket.create_connection((host, int(found[2])), timeout=CONNECT_TIMEOUT_S).close()
+        if match is not None:
+            host = match[1].strip("[]")  # an IPv6 address stands in brackets
+            port = int(match[2])
+            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address, **silent)
     except (OSError, ValueError, RuntimeError) as error:
+        message = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--ray-address {address!r} can't be reached ({' '.join(str(error).split())[:200]}); "
-            f"give HOST:PORT of a running cluster, as 'ray start' has said it, or leave it out"
+            f"--ray-address {address!r} can't be reached ({message}); give HOST:PORT of a running "
+            f"cluster, as 'ray start' prints it, or leave it out"
         ) from error

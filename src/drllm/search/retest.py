@@ -1,140 +1,212 @@
 """The re-test: right paths are asked again in other ways before they count as targets."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.records.search import Retest
-from drllm.search.evaluator import Evaluator, Outcome, Reading, outcome_of
+from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, judge_options
 
-Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]
-"""Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
+Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
+RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
+"""Evaluates the pairs of a named step, or returns what an earlier start of the search kept."""
 
 PATHS_AT_ONCE = 64  # asked again together, of whole questions: what an interruption loses at most
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
-    """Say whether a path may become its question's target, by its and the full path's outcome.
+    """Whether a path may become its question's target.
 
-    It is right, and improves on the full path, or is shorter, or is the full path itself.
+    It must be right, and the full path itself, or shorter, or right where the full path is wrong.
     """
-    if outcome.reward < 1:
+    if not outcome.is_right:
         return False
-    is_shorter = num_executions(decisions) < len(decisions)
-    return full.reward < 1 or is_shorter or decisions == full_decisions(len(decisions))
+    if not full.is_right:
+        return True
+    num_layers = len(decisions)
+    return num_executions(decisions) < num_layers or decisions == full_decisions(num_layers)
 
 
-def to_retest(found: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return what is asked again, by question: candidates and, for its margin, the full path."""
-    full = {place: path for place, path in found if set(path) == {1}}
-    chosen = [
-        (place, path)
-        for (place, path), outcome in found.items()
-        if is_candidate(path, outcome, found[place, full[place]])
-    ]
-    first = dict.fromkeys((place, full[place]) for place, _ in chosen)
-    return sorted({**first, **dict.fromkeys(chosen)}, key=lambda pair: pair[0])
+def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
+    """Return the pairs to ask again, by question: candidates, and the full path for its margin."""
+    candidates = [pair for pair in outcomes if _is_candidate_pair(pair, outcomes)]
+    pairs: dict[Pair, None] = {}  # an ordered set
+    for place, decisions in candidates:
+        pairs[place, full_decisions(len(decisions))] = None
+    for pair in candidates:
+        pairs[pair] = None
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
-def retested(
-    first: Evaluator,
-    others: Sequence[Sequence[Reading]],
+def _is_candidate_pair(pair: Pair, outcomes: Mapping[Pair, Outcome]) -> bool:
+    place, decisions = pair
+    full = outcomes[place, full_decisions(len(decisions))]
+    return is_candidate(decisions, outcomes[pair], full)
+
+
+def evaluate_step(_name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
+    """Evaluate the pairs of a step and keep nothing."""
+    return evaluate(pairs)
+
+
+def retest_paths(
+    evaluator: Evaluator,
+    retest_prompts: Sequence[Sequence[TokenizedPrompt]],
     config: SearchConfig,
-    found: Mapping[Pair, Outcome],
-    once: Once = lambda _, __, evaluate: evaluate(),
+    outcomes: Mapping[Pair, Outcome],
+    run_step: RunStep = evaluate_step,
 ) -> dict[Pair, Retest]:
-    """Ask every question again in `others`, its other ways, with every path that may be a target.
+    """Ask every question again in its other ways, along every path that may be its target.
 
-    The evaluator of the first asking, which found the outcomes, gives its states up where other
-    prompts need the memory. What is evaluated is kept by `once`, a few questions at a time.
+    Args:
+        evaluator: The one that made the outcomes. Its states are freed when other prompts run.
+        retest_prompts: For each question, its other ways of asking.
+        config: The settings.
+        outcomes: By question and path; the full path of each question is among them.
+        run_step: Evaluates a few questions' pairs at a time, and may keep the results.
+
+    Returns:
+        The re-test of every candidate.
 
     Source: ours (docs/differences.md, D-05).
     """
-    full, pairs = full_decisions(first.routed.num_layers), to_retest(found)
+    pairs = pairs_to_retest(outcomes)
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
-    places = list(dict.fromkeys(place for place, _ in pairs))
-    # Questions may have different numbers of ways: one with 3 options has fewer rotations.
-    ways = [
-        {place: others[place][way] for place in places if way < len(others[place])}
-        for way in range(max((len(others[place]) for place in places), default=0))
-    ]
-    for way, asked in enumerate(ways):
-        ask = _asking(first, asked, config, found)
-        for part in _parts([pair for pair in pairs if pair[0] in asked]):
-            outcomes = once(f"retest {way}", part, partial(ask, part))
-            for pair, outcome in zip(part, outcomes, strict=True):
+    for number, prompts in enumerate(_ways_of_asking(pairs, retest_prompts)):
+        way = _way_of_asking(evaluator, prompts, config, outcomes)
+        for part in _split_by_question([pair for pair in pairs if pair[0] in prompts]):
+            part_outcomes = run_step(f"retest {number}", part, way.evaluate)
+            for pair, outcome in zip(part, part_outcomes, strict=True):
                 results[pair].append(outcome)
-    return {
-        (place, path): judge(results[place, path], results[place, full], config.margin_tolerance)
-        for place, path in pairs
-        if is_candidate(path, found[place, path], found[place, full])
-    }
+    retests: dict[Pair, Retest] = {}
+    for pair in pairs:
+        if _is_candidate_pair(pair, outcomes):
+            place, decisions = pair
+            full_results = results[place, full_decisions(len(decisions))]
+            retests[pair] = judge_retest(results[pair], full_results, config.margin_tolerance)
+    return retests
 
 
-def _parts(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Divide pairs, which come by question, so that no question's are divided."""
+def _ways_of_asking(
+    pairs: Sequence[Pair], retest_prompts: Sequence[Sequence[TokenizedPrompt]]
+) -> list[dict[int, TokenizedPrompt]]:
+    """Return, for each way of asking, the prompts of the questions that have it, by place.
+
+    Questions may have different numbers of ways: one with 3 options has fewer rotations.
+    """
+    places = list(dict.fromkeys(place for place, _ in pairs))
+    num_ways = max((len(retest_prompts[place]) for place in places), default=0)
+    ways: list[dict[int, TokenizedPrompt]] = []
+    for number in range(num_ways):
+        having = [place for place in places if number < len(retest_prompts[place])]
+        ways.append({place: retest_prompts[place][number] for place in having})
+    return ways
+
+
+def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Split pairs, which come by question, into parts of whole questions."""
     part: list[Pair] = []
-    for _, of_question in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        part += of_question
-        if len(part) >= PATHS_AT_ONCE:
+    for pair in pairs:
+        is_next_question = bool(part) and pair[0] != part[-1][0]
+        if is_next_question and len(part) >= PATHS_AT_ONCE:
             yield part
             part = []
+        part.append(pair)
     if part:
         yield part
 
 
-def _asking(
-    first: Evaluator,
-    asked: Mapping[int, Reading],
+def _way_of_asking(
+    evaluator: Evaluator,
+    prompts: Mapping[int, TokenizedPrompt],
     config: SearchConfig,
-    found: Mapping[Pair, Outcome],
-) -> Callable[[Sequence[Pair]], list[Outcome]]:
-    """Return what asks in one way; options that are only judged by character run nothing again."""
-    if all(
-        reading.prompt == dataclasses.replace(first.readings[place].prompt, normalised=True)
-        for place, reading in asked.items()
-    ):
-        return lambda pairs: [
-            outcome_of(found[place, path].logprobs, asked[place].prompt) for place, path in pairs
+    outcomes: Mapping[Pair, Outcome],
+) -> "JudgedAgain | AskedAgain":
+    """Return how to evaluate one way: anew, or from the log-probabilities that are there."""
+    for place, prompt in prompts.items():
+        by_character = dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
+        if prompt.prompt != by_character:
+            return AskedAgain(evaluator, prompts, config)
+    return JudgedAgain(prompts, outcomes)
+
+
+@dataclass(frozen=True)
+class JudgedAgain:
+    """Judges options by character: the log-probabilities are known, and no layer runs again."""
+
+    prompts: Mapping[int, TokenizedPrompt]
+    outcomes: Mapping[Pair, Outcome]  # of the first way of asking
+
+    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        """Return the outcomes by the normalised log-probabilities."""
+        return [
+            judge_options(self.outcomes[pair].logprobs, self.prompts[pair[0]].prompt)
+            for pair in pairs
         ]
-    # In the new evaluator the questions that are asked are all there are.
-    rows = {place: row for row, place in enumerate(asked)}
-
-    @cache
-    def evaluator() -> Evaluator:  # only made where something isn't kept already
-        first.forget()
-        size, memory = config.paths_per_pass, config.state_cache_gb
-        return Evaluator(first.routed, [*asked.values()], memory, paths_per_pass=size)
-
-    def ask(pairs: Sequence[Pair]) -> list[Outcome]:
-        asking = [(rows[place], path) for place, path in pairs]
-        return evaluator().with_margins(asking, evaluator().evaluate(asking))
-
-    return ask
 
 
-def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
-    """Say whether a path has survived, by its outcomes and the full path's, one a way of asking.
+@dataclass
+class AskedAgain:
+    """Runs paths on other prompts of the questions."""
 
-    Its mean margin may lie below the full path's by `tolerance` nats. Where there is no other way
-    of asking, it has.
+    first: Evaluator
+    prompts: Mapping[int, TokenizedPrompt]  # by the question's place in the batch
+    config: SearchConfig
+    _evaluator: Evaluator | None = None
+
+    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        """Return the outcomes on the other prompts, margins included."""
+        if self._evaluator is None:  # nothing runs where an earlier start kept all results
+            self._evaluator = self._new_evaluator()
+        # In the new evaluator only these questions have rows.
+        row_of = {place: row for row, place in enumerate(self.prompts)}
+        rows = [(row_of[place], decisions) for place, decisions in pairs]
+        return self._evaluator.with_margins(rows, self._evaluator.evaluate(rows))
+
+    def _new_evaluator(self) -> Evaluator:
+        self.first.forget()
+        return Evaluator(
+            self.first.routed,
+            list(self.prompts.values()),
+            self.config.state_cache_gb,
+            paths_per_pass=self.config.paths_per_pass,
+        )
+
+
+def judge_retest(
+    outcomes: Sequence[Outcome], full_outcomes: Sequence[Outcome], tolerance: float
+) -> Retest:
+    """Decide whether a path survives the re-test.
+
+    It must be right in most ways of asking, and its mean margin at most `tolerance` nats below the
+    full path's. Without other ways of asking it survives.
+
+    Args:
+        outcomes: The path's, one for each way of asking.
+        full_outcomes: The full path's, in the same order.
+        tolerance: In nats.
     """
-    passed = sum(outcome.reward >= 1 for outcome in outcomes)
+    num_passed = sum(outcome.is_right for outcome in outcomes)
     # Margins are compared only over the ways in which both paths have one.
-    both = [
-        (mine.margin, theirs.margin)
-        for mine, theirs in zip(outcomes, full, strict=True)
-        if mine.margin is not None and theirs.margin is not None
-    ]
-    lost = sum(f - m for m, f in both) / len(both) if both else 0.0
+    margins: list[float] = []
+    losses: list[float] = []
+    for outcome, full in zip(outcomes, full_outcomes, strict=True):
+        if outcome.margin is not None and full.margin is not None:
+            margins.append(outcome.margin)
+            losses.append(full.margin - outcome.margin)
+    mean_margin = None
+    mean_loss = 0.0
+    if margins:
+        mean_margin = sum(margins) / len(margins)
+        mean_loss = sum(losses) / len(losses)
+    is_right = num_passed * 2 > len(outcomes) or not outcomes
     return Retest(
-        passed=passed,
+        passed=num_passed,
         asked=len(outcomes),
-        margin=sum(m for m, _ in both) / len(both) if both else None,
-        survived=(passed * 2 > len(outcomes) or not outcomes) and lost <= tolerance,
+        margin=mean_margin,
+        survived=is_right and mean_loss <= tolerance,
     )

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.listener import Listener, logger
+from drllm.listener import Listener, OnProgress, logger
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records.codec import digest_of
-from drllm.records.manifest import (
-    new_manifest,
-    read_manifest,
-    to_lines,
-    write_or_remove,
-    write_records,
-)
+from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.search import FailedQuestion, SearchRecord, SearchRecords, read_search
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
-from drllm.search.batch import LocalExecutor, Searched, search_in_step
-from drllm.search.questions import Batch, SearchQuestion, Source, batches_of, questions_of
+from drllm.search.batch import BatchRecords, Executor, LocalExecutor
+from drllm.search.questions import (
+    Batch,
+    QuestionSource,
+    SearchQuestion,
+    collect_questions,
+    split_into_batches,
+)
 from drllm.supervision.rules import is_improving, survived
-
-if TYPE_CHECKING:
-    from drllm.search.ray import RayExecutor
-
-    Executor: TypeAlias = LocalExecutor | RayExecutor
 
 HOPELESS = 16  # questions that may fail before the first one succeeds; then something else is wrong
 PROMPT_SHOWN = 600
 """Characters of a prompt that are shown; of a longer one, half of them from either end."""
-SAMPLE_QUESTIONS = 8
-"""Maximum questions of a task that a forecast searches; never more than a batch holds."""
-SAMPLE_SIMULATIONS = 10
+MIN_QUESTIONS_TO_WARN = 5  # of which none is right, before that is worth a warning
+TEXT_SHOWN = 60  # characters of a question or an answer in a warning
 
 
 def search_paths(
     model: Any,
-    examples: Source | Sequence[SearchQuestion] | None = None,
+    examples: QuestionSource | Sequence[SearchQuestion] | None = None,
     config: SearchConfig | None = None,
     output_dir: Path | str | None = None,
     *,
@@ -66,12 +58,12 @@ def search_paths(
         model: A name or a `ModelConfig` (loaded here, or by the workers of Ray), what `load`
             returns, a `RoutedModel`, or a causal language model of transformers.
         examples: A list of tasks or their examples, of rows as a file of your own has them
-            (dicts; all are searched, whatever their split), or of what `questions_of` made of
-            them; names of tasks or a file; None for those that `config.dataset` names.
+            (dicts; all are searched, whatever their split), or of what `collect_questions` made
+            of them; names of tasks or a file; None for those that `config.dataset` names.
         config: The settings; `config.output_dir` is the command line's and not read here.
         output_dir: Folder that gets the files; None writes none.
         tokenizer: The model's; None loads the one of its name, unless it comes with one.
-        listener: Is told of progress, and of one prompt of each task.
+        listener: Gets progress, one prompt of each task, and warnings.
         settings: Settings of `SearchConfig` by name, in place of the config's.
 
     Returns:
@@ -85,32 +77,43 @@ def search_paths(
 
     Source: Dr.LLM section 3.1.
     """
-    config, listener = changed(SearchConfig, config, settings), listener or Listener()
-    given = () if isinstance(examples, (str, Path)) else examples or ()
-    questions = [one for one in given if isinstance(one, SearchQuestion)]
+    config = changed(SearchConfig, config, settings)
+    listener = listener or Listener()
+    questions: list[SearchQuestion] = []
+    if examples is not None and not isinstance(examples, (str, Path)):
+        questions = [item for item in examples if isinstance(item, SearchQuestion)]
     if not questions:
-        questions = questions_of(examples, config)  # type: ignore[arg-type]
+        questions = collect_questions(examples, config)  # type: ignore[arg-type]
     folder = None if output_dir is None else Path(output_dir)
-    with ExitStack() as stack:
-        executor: Executor
-        if config.executor == "ray":
-            if isinstance(model, str):
-                model = ModelConfig(model=model)
-            if not isinstance(model, ModelConfig):
-                said = "--executor ray loads a model for each worker; give a ModelConfig"
-                raise ConfigError(said)
-            with listener.busy("starting Ray"):
-                from drllm.search.ray import RayExecutor
-
-                workers, address = config.num_workers, config.ray_address
-                executor = RayExecutor(model, num_workers=workers, address=address)
-            stack.enter_context(executor)
-        else:
-            base = stack.enter_context(unrouted(model, tokenizer, listener))
-            routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-            stack.callback(routed.detach)
-            executor = LocalExecutor(routed, base.identity, base.runtime)
+    with _start_executor(model, config, tokenizer, listener) as executor:
         return run_search(executor, questions, config, folder, listener)
+
+
+@contextmanager
+def _start_executor(
+    model: Any, config: SearchConfig, tokenizer: Any, listener: Listener
+) -> Iterator[Executor]:
+    """Load the model in this process, or in the workers of Ray."""
+    if config.executor == "ray":
+        if isinstance(model, str):
+            model = ModelConfig(model=model)
+        if not isinstance(model, ModelConfig):
+            raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
+        with listener.busy("starting Ray"):
+            from drllm.search.ray import RayExecutor
+
+            ray_executor = RayExecutor(
+                model, num_workers=config.num_workers, address=config.ray_address
+            )
+        with ray_executor:
+            yield ray_executor
+        return
+    with unrouted(model, tokenizer, listener) as base:
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        try:
+            yield LocalExecutor(routed, base.identity, base.runtime)
+        finally:
+            routed.detach()
 
 
 def run_search(
@@ -122,189 +125,248 @@ def run_search(
 ) -> SearchRecords:
     """Search with an executor; see `search_paths`."""
     listener = listener or Listener()
-    shown: dict[str, str] = {}  # of each task the first prompt, as the model reads it
     texts = executor.texts([question.prompt for question in questions])
-    for question, text in zip(questions, texts, strict=True):
-        if text is not None:
-            shown.setdefault(question.task, text)
-    batches = batches_of(questions, config.block_size)
+    search = _Search(
+        executor=executor,
+        config=config,
+        listener=listener,
+        batches=split_into_batches(questions, config.block_size),
+        prompts=_first_prompts(questions, texts),
+    )
     if folder is None:
-        _show_prompts(shown, listener)
-        records, failed = _search(executor, batches, config, None, listener)
+        records, failed = search.run(chunks=None)
         return SearchRecords.of(records, executor.identity, failed=failed)
-    identity = {  # what must be equal for a search to be resumed, or to count as this one
+    identity = _identity(executor, questions, texts, config)
+    with only_writer(folder, "search", "--output-dir"):
+        return _search_into(folder, search, identity)
+
+
+def _search_into(folder: Path, search: _Search, identity: Mapping[str, Any]) -> SearchRecords:
+    """Finish the search of a folder, or return its records if it is complete."""
+    file = folder / SEARCH_FILE
+    chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
+    manifest = read_manifest(file, "search")
+    if manifest is not None:
+        _refuse_other_search(file, manifest, identity)
+        records_on_disk = read_search(file)
+        chunks.remove()  # a kill after the manifest leaves them
+        return records_on_disk
+    is_begun = chunks.open()
+    # A kill between file and manifest leaves a file while every batch is still kept.
+    is_ours = is_begun and all(chunks.has(batch.key) for batch in search.batches)
+    if file.exists() and not is_ours:
+        raise RecordError(
+            f"{file} exists without its manifest, so it can't be resumed; "
+            f"choose another --output-dir"
+        )
+    records, failed = search.run(chunks)
+    write_or_remove(folder / FAILED_FILE, failed)
+    manifest = new_manifest(
+        "search",
+        model=search.executor.identity,
+        config=search.config.to_dict(),
+        extra={"plan": identity, "num_failed": len(failed)},
+    )
+    write_records(file, records, manifest)
+    chunks.remove()
+    return SearchRecords.of(records, search.executor.identity, file=file, failed=failed)
+
+
+def _identity(
+    executor: Executor,
+    questions: Sequence[SearchQuestion],
+    texts: Sequence[str | None],
+    config: SearchConfig,
+) -> dict[str, Any]:
+    """Return what must be equal for a search to be resumed, or to count as this one."""
+    prompts: list[Any] = []
+    for question in questions:
+        prompts += [question.prompt, *question.retests]
+    return {
         "settings": config.decisive(),
         "model": dict(executor.identity),
         "runtime": dict(executor.runtime),
         "questions": len(questions),
-        "prompts_sha256": digest_of(p for q in questions for p in (q.prompt, *q.retests)),
+        "prompts_sha256": digest_of(prompts),
         "chat_template_sha256": digest_of(texts),
     }
-    file = folder / SEARCH_FILE
-    chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
-    with only_writer(folder, "search", "--output-dir"):
-        manifest = read_manifest(file, "search")
-        if manifest is not None:
-            refuse_other_run(
-                str(file),
-                {**manifest.get("plan", {}), "drllm_version": manifest.get("drllm_version")},
-                {**identity, "drllm_version": importlib.metadata.version("drllm")},
-                "choose another --output-dir, or the same settings",
-            )
-            finished = read_search(file)
-            chunks.remove()  # a kill after the manifest leaves them
-            return finished
-        is_begun = chunks.open()
-        # A kill between file and manifest leaves a file while every batch is still kept.
-        if file.exists() and not (is_begun and all(chunks.has(b.key) for b in batches)):
-            raise RecordError(
-                f"{file} exists without its manifest, so it can't be resumed; "
-                f"choose another --output-dir"
-            )
-        _show_prompts(shown, listener)
-        records, failed = _search(executor, batches, config, chunks, listener)
-        write_or_remove(folder / FAILED_FILE, failed)
-        manifest = new_manifest(
-            "search",
-            model=executor.identity,
-            config=config.to_dict(),
-            extra={"plan": identity, "num_failed": len(failed)},
-        )
-        write_records(file, records, manifest)
-        chunks.remove()
-    return SearchRecords.of(records, executor.identity, file=file, failed=failed)
 
 
-def _search(
-    executor: Executor,
-    batches: Sequence[Batch],
-    config: SearchConfig,
-    chunks: Chunks | None,
-    listener: Listener,
-) -> tuple[list[SearchRecord], list[FailedQuestion]]:
-    """Search the batches that aren't done, and return all records in the questions' own order."""
-    places = {(one.task, one.example.id): one.place for batch in batches for one in batch.questions}
-    results: list[Searched] = []
-    todo: list[Batch] = []
-    num: Counter[str] = Counter()
-    total, started = len(places), time.monotonic()
-
-    with listener.progress("searching", "questions") as on_progress:
-
-        def report(batch: Batch, share: float = 0.0, num_paths: int = 0, what: str = "") -> None:
-            """Say how far the search is; of a batch under way, which share, with so many paths."""
-            note = f"{what}, {batch.task}" if what else batch.task
-            if new := num["paths"] - num["old paths"] + num_paths:
-                note += f", {new / max(time.monotonic() - started, 1e-9):.1f} paths a second"
-            if num["done"]:
-                for found in ("valid", "improving"):
-                    note += f", {100 * (num[found] / num['done']):.0f} % {found}"
-            on_progress(num["done"] + share * len(batch.questions), total, note)
-
-        def add(batch: Batch, found: Searched) -> None:
-            results.append(found)
-            num["done"] += len(batch.questions)
-            num["failed"] += len(found.failed)
-            for record in found.records:
-                kept = [path for path in record.paths if survived(path)]
-                num["paths"] += len(record.paths)
-                num["valid"] += bool(kept)
-                num["improving"] += any(is_improving(path, record) for path in kept)
-            report(batch)
-
-        for batch in batches:
-            kept = None if chunks is None else chunks.get(batch.key, Searched)
-            ids = kept and sorted(one.id for one in (*kept.records, *kept.failed))
-            if kept is not None and ids == sorted(one.example.id for one in batch.questions):
-                add(batch, kept)
-            else:
-                todo.append(batch)
-        num["old paths"] = num["paths"]
-        for batch, result in executor.search(todo, config, chunks, report):
-            if chunks is not None:
-                chunks.put(batch.key, result)
-            add(batch, result)
-            if num["failed"] == num["done"] >= min(HOPELESS, total):
-                if chunks is not None:
-                    chunks.remove()
-                raise TaskError(
-                    f"none of the first {num['done']} questions could be searched; the last "
-                    f"one: {result.failed[-1].error}"
-                )
-    records = [record for result in results for record in result.records]
-    failed = [one for result in results for one in result.failed]
-    return (
-        sorted(records, key=lambda record: places[record.task, record.id]),
-        sorted(failed, key=lambda one: places[one.task, one.id]),
+def _refuse_other_search(
+    file: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Refuse a complete search that isn't the one that is asked for."""
+    version = importlib.metadata.version("drllm")
+    refuse_other_run(
+        str(file),
+        {**manifest.get("plan", {}), "drllm_version": manifest.get("drllm_version")},
+        {**identity, "drllm_version": version},
+        "choose another --output-dir, or the same settings",
     )
 
 
-def _show_prompts(shown: Mapping[str, str], listener: Listener) -> None:
-    """Say one prompt of each task: a wrong template is seen before hours are spent."""
-    for task, text in shown.items():
+def _first_prompts(
+    questions: Sequence[SearchQuestion], texts: Sequence[str | None]
+) -> dict[str, str]:
+    """Return the first prompt of each task, as the model reads it."""
+    prompts: dict[str, str] = {}
+    for question, text in zip(questions, texts, strict=True):
+        if text is not None:
+            prompts.setdefault(question.task, text)
+    return prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """A search that is ready to run: its batches, and who searches them."""
+
+    executor: Executor
+    config: SearchConfig
+    listener: Listener
+    batches: Sequence[Batch]
+    prompts: Mapping[str, str]  # one of each task, as the model reads it
+
+    def run(self, chunks: Chunks | None) -> tuple[list[SearchRecord], list[FailedQuestion]]:
+        """Search the batches that `chunks` doesn't hold; return records in the questions' order."""
+        _show_prompts(self.prompts, self.listener)
+        results = self._search_batches(chunks)
+        places = {
+            (question.task, question.example.id): question.place
+            for batch in self.batches
+            for question in batch.questions
+        }
+        records = [record for result in results for record in result.records]
+        records.sort(key=lambda record: places[record.task, record.id])
+        failed = [question for result in results for question in result.failed]
+        failed.sort(key=lambda question: places[question.task, question.id])
+        _warn_of_no_right_answer(records, self.listener)
+        return records, failed
+
+    def _search_batches(self, chunks: Chunks | None) -> list[BatchRecords]:
+        results: list[BatchRecords] = []
+        remaining: list[Batch] = []
+        num_questions = sum(len(batch.questions) for batch in self.batches)
+        with self.listener.progress("searching", "questions") as on_progress:
+            progress = SearchProgress(num_questions, on_progress)
+            for batch in self.batches:
+                result = None if chunks is None else _kept_result(chunks, batch)
+                if result is None:
+                    remaining.append(batch)
+                else:
+                    results.append(result)
+                    progress.add(batch, result, is_new=False)
+            for batch, result in self.executor.search(
+                remaining, self.config, chunks, progress.report
+            ):
+                if chunks is not None:
+                    chunks.put(batch.key, result)
+                results.append(result)
+                progress.add(batch, result)
+                if progress.is_hopeless:
+                    if chunks is not None:
+                        chunks.remove()
+                    raise TaskError(
+                        f"none of the first {progress.num_done} questions could be searched; the "
+                        f"last one: {result.failed[-1].error}"
+                    )
+        return results
+
+
+def _kept_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
+    """Return the result of a batch that an earlier start finished, if it is of these questions."""
+    result = chunks.get(batch.key, BatchRecords)
+    if result is None:
+        return None
+    ids = sorted(question.id for question in (*result.records, *result.failed))
+    if ids != sorted(question.example.id for question in batch.questions):
+        return None
+    return result
+
+
+@dataclass
+class SearchProgress:
+    """Counts what is searched, and reports it."""
+
+    num_questions: int
+    on_progress: OnProgress
+    num_done: int = 0  # questions, those that an earlier start finished too
+    num_failed: int = 0
+    num_valid: int = 0  # questions with a right path that survived the re-test
+    num_improving: int = 0  # questions with such a path where the full path is wrong
+    num_new_paths: int = 0  # paths of the batches that this start finished
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, batch: Batch, result: BatchRecords, *, is_new: bool = True) -> None:
+        """Count a finished batch, and report it."""
+        self.num_done += len(batch.questions)
+        self.num_failed += len(result.failed)
+        for record in result.records:
+            survivors = [path for path in record.paths if survived(path)]
+            if survivors:
+                self.num_valid += 1
+            if any(is_improving(path, record) for path in survivors):
+                self.num_improving += 1
+            if is_new:
+                self.num_new_paths += len(record.paths)
+        self.report(batch)
+
+    def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0, step: str = "") -> None:
+        """Report progress, within a batch too.
+
+        Args:
+            batch: The batch that is being searched, or was finished just now.
+            share: Of its work that is done; 0 for a finished one, which is counted already.
+            num_paths: Paths that were run for it so far; 0 for a finished one.
+            step: What is being done, in words; empty for a finished one.
+        """
+        note = f"{step}, {batch.task}" if step else batch.task
+        num_new_paths = self.num_new_paths + num_paths
+        if num_new_paths > 0:
+            seconds = max(time.monotonic() - self.started, 1e-9)
+            note += f", {num_new_paths / seconds:.1f} paths a second"
+        if self.num_done > 0:
+            note += f", {100 * (self.num_valid / self.num_done):.0f} % valid"
+            note += f", {100 * (self.num_improving / self.num_done):.0f} % improving"
+        self.on_progress(self.num_done + share * len(batch.questions), self.num_questions, note)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether every question failed so far, of enough to say that all will."""
+        enough = min(HOPELESS, self.num_questions)
+        return self.num_failed == self.num_done >= enough
+
+
+def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
+    """Show one prompt of each task: a wrong template is seen before hours are spent."""
+    for task, text in prompts.items():
         logger.info("the model reads, for example, %r", text)
-        if (left_out := len(text) - PROMPT_SHOWN) > 0:
+        num_left_out = len(text) - PROMPT_SHOWN
+        if num_left_out > 0:
             half = PROMPT_SHOWN // 2
-            text = f"{text[:half]}[... {left_out} characters left out ...]{text[-half:]}"
+            text = f"{text[:half]}[... {num_left_out} characters left out ...]{text[-half:]}"
         lines = text.replace("\n", "\n  | ")
         listener.note(f"a prompt of {task}, as the model reads it:\n  | {lines}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskForecast:
-    """What one task will take, at most: a stop rule may end questions early."""
-
-    task: str
-    questions: int
-    paths: int  # full paths included
-    executions: float  # of paths and re-tests; those that paths share are run once
-    seconds: float  # on the device that was measured
-    size_bytes: float  # of the records
-    sample_questions: int  # searched to measure
-    sample_paths: int  # tried to measure
-    prompt: str  # one, as the model reads it
-
-
-def forecast(
-    routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
-) -> list[TaskForecast]:
-    """Search a few questions of each task, and conclude what all of them will take.
-
-    Nothing is written. Time, executions and disk are those of the sample by path. Later paths
-    share more with earlier ones, and fuller rounds are quicker where answers are generated, so a
-    search of more simulations and questions than the sample's is quicker than this by path.
-    """
-    by_task: dict[str, list[SearchQuestion]] = {}
-    for batch in batches_of(questions, config.block_size):
-        by_task.setdefault(batch.task, []).extend(batch.questions)
-    num = min(SAMPLE_SIMULATIONS, config.num_simulations)
-    once, short = (dataclasses.replace(config, num_simulations=each) for each in (1, num))
-    found = []
-    for task, asked in by_task.items():
-        size = min(SAMPLE_QUESTIONS, config.block_size, len(asked))
-        # The questions come by length: a sample from end to end is neither short nor long.
-        sample = [asked[(2 * i + 1) * len(asked) // (2 * size)] for i in range(size)]
-        search_in_step(routed, sample[:1], once)  # warm
-        started = time.perf_counter()
-        records = search_in_step(routed, sample, short)
-        seconds = time.perf_counter() - started
-        tried = [path for record in records for path in record.paths]
-        executions = sum(
-            path.executions * (1 + (path.retest.asked if path.retest else 0)) for path in tried
-        )
-        paths = len(asked) * (config.num_simulations + 1)
-        by_path = paths / len(tried)
-        found.append(
-            TaskForecast(
-                task=task,
-                questions=len(asked),
-                paths=paths,
-                executions=executions * by_path,
-                seconds=seconds * by_path,
-                size_bytes=len(to_lines(records).encode()) * by_path,
-                sample_questions=len(sample),
-                sample_paths=len(tried),
-                prompt=records[0].prompt,
+def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener) -> None:
+    """Warn if the full path is never right on a task: mostly its prompt or grading is wrong."""
+    by_task: dict[str, list[SearchRecord]] = {}
+    for record in records:
+        by_task.setdefault(record.task, []).append(record)
+    for task, records_of_task in by_task.items():
+        is_ever_right = any(record.full.reward > 0 for record in records_of_task)
+        if is_ever_right or len(records_of_task) < MIN_QUESTIONS_TO_WARN:
+            continue
+        first = records_of_task[0]
+        if first.full.answer is None:
+            example = "check which option the rows name as right"
+        else:
+            example = (
+                f"on {first.question[:TEXT_SHOWN]!r} it said {first.full.answer[:TEXT_SHOWN]!r}, "
+                f"and right is {first.answer[:TEXT_SHOWN]!r}; check the answers, or give another "
+                f"--reward"
             )
+        listener.note(
+            f"the full model answers none of the {len(records_of_task)} questions of {task} "
+            f"right: {example}"
         )
-    return found

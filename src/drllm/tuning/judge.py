@@ -21,7 +21,7 @@ from drllm.models.scoring.batching import batches
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath, step_of
-from drllm.search.evaluator import Reading, read
+from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
 from drllm.statistics.intervals import Floats
 from drllm.tasks.base import Prompt
 from drllm.tasks.rewards import grade
@@ -123,24 +123,24 @@ def log_share(sums: Sequence[float], place: int) -> float:
 def items_of(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
     """Return prompts as they are scored.
 
-    ConfigError, ModelError: what `read` refuses.
+    ConfigError, ModelError: what `tokenize_prompt` refuses.
     """
-    return [_item(read(routed, prompt), objective) for prompt in prompts]
+    return [_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
 
 
-def _item(reading: Reading, objective: str) -> Item:
+def _item(tokenized: TokenizedPrompt, objective: str) -> Item:
     if objective == GOLD:
-        return Item(reading.question, reading.prompt.gold)
+        return Item(tokenized.request, tokenized.prompt.gold)
     if objective == KL:  # what follows the prompt is not looked at, but something has to
-        return Item(Request(reading.tokens, [reading.tokens[:1]]))
-    return Item(Request(reading.tokens, [reading.continuations[reading.prompt.gold or 0]]))
+        return Item(Request(tokenized.tokens, [tokenized.tokens[:1]]))
+    return Item(Request(tokenized.tokens, [tokenized.continuations[tokenized.prompt.gold or 0]]))
 
 
 def texts_of(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
     """Return the prompts with their right answers as texts; every token but the first counts."""
     found = []
-    for reading in (read(routed, prompt) for prompt in prompts):
-        tokens = [*reading.tokens, *reading.continuations[reading.prompt.gold or 0]]
+    for tokenized in (tokenize_prompt(routed, prompt) for prompt in prompts):
+        tokens = [*tokenized.tokens, *tokenized.continuations[tokenized.prompt.gold or 0]]
         found.append(Item(Request(tokens[:1], [tokens[1:]])))
     return found
 

@@ -14,8 +14,8 @@ from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion
 from drllm.search import retest
 from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
-from drllm.search.evaluator import Evaluator, gold_text, read
-from drllm.search.questions import Batch, ask, questions_of
+from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
+from drllm.search.questions import Batch, build_question, collect_questions
 from drllm.tasks.registry import get_task
 
 CONFIG = SearchConfig(num_simulations=4)
@@ -24,7 +24,9 @@ CONFIG = SearchConfig(num_simulations=4)
 @pytest.fixture
 def batch(facts):
     examples = facts.examples("search")[:3]
-    return Batch(0, tuple(ask(facts, e, "loglikelihood", n) for n, e in enumerate(examples)))
+    return Batch(
+        0, tuple(build_question(facts, e, "loglikelihood", n) for n, e in enumerate(examples))
+    )
 
 
 def settings(**values):
@@ -92,7 +94,7 @@ def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):
 @pytest.fixture
 def retested(facts):
     """Questions of which some are asked again."""
-    return questions_of([facts], SearchConfig(limit=7))
+    return collect_questions([facts], SearchConfig(limit=7))
 
 
 def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them(routed, retested):
@@ -147,9 +149,9 @@ def test_a_question_must_fit_the_context_in_every_way_of_asking_it(
     for context in (first - 1, longest - 1):
         tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
         with pytest.raises(ModelError, match=rf"tokens, and up to \d+ follow; .* holds {context};"):
-            search_in_step(tight, [ask(task, example, reward)], CONFIG)
+            search_in_step(tight, [build_question(task, example, reward)], CONFIG)
     enough = RoutedModel(tiny_llama(max_position_embeddings=longest), tokenizer=tiny_tokenizer)
-    [record] = search_in_step(enough, [ask(task, example, reward)], CONFIG)
+    [record] = search_in_step(enough, [build_question(task, example, reward)], CONFIG)
     assert len(record.paths) == 5
 
 
@@ -161,7 +163,7 @@ def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(tiny_llam
     tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
     assert prompt.max_new_tokens < len(gold_text(prompt))
     with pytest.raises(ModelError, match="up to 68 follow"):
-        read(tight, prompt)
+        tokenize_prompt(tight, prompt)
 
 
 class Failing:

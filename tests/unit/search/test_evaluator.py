@@ -143,7 +143,7 @@ def test_margins_of_wrong_paths_may_be_taken_before_the_others_are_known(
     early = []
     for start in range(0, len(pairs), 10):
         part = pairs[start : start + 10]
-        early += evaluator.with_margins(part, evaluator.evaluate(part), so_far=True)
+        early += evaluator.with_margins(part, evaluator.evaluate(part), wrong_only=True)
     assert {outcome.margin is None for outcome in early if outcome.reward < 1} == {False}
     assert {outcome.margin is None for outcome in early if outcome.reward >= 1} == {True}
     evaluator.forget()

@@ -3,8 +3,8 @@
 import pytest
 
 from drllm.records.search import FailedQuestion
-from drllm.search.batch import Searched
-from drllm.search.questions import Batch, ask
+from drllm.search.batch import BatchRecords
+from drllm.search.questions import Batch, build_question
 from drllm.search.ray import MAX_LOSSES, Jobs
 
 
@@ -12,7 +12,9 @@ from drllm.search.ray import MAX_LOSSES, Jobs
 def batches(facts):
     """Three batches, of four questions, of four, and of one."""
     examples = facts.examples("search")
-    questions = tuple(ask(facts, example, "loglikelihood", n) for n, example in enumerate(examples))
+    questions = tuple(
+        build_question(facts, example, "loglikelihood", n) for n, example in enumerate(examples)
+    )
     parts = questions[:4], questions[4:8], questions[8:9]
     return [Batch(number, part) for number, part in enumerate(parts)]
 
@@ -24,13 +26,13 @@ def num_of(result):
 def carry_out(jobs, is_deadly):
     """Do all jobs, one after the other; return the finished batches and what each death was of."""
     finished, deaths = [], []
-    while (job := jobs.take()) is not None:
+    while (job := jobs.next_job()) is not None:
         ids = ids_of(job)
         if is_deadly(ids):
             deaths.append(ids)
-            ended = jobs.lost(job)
+            ended = jobs.lose(job)
         else:
-            ended = jobs.done(job, Searched(tuple(ids)))  # a result that says what it is of
+            ended = jobs.finish(job, BatchRecords(tuple(ids)))  # a result that says what it is of
         if ended is not None:
             finished.append(ended)
     return finished, deaths
@@ -82,9 +84,11 @@ def test_every_question_may_be_given_up(batches):
 
 def test_questions_with_the_same_id_are_told_apart(facts):
     example = facts.examples("search")[0]
-    batch = Batch(0, tuple(ask(facts, example, "loglikelihood", place) for place in (0, 1)))
+    batch = Batch(
+        0, tuple(build_question(facts, example, "loglikelihood", place) for place in (0, 1))
+    )
     jobs = Jobs([batch])
-    jobs.lost(jobs.take())
+    jobs.lose(jobs.next_job())
     [(ended, result)], _ = carry_out(jobs, lambda ids: False)
     assert ended is batch
     assert num_of(result) == (2, 0)
@@ -93,13 +97,13 @@ def test_questions_with_the_same_id_are_told_apart(facts):
 def test_what_is_done_again_comes_before_batches_that_nobody_has_seen(batches):
     fresh = iter(batches)
     jobs = Jobs(fresh)
-    first, second = jobs.take(), jobs.take()
-    assert not jobs.again
-    jobs.again.append(second)
-    assert jobs.lost(first) is None
-    again = [jobs.take() for _ in range(5)]
+    first, second = jobs.next_job(), jobs.next_job()
+    assert not jobs.retries
+    jobs.retries.append(second)
+    assert jobs.lose(first) is None
+    again = [jobs.next_job() for _ in range(5)]
     assert again[0] is second
     assert [job.questions for job in again[1:]] == [(q,) for q in batches[0].questions]
-    assert not jobs.again
-    assert jobs.take() is batches[2]
-    assert jobs.take() is None
+    assert not jobs.retries
+    assert jobs.next_job() is batches[2]
+    assert jobs.next_job() is None

@@ -144,7 +144,7 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
     while asked := search.ask():
         search.tell(*asked, *judge(*asked))
 
-    assert [*search.tried] == [*plain.known]
+    assert [*search.trials] == [*plain.known]
     assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
         (decisions, plain.visits[decisions], plain.sums[decisions]) for decisions in plain.known
     ]
@@ -245,10 +245,10 @@ def times_found(strategy: str, num_simulations: int, **settings: float) -> int:
             strategy=strategy, num_simulations=4 * num_simulations, stop_rule="exhaust", **settings
         )
         search, reward = new_search(L, config, Random(seed)), joint_edits(seed)
-        while len(search.tried) <= num_simulations:
+        while len(search.trials) <= num_simulations:
             (decisions,) = search.ask()
             search.tell(decisions, reward(decisions))
-        found += max(tried.reward for tried in search.tried.values()) == 1.0
+        found += max(tried.reward for tried in search.trials.values()) == 1.0
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
-from drllm.search.questions import batches_of, in_shard, questions_of
+from drllm.search.questions import Shard, collect_questions, in_shard, split_into_batches
 from drllm.tasks.base import choose
 from drllm.tasks.registry import get_task
 
@@ -19,8 +19,8 @@ def ids(questions):
 
 def test_every_question_is_in_one_batch_of_its_task(facts):
     tasks = [facts, get_task("builtin_arithmetic")]
-    questions = questions_of(tasks, SearchConfig(limit=9))
-    batches = batches_of(questions, 4)
+    questions = collect_questions(tasks, SearchConfig(limit=9))
+    batches = split_into_batches(questions, 4)
     assert [len(batch.questions) for batch in batches] == [4, 4, 1, 4, 4, 1]
     assert list(range(6)) == [batch.number for batch in batches]
     assert all({batch.task} == {q.example.task for q in batch.questions} for batch in batches)
@@ -32,11 +32,11 @@ def test_every_question_is_in_one_batch_of_its_task(facts):
 def test_a_data_folder_that_is_none_is_refused_where_examples_are_given_too(facts):
     config = SearchConfig(data_dir="no/such/folder")
     with pytest.raises(TaskError, match="--data-dir no/such/folder is not a folder"):
-        questions_of(facts.examples("search")[:2], config)
+        collect_questions(facts.examples("search")[:2], config)
 
 
 def test_questions_of_like_length_make_a_batch(facts):
-    batches = batches_of(questions_of([facts], SearchConfig()), 5)
+    batches = split_into_batches(collect_questions([facts], SearchConfig()), 5)
     lengths = [
         [len(q.prompt.text) + sum(map(len, q.prompt.continuations)) for q in batch.questions]
         for batch in batches
@@ -47,7 +47,7 @@ def test_questions_of_like_length_make_a_batch(facts):
 def test_examples_are_asked_as_their_tasks_ask_them(facts):
     tasks = [facts, get_task("builtin_arithmetic")]
     examples = [example for task in tasks for example in task.examples("search")[:3]]
-    asked = questions_of(examples, SearchConfig())
+    asked = collect_questions(examples, SearchConfig())
     assert [question.example for question in asked] == examples
     assert [question.prompt.reward for question in asked] == ["loglikelihood"] * 3 + ["boxed"] * 3
 
@@ -55,9 +55,9 @@ def test_examples_are_asked_as_their_tasks_ask_them(facts):
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("limit", [None, 40])
 def test_shards_divide_the_questions(facts, parts, limit):
-    whole = ids(questions_of([facts], SearchConfig(limit=limit)))
+    whole = ids(collect_questions([facts], SearchConfig(limit=limit)))
     shards = [
-        ids(questions_of([facts], SearchConfig(limit=limit, shard=f"{part}/{parts}")))
+        ids(collect_questions([facts], SearchConfig(limit=limit, shard=f"{part}/{parts}")))
         for part in range(1, parts + 1)
     ]
     assert sorted(whole) == sorted(itertools.chain(*shards))
@@ -70,10 +70,10 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
     def shards(seed):
         """Return the shards' questions by task, or None where all are in one shard."""
         drawn = [choose(task.examples("search"), 1, seed)[0] for task in tasks]
-        if in_shard(drawn[0], 1, 2) == in_shard(drawn[1], 1, 2):
+        if in_shard(drawn[0], Shard(1, 2)) == in_shard(drawn[1], Shard(1, 2)):
             return None
         configs = [SearchConfig(limit=1, seed=seed, shard=f"{part}/2") for part in (1, 2)]
-        return [questions_of(tasks, config) for config in configs]
+        return [collect_questions(tasks, config) for config in configs]
 
     apart = next(filter(None, map(shards, range(20))))
     assert [len(questions) for questions in apart] == [1, 1]
@@ -95,16 +95,16 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
 )
 def test_a_shard_that_makes_no_sense_is_refused(facts, text, says):
     with pytest.raises(ConfigError, match=says):
-        questions_of([facts], SearchConfig(shard=text))
+        collect_questions([facts], SearchConfig(shard=text))
 
 
 def test_prompts_without_answers_cannot_be_searched_without_kl(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "Say {n}."}}\n' for n in range(20)))
-    asked = questions_of(str(file), SearchConfig())
+    asked = collect_questions(str(file), SearchConfig())
     assert {(one.prompt.reward, one.retests) for one in asked} == {("kl", ())}
     with pytest.raises(ConfigError, match="--no-kl leaves nothing to search"):
-        questions_of(str(file), SearchConfig(kl=False))
+        collect_questions(str(file), SearchConfig(kl=False))
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_a_question_of_two_tasks_is_asked_of_the_first_one(overlapping, caplog):
     first, second = (task.examples("search") for task in overlapping)
     shared = set(keys(first)) & set(keys(second))
     assert 0 < len(shared) < len(second)
-    questions_of([overlapping[0], get_task("builtin_facts")], SearchConfig())
-    asked = questions_of(overlapping, SearchConfig())
+    collect_questions([overlapping[0], get_task("builtin_facts")], SearchConfig())
+    asked = collect_questions(overlapping, SearchConfig())
     left = [e for e in second if question_key(e.question) not in shared]
     assert [question.example for question in asked] == [*first, *left]
     [warning] = caplog.records  # none where tasks have no question in common
@@ -142,8 +142,10 @@ def test_a_question_of_two_tasks_is_asked_of_the_first_one(overlapping, caplog):
 
 @pytest.mark.parametrize("limit", [None, 20])
 def test_shards_leave_out_the_same_copies_as_the_whole(overlapping, limit):
-    whole = questions_of(overlapping, SearchConfig(limit=limit))
-    parts = [questions_of(overlapping, SearchConfig(limit=limit, shard=f"{n}/2")) for n in (1, 2)]
+    whole = collect_questions(overlapping, SearchConfig(limit=limit))
+    parts = [
+        collect_questions(overlapping, SearchConfig(limit=limit, shard=f"{n}/2")) for n in (1, 2)
+    ]
 
     def places(questions):
         return sorted((question.task, question.example.id) for question in questions)

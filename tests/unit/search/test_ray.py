@@ -20,7 +20,7 @@ from drllm.errors import ConfigError, ModelError
 from drllm.records.manifest import read_manifest
 from drllm.search import FAILED_FILE
 from drllm.search import ray as ray_executor
-from drllm.search.questions import batches_of, questions_of
+from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.ray import RayExecutor, connect
 from drllm.search.run import run_search
 from drllm.tasks.base import Prompt
@@ -76,7 +76,7 @@ def test_two_workers_give_the_records_of_one_process(
     workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
     heard = listening()
-    found = run_search(workers, questions_of([facts], CONFIG), CONFIG, tmp_path, heard)
+    found = run_search(workers, collect_questions([facts], CONFIG), CONFIG, tmp_path, heard)
     assert_same_run(in_process, found)
     assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
         "batches are handed over one by one"
@@ -97,7 +97,7 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
             os.kill(pids[seat], signal.SIGKILL)
             killed.append(seat)
 
-    questions = questions_of([facts], CONFIG)
+    questions = collect_questions([facts], CONFIG)
     heard = listening(at_each=kill_one)
     assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, heard))
     assert killed
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
 
 @pytest.mark.thorough
 def test_no_more_batches_are_out_than_the_workers_can_hold(workers, facts):
-    batches = batches_of(questions_of([facts], CONFIG), CONFIG.block_size)
+    batches = split_into_batches(collect_questions([facts], CONFIG), CONFIG.block_size)
     taken = []
 
     def counted():
@@ -142,8 +142,8 @@ def _revived(values):
 def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     workers, facts, tmp_path, in_process, assert_same_run, listening, monkeypatch
 ):
-    questions = questions_of([facts], CONFIG)
-    bad = batches_of(questions, 2)[3].questions[0]
+    questions = collect_questions([facts], CONFIG)
+    bad = split_into_batches(questions, 2)[3].questions[0]
     monkeypatch.setattr(ray_executor, "MAX_LOSSES", 1)  # each is a process that imports torch
     deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
     monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
@@ -162,12 +162,12 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
 def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     workers, facts, tmp_path, monkeypatch
 ):
-    assert workers.num_threads == max(1, (os.cpu_count() or 1) // WORKERS)
+    assert workers.plan.num_threads == max(1, (os.cpu_count() or 1) // WORKERS)
     config = dataclasses.replace(CONFIG, state_cache_gb=3.0, limit=2)
     sent = []
     put = workers.ray.put
     monkeypatch.setattr(workers.ray, "put", lambda value: sent.append(value) or put(value))
-    found = run_search(workers, questions_of([facts], config), config, tmp_path)
+    found = run_search(workers, collect_questions([facts], config), config, tmp_path)
     assert [x.state_cache_gb for x in sent if isinstance(x, SearchConfig)] == [3.0 / WORKERS]
     assert read_manifest(found.file, "search")["config"]["state_cache_gb"] == 3.0
 
@@ -241,7 +241,7 @@ def test_an_address_at_which_nobody_listens_is_refused_at_once():
     assert time.monotonic() - started < 2
     assert re.fullmatch(
         rf"--ray-address '{address}' can't be reached \(.*refused.*\); give HOST:PORT of a running "
-        r"cluster, as 'ray start' has said it, or leave it out",
+        r"cluster, as 'ray start' prints it, or leave it out",
         str(caught.value),
     )
 

@@ -6,8 +6,8 @@ import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.search.evaluator import Evaluator, Outcome, read
-from drllm.search.retest import is_candidate, judge, retested
+from drllm.search.evaluator import Evaluator, Outcome, tokenize_prompt
+from drllm.search.retest import is_candidate, judge_retest, retest_paths
 
 
 def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
@@ -41,7 +41,9 @@ def test_options_that_are_only_judged_by_character_run_no_layer_again(routed, fa
     found = dict(zip(pairs, evaluator.evaluate(pairs), strict=True))
     found = {pair: dataclasses.replace(outcome, reward=1.0) for pair, outcome in found.items()}
     run = evaluator.states.executions_run
-    again = retested(evaluator, [[read(routed, by_character)]], SearchConfig(), found)
+    again = retest_paths(
+        evaluator, [[tokenize_prompt(routed, by_character)]], SearchConfig(), found
+    )
     assert evaluator.states.executions_run == run
     fresh = Evaluator(routed, [by_character], 1.0).evaluate(pairs)
     assert [again[pair].passed for pair in pairs] == [each.reward for each in fresh]
@@ -91,6 +93,6 @@ def outcomes(rewards, margins):
 def test_a_path_survives_if_right_in_most_ways_and_not_far_below_the_full_path(
     rewards, margins, full, survived
 ):
-    retest = judge(outcomes(rewards, margins), outcomes(rewards, full), tolerance=0.5)
+    retest = judge_retest(outcomes(rewards, margins), outcomes(rewards, full), tolerance=0.5)
     assert survived == retest.survived
     assert sum(rewards) == retest.passed

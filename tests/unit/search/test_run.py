@@ -21,7 +21,7 @@ from drllm.records.splits import split_of
 from drllm.search import CHUNKS_FOLDER, num_batches_kept, retest
 from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
-from drllm.search.questions import batches_of, questions_of
+from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.run import run_search
 from drllm.tasks.base import choose
 from drllm.tasks.registry import get_task
@@ -37,7 +37,7 @@ def settings(**values):
 def run(routed, folder, tasks, listener=None, runtime=RUNTIME, identity=IDENTITY, **values):
     config = settings(**values)
     executor = LocalExecutor(routed, identity, runtime)
-    return run_search(executor, questions_of(tasks, config), config, folder, listener)
+    return run_search(executor, collect_questions(tasks, config), config, folder, listener)
 
 
 def interrupt(routed, folder, tasks, questions, **values):
@@ -106,7 +106,7 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(retest, "outcome_of", interrupted)  # of the way that is judged last
+        patched.setattr(retest, "judge_options", interrupted)  # of the way that is judged last
         with pytest.raises(KeyboardInterrupt):
             run(routed, tmp_path / "broken", [facts], **config)
     resumed = run(routed, tmp_path / "broken", [facts], **config)
@@ -119,7 +119,7 @@ def test_records_stand_in_the_order_of_the_questions_whatever_their_batches(
 ):
     asked = choose(facts.examples("search"), settings().limit, 0)
     assert [example.id for example in asked] == [record.id for record in unbroken]
-    batches = batches_of(questions_of([facts], settings()), 2)
+    batches = split_into_batches(collect_questions([facts], settings()), 2)
     by_batch = [question.example.id for batch in batches for question in batch.questions]
     assert by_batch != [record.id for record in unbroken]
 
@@ -341,7 +341,7 @@ def test_of_a_long_prompt_the_middle_is_left_out(routed, tmp_path):
 
 def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path, monkeypatch):
     task, heard = get_task("builtin_arithmetic"), Heard()
-    first = questions_of([task], settings(limit=3))[0].example
+    first = collect_questions([task], settings(limit=3))[0].example
     template = (
         f"{{% if {first.question!r} in messages[0]['content'] %}}"
         "{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"

@@ -21,7 +21,7 @@ def run(search: PathSearch, full: float, right: int) -> list[tuple[int, ...]]:
     search.tell(*search.ask(), full)
     while asked := search.ask():
         search.tell(*asked, float(num_executions(*asked) <= right))
-    return list(search.tried)
+    return list(search.trials)
 
 
 @each_strategy
@@ -41,7 +41,7 @@ def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy):
     assert search.ask(maximum=5) == []
     search.tell(FULL, 1.0)
     assert search.num_simulations_done == 0
-    assert search.tried[FULL] == (0, 1.0, None)
+    assert search.trials[FULL] == (0, 1.0, None)
     assert len(search.ask(maximum=5)) == 5
 
 
@@ -52,7 +52,7 @@ def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strateg
     asked = search.ask(maximum=5)
     for decisions in reversed(asked):
         search.tell(decisions, 0.0)
-    numbers = [search.tried[decisions].simulation for decisions in asked]
+    numbers = [search.trials[decisions].simulation for decisions in asked]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 1
 
@@ -72,7 +72,7 @@ def test_neither_a_partial_reward_nor_a_score_ends_the_search(strategy):
     while asked := search.ask():
         search.tell(*asked, 0.99, 5.0)
     assert search.num_simulations_done == 10
-    assert {tried.score for tried in search.tried.values()} == {-1.0, 5.0}
+    assert {tried.score for tried in search.trials.values()} == {-1.0, 5.0}
 
 
 @each_strategy
@@ -119,7 +119,7 @@ def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
     for decisions in others:
         search.tell(decisions, 0.0)
     assert search.ask(maximum=5) == []
-    assert list(search.tried) == [FULL, first, *others]
+    assert list(search.trials) == [FULL, first, *others]
     assert search.num_simulations_done == 5
 
 
@@ -129,4 +129,4 @@ def test_rounds_of_several_along_a_chain_try_the_same_paths_as_rounds_of_one():
         while asked := search.ask(maximum):
             for decisions in reversed(asked):
                 search.tell(decisions, float(Random(str(decisions)).random() < 0.5))
-    assert alone.tried == together.tried  # simulations too
+    assert alone.trials == together.trials  # simulations too

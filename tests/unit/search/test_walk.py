@@ -20,23 +20,23 @@ def neighbours(decisions: tuple[int, ...], limit: int) -> set[tuple[int, ...]]:
 
 def test_each_path_is_one_edit_away_from_the_path_before():
     search = walk(30, num_simulations=20)
-    paths = list(search.tried)
+    paths = list(search.trials)
     assert len(paths) == 21
     for before, after in itertools.pairwise(paths):
         assert after in neighbours(before, limit=60)
 
 
 def test_the_walk_ignores_what_paths_are_worth():
-    assert list(walk(12, reward=0.0).tried) == list(walk(12, reward=0.9).tried)
+    assert list(walk(12, reward=0.0).trials) == list(walk(12, reward=0.9).trials)
 
 
 def test_a_walk_at_its_end_starts_again_from_the_full_path():
     search = walk(6, num_simulations=40, budget=1.0)
     restarts = [
         after
-        for before, after in itertools.pairwise(search.tried)
+        for before, after in itertools.pairwise(search.trials)
         if not legal_actions(before, limit=6)
-        and search.tried[after].simulation == search.tried[before].simulation + 1
+        and search.trials[after].simulation == search.trials[before].simulation + 1
     ]
     assert restarts
     assert set(restarts) <= neighbours((1, 1, 1, 1, 1, 1), limit=6)
@@ -45,7 +45,7 @@ def test_a_walk_at_its_end_starts_again_from_the_full_path():
 def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbers():
     search = walk(3, num_simulations=200)
     assert search.num_simulations_done == 200
-    numbers = [tried.simulation for tried in search.tried.values()]
+    numbers = [tried.simulation for tried in search.trials.values()]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
-    assert len(search.tried) < numbers[-1] <= 200
+    assert len(search.trials) < numbers[-1] <= 200

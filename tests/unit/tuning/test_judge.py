@@ -7,7 +7,7 @@ import pytest
 from drllm.models.base.prompts import encode, encode_continuation
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import MLP, StaticPath, Step
-from drllm.search.evaluator import read
+from drllm.search.evaluator import tokenize_prompt
 from drllm.tasks.base import Prompt, with_options
 from drllm.tasks.forms import GAP
 from drllm.tasks.registry import get_task
@@ -48,8 +48,8 @@ def test_the_gold_log_probability_and_the_choice_are_those_of_each_path_alone(ro
     found = judged(routed, items_of(routed, asked, GOLD), GOLD)
     for path, values, right in zip(slow, found.objective, found.right, strict=True):
         for prompt, value, is_right in zip(asked, values, right, strict=True):
-            reading = read(routed, prompt)
-            sums = path.sums(reading.tokens, reading.continuations)
+            prompt_tokens = tokenize_prompt(routed, prompt)
+            sums = path.sums(prompt_tokens.tokens, prompt_tokens.continuations)
             assert value == pytest.approx(log_share(sums, prompt.gold), abs=TOLERANCE)
             assert is_right == (sums.index(max(sums)) == prompt.gold)
 
@@ -76,17 +76,17 @@ def test_the_loss_of_right_answers_is_that_of_each_path_alone(routed, slow):
     found = judged(routed, items_of(routed, asked, LOSS), LOSS)
     for path, values in zip(slow, found.objective, strict=True):
         for prompt, value in zip(asked, values, strict=True):
-            reading = read(routed, prompt)
-            [tokens] = reading.continuations
-            each = path.each(reading.tokens, tokens)
+            prompt_tokens = tokenize_prompt(routed, prompt)
+            [tokens] = prompt_tokens.continuations
+            each = path.each(prompt_tokens.tokens, tokens)
             assert value == pytest.approx(sum(each) / len(each), abs=TOLERANCE)
 
 
 def test_a_text_is_read_whole_but_its_first_token(routed, asked, slow):
     items = texts_of(routed, asked)
     found = judged(routed, items, LOSS)
-    reading = read(routed, asked[0])
-    tokens = [*reading.tokens, *reading.continuations[asked[0].gold]]
+    prompt_tokens = tokenize_prompt(routed, asked[0])
+    tokens = [*prompt_tokens.tokens, *prompt_tokens.continuations[asked[0].gold]]
     each = slow[1].each(tokens[:1], tokens[1:])
     assert found.objective[1][0] == pytest.approx(sum(each) / len(each), abs=TOLERANCE)
 
@@ -94,7 +94,7 @@ def test_a_text_is_read_whole_but_its_first_token(routed, asked, slow):
 def test_the_kl_is_that_of_the_prompts_tokens_and_needs_no_answer(routed, asked, tiny_llama):
     found = judged(routed, items_of(routed, asked, KL), KL)
     assert found.objective[0] == [0.0] * len(asked)
-    contexts = [read(routed, prompt).tokens for prompt in asked]
+    contexts = [tokenize_prompt(routed, prompt).tokens for prompt in asked]
     pairs = [(row, (1, 0, 1, 1, 1, 1)) for row in range(len(asked))]
     expected = kls_alone(tiny_llama(max_position_embeddings=1024), contexts, pairs)
     assert found.objective[1] == pytest.approx([-kl for kl in expected], abs=TOLERANCE)
@@ -126,7 +126,7 @@ def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokeni
     path = PATHS[2]
     slow = ListedModel(tiny_llama(), path=path.steps)
     prompt = Prompt(text="abc", reward="exact", answer="x", max_new_tokens=4)
-    tokens = read(routed, prompt).tokens
+    tokens = tokenize_prompt(routed, prompt).tokens
     says = tiny_tokenizer.decode(slow.greedy(tokens, 4), skip_special_tokens=True)
     right = Prompt(text="abc", reward="exact", answer=says.strip() or "?", max_new_tokens=4)
     assert graded(routed, path, [right, prompt])[1] == 0.0

@@ -1,4 +1,4 @@
-"""Strategies: which paths of a question are tried, and when its search is over.
+"""Strategies: which path of a question to try next, and when its search ends.
 
 A strategy is one class in one module of this package, under `@STRATEGIES.register("name")`. It
 knows no model: the caller asks for paths and tells their rewards. Loads no torch.
@@ -14,25 +14,26 @@ from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.registry import Registry
 
 
-class Tried(NamedTuple):
-    """How one path fared."""
+class Trial(NamedTuple):
+    """The result of one path on the question."""
 
     simulation: int  # 0 for the full path, else the simulation that tried it, from 1
     reward: float  # in [0, 1]; 1 is a right answer
-    score: float | None = None  # in nats, more is better; None where none was given
+    score: float | None = None  # in nats, more is better; None where the caller has none
 
 
 class PathSearch(ABC):
     """A search over the paths of one question, by ask and tell.
 
-    The caller asks for paths with `ask`, finds out what they are worth, and tells it with `tell`,
-    until nothing is returned although nothing is in flight (asked for and not told yet). So many
-    searches can advance in step and have their paths evaluated in one batch. The full path comes
-    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`; `rng` is
-    the only source of randomness.
+    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`, until
+    `ask` returns nothing although no path is in flight (returned by `ask` and not told yet). So
+    many searches can advance in step, and one batch evaluates the paths of all of them. The full
+    path comes first, alone, and doesn't count as a simulation. Subclasses choose paths in
+    `_select`; `_rng` is the only source of randomness.
 
     Attributes:
-        tried: Every path whose reward is known, in that order, the full path first.
+        trials: The trial of every path whose reward is known, in that order, the full path first.
+        limit: Maximum executions of a path.
         own_settings: Settings of `SearchConfig` that no other strategy reads.
     """
 
@@ -42,50 +43,54 @@ class PathSearch(ABC):
         self.num_layers = num_layers
         self.config = config
         self.limit = max_executions(config.budget, num_layers)
-        self.tried: dict[Decisions, Tried] = {}
+        self.trials: dict[Decisions, Trial] = {}
         self.num_simulations_done = 0
         self._rng = rng
         self._full = full_decisions(num_layers)
         self._in_flight: dict[Decisions, int] = {}  # with the number of its simulation
-        self._over = False
+        self._is_over = False
 
     def ask(self, maximum: int = 1) -> list[Decisions]:
-        """Return up to so many new paths whose rewards are wanted.
+        """Return up to `maximum` new paths to evaluate.
 
-        There are none when the search is over, or when nothing can be chosen before the reward of a
-        path in flight is known.
+        The list is empty when the search is over, and when the next choice needs the reward of a
+        path in flight.
         """
-        if self._over:
+        if self._is_over:
             return []
-        if not self.tried:
-            if self._in_flight:
-                return []
-            self._in_flight[self._full] = 0
-            return [self._full]
-        asked: list[Decisions] = []
-        while len(asked) < maximum and self._num_begun < self.config.num_simulations:
+        if not self.trials:
+            return self._ask_full_path()
+        paths: list[Decisions] = []
+        while len(paths) < maximum and self._num_begun < self.config.num_simulations:
             decisions = self._select()
             if decisions is None:
                 break
             self._in_flight[decisions] = self._num_begun + 1
-            asked.append(decisions)
-        self._over = not self._in_flight
-        return asked
+            paths.append(decisions)
+        self._is_over = not self._in_flight
+        return paths
 
     def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward, in [0, 1], of a path in flight; after the end of a search too.
+        """Record the reward, in [0, 1], of a path in flight, even after the end of the search.
 
-        The score tells paths of equal reward apart (see `graded`). It helps to choose edits, and is
-        never a part of the reward.
+        The score ranks paths of equal reward (see `path_score`). It helps to choose edits and is
+        never part of the reward.
         """
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
         simulation = self._in_flight.pop(decisions)
-        if simulation:
+        if simulation > 0:
             self.num_simulations_done += 1
-        self.tried[decisions] = Tried(simulation, reward, score)
+        self.trials[decisions] = Trial(simulation, reward, score)
         self._backup(decisions, reward)
-        self._over = self._over or self._stops_at(decisions, reward)
+        if self._stops_at(decisions, reward):
+            self._is_over = True
+
+    def _ask_full_path(self) -> list[Decisions]:
+        if self._in_flight:
+            return []
+        self._in_flight[self._full] = 0
+        return [self._full]
 
     @property
     def _num_begun(self) -> int:
@@ -93,30 +98,42 @@ class PathSearch(ABC):
         return self.num_simulations_done + len(self._in_flight)
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
-        """Say whether the stop rule ends the search with this path; `released` at two saved."""
+        """Whether the stop rule ends the search with this path.
+
+        A right path ends it if the full path was wrong, or if it saves enough layers: one under
+        the rule `paper`, two under `released`.
+        """
         rule = self.config.stop_rule
         if rule == "exhaust" or decisions == self._full or reward < 1:
             return False
-        improving = self.tried[self._full].reward < 1
-        saved = self.num_layers - num_executions(decisions)
-        return improving or saved >= (2 if rule == "released" else 1)
+        if self.trials[self._full].reward < 1:
+            return True
+        num_saved = self.num_layers - num_executions(decisions)
+        min_saved = 2 if rule == "released" else 1
+        return num_saved >= min_saved
 
     @abstractmethod
     def _select(self) -> Decisions | None:
-        """Return a path neither tried nor in flight; None if none is left, or it depends on one."""
+        """Return a path that is neither tried nor in flight.
+
+        None if no path is left, or if the choice needs the reward of a path in flight.
+        """
 
     def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
-        """Use the reward of the full path, or of one that `_select` returned."""
+        """Learn from the reward of the full path, or of a path that `_select` returned."""
 
 
-def graded(margin: float | None, kl: float | None) -> float | None:
-    """Return a path's score: its margin, or where that isn't known its KL, negated.
+def path_score(margin: float | None, kl: float | None) -> float | None:
+    """Return a path's score: its margin, or the negative of its KL where there is no margin.
 
-    Scores of one question are of one kind: a reward either has margins at once or for no path.
+    All scores of one question are of one kind: a reward has margins at once for every path, or
+    for none.
     """
     if margin is not None:
         return margin
-    return None if kl is None else -kl
+    if kl is not None:
+        return -kl
+    return None
 
 
 STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
@@ -124,4 +141,5 @@ STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
     """Start the search that `config.strategy` names on one question, with its own randomness."""
-    return STRATEGIES.get(config.strategy)(num_layers, config, rng)
+    strategy = STRATEGIES.get(config.strategy)
+    return strategy(num_layers, config, rng)

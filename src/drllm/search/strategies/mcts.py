@@ -1,10 +1,10 @@
 """Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
 
-Select, expand, evaluate (by the caller, through `ask` and `tell`), back up. Loads no torch.
+A simulation selects, expands, is evaluated (by the caller, between `ask` and `tell`) and backs up.
+Loads no torch.
 """
 
 import math
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from random import Random
 
@@ -22,7 +22,7 @@ EDITS_DRAWN = 8
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One decision vector `[L]`. Everything that leads to it shares its statistics."""
+    """One decision vector `[L]`. All trails that lead to it share its statistics."""
 
     decisions: Decisions
     executions: int
@@ -30,7 +30,30 @@ class Node:
     children: "dict[Action, Node]" = field(default_factory=dict)  # by edit; nodes may share one
     visits: int = 0  # simulations that passed through or ended here, or are in flight
     value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
-    closed: bool = False  # every path below was tried or is in flight
+    is_closed: bool = False  # every path below was tried or is in flight
+
+    @property
+    def open_children(self) -> "list[Node]":
+        """The children below which a new path may be left."""
+        return [child for child in self.children.values() if not child.is_closed]
+
+    @property
+    def room(self) -> int:
+        """How many open children the node may have."""
+        return math.ceil(WIDENING_FACTOR * float(self.visits**WIDENING_EXPONENT))
+
+
+@dataclass(slots=True)
+class EditGain:
+    """The score gained over the full path, summed over the paths that made one edit of a layer."""
+
+    total: float = 0.0  # nats
+    num_paths: int = 0
+
+    def add(self, gain: float) -> None:
+        """Add what one path gained."""
+        self.total += gain
+        self.num_paths += 1
 
 
 @STRATEGIES.register("tree")
@@ -49,7 +72,7 @@ class TreeSearch(PathSearch):
     never the reward. Nodes below which nothing new is left are passed over; when the root is one,
     the search is over.
 
-    Which edit is new: one of a few drawn at random, the one that promises the highest score by the
+    The new edit is one of a few drawn at random: the one that promises the highest score by the
     paths seen so far. A right path is edited by skips alone while any are left, since nothing else
     makes it shorter; repeats are for paths that are still wrong.
 
@@ -69,66 +92,76 @@ class TreeSearch(PathSearch):
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         super().__init__(num_layers, config, rng)
         self.nodes: dict[Decisions, Node] = {}
-        self.root = self._node(self._full)
-        self.root.visits = 1  # its own, the first of all
-        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}  # of those in flight
-        # What changes of layers (which, to what; and all of them, under None) have added to scores,
-        # and how many paths that is a sum over.
-        self._gains: defaultdict[tuple[int, int] | None, float] = defaultdict(float)
-        self._times: Counter[tuple[int, int] | None] = Counter()
+        self.root = self._node_of(self._full)
+        self.root.visits = 1  # the full path's own evaluation, the first of all
+        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}  # of paths in flight
+        self._gains: dict[tuple[int, int], EditGain] = {}  # by (layer, decision)
+        self._all_gains = EditGain()  # of all layers and decisions together
 
     def _select(self) -> Decisions | None:
+        """Go down from the root to a new path: select children, expand once."""
         trail = [self.root]
         while trail:
-            node = self._below(trail[-1])
-            if node is None:
-                trail.pop().closed = True
+            node = trail[-1]
+            open_children = node.open_children
+            if node.untried and len(open_children) < node.room:
+                child = self._expand(node)
+            elif open_children:
+                child = self._select_child(node, open_children)
+            else:
+                node.is_closed = True
+                trail.pop()
                 continue
-            trail.append(node)
-            if node.visits == 0:
-                for passed in trail:
-                    passed.visits += 1  # the virtual loss
-                self._trails[node.decisions] = trail
-                return node.decisions
+            trail.append(child)
+            is_new = child.visits == 0  # an edit may lead to a known node: then go on below it
+            if is_new:
+                self._start_simulation(trail)
+                return child.decisions
         return None
 
-    def _backup(self, decisions: Decisions, reward: float) -> None:
-        for node in self._trails.pop(decisions):
-            node.value_sum += reward
-        # What a path scores above the full path is shared evenly among the layers it changes.
-        full, own = self.tried[self._full].score, self.tried[decisions].score
-        changes = [change for change in enumerate(decisions) if change[1] != Decision.EXECUTE]
-        if full is None or own is None:
-            return
-        for change in changes:
-            for key in (change, None):
-                self._gains[key] += (own - full) / len(changes)
-                self._times[key] += 1
+    def _start_simulation(self, trail: list[Node]) -> None:
+        """Remember the trail of a path in flight, with a virtual loss on each of its nodes."""
+        for node in trail:
+            node.visits += 1
+        self._trails[trail[-1].decisions] = trail
 
-    def _below(self, node: Node) -> Node | None:
-        """Return the child to go down to, a new one where there is room, None at a dead end."""
-        children = [child for child in node.children.values() if not child.closed]
-        room = math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
-        if node.untried and len(children) < room:
-            return self._expand(node)
-        if not children:
-            return None
+    def _select_child(self, node: Node, children: list[Node]) -> Node:
+        """Return the child with the highest bound, now and then a random one."""
         if self._rng.random() < self.config.random_child_probability:
             return self._rng.choice(children)
         return max(children, key=lambda child: self._rank(node, child))
 
+    def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
+        """Return a child's upper confidence bound, less its length penalty, and its score."""
+        value = child.value_sum / child.visits
+        constant = self.config.exploration_constant
+        exploration = constant * math.sqrt(math.log(parent.visits) / child.visits)
+        length = self.config.length_penalty * child.executions / self.num_layers
+        trial = self.trials.get(child.decisions)
+        score = -math.inf
+        if trial is not None and trial.score is not None:
+            score = trial.score
+        return value + exploration - length, score
+
     def _expand(self, node: Node) -> Node:
         """Make a new edit: a random one, or as soon as scores are known the best of a few."""
-        drawable = node.untried
-        tried = self.tried.get(node.decisions)
-        if tried is not None and tried.reward >= 1:
-            skips = [action for action in node.untried if action.decision == Decision.SKIP]
-            drawable = skips or node.untried
-        drawn = [self._rng.choice(drawable) for _ in range(EDITS_DRAWN if self._gains else 1)]
+        edits = self._edits_to_draw(node)
+        num_drawn = EDITS_DRAWN if self._gains else 1
+        drawn = [self._rng.choice(edits) for _ in range(num_drawn)]
         action = max(drawn, key=self._promise)
         node.untried.remove(action)
-        node.children[action] = self._node(apply(node.decisions, action))
-        return node.children[action]
+        child = self._node_of(apply(node.decisions, action))
+        node.children[action] = child
+        return child
+
+    def _edits_to_draw(self, node: Node) -> list[Action]:
+        """Return a node's untried edits; for a right path its skips alone, while any are left."""
+        trial = self.trials.get(node.decisions)
+        is_right = trial is not None and trial.reward >= 1
+        if not is_right:
+            return node.untried
+        skips = [action for action in node.untried if action.decision == Decision.SKIP]
+        return skips or node.untried
 
     def _promise(self, action: Action) -> float:
         """Return what an edit may add to the score, from the paths that changed its layers alike.
@@ -136,21 +169,37 @@ class TreeSearch(PathSearch):
         A layer's mean is drawn towards the mean of all, as if that had been seen once; so an edit
         never seen promises the mean.
         """
-        usual = self._gains.get(None, 0.0) / max(1, self._times[None])
-        changes = ((action.layer + i, int(action.decision)) for i in range(action.span))
-        return sum((usual + self._gains.get(c, 0.0)) / (1 + self._times[c]) for c in changes)
+        mean = self._all_gains.total / max(1, self._all_gains.num_paths)
+        promise = 0.0
+        for layer in range(action.layer, action.layer + action.span):
+            gain = self._gains.get((layer, int(action.decision)), EditGain())
+            promise += (mean + gain.total) / (1 + gain.num_paths)
+        return promise
 
-    def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
-        """Return a child's upper confidence bound, less its length penalty, and its score."""
-        constant = self.config.exploration_constant
-        explore = constant * math.sqrt(math.log(parent.visits) / child.visits)
-        length = self.config.length_penalty * child.executions / self.num_layers
-        tried = self.tried.get(child.decisions)
-        score = -math.inf if tried is None or tried.score is None else tried.score
-        return child.value_sum / child.visits + explore - length, score
+    def _backup(self, decisions: Decisions, reward: float) -> None:
+        """Add a path's reward to the nodes of its trail, and its score to its edits' gains."""
+        for node in self._trails.pop(decisions):
+            node.value_sum += reward
+        full_score = self.trials[self._full].score
+        score = self.trials[decisions].score
+        if full_score is not None and score is not None:
+            self._add_gain(decisions, score - full_score)
 
-    def _node(self, decisions: Decisions) -> Node:
+    def _add_gain(self, decisions: Decisions, gain: float) -> None:
+        """Share what a path scores above the full path evenly among the layers it changes."""
+        edits = [
+            (layer, decision)
+            for layer, decision in enumerate(decisions)
+            if decision != Decision.EXECUTE
+        ]
+        for edit in edits:
+            gain_of_edit = gain / len(edits)
+            self._gains.setdefault(edit, EditGain()).add(gain_of_edit)
+            self._all_gains.add(gain_of_edit)
+
+    def _node_of(self, decisions: Decisions) -> Node:
+        """Return the node of a decision vector, a new one the first time."""
         if decisions not in self.nodes:
-            legal = [*legal_actions(decisions, self.limit)]
+            legal = list(legal_actions(decisions, self.limit))
             self.nodes[decisions] = Node(decisions, num_executions(decisions), legal)
         return self.nodes[decisions]

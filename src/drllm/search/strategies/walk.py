@@ -12,7 +12,7 @@ from drllm.search.strategies import STRATEGIES, PathSearch
 class WalkSearch(PathSearch):
     """A random walk of edits that starts from the full path.
 
-    Each simulation edits the last path once, at random, whatever it was worth. Where no edit is
+    Each simulation edits the last path once, at random, whatever its reward. Where no edit is
     legal any more, the walk starts again from the full path. A path that was tried before is
     walked through, not evaluated again, and counts as a simulation. Unlike the released code this
     walk makes legal edits only: no edit without effect, no layer more than twice, none over the
@@ -34,7 +34,7 @@ class WalkSearch(PathSearch):
                 self._last = self._full
                 continue
             self._last = apply(self._last, self._rng.choice(actions))
-            if self._last not in self.tried and self._last not in self._in_flight:
+            if self._last not in self.trials and self._last not in self._in_flight:
                 return self._last
             self.num_simulations_done += 1
         return None
