@@ -27,7 +27,7 @@ from drllm.evaluation.baselines.base import Material
 from drllm.evaluation.baselines.layer_dropping import block_influence, greedy, order_by_influence
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 
 Tokens = list[int]

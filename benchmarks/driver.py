@@ -38,7 +38,8 @@ from drllm.search.batch import BatchRecords
 from drllm.search.questions import Batch, SearchQuestion, collect_questions, split_into_batches
 from drllm.search.ray import RayExecutor
 from drllm.search.run import run_search
-from drllm.tasks.base import Example, Prompt, Task
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, Prompt
 
 LAYERS = 30
 PATHS = 51

@@ -34,7 +34,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
-from drllm.tasks.base import OPTIONS_REWARD, Prompt, choose
+from drllm.tasks.examples import OPTIONS_REWARD, Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.tasks.worked import WorkedTask
 

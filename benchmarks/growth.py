@@ -32,7 +32,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.reporting import drawing
 from drllm.search.evaluator import Evaluator, tokenize_prompt
-from drllm.tasks.base import OPTIONS_REWARD, Prompt
+from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
 from drllm.training.stage import train_on
 

@@ -43,7 +43,7 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel, detach
 from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import FIT, SELECT, TEST, read_path, read_path_list
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tuning.heal import heal
 from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
 

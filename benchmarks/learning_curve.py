@@ -40,7 +40,7 @@ from drllm.paths import StaticPath, to_path
 from drllm.records.static_paths import SELECT, TEST
 from drllm.records.supervision import join_supervision
 from drllm.supervision.summary import class_counts
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect
 from drllm.training.trainer import Trainer, count

@@ -26,7 +26,7 @@ from torch import nn
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator, Outcome
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
 QUICK = {"questions": 6, "paths": 4}

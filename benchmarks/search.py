@@ -44,7 +44,7 @@ from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
 from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices
 

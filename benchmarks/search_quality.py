@@ -46,7 +46,8 @@ from drllm.search.questions import build_question
 from drllm.search.strategies import mcts, new_search, path_score, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
-from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, choose
 from drllm.tasks.registry import get_task
 
 UNBOUNDED = 1_000_000

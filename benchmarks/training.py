@@ -42,7 +42,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterStack
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord
-from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect, shape

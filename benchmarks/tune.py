@@ -29,7 +29,7 @@ from drllm.models.base.prompts import left_padded
 from drllm.models.check import layers_listed
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
-from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import LAYERS, skips
 from drllm.tuning.judge import Item, Judge, items_of, log_share

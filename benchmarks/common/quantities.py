@@ -9,7 +9,7 @@ from common.compare import ACCURACY, SEED, compared, in_words
 from drllm.config import TuneConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from drllm.tasks.base import Prompt, choose
+from drllm.tasks.examples import Prompt, choose
 from drllm.tuning.judge import Item, Judge, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, prompt_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
 LOGPROB_TOLERANCE = 1e-4

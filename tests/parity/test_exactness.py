@@ -20,7 +20,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
-from drllm.tasks.base import Prompt, choose
+from drllm.tasks.examples import Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices, verdict
 from slow_way import ListedModel

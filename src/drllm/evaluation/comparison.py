@@ -37,7 +37,7 @@ from drllm.records.supervision import read_supervision
 from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
-from drllm.tasks.harness import StockTask
+from drllm.tasks.harness import LmEvalTask
 from drllm.tasks.registry import TASKS
 
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
@@ -105,7 +105,7 @@ class Shared:
         The harness' own tasks need no folder. An evaluation of other questions isn't resumed.
         """
         config, source = self.config, self.output / TASKS_FOLDER / f"{use}{split}"
-        if isinstance(task, StockTask):
+        if isinstance(task, LmEvalTask):
             trained = [each.config.training.get("tasks", ()) for each in self.routers.values()]
             made_on = {*self.tuned_on}.union(*trained)
             # Of names that aren't ours it isn't known whether they hold the same questions.

@@ -16,7 +16,8 @@ from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths,
 from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import Example, Task, questions_in
+from drllm.tasks.base import Task, questions_in
+from drllm.tasks.examples import Example
 from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
@@ -55,7 +56,9 @@ def tasks_of(
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
         task.check_answers()
-        if task.harness is None and task.form is not None:  # asked and graded as in a search
+        if (
+            task.harness is None and task.prompt_format is not None
+        ):  # asked and graded as in a search
             check_installed(task.check_reward(None))
         _questions(task, config.split_of(task.name), config)
     sources = sources_of(tasks, config)

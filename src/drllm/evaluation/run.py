@@ -46,8 +46,9 @@ from drllm.records.static_paths import (
     read_path_list,
     steps_to_write,
 )
-from drllm.tasks.base import KL_REWARD, OPTIONS_REWARD, Task
-from drllm.tasks.graded import pinned
+from drllm.tasks.base import Task
+from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
+from drllm.tasks.graded import pin_reward
 
 if TYPE_CHECKING:
     from drllm.evaluation.tables import TaskRuns
@@ -111,7 +112,7 @@ def evaluate(
     if not is_routed:
         config = without_routers(config)
     if config.reward is not None:
-        config = replace(config, reward=pinned(config.reward))  # records say which file it was
+        config = replace(config, reward=pin_reward(config.reward))  # records say which file it was
     found = tasks_of(config, tasks)
     by_name: Mapping[str, StaticPath | PathFile] = (
         paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")

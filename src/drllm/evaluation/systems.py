@@ -30,7 +30,7 @@ from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import batches
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 
 Answers: TypeAlias = list[list[OptionScore | str]]  # for each question, the answers to its requests
 Block: TypeAlias = Sequence[int]  # places of the questions that are asked together

@@ -29,7 +29,8 @@ from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE
 from drllm.records.places import check_folder
 from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.records.supervision import rejected_path
-from drllm.tasks.base import Task, choose
+from drllm.tasks.base import Task
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
 if TYPE_CHECKING:

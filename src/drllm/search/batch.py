@@ -28,7 +28,7 @@ from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, tokenize
 from drllm.search.questions import Batch, SearchQuestion
 from drllm.search.retest import Evaluate, pairs_to_retest, retest_paths
 from drllm.search.strategies import PathSearch, new_search, path_score
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 
 ATTEMPTS = 3  # how often a question is tried: with its batch, then alone
 QUESTION_ERRORS = (
@@ -384,7 +384,7 @@ class LocalExecutor:
 
     def _render(self, prompt: Prompt) -> str | None:
         try:
-            return render(self.routed.tokenizer, prompt.asked, chat=prompt.chat)
+            return render(self.routed.tokenizer, prompt.content, chat=prompt.chat)
         except ConfigError:  # raised again, and recorded, when the question is searched
             return None
 

@@ -17,7 +17,7 @@ from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_sharing import PackedRows, Pair
-from drllm.tasks.base import KL_REWARD, Prompt
+from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import reward_of, score_choices, verdict
 
 WRONG_ANSWERS = 4
@@ -80,7 +80,7 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
     """
     tokenizer = routed.tokenizer
     context = context_length(routed.model)
-    text = render(tokenizer, prompt.asked, chat=prompt.chat)
+    text = render(tokenizer, prompt.content, chat=prompt.chat)
     if context is not None:
         _refuse_overlong(tokenizer, text, context)
     tokens = encode(tokenizer, text)

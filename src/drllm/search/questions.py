@@ -17,7 +17,8 @@ from drllm.errors import ConfigError, TaskError
 from drllm.listener import logger
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Row, Task, check_data_dir, choose, questions_in
+from drllm.tasks.base import Task, check_data_dir, questions_in
+from drllm.tasks.examples import Example, Prompt, Row, choose
 from drllm.tasks.files import FileTask
 from drllm.tasks.graded import SUFFIX, GradedTask
 from drllm.tasks.registry import get_task, get_tasks

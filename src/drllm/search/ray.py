@@ -34,7 +34,7 @@ from drllm.search.batch import (
     search_batch,
 )
 from drllm.search.questions import Batch
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 
 BATCHES_A_WORKER = 2
 """Batches that a worker holds: the one it searches and the next, so that it never waits."""

@@ -10,7 +10,7 @@ from drllm.records.search import SearchRecord, TriedPath
 from drllm.records.splits import question_key
 from drllm.records.supervision import SupervisionRecord
 from drllm.supervision.rules import REASONS, is_improving, is_saving, is_valid, survived
-from drllm.tasks.base import KL_REWARD
+from drllm.tasks.examples import KL_REWARD
 
 KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
     "valid": lambda path, _: is_valid(path),

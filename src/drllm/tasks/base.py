@@ -1,6 +1,6 @@
-"""What a task is: its questions, how a search and an evaluation ask them.
+"""A task: a set of questions, how a search asks them and how an evaluation does.
 
-A task never sees a model or a tokenizer: it hands out texts. Loads no torch.
+Loads no torch.
 """
 
 from __future__ import annotations
@@ -10,107 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
-
-if TYPE_CHECKING:
-    from drllm.tasks.forms import Form
-
-Question = TypeVar("Question")  # an example, alone or with what belongs to it
-
-Row: TypeAlias = Mapping[str, Any]
-"""One object of a task's file, in the schema of the hub or of a data folder."""
-
-QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that it was read from
-
-FILE_NAMES = (".jsonl", ".jsonl.gz")  # how the name of a file of questions ends
-
-OPTIONS_REWARD = "loglikelihood"
-"""The reward of every task that has options, and the one that an evaluation uses."""
-KL_REWARD = "kl"  # the reward of prompts without answers: how near a path stays to the full one
-
-Messages: TypeAlias = tuple[tuple[str, str], ...]
-"""A conversation that ends with the user: role and content of each message."""
+from drllm.tasks.examples import KL_REWARD, Example, Prompt, QuestionRow, Row
+from drllm.tasks.prompt_formats import PromptFormat
 
 
 class NoSplitError(TaskError):
     """A set doesn't have a split, or the data folder lacks the file that it is in."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One question with its answer.
-
-    Attributes:
-        id: Unique within the task.
-        task: The task's name.
-        question: The question's text alone, without instructions or options.
-        choices: The options' texts; empty where the answer can only be generated.
-        gold: Index of the right option; None without options.
-        answer: The right answer's text.
-        other_answers: Further texts that are as right, for answers that are generated.
-        solution: How the answer is found, ending in it; empty for most.
-        context: What stands before the question: the passage that it asks about, or a line on its
-            subject. Empty for most; a question is recognised by its own text alone.
-        messages: The conversation, where that is what is asked; `question` then has its text.
-    """
-
-    id: str = ""
-    task: str = ""
-    question: str
-    choices: tuple[str, ...] = ()
-    gold: int | None = None
-    answer: str
-    other_answers: tuple[str, ...] = ()
-    solution: str = ""
-    context: str = ""
-    messages: Messages = field(default=(), repr=False)
-
-
-def with_options(
-    question: str, choices: tuple[str, ...], gold: int, row_id: str = "", task: str = ""
-) -> Example:
-    """Return a question with options; its answer is the right one's text."""
-    return Example(
-        id=row_id, task=task, question=question, choices=choices, gold=gold, answer=choices[gold]
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One way of asking an example, complete: what the model reads and what counts as right."""
-
-    text: str  # what the model reads; the routers see this and nothing else
-    reward: str  # `loglikelihood` (score `continuations`), or how a generated answer is graded
-    answer: str  # what a generated answer is graded against (for `letter`, the letter)
-    other_answers: tuple[str, ...] = ()  # for `exact`, further answers that are as right
-    # For `loglikelihood`, the texts that follow `text` directly, each with its leading space; else
-    # empty.
-    continuations: tuple[str, ...] = ()
-    gold: int | None = None  # index of the right continuation; None for generated answers
-    # Send `text` as the user's turn of the tokenizer's chat template, where it has one.
-    chat: bool = False
-    max_new_tokens: int = 16  # maximum tokens of a generated answer
-    # Score continuations by log-probability per character (as `acc_norm` of lm-evaluation-harness
-    # does), not by their sum. Only re-tests ask for it.
-    normalised: bool = False
-    letters: str = "ABCDE"  # for `letter`, the letters that name an option
-    # Of each continuation, the text that it begins with and that is read but not scored: of a gap
-    # that is filled, the filling. Empty for none. This and what follows isn't in the repr, by which
-    # a search knows its prompts, those of earlier versions too.
-    unscored: tuple[str, ...] = field(default=(), repr=False)
-    # The question alone, for a function that grades; else empty.
-    question: str = field(default="", repr=False)
-    # The conversation, which the chat template renders in place of `text`.
-    messages: Messages = field(default=(), repr=False)
-
-    @property
-    def asked(self) -> str | list[dict[str, str]]:
-        """What the model is to read: the text, or the messages of a conversation."""
-        return [{"role": role, "content": said} for role, said in self.messages] or self.text
 
 
 class Function(str):
@@ -123,8 +32,8 @@ class Function(str):
 class Harness:
     """How lm-evaluation-harness asks a task in an evaluation."""
 
-    # The columns that the task file reads: names that are taken as they stand, the question's field
-    # for each, or a function that makes them of a question and its row.
+    # The columns that the task file reads: names of the row's own columns, a field of the question
+    # for each name, or a function that makes them from a question and its row.
     columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
     # The harness' task file below its `tasks`, with `{part}` where there is one for each part of
     # the set; empty where `settings` are all there is.
@@ -133,7 +42,7 @@ class Harness:
     settings: Mapping[str, Any] = field(default_factory=dict)
     generated: bool = False  # answers are generated; else options are scored
     metric: str = "acc"  # the metric that counts, of those that the harness reports
-    filter: str = "none"  # which of the harness' filters of a generated text it is taken from
+    filter: str = "none"  # the harness' filter of a generated text whose metric counts
     shots: int = 0  # worked examples before a question unless another number is asked for
     max_new_tokens: int = 0  # maximum tokens of an answer; 0 where options are scored
     part_of: str = ""  # the column with the part that a row belongs to; empty for sets of one part
@@ -145,13 +54,14 @@ class Harness:
             return self.columns(example, row)
         if isinstance(self.columns, Mapping):
             return {name: getattr(example, field) for name, field in self.columns.items()}
-        if missing := [name for name in self.columns if name not in row]:
-            raise TaskError(f"{missing[0]!r} is missing")
+        for name in self.columns:
+            if name not in row:
+                raise TaskError(f"{name!r} is missing")
         return {name: row[name] for name in self.columns}
 
 
 def name_for_harness(name: str) -> str:
-    """Return a name without what the harness' command line takes for something else."""
+    """Return a name without the characters that the harness' command line gives a meaning."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
@@ -161,7 +71,7 @@ class Task(ABC):
     Attributes:
         name: As users write it.
         description: One line for `drllm ls tasks`.
-        form: How a search asks; None where the task is only evaluated.
+        prompt_format: How a search asks; None where the task is only evaluated.
         harness: How an evaluation asks; None: as a search does.
         group: A name that stands for this task and others; empty for most.
         aliases: Other names of the task, accepted wherever its own is.
@@ -169,7 +79,7 @@ class Task(ABC):
 
     name: str
     description: str
-    form: Form | None = None
+    prompt_format: PromptFormat | None = None
     harness: Harness | None = None
     group: str = ""
     aliases: tuple[str, ...] = ()
@@ -178,11 +88,9 @@ class Task(ABC):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in fixed order; no question is in two splits.
 
-        What is only reported stands there as published, copies too; what may be searched and
-        trained on has each text once.
-
-        Files are those of the data folder, or the hub's without one; a task that brings its own
-        questions looks at neither.
+        A split that is only reported is as published, copies included; splits to search and train
+        on have each text once. Files come from the data folder, or from the hub without one; a task
+        that brings its own questions reads neither.
 
         Raises:
             NoSplitError: The set has no such split, or the data folder no such file.
@@ -194,33 +102,33 @@ class Task(ABC):
         return [(example, {}) for example in self.examples(split, data_dir)]
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions that may be shown, with their answers, before those of a split.
+        """Return the questions to draw worked examples from, for the questions of a split.
 
-        They are those of another split: what is shown is never what is reported.
+        They are of another split, so no reported question is shown with its answer.
         """
         return self.rows(shots_split(check_split(split)), data_dir)
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the rows that can't be asked of the file with a split's questions: id → why."""
+        """Return the rows of a split's file that can't be asked: id → reason."""
         return {}
 
     @property
     def reports_test_alone(self) -> bool:
-        """Whether an evaluation can ask no other split than `test`."""
+        """Whether `test` is the only split that an evaluation may use."""
         return False
 
     @property
     def rewards(self) -> tuple[str, ...]:
         """The rewards that fit, the default first; none where the task is only evaluated."""
-        return () if self.form is None else self.form.rewards
+        return () if self.prompt_format is None else self.prompt_format.rewards
 
     @property
     def has_answers(self) -> bool:
-        """Whether its questions have right answers; else they are prompts alone."""
+        """Whether the questions have answers; without, they are prompts alone."""
         return KL_REWARD not in self.rewards
 
     def check_answers(self) -> None:
-        """Refuse a task that can't be evaluated, since nothing says which answers are right."""
+        """Refuse a task without answers, which can't be evaluated."""
         if not self.has_answers:
             raise TaskError(
                 f"task {self.name!r} has prompts without answers, which can be searched and tuned "
@@ -228,42 +136,43 @@ class Task(ABC):
             )
 
     def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return how the question is asked; refuse a reward that doesn't fit."""
+        """Return the prompt of a question; refuse a reward that doesn't fit."""
         return self.prompts(example, reward)[0]
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how the question is asked, then other ways, which a lucky path must survive.
+        """Return the prompt of a question, then other ways of asking it, for the re-test.
 
         Source: ours (docs/differences.md, D-05).
         """
         self.check_reward(reward)
-        assert self.form is not None
-        return self.form.prompts(example, reward)
+        assert self.prompt_format is not None
+        return self.prompt_format.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
         """Return the reward to use, or refuse what the task can't grade.
 
         Args:
-            reward: A name, or several with commas between, of which the first that fits is taken
-                (`letter,boxed` for tasks with options and problems); None for the task's own.
+            reward: A name, or a comma list of which the first that fits is used (`letter,boxed`
+                for tasks with options and problems); None for the task's own.
         """
         if not self.rewards:
             raise TaskError(
                 f"task {self.name!r} is only evaluated and can't be searched or tuned on; "
                 f"'drllm ls tasks' shows which tasks have rewards"
             )
-        wanted = self.rewards if reward is None else reward.split(",")
-        fitting = next((name for name in wanted if name in self.rewards), None)
-        if fitting is None:
-            raise TaskError(
-                f"reward {reward!r} doesn't fit task {self.name!r}; "
-                f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
-            )
-        return fitting
+        if reward is None:
+            return self.rewards[0]
+        for name in reward.split(","):
+            if name in self.rewards:
+                return name
+        raise TaskError(
+            f"reward {reward!r} doesn't fit task {self.name!r}; "
+            f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
+        )
 
 
 def check_data_dir(data_dir: str | None) -> None:
-    """Refuse a folder of the tasks' files that isn't one with a TaskError."""
+    """Raise a TaskError if the folder of the tasks' files isn't a folder."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise TaskError(
             f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
@@ -271,14 +180,15 @@ def check_data_dir(data_dir: str | None) -> None:
 
 
 def questions_in(task: Task, split: str, data_dir: str | None) -> list[Example]:
-    """Return a task's questions in a split; a TaskError for none, and a folder that isn't one."""
+    """Return a task's questions in a split; a TaskError if there are none, or no such folder."""
     check_data_dir(data_dir)
-    if found := task.examples(split, data_dir):
-        return found
-    raise TaskError(
-        f"task {task.name!r} has no questions in split {split!r}; give another --split or more "
-        f"questions"
-    )
+    examples = task.examples(split, data_dir)
+    if not examples:
+        raise TaskError(
+            f"task {task.name!r} has no questions in split {split!r}; give another --split or more "
+            f"questions"
+        )
+    return examples
 
 
 def check_split(split: str) -> str:
@@ -289,24 +199,14 @@ def check_split(split: str) -> str:
 
 
 def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
-    """Return the split whose questions may be shown, with answers, before those of another.
+    """Return the split to draw worked examples from, for the questions of a split.
 
-    It is `fit`, on which nothing is chosen or reported; where that is asked itself, or the task
-    doesn't have it, the first of the others.
+    It is `fit`, on which nothing is chosen or reported; for the questions of `fit` itself, and for
+    a task without it, the first other split.
 
     Example:
         >>> shots_split("test"), shots_split("fit"), shots_split("test", ("select", "test"))
         ('fit', 'search', 'select')
     """
-    return next(name for name in ("fit", *splits) if name in splits and name != split)
-
-
-def choose(examples: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
-    """Return at most `limit` examples, drawn with the seed, in their own order.
-
-    Which places are drawn depends on how many there are, not on what they hold.
-    """
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    kept = sorted(Random(seed).sample(range(len(examples)), limit))
-    return [examples[place] for place in kept]
+    others = [name for name in splits if name != split]
+    return "fit" if "fit" in others else others[0]

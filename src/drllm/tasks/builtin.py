@@ -1,13 +1,14 @@
-"""Questions that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
+"""Tasks that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
 
-They stand in `data/`, written for this project, each with its split. Loads no torch.
+Their questions are in `data/`, written for this project, each with its split. Loads no torch.
 """
 
 import functools
 from pathlib import Path
 
-from drllm.tasks.base import Example, Row, Task, check_split, with_options
-from drllm.tasks.forms import BOXED, OPTIONS
+from drllm.tasks.base import Task, check_split
+from drllm.tasks.examples import Example, Row, with_options
+from drllm.tasks.prompt_formats import BOXED, OPTIONS
 from drllm.tasks.registry import register
 from drllm.tasks.rows import read_rows
 
@@ -24,23 +25,23 @@ def rows_of(name: str) -> tuple[Row, ...]:
 class BuiltinFacts(Task):
     """Four-way questions on general knowledge; wrong options are other answers of the same kind.
 
-    An id is kind, subject and which of subject and answer is asked for. A fact has one split,
-    whichever way round it is asked, and the right option stands equally often in each place.
+    An id is the kind, the subject, and whether subject or answer is asked for. A fact is in one
+    split, in whichever direction it is asked, and each place has the right option equally often.
     """
 
     name = "builtin_facts"
     description = "general knowledge, four options, made from tables of our own (needs no data)"
-    form = OPTIONS
+    prompt_format = OPTIONS
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order."""
         check_split(split)
+        rows = [row for row in rows_of("facts.jsonl") if row["split"] == split]
         return [
             with_options(
                 row["question"], tuple(row["choices"]), row["answer"], row["id"], self.name
             )
-            for row in rows_of("facts.jsonl")
-            if row["split"] == split
+            for row in rows
         ]
 
 
@@ -55,15 +56,19 @@ class BuiltinArithmetic(Task):
 
     name = "builtin_arithmetic"
     description = "arithmetic in five levels, answers in a box, made by rule (needs no data)"
-    form = BOXED
+    prompt_format = BOXED
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the problems of one split, in the file's order."""
         check_split(split)
-        return [
-            Example(
-                id=f"arithmetic-{n}", task=self.name, question=row["query"], answer=row["gt_ans"]
-            )
-            for n, row in enumerate(rows_of("arithmetic.jsonl"))
-            if row["split"] == split
-        ]
+        examples: list[Example] = []
+        for number, row in enumerate(rows_of("arithmetic.jsonl")):
+            if row["split"] == split:
+                example = Example(
+                    id=f"arithmetic-{number}",
+                    task=self.name,
+                    question=row["query"],
+                    answer=row["gt_ans"],
+                )
+                examples.append(example)
+        return examples

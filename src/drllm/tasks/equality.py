@@ -20,81 +20,89 @@ from drllm.listener import logger
 
 LIMIT_S = 5.0  # longest time for one comparison, in seconds; math-verify's own default
 
-_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
+_PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
 _WORKER = """
 import sys
 sys.path.pop(0)  # the folder the user happens to be in
 import json, logging
 logging.disable()
 from math_verify import parse, verify
-answers, sys.stdout = sys.stdout, sys.stderr
-print("ready", file=answers, flush=True)
+results = sys.stdout
+sys.stdout = sys.stderr
+print("ready", file=results, flush=True)
 for line in sys.stdin:
-    gold, given = (
+    gold, answer = (
         parse("\\\\boxed{" + text + "}", parsing_timeout=None) for text in json.loads(line)
     )
-    equal = bool(verify(gold, given, timeout_seconds=None))
-    print(json.dumps(equal), file=answers, flush=True)
+    is_equal = bool(verify(gold, answer, timeout_seconds=None))
+    print(json.dumps(is_equal), file=results, flush=True)
 """
 
 
 def plain_number(text: str) -> Decimal | None:
     """Return the value of a plainly written number of moderate length, else None."""
     stripped = text.strip()
-    return Decimal(stripped) if _PLAIN.fullmatch(stripped) else None
+    return Decimal(stripped) if _PLAIN_NUMBER.fullmatch(stripped) else None
 
 
 @functools.lru_cache(maxsize=65536)
-def same_value(gold: str, given: str) -> bool:
-    r"""Say whether an answer means the same as the gold answer.
+def same_value(gold: str, answer: str) -> bool:
+    r"""Whether an answer means the same as the gold answer, by math-verify.
 
-    Both are LaTeX or plain text, without `\boxed`. It is as math-verify says; False where that
-    needs more than `LIMIT_S` seconds.
+    Both are LaTeX or plain text, without `\boxed`. False if the comparison takes more than
+    `LIMIT_S` seconds.
     """
-    plain_gold, plain_given = plain_number(gold), plain_number(given)
-    if plain_gold is not None and plain_given is not None:
-        return plain_gold == plain_given
-    return _comparer.ask(gold, given)
+    gold_number = plain_number(gold)
+    answer_number = plain_number(answer)
+    if gold_number is not None and answer_number is not None:
+        return gold_number == answer_number
+    return _comparer.compare(gold, answer)
 
 
 class _Comparer:
-    """The process that compares, started when first asked and again after a time-out or a fork."""
+    """The process that compares; started on first use, and again after a time-out or a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
 
-    def ask(self, gold: str, given: str) -> bool:
+    def compare(self, gold: str, answer: str) -> bool:
         with self._lock:
-            process = self._started()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            late = threading.Event()
+            result = self._ask(json.dumps([gold, answer]))
+        if not result:
+            logger.warning("comparing %r with %r gave no answer: counted as wrong", answer, gold)
+            return False
+        return bool(json.loads(result))
 
-            def stop() -> None:
-                late.set()
-                process.kill()
+    def _ask(self, line: str) -> str:
+        """Send a line to the process, and return its line; empty if it takes too long."""
+        process = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        is_late = threading.Event()
 
-            alarm = threading.Timer(LIMIT_S, stop)
-            alarm.daemon = True
-            alarm.start()
-            try:
-                process.stdin.write(json.dumps([gold, given]) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            finally:
-                alarm.cancel()
-                alarm.join()
-            if late.is_set() or not answer:
-                self.end()
-            if not answer:
-                logger.warning("comparing %r with %r gave no answer: counted as wrong", given, gold)
-                return False
-            return bool(json.loads(answer))
+        def stop() -> None:
+            is_late.set()
+            process.kill()
 
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._owner != os.getpid():  # a fork's parent owns its own
+        alarm = threading.Timer(LIMIT_S, stop)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            result = process.stdout.readline()
+        finally:
+            alarm.cancel()
+            alarm.join()
+        if is_late.is_set() or not result:
+            self.end()
+        return result
+
+    def _start(self) -> subprocess.Popen[str]:
+        """Return the process, started if it doesn't run."""
+        if self._process is None or self._owner != os.getpid():  # a fork starts another
             need("math", "comparing LaTeX answers")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER],

@@ -1,32 +1,26 @@
-"""Questions from a `.jsonl` file of the user's own, or from any data set of the hub.
+"""Tasks from a `.jsonl` file of the user's own, or from any data set of the hub.
 
 Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` or
-`messages` alone; a name such as `FILE.jsonl?question=query&answer=target` says their columns.
+`messages` alone; a name such as `FILE.jsonl?question=query&answer=target` names their columns.
 """
 
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from drllm.config import SPLITS
 from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.listener import logger
 from drllm.records.splits import question_key, split_of
-from drllm.tasks.base import (
-    FILE_NAMES,
-    KL_REWARD,
-    Example,
-    Messages,
-    Row,
-    Task,
-    check_split,
-    with_options,
-)
-from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
+from drllm.tasks.base import Task, check_split
+from drllm.tasks.examples import FILE_NAMES, KL_REWARD, Example, Messages, Row, with_options
+from drllm.tasks.prompt_formats import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, PromptFormat
 from drllm.tasks.rewards import REWARDS, normalise
 from drllm.tasks.rows import (
+    EXAMPLE_ROW,
     HUB_ROWS,
     HUB_SET,
     index_of,
@@ -37,8 +31,8 @@ from drllm.tasks.rows import (
     texts_of,
 )
 
-FORMS = {
-    "letter": Form(
+GRADER_FORMATS = {
+    "letter": PromptFormat(
         rewards=("letter",),
         templates=(
             "{question}\n\nAnswer with the letter of the right option only.",
@@ -47,7 +41,7 @@ FORMS = {
         ),
         max_new_tokens=LETTER_TOKENS,
     ),
-    "exact": Form(
+    "exact": PromptFormat(
         rewards=("exact",),
         templates=(
             "{question}\n\nGive the answer only, with no explanation.",
@@ -56,62 +50,133 @@ FORMS = {
         ),
     ),
     "boxed": replace(BOXED, max_new_tokens=None),
-    "": Form(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1),
 }
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
+PROMPTS_ALONE = PromptFormat(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1)
 
-
-CHOICES, PROMPT = "'choices'", "a prompt alone"
 FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
+WITH_CHOICES = "'choices'"  # kinds of rows, in the words of a message
+WITHOUT_ANSWER = "a prompt alone"
+
+OTHER_FORMATS = {
+    ".csv": "a CSV file",
+    ".tsv": "a TSV file",
+    ".json": "a JSON file",
+    ".txt": "a text file",
+    ".parquet": "a Parquet file",
+    ".xlsx": "an Excel file",
+}
+"""Files that users have their questions in, and that aren't read."""
 
 
 def is_source(name: str) -> bool:
-    """Say whether a name is that of a file of questions, or of a data set of the hub."""
+    """Whether a name is that of a file of questions, or of a data set of the hub."""
     source = name.partition("?")[0]
     if source.endswith(FILE_NAMES):
         return True
+    if _other_format(source) is not None:
+        return False
     return HUB_SET.fullmatch(source) is not None and not Path(source).exists()
 
 
-def with_columns(names: str, columns: str) -> str:
-    """Return a list of tasks whose files and hub sets have their columns named, behind a `?`."""
-    given, said = [name.strip() for name in names.split(",")], columns.replace(",", "&")
-    found = [f"{n}{'&' if '?' in n else '?'}{said}" if is_source(n) else n for n in given]
-    if found == given:
-        told = f"--columns {columns} has no effect on {names or 'no task'}"
-        raise ConfigError(f"{told}, which is no file and no data set of the hub; leave it out")
-    return ",".join(found)
-
-
-def task_of_source(name: str, taken: tuple[str, ...] = ()) -> "FileTask":
-    """Return the task of a file or of a hub set, which is read once unless the file changes.
-
-    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`, of which the first `HUB_ROWS` rows of `train`, or of
-    the split, are asked. Behind a `?` stand the columns that the fields of `FIELDS` are in, with a
-    `.` between those of a column within another; `grader` names the grader itself, and is `exact`
-    where an answer has neither that nor choices. See `FileTask`.
-    """
+def refuse_other_formats(name: str) -> None:
+    """Raise a TaskError for a file of questions in a format that isn't read, such as CSV."""
     source = name.partition("?")[0]
-    state = Path(source).stat() if Path(source).is_file() else None
-    return _kept(name, taken, state and (state.st_mtime_ns, state.st_size))
+    kind = _other_format(source)
+    if kind is not None:
+        raise TaskError(
+            f"{source} is {kind}, which can't be read; write its rows as JSON lines in "
+            f"{Path(source).stem}.jsonl, one object a line, for example {EXAMPLE_ROW}"
+        )
+
+
+def _other_format(source: str) -> str | None:
+    """Return what a file is by its name; None for what may be a task."""
+    return OTHER_FORMATS.get(Path(source.removesuffix(".gz")).suffix.lower())
+
+
+def with_columns(names: str, columns: str) -> str:
+    """Return a comma list of tasks with the columns named behind each file and hub set.
+
+    Args:
+        names: The tasks.
+        columns: A comma list of FIELD=COLUMN.
+
+    Raises:
+        ConfigError: No file and no hub set in the list.
+        TaskError: A file in another format than JSON lines.
+    """
+    query = columns.replace(",", "&")
+    has_source = False
+    named: list[str] = []
+    for name in names.split(","):
+        name = name.strip()
+        refuse_other_formats(name)
+        if is_source(name):
+            has_source = True
+            mark = "&" if "?" in name else "?"
+            name = f"{name}{mark}{query}"
+        named.append(name)
+    if not has_source:
+        raise ConfigError(
+            f"--columns {columns} has no effect on {names or 'no task'}, which is no file and no "
+            f"data set of the hub; leave it out"
+        )
+    return ",".join(named)
+
+
+def task_of_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
+    """Return the task of a file or of a hub set; it is read once unless the file changes.
+
+    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`; the first `HUB_ROWS` rows of the split (`train`
+    unless named) are its questions. Behind a `?` stand the columns of the fields in `FIELDS`, with
+    a `.` between those of a column within another; `grader` names the grader itself, and is
+    `exact` where an answer has neither that nor choices. See `FileTask`.
+    """
+    file = Path(name.partition("?")[0])
+    state = None
+    if file.is_file():
+        stat = file.stat()
+        state = (stat.st_mtime_ns, stat.st_size)
+    return _read_source(name, reserved_names, state)
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(name: str, taken: tuple[str, ...], _state: tuple[int, int] | None) -> "FileTask":
-    source, _, said = name.partition("?")
-    columns = dict(each.partition("=")[::2] for each in said.split("&") if each)
-    for field in columns:
-        if field not in FIELDS or not columns[field]:
-            what = unknown_name("field", field, FIELDS) if columns[field] else f"{field}= is empty"
-            raise TaskError(f"columns of {source}: {what}; give FIELD=COLUMN")
+def _read_source(
+    name: str, reserved_names: tuple[str, ...], _state: tuple[int, int] | None
+) -> "FileTask":
+    """Read a file or a hub set; a changed file has another state, and is read anew."""
+    source, _, query = name.partition("?")
+    columns = _parse_columns(source, query)
     if source.endswith(FILE_NAMES):
-        return FileTask(Path(source), taken, read_rows(Path(source)), columns)
-    rows = enumerate(itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS), 1)
-    return FileTask(Path(source), taken, rows, columns, skips=True)
+        return FileTask(Path(source), reserved_names, read_rows(Path(source)), columns)
+    first_rows = itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS)
+    rows = enumerate(first_rows, start=1)
+    return FileTask(Path(source), reserved_names, rows, columns, skips=True)
+
+
+def _parse_columns(source: str, query: str) -> dict[str, str]:
+    """Read `FIELD=COLUMN&FIELD=COLUMN`."""
+    columns: dict[str, str] = {}
+    for part in query.split("&"):
+        if not part:
+            continue
+        name, _, column = part.partition("=")
+        message = ""
+        if not column:
+            message = f"{name}= is empty"
+        elif name not in FIELDS:
+            message = unknown_name("field", name, FIELDS)
+        elif name in columns:
+            message = f"{name} is named twice, as {columns[name]} and as {column}"
+        if message:
+            raise TaskError(f"columns of {source}: {message}; give FIELD=COLUMN")
+        columns[name] = column
+    return columns
 
 
 class FileTask(Task):
-    """The questions of one file; which rewards fit depends on the rows.
+    """The questions of one file or hub set; which rewards fit depends on the rows.
 
     Every question belongs to one of the four splits by its text, so that one file serves search,
     training and evaluation, and no question is trained on and reported on.
@@ -119,29 +184,33 @@ class FileTask(Task):
     A row has `question`, `choices` and `answer` (the right option's index from 0, its text, or its
     letter), or `question`, `answer` and `grader` (a reward that grades text, the same for all), or
     `prompt` (or `question`) without an answer, or `messages`, a conversation, of which an answer at
-    the end is left out; `columns` says where rows have them under other names. With `skips`, rows
-    that can't be asked are left out with a warning, else they are a TaskError. A file that is
-    called like one of the `taken` names is `NAME_file`.
+    the end is left out.
+
+    Args:
+        path: The file, or the hub set's name.
+        reserved_names: Names of other tasks; a file of such a name becomes the task `NAME_file`.
+        rows: The rows, each with its line's number.
+        columns: Field → column, for rows that have a field under another name.
+        skips: Leave rows out that can't be asked, with a warning; else they are a TaskError.
     """
 
     def __init__(
         self,
         path: Path,
-        taken: Collection[str],
+        reserved_names: Collection[str],
         rows: Iterable[tuple[int, Row]],
         columns: Mapping[str, str] | None = None,
         *,
         skips: bool = False,
     ) -> None:
-        self.path, self._skips = path, skips
-        stem = path.name.removesuffix(".gz").removesuffix(".jsonl").replace(":", "_")
-        self.name = f"{stem}_file" if stem in taken else stem
+        self.path = path
+        self.name = _task_name(path, reserved_names)
         self.description = f"the questions of {path}"
-        self.all, grader = self._read(rows, columns or {})
-        last = max(LETTERS.find(example.answer) for example in self.all)
-        letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
-        form, reward = FORMS.get(grader or "", FORMS["exact"]), grader or KL_REWARD
-        self.form = OPTIONS if grader is None else replace(form, rewards=(reward,), letters=letters)
+        reader = QuestionReader(path, self.name, columns or {}, skips)
+        reader.read(rows)
+        self.all = reader.examples
+        self.num_rows = reader.num_rows  # rows that can be asked, repeated ones included
+        self.prompt_format = _prompt_format(reader)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
@@ -150,66 +219,111 @@ class FileTask(Task):
         for `test`; the last may have several of one text with other choices.
         """
         check_split(split)
-        found: dict[str, Example] = {}
+        examples: dict[str, Example] = {}
         for example in self.all:
             if split_of(example.question, "own") == split:
                 key = example.id if split == "test" else question_key(example.question)
-                found.setdefault(key, example)
-        return list(found.values())
+                examples.setdefault(key, example)
+        return list(examples.values())
 
-    def _read(
-        self, rows: Iterable[tuple[int, Row]], columns: Mapping[str, str]
-    ) -> tuple[list[Example], str | None]:
-        """Return the questions and their grader: None with options, empty without answers."""
-        examples: list[Example] = []
-        found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
-        first_kind = grader = reason = ""
-        skipped = 0
-        for line, own in rows:
+    @property
+    def num_dropped(self) -> int:
+        """How many rows no split has, since they repeat the text of an earlier one."""
+        num_questions = sum(len(self.examples(split)) for split in SPLITS)
+        return self.num_rows - num_questions
+
+
+def _task_name(path: Path, reserved_names: Collection[str]) -> str:
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl").replace(":", "_")
+    return f"{stem}_file" if stem in reserved_names else stem
+
+
+def _prompt_format(reader: "QuestionReader") -> PromptFormat:
+    """Return how the questions of a file are asked."""
+    if reader.kind == WITH_CHOICES:
+        return OPTIONS
+    if reader.kind == WITHOUT_ANSWER:
+        return PROMPTS_ALONE
+    # Answers may be letters, and the options stand in the questions' texts: at least A to E.
+    last = max(LETTERS.find(example.answer) for example in reader.examples)
+    letters = LETTERS[: max(5, last + 1)]
+    prompt_format = GRADER_FORMATS.get(reader.grader, GRADER_FORMATS["exact"])
+    return replace(prompt_format, rewards=(reader.grader,), letters=letters)
+
+
+@dataclass
+class QuestionReader:
+    """Makes questions of rows, all of one kind; a repeated question counts once."""
+
+    path: Path
+    task: str
+    columns: Mapping[str, str]
+    skips: bool
+    examples: list[Example] = field(default_factory=list)
+    kind: str = ""  # of the first row, as `_kind_of` has it
+    grader: str = ""  # empty for rows with choices or without an answer
+    num_rows: int = 0  # rows that can be asked, repeated ones included
+    num_skipped: int = 0
+    first_reason: str = ""  # why the first of these rows was skipped
+    _seen: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
+
+    def read(self, rows: Iterable[tuple[int, Row]]) -> None:
+        """Read all rows; a TaskError if one can't be asked, or with `skips` none can."""
+        for line, row in rows:
             try:
-                row = _with_columns(own, columns) if columns else own
-                kind = _kind(row)
-                first_kind = first_kind or kind
-                if kind != first_kind:
-                    raise TaskError(
-                        f"a row with {kind}, but the first has {first_kind}; "
-                        f"put them into files of their own"
-                    )
-                example = replace(_example(row), id=f"line-{line}", task=self.name)
-                key = question_key(example.question), example.choices
-                first, earlier = found.setdefault(key, (line, example))
-                if earlier.answer != example.answer:
-                    raise TaskError(
-                        f"the question stands on line {first} with another answer; keep one of them"
-                    )
-            except TaskError as error:
-                if not self._skips:
+                self._add(line, row)
+            except TaskError as error:  # noqa: PERF203
+                if not self.skips:
                     raise TaskError(f"{self.path}, line {line}: {error}") from error
-                skipped, reason = skipped + 1, reason or f"row {line}: {error}"
-                continue
-            grader = str(row.get("grader", ""))
-            if first == line:
-                examples.append(example)
-        if not examples:
-            raise TaskError(f"{self.path} has no row that can be asked; {reason}")
-        if skipped:
-            logger.warning("%d rows of %s are left out, first %s", skipped, self.path, reason)
-        return examples, None if first_kind == CHOICES else grader
+                self.num_skipped += 1
+                self.first_reason = self.first_reason or f"row {line}: {error}"
+        if not self.examples:
+            raise TaskError(f"{self.path} has no row that can be asked; {self.first_reason}")
+        if self.num_skipped:
+            logger.warning(
+                "%d rows of %s are left out, first %s",
+                *(self.num_skipped, self.path, self.first_reason),
+            )
+
+    def _add(self, line: int, row: Row) -> None:
+        if self.columns:
+            row = _rename_columns(row, self.columns)
+        kind = _kind_of(row)
+        self.kind = self.kind or kind
+        if kind != self.kind:
+            raise TaskError(
+                f"a row with {kind}, but the first has {self.kind}; put them into files of their "
+                f"own"
+            )
+        example = replace(_example_of(row), id=f"line-{line}", task=self.task)
+        key = question_key(example.question), example.choices
+        first_line, first = self._seen.setdefault(key, (line, example))
+        if first.answer != example.answer:
+            raise TaskError(
+                f"the question stands on line {first_line} with another answer; keep one of them"
+            )
+        self.grader = str(row.get("grader", ""))
+        self.num_rows += 1
+        if first is example:
+            self.examples.append(example)
 
 
-def _with_columns(row: Row, columns: Mapping[str, str]) -> Row:
+def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """Return the fields of a row, from columns of other names where these are named."""
-    found = {field: row[field] for field in FIELDS if field in row}
-    found |= {f: c if f == "grader" else _value(row, c) for f, c in columns.items()}
-    if "answer" in found and {"choices", "grader"}.isdisjoint(found):
-        found["grader"] = "exact"
-    return found
+    fields = {name: row[name] for name in FIELDS if name in row}
+    for name, column in columns.items():
+        fields[name] = column if name == "grader" else _column_value(row, column)
+    if "answer" in fields and "choices" not in fields and "grader" not in fields:
+        fields["grader"] = "exact"
+    return fields
 
 
-def _value(row: Row, column: str) -> Any:
-    """Return what a row has in a column, or within one."""
+def _column_value(row: Row, column: str) -> Any:
+    """Return what a row has in a column, or within one: `options.text`, `target.0.at`."""
+    if column in row:
+        return row[column]
     value: Any = row
-    for name in [column] if column in row else column.split("."):
+    for name in column.split("."):
         if isinstance(value, Mapping) and name in value:
             value = value[name]
         elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
@@ -221,78 +335,85 @@ def _value(row: Row, column: str) -> Any:
     return value
 
 
-def _kind(row: Row) -> str:
-    """Say which kind of row this is, in the words of a message."""
+def _kind_of(row: Row) -> str:
+    """Return the kind of a row, in the words of a message."""
     if "choices" in row and "grader" in row:
         raise TaskError("'choices' take no 'grader'; leave it out and choose by --reward")
     if "choices" in row:
-        return CHOICES
-    if "grader" not in row:
-        if "answer" not in row and not {"prompt", "question", "messages"}.isdisjoint(row):
-            return PROMPT
-        raise TaskError(
-            f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
-            f"question, choices, answer, or question, answer, grader, or prompt or messages alone"
-        )
-    grader = row["grader"]
-    graders = [name for name in REWARDS if not REWARDS.get(name).scores_options]
-    if grader not in graders:
-        raise TaskError(unknown_name("grader", str(grader), graders))
-    return f"grader {grader!r}"
+        return WITH_CHOICES
+    if "grader" in row:
+        graders = [name for name in REWARDS if not REWARDS.get(name).scores_options]
+        grader = row["grader"]
+        if grader not in graders:
+            raise TaskError(unknown_name("grader", str(grader), graders))
+        return f"grader {grader!r}"
+    has_text = any(name in row for name in ("prompt", "question", "messages"))
+    if has_text and "answer" not in row:
+        return WITHOUT_ANSWER
+    raise TaskError(
+        f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); give "
+        f"question, choices, answer, or question, answer, grader, or prompt or messages alone"
+    )
 
 
-def _example(row: Row) -> Example:
-    if {"choices", "grader"}.isdisjoint(row):
-        if "messages" in row:
-            messages = _messages(row)
-            text = "\n".join(f"{role}: {content}" for role, content in messages)
-            return Example(question=text, answer="", messages=messages)
-        text = text_of(row, "prompt" if "prompt" in row else "question")
-        return Example(question=text, answer="")
+def _example_of(row: Row) -> Example:
+    """Return the question of a row of any kind."""
+    if "choices" in row:
+        return _options_example(row)
+    if "grader" in row:
+        return Example(question=text_of(row, "question"), answer=_graded_answer(row))
+    if "messages" in row:
+        messages = _messages_to_answer(row)
+        text = "\n".join(f"{role}: {content}" for role, content in messages)
+        return Example(question=text, answer="", messages=messages)
+    name = "prompt" if "prompt" in row else "question"
+    return Example(question=text_of(row, name), answer="")
+
+
+def _options_example(row: Row) -> Example:
     question = text_of(row, "question")
-    if "choices" not in row:
-        return Example(question=question, answer=_graded_answer(row))
     choices = texts_of(row, "choices", minimum=2)
     for choice in choices:
         if choices.count(choice) > 1:
             raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
-    return with_options(question, choices, _gold(row, choices))
+    return with_options(question, choices, _gold_index(row, choices))
 
 
-def _messages(row: Row) -> Messages:
+def _messages_to_answer(row: Row) -> Messages:
     """Return a conversation up to the user's last message: an answer to it is left out."""
-    found = messages_of(row)
-    while found and found[-1][0] == "assistant":
-        found.pop()
-    if not found or found[-1][0] != "user":
+    messages = messages_of(row)
+    while messages and messages[-1][0] == "assistant":
+        messages.pop()
+    if not messages or messages[-1][0] != "user":
         raise TaskError("'messages' has no message of the user to answer; give one with role user")
-    return tuple(found)
+    return tuple(messages)
 
 
-def _gold(row: Row, choices: tuple[str, ...]) -> int:
+def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
     """Return the index of the right option, which may be given as index, text or letter."""
-    last = len(choices) - 1
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         return index_of(answer, len(choices), "answer")
     text = text_of(row, "answer")
-    ways = (*choices, *LETTERS[: len(choices)])  # a choice's text comes before a letter
-    if text not in ways:
-        raise TaskError(
-            f"'answer' {text!r} is not among the choices; give a choice's text, its index (0 to "
-            f"{last}) or its letter (A to {LETTERS[last]})"
-        )
-    return ways.index(text) % len(choices)
+    if text in choices:  # a choice's text comes before a letter
+        return choices.index(text)
+    letters = LETTERS[: len(choices)]
+    if len(text) == 1 and text in letters:
+        return letters.index(text)
+    raise TaskError(
+        f"'answer' {text!r} is not among the choices; give a choice's text, its index (0 to "
+        f"{len(choices) - 1}) or its letter (A to {letters[-1]})"
+    )
 
 
 def _graded_answer(row: Row) -> str:
-    value, grader = row.get("answer"), row["grader"]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        answer = str(value)
-    else:
-        answer = text_of(row, "answer").strip()
+    """Return the right answer of a row that a grader grades."""
+    value = row.get("answer")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    answer = str(value) if is_number else text_of(row, "answer").strip()
+    grader = row["grader"]
     if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
         raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")
     if grader == "exact" and (not normalise(answer) or len(answer.splitlines()) > 1):

@@ -1,11 +1,12 @@
-"""Answers that a Python function of the user's own grades: the reward `FILE.py:FUNCTION`.
+"""Rewards of the user's own: `FILE.py:FUNCTION` grades generated answers.
 
-It is `def reward(example, text) -> float`: what the text that was generated for an example is
-worth, from 0 to 1, which is right. The hash of the file becomes a part of the reward's name, so
-that records say which function it was. Loads no torch.
+The function is `def reward(example, text) -> float`: the grade of the text generated for an
+example, from 0 to 1, which is right. The file's hash becomes a part of the reward's name, so that
+records say which function it was. Loads no torch.
 """
 
 import functools
+import math
 import re
 import runpy
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import sha256
-from drllm.tasks.base import Example, Prompt, QuestionRow, Task
-from drllm.tasks.forms import in_context
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, Prompt, QuestionRow
+from drllm.tasks.prompt_formats import in_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
@@ -23,35 +25,38 @@ MAX_NEW_TOKENS = 256  # of an answer, unless another number is given
 
 
 class GradedTask(Task):
-    """The questions of a task, prompts without answers too, asked as they stand and then graded.
+    """A task whose answers a function grades; its questions are asked as they stand.
 
-    A `FILE.py:FUNCTION` that isn't there is a ConfigError.
+    The task may be of prompts without answers. A ConfigError if there is no such
+    `FILE.py:FUNCTION`.
     """
 
     def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
-        self.task, self.reward = task, pinned(reward)
-        self.name, self.description = task.name, f"{task.description}, graded by {reward}"
+        self.task = task
+        self.reward = pin_reward(reward)
+        self.name = task.name
+        self.description = f"{task.description}, graded by {reward}"
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The one."""
+        """The function's reward alone."""
         return (self.reward,)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the one, whatever it is called without its hash."""
+        """Return the function's reward, always."""
         return self.reward
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return those of the task."""
+        """Return those of the task itself."""
         return self.task.examples(split, data_dir)
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return those of the task."""
+        """Return those of the task itself."""
         return self.task.shots(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how the question is asked; there is one way."""
+        """Return the prompt of a question; there are none for a re-test."""
         prompt = Prompt(
             text=in_context(example, example.question),
             reward=reward,
@@ -65,10 +70,13 @@ class GradedTask(Task):
         return (prompt,)
 
 
-def pinned(reward: str) -> str:
-    """Return `FILE.py:FUNCTION` with the file's hash behind an `@`; a ConfigError for none."""
+def pin_reward(reward: str) -> str:
+    """Return `FILE.py:FUNCTION` with the file's hash behind an `@`.
+
+    A ConfigError if there is no such file or function.
+    """
     if _HASH.search(reward):
-        function_of(reward)
+        load_function(reward)
         return reward
     file = Path(reward.rpartition(":")[0])
     if not file.is_file():
@@ -76,45 +84,58 @@ def pinned(reward: str) -> str:
             f"--reward {reward}: no file {str(file)!r} is there; give FILE.py:FUNCTION"
         )
     name = f"{reward}@{sha256(file)[:16]}"
-    function_of(name)
+    load_function(name)
     return name
 
 
 @functools.cache
-def function_of(name: str) -> Callable[[Example, str], Any]:
-    """Return the function that a reward with the hash of its file names, if the file is that."""
+def load_function(name: str) -> Callable[[Example, str], Any]:
+    """Load the function that a reward names; a ConfigError if its file isn't the one of the hash.
+
+    A file that raises or exits while it runs is a ConfigError too.
+    """
     reward, _, digest = name.rpartition("@")
-    file, _, function = reward.rpartition(":")
+    file, _, function_name = reward.rpartition(":")
     if not Path(file).is_file() or not sha256(Path(file)).startswith(digest):
         raise ConfigError(f"{file} has changed since it was reward {name}; put the old file back")
     try:
-        found = runpy.run_path(file).get(function)
-    except Exception as error:  # whatever a file of the user's raises
-        raise ConfigError(f"--reward {reward}: {file} can't be run: {_words(error)}") from error
-    if not callable(found):
+        function = runpy.run_path(file).get(function_name)
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
+        raise ConfigError(f"--reward {reward}: {file} can't be run: {_describe(error)}") from error
+    if not callable(function):
         raise ConfigError(
-            f"--reward {reward}: {file} has no function {function!r}; give it one, "
-            f"def {function}(example, text) -> float"
+            f"--reward {reward}: {file} has no function {function_name!r}; give it one, "
+            f"def {function_name}(example, text) -> float"
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
-def graded(prompt: Prompt, text: str) -> float:
-    """Return what a function says of an answer; a TaskError unless it is a number from 0 to 1."""
+def grade_by_function(prompt: Prompt, text: str) -> float:
+    """Return the function's grade of an answer.
+
+    A TaskError if it isn't a number from 0 to 1, and if the function raises or exits.
+    """
     example = Example(
         question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers
     )
-    function = function_of(prompt.reward)
+    function = load_function(prompt.reward)
     try:
         value = function(example, text)
-        number = -1.0 if isinstance(value, str) or value is None else float(value)
-    except Exception as error:  # whatever a function of the user's raises
-        asked = f"{prompt.question[:60]!r}, answered {text[:60]!r}"
-        raise TaskError(f"reward {prompt.reward} failed on {asked}: {_words(error)}") from error
-    if not 0 <= number <= 1:
+        is_text_or_none = isinstance(value, str) or value is None
+        grade = math.nan if is_text_or_none else float(value)
+    except (Exception, SystemExit) as error:  # whatever a function of the user's raises
+        raise TaskError(
+            f"reward {prompt.reward} failed on {prompt.question[:60]!r}, answered {text[:60]!r}: "
+            f"{_describe(error)}"
+        ) from error
+    if not 0 <= grade <= 1:
         raise TaskError(f"reward {prompt.reward} returned {value!r}; expected a number from 0 to 1")
-    return number
+    return grade
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _describe(error: BaseException) -> str:
+    """Return an error in one line."""
+    message = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        return f"it ends the program (SystemExit: {message}); return a number instead"
+    return f"{type(error).__name__}: {message}"

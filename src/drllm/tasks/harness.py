@@ -1,100 +1,84 @@
-"""Tasks of lm-evaluation-harness by its own names, or by a task file: its documents and prompts.
+"""Tasks of lm-evaluation-harness, by the harness' own names or by a task file.
 
-The harness is loaded where such a task is named, and not before.
+The harness is imported where such a task is named, and not before.
 """
 
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import TaskError, nearest_name
-from drllm.listener import quiet
+from drllm.listener import logger, quiet
 from drllm.records.splits import hash_of, question_key, split_of
-from drllm.tasks.base import (
-    OPTIONS_REWARD,
-    Example,
-    Prompt,
-    Task,
-    check_split,
-    name_for_harness,
-    with_options,
-)
+from drllm.tasks.base import Task, check_split, name_for_harness
+from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 
 FEWSHOT_SEED = 1234  # the harness' own, so that its command line draws the same worked examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
-"""What the harness asks of a model, of which we take these."""
-PREFERRED = ("acc", "exact_match")
+"""The kinds of requests that we take, of those that the harness has."""
+UNSUPPORTED = ("UNSAFE_CODE", "MULTIMODAL")
+"""Attributes of tasks that run code or show images."""
+PREFERRED_METRICS = ("acc", "exact_match")
 """Metrics that count where a task has them; else its first one does."""
-MOST_DRAWS = 10  # of worked examples, until the question itself isn't among them
+MAX_DRAWS = 10  # of worked examples, until the question itself isn't among them
 GENERATED_REWARDS = ("exact", "boxed")
 MAX_NEW_TOKENS = 256
-"""Of a generated answer where the task doesn't say it; the harness' own default."""
+"""Of a generated answer where the task has no limit; the harness' own default."""
 
 
-class StockTask(Task):
-    """A task of the harness, or all of a group or of a task file, by what its `--tasks` takes.
+class LmEvalTask(Task):
+    """A task of the harness, or all tasks of a group or of a task file.
 
-    Its `test` are the questions that the harness reports. The others are its training questions or,
-    without any, its validation questions where these aren't reported, by the hash of their texts:
-    those with one right answer that aren't reported too. Where it has neither, the reported ones
-    are divided so, and an evaluation of what may be made on some of them asks `test` alone. All are
-    asked as the harness has it, worked examples too.
+    `test` has the questions that the harness reports. The other splits have its training questions
+    or, without any, its validation questions where these aren't reported, divided by the hash of
+    their texts; only questions with one right answer that aren't reported too. Where there are
+    neither, the reported questions are divided among all splits, and an evaluation of what may be
+    made on some of them uses `test` alone. All are asked as the harness has it, worked examples
+    included.
 
-    Its name is what the harness' `--tasks` takes; an unknown one may be near to a `taken` one. A
-    task whose questions can't be fetched is a TaskError, as is one that neither scores options nor
-    generates answers.
+    Args:
+        name: What the harness' `--tasks` takes.
+        known_names: Names of our own tasks, for the nearest one in an error.
+
+    Raises:
+        TaskError: An unknown name, questions that can't be fetched, or a task that neither scores
+            options nor generates answers.
     """
 
-    def __init__(self, name: str, taken: tuple[str, ...] = ()) -> None:
-        self.tasks = loaded(name, taken)
+    def __init__(self, name: str, known_names: tuple[str, ...] = ()) -> None:
+        if name.endswith(".yaml"):
+            warn_of_code(Path(name))
+        self.tasks = load_harness_tasks(name, known_names)
         self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
         self.description = f"{name} of lm-evaluation-harness"
         self.shots_of = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
-        kinds = {task.OUTPUT_TYPE for task in self.tasks.values()}
-        metrics = [list(task.aggregation()) for task in self.tasks.values()]
-        shared = [metric for metric in metrics[0] if all(metric in each for each in metrics)]
-        wanted = "multiple_choice (options) or generate_until (answers) with a metric in common"
-        if len(kinds) > 1 or not kinds <= KINDS.keys() or not shared:
-            fit = [leaf for leaf, task in self.tasks.items() if task.OUTPUT_TYPE in KINDS]
-            alone = f"; name one of {', '.join(fit)}" if fit and len(self.tasks) > 1 else ""
-            raise TaskError(
-                f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; drllm takes "
-                f"tasks with {wanted}{alone}; 'drllm lm-eval run --model drllm' has the rest"
-            )
-        forbidden = ("UNSAFE_CODE", "MULTIMODAL")
-        if any(getattr(task, each, False) for task in self.tasks.values() for each in forbidden):
-            raise TaskError(f"task {name!r} runs code or shows images, which isn't done here")
-        self.kind = KINDS[kinds.pop()]
-        self.metric = next((metric for metric in PREFERRED if metric in shared), shared[0])
+        self.kind, self.metric = _kind_and_metric(name, self.tasks)
         self._unclear: set[str] = set()  # questions with no right answer, or options with several
-        self.reported = [
-            (leaf, place, self._example(leaf, f"{leaf}-{place}", doc))
-            for leaf, task in self.tasks.items()
-            for place, doc in enumerate(task.eval_docs)
-        ]
-        self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}  # id → task, row
+        self.reported: list[tuple[str, int, Example]] = []  # task, place, question
+        for leaf, task in self.tasks.items():
+            for place, doc in enumerate(task.eval_docs):
+                example = self._example(leaf, f"{leaf}-{place}", doc)
+                self.reported.append((leaf, place, example))
 
     @functools.cached_property
     def to_fit(self) -> list[Example]:
         """The questions that the harness doesn't report, each text once; empty without any."""
-        found: dict[str, Example] = {}
         reported = {question_key(example.question) for *_, example in self.reported}
+        examples: dict[str, Example] = {}
         for leaf, task in self.tasks.items():
-            docs: Any = ()
-            if task.has_training_docs():
-                docs = task.training_docs()
-            elif task.has_validation_docs() and task.has_test_docs():
-                docs = task.validation_docs()
-            for place, doc in enumerate(docs):
+            for place, doc in enumerate(_unreported_docs(task)):
                 example = self._example(leaf, f"{leaf}-train-{place}", doc)
                 key = question_key(example.question)
-                if key not in reported and found.setdefault(key, example) is example:
-                    self._docs[example.id] = leaf, doc
-        return [*found.values()]
+                if key in reported or key in examples:
+                    continue
+                examples[key] = example
+                self._docs[example.id] = (leaf, doc)
+        return list(examples.values())
 
     @property
     def reports_test_alone(self) -> bool:
@@ -103,136 +87,241 @@ class StockTask(Task):
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split; see the class."""
+        check_split(split)
         reported = [example for *_, example in self.reported]
-        if check_split(split) == "test" and self.reports_test_alone:
-            return reported
-        origin, whole = ("train", self.to_fit) if self.reports_test_alone else ("own", reported)
-        own = [example for example in whole if split_of(example.question, origin) == split]
+        if self.reports_test_alone:
+            if split == "test":
+                return reported
+            origin = "train"
+            pool = self.to_fit
+        else:
+            origin = "own"
+            pool = reported
+        examples = [example for example in pool if split_of(example.question, origin) == split]
         if split == "test":
-            return own
-        known = {question_key(each.question): each for each in own if each.id not in self._unclear}
-        return [*known.values()]
+            return examples
+        by_text: dict[str, Example] = {}
+        for example in examples:
+            if example.id not in self._unclear:
+                by_text[question_key(example.question)] = example
+        return list(by_text.values())
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The rewards that fit: the options' log-probabilities, or how a text is graded."""
-        return (OPTIONS_REWARD,) if self.kind == "choices" else GENERATED_REWARDS
+        """The rewards that fit: the options' log-probabilities, or a grade of a text."""
+        if self.kind == "choices":
+            return (OPTIONS_REWARD,)
+        return GENERATED_REWARDS
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how the harness asks a question; then, with options, scored by character.
+        """Return the harness' prompt of a question; with options, then scored by character.
 
         A question is never among its own worked examples, which depend on its text alone.
         """
         self.check_reward(reward)
-        if example.id not in self._docs:
-            for leaf, place, each in self.reported:
-                self._docs[each.id] = leaf, self.tasks[leaf].eval_docs[place]
-        leaf, doc = self._docs[example.id]
+        leaf, doc = self._doc_of(example)
         task = self.tasks[leaf]
         if task.multiple_input:
             raise TaskError(
                 f"task {self.name!r} asks a question in as many ways as it has options, which can "
                 f"be evaluated, but not searched or tuned on"
             )
-        own, prefix = str(task.doc_to_text(doc)), task.doc_to_prefix(doc)
-        for draw in range(1, MOST_DRAWS + 2):
-            task.set_fewshot_seed(seed=FEWSHOT_SEED + hash_of(example.question) + draw)
-            # At last without any, where the question is among them however they are drawn.
-            number = self.shots_of[leaf] if draw <= MOST_DRAWS else 0
-            context = task.fewshot_context(doc, num_fewshot=number, gen_prefix=prefix)
-            if context.count(own) == 1:
-                break
+        context = self._context(leaf, doc, example)
         if self.kind == "choices":
             requests = task.construct_requests(doc=doc, ctx=context, metadata=(leaf, 0, 1))
-            asked = Prompt(
+            requests = requests[: len(example.choices)]
+            prompt = Prompt(
                 text=context,
                 reward=reward,
                 answer=example.answer,
-                continuations=tuple(each.args[1] for each in requests[: len(example.choices)]),
+                continuations=tuple(request.args[1] for request in requests),
                 gold=example.gold,
             )
-            return asked, replace(asked, normalised=True)
+            return prompt, replace(prompt, normalised=True)
         settings = task.config.generation_kwargs or {}
-        most = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
-        answer = Prompt(
+        limit = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
+        prompt = Prompt(
             text=context,
             reward=reward,
             answer=example.answer,
             other_answers=example.other_answers,
-            max_new_tokens=int(most),
+            max_new_tokens=int(limit),
         )
-        return (answer,)
+        return (prompt,)
 
-    def _example(self, leaf: str, own_id: str, doc: Mapping[str, Any]) -> Example:
-        """Return a question as far as results show it."""
+    def _doc_of(self, example: Example) -> tuple[str, Mapping[str, Any]]:
+        """Return the harness' task and row of a question."""
+        if example.id not in self._docs:
+            for leaf, place, reported in self.reported:
+                self._docs[reported.id] = (leaf, self.tasks[leaf].eval_docs[place])
+        return self._docs[example.id]
+
+    def _context(self, leaf: str, doc: Mapping[str, Any], example: Example) -> str:
+        """Render a question behind worked examples that don't hold the question itself."""
         task = self.tasks[leaf]
-        text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+        text = str(task.doc_to_text(doc))
+        prefix = task.doc_to_prefix(doc)
+        seed = FEWSHOT_SEED + hash_of(example.question)
+        context = ""
+        for draw in range(1, MAX_DRAWS + 1):
+            task.set_fewshot_seed(seed=seed + draw)
+            num_shots = self.shots_of[leaf]
+            context = task.fewshot_context(doc, num_fewshot=num_shots, gen_prefix=prefix)
+            if context.count(text) == 1:
+                return str(context)
+        # It is among them however they are drawn: it gets none.
+        return str(task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix))
+
+    def _example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
+        """Return a question as far as results show it."""
         if self.kind == "generated":
-            named = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else ()
-            given = target if isinstance(target, list) else [target]
-            answers = [str(named[one] if named and isinstance(one, int) else one) for one in given]
-            first, *others = answers or [""]
-            self._unclear |= set() if first else {own_id}
-            return Example(
-                id=own_id,
-                task=self.name,
-                question=str(text),
-                answer=first,
-                other_answers=tuple(others),
+            return self._generated_example(leaf, example_id, doc)
+        task = self.tasks[leaf]
+        choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
+        golds = gold_indices(task, doc)
+        if len(golds) != 1:
+            self._unclear.add(example_id)
+        gold = golds[0] if golds else 0
+        # With several inputs the options stand before the text, which is the target.
+        text = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
+        return with_options(str(text), choices, gold, example_id, self.name)
+
+    def _generated_example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
+        task = self.tasks[leaf]
+        names = () if task.config.doc_to_choice is None else task.doc_to_choice(doc)
+        target = task.doc_to_target(doc)
+        targets = target if isinstance(target, list) else [target]
+        answers: list[str] = []
+        for item in targets:
+            is_index = bool(names) and isinstance(item, int)
+            answers.append(str(names[item] if is_index else item))
+        if not answers or not answers[0]:
+            self._unclear.add(example_id)
+        return Example(
+            id=example_id,
+            task=self.name,
+            question=str(task.doc_to_text(doc)),
+            answer=answers[0] if answers else "",
+            other_answers=tuple(answers[1:]),
+        )
+
+
+def warn_of_code(file: Path) -> None:
+    """Warn that a task file runs Python code from its folder, if one there names functions."""
+    if not file.is_file():
+        return
+    for neighbour in [file, *sorted(file.parent.glob("*.y*ml"))]:
+        if "!function" in neighbour.read_text(encoding="utf-8", errors="replace"):
+            logger.warning(
+                "%s: lm-evaluation-harness runs Python code from that folder, which %s names by "
+                "!function; use task files of people you trust",
+                *(file, neighbour.name),
             )
-        choices = tuple(map(str, task.doc_to_choice(doc)))
-        golds = golds_of(task, doc)
-        self._unclear |= set() if len(golds) == 1 else {own_id}
-        [gold, *_] = golds or [0]
-        question = str(target if task.multiple_input else text)
-        return with_options(question, choices, gold, own_id, self.name)
+            return
 
 
-def golds_of(task: Any, doc: Mapping[str, Any]) -> list[int]:
-    """Return which options of a question are right by the harness; none where none of them is."""
-    gold, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
-    if task.multiple_input:
-        gold = task.doc_to_text(doc)
-    found = gold if isinstance(gold, list) else [gold]
-    places = [choices.index(one) if one in choices else one for one in found]
-    return [one for one in places if isinstance(one, int) and 0 <= one < len(choices)]
+def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what tasks ask for, `choices` or `generated`, and the metric that counts.
+
+    Args:
+        name: What the user named.
+        tasks: The harness' tasks that it stands for, all of one kind, with a metric in common.
+    """
+    kinds = {task.OUTPUT_TYPE for task in tasks.values()}
+    metrics = [list(task.aggregation()) for task in tasks.values()]
+    shared = [metric for metric in metrics[0] if all(metric in each for each in metrics)]
+    if len(kinds) > 1 or not kinds <= KINDS.keys() or not shared:
+        usable = [leaf for leaf, task in tasks.items() if task.OUTPUT_TYPE in KINDS]
+        remedy = ""
+        if usable and len(tasks) > 1:
+            remedy = f"; name one of {', '.join(usable)}"
+        raise TaskError(
+            f"task {name!r} asks for {' and '.join(sorted(map(str, kinds)))}; drllm takes tasks "
+            f"with multiple_choice (options) or generate_until (answers) with a metric in common"
+            f"{remedy}; 'drllm lm-eval run --model drllm' has the rest"
+        )
+    for task in tasks.values():
+        if any(getattr(task, attribute, False) for attribute in UNSUPPORTED):
+            raise TaskError(f"task {name!r} runs code or shows images, which isn't done here")
+    preferred = [metric for metric in PREFERRED_METRICS if metric in shared]
+    metric = preferred[0] if preferred else shared[0]
+    return KINDS[kinds.pop()], metric
+
+
+def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a task that the harness doesn't report."""
+    docs: Iterable[Mapping[str, Any]] = ()
+    if task.has_training_docs():
+        docs = task.training_docs()
+    elif task.has_validation_docs() and task.has_test_docs():
+        docs = task.validation_docs()
+    return docs
+
+
+def gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
+    """Return the indices of the options that the harness has as right; maybe none."""
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    golds = gold if isinstance(gold, list) else [gold]
+    indices: list[int] = []
+    for item in golds:
+        index = choices.index(item) if item in choices else item
+        if isinstance(index, int) and 0 <= index < len(choices):
+            indices.append(index)
+    return indices
 
 
 @functools.cache
-def _of_the_harness() -> Any:
-    """Return its own tasks; to list them it reads thousands of files, which takes seconds."""
+def _own_tasks() -> Any:
+    """Return the manager of the harness' own tasks; it reads thousands of files, for seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def loaded(name: str, taken: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the harness' tasks that a name stands for, with their questions."""
+def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Load the harness' tasks that a name stands for, with their questions.
+
+    Args:
+        name: A task, a group, or a `.yaml` file.
+        known_names: Further names, for the nearest one in an error.
+    """
     import datasets
-    from lm_eval.tasks import TaskManager
 
     with quiet("lm_eval", "huggingface_hub", "datasets"), redirect_stderr(io.StringIO()):
-        if name.endswith(".yaml") and not (file := Path(name)).is_file():
-            raise TaskError(f"there is no task file {name}; give one, or the name of a task")
-        if name.endswith(".yaml"):
-            # All of its folder, since a group there names its neighbours; and by its name there,
-            # since a group that is loaded by its path has its list of tasks for a name.
-            manager = TaskManager(include_path=file.parent, include_defaults=False)
-            places = {str(each.yaml_path): own for own, each in manager.task_index.items()}
-            name = places.get(str(file), name)
-        elif name not in (manager := _of_the_harness()).task_index:
-            raise TaskError(
-                f"{nearest_name('task', name, {*taken, *manager.task_index})}; 'drllm ls "
-                f"tasks' and 'drllm lm-eval ls tasks' list all; of others, give a .jsonl file, or "
-                f"OWNER/NAME of the hub"
-            )
-        unreached = (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError)
+        manager, name = _find_task(name, known_names)
+        unreachable = (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError)
         try:
-            found: dict[str, Any] = manager.load(name)["tasks"]
-        except unreached as error:
+            tasks: dict[str, Any] = manager.load(name)["tasks"]
+        except unreachable as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise TaskError(
                 f"task {name!r} of the harness can't be had ({cause.rstrip('.')}); connect or log "
                 f"in (hf auth login), or name a file of questions"
             ) from error
-    return found
+    return tasks
+
+
+def _find_task(name: str, known_names: tuple[str, ...]) -> tuple[Any, str]:
+    """Return the harness' manager that knows a task, and the task's name there."""
+    from lm_eval.tasks import TaskManager
+
+    if name.endswith(".yaml"):
+        file = Path(name)
+        if not file.is_file():
+            raise TaskError(f"there is no task file {name}; give one, or the name of a task")
+        # All of its folder, since a group there names its neighbours; and by its name there,
+        # since a group that is loaded by its path has its list of tasks for a name.
+        manager = TaskManager(include_path=file.parent, include_defaults=False)
+        names = {
+            str(entry.yaml_path): entry_name for entry_name, entry in manager.task_index.items()
+        }
+        return manager, names.get(str(file), name)
+    manager = _own_tasks()
+    if name not in manager.task_index:
+        raise TaskError(
+            f"{nearest_name('task', name, {*known_names, *manager.task_index})}; 'drllm ls "
+            f"tasks' and 'drllm lm-eval ls tasks' list all; of others, give a .jsonl file, or "
+            f"OWNER/NAME of the hub"
+        )
+    return manager, name

@@ -1,8 +1,8 @@
-"""Rewards: what counts as a right answer.
+"""Rewards: which answers are right.
 
 A reward grades generated answers, or scores a question's options. Adding one is one class here (or
-in a module that `REWARDS` names), under `@REWARDS.register("name")`. Whether two expressions are
-equal is decided in `equality`. Loads no torch.
+in a module that `REWARDS` names), under `@REWARDS.register("name")`. `equality` decides whether two
+expressions are equal. Loads no torch.
 """
 
 import re
@@ -12,29 +12,29 @@ from typing import ClassVar
 from drllm.errors import TaskError
 from drllm.extras import need
 from drllm.registry import Registry
-from drllm.tasks.base import Prompt
 from drllm.tasks.equality import same_value
-from drllm.tasks.graded import SUFFIX, graded
+from drllm.tasks.examples import Prompt
+from drllm.tasks.graded import SUFFIX, grade_by_function
 
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
 _UNFINISHED_CHARACTER = "\ufffd"
-"""What tokenizers show for the first bytes of a character whose other bytes are still to come."""
+"""What tokenizers show for the first bytes of a character while the others are missing."""
 
 
 class Reward:
-    """How answers are graded; the first line of a reward's docstring is what `drllm ls` shows.
+    """A way of grading answers; `drllm ls` shows the first line of each reward's docstring.
 
     Attributes:
-        scores_options: The prompt's continuations are scored; else an answer is generated.
-        needs: An extra whose packages it needs; empty if it needs none.
+        scores_options: Whether the prompt's continuations are scored; else an answer is generated.
+        needs: The extra whose packages it needs; empty if it needs none.
     """
 
     scores_options: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
-        """Return what the function `verdict` does, for prompts of this reward."""
+        """Do what the function `verdict` does, for prompts of this reward."""
         raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
 
     def gold_text(self, prompt: Prompt) -> str:
@@ -46,14 +46,19 @@ REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
 
 
 def check_installed(reward: str) -> None:
-    """Refuse, by ConfigError, a reward that needs packages that aren't installed."""
-    if SUFFIX not in reward and (extra := REWARDS.get(reward).needs):
+    """Raise a ConfigError if a reward needs packages that aren't installed."""
+    if SUFFIX in reward:  # a function of the user's own
+        return
+    extra = REWARDS.get(reward).needs
+    if extra:
         need(extra, f"reward {reward!r}")
 
 
 def reward_of(prompt: Prompt) -> Reward:
     """Return the reward that a prompt names, which may be a function of the user's own."""
-    return _Function() if SUFFIX in prompt.reward else REWARDS.get(prompt.reward)()
+    if SUFFIX in prompt.reward:
+        return _FunctionReward()
+    return REWARDS.get(prompt.reward)()
 
 
 def grade(prompt: Prompt, text: str) -> float:
@@ -71,17 +76,21 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
         verdict is ours.
     """
-    known = text if finished else text.rstrip(_UNFINISHED_CHARACTER)
-    return reward_of(prompt).verdict(prompt, known, finished)
+    if not finished:
+        text = text.rstrip(_UNFINISHED_CHARACTER)
+    return reward_of(prompt).verdict(prompt, text, finished)
 
 
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
     """Return reward and margin of a multiple-choice question from its options' log-probabilities.
 
-    Those are sums in nats; where the prompt is `normalised` each is divided by the option's length
-    in characters, without its leading space. The reward is 1.0 if the gold option is the best (of
-    equal ones the first is, as in lm-evaluation-harness); the margin is its score minus the best
-    other's.
+    The reward is 1.0 if the gold option has the best score (of equal ones the first has, as in
+    lm-evaluation-harness); the margin is its score minus the best other's.
+
+    Args:
+        logprobs: Sums in nats; where the prompt is `normalised` each is divided by the option's
+            length in characters, without its leading space.
+        prompt: Its `gold` is the right option's index.
     """
     assert prompt.gold is not None
     scores = list(logprobs)
@@ -89,16 +98,16 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
         lengths = [len(text.removeprefix(" ")) for text in prompt.continuations]
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]
     others = scores[: prompt.gold] + scores[prompt.gold + 1 :]
-    right = scores.index(max(scores)) == prompt.gold
-    return float(right), scores[prompt.gold] - max(others)
+    is_right = scores.index(max(scores)) == prompt.gold
+    return float(is_right), scores[prompt.gold] - max(others)
 
 
-class _Function(Reward):
-    """What a function of the user's own says of the whole answer."""
+class _FunctionReward(Reward):
+    """A function of the user's own grades the whole answer."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
-        return graded(prompt, text) if finished else None
+        return grade_by_function(prompt, text) if finished else None
 
 
 @REWARDS.register("loglikelihood")
@@ -122,12 +131,12 @@ class Letter(Reward):
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
         # A letter or digit is a word character other than the underscore (_B_ stands alone).
-        alone = re.search(rf"(?<![^\W_])[{re.escape(prompt.letters)}](?![^\W_])", text)
-        if alone is None:
+        letter = re.search(rf"(?<![^\W_])[{re.escape(prompt.letters)}](?![^\W_])", text)
+        if letter is None:
             return 0.0 if finished else None
-        if alone.end() == len(text) and not finished:
+        if letter.end() == len(text) and not finished:
             return None  # the next character may make a word of it
-        return float(alone.group() == prompt.answer)
+        return float(letter.group() == prompt.answer)
 
 
 @REWARDS.register("boxed")
@@ -154,16 +163,17 @@ class Exact(Reward):
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
-        first, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
+        first_line, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
         golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
         if finished or rest:
-            return float(normalise(first) in golds)
+            return float(normalise(first_line) in golds)
         # White space at the end may stand between this and the next word: keep one space of it.
-        begun = re.sub(r"\s+", " ", first).casefold().lstrip(_OPENING_MARKS)
+        beginning = re.sub(r"\s+", " ", first_line).casefold().lstrip(_OPENING_MARKS)
         for gold in golds:
-            if gold.startswith(begun):
+            if gold.startswith(beginning):
                 return None
-            if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
+            remainder = beginning.removeprefix(gold)
+            if beginning.startswith(gold) and not remainder.strip(_CLOSING_MARKS):
                 return None
         return 0.0
 
@@ -172,18 +182,18 @@ def first_boxed(text: str) -> str | None:
     r"""Return the content of the first `\boxed{…}` that closes, or None."""
     open_braces: list[int | None] = []  # where a box's content starts; None for other braces
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-        found = token.group()
-        if found == "{":
+        mark = token.group()
+        if mark == "{":
             open_braces.append(None)
-        elif found == "}":
+        elif mark == "}":
             start = open_braces.pop() if open_braces else None
             if start is not None:
                 return text[start : token.start()]
-        elif found.startswith("\\boxed"):
+        elif mark.startswith("\\boxed"):
             open_braces.append(token.end())
     return None
 
 
 def normalise(answer: str) -> str:
-    """Return an answer without what doesn't count: case, outer marks, runs of white space."""
+    """Return an answer without differences of case, outer marks and runs of white space."""
     return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)

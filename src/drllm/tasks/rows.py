@@ -15,30 +15,38 @@ from drllm.records.codec import decode, refuse_odd_file
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
 """How a data set of the hub is named, with its configuration and split where they are needed."""
 HUB_ROWS = 10_000  # how many rows of one are read where no limit is given
+EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
 
 
 class EmptyTextError(TaskError):
-    """A text is empty, so that its row can't be asked, while the rest of a set can."""
+    """A text is empty: its row can't be asked, and the other rows of a set can."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line that isn't blank of a `.jsonl[.gz]` file."""
-    empty = True
+    is_empty = True
+    opener = gzip.open if path.name.endswith(".gz") else open
     try:
         if not refuse_odd_file(path, "read"):
             raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield number, decode(line, dict[str, Any], f"{path}, line {number}")
+                if not line.strip():
+                    continue
+                if is_empty and line.lstrip().startswith(b"["):
+                    raise TaskError(
+                        f"{path} is one JSON list; write each of its objects on a line of its own, "
+                        f"without brackets and commas around them, for example {EXAMPLE_ROW}"
+                    )
+                is_empty = False
+                yield number, decode(line, dict[str, Any], f"{path}, line {number}")
     except RecordError as error:
         raise TaskError(
             f"{error}; give a .jsonl or .jsonl.gz file, a JSON object a line"
         ) from error
     except (EOFError, zlib.error, OSError) as error:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
-    if empty:
+    if is_empty:
         raise TaskError(f"{path} is empty; give a file with one question a line")
 
 
@@ -52,9 +60,16 @@ def hub_rows(
     columns: Sequence[str] = (),
     stream: bool = False,
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a split of a data set on the hub, with those columns alone if given.
+    """Yield the rows of a split of a data set on the hub.
 
-    Errors say `what` is fetched and what to give `instead`; with `stream` only what is read is.
+    Args:
+        repository: Its id.
+        config: Its configuration; None where it has only one.
+        split: Its split.
+        what: What is fetched, for errors.
+        instead: What the user can give instead, for errors.
+        columns: The only columns to read; empty for all.
+        stream: Fetch only the rows that are read.
     """
     need("eval", f"fetching {what} from the hub", "datasets")
     import datasets
@@ -77,16 +92,21 @@ def hub_rows(
 
 def rows_of_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`, of `train` where it names no split."""
-    matched = HUB_SET.fullmatch(name)
-    assert matched
-    repository, config, split = matched.groups()
-    instead = "another set, OWNER/NAME[:CONFIG[:SPLIT]], or a file"
-    where = {"what": f"{kind} {repository}", "instead": instead}
-    return hub_rows(repository, config or None, split or "train", **where, stream=True)
+    match = HUB_SET.fullmatch(name)
+    assert match
+    repository, config, split = match.groups()
+    return hub_rows(
+        repository,
+        config or None,
+        split or "train",
+        what=f"{kind} {repository}",
+        instead="another set, OWNER/NAME[:CONFIG[:SPLIT]], or a file",
+        stream=True,
+    )
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
-    """Return a text field of a row as it stands; it may not be missing, blank or anything else."""
+    """Return a text field of a row as it stands; a TaskError if it is missing, blank or no text."""
     value = _field(row, key)
     if not isinstance(value, str):
         raise TaskError(f"{key!r} is {value!r}; expected text")
@@ -96,7 +116,7 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
-    """Return a field that lists texts, none of them blank, `minimum` of them at least."""
+    """Return a field that is a list of at least `minimum` texts, none of them blank."""
     value = _field(row, key)
     if not isinstance(value, list):
         raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
@@ -120,14 +140,15 @@ def object_of(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]
 
 
 def messages_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the roles and texts of a row's conversation, one message at least."""
-    said, expected = row["messages"], "objects with role and content"
-    if not isinstance(said, list) or not said:
-        raise TaskError(f"'messages' is {said!r}; expected a list of {expected}")
-    for message in said:
+    """Return the roles and texts of a row's conversation, which has at least one message."""
+    messages = row["messages"]
+    expected = "objects with role and content"
+    if not isinstance(messages, list) or not messages:
+        raise TaskError(f"'messages' is {messages!r}; expected a list of {expected}")
+    for message in messages:
         if not isinstance(message, Mapping):
             raise TaskError(f"'messages' holds {message!r}; expected {expected}")
-    return [(text_of(message, "role"), text_of(message, "content")) for message in said]
+    return [(text_of(message, "role"), text_of(message, "content")) for message in messages]
 
 
 def index_of(value: Any, count: int, key: str) -> int:

@@ -9,66 +9,83 @@ from dataclasses import replace
 from pathlib import Path
 
 from drllm.errors import ConfigError
-from drllm.tasks.base import Example, Prompt, Task
-from drllm.tasks.forms import WORKED
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Example, Prompt
+from drllm.tasks.prompt_formats import WORKED
 from drllm.tasks.rewards import reward_of
 
 
 class WorkedTask(Task):
-    """A task's questions after `shots`, questions with their answers, the same before each.
+    """A task whose questions come after worked examples, the same before each question.
 
-    They stand in one text, as base models are asked, where the model has a chat template in the
-    user's turn. With `max_new_tokens` answers that are generated may have so many, and what is
-    asked for in a box may be worked out first.
+    Examples and question are one text, as base models are asked; where the model has a chat
+    template, that text is the user's turn.
+
+    Args:
+        task: The task.
+        shots: The examples to show, with their answers.
+        max_new_tokens: Maximum tokens of a generated answer, which may then work out what is asked
+            for in a box; None leaves the task's own limit.
     """
 
     def __init__(
         self, task: Task, shots: Sequence[Example] = (), max_new_tokens: int | None = None
     ) -> None:
-        self.task, self.name, self.description = task, task.name, task.description
-        self.shown, self.max_new_tokens = shots, max_new_tokens
-        self.solved = functools.cache(self._solved)  # the same before each question
+        self.task = task
+        self.name = task.name
+        self.description = task.description
+        self.worked_examples = shots
+        self.max_new_tokens = max_new_tokens
+        # The examples' texts are the same before each question.
+        self._render_example = functools.cache(self._render_example_once)
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """Those of the task."""
+        """Those of the task itself."""
         return self.task.rewards
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return those of the task."""
+        """Return those of the task itself."""
         return self.task.examples(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how the question is asked, then other ways; what is shown is asked alike."""
-        if self.shown and (example.messages or not self.task.has_answers):
+        """Return the prompt of a question and those of the re-test, each after the examples.
+
+        In each prompt the examples are asked in the same way as the question.
+        """
+        if self.worked_examples and (example.messages or not self.task.has_answers):
             raise ConfigError(
                 f"--num-fewshot has no effect on {self.name}, which asks no questions"
             )
-        found = []
-        for way, prompt in enumerate(self._asked(example, reward)):
-            before = (self.solved(shot, reward, way) for shot in self.shown)
-            found.append(replace(prompt, text="".join((*before, prompt.text))))
-        return tuple(found)
+        prompts: list[Prompt] = []
+        for way, prompt in enumerate(self._prompts_alone(example, reward)):
+            texts = [self._render_example(shot, reward, way) for shot in self.worked_examples]
+            prompts.append(replace(prompt, text="".join([*texts, prompt.text])))
+        return tuple(prompts)
 
-    def _asked(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+    def _prompts_alone(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return the prompts of a question without worked examples."""
         if self.max_new_tokens is None:
             return self.task.prompts(example, reward)
-        form = WORKED if reward == "boxed" else self.task
-        found = form.prompts(example, reward)
-        if found[0].continuations or not self.task.has_answers:
+        if reward == "boxed":
+            prompts = WORKED.prompts(example, reward)
+        else:
+            prompts = self.task.prompts(example, reward)
+        if prompts[0].continuations or not self.task.has_answers:
             raise ConfigError(
                 f"--max-new-tokens {self.max_new_tokens} has no effect on {self.name}, which "
                 f"generates nothing; leave it out, or choose a --reward that grades text"
             )
-        return tuple(replace(each, max_new_tokens=self.max_new_tokens) for each in found)
+        return tuple(replace(prompt, max_new_tokens=self.max_new_tokens) for prompt in prompts)
 
-    def _solved(self, shot: Example, reward: str, way: int) -> str:
-        asked = self._asked(shot, reward)
-        prompt = asked[way % len(asked)]  # of options, some have fewer rotations
+    def _render_example_once(self, shot: Example, reward: str, way: int) -> str:
+        """Return the text of a worked example, asked in one of the ways, with its answer."""
+        prompts = self._prompts_alone(shot, reward)
+        prompt = prompts[way % len(prompts)]  # an example with fewer options has fewer rotations
         if prompt.continuations:
             return f"{prompt.text}{prompt.continuations[prompt.gold or 0]}\n\n"
-        said = reward_of(prompt).gold_text(prompt)
+        answer = reward_of(prompt).gold_text(prompt)
         if self.max_new_tokens and reward == "boxed" and shot.solution:
-            said = f"{shot.solution}\n{said}"
-        between = " " if prompt.text.endswith(":") else "\n"
-        return f"{prompt.text}{between}{said}\n\n"
+            answer = f"{shot.solution}\n{answer}"
+        space = " " if prompt.text.endswith(":") else "\n"
+        return f"{prompt.text}{space}{answer}\n\n"

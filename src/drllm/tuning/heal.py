@@ -270,7 +270,7 @@ class _Healing:
             items = (item.question for item in texts_of(self.routed, source.prompts))
             return [(*item.context, *item.continuations[0]) for item in items]
         found: list[Tokens] = []
-        asked = [prompt.asked for prompt in source.prompts]
+        asked = [prompt.content for prompt in source.prompts]
         for start in range(0, len(asked), ANSWERS_AT_ONCE):
             answer = partial(self._answered, asked[start : start + ANSWERS_AT_ONCE])
             key = f"{source.name} answers from {start}"

@@ -16,7 +16,8 @@ from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import digest_of, read_text
 from drllm.records.static_paths import FIT
-from drllm.tasks.base import FILE_NAMES, Prompt, Task, choose
+from drllm.tasks.base import Task
+from drllm.tasks.examples import FILE_NAMES, Prompt, choose
 from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_rows, rows_of_hub_set
 from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_of
 

@@ -23,7 +23,7 @@ from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath, step_of
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
 from drllm.statistics.intervals import Floats
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.parts import GOLD, KL, LOSS
 
@@ -155,7 +155,7 @@ def graded(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> 
         for (max_new_tokens, chat), places in alike.items():
             answers = generate_many(
                 routed,
-                [prompts[place].asked for place in places],
+                [prompts[place].content for place in places],
                 max_new_tokens=max_new_tokens,
                 chat=chat,
                 route_first=False,

@@ -13,7 +13,8 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import OPTIONS_REWARD, Example, NoSplitError, Prompt, Task, choose
+from drllm.tasks.base import NoSplitError, Task
+from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 

@@ -45,8 +45,9 @@ from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval,
 from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
-from drllm.tasks.base import Prompt, Task
-from drllm.tasks.base import choose as draw
+from drllm.tasks.base import Task
+from drllm.tasks.examples import Prompt
+from drllm.tasks.examples import choose as draw
 from drllm.tuning.beam import LAYERS, beam_of
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of

@@ -23,7 +23,7 @@ from drllm.records.results import read_results
 from drllm.records.static_paths import read_path, steps_to_write
 from drllm.reporting.stage import report
 from drllm.statistics import non_inferiority
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from healed_folder import written_healed
 from paths_json import written_paths

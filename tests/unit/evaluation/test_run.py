@@ -37,7 +37,7 @@ from drllm.records.manifest import read_manifest
 from drllm.records.results import read_latency, read_results
 from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from slow_way import ListedModel, tiny_routers
 

@@ -16,7 +16,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring import answers
 from drllm.models.scoring.choices import Score
 from drllm.search.evaluator import Evaluator, gold_text
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from slow_way import FULL, ListedModel, kls_alone
 

@@ -9,7 +9,7 @@ from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
 from drllm.search.questions import Shard, collect_questions, in_shard, split_into_batches
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
 

@@ -23,7 +23,7 @@ from drllm.search import ray as ray_executor
 from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.ray import RayExecutor, connect
 from drllm.search.run import run_search
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 
 WORKERS = 2
 

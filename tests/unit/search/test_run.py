@@ -23,7 +23,7 @@ from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import collect_questions, split_into_batches
 from drllm.search.run import run_search
-from drllm.tasks.base import choose
+from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 
 IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}

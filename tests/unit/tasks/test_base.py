@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import Example, Harness
+from drllm.tasks.base import Harness
+from drllm.tasks.examples import Example
 from drllm.tasks.registry import TASKS, describe_tasks, get_task, get_tasks, groups, is_task_name
 
 

@@ -86,14 +86,14 @@ def test_a_conversation_is_asked_up_to_the_users_last_message(tmp_path):
     task, [example] = read(write(tmp_path, {"messages": said}))
     assert example.question == "system: Be brief.\nuser: U\nassistant: A\nuser: U"
     [prompt] = task.prompts(example, "kl")
-    assert (prompt.asked, prompt.chat) == (said[:4], True)
+    assert (prompt.content, prompt.chat) == (said[:4], True)
 
 
 def test_a_function_grades_the_answer_to_a_conversation(tmp_path):
     (tmp_path / "own.py").write_text("def reward(example, text):\n    return 1.0\n")
     task, [example] = read(write(tmp_path, {"messages": [USER, ASSISTANT, USER]}))
     own = GradedTask(task, f"{tmp_path / 'own.py'}:reward")
-    assert own.prompt(example, own.reward).asked == [USER, ASSISTANT, USER]
+    assert own.prompt(example, own.reward).content == [USER, ASSISTANT, USER]
 
 
 ROW = {"query": "Which is cold?", "options": {"text": ["fire", "ice"]}, "target": [{"at": 1}]}

@@ -9,9 +9,9 @@ from drllm.errors import ConfigError, TaskError
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
-from drllm.search.questions import questions_of
-from drllm.tasks.base import choose
-from drllm.tasks.graded import GradedTask, pinned
+from drllm.search.questions import collect_questions
+from drllm.tasks.examples import choose
+from drllm.tasks.graded import GradedTask, pin_reward
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, verdict
 
@@ -52,7 +52,7 @@ def test_a_changed_file_is_another_reward_and_its_old_one_is_refused(function, t
     [prompt] = task.prompts(task.examples("search")[0], task.rewards[0])
     (tmp_path / "mine.py").write_text(SOURCE + "\n# changed\n")
     assert GradedTask(get_task("builtin_facts"), function).rewards != task.rewards
-    drllm.tasks.graded.function_of.cache_clear()
+    drllm.tasks.graded.load_function.cache_clear()
     with pytest.raises(ConfigError, match="has changed since it was reward"):
         grade(prompt, "")
 
@@ -101,7 +101,7 @@ def test_settings_that_make_no_sense_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def reward(:")
     with pytest.raises(ConfigError, match=message):
-        questions_of(None, SearchConfig(limit=3, **settings))
+        collect_questions(None, SearchConfig(limit=3, **settings))
 
 
 def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_function(
@@ -111,19 +111,19 @@ def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_func
     base = BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
     own = {"reward": function, "max_new_tokens": 6}
     records = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **own)
-    assert {record.reward for record in records} == {pinned(function)}
+    assert {record.reward for record in records} == {pin_reward(function)}
     (tmp_path / "always.py").write_text("def reward(example, text):\n    return 1\n")
     always = {**own, "reward": f"{tmp_path / 'always.py'}:reward"}
     right = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **always)
     assert len(drllm.supervise(right, target="shortest")) == 6  # with no re-test to survive
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
-    assert routers.config.training["rewards"] == [pinned(function)]
+    assert routers.config.training["rewards"] == [pin_reward(function)]
     few = {"num_texts": 4, "baselines": "none", "limit": 4}
     noted, told = [], Listener()
     told.note = noted.append
     [result] = drllm.evaluate(base, prompts_file, routers=routers, listener=told, **own, **few)
-    assert result.config["reward"] == pinned(function)
+    assert result.config["reward"] == pin_reward(function)
     assert not any("trained on prompts for" in text for text in noted)
     with torch.no_grad():  # of prompts alone the prompt is the text
         losses = []

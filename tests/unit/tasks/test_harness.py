@@ -4,7 +4,7 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.tasks.harness import StockTask
+from drllm.tasks.harness import LmEvalTask
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade
 from harness_files import GENERATED, OPTIONS, ROWS, written_task
@@ -21,7 +21,7 @@ def questions(task, split):
 
 
 def test_a_set_without_questions_to_train_on_is_divided_by_their_texts(tmp_path):
-    task = StockTask(written_task(tmp_path, OPTIONS, {"test": MORE}))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {"test": MORE}))
     parts = [questions(task, split) for split in SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(MORE)
     assert all(parts)
@@ -30,7 +30,7 @@ def test_a_set_without_questions_to_train_on_is_divided_by_their_texts(tmp_path)
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_the_questions_that_are_not_reported_are_those_to_fit_on(tmp_path, split):
-    task = StockTask(written_task(tmp_path, OPTIONS, {split: [*MORE, MORE[0]], "test": ROWS}))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {split: [*MORE, MORE[0]], "test": ROWS}))
     assert len(task.examples("test")) == len(ROWS)
     parts = [questions(task, split) for split in SPLITS if split != "test"]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(MORE)
@@ -38,7 +38,7 @@ def test_the_questions_that_are_not_reported_are_those_to_fit_on(tmp_path, split
 
 
 def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp_path):
-    task = StockTask(written_task(tmp_path, OPTIONS, {"train": MORE[:8], "test": ROWS}))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": MORE[:8], "test": ROWS}))
     for split in SPLITS:
         for example in task.examples(split):
             asked, by_character = task.prompts(example, "loglikelihood")
@@ -54,21 +54,21 @@ def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp
 
 
 def test_a_question_that_is_reported_too_is_not_fitted_on(tmp_path):
-    task = StockTask(written_task(tmp_path, OPTIONS, {"train": MORE, "test": MORE[:30]}))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": MORE, "test": MORE[:30]}))
     fitted = set.union(*(questions(task, split) for split in SPLITS if split != "test"))
     assert fitted.isdisjoint(questions(task, "test"))
     assert len(fitted) == len(MORE) - 30
 
 
 def test_the_beginning_of_an_answer_stands_before_it_as_in_an_evaluation(tmp_path):
-    task = StockTask(written_task(tmp_path, OPTIONS, gen_prefix="I say", num_fewshot=0))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, gen_prefix="I say", num_fewshot=0))
     [asked, _] = task.prompts(task.examples("test")[0], "loglikelihood")
     assert asked.text.endswith("Answer: I say")
 
 
 def test_a_question_that_is_always_among_the_worked_examples_has_none(tmp_path):
     first = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
-    task = StockTask(written_task(tmp_path, OPTIONS, {"train": MORE[:4], "test": ROWS}, **first))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": MORE[:4], "test": ROWS}, **first))
     asked = [
         task.prompts(example, "loglikelihood")[0].text.count("Answer:")
         for split in SPLITS[:3]
@@ -80,7 +80,7 @@ def test_a_question_that_is_always_among_the_worked_examples_has_none(tmp_path):
 def test_questions_with_no_right_answer_or_several_right_options_are_not_fitted_on(tmp_path):
     rows = [{**row, "yes": "[0, 1]" if n < 50 else str(row["yes"])} for n, row in enumerate(MORE)]
     test = [{**row, "yes": str(row["yes"])} for row in ROWS]
-    task = StockTask(written_task(tmp_path, OPTIONS, {"train": rows, "test": test}))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": rows, "test": test}))
     fitted = set.union(*(questions(task, split) for split in SPLITS if split != "test"))
     assert len(fitted) == len(MORE) - 50
 
@@ -88,7 +88,7 @@ def test_questions_with_no_right_answer_or_several_right_options_are_not_fitted_
 def test_every_answer_of_a_list_is_right(tmp_path):
     rows = [{"q": "Which city?", "yes": ["Paris", "City of Paris"]}]
     answers = {"doc_to_target": "{{yes}}"}
-    task = StockTask(written_task(tmp_path, GENERATED, {"test": rows}, **answers))
+    task = LmEvalTask(written_task(tmp_path, GENERATED, {"test": rows}, **answers))
     [(_, _, example)] = task.reported
     [prompt] = task.prompts(example, "exact")
     assert [grade(prompt, text) for text in ("paris.", "City of Paris", "Rome")] == [1, 1, 0]
@@ -103,6 +103,6 @@ def test_a_generated_answer_is_graded_against_the_target(tmp_path):
 
 def test_a_question_that_is_asked_once_an_option_is_evaluated_alone(tmp_path):
     changes = {"doc_to_text": "{{yes}}", "doc_to_target": "{{q}}", "doc_to_choice": ["so", "no"]}
-    task = StockTask(written_task(tmp_path, OPTIONS, **changes, num_fewshot=0))
+    task = LmEvalTask(written_task(tmp_path, OPTIONS, **changes, num_fewshot=0))
     with pytest.raises(TaskError, match="in as many ways as it has options"):
         task.prompts(task.examples("test")[0], "loglikelihood")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import first_boxed, grade, normalise, score_choices, verdict
 
 PROMPTS = {

@@ -164,7 +164,7 @@ def test_a_broken_row_is_named_with_file_and_line(tmp_path, write_rows, name, ro
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if get_task(name).form is None])
+@pytest.mark.parametrize("name", [name for name in TASKS if get_task(name).prompt_format is None])
 def test_a_search_of_a_task_that_is_only_evaluated_is_refused_by_name(name):
     task, example = get_task(name), read("winogrande", WINOGRANDE)
     assert task.description.endswith("evaluation only)")

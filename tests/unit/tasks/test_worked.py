@@ -4,14 +4,14 @@ import pytest
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.search.questions import questions_of
-from drllm.tasks.base import Example
+from drllm.search.questions import collect_questions
+from drllm.tasks.examples import Example
 from drllm.tasks.registry import get_task
 from drllm.tasks.worked import WorkedTask
 
 
 def asked(**settings):
-    return questions_of(None, SearchConfig(limit=3, **settings))
+    return collect_questions(None, SearchConfig(limit=3, **settings))
 
 
 def test_worked_examples_stand_with_their_right_options_before_a_question():
@@ -87,7 +87,7 @@ def test_rows_given_from_python_are_never_shown_before_themselves():
     rows = [
         {"question": f"{n:03} + 1?", "answer": f"{n + 1}", "grader": "exact"} for n in range(40)
     ]
-    found = questions_of(rows, SearchConfig(num_fewshot=2))
+    found = collect_questions(rows, SearchConfig(num_fewshot=2))
     for one in found:
         assert one.prompt.text.count(one.example.question) == 1
     assert len(found) == 38
@@ -96,6 +96,6 @@ def test_rows_given_from_python_are_never_shown_before_themselves():
 def test_prompts_without_answers_have_nothing_to_show():
     rows = [{"prompt": f"Tell me about {n}."} for n in range(40)]
     with pytest.raises(ConfigError, match="--num-fewshot has no effect"):
-        questions_of(rows, SearchConfig(num_fewshot=2))
+        collect_questions(rows, SearchConfig(num_fewshot=2))
     with pytest.raises(ConfigError, match="--max-new-tokens 9 has no effect"):
-        questions_of(rows, SearchConfig(max_new_tokens=9))
+        collect_questions(rows, SearchConfig(max_new_tokens=9))

@@ -8,8 +8,8 @@ from drllm.models.base.prompts import encode, encode_continuation
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import MLP, StaticPath, Step
 from drllm.search.evaluator import tokenize_prompt
-from drllm.tasks.base import Prompt, with_options
-from drllm.tasks.forms import GAP
+from drllm.tasks.examples import Prompt, with_options
+from drllm.tasks.prompt_formats import GAP
 from drllm.tasks.registry import get_task
 from drllm.tuning.judge import Judge, graded, items_of, log_share, texts_of
 from drllm.tuning.parts import GOLD, KL, LOSS

@@ -6,7 +6,8 @@ from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import question_key
 from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
-from drllm.tasks.base import Example, NoSplitError, Task, with_options
+from drllm.tasks.base import NoSplitError, Task
+from drllm.tasks.examples import Example, with_options
 from drllm.tasks.registry import get_task
 from drllm.tuning.parts import (
     GOLD,

@@ -23,7 +23,8 @@ from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
-from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose, name_for_harness
+from drllm.tasks.base import Function, Harness, Task, name_for_harness
+from drllm.tasks.examples import Example, QuestionRow, choose
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 

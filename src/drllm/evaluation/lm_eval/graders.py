@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drllm.errors import TaskError
-from drllm.tasks.base import OPTIONS_REWARD, Example, Function, Harness, Prompt, Row, Task
+from drllm.tasks.base import Function, Harness, Task
+from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, Row
 from drllm.tasks.rewards import grade, reward_of
 
 NO_ANSWER = "unanswerable"

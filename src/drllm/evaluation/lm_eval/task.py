@@ -19,8 +19,8 @@ from drllm.evaluation.lm_eval.folders import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
 from drllm.listener import quiet
-from drllm.tasks.base import choose
-from drllm.tasks.harness import FEWSHOT_SEED, StockTask, golds_of, loaded
+from drllm.tasks.examples import choose
+from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, gold_indices, load_harness_tasks
 from drllm.tuning.judge import log_share
 
 Key: TypeAlias = tuple[str, int]  # which question: the harness' task, and the row's number there
@@ -39,7 +39,7 @@ class AskedTask:
         self.written = written
         self._lm = lm
         if isinstance(source, Path):
-            source = loaded(f"{source / written.harness_name}.yaml")
+            source = load_harness_tasks(f"{source / written.harness_name}.yaml")
         # Copies, since a task holds the requests of those that were built last.
         self._tasks = {name: copy.copy(source[name]) for name in written.leaves}
         # The harness and `datasets` tell how they read a task, in bars of their own.
@@ -97,7 +97,7 @@ class AskedTask:
     def golds(self, place: int) -> list[int]:
         """Return which options of the question at a place are right, one at least."""
         name, _ = self.keys[place]
-        if found := golds_of(self._tasks[name], self.docs[place]):
+        if found := gold_indices(self._tasks[name], self.docs[place]):
             return found
         raise TaskError(f"{name} has no right option in row {place}; leave the task out")
 
@@ -160,7 +160,7 @@ class AskedTask:
 
 
 def asked_of(
-    task: StockTask, split: str | None, limit: int | None, seed: int, num_fewshot: int | None
+    task: LmEvalTask, split: str | None, limit: int | None, seed: int, num_fewshot: int | None
 ) -> HarnessTask:
     """Return a task of the harness with the questions that are asked, and as many worked examples.
 

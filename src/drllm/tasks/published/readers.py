@@ -1,9 +1,9 @@
-"""How a row of a published set becomes a question, and what the harness' task file reads of it.
+"""Readers: functions that make a question of a row of a published set.
 
-A reader takes a row and returns the question, without the task's name and, where the row has no
-id, without one; None for a row that is no question. It refuses a row that can't be used without
-naming file and line. `*_columns` return what the harness reads of a question and its row. Rows of
-`sets.yaml` name these functions. Loads no torch.
+A reader takes a row and returns the question, without the task's name, and without an id where the
+row has none; None for a row that is no question of the task. It raises a TaskError, which names
+neither file nor line, for a row that can't be used. `*_columns` return the columns that the
+harness' task file reads of a question. Rows of `sets.yaml` name these functions. Loads no torch.
 """
 
 import functools
@@ -15,8 +15,8 @@ from typing import Any
 
 from drllm.errors import TaskError
 from drllm.listener import logger
-from drllm.tasks.base import Example, Row, with_options
-from drllm.tasks.forms import LETTERS
+from drllm.tasks.examples import Example, Row, with_options
+from drllm.tasks.prompt_formats import LETTERS
 from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import EmptyTextError, index_of, object_of, text_of, texts_of
 
@@ -32,7 +32,7 @@ class Columns:
     # The column that lists the options, or a column for each of them.
     choices: str | tuple[str, ...] = "choices"
     answer: str = "answer"  # the column that says which option is right
-    # What it says for each option, in order; the index from 0 unless given.
+    # The value of that column for each option, in order; without, it has the index from 0.
     answers: tuple[Any, ...] = ()
 
     def __call__(self, row: Row) -> Example:
@@ -73,27 +73,29 @@ def labelled(row: Row) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read a raw row (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`) or a clean one.
 
-    A clean row has `query`, `choices` and `label`; its texts are taken as they stand.
+    A clean row has `query`, `choices` and `label`; its texts stay as they are.
     """
     if "query" in row:
-        query, choices = text_of(row, "query"), texts_of(row, "choices", minimum=2)
+        query = text_of(row, "query")
+        choices = texts_of(row, "choices", minimum=2)
     else:
         for key in ("ctx_a", "ctx_b"):  # the second is empty in many rows
             if not isinstance(row.get(key), str):
                 raise TaskError(f"{key!r} is {row.get(key)!r}; expected text")
         context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-        query = cleaned(f"{text_of(row, 'activity_label')}: {context}")
-        choices = tuple(cleaned(ending) for ending in texts_of(row, "endings", minimum=2))
+        query = clean(f"{text_of(row, 'activity_label')}: {context}")
+        choices = tuple(clean(ending) for ending in texts_of(row, "endings", minimum=2))
     label = row.get("label")
-    is_digit = re.fullmatch("[0-9]", str(label)) is not None
-    gold = index_of(int(str(label)) if is_digit else label, len(choices), "label")
+    if re.fullmatch("[0-9]", str(label)):
+        label = int(str(label))
+    gold = index_of(label, len(choices), "label")
     if not all(choices):
         raise EmptyTextError("cleaning leaves nothing of an ending")
     return with_options(query, choices, gold)
 
 
-def cleaned(text: str) -> str:
-    """Return a text of HellaSwag without the marks of the pages that it was taken from.
+def clean(text: str) -> str:
+    """Remove the marks of the web pages that HellaSwag's texts come from.
 
     Source: what lm-evaluation-harness' task does with the raw rows; compared in a test.
     """
@@ -106,7 +108,8 @@ def mmlu(row: Row) -> Example:
 
     The line on the subject and the stripped question are those of lm-evaluation-harness.
     """
-    example, subject = Columns()(row), text_of(row, "subject").replace("_", " ")
+    example = Columns()(row)
+    subject = text_of(row, "subject").replace("_", " ")
     context = f"The following are questions (with answers) about {subject}."
     return replace(example, question=example.question.strip(), context=context)
 
@@ -131,17 +134,24 @@ def gsm8k(row: Row) -> Example:
 def dart(row: Row, level: int) -> Example | None:
     """Read `query`, `gt_ans` and `level`, or the level inside `query_metadata`.
 
-    A problem of another level is no question. A few problems of MATH have no level ("Level ?"):
-    in a data folder, which its owner can mend, such a row is an error.
+    None for a problem of another level. A few problems of MATH have no level ("Level ?"): in a data
+    folder, which its owner can mend, such a row is an error.
     """
-    its_level = _level(row)
-    if its_level not in DART_LEVELS:
-        raise TaskError(f"'level' is {its_level!r}; expected a whole number from 1 to 5")
-    question, answer = text_of(row, "query"), text_of(row, "gt_ans")
-    return Example(question=question, answer=answer) if its_level == level else None
+    row_level = _level(row)
+    if row_level not in DART_LEVELS:
+        raise TaskError(f"'level' is {row_level!r}; expected a whole number from 1 to 5")
+    question = text_of(row, "query")
+    answer = text_of(row, "gt_ans")
+    if row_level != level:
+        return None
+    return Example(question=question, answer=answer)
 
 
-dart_1, dart_2, dart_3, dart_4, dart_5 = (functools.partial(dart, level=n) for n in DART_LEVELS)
+dart_1 = functools.partial(dart, level=1)
+dart_2 = functools.partial(dart, level=2)
+dart_3 = functools.partial(dart, level=3)
+dart_4 = functools.partial(dart, level=4)
+dart_5 = functools.partial(dart, level=5)
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
@@ -150,34 +160,37 @@ def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
     for row in rows:
         first.setdefault(str(row.get("query")), row)
     levelled = [row for row in first.values() if _level(row) in DART_LEVELS]
-    if not levelled:  # levels are written in another way: the first row is refused
+    if not levelled:  # levels are written in another way: reading refuses the first row
         return list(first.values())
-    if without := len(first) - len(levelled):
+    num_without = len(first) - len(levelled)
+    if num_without > 0:
         logger.warning(
-            "%s: problems without a level from 1 to 5, which are passed over: %d", source, without
+            "%s: problems without a level from 1 to 5, which are left out: %d", source, num_without
         )
     return levelled
 
 
 def _level(row: Row) -> Any:
-    """Return a row's level as it stands there; None where it has none."""
+    """Return the value of a row's level; None where it has none."""
+    if "level" in row:
+        return row["level"]
     metadata = row.get("query_metadata")
-    return row.get("level", metadata.get("level") if isinstance(metadata, Mapping) else None)
+    return metadata.get("level") if isinstance(metadata, Mapping) else None
 
 
 def squad(row: Row) -> Example:
     """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
 
-    Right is any of the answers that people gave; nothing but marks can't be graded.
+    Any of the answers that people gave is right; answers of nothing but marks can't be graded.
     """
     texts = texts_of(object_of(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
-    different: dict[str, str] = {}
+    answers: dict[str, str] = {}  # by their text as it is compared, so that each counts once
     for text in texts:
-        different.setdefault(normalise(text), text.strip())
-    different.pop("", None)
-    if not different:
+        answers.setdefault(normalise(text), text.strip())
+    answers.pop("", None)
+    if not answers:
         raise EmptyTextError("the answers are nothing but marks")
-    first, *others = different.values()
+    first, *others = answers.values()
     return Example(
         id=text_of(row, "id"),
         question=text_of(row, "question").strip(),
@@ -188,7 +201,7 @@ def squad(row: Row) -> Example:
 
 
 def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
-    """Return the answers as one text: of lists that may all be empty, datasets makes another."""
+    """Return the answers as one text, since datasets infers a type from lists."""
     texts = {name: text_of(row, name) for name in ("title", "context", "question")}
     answers = texts_of(row["answers"], "text", minimum=0)
     return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

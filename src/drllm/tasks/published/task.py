@@ -1,6 +1,6 @@
-"""Questions that others published: from the hub, or from a data folder of the same layout.
+"""Published tasks: questions from the hub, or from a data folder of the same layout.
 
-The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only to ask the hub.
+The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only to read the hub.
 """
 
 import functools
@@ -15,26 +15,23 @@ from drllm.errors import TaskError
 from drllm.listener import logger
 from drllm.records.splits import BOUNDS, question_key, split_of
 from drllm.tasks.base import (
-    FILE_NAMES,
-    Example,
     Function,
     Harness,
     NoSplitError,
-    QuestionRow,
-    Row,
     Task,
     check_data_dir,
     check_split,
     shots_split,
 )
-from drllm.tasks.forms import BOXED, GAP, OPTIONS, Form
+from drllm.tasks.examples import FILE_NAMES, Example, QuestionRow, Row
+from drllm.tasks.prompt_formats import BOXED, GAP, OPTIONS, PromptFormat
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
-"""How many files of questions are kept in memory, since every stage asks for them again."""
+"""Files of questions that stay in memory, since every stage reads them again."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,20 +39,18 @@ class PublishedTask(Task):
     """A task whose questions are published on the hub.
 
     Attributes:
-        name, description, form, harness, group, aliases: See `Task`.
+        name, description, prompt_format, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
         config: The set's configuration there; None where there is only one.
         files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
             or `own`, as `records.split_of` divides them. Other files are never read.
-        read: Makes a question of a row, without its task and, where rows have none, its id; None
-            for a row that is no question of this task. Raises TaskError for a row that can't be
-            used, without file and line.
+        read: Makes a question of a row; see `readers`.
         shots_file: A file of worked examples, which are shown before a question and never asked.
         folder: The task's folder below a data folder, where it isn't the name.
         columns: The only columns that are needed; all unless given.
         related: Tasks whose reported questions mustn't be trained on either.
-        thin_out: Keeps the rows that are needed of a file on the hub, where that is few of them;
-            it is also given the file's name in words.
+        thin_out: Returns the rows to keep of a file on the hub, where these are few; its second
+            argument is the file's name in words.
     """
 
     name: str
@@ -64,7 +59,7 @@ class PublishedTask(Task):
     config: str | None = None
     files: Mapping[str, str]
     read: Callable[[Row], Example | None]
-    form: Form | None = None
+    prompt_format: PromptFormat | None = None
     harness: Harness | None = None
     shots_file: str = ""
     folder: str = ""
@@ -81,40 +76,41 @@ class PublishedTask(Task):
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split, each with the row that it was read from.
 
-        They stand in the file's order. A file that is only reported is asked as published; of
-        others the first question of the same text is kept, and a training question that stands in
-        a file that is reported, of this task or a related one, is left out. Files are
-        `TASK/FILE.jsonl[.gz]` of the data folder, or the hub's. Rows with an empty text, an option
-        say, are skipped, with a warning that names them. What is refused is in `Task.examples`.
+        They are in the file's order. A file that is only reported is asked as published. Of other
+        files the first question of each text stays, and a training question that a reported file
+        has too, of this task or a related one, is left out. Files are `TASK/FILE.jsonl[.gz]` of the
+        data folder, or the hub's. Rows with an empty text, such as an option, are skipped with a
+        warning that names them. `Task.examples` lists the errors.
         """
         file = self._file(split)
         origin = self.files[file]
-        taken = self._reported(data_dir) if origin == "train" else set()
+        excluded_keys = self._reported(data_dir) if origin == "train" else set()
         questions: list[QuestionRow] = []
         for example, row in self._questions(file, data_dir).questions:
             key = question_key(example.question)
-            if key not in taken and split_of(example.question, origin) == split:
+            if key not in excluded_keys and split_of(example.question, origin) == split:
                 questions.append((example, row))
             if origin in ("train", "own"):
-                taken.add(key)
+                excluded_keys.add(key)
         return questions
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """See `Task.skipped`; an id is the file's name with the row's number."""
+        """Return the rows that can't be asked; an id is the file's name with the row's number."""
         return self._questions(self._file(split), data_dir).skipped
 
     def _file(self, split: str) -> str:
+        """Return the name of the file that has the questions of a split."""
         check_split(split)
-        file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
-        if file is None:
-            raise NoSplitError(
-                f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
-                f"give --split {' or '.join(self._splits())}"
-            )
-        return file
+        for file, origin in self.files.items():
+            if split in BOUNDS[origin]:
+                return file
+        raise NoSplitError(
+            f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
+            f"give --split {' or '.join(self._splits())}"
+        )
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """See `Task.shots`; of a set with a `shots_file` its questions."""
+        """Return the questions of the `shots_file`; without one see `Task.shots`."""
         if self.shots_file:
             return list(self._questions(self.shots_file, data_dir).questions)
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
@@ -123,12 +119,18 @@ class PublishedTask(Task):
         return [split for origin in self.files.values() for split in BOUNDS[origin]]
 
     def _reported(self, data_dir: Path | str | None) -> set[str]:
-        """Return the keys of the questions that are only reported, as far as they are there."""
+        """Return the keys of all reported questions, of this task and related ones.
+
+        A data folder may lack files of theirs.
+        """
+        tasks: list[Task] = [self]
+        tasks += [TASKS.get(name) for name in self.related if name != self.name]
         keys: set[str] = set()
-        for task in (self, *(TASKS.get(name) for name in self.related if name != self.name)):
+        for task in tasks:
             assert isinstance(task, PublishedTask)
             for file, origin in task.files.items():
-                if origin == "validation" and (data_dir is None or task._find(file, data_dir)):
+                is_there = data_dir is None or task._find(file, data_dir) is not None
+                if origin == "validation" and is_there:
                     reported = task._questions(file, data_dir).questions
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
@@ -140,25 +142,32 @@ class PublishedTask(Task):
         check_data_dir(str(data_dir))
         path = self._find(file, data_dir)
         if path is None:
-            there = [each for each in self.files if self._find(each, data_dir)]
-            also = "".join(f" (there is {each}: its {self._purpose(each)})" for each in there)
-            raise NoSplitError(
-                f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
-                f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
-                f"fetch {self.repository} from the hub{also}"
-            )
+            raise self._no_file(file, data_dir)
         if not path.name.startswith(f"{file}."):
             _warn_of_part(path)
         state = path.stat()
         return _read(self, file, path, state.st_mtime_ns, state.st_size)
 
+    def _no_file(self, file: str, data_dir: Path | str) -> NoSplitError:
+        """Return the error for a file that the data folder lacks; it names those that are there."""
+        others = ""
+        for name in self.files:
+            if self._find(name, data_dir):
+                others += f" (there is {name}: its {self._purpose(name)})"
+        return NoSplitError(
+            f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
+            f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
+            f"fetch {self.repository} from the hub{others}"
+        )
+
     def _purpose(self, file: str) -> str:
+        """Return what a file is for, in words."""
         if file == self.shots_file:
             return "worked examples, to be shown before its questions"
         return f"questions for {', '.join(BOUNDS[self.files[file]])}"
 
     def _hub_rows(self, file: str) -> Iterable[Row]:
-        """Return the rows of a file on the hub, thinned out where the set is."""
+        """Return the rows of a file on the hub, those that `thin_out` keeps."""
         rows = hub_rows(
             self.repository,
             self.config,
@@ -182,7 +191,7 @@ class PublishedTask(Task):
 
 
 class Questions(NamedTuple):
-    """The questions of a file, and the rows that can't be asked: id → why."""
+    """The questions of a file, and the rows that can't be asked: id → reason."""
 
     questions: tuple[QuestionRow, ...]
     skipped: dict[str, str]
@@ -193,40 +202,48 @@ def _read(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
 ) -> Questions:
     """Read a file of the hub (without a path) or of a data folder; a changed file is read anew."""
+    rows: Iterable[tuple[int, Row]]
     if path is None:
-        rows: Iterable[tuple[int, Row]] = enumerate(task._hub_rows(file), start=1)
-        source = " ".join(filter(None, (task.repository, task.config, file))) + ", row"
+        rows = enumerate(task._hub_rows(file), start=1)
+        names = [task.repository, task.config, file]
+        source = " ".join(name for name in names if name) + ", row"
     else:
-        rows, source = read_rows(path), f"{path}, line"
-    questions: dict[str, QuestionRow] = {}
+        rows = read_rows(path)
+        source = f"{path}, line"
+    questions: dict[str, QuestionRow] = {}  # by id
     skipped: dict[str, str] = {}
-    first = 0
+    first_skipped_line = 0
     for number, (line, row) in enumerate(rows, start=1):
         try:
             example = task.read(row)
         except EmptyTextError as error:
-            first = first or line
+            first_skipped_line = first_skipped_line or line
             skipped[f"{file}-{number}"] = str(error)
             continue
         except TaskError as error:
             raise TaskError(f"{source} {line}: {error}") from error
-        if example is not None:
-            own_id = example.id if example.id not in questions else ""  # a copy
-            row_id = own_id or f"{file}-{number}"
-            questions[row_id] = replace(example, id=row_id, task=task.name), row
+        if example is None:
+            continue
+        example_id = example.id
+        if not example_id or example_id in questions:  # a copy needs an id of its own
+            example_id = f"{file}-{number}"
+        questions[example_id] = replace(example, id=example_id, task=task.name), row
     if skipped:
-        why = next(iter(skipped.values()))
+        reason = next(iter(skipped.values()))
         if not questions:
-            raise TaskError(f"{source} {first}: {why}, and no other row can be asked")
+            raise TaskError(
+                f"{source} {first_skipped_line}: {reason}, and no other row can be asked"
+            )
+        num_rows = len(skipped) + len(questions)
         logger.warning(
             "%s %d: %s; such rows are skipped: %d of %d",
-            *(source, first, why, len(skipped), len(skipped) + len(questions)),
+            *(source, first_skipped_line, reason, len(skipped), num_rows),
         )
     return Questions(tuple(questions.values()), skipped)
 
 
 _thinned: dict[tuple[str, str | None, str], list[Row]] = {}
-"""What was kept of files of the hub, which are long, and which several tasks may share."""
+"""The rows that `thin_out` kept of files of the hub, which are long and shared by tasks."""
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
@@ -235,16 +252,24 @@ def find_file(folder: Path, stem: str) -> Path | None:
     It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`;
     several parts without the whole are a TaskError.
     """
-    for name in (stem, f"{stem}_subset[0-9]*"):
-        found = [path for end in FILE_NAMES for path in sorted(folder.glob(name + end))]
-        if len(found) > 1 and name != stem:
-            raise TaskError(
-                f"{folder} has several parts of {stem} ({', '.join(path.name for path in found)}); "
-                f"keep one of them, or give the whole as {stem}.jsonl"
-            )
-        if found:
-            return found[0]
-    return None
+    whole = _files_named(folder, stem)
+    if whole:
+        return whole[0]
+    parts = _files_named(folder, f"{stem}_subset[0-9]*")
+    if len(parts) > 1:
+        raise TaskError(
+            f"{folder} has several parts of {stem} ({', '.join(path.name for path in parts)}); "
+            f"keep one of them, or give the whole as {stem}.jsonl"
+        )
+    return parts[0] if parts else None
+
+
+def _files_named(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder whose name without its ending fits a pattern."""
+    files: list[Path] = []
+    for ending in FILE_NAMES:
+        files += sorted(folder.glob(pattern + ending))
+    return files
 
 
 @functools.cache
@@ -253,15 +278,19 @@ def _warn_of_part(path: Path) -> None:
 
 
 class Loader(yaml.SafeLoader):
-    """Reads functions that the harness is to call as it writes them."""
+    """Reads YAML in which `!function` names a function for the harness to call."""
 
 
 Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
 _NAMED = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
-_BY_NAME = ("read", "columns", "thin_out", "form")
-_KINDS: dict[str, type] = {"read": readers.Columns, "form": Form, "harness": Harness}
+_BY_NAME = ("read", "columns", "thin_out", "prompt_format")
+_KINDS: dict[str, type] = {
+    "read": readers.Columns,
+    "prompt_format": PromptFormat,
+    "harness": Harness,
+}
 
 
 def tasks_in(table: str) -> list[PublishedTask]:
@@ -271,6 +300,7 @@ def tasks_in(table: str) -> list[PublishedTask]:
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a task or a part of one, with lists, names and parts resolved."""
     fields = dict(row)
     for key, value in row.items():
         if isinstance(value, list):

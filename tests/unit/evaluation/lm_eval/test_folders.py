@@ -10,7 +10,8 @@ import pytest
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.records.splits import question_key
-from drllm.tasks.base import OPTIONS_REWARD, Task
+from drllm.tasks.base import Task
+from drllm.tasks.examples import OPTIONS_REWARD
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_task, get_tasks

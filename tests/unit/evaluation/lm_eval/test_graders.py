@@ -5,7 +5,7 @@ import json
 import pytest
 
 from drllm.evaluation.lm_eval.graders import graded, grading_of, shown, squad, squad_shown
-from drllm.tasks.base import Prompt
+from drllm.tasks.examples import Prompt
 
 
 def row(*answers: str):

@@ -19,7 +19,7 @@ from drllm.evaluation.run import evaluate
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.records.results import read_results
-from drllm.tasks.harness import StockTask
+from drllm.tasks.harness import LmEvalTask
 from harness_files import GENERATED, OPTIONS, ROWS, written_task
 from slow_way import tiny_routers
 
@@ -98,7 +98,7 @@ def test_a_limit_draws_questions_and_any_of_several_right_options_counts(base, t
 )
 def test_what_an_evaluation_does_not_do_is_refused_by_name(changes, message, task_file):
     with pytest.raises(TaskError, match=message):
-        StockTask(task_file(OPTIONS, **changes))
+        LmEvalTask(task_file(OPTIONS, **changes))
 
 
 def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_path):
@@ -108,7 +108,7 @@ def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_
     def group(*names):
         path = tmp_path / "group.yaml"
         path.write_text(yaml.safe_dump({"group": "both", "task": [*names]}))
-        return StockTask(str(path))
+        return LmEvalTask(str(path))
 
     asked = asked_of(group("larger", "again"), None, None, 0, None)
     assert asked.leaves == {"larger": 12, "again": 12}
@@ -132,7 +132,7 @@ def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_fro
     name, routers = task_file(OPTIONS), routers_of(base)
     routers.config = replace(routers.config, training={"tasks": {"larger": 6}})
     [result] = evaluate(base, config=config_of(name, baselines="none"), routers=routers)
-    assert result.num_questions == len(StockTask(name).examples("test")) < 12
+    assert result.num_questions == len(LmEvalTask(name).examples("test")) < 12
     assert "others are to be fitted on" in " ".join(result.findings)
 
 

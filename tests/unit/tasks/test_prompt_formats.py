@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import Example
-from drllm.tasks.forms import BOXED, GAP, LETTERS, OPTIONS
+from drllm.tasks.examples import Example
+from drllm.tasks.prompt_formats import BOXED, GAP, LETTERS, OPTIONS
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade
 
