@@ -101,7 +101,7 @@ def test_settings_that_make_no_sense_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def reward(:")
     with pytest.raises(ConfigError, match=message):
-        collect_questions(None, SearchConfig(limit=3, **settings))
+        collect_questions("builtin_facts", SearchConfig(limit=3, **settings))
 
 
 def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_function(
