@@ -211,6 +211,7 @@ search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice
 search --dataset builtin_facts,owner/name/more => unknown task 'owner/name/more'
 search FACTS --columns question=q => --columns question=q has no effect on builtin_facts
+search --dataset q.jsonl --columns question=a,question=b => names 'question' twice
 search --dataset q.jsonl --columns query=q => unknown field 'query'
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task
 search FACTS --reward letter,letter => --reward names 'letter' twice

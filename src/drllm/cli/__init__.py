@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from drllm import __version__, processes
-from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, say_help, say_overview, verb_of
+from drllm.cli.help import print_help, print_overview
+from drllm.cli.parser import parse
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import FOREIGN, HELP, VERBS, find_verb
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
 
@@ -50,7 +52,7 @@ def _run(words: list[str], terminal: Terminal) -> int:
     if not words:
         raise ConfigError("no verb is given; 'drllm --help' lists them, first try: drllm ls tasks")
     if words[0] in ("-h", "--help"):
-        say_overview(terminal)
+        print_overview(terminal)
     elif words[0] == "--version":
         terminal.say(f"drllm {__version__}")
     elif words[0] in FOREIGN:
@@ -59,18 +61,32 @@ def _run(words: list[str], terminal: Terminal) -> int:
 
         processes.divides = True
         harness.run(words[1:])
-    elif asked := {word.replace("_", "-") for word in takewhile("--".__ne__, words)} & set(HELP):
-        say_help(verb_of(words[0]), terminal, everything="--help-all" in asked)
+    elif _help_flags(words):
+        everything = "--help-all" in _help_flags(words)
+        print_help(find_verb(words[0]), terminal, everything=everything)
     else:
-        request = parse(words)
-        chosen = VERBS[request.verb]
-        processes.divides = chosen.shares
-        if processes.launched() > 1 and chosen.resumes and not chosen.shares:
-            ray = " --executor ray" if chosen.name == "search" else ""
-            raise ConfigError(
-                f"drllm {chosen.name} runs in one process, and WORLD_SIZE is "
-                f"{processes.launched()}; start it alone: drllm {chosen.name}{ray} …"
-            )
-        terminal.err.quiet = terminal.out.quiet = not processes.is_first()
-        chosen.run(request, terminal)
+        _run_verb(words, terminal)
     return 0
+
+
+def _help_flags(words: list[str]) -> set[str]:
+    """Return the help flags in a command line, up to `--`."""
+    before = takewhile(lambda word: word != "--", words)
+    return {word.replace("_", "-") for word in before} & set(HELP)
+
+
+def _run_verb(words: list[str], terminal: Terminal) -> None:
+    """Parse a command line and run its verb, in this process or as one of several."""
+    command = parse(words)
+    verb = VERBS[command.verb]
+    processes.divides = verb.shares
+    if processes.launched() > 1 and verb.resumes and not verb.shares:
+        ray = " --executor ray" if verb.name == "search" else ""
+        raise ConfigError(
+            f"drllm {verb.name} runs in one process, and WORLD_SIZE is "
+            f"{processes.launched()}; start it alone: drllm {verb.name}{ray} …"
+        )
+    is_quiet = not processes.is_first()
+    terminal.err.quiet = is_quiet
+    terminal.out.quiet = is_quiet
+    verb.run(command, terminal)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drllm.cli.chat import Along, Reply, chat
-from drllm.cli.parser import VERBS, Flag, Request, verb
+from drllm.cli.parser import CommandLine
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
+from drllm.cli.verbs import VERBS, Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
@@ -65,15 +66,15 @@ class Asked(NamedTuple):
     ),
     model_from="the routers or a paths.json name",
 )
-def generate(request: Request, terminal: Terminal) -> None:
+def generate(command: CommandLine, terminal: Terminal) -> None:
     """Answer a prompt or a file of them, with the route taken; or chat."""
-    config, depth = request.of(GenerateConfig), request.of(DepthConfig)
+    config, depth = command.of(GenerateConfig), command.of(DepthConfig)
     config.sampling()
-    _check(request, config, depth)
-    file, place = request.optional_path("file"), request.optional_path("routers")
+    _check(command, config, depth)
+    file, place = command.optional_path("file"), command.optional_path("routers")
     is_typed = sys.stdin is not None and sys.stdin.isatty()
-    is_chat = not (request.values["prompt"] or file) and is_typed and terminal.out.is_terminal
-    prompt = request.values["prompt"] or ("" if file or is_chat else _from_standard_input())
+    is_chat = not (command.values["prompt"] or file) and is_typed and terminal.out.is_terminal
+    prompt = command.values["prompt"] or ("" if file or is_chat else _from_standard_input())
     asked = None if file is None else read_prompts(file)
     texts: list[tuple[str, bool]] = []
     if depth.calibration is not None:
@@ -81,7 +82,7 @@ def generate(request: Request, terminal: Terminal) -> None:
 
         texts = read_calibration(Path(depth.calibration).expanduser())
     routers = None if place is None else read_routers(place)[1]
-    path = None if (given := request.optional_path("path")) is None else read_path(str(given))
+    path = None if (given := command.optional_path("path")) is None else read_path(str(given))
     from drllm.models.base.prompts import PromptForm
 
     form = PromptForm(chat=config.chat is not False)
@@ -94,7 +95,7 @@ def generate(request: Request, terminal: Terminal) -> None:
             f"{file}, line {talks[0]}: 'messages' need the chat template, and {why}; give --chat, "
             f"or 'prompt' instead"
         )
-    with loaded(model_of(request, routers, path), terminal) as base:
+    with loaded(model_of(command, routers, path), terminal) as base:
         from drllm.models.healed import load_path
         from drllm.models.routers.depth_control import encode_calibration, make_policy
         from drllm.models.routing.routed_model import RoutedModel
@@ -122,7 +123,7 @@ def generate(request: Request, terminal: Terminal) -> None:
                 chat(routed, form, config, terminal, along)
                 return
             if asked is not None:
-                _answer_file(routed, asked, form, request, along, terminal)
+                _answer_file(routed, asked, form, command, along, terminal)
             else:
                 _answer(routed, form.put(prompt), form, config, along, terminal)
             _say_form(form, routers, terminal)
@@ -154,19 +155,19 @@ def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal)
     terminal.note(f"asked       {said}")
 
 
-def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:
+def _check(command: CommandLine, config: GenerateConfig, depth: DepthConfig) -> None:
     """Refuse both of PROMPT and `--file`, both of routers and a path, and what has no effect."""
     prompt, file, output, routers, path = (
-        request.values[name] for name in ("prompt", "file", "output", "routers", "path")
+        command.values[name] for name in ("prompt", "file", "output", "routers", "path")
     )
     if routers and path:
         raise ConfigError(f"--routers {routers} and --path {path} would both decide; leave one out")
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if file and output:
-        target = request.path("output")
+        target = command.path("output")
         check_file(target, "--output")
-        if target.exists() and target.samefile(request.path("file")):
+        if target.exists() and target.samefile(command.path("file")):
             raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
     knob, size, at_once = depth.knob(), config.batch_size, not config.route_first
     idle = {
@@ -250,7 +251,7 @@ def _answer_file(
     routed: RoutedModel,
     asked: Sequence[Asked],
     form: PromptForm,
-    request: Request,
+    command: CommandLine,
     along: Along | None,
     terminal: Terminal,
 ) -> None:
@@ -259,7 +260,7 @@ def _answer_file(
 
     from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many, prompt_tokens
 
-    config = request.of(GenerateConfig)
+    config = command.of(GenerateConfig)
     shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "chat": form.chat}
     prompts = [form.put(row.prompt) if isinstance(row.prompt, str) else row.prompt for row in asked]
     num_read = 0
@@ -267,7 +268,7 @@ def _answer_file(
         try:
             num_read += len(prompt_tokens(routed, prompt, **shared))
         except ConfigError as error:  # noqa: PERF203  # it names the line
-            raise ConfigError(f"{request.path('file')}, line {row.line}: {error}") from error
+            raise ConfigError(f"{command.path('file')}, line {row.line}: {error}") from error
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
     with terminal.progress("answering", "prompts") as progress:
@@ -288,7 +289,7 @@ def _answer_file(
         for row, given in zip(asked, answers, strict=True)
     )
     tell: Callable[[str], None] = terminal.note
-    if output := request.optional_path("output"):
+    if output := command.optional_path("output"):
         write_atomically(output, text)
         tell = terminal.say
         tell(f"answers     {output}")

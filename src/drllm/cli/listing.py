@@ -4,8 +4,9 @@ import pkgutil
 from collections import Counter
 from typing import Any
 
-from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.parser import CommandLine
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.registry import Registry
@@ -108,13 +109,13 @@ _LISTS = {
         Flag("try", "try it on a tiny model of each family (ls architectures)", switch=True),
     ),
 )
-def list_names(request: Request, terminal: Terminal) -> None:
+def list_names(command: CommandLine, terminal: Terminal) -> None:
     """List what is chosen by name: tasks, models, baselines and more."""
-    what, model = request.values["what"], request.values["model"]
+    what, model = command.values["what"], command.values["model"]
     known = [*_LISTS, *_REGISTRIES]
     if what not in known:
         raise ConfigError(unknown_name("list", what, known) + "; for example: drllm ls tasks")
-    tried = [f"--model {model}"] * (model is not None) + ["--try"] * request.values["try"]
+    tried = [f"--model {model}"] * (model is not None) + ["--try"] * command.values["try"]
     if len(tried) > 1:
         raise ConfigError(f"{' and '.join(tried)} are both given; leave one of them out")
     if tried and what != "architectures":

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from drllm.cli.parser import Request
+from drllm.cli.parser import CommandLine
 from drllm.config import ModelConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError
@@ -18,18 +18,18 @@ ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 """Switch of the published training → the task whose targets it adds."""
 
 
-def supervision_files(request: Request) -> list[Path]:
+def supervision_files(command: CommandLine) -> list[Path]:
     """Return the files that a training reads; those of `--with-…` are added to the others."""
-    files = request.paths("supervision") or [_left_by_the_search(request)]
-    added = [(flag_of(switch), task) for switch, task in ADDED.items() if request.values[switch]]
-    return files + [_added(flag, task, files, request) for flag, task in added]
+    files = command.paths("supervision") or [_left_by_the_search(command)]
+    added = [(flag_of(switch), task) for switch, task in ADDED.items() if command.values[switch]]
+    return files + [_added(flag, task, files, command) for flag, task in added]
 
 
-def _left_by_the_search(request: Request) -> Path:
+def _left_by_the_search(command: CommandLine) -> Path:
     places = [folder / "supervision.jsonl" for folder in FOLDERS]
     found = [file for file in places if file.is_file()]
     if not found:
-        remedy = f"search first: {_search_command(request, 'arc,dart', FOLDERS[0])}"
+        remedy = f"search first: {_search_command(command, 'arc,dart', FOLDERS[0])}"
         for file in reversed(places):
             if (searched := file.with_name("search.jsonl")).is_file():  # no targets by default
                 remedy = f"make one: drllm supervise --search {searched} --output {file}"
@@ -45,7 +45,7 @@ def _left_by_the_search(request: Request) -> Path:
     return found[0]
 
 
-def _added(flag: str, task: str, before: list[Path], request: Request) -> Path:
+def _added(flag: str, task: str, before: list[Path], command: CommandLine) -> Path:
     """Return the file of a task that is to be added to others."""
     if any(record.task == task for record in join_supervision(before)):
         raise ConfigError(
@@ -56,7 +56,7 @@ def _added(flag: str, task: str, before: list[Path], request: Request) -> Path:
     if not file.is_file():
         raise ConfigError(
             f"{flag} needs targets of {task} in {file}, which isn't there; make them: "
-            f"{_search_command(request, task, file.parent)}"
+            f"{_search_command(command, task, file.parent)}"
         )
     if others := {record.task for record in read_supervision(file)} - {task}:
         raise ConfigError(
@@ -66,8 +66,8 @@ def _added(flag: str, task: str, before: list[Path], request: Request) -> Path:
     return file
 
 
-def _search_command(request: Request, dataset: str, folder: Path) -> str:
+def _search_command(command: CommandLine, dataset: str, folder: Path) -> str:
     return (
-        f"drllm search --model {request.of(ModelConfig).model} --dataset {dataset} "
+        f"drllm search --model {command.of(ModelConfig).model} --dataset {dataset} "
         f"--output_dir {folder} --num_simulations 50 --budget 2"
     )

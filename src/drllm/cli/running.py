@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.parser import CommandLine
 from drllm.cli.show import show_results
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
 from drllm.pipeline import folder as run_folder
 from drllm.pipeline.recipes import read_recipe
@@ -27,11 +28,11 @@ RECIPES = Path(__file__).with_name("recipes")
     ),
     resumes=True,
 )
-def run(request: Request, terminal: Terminal) -> None:
+def run(command: CommandLine, terminal: Terminal) -> None:
     """Carry out a recipe: all stages in a row, skipping what is done."""
-    path = _recipe_file(request.path("recipe"))
-    folder = request.optional_path("output_dir") or Path("runs") / path.stem
-    recipe = read_recipe(path, request.values["data_dir"])
+    path = _recipe_file(command.path("recipe"))
+    folder = command.optional_path("output_dir") or Path("runs") / path.stem
+    recipe = read_recipe(path, command.values["data_dir"])
     done = run_folder.run(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()

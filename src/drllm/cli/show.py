@@ -10,9 +10,10 @@ from typing import Any
 from rich.text import Text
 
 from drllm.agreement import compare_by_layer, compute_metrics, display_name, judge_routers
-from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.parser import CommandLine
 from drllm.cli.show_search import LINES, say_classes, show_question, show_unfinished
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, verb
 from drllm.errors import RecordError
 from drllm.records import results
 from drllm.records.codec import read_json, read_json_lines
@@ -43,9 +44,9 @@ Renderer = Callable[[Path, Terminal], None]
         Flag("question", "id of a searched question, to draw the paths tried on it", value="ID"),
     ),
 )
-def show_place(request: Request, terminal: Terminal) -> None:
+def show_place(command: CommandLine, terminal: Terminal) -> None:
     """Print any file or folder that drllm wrote."""
-    place, question = request.path("place"), request.values["question"]
+    place, question = command.path("place"), command.values["question"]
     if question is None:
         show(place, terminal)
         return

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli import published
-from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.parser import CommandLine
 from drllm.cli.show import show, show_healed, show_paths, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, verb
 from drllm.config import (
     SPLITS,
     EvaluateConfig,
@@ -71,20 +72,20 @@ COLUMNS = Flag(
     ),
     resumes=True,
 )
-def search(request: Request, terminal: Terminal) -> None:
+def search(command: CommandLine, terminal: Terminal) -> None:
     """Try layer paths for each question, then choose its target path."""
-    config, targets_config = request.of(SearchConfig), request.of(SuperviseConfig)
+    config, targets_config = command.of(SearchConfig), command.of(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
     questions = collect_questions(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
     _say_splits(get_tasks(config.dataset or ""), terminal)
-    if request.values["dry_run"]:
-        _say_forecast(questions, request, terminal)
+    if command.values["dry_run"]:
+        _say_forecast(questions, command, terminal)
         return
     from drllm.search.run import search_paths
 
-    found = search_paths(request.of(ModelConfig), questions, config, folder, listener=terminal)
+    found = search_paths(command.of(ModelConfig), questions, config, folder, listener=terminal)
     file, supervision = folder / "search.jsonl", folder / "supervision.jsonl"
     if not found.is_new:
         terminal.say(f"{file} is complete already; nothing was searched again")
@@ -135,10 +136,10 @@ def _supervise(
 
 
 def _say_forecast(
-    questions: Sequence[SearchQuestion], request: Request, terminal: Terminal
+    questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
-    config = request.of(SearchConfig)
-    with loaded(request.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
+    config = command.of(SearchConfig)
+    with loaded(command.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
@@ -178,11 +179,11 @@ def _say_forecast(
         Flag("output", "supervision.jsonl to write", required=True),
     ),
 )
-def supervise_verb(request: Request, terminal: Terminal) -> None:
+def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path a question from what the search tried."""
-    output = request.path("output")
+    output = command.path("output")
     check_file(output, "--output", "supervision")
-    found = supervise(request.paths("search"), request.of(SuperviseConfig), output)
+    found = supervise(command.paths("search"), command.of(SuperviseConfig), output)
     say_written(output, found.summary, terminal)
 
 
@@ -214,15 +215,15 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
     resumes=True,
     shares=True,
 )
-def train_verb(request: Request, terminal: Terminal) -> None:
+def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
-    output, flag = _routers_folder(request)
-    config, files = request.of(TrainConfig), published.supervision_files(request)
+    output, flag = _routers_folder(command)
+    config, files = command.of(TrainConfig), published.supervision_files(command)
     config.check_effects()
     check_trackers(config.trackers)
     join_supervision(files)  # a mistake in them is reported before a model is loaded
     check_folder(output, flag)
-    features = request.optional_path("features")
+    features = command.optional_path("features")
     if features is not None:
         check_folder(features, "--features")
     from drllm.training.checkpoint import is_finished
@@ -233,22 +234,22 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
-    train(request.of(ModelConfig), files, config, output, features=features, listener=terminal)
+    train(command.of(ModelConfig), files, config, output, features=features, listener=terminal)
     for folder in folders if is_first() else ():
         terminal.fact("routers", folder)
         show(folder, terminal)
 
 
-def _routers_folder(request: Request) -> tuple[Path, str]:
+def _routers_folder(command: CommandLine) -> tuple[Path, str]:
     """Return where the routers are written, and by which flag that was said."""
-    name, output = request.values["run_name"], request.values["output"]
+    name, output = command.values["run_name"], command.values["output"]
     if bool(name) == bool(output):
         what = f"both --run-name {name!r} and --output {output!r} are" if name else "neither is"
         raise ConfigError(
             f"{what} given; give --run-name NAME (writes checkpoints/NAME) or --output DIR"
         )
     if not name:
-        return request.path("output"), "--output"
+        return command.path("output"), "--output"
     if Path(name).name != name or name in (".", ".."):
         raise ConfigError(
             f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
@@ -267,9 +268,9 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     resumes=True,
     shares=True,
 )
-def tune_verb(request: Request, terminal: Terminal) -> None:
+def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     """Find one path for a whole task: fewer layers, answers as good."""
-    config, output = request.of(TuneConfig), request.path("output_dir")
+    config, output = command.of(TuneConfig), command.path("output_dir")
     check_folder(output, "--output-dir")
     tasks = parts_of_tasks(config)
     for divided in tasks:
@@ -281,7 +282,7 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
         terminal.say(f"questions of {divided.task.name}: {parts}")
     from drllm.tuning.run import tune
 
-    tune(request.of(ModelConfig), None, config, output, listener=terminal)
+    tune(command.of(ModelConfig), None, config, output, listener=terminal)
     if is_first():
         show_paths(output / static_paths.PATHS_FILE, terminal)
 
@@ -297,15 +298,15 @@ def tune_verb(request: Request, terminal: Terminal) -> None:
     model_from="a paths.json names",
     resumes=True,
 )
-def heal_verb(request: Request, terminal: Terminal) -> None:
+def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train an adapter that makes up for the layers that a path leaves out."""
-    config, output = request.of(HealConfig), request.path("output_dir")
+    config, output = command.of(HealConfig), command.path("output_dir")
     check_folder(output, "--output-dir")
     plan = static_paths.read_path(config.named_path())
     sources_of(config)  # so that a mistake is told before anything is loaded
     from drllm.tuning.heal import heal
 
-    model = model_of(request, path=plan)
+    model = model_of(command, path=plan)
     heal(model, config=config, output_dir=output, listener=terminal)
     show_healed(output / HEALED_FILE, terminal)
 
@@ -328,10 +329,10 @@ def heal_verb(request: Request, terminal: Terminal) -> None:
     resumes=True,
     shares=True,
 )
-def evaluate_verb(request: Request, terminal: Terminal) -> None:
+def evaluate_verb(command: CommandLine, terminal: Terminal) -> None:
     """Compare base, routed model, baselines and static paths on tasks."""
-    config, output = request.of(EvaluateConfig), request.path("output_dir")
-    places = request.paths("routers")
+    config, output = command.of(EvaluateConfig), command.path("output_dir")
+    places = command.paths("routers")
     config = config if places else without_routers(config)
     tasks = tasks_of(config)
     paths = static_paths.read_path_list(config.paths or "").values()  # before a model is loaded
@@ -342,7 +343,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     folders = [folder for folder, _ in read]
     routers = read[0][1] if read else None
     tuned = None if read else next((path for path in paths if path.record), None)
-    with loaded(model_of(request, routers, tuned), terminal) as base:
+    with loaded(model_of(command, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
         evaluate(base, tasks, config, output, routers=folders, listener=terminal)
@@ -361,13 +362,13 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
 
 
 def model_of(
-    request: Request,
+    command: CommandLine,
     routers: RouterStack | None = None,
     path: static_paths.PathFile | None = None,
 ) -> ModelConfig:
     """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
-    config = request.of(ModelConfig)
-    if request.model_given:
+    config = command.of(ModelConfig)
+    if command.names_model:
         return config
     if path is not None and path.record is not None and (made_for := path.record.model).get("id"):
         revision = config.revision or made_for.get("revision")
@@ -375,7 +376,7 @@ def model_of(
     if routers is None:
         return config
     if not routers.config.base_model:
-        given = request.values["routers"]
+        given = command.values["routers"]
         place = given if isinstance(given, str) else given[0]
         raise CheckpointError(
             f"the routers in {place} don't name their base model; give it as --model"
@@ -398,12 +399,12 @@ def model_of(
         Flag("output", "folder or .html file; default: the one run folder", value="PLACE"),
     ),
 )
-def report(request: Request, terminal: Terminal) -> None:
+def report(command: CommandLine, terminal: Terminal) -> None:
     """Write report.html and report.md from the records of a run."""
     from drllm.reporting import stage
 
-    place = request.optional_path("output")
-    files = stage.report(*request.paths("run_dir"), output=place, listener=terminal)
+    place = command.optional_path("output")
+    files = stage.report(*command.paths("run_dir"), output=place, listener=terminal)
     terminal.fact("report", ", ".join(map(str, files)))
 
 
@@ -419,16 +420,16 @@ def report(request: Request, terminal: Terminal) -> None:
     ),
     model_from="a paths.json names",
 )
-def export(request: Request, terminal: Terminal) -> None:
+def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
     from drllm.models.export import check_output, export_path
 
-    output = request.path("output")
-    plan = static_paths.read_path(str(request.path("path")))
+    output = command.path("output")
+    plan = static_paths.read_path(str(command.path("path")))
     check_folder(output, "--output")
     check_output(output)
     with (
-        loaded(model_of(request, path=plan), terminal) as base,
+        loaded(model_of(command, path=plan), terminal) as base,
         terminal.busy("writing and checking"),
     ):
         made = export_path(base, plan, output)

@@ -196,6 +196,12 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
     return from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")
 
 
+def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
+    """Make a group of settings of those values that belong to it."""
+    names = [declared.name for declared in dataclasses.fields(kind)]
+    return kind(**{name: values[name] for name in names if name in values})
+
+
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
     """Make a settings group of a mapping that is part of `where`; ConfigError if it doesn't fit."""
     known = kinds_of(kind)

@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 
 from drllm.cli.listing import _LISTS, _REGISTRIES
-from drllm.cli.parser import FOREIGN, VERBS, Request, flags_of, parse
-from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.cli.parser import CommandLine, parse
+from drllm.cli.verbs import FOREIGN, VERBS, flags_of
+from drllm.config import (
+    DepthConfig,
+    EvaluateConfig,
+    HealConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from drllm.errors import ConfigError
 
 
-def parsed(line: str) -> Request:
+def parsed(line: str) -> CommandLine:
     return parse(shlex.split(line))
 
 
@@ -117,6 +127,39 @@ def test_behind_two_dashes_everything_is_text():
     assert parsed("generate -- --a_b").values["prompt"] == "--a_b"
 
 
+@pytest.mark.parametrize("prompt", ["-5 + 3?", "-5+3?", "- one", "-", "$-x"])
+def test_a_prompt_may_begin_with_a_dash(prompt: str):
+    assert parse(["generate", prompt]).values["prompt"] == prompt
+
+
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-1e-3"])
+def test_a_number_may_be_negative(number: str):
+    for words in (["--depth-bias", number], [f"--depth-bias={number}"]):
+        assert parse(["generate", "x", *words]).of(DepthConfig).depth_bias == float(number)
+
+
+def test_positional_words_and_flags_may_be_mixed():
+    command = parsed("report a --output page.html b c")
+    assert command.paths("run_dir") == [Path("a"), Path("b"), Path("c")]
+    assert command.path("output") == Path("page.html")
+
+
+def test_of_a_flag_given_twice_the_last_counts_and_files_add_up():
+    command = parsed(
+        "train --run-name n --num-epochs 3 --supervision a --num-epochs 4 --supervision b"
+    )
+    assert command.of(TrainConfig).num_epochs == 4
+    assert command.paths("supervision") == [Path("a"), Path("b")]
+
+
+@pytest.mark.parametrize("flag", ["--tasks", "--dataset"])
+def test_tasks_have_either_name_with_every_verb(flag: str):
+    assert parsed(f"search {flag} a").of(SearchConfig).dataset == "a"
+    assert parsed(f"tune {flag} a").of(TuneConfig).tasks == "a"
+    assert parsed(f"heal {flag} a").of(HealConfig).tasks == "a"
+    assert parsed(f"evaluate {flag} a").of(EvaluateConfig).tasks == "a"
+
+
 def test_a_training_reads_several_files_or_none_that_is_named():
     several = parsed("train --run-name n --supervision a b --with_squad")
     none = parsed("train --run-name n")
@@ -134,7 +177,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(file: Path, ord
     assert (settings.num_epochs, settings.learning_rate) == (9, 0.5)
     assert settings.gamma == TrainConfig().gamma
     assert request.of(ModelConfig).model == "owner/name"
-    assert request.model_given
+    assert request.names_model
 
 
 def test_a_file_may_name_what_a_verb_reads(file: Path):
@@ -149,7 +192,7 @@ def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
     settings = request.of(TrainConfig)
     assert (settings.num_epochs, settings.warmup_steps) == (3, 500)
     assert settings.class_weights == "effective_number"
-    assert not request.model_given
+    assert not request.names_model
     search = parsed("search --config released")
     assert search.of(SearchConfig).strategy == "walk"
     assert search.of(SuperviseConfig).target == "released"
@@ -193,8 +236,8 @@ def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
 def test_without_a_model_it_is_known_that_none_was_given():
     given = parsed("evaluate --routers r --model smollm2-135m")
     not_given = parsed("evaluate --routers r")
-    assert given.model_given
-    assert not not_given.model_given
+    assert given.names_model
+    assert not not_given.names_model
     assert given.of(ModelConfig) == not_given.of(ModelConfig)
 
 
@@ -210,12 +253,13 @@ def test_a_verb_loads_its_own_module_alone():
     script = (
         "import sys\nfrom drllm.cli import main\nmain(['ls', 'models'])\n"
         "print(sorted(name for name in sys.modules if name.startswith('drllm.cli.')))\n"
-        "from drllm.cli.parser import VERBS, Verb\nassert all(VERBS[name].run for name in VERBS)\n"
+        "from drllm.cli.verbs import VERBS, Verb\nassert all(VERBS[name].run for name in VERBS)\n"
         "assert {type(verb) for verb in VERBS.data.values()} == {Verb}"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    known = ["listing", "parser", "removed", "terminal"]
+    known = ["arguments", "help", "listing", "parser", "removed"]
+    known += ["settings_file", "terminal", "verbs"]
     assert done.stdout.splitlines()[-1] == str([f"drllm.cli.{name}" for name in known])
 
 

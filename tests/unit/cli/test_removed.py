@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from drllm.cli.parser import VERBS, flags_of
 from drllm.cli.removed import REMOVED_FLAGS, REMOVED_VERBS
+from drllm.cli.verbs import VERBS, flags_of
 
 
 def one_line(text: str) -> str:

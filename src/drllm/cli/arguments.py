@@ -1,0 +1,157 @@
+"""The words of a command line, read by argparse: which flags are given, and with which texts.
+
+argparse only splits the words. Values become numbers and are checked where the settings are, so
+that a mistake in a file and on the command line is answered alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from drllm.cli.removed import REMOVED_FLAGS
+from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, flags_of
+from drllm.errors import ConfigError, nearest_name
+
+_LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
+
+
+def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that a command line gives, by name: texts, or whether a switch is on.
+
+    Everything behind `--` is a positional argument. ConfigError for an unknown flag, a missing
+    value, and a word that no flag takes.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    written = [_with_dashes(word) for word in words[:end]]
+    parser, flags = _parser_of(verb)
+    try:
+        namespace, others = parser.parse_known_args(written)
+    except argparse.ArgumentError as error:
+        _refuse(error, flags, written)
+    for word in others:
+        if _LOOKS_LIKE_FLAG.fullmatch(word):
+            raise _unknown_flag(verb, word.partition("=")[0])
+    free = [*others, *words[end + 1 :]]
+    positional, unused = _positional_values(verb, free)
+    if unused:
+        _refuse_word(verb, unused[0], flags, written)
+    return {**vars(namespace), **positional}
+
+
+def _with_dashes(word: str) -> str:
+    """Write the underscores of a flag's name as dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _parser_of(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
+    """Return argparse's parser of a verb's flags, and each flag under all of its names."""
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    # Only words like `-a` are flags; any other word that begins with a dash is a value.
+    parser._negative_number_matcher = re.compile("-[^A-Za-z-]")
+    flags: dict[str, Flag] = {}
+    known = [*flags_of(verb), CONFIG] if verb.settings else [*verb.flags]
+    for flag in known:
+        if flag.positional or flag.is_in_files:
+            continue
+        action: dict[str, Any] = {"dest": flag.name}
+        if flag.switch:
+            action["action"] = "store_true"
+        elif flag.kind is bool:
+            action["action"] = argparse.BooleanOptionalAction
+        elif flag.many:
+            action.update(action="extend", nargs="+")
+        elif flag is CONFIG:
+            action["action"] = "append"
+        added = parser.add_argument(*flag.names, **action)
+        flags.update(dict.fromkeys(added.option_strings, flag))
+    return parser, flags
+
+
+def _positional_values(verb: Verb, words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of positional arguments by name, and the words that are left over."""
+    values: dict[str, Any] = {}
+    for flag in verb.flags:
+        if not flag.positional or not words:
+            continue
+        if flag.many:
+            values[flag.name] = words
+            words = []
+        else:
+            values[flag.name] = words[0]
+            words = words[1:]
+    return values, words
+
+
+def _refuse(
+    error: argparse.ArgumentError, flags: dict[str, Flag], words: Sequence[str]
+) -> NoReturn:
+    """Raise the ConfigError for a flag without its value, or a switch with one."""
+    names = (error.argument_name or "").split("/")
+    given = next(word for word in words if word.partition("=")[0] in names)
+    name, _, value = given.partition("=")
+    flag = flags[name]
+    if flag.is_on_or_off:
+        raise _one_too_many(flag, name, value)
+    raise ConfigError(f"{name} has no value; give {flag.expected}")
+
+
+def _refuse_word(verb: Verb, word: str, flags: dict[str, Flag], words: Sequence[str]) -> NoReturn:
+    """Raise the ConfigError for a word that is no flag and no flag's value."""
+    if word in words:
+        before = words[words.index(word) - 1]
+        flag = flags.get(before)
+        if flag is not None and flag.is_on_or_off:
+            raise _one_too_many(flag, before, word)
+    raise ConfigError(
+        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
+        f"'drllm {verb.name} --help'"
+    )
+
+
+def _one_too_many(flag: Flag, name: str, value: str) -> ConfigError:
+    """Return the error for a flag that is on or off, and is followed by a value."""
+    if flag.switch:
+        advice = "leave that out"
+    else:
+        turns = "off" if name in flag.names else "on"
+        advice = f"{_opposite(name)} turns it {turns}"
+    return ConfigError(f"{name} takes no value, but {value!r} follows it; {advice}")
+
+
+def _opposite(name: str) -> str:
+    """Return the flag that turns a switch off, or on again."""
+    if name.startswith("--no-"):
+        return name.replace("--no-", "--", 1)
+    return name.replace("--", "--no-", 1)
+
+
+def _unknown_flag(verb: Verb, name: str) -> ConfigError:
+    """Return the error for a flag that a verb doesn't have."""
+    flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
+    if name in flags:
+        return ConfigError(
+            f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
+            f"{flags[name].value}', and give that as --config FILE"
+        )
+    if name in REMOVED_FLAGS:
+        return ConfigError(REMOVED_FLAGS[name])
+    known = [*flags, *HELP]
+    if verb.settings:
+        known.append("--config")
+    return ConfigError(f"{nearest_name('flag', name, known)} {see_all_flags(verb)}")
+
+
+def see_all_flags(verb: Verb) -> str:
+    """Return the hint at the list of a verb's flags, for messages."""
+    return f"('drllm {verb.name} --help-all' lists all)"

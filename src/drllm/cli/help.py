@@ -1,0 +1,87 @@
+"""The texts of `drllm --help`, and of a verb's `--help` and `--help-all`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from drllm.cli.verbs import CONFIG, FOREIGN, SECTIONS, VERBS, Flag, Verb, flags_of
+
+if TYPE_CHECKING:
+    from drllm.cli.terminal import Terminal
+
+WIDEST = 26  # columns for a flag; the text of a longer one begins on the next line
+
+
+def print_overview(terminal: Terminal) -> None:
+    """Print the text of `drllm --help`."""
+    texts = {name: verb.help for name, verb in VERBS.items()}
+    texts.update(FOREIGN)
+    width = max(map(len, texts)) + 3
+    terminal.say("usage: drllm VERB [flags]\n")
+    terminal.say(
+        "Layer routing for frozen Hugging Face language models: skip, execute or repeat each "
+        "layer, once per prompt.\n"
+    )
+    for title, names in SECTIONS.items():
+        terminal.say(f"{title}:")
+        for name in names:
+            terminal.beside(f"  {name}", texts[name], width)
+        terminal.say()
+    terminal.beside("drllm VERB --help", "explains a verb; drllm --version prints the version", 17)
+    terminal.beside("first try:", VERBS["run"].example, 17)
+
+
+def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
+    """Print what a verb does and its basic flags; all of them with `everything`."""
+    flags = list(flags_of(verb))
+    usage = ["drllm", verb.name, "[flags]"]
+    usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]
+    terminal.say(f"usage: {' '.join(usage)}\n")
+    terminal.say(f"{verb.help[0].upper()}{verb.help[1:]}.\nfor example: {verb.example}\n")
+    shown = [flag for flag in flags if everything or flag.basic]
+    group = None
+    for flag in shown:
+        if everything and flag.group is not None and flag.group is not group:
+            group = flag.group
+            title = (group.__doc__ or "").partition("\n")[0].rstrip(".")
+            terminal.say(f"\n{title[0].lower()}{title[1:]}:")
+        terminal.beside(f"  {_name(flag, everything)}", _text(flag, verb), WIDEST)
+    terminal.say()
+    if verb.settings:
+        terminal.beside(f"  {_name(CONFIG, everything)}", CONFIG.help, WIDEST)
+    num_hidden = len(flags) - len(shown)
+    if num_hidden:
+        terminal.beside("  --help-all", f"{num_hidden} more flags and settings too", WIDEST)
+
+
+def _name(flag: Flag, everything: bool) -> str:
+    """Return a flag with its placeholder, as a user writes it."""
+    if flag.is_in_files:
+        return f"{flag.name}: {flag.value}"
+    names = flag.names if everything else flag.names[:1]
+    if flag.kind is bool and flag.default is not False:
+        names = [name.replace("--", "--[no-]", 1) for name in names]
+    text = ", ".join(names)
+    if not flag.positional and not flag.is_on_or_off:
+        text += f" {flag.value}"
+    if flag.many:
+        text += " ..."
+    return text
+
+
+def _text(flag: Flag, verb: Verb) -> str:
+    """Return a flag's help with its default."""
+    if flag.is_in_files:
+        return f"{flag.help} (in the file of --config)"
+    if flag.name == "model" and verb.model_from:
+        return f"{flag.help}; without it the one that {verb.model_from}"
+    if flag.default is None or flag.default is False:
+        return flag.help
+    default = str(flag.default)
+    if flag.default is True:
+        default = "on"
+    elif isinstance(flag.default, float):
+        default = f"{flag.default:g}"
+    if flag.help.endswith(")"):
+        return f"{flag.help[:-1]}; default: {default})"
+    return f"{flag.help} (default: {default})"

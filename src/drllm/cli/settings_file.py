@@ -1,0 +1,90 @@
+"""The settings that a verb reads from a YAML file or a preset, given as `--config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.cli.arguments import see_all_flags
+from drllm.cli.removed import REMOVED_FLAGS
+from drllm.cli.verbs import VERBS, Flag, Verb, flags_of
+from drllm.config.fields import Settings, check_text, flag_of, make_settings
+from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
+from drllm.errors import ConfigError, nearest_name
+
+
+def read_settings(name: str, verb: Verb) -> dict[str, Any]:
+    """Read the settings of a verb from a file or preset, by name.
+
+    A file has either the settings themselves, or sections like a recipe, of which those of the
+    verb are read. ConfigError for an unknown setting, a wrong value, and a file without any setting
+    of the verb.
+    """
+    check_text("--config", name)
+    path = PRESETS.get(name) or Path(name).expanduser()
+    values = _values_in(path, verb)
+    for group in verb.settings:
+        values = canonical(group, values)
+    _refuse_unknown(path, values, verb)
+    try:
+        for flag in verb.flags:
+            if flag.name in values:
+                values[flag.name] = check_value(flag, values[flag.name])
+        for group in verb.settings:
+            make_settings(group, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return values
+
+
+def check_value(flag: Flag, value: Any) -> Any:
+    """Return the value of a verb's own flag: a text, texts or whether it is on."""
+    name = flag.names[0]
+    if flag.switch:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}; give true or false")
+        return value
+    texts = value if isinstance(value, list) else [value]
+    are_texts = all(isinstance(text, str) for text in texts)
+    if not are_texts or (len(texts) != 1 and not flag.many):
+        expected = "one text or a list of texts" if flag.many else "a text"
+        raise ConfigError(f"{name} is {value!r}; give {expected}")
+    for text in texts:
+        check_text(name, text)
+    return texts if flag.many else texts[0]
+
+
+def _values_in(path: Path, verb: Verb) -> dict[str, Any]:
+    """Return the settings in a file; of a file with sections, those of the verb's."""
+    values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
+    known = {_section(group) for each in VERBS.values() for group in each.settings}
+    if not any(isinstance(values.get(name), dict) for name in known):
+        return values
+    sections = sections_of(path, with_preset(path, values), known)
+    names = [_section(group) for group in verb.settings]
+    chosen = [sections[name] for name in names if name in sections]
+    if not chosen:
+        raise ConfigError(
+            f"{path} has no effect on {verb.name}: it has settings of {', '.join(sections)} "
+            f"alone; leave --config out"
+        )
+    merged: dict[str, Any] = {}
+    for section in chosen:
+        merged.update(section)
+    return merged
+
+
+def _section(group: type[Settings]) -> str:
+    """Return what a group of settings is called in recipes and presets."""
+    return group.__name__.removesuffix("Config").lower()
+
+
+def _refuse_unknown(path: Path, values: Mapping[str, Any], verb: Verb) -> None:
+    names = [flag.name for flag in flags_of(verb) if not flag.positional]
+    for key in values:
+        if key in names:
+            continue
+        if flag_of(key) in REMOVED_FLAGS:
+            raise ConfigError(f"{path}: {REMOVED_FLAGS[flag_of(key)]}")
+        raise ConfigError(f"{path}: {nearest_name('setting', key, names)} {see_all_flags(verb)}")

@@ -1,0 +1,227 @@
+"""The table of verbs: what each one reads, which flags it has, and the function that runs it.
+
+Each verb is a function that is registered once with its settings and its flags. The parser, the
+help and the messages are made from this table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from drllm.cli.removed import REMOVED_VERBS
+from drllm.config.fields import Settings, flag_of, is_by_task, kinds_of
+from drllm.config.files import PRESETS
+from drllm.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from drllm.cli.parser import CommandLine
+    from drllm.cli.terminal import Terminal
+
+HELP = ("-h", "--help", "--help-all")
+EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+PLACEHOLDERS = {int: "N", float: "X"}
+"""How a value of a type is written in the help, where a setting doesn't say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What a verb reads or writes, or one of its settings.
+
+    Attributes:
+        name: With underscores, also of a positional argument.
+        help: What the flag means.
+        default: The value without the flag.
+        required: Whether the verb refuses to run without it.
+        many: Whether it takes one value or more.
+        positional: Whether it is written without its name.
+        switch: Whether it takes no value; False without the flag.
+        value: How a value is written, for the help.
+        basic: Whether `--help` shows it; `--help-all` shows all flags.
+        alias: A second name, such as that of a published command.
+        group: The settings that it belongs to; None for a flag of the verb itself.
+        kind: The type of a setting's value.
+        choices: The values that a setting accepts.
+    """
+
+    name: str
+    help: str
+    default: Any = None
+    required: bool = False
+    many: bool = False
+    positional: bool = False
+    switch: bool = False
+    value: str = "FILE"
+    basic: bool = True
+    alias: str | None = None
+    group: type[Settings] | None = None
+    kind: type = str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether it is a setting by task, which only YAML files have."""
+        return is_by_task((self.kind,))
+
+    @property
+    def is_on_or_off(self) -> bool:
+        """Whether it takes no value."""
+        return self.switch or self.kind is bool
+
+    @property
+    def names(self) -> list[str]:
+        """The names as a user writes them; the first is the one to show."""
+        if self.positional:
+            return [self.name.upper()]
+        names = [flag_of(self.name)]
+        if self.alias is not None:
+            names.append(flag_of(self.alias))
+        return names
+
+    @property
+    def expected(self) -> str:
+        """What to give as its value, for messages."""
+        if self.choices:
+            expected = f"one of {', '.join(self.choices)}"
+        elif self.group is not None:
+            expected = EXPECTED[self.kind]
+        else:
+            expected = "one"
+        return f"{expected} ({self.help})"
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command; `run` does the work.
+
+    Attributes:
+        name: Its name.
+        help: What it does, in one line.
+        example: A command line that works.
+        run: The function that runs it.
+        settings: Groups of settings, each of which becomes a flag.
+        flags: Further flags.
+        model_from: What names the base model where `--model` isn't given.
+        resumes: Whether the same command resumes after an interruption.
+        shares: Whether several processes divide the work.
+    """
+
+    name: str
+    help: str
+    example: str
+    run: Callable[[CommandLine, Terminal], None]
+    settings: tuple[type[Settings], ...] = ()
+    flags: tuple[Flag, ...] = ()
+    model_from: str = ""
+    resumes: bool = False
+    shares: bool = False
+
+
+CONFIG = Flag(
+    "config", f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files"
+)
+
+
+class _Verbs(UserDict[str, Any]):
+    """Verbs by name. At first each is the name of its module, which is imported on first use."""
+
+    def __getitem__(self, name: str) -> Verb:
+        module = self.data[name]
+        if isinstance(module, str):
+            importlib.import_module(f"drllm.cli.{module}")
+        verb: Verb = self.data[name]
+        return verb
+
+
+VERBS = _Verbs(
+    {
+        "run": "running",
+        "generate": "generation",
+        "search": "stages",
+        "supervise": "stages",
+        "train": "stages",
+        "tune": "stages",
+        "heal": "stages",
+        "evaluate": "stages",
+        "report": "stages",
+        "export": "stages",
+        "show": "show",
+        "ls": "listing",
+    }
+)
+
+FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
+"""Verbs whose arguments another program parses, with their help."""
+
+SECTIONS = {
+    "all stages in a row": ("run",),
+    "the stages, each of which reads what an earlier one wrote": (
+        "search",
+        "supervise",
+        "train",
+        "tune",
+        "heal",
+        "generate",
+        "evaluate",
+        "lm-eval",
+        "report",
+        "export",
+    ),
+    "what there is": ("show", "ls"),
+}
+"""Titles and verbs of `drllm --help`, in the order in which data goes through them."""
+
+
+def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Register a function as a verb with the attributes of `Verb`; its docstring is the help."""
+
+    def register(function: Any) -> Any:
+        line = function.__doc__.split("\n")[0].rstrip(".")
+        text = line[0].lower() + line[1:]
+        VERBS[name] = Verb(name, text, run=function, **attributes)
+        return function
+
+    return register
+
+
+def find_verb(name: str) -> Verb:
+    """Return the verb of a name; ConfigError for an unknown or removed one."""
+    if name in REMOVED_VERBS:
+        raise ConfigError(REMOVED_VERBS[name])
+    if name not in VERBS:
+        kind = "flag" if name.startswith("-") else "verb"
+        names = [*VERBS, *FOREIGN]
+        raise ConfigError(unknown_name(kind, name, names) + "; 'drllm --help' explains them")
+    return VERBS[name]
+
+
+def flags_of(verb: Verb) -> Iterator[Flag]:
+    """Yield a verb's flags, then its settings, also those that only YAML files can give."""
+    yield from verb.flags
+    for group in verb.settings:
+        for field in dataclasses.fields(group):
+            yield _flag_of_setting(group, field)
+
+
+def _flag_of_setting(group: type[Settings], field: dataclasses.Field[Any]) -> Flag:
+    rules = field.metadata
+    kind = kinds_of(group)[field.name][0]
+    choices = tuple(rules["choices"] or ())
+    value = rules["value"] or "|".join(choices)
+    if not value:
+        value = PLACEHOLDERS.get(kind, "DIR" if "_dir" in field.name else "NAME")
+    return Flag(
+        field.name,
+        group.helps()[field.name],
+        field.default,
+        value=value,
+        basic=rules["basic"],
+        alias=rules["alias"],
+        group=group,
+        kind=kind,
+        choices=choices,
+    )
