@@ -96,7 +96,7 @@ def test_each_prompt_of_a_file_is_answered_as_by_itself(generate, prompts, tmp_p
         assert f", {row['tokens']} generated" in out
 
     # Without an output the answers, and nothing else, go to standard output.
-    for flags in (["--batch-size", "2"], ["--batch-size", "3", "--no-route-first"]):
+    for flags in (["--batch-size", "2"], ["--batch-size", "3"]):
         printed = generate("--file", prompts, *flags)
         assert printed.out == output.read_text()
         assert re.search(r"^prompts +8 under \d plans$", printed.err, re.MULTILINE)

@@ -169,13 +169,10 @@ def _check(command: CommandLine, config: GenerateConfig, depth: DepthConfig) -> 
         check_file(target, "--output")
         if target.exists() and target.samefile(command.path("file")):
             raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
-    knob, size, at_once = depth.knob(), config.batch_size, not config.route_first
+    knob, size = depth.knob(), config.batch_size
     idle = {
         f"--output {output} has no effect on one PROMPT": output and not file,
         f"--batch-size {size} has no effect on one PROMPT": size and not file,
-        "--no-route-first has no effect on one PROMPT": at_once and not file,
-        "--no-route-first has no effect without routers": at_once and not routers,
-        "--no-route-first has no effect with --static-routing": at_once and depth.static_routing,
         f"{flag_of(knob or '')} has no effect without routers": knob and not routers,
     }
     for said, holds in idle.items():
@@ -276,7 +273,6 @@ def _answer_file(
             routed,
             prompts,
             batch_size=config.batch_size or BATCH_SIZE,
-            route_first=config.route_first,
             on_progress=progress,
             **shared,
             **config.sampling(),

@@ -11,6 +11,13 @@ REMOVED_VERBS: dict[str, str] = {
 REMOVED_FLAGS: dict[str, str] = {
     "--menu": "--menu was removed: a menu of paths measured no gain; compare static paths with "
     "--paths",
+    "--margin-tolerance": "--margin-tolerance was removed: no other value was measured; a path's "
+    "margin may lie 0.5 nats below the full path's",
+    "--paths-per-pass": "--paths-per-pass was removed: passes are as large as memory allows; "
+    "--state-cache-gb bounds the memory of shared states",
+    "--route-first": "--route-first was removed: prompts of a file are always routed first",
+    "--no-route-first": "--no-route-first was removed: prompts of a file are always routed first; "
+    "in Python, generate_many takes route_first=False",
     "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
     "how long they take at most",
 }

@@ -70,10 +70,8 @@ class SearchConfig(Settings):
         random_child_probability: share of selections made at random (paper)
         leaves_per_round: paths of a question evaluated together (paper: 1), by virtual losses
         kl: keep each path's mean KL from the full path over the prompt, in nats a token
-        margin_tolerance: re-test: nats a path's margin may lie below the full path's
         block_size: questions searched together
         state_cache_gb: GB for shared path prefixes; default: a quarter of free memory, at most 16
-        paths_per_pass: maximum paths in a forward pass; as many as memory allows unless given
         shard: search part i of n (i/n, from 1), to be joined by supervise
         executor: where to search: in this process, or on Ray
         num_workers: with --executor ray: processes, one a device; as many as there are unless given
@@ -98,10 +96,8 @@ class SearchConfig(Settings):
     random_child_probability: float = setting(0.1, minimum=0.0, maximum=1.0)
     leaves_per_round: int = setting(4, minimum=1)
     kl: bool = setting(True)
-    margin_tolerance: float = setting(0.5, minimum=0.0)
     block_size: int = setting(32, minimum=1)
     state_cache_gb: float | None = incidental(None, above=0.0)
-    paths_per_pass: int | None = incidental(None, minimum=1)
     shard: str | None = setting(None, value="I/N")
     executor: str = incidental("local", choices=("local", "ray"), basic=True)
     num_workers: int | None = incidental(None, minimum=1, idle=("executor", "local"))
@@ -215,7 +211,6 @@ class GenerateConfig(Settings):
         max_new_tokens: maximum tokens generated
         chat: ask through the chat template or not; without it as the routers were trained
         batch_size: with --file: maximum prompts decoded together; 16 unless given
-        route_first: with --file: route all prompts first, to decode equal plans together
         temperature: sampling temperature; 0 is greedy
         top_p: sample from the likeliest tokens of this share; 1 unless given
         seed: sampling seed; 0 unless given
@@ -224,7 +219,6 @@ class GenerateConfig(Settings):
     max_new_tokens: int = basic(64, minimum=1)
     chat: bool | None = basic(None)
     batch_size: int | None = setting(None, minimum=1)
-    route_first: bool = setting(True)
     temperature: float = basic(0.0, minimum=0.0)
     top_p: float | None = setting(None, above=0.0, maximum=1.0, idle=("temperature", 0.0))
     seed: int | None = setting(None, minimum=0, idle=("temperature", 0.0))

@@ -175,9 +175,7 @@ def search_in_step(
     retest_prompts = [
         [tokenize_prompt(routed, prompt) for prompt in question.retests] for question in questions
     ]
-    evaluator = Evaluator(
-        routed, prompts, config.state_cache_gb, kl=config.kl, paths_per_pass=config.paths_per_pass
-    )
+    evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_start_search(routed.num_layers, question, config) for question in questions]
     outcomes: dict[Pair, Outcome] = {}
     progress = BatchProgress(

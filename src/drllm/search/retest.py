@@ -15,6 +15,8 @@ Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
 RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
 """Evaluates the pairs of a named step, or returns what an earlier start of the search kept."""
 
+MARGIN_TOLERANCE = 0.5
+"""Nats that a path's mean margin may lie below the full path's."""
 PATHS_AT_ONCE = 64  # asked again together, of whole questions: what an interruption loses at most
 
 
@@ -87,7 +89,7 @@ def retest_paths(
         if _is_candidate_pair(pair, outcomes):
             place, decisions = pair
             full_results = results[place, full_decisions(len(decisions))]
-            retests[pair] = judge_retest(results[pair], full_results, config.margin_tolerance)
+            retests[pair] = judge_retest(results[pair], full_results, MARGIN_TOLERANCE)
     return retests
 
 
@@ -173,7 +175,6 @@ class AskedAgain:
             self.first.routed,
             list(self.prompts.values()),
             self.config.state_cache_gb,
-            paths_per_pass=self.config.paths_per_pass,
         )
 
 

@@ -140,7 +140,7 @@ def test_a_finished_search_is_returned_as_it_is_whoever_asks_for_it(
 ):
     before = (finished / "search.jsonl").stat().st_mtime_ns
     heard = Heard()
-    for who in ({}, {"paths_per_pass": 3, "state_cache_gb": 1.0, "executor": "ray"}):
+    for who in ({}, {"state_cache_gb": 1.0, "executor": "ray"}):
         again = run(routed, finished, [facts], heard, **who)
         assert_same_run(unbroken, again)
         assert (unbroken.is_new, again.is_new) == (True, False)
