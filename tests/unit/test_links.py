@@ -7,6 +7,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"
+RECIPES = REPOSITORY / "src" / "drllm" / "cli" / "recipes"
 PAGES = sorted(
     [
         REPOSITORY / "README.md",
@@ -38,6 +39,12 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         assert target.exists(), link
         if heading:
             assert heading in map(anchor, HEADING.findall(without_code(target))), link
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_the_pages_that_a_recipe_names_exist(recipe):
+    for page in re.findall(r"docs/[\w/.-]+\.md", recipe.read_text(encoding="utf-8")):
+        assert (REPOSITORY / page).is_file(), page
 
 
 def test_the_results_log_links_to_every_study():
