@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from drllm.cli.terminal import Terminal
 from drllm.config import GenerateConfig
 from drllm.errors import ConfigError
+from drllm.listener import duration
 from drllm.paths import num_executions, sketch
 
 if TYPE_CHECKING:
@@ -17,14 +19,34 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 LEAVE = "/exit"
-HALF = "\ufffd"  # stands in a text for a character of which only the first token is there
+HALF = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
-class Along(NamedTuple):
-    """A static path that every prompt runs: what it changes, and its cost in layer equivalents."""
+@dataclass(frozen=True, slots=True)
+class PathSummary:
+    """A static path that every prompt runs: what it changes, and its cost in executions."""
 
     edits: str
     executions: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What every answer of one command has in common.
+
+    Attributes:
+        routed: The model; its policy decides which layers run.
+        form: How prompts are put.
+        config: How text is generated.
+        terminal: Where answers are shown.
+        path: The static path that all prompts run; None where routes are decided.
+    """
+
+    routed: RoutedModel
+    form: PromptForm
+    config: GenerateConfig
+    terminal: Terminal
+    path: PathSummary | None = None
 
 
 class Reply:
@@ -49,15 +71,16 @@ class Reply:
 
         from drllm.models.routing.batch_generation import prompt_tokens
 
-        routed, new = self.routed, config.max_new_tokens
-        tokens = prompt_tokens(routed, prompt, chat=self.form.chat, max_new_tokens=new)
+        routed = self.routed
+        num_new = config.max_new_tokens
+        tokens = prompt_tokens(routed, prompt, chat=self.form.chat, max_new_tokens=num_new)
         ids = torch.tensor([tokens], device=routed.model.device)
         self.num_read = len(tokens)
         try:
             routed.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
+                max_new_tokens=num_new,
                 pad_token_id=routed.tokenizer.pad_token_id,
                 streamer=self,
                 **config.sampling(),
@@ -76,9 +99,19 @@ class Reply:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second after the first; None where no other came."""
-        after = len(self.times) - 2
-        return after / (self.times[-1] - self.times[1]) if after > 0 else None
+        """Tokens a second after the first; None for an answer of one token."""
+        num_after_first = len(self.times) - 2
+        if num_after_first <= 0:
+            return None
+        return num_after_first / (self.times[-1] - self.times[1])
+
+    def describe_time(self) -> str:
+        """Return how long reading the prompt and decoding took, in words."""
+        start, first, last = self.times[0], self.times[1], self.times[-1]
+        text = f"prefill {duration(first - start)}"
+        if self.speed is not None:
+            text += f", decode {duration(last - first)} ({self.speed:.1f} tokens a second)"
+        return text
 
     def put(self, value: Any) -> None:
         """Take the prompt's tokens, then each new one."""
@@ -87,9 +120,13 @@ class Reply:
         if len(self.times) == 1:
             return
         self.tokens += value.flatten().tolist()
-        if self._terminal.out.is_terminal and not (text := self.text).endswith(HALF):
-            # What may turn out to begin the next prompt isn't shown yet.
-            self._show(text[: max(0, len(text) - len(self.form.next_prompt or ""))])
+        if not self._terminal.out.is_terminal:
+            return
+        text = self.text
+        if not text.endswith(HALF):
+            # The end may turn out to be the beginning of the next prompt; it isn't shown yet.
+            num_safe = len(text) - len(self.form.next_prompt or "")
+            self._show(text[: max(0, num_safe)])
 
     def end(self) -> None:
         """Do nothing: an answer that is stopped doesn't come here."""
@@ -99,28 +136,22 @@ class Reply:
         self._num_shown = max(self._num_shown, len(text))
 
 
-def chat(
-    routed: RoutedModel,
-    form: PromptForm,
-    config: GenerateConfig,
-    terminal: Terminal,
-    along: Along | None = None,
-) -> None:
-    """Answer what is typed until the user leaves; each turn takes a route, or runs the path."""
+def chat(session: Session) -> None:
+    """Answer what the user types until they leave; each turn takes a route, or runs the path."""
     import torch
 
+    terminal = session.terminal
     with contextlib.suppress(ImportError):  # not on Windows
-        importlib.import_module("readline")  # `input` gets a history and can be edited
-    torch.manual_seed(config.seed or 0)
-    remembers = form.chat and getattr(routed.tokenizer, "chat_template", None) is not None
-    if along is not None:
-        terminal.note(f"path        {along.edits}")
-    turn = (
-        f"reads the conversation again{', since it takes a route of its own' * (along is None)}"
-        if remembers
-        else "stands alone, as in training; --chat remembers the conversation"
+        importlib.import_module("readline")  # gives `input` a history and editing
+    torch.manual_seed(session.config.seed or 0)
+    has_template = getattr(session.routed.tokenizer, "chat_template", None) is not None
+    remembers = session.form.chat and has_template
+    if session.path is not None:
+        terminal.note(f"path        {session.path.edits}")
+    terminal.note(
+        f"Each turn {_describe_turn(session, remembers)}. Ctrl-C stops an answer; Ctrl-D or "
+        f"{LEAVE} leaves."
     )
-    terminal.note(f"Each turn {turn}. Ctrl-C stops an answer; Ctrl-D or {LEAVE} leaves.")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -133,28 +164,50 @@ def chat(
             continue
         if text == LEAVE:
             return
-        if not text:
-            continue
-        messages.append({"role": "user", "content": text})
-        reply = Reply(routed, form, terminal)
-        try:
-            reply.generate(messages if remembers else form.put(text), config)
-        except ConfigError as error:
-            terminal.fail(f"{error}; the conversation begins anew")
-            messages.clear()
-            continue
-        except KeyboardInterrupt:
-            pass  # what was said so far counts
-        if reply.tokens:
-            messages.append({"role": "assistant", "content": reply.text})
-            if along is None:
-                route = routed.last_route[0].tolist()
-                cost = f"{sketch(route)}  {num_executions(route)}"
-            else:
-                cost = f"{along.executions:.4g}"
-            speed = f", {reply.speed:.1f} a second" if reply.speed else ""
-            terminal.say(
-                f"{cost} of {routed.num_layers} executions, {len(reply.tokens)} tokens{speed}\n"
-            )
-        else:
-            messages.pop()
+        if text:
+            _answer_turn(session, text, messages, remembers)
+
+
+def _describe_turn(session: Session, remembers: bool) -> str:
+    """Return what each turn of the chat reads, in words."""
+    if not remembers:
+        return "stands alone, as in training; --chat remembers the conversation"
+    if session.path is None:
+        return "reads the conversation again, since it takes a route of its own"
+    return "reads the conversation again"
+
+
+def _answer_turn(
+    session: Session, text: str, messages: list[dict[str, str]], remembers: bool
+) -> None:
+    """Answer one turn, print its cost, and add both texts to the conversation."""
+    terminal = session.terminal
+    messages.append({"role": "user", "content": text})
+    reply = Reply(session.routed, session.form, terminal)
+    prompt = messages if remembers else session.form.put(text)
+    try:
+        reply.generate(prompt, session.config)
+    except ConfigError as error:
+        terminal.fail(f"{error}; the conversation begins anew")
+        messages.clear()
+        return
+    except KeyboardInterrupt:
+        pass  # the part that was generated counts
+    if not reply.tokens:
+        messages.pop()
+        return
+    messages.append({"role": "assistant", "content": reply.text})
+    terminal.say(_describe_cost(session, reply) + "\n")
+
+
+def _describe_cost(session: Session, reply: Reply) -> str:
+    """Return the route of an answer, its executions, and how fast it came."""
+    if session.path is None:
+        route = session.routed.last_route[0].tolist()
+        cost = f"{sketch(route)}  {num_executions(route)}"
+    else:
+        cost = f"{session.path.executions:.4g}"
+    text = f"{cost} of {session.routed.num_layers} executions, {len(reply.tokens)} tokens"
+    if reply.speed is not None:
+        text += f", {reply.speed:.1f} a second"
+    return text

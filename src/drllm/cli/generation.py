@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from drllm.cli.chat import Along, Reply, chat
+from drllm.cli.chat import PathSummary, Reply, Session, chat
 from drllm.cli.parser import CommandLine
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
@@ -24,20 +25,22 @@ from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
-from drllm.records.static_paths import read_path
+from drllm.records.static_paths import PathFile, read_path
 from drllm.tasks.rows import messages_of, read_rows, text_of
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm
     from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.batch_generation import Answer
+    from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
 
-KINDS = ("prompt", "question", "messages")
-"""The key under which a row of a file asks; `question` is another name for `prompt`."""
+PROMPT_KEYS = ("prompt", "question", "messages")
+"""The keys under which a row of a file may have its prompt; a row has one of them."""
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptRow:
     """One row of a file of prompts."""
 
     line: int
@@ -57,82 +60,113 @@ class Asked(NamedTuple):
         ),
         Flag(
             "routers",
-            "routers: a folder or a hub id; without, every layer is executed",
+            "routers: a folder or a hub id; without them every layer is executed",
             value="DIR",
         ),
-        Flag("path", "instead of routers: a path for all prompts (paths.json:NAME)"),
+        Flag("path", "instead of routers: one path for all prompts (paths.json:NAME)"),
         Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
         Flag("output", "with --file: answers to write (.jsonl); default: print them"),
     ),
     model_from="the routers or a paths.json name",
 )
 def generate(command: CommandLine, terminal: Terminal) -> None:
-    """Answer a prompt or a file of them, with the route taken; or chat."""
-    config, depth = command.of(GenerateConfig), command.of(DepthConfig)
+    """Answer a prompt or a file of prompts, and show the route; or chat."""
+    config = command.of(GenerateConfig)
+    depth = command.of(DepthConfig)
     config.sampling()
-    _check(command, config, depth)
-    file, place = command.optional_path("file"), command.optional_path("routers")
-    is_typed = sys.stdin is not None and sys.stdin.isatty()
-    is_chat = not (command.values["prompt"] or file) and is_typed and terminal.out.is_terminal
-    prompt = command.values["prompt"] or ("" if file or is_chat else _from_standard_input())
-    asked = None if file is None else read_prompts(file)
-    texts: list[tuple[str, bool]] = []
-    if depth.calibration is not None:
-        from drllm.models.routers.depth_control import read_calibration
-
-        texts = read_calibration(Path(depth.calibration).expanduser())
-    routers = None if place is None else read_routers(place)[1]
-    path = None if (given := command.optional_path("path")) is None else read_path(str(given))
-    from drllm.models.base.prompts import PromptForm
-
-    form = PromptForm(chat=config.chat is not False)
-    if config.chat is None and routers is not None:
-        form = routers.config.prompt_form or form
-    talks = [row.line for row in asked or () if not isinstance(row.prompt, str)]
-    if talks and not form.chat:
-        why = "the routers were trained without" if config.chat is None else "--no-chat is given"
-        raise TaskError(
-            f"{file}, line {talks[0]}: 'messages' need the chat template, and {why}; give --chat, "
-            f"or 'prompt' instead"
-        )
+    _check_flags(command, config, depth)
+    is_chat = _is_chat(command, terminal)
+    file = command.optional_path("file")
+    prompt = ""
+    rows: list[PromptRow] = []
+    if file is not None:
+        rows = read_prompts(file)
+    elif not is_chat:
+        prompt = command.values["prompt"] or _read_standard_input()
+    calibration = _read_calibration(depth)
+    routers = _read_routers(command)
+    path = _read_path(command)
+    form = _choose_form(config, routers)
+    _check_conversations(file, rows, form, config)
     with loaded(model_of(command, routers, path), terminal) as base:
-        from drllm.models.healed import load_path
-        from drllm.models.routers.depth_control import encode_calibration, make_policy
         from drllm.models.routing.routed_model import RoutedModel
-        from drllm.models.routing.shares import executions_along
 
         routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
-        texts = [(text if as_it_is else form.put(text), as_it_is) for text, as_it_is in texts]
-        prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
-        with terminal.busy("looking for a depth bias") if prompts else nullcontext():
-            policy, found = make_policy(routed, depth, prompts)
-        if found is not None:
-            terminal.note(
-                f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
-                f"executions a forward pass on {found.num_prompts} calibration prompts; next time "
-                f"give --depth-bias {found.depth_bias}"
-            )
-        along = None
+        summary = None
         if path is not None:
-            static = load_path(routed, path)
-            policy, cost = routed.policy_of(static), executions_along(routed, static)
-            along = Along(static.edits(routed.num_layers), cost)
+            policy, summary = _follow_path(routed, path)
+        else:
+            policy = _set_depth(routed, depth, calibration, form, terminal)
+        session = Session(routed, form, config, terminal, summary)
         with routed.using(policy):
             if is_chat:
-                _say_form(form, routers, terminal)
-                chat(routed, form, config, terminal, along)
+                _print_form(session, routers)
+                chat(session)
                 return
-            if asked is not None:
-                _answer_file(routed, asked, form, command, along, terminal)
+            if file is not None:
+                _answer_file(session, file, rows, command.optional_path("output"))
             else:
-                _answer(routed, form.put(prompt), form, config, along, terminal)
-            _say_form(form, routers, terminal)
+                _answer_prompt(session, form.put(prompt))
+            _print_form(session, routers)
 
 
-def _from_standard_input() -> str:
-    """Return the prompt that is piped to the command; refuse none."""
+# --- what the command gives ----------------------------------------------------------------------
+
+
+def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfig) -> None:
+    """Refuse both of PROMPT and `--file`, both of routers and a path, and what has no effect."""
+    prompt = command.values["prompt"]
+    file = command.values["file"]
+    output = command.values["output"]
+    routers = command.values["routers"]
+    path = command.values["path"]
+    if routers and path:
+        raise ConfigError(f"--routers {routers} and --path {path} would both decide; leave one out")
+    if prompt and not _is_unicode(prompt):
+        raise ConfigError(f"PROMPT {prompt!r} is not a UTF-8 text; give one")
+    if prompt and file:
+        raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
+    if output and not file:
+        raise ConfigError(f"--output {output} has no effect on one PROMPT; leave it out")
+    if config.batch_size and not file:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} has no effect on one PROMPT; leave it out"
+        )
+    knob = depth.knob()
+    if knob is not None and not routers:
+        raise ConfigError(f"{flag_of(knob)} has no effect without routers; leave it out")
+    if output:
+        target = command.path("output")
+        check_file(target, "--output")
+        if target.exists() and target.samefile(command.path("file")):
+            raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a word of the command line was written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_chat(command: CommandLine, terminal: Terminal) -> bool:
+    """Whether the user sits at a terminal and has given no prompt."""
+    if command.values["prompt"] or command.values["file"]:
+        return False
+    return sys.stdin is not None and sys.stdin.isatty() and terminal.out.is_terminal
+
+
+def _read_standard_input() -> str:
+    """Return the prompt that is piped to the command; ConfigError for none."""
     is_piped = sys.stdin is not None and not sys.stdin.isatty()
-    text = sys.stdin.read().strip() if is_piped else ""
+    text = ""
+    if is_piped:
+        try:
+            text = sys.stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise ConfigError("the prompt on standard input is not a UTF-8 text") from error
     if not text:
         raise ConfigError(
             f"generate needs PROMPT (what to answer), here or on standard input, or --file "
@@ -141,181 +175,278 @@ def _from_standard_input() -> str:
     return text
 
 
-def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal) -> None:
-    if routers is None:
+def _read_calibration(depth: DepthConfig) -> list[tuple[str, bool]]:
+    """Return the prompts of `--calibration`, and whether each is rendered already."""
+    if depth.calibration is None:
+        return []
+    from drllm.models.routers.depth_control import read_calibration
+
+    return read_calibration(Path(depth.calibration).expanduser())
+
+
+def _read_routers(command: CommandLine) -> RouterStack | None:
+    place = command.optional_path("routers")
+    if place is None:
+        return None
+    _, routers = read_routers(place)
+    return routers
+
+
+def _read_path(command: CommandLine) -> PathFile | None:
+    place = command.optional_path("path")
+    return None if place is None else read_path(str(place))
+
+
+def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
+    """Return the form of prompts: as the user says, else as the routers were trained."""
+    from drllm.models.base.prompts import PromptForm
+
+    if config.chat is None and routers is not None and routers.config.prompt_form is not None:
+        return routers.config.prompt_form
+    return PromptForm(chat=config.chat is not False)
+
+
+def _check_conversations(
+    file: Path | None, rows: Sequence[PromptRow], form: PromptForm, config: GenerateConfig
+) -> None:
+    """Refuse conversations where the chat template isn't used."""
+    if form.chat:
         return
-    trained = routers.config.prompt_form
-    if trained is None:
-        said = f"{form}; how the routers' own prompts were put isn't recorded"
-    elif form == trained:
-        said = f"{form}, as the routers were trained"
-    else:
-        flag = "--chat" if form.chat else "--no-chat"
-        said = f"{form}; the routers were trained on {trained}: leave {flag} out to ask so"
-    terminal.note(f"asked       {said}")
+    for row in rows:
+        if isinstance(row.prompt, str):
+            continue
+        why = "--no-chat is given"
+        if config.chat is None:
+            why = "the routers were trained without it"
+        raise TaskError(
+            f"{file}, line {row.line}: 'messages' need the chat template, and {why}; give --chat, "
+            f"or 'prompt' instead"
+        )
 
 
-def _check(command: CommandLine, config: GenerateConfig, depth: DepthConfig) -> None:
-    """Refuse both of PROMPT and `--file`, both of routers and a path, and what has no effect."""
-    prompt, file, output, routers, path = (
-        command.values[name] for name in ("prompt", "file", "output", "routers", "path")
-    )
-    if routers and path:
-        raise ConfigError(f"--routers {routers} and --path {path} would both decide; leave one out")
-    if prompt and file:
-        raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
-    if file and output:
-        target = command.path("output")
-        check_file(target, "--output")
-        if target.exists() and target.samefile(command.path("file")):
-            raise ConfigError(f"--output {output} is the file of prompts itself; give another name")
-    knob, size = depth.knob(), config.batch_size
-    idle = {
-        f"--output {output} has no effect on one PROMPT": output and not file,
-        f"--batch-size {size} has no effect on one PROMPT": size and not file,
-        f"{flag_of(knob or '')} has no effect without routers": knob and not routers,
-    }
-    for said, holds in idle.items():
-        if holds:
-            raise ConfigError(f"{said}; leave it out")
-
-
-def read_prompts(path: Path) -> list[Asked]:
+def read_prompts(path: Path) -> list[PromptRow]:
     """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped."""
-    asked: list[Asked] = []
-    lines: dict[str, int] = {}
-    for line, row in read_rows(path):
+    rows: list[PromptRow] = []
+    lines: dict[str, int] = {}  # by id
+    for line, values in read_rows(path):
         try:
-            found = _asked(row, line)
-            first = lines.setdefault(str(found.id), line)
+            row = _prompt_row(values, line)
+            first = lines.setdefault(str(row.id), line)
             if first != line:
-                raise TaskError(f"the id {found.id!r} is line {first}'s already; give each its own")
+                raise TaskError(f"the id {row.id!r} is line {first}'s already; ids must differ")
         except TaskError as error:
             raise TaskError(f"{path}, line {line}: {error}") from error
-        asked.append(found)
-    return asked
+        rows.append(row)
+    return rows
 
 
-def _asked(row: dict[str, Any], line: int) -> Asked:
-    kinds = [kind for kind in KINDS if kind in row]
-    if len(kinds) != 1:
-        what = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else f"none of {', '.join(KINDS)}"
-        raise TaskError(f"the row holds {what}; give one of them")
-    own_id = row.get("id", f"line-{line}")
-    if not isinstance(own_id, (str, int)) or isinstance(own_id, bool):
-        raise TaskError(f"'id' is {own_id!r}; expected text or a whole number")
-    if kinds != ["messages"]:
-        return Asked(line, own_id, text_of(row, kinds[0]))
-    messages_of(row)
-    return Asked(line, own_id, row["messages"])
+def _prompt_row(values: dict[str, Any], line: int) -> PromptRow:
+    keys = [key for key in PROMPT_KEYS if key in values]
+    if not keys:
+        raise TaskError(f"the row holds none of {', '.join(PROMPT_KEYS)}; give one of them")
+    if len(keys) > 1:
+        raise TaskError(f"the row holds both {keys[0]!r} and {keys[1]!r}; give one of them")
+    [key] = keys
+    row_id = values.get("id", f"line-{line}")
+    if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
+        raise TaskError(f"'id' is {row_id!r}; expected text or a whole number")
+    if key == "messages":
+        messages_of(values)
+        return PromptRow(line, row_id, values["messages"])
+    return PromptRow(line, row_id, text_of(values, key))
 
 
-def _answer(
+# --- which layers run ----------------------------------------------------------------------------
+
+
+def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSummary]:
+    """Return the policy that runs a static path for every prompt, and the path in words."""
+    from drllm.models.healed import load_path
+    from drllm.models.routing.shares import executions_along
+
+    static_path = load_path(routed, path)
+    executions = executions_along(routed, static_path)
+    summary = PathSummary(static_path.edits(routed.num_layers), executions)
+    return routed.policy_of(static_path), summary
+
+
+def _set_depth(
     routed: RoutedModel,
-    prompt: str,
+    depth: DepthConfig,
+    calibration: Sequence[tuple[str, bool]],
     form: PromptForm,
-    config: GenerateConfig,
-    along: Along | None,
     terminal: Terminal,
-) -> None:
-    """Answer a prompt, word by word on a terminal, and say what it took."""
+) -> Policy:
+    """Return the policy of the depth settings; print a bias that is found for them."""
+    from drllm.models.routers.depth_control import encode_calibration, make_policy
+
+    texts = []
+    for text, is_rendered in calibration:
+        texts.append((text if is_rendered else form.put(text), is_rendered))
+    prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
+    searching = terminal.busy("looking for a depth bias") if prompts else nullcontext()
+    with searching:
+        policy, found = make_policy(routed, depth, prompts)
+    if found is not None:
+        terminal.note(
+            f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
+            f"executions a forward pass on {found.num_prompts} calibration prompts; next time "
+            f"give --depth-bias {found.depth_bias}"
+        )
+    return policy
+
+
+def _print_form(session: Session, routers: RouterStack | None) -> None:
+    """Print how the prompts were put, and whether the routers were trained so."""
+    if routers is None:
+        return
+    form = session.form
+    trained = routers.config.prompt_form
+    if trained is None:
+        text = f"{form}; the routers don't record how their own prompts were put"
+    elif form == trained:
+        text = f"{form}, as the routers were trained"
+    else:
+        flag = "--chat" if form.chat else "--no-chat"
+        text = f"{form}; the routers were trained on {trained}: leave {flag} out to ask so"
+    session.terminal.note(f"asked       {text}")
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def _answer_prompt(session: Session, prompt: str) -> None:
+    """Answer a prompt, word by word on a terminal, and print what it took."""
     import torch
 
-    torch.manual_seed(config.seed or 0)
-    reply = Reply(routed, form, terminal)
-    reply.generate(prompt, config)
+    terminal = session.terminal
+    routed = session.routed
+    torch.manual_seed(session.config.seed or 0)
+    reply = Reply(routed, session.form, terminal)
+    reply.generate(prompt, session.config)
     if not terminal.out.is_terminal:
         terminal.say(reply.text)
     route = routed.last_route[0].tolist()
-    num_new = len(reply.tokens)
     terminal.say()
-    if along is None:
+    if session.path is None:
         terminal.out.print(draw_route(route))
-        cost = _share(num_executions(route), routed, 0)
+        cost = _share_of_layers(num_executions(route), routed, 0)
     else:
-        terminal.say(f"path        {along.edits}")
-        cost = _share(along.executions, routed, 2)
-    terminal.say(f"executions  {cost}, {num_new} forward pass{'es' * (num_new > 1)}")
+        terminal.say(f"path        {session.path.edits}")
+        cost = _share_of_layers(session.path.executions, routed, 2)
+    num_new = len(reply.tokens)
+    passes = "forward pass" if num_new <= 1 else "forward passes"
+    terminal.say(f"executions  {cost}, {num_new} {passes}")
     terminal.say(f"tokens      {reply.num_read} read, {num_new} generated")
-    start, first, last = reply.times[0], reply.times[1], reply.times[-1]
-    decode = ""
-    if reply.speed:
-        decode = f", decode {duration(last - first)} ({reply.speed:.1f} tokens a second)"
-    terminal.say(f"time        prefill {duration(first - start)}{decode}")
+    terminal.say(f"time        {reply.describe_time()}")
 
 
 def _answer_file(
-    routed: RoutedModel,
-    asked: Sequence[Asked],
-    form: PromptForm,
-    command: CommandLine,
-    along: Along | None,
-    terminal: Terminal,
+    session: Session, file: Path, rows: Sequence[PromptRow], output: Path | None
 ) -> None:
-    """Answer all prompts, write or print the answers, and say what it took."""
+    """Answer all prompts, write or print the answers, and print what it took."""
     import torch
 
-    from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many, prompt_tokens
+    from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many
 
-    config = command.of(GenerateConfig)
-    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "chat": form.chat}
-    prompts = [form.put(row.prompt) if isinstance(row.prompt, str) else row.prompt for row in asked]
-    num_read = 0
-    for row, prompt in zip(asked, prompts, strict=True):
-        try:
-            num_read += len(prompt_tokens(routed, prompt, **shared))
-        except ConfigError as error:  # noqa: PERF203  # it names the line
-            raise ConfigError(f"{command.path('file')}, line {row.line}: {error}") from error
+    config = session.config
+    form = session.form
+    terminal = session.terminal
+    prompts = [form.put(row.prompt) if isinstance(row.prompt, str) else row.prompt for row in rows]
+    num_read = _count_tokens(session, file, rows, prompts)
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
     with terminal.progress("answering", "prompts") as progress:
         answers = generate_many(
-            routed,
+            session.routed,
             prompts,
             batch_size=config.batch_size or BATCH_SIZE,
+            max_new_tokens=config.max_new_tokens,
+            chat=form.chat,
             on_progress=progress,
-            **shared,
             **config.sampling(),
-            **form.options(routed.tokenizer),
+            **form.options(session.routed.tokenizer),
         )
     seconds = time.perf_counter() - started
-    cost = along and along.executions
-    text = "".join(
-        to_line(row, form.answer(given.text), given, cost)
-        for row, given in zip(asked, answers, strict=True)
-    )
-    tell: Callable[[str], None] = terminal.note
-    if output := command.optional_path("output"):
-        write_atomically(output, text)
-        tell = terminal.say
-        tell(f"answers     {output}")
-    else:
+    executions = None if session.path is None else session.path.executions
+    lines = []
+    for row, answer in zip(rows, answers, strict=True):
+        lines.append(to_line(row, form.answer(answer.text), answer, executions))
+    text = "".join(lines)
+    if output is None:
         terminal.out.out(text, end="")
-    routes = [given.route for given in answers]
-    plans, new = len(set(routes)), sum(len(given.tokens) for given in answers)
-    if along is None:
-        tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
+        _print_totals(session, answers, num_read, seconds, terminal.note)
+        return
+    write_atomically(output, text)
+    terminal.say(f"answers     {output}")
+    _print_totals(session, answers, num_read, seconds, terminal.say)
+
+
+def _count_tokens(
+    session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Any]
+) -> int:
+    """Return how many tokens the prompts have; ConfigError, with its line, for a bad one."""
+    from drllm.models.routing.batch_generation import prompt_tokens
+
+    num_tokens = 0
+    for row, prompt in zip(rows, prompts, strict=True):
+        try:
+            tokens = prompt_tokens(
+                session.routed,
+                prompt,
+                chat=session.form.chat,
+                max_new_tokens=session.config.max_new_tokens,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{file}, line {row.line}: {error}") from error
+        num_tokens += len(tokens)
+    return num_tokens
+
+
+def _print_totals(
+    session: Session,
+    answers: Sequence[Answer],
+    num_read: int,
+    seconds: float,
+    print_line: Callable[[str], None],
+) -> None:
+    """Print how many prompts were answered, under how many plans, and what it took."""
+    routes = [answer.route for answer in answers]
+    if session.path is None:
+        num_plans = len(set(routes))
+        plans = "plan" if num_plans == 1 else "plans"
+        print_line(f"prompts     {len(answers)} under {num_plans} {plans}")
+        executions = mean_executions(routes)
     else:
-        tell(f"prompts     {len(answers)} along one path")
-        tell(f"path        {along.edits}")
-    tell(f"executions  {_share(cost or mean_executions(routes), routed, 2)}")
-    tell(f"tokens      {num_read} read, {new} generated")
-    tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
+        print_line(f"prompts     {len(answers)} along one path")
+        print_line(f"path        {session.path.edits}")
+        executions = session.path.executions
+    num_new = sum(len(answer.tokens) for answer in answers)
+    print_line(f"executions  {_share_of_layers(executions, session.routed, 2)}")
+    print_line(f"tokens      {num_read} read, {num_new} generated")
+    print_line(
+        f"time        {duration(seconds)} ({num_new / seconds:.1f} tokens generated a second)"
+    )
 
 
-def to_line(row: Asked, text: str, given: Answer, cost: float | None = None) -> str:
-    """Write an answer as one line of JSON; `cost` is that of a path that decisions don't tell."""
+def to_line(row: PromptRow, text: str, answer: Answer, executions: float | None = None) -> str:
+    """Write an answer as one line of JSON; `executions` are those of a static path."""
+    key = "prompt" if isinstance(row.prompt, str) else "messages"
+    if executions is None:
+        executions = float(num_executions(answer.route))
     values = {
         "id": row.id,
-        "prompt" if isinstance(row.prompt, str) else "messages": row.prompt,
+        key: row.prompt,
         "answer": text.strip(),
-        "route": given.route,
-        "executions": cost or float(num_executions(given.route)),
-        "tokens": len(given.tokens),
+        "route": answer.route,
+        "executions": executions,
+        "tokens": len(answer.tokens),
     }
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _share(executed: float, routed: RoutedModel, digits: int) -> str:
-    of = routed.num_layers
-    return f"{executed:.{digits}f} of {of} a forward pass ({100 * executed / of:.0f} %)"
+def _share_of_layers(executions: float, routed: RoutedModel, digits: int) -> str:
+    """Write executions with their share of the model's layers."""
+    num_layers = routed.num_layers
+    share = 100 * executions / num_layers
+    return f"{executions:.{digits}f} of {num_layers} a forward pass ({share:.0f} %)"

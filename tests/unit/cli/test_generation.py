@@ -11,7 +11,7 @@ import torch
 
 from drllm.cli import main
 from drllm.cli.chat import Reply
-from drllm.cli.generation import Asked, read_prompts, to_line
+from drllm.cli.generation import PromptRow, read_prompts, to_line
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
 from drllm.models.base.prompts import PromptForm
@@ -80,12 +80,12 @@ def test_messages_are_refused_where_no_chat_template_is_used(tmp_path: Path, cap
 
 def test_an_answer_is_one_line_with_its_cost():
     answer = Answer(prompt="as put", text="as given", tokens=(5, 6, 2), route=(1, 0, 2))
-    line = to_line(Asked(1, "a", "Was ist »Eis«?"), " Wasser.\n", answer)
+    line = to_line(PromptRow(1, "a", "Was ist »Eis«?"), " Wasser.\n", answer)
     assert line.count("\n") == line.endswith("\n")
     assert "»Eis«" in line
     told = {"id": "a", "prompt": "Was ist »Eis«?", "answer": "Wasser.", "route": [1, 0, 2]}
     assert json.loads(line) == {**told, "executions": 3.0, "tokens": 3}
-    assert json.loads(to_line(Asked(2, 3, TALK), "Ann", answer))["messages"] == TALK
+    assert json.loads(to_line(PromptRow(2, 3, TALK), "Ann", answer))["messages"] == TALK
 
 
 def test_the_flags_say_all_about_the_draws_of_which_there_are_none_without_a_temperature():
@@ -106,3 +106,9 @@ def test_what_may_begin_the_next_prompt_is_held_back():
     for token in ["", *"4\nQuest"]:
         reply.put(torch.tensor([*map(ord, token)]))
     assert "".join(shown) == ""
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(drllm):
+    assert (
+        r"PROMPT '\udcff bad' is not a UTF-8 text" in drllm("generate", "\udcff bad", status=2).err
+    )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drllm.cli.chat import Along, chat
+from drllm.cli.chat import PathSummary, Session, chat
 from drllm.config import GenerateConfig
 from drllm.models.base.load import load
 from drllm.models.base.prompts import PromptForm
@@ -91,8 +91,9 @@ def test_a_chat_runs_every_turn_along_the_path(base, monkeypatch):
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     path = StaticPath([0, 1, 1, 1, {"layer": 3, "run": "mlp"}])
     with routed.fixed(path):
-        along = Along(path.edits(6), 4.5)
-        chat(routed, PromptForm(chat=True), GenerateConfig(max_new_tokens=2), terminal, along)
+        along = PathSummary(path.edits(6), 4.5)
+        config = GenerateConfig(max_new_tokens=2)
+        chat(Session(routed, PromptForm(chat=True), config, terminal, along))
     assert said[0] == f"path        {path.edits(6)}"
     assert "a route of its own" not in said[1]
     assert [text.startswith("4.5 of 6 executions, ") for text in said if "tokens" in text] == [
