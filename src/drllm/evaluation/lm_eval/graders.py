@@ -27,15 +27,35 @@ def entry_of(task: Task) -> Harness:
     if task.harness is not None:
         return task.harness
     task.check_answers()
+    return _choices_entry(task) if task.rewards[0] == OPTIONS_REWARD else _generated_entry(task)
 
-    def options(example: Example, _row: Row) -> dict[str, Any]:
+
+def _choices_entry(task: Task) -> Harness:
+    """Return how the harness asks a task whose options are scored."""
+
+    def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, OPTIONS_REWARD)
         # The options as one text, written in Python: of a column of lists that hold nothing but
         # dates, datasets makes dates.
         options = [text.removeprefix(" ") for text in prompt.continuations]
         return {"prompt": prompt.text, "options": repr(options), "gold": prompt.gold}
 
-    def answers(example: Example, _row: Row) -> dict[str, Any]:
+    return Harness(
+        columns=columns,
+        settings={
+            "output_type": "multiple_choice",
+            "doc_to_text": "prompt",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "gold",
+            **_averaged("acc", "acc_norm"),
+        },
+    )
+
+
+def _generated_entry(task: Task) -> Harness:
+    """Return how the harness asks a task whose answers are generated."""
+
+    def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, task.rewards[0])
         if prompt.messages:
             raise TaskError("conversations can't be evaluated; give prompts, one text each")
@@ -45,19 +65,8 @@ def entry_of(task: Task) -> Harness:
             "max_new_tokens": prompt.max_new_tokens,
         }
 
-    if task.rewards[0] == OPTIONS_REWARD:
-        return Harness(
-            columns=options,
-            settings={
-                "output_type": "multiple_choice",
-                "doc_to_text": "prompt",
-                "doc_to_choice": "{{options}}",
-                "doc_to_target": "gold",
-                **_averaged("acc", "acc_norm"),
-            },
-        )
     return Harness(
-        columns=answers,
+        columns=columns,
         settings={
             "output_type": "generate_until",
             "doc_to_text": "prompt",
@@ -77,9 +86,11 @@ def entry_of(task: Task) -> Harness:
 
 
 def _averaged(*metrics: str) -> dict[str, Any]:
-    each = {"aggregation": "mean", "higher_is_better": True}
-    listed = [{"metric": metric, **each} for metric in metrics]
-    return {"metric_list": listed, "metadata": {"version": 1}}
+    """Return the settings that have the harness report the means of some metrics."""
+    metric_list = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
+    ]
+    return {"metric_list": metric_list, "metadata": {"version": 1}}
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -100,13 +111,15 @@ def grading_of(prompt: Prompt) -> str:
     read back as something else than texts.
     """
     rule = {name: getattr(prompt, name) for name in RULE}
-    rule |= {"question": prompt.question} if prompt.question else {}
+    if prompt.question:
+        rule["question"] = prompt.question
     return json.dumps(rule, ensure_ascii=False)
 
 
 def _prompt(doc: Mapping[str, Any]) -> Prompt:
     rule = json.loads(doc["grading"])
-    return Prompt(text="", **{**rule, "other_answers": tuple(rule["other_answers"])})
+    rule["other_answers"] = tuple(rule["other_answers"])
+    return Prompt(text="", **rule)
 
 
 def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -120,12 +133,14 @@ def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         answer withheld, else 0). That a word stands for the missing answer is
         lm-evaluation-harness' prompt.
     """
-    found = _words(results[0])
-    if found == [NO_ANSWER]:
-        found = []
+    answer = _words(results[0])
+    if answer == [NO_ANSWER]:
+        answer = []
+    right_answers = [_words(text) for text in json.loads(doc["grading"])]
     # Answers that are nothing but articles and marks are left out, unless that leaves none.
-    right = [words for words in map(_words, json.loads(doc["grading"])) if words] or [[]]
-    return {"exact": float(found in right), "f1": max(_overlap(found, words) for words in right)}
+    right_answers = [words for words in right_answers if words] or [[]]
+    overlaps = [_overlap(answer, words) for words in right_answers]
+    return {"exact": float(answer in right_answers), "f1": max(overlaps)}
 
 
 def squad_shown(doc: Mapping[str, Any]) -> str:
@@ -140,8 +155,9 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _overlap(found: Sequence[str], right: Sequence[str]) -> float:
-    if not found or not right:
-        return float(found == right)
-    common = sum((Counter(found) & Counter(right)).values())
-    return 2 * common / (len(found) + len(right))
+def _overlap(answer: Sequence[str], right: Sequence[str]) -> float:
+    """Return F1 of the words of an answer and a right one."""
+    if not answer or not right:
+        return float(answer == right)
+    num_common = sum((Counter(answer) & Counter(right)).values())
+    return 2 * num_common / (len(answer) + len(right))

@@ -3,9 +3,9 @@
 Axes: P prompts, L layers.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -28,8 +28,8 @@ from drllm.evaluation.lm_eval.scoring import (
     HarnessRequest,
     OptionScore,
     RequestScorer,
-    fitted,
-    without_padding,
+    drop_repeats,
+    limit_answers,
 )
 from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
@@ -48,12 +48,16 @@ from drllm.records.static_paths import read_path
 
 MAX_ROWS = 64  # as the harness' `max_batch_size`
 PASSED_ON = (
-    *("add_bos_token", "prefix_token_id", "truncation"),
-    *("think_end_token", "enable_thinking", "chat_template_args"),
+    "add_bos_token",
+    "prefix_token_id",
+    "truncation",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
 )
 """Arguments of the harness' own class that keep their meaning."""
 PUBLISHED = "is_static_routing"  # the published name of `static_routing`
-DEPTH = (*(each.name for each in dataclasses.fields(DepthConfig)), PUBLISHED)
+DEPTH = (*(field.name for field in fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
 FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
 
@@ -62,9 +66,9 @@ FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
 class RoutedLM(HFLM):  # type: ignore[misc]
     """A base model under routing.
 
-    All continuations of a question follow one copy of its context, and the routers read
-    that context alone: one route for each question. Without routers and without a plan every
-    layer is executed once, and all numbers are those of the harness' `hf` model.
+    All continuations of a question follow one copy of its context, and the routers read that
+    context alone: one route for each question. Without routers and without a path every layer is
+    executed once, and all numbers are those of the harness' `hf` model.
 
     Args:
         pretrained: A base model (alias, hub id or folder), or a folder of routers, which names
@@ -103,48 +107,28 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         **others: Any,
     ) -> None:
-        for name in others:
-            if name not in (known := (*DEPTH, *LOADING, *PASSED_ON)):
-                known = (*known, *signature(RoutedLM).parameters)
-                raise ConfigError(unknown_name("model argument", name, known))
-        batch_size = 1 if batch_size is None else batch_size
+        _refuse_unknown(others)
+        if batch_size is None:
+            batch_size = 1
         if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
             raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
-        knobs = {name: others.pop(name) for name in DEPTH if name in others}
-        if knobs.pop(PUBLISHED, False):
-            knobs["static_routing"] = True
-        depth = changed(DepthConfig, None, knobs)
-        depth.knob()
-        stack, source, named = _routers_and_base(pretrained, routers, base)
-        if num_windows is not None and stack is None:
-            raise ConfigError(
-                f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no "
-                f"folder of routers{_not_there(pretrained)}; give their folder, or leave "
-                f"num_windows out"
-            )
-        own = num_windows if stack is None else stack.config.num_windows
-        if num_windows not in (None, own):
-            raise CheckpointError(
-                f"num_windows is {num_windows}, but these routers were trained with {own}; give "
-                f"num_windows={own}, or leave it out"
-            )
-        accelerator = None
-        if launched() > 1 and not isinstance(pretrained, BaseModel):
-            # Each process takes a device of its own, or all the CPU, where that is asked for.
-            accelerator = Accelerator(
-                cpu=device == "cpu" or not torch.cuda.is_available(),
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-            )
+        depth = _pop_depth(others)
         loading = {name: others.pop(name) for name in LOADING if name in others}
-        loaded = pretrained
-        if not isinstance(loaded, BaseModel):
-            loading |= {"model": source, "revision": loading.get("revision") or named}
-            loading["device"] = str(accelerator.device) if accelerator else device or "auto"
-            loaded = load(changed(ModelConfig, None, loading))
+        source = _resolve_source(pretrained, routers, base)
+        _check_windows(num_windows, source.routers, pretrained)
+
+        accelerator = None
+        if isinstance(pretrained, BaseModel):
+            self.base = pretrained
+        else:
+            accelerator = _join_processes(device)
+            if accelerator is not None:
+                device = str(accelerator.device)
+            self.base = _load_base(source, device, loading)
         with quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
             super().__init__(
-                loaded.model,
-                tokenizer=loaded.tokenizer,
+                self.base.model,
+                tokenizer=self.base.tokenizer,
                 batch_size=batch_size,
                 max_batch_size=max_batch_size or MAX_ROWS,
                 max_length=max_length,
@@ -155,18 +139,19 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             self.accelerator = accelerator
             self._rank = accelerator.process_index
             self._world_size = accelerator.num_processes
-        self.base = loaded
-        self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
-        self.routers_source = None if stack is None else str(routers or pretrained)
+
+        self.routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
+        self.routers_source = None if source.routers is None else str(routers or pretrained)
         self.path_source: str | None = None
-        self.policy = self._policy(depth, path)
-        sizes = self.max_length, self.batch_size, self.max_batch_size
-        self.scorer = RequestScorer(self.routed, *sizes)
-        self.shared_counts = self.scorer.counts
-        self._contexts: list[str] = []
-        # Which policy decides on the answers to a batch's prompts.
+        self.policy = self._make_policy(depth, path)
+        # Decides on the answers to a batch's prompts.
         self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
+        self.scorer = RequestScorer(
+            self.routed, self.max_length, self.batch_size, self.max_batch_size
+        )
+        self.shared_counts = self.scorer.counts
         self.generated_routes: dict[str, Decisions] = {}
+        self._contexts: list[str] = []  # the prompts that are generated from next
         self._prefix = CommonPrefix(self.routed)
 
     @classmethod
@@ -187,47 +172,52 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         flags = {name: value for name, value in (additional_config or {}).items() if value}
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
-    def _policy(self, depth: DepthConfig, path: str | None) -> Policy:
-        if path is not None:
-            if other := "routers" if self.routed.routers is not None else depth.knob():
-                raise ConfigError(f"path={path} and {other} would both decide; leave one out")
-            plan = read_path(path)
-            named = plan.found.name if plan.found else ""
-            self.path_source = f"{plan.file}:{named}" if named else str(plan.file)
-            return self.routed.policy_of(load_path(self.routed, plan))
-        texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
-        prompts = encode_calibration(texts, self.tokenizer, chat=False)
-        return make_policy(self.routed, depth, prompts)[0]
+    def _make_policy(self, depth: DepthConfig, path: str | None) -> Policy:
+        if path is None:
+            texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
+            prompts = encode_calibration(texts, self.tokenizer, chat=False)
+            return make_policy(self.routed, depth, prompts)[0]
+        rival = depth.knob() if self.routed.routers is None else "routers"
+        if rival:
+            raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
+        plan = read_path(path)
+        self.path_source = str(plan.file)
+        if plan.found and plan.found.name:
+            self.path_source += f":{plan.found.name}"
+        return self.routed.policy_of(load_path(self.routed, plan))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[OptionScore]:
-        """Score continuations, those of one question together; see `scoring.asked`."""
+        """Score continuations, those of one question together; see `scoring.batch_requests`."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
-        rows = [self.request_of(each) for each in requests]
-        with tqdm(desc="scoring", total=len(rows), disable=disable_tqdm or self.rank != 0) as bar:
+        encoded = [self.request_of(request) for request in requests]
+        is_silent = disable_tqdm or self.rank != 0
+        with tqdm(desc="scoring", total=len(encoded), disable=is_silent) as bar:
             answers, _ = self.scorer.score(
-                rows, self.policy, by_prompt=self.policy.reads_prompt, on_progress=bar.update
+                encoded, self.policy, by_prompt=self.policy.reads_prompt, on_progress=bar.update
             )
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
 
     def request_of(self, instance: Instance) -> HarnessRequest:
-        """Return a request of the harness as tokens."""
+        """Encode a request of the harness."""
         question = (instance.task_name, instance.doc_id)
         context, continuation = instance.args
         if context != "":
-            return HarnessRequest(question, *self._encode_pair(context, continuation))
+            context_ids, continuation_ids = self._encode_pair(context, continuation)
+            return HarnessRequest(question, context_ids, continuation_ids)
         if self.policy.reads_prompt:
             raise RoutingError(
                 f"{instance.task_name} scores text without a prompt, so nothing can decide on "
                 f"its route; {FIXED}"
             )
         tokens = self.tok_encode(continuation, add_special_tokens=False)
-        whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
-        return HarnessRequest(question, whole[:1], whole[1:])
+        if tokens[0] != self.prefix_token_id:
+            tokens = [self.prefix_token_id, *tokens]
+        return HarnessRequest(question, tokens[:1], tokens[1:])
 
     def _loglikelihood_tokens(
         self,
@@ -241,57 +231,66 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
                 f"{FIXED}"
             )
-        rows = [HarnessRequest(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
-        return self.scorer.score(rows, self.policy, by_prompt=False)[0]
+        windows = []
+        for place, (_, context, continuation) in enumerate(requests):
+            windows.append(HarnessRequest(place, context, continuation))
+        answers, _ = self.scorer.score(windows, self.policy, by_prompt=False)
+        return answers
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Encode prompts, and remember whose routes come next."""
+        """Encode prompts, and remember them for `_model_generate`."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
-        policy, routes = self.policy_of(self._contexts), None
-        if found := self._prefix.before(policy, context, kwargs):
-            context, kwargs, routes = found
+        policy = self.policy_of(self._contexts)
+        prefixed = self._prefix.read(policy, context, kwargs)
+        if prefixed is not None:
+            context = prefixed.ids
+            kwargs = prefixed.options
         with self.routed.using(policy):
             output = super()._model_generate(context, *args, **kwargs)
-        if routes is None:
+        if prefixed is not None:
+            routes = prefixed.routes
+        else:
             copies = len(self.routed.last_route) // len(self._contexts)
             routes = self.routed.last_route[::copies]
         self.scorer.count(routes)
-        self.generated_routes.update(zip(self._contexts, map(tuple, routes.tolist()), strict=True))
+        for prompt, route in zip(self._contexts, routes.tolist(), strict=True):
+            self.generated_routes[prompt] = tuple(route)
         return output
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate answers; decisions are taken in the prefill, and pinned.
 
-        Answers that the model has no room for are shorter, with a warning (see `scoring.fitted`).
+        Answers that the model has no room for are shorter, with a warning (see `limit_answers`).
         """
-        wanted, places = without_padding(requests)
-        room = self.max_length, self.max_gen_toks
-        asked = fitted(wanted, self.tok_encode, *room, warns=self.rank == 0)
-        texts: list[str] = super().generate_until(asked, disable_tqdm=disable_tqdm)
+        kept, places = drop_repeats(requests)
+        limited = limit_answers(
+            kept, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
+        )
+        texts: list[str] = super().generate_until(limited, disable_tqdm=disable_tqdm)
         return [texts[place] for place in places]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
         size = PathSize(self.max_length, 1, keeps_kv=True)
-        found: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
-        if self.world_size > 1:
-            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
-        return found
+        number: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
+        if self.world_size > 1:  # processes generate as many side by side as the smallest can
+            number = int(self.all_gather(torch.tensor([number], device=self.device)).min())
+        return number
 
     def barrier(self) -> None:
         """Wait for all processes, and add up what they counted: the harness calls it in each."""
         super().barrier()
         if self.world_size > 1:
-            own = torch.tensor([self.scorer.counts], device=self.device)
-            self.shared_counts = self.all_gather(own).sum(dim=0).tolist()
+            counts = torch.tensor([self.scorer.counts], device=self.device)
+            self.shared_counts = self.all_gather(counts).sum(dim=0).tolist()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes next to its results.
 
-        `prompts` are those of all processes, each question once, of rolling texts the windows.
+        `prompts` counts those of all processes, each question once; of rolling texts, the windows.
         """
         prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
         executions: float = executed / max(prompts, 1)
@@ -315,38 +314,118 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         }
 
 
-def _routers_and_base(
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model and its routers come from."""
+
+    routers: RouterStack | None
+    base: str  # the base model's name
+    revision: str | None = None  # of the base, where the routers name one
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Refuse model arguments that neither we nor the harness' class know."""
+    names = (*DEPTH, *LOADING, *PASSED_ON)
+    for name in arguments:
+        if name not in names:
+            choices = (*names, *signature(RoutedLM).parameters)
+            raise ConfigError(unknown_name("model argument", name, choices))
+
+
+def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
+    """Take the settings of depth out of model arguments."""
+    settings = {name: arguments.pop(name) for name in DEPTH if name in arguments}
+    if settings.pop(PUBLISHED, False):
+        settings["static_routing"] = True
+    depth = changed(DepthConfig, None, settings)
+    depth.knob()  # refuses settings that don't go together
+    return depth
+
+
+def _join_processes(device: str | None) -> Accelerator | None:
+    """Give each of several processes a device of its own, or all of them the CPU."""
+    if launched() == 1:
+        return None
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
+    """Load the base model; the revision is the user's, else the one that the routers name."""
+    settings = {
+        **loading,
+        "model": source.base,
+        "revision": loading.get("revision") or source.revision,
+        "device": device or "auto",
+    }
+    return load(changed(ModelConfig, None, settings))
+
+
+def _check_windows(
+    num_windows: int | None, routers: RouterStack | None, pretrained: str | BaseModel
+) -> None:
+    """Refuse a number of windows that isn't the routers' own."""
+    if num_windows is None:
+        return
+    if routers is None:
+        raise ConfigError(
+            f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no "
+            f"folder of routers{_missing_folder(pretrained)}; give their folder, or leave "
+            f"num_windows out"
+        )
+    trained = routers.config.num_windows
+    if num_windows != trained:
+        raise CheckpointError(
+            f"num_windows is {num_windows}, but these routers were trained with {trained}; give "
+            f"num_windows={trained}, or leave it out"
+        )
+
+
+def _resolve_source(
     pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
-) -> tuple[RouterStack | None, str, str | None]:
-    """Return the routers, the base model's name, and its revision where the routers name one."""
-    stack = routers if isinstance(routers, RouterStack) else None
+) -> _Source:
+    """Load the routers, and find out which base model they are for."""
     is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
-    if isinstance(routers, str) and not is_folder:
-        stack = load_routers(find_routers(Path(routers)))
+    if isinstance(pretrained, str) and is_folder:
+        return _resolve_folder(pretrained, routers, base)
+    if isinstance(routers, str):
+        routers = load_routers(find_routers(Path(routers)))
     if isinstance(pretrained, BaseModel):
-        return stack, pretrained.name, None
-    if not is_folder:
-        if base is not None:
-            raise ConfigError(
-                f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
-                f"{_not_there(pretrained)}; give the base as pretrained and the routers as routers="
-            )
-        return stack, pretrained, None
+        return _Source(routers, pretrained.name)
+    if base is not None:
+        raise ConfigError(
+            f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
+            f"{_missing_folder(pretrained)}; give the base as pretrained and the routers as "
+            f"routers="
+        )
+    return _Source(routers, pretrained)
+
+
+def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | None) -> _Source:
+    """Load the routers of a folder, which names their base model unless it is given."""
     if routers is not None:
         raise ConfigError(
-            f"pretrained={pretrained} is a folder of routers, and routers={routers} is given too; "
+            f"pretrained={folder} is a folder of routers, and routers={routers} is given too; "
             f"give the base model as pretrained, or leave routers out"
         )
-    stack = load_routers(pretrained)
+    stack = load_routers(folder)
+    if base is not None:
+        return _Source(stack, base)
     config = stack.config
-    if base is None and not config.base_model:
+    if not config.base_model:
         raise CheckpointError(
-            f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
+            f"the routers in {folder} don't name their base model; give it as base=MODEL"
         )
-    return stack, base or config.base_model, None if base else config.base_revision
+    return _Source(stack, config.base_model, config.base_revision)
 
 
-def _not_there(pretrained: str | BaseModel) -> str:
+def _missing_folder(pretrained: str | BaseModel) -> str:
     """Say that there is no such folder, where a name looks like one: not for an alias."""
-    folder = Path(pretrained) if isinstance(pretrained, str) else Path()
-    return "" if folder.exists() or len(folder.parts) == 1 else " (there is no such folder)"
+    if isinstance(pretrained, BaseModel):
+        return ""
+    folder = Path(pretrained)
+    if folder.exists() or len(folder.parts) == 1:
+        return ""
+    return " (there is no such folder)"

@@ -10,7 +10,13 @@ from lm_eval.api.instance import Instance
 
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval import scoring
-from drllm.evaluation.lm_eval.scoring import STEPS, HarnessRequest, asked, fitted, without_padding
+from drllm.evaluation.lm_eval.scoring import (
+    STEPS,
+    HarnessRequest,
+    batch_requests,
+    drop_repeats,
+    limit_answers,
+)
 
 LONG = 1000
 CONTEXT = 160
@@ -20,7 +26,7 @@ NAMES = (f"task {number}" for number in itertools.count())
 def test_the_continuations_of_one_context_stand_behind_it_together_each_once():
     first, other = HarnessRequest("a", [1, 2], [7]), HarnessRequest("b", [3], [7])
     wanted = [first, other, HarnessRequest("a", [1, 2], [8, 9]), first]
-    found = asked(wanted, LONG, by_prompt=True)
+    found = batch_requests(wanted, LONG, by_prompt=True)
     first, second = found.questions
     assert (first.context, first.continuations) == ((1, 2), [(7,), (8, 9)])
     assert (second.context, second.continuations) == ((3,), [(7,)])
@@ -33,7 +39,7 @@ def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_
         HarnessRequest("gap", [1, 2, 30], [7, 8]),
         HarnessRequest("gap", [1, 2, 40, 41], [7, 8]),
     ]
-    [question] = asked(wanted, LONG, by_prompt=True).questions
+    [question] = batch_requests(wanted, LONG, by_prompt=True).questions
     assert question.context == (1, 2)
     assert question.continuations == [(30, 7, 8), (40, 41, 7, 8)]
     assert question.num_unscored == [1, 2]
@@ -46,11 +52,11 @@ def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused()
         HarnessRequest(key, [5], [7]),
         HarnessRequest(key, [1, 2], [8]),
     ]
-    found = asked(wanted, LONG, by_prompt=False)
+    found = batch_requests(wanted, LONG, by_prompt=False)
     assert [question.context for question in found.questions] == [(1, 2), (5,)]
     assert found.places == [(0, 0), (1, 0), (0, 1)]
     with pytest.raises(TaskError, match=r"pmi 3 have no prompt in common.*path=FILE"):
-        asked(wanted, LONG, by_prompt=True)
+        batch_requests(wanted, LONG, by_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +68,13 @@ def test_what_is_too_long_loses_its_beginning_alike_where_somebody_decides_on_it
     by_prompt, contexts
 ):
     wanted = [HarnessRequest("a", [1, 2, 3, 4], [7]), HarnessRequest("a", [1, 2, 3, 4], [8, 9])]
-    found = asked(wanted, 3, by_prompt=by_prompt).questions
+    found = batch_requests(wanted, 3, by_prompt=by_prompt).questions
     assert [question.context for question in found] == contexts
 
 
 def test_a_continuation_that_the_model_cannot_read_is_refused():
     with pytest.raises(TaskError, match="continuation of arc 0 has 4 tokens, the model reads 3"):
-        asked([HarnessRequest(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
+        batch_requests([HarnessRequest(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
 
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=5)
@@ -76,7 +82,7 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=5)
 
 @given(st.lists(st.builds(HarnessRequest, st.sampled_from("abc"), tokens, tokens), max_size=12))
 def test_every_request_is_found_again_whole_at_its_place(wanted):
-    found = asked(wanted, LONG, by_prompt=False)
+    found = batch_requests(wanted, LONG, by_prompt=False)
     for request, (place, number) in zip(wanted, found.places, strict=True):
         question = found.questions[place]
         behind = question.continuations[number]
@@ -97,20 +103,20 @@ def request(length, most, task, **others):
 
 
 def lengths(wanted):
-    found = fitted(wanted, encode, CONTEXT, 256, warns=False)
+    found = limit_answers(wanted, encode, CONTEXT, 256, warns=False)
     return [dict(each.args[1])["max_gen_toks"] for each in found]
 
 
 @pytest.fixture
 def task():
     """A name that nothing was said of yet."""
-    scoring._warn.cache_clear()
+    scoring._warn_once.cache_clear()
     return next(NAMES)
 
 
 def test_what_fits_or_asks_for_half_of_the_context_stays_as_it_is(task):
     fitting = [request(60, 100, task), request(150, 80, task), request(1, 159, task)]
-    found = fitted(fitting, encode, CONTEXT, 256, warns=True)
+    found = limit_answers(fitting, encode, CONTEXT, 256, warns=True)
     assert all(one is other for one, other in zip(fitting, found, strict=True))
 
 
@@ -126,7 +132,7 @@ def test_an_answer_gets_what_its_prompt_leaves_in_steps_and_half_of_the_context_
 
 def test_requests_and_their_other_settings_are_left_alone(task):
     before = request(100, 32768, task, temperature=0.7, do_sample=True)
-    [after] = fitted([before], encode, CONTEXT, 256, warns=False)
+    [after] = limit_answers([before], encode, CONTEXT, 256, warns=False)
     assert before.args[1]["max_gen_toks"] == 32768
     assert after.args[0] == before.args[0]
     assert {**after.args[1], "max_gen_toks": 32768} == before.args[1]
@@ -136,17 +142,17 @@ def test_requests_and_their_other_settings_are_left_alone(task):
 def test_every_way_of_asking_is_understood(task, name):
     settings = {"until": []} if name is None else {name: 500, "until": []}
     asked = Instance("generate_until", {}, ("x" * 10, settings), 0, (task, 0, 1))
-    [found] = fitted([asked], encode, CONTEXT, 256, warns=False)
+    [found] = limit_answers([asked], encode, CONTEXT, 256, warns=False)
     assert found.args[1]["max_gen_toks"] == CONTEXT - 10
     assert name not in found.args[1]
 
 
 def test_one_process_of_several_says_once_what_was_asked_for_and_what_is_given(task, caplog):
     wanted = [request(length, 32768, task) for length in (12, 75, 140)]
-    fitted(wanted, encode, CONTEXT, 256, warns=False)
+    limit_answers(wanted, encode, CONTEXT, 256, warns=False)
     assert caplog.records == []
     for _ in range(3):
-        fitted(wanted, encode, CONTEXT, 256, warns=True)
+        limit_answers(wanted, encode, CONTEXT, 256, warns=True)
     assert [record.getMessage() for record in caplog.records] == [
         f"{task} asks for answers of up to 32768 tokens, and the model holds 160 with the "
         f"question; answers have at most 80 to 140"
@@ -155,5 +161,5 @@ def test_one_process_of_several_says_once_what_was_asked_for_and_what_is_given(t
 
 def test_what_fills_a_process_up_is_asked_once():
     one, twice = SimpleNamespace(repeats=1), SimpleNamespace(repeats=2)
-    wanted, places = without_padding([one, twice, twice, twice, twice])
+    wanted, places = drop_repeats([one, twice, twice, twice, twice])
     assert (wanted, places) == ([one, twice, twice], [0, 1, 2, 2, 2])
