@@ -252,14 +252,15 @@ def show_paths(file: Path, terminal: Terminal) -> None:
     """Print the paths of a `paths.json`, task by task, and what is certified."""
     found = read_paths(file)
     for task in found.tasks:
-        rows = tuned.rows(found, task)
+        rows = tuned.path_rows(found, task)
         terminal.table(tuned.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
-        if said := tuned.lost(found, task):
-            terminal.say(said)
+        sentence = tuned.compare_test_with_fit(found, task)
+        if sentence:
+            terminal.say(sentence)
     if found.division:
         terminal.say(found.division)
     for path in found.paths[1:]:
-        terminal.fact(path.name, tuned.in_words(found, path))
+        terminal.fact(path.name, tuned.describe_path(found, path))
     for sentence in found.choice.sentences() if found.choice else ():
         terminal.say(sentence)
     terminal.fact("paths", file)
@@ -268,8 +269,8 @@ def show_paths(file: Path, terminal: Terminal) -> None:
 def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
     found = read_healed(file)
-    terminal.table(tuned.LOSSES, tuned.losses(found), tuned.LOSSES_ARE, 1)
-    terminal.say(tuned.healing(found))
+    terminal.table(tuned.LOSS_COLUMNS, tuned.loss_rows(found), tuned.LOSS_CAPTION, 1)
+    terminal.say(tuned.describe_healing(found))
     terminal.fact(found.name, found.path.with_adapter("").edits(found.num_layers))
     terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
     terminal.fact("healed path", file.parent)

@@ -1,4 +1,4 @@
-"""What a report consists of, before it is HTML or Markdown: plain values with plain text.
+"""The parts of a report, before they are HTML or Markdown: plain values with plain text.
 
 Texts are never markup: the templates escape all of them.
 """
@@ -14,20 +14,20 @@ from drllm.reporting.numbers import NONE
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """Lines in order; `codes` says what to type at each, and numbers them."""
+    """Lines in order; with `codes`, the commands that go with them, they are numbered."""
 
     lines: Sequence[str]
     codes: Sequence[str] = ()
 
 
 class Verdicts(msgspec.Struct, frozen=True):
-    """What the report says first: the task's name, empty where there is one, and one line."""
+    """The findings that a report begins with: of each its task, empty if it has one, and a line."""
 
     lines: Sequence[tuple[str, str]]
 
 
 class Tile(msgspec.Struct, frozen=True):
-    """One number that counts, with what it means in small print; `shown` is a verdict's label."""
+    """One key figure with its meaning in small print; `shown` is the verdict's label."""
 
     title: str
     value: str
@@ -45,7 +45,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row names the row.
 
     The columns `words` hold words (left-aligned), the others numbers. The row that `bold` names
-    stands out. `same` says what would be the same in every row.
+    stands out. `same` has what would be the same in every row.
     """
 
     caption: str
@@ -56,37 +56,49 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     same: str = ""
 
     @classmethod
-    def made(
+    def from_rows(
         cls,
         caption: str,
-        names: str,
+        header: str,
         rows: Sequence[Sequence[str]],
         words: str = "",
         bold: str = "",
     ) -> "Table":
-        """Make a table of rows, with the columns' names between bars; `words` are names too.
+        """Make a table, leaving out columns that say nothing.
 
-        Columns that say the same of several rows are said once instead, and those that say nothing
-        are left out.
+        A column with one value in all of several rows is said once, in `same`.
+
+        Args:
+            caption: What the table shows.
+            header: The columns' names, with `|` between them.
+            rows: Their cells; the first names the row.
+            words: Names of the columns that hold words, with `|` between them.
+            bold: The row that stands out.
         """
-        header, wordy = names.split("|"), words.split("|")
-        columns = [set(column) for column in zip(*rows, strict=True)] or [set[str]()] * len(header)
-        alike = [len(column) == 1 and len(rows) > 1 for column in columns]
-        told = [column != {NONE} for column in columns]
-        kept = [i for i in range(len(header)) if not i or (told[i] and not alike[i])]
-        same = [f"{header[i]} {rows[0][i]}" for i in range(1, len(header)) if alike[i] and told[i]]
+        names = header.split("|")
+        shown = [0]
+        same: list[str] = []
+        for column in range(1, len(names)):
+            values = {row[column] for row in rows}
+            if values == {NONE}:
+                continue
+            if len(values) == 1 and len(rows) > 1:
+                same.append(f"{names[column]} {rows[0][column]}")
+            else:
+                shown.append(column)
+        wordy = {names[0], *words.split("|")}
         return cls(
             caption=caption,
-            header=[header[i] for i in kept],
-            rows=[[row[i] for i in kept] for row in rows],
-            words=[place for place, i in enumerate(kept) if not i or header[i] in wordy],
+            header=[names[column] for column in shown],
+            rows=[[row[column] for column in shown] for row in rows],
+            words=[place for place, column in enumerate(shown) if names[column] in wordy],
             bold=bold,
             same="; ".join(same),
         )
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """A drawing, with words for a file's name, and for a reader who can't see it (`alt`).
+    """A drawing with its file's name, its caption, and a text for readers who can't see it (`alt`).
 
     A large one takes the page's width, and is drawn again for a phone's.
     """
@@ -102,9 +114,9 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure  # a text i
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks, then what a template of that name makes of the values.
+    """A heading with its blocks, and then what a template makes of values.
 
-    `level` is 2, 3 or 4. A folded one is shown on request.
+    `level` is 2, 3 or 4. A folded section is shown on request.
     """
 
     title: str
@@ -116,7 +128,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A whole report: title, what it is about, what it says first, and its sections."""
+    """A whole report: its title, a line about it, its first blocks, and its sections."""
 
     title: str
     about: str
@@ -124,15 +136,16 @@ class Document(msgspec.Struct, frozen=True):
     sections: Sequence[Section]
 
     def figures(self) -> dict[Figure, str]:
-        """Return the drawings in their order, each with a name of its own that files can have."""
-        found: dict[Figure, str] = {}
-        for figure in (block for section in self.sections for block in section.blocks):
-            if isinstance(figure, Figure):
-                words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
-                found[figure] = f"{len(found) + 1:02d}-{words}"
-        return found
+        """Return the drawings in their order, each with a name of its own for its file."""
+        names: dict[Figure, str] = {}
+        for section in self.sections:
+            for block in section.blocks:
+                if isinstance(block, Figure):
+                    words = re.sub(r"[^a-z0-9]+", "-", block.name.lower()).strip("-")
+                    names[block] = f"{len(names) + 1:02d}-{words}"
+        return names
 
 
 def lowered(sections: Iterable[Section]) -> list[Section]:
     """Return sections one level down."""
-    return [msgspec.structs.replace(each, level=each.level + 1) for each in sections]
+    return [msgspec.structs.replace(section, level=section.level + 1) for section in sections]

@@ -1,7 +1,7 @@
 """The part of a report about results: tiles, plot, table of systems, routes, questions, cost.
 
-What is claimed are the evaluation's own findings and the labels of its verdicts; nothing is judged
-here, and nothing derived is called measured. `drllm show` prints `measured_line`. Axes: L layers.
+All claims are the evaluation's findings and the labels of its verdicts: nothing is judged here, and
+nothing derived is called measured. `drllm show` prints `measured_line`. Axes: L layers.
 """
 
 from collections.abc import Sequence
@@ -25,68 +25,101 @@ ROWS = 5
 
 
 def tiles(evaluation: results.Evaluation, measured: results.Latency | None) -> Tiles:
-    """Return the four numbers that count: layers saved, both differences, measured time."""
+    """Return the key figures: layers saved, both differences, the most accurate system, time."""
     ours = evaluation.compared
-    if ours is None or (found := ours.against_base) is None:
+    if ours is None or ours.against_base is None:
         return Tiles([time_tile(measured)])
-    saved = share_saved(ours.executions, evaluation.num_layers)
-    run = f"{plain(ours.executions, 2)} of {evaluation.num_layers} run a forward pass"
-    title = "Layers saved" if saved >= 0 else "More layers run"
+    name = evaluation.called(ours)
     score = evaluation.score if evaluation.is_graded else "Accuracy"
-    called = evaluation.called(ours)
-    before = f"base {percent(evaluation.base.accuracy)}, {called} {percent(ours.accuracy)}"
-    whose = f"{called} minus base"
-    each = [
-        Tile(title, percent(abs(saved)), run),
-        _tile(f"{score}, {whose}", found.accuracy, "points", before),
+    before = f"base {percent(evaluation.base.accuracy)}, {name} {percent(ours.accuracy)}"
+    accuracy = ours.against_base.accuracy
+    shown = [
+        _saved_tile(evaluation, ours),
+        _difference_tile(f"{score}, {name} minus base", accuracy, "points", before),
     ]
-    if found.text_loss is not None:
-        less_is_better = "nats a token; less is better"
-        each.append(_tile(f"Next-token loss, {whose}", found.text_loss, "nats", less_is_better))
-    return Tiles([*each, time_tile(measured)])
+    loss = ours.against_base.text_loss
+    if loss is not None:
+        note = "nats a token; less is better"
+        shown.append(_difference_tile(f"Next-token loss, {name} minus base", loss, "nats", note))
+    best = most_accurate(evaluation)
+    if best is not None and best is not ours:
+        shown.append(_most_accurate_tile(evaluation, best))
+    shown.append(time_tile(measured))
+    return Tiles(shown)
 
 
-def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
-    low, high = map(verdict.write, verdict.interval)
-    size, said = verdict.write(verdict.mean), f"95 % interval {low} to {high}; {note}"
-    return Tile(title, f"{size} {unit}", said, verdict.label)
+def most_accurate(evaluation: results.Evaluation) -> results.System | None:
+    """Return the most accurate system that runs fewer layers than base; of equals the cheapest.
+
+    Baselines that are means over draws are left out, since nobody can use a mean.
+    """
+    cheaper = [
+        system
+        for system in evaluation.systems
+        if system.draws == 1 and system.executions < evaluation.num_layers
+    ]
+    return max(cheaper, key=lambda system: (system.accuracy, -system.executions), default=None)
+
+
+def _saved_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
+    saved = share_saved(system.executions, evaluation.num_layers)
+    title = "Layers saved" if saved >= 0 else "More layers run"
+    run = f"{plain(system.executions, 2)} of {evaluation.num_layers} run a forward pass"
+    return Tile(title, percent(abs(saved)), run)
+
+
+def _most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
+    title = f"Most accurate that saves layers: {evaluation.called(system)}"
+    run = f"{plain(system.executions, 2)} of {evaluation.num_layers} run"
+    return Tile(title, percent(system.accuracy), f"{run}; base {percent(evaluation.base.accuracy)}")
+
+
+def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
+    low, high = (verdict.write(end) for end in verdict.interval)
+    value = f"{verdict.write(verdict.mean)} {unit}"
+    return Tile(title, value, f"95 % interval {low} to {high}; {note}", verdict.label)
 
 
 def sections(run: Run, evaluation: results.Result) -> list[Section]:
     """Return the plot, the table of systems, the certified choice, routes and changed answers."""
-    found = [
+    parts = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
         Section("Systems", template="table.j2", values={"evaluation": evaluation}),
     ]
-    if choice := evaluation.choice:
-        *sentences, verdict = choice.sentences()
-        found.append(
-            Section("Certified choice", [verdict, Listing(sentences)] if sentences else [verdict])
-        )
-    if routes := evaluation.routes():
-        found.append(Section("Routes by layer", [_routes(run, routes)]))
+    if evaluation.choice:
+        *sentences, verdict = evaluation.choice.sentences()
+        trials = [Listing(sentences)] if sentences else []
+        parts.append(Section("Certified choice", [verdict, *trials]))
+    routes = evaluation.routes()
+    if routes:
+        parts.append(Section("Routes by layer", [_routes(run, routes)]))
     both = {results.BASE, results.ROUTED}
-    able = [each for each in evaluation.samples if both <= each.systems.keys()]
-    if able:
-        found.append(Section("Questions won and lost", _changed(evaluation, able)))
-    return found
+    samples = [sample for sample in evaluation.samples if both <= sample.systems.keys()]
+    if samples:
+        parts.append(Section("Questions won and lost", _changed(evaluation, samples)))
+    return parts
 
 
 def _plot(evaluation: results.Evaluation) -> Figure:
-    shown = ", ".join(
-        f"{each.name} {percent(each.accuracy)} at {plain(each.executions, 2)}"
-        for each in evaluation.systems
+    points = ", ".join(
+        f"{system.name} {percent(system.accuracy)} at {plain(system.executions, 2)}"
+        for system in evaluation.systems
     )
-    depths = "; lines join a system's depths" if any(e.setting for e in evaluation.curve) else ""
-    static = f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
-    depths += static if evaluation.paths else ""
-    barred = figures.STATIC if evaluation.paths and not evaluation.routed else results.ROUTED
+    is_static = bool(evaluation.paths) and not evaluation.routed
+    compared = figures.STATIC if is_static else results.ROUTED
+    caption = (
+        f"Higher is better, further left is cheaper. Bars are 95 % intervals of base and "
+        f"{compared}; the horizontal line is base's accuracy"
+    )
+    if any(point.setting for point in evaluation.curve):
+        caption += "; lines join a system's depths"
+    if evaluation.paths:
+        caption += f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
     return Figure(
         draw=partial(figures.accuracy_by_executions, evaluation),
         name=f"{evaluation.task} systems",
-        alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {shown}.",
-        caption=f"Higher is better, further left is cheaper. Bars are 95 % intervals of base and "
-        f"{barred}; the horizontal line is base's accuracy{depths}.",
+        alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {points}.",
+        caption=f"{caption}.",
         is_large=True,
     )
 
@@ -94,22 +127,23 @@ def _plot(evaluation: results.Evaluation) -> Figure:
 def details(evaluation: results.Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
     values = {"evaluation": evaluation}
-    found = [Section("What the systems are", (), 2, True, "systems.j2", values)]
+    parts = [Section("What the systems are", (), 2, True, "systems.j2", values)]
     if evaluation.curve:
-        found.append(Section("All depths in numbers", (), 2, True, "depths.j2", values))
-    return found
+        parts.append(Section("All depths in numbers", (), 2, True, "depths.j2", values))
+    return parts
 
 
 def side_by_side(
     what: str, named: Sequence[tuple[str, results.Evaluation]], caption: str
 ) -> Section:
     """Return base, routed model at all depths, and paths, of runs or tasks (`what` says which)."""
-    placed: list[tuple[str, results.Evaluation, results.System | results.Point]] = []
-    for name, each in named:
-        shown = {results.BASE, results.ROUTED, *each.paths}
-        placed += [(name, each, one) for one in each.systems if one.name in shown]
-        placed += [(name, each, one) for one in each.curve if one.system == results.ROUTED]
-    values = {"what": what, "named": placed, "caption": caption}
+    rows: list[tuple[str, results.Evaluation, results.System | results.Point]] = []
+    for name, evaluation in named:
+        shown = {results.BASE, results.ROUTED, *evaluation.paths}
+        systems = [system for system in evaluation.systems if system.name in shown]
+        points = [point for point in evaluation.curve if point.system == results.ROUTED]
+        rows += [(name, evaluation, result) for result in (*systems, *points)]
+    values = {"what": what, "named": rows, "caption": caption}
     return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
 
 
@@ -119,73 +153,92 @@ def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
 
 
 def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
-    distinct, shares = len(set(routes)), _shares(routes)
+    shares = _shares(routes)
     targets = [record.optimal_layer_config for record in run.supervision]
-    mean = plain(sum(map(num_executions, routes)) / len(routes), 2)
-    skipped = sorted(range(len(shares)), key=lambda layer: -shares[layer][Decision.SKIP])[:3]
-    told = ", ".join(f"{layer} ({percent(shares[layer][Decision.SKIP], 0)})" for layer in skipped)
-    strokes = " Strokes are what the routers were trained for." if targets else ""
+    skips = {layer: share[Decision.SKIP] for layer, share in enumerate(shares)}
+    most = sorted(skips, key=lambda layer: -skips[layer])[:3]
+    skipped = ", ".join(f"{layer} ({percent(skips[layer], 0)})" for layer in most)
+    distinct = len(set(routes))
+    mean = sum(num_executions(route) for route in routes) / len(routes)
+    caption = (
+        f"{count(distinct)} distinct {'route' if distinct == 1 else 'routes'} on "
+        f"{count(len(routes))} questions, {plain(mean, 2)} layers run on average."
+    )
+    if targets:
+        caption += " Strokes are what the routers were trained for."
     return Figure(
         draw=partial(figures.routes_by_layer, shares, _shares(targets) if targets else None),
         name="routes by layer",
-        alt=f"How often each layer is skipped, executed and repeated. Skipped most: {told}.",
-        caption=f"{count(distinct)} distinct {'route' if distinct == 1 else 'routes'} on "
-        f"{count(len(routes))} questions, {mean} layers run on average.{strokes}",
+        alt=f"How often each layer is skipped, executed and repeated. Skipped most: {skipped}.",
+        caption=caption,
         is_large=True,
     )
 
 
 def _change(sample: results.Sample) -> float:
-    """Return what routing makes of a question: above 0 it is won, below 0 lost."""
+    """Return how routing changes a question's grade: above 0 it is won, below 0 lost."""
     return sample.systems[results.ROUTED].correct - sample.systems[results.BASE].correct
 
 
-def _changed(evaluation: results.Result, able: Sequence[results.Sample]) -> list[Block]:
-    won = [sample for sample in able if _change(sample) > 0]
-    lost = [sample for sample in able if _change(sample) < 0]
-    same = [sample for sample in able if _change(sample) == 0]
+def _changed(evaluation: results.Result, samples: Sequence[results.Sample]) -> list[Block]:
+    """Return how many questions change with routing, and the first of them."""
+    won = [sample for sample in samples if _change(sample) > 0]
+    lost = [sample for sample in samples if _change(sample) < 0]
+    same = [sample for sample in samples if _change(sample) == 0]
     if evaluation.is_graded:
-        kept = f"{count(len(same))} keep their grade"
+        unchanged = f"{count(len(same))} keep their grade"
     else:
         right = sum(sample.systems[results.BASE].correct >= 1 for sample in same)
-        kept = f"{count(right)} stay right, {count(len(same) - right)} stay wrong"
-    said = (
-        f"Of {count(len(able))} questions {count(len(won))} are won (better with routing) and "
-        f"{count(len(lost))} lost; {kept}."
+        unchanged = f"{count(right)} stay right, {count(len(same) - right)} stay wrong"
+    summary = (
+        f"Of {count(len(samples))} questions {count(len(won))} are won (better with routing) and "
+        f"{count(len(lost))} lost; {unchanged}."
     )
     shown = [*won[:ROWS], *lost[:ROWS]]
     if not shown:
-        return [said]
+        return [summary]
+    caption = f"The first {ROWS} of each at most."
     left = len(won) + len(lost) - len(shown)
-    more = f" The others ({count(left)}) are in eval/samples.jsonl." if left else ""
-    rows = [
-        [
-            _short(sample.question),
-            "won" if _change(sample) > 0 else "lost",
-            NONE if sample.gold is None else _short(sample.choices[sample.gold]),
-            *(_answer(sample, system) for system in (results.BASE, results.ROUTED)),
-        ]
-        for sample in shown
+    if left:
+        caption += f" The others ({count(left)}) are in eval/samples.jsonl."
+    header = "question|with routing|right answer|base|routed"
+    words = "with routing|right answer|base|routed"
+    rows = [_changed_row(sample) for sample in shown]
+    return [summary, Table.from_rows(caption, header, rows, words)]
+
+
+def _changed_row(sample: results.Sample) -> list[str]:
+    return [
+        _short(sample.question),
+        "won" if _change(sample) > 0 else "lost",
+        NONE if sample.gold is None else _short(sample.choices[sample.gold]),
+        _answer(sample, results.BASE),
+        _answer(sample, results.ROUTED),
     ]
-    header, caption = "|right answer|base|routed", f"The first {ROWS} of each at most.{more}"
-    table = Table.made(caption, f"question|with routing{header}", rows, f"with routing{header}")
-    return [said, table]
 
 
 def _answer(sample: results.Sample, system: str) -> str:
     """Return what a system answered, and its grade where it is neither right nor wrong."""
-    found = sample.systems[system]
-    grade = f" (graded {plain(found.correct, 2)})" if 0 < found.correct < 1 else ""
-    if found.answer is None:
-        return grade.strip(" ()") or ("right" if found.correct >= 1 else "wrong")
-    text = found.answer if isinstance(found.answer, str) else sample.choices[found.answer]
-    return (_short(text) or "nothing") + grade
+    outcome = sample.systems[system]
+    grade = ""
+    if 0 < outcome.correct < 1:
+        grade = f"graded {plain(outcome.correct, 2)}"
+    if outcome.answer is None:
+        right_or_wrong = "right" if outcome.correct >= 1 else "wrong"
+        return grade or right_or_wrong
+    text = outcome.answer
+    if isinstance(text, int):
+        text = sample.choices[text]
+    shown = _short(text) or "nothing"
+    return f"{shown} ({grade})" if grade else shown
 
 
 def _short(text: str) -> str:
     """Write a text on one line, cut between words where it is long."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
+    if len(line) <= LONGEST:
+        return line
+    return line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
 
 
 def costs(evaluations: Sequence[results.Evaluation], measured: results.Latency | None) -> Section:
@@ -195,28 +248,29 @@ def costs(evaluations: Sequence[results.Evaluation], measured: results.Latency |
 
 
 def time_tile(measured: results.Latency | None) -> Tile:
-    """Return what the measured times show, in a tile."""
+    """Return the verdict on the measured times, in a tile."""
     if measured is None:
         return Tile("Measured time", "not measured", "evaluate --latency measures it")
-    found = measured.measured
-    places = found.labels()
-    labels = list(places.values())
-    most = max(labels, key=labels.count)
-    value = most if len({*labels}) == 1 else f"{most} in {labels.count(most)} of {len(labels)}"
-    ratios = [median(found.ratio(results.ROUTED, results.BASE, *place)) for place in places]
+    timings = measured.measured
+    by_place = timings.labels()
+    labels = list(by_place.values())
+    value = max(labels, key=labels.count)
+    if labels.count(value) < len(labels):
+        value = f"{value} in {labels.count(value)} of {len(labels)}"
+    ratios = [median(timings.ratio(results.ROUTED, results.BASE, *place)) for place in by_place]
     note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 
 
 def measured_line(measured: results.Latency) -> str:
-    """Say in one line what the measured times show."""
-    found = measured.measured
-    shown: dict[str, list[str]] = {}
-    for (phase, size), label in found.labels().items():
-        ratio = plain(median(found.ratio(results.ROUTED, results.BASE, phase, size)), 2)
-        shown.setdefault(label, []).append(f"{PHASES[phase]} {count(size)} ({ratio})")
-    said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
+    """Return a line with the verdicts on the measured times."""
+    timings = measured.measured
+    by_label: dict[str, list[str]] = {}
+    for (phase, size), label in timings.labels().items():
+        ratio = median(timings.ratio(results.ROUTED, results.BASE, phase, size))
+        by_label.setdefault(label, []).append(f"{PHASES[phase]} {count(size)} ({plain(ratio, 2)})")
+    verdicts = "; ".join(f"{label}: {', '.join(places)}" for label, places in by_label.items())
     return (
-        f"Measured time, routed / base by rows of a batch, {found.num_rounds} rounds of "
-        f"{found.prompt_tokens} tokens: {said}."
+        f"Measured time, routed / base by rows of a batch, {timings.num_rounds} rounds of "
+        f"{timings.prompt_tokens} tokens: {verdicts}."
     )

@@ -1,127 +1,239 @@
-"""What to do next, by what was found: concrete commands and settings, the most urgent first."""
+"""What to do next, given the results of a run: commands to paste, the most urgent first."""
 
+import math
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeAlias
+
+from msgspec.structs import asdict
 
 from drllm.cost import share_saved
 from drllm.paths import ALL
-from drllm.records.results import PERMUTED, Evaluation, System
+from drllm.records.results import PERMUTED, Evaluation, Result, System
+from drllm.reporting.commands import (
+    evaluate_command,
+    search_command,
+    supervise_command,
+    train_command,
+    write_command,
+)
 from drllm.reporting.numbers import against, count, difference, label
-from drllm.reporting.run import Run
+from drllm.reporting.run import SEARCH_FILE, SUPERVISION_FILE, Run
 from drllm.supervision.rules import MIN_SAVING
 
-Step: TypeAlias = tuple[str, str]  # something to do, and what to type for it
+Step: TypeAlias = tuple[str, str]  # what to do, and the command for it
 
-MOST = 5
-SMALL = 0.01  # share of the layers by which executions may differ and still be called equal
+MAX_STEPS = 5
+SIMILAR = 0.01  # share of the layers by which executions may differ and still count as equal
+PROMPT = "Why is the sky blue?"
+DEPTHS = "0.02,0.05,0.1"
+ALLOWED_DROP = 2  # points
 
 
 def next_steps(run: Run) -> list[Step]:
-    """Return what is worth doing next in a run folder: what to do, and what to type for it."""
+    """Return what is worth doing next in a run folder, each step with its command."""
     if not run.evaluations:
-        return [_before_evaluation(run)]
-    found = dict.fromkeys(step for each in run.evaluations for step in _of_task(run, each))
-    return list(found)[:MOST]
+        return [_step_before_evaluation(run)]
+    steps: list[Step] = []
+    for evaluation in run.evaluations:
+        steps += [step for step in _steps_of_task(run, evaluation) if step not in steps]
+    return steps[:MAX_STEPS]
 
 
-def _before_evaluation(run: Run) -> Step:
-    here = shlex.quote(str(run.folder))
+def _step_before_evaluation(run: Run) -> Step:
+    folder = run.folder
     if (run.paths or run.healed) and not run.has_training:
-        given = f"{here}/{run.sources[-1].name}"  # of what is healed before what isn't
+        path = str(folder / run.sources[-1].name)  # of what is healed before what isn't
         if run.paths and not run.healed:
-            given += f":{run.paths.certified or run.paths.paths[-1].name}"
-        return "Read a few answers yourself:", f"drllm generate --path {given} PROMPT"
+            path += f":{run.paths.certified or run.paths.paths[-1].name}"
+        return "Read an answer yourself:", _generate_command(path=path)
     if run.router_config or run.epochs:
+        values = {
+            "routers": folder / "routers",
+            "tasks": _searched_tasks(run),
+            "output_dir": folder / "eval",
+        }
         what = "Evaluate the routers against base and the baselines:"
-        return (
-            what,
-            f"drllm evaluate --routers {here}/routers --tasks TASKS --output-dir {here}/eval",
-        )
+        return what, write_command("evaluate", values)
     if run.supervision:
-        what = "Train routers on these targets:"
-        return what, f"drllm train --supervision {here}/supervision.jsonl --output {here}/routers"
-    files = f"--search {here}/search.jsonl --output {here}/supervision.jsonl"
-    return "Make a target path of each searched question:", f"drllm supervise {files}"
+        values = {"supervision": folder / SUPERVISION_FILE, "output": folder / "routers"}
+        return "Train routers on these targets:", write_command("train", values)
+    values = {"search": folder / SEARCH_FILE, "output": folder / SUPERVISION_FILE}
+    return "Make a target path of each searched question:", write_command("supervise", values)
 
 
-def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
-    ours, task = evaluation.compared, evaluation.task
+def _searched_tasks(run: Run) -> str | None:
+    """Return the tasks that the targets are from, as a flag takes them; None if no file says so."""
+    config = run.manifest_of(SEARCH_FILE).get("config") or {}
+    if config.get("dataset"):
+        return str(config["dataset"])
+    training = run.router_config.get("training") or {}
+    tasks = training.get("tasks") or {target.task: 1 for target in run.supervision}
+    return ",".join(tasks) or None
+
+
+def _steps_of_task(run: Run, evaluation: Result) -> Iterator[Step]:
+    ours = evaluation.compared
     if ours is None or ours.against_base is None:
-        yield (
-            f"Compare the routed model on {task} too:",
-            f"drllm evaluate --routers FOLDER --tasks {task}",
-        )
+        yield _compare_step(run, evaluation)
         return
-    accuracy, loss = ours.against_base.accuracy, ours.against_base.text_loss
+    accuracy = ours.against_base.accuracy
+    verdicts = (accuracy, ours.against_base.text_loss)
+    is_worse = any(verdict is not None and verdict.is_better is False for verdict in verdicts)
     saves = share_saved(ours.executions, evaluation.num_layers) > 0
-    given = {name: evaluation.config.get(name) for name in ("curve", "paths")}
-    is_worse = any(each is not None and each.is_better is False for each in (accuracy, loss))
     if accuracy.shown == "guessing":
-        what = f"Take a task that the base model can do; on {task} it may be guessing. Or show it"
-        yield f"{what} worked examples:", "drllm evaluate … --num-fewshot 5"
+        what = (
+            f"Take a task that the base model can do; on {evaluation.task} it may be guessing. Or "
+            f"show it worked examples:"
+        )
+        yield what, _evaluate_command(run, evaluation, "fewshot", num_fewshot=5)
     if accuracy.needed is not None:
-        what = f"Ask more than these {count(evaluation.num_questions)} questions of {task}:"
-        yield what, f"drllm evaluate … --limit {-(-accuracy.needed // 10) * 10}"
+        limit = 10 * math.ceil(accuracy.needed / 10)
+        questions = f"these {count(evaluation.num_questions)} questions of {evaluation.task}"
+        command = _evaluate_command(run, evaluation, "more", limit=limit)
+        yield f"Ask more than {questions}:", command
     if is_worse and saves and evaluation.routed:
         yield from _better_targets(run)
     if evaluation.routed and not any(point.setting for point in evaluation.curve):
         what = "See what is kept where fewer or more layers are saved:"
-        yield what, "drllm evaluate … --curve 0.02,0.05,0.1"
+        yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
     elif evaluation.choice is None and saves:
-        words = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value)
-        what = f"Look for the cheapest {'depth' if evaluation.routed else 'path'} that is shown to "
-        yield f"{what}lose less than you allow:", f"drllm evaluate … {words} --epsilon 2"
-    if rival := _unbeaten(evaluation):
-        what = f"Routed minus {rival.name}, which reads no question: "
-        what += f"{difference(against(rival))} points, {label(against(rival))}. A path needs no "
-        how, command = _use(evaluation, rival)
-        yield f"{what}router; {how}", command
-    if not is_worse and saves and evaluation.routers:
-        routers = shlex.quote(evaluation.routers)
-        yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
-    if not is_worse and saves and not evaluation.routed:
-        how, command = _use(evaluation, ours)
-        yield f"Use {evaluation.called(ours)}; {how}", command
-    if evaluation.routed and not evaluation.seeds:
-        yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
+        kind = "depth" if evaluation.routed else "path"
+        what = f"Look for the cheapest {kind} that is shown to lose less than you allow:"
+        yield what, _evaluate_command(run, evaluation, "choice", epsilon=ALLOWED_DROP)
+    rival = _unbeaten_path(evaluation)
+    if rival is not None:
+        yield _use_rival_step(run, evaluation, rival)
+    if saves and not is_worse:
+        yield _use_step(run, evaluation, ours)
+    if evaluation.routed and not evaluation.seeds and run.supervision:
+        yield _more_seeds_step(run)
 
 
-def _use(evaluation: Evaluation, system: System) -> Step:
-    """Say how a path is used; no checkpoint can leave out parts of layers."""
-    if any(step.run != ALL for step in evaluation.paths.get(system.name, ())):
-        return "with parts of layers left out it runs in drllm alone:", "drllm generate --path FILE"
-    return "it can be an ordinary, smaller checkpoint:", "drllm export --path FILE --output FOLDER"
+def _compare_step(run: Run, evaluation: Evaluation) -> Step:
+    """Return how something is evaluated beside base on a task."""
+    values = {"tasks": evaluation.task, "output_dir": run.folder / "eval"}
+    if run.router_config:
+        command = write_command("evaluate", {"routers": run.folder / "routers", **values})
+        return f"Compare the routed model on {evaluation.task} too:", command
+    values = {"tasks": evaluation.task, "output_dir": run.folder / "tuned"}
+    what = f"Look for static paths that save layers on {evaluation.task}:"
+    return what, write_command("tune", values)
+
+
+def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:
+    """Return the command of an evaluation with other settings, into a folder of its own."""
+    output = run.folder / f"eval-{folder}"
+    return evaluate_command(asdict(evaluation), output_dir=output, **changes)
+
+
+def _generate_command(**values: object) -> str:
+    return f"{write_command('generate', values)} {shlex.quote(PROMPT)}"
 
 
 def _better_targets(run: Run) -> Iterator[Step]:
+    """Yield how routers that are worse than base get more or other targets."""
     if run.search:
-        searched = count(len(run.search))
-        what = f"Search more questions than these {searched}, and train again:"
-        yield what, f"drllm search … --limit {4 * len(run.search)}"
-    used = run.supervision_manifest.get("config") or {}
-    if used.get("target") == "least_kl":
-        saving = MIN_SAVING if used.get("min_saving") is None else used["min_saving"]
+        limit = 4 * len(run.search)
+        output = run.folder.with_name(f"{run.folder.name}-more")
+        manifest = run.manifest_of(SEARCH_FILE)
+        what = f"Search more questions than these {count(len(run.search))}, and train again:"
+        yield what, search_command(manifest, limit=limit, output_dir=output)
+    config = run.manifest_of(SUPERVISION_FILE).get("config") or {}
+    if config.get("target") == "least_kl":
+        saving = config.get("min_saving")
+        saving = MIN_SAVING if saving is None else saving
         if saving:
-            what = "Take targets that save less:"
-            yield what, f"drllm supervise … --min-saving {saving / 2:g}"
+            yield "Take targets that save less:", _supervise_command(run, min_saving=saving / 2)
     elif run.supervision:
         what = "Take other targets, the paths that change the model's answers least:"
-        yield what, "drllm supervise … --target least_kl"
+        yield what, _supervise_command(run, target="least_kl")
 
 
-def _unbeaten(evaluation: Evaluation) -> System | None:
-    """Return a path for all questions that runs no more layers and isn't beaten.
+def _supervise_command(run: Run, **changes: object) -> str:
+    files = {
+        "search": run.folder / SEARCH_FILE,
+        "output": run.folder / "supervision-again.jsonl",
+    }
+    return supervise_command(run.manifest_of(SUPERVISION_FILE), **changes, **files)
 
-    It is the one that the verdict names, else the most accurate baseline that runs as many.
+
+def _more_seeds_step(run: Run) -> Step:
+    files = {
+        "supervision": run.folder / SUPERVISION_FILE,
+        "output": run.folder / "routers-3-seeds",
+    }
+    command = train_command(run.router_config, num_seeds=3, **files)
+    return "Train with other seeds, to see how much is luck:", command
+
+
+def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
+    """Return how a system that saves layers and isn't worse is used."""
+    if evaluation.routed:
+        routers = run.folder / "routers" if run.router_config else evaluation.routers
+        return "Read an answer yourself:", _generate_command(routers=routers)
+    how, command = _use_path(run, evaluation, system)
+    return f"Use {evaluation.called(system)}; {how}", command
+
+
+def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
+    verdict = against(rival)
+    how, command = _use_path(run, evaluation, rival)
+    what = (
+        f"Routed minus {rival.name}, which reads no question: {difference(verdict)} points, "
+        f"{label(verdict)}. A path needs no router; {how}"
+    )
+    return what, command
+
+
+def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
+    """Return how a path is used; no checkpoint can leave out parts of layers."""
+    path = _place_of_path(run, evaluation, system)
+    if any(step.run != ALL for step in evaluation.paths.get(system.name, ())):
+        return "with parts of layers left out it runs in drllm alone:", _generate_command(path=path)
+    if path is None:
+        tune = {"tasks": evaluation.task, "output_dir": run.folder / "tuned"}
+        return "look for one that does as well:", write_command("tune", tune)
+    output = run.folder / "exported"
+    command = write_command("export", {"path": path, "output": output})
+    return "it can be an ordinary, smaller checkpoint:", command
+
+
+def _place_of_path(run: Run, evaluation: Evaluation, system: System) -> str | None:
+    """Return what `--path` takes for an evaluated path; None for one that is in no file."""
+    if system.name not in evaluation.paths:
+        return None
+    if run.paths and system.name in [path.name for path in run.paths.paths]:
+        files = [source.name for source in run.sources if source.name.endswith("paths.json")]
+        return f"{run.folder / files[0]}:{system.name}"
+    name = system.name.rpartition(":")[2]
+    places = str(evaluation.config.get("paths") or "").split(",")
+    for place in places:
+        if place.endswith(f":{name}") or Path(place).stem == name:
+            return place
+    return f"{places[0]}:{name}" if places[0].endswith("paths.json") else places[0]
+
+
+def _unbeaten_path(evaluation: Evaluation) -> System | None:
+    """Return a path for all questions that the routed model doesn't beat with as many layers.
+
+    It is the one that the verdict names, else the most accurate baseline.
     """
-    routed, named, found = evaluation.routed, evaluation.best_path, list[System]()
+    routed = evaluation.routed
     if routed is None:
         return None
+    unbeaten: list[System] = []
     for system in evaluation.systems:
+        verdict = against(system)
+        is_path = system.reads_question is False and system.draws == 1
+        if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
+            continue
         more = system.executions - routed.executions
-        near = (more if system is named else abs(more)) <= SMALL * evaluation.num_layers
-        verdict, is_path = against(system), system.reads_question is False and system.draws == 1
-        if near and is_path and system.name != PERMUTED and verdict and not verdict.is_better:
-            found.append(system)
-    return max(found, key=lambda each: (each is named, each.accuracy), default=None)
+        if system is not evaluation.best_path:
+            more = abs(more)
+        if more <= SIMILAR * evaluation.num_layers:
+            unbeaten.append(system)
+    if evaluation.best_path in unbeaten:
+        return evaluation.best_path
+    return max(unbeaten, key=lambda system: system.accuracy, default=None)

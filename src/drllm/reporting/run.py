@@ -85,29 +85,28 @@ class Run:
         return bool(self.search or self.supervision or self.router_config or self.epochs)
 
     @property
-    def supervision_manifest(self) -> Mapping[str, Any]:
-        """The manifest of the targets; empty where there is none."""
-        for source in self.sources:
-            if source.name == SUPERVISION_FILE:
-                return source.manifest
-        return {}
-
-    @property
     def summary(self) -> Mapping[str, Any]:
         """Counts that the supervision stage left in its manifest."""
-        return self.supervision_manifest.get("summary") or {}
+        return self.manifest_of(SUPERVISION_FILE).get("summary") or {}
 
     @property
     def notes(self) -> list[str]:
         """What a reader should know before trusting the rest."""
-        made_from = (self.supervision_manifest.get("inputs") or {}).get(SEARCH_FILE)
+        inputs = self.manifest_of(SUPERVISION_FILE).get("inputs") or {}
         digests = [source.sha256 for source in self.sources if source.name == SEARCH_FILE]
-        if made_from is None or not digests or digests == [made_from]:
+        if SEARCH_FILE not in inputs or not digests or digests == [inputs[SEARCH_FILE]]:
             return []
         return [
             "The targets in supervision.jsonl were made from another search.jsonl than the one in "
             "this folder, so the numbers of the search and of the targets don't belong together."
         ]
+
+    def manifest_of(self, name: str) -> Mapping[str, Any]:
+        """Return the manifest of a file that was read; empty where there is none."""
+        for source in self.sources:
+            if source.name == name:
+                return source.manifest
+        return {}
 
 
 def read_run(folder: Path) -> Run:

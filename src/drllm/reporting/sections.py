@@ -3,20 +3,16 @@
 Axes: L layers.
 """
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from drllm import agreement
-from drllm.agreement import ROUTERS, TRAIN, VALIDATION, compute_metrics
-from drllm.config import EvaluateConfig
-from drllm.config.fields import flag_of
+from drllm.agreement import ROUTERS, TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.paths import Decision, num_executions
-from drllm.records.results import EVALUATION_SCHEMA
+from drllm.records.results import EVALUATION_SCHEMA, Evaluation
 from drllm.reporting import blocks, evaluated, figures, tuned
+from drllm.reporting.commands import evaluate_command, runtime_of
 from drllm.reporting.next_steps import next_steps
 from drllm.reporting.numbers import count, plain
 from drllm.reporting.run import Run
@@ -27,119 +23,183 @@ ROUTING = "Routers choose, once per question, which layers of the model to skip,
 PATHS = "A static path runs the same layers for every question."
 HEALED = "A healed one has an adapter, trained to make up for the layers that it leaves out."
 BASE_IS = "Base is the same model with every layer executed once."
-RUNTIME = ("dtype", "device", "attn_implementation")
-"""How a base model ran, by the names of settings of `ModelConfig`."""
 
 
 def document(runs: Sequence[Run]) -> blocks.Document:
     """Lay out the report of one run, or of several with a comparison in front."""
     if len(runs) == 1:
         [run] = runs
-        return blocks.Document(_title(run), _about(run), _first(run), _sections(run))
-    named = [(f"{number}: {run.name}", run) for number, run in enumerate(runs, start=1)]
+        return blocks.Document(_title(run), _about(run), _first_blocks(run), _sections(run))
+    names = [f"{number}: {run.name}" for number, run in enumerate(runs, start=1)]
+    evaluations = [
+        (name, evaluation)
+        for name, run in zip(names, runs, strict=True)
+        for evaluation in run.evaluations
+    ]
     compared = evaluated.side_by_side(
         "run",
-        [(name, each) for name, run in named for each in run.evaluations],
+        evaluations,
         "Base, routed model and paths of every run, at all depths. Intervals of different runs say "
         "nothing about a difference between them where the questions differ.",
     )
     sections = [compared]
-    for name, run in named:
-        said = [f"{_title(run)}. {_about(run)}", *_first(run)]
-        sections += [blocks.Section(f"Run {name}", said), *blocks.lowered(_sections(run))]
+    for name, run in zip(names, runs, strict=True):
+        first = [f"{_title(run)}. {_about(run)}", *_first_blocks(run)]
+        sections.append(blocks.Section(f"Run {name}", first))
+        sections += blocks.lowered(_sections(run))
     return blocks.Document(f"Layer routing: {len(runs)} runs", "", [], sections)
 
 
 def _title(run: Run) -> str:
-    name = str(run.model.get("id") or "a base model that no file names")
-    tasks = [each.task for each in run.evaluations]
-    tasks = tasks or list(dict.fromkeys(record.task for record in run.search))
-    tasks = tasks or list(run.paths.tasks if run.paths else ())
-    tasks = tasks or list(run.healed.held_out if run.healed else ())
-    paths = "Static paths" if run.paths or run.evaluations else "Healed path"
-    what = "Layer routing" if _is_routed(run) else paths
-    return f"{what} of {name}" + (f" on {', '.join(tasks)}" if tasks else "")
+    model = str(run.model.get("id") or "a base model that no file names")
+    if _is_routed(run):
+        what = "Layer routing"
+    elif run.paths or run.evaluations:
+        what = "Static paths"
+    else:
+        what = "Healed path"
+    tasks = _tasks(run)
+    return f"{what} of {model} on {', '.join(tasks)}" if tasks else f"{what} of {model}"
+
+
+def _tasks(run: Run) -> list[str]:
+    """Return the tasks of the evaluations, else those of the first stage that there is."""
+    if run.evaluations:
+        return [evaluation.task for evaluation in run.evaluations]
+    if run.search:
+        return list(dict.fromkeys(record.task for record in run.search))
+    if run.paths:
+        return list(run.paths.tasks)
+    return list(run.healed.held_out) if run.healed else []
 
 
 def _is_routed(run: Run) -> bool:
-    routed = any(each.routed for each in run.evaluations)
-    return routed if run.evaluations else run.has_training or not (run.paths or run.healed)
+    if run.evaluations:
+        return any(evaluation.routed for evaluation in run.evaluations)
+    return run.has_training or not (run.paths or run.healed)
 
 
 def _about(run: Run) -> str:
-    dates = [str(each.manifest["created"]) for each in run.sources if "created" in each.manifest]
-    said = [max(dates)[:10]] if dates else []
-    said += [f"{run.num_layers} layers"] if run.num_layers else []
-    for each in run.evaluations:
-        shots = f", {count(each.num_fewshot)} worked examples" if each.num_fewshot else ""
-        kind = "options scored" if each.kind == "choices" else "answers generated"
-        asked = f"{count(each.num_questions)} questions of the {each.split} split, {kind}{shots}"
-        said.append(f"{each.task}: {asked}" if len(run.evaluations) > 1 else asked)
-    return " · ".join([*said, f"folder {run.name}"])
+    """Return a line with the date, the layers, and what was evaluated."""
+    parts: list[str] = []
+    manifests = [source.manifest for source in run.sources]
+    dates = [str(manifest["created"]) for manifest in manifests if "created" in manifest]
+    if dates:
+        parts.append(max(dates)[:10])
+    if run.num_layers:
+        parts.append(f"{run.num_layers} layers")
+    for evaluation in run.evaluations:
+        questions = _describe_questions(evaluation)
+        several = len(run.evaluations) > 1
+        parts.append(f"{evaluation.task}: {questions}" if several else questions)
+    parts.append(f"folder {run.name}")
+    return " · ".join(parts)
 
 
-def _first(run: Run) -> list[blocks.Block]:
-    """Return the verdict, one line a task, what a reader must know, and the tiles."""
-    several = len(run.evaluations) > 1
-    lines = [(e.task if several else "", line) for e in run.evaluations for line in e.verdict]
+def _describe_questions(evaluation: Evaluation) -> str:
+    kind = "options scored" if evaluation.kind == "choices" else "answers generated"
+    text = f"{count(evaluation.num_questions)} questions of the {evaluation.split} split, {kind}"
+    if evaluation.num_fewshot:
+        text += f", {count(evaluation.num_fewshot)} worked examples"
+    return text
+
+
+def _first_blocks(run: Run) -> list[blocks.Block]:
+    """Return what the systems are, the verdicts, what a reader must know, and the tiles."""
+    first: list[blocks.Block] = [_introduction(run), blocks.Verdicts(_verdicts(run)), *run.notes]
+    if len(run.evaluations) == 1:
+        first.append(evaluated.tiles(run.evaluations[0], run.latency))
+    elif run.evaluations:
+        first.append(blocks.Tiles([evaluated.time_tile(run.latency)]))
+    return first
+
+
+def _introduction(run: Run) -> str:
+    sentences: list[str] = []
     is_routed = _is_routed(run)
-    has_paths = not is_routed or any(each.paths for each in run.evaluations)
-    otherwise = [run.paths.choice.verdict()] if run.paths and run.paths.choice else []
-    otherwise += [tuned.healing(run.healed)] if run.healed else []
-    otherwise = otherwise or ["Nothing was evaluated yet."]
-    first: list[blocks.Block] = [
-        " ".join(
-            [ROUTING] * is_routed + [PATHS] * has_paths + [HEALED] * bool(run.healed) + [BASE_IS]
-        ),
-        blocks.Verdicts(lines or [("", line) for line in otherwise]),
-    ]
-    first += run.notes
-    if several:
-        return [*first, blocks.Tiles([evaluated.time_tile(run.latency)])]
-    return [*first, *(evaluated.tiles(e, run.latency) for e in run.evaluations)]
+    if is_routed:
+        sentences.append(ROUTING)
+    if not is_routed or any(evaluation.paths for evaluation in run.evaluations):
+        sentences.append(PATHS)
+    if run.healed:
+        sentences.append(HEALED)
+    sentences.append(BASE_IS)
+    return " ".join(sentences)
+
+
+def _verdicts(run: Run) -> list[tuple[str, str]]:
+    """Return the first findings with their task, which one alone doesn't need."""
+    several = len(run.evaluations) > 1
+    verdicts: list[tuple[str, str]] = []
+    for evaluation in run.evaluations:
+        task = evaluation.task if several else ""
+        verdicts += [(task, line) for line in evaluation.verdict]
+    if verdicts:
+        return verdicts
+    lines: list[str] = []
+    if run.paths and run.paths.choice:
+        lines.append(run.paths.choice.verdict())
+    if run.healed:
+        lines.append(tuned.describe_healing(run.healed))
+    return [("", line) for line in lines or ["Nothing was evaluated yet."]]
 
 
 def _sections(run: Run) -> list[blocks.Section]:
-    sections: list[blocks.Section] = []
-    if len(run.evaluations) > 1:
-        named = [(each.task, each) for each in run.evaluations]
-        caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
-        sections.append(evaluated.side_by_side("task", named, caption))
+    shown: list[blocks.Section] = []
     folded: list[blocks.Section] = []
-    for evaluation in run.evaluations:
-        shown = evaluated.sections(run, evaluation)
-        if len(run.evaluations) == 1:
-            sections, folded = shown, evaluated.details(evaluation)
-        else:
-            own = blocks.lowered([*shown, *evaluated.details(evaluation)])
-            sections += [blocks.Section(evaluation.task, []), *own]
-    steps = next_steps(run)
-    following: list[blocks.Block] = [
-        blocks.Listing([text for text, _ in steps], [code for _, code in steps])
-    ]
-    if run.absent:
-        following.append(f"Not in this folder: {'; '.join(run.absent)}.")
-    sections.append(blocks.Section("What to do next", following))
+    if len(run.evaluations) == 1:
+        shown += evaluated.sections(run, run.evaluations[0])
+        folded += evaluated.details(run.evaluations[0])
+    elif run.evaluations:
+        shown += _sections_by_task(run)
+    shown.append(_next_section(run))
     if run.evaluations:
         folded.append(evaluated.costs(run.evaluations, run.latency))
-    return [*sections, *folded, *learned(run), _provenance(run)]
+    return [*shown, *folded, *learned(run), _provenance(run)]
+
+
+def _sections_by_task(run: Run) -> list[blocks.Section]:
+    """Return the tasks side by side, then each with all of its sections."""
+    named = [(evaluation.task, evaluation) for evaluation in run.evaluations]
+    caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
+    sections = [evaluated.side_by_side("task", named, caption)]
+    for evaluation in run.evaluations:
+        parts = [*evaluated.sections(run, evaluation), *evaluated.details(evaluation)]
+        sections.append(blocks.Section(evaluation.task, []))
+        sections += blocks.lowered(parts)
+    return sections
+
+
+def _next_section(run: Run) -> blocks.Section:
+    steps = next_steps(run)
+    texts = [text for text, _ in steps]
+    commands = [command for _, command in steps]
+    content: list[blocks.Block] = [blocks.Listing(texts, commands)]
+    if run.absent:
+        content.append(f"Not in this folder: {'; '.join(run.absent)}.")
+    return blocks.Section("What to do next", content)
 
 
 def learned(run: Run) -> list[blocks.Section]:
     """Return the sections on paths, search and routers, as far as there are files for them."""
-    found = [tuned.section(run.paths, folded=bool(run.evaluations))] if run.paths else []
+    folded = bool(run.evaluations)
+    sections: list[blocks.Section] = []
+    if run.paths:
+        sections.append(tuned.paths_section(run.paths, folded=folded))
     if run.healed:
-        found.append(tuned.healed_section(run.healed, folded=bool(run.evaluations)))
+        sections.append(tuned.healed_section(run.healed, folded=folded))
     if run.search or run.supervision or run.summary:
-        found.append(blocks.Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
+        values = _search_values(run)
+        sections.append(blocks.Section("Search and targets", (), 2, True, "search.j2", values))
     if run.epochs:
-        found.append(_routers(run))
-    return found
+        sections.append(_router_section(run))
+    return sections
 
 
-def _searched(run: Run) -> dict[str, Any]:
+def _search_values(run: Run) -> dict[str, Any]:
     counts = summarise(run.search, (), {})
     targets = [record.optimal_layer_config for record in run.supervision]
+    by_layer = class_counts(targets)
     return {
         "run": run,
         "counts": counts,
@@ -149,69 +209,43 @@ def _searched(run: Run) -> dict[str, Any]:
             "Skipping": edit_effects(run.search, Decision.SKIP, MIN_QUESTIONS),
             "Repeating": edit_effects(run.search, Decision.REPEAT, MIN_QUESTIONS),
         },
-        "lengths": sorted(map(num_executions, targets)),
-        "labels": [sum(of_one) for of_one in zip(*class_counts(targets), strict=True)],
+        "lengths": sorted(num_executions(target) for target in targets),
+        "labels": [sum(numbers) for numbers in zip(*by_layer, strict=True)],
     }
 
 
-def _routers(run: Run) -> blocks.Section:
-    layers = run.layers
-    known = layers.parts[layers.judged] if layers else {}
-    scores = {name: compute_metrics(counts) for name, counts in known.items()}
+def _router_section(run: Run) -> blocks.Section:
+    systems: Mapping[str, Counts] = {}
+    verdict = ""
+    if run.layers:
+        parts = run.layers.parts
+        systems = parts[run.layers.judged]
+        verdict = f"{agreement.judge_routers(parts)} {agreement.compare_by_layer(systems)}"
+    scores = {name: compute_metrics(counts) for name, counts in systems.items()}
+    baselines = {name: values for name, values in scores.items() if name != ROUTERS}
     last = {epoch.split: epoch for epoch in run.epochs}
-    told = [
+    results = [
         f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
         for split in (TRAIN, VALIDATION)
         if split in last
     ]
-    baselines = {name: each for name, each in scores.items() if name != ROUTERS}
     curves = blocks.Figure(
         draw=partial(figures.router_metrics, run.epochs, baselines),
         name="router metrics",
-        alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(told)}.",
+        alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(results)}.",
         caption="By epoch. Where targets are held out, full lines are validation and dotted lines "
         "training; the dashed line is the best of the decisions that ignore the question.",
     )
-    values = {
-        "run": run,
-        "verdict": f"{agreement.judge_routers(layers.parts)} {agreement.compare_by_layer(known)}"
-        if layers
-        else "",
-        "scores": scores,
-        "held_out": VALIDATION in last,
-    }
+    values = {"run": run, "verdict": verdict, "scores": scores, "held_out": VALIDATION in last}
     return blocks.Section("Router metrics", [curves], 2, True, "routers.j2", values)
 
 
 def _provenance(run: Run) -> blocks.Section:
-    made = (each.manifest for each in run.sources)
-    wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA)
-    commands = list(dict.fromkeys(map(command, wanted)))
-    values = {"run": run, "runtime": _runtime, "commands": commands}
+    commands: list[str] = []
+    for source in run.sources:
+        if source.manifest.get("schema") == EVALUATION_SCHEMA:
+            command = evaluate_command(source.manifest)
+            if command not in commands:
+                commands.append(command)
+    values = {"run": run, "runtime": runtime_of, "commands": commands}
     return blocks.Section("Provenance", folded=True, template="provenance.j2", values=values)
-
-
-def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a file says of how the model ran; a search has it in its plan."""
-    runtime = manifest.get("runtime") or (manifest.get("plan") or {}).get("runtime")
-    return runtime if isinstance(runtime, dict) else {}
-
-
-def command(manifest: Mapping[str, Any]) -> str:
-    """Write the command that evaluates with a result's settings; those by default are left out."""
-    runtime, config = _runtime(manifest), manifest.get("config") or {}
-    values: dict[str, Any] = {"model": (manifest.get("model") or {}).get("id") or None}
-    values |= {name: runtime.get(name) for name in RUNTIME} | {"routers": manifest.get("routers")}
-    for declared in fields(EvaluateConfig):
-        value = config.get(declared.name, declared.default)
-        if value != declared.default or declared.name == "tasks":
-            values[declared.name] = value
-    words, in_file = ["drllm", "evaluate"], dict[str, Any]()
-    for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(flag_of(name if value else f"no_{name}"))
-        elif isinstance(value, Mapping):  # by task, which YAML files alone can say
-            in_file[name] = value
-        elif value is not None:
-            words += [flag_of(name), str(value)]
-    return shlex.join(words) + (f" --config FILE  # with {json.dumps(in_file)}" if in_file else "")

@@ -146,7 +146,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
     environment = _environment(autoescape)
     values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
-    values |= {"narrow": NARROW, "wide": WIDE, "table": Table.made, "listing": Listing}
+    values |= {"narrow": NARROW, "wide": WIDE, "table": Table.from_rows, "listing": Listing}
     values |= {name: value for name, value in vars(numbers).items() if name[0] != "_"}
 
     def part(section: Section, **macros: Any) -> str:

@@ -17,7 +17,7 @@ from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
 from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.manifest import new_manifest, write_records
-from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
+from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, StepRecord, System
 from drllm.records.search import Retest, SearchRecord, TriedPath
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document
@@ -37,7 +37,7 @@ PINNED = {
 }
 """What would otherwise differ between machines and days."""
 
-SETTINGS = {"num_simulations": 30, "seed": 0}
+SETTINGS = {"dataset": "arc_easy", "num_simulations": 30, "seed": 0}
 
 MATERIALS = ("copper", "glass", "wool", "ice", "granite", "rubber", "salt", "tin")
 VERBS = ("melts", "dissolves", "conducts", "floats", "expands", "breaks", "stretches", "rusts")
@@ -435,6 +435,24 @@ class Folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return path
+
+
+@pytest.fixture(scope="session")
+def with_paths() -> Callable[..., Evaluation]:
+    """A function that adds static paths to a result, from the most layers to the fewest."""
+
+    def add(evaluation: Evaluation, number: int, *, routed: bool = True) -> Evaluation:
+        paths = []
+        for n in range(1, number + 1):
+            accuracy = 0.6 - 0.3 * n / number
+            score = {"accuracy": accuracy, "interval": (accuracy - 0.05, accuracy + 0.05)}
+            path = replace(evaluation.systems[1], name=f"skip{n}", executions=12.0 - n, **score)
+            paths.append(path)
+        named = {path.name: (StepRecord(layer=0),) for path in paths}
+        others = evaluation.systems if routed else evaluation.systems[:1]
+        return replace(evaluation, systems=(*others, *reversed(paths)), paths=named, curve=())
+
+    return add
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,15 @@
 """What a report says of a test: verdict, tiles, plot, and the tables that a reader sees."""
 
-import dataclasses
-import math
 import re
-import shlex
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
-from drllm.cli.parser import parse
-from drllm.config import EvaluateConfig
-from drllm.records.results import StepRecord
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
-from drllm.reporting.evaluated import measured_line, tiles
+from drllm.reporting.evaluated import measured_line, most_accurate, tiles
 from drllm.reporting.figures import accuracy_by_executions, places
-from drllm.reporting.next_steps import next_steps
-from drllm.reporting.run import Run
-from drllm.reporting.sections import command
-from drllm.statistics.verdicts import judge_counts
 
 
 def table(text: str, header: str) -> list[list[str]]:
@@ -66,7 +56,7 @@ def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowher
     assert shown.count(said) == 1
 
 
-def test_four_tiles_hold_what_counts(run):
+def test_tiles_hold_the_key_figures(run, with_paths):
     (evaluation,) = run.evaluations
     saved, accuracy, loss, time = tiles(evaluation, run.latency).tiles
     assert saved.title == "Layers saved"
@@ -79,7 +69,17 @@ def test_four_tiles_hold_what_counts(run):
     assert tiles(evaluation, None).tiles[-1].value == "not measured"
 
 
-def test_measured_time_is_one_line_with_what_it_shows(run):
+def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(run, with_paths):
+    evaluation = with_paths(run.evaluations[0], 3)
+    titles = [tile.title for tile in tiles(evaluation, run.latency).tiles]
+    assert "Most accurate that saves layers: path skip1" in titles
+    best = most_accurate(evaluation)
+    assert best.name == "skip1"
+    assert best.accuracy == max(s.accuracy for s in evaluation.systems[1:] if s.draws == 1)
+    assert most_accurate(run.evaluations[0]).name == "routed"
+
+
+def test_measured_time_is_one_line_with_what_it_shows(run, with_paths):
     assert measured_line(run.latency) == (
         "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: too noisy "
         "to tell: reading 1 (0.90), reading 4 (0.90), reading 16 (0.90), decoding 1 (0.90), "
@@ -159,21 +159,8 @@ def crowded(evaluation: Any, number: int) -> Any:
     return replace(evaluation, systems=(*evaluation.systems[:3], *more), curve=())
 
 
-def along(evaluation: Any, number: int, *, routed: bool = True) -> Any:
-    """Return a result with so many static paths, from the most layers to the fewest."""
-    paths = []
-    for n in range(1, number + 1):
-        accuracy = 0.6 - 0.3 * n / number
-        score = {"accuracy": accuracy, "interval": (accuracy - 0.05, accuracy + 0.05)}
-        path = replace(evaluation.systems[1], name=f"skip{n}", executions=12.0 - n, **score)
-        paths.append(path)
-    named = {path.name: (StepRecord(layer=0),) for path in paths}
-    others = evaluation.systems if routed else evaluation.systems[:1]
-    return replace(evaluation, systems=(*others, *reversed(paths)), paths=named, curve=())
-
-
-def test_static_paths_are_one_curve_from_the_full_path(run):
-    evaluation = along(run.evaluations[0], 3)
+def test_static_paths_are_one_curve_from_the_full_path(run, with_paths):
+    evaluation = with_paths(run.evaluations[0], 3)
     placed = places(evaluation)
     assert [each.name for each in placed["static paths"]] == ["skip3", "skip2", "skip1", "base"]
     assert "skip1" not in placed
@@ -182,8 +169,8 @@ def test_static_paths_are_one_curve_from_the_full_path(run):
     assert "static paths" in [each.get_text() for each in axes.texts]
 
 
-def test_without_routers_every_static_path_has_its_interval(run):
-    evaluation = along(run.evaluations[0], 3, routed=False)
+def test_without_routers_every_static_path_has_its_interval(run, with_paths):
+    evaluation = with_paths(run.evaluations[0], 3, routed=False)
     [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
     ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]
     for system in evaluation.systems:
@@ -193,8 +180,8 @@ def test_without_routers_every_static_path_has_its_interval(run):
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("number", [1, 3, 8])
 @pytest.mark.parametrize("routed", [True, False])
-def test_names_of_static_paths_overlap_no_other(run, width, number, routed):
-    boxes = boxes_of(along(run.evaluations[0], number, routed=routed), width)
+def test_names_of_static_paths_overlap_no_other(run, with_paths, width, number, routed):
+    boxes = boxes_of(with_paths(run.evaluations[0], number, routed=routed), width)
     assert "static paths" in boxes
     if width == WIDE and number == 3:
         assert {"skip2", "skip3"} <= boxes.keys()
@@ -317,89 +304,3 @@ def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
     assert first[6] == "worse"
     assert second[:3] == ["guessed", "20", "routed"]
     assert second[6] == "no verdict"
-
-
-def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):
-    (evaluation,) = run.evaluations
-    few = judge_counts(3, 6, 60)
-    against = replace(evaluation.routed.against_base, accuracy=few)
-    routed = replace(evaluation.routed, against_base=against)
-    run = clone(run, replace(evaluation, systems=(evaluation.base, routed)))
-    assert few.needed is not None
-    assert f"drllm evaluate … --limit {10 * math.ceil(few.needed / 10)}" in [
-        code for _, code in next_steps(run)
-    ]
-
-
-def test_routers_that_are_worse_need_more_or_other_targets(run):
-    codes = [code for _, code in next_steps(run)]
-    assert codes[0] == f"drllm search … --limit {4 * len(run.search)}"
-    assert codes[1] == "drllm supervise … --target least_kl"
-
-
-def test_targets_of_the_default_saving_are_to_save_half_of_it(run):
-    manifest = {"config": {"target": "least_kl", "min_saving": None}}
-    named = [each for each in run.sources if each.name == "supervision.jsonl"]
-    run = dataclasses.replace(run, sources=[dataclasses.replace(named[0], manifest=manifest)])
-    assert "drllm supervise … --min-saving 0.025" in [code for _, code in next_steps(run)]
-
-
-def test_one_depth_asks_for_a_curve_and_a_curve_for_a_certified_choice(run):
-    (evaluation,) = run.evaluations
-    single = next_steps(clone(run, replace(evaluation, curve=(), choice=None)))
-    assert any("--curve" in code and "--epsilon" not in code for _, code in single)
-    several = next_steps(clone(run, replace(evaluation, choice=None)))
-    assert any("--epsilon" in code for _, code in several)
-
-
-@pytest.mark.parametrize(
-    ("run_step", "said", "command"),
-    [
-        ("all", "can be an ordinary, smaller checkpoint", "drllm export"),
-        ("mlp", "runs in drllm alone", "drllm generate --path"),
-    ],
-)
-def test_a_path_of_whole_layers_is_offered_for_export_others_to_be_run(
-    run, run_step, said, command
-):
-    evaluation = along(run.evaluations[0], 1, routed=False)
-    won = replace(evaluation.systems[1].against_base, accuracy=judge_counts(9, 9, 60))
-    path = replace(evaluation.systems[1], against_base=replace(won, text_loss=None))
-    steps = {path.name: (StepRecord(layer=0, run=run_step),)}
-    evaluation = replace(evaluation, systems=(evaluation.base, path), paths=steps)
-    [what] = [what for what, code in next_steps(clone(run, evaluation)) if command in code]
-    assert said in what
-
-
-def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered_for_export(run):
-    evaluation = along(run.evaluations[0], 2)
-    even = replace(evaluation.routed.against_base, accuracy=judge_counts(9, 9, 60), text_loss=None)
-    unbeaten = [
-        replace(each, routed_against=even, reads_question=False, draws=1)
-        for each in evaluation.systems[2:]
-    ]
-    evaluation = replace(evaluation, systems=(*evaluation.systems[:2], *unbeaten))
-    [what] = [what for what, code in next_steps(clone(run, evaluation)) if "drllm export" in code]
-    assert evaluation.best_path.executions <= evaluation.routed.executions
-    assert f"minus {evaluation.best_path.name}," in what
-
-
-def clone(run: Any, evaluation: Any) -> Any:
-    return dataclasses.replace(run, evaluations=[evaluation])
-
-
-def test_settings_of_every_kind_can_stand_in_a_command():
-    config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "supervision": "my runs/s.jsonl"}
-    config |= {"seed": 0}  # the default, which is left out
-    line = command({"routers": "r", "config": config})
-    expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
-    assert line == expected + "--epsilon 2.0"
-    assert parse(shlex.split(line)[1:]).of(EvaluateConfig).chat
-    by_task = command({"routers": "r", "config": config | {"limits": {"a": 3}}})
-    assert by_task == f'{line} --config FILE  # with {{"limits": {{"a": 3}}}}'
-
-
-@pytest.mark.parametrize("there", [{}, {"supervision": "s"}, {"router_config": {"L": 1}}])
-def test_the_next_stage_of_a_run_folder_can_be_typed_as_it_is_printed(tmp_path, there):
-    [(_, line)] = next_steps(Run(folder=tmp_path / "my run", **there))
-    assert parse(shlex.split(line)[1:])

@@ -11,7 +11,7 @@ from drllm.reporting.drawing import LIGHT, NARROW
 from drllm.reporting.figures import changes_by_layers_saved
 from drllm.reporting.next_steps import next_steps
 from drllm.reporting.run import read_run
-from drllm.reporting.tuned import lost
+from drllm.reporting.tuned import compare_test_with_fit
 from paths_json import written_paths
 
 
@@ -43,9 +43,9 @@ def test_a_row_says_what_a_path_does_and_how_it_did_on_each_part(tuned, text_of)
 
 
 def test_a_path_that_a_shorter_one_does_better_than_is_marked(tuned, text_of):
-    assert "saves more does better" not in text_of(tuned.path)
+    assert "a shorter path scored better" not in text_of(tuned.path)
     tuned.change("paths.json", lambda values: values["paths"][1].update(dominated=True))
-    assert "skips layer 2 (one that saves more does better on select)" in text_of(tuned.path)
+    assert "skips layer 2 (a shorter path scored better on select)" in text_of(tuned.path)
 
 
 def test_a_part_that_was_not_measured_has_no_line(tuned):
@@ -62,9 +62,11 @@ def test_a_part_that_was_not_measured_has_no_line(tuned):
 def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_terminal(
     tuned, text_of, drllm
 ):
-    said = lost(read_paths(tuned.path / "paths.json"), "arc_easy")
-    assert "by −0.030 nats on average, by −0.030 at worst" in said  # 0.08 on fit, 0.05 on test
-    assert lost(read_paths(tuned.path / "paths.json"), "builtin_facts") == ""
+    said = compare_test_with_fit(read_paths(tuned.path / "paths.json"), "arc_easy")
+    assert (
+        "is 0.030 nats lower than on fit on average, 0.030 nats lower at worst" in said
+    )  # 0.08 on fit, 0.05 on test
+    assert compare_test_with_fit(read_paths(tuned.path / "paths.json"), "builtin_facts") == ""
     assert said in text_of(tuned.path)
     assert said in " ".join(drllm("show", tuned.path / "paths.json").out.split())
 
@@ -85,7 +87,9 @@ def test_what_was_gained_from_fit_to_test_is_said_as_a_gain(tuned):
             path["measured"][0]["change"] = [-0.5, -0.6, -0.4]
 
     tuned.change("paths.json", worse_on_fit)
-    assert "moves by +0.550 nats on" in lost(read_paths(tuned.path / "paths.json"), "arc_easy")
+    assert "is 0.550 nats higher than on fit on" in compare_test_with_fit(
+        read_paths(tuned.path / "paths.json"), "arc_easy"
+    )
 
 
 def test_changes_are_drawn_over_the_layers_saved_with_intervals_on_test(tuned):

@@ -1,0 +1,103 @@
+"""Writes commands that can be pasted, from the settings that the files of a run were made with."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from drllm.config import EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config.fields import Settings, flag_of
+
+RUNTIME = ("dtype", "device", "attn_implementation")
+"""How a base model ran, by the names of settings of `ModelConfig`."""
+SETTINGS_FILE = "settings.yaml"
+"""Where settings by task are written, which have no flags."""
+ALWAYS_WRITTEN = ("tasks", "dataset")
+"""Settings that are written even if they have their default."""
+
+
+def runtime_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how the model ran; a search has it in its plan."""
+    plan = manifest.get("plan") or {}
+    runtime = manifest.get("runtime") or plan.get("runtime")
+    return runtime if isinstance(runtime, dict) else {}
+
+
+def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
+    """Return the command that evaluates with a result's settings.
+
+    Args:
+        manifest: The result, as plain values.
+        changes: Settings of `EvaluateConfig` that differ, or values of flags (`output_dir`).
+    """
+    values = _model_values(manifest)
+    values["routers"] = manifest.get("routers")
+    values |= _changed_settings(EvaluateConfig, manifest.get("config") or {})
+    return write_command("evaluate", values | changes)
+
+
+def search_command(manifest: Mapping[str, Any], **changes: Any) -> str:
+    """Return the command that searches with the settings of a search's manifest."""
+    settings = _changed_settings(SearchConfig, manifest.get("config") or {})
+    return write_command("search", _model_values(manifest) | settings | changes)
+
+
+def supervise_command(manifest: Mapping[str, Any], **changes: Any) -> str:
+    """Return the command that makes targets with the settings of their manifest."""
+    settings = _changed_settings(SuperviseConfig, manifest.get("config") or {})
+    return write_command("supervise", settings | changes)
+
+
+def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
+    """Return the command that trains with the settings of a routers' config."""
+    values = {"model": router_config.get("base_model") or None}
+    training = router_config.get("training") or {}
+    settings = _changed_settings(TrainConfig, training.get("settings") or {})
+    return write_command("train", values | settings | changes)
+
+
+def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    model = manifest.get("model") or {}
+    runtime = runtime_of(manifest)
+    return {"model": model.get("id") or None, **{name: runtime.get(name) for name in RUNTIME}}
+
+
+def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that aren't the default; names of earlier versions are left out."""
+    values: dict[str, Any] = {}
+    for setting in fields(group):
+        value = config.get(setting.name, setting.default)
+        if value != setting.default or setting.name in ALWAYS_WRITTEN:
+            values[setting.name] = value
+    return {name: value for name, value in values.items() if not _is_idle(group, name, values)}
+
+
+def _is_idle(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether another setting leaves this one without effect, which the verb refuses."""
+    settings = {setting.name: setting for setting in fields(group)}
+    idle = settings[name].metadata["idle"]
+    if not idle:
+        return False
+    other, value = idle
+    return bool(values.get(other, settings[other].default) == value)
+
+
+def write_command(verb: str, values: Mapping[str, Any]) -> str:
+    """Return a command line of a verb with values by flag; None is left out.
+
+    Settings by task have no flags, so the command first writes them to a file.
+    """
+    words = ["drllm", verb]
+    by_task: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(flag_of(name if value else f"no_{name}"))
+        elif isinstance(value, Mapping):
+            by_task[name] = value
+        elif value is not None:
+            words += [flag_of(name), str(value)]
+    if not by_task:
+        return shlex.join(words)
+    settings = shlex.join(["echo", json.dumps(by_task)])
+    return f"{settings} > {SETTINGS_FILE} && {shlex.join([*words, '--config', SETTINGS_FILE])}"
