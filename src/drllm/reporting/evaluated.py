@@ -142,7 +142,8 @@ def side_by_side(
         shown = {results.BASE, results.ROUTED, *evaluation.paths}
         systems = [system for system in evaluation.systems if system.name in shown]
         points = [point for point in evaluation.curve if point.system == results.ROUTED]
-        rows += [(name, evaluation, result) for result in (*systems, *points)]
+        rows += [(name, evaluation, system) for system in systems]
+        rows += [(name, evaluation, point) for point in points]
     values = {"what": what, "named": rows, "caption": caption}
     return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
 
