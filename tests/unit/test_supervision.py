@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drllm.cli import main
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.paths import Decision
@@ -22,7 +23,7 @@ from drllm.records.supervision import (
 )
 from drllm.supervision.rules import REASONS, candidates
 from drllm.supervision.select import check_settings, over_quota, read_quotas, supervise, targets
-from drllm.supervision.summary import edit_effects
+from drllm.supervision.summary import edit_effects, summarise
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -639,3 +640,18 @@ def test_single_edits_are_ranked_by_what_they_change_of_the_reward():
     skips = edit_effects(found, Decision.SKIP, 1)
     assert [(layer, round(change, 9)) for layer, change in skips] == [(1, 0.05), (3, 0.0)]
     assert edit_effects(found, Decision.REPEAT, 2) == []
+
+
+def test_targets_of_questions_that_no_search_has_are_counted_and_none_is_wrong():
+    own = [target("a"), target("B")]
+    summary = summarise([], own, {})
+    assert (summary["targets"], summary["wrong_targets"]) == (2, 0)
+    assert summary["class_counts"] == [0, 4, 0]
+
+
+def test_a_file_of_targets_with_the_three_documented_fields_is_shown(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    row = {"question": "What is ice?", "optimal_layer_config": [1, 0, 1, 2], "answer": "water"}
+    file.write_text(json.dumps(row) + "\n")
+    assert main(["show", str(file)]) == 0
+    assert "skip 1 (25.0 %), execute 2 (50.0 %), repeat 1 (25.0 %)" in capsys.readouterr().out

@@ -29,22 +29,22 @@ MIN_SAVING = 0.05
 
 
 def is_valid(path: TriedPath) -> bool:
-    """Say whether a path answered right."""
+    """Whether a path answered right."""
     return path.reward >= 1
 
 
 def is_saving(path: TriedPath, record: SearchRecord) -> bool:
-    """Say whether a path answered right with fewer executions than the full path."""
+    """Whether a path answered right with fewer executions than the full path."""
     return is_valid(path) and path.executions < record.full.executions
 
 
 def is_improving(path: TriedPath, record: SearchRecord) -> bool:
-    """Say whether a path answered right where the full path failed."""
+    """Whether a path answered right where the full path failed."""
     return is_valid(path) and not is_valid(record.full)
 
 
 def survived(path: TriedPath) -> bool:
-    """Say whether a path answered right, and again when asked in other ways."""
+    """Whether a path answered right, and again in the re-test."""
     return is_valid(path) and path.retest is not None and path.retest.survived
 
 
@@ -79,7 +79,8 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
     valid = released(record)
     if isinstance(valid, str):
         return valid
-    return [p for p in valid if is_improving(p, record) or is_saving(p, record)] or ONLY_FULL_PATH
+    better = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
+    return better or ONLY_FULL_PATH
 
 
 @TARGETS.register("released")
@@ -90,9 +91,11 @@ def released(record: SearchRecord) -> list[TriedPath] | str:
     """
 
     def order(path: TriedPath) -> tuple[float, int, int]:
-        return path.executions, sum(map(bool, path.decisions)), path.simulation
+        num_different_layers = sum(decision > 0 for decision in path.decisions)
+        return path.executions, num_different_layers, path.simulation
 
-    return sorted(filter(is_valid, record.paths), key=order) or NO_VALID_PATH
+    valid = [path for path in record.paths if is_valid(path)]
+    return sorted(valid, key=order) or NO_VALID_PATH
 
 
 @TARGETS.register("least_kl")
@@ -105,21 +108,23 @@ def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[Tried
     Source: ours (docs/differences.md, D-24).
     """
     maximum = (1 - min_saving) * record.full.executions + 1e-9
-    known = [path for path in record.paths[1:] if path.kl is not None]
-    if not known:
+    measured = [path for path in record.paths[1:] if path.kl is not None]
+    if not measured:
         return NO_KL
-    kept = [path for path in known if path.executions <= maximum]
-    kept.sort(key=lambda path: (path.kl or 0.0, path.executions, path.simulation))
-    return kept or SAVES_TOO_LITTLE
+    short = [path for path in measured if path.executions <= maximum]
+    short.sort(key=lambda path: (path.kl or 0.0, path.executions, path.simulation))
+    return short or SAVES_TOO_LITTLE
 
 
 def _survivors(
     record: SearchRecord, order: Callable[[TriedPath], tuple[float, float]]
 ) -> list[TriedPath] | str:
-    if not any(map(is_valid, record.paths)):
+    """Return the paths that survived the re-test, in an order, the earlier simulation first."""
+    if not any(is_valid(path) for path in record.paths):
         return NO_VALID_PATH
-    kept = filter(survived, record.paths)
-    return sorted(kept, key=lambda path: (*order(path), path.simulation)) or NOT_SURVIVED
+    survivors = [path for path in record.paths if survived(path)]
+    survivors.sort(key=lambda path: (*order(path), path.simulation))
+    return survivors or NOT_SURVIVED
 
 
 def _retest_margin(path: TriedPath) -> float:
@@ -132,10 +137,12 @@ def candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
     """Return the paths that may become one question's target, the best first, or why none can."""
-    given = {"min_saving": MIN_SAVING if min_saving is None else min_saving}
-    return TARGETS.get(target)(record, **(given if reads_min_saving(target) else {}))
+    rule = TARGETS.get(target)
+    if not reads_min_saving(target):
+        return rule(record)
+    return rule(record, min_saving=MIN_SAVING if min_saving is None else min_saving)
 
 
 def reads_min_saving(target: str) -> bool:
-    """Tell whether a rule depends on `--min-saving`."""
+    """Whether a rule depends on `--min-saving`."""
     return "min_saving" in inspect.signature(TARGETS.get(target)).parameters

@@ -1,4 +1,4 @@
-"""All questions' targets: the rule for each, copies counted once, quotas over the rest.
+"""Targets for all questions: the rule for each, copies counted once, quotas over the rest.
 
 `supervise` is the stage: search records in, `supervision.jsonl` with its manifest out.
 """
@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from drllm.config import SearchConfig, SuperviseConfig
 from drllm.config.fields import changed
@@ -21,33 +21,40 @@ from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejec
 from drllm.supervision import rules
 from drllm.supervision.summary import summarise
 
+SearchSource: TypeAlias = SearchRecords | Path | str
+"""The records of one search, or the file that holds them."""
+
 _ROUNDING = 1e-9
 
 
 class Supervision(tuple[SupervisionRecord, ...]):
-    """The targets, one per question that has one, in order; and what became of the others."""
+    """The targets of searched questions, in order, one for each question that has one.
 
-    reasons: tuple[str | None, ...]  # one per question: why it has no target, None where it has one
-    summary: dict[str, Any]  # counts, as `summarise` describes them
-    rewards: tuple[str, ...]  # those that the prompts of the targets were made for, by name
+    Attributes:
+        reasons: For each question why it has no target; None where it has one.
+        summary: Counts; see `summarise`.
+        rewards: Names of the rewards that the prompts of the targets were made for.
+    """
+
+    reasons: tuple[str | None, ...]
+    summary: dict[str, Any]
+    rewards: tuple[str, ...]
 
 
 def supervise(
-    searches: SearchRecords | Path | str | Sequence[SearchRecord | SearchRecords | Path | str],
+    searches: SearchSource | Sequence[SearchRecord | SearchSource],
     config: SuperviseConfig | None = None,
     output: Path | str | None = None,
     **settings: Any,
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
-    The questions without a target are written to `supervision.rejected.jsonl` (or what it is
-    called after the output), each with its reason; where all have one, there is no such file
-    afterwards.
+    The questions without a target are written to `supervision.rejected.jsonl` (named after the
+    output), each with its reason; where all have one, no such file is left.
 
     Args:
         searches: Search records, from `search_paths` or `search.jsonl` files of one base model
-            (the shards of a search, say), in this order; a question that stands in several of them
-            counts once.
+            (the shards of a search, say), in this order; a question in several of them counts once.
         config: The rule and the quotas.
         output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
         settings: Settings of `SuperviseConfig` by name, in place of the config's.
@@ -60,32 +67,62 @@ def supervise(
     """
     config = changed(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
-    if isinstance(searches, str | Path | SearchRecords):
-        searches = [searches]
-    if searches and isinstance(searches[0], SearchRecord):
-        searches = [SearchRecords.of(searches)]  # type: ignore[arg-type]
-    given: list[Any] = [Path(one) if isinstance(one, str) else one for one in searches]
-    named = [one.file if isinstance(one, SearchRecords) else one for one in given]
-    files = [file.resolve() for file in named if file is not None]
-    for file in filter(None, named):
-        if files.count(file.resolve()) > 1:
-            raise RecordError(f"{file} is given twice; name each search file once")
-    for file in () if output is None else (output, rejected_path(output)):
-        if file.resolve() in files:
-            raise RecordError(f"{file} is both read and written; choose another output file")
-    if not given:
-        raise RecordError("no search file is given; name at least one search.jsonl")
-    read_quotas(config.quotas)  # what can't be read is refused before large files are
-    sources = [one if isinstance(one, SearchRecords) else read_search(one) for one in given]
-    for first, other in itertools.combinations(sources, 2):
+    sources = _list_sources(searches)
+    _check_files(sources, output)
+    read_quotas(config.quotas)  # refused before large files are read
+    read_sources = [
+        source if isinstance(source, SearchRecords) else read_search(source) for source in sources
+    ]
+    for first, other in itertools.combinations(read_sources, 2):
         _check_same_model(first, other)
-    _check_ids(sources)
-    supervision = targets(list(itertools.chain(*sources)), config)
+    _check_ids(read_sources)
+    records = list(itertools.chain.from_iterable(read_sources))
+    supervision = targets(records, config)
     if not supervision:
-        raise RecordError(_without_targets(supervision.summary))
+        raise RecordError(_no_targets_message(supervision.summary))
     if output is not None:
-        write(supervision, sources, output, config)
+        write(supervision, read_sources, output, config)
     return supervision
+
+
+def _list_sources(
+    searches: SearchSource | Sequence[SearchRecord | SearchSource],
+) -> list[SearchRecords | Path]:
+    """Return the sources of search records, each a file or the records of one search."""
+    if isinstance(searches, SearchRecords):
+        return [searches]
+    if isinstance(searches, (str, Path)):
+        return [Path(searches)]
+    sources: list[SearchRecords | Path] = []
+    records: list[SearchRecord] = []
+    for item in searches:
+        if isinstance(item, SearchRecord):
+            records.append(item)
+        elif isinstance(item, SearchRecords):
+            sources.append(item)
+        else:
+            sources.append(Path(item))
+    if records:
+        sources.append(SearchRecords.of(records))
+    return sources
+
+
+def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -> None:
+    """Refuse no source, a file that is named twice, and an output that is one of the inputs."""
+    if not sources:
+        raise RecordError("no search file is given; name at least one search.jsonl")
+    seen: set[Path] = set()
+    for source in sources:
+        file = source.file if isinstance(source, SearchRecords) else source
+        if file is None:
+            continue
+        if file.resolve() in seen:
+            raise RecordError(f"{file} is given twice; name each search file once")
+        seen.add(file.resolve())
+    if output is not None:
+        for file in (output, rejected_path(output)):
+            if file.resolve() in seen:
+                raise RecordError(f"{file} is both read and written; choose another output file")
 
 
 def write(
@@ -94,35 +131,48 @@ def write(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write what `targets` made of all records of the sources, which are of one base model."""
+    """Write the targets that `targets` made of all records of the sources, of one base model."""
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",
-        model=max((source.model for source in sources), key=len),  # the one that tells most
+        model=max((source.model for source in sources), key=len),  # the one with the most fields
         config=config.to_dict(),
         inputs=inputs,
         extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
     )
     if len(inputs) == len(sources):
-        reasons = iter(supervision.reasons)
-        counts = (Counter(itertools.islice(reasons, len(source))) for source in sources)
-        manifest["files"] = {
-            name: {
-                "questions": found.total() - found[rules.TWICE],
-                "copies": found[rules.TWICE],
-                "targets": found[None],
-                "rejected": {reason: found[reason] for reason in rules.REASONS},
-            }
-            for name, found in zip(manifest["inputs"], counts, strict=True)
-        }
+        counts = _count_by_source(supervision, sources)
+        manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
     # First, so that targets with a manifest never lie next to the rejects of others.
+    records = itertools.chain.from_iterable(sources)
     rejected = [
         RejectedQuestion.of(record, reason)
-        for record, reason in zip(itertools.chain(*sources), supervision.reasons, strict=True)
+        for record, reason in zip(records, supervision.reasons, strict=True)
         if reason is not None
     ]
     write_or_remove(rejected_path(output), rejected)
     write_records(output, supervision, manifest)
+
+
+def _count_by_source(
+    supervision: Supervision, sources: Sequence[SearchRecords]
+) -> list[dict[str, Any]]:
+    """Count, for each source, its questions, copies and targets, and the others by reason."""
+    counts: list[dict[str, Any]] = []
+    start = 0
+    for source in sources:
+        reasons = Counter(supervision.reasons[start : start + len(source)])
+        start += len(source)
+        num_copies = reasons[rules.TWICE]
+        counts.append(
+            {
+                "questions": reasons.total() - num_copies,
+                "copies": num_copies,
+                "targets": reasons[None],
+                "rejected": {reason: reasons[reason] for reason in rules.REASONS},
+            }
+        )
+    return counts
 
 
 def check_settings(
@@ -154,43 +204,62 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
-    found: dict[int, SupervisionRecord] = {}  # by the record's place
-    seen: set[str] = set()
+    target_of: dict[int, SupervisionRecord] = {}  # by the record's place
+    keys: set[str] = set()
     for place, record in enumerate(records):
-        key = question_key(record.question)
-        paths: list[TriedPath] | str = rules.TWICE
-        if key not in seen:
-            seen.add(key)
-            paths = rules.candidates(record, config.target, min_saving=config.min_saving)
-        reasons.append(paths if isinstance(paths, str) else None)
-        if not isinstance(paths, str):
-            target = paths[0]
-            found[place] = SupervisionRecord(
-                question=record.question,
-                optimal_layer_config=target.decisions,
-                answer=record.answer,
-                prompt=record.prompt,
-                id=record.id,
-                task=record.task,
-                executions=target.executions,
-                improving=rules.is_improving(target, record),
-                margin=target.margin,
-            )
-    places = list(found)
-    for dropped in over_quota(list(found.values()), quotas, config.quota_improving):
-        del found[places[dropped]]
-        reasons[places[dropped]] = rules.OVER_QUOTA
-    supervision = Supervision(found.values())
+        paths = _candidates(record, config, keys)
+        if isinstance(paths, str):
+            reasons.append(paths)
+        else:
+            reasons.append(None)
+            target_of[place] = _target(record, paths[0])
+    places = list(target_of)
+    for number in over_quota(list(target_of.values()), quotas, config.quota_improving):
+        place = places[number]
+        del target_of[place]
+        reasons[place] = rules.OVER_QUOTA
+    supervision = Supervision(target_of.values())
     supervision.reasons = tuple(reasons)
-    supervision.summary = summarise(records, supervision, Counter(filter(None, reasons)))
-    supervision.rewards = tuple(sorted({records[place].reward for place in found}))
+    rejected = Counter(reason for reason in reasons if reason is not None)
+    supervision.summary = summarise(records, supervision, rejected)
+    supervision.rewards = tuple(sorted({records[place].reward for place in target_of}))
     return supervision
+
+
+def _candidates(
+    record: SearchRecord, config: SuperviseConfig, keys: set[str]
+) -> list[TriedPath] | str:
+    """Return the paths that may be the record's target, the best first, or why there are none.
+
+    `keys` are those of the questions before it; its own is added.
+    """
+    key = question_key(record.question)
+    if key in keys:
+        return rules.TWICE
+    keys.add(key)
+    return rules.candidates(record, config.target, min_saving=config.min_saving)
+
+
+def _target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
+    return SupervisionRecord(
+        question=record.question,
+        optimal_layer_config=path.decisions,
+        answer=record.answer,
+        prompt=record.prompt,
+        id=record.id,
+        task=record.task,
+        executions=path.executions,
+        improving=rules.is_improving(path, record),
+        margin=path.margin,
+    )
 
 
 def read_quotas(text: str | None) -> dict[str, int]:
     """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas."""
+    if text is None:
+        return {}
     quotas: dict[str, int] = {}
-    for part in [] if text is None else text.split(","):
+    for part in text.split(","):
         task, _, count = (piece.strip() for piece in part.rpartition("="))
         if not task or not count.isdecimal() or int(count) < 1:
             raise ConfigError(
@@ -204,7 +273,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
 
 
 def over_quota(
-    kept: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
+    records: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
 ) -> set[int]:
     """Return the places of the targets that have to go.
 
@@ -214,31 +283,54 @@ def over_quota(
     code. With a share and no quota the last targets that don't improve go, until the others have
     the share; each task by itself where any task has a quota, else all of them together.
 
+    Args:
+        records: All targets, in the order of their questions.
+        quotas: Task → maximum targets.
+        share: Of improving targets, at least; None for no share.
+
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).
     """
-    groups: dict[str, list[int]] = {}
-    for place, record in enumerate(kept):
-        groups.setdefault(record.task if quotas else "", []).append(place)
+    places_by_task: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        group = record.task if quotas else ""
+        places_by_task.setdefault(group, []).append(place)
+    improving = {place for place, record in enumerate(records) if record.improving}
     dropped: set[int] = set()
-    for task, places in groups.items():
+    for task, places in places_by_task.items():
         if task in quotas:
-            first, later = places[: quotas[task]], places[quotas[task] :]
-            others = [place for place in first if not kept[place].improving]
-            wanted = math.ceil((share or 0) * quotas[task] - _ROUNDING)
-            missing = max(0, wanted - (len(first) - len(others)))
-            arriving = [place for place in later if kept[place].improving][:missing]
-            dropped |= {*later, *others[: len(arriving)]} - {*arriving}
+            dropped |= _over_count(places, improving, quotas[task], share or 0.0)
         elif share is not None:
-            others = [place for place in places if not kept[place].improving]
-            # i / (i + n) >= share; a rounding error of the quotient never costs a target.
-            improving = len(places) - len(others)
-            dropped |= {*others[math.floor(improving * (1 - share) / share + _ROUNDING) :]}
+            dropped |= _below_share(places, improving, share)
     return dropped
 
 
-def _without_targets(summary: Mapping[str, Any]) -> str:
-    rejected = {reason: n for reason, n in summary["rejected"].items() if n}
+def _over_count(
+    places: Sequence[int], improving: Collection[int], quota: int, share: float
+) -> set[int]:
+    """Return what one task has to drop for its quota, with a share of improving targets."""
+    first = places[:quota]
+    later = places[quota:]
+    replaceable = [place for place in first if place not in improving]
+    min_improving = math.ceil(share * quota - _ROUNDING)
+    num_missing = max(0, min_improving - (len(first) - len(replaceable)))
+    arriving = [place for place in later if place in improving][:num_missing]
+    leaving = replaceable[: len(arriving)]
+    return {*later, *leaving} - set(arriving)
+
+
+def _below_share(places: Sequence[int], improving: Collection[int], share: float) -> set[int]:
+    """Return what a group of targets has to drop so that enough of the others improve."""
+    others = [place for place in places if place not in improving]
+    num_improving = len(places) - len(others)
+    # i / (i + n) >= share; a rounding error of the quotient never costs a target.
+    num_kept = math.floor(num_improving * (1 - share) / share + _ROUNDING)
+    return set(others[num_kept:])
+
+
+def _no_targets_message(summary: Mapping[str, Any]) -> str:
+    """Return the message where no question has a target: the reasons, and what to do."""
+    rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
     # A quota alone leaves targets, a share leaves the improving ones.
     if rules.OVER_QUOTA in rejected:
         remedy = (
@@ -251,7 +343,7 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
         remedy = "search more simulations, or give a smaller --min-saving"
     else:
         remedy = "search more questions or simulations, or choose another --target"
-    reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
     )
@@ -259,26 +351,30 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
 
 def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
     """Refuse files of two base models; another id for the same weights is fine."""
-    known = first.model.keys() & other.model.keys()
-    others = () if "fingerprint" in known else ("id", "revision")
-    for name in ("fingerprint", "num_layers", "hidden_size", "class", *others):
-        values = first.model.get(name), other.model.get(name)
-        if name in known and differ(name, *values, str(other.file)):
+    in_both = first.model.keys() & other.model.keys()
+    names = ["fingerprint", "num_layers", "hidden_size", "class"]
+    if "fingerprint" not in in_both:
+        names += ["id", "revision"]
+    for name in names:
+        if name not in in_both:
+            continue
+        value = first.model[name]
+        other_value = other.model[name]
+        if differ(name, value, other_value, str(other.file)):
             raise RecordError(
                 f"{first.file} and {other.file} are of different base models "
-                f"({name} {first.model[name]!r} and {other.model[name]!r}); "
-                f"make one supervision file for each"
+                f"({name} {value!r} and {other_value!r}); make one supervision file for each"
             )
 
 
 def _check_ids(sources: Sequence[SearchRecords]) -> None:
-    """Refuse two questions under one id, which readers of the targets could not tell apart."""
+    """Refuse two questions with one id, which readers of the targets could not tell apart."""
     seen: dict[tuple[str, str], tuple[str, Path | None]] = {}
     for source in sources:
         for record in source:
             key = question_key(record.question)
-            text, file = seen.setdefault((record.task, record.id), (key, source.file))
-            if text != key:
+            first_key, file = seen.setdefault((record.task, record.id), (key, source.file))
+            if first_key != key:
                 raise RecordError(
                     f"{file} and {source.file} have different questions with id {record.id!r} of "
                     f"task {record.task!r}; rename the task of one of them"

@@ -1,9 +1,12 @@
-"""Counts: what the search found, what survived, what became a target; what single edits did."""
+"""Counts: what a search found, what survived the re-test, and which targets came of it.
+
+Also what single edits did to the reward, and how often each decision is a target's.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from drllm.paths import Decision, Decisions
 from drllm.records.search import SearchRecord, TriedPath
@@ -17,83 +20,116 @@ KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
     "saving": is_saving,
     "improving": is_improving,
 }
+_COUNTS = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))
+_COUNTS_OF_PATHS = tuple(name for name in _COUNTS if not name.startswith("valid"))
+
+CountedRecord: TypeAlias = tuple[SearchRecord, Mapping[str, int]]
+"""A search record, and its number of paths under each name of `_COUNTS`."""
 
 
 def summarise(
-    records: Sequence[SearchRecord], kept: Sequence[SupervisionRecord], rejected: Mapping[str, int]
+    records: Sequence[SearchRecord],
+    targets: Sequence[SupervisionRecord],
+    rejected: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Count what the search found and what became of it: targets kept, others by reason.
+    """Count what the search found, and what became of it.
 
-    Of records with the same question the first one counts, whatever their tasks and files. Keys
-    are those of `summary` in docs/formats.md: `questions` = `targets` + the sum of `rejected`, in
-    which every reason is; questions with at least one valid (the full path, too), saving or
-    improving path, by the search alone and among the paths that survived; such paths themselves;
-    all counts of questions by task; and the decisions of the targets.
+    Of records with the same question the first one counts, whatever their tasks and files.
+
+    Args:
+        records: All search records.
+        targets: The targets made of them; those of a user's own file may be of other questions.
+        rejected: Reason → number of questions without a target.
+
+    Returns:
+        The `summary` of docs/formats.md. `questions` equals `targets` plus the sum of `rejected`,
+        which has every reason. Questions and paths are counted as the search found them, and after
+        the re-test.
     """
-    by_layer = list(map(list, class_counts(record.optimal_layer_config for record in kept)))
-    by_question: dict[str, SearchRecord] = {}
-    reached: dict[tuple[str, str, Decisions], bool] = {}  # whether a target answers right
+    first_records: dict[str, SearchRecord] = {}
     for record in records:
-        is_open = record.reward == KL_REWARD  # nothing is right there, and nothing wrong
-        for path in record.paths:
-            reached[record.task, record.id, path.decisions] = is_open or is_valid(path)
-        by_question.setdefault(question_key(record.question), record)
-    first = [(record, _path_counts(record)) for record in by_question.values()]
-    copies = Counter(record.task for record in records)
-    copies.subtract(record.task for record, _ in first)
-    tasks = dict.fromkeys([*copies, *(record.task for record in kept)])
-
-    def of_task(task: str) -> dict[str, int]:
-        found = [(record, counts) for record, counts in first if record.task == task]
-        improving = [record.improving for record in kept if record.task == task]
-        return {
-            "questions": len(found),
-            "copies": copies[task],
-            **_questions_by_kind(found),
-            "targets": len(improving),
-            "improving_targets": sum(improving),
-        }
-
+        first_records.setdefault(question_key(record.question), record)
+    counted = [(record, _count_paths(record)) for record in first_records.values()]
+    num_copies = Counter(record.task for record in records)
+    num_copies.subtract(record.task for record in first_records.values())
+    task_names = dict.fromkeys([*num_copies, *(target.task for target in targets)])
+    decisions = [target.optimal_layer_config for target in targets]
+    by_layer = [list(counts) for counts in class_counts(decisions)]
+    executions = None
+    if targets:
+        executions = sum(target.executions for target in targets) / len(targets)
     return {
-        "questions": len(first),
-        "copies": copies.total(),
-        "targets": len(kept),
+        "questions": len(counted),
+        "copies": num_copies.total(),
+        "targets": len(targets),
         "rejected": {reason: rejected.get(reason, 0) for reason in REASONS},
-        **_questions_by_kind(first),
-        "paths": {
-            name: sum(counts[name] for _, counts in first)
-            for name in _NAMES
-            if not name.startswith("valid")
+        **_count_questions(counted),
+        "paths": {name: sum(counts[name] for _, counts in counted) for name in _COUNTS_OF_PATHS},
+        "tasks": {
+            task: _summarise_task(task, counted, targets, num_copies[task]) for task in task_names
         },
-        "tasks": {task: of_task(task) for task in tasks},
-        "wrong_targets": sum(not reached[t.task, t.id, t.optimal_layer_config] for t in kept),
-        "executions": sum(record.executions for record in kept) / len(kept) if kept else None,
-        "class_counts": [sum(layer[decision] for layer in by_layer) for decision in Decision],
+        "wrong_targets": _count_wrong(records, targets),
+        "executions": executions,
+        "class_counts": [sum(counts[decision] for counts in by_layer) for decision in Decision],
         "class_counts_by_layer": by_layer,
     }
 
 
+def _summarise_task(
+    task: str,
+    counted: Sequence[CountedRecord],
+    targets: Sequence[SupervisionRecord],
+    num_copies: int,
+) -> dict[str, int]:
+    """Return the counts of one task's questions."""
+    counted_of_task = [(record, counts) for record, counts in counted if record.task == task]
+    improving = [target.improving for target in targets if target.task == task]
+    return {
+        "questions": len(counted_of_task),
+        "copies": num_copies,
+        **_count_questions(counted_of_task),
+        "targets": len(improving),
+        "improving_targets": sum(improving),
+    }
+
+
+def _count_questions(counted: Sequence[CountedRecord]) -> dict[str, int]:
+    """Count the questions that the full path answers right, and those with a path of each kind."""
+    return {
+        "base_correct": sum(is_valid(record.full) for record, _ in counted),
+        **{name: sum(counts[name] > 0 for _, counts in counted) for name in _COUNTS},
+    }
+
+
+def _count_paths(record: SearchRecord) -> dict[str, int]:
+    """Count a question's paths of each kind, as the search found them and that survived."""
+    counts: dict[str, int] = {}
+    for kind, is_of_kind in KINDS.items():
+        paths = [path for path in record.paths if is_of_kind(path, record)]
+        counts[f"{kind}_before_retest"] = len(paths)
+        counts[f"{kind}_after_retest"] = sum(survived(path) for path in paths)
+    return counts
+
+
+def _count_wrong(records: Sequence[SearchRecord], targets: Sequence[SupervisionRecord]) -> int:
+    """Count the targets whose path answered wrong, of questions that have right answers.
+
+    A target of a question that isn't among the records isn't known to be wrong.
+    """
+    is_wrong: dict[tuple[str, str, Decisions], bool] = {}
+    for record in records:
+        has_answer = record.reward != KL_REWARD
+        for path in record.paths:
+            key = (record.task, record.id, path.decisions)
+            is_wrong[key] = has_answer and not is_valid(path)
+    keys = [(target.task, target.id, target.optimal_layer_config) for target in targets]
+    return sum(is_wrong.get(key, False) for key in keys)
+
+
 def class_counts(rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
     """Count how often each layer is skipped, executed, repeated: `[L][3]`, empty without rows."""
-    columns = zip(*rows, strict=True)
-    return tuple((each.count(0), each.count(1), each.count(2)) for each in columns)
-
-
-_NAMES = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))
-
-
-def _path_counts(record: SearchRecord) -> dict[str, int]:
-    """Count a question's paths of each kind, as the search found them and that survived."""
-    found = {kind: [p for p in record.paths if is_one(p, record)] for kind, is_one in KINDS.items()}
-    counts = [n for paths in found.values() for n in (len(paths), sum(map(survived, paths)))]
-    return dict(zip(_NAMES, counts, strict=True))
-
-
-def _questions_by_kind(found: Sequence[tuple[SearchRecord, Mapping[str, int]]]) -> dict[str, int]:
-    return {
-        "base_correct": sum(is_valid(record.full) for record, _ in found),
-        **{name: sum(counts[name] > 0 for _, counts in found) for name in _NAMES},
-    }
+    layers = zip(*rows, strict=True)
+    return tuple((layer.count(0), layer.count(1), layer.count(2)) for layer in layers)
 
 
 def edit_effects(
@@ -108,6 +144,11 @@ def edit_effects(
         for path in record.paths:
             edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
             if len(edited) == 1 and path.decisions[edited[0]] == decision:
-                changes.setdefault(edited[0], []).append(path.reward - record.full.reward)
-    means = [(layer, fmean(each)) for layer, each in changes.items() if len(each) >= min_questions]
-    return sorted(means, key=lambda effect: (-effect[1], effect[0]))
+                change = path.reward - record.full.reward
+                changes.setdefault(edited[0], []).append(change)
+    effects = [
+        (layer, fmean(of_layer))
+        for layer, of_layer in changes.items()
+        if len(of_layer) >= min_questions
+    ]
+    return sorted(effects, key=lambda effect: (-effect[1], effect[0]))
