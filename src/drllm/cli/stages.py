@@ -17,7 +17,6 @@ from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import (
-    SPLITS,
     EvaluateConfig,
     HealConfig,
     ModelConfig,
@@ -41,7 +40,7 @@ from drllm.records.supervision import join_supervision
 from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.base import Task
-from drllm.tasks.files import FIELDS, FileTask
+from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.heal_texts import sources_of
@@ -103,10 +102,7 @@ def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
     """Say how the questions of files and of the harness are divided, by their texts."""
     for task in tasks:
         if task.name not in TASKS:
-            parts = {split: len(task.examples(split)) for split in SPLITS}
-            shown = ", ".join(f"{number} in {split}" for split, number in parts.items())
-            what = task.path if isinstance(task, FileTask) else task.name
-            terminal.say(f"{what} has {sum(parts.values())} questions: {shown}")
+            terminal.say(task.describe_splits())
 
 
 def _supervise(

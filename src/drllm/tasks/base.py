@@ -112,6 +112,12 @@ class Task(ABC):
         """Return the rows of a split's file that can't be asked: id → reason."""
         return {}
 
+    def describe_splits(self) -> str:
+        """Return one line that says how many questions each split has."""
+        counts = {split: len(self.examples(split)) for split in SPLITS}
+        parts = ", ".join(f"{count} in {split}" for split, count in counts.items())
+        return f"{self.name} has {sum(counts.values())} questions: {parts}"
+
     @property
     def reports_test_alone(self) -> bool:
         """Whether `test` is the only split that an evaluation may use."""

@@ -226,11 +226,14 @@ class FileTask(Task):
                 examples.setdefault(key, example)
         return list(examples.values())
 
-    @property
-    def num_dropped(self) -> int:
-        """How many rows no split has, since they repeat the text of an earlier one."""
+    def describe_splits(self) -> str:
+        """Return one line: how many questions each split has, and how many rows repeat a text."""
+        description = f"{self.path}{super().describe_splits().removeprefix(self.name)}"
         num_questions = sum(len(self.examples(split)) for split in SPLITS)
-        return self.num_rows - num_questions
+        num_repeated = self.num_rows - num_questions
+        if num_repeated > 0:
+            description += f"; {num_repeated} of {self.num_rows} rows repeat a text, left out"
+        return description
 
 
 def _task_name(path: Path, reserved_names: Collection[str]) -> str:

@@ -7,15 +7,16 @@ import pytest
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.prompts import render
+from drllm.models.base.prompts import encode, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion
-from drllm.search import retest
+from drllm.search import evaluator, retest
 from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
 from drllm.search.evaluator import Evaluator, gold_text, tokenize_prompt
 from drllm.search.questions import Batch, build_question, collect_questions
+from drllm.tasks.examples import Prompt
 from drllm.tasks.registry import get_task
 
 CONFIG = SearchConfig(num_simulations=4)
@@ -164,6 +165,24 @@ def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(tiny_llam
     assert prompt.max_new_tokens < len(gold_text(prompt))
     with pytest.raises(ModelError, match="up to 68 follow"):
         tokenize_prompt(tight, prompt)
+
+
+def test_a_prompt_of_megabytes_is_refused_by_its_beginning(tiny_llama, tiny_tokenizer, monkeypatch):
+    """Tokenising all of it would take minutes; a prompt that fits is never refused so."""
+    lengths = []
+
+    def counted(tokenizer, text):
+        lengths.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(evaluator, "encode", counted)
+    tight = RoutedModel(tiny_llama(max_position_embeddings=256), tokenizer=tiny_tokenizer)
+    prompt = Prompt(text="word " * 800_000, reward="exact", answer="1")
+    with pytest.raises(ModelError, match=r"has 4000000 characters.*holds 256; shorten"):
+        tokenize_prompt(tight, prompt)
+    assert max(lengths) < 10_000
+    fitting = dataclasses.replace(prompt, text="x" * 200)
+    assert len(tokenize_prompt(tight, fitting).tokens) == 200
 
 
 class Failing:

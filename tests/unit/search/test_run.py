@@ -352,6 +352,25 @@ def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path,
     assert [failed.id for failed in found.failed] == [first.id]
 
 
+def test_a_task_of_which_nothing_is_answered_right_is_warned_about_with_an_answer(
+    routed, tmp_path, undisturbed
+):
+    rows = [{"question": f"What is {n}?", "answer": "zyx", "grader": "exact"} for n in range(20)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heard = Heard()
+    records = run(routed, None, [get_task(str(file))], heard, limit=5)
+    first = records[0]
+    assert heard.notes[-1].startswith(
+        f"the full model answers none of the 5 questions of own right: on {first.question!r} it "
+        f"said {first.full.answer[:60]!r}, and right is 'zyx'; check"
+    )
+    few = Heard()
+    run(routed, None, [get_task(str(file))], few, limit=4)
+    for other in (few, undisturbed[1]):
+        assert not any("answers none" in note for note in other.notes)
+
+
 def test_a_chunk_of_other_questions_is_searched_again(
     routed, facts, tmp_path, unbroken, assert_same_run
 ):

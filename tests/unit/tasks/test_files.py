@@ -120,6 +120,7 @@ def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
     [
         ("question=query&gold=target", "unknown field 'gold'"),
         ("question=", "question= is empty; give FIELD=COLUMN"),
+        ("question=query&question=text", "question is named twice, as query and as text"),
         (
             "question=text",
             "line 1: column 'text' is missing (the line has: query, options, target)",
@@ -164,6 +165,29 @@ def test_columns_are_put_behind_every_file_and_hub_set_of_a_list():
     assert found == f"arc_easy,mine.jsonl?prompt=p&{said},owner/name:small?{said}"
     with pytest.raises(ConfigError, match="has no effect on arc_easy"):
         with_columns("arc_easy", "question=q")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mine.csv", "a CSV file"),
+        ("data/mine.json", "a JSON file"),
+        ("mine.CSV?question=q", "a CSV file"),
+    ],
+)
+def test_a_file_in_another_format_says_what_it_is_and_what_to_write_instead(name, kind):
+    for refused in (lambda: get_tasks(name), lambda: with_columns(name, "question=q")):
+        with pytest.raises(TaskError, match=rf"is {kind}.* as JSON lines in mine\.jsonl, .*{{"):
+            refused()
+
+
+def test_a_file_says_how_its_questions_are_divided_and_how_many_repeat_a_text(tmp_path):
+    rows = [{**CHOICES, "question": f"Question {number}?"} for number in range(40)]
+    task = get_task(str(write(tmp_path, *rows)))
+    counts = [f"{len(task.examples(split))} in {split}" for split in SPLITS]
+    assert task.describe_splits() == f"{task.path} has 40 questions: {', '.join(counts)}"
+    task = get_task(str(write(tmp_path, *rows, rows[3], rows[5])))
+    assert task.describe_splits().endswith("; 2 of 42 rows repeat a text, left out")
 
 
 def test_a_file_is_read_once_unless_it_changes(tmp_path):
@@ -281,6 +305,8 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, rows, message):
         (b'{"question": "W', "line 1: "),
         (b'"text"\n', "line 1: expected `object`"),
         (b'{"question": NaN}', "line 1: NaN is no number"),
+        (b'\n [{"question": "Why?"}]\n', "is one JSON list; write each of its objects on a line"),
+        (b'[\n  {"question": "Why?"}\n]\n', "is one JSON list"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path, content, message):

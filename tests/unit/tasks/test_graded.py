@@ -72,6 +72,7 @@ def returning(value, folder):
         ("'much'", "returned 'much'; expected a number from 0 to 1"),
         ("1.5", "returned 1.5; expected"),
         ("None", "returned None; expected"),
+        ("__import__('sys').exit(0)", "failed on .What .*it ends the program"),
         ("1 / 0", "failed on .What .*ZeroDivisionError: division by zero"),
     ],
 )
@@ -93,6 +94,7 @@ def test_whatever_is_a_number_counts(value, tmp_path):
         ({"reward": "nowhere.py:reward"}, r"no file 'nowhere.py' is there; give FILE.py:FUNCTION"),
         ({"reward": "mine.py:other"}, "has no function 'other'; give it one"),
         ({"reward": "broken.py:reward"}, "broken.py can't be run: SyntaxError: "),
+        ({"reward": "exits.py:reward"}, "exits.py can't be run: it ends the program"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -100,6 +102,7 @@ def test_settings_that_make_no_sense_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def reward(:")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ConfigError, match=message):
         collect_questions("builtin_facts", SearchConfig(limit=3, **settings))
 

@@ -1,5 +1,7 @@
 """Tasks of lm-evaluation-harness as a source of questions to search, tune and train on."""
 
+from pathlib import Path
+
 import pytest
 
 from drllm.config import SPLITS
@@ -35,6 +37,19 @@ def test_the_questions_that_are_not_reported_are_those_to_fit_on(tmp_path, split
     parts = [questions(task, split) for split in SPLITS if split != "test"]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(MORE)
     assert task.reports_test_alone
+
+
+def test_a_task_file_that_runs_code_from_its_folder_is_warned_about(tmp_path, caplog):
+    file = written_task(tmp_path, GENERATED)
+    LmEvalTask(file)
+    assert caplog.messages == []
+    (tmp_path / "utils.py").write_text("def text(doc):\n    return doc['q']\n")
+    path = Path(file)
+    path.write_text(path.read_text().replace("'{{q}}'", "!function utils.text"))
+    task = LmEvalTask(file)
+    assert task.examples("test")[0].question.startswith("Is ")
+    [message] = caplog.messages
+    assert message.startswith(f"{file}: lm-evaluation-harness runs Python code from that folder")
 
 
 def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp_path):
