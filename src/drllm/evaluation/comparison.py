@@ -16,7 +16,7 @@ from drllm.evaluation.baselines.base import BASELINES, BaselineRun, Material, Me
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import AskedTask, asked_of
+from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import chosen_on, is_fitted, sources_of, worked_task
 from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns
@@ -99,7 +99,7 @@ class Shared:
         )
         self._total = self._done = 0
 
-    def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
+    def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> RenderedTask:
         """Return the questions of a task, by way of a task folder; one for each use of a split.
 
         The harness' own tasks need no folder. An evaluation of other questions isn't resumed.
@@ -111,10 +111,10 @@ class Shared:
             # Of names that aren't ours it isn't known whether they hold the same questions.
             is_fresh = made_on <= {*TASKS} and config.supervision is None and not is_fitted(config)
             is_whole = split == "test" and is_fresh
-            written = asked_of(
+            written = draw_stock_task(
                 task, None if is_whole else split, limit, config.seed, config.num_fewshot
             )
-            asked = AskedTask(written, task.tasks, self.lm, chat=config.chat)
+            asked = RenderedTask(written, task.tasks, self.lm, chat=config.chat)
         else:
             [written], files = task_folder(
                 [task],
@@ -125,7 +125,7 @@ class Shared:
                 num_fewshot=config.num_fewshot,
             )
             files.write(source)
-            asked = AskedTask(written, source, self.lm, chat=config.chat)
+            asked = RenderedTask(written, source, self.lm, chat=config.chat)
         questions = f"{written.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": asked.digest()})
         return asked

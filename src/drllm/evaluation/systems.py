@@ -24,7 +24,7 @@ from drllm.evaluation.baselines.base import BaselineRun
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
-from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import batches
@@ -92,7 +92,7 @@ class TaskRun:
     a system reads and writes at most.
     """
 
-    def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int, seed: int) -> None:
+    def __init__(self, lm: RoutedLM, asked: RenderedTask, num_texts: int, seed: int) -> None:
         self.lm = lm
         self.asked = asked
         self._clock = device_clock(lm.device)

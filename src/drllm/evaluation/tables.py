@@ -16,7 +16,7 @@ from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
-from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.evaluation.systems import SystemRun, mean_of
 from drllm.paths import Plan
 from drllm.records import results
@@ -43,7 +43,7 @@ class TaskRuns:
     routers of several seeds on the same questions, and their own routes permuted, if any.
     """
 
-    asked: AskedTask
+    asked: RenderedTask
     systems: Sequence[SystemRun]
     notes: Sequence[str]
     choice: Choice | None

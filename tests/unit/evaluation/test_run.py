@@ -21,7 +21,7 @@ from drllm.evaluation.baselines.random_routes import permuted
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.evaluation.questions import is_fitted
 from drllm.evaluation.run import evaluate
 from drllm.evaluation.systems import TaskRun
@@ -445,7 +445,7 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
         tasks = [get_task("builtin_arithmetic")]
         [written], files = task_folder(tasks, split="select", limit=8, seed=0, data_dir=None)
         files.write(tmp_path)
-        asked = AskedTask(written, tmp_path, lm, chat=False)
+        asked = RenderedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
         read = TaskRun(lm, asked, num_texts=8, seed=0).texts(
             "routed", BaselineRun(policy), "", lambda asks: [ask() for ask in asks.values()]

@@ -1,4 +1,4 @@
-"""Task folders: an evaluation's tasks as files that lm-evaluation-harness reads, ours or stock.
+"""Write an evaluation's tasks as a folder that lm-evaluation-harness reads, ours or stock.
 
     FOLDER/NAME.yaml              one task, or the parts of one as a group
     FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
@@ -33,7 +33,7 @@ Line: TypeAlias = tuple[str, dict[str, Any]]
 
 ASKED, SHOWN = "asked", "shown"
 ROWS, CACHE = "rows", "cache"
-"""Places below a task folder: what is asked and shown, and what `datasets` makes of it."""
+"""Places below a task folder: its rows, and what `datasets` makes of them."""
 NAMED = 5  # rows that aren't asked whose ids a note lists; the results hold all
 SEED = 0  # of drawing the questions of `--limit` on the harness' command line
 
@@ -44,8 +44,7 @@ class HarnessTask:
 
     name: str
     harness_name: str
-    # The harness' tasks that hold the questions, itself or a group's parts, by name: how many
-    # questions each holds.
+    # How many questions are in each of the harness' tasks: itself, or a group's parts.
     leaves: Mapping[str, int]
     metric: str  # the metric that counts
     filter: str  # the harness' filter that it is taken from; `none` for most
@@ -76,8 +75,9 @@ class HarnessTask:
 class FolderFiles:
     """The files of a task folder, before there is one.
 
-    By name: the content of each task file, where rows are given below the folder; and the text of
-    each rows file, by its name below the folder.
+    Attributes:
+        tasks: Each task file's content by its name; places of rows are given below the folder.
+        rows: Each rows file's text by its name below the folder.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -88,17 +88,19 @@ class FolderFiles:
         """What tells these files from others, wherever they are: 16 hexadecimal digits."""
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
-    def _add(
+    def add_leaf(
         self, leaf: str, file: str, rows: Mapping[str, Sequence[Any]], settings: dict[str, Any]
     ) -> None:
         """Add a task that holds questions; `file` is the harness' own that it changes, if any."""
         places = {}
-        for use in filter(rows.get, (ASKED, SHOWN)):
-            text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[use])
-            places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
-            self.rows[places[use]] = text
+        for use in (ASKED, SHOWN):
+            if rows[use]:
+                places[use] = self._add_rows(f"{leaf}-{use}", rows[use])
+        content: dict[str, Any] = {}
+        if file:
+            content["include"] = f"{importlib.resources.files('lm_eval')}/tasks/{file}"
         self.tasks[f"{leaf}.yaml"] = {
-            **({"include": f"{importlib.resources.files('lm_eval')}/tasks/{file}"} if file else {}),
+            **content,
             "task": leaf,
             "tag": None,  # else the harness' own tags would mean these tasks alone
             "dataset_path": "json",
@@ -113,6 +115,22 @@ class FolderFiles:
             **settings,
         }
 
+    def add_group(self, name: str, leaves: Sequence[str], metric: str) -> None:
+        """Add a task that is the mean over others, each question counting alike."""
+        self.tasks[f"{name}.yaml"] = {
+            "group": name,
+            "task": list(leaves),
+            "aggregate_metric_list": [{"metric": metric, "weight_by_size": True}],
+            "metadata": {"version": 1},
+        }
+
+    def _add_rows(self, name: str, rows: Sequence[Any]) -> str:
+        """Add a rows file; return its place below the folder."""
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        place = f"{ROWS}/{name}-{_digest(text)}.jsonl"
+        self.rows[place] = text
+        return place
+
     def write(self, folder: Path) -> None:
         """Write the files below a folder, which may hold others; rows that are there stay."""
         folder = folder.resolve()
@@ -121,12 +139,19 @@ class FolderFiles:
             if not path.is_file() or path.read_bytes() != text.encode():
                 write_atomically(path, text)
         for name, content in self.tasks.items():
-            if places := content.get("dataset_kwargs"):  # which become absolute
-                rows = {use: str(folder / place) for use, place in places["data_files"].items()}
-                placed = {"data_files": rows, "cache_dir": str(folder / CACHE)}
-                content = {**content, "dataset_kwargs": placed}
-            how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 100}
-            write_atomically(folder / name, yaml.dump(content, Dumper=_Dumper, **how))
+            placed = _place_rows(content, folder)
+            text = yaml.dump(placed, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+            write_atomically(folder / name, text)
+
+
+def _place_rows(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a task file's content with the places of its rows made absolute."""
+    dataset = content.get("dataset_kwargs")
+    if dataset is None:  # a group
+        return content
+    rows = {use: str(folder / place) for use, place in dataset["data_files"].items()}
+    placed = {"data_files": rows, "cache_dir": str(folder / CACHE)}
+    return {**content, "dataset_kwargs": placed}
 
 
 def task_folder(
@@ -140,63 +165,29 @@ def task_folder(
 ) -> tuple[list[HarnessTask], FolderFiles]:
     """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
 
-    The same arguments and questions give the same files to the last byte. At most `limit` questions
-    a task are drawn with the seed, None asks all. `num_fewshot` worked examples stand before each;
-    None leaves it to each task.
+    The same arguments and questions give the same files to the last byte.
+
+    Args:
+        tasks: The tasks.
+        split: Where their questions are from.
+        limit: Maximum questions a task, drawn with the seed; None is all.
+        seed: Seed of the drawing.
+        data_dir: Where published sets are.
+        num_fewshot: Worked examples before each question; None leaves it to each task.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
     names = [name_for_harness(task.name) for task in tasks]
-    files, found = FolderFiles(), []
+    files = FolderFiles()
+    harness_tasks = []
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise TaskError(f"task {task.name!r} is given twice, or its name is; give it once")
         entry = entry_of(task)
         shots = entry.shots if num_fewshot is None else num_fewshot
-        asked = choose(task.rows(split, data_dir), limit, seed)
-        try:
-            shown = task.shots(split, data_dir) if shots else []
-        except TaskError as error:
-            needless = f"num_fewshot is {shots}, and 0 needs no worked examples"
-            raise TaskError(f"{error}; {needless}") from error
-        keys = {question_key(example.question) for example, _ in shown}
-        same = [one[0].id for one in asked if question_key(one[0].question) in keys]
-        left = [one for one in asked if one[0].id not in same]
-        if not left:
-            raise TaskError(
-                f"task {task.name!r} has no questions in split {split!r}; give another split, or "
-                f"more questions"
-            )
-        skipped = task.skipped(split, data_dir)
-        not_asked = skipped | dict.fromkeys(same, "a worked example is the same question")
-        notes = list(entry.notes)
-        for why in dict.fromkeys(not_asked.values()):
-            rows = [row for row, reason in not_asked.items() if reason == why]
-            more = ", …" if len(rows) > NAMED else ""
-            notes.append(f"not asked: {len(rows)} ({', '.join(rows[:NAMED])}{more}), since {why}")
-        lines = {ASKED: _lines(task, entry, left), SHOWN: _lines(task, entry, shown)}
-        settings = dict(entry.settings)
-        if entry.generated:
-            settings |= _lengths(entry, lines)
-        leaves = {}
-        for part in sorted({part for part, _ in lines[ASKED]}):
-            own = {use: [row for at, row in each if at == part] for use, each in lines.items()}
-            if shots > (most := len(own[SHOWN])):
-                raise TaskError(
-                    f"task {task.name!r}{f' ({part})' if part else ''} has {most} worked examples "
-                    f"to show, and num_fewshot is {shots}; give at most {most}"
-                )
-            leaf, file = f"{name}_{part}" if part else name, entry.file.format(part=part)
-            leaves[leaf] = len(own[ASKED])
-            files._add(leaf, file, own, {"num_fewshot": shots, **settings})
-        if entry.part_of:
-            files.tasks[f"{name}.yaml"] = {
-                "group": name,
-                "task": [*leaves],
-                "aggregate_metric_list": [{"metric": entry.metric, "weight_by_size": True}],
-                "metadata": {"version": 1},
-            }
-        found.append(
+        questions = _draw_questions(task, split, limit, seed, data_dir, shots)
+        leaves = _add_task(files, task, name, entry, questions, shots)
+        harness_tasks.append(
             HarnessTask(
                 name=task.name,
                 harness_name=name,
@@ -204,35 +195,121 @@ def task_folder(
                 metric=entry.metric,
                 filter=entry.filter,
                 kind="generated" if entry.generated else "choices",
-                examples=tuple(example for example, _ in left),
+                examples=tuple(example for example, _ in questions.asked),
                 num_fewshot=shots,
-                notes=tuple(notes),
-                not_asked=not_asked,
+                notes=(*entry.notes, *_notes_on(questions.not_asked)),
+                not_asked=questions.not_asked,
             )
         )
-    return found, files
+    return harness_tasks, files
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """The questions of a task."""
+
+    asked: list[QuestionRow]
+    shown: list[QuestionRow]  # worked examples
+    not_asked: dict[str, str]  # id → why
+
+
+def _draw_questions(
+    task: Task,
+    split: str,
+    limit: int | None,
+    seed: int,
+    data_dir: Path | str | None,
+    shots: int,
+) -> _Questions:
+    """Draw the questions to ask, without those that are worked examples."""
+    drawn = choose(task.rows(split, data_dir), limit, seed)
+    shown: list[QuestionRow] = []
+    if shots:
+        try:
+            shown = task.shots(split, data_dir)
+        except TaskError as error:
+            raise TaskError(
+                f"{error}; num_fewshot is {shots}, and 0 needs no worked examples"
+            ) from error
+    shown_keys = {question_key(example.question) for example, _ in shown}
+    not_asked = dict(task.skipped(split, data_dir))
+    repeated = set()
+    for example, _ in drawn:
+        if question_key(example.question) in shown_keys:
+            repeated.add(example.id)
+            not_asked[example.id] = "a worked example is the same question"
+    asked = [question for question in drawn if question[0].id not in repeated]
+    if not asked:
+        raise TaskError(
+            f"task {task.name!r} has no questions in split {split!r}; give another split, or "
+            f"more questions"
+        )
+    return _Questions(asked, shown, not_asked)
+
+
+def _notes_on(not_asked: Mapping[str, str]) -> list[str]:
+    """Return a note for each reason why questions aren't asked."""
+    notes = []
+    for reason in dict.fromkeys(not_asked.values()):
+        ids = [row for row, why in not_asked.items() if why == reason]
+        listed = ", ".join(ids[:NAMED])
+        if len(ids) > NAMED:
+            listed += ", …"
+        notes.append(f"not asked: {len(ids)} ({listed}), since {reason}")
+    return notes
+
+
+def _add_task(
+    files: FolderFiles, task: Task, name: str, entry: Harness, questions: _Questions, shots: int
+) -> dict[str, int]:
+    """Add the files of a task; return its parts, by the harness' name: how many questions each."""
+    asked = _lines(task, entry, questions.asked)
+    shown = _lines(task, entry, questions.shown)
+    settings = {"num_fewshot": shots, **entry.settings}
+    if entry.generated and not entry.file:
+        settings["generation_kwargs"] = _generation_settings(entry, asked)
+    leaves = {}
+    for part in sorted({part for part, _ in asked}):
+        rows = {
+            ASKED: [row for at, row in asked if at == part],
+            SHOWN: [row for at, row in shown if at == part],
+        }
+        num_shown = len(rows[SHOWN])
+        if shots > num_shown:
+            where = f"task {task.name!r}"
+            if part:
+                where += f" ({part})"
+            raise TaskError(
+                f"{where} has {num_shown} worked examples to show, and num_fewshot is {shots}; "
+                f"give at most {num_shown}"
+            )
+        leaf = f"{name}_{part}" if part else name
+        leaves[leaf] = len(rows[ASKED])
+        files.add_leaf(leaf, entry.file.format(part=part), rows, settings)
+    if entry.part_of:
+        files.add_group(name, list(leaves), entry.metric)
+    return leaves
 
 
 def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
-    found = []
+    lines = []
     for example, row in questions:
         try:
             columns = entry.row_of(example, row)
         except TaskError as error:
-            where = f"task {task.name!r}, question {example.id!r}"
-            raise TaskError(f"{where}: {error}; the harness' prompt needs it") from error
+            raise TaskError(
+                f"task {task.name!r}, question {example.id!r}: {error}; the harness' prompt needs "
+                f"it"
+            ) from error
         part = str(row[entry.part_of]) if entry.part_of else ""
-        found.append((part, {"drllm_id": example.id, **columns}))
-    return found
+        lines.append((part, {"drllm_id": example.id, **columns}))
+    return lines
 
 
-def _lengths(entry: Harness, lines: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
-    """Return how long generated answers may be, where no task file says so itself."""
-    if entry.file:
-        return {}
-    longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in lines[ASKED])
-    kwargs = {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
-    return {"generation_kwargs": kwargs}
+def _generation_settings(entry: Harness, asked: Sequence[Line]) -> dict[str, Any]:
+    """Return how answers are generated, their maximum length with it."""
+    longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in asked)
+    return {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
 
 
 def _digest(text: str) -> str:
@@ -259,10 +336,11 @@ def own_tasks(
     Processes share a task's questions. `data_dir` and `more` (split, num_fewshot) are
     as `task_folder`'s.
     """
-    if others := [name for name in names if not is_task_name(name)]:
-        said = nearest_name("task of drllm's", others[0], task_names())
+    foreign = [name for name in names if not is_task_name(name)]
+    if foreign:
+        message = nearest_name("task of drllm's", foreign[0], task_names())
         raise ConfigError(
-            f"--data_dir and --split have no effect on the harness' own tasks: {said}; "
+            f"--data_dir and --split have no effect on the harness' own tasks: {message}; "
             f"'drllm ls tasks' lists them; leave both flags out, or name drllm's tasks in a "
             f"command of their own"
         )
@@ -277,13 +355,15 @@ def own_tasks(
             f"--limit is {limit:g}; with --data_dir or --split it is a number of questions a task: "
             f"give a whole number from 1"
         )
-    found, files = task_folder(
-        tasks, limit=None if limit is None else int(limit), seed=SEED, data_dir=data_dir, **more
+    max_questions = None if limit is None else int(limit)
+    harness_tasks, files = task_folder(
+        tasks, limit=max_questions, seed=SEED, data_dir=data_dir, **more
     )
-    for name, number in (leaf for task in found for leaf in task.leaves.items()):
-        if number < num_processes:  # which would end the harness
-            raise TaskError(
-                f"task {name!r} has {number} questions for {num_processes} processes, and the "
-                f"harness wants one for each; give a higher --limit, or start fewer processes"
-            )
-    return found, files
+    for task in harness_tasks:
+        for name, number in task.leaves.items():
+            if number < num_processes:  # which would end the harness
+                raise TaskError(
+                    f"task {name!r} has {number} questions for {num_processes} processes, and the "
+                    f"harness wants one for each; give a higher --limit, or start fewer processes"
+                )
+    return harness_tasks, files

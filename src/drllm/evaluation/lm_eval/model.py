@@ -344,7 +344,7 @@ def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
 
 def _join_processes(device: str | None) -> Accelerator | None:
     """Give each of several processes a device of its own, or all of them the CPU."""
-    if launched() == 1:
+    if launched() <= 1:
         return None
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from drllm.config import EvaluateConfig
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import asked_of
+from drllm.evaluation.lm_eval.task import draw_stock_task
 from drllm.evaluation.questions import tasks_of
 from drllm.evaluation.run import evaluate
 from drllm.models.base.identity import fingerprint
@@ -110,7 +110,7 @@ def test_a_group_is_all_of_its_tasks_or_refused_with_their_names(task_file, tmp_
         path.write_text(yaml.safe_dump({"group": "both", "task": [*names]}))
         return LmEvalTask(str(path))
 
-    asked = asked_of(group("larger", "again"), None, None, 0, None)
+    asked = draw_stock_task(group("larger", "again"), None, None, 0, None)
     assert asked.leaves == {"larger": 12, "again": 12}
     with pytest.raises(TaskError, match="name one of larger, says"):
         group("larger", "says")
