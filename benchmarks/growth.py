@@ -34,7 +34,7 @@ from drllm.reporting import drawing
 from drllm.search.evaluator import Evaluator, tokenize_prompt
 from drllm.tasks.examples import OPTIONS_REWARD, Prompt
 from drllm.tasks.registry import get_task
-from drllm.training.stage import train_on
+from drllm.training.stage import train_seed
 
 Sizes = dict[str, int]
 Stage = Callable[[BaseModel, Sizes, Path], Callable[[], None]]
@@ -114,7 +114,7 @@ def the_pass(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
 def the_fit(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
     """Train routers for the paper's 25 epochs."""
     features = pooled(base, drawn_targets(base, sizes["questions"], None), folder / "features")
-    return lambda: train_on(features, base.identity, CONFIG, folder / "routers") and None
+    return lambda: train_seed(features, base.identity, CONFIG, folder / "routers") and None
 
 
 def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:

@@ -41,9 +41,9 @@ from drllm.records.static_paths import SELECT, TEST
 from drllm.records.supervision import join_supervision
 from drllm.supervision.summary import class_counts
 from drllm.tasks.examples import choose
-from drllm.training.feature_store import Store
-from drllm.training.features import Features, collect
-from drllm.training.trainer import Trainer, count
+from drllm.training.feature_store import FeatureStore
+from drllm.training.features import Features, collect_features
+from drllm.training.trainer import Trainer, count_decisions
 from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
 
 QUICK = {"questions": 8, "seeds": 1, "held_out": 4}
@@ -72,8 +72,8 @@ def trained(
     config = TrainConfig(seed=seed, validation_fraction=0.0)
     trainer = Trainer(of_rows(examples, rows), identity, config)
     while not trainer.is_over:
-        trainer.epoch()
-    return trainer.routers()
+        trainer.train_epoch()
+    return trainer.build_routers()
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def agreement(routers: RouterStack, examples: Features, rows: Sequence[int]) -> 
     labels = examples.labels[rows]  # [B, L]
     logits = routers(examples.rows(rows), examples.filled[rows])  # [B, L, C]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return compute_metrics(count(logits.argmax(dim=-1), labels, float(loss)))
+    return compute_metrics(count_decisions(logits.argmax(dim=-1), labels, float(loss)))
 
 
 def hits_in_words(found: Mapping[str, Any]) -> str:
@@ -145,8 +145,10 @@ def main() -> None:
     targets = join_supervision(options.supervision)
     base = common.base_of(options)
     with tempfile.TemporaryDirectory() as folder:
-        store, windows = Store(Path(folder) / "features"), TrainConfig().num_windows
-        examples = collect(base.model, base.tokenizer, targets, num_windows=windows, store=store)
+        store, windows = FeatureStore(Path(folder) / "features"), TrainConfig().num_windows
+        examples = collect_features(
+            base.model, base.tokenizer, targets, num_windows=windows, store=store
+        )
         order = list(range(len(examples.labels)))
         random.Random(SEED).shuffle(order)
         held_out, rest = order[: numbers["held_out"]], order[numbers["held_out"] :]

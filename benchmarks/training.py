@@ -1,7 +1,8 @@
 """How much faster routers are trained on stored features than with the base model in the loop.
 
-Ours: `collect` and `train_on`, what `drllm train` does: one pass of the base model in batches, its
-features kept on disk, then all layers' routers on them; checkpoints and metrics written.
+Ours: `collect_features` and `train_seed`, what `drllm train` does: one pass of the base model in
+batches, its features kept on disk, then all layers' routers on them; checkpoints and metrics are
+written.
 Theirs: in each of 25 epochs the base model runs along every example's target path, one example at
 a time; before each layer its router reads the states, and gradients add up over a step's examples.
 The parity tests hold ours to this same loop (`Literal`) in double precision. It knows models that
@@ -44,10 +45,10 @@ from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
-from drllm.training.feature_store import Store
-from drllm.training.features import Features, collect, shape
-from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer, epoch_batches
+from drllm.training.feature_store import FeatureStore, Shape
+from drllm.training.features import Features, collect_features
+from drllm.training.stage import train_seed
+from drllm.training.trainer import Trainer, shuffle_batches
 
 QUICK = {"questions": 10, "targets": 48}
 WHOLE = {"questions": 160, "targets": 4000}
@@ -67,7 +68,7 @@ CONFIG = TrainConfig(**canonical(TrainConfig, PAPER))
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""
 
-OURS = "one pass in batches, features on disk, then all routers together (collect, train_on)"
+OURS = "one pass in batches, features on disk, then all routers (collect_features, train_seed)"
 THEIRS = "the base model in the loop: every epoch, one example at a time"
 WRITTEN_AT_ONCE = 32
 GIB = 2**30
@@ -191,7 +192,7 @@ class Literal:
         steps, step = config.num_epochs * math.ceil(len(self.trained) / size), 0
         for epoch in range(1, config.num_epochs + 1):
             total = 0.0
-            for rows in epoch_batches(self.trained, size, config.seed, epoch):
+            for rows in shuffle_batches(self.trained, size, config.seed, epoch):
                 optimizer.zero_grad()
                 for row in rows:
                     loss = self.loss(row)
@@ -282,12 +283,12 @@ def pooled(
     batch_size: int | None = None,
 ) -> Features:
     """Run the feature pass, into a folder."""
-    return collect(
+    return collect_features(
         base.model,
         base.tokenizer,
         records,
         num_windows=CONFIG.num_windows,
-        store=Store(folder),
+        store=FeatureStore(folder),
         batch_size=batch_size,
     )
 
@@ -325,7 +326,7 @@ def fitted_losses(base: BaseModel, features: Features, dtype: torch.dtype) -> li
     """Return the losses of the epochs of our fit, in a dtype."""
     trainer = Trainer(features, base.identity, CONFIG, dtype=dtype)
     while not trainer.is_over:
-        trainer.epoch()
+        trainer.train_epoch()
     return [row["routers_loss"] for row in trainer.rows]
 
 
@@ -376,7 +377,7 @@ def compare(
     started = clock()
     features = pooled(base, records, folder / "features")
     pass_s = clock() - started
-    rows = train_on(features, base.identity, CONFIG, folder / "routers")
+    rows = train_seed(features, base.identity, CONFIG, folder / "routers")
     ours_s = clock() - started
 
     started = clock()
@@ -448,17 +449,18 @@ def sizes_of(whole: tuple[int, int, int]) -> list[tuple[int, int, int]]:
 def repeated(features: Features, size: tuple[int, int, int], folder: Path, base: BaseModel) -> None:
     """Write features of a size: the first layers and components of real ones, over and over."""
     N, L, D = size
-    n, _, W, _ = shape(features)
+    n, _, W, _ = features.shape
     real = features.rows(range(n))[:, :L, :, :D]
     rows = [row % n for row in range(N)]
     identity = {**base.identity, "num_layers": L, "hidden_size": D}
     manifest = new_manifest("features", model=identity, config={"num_windows": W})
-    store = Store(folder)
-    with store.opened(manifest, (N, L, W, D), Listener().note):
+    store = FeatureStore(folder)
+    store.open(manifest, Shape(N, L, W, D))
+    with store.writing(Listener().note):
         for start in range(0, N, WRITTEN_AT_ONCE):
             part = rows[start : start + WRITTEN_AT_ONCE]
             places = list(range(start, start + len(part)))
-            store.put(places, real[part], features.filled[part])
+            store.write_block(places, real[part], features.filled[part])
     examples = {
         "identity": identity,
         "shape": (N, L, W, D),
@@ -471,10 +473,8 @@ def repeated(features: Features, size: tuple[int, int, int], folder: Path, base:
 def fit_there(folder: Path, clock: common.Clock) -> dict[str, Any]:
     """Fit the features of a folder with the paper's settings, in a process that does only this."""
     told = json.loads((folder / "examples.json").read_text())
-    store = Store(folder)
-    manifest = json.loads(store.manifest_path.read_text())
-    with store.opened(manifest, tuple(told["shape"]), Listener().note):
-        pass
+    store = FeatureStore(folder)
+    store.open(json.loads(store.manifest_path.read_text()), Shape(*told["shape"]))
     features = Features(
         means=store.means,
         filled=store.filled,
@@ -490,12 +490,12 @@ def fit_there(folder: Path, clock: common.Clock) -> dict[str, Any]:
             yield lambda *_: own.append(memory("RssAnon"))
 
     started = clock()
-    train_on(features, told["identity"], TrainConfig(), folder / "routers", listener=Watch())
+    train_seed(features, told["identity"], TrainConfig(), folder / "routers", listener=Watch())
     return {
         "seconds": clock() - started,
         "peak_gib": memory("VmHWM") / GIB,
         "own_gib": max(own) / GIB,
-        "features_gib": store.path.stat().st_size / GIB,
+        "features_gib": sum(path.stat().st_size for path in store.block_files()) / GIB,
     }
 
 
@@ -514,7 +514,7 @@ def growth(
 ) -> list[dict[str, Any]]:
     """Fit every size, each in a process of its own, and print what it took."""
     found: list[dict[str, Any]] = []
-    n, L, W, D = shape(features)
+    n, L, W, D = features.shape
     print(
         f"a fit of {TrainConfig().num_epochs} epochs, W = {W}; features of {n} questions repeated"
     )
@@ -523,7 +523,7 @@ def growth(
         repeated(features, size, place, base)
         words = [sys.executable, __file__, "--fit", str(place), "--clock", clock]
         child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-        Store(place).remove()
+        FeatureStore(place).remove()
         point = dict(zip("NLD", size, strict=True)) | json.loads(child.stdout)
         found.append(point | {"share_of_time": point["seconds"] / (found or [point])[0]["seconds"]})
         print(

@@ -116,7 +116,7 @@ def other_features(path: Path) -> None:
     config = {"num_windows": 4, "feature_dtype": "float32"}
     manifest = {"schema": "drllm.features", "schema_version": 1, "config": config}
     path.write_text(json.dumps({**manifest, "model": {"num_layers": 4}}))
-    path.with_name("features.safetensors").write_bytes(b"")
+    path.with_name("features-000000.safetensors").write_bytes(b"")
 
 
 def with_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -17,9 +17,9 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.supervision import SupervisionRecord
-from drllm.training.feature_store import Store
-from drllm.training.features import collect
-from drllm.training.stage import train_on
+from drllm.training.feature_store import FeatureStore
+from drllm.training.features import collect_features
+from drllm.training.stage import train_seed
 from drllm.training.trainer import Trainer, hold_out
 
 L, W, D, H = 5, 4, 32, 16
@@ -133,7 +133,7 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
     trainer = Trainer(features, identity(model), config, dtype=torch.float64)
     literal = literal_run(literally, model, tiny_tokenizer, trainer.stack, config)
     for trained, held_out in literal.train():
-        trainer.epoch()
+        trainer.train_epoch()
         assert trainer.rows[-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
         assert trainer.rows[-1]["routers_loss"] == pytest.approx(held_out, rel=1e-10)
     assert trainer.is_over
@@ -161,7 +161,7 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     literal = literally.Literal(model, smollm2.tokenizer, trainer.stack, records, config, *parts)
     apart = []
     for trained, _ in literal.train():
-        trainer.epoch()
+        trainer.train_epoch()
         apart.append(abs(trainer.rows[-1]["routers_loss"] / trained - 1))
     record_property("relative differences of the losses", apart)
     assert max(apart) < IN_DOUBLE_WITH_SMOLLM2
@@ -170,9 +170,11 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
 def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
     literally, model, tiny_tokenizer, tmp_path
 ):
-    store = Store(tmp_path / "features")
-    features = collect(model, tiny_tokenizer, RECORDS, num_windows=W, store=store, batch_size=5)
-    rows = train_on(features, identity(model), CONFIG, tmp_path)
+    store = FeatureStore(tmp_path / "features")
+    features = collect_features(
+        model, tiny_tokenizer, RECORDS, num_windows=W, store=store, batch_size=5
+    )
+    rows = train_seed(features, identity(model), CONFIG, tmp_path)
     untrained = Trainer(features, identity(model), CONFIG).stack
     literal = literal_run(literally, model, tiny_tokenizer, untrained)
     expected = list(literal.train())

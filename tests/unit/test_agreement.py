@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drllm.agreement import (
@@ -60,6 +60,7 @@ def labels_of(rows: list[tuple[int, ...]]) -> list[list[float]]:
     return [[float(layer.count(value)) for value in range(3)] for layer in zip(*rows, strict=True)]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(counts, counts, counts)
 def test_counts_add_up_in_any_order_from_nothing(one, two, three):
     assert (one + two) + three == one + (two + three)

@@ -1,6 +1,6 @@
 """The state of a training between two epochs, and whether another training may resume it.
 
-`checkpoint.safetensors` holds weights and the optimiser's moments; its header says which epoch
+`checkpoint.safetensors` holds weights and the optimiser's moments. Its header says which epoch
 they belong to, the metrics so far, and which training made them.
 """
 
@@ -25,6 +25,9 @@ from drllm.training.trainer import Trainer
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The optimiser's state of a weight, besides the number of steps."""
+WEIGHTS = "weights"
+BEST_WEIGHTS = "kept"
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +37,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     metrics: list[dict[str, Any]]
 
 
-def identity_of(
+def make_identity(
     config: TrainConfig, base_identity: Mapping[str, Any], targets: str
 ) -> dict[str, Any]:
     """Return what must be equal for two trainings of one seed to be the same one."""
@@ -45,45 +48,48 @@ def identity_of(
     }
 
 
-def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
+def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Replace the folder's checkpoint by the state after an epoch, in whole or not at all."""
-    weights = dict(trainer.stack.named_parameters())
-    state: dict[str, Mapping[str, Tensor]] = {"weights": weights, "kept": trainer.kept or {}}
-    for part in MOMENTS:
-        state[part] = {name: trainer.optimizer.state[w][part] for name, w in weights.items()}
     tensors: dict[str, Tensor] = {}
-    for part, named in state.items():
-        tensors |= {f"{part}.{name}": tensor.detach().cpu() for name, tensor in named.items()}
+    for name, weight in trainer.stack.named_parameters():
+        tensors[f"{WEIGHTS}.{name}"] = weight
+        for moment in MOMENTS:
+            tensors[f"{moment}.{name}"] = trainer.optimizer.state[weight][moment]
+    for name, best_weight in (trainer.best_weights or {}).items():
+        tensors[f"{BEST_WEIGHTS}.{name}"] = best_weight
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     header = _Header(
         identity=dict(identity),
         epochs_done=trainer.epochs_done,
         best=trainer.best,
         metrics=trainer.rows,
     )
-    data = to_safetensors(tensors, {HEADER: encode(header).decode()})
+    content = to_safetensors(tensors, {HEADER: encode(header).decode()})
     try:
-        write_atomically(output / CHECKPOINT_FILE, data)
+        write_atomically(output / CHECKPOINT_FILE, content)
     except RecordError as error:
         raise CheckpointError(str(error)) from error
 
 
-def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Put the state of the folder's checkpoint, if there is one, into a new trainer."""
+def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
+    """Put the state of the folder's checkpoint, if there is one, into a new trainer.
+
+    Raises:
+        CheckpointError: A broken checkpoint, or one of another training.
+    """
     path = output / CHECKPOINT_FILE
     if not path.exists():
         return
     try:
-        with safe_open(path, framework="pt") as file:
-            header = decode(file.metadata()[HEADER], _Header, str(path))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = differences(header.identity, identity)
-        if not found:
+        header, tensors = _read_checkpoint(path)
+        changes = differences(header.identity, identity)
+        if not changes:
             _restore(trainer, header, tensors)
     except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
-    if found:
+    if changes:
         raise CheckpointError(
-            f"{path} belongs to another run, made with {'; '.join(found)}. Choose another output "
+            f"{path} belongs to another run, made with {'; '.join(changes)}. Choose another output "
             f"folder, or delete the checkpoint to train from the beginning"
         )
 
@@ -97,36 +103,56 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
     """Tell whether a folder holds the finished routers of a training; refuse those of another."""
     if not is_finished(output):
         return False
-    made = read_config(output)
-    known = {
-        "settings": made.training.get("settings"),
-        "base_model": made.base_fingerprint,
-        "targets_or_base_dtype_sha256": made.training.get("targets"),
+    config = read_config(output)
+    stored = {
+        "settings": config.training.get("settings"),
+        "base_model": config.base_fingerprint,
+        "targets_or_base_dtype_sha256": config.training.get("targets"),
     }
-    if found := differences(known, identity):
+    changes = differences(stored, identity)
+    if changes:
         raise CheckpointError(
-            f"{output} holds trained routers of another run, made with {'; '.join(found)}; choose "
-            f"another output folder, or delete that one"
+            f"{output} holds trained routers of another run, made with {'; '.join(changes)}; "
+            f"choose another output folder, or delete that one"
         )
     return True
 
 
+def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        header = decode(file.metadata()[HEADER], _Header, str(path))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return header, tensors
+
+
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
-    weights = dict(trainer.stack.named_parameters())
+    weights = _select_tensors(trainer, tensors, WEIGHTS)
+    moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
+    best_weights = None
+    if header.best is not None:
+        best_weights = _select_tensors(trainer, tensors, BEST_WEIGHTS)
 
-    def saved(part: str) -> dict[str, Tensor]:
-        found = {name: tensors[f"{part}.{name}"] for name in weights}
-        for name, tensor in found.items():
-            if tensor.shape != weights[name].shape:
-                raise ValueError(f"shape {tuple(tensor.shape)} of {name!r}")
-        return {name: tensor.to(trainer.device, trainer.dtype) for name, tensor in found.items()}
+    num_steps = torch.tensor(float(header.epochs_done * trainer.steps_per_epoch))
+    for name, weight in trainer.stack.named_parameters():
+        state = {moment: moments[moment][name] for moment in MOMENTS}
+        state["step"] = num_steps.clone().to(trainer.device)
+        trainer.optimizer.state[weight] = state
+    trainer.stack.load_state_dict(weights)
+    trainer.best = header.best
+    trainer.best_weights = best_weights
+    trainer.epochs_done = header.epochs_done
+    trainer.rows = header.metrics
 
-    moments = {part: saved(part) for part in MOMENTS}
-    step = torch.tensor(float(header.epochs_done * trainer.steps_per_epoch))
-    for name, weight in weights.items():
-        state = {part: moments[part][name] for part in MOMENTS}
-        trainer.optimizer.state[weight] = {"step": step.clone().to(trainer.device), **state}
-    trainer.stack.load_state_dict(saved("weights"))
-    trainer.best, trainer.kept = header.best, saved("kept") if header.best else None
-    trainer.epochs_done, trainer.rows = header.epochs_done, header.metrics
+
+def _select_tensors(
+    trainer: Trainer, tensors: Mapping[str, Tensor], part: str
+) -> dict[str, Tensor]:
+    """Return one part of a checkpoint, a tensor for each weight, where the training is."""
+    selected = {}
+    for name, weight in trainer.stack.named_parameters():
+        tensor = tensors[f"{part}.{name}"]
+        if tensor.shape != weight.shape:
+            raise ValueError(f"shape {tuple(tensor.shape)} of {name!r}")
+        selected[name] = tensor.to(trainer.device, trainer.dtype)
+    return selected

@@ -1,240 +1,323 @@
-"""The folder that keeps the routers' inputs while and after they are pooled.
+"""The routers' inputs on disk: a manifest, and one safetensors file for each block of targets.
 
-`features.safetensors` is filled row by row in place. Which rows are done is written in the file
-itself, ahead of them, so that a kill at any moment loses the last seconds and nothing else.
+A block's file is complete or not there at all, so a pass that was broken off resumes with the
+blocks that have no file yet.
 
-Axes: N targets, B rows, L layers, W windows, D hidden.
+Axes: N targets, B targets of a block, L layers, W windows, D hidden.
 """
 
 import contextlib
-import json
 import math
-import os
+import re
 import shutil
-import struct
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-import numpy as np
+import msgspec
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.records.codec import write_json
+from drllm.records.codec import describe_invalid, refuse_odd_file, write_atomically, write_json
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import refuse_other_run
 
 FEATURES_FOLDER = "features"
-FEATURES_FILE = "features.safetensors"
+OLD_FILE = "features.safetensors"
+"""One file for all targets, which drllm wrote before each block had its own."""
 FEATURE_VERSION = 1  # raised when the same targets would be pooled to other numbers
-COMMIT_S = 2.0  # seconds between two commits, the maximum of its work that a pass loses to a kill
-NOT_DONE, NOT_FINITE = 0, -1
-"""What `filled` says of a row that isn't pooled yet, and of one whose states aren't finite."""
-DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+NOT_DONE = 0
+NOT_FINITE = -1
+"""`filled` of a target that isn't pooled yet, and of one whose states aren't finite."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Shape = tuple[int, int, int, int]
+_BLOCK_FILE = re.compile(r"features-\d{6,}\.safetensors")
 
 
-class Store:
-    """Keeps the routers' inputs in a folder, memory-mapped, as `float32` or `bfloat16`.
+class Shape(NamedTuple):
+    """The shape of all features."""
 
-    The folder is made if necessary; nothing else that lies in it is touched.
+    num_targets: int  # N
+    num_layers: int  # L
+    num_windows: int  # W
+    hidden_size: int  # D
+
+
+class BlockMeans:
+    """The means of all targets, `[N, L, W, D]`, each in its block's file.
+
+    The files are mapped, so the features may be larger than memory.
     """
 
-    means: Tensor  # `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to
-    filled: Tensor  # `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`
-    _file: BinaryIO
-    _committed: float
+    def __init__(self, blocks: Sequence[Tensor], block_of: Sequence[int], row_of: Sequence[int]):
+        self.blocks = blocks  # each [B, L, W, D]
+        self.block_of = block_of  # [N]: the block that each target is in
+        self.row_of = row_of  # [N]: its row there
+
+    def __getitem__(self, targets: Tensor) -> Tensor:
+        """Copy some targets' means into memory, `[B, L, W, D]`."""
+        rows = []
+        for target in targets.tolist():
+            block = self.blocks[self.block_of[target]]
+            rows.append(block[self.row_of[target]])
+        return torch.stack(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Block:
+    """One file of features."""
+
+    targets: Tensor  # [B] int64: which targets these are, counted from 0
+    filled: Tensor  # [B] int64: how many windows hold tokens, or `NOT_FINITE`
+    means: Tensor  # [B, L, W, D]
+
+
+class _Manifest(msgspec.Struct):
+    """What a manifest of features must have, so that it can be compared."""
+
+    model: dict[str, Any]
+    config: dict[str, Any] = {}
+    runtime: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
+    feature_version: int | None = None
+
+
+class FeatureStore:
+    """A folder of features. It is made when the first block is written; other files in it stay.
+
+    Args:
+        folder: The folder.
+        dtype: How means are stored, `float32` or `bfloat16`.
+    """
 
     def __init__(self, folder: Path, dtype: str = "float32") -> None:
-        self.folder, self.path = folder, folder / FEATURES_FILE
-        self.manifest_path = manifest_path(folder / "features")
+        self.folder = folder
         self.dtype = dtype
+        self.manifest_path = manifest_path(folder / "features")
 
-    @contextlib.contextmanager
-    def opened(
-        self, manifest: Mapping[str, Any], shape: Shape, say: Callable[[str], None]
-    ) -> Iterator[None]:
-        """Resume what the folder holds, or begin; inside the block, rows may be put.
+    def open(self, manifest: Mapping[str, Any], shape: Shape) -> None:
+        """Read what the folder holds of some features; nothing is written.
 
-        A folder that holds every row is only read, so it may be one without permission to write.
-        However the block is left, the rows that were put are kept. `say` is told what the pass
-        needs on disk, and what is there already; the shape is N, L, W, D.
+        Afterwards `filled` says of each target whether it is there, and `means` reads those.
 
-        Other features in the folder are a ConfigError, which says what differs; broken files, a
-        folder that can't be written, too little space, before or during the pass, and another
-        training that pools into the folder a RecordError.
+        Raises:
+            ConfigError: The folder holds other features; the message says what differs.
+            RecordError: Broken or unreadable files, or features of an older version.
         """
         config = {**manifest["config"], "feature_dtype": self.dtype}
-        manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
-        self._lay_out(shape)
-        if self._resume(manifest) and self._missing() == 0:
-            if (self.folder / ".training.lock").exists():  # a kill after the last commit left it
-                with contextlib.suppress(RecordError), self._alone():
-                    pass
-            say(f"the routers' inputs in {self.folder} are used again")
-            self._map()
-            yield
-            return
-        self._check_space(say)
-        with self._alone():
-            if not self._resume(manifest):  # nobody else has begun in the meantime
-                self._begin(manifest)
-            with self._refusing():
-                self._file = self.path.open("r+b", buffering=0)
-            self._committed = time.monotonic()
-            with self._file:
-                try:
-                    yield
-                finally:
-                    self._commit()
-        self._map()
+        self.manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
+        self.shape = shape
+        self._read_blocks()
 
-    def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
-        """Write `[B]` rows; in the file they count as done when they have reached the disk."""
-        stored = means.to("cpu", DTYPES[self.dtype][0]).contiguous()
-        with self._refusing():
-            for row, values in zip(rows, stored, strict=True):
-                self._write(self._start + row * self._row_bytes, values.view(torch.uint8).numpy())
-        self.filled[rows] = filled.cpu()
-        if time.monotonic() - self._committed >= COMMIT_S:
-            self._commit()
+    @property
+    def num_missing(self) -> int:
+        """How many targets aren't in the folder yet."""
+        return int((self.filled == NOT_DONE).sum())
+
+    @contextlib.contextmanager
+    def writing(self, note: Callable[[str], None]) -> Iterator[None]:
+        """Let blocks be written inside the `with` block; afterwards all of them can be read.
+
+        Args:
+            note: Receives a line that says how much disk the missing blocks need.
+
+        Raises:
+            RecordError: Too little space, a folder that can't be written, or another training that
+                writes to it.
+        """
+        self._check_space(note)
+        with self._lock():
+            self._read_blocks()  # another training may have written in the meantime
+            if self.num_missing == self.shape.num_targets:
+                write_json(self.manifest_path, self.manifest)
+            yield
+        self._read_blocks()
+
+    def write_block(self, targets: Sequence[int], means: Tensor, filled: Tensor) -> None:
+        """Write the file of a block.
+
+        Args:
+            targets: `[B]` targets that no other block has.
+            means: `[B, L, W, D]` of any floating dtype.
+            filled: `[B]` windows that hold tokens, or `NOT_FINITE`.
+        """
+        path = self.folder / f"features-{targets[0]:06d}.safetensors"
+        filled = filled.to("cpu", torch.int64)
+        tensors = {
+            "targets": torch.tensor(targets),
+            "filled": filled,
+            "means": means.to("cpu", DTYPES[self.dtype]).contiguous(),
+        }
+        try:
+            write_atomically(path, to_safetensors(tensors))
+        except RecordError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            num_targets = self.shape.num_targets
+            raise RecordError(
+                f"can't write {path}: {cause.strerror}; mend it and give the same command again "
+                f"to resume it after the {num_targets - self.num_missing} of {num_targets} targets "
+                f"that are there"
+            ) from cause
+        self.filled[targets] = filled
+
+    def block_files(self) -> list[Path]:
+        """Return the files of all blocks."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _BLOCK_FILE.fullmatch(path.name))
 
     def remove(self) -> None:
         """Delete the features, and the folder if it holds nothing else."""
         if not self.folder.is_dir():
             return
         # As its only writer, so that the lock that a kill left goes with the rest.
-        with self._alone():
-            self.path.unlink(missing_ok=True)
+        with self._lock():
+            for path in self.block_files():
+                path.unlink()
+            (self.folder / OLD_FILE).unlink(missing_ok=True)
             self.manifest_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
+    def remove_stale_lock(self) -> None:
+        """Remove the lock of a training that was killed behind its last block."""
+        if (self.folder / ".training.lock").exists():
+            with contextlib.suppress(RecordError), self._lock():
+                pass
+
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
         return only_writer(self.folder, "training", "folder for the features")
 
-    def _lay_out(self, shape: Shape) -> None:
-        """Work out where things lie: a header of safetensors, `filled`, then the rows."""
-        dtype, name = DTYPES[self.dtype]
-        N, *row = self._shape = shape
-        self._row_bytes = math.prod(row) * dtype.itemsize
-        ends = [0, 8 * N, 8 * N + N * self._row_bytes]
-        tensors = {
-            "filled": {"dtype": "I64", "shape": [N], "data_offsets": ends[:2]},
-            "means": {"dtype": name, "shape": list(shape), "data_offsets": ends[1:]},
-        }
-        text = json.dumps(tensors).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = struct.pack("<Q", len(text)) + text
-        self._start = len(self._header) + 8 * N
-        self._bytes = len(self._header) + ends[-1]
-        self.filled = torch.full((N,), NOT_DONE)
+    def _read_blocks(self) -> None:
+        """Read the files of all blocks, and check that they are of these features."""
+        self._refuse_old_file()
+        num_targets = self.shape.num_targets
+        self.filled = torch.full((num_targets,), NOT_DONE)
+        block_of = [0] * num_targets
+        row_of = [0] * num_targets
+        blocks: list[Tensor] = []
+        files = self.block_files()
+        if files:  # a manifest alone binds nobody
+            self._check_manifest()
+        for path in files:
+            block = self._read_block(path)
+            for row, target in enumerate(block.targets.tolist()):
+                block_of[target] = len(blocks)
+                row_of[target] = row
+            self.filled[block.targets] = block.filled
+            blocks.append(block.means)
+        self.means = BlockMeans(blocks, block_of, row_of)
 
-    def _begin(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, and a file without any row: whole, or not there at all."""
-        write_json(self.manifest_path, manifest)
-        unfinished = self.path.with_name(f".{FEATURES_FILE}.tmp")
-        with self._refusing():
-            with unfinished.open("wb") as file:
-                file.write(self._header + self.filled.numpy().tobytes())
-                file.truncate(self._bytes)  # takes no space yet
-                os.fsync(file.fileno())
-            unfinished.replace(self.path)
+    def _read_block(self, path: Path) -> Block:
+        refuse_odd_file(path, "read")
+        try:
+            block = Block(**load_file(path))
+        except OSError as error:
+            raise RecordError(f"can't read {path}: {error.strerror or error}") from error
+        except (SafetensorError, TypeError) as error:  # TypeError: other names of tensors
+            raise self._broken(path) from error
+        if not self._is_valid(block):
+            raise self._broken(path)
+        return block
 
-    def _resume(self, manifest: Mapping[str, Any]) -> bool:
-        """Read which rows the folder holds; False if it holds no features."""
-        if not self.path.exists():
-            return False  # a manifest alone binds nobody: a kill came between the two
+    def _is_valid(self, block: Block) -> bool:
+        """Tell whether a block is one of these features, of targets that no other block has."""
+        num_targets, *row_shape = self.shape
+        if block.targets.ndim != 1 or block.targets.dtype != torch.int64:
+            return False
+        size = len(block.targets)
+        if list(block.means.shape) != [size, *row_shape]:
+            return False
+        if block.means.dtype != DTYPES[self.dtype]:
+            return False
+        if list(block.filled.shape) != [size] or block.filled.dtype != torch.int64:
+            return False
+        targets = block.targets.tolist()
+        if len(set(targets)) < size or not all(0 <= target < num_targets for target in targets):
+            return False
+        if bool((self.filled[block.targets] != NOT_DONE).any()):
+            return False
+        counts = [*range(1, self.shape.num_windows + 1), NOT_FINITE]
+        return all(count in counts for count in block.filled.tolist())
+
+    def _broken(self, path: Path) -> RecordError:
+        return RecordError(f"{path} is broken; delete it to pool its targets anew")
+
+    def _refuse_old_file(self) -> None:
+        path = self.folder / OLD_FILE
+        if path.exists() or path.is_symlink():
+            raise RecordError(
+                f"{path} was written by an older version of drllm; delete {self.folder} to pool "
+                f"the features anew, or choose another folder"
+            )
+
+    def _check_manifest(self) -> None:
+        """Refuse the features of another run, and a manifest that can't be compared."""
         stored = read_manifest(self.folder / "features", "features")
-        broken = f"{self.path} is broken; delete {self.folder} to pool the features anew"
+        anew = f"delete {self.folder} to pool the features anew"
         if stored is None:
-            raise RecordError(f"{broken} ({self.manifest_path.name} is missing)")
+            raise RecordError(
+                f"{self.folder} is broken ({self.manifest_path.name} is missing); {anew}"
+            )
+        try:
+            found = msgspec.convert(stored, _Manifest)
+        except msgspec.ValidationError as error:
+            raise RecordError(f"{self.manifest_path}: {describe_invalid(error)}; {anew}") from error
         refuse_other_run(
             f"{self.folder} holds other features: what is there",
-            _identity(stored),
-            _identity(manifest),
+            _identity_of(found),
+            _identity_of(msgspec.convert(self.manifest, _Manifest)),
             "choose another folder, or delete it to pool them anew",
         )
-        with self._refusing("read"), self.path.open("rb") as file:
-            header = file.read(len(self._header))
-            filled = file.read(8 * len(self.filled))
-            size = os.fstat(file.fileno()).st_size
-        if header != self._header or size != self._bytes:
-            raise RecordError(broken)
-        self.filled = torch.from_numpy(np.frombuffer(filled, dtype="<i8").copy())
-        if bool(((self.filled < NOT_FINITE) | (self.filled > self._shape[2])).any()):
-            raise RecordError(broken)
-        return True
 
-    def _commit(self) -> None:
-        """Note the rows that were put as done, once they are on the disk."""
-        with self._refusing():
-            os.fsync(self._file.fileno())
-            self._write(len(self._header), self.filled.numpy())
-            os.fsync(self._file.fileno())
-        self._committed = time.monotonic()
-
-    def _write(self, place: int, values: np.ndarray[Any, Any]) -> None:
-        # Not through a map: on a full disk the operating system would end the process.
-        self._file.seek(place)
-        rest = values.data.cast("B")
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def _map(self) -> None:
-        """Map the rows read-only: safetensors' own map is writable, and can't exceed the memory."""
-        dtype = DTYPES[self.dtype][0]
-        with self._refusing("read"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-            rows = np.memmap(self.path, f"<i{dtype.itemsize}", "r", self._start, self._shape)
-            self.means = torch.from_numpy(rows).view(dtype)
-
-    def _missing(self) -> int:
-        return int((self.filled == NOT_DONE).sum())
-
-    def _check_space(self, say: Callable[[str], None]) -> None:
-        """Say what the pass needs, and refuse to begin what can't end well."""
-        N, missing = self._shape[0], self._missing()
-        need = missing * self._row_bytes
-        place = self.folder.absolute()
-        free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
-        needed = f"{_size(need)} in {self.folder}, where {_size(free)} are free"
+    def _check_space(self, note: Callable[[str], None]) -> None:
+        """Say what the pass needs on disk, and refuse to begin where it isn't free."""
+        num_targets, *row_shape = self.shape
+        need = self.num_missing * math.prod(row_shape) * DTYPES[self.dtype].itemsize
+        free = shutil.disk_usage(_existing_parent(self.folder)).free
+        sentence = (
+            f"the routers' inputs need {_write_size(need)} in {self.folder}, where "
+            f"{_write_size(free)} are free"
+        )
         if need > free:
-            raise RecordError(
-                f"the routers' inputs need {needed}; free some space, choose another folder"
-                + ("" if self.dtype == "bfloat16" else ", or give --feature-dtype bfloat16 (half)")
-            )
-        begun = f"; {N - missing} of {N} targets are there already" if missing < N else ""
-        say(f"the routers' inputs need {needed}{begun}")
-
-    @contextlib.contextmanager
-    def _refusing(self, verb: str = "write") -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            done = len(self.filled) - self._missing()
-            raise RecordError(
-                f"can't {verb} {self.path}: {error.strerror}; mend it and give the same command "
-                f"again to resume it after the {done} of {len(self.filled)} targets that are there"
-            ) from error
+            remedy = "free some space, choose another folder"
+            if self.dtype != "bfloat16":
+                remedy += ", or give --feature-dtype bfloat16 (half)"
+            raise RecordError(f"{sentence}; {remedy}")
+        num_done = num_targets - self.num_missing
+        if num_done > 0:
+            sentence += f"; {num_done} of {num_targets} targets are there already"
+        note(sentence)
 
 
-def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    model, names = manifest["model"], ("fingerprint", "class", "num_layers", "hidden_size")
+def _identity_of(manifest: _Manifest) -> dict[str, Any]:
+    """Return what must be equal for features to be the same."""
+    names = ("fingerprint", "class", "num_layers", "hidden_size")
     return {
-        "config": manifest.get("config", {}),
-        "model": {name: model.get(name) for name in names},
-        "dtype": manifest.get("runtime", {}).get("dtype"),
-        "targets": {"routers_sha256": None, **manifest.get("targets", {})},
-        "feature_version": manifest.get("feature_version"),
+        "config": manifest.config,
+        "model": {name: manifest.model.get(name) for name in names},
+        "dtype": manifest.runtime.get("dtype"),
+        "targets": manifest.targets,
+        "feature_version": manifest.feature_version,
     }
 
 
-def _size(num_bytes: int) -> str:
-    giga, mega = num_bytes / 1e9, num_bytes / 1e6
-    return f"{giga:.1f} GB" if giga >= 1 else f"{max(mega, 0.1):.1f} MB"
+def _existing_parent(folder: Path) -> Path:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def _write_size(num_bytes: int) -> str:
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{max(num_bytes / 1e6, 0.1):.1f} MB"

@@ -1,4 +1,4 @@
-"""The training loss: a focal loss, and class weights.
+"""The training loss: a focal loss with class weights.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -11,31 +11,45 @@ from torch import Tensor
 
 
 def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
-    """Return the weight of each decision, the larger the rarer it is among the targets.
+    """Return the weight of each decision; the rarer it is among the targets, the larger.
 
     The weight of a class with n labels is the inverse of its effective number
     (1 − βⁿ) / (1 − β), scaled so that the classes present have weights of mean 1. A class without
-    labels has no effective number: it gets weight 1, that of an average class. No training label
-    can meet that weight; it only prices the labels of a held-out part that has the class.
+    labels has no effective number: it gets weight 1, that of an average class, which only counts
+    in the loss of held-out labels of the class.
 
-    β is in [0, 1): 0 gives equal weights, values near 1 inverse frequencies.
+    Args:
+        counts: `[C]` labels of each class.
+        beta: In [0, 1): 0 gives equal weights, values near 1 inverse frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
     """
-    present = [count for count in counts if count > 0]
+    inverses = [_invert_effective_number(count, beta) for count in counts if count > 0]
+    mean = sum(inverses) / len(inverses)
+    weights = []
+    for count in counts:
+        weight = _invert_effective_number(count, beta) / mean if count > 0 else 1.0
+        weights.append(weight)
+    return tuple(weights)
 
-    def inverse(count: float) -> float:
-        return (1 - beta) / (1.0 if beta == 0 else -math.expm1(count * math.log(beta)))
 
-    mean = sum(map(inverse, present)) / len(present)
-    return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
+def _invert_effective_number(count: float, beta: float) -> float:
+    """Return (1 − β) / (1 − βⁿ), exact for β near 1."""
+    if beta == 0:
+        return 1.0
+    return (1 - beta) / -math.expm1(count * math.log(beta))
 
 
 def focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
 
-    p_c is the router's probability of decision c, the label. The weights `[C]`, of the same dtype,
-    are not divided out. γ = 0 gives weighted cross-entropy.
+    p_c is the router's probability of decision c, the label. The loss isn't divided by the weights.
+
+    Args:
+        logits: `[..., C]`.
+        labels: `[...]` decisions.
+        weights: `[C]` class weights, in the dtype of the logits.
+        gamma: γ; 0 gives weighted cross-entropy.
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """

@@ -5,12 +5,12 @@ A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.
 """
 
 import dataclasses
-import functools
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
-from drllm.listener import Listener, logger
+from drllm.listener import Listener, OnProgress, logger
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
@@ -31,16 +32,39 @@ from drllm.records.codec import encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import write_or_remove
 from drllm.records.places import check_folder
-from drllm.records.supervision import SupervisionRecord, check_targets, join_supervision
-from drllm.training import checkpoint
-from drllm.training.checkpoint import CHECKPOINT_FILE, is_done
-from drllm.training.feature_store import FEATURES_FOLDER, Store
-from drllm.training.features import Features, assist, collect, digest
-from drllm.training.targets import REJECTED_FILE, reasons_of
-from drllm.training.trackers import RUN_FILE, check_trackers, tell, tracked
-from drllm.training.trainer import DivergedError, Trainer, divide
+from drllm.records.supervision import (
+    RejectedQuestion,
+    SupervisionRecord,
+    check_targets,
+    join_supervision,
+)
+from drllm.training.checkpoint import (
+    CHECKPOINT_FILE,
+    is_done,
+    make_identity,
+    resume_training,
+    save_checkpoint,
+)
+from drllm.training.feature_store import FEATURES_FOLDER, FeatureStore
+from drllm.training.features import Features, assist, collect_features
+from drllm.training.targets import REJECTED_FILE, count_reasons
+from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
+from drllm.training.trainer import DivergedError, Trainer, split_questions
 
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptInfo:
+    """What is recorded of the prompts trained on.
+
+    Attributes:
+        rewards: Names of the rewards that they were made for.
+        form: Their form; None where they differ in it.
+    """
+
+    rewards: Sequence[str] = ()
+    form: PromptForm | None = None
 
 
 def train(
@@ -56,8 +80,8 @@ def train(
 ) -> RouterStack:
     """Train routers for a frozen model on target paths, and write each seed's folder.
 
-    Killed anywhere, the same call resumes and ends with the routers of an unbroken one, bit for
-    bit on the same machine with the same number of threads.
+    Killed at any moment, the same call resumes and ends with the routers of an unbroken one, bit
+    for bit on the same machine with the same number of threads.
 
     Args:
         model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
@@ -70,7 +94,7 @@ def train(
         tokenizer: The model's; None loads the one of its name, unless it comes with one.
         features: A folder that keeps the routers' inputs for further trainings. Without it they
             are in the output folder and deleted when the routers are trained.
-        listener: Is told of progress.
+        listener: Receives notes and progress.
         settings: Settings of `TrainConfig` by name, in place of the config's.
 
     Returns:
@@ -82,152 +106,241 @@ def train(
         RecordError: Targets that this model can't be trained on; features that can't be kept.
         CheckpointError: A folder that holds another training, or can't be written any more.
     """
-    config, listener = changed(TrainConfig, config, settings), listener or Listener()
+    config = changed(TrainConfig, config, settings)
+    listener = listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
     config.check_effects()
     check_trackers(config.trackers)
-    given = [targets] if isinstance(targets, (str, Path)) else targets
-    files = [Path(each) for each in given if isinstance(each, (str, Path))]
+    files = _list_files(targets)
     records: Any = join_supervision(files) if files else targets
     with ExitStack() as stack:
-        output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
+        if output_dir is None:
+            output_dir = stack.enter_context(tempfile.TemporaryDirectory()) + "/routers"
+        output = Path(output_dir)
         check_folder(output, "output")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
-        if not is_first():
+        if is_first():
+            _train_seeds(base, records, files, config, output, features, listener)
+        else:
             assist(base.model, config.num_windows)
-            return from_first(lambda: load_routers(output))
-        known = check_targets(files, base.identity) if files else getattr(records, "rewards", ())
-        seeds = config.by_seed(output)
-        for own in seeds.values():
-            divide([target.question for target in records], own)
-        store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
-        examples = collect(
-            base.model,
-            base.tokenizer,
-            records,
-            num_windows=config.num_windows,
-            store=store,
-            listener=listener,
-        )
-        rejected = examples.rejected
-        write_or_remove(output / REJECTED_FILE, rejected)
-        if rejected:
-            listener.note(
-                f"drllm: {len(rejected)} of {len(records)} targets are set aside "
-                f"({reasons_of(rejected)}): {output / REJECTED_FILE}"
-            )
-        identity_of = functools.partial(
-            checkpoint.identity_of, base_identity=base.identity, targets=digest(examples)
-        )
-        form = form_of(base.tokenizer, ((each.question, each.prompt) for each in records))
-        left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
-        for folder in left:
-            train_on(
-                examples,
-                base.identity,
-                seeds[folder],
-                folder,
-                rewards=known,
-                form=form,
-                device=base.model.device,
-                used=store if folder == left[-1] and features is None else None,
-                listener=listener,
-            )
-        if features is None:
-            store.remove()
         return from_first(lambda: load_routers(output))
 
 
-def train_on(
-    examples: Features,
+def _list_files(
+    targets: Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
+) -> list[Path]:
+    """Return the files among the targets; none if they are records."""
+    if isinstance(targets, str | Path):
+        return [Path(targets)]
+    return [Path(target) for target in targets if isinstance(target, str | Path)]
+
+
+def _train_seeds(
+    base: BaseModel,
+    records: Sequence[SupervisionRecord],
+    files: Sequence[Path],
+    config: TrainConfig,
+    output: Path,
+    features_folder: Path | str | None,
+    listener: Listener,
+) -> None:
+    """Pool the features once, and train each seed that isn't done."""
+    rewards = getattr(records, "rewards", ())
+    if files:
+        rewards = check_targets(files, base.identity)
+    seeds = config.by_seed(output)
+    for seed_config in seeds.values():
+        split_questions([record.question for record in records], seed_config)
+
+    store = FeatureStore(Path(features_folder or output / FEATURES_FOLDER), config.feature_dtype)
+    features = collect_features(
+        base.model,
+        base.tokenizer,
+        records,
+        num_windows=config.num_windows,
+        store=store,
+        listener=listener,
+    )
+    _write_rejected(output, features.rejected, len(records), listener)
+    form = form_of(base.tokenizer, ((record.question, record.prompt) for record in records))
+    prompts = PromptInfo(rewards=rewards, form=form)
+
+    digest = features.digest
+    unfinished = []
+    for folder, seed_config in seeds.items():
+        if not is_done(folder, make_identity(seed_config, base.identity, digest)):
+            unfinished.append(folder)
+    for folder in unfinished:
+        fit_seed(
+            features,
+            base.identity,
+            seeds[folder],
+            folder,
+            prompts=prompts,
+            device=base.model.device,
+            listener=listener,
+        )
+        # Before the checkpoint, so that what a kill leaves is removed by the next call.
+        if features_folder is None and folder == unfinished[-1]:
+            store.remove()
+        remove_state(folder)
+    if features_folder is None:
+        store.remove()
+
+
+def _write_rejected(
+    output: Path, rejected: Sequence[RejectedQuestion], num_targets: int, listener: Listener
+) -> None:
+    """Write the targets that were set aside, and say how many they are."""
+    path = output / REJECTED_FILE
+    write_or_remove(path, rejected)
+    if rejected:
+        listener.note(
+            f"drllm: {len(rejected)} of {num_targets} targets are set aside "
+            f"({count_reasons(rejected)}): {path}"
+        )
+
+
+def train_seed(
+    features: Features,
     base_identity: Mapping[str, Any],
     config: TrainConfig,
     output: Path,
     *,
-    rewards: Sequence[str] = (),
-    form: PromptForm | None = None,
+    prompts: PromptInfo | None = None,
     device: torch.device | str = "cpu",
-    used: Store | None = None,
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed on features, and write their folder.
 
-    After every epoch a checkpoint is written, from which the same call resumes. It is removed last
-    of all, after the `used` features if nothing needs them any more, so that a call that was killed
-    before leaves nothing that the next one doesn't remove. Steps that stopping early spares are
-    told as done.
+    The arguments and the result are those of `fit_seed`, whose checkpoint is removed here.
+    """
+    rows = fit_seed(
+        features,
+        base_identity,
+        config,
+        output,
+        prompts=prompts,
+        device=device,
+        listener=listener,
+    )
+    remove_state(output)
+    return rows
 
-    Returns the lines of `metrics.jsonl`. Those of the training part are counted while training:
-    each example before the step that learns from it.
+
+def fit_seed(
+    features: Features,
+    base_identity: Mapping[str, Any],
+    config: TrainConfig,
+    output: Path,
+    *,
+    prompts: PromptInfo | None = None,
+    device: torch.device | str = "cpu",
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """Train the routers of one seed and save them; the last checkpoint stays.
+
+    After every epoch a checkpoint is written, from which the same call resumes. Steps that early
+    stopping saves count as done.
+
+    Args:
+        features: The training set.
+        base_identity: Identity of the base model.
+        config: The settings, of this seed alone.
+        output: The routers' folder.
+        prompts: What is recorded of the prompts.
+        device: Where to train.
+        listener: Receives progress.
+
+    Returns:
+        The lines of `metrics.jsonl`. Those of the training part are counted while training: each
+        example before the step that learns from it.
     """
     listener = listener or Listener()
-    trainer = Trainer(examples, base_identity, config, device=device)
+    trainer = Trainer(features, base_identity, config, device=device)
     for note in trainer.notes():
         logger.warning("%s", note)
-    identity = checkpoint.identity_of(config, base_identity, digest(examples))
-    kept = output / CHECKPOINT_FILE
+    identity = make_identity(config, base_identity, features.digest)
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint.resume(output, identity, trainer)
+    resume_training(output, identity, trainer)
     with (
         listener.progress("fitting", "steps") as progress,
-        tracked(config.trackers, trainer, output) as trackers,
+        run_trackers(config.trackers, trainer, output) as trackers,
     ):
-
-        def on_step(done: int, counts: Counts) -> None:
-            progress(done, trainer.steps)
-            if trackers:
-                row = {
-                    "split": "step",
-                    **compute_metrics(counts),
-                    "learning_rate": trainer.rate(done - 1),
-                }
-                tell(trackers, [row], done)
-
-        progress(trainer.epochs_done * trainer.steps_per_epoch, trainer.steps)
-        try:
-            while not trainer.is_over:
-                trainer.epoch(on_step)
-                lines = "".join(json.dumps(row) + "\n" for row in trainer.rows)
-                write_atomically(output / METRICS_FILE, lines)
-                checkpoint.save(output, identity, trainer)
-                done = trainer.epochs_done
-                rows = (row for row in trainer.rows if row["epoch"] == done)
-                tell(trackers, rows, done * trainer.steps_per_epoch)
-            if trainer.best is not None:
-                progress(trainer.steps, trainer.steps)
-            parts = trainer.evaluate()
-        except DivergedError:  # resumed, it would diverge again
-            kept.unlink(missing_ok=True)
-            raise
-    last = trainer.epochs_done
-    epoch = trainer.best[0] if trainer.best else last
-    layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
+        counts = _run_epochs(trainer, identity, output, trackers, progress)
+    epoch = trainer.epochs_done if trainer.best is None else trainer.best[0]
+    layers = Layers(epoch=epoch, train=counts[TRAIN], validation=counts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
-    training: dict[str, Any] = {
+    routers = trainer.build_routers()
+    training = _describe_training(trainer, layers, identity, prompts or PromptInfo())
+    routers.config = dataclasses.replace(routers.config, training=training)
+    save_routers(routers, output)
+    return trainer.rows
+
+
+def remove_state(output: Path) -> None:
+    """Delete what a training of saved routers needed for resuming; the checkpoint goes last."""
+    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
+    (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _run_epochs(
+    trainer: Trainer,
+    identity: Mapping[str, Any],
+    output: Path,
+    trackers: Sequence[Any],
+    progress: OnProgress,
+) -> dict[str, Counts]:
+    """Train until it is over, with metrics and a checkpoint after each epoch; count the end."""
+    num_steps = trainer.schedule.num_steps
+
+    def on_step(num_done: int, counts: Counts) -> None:
+        progress(num_done, num_steps)
+        if trackers:
+            rate = trainer.schedule.rate(num_done - 1)
+            row = {"split": "step", **compute_metrics(counts), "learning_rate": rate}
+            log_rows(trackers, [row], num_done)
+
+    progress(trainer.steps_done, num_steps)
+    try:
+        while not trainer.is_over:
+            trainer.train_epoch(on_step)
+            lines = [json.dumps(row) + "\n" for row in trainer.rows]
+            write_atomically(output / METRICS_FILE, "".join(lines))
+            save_checkpoint(output, identity, trainer)
+            rows = [row for row in trainer.rows if row["epoch"] == trainer.epochs_done]
+            log_rows(trackers, rows, trainer.steps_done)
+        if trainer.best is not None:
+            progress(num_steps, num_steps)
+        return trainer.evaluate()
+    except DivergedError:  # resumed, it would diverge again
+        (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+        raise
+
+
+def _describe_training(
+    trainer: Trainer, layers: Layers, identity: Mapping[str, Any], prompts: PromptInfo
+) -> dict[str, Any]:
+    """Return what the routers' config records of their training."""
+    training = {
         "targets": identity["targets_or_base_dtype_sha256"],
-        "rewards": list(rewards),
-        "prompt_form": form and dataclasses.asdict(form),
+        "rewards": list(prompts.rewards),
+        "prompt_form": None if prompts.form is None else dataclasses.asdict(prompts.form),
         "settings": trainer.config.decisive(),
-        "steps": last * trainer.steps_per_epoch,
-        "warmup_steps": trainer.warmup,
+        "steps": trainer.steps_done,
+        "warmup_steps": trainer.schedule.num_warmup_steps,
         "class_weights": list(trainer.class_weights),
         "num_trained": len(trainer.trained),
         "num_held_out": len(trainer.held_out),
-        "tasks": dict(sorted(Counter(examples.tasks).items())),
-        "metrics": [row for row in trainer.rows if row["epoch"] == epoch],
+        "tasks": dict(sorted(Counter(trainer.features.tasks).items())),
+        "metrics": [row for row in trainer.rows if row["epoch"] == layers.epoch],
         "against_baselines": layers.against_baselines(),
     }
     if trainer.best is not None:
-        training |= {"best_epoch": epoch, "last_epoch": last}
-    stack = trainer.routers()
-    stack.config = dataclasses.replace(stack.config, training=training)
-    save_routers(stack, output)
-    if used is not None:
-        used.remove()
-    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
-    kept.unlink(missing_ok=True)
-    return trainer.rows
+        training["best_epoch"] = layers.epoch
+        training["last_epoch"] = trainer.epochs_done
+    return training
 
 
 def discard(output: Path, config: TrainConfig) -> None:
@@ -235,4 +348,4 @@ def discard(output: Path, config: TrainConfig) -> None:
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    Store(output / FEATURES_FOLDER).remove()
+    FeatureStore(output / FEATURES_FOLDER).remove()

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 PROJECT = "drllm"
 FOLDER = "trackers"
 RUN_FILE = "trackers.json"
-"""Which run of the trackers an unfinished training reports to; it goes away with the checkpoint."""
-WANDB, TENSORBOARD = "wandb", "tensorboard"
+"""The trackers' run that an unfinished training reports to; it goes away with the checkpoint."""
+WANDB = "wandb"
+TENSORBOARD = "tensorboard"
 
 
 class _Run(msgspec.Struct, frozen=True):
@@ -38,33 +39,35 @@ def check_trackers(names: Sequence[str]) -> None:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    installed = {str(each) for each in get_available_trackers()}
+    installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError("--report-to: " + unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS))
-        if name not in installed:
-            if name in EXTRAS["trackers"]:
-                need("trackers", f"--report-to {name}", name)
-            raise ConfigError(
-                f"--report-to is {name}, but the package of that tracker isn't installed; "
-                f"pip install {name}, or leave it out"
-            )
+        if name in installed:
+            continue
+        if name in EXTRAS["trackers"]:
+            need("trackers", f"--report-to {name}", name)
+        raise ConfigError(
+            f"--report-to is {name}, but the package of that tracker isn't installed; "
+            f"pip install {name}, or leave it out"
+        )
 
 
-def tell(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: int) -> None:
-    """Tell trackers of lines of metrics; an epoch belongs to no `split`."""
-    values = {
-        name if name == "epoch" else f"{row['split']}/{name}": value
-        for row in rows
-        for name, value in row.items()
-        if name != "split" and value is not None
-    }
+def log_rows(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: int) -> None:
+    """Log lines of metrics in all trackers, under the names `split/metric` and `epoch`."""
+    values = {}
+    for row in rows:
+        for name, value in row.items():
+            if name == "split" or value is None:
+                continue
+            full_name = "epoch" if name == "epoch" else f"{row['split']}/{name}"
+            values[full_name] = value
     for tracker in trackers:
         tracker.log(dict(values), step=step)
 
 
 @contextmanager
-def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Sequence[Any]]:
+def run_trackers(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Sequence[Any]]:
     """Start trackers, or resume an unfinished training's runs, in the routers' folder."""
     if not names:
         yield ()
@@ -72,53 +75,51 @@ def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Se
     from accelerate import PartialState
 
     PartialState()  # accelerate's trackers log through it
-    path, place = output / RUN_FILE, output / FOLDER
-    if not trainer.epochs_done or not path.exists():  # without a checkpoint nothing is resumed
-        write_json(path, _Run(id=uuid.uuid4().hex[:12]))
-    run = read_json(path, _Run)
-    place.mkdir(exist_ok=True)
-    started: list[Any] = []
+    run_file = output / RUN_FILE
+    is_resumed = trainer.epochs_done > 0 and run_file.exists()
+    if not is_resumed:
+        write_json(run_file, _Run(id=uuid.uuid4().hex[:12]))
+    run = read_json(run_file, _Run)
+    folder = output / FOLDER
+    folder.mkdir(exist_ok=True)
+    trackers: list[Any] = []
     try:
-        started.extend(_start(name, place, run.id, trainer) for name in names)
-        yield started
+        trackers.extend(_start(name, folder, run.id, trainer) for name in names)
+        yield trackers
     finally:
-        for tracker in started:
+        for tracker in trackers:
             tracker.finish()
 
 
-def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
-    """Start one tracker where the training is, with the settings as its run's config."""
+def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
+    """Start one tracker at the training's step, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    config = {key: value for key, value in trainer.config.decisive().items() if value is not None}
-    failures: tuple[type[Exception], ...] = (OSError,)
-    arguments: dict[str, Any] = {}
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    settings = trainer.config.decisive()
+    config = {key: value for key, value in settings.items() if value is not None}
     run_name = PROJECT
+    arguments: dict[str, Any] = {}
+    failures: tuple[type[Exception], ...] = (OSError,)
+    has_config = False
     if name == WANDB:
         import wandb
 
+        arguments = _wandb_arguments(folder, run_id, config)
         failures = (OSError, wandb.Error)
-        arguments = {
-            "id": run_id,
-            "resume": "allow",
-            "name": place.parent.resolve().name,
-            "dir": str(place),
-            "config": config,
-            "reinit": "create_new",  # beside a run that the caller may have open
-            "settings": {"console": "off"},  # what is printed, progress bars too, stays ours
-        }
+        has_config = True
     elif name == TENSORBOARD:
-        # What was told after the last checkpoint is told again, or was another training's.
-        steps = trainer.epochs_done * trainer.steps_per_epoch
-        run_name, arguments = name, {"purge_step": steps + 1}
-    if kind.requires_logging_directory:
-        arguments["logging_dir"] = str(place)
+        run_name = name
+        # What was logged after the last checkpoint is logged again, or was another training's.
+        arguments = {"purge_step": trainer.steps_done + 1}
+        has_config = trainer.epochs_done > 0
+    if tracker_class.requires_logging_directory:
+        arguments["logging_dir"] = str(folder)
     try:
-        tracker = kind(run_name, **arguments)
+        tracker = tracker_class(run_name, **arguments)
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
-        if name != WANDB and not (name == TENSORBOARD and trainer.epochs_done):
+        if not has_config:
             tracker.store_init_configuration(config)
     except failures as error:
         raise ConfigError(
@@ -126,3 +127,15 @@ def _start(name: str, place: Path, run_id: str, trainer: Trainer) -> Any:
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
     return tracker
+
+
+def _wandb_arguments(folder: Path, run_id: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": run_id,
+        "resume": "allow",
+        "name": folder.parent.resolve().name,
+        "dir": str(folder),
+        "config": config,
+        "reinit": "create_new",  # beside a run that the caller may have open
+        "settings": {"console": "off"},  # what is printed, progress bars too, stays ours
+    }

@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors import safe_open
 from small import IDENTITY, W, Watching, files_of, make_features
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,9 +21,9 @@ import drllm
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
 from drllm.records.supervision import SupervisionRecord
-from drllm.training import feature_store, stage
-from drllm.training.feature_store import FEATURES_FILE, Store
-from drllm.training.features import collect
+from drllm.training import stage
+from drllm.training.feature_store import FeatureStore
+from drllm.training.features import collect_features
 
 L, D, CONTEXT = 3, 8, 48
 
@@ -92,16 +91,19 @@ CONFIG = TrainConfig(
 
 def pool(folder, number=0, *, records=None, on_progress=lambda *_: None, on_note=print, **options):
     """Pool `number` targets into a folder, three a batch."""
-    given = {"num_windows": W, "store": Store(folder), "batch_size": 3, **options}
+    given = {"num_windows": W, "store": FeatureStore(folder), "batch_size": 3, **options}
     model, targets = given.pop("model", MODEL), records or make_records(number)
-    return collect(model, Letters(), targets, listener=Watching(on_progress, on_note), **given)
+    return collect_features(
+        model, Letters(), targets, listener=Watching(on_progress, on_note), **given
+    )
 
 
 def pooled(records, model=MODEL, **options):
     """Pool targets into a folder that is gone then; the features stay mapped."""
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "features")
-        return collect(model, Letters(), records, **{"num_windows": W, "store": store, **options})
+        store = FeatureStore(Path(folder) / "features")
+        options = {"num_windows": W, "store": store, **options}
+        return collect_features(model, Letters(), records, **options)
 
 
 def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
@@ -158,13 +160,9 @@ def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") ->
 
 @contextmanager
 def at_files(at):
-    """Call `at` before each wait for a file, and before each file is complete or deleted.
-
-    Features are committed after every batch.
-    """
+    """Call `at` before each wait for a file, and before each file is complete or deleted."""
     write, put, unlink = os.fsync, Path.replace, Path.unlink
     with (
-        mock.patch.object(feature_store, "COMMIT_S", 0.0),
         mock.patch("os.fsync", lambda file: (at(), write(file))),
         mock.patch.object(Path, "replace", lambda *paths: (at(), put(*paths))[1]),
         mock.patch.object(Path, "unlink", lambda *path, **how: (at(), unlink(*path, **how))),
@@ -173,35 +171,26 @@ def at_files(at):
 
 
 def pool_until(folder: Path, at: Callable[..., Any]) -> None:
-    """Pool two batches; a kill may come in the midst of a row too."""
-    write = Store._write
-
-    def write_in_halves(self, place, values):
-        flat = values.reshape(-1)
-        half = len(flat) // 2
-        write(self, place, flat[:half])
-        at()
-        write(self, place + flat[:half].nbytes, flat[half:])
-
-    with mock.patch.object(Store, "_write", write_in_halves), at_files(at):
+    """Pool two blocks."""
+    with at_files(at):
         pool(folder, 4)
 
 
 def pool_often_killed(folder: Path, kills: str) -> None:
-    """Pool 60 targets, killed at random batches, going on in the same folder each time."""
-    number, moments, done = 60, random.Random(0), []
+    """Pool 60 targets, killed at random blocks, going on in the same folder each time."""
+    number = 60
+    moments = random.Random(0)
+    done = []
 
-    def by_batches(folder, at):
-        with mock.patch.object(feature_store, "COMMIT_S", 0.0):
-            pool(folder, number, on_progress=at)
+    def by_blocks(folder, at):
+        pool(folder, number, on_progress=at)
 
     for _ in range(int(kills)):
-        kill(by_batches, folder / "killed", moments.randrange(1, 3))
-        with safe_open(folder / "killed" / FEATURES_FILE, framework="pt") as file:
-            done.append(int((file.get_tensor("filled") != 0).sum()))
+        kill(by_blocks, folder / "killed", moments.randrange(1, 3))
+        done.append(len(list((folder / "killed").glob("features-*.safetensors"))))
     for name in ("killed", "unbroken"):
-        by_batches(folder / name, lambda *_: None)
-    assert 0 < done[0] < number, "no kill came in the midst of it"
+        by_blocks(folder / name, lambda *_: None)
+    assert 0 < done[0] < number / 3, "no kill came in the midst of it"
     assert done == sorted(done), "nothing that was done is done again"
 
 
@@ -213,7 +202,7 @@ def train_features(folder: Path, at: Callable[..., Any]) -> None:
     with at_files(at):
         for name, each in {"slow": slow, "soon": replace(soon, validation_fraction=0.4)}.items():
             told = Watching(at)
-            stage.train_on(make_features(40), IDENTITY, each, folder / name, listener=told)
+            stage.train_seed(make_features(40), IDENTITY, each, folder / name, listener=told)
 
 
 def train_seeds(folder: Path, at: Callable[..., Any]) -> None:

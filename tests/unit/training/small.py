@@ -47,6 +47,11 @@ def make_features(num_targets: int = 12, windows: int = W) -> Features:
     )
 
 
+def means_of(features: Features) -> torch.Tensor:
+    """Every target's windows, `[N, L, W, D]`, in memory."""
+    return features.rows(range(len(features.labels)))
+
+
 def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
     """Means over the windows of `[T, D]`, in a loop."""
     number = min(len(hidden), W)

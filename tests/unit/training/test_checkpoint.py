@@ -11,7 +11,7 @@ from small import IDENTITY, QUICK, BrokenOffError, Watching, files_of, make_feat
 
 from drllm.errors import CheckpointError
 from drllm.training.checkpoint import CHECKPOINT_FILE, HEADER
-from drllm.training.stage import train_on
+from drllm.training.stage import train_seed
 
 SETTINGS = replace(QUICK, num_epochs=6, warmup_steps=5)
 FEATURES = make_features()
@@ -22,38 +22,38 @@ def interrupted(tmp_path):
     """A folder left behind in the middle of the fourth of six epochs of three steps."""
     folder = tmp_path / "interrupted"
     with pytest.raises(BrokenOffError):
-        train_on(FEATURES, IDENTITY, SETTINGS, folder, listener=stop_at(10))
+        train_seed(FEATURES, IDENTITY, SETTINGS, folder, listener=stop_at(10))
     return folder
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    return train_on(FEATURES, IDENTITY, SETTINGS, folder), files_of(folder)
+    return train_seed(FEATURES, IDENTITY, SETTINGS, folder), files_of(folder)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 10, 17, 18])
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tmp_path, unbroken, steps):
     with pytest.raises(BrokenOffError):
-        train_on(FEATURES, IDENTITY, SETTINGS, tmp_path, listener=stop_at(steps))
-    rows = train_on(FEATURES, IDENTITY, SETTINGS, tmp_path)
+        train_seed(FEATURES, IDENTITY, SETTINGS, tmp_path, listener=stop_at(steps))
+    rows = train_seed(FEATURES, IDENTITY, SETTINGS, tmp_path)
     assert (rows, files_of(tmp_path)) == unbroken
 
 
 def test_a_resumed_run_repeats_no_finished_epoch(interrupted):
     seen = []
     watching = Watching(lambda done, total: seen.append(done))
-    train_on(FEATURES, IDENTITY, SETTINGS, interrupted, listener=watching)
+    train_seed(FEATURES, IDENTITY, SETTINGS, interrupted, listener=watching)
     assert seen == list(range(9, 19))
 
 
 def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(tmp_path, unbroken):
     (tmp_path / "README.md").mkdir()  # in the way of the card
     with pytest.raises(CheckpointError, match=r"README\.md in it is a folder"):
-        train_on(FEATURES, IDENTITY, SETTINGS, tmp_path)
+        train_seed(FEATURES, IDENTITY, SETTINGS, tmp_path)
     assert (tmp_path / CHECKPOINT_FILE).exists()
     (tmp_path / "README.md").rmdir()
-    rows = train_on(FEATURES, IDENTITY, SETTINGS, tmp_path)
+    rows = train_seed(FEATURES, IDENTITY, SETTINGS, tmp_path)
     assert (rows, files_of(tmp_path)) == unbroken
 
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(interrupted):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
     try:
         with pytest.raises(CheckpointError, match=f"can't write .*{CHECKPOINT_FILE}: .*too large"):
-            train_on(FEATURES, IDENTITY, SETTINGS, interrupted)
+            train_seed(FEATURES, IDENTITY, SETTINGS, interrupted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, was)
@@ -110,14 +110,14 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs_and_left_alone(i
     given, message = OTHERS[what]
     before = files_of(interrupted)
     with pytest.raises(CheckpointError, match=message) as caught:
-        train_on(*given, interrupted)
+        train_seed(*given, interrupted)
     assert "\n" not in str(caught.value)
     assert files_of(interrupted) == before
 
 
 def test_last_bits_of_the_features_do_not_make_another_run(interrupted):
     noisy = replace(FEATURES, means=FEATURES.means * (1 + 1e-6))
-    train_on(noisy, IDENTITY, SETTINGS, interrupted)
+    train_seed(noisy, IDENTITY, SETTINGS, interrupted)
     assert (interrupted / "router_config.json").exists()
 
 
@@ -156,7 +156,7 @@ def of_another_header(path) -> None:
 def test_a_broken_checkpoint_is_refused(interrupted, spoil):
     spoil(interrupted / CHECKPOINT_FILE)
     with pytest.raises(CheckpointError, match="is broken; delete it to train from the beginning"):
-        train_on(FEATURES, IDENTITY, SETTINGS, interrupted)
+        train_seed(FEATURES, IDENTITY, SETTINGS, interrupted)
 
 
 def test_an_interrupted_run_leaves_no_routers_but_one_file_of_plain_tensors(interrupted):

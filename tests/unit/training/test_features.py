@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from killable import CONTEXT, D, L, Letters, make_model, make_record, pooled
-from small import W, Watching, assert_windows, make_features
+from small import W, Watching, assert_windows, make_features, means_of
 
 import drllm.training.features as features
 from drllm.errors import ModelError, RecordError
@@ -15,8 +15,8 @@ from drllm.models.base.prompts import encode
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
-from drllm.training.feature_store import Store
-from drllm.training.features import CONSTANT, digest, moments, shape
+from drllm.training.feature_store import FeatureStore
+from drllm.training.features import CONSTANT, compute_moments
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -61,10 +61,10 @@ def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
     seen = []
     watching = Watching(lambda done, total: seen.append((done, total)))
     features = features_of(batch_size=batch_size, listener=watching)
-    for found, record in zip(features.means, RECORDS, strict=True):
+    for found, record in zip(means_of(features), RECORDS, strict=True):
         assert_windows(found, slow_inputs(record), **CLOSE)
-    assert features.means.shape == (N, L, W, D)
-    assert features.means.dtype == torch.float32
+    assert means_of(features).shape == features.shape == (N, L, W, D)
+    assert means_of(features).dtype == torch.float32
     assert features.filled.tolist() == [min(len(prompt), W) for prompt in PROMPTS]
     assert features.labels.tolist() == [list(decisions) for decisions in PROMPTS.values()]
     assert features.questions == tuple(record.question for record in RECORDS)
@@ -86,7 +86,7 @@ def test_where_memory_runs_out_a_batch_is_read_in_parts(monkeypatch):
     monkeypatch.setattr(features, "run_prompts", little_memory)
     in_parts = features_of(batch_size=5)
     assert sizes == [2, 2, 1, 2]
-    torch.testing.assert_close(in_parts.means, whole.means, **CLOSE)
+    torch.testing.assert_close(means_of(in_parts), means_of(whole), **CLOSE)
     assert torch.equal(in_parts.filled, whole.filled)
 
 
@@ -108,7 +108,7 @@ def test_a_batch_that_memory_does_not_hold_makes_later_ones_no_smaller(monkeypat
     ("device", "num_values", "size"), [("cpu", 1, 8), ("cuda", 1, 64), ("cuda", 10**6, 16)]
 )
 def test_off_a_cpu_a_pass_reads_as_many_prompts_as_their_features_allow(device, num_values, size):
-    assert features.batch_size_on(device, num_values) == size
+    assert features.choose_batch_size(device, num_values) == size
 
 
 def test_each_target_of_a_batch_follows_its_own_path():
@@ -117,8 +117,8 @@ def test_each_target_of_a_batch_follows_its_own_path():
     records = [make_record(row, "the same prompt", path) for row, path in enumerate(paths)]
     together = features_of(records)
     for row, one in enumerate(records):
-        torch.testing.assert_close(together.means[row], features_of([one]).means[0], **CLOSE)
-    reads = together.means[:, -1]
+        torch.testing.assert_close(together.rows([row]), features_of([one]).rows([0]), **CLOSE)
+    reads = means_of(together)[:, -1]
     assert all((reads[row] - reads[0]).abs().max() > 0.01 for row in (1, 2, 3))
 
 
@@ -139,7 +139,7 @@ def test_the_model_is_left_without_routing():
 
 
 def test_a_prompt_as_long_as_the_context_is_read():
-    assert len(features_of([make_record(0, "x" * CONTEXT, FULL)]).means) == 1
+    assert features_of([make_record(0, "x" * CONTEXT, FULL)]).shape.num_targets == 1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def assert_same_features(found, expected) -> None:
     """The numbers of both, up to what another batch does to the last bits."""
     everything = range(len(expected.labels))
     torch.testing.assert_close(found.rows(everything), expected.rows(everything), **CLOSE)
-    assert digest(found) == digest(expected)
+    assert found.digest == expected.digest
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,15 @@ def overflowing():
 
 def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, tmp_path):
     def pool(name: str, records):
-        return features_of(records, overflowing, store=Store(tmp_path / name))
+        return features_of(records, overflowing, store=FeatureStore(tmp_path / name))
 
     features = pool("all", RECORDS)
     finite = [record for record in RECORDS if record.id != "q3"]
     assert_same_features(features, pool("finite", finite))
     [rejected] = features.rejected
     assert (rejected.id, rejected.reason) == ("q3", "hidden states that are NaN or infinite")
-    assert shape(features)[:2] == (N - 1, L)
-    assert features.means.isfinite().all()
+    assert features.shape[:2] == (N - 1, L)
+    assert torch.cat(features.means.blocks).isfinite().all()
     assert pool("all", RECORDS).rejected == (rejected,)  # read, not pooled
 
 
@@ -210,7 +210,7 @@ def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_p
     )
     for _ in range(2):  # the second time they are read
         with pytest.raises(ModelError, match=message):
-            features_of(records, overflowing, store=Store(tmp_path / "features"))
+            features_of(records, overflowing, store=FeatureStore(tmp_path / "features"))
 
 
 def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
@@ -225,12 +225,12 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
 
 def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float32():
     features = features_of()
-    assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])
+    assert torch.equal(features.rows([4, 0]), means_of(features)[[4, 0]])
     features.rows([0, 1]).zero_()
-    assert features.means[:2].any()
-    precise = replace(features, means=features.means.double())
+    assert features.rows([0, 1]).any()
+    precise = replace(features, means=means_of(features).double())
     assert precise.rows([1]).dtype == torch.float64
-    halved = replace(features, means=features.means.bfloat16())
+    halved = replace(features, means=means_of(features).bfloat16())
     assert halved.rows([1]).dtype == torch.float32
 
 
@@ -247,7 +247,7 @@ def slow_moments(features, index):
 @pytest.mark.parametrize("index", [list(range(70)), [3], [69, 2, 2, 40]], ids=["all", "1", "some"])
 def test_moments_equal_the_slow_loop(index):
     features = make_features(70)
-    mean, deviation = moments(features, index)
+    mean, deviation = compute_moments(features, index)
     expected_mean, expected_deviation = slow_moments(features, index)
     torch.testing.assert_close(mean, expected_mean, rtol=0, atol=1e-12)
     varies = expected_deviation > 1e-3
@@ -260,7 +260,7 @@ def test_a_component_that_does_not_vary_is_not_blown_up():
     means[:, 1, :, 2] = 7.0
     means[:, 2] = 0.0
     whole = replace(features, means=means, filled=torch.full((20,), means.shape[2]))
-    _, deviation = moments(whole, range(20))
+    _, deviation = compute_moments(whole, range(20))
     size = means[:, 1].double().square().mean().sqrt()
     assert float(deviation[1, 2]) == pytest.approx(CONSTANT * float(size))
     assert deviation[2].tolist() == [1.0] * means.shape[3]
@@ -270,5 +270,5 @@ def test_the_digest_tells_targets_apart_and_not_last_bits():
     features = make_features()
     labels = features.labels.clone()
     labels[0, 0] = (labels[0, 0] + 1) % 3
-    assert digest(features) != digest(replace(features, labels=labels))
-    assert digest(features) == digest(replace(features, means=features.means * 1.1))
+    assert features.digest != replace(features, labels=labels).digest
+    assert features.digest == replace(features, means=features.means * 1.1).digest

@@ -12,7 +12,7 @@ from small import BrokenOffError, files_of
 from drllm.errors import CheckpointError
 from drllm.training import stage
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
-from drllm.training.stage import discard, train_on
+from drllm.training.stage import discard, fit_seed
 
 ONE = replace(CONFIG, num_seeds=1)
 FILES = ["README.md", "config.json", "layers.json", "metrics.jsonl"]
@@ -46,13 +46,13 @@ def test_seeds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_pat
 def test_a_finished_seed_is_not_trained_again(finished, tmp_path, monkeypatch):
     trained, broken_off = [], [1]
 
-    def fit(examples, identity, config, output, **options):
+    def fit(features, identity, config, output, **options):
         if config.seed in broken_off:
             raise BrokenOffError
         trained.append(output)
-        return train_on(examples, identity, config, output, **options)
+        return fit_seed(features, identity, config, output, **options)
 
-    monkeypatch.setattr(stage, "train_on", fit)
+    monkeypatch.setattr(stage, "fit_seed", fit)
     with pytest.raises(BrokenOffError):
         train(tmp_path)
     broken_off.clear()

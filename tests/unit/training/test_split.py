@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drllm.training.trainer import epoch_batches, generator, hold_out
+from drllm.training.trainer import hold_out, make_generator, shuffle_batches
 
 
 def texts(number: int) -> list[str]:
@@ -50,22 +50,22 @@ def test_targets_that_are_all_of_one_question_are_all_trained_on():
 
 
 def test_an_epoch_visits_every_target_once():
-    batches = list(epoch_batches([3, 5, 8, 9, 11], 2, seed=0, epoch=1))
+    batches = list(shuffle_batches([3, 5, 8, 9, 11], 2, seed=0, epoch=1))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert sorted(row for batch in batches for row in batch) == [3, 5, 8, 9, 11]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     rows = list(range(50))
-    first = list(epoch_batches(rows, 8, seed=0, epoch=1))
-    assert first == list(epoch_batches(rows, 8, seed=0, epoch=1))
-    assert first != list(epoch_batches(rows, 8, seed=0, epoch=2))
-    assert first != list(epoch_batches(rows, 8, seed=1, epoch=1))
+    first = list(shuffle_batches(rows, 8, seed=0, epoch=1))
+    assert first == list(shuffle_batches(rows, 8, seed=0, epoch=1))
+    assert first != list(shuffle_batches(rows, 8, seed=0, epoch=2))
+    assert first != list(shuffle_batches(rows, 8, seed=1, epoch=1))
 
 
 def test_what_is_drawn_depends_on_the_purpose_and_every_number():
     drawn = {
-        torch.rand((), generator=generator(*given)).item()
+        torch.rand((), generator=make_generator(*given)).item()
         for given in [("a", 1, 2), ("b", 1, 2), ("a", 1, 3), ("a", 12), ("a", 1, 2)]
     }
     assert len(drawn) == 4

@@ -12,8 +12,8 @@ from drllm.records.codec import read_json
 from drllm.records.layers import Layers
 from drllm.supervision.summary import class_counts
 from drllm.training.checkpoint import is_finished
-from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer, count, hold_out
+from drllm.training.stage import PromptInfo, train_seed
+from drllm.training.trainer import Trainer, count_decisions, hold_out
 
 STOPPING = replace(
     QUICK,
@@ -27,7 +27,7 @@ STOPPING = replace(
 
 def trained(folder, number=40, config=QUICK, **changes):
     """Train on some features, with some of their fields replaced; the lines of metrics."""
-    return train_on(replace(make_features(number), **changes), IDENTITY, config, folder)
+    return train_seed(replace(make_features(number), **changes), IDENTITY, config, folder)
 
 
 @pytest.mark.parametrize("windows", [4, 8, 32])
@@ -42,7 +42,7 @@ def test_training_learns_labels_that_the_features_determine(tmp_path, windows):
         num_windows=windows,
     )
     features = make_features(100, windows)
-    rows = train_on(features, IDENTITY, settings, tmp_path)
+    rows = train_seed(features, IDENTITY, settings, tmp_path)
     first, last = rows[1], rows[-1]
     assert first["split"] == last["split"] == "validation"
     assert last["macro_f1"] > 0.9 > first["macro_f1"]
@@ -53,7 +53,7 @@ def test_training_learns_labels_that_the_features_determine(tmp_path, windows):
 
 def test_the_saved_config_says_what_was_trained_for_which_model(tmp_path):
     features = make_features(40)
-    rows = train_on(features, IDENTITY, QUICK, tmp_path, rewards=["letter"])
+    rows = train_seed(features, IDENTITY, QUICK, tmp_path, prompts=PromptInfo(rewards=["letter"]))
     on, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
     config = load_routers(tmp_path).config
     assert config.label_counts == class_counts(features.labels[on].tolist())
@@ -93,14 +93,14 @@ def test_metrics_have_a_line_for_each_epoch_and_part(tmp_path):
 
 def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_path):
     features, settings = make_features(60), replace(STOPPING, early_stopping=2)
-    rows = train_on(features, IDENTITY, settings, tmp_path)
+    rows = train_seed(features, IDENTITY, settings, tmp_path)
     agreement, stack = read_json(tmp_path / "layers.json", Layers), load_routers(tmp_path)
     best = stack.config.training["best_epoch"]
     assert agreement.epoch == best < rows[-1]["epoch"]
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
     on, held_out = hold_out(features.questions, settings.validation_fraction, settings.seed)
     for part, index in (("train", on), ("validation", held_out)):
-        expected = count(said[index].argmax(dim=-1), features.labels[index], loss=0.0)
+        expected = count_decisions(said[index].argmax(dim=-1), features.labels[index], loss=0.0)
         counted = agreement.parts[part]["routers"]
         assert replace(counted, loss=0.0) == expected
     [line] = [row for row in rows if (row["epoch"], row["split"]) == (best, "validation")]
@@ -125,8 +125,8 @@ def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the
 def test_who_is_told_of_a_training_decides_nothing_when_it_resumes(tmp_path):
     features, told = make_features(), replace(QUICK, report_to="tensorboard")
     with pytest.raises(BrokenOffError):
-        train_on(features, IDENTITY, told, tmp_path, listener=stop_at(5))
-    train_on(features, IDENTITY, QUICK, tmp_path)
+        train_seed(features, IDENTITY, told, tmp_path, listener=stop_at(5))
+    train_seed(features, IDENTITY, QUICK, tmp_path)
     assert not (tmp_path / "trackers.json").exists()
 
 
@@ -153,7 +153,7 @@ def test_progress_counts_every_step_once(tmp_path):
     seen = []
     watching = Watching(lambda done, total: seen.append((done, total)))
     config = replace(QUICK, num_epochs=2, warmup_steps=0)
-    train_on(make_features(9), IDENTITY, config, tmp_path, listener=watching)
+    train_seed(make_features(9), IDENTITY, config, tmp_path, listener=watching)
     assert seen == [(done, 6) for done in range(7)]
 
 
@@ -177,7 +177,7 @@ def test_targets_that_only_execute_train_routers_that_only_execute_and_are_logge
 def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(tmp_path):
     seen = []
     watching = Watching(lambda *progress: seen.append(progress))
-    rows = train_on(make_features(40), IDENTITY, STOPPING, tmp_path, listener=watching)
+    rows = train_seed(make_features(40), IDENTITY, STOPPING, tmp_path, listener=watching)
     losses = [row["routers_loss"] for row in rows if row["split"] == "validation"]
     best = losses.index(min(losses)) + 1
     told = load_routers(tmp_path).config.training

@@ -10,7 +10,7 @@ from small import IDENTITY, QUICK, BrokenOffError, make_features, stop_at
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training.checkpoint import CHECKPOINT_FILE
-from drllm.training.stage import train_on
+from drllm.training.stage import train_seed
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
 
 TENSORBOARD, WANDB = (replace(QUICK, report_to=name) for name in ("tensorboard", "wandb"))
@@ -61,9 +61,9 @@ def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
     pytest.importorskip(tracker)
     if tracker == "wandb":
         request.getfixturevalue("offline")
-    plain = train_on(FEATURES, IDENTITY, QUICK, tmp_path / "plain" / "routers")
+    plain = train_seed(FEATURES, IDENTITY, QUICK, tmp_path / "plain" / "routers")
     told = replace(QUICK, report_to=tracker)
-    assert plain == train_on(FEATURES, IDENTITY, told, tmp_path / "told" / "routers")
+    assert plain == train_seed(FEATURES, IDENTITY, told, tmp_path / "told" / "routers")
     for path in (tmp_path / "plain" / "routers").iterdir():
         assert path.read_bytes() == (tmp_path / "told" / "routers" / path.name).read_bytes()
     assert not (tmp_path / "told" / "routers" / RUN_FILE).exists()
@@ -72,7 +72,7 @@ def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
 
 def test_tensorboard_is_told_of_every_step_and_epoch(tmp_path):
     pytest.importorskip("tensorboard")
-    rows = train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
+    rows = train_seed(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
     trained = load_routers(tmp_path).config.training
     steps = trained["steps"] // QUICK.num_epochs
     curves = scalars(tmp_path)
@@ -91,23 +91,23 @@ def test_tensorboard_is_told_of_every_step_and_epoch(tmp_path):
 
 def interrupted(config, folder) -> None:
     with pytest.raises(BrokenOffError):
-        train_on(FEATURES, IDENTITY, config, folder, listener=stop_at(15))
+        train_seed(FEATURES, IDENTITY, config, folder, listener=stop_at(15))
     assert (folder / CHECKPOINT_FILE).exists()
 
 
 @pytest.mark.thorough
 def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
+    train_seed(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
     interrupted(TENSORBOARD, tmp_path / "broken")
     time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
-    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "broken")
+    train_seed(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "broken")
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "broken")
 
 
 @pytest.mark.thorough
 def test_wandb_offline_keeps_settings_and_curves(tmp_path, offline):
-    rows = train_on(FEATURES, IDENTITY, WANDB, tmp_path)
+    rows = train_seed(FEATURES, IDENTITY, WANDB, tmp_path)
     ((_, config, history),) = offline
     assert list(tmp_path.glob(f"{FOLDER}/wandb/offline-run-*/*.wandb"))
     settings = {name: v for name, v in QUICK.decisive().items() if v is not None}
@@ -123,7 +123,7 @@ def test_wandb_offline_keeps_settings_and_curves(tmp_path, offline):
 @pytest.mark.thorough
 def test_wandb_offline_goes_on_under_the_same_id_in_a_second_folder(tmp_path, offline):
     interrupted(WANDB, tmp_path)
-    train_on(FEATURES, IDENTITY, WANDB, tmp_path)
+    train_seed(FEATURES, IDENTITY, WANDB, tmp_path)
     first, second = offline
     assert first[0] == second[0] != ""
     assert len(list(tmp_path.glob(f"{FOLDER}/wandb/offline-run-*/*.wandb"))) == 2
@@ -134,7 +134,7 @@ def test_a_wandb_run_of_the_caller_is_left_alone(tmp_path, offline):
     import wandb
 
     own = wandb.init(project="own", dir=str(tmp_path))
-    train_on(make_features(), IDENTITY, WANDB, tmp_path / "routers")
+    train_seed(make_features(), IDENTITY, WANDB, tmp_path / "routers")
     assert wandb.run is own
     own.log({"still": 1})  # it would be refused after an end
     own.finish()
@@ -160,7 +160,7 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(tmp_path, monkeypatch,
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; mend"):
-        train_on(make_features(), IDENTITY, WANDB, tmp_path)
+        train_seed(make_features(), IDENTITY, WANDB, tmp_path)
 
 
 def test_names_are_told_apart_by_commas_each_once():

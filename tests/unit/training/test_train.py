@@ -19,7 +19,7 @@ def no_pass(monkeypatch):
     def collect(*_, **__):
         raise AssertionError("the base model ran")
 
-    monkeypatch.setattr(stage, "collect", collect)
+    monkeypatch.setattr(stage, "collect_features", collect)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from drllm.agreement import Counts, compute_metrics
 from drllm.config import TrainConfig
-from drllm.training.features import Features, moments
+from drllm.training.features import Features, compute_moments
 from drllm.training.losses import class_weights, focal_losses
-from drllm.training.trainer import DivergedError, Trainer, count
+from drllm.training.trainer import DivergedError, Trainer, count_decisions
 
 FEATURES = make_features(40)
 ONE_HOT = F.one_hot(FEATURES.labels, 3).double()
@@ -26,7 +26,7 @@ def config_of(**changes) -> TrainConfig:
 def fitted(features, config, dtype=torch.float32) -> Trainer:
     trainer = Trainer(features, IDENTITY, config, dtype=dtype)
     while not trainer.is_over:
-        trainer.epoch()
+        trainer.train_epoch()
     return trainer
 
 
@@ -36,7 +36,7 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 def loss_of(trainer, logits, rows) -> float:
     """A batch's loss under a training's settings, logits `[B, L, C]`."""
-    return float(trainer.loss(logits, rows))
+    return float(trainer.compute_loss(logits, rows))
 
 
 def prepared(features=FEATURES, **changes) -> Trainer:
@@ -91,19 +91,25 @@ def with_steps(steps: int, warmup: float) -> Trainer:
 
 def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
     expected = [2.0, 4.0, 6.0, 8.0, 4 + 4 * math.cos(math.pi / 4), 4.0, 4 - 4 * math.sqrt(0.5)]
-    assert expected == pytest.approx([with_steps(7, 3).rate(step) for step in range(7)])
+    assert expected == pytest.approx([with_steps(7, 3).schedule.rate(step) for step in range(7)])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 250, 500])
 def test_a_warm_up_as_long_as_the_run_is_shortened_to_a_tenth(steps):
     trainer = with_steps(steps, 500)
-    assert (trainer.warmup, trainer.steps) == (steps // 10, steps)
-    assert max(trainer.rate(step) for step in range(steps)) == 8.0
+    assert (trainer.schedule.num_warmup_steps, trainer.schedule.num_steps) == (steps // 10, steps)
+    assert max(trainer.schedule.rate(step) for step in range(steps)) == 8.0
 
 
 def test_a_warm_up_that_fits_is_kept_and_below_one_it_is_a_share_of_the_steps():
     wanted = [249, 1, 0.1, 0.99, 0.0]
-    assert [with_steps(250, each).warmup for each in wanted] == [249, 1, 25, 247, 0]
+    assert [with_steps(250, each).schedule.num_warmup_steps for each in wanted] == [
+        249,
+        1,
+        25,
+        247,
+        0,
+    ]
 
 
 @pytest.fixture
@@ -136,19 +142,19 @@ def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions():
     blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means))
     fit = {"num_epochs": 200, "gradient_accumulation": 40, "validation_fraction": 0.0}
     trainer = fitted(blind, config_of(**PLAIN, **fit))
-    said = trainer.routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
+    said = trainer.build_routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
     expected = ONE_HOT.mean(dim=0)
     torch.testing.assert_close(said, expected, rtol=0, atol=0.01)
 
 
 def test_dropout_leaves_out_the_share_of_units_and_scales_the_others():
     trainer = prepared(dropout=0.4)
-    draws = [trainer.kept_units(4, epoch, 0) for epoch in range(1, 101)]
+    draws = [trainer.draw_dropout(4, epoch, 0) for epoch in range(1, 101)]
     kept = torch.cat(draws)
     assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert float((kept == 0).double().mean()) == pytest.approx(0.4, abs=0.02)
     assert not torch.equal(draws[0], draws[1])
-    assert torch.equal(draws[0], trainer.kept_units(4, 1, 0))
+    assert torch.equal(draws[0], trainer.draw_dropout(4, 1, 0))
 
 
 def test_dropout_changes_what_is_learned_and_not_how_it_is_measured():
@@ -164,10 +170,10 @@ def test_normalised_features_are_folded_into_the_weights():
     """Routers that read features as they are say what those in training say of scaled ones."""
     shifted = replace(FEATURES, means=FEATURES.means * 3 + 2)
     trainer = fitted(shifted, config_of(normalise_features=True))
-    mean, deviation = moments(shifted, trainer.trained)
+    mean, deviation = compute_moments(shifted, trainer.trained)
     scaled = ((shifted.means.double() - mean[:, None]) / deviation[:, None]).float()
     torch.testing.assert_close(
-        trainer.routers()(shifted.means, shifted.filled),
+        trainer.build_routers()(shifted.means, shifted.filled),
         trainer.stack(scaled, shifted.filled),
         rtol=1e-4,
         atol=1e-5,
@@ -197,15 +203,15 @@ def with_losses(monkeypatch, config, losses) -> Trainer:
     """Train with held-out losses that are given, one an epoch, until it is over."""
     trainer = Trainer(FEATURES, IDENTITY, config)
     given = iter(losses)
-    measure = trainer._measure
+    measure = trainer._count_rows
 
     def measured(rows):
         found = measure(rows)
         return replace(found, loss=next(given) * found.examples)
 
-    monkeypatch.setattr(trainer, "_measure", measured)
+    monkeypatch.setattr(trainer, "_count_rows", measured)
     while not trainer.is_over:
-        trainer.epoch()
+        trainer.train_epoch()
     return trainer
 
 
@@ -229,7 +235,7 @@ def test_training_stops_after_so_many_epochs_without_a_lower_loss_and_keeps_the_
     assert trainer.best == (best, losses[best - 1])
     unstopped = Trainer(FEATURES, IDENTITY, replace(config, early_stopping=None))
     for _ in range(best):
-        unstopped.epoch()
+        unstopped.train_epoch()
     assert torch.equal(trainer.stack.hidden_weight, unstopped.stack.hidden_weight)
 
 
@@ -280,19 +286,21 @@ def f1_of(found: list[tuple[int, int]], wanted: int) -> float:
 def test_each_layer_is_counted_by_itself_and_counts_of_parts_add_up():
     logits, labels = batch()
     decided = logits.argmax(dim=-1)
-    counts = count(decided, labels, loss=2.0)
+    counts = count_decisions(decided, labels, loss=2.0)
     for layer, confusion in enumerate(counts.confusion):
         found = pairs(logits[:, layer], labels[:, layer])
         expected = [[found.count((label, decided)) for decided in range(3)] for label in range(3)]
         assert [list(row) for row in confusion] == expected
     parts = [(slice(15), 1.0), (slice(15, 20), 5.0)]
-    assert counts == sum((count(decided[p], labels[p], loss) for p, loss in parts), Counts())
+    assert counts == sum(
+        (count_decisions(decided[p], labels[p], loss) for p, loss in parts), Counts()
+    )
 
 
 def test_ratios_equal_their_definitions():
     logits, labels = batch(seed=1)
     found = pairs(logits, labels)
-    measured = compute_metrics(count(logits.argmax(dim=-1), labels, loss=0.25))
+    measured = compute_metrics(count_decisions(logits.argmax(dim=-1), labels, loss=0.25))
     f1 = [f1_of(found, wanted) for wanted in range(3)]
     skips = [decision for label, decision in found if label == 0]
     repeats = [decision for label, decision in found if label == 2]
@@ -313,7 +321,9 @@ def test_ratios_equal_their_definitions():
 
 def test_a_class_decided_but_never_labelled_has_f1_zero():
     logits = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
-    measured = compute_metrics(count(logits.argmax(dim=-1), torch.tensor([[1, 1]]), loss=0.0))
+    measured = compute_metrics(
+        count_decisions(logits.argmax(dim=-1), torch.tensor([[1, 1]]), loss=0.0)
+    )
     assert measured["f1_repeat"] == 0.0
     assert measured["acc_repeat"] is None
 
@@ -321,8 +331,8 @@ def test_a_class_decided_but_never_labelled_has_f1_zero():
 def test_skipping_everything_still_costs_one_execution():
     logits = torch.tensor([[[1.0, 0.0, 0.0]] * 4, [[0.0, 0.0, 1.0]] * 4])
     assert (
-        compute_metrics(count(logits.argmax(dim=-1), torch.ones(2, 4, dtype=torch.long), loss=0.0))[
-            "avg_layers"
-        ]
+        compute_metrics(
+            count_decisions(logits.argmax(dim=-1), torch.ones(2, 4, dtype=torch.long), loss=0.0)
+        )["avg_layers"]
         == 4.5
     )
