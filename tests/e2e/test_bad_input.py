@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from drllm.cli import main
+from paths_json import written_paths
 
 WORDS = {
     "FACTS": "--tasks builtin_facts",
@@ -53,6 +54,15 @@ def a_broken_line(path: Path) -> None:
     good = {"question": "1?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
     row = json.dumps({**good, "id": "1", "answerKey": "A"})
     path.write_text(row + '\n{"id": "2", "question": \n')
+
+
+def another_task(path: Path) -> None:
+    """Write a `paths.json` whose task isn't the one of its objective."""
+    path.parent.mkdir()
+    written_paths(path, {"id": "m", "num_layers": 6})
+    path.write_text(
+        path.read_text().replace('"tasks": [\n    "', '"tasks": [\n    "renamed", "', 1)
+    )
 
 
 def own(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
@@ -328,6 +338,7 @@ report run => mixes models of different depth \
 => run/routers/router_config.json: "num_layers": 4 -> "num_layers": 5
 show notes.jsonl => notes.jsonl, line 1: has text => notes.jsonl: {"text": "hello"}\\n
 show run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
+show t/paths.json => t/paths.json names the task 'renamed' => t/paths.json: @another_task
 show search.failed.jsonl => search.failed.jsonl, line 1: \
 => search.failed.jsonl: {"error": "x"}\\n
 show new.rejected.jsonl => new.rejected.jsonl, line 1: \
@@ -496,6 +507,7 @@ def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
 SCRIPT = """
 import json, os, sys
 from drllm.cli import main
+from paths_json import written_paths
 for folder, words in json.load(sys.stdin):
     os.chdir(folder)
     status = main(words)

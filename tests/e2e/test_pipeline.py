@@ -145,6 +145,14 @@ def test_a_result_that_was_changed_by_hand_is_made_again(run_copy, rerun, quick_
         assert system["gold_logprob"] == pytest.approx(expected["gold_logprob"], abs=1e-4)
 
 
+def test_a_damaged_copy_of_the_recipe_is_written_anew(run_copy, rerun):
+    kept = run_copy / "run.yaml"
+    expected = kept.read_text()
+    kept.write_bytes(b"\x1f\x8b")
+    assert rerun().count("done before") == 5
+    assert kept.read_text() == expected
+
+
 def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
     run_copy, rerun, quick_report
 ):
@@ -384,7 +392,7 @@ def test_routers_that_do_not_record_it_are_asked_through_the_chat_template(run_c
     del config["training"]["prompt_form"]
     routers.write_text(json.dumps(config))
     words = ["--routers", routers.parent]
-    said = "through the chat template; how the routers' own prompts were put isn't recorded"
+    said = "through the chat template; the routers don't record how their own prompts were put"
     assert said in drllm("generate ice --device cpu --max-new-tokens 2", *words).err
 
 
@@ -414,6 +422,17 @@ def test_generate_without_routers_gives_the_base_models_answer(model, tiny_token
 
     assert out.startswith(expected.strip() + "\n")
     assert "4 of 4 a forward pass (100 %)" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["eval/builtin_facts.json", "eval/samples.jsonl", "paths.json", "healed/path.json"]
+)
+def test_show_names_a_damaged_part_of_a_run_and_does_not_leave_it_out(run_copy, name, drllm):
+    file = run_copy / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"schema": "drllm')
+    [line] = drllm("show", run_copy, status=2).err.splitlines()
+    assert str(file) in line
 
 
 @pytest.mark.parametrize(

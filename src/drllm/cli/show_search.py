@@ -30,66 +30,93 @@ ANSWER_WIDTH = 14  # columns for what a path answered: its beginning, so that a 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
     """Print what a search found and what it spent."""
-    n, num_layers = len(records), records[0].num_layers
+    num_layers = records[0].num_layers
     counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
     rewards = ", ".join(sorted({record.reward for record in records}))
-    copies = f" and {count(counts['copies'])} copies" if counts["copies"] else ""
-    asked = f"{count(counts['questions'])}{copies}"
-    terminal.fact("questions", f"{asked}, {num_layers} layers, reward {rewards}")
-    terminal.fact("paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
-    _show_counts(counts, terminal)
-    again = [path for path in paths if path.retest is not None]
-    left = of_total(sum(map(survived, again)), len(again))
-    terminal.fact("re-test", f"{count(len(again))} paths asked again, {left} survived")
-    executions = round(sum(path.executions for path in paths))
-    distinct = sum(distinct_executions([path.decisions for path in r.paths]) for r in records)
-    shared = of_total(distinct, executions)
-    terminal.fact(
-        "executions", f"{count(executions)} asked by paths, {shared} distinct in a question"
-    )
-    surviving = [[path.executions for path in r.paths if survived(path)] for r in records]
-    if shortest := [min(each) for each in surviving if each]:
+    questions = count(counts["questions"])
+    if counts["copies"]:
+        questions += f" and {count(counts['copies'])} copies"
+    terminal.fact("questions", f"{questions}, {num_layers} layers, reward {rewards}")
+    per_question = plain(len(paths) / len(records))
+    terminal.fact("paths tried", f"{count(len(paths))}, {per_question} a question")
+    _print_counts(counts, terminal)
+    _print_retest(paths, terminal)
+    _print_executions(records, paths, terminal)
+    _print_shortest(records, num_layers, terminal)
+    _print_search_time(records, len(paths), terminal)
+
+
+def _print_retest(paths: Sequence[TriedPath], terminal: Terminal) -> None:
+    retested = [path for path in paths if path.retest is not None]
+    num_survived = sum(1 for path in retested if survived(path))
+    share = of_total(num_survived, len(retested))
+    terminal.fact("re-test", f"{count(len(retested))} paths asked again, {share} survived")
+
+
+def _print_executions(
+    records: Sequence[SearchRecord], paths: Sequence[TriedPath], terminal: Terminal
+) -> None:
+    """Print the executions of all paths, and how many of them differ within a question."""
+    total = round(sum(path.executions for path in paths))
+    num_distinct = 0
+    for record in records:
+        num_distinct += distinct_executions([path.decisions for path in record.paths])
+    distinct = of_total(num_distinct, total)
+    terminal.fact("executions", f"{count(total)} in all paths, {distinct} distinct in a question")
+
+
+def _print_shortest(records: Sequence[SearchRecord], num_layers: int, terminal: Terminal) -> None:
+    shortest = []
+    for record in records:
+        executions = [path.executions for path in record.paths if survived(path)]
+        if executions:
+            shortest.append(min(executions))
+    if shortest:
         terminal.fact(
             "shortest",
             f"{plain(fmean(shortest), 2)} executions of {num_layers} for the shortest surviving "
             f"path, mean of {count(len(shortest))}",
         )
+
+
+def _print_search_time(records: Sequence[SearchRecord], num_paths: int, terminal: Terminal) -> None:
     seconds = sum(record.seconds for record in records)
-    rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
-    terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
+    text = f"{duration(seconds)}, {plain(seconds / len(records))} s a question"
+    if seconds > 0:
+        text += f", {plain(num_paths / seconds)} paths a second"
+    terminal.fact("time", text)
 
 
-def _show_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
+def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print how many questions of each task have which paths, and targets if there are any."""
     rows = dict(summary.get("tasks", {}))
     if len(rows) != 1:
         improving = [row["improving_targets"] for row in rows.values()]
         rows["all"] = {**summary, "improving_targets": sum(improving) if improving else None}
-    names = ["targets", "improving_targets"] if summary["targets"] else []
+    target_columns = ["targets", "improving_targets"] if summary["targets"] else []
+    columns = ["task", "questions", "base right", *KINDS, *target_columns]
+    cells = []
+    for task, row in rows.items():
+        base_right = of_total(row["base_correct"], row["questions"])
+        line = [task, count(row["questions"]), base_right]
+        for kind in KINDS:
+            before = count(row[f"{kind}_before_retest"])
+            after = count(row[f"{kind}_after_retest"])
+            line.append(f"{before} → {after}")
+        line += [count(row[name]) for name in target_columns]
+        cells.append(line)
     terminal.table(
-        "|".join(["task", "questions", "base right", *KINDS, *names]).replace("_", "\n"),
-        (
-            [
-                task,
-                count(row["questions"]),
-                of_total(row["base_correct"], row["questions"]),
-                *(
-                    f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
-                    for kind in KINDS
-                ),
-                *(count(row[name]) for name in names),
-            ]
-            for task, row in rows.items()
-        ),
-        title="Questions with such a path, as the search found it → after the re-test",
+        "|".join(columns).replace("_", "\n"),
+        cells,
+        title="Questions with such a path: found by the search → confirmed by the re-test",
         numbers_from=1,
     )
 
 
 def show_failed(path: Path, terminal: Terminal) -> None:
     """Print the questions that a search has set aside, each with its last error."""
-    questions = [one for _, one in read_json_lines(path, FailedQuestion)]
+    questions = [question for _, question in read_json_lines(path, FailedQuestion)]
     terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
     rows = [(one.task, one.id, count(one.attempts), one.error) for one in questions]
     terminal.table("task|id|attempts|last error", rows)
@@ -108,90 +135,127 @@ def show_question(
     records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
 ) -> None:
     """Draw the tree of every question that has an id; ids are unique within a task only."""
-    found = [record for record in records if record.id == question]
-    if not found:
+    chosen = [record for record in records if record.id == question]
+    if not chosen:
         ids = list(dict.fromkeys(record.id for record in records))
-        near = difflib.get_close_matches(question, ids, n=3, cutoff=0.0)
+        nearest = difflib.get_close_matches(question, ids, n=3, cutoff=0.0)
         raise RecordError(
             f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
-            f"{', '.join(near)}"
+            f"{', '.join(nearest)}"
         )
     # The rule is that of the targets next to the search, if there are any.
     manifest = read_manifest(place.with_name("supervision.jsonl"), "supervision") or {}
-    config = SuperviseConfig().to_dict() | manifest.get("config", {})
-    for number, record in enumerate(found):
+    settings = SuperviseConfig().to_dict()
+    settings.update(manifest.get("config", {}))
+    for number, record in enumerate(chosen):
         if number:
             terminal.say()
-        rule = config["target"]
-        target = candidates(record, rule, min_saving=config["min_saving"])
-        terminal.fact("question", f"{record.id} of {record.task}, {record.num_layers} layers")
-        terminal.say(record.question)
-        terminal.fact("answer", record.answer)
-        terminal.fact("paths", f"{len(record.paths)} tried, reward {record.reward}")
-        terminal.fact(
-            "target",
-            f"none: {target}"
-            if isinstance(target, str)
-            else f"#{target[0].simulation}, {plain(target[0].executions)} executions (rule {rule})",
-        )
-        _show_tree(record, terminal)
+        _print_question(record, settings, terminal)
 
 
-def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
+def _print_question(record: SearchRecord, settings: Mapping[str, Any], terminal: Terminal) -> None:
+    """Print a question, its target by the settings, and the tree of its paths."""
+    rule = settings["target"]
+    targets = candidates(record, rule, min_saving=settings["min_saving"])
+    if isinstance(targets, str):  # why there is none
+        target = f"none: {targets}"
+    else:
+        best = targets[0]
+        target = f"#{best.simulation}, {plain(best.executions)} executions (rule {rule})"
+    terminal.fact("question", f"{record.id} of {record.task}, {record.num_layers} layers")
+    terminal.say(record.question)
+    terminal.fact("answer", record.answer)
+    terminal.fact("paths", f"{len(record.paths)} tried, reward {record.reward}")
+    terminal.fact("target", target)
+    _print_tree(record, terminal)
+
+
+def _print_tree(record: SearchRecord, terminal: Terminal) -> None:
+    """Print a question's paths as a tree of edits, a line each."""
     by_decisions = {path.decisions: path for path in record.paths}
+    has_answers = any(path.answer is not None for path in record.paths)
+    columns = "path|#|right|margin|executions|kl|re-test"
+    if has_answers:
+        columns += "|answered"
     rows: list[list[str | Text]] = []
     for decisions, label in draw_paths(record.paths):
         path = by_decisions[decisions]
-        again = path.retest
         cells: list[str | Text] = [
             Text(label, style="bold" if is_valid(path) else "dim"),
             str(path.simulation),
-            {0.0: "no", 1.0: "yes"}.get(path.reward) or plain(path.reward, 2),
+            _describe_reward(path.reward),
             plain(path.margin, 2),
             plain(path.executions),
             plain(path.kl, 3),
-            f"{'+' if again.survived else '−'} {again.passed} of {again.asked}" if again else "",
+            _describe_retest(path),
         ]
-        rows.append([*cells, " ".join((path.answer or "").split())])
-    generated = any(path.answer is not None for path in record.paths)
-    terminal.table(
-        "path|#|right|margin|executions|kl|re-test" + "|answered" * generated,
-        rows if generated else [row[:-1] for row in rows],
-        numbers_from=1,
-        cut_off=("answered", ANSWER_WIDTH),
-    )
+        if has_answers:
+            cells.append(" ".join((path.answer or "").split()))
+        rows.append(cells)
+    terminal.table(columns, rows, numbers_from=1, cut_off=("answered", ANSWER_WIDTH))
     terminal.say("re-test: other ways of asking that were answered right; + survived, − did not")
+
+
+def _describe_reward(reward: float) -> str:
+    if reward == 0:
+        return "no"
+    if reward == 1:
+        return "yes"
+    return plain(reward, 2)
+
+
+def _describe_retest(path: TriedPath) -> str:
+    retest = path.retest
+    if retest is None:
+        return ""
+    sign = "+" if retest.survived else "−"
+    return f"{sign} {retest.passed} of {retest.asked}"
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
     """Draw one question's paths, the full path first, as a tree of edits: decisions and line.
 
     A path stands below the one from which the fewest edits lead to it, of several the one tried
-    first. The only path below another follows at the same depth, after "then", so that a long
-    chain of edits stays narrow.
+    first. A path's only child follows at the same depth, after "then", so that a long chain of
+    edits stays narrow.
     """
-    below: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
+    children: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):
-        _, _, parent = min(
-            (len(edits), other.simulation, other.decisions)
-            for other in paths
-            if (edits := edits_between(other.decisions, path.decisions))
-        )
-        below[parent].append(path.decisions)
-    yield paths[0].decisions, "full path"
-    yield from _branches(paths[0].decisions, below, "")
+        children[_parent_of(path, paths)].append(path.decisions)
+    root = paths[0].decisions
+    yield root, "full path"
+    yield from _branches(root, children, "")
+
+
+def _parent_of(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
+    """Return the decisions of the path from which the fewest edits lead to another."""
+    options = []
+    for other in paths:
+        edits = edits_between(other.decisions, path.decisions)
+        if edits:
+            options.append((len(edits), other.simulation, other.decisions))
+    _, _, parent = min(options)
+    return parent
 
 
 def _branches(
-    above: Decisions, below: Mapping[Decisions, Sequence[Decisions]], lead: str
+    parent: Decisions, children: Mapping[Decisions, Sequence[Decisions]], lead: str
 ) -> Iterator[tuple[Decisions, str]]:
-    for number, child in enumerate(below[above], start=1):
-        mark, inner = ("├ ", "│ ") if number < len(below[above]) else ("└ ", "  ")
-        if len(below[above]) == 1:
-            mark, inner = "then ", ""
-        edits = edits_between(above, child) or ()
+    """Yield the paths below one, each with its line; `lead` is what stands left of them."""
+    siblings = children[parent]
+    for number, child in enumerate(siblings, start=1):
+        if len(siblings) == 1:
+            mark = "then "
+            indent = ""
+        elif number < len(siblings):
+            mark = "├ "
+            indent = "│ "
+        else:
+            mark = "└ "
+            indent = "  "
+        edits = edits_between(parent, child) or []
         yield child, lead + mark + ", ".join(map(str, edits))
-        yield from _branches(child, below, lead + inner)
+        yield from _branches(child, children, lead + indent)
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
@@ -211,34 +275,42 @@ def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
     return edits
 
 
-def say_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
+def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print what a supervision has written and found."""
     terminal.fact("supervision", output)
-    say_supervision(summary, terminal)
-    if (rejected := rejected_path(output)).is_file():
+    print_supervision(summary, terminal)
+    rejected = rejected_path(output)
+    if rejected.is_file():
         terminal.fact("reasons", rejected)
 
 
-def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
+def print_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print a summary of `summarise`, or what an older version left of one in a manifest."""
-    _show_counts(summary, terminal)
-    mean = summary.get("executions")
-    more = f", {plain(mean, 2)} executions on average" if mean is not None else ""
-    if wrong := summary.get("wrong_targets"):
-        more += f"; {wrong} of them answer wrong"
-    terminal.fact("targets", of_total(summary["targets"], summary["questions"]) + more)
-    rejects = [f"{n} {reason}" for reason, n in summary["rejected"].items() if n]
-    terminal.fact("without", ", ".join(rejects) or "none")
-    if copies := summary.get("copies"):
-        terminal.fact("copies", f"{copies} records, left out: each question counts once")
-    say_classes(summary["class_counts"], terminal)
+    _print_counts(summary, terminal)
+    targets = of_total(summary["targets"], summary["questions"])
+    executions = summary.get("executions")
+    if executions is not None:
+        targets += f", {plain(executions, 2)} executions on average"
+    num_wrong = summary.get("wrong_targets")
+    if num_wrong:
+        targets += f"; {num_wrong} of them answer wrong"
+    terminal.fact("targets", targets)
+    reasons = [f"{num} {reason}" for reason, num in summary["rejected"].items() if num]
+    terminal.fact("without", ", ".join(reasons) or "none")
+    num_copies = summary.get("copies")
+    if num_copies:
+        terminal.fact("copies", f"{num_copies} records, left out: each question counts once")
+    print_classes(summary["class_counts"], terminal)
 
 
-def say_classes(counts: Sequence[int], terminal: Terminal) -> None:
+def print_classes(counts: Sequence[int], terminal: Terminal) -> None:
     """Print how many decisions skip, execute and repeat."""
     total = sum(counts) or 1
-    shown = (f"{d.name.lower()} {counts[d]} ({percent(counts[d] / total)})" for d in Decision)
-    terminal.fact("decisions", ", ".join(shown))
+    parts = []
+    for decision in Decision:
+        share = percent(counts[decision] / total)
+        parts.append(f"{decision.name.lower()} {counts[decision]} ({share})")
+    terminal.fact("decisions", ", ".join(parts))
 
 
 def show_supervision(path: Path, terminal: Terminal) -> None:
@@ -246,26 +318,30 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
     records = read_supervision(path)
     manifest = read_manifest(path, "supervision") or {}
     if "summary" in manifest:
-        say_supervision(manifest["summary"], terminal)
+        print_supervision(manifest["summary"], terminal)
     else:
         terminal.fact("targets", f"{len(records)}, no manifest (a file of your own)")
-        say_classes(summarise([], records, {})["class_counts"], terminal)
+        print_classes(summarise([], records, {})["class_counts"], terminal)
     mean = sum(record.executions for record in records) / len(records)
-    layers = len(records[0].optimal_layer_config)
-    terminal.fact("executions", f"{plain(mean, 2)} of {layers} on average")
+    num_layers = len(records[0].optimal_layer_config)
+    terminal.fact("executions", f"{plain(mean, 2)} of {num_layers} on average")
 
 
 def show_rejected(path: Path, terminal: Terminal) -> None:
     """Print how many questions of each task got no target, by reason."""
-    questions = [one for _, one in read_json_lines(path, RejectedQuestion)]
+    questions = [question for _, question in read_json_lines(path, RejectedQuestion)]
     terminal.fact("without", f"{count(len(questions))} records have no target")
     reasons = Counter((question.task, question.reason) for question in questions)
-    rows = [(task, reason, count(n)) for (task, reason), n in reasons.items()]
+    rows = [(task, reason, count(num)) for (task, reason), num in reasons.items()]
     terminal.table("task|reason|records", rows, numbers_from=2)
 
 
-LINES: dict[str, tuple[str, Callable[[Path, Terminal], None]]] = {
-    "paths": ("search", lambda path, terminal: show_search(read_search(path), terminal)),
+def _show_search_file(path: Path, terminal: Terminal) -> None:
+    show_search(read_search(path), terminal)
+
+
+SEARCH_RENDERERS: dict[str, tuple[str, Callable[[Path, Terminal], None]]] = {
+    "paths": ("search", _show_search_file),
     "optimal_layer_config": ("supervision", show_supervision),
     "reason": ("questions without a target", show_rejected),
     "error": ("questions that failed", show_failed),

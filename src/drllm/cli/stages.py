@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import published
 from drllm.cli.parser import CommandLine
-from drllm.cli.show import show, show_healed, show_paths, show_results
-from drllm.cli.show_search import say_written, show_search
+from drllm.cli.show import show
+from drllm.cli.show_paths import show_healed, show_paths
+from drllm.cli.show_results import show_results
+from drllm.cli.show_search import print_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import (
@@ -128,7 +130,7 @@ def _supervise(
         )
         return
     write(found, [searched], output, config)
-    say_written(output, found.summary, terminal)
+    print_written(output, found.summary, terminal)
 
 
 def _say_forecast(
@@ -180,7 +182,7 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output")
     check_file(output, "--output", "supervision")
     found = supervise(command.paths("search"), command.of(SuperviseConfig), output)
-    say_written(output, found.summary, terminal)
+    print_written(output, found.summary, terminal)
 
 
 @verb(

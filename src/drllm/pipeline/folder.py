@@ -13,12 +13,13 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from drllm.config import EvaluateConfig, ModelConfig
+from drllm.config import EvaluateConfig, HealConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.base import needs_targets
 from drllm.evaluation.questions import chosen_on
@@ -40,8 +41,7 @@ STAGES = ("search", "supervise", "train", "tune", "heal", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 RUN_FILE = "run.manifest.json"
 ROUTER_FILES = ("router_config.json", "routers.safetensors")
-
-Stage: TypeAlias = Iterator[Any]
+TRAINED_FILES = (*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json")
 
 
 class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -61,14 +61,11 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stages: dict[str, StageDone] = {}
 
     def is_done(self, stage: str, made_from: Mapping[str, Any], folder: Path) -> bool:
-        """Tell whether a stage need not be run again."""
+        """Whether a stage need not run again: its inputs and outputs are unchanged."""
         done = self.stages.get(stage)
-        return (
-            done is not None
-            and bool(done.outputs)
-            and done.made_from == made_from
-            and all(hash_of(folder / name) == sha for name, sha in done.outputs.items())
-        )
+        if done is None or not done.outputs or done.made_from != made_from:
+            return False
+        return all(hash_of(folder / name) == digest for name, digest in done.outputs.items())
 
 
 def read_run(folder: Path) -> RunManifest:
@@ -89,20 +86,24 @@ def hash_of(path: Path) -> str:
     return codec.sha256(path) if path.is_file() else ""
 
 
-def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
+def _digest_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
     """Return, by task, a hash of the questions that an evaluation would ask."""
-    folder = None if config.data_dir is None else Path(config.data_dir)
-
-    def digest(task: Task, split: str, limit: int | None) -> str:
-        return codec.digest_of(choose(task.examples(split, folder), limit, config.seed))
-
-    found = {t.name: digest(t, config.split_of(t.name), config.limit_of(t.name)) for t in tasks}
+    digests: dict[str, str] = {}
+    for task in tasks:
+        split = config.split_of(task.name)
+        digests[task.name] = _digest_split(task, split, config.limit_of(task.name), config)
     if config.worked_answers is not None:
         worked = get_task(config.worked_answers)
         for split in (chosen_on(worked, config), config.split_of(worked.name)):
             name = f"worked answers of {worked.name}, {split}"
-            found[name] = digest(worked, split, config.num_texts)
-    return found
+            digests[name] = _digest_split(worked, split, config.num_texts, config)
+    return digests
+
+
+def _digest_split(task: Task, split: str, limit: int | None, config: EvaluateConfig) -> str:
+    folder = None if config.data_dir is None else Path(config.data_dir)
+    examples = task.examples(split, folder)
+    return codec.digest_of(choose(examples, limit, config.seed))
 
 
 @contextmanager
@@ -129,60 +130,83 @@ def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
     recipe.check()
     check_folder(folder, "--output-dir")
     with loader(recipe.model, listener) as load:
-        return RunFolder(recipe, folder, load, listener).stages([*filter(recipe.runs, STAGES)])
+        names = [name for name in STAGES if recipe.runs(name)]
+        return RunFolder(recipe, folder, load, listener).run_stages(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage that may have to run.
+
+    Attributes:
+        made_from: What its results follow from: settings, hashes of its inputs.
+        run: Runs it, and returns the files that it wrote.
+    """
+
+    made_from: dict[str, Any]
+    run: Callable[[], list[Path]]
 
 
 class RunFolder:
-    """The stages of a recipe in a folder.
-
-    `load` returns the base model; `shared` names, by stage, the run folder whose files are read
-    where the stage doesn't run in this one.
-    """
+    """The stages of a recipe in a folder; `load` returns the base model."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        load: Callable[[], BaseModel],
-        listener: Listener,
-        shared: Mapping[str, Path] | None = None,
+        self, recipe: Recipe, folder: Path, load: Callable[[], BaseModel], listener: Listener
     ) -> None:
-        self.recipe, self.folder, self.load, self.listener = recipe, folder, load, listener
+        self.recipe = recipe
+        self.folder = folder
+        self.load = load
+        self.listener = listener
         self.manifest = read_run(folder)
-        shared = shared or {}
-        self.search_file = shared.get("search", folder) / "search.jsonl"
-        self.supervision_file = shared.get("supervise", folder) / "supervision.jsonl"
-        self.paths_file, self.healed = folder / PATHS_FILE, folder / "healed"
-        self.routers = shared.get("train", folder) / "routers"
-        # A folder each.
-        self.seeds = list(recipe.train.by_seed(self.routers)) if recipe.has_routers else []
+        self.search_file = folder / "search.jsonl"
+        self.supervision_file = folder / "supervision.jsonl"
+        self.paths_file = folder / PATHS_FILE
+        self.healed = folder / "healed"
+        self.routers = folder / "routers"
+        self.router_folders: list[Path] = []  # one for each seed
+        if recipe.has_routers:
+            self.router_folders = list(recipe.train.by_seed(self.routers))
 
-    def stages(self, names: Sequence[str]) -> dict[str, str]:
-        """Run the named stages that aren't done, in order; other stages' files must be there."""
-        version = importlib.metadata.version("drllm")
+    def run_stages(self, names: Sequence[str]) -> dict[str, str]:
+        """Run the named stages that aren't done, in order; return how long each one took."""
         times = {}
         for number, name in enumerate(names, start=1):
-            stage: Stage = getattr(self, f"_{name}")()
-            made_from = {"drllm_version": version, **next(stage)}
-            skipped = self.manifest.is_done(name, made_from, self.folder)
-            if not skipped:
-                started = time.perf_counter()
-                if name != "search":  # which refuses a folder with another search: nothing changes
-                    self.begin(name, made_from)
-                hashes = {
-                    path.relative_to(self.folder).as_posix(): codec.sha256(path)
-                    for path in next(stage)
-                }
-                seconds = round(time.perf_counter() - started, 3)
-                self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
-            if name == names[0]:
-                kept, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
-                if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
-                    codec.write_atomically(kept, text)  # it fits the folder
-            times[name] = duration(self.manifest.stages[name].seconds) + ", done before" * skipped
-            took = "done before" if skipped else times[name]
-            self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
+            is_done = self._run_stage(name)
+            if number == 1:  # the folder fits the recipe
+                self._keep_recipe()
+            took = duration(self.manifest.stages[name].seconds)
+            times[name] = f"{took}, done before" if is_done else took
+            progress = "done before" if is_done else took
+            self.listener.note(f"[{number}/{len(names)}] {name}: {progress}")
         return times
+
+    def _run_stage(self, name: str) -> bool:
+        """Run a stage unless it is done; return whether it was."""
+        stage = self._stage(name)
+        version = importlib.metadata.version("drllm")
+        made_from = {"drllm_version": version, **stage.made_from}
+        if self.manifest.is_done(name, made_from, self.folder):
+            return True
+        started = time.perf_counter()
+        if name != "search":  # which refuses a folder with another search: nothing changes
+            self.begin(name, made_from)
+        hashes = {}
+        for path in stage.run():
+            hashes[path.relative_to(self.folder).as_posix()] = codec.sha256(path)
+        seconds = round(time.perf_counter() - started, 3)
+        self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
+        return False
+
+    def _keep_recipe(self) -> None:
+        """Write the recipe into the folder, unless it is there."""
+        file = self.folder / RECIPE_FILE
+        text = self.recipe.to_yaml()
+        try:
+            is_kept = file.is_file() and file.read_bytes() == text.encode()
+        except OSError as error:
+            raise RecordError(f"{file} can't be read: {error.strerror}; delete it") from error
+        if not is_kept:
+            codec.write_atomically(file, text)
 
     def begin(self, name: str, made_from: dict[str, Any]) -> None:
         """Note that a stage begins; delete what it wrote when it last ended."""
@@ -193,127 +217,197 @@ class RunFolder:
             discard(self.routers, self.recipe.train)
         for output in before.outputs:
             path = self.folder / output
-            if path.resolve() == self.folder.resolve() / output:  # no link leads elsewhere
+            leads_elsewhere = path.resolve() != self.folder.resolve() / output  # through a link
+            if not leads_elsewhere:
                 path.unlink(missing_ok=True)
         self._note(name, StageDone(made_from=made_from))
 
     def _note(self, name: str, done: StageDone) -> None:
+        """Write the state of a stage to the manifest."""
         self.manifest.stages[name] = done
         self.manifest.schema_version = codec.SCHEMA_VERSION
         self.manifest.drllm_version = importlib.metadata.version("drllm")
         codec.write_json(self.folder / RUN_FILE, self.manifest)
 
-    # Each stage yields what it is made from, then, when it has run, the files that it wrote.
+    def _stage(self, name: str) -> Stage:
+        stages = {
+            "search": self._search,
+            "supervise": self._supervise,
+            "train": self._train,
+            "tune": self._tune,
+            "heal": self._heal,
+            "evaluate": self._evaluate,
+            "report": self._report,
+        }
+        return stages[name]()
+
+    # --- the stages: what each is made from, and how it runs -------------------------------------
 
     def _search(self) -> Stage:
         recipe = self.recipe
-        yield {
+        examples = [question.example for question in recipe.questions]
+        made_from = {
             "config": recipe.search.decisive(),
             "model": recipe.model.to_dict(),
-            "questions": codec.digest_of([question.example for question in recipe.questions]),
+            "questions": codec.digest_of(examples),
         }
+        return Stage(made_from, self._run_search)
+
+    def _run_search(self) -> list[Path]:
         from drllm.search.run import search_paths
 
+        recipe = self.recipe
         # Ray's workers load the model themselves.
         model = recipe.model if recipe.search.executor == "ray" else self.load()
         search_paths(model, recipe.questions, recipe.search, self.folder, listener=self.listener)
-        yield [self.search_file, self.folder / "search.manifest.json"]
+        return [self.search_file, self.folder / "search.manifest.json"]
 
     def _supervise(self) -> Stage:
-        config, output = self.recipe.supervise, self.supervision_file
-        yield {"config": config.to_dict(), "search.jsonl": hash_of(self.search_file)}
+        made_from = {
+            "config": self.recipe.supervise.to_dict(),
+            "search.jsonl": hash_of(self.search_file),
+        }
+        return Stage(made_from, self._run_supervise)
+
+    def _run_supervise(self) -> list[Path]:
         from drllm.supervision.select import supervise
 
-        supervise([self.search_file], config, output)
+        output = self.supervision_file
+        supervise([self.search_file], self.recipe.supervise, output)
         files = [output, self.folder / "supervision.manifest.json", rejected_path(output)]
-        yield [file for file in files if file.is_file()]
+        return [file for file in files if file.is_file()]
 
     def _train(self) -> Stage:
-        config, supervision = self.recipe.train, self.supervision_file
-        yield {
-            "config": config.decisive(),
+        made_from = {
+            "config": self.recipe.train.decisive(),
             "model": self.recipe.model.to_dict(),
-            "supervision.jsonl": hash_of(supervision),
+            "supervision.jsonl": hash_of(self.supervision_file),
         }
+        return Stage(made_from, self._run_train)
+
+    def _run_train(self) -> list[Path]:
         from drllm.training.stage import train
         from drllm.training.targets import REJECTED_FILE
 
-        train(self.load(), supervision, config, self.routers, listener=self.listener)
-        names = [*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json"]
-        files = [folder / name for folder in self.seeds for name in names]
+        config = self.recipe.train
+        train(self.load(), self.supervision_file, config, self.routers, listener=self.listener)
+        files = [folder / name for folder in self.router_folders for name in TRAINED_FILES]
         rejected = self.routers / REJECTED_FILE
-        yield [*files, rejected] if rejected.is_file() else files
+        if rejected.is_file():
+            files.append(rejected)
+        return files
 
     def _tune(self) -> Stage:
         config = self.recipe.tune
         assert config is not None
-        yield {
+        digests = {}
+        for parts in self.recipe.tuned:
+            examples = [example for part in parts.examples.values() for example in part]
+            digests[parts.task.name] = codec.digest_of(examples)
+        made_from = {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
-            "questions": {
-                each.task.name: codec.digest_of(
-                    [e for part in each.examples.values() for e in part]
-                )
-                for each in self.recipe.tuned
-            },
+            "questions": digests,
         }
+        return Stage(made_from, self._run_tune)
+
+    def _run_tune(self) -> list[Path]:
         from drllm.tuning.run import tune
 
-        tune(self.load(), None, config, self.folder, listener=self.listener)
-        yield [self.paths_file]
+        tune(self.load(), None, self.recipe.tune, self.folder, listener=self.listener)
+        return [self.paths_file]
 
     def _heal(self) -> Stage:
-        config = self.recipe.heal
-        assert config is not None
-        if self.recipe.tune is not None:
-            name = f":{config.path}" if config.path else ""
-            config = dataclasses.replace(config, path=f"{self.paths_file}{name}")
+        config = self._heal_config()
         plan = read_path(config.named_path())
-        yield {
+        made_from = {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "texts": codec.digest_of(self.recipe.healed),
             "path": [plan.found.name if plan.found else "", hash_of(plan.file)],
         }
+        return Stage(made_from, self._run_heal)
+
+    def _heal_config(self) -> HealConfig:
+        """Return the settings of healing; a path that this run tunes is named with its file."""
+        config = self.recipe.heal
+        assert config is not None
+        if self.recipe.tune is None:
+            return config
+        path = str(self.paths_file)
+        if config.path is not None:
+            path += f":{config.path}"
+        return dataclasses.replace(config, path=path)
+
+    def _run_heal(self) -> list[Path]:
         from drllm.tuning.heal import heal
 
+        config = self._heal_config()
         heal(self.load(), config=config, output_dir=self.healed, listener=self.listener)
         names = [HEALED_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, "README.md"]
-        yield [self.healed / name for name in names]
+        return [self.healed / name for name in names]
 
     def _evaluate(self) -> Stage:
-        config, tasks = self.recipe.evaluate, self.recipe.tasks
-        routers = [folder / name for folder in self.seeds for name in ROUTER_FILES]
-        made = {"tune": self.paths_file, "heal": self.healed / HEALED_FILE}
-        static = [file for name, file in made.items() if self.recipe.runs(name)]
-        is_timed = config.latency and bool(self.seeds)
-        yield {
-            "config": config.decisive() | {"measures_time": is_timed},
+        config = self.recipe.evaluate
+        made_from: dict[str, Any] = {
+            "config": {**config.decisive(), "measures_time": self._is_timed()},
             "model": self.recipe.model.to_dict(),
-            "questions": _evaluated(tasks, config),
-            **{path.relative_to(self.routers).as_posix(): hash_of(path) for path in routers},
-            **{path.name: hash_of(path) for path in static},
+            "questions": _digest_questions(self.recipe.tasks, config),
         }
+        for folder in self.router_folders:
+            for name in ROUTER_FILES:
+                path = folder / name
+                made_from[path.relative_to(self.routers).as_posix()] = hash_of(path)
+        for path in self._static_paths():
+            made_from[path.name] = hash_of(path)
+        return Stage(made_from, self._run_evaluate)
+
+    def _is_timed(self) -> bool:
+        """Whether the evaluation measures time, which it does of a routed model alone."""
+        return self.recipe.evaluate.latency and self.recipe.has_routers
+
+    def _static_paths(self) -> list[Path]:
+        """Return the files of static paths that this run makes."""
+        files = []
+        if self.recipe.runs("tune"):
+            files.append(self.paths_file)
+        if self.recipe.runs("heal"):
+            files.append(self.healed / HEALED_FILE)
+        return files
+
+    def _evaluate_config(self) -> EvaluateConfig:
+        """Return the settings of the evaluation, with this run's files unless others are given."""
+        config = self.recipe.evaluate
+        if self.router_folders and needs_targets(config.baselines) and config.supervision is None:
+            config = dataclasses.replace(config, supervision=str(self.supervision_file))
+        static_paths = self._static_paths()
+        if static_paths and config.paths is None:
+            config = dataclasses.replace(config, paths=",".join(map(str, static_paths)))
+        return config
+
+    def _run_evaluate(self) -> list[Path]:
         from drllm.evaluation.run import evaluate
 
-        ours: dict[str, Any] = {}
-        if self.seeds and needs_targets(config.baselines):  # the run's own, unless others are given
-            ours["supervision"] = config.supervision or str(self.supervision_file)
-        if static:
-            ours["paths"] = config.paths or ",".join(map(str, static))
-        config = dataclasses.replace(config, **ours)
-        output, base = self.folder / "eval", self.load()
-        evaluate(base, tasks, config, output, routers=self.seeds, listener=self.listener)
-        names = [f"{task.name}.json" for task in tasks] + ["samples.jsonl", "samples.manifest.json"]
-        yield [output / name for name in names + ["latency.json"] * is_timed]
+        tasks = self.recipe.tasks
+        config = self._evaluate_config()
+        output = self.folder / "eval"
+        routers = self.router_folders
+        evaluate(self.load(), tasks, config, output, routers=routers, listener=self.listener)
+        names = [f"{task.name}.json" for task in tasks]
+        names += ["samples.jsonl", "samples.manifest.json"]
+        if self._is_timed():
+            names.append("latency.json")
+        return [output / name for name in names]
 
     def _report(self) -> Stage:
         made_from = {RECIPE_FILE: codec.sha256(self.folder / RECIPE_FILE)}
-        for stage in STAGES[:-1]:
-            if stage in self.manifest.stages:
-                made_from |= self.manifest.stages[stage].outputs
-        yield made_from
+        for name in STAGES[:-1]:
+            if name in self.manifest.stages:
+                made_from.update(self.manifest.stages[name].outputs)
+        return Stage(made_from, self._run_report)
+
+    def _run_report(self) -> list[Path]:
         from drllm.reporting.stage import figures_of, report
 
         page, text = report(self.folder, listener=self.listener)
-        yield [page, text, *figures_of(page)]
+        return [page, text, *figures_of(page)]

@@ -49,14 +49,16 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Write all settings, defaults too; the text is a recipe itself."""
-        given = {name: getattr(self, name) for name in SECTIONS if self.runs(name)}
-        values = {name: group.to_dict() for name, group in given.items()}
-        values.get("search", {}).pop("output_dir", None)  # the folder that the text lies in
+        values = {name: getattr(self, name).to_dict() for name in SECTIONS if self.runs(name)}
+        if "search" in values:
+            del values["search"]["output_dir"]  # the folder that the text lies in
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def runs(self, name: str) -> bool:
-        """Tell whether the recipe has a section, and whether a stage of that name is run."""
-        return self.has_routers if name in ROUTING else getattr(self, name, True) is not None
+        """Whether the recipe has a section, or runs the stage of that name."""
+        if name in ROUTING:
+            return self.has_routers
+        return getattr(self, name, True) is not None
 
     @cached_property
     def questions(self) -> list[SearchQuestion]:

@@ -8,7 +8,8 @@ import yaml
 from msgspec.structs import replace
 
 from drllm.agreement import compare_by_layer, compute_metrics, judge_routers
-from drllm.cli.show import show, show_evaluation
+from drllm.cli.show import show
+from drllm.cli.show_results import show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.records.codec import read_json
 from drllm.records.layers import Layers

@@ -12,7 +12,7 @@ from drllm.cli.show import show
 from drllm.cli.show_search import (
     draw_paths,
     edits_between,
-    say_supervision,
+    print_supervision,
     show_question,
     show_search,
 )
@@ -98,7 +98,7 @@ def test_the_story_tells_yields_by_task_executions_and_time(printed):
     assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1" in out
     assert "re-test 4 paths asked again, 3 (75.0 %) survived" in out
     # facts: 0 1 2 3 and 0 0 1 2 3 share one; other: 0 1 2 3 and 0 2 3.
-    assert "executions 24 asked by paths, 14 (58.3 %) distinct in a question" in out
+    assert "executions 24 in all paths, 14 (58.3 %) distinct in a question" in out
     assert "shortest 3.00 executions of 4 for the shortest surviving path, mean of 2" in out
     assert "time 4.0 s, 2.0 s a question, 1.8 paths a second" in out
 
@@ -283,7 +283,7 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
 
 def test_a_supervision_is_told_with_tasks_and_reasons(printed):
     hopeless = record(tried("1111"), id="q3", question="Why?")
-    say_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
+    print_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
     out = printed()
     assert "facts 2 1 (50.0 %) 1 → 1 1 → 1 0 → 0 1 0" in out
@@ -313,7 +313,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
 
 def test_copies_of_questions_are_told_apart(printed):
     copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
-    say_supervision(targets([*FOUND, *copies], SHORTEST).summary, Terminal())
+    print_supervision(targets([*FOUND, *copies], SHORTEST).summary, Terminal())
     out = printed()
     assert "all 2 1 (50.0 %)" in out
     assert "targets 2 (100.0 %)" in out
@@ -324,7 +324,7 @@ def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
     summary = targets(FOUND, SHORTEST).summary
     for name in ("copies", "paths", "tasks", "executions", "class_counts_by_layer"):
         del summary[name]
-    say_supervision(summary, Terminal())
+    print_supervision(summary, Terminal())
     out = printed()
     assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1 2 –" in out
     assert out.endswith("decisions skip 2 (25.0 %), execute 6 (75.0 %), repeat 0 (0.0 %)")

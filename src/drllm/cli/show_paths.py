@@ -1,0 +1,43 @@
+"""Static paths, plain and healed, as `drllm show` prints them. Loads no torch."""
+
+from pathlib import Path
+
+from drllm.cli.terminal import Terminal
+from drllm.errors import RecordError
+from drllm.records.healed import read_healed
+from drllm.records.static_paths import read_paths
+from drllm.reporting import tuned
+
+
+def show_paths(file: Path, terminal: Terminal) -> None:
+    """Print the paths of a `paths.json`, task by task, and what is certified."""
+    found = read_paths(file)
+    for task in found.tasks:
+        if task not in found.objective:
+            raise RecordError(
+                f"{file} names the task {task!r}, and its 'objective' has "
+                f"{', '.join(found.objective)}; the file was changed, so tune again"
+            )
+        rows = tuned.path_rows(found, task)
+        terminal.table(tuned.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
+        sentence = tuned.compare_test_with_fit(found, task)
+        if sentence:
+            terminal.say(sentence)
+    if found.division:
+        terminal.say(found.division)
+    for path in found.paths[1:]:
+        terminal.fact(path.name, tuned.describe_path(found, path))
+    if found.choice is not None:
+        for sentence in found.choice.sentences():
+            terminal.say(sentence)
+    terminal.fact("paths", file)
+
+
+def show_healed(file: Path, terminal: Terminal) -> None:
+    """Print a healed path: its losses by source, and how it was trained."""
+    found = read_healed(file)
+    terminal.table(tuned.LOSS_COLUMNS, tuned.loss_rows(found), tuned.LOSS_CAPTION, 1)
+    terminal.say(tuned.describe_healing(found))
+    terminal.fact(found.name, found.path.with_adapter("").edits(found.num_layers))
+    terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
+    terminal.fact("healed path", file.parent)

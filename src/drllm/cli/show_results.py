@@ -1,0 +1,103 @@
+"""Results of an evaluation as tables. Loads no torch.
+
+Claims about results are the evaluation's own findings and verdicts.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from drllm.cli.terminal import Terminal
+from drllm.records import results
+from drllm.reporting.evaluated import measured_line
+from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
+
+
+def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
+    """Print the tables of an `eval` folder: of some tasks, or of all."""
+    for evaluation in results.read_results(folder):
+        if not tasks or evaluation.task in tasks:
+            show_evaluation(evaluation, terminal)
+    show_latency(folder, terminal)
+
+
+def show_latency(folder: Path, terminal: Terminal) -> None:
+    """Print the measured times of an `eval` folder, where it holds any."""
+    latency = results.read_latency(folder)
+    if latency is not None:
+        terminal.say(measured_line(latency))
+
+
+def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
+    """Print one task's verdict, its tables, and the other findings."""
+    terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
+    for line in evaluation.verdict:
+        terminal.say(line)
+    verdict_column = "verdict\non routed" if evaluation.routed else "verdict"
+    score_columns = f"layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
+    terminal.table(
+        f"system|{score_columns}|{verdict_column}",
+        [_system_row(system, evaluation) for system in evaluation.systems],
+        numbers_from=1,
+    )
+    if any(point.setting for point in evaluation.curve):
+        terminal.table(
+            f"depth|system|{score_columns}",
+            _depth_rows(evaluation.curve),
+            title="at other depths; next-token loss minus base's",
+            numbers_from=2,
+        )
+    for finding in evaluation.findings[len(evaluation.verdict) :]:
+        terminal.say(finding)
+
+
+def _system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
+    """Return the cells of a system; the one that the verdict is about is bold."""
+    compared = evaluation.compared
+    is_compared = compared is not None and system.name == compared.name
+    name = system.name
+    if system.draws > 1:
+        name += f" ×{system.draws}"
+    accuracy_difference = None
+    if system.against_base is not None:
+        accuracy_difference = system.against_base.accuracy
+    verdict = against(system)
+    if not evaluation.routed and accuracy_difference is not None:
+        verdict = accuracy_difference
+    cells = [
+        name,
+        plain(system.executions, 2),
+        plain(100 * system.accuracy),
+        difference(accuracy_difference),
+        plain(system.text_loss, 3),
+        label(verdict),
+    ]
+    style = "bold" if is_compared else ""
+    return [Text(cell, style=style) for cell in cells]
+
+
+def _depth_rows(curve: Sequence[results.Point]) -> Iterator[list[str]]:
+    """Yield the cells of every system at every depth, and an empty row after each depth."""
+    depths = list(dict.fromkeys(point.setting for point in curve if point.setting))
+    for depth in depths:
+        points = [point for point in curve if point.setting == depth]
+        for number, point in enumerate(points):
+            yield [depth if number == 0 else "", *_point_cells(point)]
+        yield []
+
+
+def _point_cells(point: results.Point) -> list[str]:
+    accuracy = NONE
+    text_loss = NONE
+    if point.against_base is not None:
+        accuracy = difference(point.against_base.accuracy)
+        if point.against_base.text_loss is not None:
+            text_loss = signed(point.against_base.text_loss.mean)
+    return [
+        point.system,
+        plain(point.executions, 2),
+        plain(100 * point.accuracy),
+        accuracy,
+        text_loss,
+    ]

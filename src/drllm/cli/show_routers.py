@@ -1,0 +1,76 @@
+"""Trained routers as `drllm show` prints them: shape, training, metrics. Loads no torch."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.agreement import compare_by_layer, compute_metrics, display_name, judge_routers
+from drllm.cli.show_search import print_classes
+from drllm.cli.terminal import Terminal
+from drllm.records.codec import read_json, read_json_lines
+from drllm.records.layers import LAYERS_FILE, Layers
+from drllm.reporting.numbers import plain
+
+METRICS_FILE = "metrics.jsonl"
+NO_METRICS = ("epoch", "split", "learning_rate")  # columns of metrics.jsonl that measure nothing
+
+
+def show_routers(path: Path, terminal: Terminal) -> None:
+    """Print the config of routers, how they were trained, and their metrics."""
+    config = read_json(path, dict[str, Any])
+    base_model = config.get("base_model") or "not named"
+    shape = f"{config.get('num_layers')} layers of width {config.get('hidden_size')}"
+    terminal.fact("base model", f"{base_model}, {shape}")
+    num_windows = config.get("num_windows")
+    width = config.get("router_width")
+    terminal.fact("routers", f"{num_windows} windows, inner width {width}")
+    training = config.get("training")
+    if training:
+        terminal.fact("trained on", _describe_training(training))
+    label_counts = config.get("label_counts")
+    if label_counts:
+        print_classes([sum(column) for column in zip(*label_counts, strict=True)], terminal)
+    metrics = path.with_name(METRICS_FILE)
+    if metrics.is_file():
+        show_metrics(metrics, terminal)
+    layers = path.with_name(LAYERS_FILE)
+    if layers.is_file():
+        show_agreement(layers, terminal)
+
+
+def _describe_training(training: Mapping[str, Any]) -> str:
+    tasks = ", ".join(f"{name} {num}" for name, num in training.get("tasks", {}).items())
+    num_trained = training.get("num_trained")
+    num_held_out = training.get("num_held_out")
+    steps = training.get("steps")
+    return f"{num_trained} targets ({tasks}), {num_held_out} held out, {steps} steps"
+
+
+def show_metrics(path: Path, terminal: Terminal) -> None:
+    """Print the metrics of the last epoch, on each part of the targets."""
+    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
+    last_epoch = max(row["epoch"] for row in rows)
+    last_rows = [row for row in rows if row["epoch"] == last_epoch]
+    names = [name for name in last_rows[0] if name not in NO_METRICS]
+    parts = {str(row["split"]): row for row in last_rows}
+    _print_metrics(names, parts, f"epoch {last_epoch}", terminal)
+
+
+def show_agreement(path: Path, terminal: Terminal) -> None:
+    """Compare the saved routers with decisions that ignore the question, on each part."""
+    layers = read_json(path, Layers)
+    for part, systems in layers.parts.items():
+        metrics = {display_name(name): compute_metrics(counts) for name, counts in systems.items()}
+        names = next(iter(metrics.values()))
+        title = f"after epoch {layers.epoch}, on {layers.title(part)}"
+        _print_metrics(names, metrics, title, terminal)
+    terminal.say(compare_by_layer(layers.parts[layers.judged]))
+    terminal.say(judge_routers(layers.parts))
+
+
+def _print_metrics(
+    names: Iterable[str], columns: Mapping[str, Any], title: str, terminal: Terminal
+) -> None:
+    """Print a table with a row for each metric and a column for each part or system."""
+    rows = [[name, *(plain(column.get(name), 3) for column in columns.values())] for name in names]
+    terminal.table("|".join(["metric", *columns]), rows, title=title, numbers_from=1)
