@@ -1,7 +1,7 @@
 """Search: which paths of each question answer it right, and what each path costs.
 
-`run.search_paths` is the stage, `strategies` choose paths, `evaluator` says what they are worth,
-`retest` asks again. Loads no torch.
+`run.search_paths` is the stage, `strategies` choose paths, `evaluator` scores them, `retest` asks
+again. Loads no torch.
 """
 
 from pathlib import Path

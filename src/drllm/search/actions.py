@@ -34,25 +34,27 @@ def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
     Single skips come first, then double skips, then repeats, each by layer.
     """
     spent = num_executions(decisions)
-    found: list[Action] = []
+    actions: list[Action] = []
     for span in range(1, MAX_SKIPPED_AT_ONCE + 1):
         if spent - span < 1:  # at least one execution must stay
             break
-        found += [
+        actions += [
             Action(layer, span, Decision.SKIP)
             for layer in range(len(decisions) - span + 1)
             if decisions[layer] == decisions[layer + span - 1] == Decision.EXECUTE
         ]
     if spent < limit:
-        found += [
+        actions += [
             Action(layer, 1, Decision.REPEAT)
             for layer, count in enumerate(decisions)
             if count == Decision.EXECUTE
         ]
-    return tuple(found)
+    return tuple(actions)
 
 
 def apply(decisions: Decisions, action: Action) -> Decisions:
     """Return the decisions after an edit that is legal for them."""
-    before, after = decisions[: action.layer], decisions[action.layer + action.span :]
-    return (*before, *(int(action.decision),) * action.span, *after)
+    before = decisions[: action.layer]
+    edited = (int(action.decision),) * action.span
+    after = decisions[action.layer + action.span :]
+    return before + edited + after

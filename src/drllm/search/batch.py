@@ -170,11 +170,9 @@ def search_in_step(
     Source: Dr.LLM section 3.1.
     """
     started = time.perf_counter()
-    prompts = [tokenize_prompt(routed, question.prompt) for question in questions]
+    prompts = _tokenize_prompts(routed, [question.prompt for question in questions])
     # Those of the re-test too, before anything runs: without them no path could become a target.
-    retest_prompts = [
-        [tokenize_prompt(routed, prompt) for prompt in question.retests] for question in questions
-    ]
+    retest_prompts = [_tokenize_prompts(routed, question.retests) for question in questions]
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_start_search(routed.num_layers, question, config) for question in questions]
     outcomes: dict[Pair, Outcome] = {}
@@ -197,6 +195,10 @@ def search_in_step(
         _record(routed.num_layers, question, prompts[place], paths[place], seconds)
         for place, question in enumerate(questions)
     ]
+
+
+def _tokenize_prompts(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
+    return [tokenize_prompt(routed, prompt) for prompt in prompts]
 
 
 def _start_search(num_layers: int, question: SearchQuestion, config: SearchConfig) -> PathSearch:
@@ -326,7 +328,10 @@ class BatchProgress:
         """Estimate how many paths the whole batch runs, re-tests and late margins included."""
         num_paths = 0
         for place, search in enumerate(self.searches):
-            num_paths += self.num_simulations + 1 if place in running else len(search.trials)
+            if place in running:
+                num_paths += self.num_simulations + 1
+            else:
+                num_paths += len(search.trials)
         num_again = 0
         for place, decisions in pairs_to_retest(self.outcomes):
             # During the rounds full paths don't count: they come first, and are no sample.

@@ -85,11 +85,10 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
         _refuse_overlong(tokenizer, text, context)
     tokens = encode(tokenizer, text)
     texts = prompt.continuations or (gold_text(prompt),)
-    continuations = [encode_continuation(tokenizer, text, each) for each in texts]
-    num_unscored = tuple(
-        len(encode_continuation(tokenizer, text, each)) for each in prompt.unscored
-    )
-    longest = max(len(each) for each in continuations)
+    continuations = [encode_continuation(tokenizer, text, after) for after in texts]
+    unscored = [encode_continuation(tokenizer, text, after) for after in prompt.unscored]
+    num_unscored = tuple(len(tokens) for tokens in unscored)
+    longest = max(len(tokens) for tokens in continuations)
     if not prompt.continuations:  # an answer is generated
         longest = max(longest, prompt.max_new_tokens)
     if context is not None and len(tokens) + longest > context:
@@ -151,10 +150,11 @@ class Evaluator:
         kl: bool = False,
         paths_per_pass: int | None = None,
     ) -> None:
-        self.prompts = [
-            prompt if isinstance(prompt, TokenizedPrompt) else tokenize_prompt(routed, prompt)
-            for prompt in prompts
-        ]
+        self.prompts: list[TokenizedPrompt] = []
+        for prompt in prompts:
+            if isinstance(prompt, Prompt):
+                prompt = tokenize_prompt(routed, prompt)
+            self.prompts.append(prompt)
         self.routed = routed
         self.kl = kl
         self._state_cache_gb = state_cache_gb
@@ -208,14 +208,14 @@ class Evaluator:
         )
         outcomes: list[Outcome] = []
         for pair, answer in zip(pairs, answers, strict=True):
-            is_finite = self._is_finite(pair, [answer.logprob])
+            logprob = answer.logprob if self._is_finite(pair, [answer.logprob]) else None
             outcome = Outcome(
                 reward=answer.grade,
                 margin=None,
                 logprobs=(),
                 answer=answer.text,
                 tokens=answer.tokens,
-                logprob=answer.logprob if is_finite else None,
+                logprob=logprob,
                 kl=answer.kl,
             )
             outcomes.append(outcome)
@@ -271,8 +271,8 @@ class Evaluator:
     ) -> None:
         """Add the margins of these outcomes: the gold answer against the best of its rivals."""
         scores = self._score_answers(batch, pairs, numbers, rivals)
-        for number, (gold, *others) in zip(numbers, scores, strict=True):
-            margin = _difference(gold, max(others, default=None))
+        for number, (gold, *wrong) in zip(numbers, scores, strict=True):
+            margin = _difference(gold, max(wrong, default=None))
             outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
 
     def _wrong_answers(
@@ -283,7 +283,7 @@ class Evaluator:
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.tokens and not outcome.is_right:
                 counts[place][outcome.tokens] += 1
-        return [[tokens for tokens, _ in count.most_common(WRONG_ANSWERS)] for count in counts]
+        return [_most_common(count) for count in counts]
 
     def _score_answers(
         self,
@@ -306,8 +306,8 @@ class Evaluator:
         if not numbers:
             return []
         requests = [
-            Request(prompt.tokens, [*prompt.continuations, *others])
-            for prompt, others in zip(self.prompts, rivals, strict=True)
+            Request(prompt.tokens, [*prompt.continuations, *answers])
+            for prompt, answers in zip(self.prompts, rivals, strict=True)
         ]
         choices = self._choice_batch(requests, contexts=batch.rows)
         sums = choices.logprobs([pairs[number] for number in numbers])
@@ -347,6 +347,10 @@ class Evaluator:
                 f"{self.prompts[place].text!r}; load it with --dtype float32"
             )
         return False
+
+
+def _most_common(counts: Counter[TokenIds]) -> list[TokenIds]:
+    return [tokens for tokens, _ in counts.most_common(WRONG_ANSWERS)]
 
 
 def _difference(gold: float, other: float | None) -> float | None:

@@ -230,14 +230,16 @@ class _Search:
         """Search the batches that `chunks` doesn't hold; return records in the questions' order."""
         _show_prompts(self.prompts, self.listener)
         results = self._search_batches(chunks)
-        places = {
-            (question.task, question.example.id): question.place
-            for batch in self.batches
-            for question in batch.questions
-        }
-        records = [record for result in results for record in result.records]
+        places: dict[tuple[str, str], int] = {}
+        for batch in self.batches:
+            for question in batch.questions:
+                places[question.task, question.example.id] = question.place
+        records: list[SearchRecord] = []
+        failed: list[FailedQuestion] = []
+        for result in results:
+            records += result.records
+            failed += result.failed
         records.sort(key=lambda record: places[record.task, record.id])
-        failed = [question for result in results for question in result.failed]
         failed.sort(key=lambda question: places[question.task, question.id])
         _warn_of_no_right_answer(records, self.listener)
         return records, failed
@@ -285,7 +287,7 @@ def _kept_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
 
 @dataclass
 class SearchProgress:
-    """Counts what is searched, and reports it."""
+    """Counts the searched questions and paths, and reports progress."""
 
     num_questions: int
     on_progress: OnProgress

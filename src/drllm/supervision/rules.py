@@ -140,7 +140,9 @@ def candidates(
     rule = TARGETS.get(target)
     if not reads_min_saving(target):
         return rule(record)
-    return rule(record, min_saving=MIN_SAVING if min_saving is None else min_saving)
+    if min_saving is None:
+        min_saving = MIN_SAVING
+    return rule(record, min_saving=min_saving)
 
 
 def reads_min_saving(target: str) -> bool:

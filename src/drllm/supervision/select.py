@@ -70,9 +70,11 @@ def supervise(
     sources = _list_sources(searches)
     _check_files(sources, output)
     read_quotas(config.quotas)  # refused before large files are read
-    read_sources = [
-        source if isinstance(source, SearchRecords) else read_search(source) for source in sources
-    ]
+    read_sources: list[SearchRecords] = []
+    for source in sources:
+        if isinstance(source, Path):
+            source = read_search(source)
+        read_sources.append(source)
     for first, other in itertools.combinations(read_sources, 2):
         _check_same_model(first, other)
     _check_ids(read_sources)
@@ -321,11 +323,11 @@ def _over_count(
 
 def _below_share(places: Sequence[int], improving: Collection[int], share: float) -> set[int]:
     """Return what a group of targets has to drop so that enough of the others improve."""
-    others = [place for place in places if place not in improving]
-    num_improving = len(places) - len(others)
+    replaceable = [place for place in places if place not in improving]
+    num_improving = len(places) - len(replaceable)
     # i / (i + n) >= share; a rounding error of the quotient never costs a target.
     num_kept = math.floor(num_improving * (1 - share) / share + _ROUNDING)
-    return set(others[num_kept:])
+    return set(replaceable[num_kept:])
 
 
 def _no_targets_message(summary: Mapping[str, Any]) -> str:

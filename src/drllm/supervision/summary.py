@@ -20,8 +20,13 @@ KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
     "saving": is_saving,
     "improving": is_improving,
 }
-_COUNTS = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))
-_COUNTS_OF_PATHS = tuple(name for name in _COUNTS if not name.startswith("valid"))
+_COUNTS_OF_PATHS = (
+    "saving_before_retest",
+    "saving_after_retest",
+    "improving_before_retest",
+    "improving_after_retest",
+)
+_COUNTS = ("valid_before_retest", "valid_after_retest", *_COUNTS_OF_PATHS)
 
 CountedRecord: TypeAlias = tuple[SearchRecord, Mapping[str, int]]
 """A search record, and its number of paths under each name of `_COUNTS`."""
@@ -64,13 +69,13 @@ def summarise(
         "targets": len(targets),
         "rejected": {reason: rejected.get(reason, 0) for reason in REASONS},
         **_count_questions(counted),
-        "paths": {name: sum(counts[name] for _, counts in counted) for name in _COUNTS_OF_PATHS},
+        "paths": _add_counts(counted),
         "tasks": {
             task: _summarise_task(task, counted, targets, num_copies[task]) for task in task_names
         },
         "wrong_targets": _count_wrong(records, targets),
         "executions": executions,
-        "class_counts": [sum(counts[decision] for counts in by_layer) for decision in Decision],
+        "class_counts": [sum(counts) for counts in zip(*by_layer, strict=True)] or [0, 0, 0],
         "class_counts_by_layer": by_layer,
     }
 
@@ -95,10 +100,18 @@ def _summarise_task(
 
 def _count_questions(counted: Sequence[CountedRecord]) -> dict[str, int]:
     """Count the questions that the full path answers right, and those with a path of each kind."""
-    return {
-        "base_correct": sum(is_valid(record.full) for record, _ in counted),
-        **{name: sum(counts[name] > 0 for _, counts in counted) for name in _COUNTS},
-    }
+    totals = {"base_correct": sum(is_valid(record.full) for record, _ in counted)}
+    for name in _COUNTS:
+        totals[name] = sum(counts[name] > 0 for _, counts in counted)
+    return totals
+
+
+def _add_counts(counted: Sequence[CountedRecord]) -> dict[str, int]:
+    """Count the saving and improving paths of all questions."""
+    totals: dict[str, int] = {}
+    for name in _COUNTS_OF_PATHS:
+        totals[name] = sum(counts[name] for _, counts in counted)
+    return totals
 
 
 def _count_paths(record: SearchRecord) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""The question side: what is asked, what counts as right. Loads no torch."""
+"""Tasks: questions, prompts, and the grading of answers. Loads no torch."""

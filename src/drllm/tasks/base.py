@@ -214,5 +214,5 @@ def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
         >>> shots_split("test"), shots_split("fit"), shots_split("test", ("select", "test"))
         ('fit', 'search', 'select')
     """
-    others = [name for name in splits if name != split]
-    return "fit" if "fit" in others else others[0]
+    candidates = [name for name in splits if name != split]
+    return "fit" if "fit" in candidates else candidates[0]

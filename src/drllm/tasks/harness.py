@@ -5,7 +5,7 @@ The harness is imported where such a task is named, and not before.
 
 import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -193,15 +193,17 @@ class LmEvalTask(Task):
         targets = target if isinstance(target, list) else [target]
         answers: list[str] = []
         for item in targets:
-            is_index = bool(names) and isinstance(item, int)
-            answers.append(str(names[item] if is_index else item))
-        if not answers or not answers[0]:
+            if names and isinstance(item, int):
+                item = names[item]
+            answers.append(str(item))
+        first_answer = answers[0] if answers else ""
+        if not first_answer:
             self._unclear.add(example_id)
         return Example(
             id=example_id,
             task=self.name,
             question=str(task.doc_to_text(doc)),
-            answer=answers[0] if answers else "",
+            answer=first_answer,
             other_answers=tuple(answers[1:]),
         )
 
@@ -229,7 +231,7 @@ def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
     """
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     metrics = [list(task.aggregation()) for task in tasks.values()]
-    shared = [metric for metric in metrics[0] if all(metric in each for each in metrics)]
+    shared = [metric for metric in metrics[0] if _is_in_all(metric, metrics)]
     if len(kinds) > 1 or not kinds <= KINDS.keys() or not shared:
         usable = [leaf for leaf, task in tasks.items() if task.OUTPUT_TYPE in KINDS]
         remedy = ""
@@ -246,6 +248,10 @@ def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
     preferred = [metric for metric in PREFERRED_METRICS if metric in shared]
     metric = preferred[0] if preferred else shared[0]
     return KINDS[kinds.pop()], metric
+
+
+def _is_in_all(metric: str, lists: Sequence[Sequence[str]]) -> bool:
+    return all(metric in metrics for metrics in lists)
 
 
 def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:

@@ -97,9 +97,9 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     if prompt.normalised:
         lengths = [len(text.removeprefix(" ")) for text in prompt.continuations]
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]
-    others = scores[: prompt.gold] + scores[prompt.gold + 1 :]
+    wrong_scores = scores[: prompt.gold] + scores[prompt.gold + 1 :]
     is_right = scores.index(max(scores)) == prompt.gold
-    return float(is_right), scores[prompt.gold] - max(others)
+    return float(is_right), scores[prompt.gold] - max(wrong_scores)
 
 
 class _FunctionReward(Reward):

@@ -164,7 +164,7 @@ class TreeSearch(PathSearch):
         return skips or node.untried
 
     def _promise(self, action: Action) -> float:
-        """Return what an edit may add to the score, from the paths that changed its layers alike.
+        """Estimate what an edit adds to the score, from the paths that made the same changes.
 
         A layer's mean is drawn towards the mean of all, as if that had been seen once; so an edit
         never seen promises the mean.
@@ -186,7 +186,7 @@ class TreeSearch(PathSearch):
             self._add_gain(decisions, score - full_score)
 
     def _add_gain(self, decisions: Decisions, gain: float) -> None:
-        """Share what a path scores above the full path evenly among the layers it changes."""
+        """Share a path's gain over the full path evenly among its edits."""
         edits = [
             (layer, decision)
             for layer, decision in enumerate(decisions)

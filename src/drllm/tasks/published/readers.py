@@ -190,13 +190,13 @@ def squad(row: Row) -> Example:
     answers.pop("", None)
     if not answers:
         raise EmptyTextError("the answers are nothing but marks")
-    first, *others = answers.values()
+    answer, *other_answers = answers.values()
     return Example(
         id=text_of(row, "id"),
         question=text_of(row, "question").strip(),
         context=text_of(row, "context").strip(),
-        answer=first,
-        other_answers=tuple(others),
+        answer=answer,
+        other_answers=tuple(other_answers),
     )
 
 

@@ -116,7 +116,11 @@ class PublishedTask(Task):
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
-        return [split for origin in self.files.values() for split in BOUNDS[origin]]
+        """Return the splits that the files serve."""
+        splits: list[str] = []
+        for origin in self.files.values():
+            splits += BOUNDS[origin]
+        return splits
 
     def _reported(self, data_dir: Path | str | None) -> set[str]:
         """Return the keys of all reported questions, of this task and related ones.
@@ -150,14 +154,14 @@ class PublishedTask(Task):
 
     def _no_file(self, file: str, data_dir: Path | str) -> NoSplitError:
         """Return the error for a file that the data folder lacks; it names those that are there."""
-        others = ""
+        present = ""
         for name in self.files:
             if self._find(name, data_dir):
-                others += f" (there is {name}: its {self._purpose(name)})"
+                present += f" (there is {name}: its {self._purpose(name)})"
         return NoSplitError(
             f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
             f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
-            f"fetch {self.repository} from the hub{others}"
+            f"fetch {self.repository} from the hub{present}"
         )
 
     def _purpose(self, file: str) -> str:
@@ -229,17 +233,19 @@ def _read(
             example_id = f"{file}-{number}"
         questions[example_id] = replace(example, id=example_id, task=task.name), row
     if skipped:
-        reason = next(iter(skipped.values()))
-        if not questions:
-            raise TaskError(
-                f"{source} {first_skipped_line}: {reason}, and no other row can be asked"
-            )
-        num_rows = len(skipped) + len(questions)
-        logger.warning(
-            "%s %d: %s; such rows are skipped: %d of %d",
-            *(source, first_skipped_line, reason, len(skipped), num_rows),
-        )
+        _warn_of_skipped(f"{source} {first_skipped_line}", skipped, len(questions))
     return Questions(tuple(questions.values()), skipped)
+
+
+def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions: int) -> None:
+    """Warn of rows that can't be asked; a TaskError if there is no other row."""
+    reason = next(iter(skipped.values()))
+    if num_questions == 0:
+        raise TaskError(f"{first_line}: {reason}, and no other row can be asked")
+    num_rows = len(skipped) + num_questions
+    logger.warning(
+        "%s: %s; such rows are skipped: %d of %d", first_line, reason, len(skipped), num_rows
+    )
 
 
 _thinned: dict[tuple[str, str | None, str], list[Row]] = {}
@@ -274,7 +280,7 @@ def _files_named(folder: Path, pattern: str) -> list[Path]:
 
 @functools.cache
 def _warn_of_part(path: Path) -> None:
-    logger.warning("%s is a part of the set only; what is reported on it is on that part", path)
+    logger.warning("%s is a part of the set only; results on it are on that part", path)
 
 
 class Loader(yaml.SafeLoader):
