@@ -1,8 +1,8 @@
-"""How the drawings of a report are made: colours, style, labels, and what leaves as SVG or PNG.
+"""Colours, style and labels of a report's drawings, and their SVG and PNG.
 
-Drawn by matplotlib without pyplot, so that nothing global is touched. In an `<svg>` element colours
-are CSS variables that follow the page's light or dark scheme, and texts are texts in the page's own
-font; a PNG has the light scheme's colours. The variables' values are in `templates/style.css`.
+matplotlib draws without pyplot, so that nothing global is touched. In an `<svg>` element colours
+are CSS variables that follow the page's light or dark scheme, and texts are in the page's own font.
+A PNG has the light scheme's colours. The variables' values are in `templates/style.css`.
 """
 
 from __future__ import annotations
@@ -22,32 +22,47 @@ Colours: TypeAlias = Mapping[str, str]  # name of a colour → what matplotlib d
 Draw: TypeAlias = Callable[[Colours, float], "Figure"]
 """Makes a figure in the colours given, so many inches wide."""
 
-NARROW, WIDE = 4.2, 9.0
-"""Inches of a figure that a phone shows, whose 8-point texts can still be read there, and of a
-large one."""
+NARROW = 4.2  # inches of a figure whose 8-point texts can still be read on a phone
+WIDE = 9.0  # inches of a large figure
 PNG_DPI = 160
 
 NAMES = ("ink", "faint", "grid", "skip", "repeat", "run", "s0", "s1", "s2", "s3", "s4", "s5")
 _STYLE = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
 LIGHT: Colours = {name: re.findall(rf"--{name}: (#\w{{6}});", _STYLE)[0] for name in NAMES}
-"""Name of a colour → as the page's light scheme has it, for pictures that follow nothing."""
+"""Name of a colour → its value in the page's light scheme, for PNGs."""
 VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(NAMES, start=1)}
-"""Name of a CSS variable → the placeholder that matplotlib draws with."""
+"""Name of a CSS variable → the colour that stands for it while matplotlib draws."""
+_INK = (
+    "text.color",
+    "axes.labelcolor",
+    "xtick.labelcolor",
+    "ytick.labelcolor",
+    "legend.labelcolor",
+)
+_FAINT = ("axes.edgecolor", "xtick.color", "ytick.color")
 
 
 def svg(draw: Draw, name: str, width: float = NARROW) -> str:
-    """Return a drawing as an `<svg>` element that can stand in a page with others.
+    """Return a drawing as an `<svg>` element for a page that has others.
 
-    Taken out: the file header, the metadata (foreign addresses), a style that would apply to the
-    whole page, the fixed size, names that would be given twice in a page, and fonts. Its name,
-    unlike all others of the page, keeps names of shapes apart, and equal between runs.
+    Its name, which no other drawing of the page has, keeps the ids of its shapes apart from theirs,
+    and equal between runs.
     """
     import matplotlib
 
-    drawn = io.StringIO()
+    file = io.StringIO()
     with matplotlib.rc_context(_style(VARIABLES) | {"svg.hashsalt": name}):
-        _laid_out(draw(VARIABLES, width)).savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
+        figure = _lay_out(draw(VARIABLES, width))
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return _without_foreign_parts(file.getvalue())
+
+
+def _without_foreign_parts(text: str) -> str:
+    """Return matplotlib's SVG without what disturbs a page, and with CSS variables as colours.
+
+    Removed are the file header, the metadata with addresses, a style for the whole page, the fixed
+    size, ids that would be there twice, and fonts.
+    """
     text = text[text.index("<svg") :]
     foreign = r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
     text = re.sub(foreign, "", text, flags=re.DOTALL)
@@ -63,14 +78,14 @@ def png(draw: Draw, width: float = NARROW) -> bytes:
     """Return a drawing as the bytes of a PNG file, dark on white."""
     import matplotlib
 
-    drawn = io.BytesIO()
+    file = io.BytesIO()
     with matplotlib.rc_context(_style(LIGHT) | {"savefig.facecolor": "#ffffff"}):
-        figure = _laid_out(draw(LIGHT, width))
-        figure.savefig(drawn, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return drawn.getvalue()
+        figure = _lay_out(draw(LIGHT, width))
+        figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return file.getvalue()
 
 
-def _laid_out(figure: Figure) -> Figure:
+def _lay_out(figure: Figure) -> Figure:
     """Place the panels now; left to saving, everything would be drawn twice."""
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -85,16 +100,15 @@ def _laid_out(figure: Figure) -> Figure:
 
 
 def _style(colours: Colours) -> dict[Any, Any]:
-    used = {
-        "ink": "text.color axes.labelcolor xtick.labelcolor ytick.labelcolor legend.labelcolor",
-        "faint": "axes.edgecolor xtick.color ytick.color",
-        "grid": "grid.color",
-    }
-    return {key: colours[name] for name, keys in used.items() for key in keys.split()} | {
+    """Return matplotlib's settings for these colours."""
+    return {
+        **dict.fromkeys(_INK, colours["ink"]),
+        **dict.fromkeys(_FAINT, colours["faint"]),
         **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
         **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
         **dict.fromkeys(("font.size", "axes.titlesize"), 8),
+        "grid.color": colours["grid"],
         "grid.linewidth": 0.6,
         "svg.fonttype": "none",
         "text.parse_math": False,  # a system may be called anything
@@ -112,11 +126,12 @@ def panels(
 
 
 def legend(axes: Axes, *, columns: int) -> None:
-    """Name what was drawn above the panel's corner."""
-    names = axes.get_legend_handles_labels()
-    if names[0]:
-        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0.2}
-        axes.legend(*names, ncols=columns, borderaxespad=0, handlelength=1.4, **place)
+    """Name what was drawn, above the panel's corner."""
+    handles, names = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0.2}
+    axes.legend(handles, names, ncols=columns, borderaxespad=0, handlelength=1.4, **place)
 
 
 def whole_numbers(axes: Axes) -> None:
@@ -129,9 +144,11 @@ def whole_numbers(axes: Axes) -> None:
 
 def apart(places: Sequence[float], least: float) -> list[float]:
     """Push places up and down until neighbours are so far apart, but for a rounding error."""
-    order, found = sorted(range(len(places)), key=places.__getitem__), list(places)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved = list(places)
     for _ in range(20 * len(places) ** 2):
         for below, above in itertools.pairwise(order):
-            push = max(0.0, least - (found[above] - found[below])) / 2
-            found[below], found[above] = found[below] - push, found[above] + push
-    return found
+            push = max(0.0, least - (moved[above] - moved[below])) / 2
+            moved[below] -= push
+            moved[above] += push
+    return moved

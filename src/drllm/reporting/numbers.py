@@ -4,7 +4,7 @@ from drllm.records.results import System
 from drllm.statistics import verdicts
 from drllm.statistics.verdicts import Verdict
 
-NONE = "–"  # stands for a value that wasn't measured or doesn't exist
+NONE = "–"  # for a value that wasn't measured or doesn't exist
 NBSP = "\u00a0"
 
 
@@ -29,9 +29,11 @@ def count(number: int | None) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Write a time in milliseconds with three digits that say something, where it has them."""
-    ms = 1e3 * seconds
-    return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
+    """Write a time in milliseconds with about three significant digits."""
+    milliseconds = 1e3 * seconds
+    if milliseconds >= 100:
+        return count(round(milliseconds))
+    return plain(milliseconds, 1 if abs(milliseconds) >= 10 else 2)
 
 
 def of_total(number: int, total: int) -> str:
@@ -40,7 +42,7 @@ def of_total(number: int, total: int) -> str:
 
 
 def label(verdict: Verdict | None) -> str:
-    """Return what a comparison shows, for the cell of a table."""
+    """Return the label of a verdict, for the cell of a table."""
     return NONE if verdict is None else verdict.label
 
 
@@ -48,10 +50,12 @@ def difference(verdict: Verdict | None) -> str:
     """Write a difference with its interval: points of accuracy, or nats."""
     if verdict is None:
         return NONE
-    low, high = map(verdict.write, verdict.interval)
+    low, high = (verdict.write(end) for end in verdict.interval)
     return f"{verdict.write(verdict.mean)} ({low} to {high})"
 
 
 def against(system: System | None) -> Verdict | None:
     """Return the verdict on the routed model's accuracy against a baseline."""
-    return system.routed_against.accuracy if system and system.routed_against else None
+    if system is None or system.routed_against is None:
+        return None
+    return system.routed_against.accuracy

@@ -6,6 +6,7 @@ Styles and drawings are inside the page. Every text is escaped; markup, colours 
 
 import html
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from drllm.reporting.sections import document as document_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
-"""What the names of our pictures look like; other files in their folder are the user's."""
+"""The names of a report's pictures; other files in their folder are the user's."""
 
 
 def report(
@@ -58,30 +59,27 @@ def report(
             matplotlib.
     """
     need("report", "a report")
-    run_folders = [_folder_of(run) if isinstance(run, Results) else Path(run) for run in runs]
-    if not run_folders:
-        raise ConfigError("no run folder is given; give one that 'drllm run' has written")
-    if output is None and len(run_folders) > 1:
-        raise ConfigError(
-            f"{len(run_folders)} run folders are given and no --output; "
-            f"give a folder or an .html file for their common report"
-        )
-    own = run_folders[0] / "report.html"
-    target = own if output is None else _target(Path(output))
+    folders = [_folder_of(run) for run in runs]
+    page = _page(folders, output)
     with listener.busy("drawing the report"):
-        found = document_of([read_run(folder) for folder in run_folders])
-        figures, text = target.with_name(f"{target.stem}_figures"), target.with_suffix(".md")
-        contents: dict[Path, str | bytes] = {
-            figures / f"{name}.png": png(figure.draw, WIDE if figure.is_large else NARROW)
-            for figure, name in found.figures().items()
-        }
-        contents |= {target: to_html(found), text: to_markdown(found, figures.name)}
-    for path, content in contents.items():
+        files = _files(document_of([read_run(folder) for folder in folders]), page)
+    for path, content in files.items():
         write_atomically(path, content)
-    for earlier in figures_of(target):
-        if earlier not in contents:
-            earlier.unlink()
-    return target, text
+    for picture in figures_of(page):
+        if picture not in files:  # of an earlier report
+            picture.unlink()
+    return page, page.with_suffix(".md")
+
+
+def _files(document: Document, page: Path) -> dict[Path, str | bytes]:
+    """Return what a report's files hold: the pictures, the page and the Markdown, in this order."""
+    folder = page.with_name(f"{page.stem}_figures")
+    files: dict[Path, str | bytes] = {}
+    for figure, name in document.figures().items():
+        files[folder / f"{name}.png"] = png(figure.draw, WIDE if figure.is_large else NARROW)
+    files[page] = to_html(document)
+    files[page.with_suffix(".md")] = to_markdown(document, folder.name)
+    return files
 
 
 def figures_of(page: Path) -> list[Path]:
@@ -90,21 +88,34 @@ def figures_of(page: Path) -> list[Path]:
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
 
 
-def _folder_of(results: Results) -> Path:
-    if results.folder is None:
+def _folder_of(run: Path | str | Results) -> Path:
+    """Return the run folder; of results in a folder `eval`, the one around it."""
+    if not isinstance(run, Results):
+        return Path(run)
+    if run.folder is None:
         raise ConfigError("these results weren't written; give evaluate(..., output_dir=FOLDER)")
-    return results.folder.parent if results.folder.name == "eval" else results.folder
+    return run.folder.parent if run.folder.name == "eval" else run.folder
 
 
-def _target(output: Path) -> Path:
-    """Return the page to write for a folder, which may not be there yet, or an HTML file."""
-    if output.is_dir() or not output.suffix:
-        if output.is_file():
-            raise RecordError(f"{output} is a file; give a folder or a file that ends in .html")
-        return output / "report.html"
-    if output.suffix != ".html":
-        raise ConfigError(f"--output is {output}; give a folder or a file that ends in .html")
-    return output
+def _page(folders: Sequence[Path], output: Path | str | None) -> Path:
+    """Return the page to write: for an output folder, which may not be there yet, or a file."""
+    if not folders:
+        raise ConfigError("no run folder is given; give one that 'drllm run' has written")
+    if output is None:
+        if len(folders) > 1:
+            raise ConfigError(
+                f"{len(folders)} run folders are given and no --output; "
+                f"give a folder or an .html file for their common report"
+            )
+        return folders[0] / "report.html"
+    place = Path(output)
+    if place.is_dir() or not place.suffix:
+        if place.is_file():
+            raise RecordError(f"{place} is a file; give a folder or a file that ends in .html")
+        return place / "report.html"
+    if place.suffix != ".html":
+        raise ConfigError(f"--output is {place}; give a folder or a file that ends in .html")
+    return place
 
 
 def to_html(document: Document) -> str:
@@ -130,7 +141,7 @@ def to_markdown(document: Document, folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-@cache  # it keeps what it compiled
+@cache  # it keeps its compiled templates
 def _environment(autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -145,18 +156,31 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 
 def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
     environment = _environment(autoescape)
-    values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
-    values |= {"narrow": NARROW, "wide": WIDE, "table": Table.from_rows, "listing": Listing}
-    values |= {name: value for name, value in vars(numbers).items() if name[0] != "_"}
+    values |= _template_names()
 
     def part(section: Section, **macros: Any) -> str:
-        own = environment.get_template(section.template)
-        text = own.render(**values, **section.values, **macros)
+        text = environment.get_template(section.template).render(
+            **values, **section.values, **macros
+        )
         return Markup(text) if autoescape else text  # escaped by then
 
     return printable(
         environment.get_template(template).render(document=document, part=part, **values)
     )
+
+
+def _template_names() -> dict[str, Any]:
+    """Return what every template may use, by name."""
+    formats = {name: value for name, value in vars(numbers).items() if not name.startswith("_")}
+    return {
+        **formats,
+        "kind_of": lambda block: type(block).__name__,
+        "share_saved": share_saved,
+        "narrow": NARROW,
+        "wide": WIDE,
+        "table": Table.from_rows,
+        "listing": Listing,
+    }
 
 
 def escape(text: str) -> str:
