@@ -1,13 +1,13 @@
-"""Resuming: is this the same run as before, and what of it is done?
+"""Keeps the finished parts of an interrupted run, so that the same command resumes it.
 
-An interrupted run leaves its finished chunks in a folder of its own, and resumes from them:
+An interrupted run leaves its finished chunks in a folder of its own:
 
     drllm.resume.json       the marker: which run the folder belongs to
     KEY-HASH.json           a finished chunk
-    KEY-HASH.KEY-HASH.json  a part of a chunk that is under way
+    KEY-HASH.KEY-HASH.json  a part of an unfinished chunk
 
-What drllm didn't write there is never deleted, links are never followed, and every file is there
-whole or not at all.
+Only files that drllm wrote are deleted, links are never followed, and every file is there whole or
+not at all.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")  # parts of an identity whose names say nothing to a user
 _ABSENT: Any = object()
 _VERSION = importlib.metadata.version("drllm")
+MAX_SHOWN = 60  # characters of a value in a message
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,69 +50,62 @@ class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Chunks:
     """The finished chunks of one run, by key.
 
-    Use it inside `only_writer` of the folder that gets the results. Instances can be pickled:
-    processes that the run starts may `put` chunks, each its own. Of several processes of one stage
-    the first has the chunks; in all of them the same is asked for.
+    Use it inside `only_writer` of the output folder. The folder is created with the first chunk, so
+    a failed start doesn't block the next run. Instances can be pickled: processes that the run
+    starts may `put` chunks, each its own. Where several processes run one stage, all make the same
+    calls, and the first one reads and writes.
 
-    The folder is made with the first chunk and not sooner: a start that came to nothing, by a
-    setting that is mended then, must not stand in the way of the next one. The identity is what
-    must be equal for two runs to be the same one, as plain JSON, the most telling first; of a
-    value named `*_sha256` messages say "other *".
+    Args:
+        folder: The folder of the chunks alone.
+        identity: What two starts must have in common to be the same run, as plain JSON, the most
+            telling first. Of a value named `*_sha256` messages say "other *".
+        stage: What runs, for messages ("search").
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, stage: str) -> None:
-        self.folder, self.stage = folder, stage
+        self.folder = folder
+        self.stage = stage
         self._identity = _plain(identity)
-        self._later: dict[str, Any] = {}
+        self._later: dict[str, Any] = {}  # parts of the identity that `expect` adds
         self._is_marked = False
-        self._stem = ""
+        self._stem = ""  # of the chunk whose parts these are
 
     def open(self) -> bool:
-        """Accept what the folder holds; tell whether an earlier start kept something.
+        """Check the folder; return whether an earlier start kept something.
 
-        A folder of another run is a ConfigError; a link, or files of others, a RecordError.
+        Raises:
+            ConfigError: The folder belongs to another run.
+            RecordError: It is a link, or holds files of others.
         """
-        marker = from_first(self._read_marker)
+        marker = from_first(lambda: _read_marker(self.folder, self.stage))
         if marker is not None:
-            wanted = {"drllm_version": _VERSION, **self._identity}
-            self._refuse_other({"drllm_version": marker.drllm_version, **marker.identity}, wanted)
-            self._later, self._is_marked = marker.later, True
-        elif is_first() and (foreign := sorted(n for n in self._names() if not _is_ours(n))):
-            raise RecordError(
-                f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "
-                f"move them, or choose another --output-dir"
-            )
+            stored = {"drllm_version": marker.drllm_version, **marker.identity}
+            self._refuse_other(stored, {"drllm_version": _VERSION, **self._identity})
+            self._later = marker.later
+            self._is_marked = True
+        elif is_first():
+            _refuse_foreign_files(self.folder)
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
         """Add to the identity what becomes known during the run; refuse another than earlier."""
-        wanted = _plain(identity)
+        plain = _plain(identity)
         if name in self._later:
-            self._refuse_other({name: self._later[name]}, {name: wanted})
+            self._refuse_other({name: self._later[name]}, {name: plain})
         else:
-            self._later[name] = wanted
+            self._later[name] = plain
             self._is_marked = False
 
     def has(self, key: str) -> bool:
-        """Tell whether a chunk is there."""
+        """Return whether a chunk is there."""
         return from_first(self._file(key).is_file)
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return a chunk, or None where it isn't done or can't be read."""
-        return from_first(lambda: self._read(key, kind))
-
-    def _read(self, key: str, kind: type[T]) -> T | None:
-        file = self._file(key)
-        try:
-            if file.is_symlink():
-                raise RecordError(f"{file} is a link")
-            return codec.read_json(file, kind) if file.exists() else None
-        except RecordError as error:
-            logger.warning("%s; what it held is done again", error)
-            return None
+        """Return a chunk, or None if it isn't done or can't be read."""
+        return from_first(lambda: _read_chunk(self._file(key), kind))
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a finished chunk; its parts go."""
+        """Keep a finished chunk, and delete its parts."""
         if not is_first():
             return
         if not self._is_marked:
@@ -120,36 +114,35 @@ class Chunks:
             self._is_marked = True
         file = self._file(key)
         codec.write_atomically(file, codec.encode(value) + b"\n")
-        for name in self._names():
+        for name in _names_in(self.folder):
             if name.startswith(file.stem + ".") and name != file.name:
                 (self.folder / name).unlink(missing_ok=True)
 
     def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
-        """Return a chunk; one that isn't done is made, and kept, first.
+        """Return a chunk; make and keep it first if it isn't done.
 
-        What was made is encoded and decoded, so that it can't differ from what a later start will
-        find.
+        A new chunk is encoded and decoded, so that it can't differ from what a later start reads.
         """
-        found = self.get(key, kind)
-        if found is None:
-            made = make()
-            found = self._kept(key, kind, from_first(lambda: made))
-        return found
+        chunk = self.get(key, kind)
+        if chunk is not None:
+            return chunk
+        made = make()
+        return self._put_and_decode(key, kind, from_first(lambda: made))
 
     def each_once(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
-        """Yield chunks as `once`, in order; processes share out those that aren't done."""
-        found: dict[str, Any] = {key: self.get(key, kind) for key in makes}
-        todo = [key for key, value in found.items() if value is None]
+        """Yield chunks in order, as `once` does; several processes share the missing ones."""
+        chunks: dict[str, T | None] = {key: self.get(key, kind) for key in makes}
+        missing = [key for key, chunk in chunks.items() if chunk is None]
         for key in makes:
-            if found[key] is None:
-                keys, todo = todo[: count()], todo[count() :]
-                for each, value in zip(keys, share([makes[each] for each in keys]), strict=True):
-                    found[each] = self._kept(each, kind, value)
-            yield found[key]
-
-    def _kept(self, key: str, kind: type[T], value: Any) -> T:
-        self.put(key, value)
-        return codec.decode(codec.encode(value), kind, key)
+            if chunks[key] is None:
+                keys = missing[: count()]
+                missing = missing[count() :]
+                made = share([makes[missing_key] for missing_key in keys])
+                for missing_key, value in zip(keys, made, strict=True):
+                    chunks[missing_key] = self._put_and_decode(missing_key, kind, value)
+            chunk = chunks[key]
+            assert chunk is not None
+            yield chunk
 
     def within(self, key: str) -> "Chunks":
         """Return the parts of a chunk: kept like chunks, until the chunk itself is put."""
@@ -158,88 +151,140 @@ class Chunks:
         return parts
 
     def remove(self) -> None:
-        """Delete what was kept, as the results are written; another run's chunks stay.
+        """Delete the chunks once the results are written; another run's chunks stay.
 
-        The marker goes last, so that what a kill leaves can still be told to be ours.
+        The marker goes last, so that files that a kill leaves are still known to be drllm's.
         """
         try:
-            marker = self._read_marker() if is_first() else None
+            marker = _read_marker(self.folder, self.stage) if is_first() else None
         except RecordError:
             return
         if marker is not None and marker.identity != self._identity:
             return
         codec.clear_half_written(self.folder)
-        with self._refusing():
-            names = filter(_is_ours, self._names() if marker is not None else [])
-            for name in sorted(names, key=lambda name: name == MARKER_FILE):
-                path = self.folder / name
-                if path.is_symlink() or not path.is_dir():
-                    path.unlink(missing_ok=True)
+        if marker is not None:
+            _delete_ours(self.folder)
         with contextlib.suppress(OSError):  # missing, or it holds files of others
             self.folder.rmdir()
+
+    def _put_and_decode(self, key: str, kind: type[T], value: Any) -> T:
+        self.put(key, value)
+        return codec.decode(codec.encode(value), kind, key)
 
     def _file(self, key: str) -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", key.lower())[:60].strip("-")
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self.folder / f"{self._stem}{words}-{digest}.json"
 
-    def _read_marker(self) -> _Marker | None:
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise RecordError(
-                f"{self.folder} is a link or a file; what a {self.stage} keeps lies in a folder of "
-                f"its own: delete it, or choose another --output-dir"
-            )
-        if not codec.refuse_odd_file(self.folder / MARKER_FILE, "read"):
-            return None
-        try:
-            return codec.read_json(self.folder / MARKER_FILE, _Marker)
-        except RecordError as error:
-            raise RecordError(f"{error}; delete {self.folder} to begin anew") from error
-
-    def _refuse_other(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def _refuse_other(self, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         refuse_other_run(
             f"what {self.folder} keeps of an interrupted {self.stage}",
             stored,
-            wanted,
+            current,
             f"give the same to resume it, choose another --output-dir, or delete {self.folder}",
         )
 
-    def _names(self) -> list[str]:
-        with self._refusing():
-            return os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
 
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RecordError(f"can't use {self.folder}: {error.strerror}") from error
+def _read_marker(folder: Path, stage: str) -> _Marker | None:
+    """Read the marker of a folder; None where there is none."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RecordError(
+            f"{folder} is a link or a file; what a {stage} keeps lies in a folder of its own: "
+            f"delete it, or choose another --output-dir"
+        )
+    if not codec.refuse_odd_file(folder / MARKER_FILE, "read"):
+        return None
+    try:
+        return codec.read_json(folder / MARKER_FILE, _Marker)
+    except RecordError as error:
+        raise RecordError(f"{error}; delete {folder} to begin anew") from error
+
+
+def _read_chunk(file: Path, kind: type[T]) -> T | None:
+    """Read a chunk; None where there is none, and with a warning where it can't be read."""
+    try:
+        if file.is_symlink():
+            raise RecordError(f"{file} is a link")
+        return codec.read_json(file, kind) if file.exists() else None
+    except RecordError as error:
+        logger.warning("%s; its work is done again", error)
+        return None
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Refuse a folder without a marker that holds files of others."""
+    foreign = sorted(name for name in _names_in(folder) if not _is_ours(name))
+    if foreign:
+        raise RecordError(
+            f"{folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); move them, "
+            f"or choose another --output-dir"
+        )
+
+
+def _delete_ours(folder: Path) -> None:
+    """Delete the files that drllm wrote, the marker last."""
+    names = [name for name in _names_in(folder) if _is_ours(name)]
+    with _named_errors(folder):
+        for name in sorted(names, key=lambda name: name == MARKER_FILE):
+            path = folder / name
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+
+
+def _names_in(folder: Path) -> list[str]:
+    with _named_errors(folder):
+        return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+
+
+def _is_ours(name: str) -> bool:
+    half_written = _HALF_WRITTEN.fullmatch(name)
+    if half_written:
+        name = half_written[1]
+    return _OURS.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Raise a RecordError that names the folder where the operating system refuses something."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"can't use {folder}: {error.strerror}") from error
 
 
 def refuse_other_run(
-    what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
+    what: str, stored: Mapping[str, Any], current: Mapping[str, Any], remedy: str
 ) -> None:
-    """Refuse to resume, or to replace, what ("the search in OUT") another run has made."""
-    if found := differences(stored, wanted):
-        raise ConfigError(f"{what} was made with {'; '.join(found)}; {remedy}")
+    """Refuse to resume, or to replace, what another run has made.
+
+    Args:
+        what: Its name, as the subject of a sentence ("the search in OUT").
+        stored: The identity of the run that made it.
+        current: The identity of this run.
+        remedy: What to do, as an imperative.
+    """
+    different = differences(stored, current)
+    if different:
+        raise ConfigError(f"{what} was made with {'; '.join(different)}; {remedy}")
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in what two identities differ, in the order of the wanted one."""
-    return list(_differ("", _plain(stored), _plain(wanted)))
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return in words where two identities differ, in the order of the current one."""
+    return list(_differences("", _plain(stored), _plain(current)))
 
 
-def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
+def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**new, **old}:
             inner = name if key in _SECTIONS else f"{name} {key}".strip()
-            yield from _differ(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
-    elif old is None and new is _ABSENT:  # a setting that there is no more, left alone
+            yield from _differences(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
+    elif old == new:
         return
-    elif old is _ABSENT and new is not None:  # else a setting that there wasn't, left alone
-        yield f"no {name}, now {_short(new)}"
-    elif old in (new, _ABSENT):
-        return
+    elif old is _ABSENT:
+        if new is not None:  # else a new setting that is left alone
+            yield f"no {name}, now {_short(new)}"
+    elif old is None and new is _ABSENT:
+        return  # a setting that was left alone and has been removed since
     elif name.endswith("_sha256"):
         yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
     else:
@@ -251,10 +296,7 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None or value is _ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _is_ours(name: str) -> bool:
-    half = _HALF_WRITTEN.fullmatch(name)
-    return bool(_OURS.fullmatch(half[1] if half else name))
+    if value is None or value is _ABSENT:
+        return "none"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}…"
