@@ -1,4 +1,4 @@
-"""Bisection: where a condition turns, and the setting of one knob that gives a wanted mean."""
+"""Bisection: finds where a condition turns, and the setting that gives a target mean."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ NUM_HALVINGS = 60  # of the range; a double has no more digits
 
 
 class Setting(NamedTuple):
-    """A knob's position, and the mean executions over the calibration prompts measured there."""
+    """A setting's value, and the mean executions over the calibration prompts with it."""
 
     value: float
     executions: float
@@ -18,8 +18,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    It isn't asked at the two ends, and `high` may be below `low`. Returned are the last value at
-    which it was false, and the first at which it was true.
+    The two ends aren't tested, and `high` may be below `low`. Returns the last value at which the
+    condition was false, and the first at which it was true.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -27,28 +27,37 @@ def bisect(
     """
     for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
     return low, high
 
 
 def nearest_setting(
     measure: Callable[[float], float], executions: float, low: float, high: float
 ) -> Setting:
-    """Return the setting between two ends whose mean executions are nearest to those wanted.
+    """Return the setting between two ends whose mean executions are nearest to a target.
 
-    Over N prompts the mean goes in steps of at least 1/N, so it is seldom met to the last digit;
-    what is returned says what it gives. From one end to the other, what is measured only falls or
-    only rises; of executions beyond either end that end is nearest.
+    Over N prompts the mean changes in steps of at least 1/N, so the target is seldom met exactly.
+    The measured mean must only fall or only rise from one end to the other; for a target beyond an
+    end, that end is nearest.
+
+    Args:
+        measure: Returns the mean executions with a setting.
+        executions: The target.
+        low: One end of the range.
+        high: The other end.
     """
-    seen = {value: measure(value) for value in (low, high)}
-    low_is_above = seen[low] > seen[high]
+    measured = {value: measure(value) for value in (low, high)}
+    is_falling = measured[low] > measured[high]
 
     def is_past(value: float) -> bool:
-        seen[value] = measure(value)
-        return (seen[value] > executions) != low_is_above
+        measured[value] = measure(value)
+        return (measured[value] > executions) != is_falling
 
     bisect(is_past, low, high)
-    nearest = min(seen.values(), key=lambda found: abs(found - executions))
-    # Not at the edge of a step, where the last bits of arithmetic would decide.
-    where = [value for value, found in seen.items() if found == nearest]
-    return Setting((min(where) + max(where)) / 2, nearest)
+    nearest = min(measured.values(), key=lambda mean: abs(mean - executions))
+    # The middle of the step, not its edge, where the last bits of arithmetic would decide.
+    values = [value for value, mean in measured.items() if mean == nearest]
+    return Setting((min(values) + max(values)) / 2, nearest)

@@ -18,7 +18,7 @@ class DrllmError(Exception):
 
 
 class ConfigError(DrllmError, ValueError):
-    """A setting is out of range, unknown, or has no effect in this combination."""
+    """A setting that is out of range or unknown, or that has no effect in this combination."""
 
 
 class PathError(DrllmError, ValueError):
@@ -50,31 +50,38 @@ class RoutingError(DrllmError, RuntimeError):
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Word the message for a name that isn't in a short table: the closest valid names, and all.
+    """Return the message for an unknown name, with the closest valid names and all of them.
 
-    The `kind` is what the name stands for, in the singular ("task", "flag").
+    Args:
+        kind: What the name stands for, in the singular ("task", "flag").
+        name: The unknown name.
+        choices: All valid names, of which there are few.
     """
     valid = sorted(choices)
-    said = nearest_name(kind, name, valid)
-    return f"{said}{'' if said.endswith('?') else '.'} Valid: {', '.join(valid)}"
+    message = nearest_name(kind, name, valid)
+    if not message.endswith("?"):
+        message += "."
+    return f"{message} Valid: {', '.join(valid)}"
 
 
 def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Word the message for a name that isn't in a long table: the closest valid names alone.
+    """Return the message for an unknown name, with the closest valid names alone.
 
     Example:
         >>> nearest_name("flag", "--num-epoch", ["--num-epochs", "--seed"])
         "unknown flag '--num-epoch'; did you mean '--num-epochs'?"
     """
+    message = f"unknown {kind} {name!r}"
     close = difflib.get_close_matches(name, sorted(choices), n=2)
-    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-    return f"unknown {kind} {name!r}{hint}"
+    if not close:
+        return message
+    return f"{message}; did you mean {' or '.join(repr(match) for match in close)}?"
 
 
 def printable(text: str) -> str:
-    r"""Write the control characters of a text as escapes, line ends and tabs aside.
+    r"""Return a text with its control characters as escapes, except line ends and tabs.
 
-    Everything that is shown to people goes through here once: a terminal obeys control characters,
-    and marks that turn the writing direction make a text read as another one.
+    Everything that people see goes through here once: a terminal obeys control characters, and
+    marks of the writing direction can make a text look like another one.
     """
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,4 +1,4 @@
-"""Extras: the packages that single parts of drllm need, installed only with those parts."""
+"""Extras: packages that only some parts of drllm need."""
 
 from importlib.util import find_spec
 
@@ -16,17 +16,27 @@ EXTRAS = {
 
 
 def need(extras: str, purpose: str, *packages: str) -> None:
-    """Refuse, before anything runs, what needs packages that aren't installed, by ConfigError.
+    """Raise a ConfigError if packages aren't installed, before anything runs.
 
-    The purpose is the subject of a sentence ("a report"). All packages of the extras (a comma list)
-    are needed, unless those of the one extra are given.
+    Args:
+        extras: The extras that bring them (a comma list).
+        purpose: What needs them, as the subject of a sentence ("a report").
+        packages: The packages that are needed of the one extra; all of the extras' by default.
     """
-    wanted = {each: extra for extra in extras.split(",") for each in packages or EXTRAS[extra]}
-    # A mere folder that is called like a package has no origin.
-    missing = [each for each in wanted if not getattr(find_spec(each), "origin", None)]
+    missing: dict[str, str] = {}  # package → its extra
+    for extra in extras.split(","):
+        for package in packages or EXTRAS[extra]:
+            if not _is_installed(package):
+                missing[package] = extra
     if missing:
-        extras = ",".join(dict.fromkeys(wanted[each] for each in missing))
+        needed = ",".join(dict.fromkeys(missing.values()))
         raise ConfigError(
             f"{purpose} needs {', '.join(missing)}, not installed here; "
-            f'run: pip install "drllm[{extras}]"'
+            f'run: pip install "drllm[{needed}]"'
         )
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # A mere folder with the package's name has no origin.
+    return spec is not None and spec.origin is not None

@@ -1,6 +1,6 @@
-"""A registry: the things of one kind that users choose by name, such as tasks or baselines.
+"""A registry of classes or functions that users choose by name, such as tasks or baselines.
 
-Adding one is a class (or function) in a module that the registry knows, under its decorator.
+To add one, decorate a class or function in a module that the registry imports.
 """
 
 import importlib
@@ -16,11 +16,13 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name, in the order of their registration.
+    """Classes or functions of one kind by name, in the order of their registration.
 
-    `kind` is what a name stands for, in the singular, for messages ("baseline"). The `modules`
-    register on import, with the first look-up, so that making the registry loads nothing;
-    `package.*` is every module of a package, so that adding one is adding a file.
+    Args:
+        kind: What a name stands for, in the singular, for messages ("baseline").
+        modules: Modules that register on import, which the first look-up imports; `package.*` is
+            every module of a package.
+        error: The error for an unknown name.
     """
 
     def __init__(
@@ -34,15 +36,14 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
-        What is defined again, as by a notebook cell that is run twice, replaces the earlier one; a
-        name that is taken by something else is a ValueError.
+        A second definition, as by a notebook cell that is run twice, replaces the first one; a name
+        of something else is a ValueError.
         """
 
         def add(entry: Any) -> Any:
-            own = getattr(entry, "__qualname__", entry)
             for name in names:
-                taken = self._entries.get(name, entry)
-                if getattr(taken, "__qualname__", taken) != own:
+                earlier = self._entries.get(name, entry)
+                if _definition(earlier) != _definition(entry):
                     raise ValueError(f"there is a {self.kind} {name!r} already")
                 self._entries[name] = entry
             return entry
@@ -50,7 +51,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return what is registered under a name; of an unknown one, the error has the nearest."""
+        """Return the entry of a name; the error for an unknown one suggests the nearest."""
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))
@@ -68,10 +69,16 @@ class Registry(Generic[T]):
         return iter(self._loaded())
 
     def _loaded(self) -> dict[str, T]:
-        for module in self._modules:
-            found = importlib.import_module(module.removesuffix(".*"))
-            if module.endswith(".*"):
-                for each in pkgutil.iter_modules(found.__path__, f"{found.__name__}."):
-                    importlib.import_module(each.name)
+        """Return the entries, after importing the modules that register them."""
+        for name in self._modules:
+            module = importlib.import_module(name.removesuffix(".*"))
+            if name.endswith(".*"):
+                for submodule in pkgutil.iter_modules(module.__path__, f"{module.__name__}."):
+                    importlib.import_module(submodule.name)
         self._modules = ()
         return self._entries
+
+
+def _definition(entry: Any) -> Any:
+    """Return what two definitions of the same class or function have in common."""
+    return getattr(entry, "__qualname__", entry)

@@ -1,25 +1,31 @@
-"""Whether two files are of one base model, by the fingerprints that they carry."""
+"""Compares the base models that two files name, by their fingerprints."""
 
 from drllm.listener import logger
 
 QUANTISED = "quantised"
-"""What a fingerprint begins with where the weights can't be read as they were trained."""
+"""The start of a fingerprint whose weights can't be read as they were trained."""
 
 
-def same_weights(one: str, other: str, where: str) -> bool:
-    """Say whether two fingerprints are of the same base model, in whatever precision.
+def same_weights(first: str, second: str, where: str) -> bool:
+    """Return whether two fingerprints are of the same base model, in whatever precision.
 
-    A fingerprint is the weights' hash or `QUANTISED` and, behind a `-`, that of the embedding,
-    which most quantisations leave as it is, and that of how the model is quantised. Where one is
-    quantised the embeddings must agree, as far as they are known, and `where` it is warned of.
+    A fingerprint has up to three parts with `-` between them: the hash of the weights or
+    `QUANTISED`, the hash of the embedding, which most quantisations don't change, and that of how
+    the model is quantised. If one of the two is quantised, the embeddings must be equal as far as
+    they are known, and a warning says that precisions differ.
+
+    Args:
+        first: A fingerprint.
+        second: The other one.
+        where: The file or setting that has it, for the warning.
     """
-    ours, our_embedding, *_ = [*one.split("-"), ""]
-    theirs, their_embedding, *_ = [*other.split("-"), ""]
-    if QUANTISED not in (ours, theirs):
-        return ours == theirs
-    if our_embedding and their_embedding and our_embedding != their_embedding:
+    first_weights, first_embedding = _parts(first)
+    second_weights, second_embedding = _parts(second)
+    if QUANTISED not in (first_weights, second_weights):
+        return first_weights == second_weights
+    if first_embedding and second_embedding and first_embedding != second_embedding:
         return False
-    if one != other:
+    if first != second:
         logger.warning(
             "%s: one of two base models is quantised, so only class, size and embedding were "
             "compared; answers may differ between precisions",
@@ -28,7 +34,14 @@ def same_weights(one: str, other: str, where: str) -> bool:
     return True
 
 
-def differ(key: str, one: object, other: object, where: str) -> bool:
-    """Say whether two identities differ under a key; of fingerprints, as `same_weights` does."""
-    is_print = key == "fingerprint"
-    return not same_weights(str(one), str(other), where) if is_print else one != other
+def _parts(fingerprint: str) -> tuple[str, str]:
+    """Return the hashes of weights and embedding; the latter is empty in older files."""
+    weights, _, rest = fingerprint.partition("-")
+    return weights, rest.partition("-")[0]
+
+
+def differ(key: str, first: object, second: object, where: str) -> bool:
+    """Return whether the values of a key differ; fingerprints are compared by `same_weights`."""
+    if key == "fingerprint":
+        return not same_weights(str(first), str(second), where)
+    return first != second

@@ -1,4 +1,4 @@
-"""Where results may be written, which is checked before anything is made; one writer at a time."""
+"""Checks where results may be written, before anything is made, and lets only one run write."""
 
 import os
 from collections.abc import Iterator
@@ -32,39 +32,52 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def check_file(file: Path, flag: str, schema: str = "") -> None:
-    """Refuse a file that can't be written, or that is what another stage has written.
+    """Refuse a file that can't be written, or that another stage has written.
 
-    The latter is a manifest, a file of a run or of routers, or a record of another kind, by its
-    manifest, than the schema (`supervision`) that may be replaced.
+    Args:
+        file: The file to write.
+        flag: The flag that names it.
+        schema: The kind of record that may be replaced ("supervision").
     """
     check_folder(file.parent, flag)
     try:
-        if not refuse_odd_file(file, "write"):
-            return
+        exists = refuse_odd_file(file, "write")
     except RecordError as error:
         raise ConfigError(f"{flag}: {error}") from error
-    is_ours = file.name in _NAMES or file.name.endswith(_ENDINGS)
-    with suppress(RecordError):  # what can't be read isn't ours
-        place = file if file.suffix == ".json" else manifest_path(file)
-        held = str(read_json(place, dict[str, Any]).get("schema"))
-        is_ours |= held.startswith("drllm.") and held != f"drllm.{schema}"
-    if is_ours:
+    if exists and _is_of_another_stage(file, schema):
         raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
 
 
-def stage_folder(given: Path | str | None, stack: ExitStack) -> Path:
-    """Return the folder that a stage writes to, a temporary one where nothing is to stay.
+def _is_of_another_stage(file: Path, schema: str) -> bool:
+    """Return whether a file is a manifest, part of a run or of routers, or a record of drllm.
 
-    Of several processes of one stage the first one's stays.
+    Records of the schema, by their manifest, don't count.
     """
-    return Path((given if is_first() else None) or stack.enter_context(TemporaryDirectory()))
+    if file.name in _NAMES or file.name.endswith(_ENDINGS):
+        return True
+    manifest = file if file.suffix == ".json" else manifest_path(file)
+    try:
+        found = str(read_json(manifest, dict[str, Any]).get("schema"))
+    except RecordError:  # not written by drllm
+        return False
+    return found.startswith("drllm.") and found != f"drllm.{schema}"
+
+
+def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
+    """Return the folder that a stage writes to; a temporary one without an output.
+
+    Where several processes run one stage, the others than the first have temporary folders.
+    """
+    if output and is_first():
+        return Path(output)
+    return Path(stack.enter_context(TemporaryDirectory()))
 
 
 @contextmanager
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
-    """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
+    """Let no other run of a stage write to a folder while the block runs; create the folder.
 
-    The lock goes with the process, however that ends, so a killed run blocks nobody.
+    The lock ends with the process, however that ends, so a killed run blocks nobody.
     """
     path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)
@@ -81,5 +94,5 @@ def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
         yield
     finally:
         with suppress(PermissionError):  # Windows keeps a file that is open
-            path.unlink(missing_ok=True)  # while it is held: whoever waited sees that it is gone
+            path.unlink(missing_ok=True)  # before the release, so that no other run takes this file
         lock.release()

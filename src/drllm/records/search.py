@@ -1,6 +1,6 @@
-"""What a search found out: `search.jsonl` and `search.failed.jsonl`.
+"""The records of a search: `search.jsonl` and `search.failed.jsonl`.
 
-`docs/formats.md` says of each field what it means.
+`docs/formats.md` explains each field.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ _DECISIONS = frozenset((0, 1, 2))
 
 
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a path fared when its question was asked in other ways; `margin` is the mean of those.
+    """How a path did when its question was asked in other ways; `margin` is the mean over them.
 
-    It has survived if it is right in most, and its margin close enough to the full path's; where
-    there are no other ways, without.
+    It survived if it is right in most of them and its margin is close enough to the full path's.
+    Without other ways it survives too.
     """
 
     passed: int
@@ -36,10 +36,10 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One path that the search tried on one question; simulation 0 is the full path.
+    """One path that was tried on one question; simulation 0 is the full path.
 
-    `executions` are in layer equivalents, `margin` and `kl` (from the full path, a mean over the
-    prompt's tokens) in nats; what isn't defined or wasn't computed is None.
+    `executions` are in layer equivalents, `margin` and `kl` in nats. `kl` is the mean KL divergence
+    from the full path over the prompt's tokens. Values that aren't defined or computed are None.
     """
 
     decisions: Decisions
@@ -53,14 +53,14 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         cost = sum(self.decisions)
-        if not _DECISIONS.issuperset(self.decisions) or not cost:
-            check_decisions(self.decisions)  # says which
+        if cost == 0 or not _DECISIONS.issuperset(self.decisions):
+            check_decisions(self.decisions)  # its error names the decision
         if self.executions != cost:
             raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which question a record is of; ids are unique within a task."""
+    """The question that a record is of; ids are unique within a task."""
 
     id: str
     task: str
@@ -68,10 +68,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that the search found out about one question; one line of `search.jsonl`.
+    """All paths that were tried on one question; one line of `search.jsonl`.
 
-    `paths` holds every distinct path tried, the full path first; `seconds` is the question's share
-    of its batch's wall time.
+    `paths` are distinct, the full path first. `seconds` is the question's share of the time that
+    its batch took.
     """
 
     prompt: str
@@ -89,13 +89,13 @@ class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("'paths' doesn't start with the full path (simulation 0, all 1)")
         for path in self.paths:
             if len(path.decisions) != self.num_layers:
-                check_decisions(path.decisions, self.num_layers)  # says how many
+                check_decisions(path.decisions, self.num_layers)  # its error names both numbers
         if len({path.decisions for path in self.paths}) != len(self.paths):
             raise ValueError("'paths' holds the same decisions twice")
 
     @property
     def full(self) -> TriedPath:
-        """The full path's own outcome."""
+        """The full path with its outcome."""
         return self.paths[0]
 
 
@@ -107,13 +107,19 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SearchRecords(tuple[SearchRecord, ...]):
-    """What `search_paths` returns and `supervise` takes: one record per question, in order."""
+    """What `search_paths` returns and `supervise` takes: one record per question, in order.
 
-    model: dict[str, Any]  # identity of the base model, as far as it is known
-    # The `search.jsonl` that holds them; None where they were never written.
+    Attributes:
+        model: The base model's identity, as far as it is known.
+        file: The `search.jsonl` that holds the records; None if they were never written.
+        failed: The questions that failed.
+        is_new: Whether anything was searched; False if all records were read from a file.
+    """
+
+    model: dict[str, Any]
     file: Path | None = None
     failed: tuple[FailedQuestion, ...] = ()
-    is_new: bool = True  # something was searched for them, not all read from a file
+    is_new: bool = True
 
     @classmethod
     def of(
@@ -125,28 +131,33 @@ class SearchRecords(tuple[SearchRecord, ...]):
         failed: Sequence[FailedQuestion] = (),
         is_new: bool = True,
     ) -> "SearchRecords":
-        """Return records with what they are from."""
-        found = cls(records)
-        found.model = {**({"num_layers": found[0].num_layers} if found else {}), **(model or {})}
-        found.file, found.failed, found.is_new = file, tuple(failed), is_new
-        return found
+        """Return records with their attributes."""
+        searched = cls(records)
+        searched.model = {}
+        if searched:
+            searched.model["num_layers"] = searched[0].num_layers
+        searched.model.update(model or {})
+        searched.file = file
+        searched.failed = tuple(failed)
+        searched.is_new = is_new
+        return searched
 
 
 def read_search(file: Path) -> SearchRecords:
-    """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
+    """Read a `search.jsonl`; all its paths must have as many layers as its manifest names."""
     records = read_records(file, SearchRecord, "search")
-    layers = records[0].num_layers
+    num_layers = records[0].num_layers
     for line, record in enumerate(records, start=1):
-        if record.num_layers != layers:
+        if record.num_layers != num_layers:
             raise RecordError(
                 f"{file}, line {line}: the question was searched on {record.num_layers} "
-                f"layers, that of line 1 on {layers}; a file holds the paths of one model"
+                f"layers, that of line 1 on {num_layers}; a file holds the paths of one model"
             )
-    model = (read_manifest(file, "search") or {}).get("model")
-    found = SearchRecords.of(records, model, file=file, is_new=False)
-    if found.model["num_layers"] != layers:
+    manifest = read_manifest(file, "search") or {}
+    searched = SearchRecords.of(records, manifest.get("model"), file=file, is_new=False)
+    if searched.model["num_layers"] != num_layers:
         raise RecordError(
-            f"{file} holds paths of {layers} layers, but its manifest names a model of "
-            f"{found.model['num_layers']}; make it again"
+            f"{file} holds paths of {num_layers} layers, but its manifest names a model of "
+            f"{searched.model['num_layers']}; make it again"
         )
-    return found
+    return searched

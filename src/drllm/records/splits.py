@@ -1,4 +1,4 @@
-"""Which split a question belongs to, from its text alone."""
+"""Finds the split of a question from its text alone."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,16 +9,22 @@ BOUNDS = {
     "single": {"select": 0.5, "test": 1.0},
     "own": {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0},
 }
-"""By origin of a question, where the share of each split ends: of a set's training and validation
-questions, of sets that are only evaluated, and of one set that serves every stage."""
+"""Where the share of each split ends, by the origin of a question.
+
+The origins are a set's training questions, its validation questions, a set that is only evaluated
+(`single`), and one set that serves every stage (`own`).
+"""
 
 
 def split_of(question: str, origin: str) -> str:
-    """Return the split that a question belongs to: `search`, `fit`, `select` or `test`.
+    """Return the split of a question: `search`, `fit`, `select` or `test`.
 
-    The same text always lands in the same split, in whatever file, order or copy it turns up, so
-    a question that was trained on can't be reported on. Surrounding white space and case don't
-    count; the origin is a key of `BOUNDS`.
+    The same text is always in the same split, in whatever file, order or copy it turns up, so a
+    question that was trained on can't be reported on. White space and case don't count.
+
+    Args:
+        question: Its text.
+        origin: A key of `BOUNDS`.
 
     Source: ours.
     """
@@ -26,16 +32,19 @@ def split_of(question: str, origin: str) -> str:
 
 
 def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
-    """Return the part that a text falls into, given where the share of each ends, the last at 1."""
+    """Return the part that a text falls into, given where each part's share ends, the last at 1."""
     share = hash_of(text) / 2**64
-    return next(part for part, bound in bounds.items() if share < bound or bound == 1)
+    for part, bound in bounds.items():
+        if share < bound or bound == 1:  # a share may round to 1
+            return part
+    raise ValueError(f"the last share ends at {bounds}; expected 1")
 
 
 def hash_of(text: str) -> int:
-    """Return 64 bits that are the same on every machine, unlike Python's own hash."""
+    """Return a hash of 64 bits that is the same on every machine, unlike Python's own."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def question_key(question: str) -> str:
-    """Return a question without what two copies may differ in: white space and case."""
+    """Return a question in a form that is equal for copies: white space and case are normalised."""
     return " ".join(question.split()).casefold()

@@ -1,6 +1,6 @@
 """Target paths to train routers on: `supervision.jsonl` and `supervision.rejected.jsonl`.
 
-`docs/formats.md` says of each field what it means.
+`docs/formats.md` explains each field.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from drllm.records.search import Question
 from drllm.records.splits import question_key
 
 _FROM_QUESTION = "\ud800"
-"""A text that no file can hold, for fields whose default follows from the question."""
+"""The default of fields that are made from the question: a text that no file can hold."""
 _SAME_TARGET = ("question", "prompt", "optimal_layer_config")
-"""What has to be equal for two lines to be one target; a margin differs in its last bits."""
+"""Fields that two lines of one target have in common; margins may differ in their last bits."""
 
 
 class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One target path to train routers on; one line of `supervision.jsonl`.
 
-    A file of one's own needs `question`, `optimal_layer_config` and `answer` only, and may have
+    A file of your own needs `question`, `optimal_layer_config` and `answer` only, and may have
     further columns.
     """
 
@@ -48,19 +49,24 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
             check_decisions(self.optimal_layer_config)
         except PathError as error:
             raise ValueError(f"'optimal_layer_config': {error}") from error
+        self._fill_in()
+        for name in ("question", "prompt"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name!r} is empty")
+        cost = float(num_executions(self.optimal_layer_config))
+        if self.executions != cost:
+            raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
+
+    def _fill_in(self) -> None:
+        """Set the fields that a file may leave out."""
         if self.prompt == _FROM_QUESTION:
             msgspec.structs.force_setattr(self, "prompt", self.question)
         if self.id == _FROM_QUESTION:
             digest = hashlib.sha256(self.question.encode()).hexdigest()[:16]
             msgspec.structs.force_setattr(self, "id", digest)
-        for name in ("question", "prompt"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"{name!r} is empty")
-        cost = float(num_executions(self.optimal_layer_config))
         if math.isnan(self.executions):
+            cost = float(num_executions(self.optimal_layer_config))
             msgspec.structs.force_setattr(self, "executions", cost)
-        elif self.executions != cost:
-            raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
 
 
 class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +81,7 @@ class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def rejected_path(supervision: Path) -> Path:
-    """Return where the questions without a target lie: NAME.rejected.jsonl beside NAME.jsonl."""
+    """Return the file of the questions without a target: NAME.rejected.jsonl for NAME.jsonl."""
     return supervision.with_name(supervision.name.removesuffix(".jsonl") + ".rejected.jsonl")
 
 
@@ -87,59 +93,102 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     """Read several `supervision.jsonl` files as one; a target in two of them counts once.
 
-    One question with two targets, or one id with two questions, is a RecordError.
+    Raises:
+        RecordError: A file is given twice or can't be trusted, a question has two targets, an id
+            has two questions, or targets have different numbers of layers.
     """
-    joined: list[SupervisionRecord] = []
-    by_id: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}
-    by_question: dict[tuple[str, str], tuple[SupervisionRecord, str]] = {}
-    for number, path in enumerate(paths):
-        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
+    joined = _Joined()
+    resolved: list[Path] = []
+    for path in paths:
+        if path.resolve() in resolved:
             raise RecordError(f"{path} is given twice; name each supervision file once")
-        for line, record in enumerate(read_records(path, SupervisionRecord, "supervision"), 1):
-            where, target = f"{path}, line {line}", record.optimal_layer_config
-            if joined and len(target) != len(joined[0].optimal_layer_config):
-                raise RecordError(
-                    f"{where}: 'optimal_layer_config' has {len(target)} layers, that of "
-                    f"{paths[0]}, line 1 has {len(joined[0].optimal_layer_config)}; give targets "
-                    f"of one base model"
-                )
-            same, file = by_id.setdefault((record.task, record.id), (record, path))
-            for name in _SAME_TARGET:
-                if getattr(same, name) != getattr(record, name):
-                    raise RecordError(
-                        f"{path} and {file} differ in {name!r} of question {record.id!r} of task "
-                        f"{record.task!r}; leave one of them out"
-                    )
-            if file != path:
-                continue  # a copy
-            asked = (record.task, question_key(record.question))
-            other, earlier = by_question.setdefault(asked, (record, where))
-            if other.optimal_layer_config != target:
-                raise RecordError(
-                    f"{where}: {earlier} has the same question with another target (ids "
-                    f"{record.id!r} and {other.id!r} of task {record.task!r}); leave one of them "
-                    f"out"
-                )
-            joined.append(record)
-    return joined
+        resolved.append(path.resolve())
+        records = read_records(path, SupervisionRecord, "supervision")
+        for line, record in enumerate(records, start=1):
+            joined.add(_Target(record, path, line))
+    return [target.record for target in joined.targets]
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A target with its place, for messages."""
+
+    record: SupervisionRecord
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+    @property
+    def decisions(self) -> Decisions:
+        return self.record.optimal_layer_config
+
+
+class _Joined:
+    """Targets of several files that belong together."""
+
+    def __init__(self) -> None:
+        self.targets: list[_Target] = []
+        self._by_id: dict[tuple[str, str], _Target] = {}
+        self._by_question: dict[tuple[str, str], _Target] = {}
+
+    def add(self, target: _Target) -> None:
+        """Add a target, unless it is a copy of one of another file."""
+        self._check_layers(target)
+        record = target.record
+        same_id = self._by_id.setdefault((record.task, record.id), target)
+        _refuse_different_questions(target, same_id)
+        if same_id.file != target.file:
+            return  # a copy
+        question = (record.task, question_key(record.question))
+        same_question = self._by_question.setdefault(question, target)
+        if same_question.decisions != target.decisions:
+            raise RecordError(
+                f"{target}: {same_question} has the same question with another target (ids "
+                f"{record.id!r} and {same_question.record.id!r} of task {record.task!r}); leave "
+                f"one of them out"
+            )
+        self.targets.append(target)
+
+    def _check_layers(self, target: _Target) -> None:
+        if not self.targets:
+            return
+        first = self.targets[0]
+        if len(target.decisions) != len(first.decisions):
+            raise RecordError(
+                f"{target}: 'optimal_layer_config' has {len(target.decisions)} layers, that of "
+                f"{first} has {len(first.decisions)}; give targets of one base model"
+            )
+
+
+def _refuse_different_questions(target: _Target, same_id: _Target) -> None:
+    """Refuse two targets with one id that aren't the same target."""
+    record = target.record
+    for name in _SAME_TARGET:
+        if getattr(same_id.record, name) != getattr(record, name):
+            raise RecordError(
+                f"{target.file} and {same_id.file} differ in {name!r} of question {record.id!r} "
+                f"of task {record.task!r}; leave one of them out"
+            )
 
 
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
     """Refuse targets of another base model; return the rewards that their prompts were made for.
 
-    Another id alone doesn't matter, and a file without a manifest says nothing.
+    Another id alone doesn't matter, and a file without a manifest isn't checked.
     """
-    rewards: dict[str, None] = {}
+    rewards: list[str] = []
     for file in files:
         manifest = read_manifest(file, "supervision") or {}
-        rewards |= dict.fromkeys(manifest.get("rewards") or ())
-        theirs = manifest.get("model", {})
+        rewards += manifest.get("rewards") or []
+        model = manifest.get("model", {})
         for name in ("num_layers", "fingerprint"):
-            if name in theirs and differ(name, theirs[name], identity[name], str(file)):
+            if name in model and differ(name, model[name], identity[name], str(file)):
                 raise RecordError(
-                    f"{file} holds targets of {theirs.get('id', 'another model')!r} ({name} "
-                    f"{theirs[name]}), the base model {identity['id']!r} has {name} "
+                    f"{file} holds targets of {model.get('id', 'another model')!r} ({name} "
+                    f"{model[name]}), the base model {identity['id']!r} has {name} "
                     f"{identity[name]}; give the model that they were searched with, or search "
                     f"with this one"
                 )
-    return list(rewards)
+    return list(dict.fromkeys(rewards))
