@@ -212,7 +212,6 @@ search --limit all => --limit is 'all'
 search --num_simulations 2.5 => --num-simulations is '2.5'
 search --budget 0.9 => --budget is 0.9
 TARGETS --run-name x --learning-rate nan => --learning-rate is 'nan'
-TARGETS --run-name x --early-stopping 2 --validation-fraction 0 => --early-stopping 2 has no effect
 search --device tpu => unknown device 'tpu'
 search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice

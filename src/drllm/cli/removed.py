@@ -18,6 +18,9 @@ REMOVED_FLAGS: dict[str, str] = {
     "--route-first": "--route-first was removed: prompts of a file are always routed first",
     "--no-route-first": "--no-route-first was removed: prompts of a file are always routed first; "
     "in Python, generate_many takes route_first=False",
+    "--dropout": "--dropout was removed: it measured no gain; leave it out",
+    "--normalise-features": "--normalise-features was removed: it measured no gain; leave it out",
+    "--early-stopping": "--early-stopping was removed: it measured no gain; choose --num-epochs",
     "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
     "how long they take at most",
 }

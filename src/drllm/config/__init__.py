@@ -148,10 +148,7 @@ class TrainConfig(Settings):
         gamma: focal loss exponent (paper: 2)
         class_weights: whether rare decisions weigh more (paper: effective_number)
         beta: effective-number class weights (paper: 0.999)
-        dropout: share of a router's hidden units left out of a step
-        normalise_features: scale each component of the routers' inputs to mean 0, deviation 1
         validation_fraction: share of the targets held out for metrics (ours)
-        early_stopping: epochs without a lower held-out loss before it ends; keeps the best
         seed: seed of initial weights, order and held-out part
         num_seeds: routers from so many seeds, counting up from --seed; see seed_S in the output
         report_to: trackers of accelerate (comma list), such as tensorboard,wandb; off by default
@@ -171,10 +168,7 @@ class TrainConfig(Settings):
     gamma: float = setting(2.0, minimum=0.0, idle=("loss", "cross_entropy"))
     class_weights: str = setting("none", choices=("effective_number", "none"))
     beta: float = setting(0.999, minimum=0.0, maximum=0.9999999, idle=("class_weights", "none"))
-    dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
-    normalise_features: bool = setting(False)
     validation_fraction: float = setting(0.1, minimum=0.0, maximum=0.5)
-    early_stopping: int | None = setting(None, minimum=1, idle=("validation_fraction", 0.0))
     seed: int = setting(0, minimum=0)
     num_seeds: int = setting(1, minimum=1)
     report_to: str | None = incidental(None, basic=True, value="NAMES")

@@ -27,13 +27,11 @@ HEADER = "drllm.training"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The optimiser's state of a weight, besides the number of steps."""
 WEIGHTS = "weights"
-BEST_WEIGHTS = "kept"
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
     identity: dict[str, Any]
     epochs_done: int
-    best: tuple[int, float] | None
     metrics: list[dict[str, Any]]
 
 
@@ -55,13 +53,10 @@ def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer)
         tensors[f"{WEIGHTS}.{name}"] = weight
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = trainer.optimizer.state[weight][moment]
-    for name, best_weight in (trainer.best_weights or {}).items():
-        tensors[f"{BEST_WEIGHTS}.{name}"] = best_weight
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     header = _Header(
         identity=dict(identity),
         epochs_done=trainer.epochs_done,
-        best=trainer.best,
         metrics=trainer.rows,
     )
     content = to_safetensors(tensors, {HEADER: encode(header).decode()})
@@ -129,9 +124,6 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
     """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
     weights = _select_tensors(trainer, tensors, WEIGHTS)
     moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
-    best_weights = None
-    if header.best is not None:
-        best_weights = _select_tensors(trainer, tensors, BEST_WEIGHTS)
 
     num_steps = torch.tensor(float(header.epochs_done * trainer.steps_per_epoch))
     for name, weight in trainer.stack.named_parameters():
@@ -139,8 +131,6 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
         state["step"] = num_steps.clone().to(trainer.device)
         trainer.optimizer.state[weight] = state
     trainer.stack.load_state_dict(weights)
-    trainer.best = header.best
-    trainer.best_weights = best_weights
     trainer.epochs_done = header.epochs_done
     trainer.rows = header.metrics
 

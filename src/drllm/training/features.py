@@ -30,7 +30,6 @@ from drllm.training.targets import OVERFLOWS, EncodedTargets, are_too_many, enco
 
 MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
 ROWS_AT_ONCE = 32  # read from disk together
-CONSTANT = 1e-5
 """A component whose deviation is below this share of its layer's size counts as constant."""
 
 
@@ -300,28 +299,6 @@ def _build_features(model: Any, targets: EncodedTargets, store: FeatureStore) ->
         places=usable if rejected else None,
         rejected=(*targets.rejected, *rejected),
     )
-
-
-def compute_moments(features: Features, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (never 0), `[L, D]` in float64, of each layer's filled windows.
-
-    Every target counts the same, however many windows it fills. The deviation of a component that
-    hardly varies, compared with the size of its layer's states, gets a floor, so that dividing by
-    it doesn't blow up rounding errors.
-    """
-    total = torch.zeros(())
-    total_squares = torch.zeros(())
-    for rows in split_rows(index):
-        filled = features.filled[rows].double()[:, None, None]  # [B, 1, 1]
-        values = features.rows(rows).double()  # zeros past `filled` add nothing to plain sums
-        total = total + (values.sum(dim=2) / filled).sum(dim=0)  # [L, D]
-        total_squares = total_squares + (values.square().sum(dim=2) / filled).sum(dim=0)
-    mean = total / len(index)
-    mean_square = total_squares / len(index)
-    variance = (mean_square - mean.square()).clamp(min=0.0)
-    size = mean_square.mean(dim=1, keepdim=True).sqrt()  # [L, 1]
-    floor = torch.where(size > 0, CONSTANT * size, 1.0)
-    return mean, torch.maximum(variance.sqrt(), floor)
 
 
 def split_rows(index: Sequence[int]) -> Iterator[list[int]]:

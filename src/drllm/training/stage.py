@@ -49,7 +49,7 @@ from drllm.training.feature_store import FEATURES_FOLDER, FeatureStore
 from drllm.training.features import Features, assist, collect_features
 from drllm.training.targets import REJECTED_FILE, count_reasons
 from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
-from drllm.training.trainer import DivergedError, Trainer, split_questions
+from drllm.training.trainer import DivergedError, Trainer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -150,9 +150,6 @@ def _train_seeds(
     if files:
         rewards = check_targets(files, base.identity)
     seeds = config.by_seed(output)
-    for seed_config in seeds.values():
-        split_questions([record.question for record in records], seed_config)
-
     store = FeatureStore(Path(features_folder or output / FEATURES_FOLDER), config.feature_dtype)
     features = collect_features(
         base.model,
@@ -269,8 +266,9 @@ def fit_seed(
         run_trackers(config.trackers, trainer, output) as trackers,
     ):
         counts = _run_epochs(trainer, identity, output, trackers, progress)
-    epoch = trainer.epochs_done if trainer.best is None else trainer.best[0]
-    layers = Layers(epoch=epoch, train=counts[TRAIN], validation=counts.get(VALIDATION))
+    layers = Layers(
+        epoch=trainer.epochs_done, train=counts[TRAIN], validation=counts.get(VALIDATION)
+    )
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     routers = trainer.build_routers()
     training = _describe_training(trainer, layers, identity, prompts or PromptInfo())
@@ -311,8 +309,6 @@ def _run_epochs(
             save_checkpoint(output, identity, trainer)
             rows = [row for row in trainer.rows if row["epoch"] == trainer.epochs_done]
             log_rows(trackers, rows, trainer.steps_done)
-        if trainer.best is not None:
-            progress(num_steps, num_steps)
         return trainer.evaluate()
     except DivergedError:  # resumed, it would diverge again
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -323,7 +319,7 @@ def _describe_training(
     trainer: Trainer, layers: Layers, identity: Mapping[str, Any], prompts: PromptInfo
 ) -> dict[str, Any]:
     """Return what the routers' config records of their training."""
-    training = {
+    return {
         "targets": identity["targets_or_base_dtype_sha256"],
         "rewards": list(prompts.rewards),
         "prompt_form": None if prompts.form is None else dataclasses.asdict(prompts.form),
@@ -337,10 +333,6 @@ def _describe_training(
         "metrics": [row for row in trainer.rows if row["epoch"] == layers.epoch],
         "against_baselines": layers.against_baselines(),
     }
-    if trainer.best is not None:
-        training["best_epoch"] = layers.epoch
-        training["last_epoch"] = trainer.epochs_done
-    return training
 
 
 def discard(output: Path, config: TrainConfig) -> None:

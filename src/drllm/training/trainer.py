@@ -26,7 +26,7 @@ from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.models.scoring.batching import free_bytes
 from drllm.records.splits import hash_of, question_key
 from drllm.supervision.summary import class_counts
-from drllm.training.features import Features, compute_moments, split_rows
+from drllm.training.features import Features, split_rows
 from drllm.training.losses import class_weights, focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
@@ -65,17 +65,6 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
     return trained, held_out
 
 
-def split_questions(questions: Sequence[str], config: TrainConfig) -> tuple[list[int], list[int]]:
-    """Return `hold_out` under settings, and refuse early stopping where nothing is held out."""
-    trained, held_out = hold_out(questions, config.validation_fraction, config.seed)
-    if config.early_stopping is not None and not held_out:
-        raise ConfigError(
-            f"--early-stopping {config.early_stopping} has no effect: of {len(questions)} targets "
-            f"none is held out to measure on; leave it out, or give more targets"
-        )
-    return trained, held_out
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Learning rates: a line up to the peak, then half a cosine to 0.
@@ -106,27 +95,6 @@ class Schedule:
         return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scale:
-    """Mean and deviation, `[L, D]` in float64, by which the features are normalised."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def normalise(self, means: Tensor) -> Tensor:
-        """Scale windows `[B, L, W, D]`, in float64."""
-        return (means.double() - self.mean[:, None]) / self.deviation[:, None]
-
-    def fold_into(self, weights: dict[str, Tensor]) -> None:
-        """Change the routers' weights, in float64, so that they read features as they are.
-
-        W · (x − mean) / deviation + b is (W / deviation) · x + (b − W · mean / deviation).
-        """
-        weights["hidden_weight"] = weights["hidden_weight"] / self.deviation[:, None]  # [L, H, D]
-        shift = torch.einsum("lhd,ld->lh", weights["hidden_weight"], self.mean)
-        weights["hidden_bias"] = weights["hidden_bias"] - shift
-
-
 class Trainer:
     """One training of the routers, from one seed.
 
@@ -142,12 +110,9 @@ class Trainer:
         held_out: The other targets.
         label_counts: `[L][C]`: labels of the target paths trained on.
         schedule: Learning rates of all steps.
-        stack: The routers. Once the training is over they have the weights of its best epoch if
-            it watches the held-out loss, else of its last.
+        stack: The routers.
         rows: Lines of metrics so far.
         epochs_done: Epochs so far.
-        best: Epoch and loss of the lowest held-out loss so far; None if it isn't watched.
-        best_weights: The weights of that epoch.
     """
 
     def __init__(
@@ -165,8 +130,6 @@ class Trainer:
         self.dtype = dtype
         self.epochs_done = 0
         self.rows: list[dict[str, Any]] = []
-        self.best: tuple[int, float] | None = None
-        self.best_weights: dict[str, Tensor] | None = None
 
         self.setup_split()
         self.setup_loss()
@@ -176,7 +139,9 @@ class Trainer:
 
     def setup_split(self) -> None:
         """Divide the targets and plan the steps."""
-        self.trained, self.held_out = split_questions(self.features.questions, self.config)
+        self.trained, self.held_out = hold_out(
+            self.features.questions, self.config.validation_fraction, self.config.seed
+        )
         self.label_counts = class_counts(self.features.labels[self.trained].tolist())
         self.steps_per_epoch = math.ceil(len(self.trained) / self.config.gradient_accumulation)
         self.schedule = Schedule.of(self.config, self.steps_per_epoch * self.config.num_epochs)
@@ -220,10 +185,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
 
     def setup_inputs(self) -> None:
-        """Measure the features' scale, and load all inputs if memory holds them."""
-        self.scale: Scale | None = None
-        if self.config.normalise_features:
-            self.scale = Scale(*compute_moments(self.features, self.trained))
+        """Load all inputs if memory holds them."""
         self.inputs: Tensor | None = None  # [L, N, W, D], as the routers read them
         N, L, W, D = self.features.shape
         num_bytes = N * L * W * D * self.dtype.itemsize
@@ -240,10 +202,7 @@ class Trainer:
         """Return what the routers read of some targets, `[B, L, W, D]`."""
         if self.inputs is not None:
             return self.inputs.index_select(1, on_device(rows, self.device)).transpose(0, 1)
-        means = self.features.rows(rows)
-        if self.scale is not None:
-            means = self.scale.normalise(means)
-        return self._to_device(means)
+        return self._to_device(self.features.rows(rows))
 
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
@@ -264,12 +223,7 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        """Whether all epochs are done, or the held-out loss hasn't fallen for long enough."""
-        patience = self.config.early_stopping
-        if patience is not None and self.best is not None:
-            best_epoch, _ = self.best
-            if self.epochs_done - best_epoch >= patience:
-                return True
+        """Whether all epochs are done."""
         return self.epochs_done == self.config.num_epochs
 
     @property
@@ -294,8 +248,7 @@ class Trainer:
         counts = Counts()
         for step, rows in enumerate(batches):
             rate = self.schedule.rate(self.steps_done + step)
-            dropout = self.draw_dropout(len(rows), epoch, step)
-            step_counts = self._train_step(rows, rate, dropout)
+            step_counts = self._train_step(rows, rate)
             counts += step_counts
             if on_step is not None:
                 on_step(self.steps_done + step + 1, step_counts)
@@ -305,18 +258,6 @@ class Trainer:
             metrics = compute_metrics(self._count_rows(self.held_out))
             self.rows.append({"epoch": epoch, "split": VALIDATION, **metrics})
         self.epochs_done = epoch
-        if self.config.early_stopping is not None:
-            self._keep_best_weights()
-
-    def _keep_best_weights(self) -> None:
-        """Keep the weights of the lowest held-out loss; once the training is over, use them."""
-        loss = self.rows[-1]["routers_loss"]
-        if self.best is None or loss < self.best[1]:
-            self.best = (self.epochs_done, loss)
-            weights = self.stack.state_dict()
-            self.best_weights = {name: weight.clone() for name, weight in weights.items()}
-        if self.is_over and self.best_weights is not None:
-            self.stack.load_state_dict(self.best_weights)
 
     def compute_loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`."""
@@ -331,32 +272,18 @@ class Trainer:
         return counts
 
     def build_routers(self) -> RouterStack:
-        """Return the routers in float32 on the CPU, reading features as they are."""
+        """Return the routers in float32 on the CPU."""
         state = self.stack.state_dict()
-        weights = {name: weight.detach().cpu().double() for name, weight in state.items()}
-        if self.scale is not None:
-            self.scale.fold_into(weights)
-        weights = {name: weight.float() for name, weight in weights.items()}
+        weights = {name: weight.detach().cpu().float() for name, weight in state.items()}
         return build_stack(self.stack.config, weights)
 
-    def draw_dropout(self, size: int, epoch: int, step: int) -> Tensor | None:
-        """Draw a step's factors of the hidden units, `[B, L, H]`; None without dropout."""
-        share = self.config.dropout
-        if not share:
-            return None
-        L = len(self.label_counts)
-        H = self.config.router_width
-        generator = make_generator("dropout", self.config.seed, epoch, step)
-        is_kept = torch.rand(size, L, H, generator=generator) >= share
-        return self._to_device(is_kept / (1 - share))
-
-    def _train_step(self, rows: list[int], rate: float, dropout: Tensor | None) -> Counts:
+    def _train_step(self, rows: list[int], rate: float) -> Counts:
         """Learn from rows, and count how the routers decided on them before.
 
         Source: sum and clipping are those of transformers' Trainer in the released code
             (docs/differences.md, D-32).
         """
-        loss, counts = self._evaluate_batch(rows, dropout)
+        loss, counts = self._evaluate_batch(rows)
         self.optimizer.zero_grad()
         if self.config.loss_reduction == "sum":
             loss = loss * len(rows)
@@ -376,12 +303,10 @@ class Trainer:
             counts += part_counts
         return counts
 
-    def _evaluate_batch(
-        self, rows: list[int], dropout: Tensor | None = None
-    ) -> tuple[Tensor, Counts]:
+    def _evaluate_batch(self, rows: list[int]) -> tuple[Tensor, Counts]:
         """Return the loss on some rows, and the counts of the routers' decisions."""
         filled = on_device(self.features.filled[rows], self.device)
-        logits = self.stack(self._read_inputs(rows), filled, dropout)
+        logits = self.stack(self._read_inputs(rows), filled)
         loss = self.compute_loss(logits, rows)
         decisions = logits.detach().argmax(dim=-1)  # [B, L]
         # In one copy, since the host waits for it; small whole numbers are exact in any dtype.

@@ -16,7 +16,6 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import FeatureStore
-from drllm.training.features import CONSTANT, compute_moments
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -232,38 +231,6 @@ def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float
     assert precise.rows([1]).dtype == torch.float64
     halved = replace(features, means=means_of(features).bfloat16())
     assert halved.rows([1]).dtype == torch.float32
-
-
-def slow_moments(features, index):
-    """Mean and deviation of every component, one layer and example at a time."""
-    mean, square = torch.zeros(2, *features.means.shape[1::2]).double()  # [L, D]
-    for row in index:
-        windows = features.means[row, :, : int(features.filled[row])].double()  # [L, filled, D]
-        mean += windows.mean(dim=1) / len(index)
-        square += windows.square().mean(dim=1) / len(index)
-    return mean, (square - mean.square()).sqrt()
-
-
-@pytest.mark.parametrize("index", [list(range(70)), [3], [69, 2, 2, 40]], ids=["all", "1", "some"])
-def test_moments_equal_the_slow_loop(index):
-    features = make_features(70)
-    mean, deviation = compute_moments(features, index)
-    expected_mean, expected_deviation = slow_moments(features, index)
-    torch.testing.assert_close(mean, expected_mean, rtol=0, atol=1e-12)
-    varies = expected_deviation > 1e-3
-    torch.testing.assert_close(deviation[varies], expected_deviation[varies], rtol=0, atol=1e-9)
-
-
-def test_a_component_that_does_not_vary_is_not_blown_up():
-    features = make_features(20)
-    means = features.means.clone()
-    means[:, 1, :, 2] = 7.0
-    means[:, 2] = 0.0
-    whole = replace(features, means=means, filled=torch.full((20,), means.shape[2]))
-    _, deviation = compute_moments(whole, range(20))
-    size = means[:, 1].double().square().mean().sqrt()
-    assert float(deviation[1, 2]) == pytest.approx(CONSTANT * float(size))
-    assert deviation[2].tolist() == [1.0] * means.shape[3]
 
 
 def test_the_digest_tells_targets_apart_and_not_last_bits():

@@ -15,12 +15,11 @@ from drllm.training.checkpoint import is_finished
 from drllm.training.stage import PromptInfo, train_seed
 from drllm.training.trainer import Trainer, count_decisions, hold_out
 
-STOPPING = replace(
+LONGER = replace(
     QUICK,
     num_epochs=40,
     learning_rate=0.3,
     validation_fraction=0.3,
-    early_stopping=3,
     warmup_steps=0,
 )
 
@@ -92,18 +91,19 @@ def test_metrics_have_a_line_for_each_epoch_and_part(tmp_path):
 
 
 def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_path):
-    features, settings = make_features(60), replace(STOPPING, early_stopping=2)
+    features = make_features(60)
+    settings = replace(LONGER, num_epochs=4)
     rows = train_seed(features, IDENTITY, settings, tmp_path)
     agreement, stack = read_json(tmp_path / "layers.json", Layers), load_routers(tmp_path)
-    best = stack.config.training["best_epoch"]
-    assert agreement.epoch == best < rows[-1]["epoch"]
+    last = rows[-1]["epoch"]
+    assert agreement.epoch == last
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
     on, held_out = hold_out(features.questions, settings.validation_fraction, settings.seed)
     for part, index in (("train", on), ("validation", held_out)):
         expected = count_decisions(said[index].argmax(dim=-1), features.labels[index], loss=0.0)
         counted = agreement.parts[part]["routers"]
         assert replace(counted, loss=0.0) == expected
-    [line] = [row for row in rows if (row["epoch"], row["split"]) == (best, "validation")]
+    [line] = [row for row in rows if (row["epoch"], row["split"]) == (last, "validation")]
     kept = {name: line[name] for name in line if name not in ("epoch", "split")}
     assert compute_metrics(agreement.parts["validation"]["routers"]) == kept
 
@@ -172,17 +172,3 @@ def test_targets_that_only_execute_train_routers_that_only_execute_and_are_logge
     assert rows[-1]["f1_skip"] is rows[-1]["acc_skip"] is rows[-1]["f1_repeat"] is None
     assert "| F1 skip | – | – |" in (tmp_path / "README.md").read_text()
     assert "every target executes every layer" in caplog.text
-
-
-def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(tmp_path):
-    seen = []
-    watching = Watching(lambda *progress: seen.append(progress))
-    rows = train_seed(make_features(40), IDENTITY, STOPPING, tmp_path, listener=watching)
-    losses = [row["routers_loss"] for row in rows if row["split"] == "validation"]
-    best = losses.index(min(losses)) + 1
-    told = load_routers(tmp_path).config.training
-    assert (told["best_epoch"], told["last_epoch"]) == (best, len(losses))
-    assert told["metrics"] == [row for row in rows if row["epoch"] == best]
-    card = (tmp_path / "README.md").read_text()
-    assert f"## Metrics after epoch {best}, the best of {len(losses)} on the held-out" in card
-    assert seen[-1][0] == seen[-1][1] > told["steps"]

@@ -25,7 +25,6 @@ def no_pass(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "number", "message"),
     [
-        ({"early_stopping": 2}, 9, "--early-stopping 2 has no effect: of 9 targets none is"),
         ({"loss": "cross_entropy", "gamma": 1.0}, N, "--gamma 1 has no effect"),
         ({"report_to": "tensorbord"}, N, "unknown tracker 'tensorbord'; did you mean 'tensorbo"),
     ],

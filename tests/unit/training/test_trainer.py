@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from drllm.agreement import Counts, compute_metrics
 from drllm.config import TrainConfig
-from drllm.training.features import Features, compute_moments
+from drllm.training.features import Features
 from drllm.training.losses import class_weights, focal_losses
 from drllm.training.trainer import DivergedError, Trainer, count_decisions
 
@@ -44,9 +44,8 @@ def prepared(features=FEATURES, **changes) -> Trainer:
     return Trainer(features, IDENTITY, config_of(**changes), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_routers_are_the_same_whether_or_not_memory_holds_all_features(monkeypatch, normalise):
-    config = config_of(normalise_features=normalise)
+def test_routers_are_the_same_whether_or_not_memory_holds_all_features(monkeypatch):
+    config = config_of()
     held = fitted(FEATURES, config)
     monkeypatch.setattr("drllm.training.trainer.free_bytes", lambda device: 0)
     read_anew = fitted(FEATURES, config)
@@ -65,7 +64,7 @@ def test_rows_are_read_a_batch_at_a_time():
             asked.append(len(index))
             return Features.rows(self, index)
 
-    config = config_of(num_epochs=1, normalise_features=True)
+    config = config_of(num_epochs=1)
     rows = make_features(200)
     fitted(Watched(**{name: getattr(rows, name) for name in Features.__slots__}), config)
     assert max(asked) <= 32
@@ -145,98 +144,6 @@ def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions():
     said = trainer.build_routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
     expected = ONE_HOT.mean(dim=0)
     torch.testing.assert_close(said, expected, rtol=0, atol=0.01)
-
-
-def test_dropout_leaves_out_the_share_of_units_and_scales_the_others():
-    trainer = prepared(dropout=0.4)
-    draws = [trainer.draw_dropout(4, epoch, 0) for epoch in range(1, 101)]
-    kept = torch.cat(draws)
-    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
-    assert float((kept == 0).double().mean()) == pytest.approx(0.4, abs=0.02)
-    assert not torch.equal(draws[0], draws[1])
-    assert torch.equal(draws[0], trainer.draw_dropout(4, 1, 0))
-
-
-def test_dropout_changes_what_is_learned_and_not_how_it_is_measured():
-    plain = fitted(FEATURES, config_of(learning_rate=1e-12))
-    dropped = fitted(FEATURES, config_of(learning_rate=1e-12, dropout=0.5))
-    # Nothing is learned, so the held-out loss, which is measured without dropout, is the same.
-    losses = [[row["routers_loss"] for row in trainer.rows] for trainer in (plain, dropped)]
-    assert losses[1][1::2] == pytest.approx(losses[0][1::2], rel=1e-5)
-    assert losses[1][0::2] != pytest.approx(losses[0][0::2], rel=1e-2)
-
-
-def test_normalised_features_are_folded_into_the_weights():
-    """Routers that read features as they are say what those in training say of scaled ones."""
-    shifted = replace(FEATURES, means=FEATURES.means * 3 + 2)
-    trainer = fitted(shifted, config_of(normalise_features=True))
-    mean, deviation = compute_moments(shifted, trainer.trained)
-    scaled = ((shifted.means.double() - mean[:, None]) / deviation[:, None]).float()
-    torch.testing.assert_close(
-        trainer.build_routers()(shifted.means, shifted.filled),
-        trainer.stack(scaled, shifted.filled),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-
-
-def test_normalised_training_does_not_see_how_features_are_scaled():
-    moved = replace(FEATURES, means=torch.where(FEATURES.means != 0, FEATURES.means * 7 + 4, 0.0))
-    config = config_of(normalise_features=True)
-    one, other = (weights_of(fitted(each, config)) for each in (FEATURES, moved))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-4)
-    plain = weights_of(fitted(moved, config_of()))
-    assert (plain["hidden_weight"] - one["hidden_weight"]).abs().max() > 1e-2
-
-
-def test_held_out_targets_have_no_part_in_the_scale():
-    config = config_of(normalise_features=True, validation_fraction=0.3)
-    one = fitted(FEATURES, config)
-    means = FEATURES.means.clone()
-    means[one.held_out] *= 50
-    other = fitted(replace(FEATURES, means=means), config)
-    assert torch.equal(one.stack.hidden_weight, other.stack.hidden_weight)
-
-
-def with_losses(monkeypatch, config, losses) -> Trainer:
-    """Train with held-out losses that are given, one an epoch, until it is over."""
-    trainer = Trainer(FEATURES, IDENTITY, config)
-    given = iter(losses)
-    measure = trainer._count_rows
-
-    def measured(rows):
-        found = measure(rows)
-        return replace(found, loss=next(given) * found.examples)
-
-    monkeypatch.setattr(trainer, "_count_rows", measured)
-    while not trainer.is_over:
-        trainer.train_epoch()
-    return trainer
-
-
-@pytest.mark.parametrize(
-    ("patience", "losses", "epochs", "best"),
-    [
-        (1, [3.0, 2.0, 2.5], 3, 2),
-        (2, [3.0, 2.0, 2.5, 2.1], 4, 2),
-        (2, [3.0, 2.0, 2.5, 1.9, 2.0, 2.0], 6, 4),  # it fell in time
-        (3, [1.0, 1.0, 1.0, 1.0], 4, 1),  # equal isn't lower
-        (3, [5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 6, 6),  # never waits
-        (30, [1.0, 2.0, 3.0, 2.0, 3.0, 4.0], 6, 1),  # never waits long enough
-    ],
-)
-def test_training_stops_after_so_many_epochs_without_a_lower_loss_and_keeps_the_best(
-    monkeypatch, patience, losses, epochs, best
-):
-    config = config_of(num_epochs=6, early_stopping=patience, validation_fraction=0.3)
-    trainer = with_losses(monkeypatch, config, losses)
-    assert trainer.epochs_done == epochs == len(losses)
-    assert trainer.best == (best, losses[best - 1])
-    unstopped = Trainer(FEATURES, IDENTITY, replace(config, early_stopping=None))
-    for _ in range(best):
-        unstopped.train_epoch()
-    assert torch.equal(trainer.stack.hidden_weight, unstopped.stack.hidden_weight)
 
 
 def test_a_usual_run_has_nothing_to_tell():

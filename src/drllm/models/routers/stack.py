@@ -100,13 +100,12 @@ class RouterStack(nn.Module):
             for weight in stacked.data:
                 nn.init.xavier_uniform_(weight, generator=generator)
 
-    def forward(self, means: Tensor, filled: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def forward(self, means: Tensor, filled: Tensor) -> Tensor:
         """Return the logits of every layer's router on its own input.
 
         Args:
             means: `[B, L, W, D]` windows of each layer's input.
             filled: `[B]` number of windows that hold tokens.
-            dropout: `[B, L, H]` factors of the hidden units; None for 1.
 
         Returns:
             `[B, L, 3]` logits: the mean over the filled windows.
@@ -120,8 +119,6 @@ class RouterStack(nn.Module):
         )  # [L, H, B * W]
         inner = nn.functional.gelu(inner, approximate="tanh").view(L, H, B, W)
         inner = _average_filled(inner, filled)  # [L, H, B]
-        if dropout is not None:
-            inner = inner * dropout.permute(1, 2, 0)
         logits = torch.baddbmm(self.decision_bias[..., None], self.decision_weight, inner)
         return logits.permute(2, 0, 1)
 

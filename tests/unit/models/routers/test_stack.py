@@ -122,18 +122,6 @@ def test_logits_are_the_mean_over_the_filled_windows_of_each_routers_own_alone_a
         torch.testing.assert_close(alone[row].detach(), expected, **CLOSE)
 
 
-def test_dropout_scales_the_hidden_units_of_each_row_and_layer():
-    stack = new_stack()
-    means, filled = batch_of_windows()
-    kept = torch.randint(0, 2, (6, L, H), generator=generator(4)) * 2.0
-    for row, layer in itertools.product(range(6), range(L)):
-        alone = new_stack()
-        alone.decision_weight.data[layer] *= kept[row, layer]
-        expected = slow_logits(alone, layer, list(means[row, layer, : filled[row]]))
-        logits = stack(means, filled, kept)[row, layer].detach()
-        torch.testing.assert_close(logits, expected, **CLOSE)
-
-
 @pytest.mark.parametrize("junk", [7.0, math.nan, math.inf])
 def test_what_unfilled_windows_hold_never_counts(junk):
     stack = new_stack()
