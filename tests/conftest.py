@@ -190,6 +190,19 @@ def tiny_tokenizer() -> Any:
     )
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., BaseModel]:
+    """A function that makes a base model of a tiny model, a Llama with some fields unless given."""
+    from drllm.models.base.load import BaseModel
+
+    def make(model: Any = None, name: str = "tiny", **fields: Any) -> BaseModel:
+        if model is None:
+            model = tiny_llama(**fields)
+        return BaseModel(model=model, tokenizer=tiny_tokenizer, name=name)
+
+    return make
+
+
 @pytest.fixture
 def set_date(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
     """A function that sets the date that transformers tells chat templates."""

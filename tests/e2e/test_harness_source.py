@@ -3,7 +3,6 @@
 import pytest
 
 import drllm
-from drllm.models.base.load import BaseModel
 from drllm.tasks.registry import get_task
 from harness_files import GENERATED, OPTIONS, written_task
 
@@ -16,9 +15,8 @@ FEW = {"num_fit": 12, "num_judged": 12, "max_skipped": 1, "beam": 1, "max_loss":
 
 
 @pytest.fixture(scope="module")
-def base(tiny_llama, tiny_tokenizer):
-    model = tiny_llama(max_position_embeddings=1024)
-    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+def base(tiny_base):
+    return tiny_base(max_position_embeddings=1024)
 
 
 @pytest.mark.parametrize("settings", [OPTIONS, GENERATED], ids=["options", "generated"])

@@ -15,7 +15,6 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import STEPS
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.layers import can_split
-from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath, Step
@@ -36,9 +35,8 @@ QUESTIONS = {
 
 
 @pytest.fixture
-def base(tiny_llama, tiny_tokenizer):
-    model = tiny_llama(max_position_embeddings=96)
-    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+def base(tiny_base):
+    return tiny_base(max_position_embeddings=96)
 
 
 @pytest.fixture
@@ -168,12 +166,11 @@ def tokens_read(lm):
 
 @pytest.mark.parametrize("runs", PLANS)
 def test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_whole_prompt(
-    tiny_model, tiny_tokenizer, family, runs
+    tiny_model, tiny_base, tiny_tokenizer, family, runs
 ):
     plan = PLANS[runs]
     model = tiny_model(family)
-    base = BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
-    lm = RoutedLM(base, batch_size=2)
+    lm = RoutedLM(tiny_base(model), batch_size=2)
     lm.policy = lm.routed.policy_of(plan)
     passes = tokens_read(lm)
     texts = [SHOTS + text for text in ASKED]
@@ -208,10 +205,8 @@ def test_what_changes_the_likeliest_token_is_heeded(base, where):
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mpt"])
-def test_models_without_rotations_answer_behind_worked_examples_too(
-    tiny_model, tiny_tokenizer, kind
-):
-    base = BaseModel(model=tiny_model(kind), tokenizer=tiny_tokenizer, name="", revision=None)
+def test_models_without_rotations_answer_behind_worked_examples_too(tiny_model, tiny_base, kind):
+    base = tiny_base(tiny_model(kind))
     requests = to_answer([SHOTS + text for text in ASKED], until=["\n"], max_gen_toks=8)
     expected = stock(base).generate_until(requests, disable_tqdm=True)
     assert RoutedLM(base, batch_size=3).generate_until(requests, disable_tqdm=True) == expected

@@ -17,7 +17,6 @@ from drllm.evaluation.lm_eval.task import draw_stock_task
 from drllm.evaluation.questions import tasks_of
 from drllm.evaluation.run import evaluate
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel
 from drllm.records.results import read_results
 from drllm.tasks.harness import LmEvalTask
 from harness_files import GENERATED, OPTIONS, ROWS, written_task
@@ -25,9 +24,8 @@ from slow_way import tiny_routers
 
 
 @pytest.fixture(scope="module")
-def base(tiny_llama, tiny_tokenizer):
-    model = tiny_llama(max_position_embeddings=1024)
-    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+def base(tiny_base):
+    return tiny_base(max_position_embeddings=1024)
 
 
 @pytest.fixture
