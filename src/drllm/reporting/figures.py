@@ -113,7 +113,7 @@ class _Layout:
 
 
 def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float) -> _Layout:
-    points = [point for curve in curves.values() for point in curve]
+    points = list(itertools.chain.from_iterable(curves.values()))
     executions = [point.executions for point in points]
     left = min(evaluation.num_layers - 0.5, *executions)
     right = max(executions)
@@ -122,7 +122,7 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
     widest = max((len(label) for label in labels.values()), default=0)
     share = min(0.6, (LETTER * widest + 0.3) / (width - MARGIN))
     room = (right - left) * share / (1 - share)
-    ends = [100 * end for point in points for end in point.interval]
+    ends = [100 * end for end in itertools.chain.from_iterable(p.interval for p in points)]
     if evaluation.chance > 0:
         ends.append(100 * evaluation.chance)
     space = 0.06 * (max(ends) - min(ends)) or 1.0

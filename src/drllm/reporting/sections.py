@@ -31,11 +31,9 @@ def document(runs: Sequence[Run]) -> blocks.Document:
         [run] = runs
         return blocks.Document(_title(run), _about(run), _first_blocks(run), _sections(run))
     names = [f"{number}: {run.name}" for number, run in enumerate(runs, start=1)]
-    evaluations = [
-        (name, evaluation)
-        for name, run in zip(names, runs, strict=True)
-        for evaluation in run.evaluations
-    ]
+    evaluations: list[tuple[str, Evaluation]] = []
+    for name, run in zip(names, runs, strict=True):
+        evaluations += [(name, evaluation) for evaluation in run.evaluations]
     compared = evaluated.side_by_side(
         "run",
         evaluations,
