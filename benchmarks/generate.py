@@ -53,7 +53,6 @@ from drllm.models.base.prompts import encode, left_padded
 from drllm.models.export import export_path
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
@@ -342,8 +341,10 @@ def many_prompts(
 
 def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
     """Return a routed copy that runs a path with an adapter; its values don't matter here."""
-    routed, rank = RoutedModel(twin(base.model)), HealConfig().rank
-    routed.add_adapter("healed", Adapter.fresh(routed, rank, rank, path.path(), seed=0))
+    routed = RoutedModel(twin(base.model))
+    rank = HealConfig().rank
+    maps = routed.injection.linear_maps
+    routed.injection.lora.create("healed", rank, rank, path.layers, maps, seed=0)
     routed.driver.policy = routed.policy_of(path.with_adapter("healed"))
     return routed
 

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from drllm.models.healed import save_healed
-from drllm.models.routing.adapters import Adapter
+from drllm.models.routing.lora import LoraWeights
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import StaticPath, Step, layer_of
-from drllm.records.healed import Checked, HealedPath, Losses
+from drllm.paths import StaticPath
+from drllm.records.healed import HealedPath, HealPoint, Losses
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
 from slow_way import tiny_adapter
 
-PATH: list[int | Step] = [0, 1, 3, 4, 4, 5]
+PATH = [0, 1, 3, 4, 4, 5]
 
 
 def written_healed(
@@ -21,15 +21,16 @@ def written_healed(
     model: Any,
     identity: Mapping[str, Any],
     *,
-    path: Sequence[int | Step] = PATH,
+    path: Sequence[int] = PATH,
     first_layer: int = 1,
-    adapter: Adapter | None = None,
+    adapter: LoraWeights | None = None,
     **fields: Any,
 ) -> HealedPath:
     """Write a healed path of a model with this identity, which isn't routed; return its record."""
     routed = RoutedModel(model)
-    layers = {layer_of(step) for step in path} - set(range(first_layer))
+    layers = {layer for layer in path if layer >= first_layer}
     adapter = adapter or tiny_adapter(routed, sorted(layers))
+    routed.injection.add_adapter("written", adapter)
     values = {
         "name": "less",
         "steps": steps_to_write(StaticPath(path)),
@@ -41,11 +42,12 @@ def written_healed(
         "adapter_sha256": "",
         "tasks": ("arc_easy",),
         "texts": ("books.jsonl",),
-        "curve": (Checked(step=9, tokens=99, seconds=1.5, train_kl=0.5, held_out_kl=0.6),),
+        "curve": (HealPoint(step=9, tokens=99, seconds=1.5, train_kl=0.5, held_out_kl=0.6),),
         "held_out": {"arc_easy": Losses(full=2.0, path=3.0, healed=2.2)},
     }
     manifest = new_manifest("healed_path", model=identity, config={"rank": adapter.rank})
     try:
-        return save_healed(folder, HealedPath(**manifest, **values | fields), adapter, routed)
+        record = HealedPath(**manifest, **values | fields)
+        return save_healed(folder, record, routed, "written")
     finally:
         routed.detach()

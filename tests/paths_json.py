@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drllm.paths import StaticPath, Step
+from drllm.paths import StaticPath
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest
-from drllm.records.static_paths import Measured, NamedPath, StaticPaths, steps_to_write
+from drllm.records.static_paths import NamedPath, PathScore, StaticPaths, steps_to_write
 from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.verdicts import Differences, Verdict
 
-PATHS: dict[str, list[int | Step]] = {
+PATHS = {
     "full": [0, 1, 2, 3, 4, 5],
     "5.00": [0, 1, 3, 4, 5],
-    "4.60": [0, Step(1, "mlp"), 2, Step(3, "attention"), 4],
-    "damped": [0, 1, 2, Step(2, scale=0.5), 3, 4, 5],
+    "4.00": [0, 1, 2, 4],
+    "again": [0, 1, 2, 2, 3, 4, 5],
 }
 
 
@@ -26,7 +26,7 @@ def written_paths(
     *,
     certified: str | None = None,
     epsilon: float | None = 2.0,
-    paths: Mapping[str, list[int | Step]] = PATHS,
+    paths: Mapping[str, list[int]] = PATHS,
     divided: tuple[str, ...] = (),
     fitted: tuple[float, float, float] | None = None,
 ) -> Path:
@@ -75,18 +75,18 @@ def written_paths(
 
 
 def written_plans(folder: Path, paths: Mapping[str, StaticPath]) -> str:
-    """Write a file of each path of whole layers, and return them as `--paths` takes them."""
-    files = {folder / f"{name}.json": path.path() for name, path in paths.items()}
+    """Write a file of each path, and return them as `--paths` takes them."""
+    files = {folder / f"{name}.json": path.layers for name, path in paths.items()}
     for file, layers in files.items():
         file.write_text(json.dumps({"path": layers}))
     return ",".join(map(str, files))
 
 
-def _fitted(change: tuple[float, float, float] | None) -> Measured:
-    return Measured(task="arc_easy", part="fit", num_questions=99, objective=-1.0, change=change)
+def _fitted(change: tuple[float, float, float] | None) -> PathScore:
+    return PathScore(task="arc_easy", part="fit", num_questions=99, objective=-1.0, change=change)
 
 
-def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -> Measured:
+def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -> PathScore:
     against = None
     if outcomes is not None:
         won, lost = outcomes
@@ -100,7 +100,7 @@ def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -
                 quantity="gold_logprob", mean=0.05, interval=(-0.01, 0.11), **shown
             ),
         )  # fmt: skip
-    return Measured(
+    return PathScore(
         task="arc_easy",
         part=part,
         num_questions=num_questions,

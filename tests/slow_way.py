@@ -17,13 +17,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import make_tiny
-from drllm.models.families import WHOLE_LAYERS
+from drllm.models.families import NO_SUBLAYERS
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.kv_cache import RoutedCacheLayer
+from drllm.models.routing.lora import LoraWeights, layer_of_map, map_sizes
 from drllm.models.routing.policies import Policy
-from drllm.paths import ATTENTION, MLP, Step, step_of, to_path
+from drllm.paths import to_path
 
 LOGIT_TOLERANCE = 2e-5
 """Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
@@ -32,12 +32,12 @@ SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
 measured on these models)."""
 FULL = (1,) * 6
-NO_PARTS = {
+NOT_TOLD_APART = {
     family: reason.removeprefix("a layer ")
-    for reason, families in WHOLE_LAYERS.items()
+    for reason, families in NO_SUBLAYERS.items()
     for family in families
 }
-"""Families that are routed, but not in parts → why."""
+"""Families in whose layers attention and MLP can't be told apart → why."""
 FOREIGN_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -78,9 +78,8 @@ class ListedModel:
     Args:
         model: A model that isn't routed; it stays as it is.
         decisions: `[L]`.
-        path: Layers in any order, instead of decisions; a `Step` for a layer that runs in part or
-            damped.
-        adapters: The adapters that steps name; they are merged into copies of the layers.
+        path: Layers in any order, instead of decisions.
+        adapter: The weights of an adapter, which are merged into copies of the layers.
         cached: Give each listed layer a copy of its own and number them anew, so that the model
             can be run with a cache too: one entry a listed layer.
     """
@@ -90,12 +89,11 @@ class ListedModel:
         model: Any,
         decisions: Sequence[int] | None = None,
         *,
-        path: Sequence[int | Step] = (),
-        adapters: Mapping[str, Adapter] | None = None,
+        path: Sequence[int] = (),
+        adapter: LoraWeights | None = None,
         cached: bool = False,
     ) -> None:
-        steps = [step_of(item) for item in (path if decisions is None else to_path(decisions))]
-        path = [step.layer for step in steps]
+        path = list(path if decisions is None else to_path(decisions))
         shared = {id(weight): weight for weight in model.parameters()}
         self.model = copy.deepcopy(model, dict(shared))
         lists = [  # the largest list of modules is that of the layers
@@ -108,11 +106,9 @@ class ListedModel:
         layers = getattr(stack, name)
         assert decisions is None or len(layers) == len(decisions)
         listed = [copy.deepcopy(layers[i], dict(shared)) if cached else layers[i] for i in path]
-        listed = [
-            merged(layer, step.layer, adapters[step.adapter]) if step.adapter else layer
-            for layer, step in zip(listed, steps, strict=True)
-        ]
-        listed = [changed(layer, step) for layer, step in zip(listed, steps, strict=True)]
+        if adapter is not None:
+            pairs = zip(listed, path, strict=True)
+            listed = [merged(layer, index, adapter) for layer, index in pairs]
         if cached:
             for place, layer in enumerate(listed):
                 for part in layer.modules():
@@ -157,73 +153,28 @@ class ListedModel:
         return row[len(tokens) :]
 
 
-SUBLAYERS = {
-    ATTENTION: ("self_attn", "self_attention", "attn", "attention", "mixer"),
-    MLP: ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe", "ffn"),
-}
-"""What families call their sublayers."""
-LAST_MAPS = (
-    *("o_proj", "out_proj", "c_proj", "dense", "fc_out", "wo"),  # of attention
-    *("down_proj", "dense_4h_to_h", "fc2", "w2", "output_linear"),  # of MLPs, and of experts
-    "bias",  # jetmoe: of the sublayer itself
-)
-"""What they call the last linear map of one."""
-
-
-def merged(layer: nn.Module, index: int, adapter: Adapter) -> nn.Module:
+def merged(layer: nn.Module, index: int, adapter: LoraWeights) -> nn.Module:
     """Return a copy of a layer with an adapter added to its weights."""
     layer = copy.deepcopy(layer)
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.maps.items():
         number, _, place = name.partition(".")
         if int(number) == index:
             module = layer.get_submodule(place)
-            update = adapter.alpha / adapter.rank * (b @ a).detach()
+            update = adapter.alpha / adapter.rank * (b @ a)
             module.weight.data += update if isinstance(module, nn.Linear) else update.T
     return layer
 
 
-def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 4) -> Adapter:
+def tiny_adapter(routed: Any, layers: Sequence[int], seed: int = 0, rank: int = 4) -> LoraWeights:
     """Make an adapter of some layers that changes what they give, as after training."""
-    adapter = Adapter.fresh(routed, rank, 2.0 * rank, layers, seed)
-    generator = torch.Generator().manual_seed(seed + 100)
-    for _, b in adapter.weights.values():
-        b.copy_(0.05 * torch.randn(b.shape, generator=generator))
-    return adapter
-
-
-def changed(layer: nn.Module, step: Step) -> nn.Module:
-    """Return a layer that does what a step says: sublayers left out have a last map of zeros."""
-    for left_out in {ATTENTION: [MLP], MLP: [ATTENTION]}.get(step.run, []):
-        layer = copy.deepcopy(layer)
-        zeroed = [
-            weight.zero_()
-            for name, weight in layer.named_parameters()
-            if name.split(".")[0] in SUBLAYERS[left_out]
-            and any(part.startswith(LAST_MAPS) for part in name.split(".")[1:])
-        ]
-        assert zeroed, f"{type(layer).__name__}: {[name for name, _ in layer.named_parameters()]}"
-    return layer if step.scale == 1 else Damped(layer, step.scale)
-
-
-class Damped(nn.Module):
-    """A layer whose update counts less."""
-
-    def __init__(self, layer: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.layer = layer
-        self.scale = scale
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # the model's loop asks a layer for its kind of attention
-            return getattr(super().__getattr__("layer"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(hidden, *args, **kwargs)
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        damped = hidden + self.scale * (first - hidden)
-        return (damped, *rest) if isinstance(output, tuple) else damped
+    generator = torch.Generator().manual_seed(seed)
+    maps = {}
+    for name, module in routed.injection.linear_maps.items():
+        if layer_of_map(name) in layers:
+            num_in, num_out = map_sizes(module)
+            a = (2 * torch.rand(rank, num_in, generator=generator) - 1) * num_in**-0.5
+            maps[name] = a, 0.05 * torch.randn(num_out, rank, generator=generator)
+    return LoraWeights(rank, 2.0 * rank, maps)
 
 
 def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> list[list[float]]:

@@ -34,7 +34,6 @@ from drllm.models.routing.routed_model import RoutedModel as RoutedModel
 from drllm.models.routing.routed_model import attach as attach
 from drllm.models.routing.routed_model import detach as detach
 from drllm.paths import StaticPath as StaticPath
-from drllm.paths import Step as Step
 from drllm.paths import sketch as sketch
 from drllm.paths import to_decisions as to_decisions
 from drllm.paths import to_path as to_path

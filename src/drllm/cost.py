@@ -1,18 +1,13 @@
 """What running layers costs: executions in layer equivalents, and the budget they must keep to.
 
-Costs are floats in *layer equivalents*: 1.0 is one execution of one layer, and a part of a layer
-costs its share of the layer's multiply-adds. Measured time is never derived from here. Loads no
-torch.
+Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. Measured time is never
+derived from here. Loads no torch.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
-from drllm.paths import ALL, ATTENTION, StaticPath, Step, num_executions, step_of, to_path
-
-Shares: TypeAlias = Sequence[tuple[float, float]]
-"""What the attention and the MLP of each layer have of its multiply-adds; each pair sums to 1."""
+from drllm.paths import StaticPath, num_executions, to_path
 
 
 def max_executions(budget: float, num_layers: int) -> int:
@@ -45,18 +40,9 @@ def mean_executions(rows: Sequence[Sequence[int]]) -> float:
     return sum(map(num_executions, rows)) / len(rows)
 
 
-def step_executions(item: int | Step, shares: Shares) -> float:
-    """Return the cost of a step; a damped one costs what any other does.
-
-    The shares are read only for a step that runs a part of a layer.
-    """
-    step = step_of(item)
-    return 1.0 if step.run == ALL else shares[step.layer][0 if step.run == ATTENTION else 1]
-
-
-def path_executions(path: StaticPath, shares: Shares) -> float:
-    """Return the cost of a static path in layer equivalents; parts of layers cost their shares."""
-    return sum(step_executions(item, shares) for item in path.steps)
+def path_executions(path: StaticPath) -> float:
+    """Return the cost of a static path in layer equivalents."""
+    return float(len(path.layers))
 
 
 def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]) -> float | None:

@@ -6,6 +6,7 @@ from drllm.errors import ConfigError
 
 EXTRAS = {
     "eval": ("lm_eval", "datasets"),
+    "heal": ("peft",),
     "report": ("matplotlib",),
     "math": ("math_verify",),
     "demo": ("gguf",),

@@ -2,18 +2,17 @@
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
-decision vector only if it visits the layers in order and none more than twice. A `StaticPath` can
-say more: that of a layer only the attention or the MLP runs, that its update counts less, or that
-it runs with an adapter. Loads no torch.
+decision vector only if it visits the layers in order and none more than twice. A `StaticPath` is a
+path that serves a whole task, with the adapter that it was healed with. Loads no torch.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from drllm.errors import PathError, unknown_name
+from drllm.errors import PathError
 
 Decisions: TypeAlias = tuple[int, ...]
 """One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
@@ -124,109 +123,54 @@ def _check_layer(layer: object, place: int, num_layers: int) -> None:
         )
 
 
-ALL, ATTENTION, MLP = "all", "attention", "mlp"
-RUNS = (ALL, ATTENTION, MLP)
-"""What a step may run of a layer: all of it, or one sublayer while the other adds nothing."""
-
-
-class Step(NamedTuple):
-    """One execution of a layer, or of a part of it.
-
-    Attributes:
-        layer: Index of the layer, from 0.
-        run: `all`, or the one sublayer that runs: `attention` or `mlp`.
-        scale: What the update counts, in (0, 1]: the step leads from a state h to
-            h + scale · (layer(h) − h).
-        adapter: The adapter that it runs with, by its name in the routed model; empty for none.
-    """
-
-    layer: int
-    run: str = ALL
-    scale: float = 1.0
-    adapter: str = ""
-
-
-Steps: TypeAlias = "tuple[int | Step, ...]"
-"""What a path runs in order: an index is a whole layer, undamped."""
-
-
-def step_of(item: int | Step) -> Step:
-    """Return an item of `Steps` as a step."""
-    return item if isinstance(item, Step) else Step(item)
-
-
-def layer_of(item: int | Step) -> int:
-    """Return the layer of an item of `Steps`."""
-    return item.layer if isinstance(item, Step) else item
-
-
 @dataclass(frozen=True, slots=True)
 class StaticPath:
-    """A path that is the same for a whole task: steps in the order executed, at least one.
+    """A path that is the same for a whole task.
 
-    Given are layer indices, `Step`s, or mappings with their fields. Steps that run a whole layer
-    undamped, without an adapter, are kept as its index, so that equal paths compare equal.
+    A layer may be listed more than once and in any order. A healed path is another path than the
+    plain one of the same layers: it has an adapter.
+
+    Attributes:
+        layers: Layer indices in the order executed, at least one.
+        adapter: The adapter that the path runs with, by its name in the routed model; empty for
+            none.
 
     Raises:
-        PathError: No steps, a sublayer that there isn't, or a scale outside (0, 1].
+        PathError: No layers, or something that is no index of a layer.
 
     Example:
-        >>> StaticPath([0, Step(1), {"layer": 2, "run": "mlp"}]).steps
-        (0, 1, Step(layer=2, run='mlp', scale=1.0, adapter=''))
+        >>> StaticPath([0, 2, 3]).edits(num_layers=4)
+        'skips layer 1'
     """
 
-    steps: Steps
+    layers: Path
+    adapter: str
 
-    def __init__(self, steps: Iterable[int | Step | Mapping[str, Any]]) -> None:
-        checked = tuple(_checked(step, place) for place, step in enumerate(steps))
+    def __init__(self, layers: Iterable[int], adapter: str = "") -> None:
+        checked = tuple(_check_index(layer, place) for place, layer in enumerate(layers))
         if not checked:
             raise PathError("the path is empty; at least one layer must be executed")
-        object.__setattr__(self, "steps", checked)
+        object.__setattr__(self, "layers", checked)
+        object.__setattr__(self, "adapter", adapter)
 
-    @property
-    def runs_parts(self) -> bool:
-        """Whether a step runs the attention or the MLP of a layer alone."""
-        return any(step_of(item).run != ALL for item in self.steps)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that its steps run with, each once."""
-        return tuple(dict.fromkeys(s.adapter for s in map(step_of, self.steps) if s.adapter))
-
-    @property
-    def departure(self) -> int:
-        """The first layer that isn't executed exactly once, before all later ones."""
-        for place, step in enumerate(self.steps):
-            if step != place:
-                return min(place, layer_of(step))
-        return len(self.steps)
-
-    def with_adapter(self, name: str, first_layer: int = 0) -> "StaticPath":
-        """Return the path with an adapter on its layers from the first one on; none if unnamed."""
-        steps = map(step_of, self.steps)
-        return StaticPath(s._replace(adapter=name) if s.layer >= first_layer else s for s in steps)
+    def with_adapter(self, name: str) -> "StaticPath":
+        """Return the path with an adapter; without one if the name is empty."""
+        return StaticPath(self.layers, name)
 
     def check(self, num_layers: int) -> "StaticPath":
         """Return the path itself if a model of L layers has all of its layers; else a PathError."""
-        for place, item in enumerate(self.steps):
-            _check_layer(layer_of(item), place, num_layers)
+        for place, layer in enumerate(self.layers):
+            _check_layer(layer, place, num_layers)
         return self
 
-    def path(self) -> Path:
-        """Return the layer indices of a path of whole layers; a PathError for any other."""
-        for item in self.steps:
-            if isinstance(item, Step):
-                raise PathError(
-                    f"the path runs {_part(item)}, which indices of layers can't express"
-                )
-        return tuple(int(item) for item in self.steps if not isinstance(item, Step))
-
     def decisions(self, num_layers: int) -> Decisions:
-        """Return the same as decisions `[L]`; a PathError where these can't express it."""
-        return to_decisions(self.path(), num_layers)
+        """Return the layers as decisions `[L]`; a PathError where these can't express them."""
+        return to_decisions(self.layers, num_layers)
 
     def plan(self, num_layers: int) -> "Plan":
-        """Return the same as decisions `[L]` where these can express it, else the path itself."""
+        """Return decisions `[L]` where these say all of the path, else the path itself."""
+        if self.adapter:
+            return self
         try:
             return self.decisions(num_layers)
         except PathError:
@@ -236,77 +180,55 @@ class StaticPath:
         """Say in words what the path changes about the full one of L layers.
 
         Example:
-            >>> StaticPath([0, Step(1, "mlp"), 3, Step(3, scale=0.5)]).edits(4)
-            'skips layer 2, skips the attention of layer 1, repeats layer 3 at half weight'
+            >>> StaticPath([0, 1, 3, 3]).edits(num_layers=4)
+            'skips layer 2, repeats layer 3'
         """
-        return _edits(self.steps, num_layers) + ", with an adapter" * bool(self.adapters)
+        words = _describe_edits(self.layers, num_layers)
+        return f"{words}, with an adapter" if self.adapter else words
 
 
 Plan: TypeAlias = "Decisions | StaticPath"
-"""What one row runs: decisions, or a path that may say more."""
+"""What one row runs: decisions, or a static path."""
 
 
-def steps_of(plan: Plan) -> Steps:
-    """Return what a plan runs, in order."""
-    return plan.steps if isinstance(plan, StaticPath) else to_path(plan)
+def layers_of(plan: Plan) -> Path:
+    """Return the layers that a plan runs, in order."""
+    return plan.layers if isinstance(plan, StaticPath) else to_path(plan)
 
 
-def _checked(given: Any, place: int) -> int | Step:
-    where = f"at position {place} of the path (counted from 0)"
-    if isinstance(given, Mapping):
-        given = Step(**given) if given.keys() <= set(Step._fields) and "layer" in given else None
-    step = given if isinstance(given, Step) else Step(given)
-    if not isinstance(step.layer, int) or isinstance(step.layer, bool) or step.layer < 0:
-        raise PathError(f"{step.layer!r} {where} is no layer; give an index from 0, or a Step")
-    if step.run not in RUNS:
-        raise PathError(f"{where}: " + unknown_name("part of a layer", str(step.run), RUNS))
-    if not 0 < step.scale <= 1:
-        raise PathError(f"the scale {step.scale!r} {where} is not in (0, 1]; give 1 for all of it")
-    plain = step.run == ALL and step.scale == 1 and not step.adapter
-    return int(step.layer) if plain else step._replace(scale=float(step.scale))
+def adapter_of(plan: Plan) -> str:
+    """Return the name of the adapter that a plan runs with; empty for none."""
+    return plan.adapter if isinstance(plan, StaticPath) else ""
 
 
-def _part(step: Step) -> str:
-    what = f"layer {step.layer}" if step.run == ALL else f"the {_SAID[step.run]} of {step.layer}"
-    what = what if step.scale == 1 else f"{what} at weight {step.scale:g}"
-    return f"{what} with an adapter" if step.adapter else what
+def _check_index(layer: object, place: int) -> int:
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+        raise PathError(
+            f"{layer!r} at position {place} of the path (counted from 0) is no layer; give an "
+            f"index from 0"
+        )
+    return int(layer)
 
 
-_SAID = {ATTENTION: "attention", MLP: "MLP"}
+def _describe_edits(layers: Path, num_layers: int) -> str:
+    counts = Counter(layers)
+    skipped = [layer for layer in range(num_layers) if layer not in counts]
+    by_repeats: dict[int, list[int]] = {}
+    for layer, count in counts.items():
+        if count > 1:
+            by_repeats.setdefault(count - 1, []).append(layer)
+    parts = [f"skips {_list_layers(skipped)}"] if skipped else []
+    for times, repeated in by_repeats.items():
+        often = {1: "", 2: " twice"}.get(times, f" {times} times")
+        parts.append(f"repeats {_list_layers(repeated)}{often}")
+    if parts:
+        return ", ".join(parts)
+    is_in_order = list(layers) == sorted(layers)
+    return "runs every layer once" if is_in_order else "runs the layers in another order"
 
 
-def _edits(steps: Steps, num_layers: int) -> str:
-    first: dict[int, Step] = {}
-    again: list[Step] = []
-    for step in map(step_of, steps):
-        if step.layer in first:
-            again.append(step)
-        else:
-            first[step.layer] = step
-    skipped: list[tuple[str, list[str]]] = [
-        ("layer", [str(layer) for layer in range(num_layers) if layer not in first])
-    ]
-    for run, other in ((MLP, ATTENTION), (ATTENTION, MLP)):
-        layers = [str(layer) for layer, step in sorted(first.items()) if step.run == run]
-        skipped.append((f"the {_SAID[other]} of layer", layers))
-    parts = [f"skips {_listed(what, layers)}" for what, layers in skipped if layers]
-    damped = [step for step in first.values() if step.scale != 1]
-    for verb, found in (("runs", damped), ("repeats", again)):
-        alike: dict[tuple[str, float, int], list[str]] = {}
-        for step, times in Counter(found).items():
-            alike.setdefault((step.run, step.scale, times), []).append(str(step.layer))
-        for (run, scale, times), layers in alike.items():
-            what = "layer" if run == ALL else f"the {_SAID[run]} of layer"
-            weight = {1.0: "", 0.5: " at half weight", 0.25: " at a quarter of the weight"}
-            often = {1: "", 2: " twice"}.get(times, f" {times} times")
-            at = weight.get(scale, f" at weight {scale:g}")
-            parts.append(f"{verb} {_listed(what, layers)}{often}{at}")
-    order = [layer_of(item) for item in steps]
-    return ", ".join(parts) or (
-        "runs every layer once" if order == sorted(order) else "runs the layers in another order"
-    )
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    *others, last = names
-    return f"{what}s {', '.join(others)} and {last}" if others else f"{what} {last}"
+def _list_layers(layers: Sequence[int]) -> str:
+    names = [str(layer) for layer in layers]
+    if len(names) == 1:
+        return f"layer {names[0]}"
+    return f"layers {', '.join(names[:-1])} and {names[-1]}"

@@ -17,7 +17,6 @@ from drllm.paths import StaticPath
 PLANS = {
     "decisions": [1, 0, 2, 1, 1, 1],
     "a path in another order": StaticPath([3, 0, 5]),
-    "a path with a part of a layer": StaticPath([0, {"layer": 1, "run": "mlp"}, 5]),
 }
 
 

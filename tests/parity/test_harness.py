@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.layers import can_split
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
-from drllm.paths import StaticPath, Step
+from drllm.paths import StaticPath
 from healed_folder import written_healed
 from paths_json import written_paths
 from slow_way import ListedModel, tiny_routers
@@ -148,7 +149,7 @@ ASKED = ["one + two =", "six - one and then two =", "two + two and one ="]
 PLANS = {
     "all layers": (1,) * 6,
     "decisions": (1, 0, 2, 1, 1, 1),
-    "a path that no decisions say": StaticPath([0, Step(1, "mlp"), 2, 4, 3, 5]),
+    "a path that no decisions say": StaticPath([0, 1, 2, 4, 3, 5]),
 }
 
 
@@ -336,8 +337,10 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     )
 
 
-def test_a_path_of_parts_scores_and_answers_as_the_plain_model_changed_by_hand(base, tmp_path):
-    path = [0, Step(1, "mlp"), 2, Step(3, "attention"), 4, Step(4, scale=0.5), 5]
+def test_a_path_in_another_order_scores_and_answers_as_the_plain_model_of_its_layers(
+    base, tmp_path
+):
+    path = [0, 2, 3, 2, 4, 4, 5]
     plain = copy.deepcopy(base.model)
     file = written_paths(
         tmp_path / "paths.json", base.identity, paths={"full": [*range(6)], "less": path}
@@ -363,20 +366,25 @@ def test_a_path_of_parts_scores_and_answers_as_the_plain_model_changed_by_hand(b
     )
     info = lm.get_model_info()["drllm"]
     assert info["path"] == f"{file}:less"
-    # Four whole layers and a damped one; an MLP has 2/3 of a layer's entries, an attention 1/3.
-    assert info["executions_a_forward"] == pytest.approx(6.0)
+    assert info["executions_a_forward"] == 7.0
 
 
 def test_a_healed_path_scores_and_answers_as_the_plain_model_with_merged_weights(base, tmp_path):
     plain = copy.deepcopy(base.model)
     record = written_healed(tmp_path, base.model, base.identity)
     lm = RoutedLM(base, path=str(tmp_path), batch_size=2)
-    slow = ListedModel(plain, path=record.path.steps, adapters=lm.routed.adapters)
+    adapter = lm.routed.injection.lora.weights(record.adapter)
+    merged = partial(ListedModel, plain, path=record.path.layers, adapter=adapter)
+    slow = merged()
     requests = instances(QUESTIONS)
     for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
         context, continuation = lm._encode_pair(*request.args)
         [alone] = slow.sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
+    asked = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
+    cached = HFLM(pretrained=merged(cached=True).model, tokenizer=base.tokenizer)
+    expected = cached.generate_until(asked, disable_tqdm=True)
+    assert lm.generate_until(asked, disable_tqdm=True) == expected
     assert lm.get_model_info()["drllm"]["path"] == str(tmp_path / "path.json")
 
 

@@ -14,7 +14,7 @@ from drllm.models.scoring import prefix_sharing as sharing
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
-from drllm.paths import ATTENTION, MLP, StaticPath, Step
+from drllm.paths import StaticPath
 from slow_way import (
     FULL,
     SUM_TOLERANCE,
@@ -312,15 +312,6 @@ PATHS = [
 ]
 
 
-PARTIAL = [
-    (0, 1, Step(2, ATTENTION), 3, Step(4, MLP), 5),
-    (0, 1, Step(2, MLP), 2, Step(2, ATTENTION), 4, 5),
-    (0, 1, 2, 3, Step(2, scale=0.5), Step(3, scale=0.25), 4, 5),
-    (Step(0, MLP), Step(1, ATTENTION, 0.5), 5),
-]
-"""Paths that run layers in part, or damped."""
-
-
 def along(paths):
     return [(row, StaticPath(path)) for path in paths for row in range(2)]
 
@@ -331,7 +322,7 @@ def path_by_path(tiny_model):
 
     @cache
     def make(kind, questions):
-        model, asked, paths = tiny_model(kind), QUESTIONS[:2], [*PATHS, *PARTIAL]
+        model, asked, paths = tiny_model(kind), QUESTIONS[:2], PATHS
         if questions != "apart":
             asked = [dataclasses.replace(q, context=[*range(3, 15), *q.context]) for q in asked]
         lists = [ListedModel(model, path=path) for path in paths]

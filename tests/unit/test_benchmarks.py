@@ -13,17 +13,13 @@ from pathlib import Path
 import pytest
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import load
-from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import StaticPath
 from drllm.tasks.registry import get_task
-from slow_way import tiny_routers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOT_OF_TWO_WAYS = {
-    *("healed", "healed_routers", "learning_curve", "serving"),  # what paths answer
+    *("healed", "learning_curve", "serving"),  # what paths answer
     *("all", "two_commits"),  # made of others
     "growth",  # one way at several sizes
 }
@@ -413,31 +409,6 @@ def test_static_paths_are_compared_with_the_full_one_on_questions_of_another_par
     assert ours["interval"][0] <= ours["change"] <= ours["interval"][1]
 
 
-@pytest.mark.thorough
-def test_routers_with_an_adapter_are_compared_with_their_routes_on_other_questions_and_a_mix(
-    figures_of, tiny_folder, tmp_path
-):
-    file = tmp_path / "without_three.json"
-    file.write_text(json.dumps({"path": [i for i in range(NUM_LAYERS) if i not in (3, 5, 6)]}))
-    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
-    named = {"base_model": "tiny", "base_fingerprint": fingerprint(base.model)}
-    for seed in range(2):
-        routers = tiny_routers(seed=seed, num_layers=NUM_LAYERS, **named)
-        save_routers(routers, tmp_path / str(seed))
-    folders = [str(tmp_path / str(seed)) for seed in range(2)]
-    words = ["--routers", *folders, "--paths", str(file), "--output-dir", str(tmp_path / "healed")]
-    found = figures_of("healed_routers", *words)
-    costs = found["executions"]
-    assert costs["healed routers 0"] == pytest.approx(costs["permuted 0"])
-    pairs = {
-        f"healed routers {s} less {other} {s}" for s in (0, 1) for other in ("mixed", "routers")
-    }
-    assert pairs <= found["less"].keys()
-    loss, of_seeds = "loss of texts", found["mean of seeds"]["permuted"]
-    each = [found["less"][f"healed routers {s} less permuted {s}"][loss]["change"] for s in (0, 1)]
-    assert of_seeds[loss]["change"] == pytest.approx(sum(each) / 2)
-
-
 @pytest.fixture
 def alike_targets(tiny_folder, tmp_path):
     """A file of targets that all leave out the same two layers."""
@@ -477,14 +448,6 @@ def test_a_learning_curve_needs_as_many_targets_as_its_largest_size(
         figures_of("learning_curve", "--supervision", str(alike_targets), "--sizes", "2,13")
     assert end.value.code == 2
     assert "13 targets, but there are 16, of which 4 are held out" in capsys.readouterr().err
-
-
-def test_two_paths_are_mixed_so_that_they_run_as_many_layers(benchmark):
-    mixed = benchmark("healed_routers").mixed
-    full, short, shorter = (StaticPath(range(num)) for num in (12, 10, 6))
-    plans = mixed([shorter, full, short], 9, 8)
-    assert sorted(len(path.steps) for path in plans) == [6, 6, 10, 10, 10, 10, 10, 10]
-    assert {*mixed([full, short], 13.5, 3)} == {full}
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ from drllm.errors import PathError
 from drllm.paths import (
     Decision,
     StaticPath,
-    Step,
+    adapter_of,
     check_decisions,
+    layers_of,
     to_decisions,
     to_path,
 )
@@ -31,18 +32,32 @@ def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"),
+    ("layers", "words"),
     [
         ([0, 1, 1, 1], "repeats layer 1 twice"),
         ([0, 0, 0, 0, 1, 1], "repeats layer 0 3 times, repeats layer 1"),
         ([0, 0, 0, 1, 1, 1], "repeats layers 0 and 1 twice"),
-        ([0, 1, *[Step(1, scale=0.5)] * 2], "repeats layer 1 twice at half weight"),
-        ([0, 1, 1, Step(1, scale=0.7)], "repeats layer 1, repeats layer 1 at weight 0.7"),
         ([1, 0], "runs the layers in another order"),
     ],
 )
-def test_edits_say_how_often_a_layer_is_repeated_and_at_which_weight(steps, words):
-    assert StaticPath(steps).edits(2) == words
+def test_edits_say_how_often_a_layer_is_repeated(layers, words):
+    assert StaticPath(layers).edits(2) == words
+    assert StaticPath(layers, "name").edits(2) == f"{words}, with an adapter"
+
+
+def test_a_healed_path_is_another_path_than_the_plain_one():
+    plain, healed = StaticPath([0, 2]), StaticPath([0, 2], "name")
+    assert plain != healed
+    assert healed.with_adapter("") == plain
+    assert (plain.plan(3), healed.plan(3)) == ((1, 0, 1), healed)
+    assert (layers_of(plain), layers_of(healed), layers_of((1, 0, 1))) == ((0, 2),) * 3
+    assert (adapter_of(plain), adapter_of(healed), adapter_of((1, 0, 1))) == ("", "name", "")
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [True], [0.5], ["0"]])
+def test_what_is_no_list_of_layers_is_no_static_path(layers):
+    with pytest.raises(PathError):
+        StaticPath(layers)
 
 
 def test_checked_decisions_are_plain_ints_in_a_tuple():

@@ -12,16 +12,16 @@ MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
 
 def test_a_path_is_found_by_its_name_and_the_certified_one_without(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
-    assert read_path(f"{file}:4.60").path_of(MODEL).steps == tuple(PATHS["4.60"])
-    assert read_path(str(file)).path_of(MODEL).steps == tuple(PATHS["5.00"])
+    assert read_path(f"{file}:4.00").path_of(MODEL).layers == tuple(PATHS["4.00"])
+    assert read_path(str(file)).path_of(MODEL).layers == tuple(PATHS["5.00"])
 
 
 def test_without_a_certified_path_a_name_is_needed_and_the_names_are_listed(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    with pytest.raises(PathError, match=r"certifies no path; .*full, 5.00, 4.60, damped"):
+    with pytest.raises(PathError, match=r"certifies no path; .*full, 5.00, 4.00, again"):
         read_path(str(file))
-    with pytest.raises(PathError, match=r"did you mean '4\.60'"):
-        read_path(f"{file}:4.06")
+    with pytest.raises(PathError, match=r"did you mean '4\.00'"):
+        read_path(f"{file}:4.0")
     with pytest.raises(PathError, match="tune --epsilon") as caught:
         read_path(str(file))
     assert not any(f"{file}:{name}" in str(caught.value) for name in PATHS)
@@ -37,14 +37,14 @@ def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):
 
 
 def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_file(tmp_path):
-    few, one = {name: PATHS[name] for name in ("5.00", "4.60")}, {"5.00": PATHS["5.00"]}
+    few, one = {name: PATHS[name] for name in ("5.00", "4.00")}, {"5.00": PATHS["5.00"]}
     files = [
         written_paths(tmp_path / "arc" / "paths.json", MODEL, paths=few),
         written_paths(tmp_path / "facts" / "paths.json", MODEL, paths=one),
         written_paths(tmp_path / "more.json", MODEL, paths=one),
     ]
     found = read_path_list(",".join(map(str, files)))
-    assert list(found) == ["arc:5.00", "4.60", "facts:5.00", "more:5.00"]
+    assert list(found) == ["arc:5.00", "4.00", "facts:5.00", "more:5.00"]
     assert [path.file for path in found.values()] == [files[0], *files]
     with pytest.raises(PathError, match=r"'5\.00' is there twice"):
         read_path_list(f"{files[0]},{files[0]}:5.00")

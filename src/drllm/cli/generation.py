@@ -18,7 +18,7 @@ from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.fields import flag_of
-from drllm.cost import mean_executions
+from drllm.cost import mean_executions, path_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
 from drllm.paths import num_executions
@@ -262,10 +262,9 @@ def _prompt_row(values: dict[str, Any], line: int) -> PromptRow:
 def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSummary]:
     """Return the policy that runs a static path for every prompt, and the path in words."""
     from drllm.models.healed import load_path
-    from drllm.models.routing.shares import executions_along
 
     static_path = load_path(routed, path)
-    executions = executions_along(routed, static_path)
+    executions = path_executions(static_path)
     summary = PathSummary(static_path.edits(routed.num_layers), executions)
     return routed.policy_of(static_path), summary
 

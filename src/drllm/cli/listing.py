@@ -42,26 +42,23 @@ def _list_baselines(terminal: Terminal) -> None:
 
 
 def _list_architectures(terminal: Terminal) -> None:
-    from drllm.models.families import FAMILIES, REFUSED, WHOLE_LAYERS
+    from drllm.models.families import FAMILIES, REFUSED
 
     refused = {family for families in REFUSED.values() for family in families}
     exact = [family for family in FAMILIES if family not in refused]
     terminal.fact("exact", f"{', '.join(exact)} ({len(exact)} in all)")
     for reason, families in REFUSED.items():
         terminal.fact("refused", f"{', '.join(families)}: {reason}")
-    terminal.say("Of a layer attention or MLP alone can be left out, except in these families:")
-    for reason, families in WHOLE_LAYERS.items():
-        terminal.fact("whole layers", f"{', '.join(families)}: {reason}")
     terminal.say("Named as in transformers' model_type; docs/architectures.md has the differences.")
     terminal.say("Try yours: drllm ls architectures --model NAME; all on tiny models: --try")
 
 
 def _try_architectures(terminal: Terminal, model: str | None) -> None:
     """Print whether a model, or a tiny one of every family, is routed exactly."""
-    from drllm.models.check import check, check_model, why_whole_layers
+    from drllm.models.check import check, check_model
     from drllm.models.families import FAMILIES
 
-    findings, parts = [], ""
+    findings = []
     if model is None:
         with terminal.progress("check", "families") as progress:
             for family in FAMILIES:
@@ -74,10 +71,6 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
             base = load(ModelConfig(model=model, dtype="float32"))
         with terminal.busy(f"checking {model}"):
             findings.append(check_model(base.model))
-            if findings[0].status == "exact":
-                parts = why_whole_layers(base.model) or (
-                    "Of its layers attention or MLP alone can be left out too."
-                )
     rows = []
     for found in findings:
         off = ("–" if off is None else f"{off:.0e}" for off in (found.prefill, found.decode))
@@ -88,8 +81,6 @@ def _try_architectures(terminal: Terminal, model: str | None) -> None:
     terminal.say(
         "Differences: the largest between routed and plain logits, in standard deviations."
     )
-    if parts:
-        terminal.say(parts)
 
 
 _LISTS = {

@@ -9,6 +9,8 @@ REMOVED_VERBS: dict[str, str] = {
 """Name of a removed verb → the whole message: why it went, and what to use instead."""
 
 REMOVED_FLAGS: dict[str, str] = {
+    "--edits": "--edits was removed: leaving out parts of layers and repeating blocks measured no "
+    "gain; 'drllm tune' leaves out whole layers",
     "--menu": "--menu was removed: a menu of paths measured no gain; compare static paths with "
     "--paths",
     "--margin-tolerance": "--margin-tolerance was removed: no other value was measured; a path's "

@@ -355,7 +355,6 @@ class TuneConfig(Settings):
         max_skipped: layers left out, at most; a sixth of the layers unless given
         objective: what is kept high; gold_logprob with options, next_token_loss with other answers,
             kl for prompts without any
-        edits: skip layers; their attention or MLP too (sublayers); start from a repeat too
         beam: paths of a level that are edited further
         num_fit: questions of a task that paths are fitted on, at most
         num_judged: questions of a task that choose, certify and test a path, at most, each
@@ -373,7 +372,6 @@ class TuneConfig(Settings):
     data_dir: str | None = incidental(None)
     max_skipped: float | None = basic(None, above=0.0)
     objective: str | None = basic(None, choices=("gold_logprob", "next_token_loss", "kl"))
-    edits: str = basic("layers", choices=("layers", "sublayers", "repeats"))
     beam: int = setting(3, minimum=1)
     num_fit: int = setting(300, minimum=1)
     num_judged: int | None = setting(None, minimum=2)
@@ -401,7 +399,7 @@ class HealConfig(Settings):
         rank: rank of the adapter
         first_layer: the layers of the path from this one on get the adapter
         steps: steps of training; 250 unless they or --minutes are given
-        minutes: time after which the training ends
+        minutes: time for the training and all its measurements; reading the texts comes before
         learning_rate: peak of the cosine schedule
         batch_size: sequences of --max-tokens tokens a step; of shorter ones as many more
         max_tokens: tokens of a sequence; longer texts are cut into several

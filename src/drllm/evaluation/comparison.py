@@ -25,7 +25,6 @@ from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
-from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.packing import Request
 from drllm.paths import Path as LayerPath
 from drllm.paths import StaticPath
@@ -69,8 +68,6 @@ class Shared:
     ) -> None:
         self.lm, self.routers, self.config, self.output = lm, routers, config, output
         self.paths, self.tuned_on = paths, tuned_on
-        for path in paths.values():
-            lm.routed.injection.prepare(path)
         self.prompts: list[list[int]] = []
         self.sources = sources_of(tasks, config)
         self.worked = worked_task(config, tasks)
@@ -285,10 +282,9 @@ class Comparison:
             tried = [BASE_MODEL, *(each for each in first if each.setting), *paths]
             choice = self._choice(config.epsilon, systems, tried)
         self.shared.prompts += self.asked.prompt_tokens
-        has_parts = any(path.runs_parts for path in self.shared.paths.values())
         try:
-            shares = layer_shares(lm.routed) if has_parts else ()
-            shape: ModelShape | str = ModelShape.of(lm.routed.model, shares, lm.routed.adapters)
+            adapters = lm.routed.injection.lora.all_weights()
+            shape: ModelShape | str = ModelShape.of(lm.routed.model, adapters)
         except ArchitectureError as error:
             shape = str(error)
         return TaskRuns(

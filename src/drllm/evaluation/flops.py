@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from drllm.cost import Shares, step_executions
+from torch import nn
+
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
-from drllm.models.routing.adapters import Adapter
-from drllm.models.routing.shares import EXPERTS, entries_of
-from drllm.paths import MLP, Plan, step_of, steps_of
+from drllm.models.routing.lora import LoraWeights
+from drllm.paths import Plan, adapter_of, layers_of
 from drllm.records.results import Flops
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Where configurations say how many experts a layer has."""
 NOT_DERIVED = (*EXPERTS, "kv_lora_rank", "multi_query", "lambda_std_dev")
 """Where configurations say that a layer has experts, of which a token runs a few, or attention of
 another shape than heads times head size."""
@@ -31,19 +33,15 @@ class ModelShape:
     """The numbers of a model that its cost is derived from."""
 
     # The entries of all matrices that a layer multiplies a token with, `[L]`.
-    matrices: tuple[float, ...]
+    matrices: tuple[int, ...]
     head: int  # entries of the output matrix
     queries: int  # numbers in a token's queries, those of all heads
     kv_bytes: int  # of the keys and values that a layer keeps of a token
-    shares: Shares = ()  # what `layer_shares` finds, for paths that run parts of layers
-    # By name, the entries that an adapter adds to each layer, `[L]`; all of them count where a part
-    # of the layer runs.
+    # By name, the entries that an adapter adds to each layer, `[L]`.
     adapters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: Any, shares: Shares = (), adapters: Mapping[str, Adapter] | None = None
-    ) -> "ModelShape":
+    def of(cls, model: Any, adapters: Mapping[str, LoraWeights] | None = None) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself,
@@ -63,14 +61,13 @@ class ModelShape:
         kv_heads = heads // max(getattr(m, "num_key_value_groups", 1) for m in layers.modules())
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(
-            matrices=tuple(sum(entries_of(layer, model)) for layer in layers),
+            matrices=tuple(_num_entries(layer) for layer in layers),
             head=int(model.get_output_embeddings().weight.numel()),
             queries=heads * head_size,
             kv_bytes=2 * kv_heads * head_size * model.dtype.itemsize,
-            shares=shares,
             adapters={
-                name: tuple(map(adapter.num_entries, range(len(layers))))
-                for name, adapter in (adapters or {}).items()
+                name: tuple(map(weights.num_entries, range(len(layers))))
+                for name, weights in (adapters or {}).items()
             },
         )
 
@@ -80,19 +77,35 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
 
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
     """
-    steps = list(map(step_of, steps_of(plan)))
-    entries = sum(step_executions(s, shape.shares) * shape.matrices[s.layer] for s in steps)
-    entries += sum(shape.adapters[s.adapter][s.layer] for s in steps if s.adapter)
+    layers = layers_of(plan)
+    entries = sum(shape.matrices[layer] for layer in layers)
+    if adapter := adapter_of(plan):
+        entries += sum(shape.adapters[adapter][layer] for layer in layers)
     # Two products for each pair of tokens: the score, and the value that it weights.
-    pairs = sum(step.run != MLP for step in steps) * num_tokens * num_tokens
+    pairs = len(layers) * num_tokens * num_tokens
     return Flops(
-        weights=2 * (shape.head + num_tokens * round(entries)), attention=4 * pairs * shape.queries
+        weights=2 * (shape.head + num_tokens * entries), attention=4 * pairs * shape.queries
     )
 
 
 def kv_bytes(shape: ModelShape, plan: Plan) -> int:
     """Return the bytes of K and V that a token leaves, as long as every layer still sees it.
 
-    A skipped layer keeps none, nor does an MLP alone; a repeated one keeps those of both passes.
+    A skipped layer keeps none; a repeated one keeps those of both passes.
     """
-    return shape.kv_bytes * sum(step_of(item).run != MLP for item in steps_of(plan))
+    return shape.kv_bytes * len(layers_of(plan))
+
+
+def _num_entries(layer: nn.Module) -> int:
+    """Return the entries of all matrices that a layer multiplies a token with."""
+    total = 0
+    for name, module in layer.named_modules():
+        if ".lora_" in name:  # counted for the paths that run with it
+            continue
+        if isinstance(module, nn.Linear):  # its weight may be packed
+            total += module.in_features * module.out_features
+            continue
+        for weight in module.parameters(recurse=False):
+            if weight.dim() > 1:
+                total += weight.numel()
+    return total

@@ -126,7 +126,7 @@ def evaluate(
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
         check_output(output)
-        held = {**model.adapters} if isinstance(model, RoutedModel) else {}
+        adapters = model.injection.lora.all_weights() if isinstance(model, RoutedModel) else {}
         if isinstance(model, RoutedModel):
             if given:
                 raise ConfigError(
@@ -193,8 +193,8 @@ def evaluate(
 
         lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
         stack.callback(detach, base.model)
-        for name, adapter in held.items():
-            lm.routed.add_adapter(name, adapter)
+        for name, weights in adapters.items():
+            lm.routed.injection.add_adapter(name, weights)
         for path in by_name.values():
             if isinstance(path, PathFile):
                 load_path(lm.routed, path)

@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import field
 from torch import Tensor
 
-from drllm.cost import decode_executions, mean_executions
+from drllm.cost import decode_executions, mean_executions, path_executions
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import BaselineRun
 from drllm.evaluation.latency import device_clock
@@ -26,7 +26,6 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import Decides, HarnessRequest, OptionScore, Paths, Plan
 from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
-from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import batches
 from drllm.paths import Decisions, StaticPath
 from drllm.statistics.paired import Outcomes
@@ -126,7 +125,7 @@ class TaskRun:
         plans = [each for each in decides if isinstance(each, Mapping)]
 
         def decided(block: Block) -> Any:
-            return [self._rows(plan, block) for plan in plans] or (path and path.steps) or note
+            return [self._rows(plan, block) for plan in plans] or (path and path.layers) or note
 
         found = self._by_blocks(keep, decided, lambda block: self._ask(block, decides))
         draws = [self.asked.grade(answers) for answers in found.answers]
@@ -151,7 +150,7 @@ class TaskRun:
             system.gold_logprob = _mean(golds)
         of_texts: Paths | StaticPath
         if path is not None:
-            of_texts, system.executions = path, executions_along(self.lm.routed, path)
+            of_texts, system.executions = path, path_executions(path)
         else:
             of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
             [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])

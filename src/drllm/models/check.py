@@ -118,21 +118,6 @@ def check_model(model: Any) -> Finding:
     return finding
 
 
-def why_whole_layers(model: Any) -> str:
-    """Say why attention or MLP of a model's layers can't be left out alone; empty where they can.
-
-    The model isn't routed, and is left as it was.
-    """
-    routed = RoutedModel(model)
-    try:
-        _ = routed.injection.sublayers
-    except ArchitectureError as error:
-        return str(error)
-    finally:
-        routed.detach()
-    return ""
-
-
 def mixed_plans(num_layers: int) -> list[list[int]]:
     """Return four plans for L layers that use a cache in all the ways that one can go wrong."""
     return [

@@ -12,6 +12,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from drllm.errors import ArchitectureError, ConfigError, DrllmError, ModelError, PathError
+from drllm.errors import ArchitectureError, ConfigError, DrllmError, ModelError
 from drllm.models.base import hub
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
 from drllm.models.cards import load_template
 from drllm.models.healed import load_path
-from drllm.models.routing.adapters import Adapter
-from drllm.models.routing.policies import PathPolicy
+from drllm.models.routing.lora import name_of_layers
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import ALL, StaticPath, Step, layer_of, step_of
+from drllm.paths import StaticPath
 from drllm.records.healed import HealedPath
 from drllm.records.identity import QUANTISED
 from drllm.records.static_paths import PathFile, StaticPaths
@@ -89,22 +89,20 @@ def export_path(
     """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads by itself.
 
     The folder holds config, weights, generation config, tokenizer and a model card, and loading it
-    needs no code of ours. A healed path's adapter is merged into the weights. A stock checkpoint
-    can't say that two layers are the same, so a layer that the path runs twice is written twice;
-    nor that a layer has no attention or no MLP, so such a path is refused. The folder appears when
-    all is written and checked: loaded again, every weight is as it should be, and the logits of a
-    short row of tokens equal those of the base model run along the path, bit by bit; to rounding
-    where an adapter is merged.
+    needs no code of ours. PEFT merges a healed path's adapter into the weights. A stock checkpoint
+    can't say that two layers are the same, so a layer that the path runs twice is written twice.
+    The folder appears when all is written and checked: loaded again, every weight is as it should
+    be, and the logits of a short row of tokens equal those of the base model run along the path,
+    bit by bit; to rounding where an adapter is merged.
 
     Args:
         base: The base model, not routed; it stays as it is.
-        path: A path of whole, undamped layers; or layer indices in the order executed: in any
-            order, each any number of times. Of a `PathFile` the card says how the path was found.
+        path: A path, or layer indices in the order executed: in any order, each any number of
+            times. Of a `PathFile` the card says how the path was found.
         output: The folder to make; an empty one may be there.
 
     Raises:
-        PathError: An empty path, a layer that the model doesn't have, a step that is damped or
-            runs a part of its layer, or paths of another model.
+        PathError: An empty path, a layer that the model doesn't have, or paths of another model.
         ArchitectureError: The model's config can't express the path, its class isn't one of
             transformers, or its weights are quantised.
         ConfigError: The folder isn't empty.
@@ -113,14 +111,13 @@ def export_path(
 
     Source: ours.
     """
-    output, model = Path(output), base.model
+    output = Path(output)
     file = path if isinstance(path, PathFile) else None
     if isinstance(path, PathFile):
         path = path.path_of(base.identity)
     elif not isinstance(path, StaticPath):
         path = StaticPath(path)
-    steps = _whole_steps(path.check(base.num_layers))
-    layers = tuple(step.layer for step in steps)
+    path.check(base.num_layers)
     check_output(output)
     if base.identity["fingerprint"].startswith(QUANTISED):
         raise ArchitectureError(
@@ -128,54 +125,64 @@ def export_path(
             f"trained; export from the model without quantisation, then quantise the checkpoint"
         )
     with hub.quiet():
-        listed = _build(model, layers)
-        routed = RoutedModel(model, policy=PathPolicy(path, base.num_layers))
-        try:
-            if file is not None:
-                load_path(routed, file)
-            adapters = [routed.adapters.get(step.adapter) for step in steps]
-            expected = _logits(model)
-        finally:
-            routed.detach()
-        sizes = _fill(listed, model, layers, adapters)
-        made = Export(output, layers, base.runtime["dtype"], *sizes, any(adapters))
-        # Filled next to its place, and moved there when all has succeeded.
-        place = output.resolve()
-        folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-        try:
-            folder.mkdir(parents=True)
-            card = model_card(base.identity, path, made.dtype, made.num_repeated_bytes, file)
+        listed = _build(base.model, path.layers)
+        merged, logits = _run_base(base.model, path, file)
+        num_bytes, num_repeated_bytes = _fill(listed, base.model, path.layers, merged)
+        export = Export(
+            folder=output,
+            path=path.layers,
+            dtype=base.runtime["dtype"],
+            num_bytes=num_bytes,
+            num_repeated_bytes=num_repeated_bytes,
+            is_healed=bool(path.adapter),
+        )
+        card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file)
+        with _appearing(output) as folder:
             _write(folder, listed, base, card)
             del listed  # the copies of weights; the checkpoint is loaded now
-            _verify(folder, model, layers, adapters, expected)
-            if place.is_dir():
-                place.rmdir()
-            folder.rename(place)
-        except DrllmError:  # of which some are an OSError too
-            raise
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or hub.first_line(error)
-            raise ModelError(
-                f"can't write {output}: {reason}; free some space, or give a folder that you may "
-                f"write to"
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    return made
+            _verify(folder, base.model, path, merged, logits)
+    return export
 
 
-def _whole_steps(path: StaticPath) -> list[Step]:
-    """Return the steps of a path, or refuse one that no class of transformers can say."""
-    steps = [step_of(item) for item in path.steps]
-    for place, step in enumerate(steps):
-        if step.scale != 1 or step.run != ALL:
-            how = f"at weight {step.scale:g}" if step.run == ALL else f"with its {step.run} alone"
-            raise PathError(
-                f"the step at position {place} of the path (counted from 0) runs layer "
-                f"{step.layer} {how}, which no class of transformers can say; give a path of "
-                f"whole, undamped layers, or run this one with 'drllm generate --path'"
-            )
-    return steps
+def _run_base(
+    model: Any, path: StaticPath, file: PathFile | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run the base model along a path; return the weights merged with its adapter, and logits."""
+    routed = RoutedModel(model)
+    try:
+        if file is not None:
+            load_path(routed, file)
+        with routed.fixed(path):
+            logits = _logits(model)
+        merged: dict[str, Tensor] = {}
+        if path.adapter:
+            merged = routed.injection.lora.merged_weights(path.adapter)
+        return merged, logits
+    finally:
+        routed.detach()
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """Yield a folder beside its place, which is moved there if the block succeeds."""
+    place = output.resolve()
+    folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if place.is_dir():
+            place.rmdir()
+        folder.rename(place)
+    except DrllmError:  # of which some are an OSError too
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or hub.first_line(error)
+        raise ModelError(
+            f"can't write {output}: {reason}; free some space, or give a folder that you may "
+            f"write to"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_output(folder: Path) -> None:
@@ -215,34 +222,44 @@ def _build(base: Any, path: tuple[int, ...]) -> Any:
     return listed.eval()
 
 
-def _weights_along(
-    base: Any, path: tuple[int, ...], adapters: Sequence[Adapter | None]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield the name of each weight in the model for a path, its values, and whether it is a copy.
+class NamedWeight(NamedTuple):
+    """A weight of the model for a path."""
 
-    A copy is a weight of a layer that stands earlier in the path already.
-    """
+    name: str
+    values: Tensor
+    is_copy: bool  # of a layer that stands earlier in the path already
+
+
+def _weights_along(
+    base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
+) -> Iterator[NamedWeight]:
+    """Yield the weights of the model for a path, those of an adapter merged."""
     layers = find_layers(base)[1]
-    prefix = next(name for name, module in base.named_modules() if module is layers) + "."
+    prefix = name_of_layers(base, layers)
     for name, weight in base.state_dict().items():
-        if not name.startswith(prefix):
-            yield name, weight, False
+        if not name.startswith(f"{prefix}."):
+            yield NamedWeight(name, weight, is_copy=False)
     for place, layer in enumerate(path):
-        adapter = adapters[place]
+        is_copy = layer in path[:place]
         for name, weight in layers[layer].state_dict().items():
-            values, inner = weight, name.removesuffix(".weight")
-            if adapter is not None and inner != name and f"{layer}.{inner}" in adapter.weights:
-                values = adapter.merged(f"{layer}.{inner}", layers[layer].get_submodule(inner))
-            yield f"{prefix}{place}.{name}", values, layer in path[:place]
+            values = weight
+            if name.endswith(".weight"):
+                values = merged.get(f"{layer}.{name.removesuffix('.weight')}", weight)
+            yield NamedWeight(f"{prefix}.{place}.{name}", values, is_copy)
 
 
 def _fill(
-    listed: Any, base: Any, path: tuple[int, ...], adapters: Sequence[Adapter | None]
+    listed: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """Give the model on the meta device the base's weights; return their and the copies' bytes."""
-    along = list(_weights_along(base, path, adapters))
-    # safetensors refuses tensors that share memory, but for those that the class ties.
-    weights = {name: weight.clone() if is_copy else weight for name, weight, is_copy in along}
+    weights: dict[str, Tensor] = {}
+    num_repeated_bytes = 0
+    for weight in _weights_along(base, path, merged):
+        weights[weight.name] = weight.values
+        if weight.is_copy:
+            # safetensors refuses tensors that share memory, but for those that the class ties.
+            weights[weight.name] = weight.values.clone()
+            num_repeated_bytes += weight.values.nbytes
     shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
     for name in sorted(shapes.keys() | weights.keys()):
         if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
@@ -252,8 +269,8 @@ def _fill(
             )
     listed.load_state_dict(weights, assign=True)
     listed.tie_weights()
-    num_bytes = sum({weight.data_ptr(): weight.nbytes for weight in weights.values()}.values())
-    return num_bytes, sum(weight.nbytes for _, weight, is_copy in along if is_copy)
+    by_address = {weight.data_ptr(): weight.nbytes for weight in weights.values()}
+    return sum(by_address.values()), num_repeated_bytes
 
 
 def config_along(config: Any, path: Sequence[int]) -> Any:
@@ -428,11 +445,7 @@ def _logits(model: Any) -> Tensor:
 
 
 def _verify(
-    folder: Path,
-    base: Any,
-    path: tuple[int, ...],
-    adapters: Sequence[Adapter | None],
-    expected: Tensor,
+    folder: Path, base: Any, path: StaticPath, merged: Mapping[str, Tensor], expected: Tensor
 ) -> None:
     """Load the checkpoint and refuse it unless it is the base model along the path."""
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -442,8 +455,9 @@ def _verify(
         use_safetensors=True,
     )
     loaded.to(base.device).eval()
-    check_layers(find_layers(loaded)[1], find_layers(base)[1], path)
-    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path, adapters)}
+    check_layers(find_layers(loaded)[1], find_layers(base)[1], path.layers)
+    found = loaded.state_dict()
+    wanted = {each.name: each.values for each in _weights_along(base, path.layers, merged)}
     for name, weight in wanted.items():
         if found[name].dtype != weight.dtype or not torch.equal(found[name], weight):
             raise ArchitectureError(
@@ -454,8 +468,10 @@ def _verify(
     loaded.load_state_dict(wanted, assign=True)
     logits = _logits(loaded)
     difference = float((logits - expected).abs().max())
-    tolerance = MERGED_TOLERANCE if logits.dtype.itemsize > 2 else MERGED_TOLERANCE_16_BITS
-    allowed = tolerance * float(expected.std()) if any(adapters) else 0.0
+    allowed = 0.0
+    if path.adapter:
+        tolerance = MERGED_TOLERANCE if logits.dtype.itemsize > 2 else MERGED_TOLERANCE_16_BITS
+        allowed = tolerance * float(expected.std())
     if not difference <= allowed:
         raise ArchitectureError(
             f"loaded again, the export's logits differ from the path's by up to {difference:.3g}, "
@@ -478,7 +494,7 @@ def model_card(
     so that its identity `base` has a revision. Of a path of a `paths.json` the card says how it was
     found and how it did.
     """
-    layers = [layer_of(item) for item in path.steps]
+    layers = path.layers
     plan = path.with_adapter("").plan(base["num_layers"])
     found, made = (None, None) if file is None else (file.found, file.record)
     record = made if isinstance(made, StaticPaths) else None
@@ -488,7 +504,7 @@ def model_card(
         decisions=() if isinstance(plan, StaticPath) else plan,
         skipped=sorted(set(range(base["num_layers"])) - set(layers)),
         repeated=sorted({layer for layer in layers if layers.count(layer) > 1}),
-        in_order=layers == sorted(layers),
+        in_order=list(layers) == sorted(layers),
         dtype=dtype,
         num_repeated_bytes=num_repeated_bytes,
         found=found,

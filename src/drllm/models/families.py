@@ -13,5 +13,5 @@ IN_SUITE: list[str] = _TABLE["in_suite"]
 """Families on which the tests try every way of generating, and export."""
 REFUSED: dict[str, list[str]] = _TABLE["refused"]
 """Why → the families that aren't routed, or not with different decisions in one batch."""
-WHOLE_LAYERS: dict[str, list[str]] = _TABLE["whole_layers"]
-"""Why → the families of which neither attention nor MLP of a layer can be left out alone."""
+NO_SUBLAYERS: dict[str, list[str]] = _TABLE["no_sublayers"]
+"""Why → the families in whose layers attention and MLP can't be told apart."""

@@ -1,8 +1,9 @@
-"""The folder of a healed path: `path.json` and its adapter in PEFT's files, written and loaded."""
+"""The folder of a healed path, written and loaded: `path.json`, and its adapter in PEFT's files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,13 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from drllm.errors import RecordError
 from drllm.models.base.identity import describe
-from drllm.models.base.layers import base_of
+from drllm.models.base.layers import base_of, find_layers
 from drllm.models.cards import CARD_FILE, load_template
-from drllm.models.routing.adapters import Adapter, layer_of_map
+from drllm.models.routing.lora import LoraWeights, layer_of_map, name_of_layers
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
 from drllm.records.healed import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEALED_FILE, HealedPath
@@ -25,30 +26,23 @@ from drllm.records.static_paths import PathFile
 if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the weights in an adapter's file."""
 
-def save_healed(
-    folder: Path, record: HealedPath, adapter: Adapter, routed: RoutedModel
-) -> HealedPath:
+
+def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: str) -> HealedPath:
     """Write a healed path's folder, and return its record with the adapter's hash filled in.
 
-    `path.json` comes last, so a folder that was cut off is refused.
+    The adapter is the one of that name in the model. `path.json` comes last, so a folder that was
+    cut off is refused.
     """
-    prefix, maps = _prefix(routed), routed.injection.adapters.maps
-    tensors = {
-        f"{prefix}.{name}.lora_{part}.weight": each.detach().float().cpu().contiguous()
-        for name, pair in adapter.weights.items()
-        for part, each in zip("AB", pair, strict=True)
-    }
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": record.model.get("id"),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "target_modules": sorted({name.partition(".")[2] for name in adapter.weights}),
-        "layers_to_transform": sorted(set(map(layer_of_map, adapter.weights))),
-        "fan_in_fan_out": any(isinstance(maps[name], Conv1D) for name in adapter.weights),
-    }
+    lora = routed.injection.lora
+    prefix = _peft_prefix(routed.model)
+    tensors = {}
+    for name, (a, b) in lora.weights(adapter).maps.items():
+        tensors[f"{prefix}.{name}.lora_A.weight"] = a.float().cpu().contiguous()
+        tensors[f"{prefix}.{name}.lora_B.weight"] = b.float().cpu().contiguous()
+    config = _config_to_write(lora.config(adapter), record)
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))
@@ -59,48 +53,81 @@ def save_healed(
 
 
 def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
-    """Return the path that a file says, with its adapter held by the model if it is a healed one.
+    """Return the path that a file says; the adapter of a healed one is put into the model.
 
-    The adapter's name is `HealedPath.adapter`; one that is held already stays. A path of another
-    model is a PathError, an adapter of another path a RecordError, of other maps a RoutingError.
+    An adapter that is in the model already stays.
+
+    Raises:
+        PathError: A path of another model.
+        RecordError: An adapter that is broken, or isn't that of the path.
+        RoutingError: An adapter of other linear maps, or a model that can't have one.
+        ConfigError: PEFT isn't installed.
     """
-    model, record = routed.model, plan.record
-    name = getattr(base_of(model), "name_or_path", "")
-    path = plan.path_of({"id": name, **describe(model)})
-    if isinstance(record, HealedPath) and record.adapter not in routed.adapters:
-        routed.add_adapter(record.adapter, _read(routed, plan.file.parent, record))
+    name = getattr(base_of(routed.model), "name_or_path", "")
+    path = plan.path_of({"id": name, **describe(routed.model)})
+    record = plan.record
+    if isinstance(record, HealedPath) and record.adapter not in routed.injection.lora.names:
+        weights = _read_weights(routed, plan.file.with_name(ADAPTER_FILE), record)
+        routed.injection.add_adapter(record.adapter, weights)
     return path
 
 
-def _read(routed: RoutedModel, folder: Path, record: HealedPath) -> Adapter:
-    """Read the adapter of a healed path, in the dtype of the model."""
-    file, prefix = folder / ADAPTER_FILE, _prefix(routed) + "."
+def _config_to_write(config: Any, record: HealedPath) -> dict[str, Any]:
+    """Return the values of `adapter_config.json`: those of PEFT, in an order that stays."""
+    values = config.to_dict()
+    for name, value in values.items():
+        if isinstance(value, set):
+            values[name] = sorted(value)
+    values["base_model_name_or_path"] = record.model.get("id")
+    values["inference_mode"] = True
+    return dict(sorted(values.items()))
+
+
+def _read_weights(routed: RoutedModel, file: Path, record: HealedPath) -> LoraWeights:
+    """Read the adapter of a healed path."""
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RecordError(f"{file} can't be read: {error}") from error
-    halves: dict[str, dict[str, Any]] = {}
+    halves = _by_map(file, tensors, _peft_prefix(routed.model) + ".")
+    for name, half in halves.items():
+        if half.keys() != {"A", "B"} or half["A"].shape[0] != record.rank:
+            raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
+    layers = sorted({layer_of_map(name) for name in halves})
+    if layers != record.adapted_layers:
+        raise RecordError(
+            f"{file} is for the layers {layers}, the path runs {record.adapted_layers} with it"
+        )
+    maps = routed.injection.linear_maps
+    missing = [key for key in maps if layer_of_map(key) in layers and key not in halves]
+    if missing:
+        raise RecordError(f"{file} has nothing for {missing[0]}, which is of the path; heal again")
+    pairs = {name: (half["A"], half["B"]) for name, half in halves.items()}
+    return LoraWeights(record.rank, record.alpha, pairs)
+
+
+def _by_map(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file by linear map, each as its A and B."""
+    halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(prefix).rpartition(".lora_")
-        if not key.startswith(prefix) or part not in ("A.weight", "B.weight"):
+        is_named = key.startswith(prefix) and part in ("A.weight", "B.weight")
+        if not is_named or not name.partition(".")[0].isdecimal():
             raise RecordError(f"{file} holds {key!r}, expected {prefix}0.….lora_A.weight and such")
+        if tensor.dim() != 2 or tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise RecordError(
+                f"{file}: {key} has {tensor.dim()} axes of {kind}, expected a matrix of float32, "
+                f"bfloat16 or float16; heal again"
+            )
         if not torch.isfinite(tensor).all():
             raise RecordError(f"{file}: {key} holds NaN or infinity; heal again")
-        halves.setdefault(name, {})[part[0]] = tensor.to(routed.model.dtype)
-    for name, half in halves.items():
-        if len(half) < 2 or len(half["A"]) != record.rank:
-            raise RecordError(f"{file}: {name} has no A and B of rank {record.rank}; heal again")
-    found = sorted(set(map(layer_of_map, halves)))
-    run = {s.layer for s in record.steps if s.layer >= record.first_layer}
-    # Of several paths each has the adapter from a layer of its own on.
-    others = {s.layer for steps in record.others for s in steps}
-    if not run <= set(found) <= run | others:
-        raise RecordError(f"{file} is for the layers {found}, the path runs {sorted(run)} with it")
-    weights = {name: (half["A"], half["B"]) for name, half in halves.items()}
-    return Adapter(record.rank, record.alpha, weights)
+        halves.setdefault(name, {})[part[0]] = tensor
+    return halves
 
 
-def _prefix(routed: RoutedModel) -> str:
+def _peft_prefix(model: Any) -> str:
     """Return what PEFT writes before the index of a layer."""
-    modules, layers = base_of(routed.model).named_modules(), routed.injection.layers
-    return f"base_model.model.{next(name for name, module in modules if module is layers)}"
+    base = base_of(model)
+    _, layers = find_layers(base)
+    return f"base_model.model.{name_of_layers(base, layers)}"

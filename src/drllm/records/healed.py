@@ -1,5 +1,6 @@
 """`path.json` of a healed path: the path, and how the adapter that lies beside it was trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +9,15 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256
+from drllm.records.removed import refuse_removed
 from drllm.records.results import Header, StepRecord
 
 HEALED_SCHEMA, HEALED_FILE = "drllm.healed_path", "path.json"
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far training was at one step; KL from the full path and losses in nats a token."""
+class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measurement during the training; KL from the full path and losses in nats a token."""
 
     step: int
     tokens: int
@@ -34,11 +36,10 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path and its adapter, which runs on steps of all layers from `first_layer` on.
+    """A path and its adapter, which changes all layers of the path from `first_layer` on.
 
     `tasks` and `texts` name what it was trained on, `divided` the tasks whose own splits weren't
-    used; the digest is that of the questions. `held_out` has the losses by source. Where the
-    adapter was trained for several paths, `others` has those after the commonest.
+    used; the digest is that of the questions. `held_out` has the losses by source.
     """
 
     name: str
@@ -47,35 +48,61 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_layers: int
     first_layer: Annotated[int, msgspec.Meta(ge=0)]
     rank: Annotated[int, msgspec.Meta(ge=1)]
-    alpha: Annotated[float, msgspec.Meta(gt=0)]
+    alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     adapter_sha256: str
+    # In older files alone, the further routes that the adapter was trained for.
     others: tuple[tuple[StepRecord, ...], ...] = ()
     tasks: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     divided: tuple[str, ...] = ()
     questions_sha256: str = ""
     runtime: dict[str, Any] = msgspec.field(default_factory=dict)
-    curve: tuple[Checked, ...] = ()
+    curve: tuple[HealPoint, ...] = ()
     held_out: dict[str, Losses] = msgspec.field(default_factory=dict)
 
     @property
     def adapter(self) -> str:
-        """The name under which a routed model holds the adapter."""
+        """The name of the adapter in a routed model."""
         return self.adapter_sha256[:16]
 
     @property
     def path(self) -> StaticPath:
-        """The path itself, its steps with the adapter."""
-        steps = StaticPath(msgspec.structs.asdict(step) for step in self.steps)
-        return steps.with_adapter(self.adapter, self.first_layer)
+        """The path itself, with the adapter."""
+        return StaticPath([step.layer for step in self.steps], self.adapter)
+
+    @property
+    def adapted_layers(self) -> list[int]:
+        """The layers that the adapter changes, in order."""
+        return sorted({step.layer for step in self.steps if step.layer >= self.first_layer})
 
 
 def read_healed(file: Path) -> HealedPath:
-    """Read the `path.json` of a healed path; a RecordError where the adapter isn't its own."""
-    record, adapter = read_json(file, HealedPath), file.with_name(ADAPTER_FILE)
+    """Read the `path.json` of a healed path.
+
+    Raises:
+        RecordError: It can't be read, the adapter beside it isn't the one that it was written with,
+            or it holds what this version can't run.
+    """
+    record = read_json(file, HealedPath)
+    refuse_parts_of_layers(record.steps, file)
+    if record.others:
+        content = f"a healed path with an adapter for {1 + len(record.others)} routes"
+        refuse_removed(file, content, "heal one path again")
+    adapter = file.with_name(ADAPTER_FILE)
     if not adapter.is_file() or sha256(adapter) != record.adapter_sha256:
         state = "isn't the adapter" if adapter.is_file() else "isn't there,"
         raise RecordError(
             f"{adapter} {state} that {file.name} was written with; put that one back, or heal again"
         )
     return record
+
+
+def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:
+    """Refuse steps that don't run a whole layer, as older files may have them."""
+    for step in steps:
+        if step.run != "all":
+            content = f"a path that runs the {step.run} of layer {step.layer} alone"
+            refuse_removed(file, content, "give a path of whole layers")
+        if step.scale != 1:
+            content = f"a path that runs layer {step.layer} at weight {step.scale:g}"
+            refuse_removed(file, content, "give a path of whole layers")

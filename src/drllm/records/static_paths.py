@@ -11,9 +11,15 @@ from typing import Annotated, Any
 import msgspec
 
 from drllm.errors import PathError, RecordError, unknown_name
-from drllm.paths import StaticPath, check_decisions, step_of, to_path
+from drllm.paths import Decisions, StaticPath, check_decisions, to_path
 from drllm.records.codec import decode, read_json, read_text
-from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
+from drllm.records.healed import (
+    HEALED_FILE,
+    HEALED_SCHEMA,
+    HealedPath,
+    read_healed,
+    refuse_parts_of_layers,
+)
 from drllm.records.identity import differ
 from drllm.records.removed import MENU_SCHEMA, refuse_menu, refuse_removed
 from drllm.records.results import Header, StepRecord
@@ -26,16 +32,16 @@ FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """What is compared of the models' identities."""
 FORMS = (
-    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, {"layer": 3, "run": "mlp"}, …]}, a paths.json of '
-    "'drllm tune', or a folder of 'drllm heal'"
+    '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 3, …]}, a paths.json of \'drllm tune\', or a '
+    "folder of 'drllm heal'"
 )
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a path did on one part of a task's questions; `docs/formats.md` has the fields.
+class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scores of a path on one part of a task's questions; `docs/formats.md` has the fields.
 
-    The objective is the larger the better; `change` is what the path has more of it than the full
-    one, with its 95 % interval, and `against_full` the same of all that is reported.
+    The objective is the larger the better. `change` is its difference from the full path's, with
+    the 95 % interval, and `against_full` has the differences of all that is reported.
     """
 
     task: str
@@ -58,17 +64,19 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     steps: tuple[StepRecord, ...]
     executions: float
     dominated: bool = False
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[PathScore, ...] = ()
 
     @property
     def path(self) -> StaticPath:
         """The path itself."""
-        return StaticPath(msgspec.structs.asdict(step) for step in self.steps)
+        return StaticPath(step.layer for step in self.steps)
 
-    def on(self, task: str, part: str) -> Measured | None:
-        """Return how it did on a part of a task's questions, if that is known."""
-        ours = (each for each in self.measured if (each.task, each.part) == (task, part))
-        return next(ours, None)
+    def on(self, task: str, part: str) -> PathScore | None:
+        """Return its scores on a part of a task's questions; None where they aren't known."""
+        for score in self.measured:
+            if (score.task, score.part) == (task, part):
+                return score
+        return None
 
 
 class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,15 +147,20 @@ def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file
 
 def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
     """Return a path as it is written."""
-    return tuple(StepRecord(**step_of(item)._asdict()) for item in path.steps)
+    return tuple(StepRecord(layer=layer, adapter=path.adapter) for layer in path.layers)
 
 
 def read_paths(file: Path) -> StaticPaths:
     """Read a `paths.json`, or refuse it by a RecordError."""
-    return read_json(file, StaticPaths)
+    found = read_json(file, StaticPaths)
+    for path in found.paths:
+        refuse_parts_of_layers(path.steps, file)
+    return found
 
 
-class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A path that somebody has written by hand."""
+
     decisions: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] | None = None
     path: Annotated[tuple[int | StepRecord, ...], msgspec.Meta(min_length=1)] | None = None
 
@@ -160,20 +173,21 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PathFile:
     """What a file says, before it is known how many layers the model has.
 
-    Its `kind` is `decisions` or `path`; `found` and `record` are the path and the whole of a
-    `paths.json`, and of a healed path there is a record too.
+    It has `decisions` or a `static` path. `found` and `record` are the path and the whole of a
+    `paths.json`; of a healed path there is a record too.
     """
 
     file: Path
-    kind: str
-    values: tuple[int | StepRecord, ...]
+    decisions: Decisions | None = None
+    static: StaticPath | None = None
     found: NamedPath | None = None
     record: StaticPaths | HealedPath | None = None
 
     def path_of(self, model: Mapping[str, Any]) -> StaticPath:
-        """Return the path for a model of this identity; one that it wasn't made for is a PathError.
+        """Return the path for a model of this identity.
 
-        Only a `paths.json` and a healed path, whose steps name its adapter, say which model it is.
+        Only a `paths.json` and a healed path say which model they were made for; another model is a
+        PathError.
         """
         if self.record is not None:
             check_model(self.record, model, self.file)
@@ -181,15 +195,10 @@ class PathFile:
 
     def path(self, num_layers: int) -> StaticPath:
         """Return the path for a model of L layers; values that it can't run are a PathError."""
-        plain: list[Any] = [
-            v if isinstance(v, int) else msgspec.structs.asdict(v) for v in self.values
-        ]
         try:
-            if self.kind == "decisions":
-                return StaticPath(to_path(check_decisions(plain, num_layers)))
-            if isinstance(self.record, HealedPath):
-                return self.record.path.check(num_layers)
-            return StaticPath(plain).check(num_layers)
+            if self.static is not None:
+                return self.static.check(num_layers)
+            return StaticPath(to_path(check_decisions(self.decisions or (), num_layers)))
         except PathError as error:
             raise PathError(f"{self.file}: {error}") from error
 
@@ -203,8 +212,7 @@ def read_path(given: str) -> PathFile:
     found, file, name = _read(given)
     if isinstance(found, PathFile):
         return found
-    one = found.find(name, file)
-    return PathFile(file, "path", one.steps, one, found)
+    return _of_named(file, found.find(name, file), found)
 
 
 def read_path_list(given: str) -> dict[str, PathFile]:
@@ -226,7 +234,7 @@ def read_path_list(given: str) -> dict[str, PathFile]:
         wanted = [p for p in named if name is not None or not (p.dominated or p.path == full)]
         if not wanted:
             raise PathError(f"{file} holds no path but the full one; give a file with others")
-        files += [(one.name, PathFile(file, "path", one.steps, one, found)) for one in wanted]
+        files += [(path.name, _of_named(file, path, found)) for path in wanted]
     names = [name for name, _ in files]
     unhealed = [name for name, path in files if not isinstance(path.record, HealedPath)]
     by_name: dict[str, PathFile] = {}
@@ -263,10 +271,25 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
     if f'"{HEALED_SCHEMA}"' in text:
         record = read_healed(file)
-        return PathFile(file, "path", record.steps, None, record), file, None
+        return PathFile(file, static=record.path, record=record), file, None
+    return _read_plan(file, text), file, None
+
+
+def _read_plan(file: Path, text: str) -> PathFile:
+    """Read a path that somebody has written by hand."""
     try:
-        plan = decode(text, _Given, str(file))
+        plan = decode(text, _PlanFile, str(file))
     except RecordError as error:
         raise RecordError(f"{error}; give {FORMS}") from error
-    kind = "decisions" if plan.path is None else "path"
-    return PathFile(file, kind, plan.decisions or plan.path or ()), file, None
+    if plan.path is None:
+        return PathFile(file, decisions=plan.decisions)
+    steps = [StepRecord(layer=step) if isinstance(step, int) else step for step in plan.path]
+    refuse_parts_of_layers(steps, file)
+    try:
+        return PathFile(file, static=StaticPath(step.layer for step in steps))
+    except PathError as error:
+        raise PathError(f"{file}: {error}") from error
+
+
+def _of_named(file: Path, path: NamedPath, record: StaticPaths) -> PathFile:
+    return PathFile(file, static=path.path, found=path, record=record)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.agreement import NAMES, TRAIN, VALIDATION
 from drllm.paths import Decision
-from drllm.records.healed import Checked
+from drllm.records.healed import HealPoint
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.records.static_paths import FIT, SELECT, TEST, StaticPaths
 from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
@@ -276,7 +276,7 @@ def changes_by_layers_saved(
     return figure
 
 
-def kl_by_tokens(curve: Sequence[Checked], colours: Colours, width: float) -> Figure:
+def kl_by_tokens(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
     """Draw the KL of training and of held-out texts over the tokens that were trained on."""
     figure, (axes,) = panels(1, 1, width, 2.6)
     tokens = [point.tokens / 1000 for point in curve]

@@ -9,7 +9,6 @@ from typing import TypeAlias
 from msgspec.structs import asdict
 
 from drllm.cost import share_saved
-from drllm.paths import ALL
 from drllm.records.results import PERMUTED, Evaluation, Result, System
 from drllm.reporting.commands import (
     evaluate_command,
@@ -188,10 +187,8 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
 
 
 def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Return how a path is used; no checkpoint can leave out parts of layers."""
+    """Return how a path is used."""
     path = _place_of_path(run, evaluation, system)
-    if any(step.run != ALL for step in evaluation.paths.get(system.name, ())):
-        return "with parts of layers left out it runs in drllm alone:", _generate_command(path=path)
     if path is None:
         tune = {"tasks": evaluation.task, "output_dir": run.folder / "tuned"}
         return "look for one that does as well:", write_command("tune", tune)

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from drllm.listener import duration
 from drllm.records.healed import HealedPath
-from drllm.records.static_paths import FIT, SELECT, TEST, Measured, NamedPath, StaticPaths
+from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Section, Table
 from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
@@ -31,7 +31,7 @@ def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
         ]
 
 
-def _objective(measured: Measured | None) -> str:
+def _objective(measured: PathScore | None) -> str:
     """Write an objective: the full path's value, another path's change from it."""
     if measured is None:
         return NONE

@@ -1,20 +1,16 @@
 """Healing as a stage: a path that leaves layers out gets an adapter, taught by the full path.
 
-Student and teacher are one frozen model: the path with the adapter, and the full path without it.
-Only the adapter learns, from the mean KL of their next-token distributions. What is done is kept,
-so that a run that is interrupted resumes, and ends with the same adapter.
-
-Axes: B rows, T tokens, D hidden, N real tokens of a batch, V vocabulary.
+PEFT puts a LoRA adapter on the layers of the path. It alone learns, from the mean KL of the path's
+next-token distributions from the full path's (see `distillation`). What is done is kept, so that a
+run that is interrupted resumes, and ends with the same adapter.
 """
 
 import itertools
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import InitVar, dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,58 +21,54 @@ import msgspec
 import torch
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 from drllm.config import HealConfig
 from drllm.config.fields import changed
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
+from drllm.extras import need
 from drllm.listener import Listener
-from drllm.models.base.devices import on_device
-from drllm.models.base.load import BaseModel, resolve_dtype
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
 from drllm.models.healed import save_healed
-from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.batch_generation import generate_many
-from drllm.models.routing.driver import PathPass
-from drllm.models.routing.injection import Driver, LayerCall
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.models.routing.shares import layer_shares
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.packing import Request
-from drllm.paths import StaticPath, layer_of
+from drllm.paths import StaticPath
 from drllm.records.codec import digest_of
-from drllm.records.healed import HEALED_FILE, Checked, HealedPath, Losses, read_healed
+from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import read_path, steps_to_write
 from drllm.tasks.base import Task
+from drllm.tuning.distillation import Distillation, low_precision
 from drllm.tuning.heal_texts import Source, Tokens, divided, sources_of
 from drllm.tuning.judge import Item, Judge, texts_of
 from drllm.tuning.parts import KL, LOSS
 
 CHUNKS_FOLDER, TRAINING = "heal.partial", "training"
 NAME = "healed"  # of the adapter while it is trained
-STEPS, CHECKS = 250, 10
-"""Of training, unless a number or a time is given; measurements of the held-out texts in it."""
-WARM_UP, MAX_GRAD_NORM = 0.05, 1.0
-"""Share of the training in which the learning rate rises; what gradients are clipped to."""
-SAVE_SECONDS, MEMORY_GB = 60, 1.0
-"""What a kill loses at most; memory for states that paths share where texts are measured."""
-LOGITS_AT_ONCE = 2**25
-"""Of a distribution over some tokens: 128 MB, and several times that while gradients are made."""
-STEPS_AHEAD, ANSWERS_AT_ONCE = 16, 32
-"""Steps whose sequences are put into batches together; prompts that are answered together."""
+STEPS = 250  # of training, unless a number or a time is given
+CHECKS = 10  # measurements of the held-out texts in a training
+WARM_UP = 0.05  # share of the training in which the learning rate rises
+MAX_GRAD_NORM = 1.0
+SAVE_SECONDS = 60  # what a kill loses at most
+MEMORY_GB = 1.0  # for states that paths share where texts are measured
+STEPS_AHEAD = 16  # steps whose sequences are put into batches together
+ANSWERS_AT_ONCE = 32  # prompts that are answered together
+CHECKS_AFTER = 3
+"""Checks that take as long as what follows the last step: a check, and the losses by source, of
+three paths where a check runs two."""
 
 
 def heal(
     model: Any,
-    path: StaticPath | Sequence[StaticPath] | Path | str | None = None,
+    path: StaticPath | Path | str | None = None,
     tasks: Task | str | Sequence[Task | str] | None = None,
     texts: str | Sequence[str] | None = None,
     config: HealConfig | None = None,
@@ -93,10 +85,7 @@ def heal(
 
     Args:
         model: As for `tune`.
-        path: A path, or a file as `--path` takes it; None for that of the config. Or several paths,
-            such as the routes of trained routers, for one adapter: each step of the training runs
-            one of them, drawn at random, and more often one that is given more often. They run with
-            the adapter once they have left the full path, as under `RouterPolicy(adapter=...)`.
+        path: A path, or a file as `--path` takes it; None for that of the config.
         tasks: Tasks, their names or files of questions; None for those of the config.
         texts: Texts, or names of files and data sets in one string; None for those of the config.
         config: The settings.
@@ -106,22 +95,22 @@ def heal(
         settings: Settings of `HealConfig` by name, in place of the config's.
 
     Returns:
-        What `path.json` in the folder has: the path or, of several, the commonest, how the KL fell,
-        and the losses by source.
+        What `path.json` in the folder has: the path, how the KL fell, and the losses by source.
 
     Raises:
-        ConfigError: Settings that make no sense, a loss that diverged, or a folder of another run.
+        ConfigError: Settings that make no sense, a loss that diverged, a folder of another run, or
+            no PEFT.
         PathError: A path that the model can't run, or that wasn't made for it.
         TaskError: An unknown task, too few texts, or a file that can't be read.
 
     Source: ours; the adapter is LoRA (arXiv 2106.09685).
     """
-    config, listener = changed(HealConfig, config, settings), listener or Listener()
+    config = changed(HealConfig, config, settings)
+    listener = listener or Listener()
+    need("heal", "healing")
     sources = sources_of(config, tasks, texts)
-    paths, file = list[StaticPath](), None
-    if path and not isinstance(path, (str, Path)):
-        paths = [path] if isinstance(path, StaticPath) else [*path]
-    else:
+    file = None
+    if not isinstance(path, StaticPath):
         file = read_path(str(path or config.named_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -130,11 +119,12 @@ def heal(
         stack.callback(routed.detach)
         name = "path"
         if file is not None:
+            path = file.path_of(base.identity)
             name = file.found.name if file.found else file.file.stem
-            paths = [file.path_of(base.identity)]
-        plain = Counter(each.check(routed.num_layers).with_adapter("") for each in paths)
+        assert isinstance(path, StaticPath)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
-        return _Healing(routed, name, plain, sources, config, folder, listener, base).run()
+        run = HealRun(base, routed, path, name, sources, config, folder, listener)
+        return run.run()
 
 
 class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -143,293 +133,318 @@ class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    check_seconds: float = 0.0  # of the longest check
     train_kl: float | None = None  # a running mean over the last steps
-    curve: list[Checked] = []
+    curve: list[HealPoint] = []
     tensors: bytes = b""
 
 
-@dataclass(eq=False)
-class _Healing:
+class HealRun:
     """One run: texts, training, losses."""
 
-    routed: RoutedModel
-    name: str
-    given: Counter[StaticPath]
-    sources: Sequence[Source]
-    config: HealConfig
-    folder: Path
-    listener: Listener
-    base: InitVar[BaseModel]
+    def __init__(
+        self,
+        base: BaseModel,
+        routed: RoutedModel,
+        path: StaticPath,
+        name: str,
+        sources: Sequence[Source],
+        config: HealConfig,
+        folder: Path,
+        listener: Listener,
+    ) -> None:
+        self.base = base
+        self.routed = routed
+        self.plain = path.check(routed.num_layers).with_adapter("")
+        self.healed = path.with_adapter(NAME)
+        self.full = StaticPath(range(routed.num_layers))
+        self.name = name
+        self.sources = sources
+        self.config = config
+        self.folder = folder
+        self.listener = listener
+        self.low_precision = low_precision(base.model) if config.autocast else None
+        self.state = _State()
+        self.held_out: dict[str, list[Tokens]] = {}
+        self.parameters: list[nn.Parameter] = []
+        self.best: list[Tensor] = []  # the parameters at the lowest KL on held-out texts so far
 
-    def __post_init__(self, base: BaseModel) -> None:
-        routed, config, L = self.routed, self.config, self.routed.num_layers
-        context = context_length(base.model)
+    def run(self) -> HealedPath:
+        """Train, or return what an earlier run of the same has written."""
+        self.check()
+        self.record = self._new_record()
+        self.chunks = Chunks(self.folder / CHUNKS_FOLDER, _identity(self.record), stage="healing")
+        finished = self._finished()
+        if finished is not None:
+            return finished
+        self.add_adapter()
+        self.chunks.open()
+        trained = self._read_texts()
+        with self.listener.progress("healing", "") as on_progress:
+            self._resume()
+            for message in self._train(trained):
+                on_progress(min(self._progress, 1.0), 1.0, message)
+            on_progress(1.0, 1.0)
+        with self.listener.busy("measuring the losses by source"):
+            losses = self._measure_losses()
+        curve = tuple(self.state.curve)
+        record = msgspec.structs.replace(self.record, curve=curve, held_out=losses)
+        healed = save_healed(self.folder, record, self.routed, NAME)
+        self.chunks.remove()
+        return healed
+
+    def check(self) -> None:
+        """Refuse settings that don't fit the model or the path."""
+        config = self.config
+        context = context_length(self.base.model)
         if context and config.max_tokens > context:
             raise ConfigError(
                 f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
                 f"at most as many"
             )
-        firsts, layers = dict[StaticPath, int](), set[int]()
-        several = len(self.given) > 1
-        for path, _ in self.given.most_common():
-            first = max(config.first_layer, path.departure + 1 if several else 0)
-            if own := {layer for layer in map(layer_of, path.steps) if layer >= first}:
-                routed.injection.prepare(path)
-                firsts[path], layers = first, layers | own
-        if not layers and several:
-            raise ConfigError(
-                f"none of the {len(self.given)} paths runs a layer from --first-layer "
-                f"{config.first_layer} on after it has left the full path, so none can have an "
-                f"adapter; give other paths, or a lower --first-layer"
-            )
-        if not layers:
+        if not self._adapted_layers():
             raise ConfigError(
                 f"--first-layer {config.first_layer} leaves no layer that can have an adapter; "
-                f"give at most {max(map(layer_of, path.steps))}"
+                f"give at most {max(self.plain.layers)}"
             )
-        self.plain = [*firsts]
-        commonest, self.counts = self.plain[0], [self.given[path] for path in firsts]
-        # A scaling of 1, so that a learning rate means the same at every rank.
-        self.adapter = Adapter.fresh(routed, config.rank, config.rank, layers, config.seed)
-        routed.add_adapter(NAME, self.adapter)
-        self.full = StaticPath(range(L))
-        self.paths = [path.with_adapter(NAME, first) for path, first in firsts.items()]
-        self.low = _low_precision(base.model) if config.autocast else None
-        self.parameters = [each.requires_grad_() for each in self.adapter.parameters()]
-        self.best = [each.detach().clone() for each in self.parameters]
+
+    def add_adapter(self) -> None:
+        """Put a new adapter into the model, and make what trains it."""
+        rank = self.config.rank
+        self.parameters = self.routed.injection.lora.create(
+            NAME,
+            rank=rank,
+            alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
+            layers=self._adapted_layers(),
+            maps=self.routed.injection.linear_maps,
+            seed=self.config.seed,
+        )
+        self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=0.0)
-        self.state = _State()
-        shares = layer_shares(routed) if commonest.runs_parts else [(0.5, 0.5)] * L
-        self.record = HealedPath(
-            **new_manifest("healed_path", model=base.identity, config=config.to_dict()),
+        self.distillation = Distillation(
+            self.routed,
+            self.healed,
+            min(self._adapted_layers()),
+            self.parameters,
+            self.low_precision,
+        )
+
+    def _adapted_layers(self) -> list[int]:
+        first_layer = self.config.first_layer
+        return sorted({layer for layer in self.plain.layers if layer >= first_layer})
+
+    def _new_record(self) -> HealedPath:
+        autocast = str(self.low_precision).removeprefix("torch.")
+        manifest = new_manifest(
+            "healed_path", model=self.base.identity, config=self.config.to_dict()
+        )
+        return HealedPath(
+            **manifest,
             name=self.name,
-            steps=steps_to_write(commonest),
-            executions=path_executions(commonest, shares),
-            num_layers=L,
-            first_layer=firsts[commonest],
-            others=tuple(map(steps_to_write, self.plain[1:])),
-            rank=self.adapter.rank,
-            alpha=self.adapter.alpha,
+            steps=steps_to_write(self.plain),
+            executions=path_executions(self.plain),
+            num_layers=self.routed.num_layers,
+            first_layer=self.config.first_layer,
+            rank=self.config.rank,
+            alpha=self.config.rank,
             adapter_sha256="",
             tasks=tuple(source.name for source in self.sources if source.prompts),
             texts=tuple(source.name for source in self.sources if source.texts),
             divided=tuple(source.name for source in self.sources if source.is_divided),
             questions_sha256=digest_of([self.sources]),
-            runtime={**base.runtime, "autocast": str(self.low).removeprefix("torch.")},
+            runtime={**self.base.runtime, "autocast": autocast},
         )
-        identity = _identity(self.record)
-        self.chunks = Chunks(self.folder / CHUNKS_FOLDER, identity, stage="healing")
 
-    def run(self) -> HealedPath:
-        """Train, or return what an earlier run of the same has written."""
+    def _finished(self) -> HealedPath | None:
+        """Return what the folder holds of the same run; None if there is nothing."""
         file = self.folder / HEALED_FILE
-        if file.exists():
-            found, remedy = read_healed(file), "choose another --output-dir, or delete the old one"
-            what = f"the healed path in {file}"
-            refuse_other_run(what, _identity(found), _identity(self.record), remedy)
-            self.chunks.remove()  # where a kill ended the clean-up
-            return found
-        self.chunks.open()
+        if not file.exists():
+            return None
+        found = read_healed(file)
+        remedy = "choose another --output-dir, or delete the old one"
+        name = f"the healed path in {file}"
+        refuse_other_run(name, _identity(found), _identity(self.record), remedy)
+        self.chunks.remove()  # where a kill ended the clean-up
+        return found
+
+    # --- texts ---
+
+    def _read_texts(self) -> dict[str, list[Tokens]]:
+        """Read the texts of all sources; return those to train on, and note those held out."""
         with self.listener.busy("reading the texts"):
             texts = {source.name: self._tokens(source) for source in self.sources}
-        size, context = self.config.max_tokens, context_length(self.routed.model)
-        for name, own in texts.items():
-            if num := sum(len(text) > size for text in own):
-                longest = max(map(len, own))
-                reads_all = context is None or longest <= context
-                self.listener.note(
-                    f"{num} of {len(own)} texts of {name} have over {size} tokens and are cut; "
-                    f"what follows a cut is trained on without the text before it"
-                    + f"; --max-tokens {longest} would cut none"
-                    * reads_all
-                )
+        for name, tokens in texts.items():
+            self._note_cuts(name, tokens)
         trained, self.held_out = divided(texts, self.config)
-        with self.listener.progress("healing", "") as on_progress:
-            self._resume()
-            for told in self._train(trained):
-                on_progress(min(self._progress, 1.0), 1.0, told)
-            on_progress(1.0, 1.0)
-        with self.listener.busy("measuring the losses by source"):
-            paths = [[self.full] * len(self.paths), self.plain, self.paths]
-            means = {name: self._means(LOSS, paths, t) for name, t in self.held_out.items()}
-            losses = {
-                n: Losses(full=a, path=b, healed=c, num_texts=len(self.held_out[n]))
-                for n, (a, b, c) in means.items()
-            }
-            changes = {"curve": tuple(self.state.curve), "held_out": losses}
-            record = msgspec.structs.replace(self.record, **changes)
-            found = save_healed(self.folder, record, self.adapter, self.routed)
-        self.chunks.remove()
-        return found
+        return trained
+
+    def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
+        """Say how many texts of a source are cut, and what would cut none."""
+        size = self.config.max_tokens
+        num = sum(len(text) > size for text in texts)
+        if not num:
+            return
+        longest = max(map(len, texts))
+        context = context_length(self.routed.model)
+        note = (
+            f"{num} of {len(texts)} texts of {name} have over {size} tokens and are cut; what "
+            f"follows a cut is trained on without the text before it"
+        )
+        if context is None or longest <= context:
+            note += f"; --max-tokens {longest} would cut none"
+        self.listener.note(note)
 
     def _tokens(self, source: Source) -> list[Tokens]:
         """Return the texts of a source, questions with their answers."""
         if source.texts:
             return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
         if not source.is_open:
-            items = (item.question for item in texts_of(self.routed, source.prompts))
-            return [(*item.context, *item.continuations[0]) for item in items]
-        found: list[Tokens] = []
-        asked = [prompt.content for prompt in source.prompts]
-        for start in range(0, len(asked), ANSWERS_AT_ONCE):
-            answer = partial(self._answered, asked[start : start + ANSWERS_AT_ONCE])
+            questions = [item.question for item in texts_of(self.routed, source.prompts)]
+            return [(*each.context, *each.continuations[0]) for each in questions]
+        texts: list[Tokens] = []
+        prompts = [prompt.content for prompt in source.prompts]
+        for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+            part = prompts[start : start + ANSWERS_AT_ONCE]
             key = f"{source.name} answers from {start}"
-            found += self.chunks.once(key, list[Tokens], answer)
-        return found
+            texts += self.chunks.once(key, list[Tokens], partial(self._answer, part))
+        return texts
 
-    def _answered(self, prompts: Sequence[Conversation]) -> list[Tokens]:
+    def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
         """Return prompts with the answers that the full path gives."""
         answers = generate_many(self.routed, prompts, max_new_tokens=self.config.max_tokens)
         tokenizer = self.routed.tokenizer
         texts = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in prompts]
         return [(*text, *answer.tokens) for text, answer in zip(texts, answers, strict=True)]
 
-    def _drawn(self, seed: str) -> int:
-        """Draw one of the paths, the same one for the same seed."""
-        return Random(seed).choices(range(len(self.paths)), self.counts)[0]
+    # --- training ---
 
     @property
     def _progress(self) -> float:
         """The share of the training that is done."""
-        steps, minutes = self.config.steps, self.config.minutes
-        done = 0.0 if minutes is None else self.state.seconds / (60 * minutes)
-        steps = STEPS if steps is None and minutes is None else steps
-        return done if steps is None else max(done, self.state.step / steps)
+        steps = self.config.steps
+        minutes = self.config.minutes
+        if steps is None and minutes is None:
+            steps = STEPS
+        by_steps = 0.0 if steps is None else self.state.step / steps
+        by_time = 0.0 if minutes is None else self._share_of_time(60 * minutes)
+        return max(by_steps, by_time)
+
+    def _share_of_time(self, seconds: float) -> float:
+        """Return the share of the time that is over; what follows the last step is set aside."""
+        left = seconds - CHECKS_AFTER * self.state.check_seconds
+        return self.state.seconds / left if left > 0 else 1.0
 
     @property
     def _is_over(self) -> bool:
-        kls = [check.held_out_kl for check in self.state.curve]
-        waited = len(kls) - 1 - kls.index(min(kls))
-        return self._progress >= 1 or waited >= self.config.patience
+        kls = [point.held_out_kl for point in self.state.curve]
+        num_without_gain = len(kls) - 1 - kls.index(min(kls))
+        return self._progress >= 1 or num_without_gain >= self.config.patience
 
     def _train(self, texts: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
         """Train to the end, and say after each step how it went."""
-        state, saved = self.state, 0.0
+        state = self.state
+        saved = 0.0
         if not state.curve:
-            self._check()
-        for tokens in itertools.islice(batches_of(texts, self.config), state.step, None):
+            self._check_held_out()
+        for batch in itertools.islice(batches_of(texts, self.config), state.step, None):
             if time.monotonic() - saved > SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
             if self._is_over:
                 break
-            started, before = time.perf_counter(), self._progress
-            path = self.paths[self._drawn(f"{self.config.seed} step {state.step}")]
-            kl = self._step(tokens, self._rate(before), path)
-            state.step, state.tokens = state.step + 1, state.tokens + sum(map(len, tokens))
-            state.train_kl = 0.9 * (kl if state.train_kl is None else state.train_kl) + 0.1 * kl
-            state.seconds += time.perf_counter() - started
+            before = self._progress
+            self._step(batch)
             if int(min(self._progress, 1.0) * CHECKS) > int(before * CHECKS):
-                self._check()
-            last = state.curve[-1].held_out_kl
-            yield f"step {state.step}, KL {state.train_kl:.3f}, on held-out texts {last:.3f}"
+                self._check_held_out()
+            kl = state.curve[-1].held_out_kl
+            yield f"step {state.step}, KL {state.train_kl:.3f}, on held-out texts {kl:.3f}"
+        if not state.step:
+            self.listener.note(
+                f"--minutes {self.config.minutes} left no time to train: measuring the held-out "
+                f"texts once takes {state.check_seconds:.0f} s; give more, or a lower "
+                f"--num-held-out"
+            )
         with torch.no_grad():
-            for weight, kept in zip(self.parameters, self.best, strict=True):
-                weight.copy_(kept)
+            for parameter, best in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(best)
 
-    def _rate(self, progress: float) -> float:
-        """Return the learning rate: a line up, then half a cosine."""
-        rise, fall = min(1.0, (progress + 0.001) / WARM_UP), 1 + math.cos(math.pi * progress)
-        return self.config.learning_rate * rise * 0.5 * fall
-
-    def _step(self, tokens: Sequence[Tokens], rate: float, path: StaticPath) -> float:
-        """Learn from a batch, and return its mean KL before."""
-        teacher, student = self._states(tokens, path)
-        ends = student.detach().requires_grad_()
-        # Of the tokens of a part there are logits at once; each has a place in the model's context.
-        size = max(1, LOGITS_AT_ONCE // self.routed.config.get_text_config().vocab_size)
-        size = min(size, context_length(self.routed.model) or size)
-        kls: list[Tensor] = []
-        for start in range(0, len(ends), size):
-            known, own = (states[start : start + size] for states in (teacher, ends))
-            with torch.no_grad():
-                wanted = self._logits(known).log_softmax(dim=-1)
-            ours = self._logits(own).log_softmax(dim=-1)  # [n, V]
-            kl = F.kl_div(ours, wanted, reduction="sum", log_target=True) / len(ends)
-            kl.backward(inputs=[ends])  # type: ignore[no-untyped-call]
-            kls.append(kl.detach())
-        total = float(sum(kls))  # read once a step, since the host waits for the device here
-        if not math.isfinite(total):
+    def _step(self, batch: Sequence[Tokens]) -> None:
+        """Learn from a batch."""
+        started = time.perf_counter()
+        state = self.state
+        rate = learning_rate(self.config.learning_rate, self._progress)
+        kl = float(self.distillation.compute_gradients(batch))  # the device is waited for here
+        if not math.isfinite(kl):
             raise ConfigError(
-                f"the KL became {total} at a learning rate of up to "
+                f"the KL became {kl} at a learning rate of up to "
                 f"{self.config.learning_rate:.3g}; heal with a lower --learning-rate"
             )
-        self.optimizer.zero_grad()
-        student.backward(ends.grad, inputs=self.parameters)  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return total
+        mean = kl if state.train_kl is None else state.train_kl
+        state.train_kl = 0.9 * mean + 0.1 * kl
+        state.step += 1
+        state.tokens += sum(map(len, batch))
+        state.seconds += time.perf_counter() - started
 
-    def _states(self, tokens: Sequence[Tokens], path: StaticPath) -> tuple[Tensor, Tensor]:
-        """Return the last states of all real tokens along the full path and a path, `[N, D]`."""
-        # Padded behind, where causal attention lets no real token see it: no mask is needed.
-        rows = [torch.tensor(each) for each in tokens]
-        ids = on_device(pad_sequence(rows, batch_first=True), self.routed.device)  # [B, T]
-        lengths = torch.tensor([len(row) for row in rows])
-        places = (torch.arange(int(max(lengths))) < lengths[:, None]).flatten().nonzero()[:, 0]
-        pairs = zip(self.full.steps, path.steps, strict=False)
-        same = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
-        teacher = KeptStates(self.full)
-        with torch.no_grad():
-            self._run(self.routed.injection.decoder, teacher, ids)
-        student = KeptStates(path, teacher.states[same - 1] if same else None, same)
-        self._run(self.routed.injection.decoder, student, ids)
-        ends = (each.states[-1].flatten(0, 1) for each in (teacher, student))
-        full, ours = (states.index_select(0, on_device(places, states.device)) for states in ends)
-        return full, ours
+    # --- measurements ---
 
-    def _logits(self, states: Tensor) -> Tensor:
-        """Return the logits `[N, V]` that the model's own norm and head make of last states."""
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=self.routed.device)
-        ending = KeptStates(self.full, states[None], len(self.full.steps))
-        logits: Tensor = self._run(self.routed.model, ending, ids).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _run(self, module: Any, driver: Driver, ids: Tensor) -> Any:
-        with self._precision(), self.routed.injection.driven_by(driver):
-            return module(input_ids=ids, use_cache=False)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.routed.device.type, self.low) if self.low else nullcontext()
-
-    def _check(self) -> None:
+    def _check_held_out(self) -> None:
         """Measure the held-out texts, and keep the adapter if it is the best so far."""
-        started, state = time.perf_counter(), self.state
-        texts = [*itertools.chain(*self.held_out.values())]
-        with self._precision():
-            [kl] = self._means(KL, [self.paths], texts)
-        if all(kl < check.held_out_kl for check in state.curve):
-            self.best = [each.detach().clone() for each in self.parameters]
-        state.seconds = round(state.seconds + time.perf_counter() - started, 3)
-        known = {name: getattr(state, name) for name in ("step", "tokens", "seconds", "train_kl")}
-        state.curve.append(Checked(**known, held_out_kl=kl))
+        started = time.perf_counter()
+        state = self.state
+        texts = [text for texts in self.held_out.values() for text in texts]
+        with self.distillation.precision():
+            [kl] = self._means(KL, [self.healed], texts)
+        if all(kl < point.held_out_kl for point in state.curve):
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        seconds = time.perf_counter() - started
+        state.check_seconds = max(state.check_seconds, seconds)
+        state.seconds = round(state.seconds + seconds, 3)
+        point = HealPoint(
+            step=state.step,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            train_kl=state.train_kl,
+            held_out_kl=kl,
+        )
+        state.curve.append(point)
         self.listener.note(f"step {state.step}: KL {kl:.3f} on held-out texts")
+
+    def _measure_losses(self) -> dict[str, Losses]:
+        """Return the next-token losses on the held-out texts, by source."""
+        losses = {}
+        for name, texts in self.held_out.items():
+            full, plain, healed = self._means(LOSS, [self.full, self.plain, self.healed], texts)
+            losses[name] = Losses(full=full, path=plain, healed=healed, num_texts=len(texts))
+        return losses
 
     @torch.no_grad()
     def _means(
-        self, what: str, systems: Sequence[Sequence[StaticPath]], texts: Sequence[Tokens]
+        self, objective: str, paths: Sequence[StaticPath], texts: Sequence[Tokens]
     ) -> list[float]:
-        """Return the mean KL or next-token loss of texts, each along one drawn path of a system."""
-        num = 1 if what == LOSS else None  # tokens before what is scored
-        by_path: dict[int, list[Item]] = {}
-        for place, text in enumerate(texts):
-            item = Item(Request(text[:num], [text[1:] if num else text[:1]]))
-            by_path.setdefault(self._drawn(f"held out {place}"), []).append(item)
-        losses: list[list[float]] = [[] for _ in systems]
-        for path, items in by_path.items():
-            judge = Judge(self.routed, items, what, MEMORY_GB)
-            found = judge.scores([system[path] for system in systems]).objective
-            for own, scores in zip(losses, found, strict=True):
-                own += [-float(score) for score in scores]
-        return [fmean(own) for own in losses]
+        """Return the mean KL or next-token loss of texts along each path."""
+        items = []
+        for text in texts:
+            question = Request(text[:1], [text[1:]])
+            if objective == KL:
+                question = Request(text, [text[:1]])
+            items.append(Item(question))
+        judge = Judge(self.routed, items, objective, MEMORY_GB)
+        objectives = judge.scores(paths).objective
+        return [-fmean(scores) for scores in objectives]
+
+    # --- what is kept ---
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}
-        for number, (weight, best) in enumerate(zip(self.parameters, self.best, strict=True)):
-            parts = {"weight": weight.detach(), "best": best, **self.optimizer.state[weight]}
-            tensors |= {f"{number} {part}": each.cpu() for part, each in parts.items()}
+        for number, parameter in enumerate(self.parameters):
+            tensors[f"{number} weight"] = parameter.detach().cpu()
+            tensors[f"{number} best"] = self.best[number].cpu()
+            for part, tensor in self.optimizer.state[parameter].items():
+                tensors[f"{number} {part}"] = tensor.cpu()
         self.state.tensors = to_safetensors(tensors)
         self.chunks.put(TRAINING, self.state)
 
@@ -440,41 +455,22 @@ class _Healing:
             return
         for name, tensor in from_safetensors(state.tensors).items():
             number, _, part = name.partition(" ")
-            weight, best = self.parameters[int(number)], self.best[int(number)]
-            if part in ("weight", "best"):
-                (weight if part == "weight" else best).copy_(tensor)
+            parameter = self.parameters[int(number)]
+            if part == "weight":
+                parameter.copy_(tensor)
+            elif part == "best":
+                self.best[int(number)].copy_(tensor)
             else:  # of the optimiser, which counts its steps on the CPU
-                place = weight.device if tensor.dim() else tensor.device
-                self.optimizer.state[weight][part] = tensor.to(place)
+                device = parameter.device if tensor.dim() else tensor.device
+                self.optimizer.state[parameter][part] = tensor.to(device)
         self.state = state
 
 
-def _identity(record: HealedPath) -> dict[str, Any]:
-    """Return what must be equal for two runs to be the same one."""
-    return {
-        "settings": HealConfig(**record.config).decisive(),
-        "model": record.model,
-        "runtime": record.runtime,
-        "path": record.steps,
-        "others": record.others,
-        "texts_sha256": record.questions_sha256,
-    }
-
-
-class KeptStates(PathPass):
-    """Runs a path, or what is left of it from a state on, and keeps the state by layer."""
-
-    def __init__(self, path: StaticPath, start: Tensor | None = None, num_run: int = 0) -> None:
-        super().__init__(path)
-        self.start, self.states = start, list[Tensor]()
-        del self._left[len(self._left) - num_run :]
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run the steps that can be run now, `[B, T, D]` to `[B, T, D]`."""
-        if self.start is not None and not call.index:
-            hidden = self.start
-        self.states.append(super().layer(call, hidden))
-        return self.states[-1]
+def learning_rate(peak: float, progress: float) -> float:
+    """Return the learning rate at a share of the training: a line up, then half a cosine."""
+    rise = min(1.0, (progress + 0.001) / WARM_UP)
+    fall = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * rise * fall
 
 
 def batches_of(
@@ -485,18 +481,25 @@ def batches_of(
     Each source gives as many, drawn at random. Those of a batch are of like length, as many as fit
     into `batch_size` times `max_tokens` tokens.
     """
-    random, size = Random(config.seed), config.batch_size * config.max_tokens
-    num = -(-STEPS_AHEAD * config.batch_size // len(by_source))
+    random = Random(config.seed)
+    max_tokens = config.batch_size * config.max_tokens
+    num = math.ceil(STEPS_AHEAD * config.batch_size / len(by_source))
     while True:
-        ahead = [text for texts in by_source.values() for text in random.choices(texts, k=num)]
-        found = batches([len(text) for text in ahead], len(ahead), size)
-        random.shuffle(found)
-        yield from ([ahead[row] for row in rows] for rows in found)
+        ahead: list[Tokens] = []
+        for texts in by_source.values():
+            ahead += random.choices(texts, k=num)
+        groups = batches([len(text) for text in ahead], len(ahead), max_tokens)
+        random.shuffle(groups)
+        for rows in groups:
+            yield [ahead[row] for row in rows]
 
 
-def _low_precision(model: Any) -> torch.dtype | None:
-    """Return in what float32 weights may compute faster on their device; None where in nothing."""
-    is_native = resolve_dtype("auto", model.device) == torch.bfloat16
-    if model.device.type == "cpu":  # without instructions for it slower; older torch can't tell
-        is_native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if is_native and model.dtype == torch.float32 else None
+def _identity(record: HealedPath) -> dict[str, Any]:
+    """Return what must be equal for two runs to be the same one."""
+    return {
+        "settings": HealConfig(**record.config).decisive(),
+        "model": record.model,
+        "runtime": record.runtime,
+        "path": record.steps,
+        "texts_sha256": record.questions_sha256,
+    }

@@ -20,7 +20,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
-from drllm.paths import StaticPath, step_of
+from drllm.paths import StaticPath
 from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
 from drllm.statistics.intervals import Floats
 from drllm.tasks.examples import Prompt
@@ -82,7 +82,7 @@ class Judge:
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.question for item in items], self.state_cache_gb)
         # Path by path, so that paths which begin alike stand in one pass.
-        order = sorted(range(len(paths)), key=lambda number: [*map(step_of, paths[number].steps)])
+        order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
         asked = list(itertools.product(order, range(len(items))))
         # As decisions where these can say it: by them the full path is known, whose KL is 0.
         plans = [path.plan(self.routed.num_layers) for path in paths]
@@ -91,7 +91,7 @@ class Judge:
         for (number, row), score in zip(asked, scores, strict=True):
             value, right = self._value(items[row], score.logprobs, score.kl)
             if not math.isfinite(value):
-                if paths[number].steps == tuple(range(self.routed.num_layers)):
+                if paths[number].layers == tuple(range(self.routed.num_layers)):
                     raise ModelError(
                         "the base model's own log-probabilities are not finite; load it with "
                         "--dtype float32"

@@ -16,13 +16,12 @@ import msgspec
 import numpy as np
 
 from drllm.config import TuneConfig
-from drllm.config.fields import changed
+from drllm.config.fields import changed, make_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.models.routing.shares import layer_shares
 from drllm.paths import StaticPath
 from drllm.processes import count, from_first
 from drllm.records.codec import digest_of, write_json
@@ -35,8 +34,8 @@ from drllm.records.static_paths import (
     PATHS_FILE,
     SELECT,
     TEST,
-    Measured,
     NamedPath,
+    PathScore,
     StaticPaths,
     read_paths,
     steps_to_write,
@@ -48,7 +47,7 @@ from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Prompt
 from drllm.tasks.examples import choose as draw
-from drllm.tuning.beam import LAYERS, beam_of
+from drllm.tuning.beam import beam_of
 from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
@@ -90,7 +89,6 @@ def tune(
     Raises:
         ConfigError: Settings without effect or that make no sense, or a folder of another run.
         TaskError: An unknown task, or too few questions.
-        ArchitectureError: Sublayers are to be skipped that can't be told apart.
 
     Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
     """
@@ -177,7 +175,7 @@ class TaskScorer:
         order = sorted(range(first, last), key=lambda place: judge.items[place].question.length)
         size = max(1, MOST_PAIRS // len(paths))
         found = np.zeros((2, len(paths), last - first))
-        digest = digest_of(path.steps for path in paths)[:16]
+        digest = digest_of(path.layers for path in paths)[:16]
         parts = {start: order[start : start + size] for start in range(0, len(order), size)}
         makes = {
             f"{self.name} {part} {first} to {last} from {start} {digest}": partial(
@@ -202,7 +200,7 @@ class TaskScorer:
             right: list[float] = self._known[part, path][1].tolist()
             return right
         if self.is_generated and (part, path) not in self._answered:
-            prompts, digest = self.prompts(part), digest_of(path.steps)[:16]
+            prompts, digest = self.prompts(part), digest_of(path.layers)[:16]
             makes = {
                 f"{self.name} answers {part} from {start} {digest}": partial(
                     graded, self.routed, path, prompts[start : start + MOST_ANSWERS]
@@ -240,7 +238,6 @@ class _Tuning:
         self.routed, self.config, self.folder, self.listener = routed, config, folder, listener
         L = routed.num_layers
         self.full = StaticPath(range(L))
-        self.shares = [(0.5, 0.5)] * L if config.edits == LAYERS else layer_shares(routed)
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
         self.identity: dict[str, Any] = {
             "settings": config.decisive(),
@@ -250,7 +247,7 @@ class _Tuning:
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.tasks = [TaskScorer(routed, one, config, self.chunks, self._scored) for one in divided]
-        self.beam = beam_of(config, divided, self.shares)
+        self.beam = beam_of(config, divided, L)
         self._most = self.beam.max_saved
         self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
@@ -283,7 +280,7 @@ class _Tuning:
             refuse_other_run(
                 f"the tuning in {file}",
                 {
-                    "settings": TuneConfig(**found.config).decisive(),
+                    "settings": make_settings(TuneConfig, found.config).decisive(),
                     "model": found.model,
                     # Older files have neither.
                     "runtime": found.runtime or own["runtime"],
@@ -313,11 +310,11 @@ class _Tuning:
             if len(found) == 1:
                 self.listener.note(HEAD)
             level_is = self.beam.saved(best), self._change(best)
-            self._saved, self._pairs = min(max(level.saved, 0.0), self._most), 0
+            self._saved, self._pairs = level.saved, 0
             self._scored(0, told(*level_is))
             self.listener.note(f"{line(*level_is)}\n  {best.edits(L)}")
             seconds = sum(task.seconds for task in self.tasks) / count()
-            is_last = level.saved + self.beam.unit > self._most
+            is_last = level.saved == self._most
             if config.minutes is not None and seconds > 60 * config.minutes:
                 self.listener.note(f"{config.minutes:g} minutes are over; no further level begins")
                 self._is_cut = not is_last
@@ -331,7 +328,7 @@ class _Tuning:
         """Tell how far it is; certifying and testing count as `FINAL` levels more."""
         self._pairs += num_pairs
         share = min(1.0, self._pairs / self._expected)
-        unit = FINAL if self._saved == self._most else self.beam.unit
+        unit = FINAL if self._saved == self._most else 1
         self._done = max(self._done, self._saved + unit * share)
         self.on_progress(self._done, self._most + FINAL, note)
 
@@ -404,10 +401,10 @@ class _Tuning:
         if path == self.full:
             return "full"
         saved = self.routed.num_layers - self._executions(path)
-        return f"skip{saved:.3g}" if saved >= 0 else f"more{-saved:.3g}"
+        return f"skip{saved:.3g}"
 
     def _executions(self, path: StaticPath) -> float:
-        return path_executions(path, self.shares)
+        return path_executions(path)
 
     def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
         [own], [texts] = (task.objectives(name, [path]) for name in (part, f"texts of {part}"))
@@ -466,9 +463,9 @@ class _Tuning:
             choice=choice,
         )
 
-    def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> Measured:
+    def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:
         [values] = task.objectives(part, [path])
-        told = Measured(
+        told = PathScore(
             task=task.name, part=part, num_questions=len(values), objective=fmean(values)
         )
         is_full = path == self.full

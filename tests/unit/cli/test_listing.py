@@ -4,7 +4,7 @@ import pytest
 
 from drllm.models import check
 from drllm.models import families as table
-from drllm.models.families import FAMILIES, REFUSED, WHOLE_LAYERS
+from drllm.models.families import FAMILIES, REFUSED
 
 
 def test_architectures_are_tried_with_class_status_and_difference(drllm, monkeypatch):
@@ -37,36 +37,18 @@ def test_a_model_of_the_users_is_checked_alone_and_refusing_it_is_no_error(
     assert counts in out.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("family", "says"),
-    [("gpt_neox", "attention or MLP alone can be left out"), ("opt", "no module of its own")],
-)
-def test_a_model_of_the_users_is_told_whether_parts_of_its_layers_can_be_left_out(
-    family, says, drllm, tmp_path, tiny_model, tiny_tokenizer
-):
-    tiny_model(family).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    assert says in drllm("ls architectures --model", tmp_path).out
-
-
 def test_families_are_listed_as_exact_or_refused_with_the_reason(drllm):
     lines = drllm("ls architectures").out.splitlines()
     assert "gpt2" in next(line for line in lines if line.startswith("exact"))
     [mamba] = [line for line in lines if line.startswith("refused") and "mamba" in line]
     assert "gpt2" not in mamba
     assert mamba.endswith(": some layers keep a state other than keys and values")
-    [opt] = [line for line in lines if line.startswith("whole layers") and "opt" in line]
-    assert opt.endswith(": a layer has no module of its own for the MLP")
 
 
-def test_the_page_on_architectures_names_the_families_that_run_whole_layers_only():
+def test_the_page_on_architectures_counts_the_families_that_are_routed():
     page = (Path(__file__).parents[3] / "docs" / "architectures.md").read_text(encoding="utf-8")
-    for reason, families in WHOLE_LAYERS.items():
-        assert f"| {reason} | {', '.join(families)} |" in page
     routed = len(FAMILIES) - sum(map(len, list(REFUSED.values())[:2]))
-    parts = routed - sum(map(len, WHOLE_LAYERS.values()))
-    assert f"Of the {routed} families" in page
-    assert f" {parts} can also run" in page
+    assert f"{routed} families are routed" in page
 
 
 def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):

@@ -11,8 +11,7 @@ from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.latency import empty_cache
 from drllm.models.families import FAMILIES
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.shares import layer_shares
-from drllm.paths import ATTENTION, MLP, StaticPath, Step
+from drllm.paths import StaticPath
 from slow_way import stored_bytes
 
 DECISIONS = [
@@ -55,19 +54,19 @@ def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
         assert derived.weights + derived.attention == found
 
 
-PARTS = StaticPath([0, Step(1, MLP), 2, Step(2, scale=0.5), Step(3, ATTENTION), 5, 4])
+PATH = StaticPath([0, 2, 1, 2, 5, 4])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi3"])
-def test_parts_of_layers_cost_what_torch_counts_and_an_mlp_alone_keeps_nothing(tiny_model, family):
+def test_a_static_path_costs_what_torch_counts(tiny_model, family):
     model = tiny_model(family, attention="eager")
     routed, cache = RoutedModel(model), empty_cache(model)
-    shape = ModelShape.of(model, layer_shares(routed))
-    with routed.fixed(PARTS):
+    shape = ModelShape.of(model)
+    with routed.fixed(PATH):
         found = counted(lambda: model(ids(13), logits_to_keep=1, **cache))
-    derived = prompt_flops(shape, PARTS, 13)
+    derived = prompt_flops(shape, PATH, 13)
     assert derived.weights + derived.attention == found
-    assert 13 * kv_bytes(shape, PARTS) == stored_bytes(*cache.values())
+    assert 13 * kv_bytes(shape, PATH) == stored_bytes(*cache.values())
 
 
 @pytest.mark.thorough

@@ -145,7 +145,9 @@ def beside_routers(routed=27.4, **changes):
     right = [1.0] * 95 + [0.0] * 5
     paths = {name: StaticPath(range(n)) for name, n in (("best", 29), ("near", 28), ("far", 20))}
     systems = [
-        run(name, right if name == "best" else RIGHT_50, executions=len(p.steps), path=p, routes=[])
+        run(
+            name, right if name == "best" else RIGHT_50, executions=len(p.layers), path=p, routes=[]
+        )
         for name, p in paths.items()
     ]
     routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from drllm.errors import DrllmError, PathError, RecordError, RoutingError
+from drllm import extras
+from drllm.errors import ConfigError, DrllmError, PathError, RecordError, RoutingError
+from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
 from drllm.models.healed import load_path
-from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
@@ -36,8 +38,7 @@ def record(base, tmp_path):
 
 def slowly(model, record, adapter):
     """Return the logits of the plain model with an adapter merged."""
-    adapters = {record.adapter: adapter}
-    return ListedModel(model, path=record.path.steps, adapters=adapters).logits(IDS[0])
+    return ListedModel(model, path=record.path.layers, adapter=adapter).logits(IDS[0])
 
 
 def along(routed, path):
@@ -49,8 +50,8 @@ def along(routed, path):
 def test_a_path_is_loaded_with_the_adapter_that_it_was_saved_with(base, record, tmp_path, place):
     routed = RoutedModel(base.model)
     path = load_path(routed, read_path(str(tmp_path / place)))
-    assert [*routed.adapters] == [record.adapter] == [*path.adapters]
-    assert path == StaticPath(PATH).with_adapter(record.adapter, first_layer=1)
+    assert list(routed.injection.lora.names) == [record.adapter]
+    assert path == StaticPath(PATH, record.adapter)
     assert path.edits(6) == "skips layer 2, repeats layer 4, with an adapter"
     routed_logits = along(routed, path)
     assert load_path(routed, read_path(str(tmp_path / place))) == path
@@ -69,26 +70,33 @@ def test_a_routed_model_is_made_of_the_folder_alone(base, record, tmp_path, is_g
     assert not torch.equal(found, along(routed, record.path.with_adapter("")))
 
 
-def test_an_adapter_is_held_in_the_dtype_of_the_model(base, record, tmp_path):
+def test_an_adapter_has_the_dtype_of_the_model(base, record, tmp_path):
     routed = RoutedModel(base.model.bfloat16())
     load_path(routed, read_path(str(tmp_path / "healed")))
-    assert {each.dtype for each in routed.adapters[record.adapter].parameters()} == {torch.bfloat16}
+    parameters = routed.injection.lora.parameters(record.adapter)
+    assert {each.dtype for each in parameters} == {torch.bfloat16}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_loads_the_adapter_and_runs_all_layers_with_it(family, tiny_model, tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT isn't installed")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_peft_loads_the_folder_and_runs_all_layers_with_the_adapter(family, tiny_model, tmp_path):
     model = tiny_model(family)
-    record = written_healed(tmp_path, model, BaseModel(model, None, "tiny").identity)
+    written_healed(tmp_path, model, BaseModel(model, None, "tiny").identity)
     routed = RoutedModel(model)
     path = load_path(routed, read_path(str(tmp_path)))
-    expected = along(routed, StaticPath(range(6)).with_adapter(*path.adapters, 1))
+    expected = along(routed, StaticPath(range(6), path.adapter))
     routed.detach()
     with torch.no_grad():
-        found = peft.PeftModel.from_pretrained(model, tmp_path)(IDS, use_cache=False).logits[0]
-    assert record.rank == 4
+        found = PeftModel.from_pretrained(model, tmp_path)(IDS, use_cache=False).logits[0]
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_without_peft_a_healed_path_is_refused_in_one_line(base, record, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    routed = RoutedModel(base.model)
+    with pytest.raises(ConfigError, match=r'pip install "drllm\[heal\]"') as caught:
+        load_path(routed, read_path(str(tmp_path / "healed")))
+    assert "\n" not in str(caught.value)
 
 
 def test_healed_paths_are_listed_by_name_and_one_name_by_folders(base, record, tmp_path):
@@ -122,6 +130,36 @@ def with_record(folder, **changes):
 
 
 Q = "base_model.model.model.layers.4.self_attn.q_proj.lora_"
+
+
+def without_a_map(tensors):
+    del tensors[Q + "A.weight"], tensors[Q + "B.weight"]
+
+
+OLD = {
+    r"path\.json is a healed path with an adapter for 3 routes": {
+        "others": [[{"layer": 0}], [{"layer": 1}, {"layer": 4}]]
+    },
+    r"path\.json is a path that runs the attention of layer 3 alone": {
+        "steps": [{"layer": 1}, {"layer": 3, "run": "attention"}, {"layer": 4}, {"layer": 5}]
+    },
+    r"path\.json is a path that runs layer 3 at weight 0.5": {
+        "steps": [{"layer": 1}, {"layer": 3, "scale": 0.5}, {"layer": 4}, {"layer": 5}]
+    },
+}
+
+
+@pytest.mark.parametrize("message", OLD)
+def test_what_older_versions_could_heal_is_refused_with_the_version(
+    base, record, tmp_path, message
+):
+    with_record(tmp_path / "healed", **OLD[message])
+    with pytest.raises(RecordError, match=f"{message}, which only drllm up to 0.1.0.dev0") as error:
+        read_path(str(tmp_path / "healed"))
+    assert "commit 3820ce17" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 BAD = {
     "isn't the adapter that path.json": lambda f: (f / ADAPTER_FILE).write_bytes(b"other"),
     "adapter_model.safetensors isn't there": lambda f: (f / ADAPTER_FILE).unlink(),
@@ -138,6 +176,26 @@ BAD = {
     ),
     r"the path runs \[\] with it": lambda f: with_record(f, first_layer=6),
     "rank": lambda f: with_record(f, rank=0),
+    "alpha": lambda f: with_record(f, alpha=1e308),
+    "has nothing for 4.self_attn.q_proj": lambda f: with_weights(f, without_a_map),
+    "holds 'base_model.model.model.layers.one": lambda f: with_weights(
+        f, lambda t: t.update({Q.replace(".4.", ".one.") + "A.weight": torch.zeros(4, 32)})
+    ),
+    "has 0 axes of float32, expected a matrix": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": torch.tensor(1.0)})
+    ),
+    "has 2 axes of float8_e4m3fn, expected": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].to(torch.float8_e4m3fn)})
+    ),
+    "has 2 axes of int8, expected": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].to(torch.int8)})
+    ),
+    "has 2 axes of bool, expected": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].bool()})
+    ),
+    "has 2 axes of complex64, expected": lambda f: with_weights(
+        f, lambda t: t.update({Q + "A.weight": t[Q + "A.weight"].to(torch.complex64)})
+    ),
     "is for another model": lambda f: with_weights(
         f, lambda t: t.update({Q + "A.weight": torch.zeros(4, 31)})
     ),
@@ -151,7 +209,7 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(base, record, tmp_path
     with pytest.raises((RecordError, RoutingError), match=said) as caught:
         load_path(routed, read_path(str(tmp_path / "healed")))
     assert "\n" not in str(caught.value)
-    assert not routed.adapters
+    assert routed.injection.lora.names == ()
 
 
 def test_a_healed_path_of_another_model_is_refused(base, record, tmp_path, tiny_llama):
@@ -211,15 +269,17 @@ def test_the_files_are_peft_s_and_the_card_says_what_was_trained(base, record, t
     assert "| arc_easy | 2 | 3 | 2.2 |" in card
 
 
-def test_what_an_adapter_adds_counts_as_arithmetic(base, record):
-    from drllm.evaluation.flops import ModelShape, prompt_flops
-
+def test_what_an_adapter_adds_counts_as_arithmetic(base, record, tmp_path):
     routed = RoutedModel(base.model)
-    adapter = Adapter.fresh(routed, 4, 4, [1, 3, 4, 5], 0)
-    shape = ModelShape.of(base.model, adapters={record.adapter: adapter})
+    load_path(routed, read_path(str(tmp_path / "healed")))
+    adapter = routed.injection.lora.weights(record.adapter)
+    shape = ModelShape.of(base.model, {record.adapter: adapter})
     plain = prompt_flops(shape, record.path.with_adapter(""), 10)
     healed = prompt_flops(shape, record.path, 10)
-    # Of the steps 1, 3, 4, 4 and 5, twice for each entry and token.
+    routed.detach()
+    assert plain == prompt_flops(ModelShape.of(base.model), record.path.with_adapter(""), 10)
+    # Of the layers 1, 3, 4, 4 and 5, twice for each entry and token.
     entries = sum(adapter.num_entries(layer) for layer in (1, 3, 4, 4, 5))
     assert healed.weights - plain.weights == 2 * 10 * entries
-    assert sum(each.numel() for each in adapter.parameters()) == entries - adapter.num_entries(4)
+    total = sum(a.numel() + b.numel() for a, b in adapter.maps.values())
+    assert total == entries - adapter.num_entries(4)

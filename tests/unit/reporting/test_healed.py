@@ -9,7 +9,7 @@ from drllm.cli.parser import parse
 from drllm.errors import RecordError
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_json
-from drllm.records.healed import ADAPTER_FILE, Checked, HealedPath, Losses
+from drllm.records.healed import ADAPTER_FILE, HealedPath, HealPoint, Losses
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
 from drllm.reporting.drawing import LIGHT, NARROW
@@ -20,9 +20,9 @@ from drllm.reporting.stage import report
 from paths_json import written_paths
 
 CURVE = (
-    Checked(step=0, tokens=0, seconds=1.0, held_out_kl=0.6),
-    Checked(step=50, tokens=40_000, seconds=90.0, train_kl=0.4, held_out_kl=0.31),
-    Checked(step=100, tokens=80_000, seconds=180.0, train_kl=0.3, held_out_kl=0.35),
+    HealPoint(step=0, tokens=0, seconds=1.0, held_out_kl=0.6),
+    HealPoint(step=50, tokens=40_000, seconds=90.0, train_kl=0.4, held_out_kl=0.31),
+    HealPoint(step=100, tokens=80_000, seconds=180.0, train_kl=0.3, held_out_kl=0.35),
 )
 LOSSES = {
     "arc_easy": Losses(full=2.0, path=3.0, healed=2.2, num_texts=16),

@@ -5,16 +5,14 @@ import random
 
 import numpy as np
 
-from drllm.paths import StaticPath, step_of
+from drllm.paths import StaticPath
 from drllm.tuning.beam import Beam
 
 L = 8
-WHOLE = [(0.5, 0.5)] * L
-PARTS = [(0.25, 0.75)] * L
 
 
 def skipped(path):
-    return frozenset(range(L)) - {step_of(item).layer for item in path.steps}
+    return frozenset(range(L)) - set(path.layers)
 
 
 def worth(path, seed=0):
@@ -23,12 +21,7 @@ def worth(path, seed=0):
     single = [rng.uniform(-0.5, 0.1) for _ in range(L)]
     pair = {two: rng.gauss(0, 0.02) for two in itertools.combinations(range(L), 2)}
     out = sorted(skipped(path))
-    partly = sum(single[step_of(s).layer] / 2 for s in path.steps if step_of(s).run != "all")
-    return (
-        sum(single[i] for i in out)
-        + sum(pair[two] for two in itertools.combinations(out, 2))
-        + (partly)
-    )
+    return sum(single[i] for i in out) + sum(pair[two] for two in itertools.combinations(out, 2))
 
 
 def measure(paths, num_questions):
@@ -36,7 +29,7 @@ def measure(paths, num_questions):
 
 
 def levels(grows=lambda path: True, measure=measure, **options):
-    given = {"kind": "layers", "width": 3, "max_saved": 4, "num_questions": 48, "shares": WHOLE}
+    given = {"num_layers": L, "width": 3, "max_saved": 4, "num_questions": 48}
     beam = Beam(**{**given, **options})
     return list(beam.levels(measure, grows))
 
@@ -60,7 +53,7 @@ def test_a_wide_beam_finds_the_best_of_all_subsets():
 def test_a_beam_of_one_is_greedy_removal():
     path = StaticPath(range(L))
     for level in levels(width=1):
-        left = [[s for s in path.steps if s != item] for item in path.steps]
+        left = [[s for s in path.layers if s != layer] for layer in path.layers]
         path = max(map(StaticPath, left), key=worth)
         assert level.paths == (path,)
 
@@ -82,30 +75,6 @@ def test_few_questions_drop_most_candidates_before_all_are_asked():
     assert asked == [(8, 30), (4, 80), (2, 240)]
 
 
-def test_with_sublayers_levels_go_up_by_the_smallest_part():
-    found = levels(kind="sublayers", shares=PARTS, max_saved=1, width=2)
-    assert [level.saved for level in found] == [0.25, 0.5, 0.75, 1.0]
-    assert {step_of(s).run for level in found for p in level.paths for s in p.steps} == {
-        "all",
-        "attention",
-        "mlp",
-    }
-
-
-def test_no_level_saves_more_than_the_maximum():
-    assert [level.saved for level in levels(max_saved=2.9)] == [1, 2]
-    assert levels(max_saved=0.9) == []
-
-
-def test_repeats_that_cost_what_the_full_path_does_are_cut_to_the_beam():
-    found = levels(kind="repeats", width=2, max_saved=1)
-    [even] = [level for level in found if level.saved == 0]
-    assert len(even.paths) == 2
-    assert StaticPath(range(L)) not in even.paths
-
-
-def test_with_repeats_levels_begin_with_what_costs_more():
-    found = levels(kind="repeats", measure=lambda paths, _: np.array([len(p.steps) for p in paths]))
-    saved = [level.saved for level in found]
-    assert (saved[0], saved[-1]) == (-7, 4)
-    assert saved == sorted(saved)
+def test_no_level_saves_more_than_the_maximum_or_every_layer():
+    assert [level.saved for level in levels(max_saved=2)] == [1, 2]
+    assert [level.saved for level in levels(max_saved=L + 3)] == list(range(1, L))

@@ -54,7 +54,7 @@ def test_the_paths_go_from_the_full_one_to_the_shortest(unbroken):
     executions = [path.executions for path in found.paths]
     assert executions == sorted(executions, reverse=True)
     assert [path.executions for path in found.paths] == [
-        float(len(path.path.steps)) for path in found.paths
+        float(len(path.path.layers)) for path in found.paths
     ]
 
 
@@ -274,23 +274,15 @@ def test_where_base_only_guesses_nothing_is_certified(routed):
     assert "chance" in found.choice.obstacle
 
 
-@pytest.mark.thorough
-def test_with_sublayers_costs_are_parts_of_layers(routed):
-    found = tuned(routed, edits="sublayers", max_skipped=1, max_loss=10.0)
-    assert any(path.executions % 1 for path in found.paths)
-    assert {step.run for path in found.paths for step in path.steps} > {"all"}
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"max_skipped": 6}, "at most 5"),
-        ({"max_skipped": 0.4}, "at least 1 of a layer"),
+        ({"max_skipped": 0.4}, "less than one layer"),
         ({"weights": {"arc_easy": 2.0}}, "isn't tuned on"),
         ({"weights": {"builtin_facts": 2.0}}, "no effect"),
         ({"max_loss_increase": 0.1}, "no effect"),
         ({"objective": "kl", "epsilon": 2.0}, "right answers"),
-        ({"edits": "all"}, "unknown value"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_scored(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from drllm.config import DepthConfig, ModelConfig
 from drllm.config.fields import changed
+from drllm.cost import path_executions
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.prefix import CommonPrefix
 from drllm.evaluation.lm_eval.scoring import (
@@ -40,7 +41,6 @@ from drllm.models.routers.files import CONFIG_FILE, find_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.routing.shares import executions_along
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
 from drllm.processes import PATIENCE, launched
@@ -294,8 +294,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """
         prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
         executions: float = executed / max(prompts, 1)
-        if isinstance(self.policy, PathPolicy):  # a part of a layer costs its share
-            executions = executions_along(self.routed, self.policy.path)
+        if isinstance(self.policy, PathPolicy):
+            executions = path_executions(self.policy.path)
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,

@@ -12,6 +12,8 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.prompts import context_length
@@ -245,3 +248,178 @@ def _window(model: Any) -> float:
     text = model.config.get_text_config()
     sizes = [getattr(text, name, None) for name in WINDOWS]
     return min((size for size in sizes if size), default=math.inf)  # 0 is none too
+
+
+LEAST_MATRICES = 2
+"""Fewer than these and a module is no MLP: it has to go up and down again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayers:
+    """The attention and the MLP of one layer."""
+
+    attention: nn.Module
+    mlps: tuple[nn.Module, ...]  # mostly one; a shared expert is another
+
+
+def find_sublayers(model: Any) -> list[Sublayers]:
+    """Find the attention and the MLP of each layer, `[L]`, by running one token.
+
+    The attention is the child of a layer that stores K/V in the cache. An MLP is a child with two
+    matrices or more that stores nothing. A second token checks that a layer adds what they give to
+    its state and does nothing else: without them a state comes out as it went in.
+
+    Raises:
+        ArchitectureError: A layer has no such modules of its own, or does more with what they give
+            than add it.
+    """
+    decoder, layers = find_layers(model)
+    name = type(base_of(model)).__name__
+    watches = [_ChildWatch(name, index, layer) for index, layer in enumerate(layers)]
+    _run_token(model, decoder, [hook for watch in watches for hook in watch.hooks()])
+    sublayers = [watch.sublayers() for watch in watches]
+    checks = [_SumCheck(name, index, each) for index, each in enumerate(sublayers)]
+    pairs = zip(checks, layers, strict=True)
+    _run_token(model, decoder, [hook for check, layer in pairs for hook in check.hooks(layer)])
+    return sublayers
+
+
+class _ChildWatch:
+    """Watches the children of one layer while a token passes."""
+
+    def __init__(self, model_name: str, index: int, layer: nn.Module) -> None:
+        self.model_name = model_name
+        self.index = index
+        self.layer = layer
+        self.attention: list[nn.Module] = []
+        self.mlps: list[nn.Module] = []
+        self._cache: Cache | None = None
+        self._lengths: dict[nn.Module, int] = {}  # of the layer's K/V before each child
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        for child in self.layer.children():
+            yield child.register_forward_pre_hook(self._before_child)
+            yield child.register_forward_hook(self._after_child, with_kwargs=True)
+
+    def sublayers(self) -> Sublayers:
+        if len(self.attention) != 1:
+            reason = f"has {len(self.attention)} modules for its attention"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+        if not self.mlps:
+            reason = "has no module of its own for the MLP"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+        return Sublayers(self.attention[0], tuple(self.mlps))
+
+    def _before_layer(self, _layer: nn.Module, args: Any, kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        self._cache = next((value for value in values if isinstance(value, Cache)), None)
+
+    def _before_child(self, child: nn.Module, _args: Any) -> None:
+        self._lengths[child] = self._kv_length()
+
+    def _after_child(self, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        matrices = [weight for weight in child.parameters() if weight.dim() > 1]
+        if self._kv_length() > self._lengths[child]:
+            self.attention.append(child)
+        elif len(matrices) >= LEAST_MATRICES:
+            self.mlps.append(child)
+        else:
+            return
+        given = _first_argument(args, kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, torch.Tensor) or getattr(given, "shape", None) != first.shape:
+            reason = "has a sublayer that changes the shape of a state"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+
+    def _kv_length(self) -> int:
+        return 0 if self._cache is None else int(self._cache.get_seq_length(self.index))
+
+
+class _SumCheck:
+    """Checks that a layer without what its sublayers give returns the state that it was given."""
+
+    def __init__(self, model_name: str, index: int, sublayers: Sublayers) -> None:
+        self.model_name = model_name
+        self.index = index
+        self.modules = (sublayers.attention, *sublayers.mlps)
+        self._state: torch.Tensor | None = None
+
+    def hooks(self, layer: nn.Module) -> Iterator[RemovableHandle]:
+        yield layer.register_forward_pre_hook(self._put_noise, with_kwargs=True)
+        yield layer.register_forward_hook(self._compare)
+        for module in self.modules:
+            yield module.register_forward_hook(_give_zeros)
+
+    def _put_noise(self, _layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        hidden = _first_argument(args, kwargs)
+        generator = torch.Generator().manual_seed(self.index)
+        noise = torch.randn(hidden.shape, generator=generator)
+        self._state = noise.to(hidden.device, hidden.dtype)
+        if args:
+            return (self._state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._state}
+
+    def _compare(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        assert self._state is not None
+        if not torch.equal(first, self._state):
+            reason = "does more with its attention and MLP than add what they give"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+
+
+def _give_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Put zeros in place of what a sublayer gives."""
+    if not isinstance(output, tuple):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])
+
+
+def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
+    """Run one token through the model with hooks, which are taken off again."""
+    with hooked(hooks), torch.no_grad(), evaluating(decoder):
+        decoder(input_ids=one_token(model), use_cache=True)
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a module reads: its first argument."""
+    if args:
+        return args[0]
+    return kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+
+
+def _refused_sublayers(model_name: str, index: int, reason: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"layer {index} of {model_name} {reason}, so its attention and its MLP can't be told apart"
+    )
+
+
+MAP_ROWS = 3
+MAP_TOKENS = 5
+"""The batch that shows which linear maps are called with all tokens of all rows."""
+
+
+def find_linear_maps(model: Any) -> dict[str, nn.Module]:
+    """Find the linear maps of the layers that are called with all tokens of all rows.
+
+    A map of an expert, or one that a model calls with its tokens in one long row, isn't among them.
+    Maps are named by their layer and their place in it, such as `14.mlp.up_proj`; of a map that
+    PEFT has put a LoRA layer around it is the map itself.
+    """
+    decoder, layers = find_layers(model)
+    found: dict[str, nn.Module] = {}
+
+    def note(name: str, module: nn.Module, args: Any, _output: Any) -> None:
+        if args and args[0].shape[:2] == (MAP_ROWS, MAP_TOKENS):
+            found[name] = module
+
+    hooks = []
+    for index, layer in enumerate(layers):
+        for place, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:
+                name = f"{index}.{place.removesuffix('.base_layer')}"
+                hooks.append(module.register_forward_hook(partial(note, name)))
+    ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
+    with hooked(hooks), torch.no_grad(), evaluating(decoder):
+        decoder(input_ids=ids, use_cache=False)
+    return found

@@ -50,8 +50,7 @@ class Answer:
         prompt: As it was given.
         text: Without special tokens.
         tokens: Up to and including the end-of-sequence token if there is one.
-        route: The decisions taken for the prompt, `[L]`; along a static path, how often each layer
-            ran, in whole or in part.
+        route: The decisions for the prompt, `[L]`; along a static path, how often each layer ran.
     """
 
     prompt: Prompt
@@ -212,10 +211,7 @@ def _batches(
                 yield places[start : start + batch_size], routed.policy
         else:
             for batch in _cut(sorted(places, key=plans.__getitem__), plans, batch_size):
-                fixed = FixedPolicy([plans[place] for place in batch], routed.num_layers)
-                # Decisions don't say which adapters rows run with: the policy chooses them again.
-                again = routed.adapters and type(routed.policy) not in (FullPolicy, FixedPolicy)
-                yield batch, routed.policy if again else fixed
+                yield batch, FixedPolicy([plans[place] for place in batch], routed.num_layers)
 
 
 def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> Iterator[list[int]]:

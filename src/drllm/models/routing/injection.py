@@ -10,11 +10,11 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,9 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
-from drllm.models.base.layers import find_layers, probe
+from drllm.models.base.layers import find_layers, find_linear_maps, probe
 from drllm.models.routing.context import Override, ThreadValue
-from drllm.paths import ALL, StaticPath, Step
-
-if TYPE_CHECKING:
-    from drllm.models.routing.adapters import Adapters
-    from drllm.models.routing.sublayers import Sublayers
+from drllm.models.routing.lora import LoraAdapters, LoraWeights
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 
@@ -65,6 +61,10 @@ class Driver:
     def compiles(self, cache: Cache | None) -> bool:
         """Say whether a pass can be compiled: what it runs is known before it starts."""
         return True
+
+    def adapter(self, cache: Cache | None) -> str:
+        """Return the name of the adapter that a pass with this cache runs with; empty for none."""
+        return ""
 
     def end(self) -> None:
         """Finish a pass, once every layer was called."""
@@ -115,6 +115,7 @@ class Injection:
                 "it, or drllm.detach(model) first"
             )
         self.returns_tuple = probe(model, self.decoder, self.layers)
+        self.lora = LoraAdapters(model)
         self.install()
 
     @staticmethod
@@ -130,8 +131,7 @@ class Injection:
         self.whole = DecoderHandle(self)
         for handle in (*self.handles, self.whole):
             handle.put_on()
-        for part in self._parts():
-            part.install()
+        self.lora.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, always_call=True),
@@ -148,8 +148,13 @@ class Injection:
                     f"the forward of {handle.place} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
-        for part in self._parts():
-            part.remove()
+        replaced = self.lora.find_replaced()
+        if replaced is not None:
+            raise RoutingError(
+                f"the LoRA layer of {replaced} was replaced by other code after a healed path was "
+                f"loaded; put it back, then detach()"
+            )
+        self.lora.remove()
         self.whole.take_off()
         for handle in self.handles:
             handle.take_off()
@@ -160,33 +165,19 @@ class Injection:
             hook.remove()
         self.is_installed = False
 
-    def _parts(self) -> list[Sublayers | Adapters]:
-        return [self.__dict__[name] for name in ("sublayers", "adapters") if name in self.__dict__]
-
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers of this model inside the block; `Driver()` for none."""
         return _driver.set(self, driver)
 
     @cached_property
-    def sublayers(self) -> Sublayers:
-        """What leaves attention or MLP out; an ArchitectureError where they can't be told apart."""
-        from drllm.models.routing.sublayers import Sublayers
+    def linear_maps(self) -> dict[str, nn.Module]:
+        """The linear maps that an adapter may change, by name; see `find_linear_maps`."""
+        with self.driven_by(Driver()):
+            return find_linear_maps(self.model)
 
-        return Sublayers(self)
-
-    @cached_property
-    def adapters(self) -> Adapters:
-        """The adapters that the model holds, and what adds them."""
-        from drllm.models.routing.adapters import Adapters
-
-        return Adapters(self)
-
-    def prepare(self, path: StaticPath) -> None:
-        """Find attention and MLP, or adapters, that a path needs; not in the middle of a pass."""
-        if path.runs_parts:
-            _ = self.sublayers
-        for name in path.adapters:
-            self.adapters.check(name)
+    def add_adapter(self, name: str, weights: LoraWeights) -> None:
+        """Put an adapter into the model; errors as of `LoraAdapters.add`."""
+        self.lora.add(name, weights, self.linear_maps)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -286,10 +277,11 @@ class ForwardOverride:
 
 
 class DecoderHandle(ForwardOverride):
-    """The override of the decoder's forward: in a compiled model, some passes run uncompiled.
+    """The override of the decoder's forward, which a pass may have to run uncompiled.
 
     Which rows run under routers differs from prompt to prompt, so graphs would be made anew until
-    torch gives up; the pass that makes a cache's entries is no graph either. Others compile.
+    torch gives up; the pass that makes a cache's entries is no graph either. Nor is any pass of a
+    model with adapters, which are switched for a pass. Others compile.
     """
 
     place = "the decoder"
@@ -300,17 +292,38 @@ class DecoderHandle(ForwardOverride):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Replace the decoder's own forward."""
-        if torch.compiler.is_compiling() and (current := self.injection.current.get()):
-            cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
-            if not current.driver.compiles(cache):
+        if self.injection.lora.names:
+            return _uncompiled(self._run_switched, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            current = self.injection.current.get()
+            if current is not None and not current.driver.compiles(_find_cache(args, kwargs)):
                 return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         # Not by `original`: after a graph break torch would take its method for this override.
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def _run_switched(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a pass with the adapter that it runs with, and with no other."""
+        current = self.injection.current.get()
+        name = "" if current is None else current.driver.adapter(_find_cache(args, kwargs))
+        with self.injection.lora.running(name):
+            return self.original()(*args, **kwargs)
 
-_uncompiled: Any = torch.compiler.disable(lambda run, *args, **kwargs: run(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+_uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+
+
+def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache among the arguments of a call; None where there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 class LayerHandle(ForwardOverride):
@@ -369,8 +382,7 @@ class LayerCall:
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward  # the pass that this call belongs to
         self.extras: tuple[Any, ...] = ()  # returned besides hidden states when it last ran
-        found = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
-        self.cache: Cache | None = next(found, None)
+        self.cache = _find_cache(args, kwargs)
         if self.cache is None:
             for name in CACHE_NAMES:
                 if kwargs.get(name) is not None:
@@ -379,44 +391,21 @@ class LayerCall:
                         f"of transformers; paged and other foreign caches can't be routed"
                     )
 
-    def run(
-        self,
-        hidden: Tensor,
-        rows: tuple[int, ...] | None = None,
-        *,
-        step: Step | None = None,
-        adapters: Sequence[tuple[str, tuple[int, ...] | None]] = (),
-    ) -> Tensor:
+    def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
         `rows` says of each of the R inputs which row of the original batch it is; None: itself.
-        The step is a whole layer unless it is given. Each adapter runs on some places of the R
-        inputs, or on all of them (None); that of the step on all.
         """
-        _, part, scale, name = step or Step(self.index)
-        adapters = [*adapters, (name, None)] if name else adapters
-        args, kwargs = self._args, self._kwargs
+        args = self._args
+        kwargs = self._kwargs
         if rows is not None:
             args, kwargs = self._cut(rows, partial(self._rows_of, rows))
-        forward, injection = self._handle.original(), self._handle.injection
-        if part == ALL and not adapters:
-            output = forward(hidden, *args, **kwargs)
-        else:
-            index = self.forward.index
-            active = [(n, None if on is None else index(on, hidden.device)) for n, on in adapters]
-            with (
-                nullcontext() if part == ALL else injection.sublayers.only(part),
-                injection.adapters.active(active) if active else nullcontext(),
-            ):
-                output = forward(hidden, *args, **kwargs)
+        output = self._handle.original()(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
             output = output[0]
         result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
-        if scale == 1:
-            return result
-        hidden = hidden.to(result.device)  # of the layer, maybe not that of the one before
-        return hidden + scale * (result - hidden)
+        return result
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
         """Return this call for rows that are cut to their last tokens, the first being padding.

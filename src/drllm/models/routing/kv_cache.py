@@ -86,7 +86,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     must not meet decisions of this one."""
 
     decisions: tuple[int, ...] | None
-    adapters: tuple[str, ...]
     path: StaticPath | None
     passes: list[CacheLayerMixin]
     rows: list[tuple[int, ...]]
@@ -106,24 +105,20 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
         self._active: CacheLayerMixin | None = None
 
-    def pin(
-        self,
-        decisions: tuple[int, ...],
-        path: StaticPath | None = None,
-        adapters: tuple[str, ...] = (),
-    ) -> None:
+    def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
 
-        Where all rows run a path, that is fixed, and the decisions count its executions that keep
-        K/V. The adapters that rows run with are fixed by name, empty where no row has one.
+        Where all rows run a static path, that is fixed too; the decisions count its executions of
+        this layer.
         """
-        self.decisions, self.path, self.adapters = decisions, path, adapters
+        self.decisions = decisions
+        self.path = path
         for count in range(max(decisions)):
             self.passes.append(copy.deepcopy(self.pristine))
-            self.rows.append(tuple(r for r, value in enumerate(decisions) if value > count))
+            self.rows.append(tuple([r for r, value in enumerate(decisions) if value > count]))
         if not self.passes:
             self.shadow = copy.deepcopy(self.pristine)
-        self.is_plain = {*decisions} == {1} and path is None and not any(adapters)
+        self.is_plain = path is None and set(decisions) == {1}
 
     def begin_pass(self, index: int) -> tuple[int, ...]:
         """Direct `update` and the lengths to one pass until `end_pass`, and return its rows."""
@@ -214,9 +209,12 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything, the decisions too."""
-        self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
-        self.path, self.adapters = None, ()
-        self.is_plain = False  # whether all rows run the layer once and whole, as without routing
+        self.decisions = None
+        self.path = None
+        self.passes = []
+        self.rows = []
+        self.shadow = None
+        self.is_plain = False  # whether all rows run the layer once, as without routing
         self._uncounted = 0
         # As in a `Forward`, of the passes that this is the first layer's entry of.
         self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -280,7 +278,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.shadow = copy.deepcopy(self.pristine)
             _feed_ones(self.shadow, length, self.passes[0].keys)
         self.decisions = tuple(self.decisions[index] for index in chosen)
-        self.adapters = tuple(self.adapters[index] for index in chosen if self.adapters)
         self.passes, self.rows = passes, rows
         self.indices.clear()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import RoutingError
-from drllm.paths import Decision, Plan, StaticPath, check_decisions, layer_of
+from drllm.paths import Decision, Plan, StaticPath, check_decisions
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,14 +39,12 @@ class PromptView:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
             comes after a prompt length that the caller gave.
-        kept: What a policy keeps of these prompts, under keys of its own, until the last layer.
     """
 
     hidden: Tensor
     readable: Tensor
     # By number of windows and device; a pass shares it.
     spans: dict[tuple[int, torch.device], Spans] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -86,13 +84,6 @@ class Policy(Protocol):
 
         Layers are asked in order from 0, once per prompt, with what they are about to read.
         """
-
-    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
-        """Return `[B]` names of the adapters that rows run the layer with; none for no row.
-
-        A row with an empty name has none. It is asked right after `decide`, for the same prompts.
-        """
-        return ()
 
 
 @POLICIES.register("full")
@@ -145,7 +136,8 @@ class FixedPolicy(Policy):
 class PathPolicy(Policy):
     """Run one static path for all rows, which decisions may not be able to express.
 
-    One with a layer that a model of `num_layers` doesn't have is a PathError.
+    Raises:
+        PathError: A layer that a model of `num_layers` doesn't have.
     """
 
     reads_prompt = False
@@ -154,9 +146,8 @@ class PathPolicy(Policy):
         self.path = path.check(num_layers)
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Return how often the layer runs, in whole or in part; the driver runs the path itself."""
-        count = [layer_of(item) for item in self.path.steps].count(layer)
-        return [count] * prompts.num_rows
+        """Return how often the path runs the layer; the driver runs the path itself."""
+        return [self.path.layers.count(layer)] * prompts.num_rows
 
 
 def one_plan(policy: Policy, num_layers: int) -> Plan | None:
@@ -192,10 +183,6 @@ class RecordingPolicy(Policy):
         self.filled = windows.filled
         return self.policy.decide(layer, prompts)
 
-    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
-        """Return the other policy's."""
-        return self.policy.adapters(layer, prompts)
-
     @property
     def means(self) -> Tensor:
         """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
@@ -214,8 +201,6 @@ class RouterPolicy(Policy):
         depth_bias: See `biased`; 0 leaves the logits as they are.
         router_penalty: See `penalised`; None leaves the logits as they are. Only one of the two
             knobs may be turned.
-        adapter: The name of an adapter that a row runs with in all layers after the first one that
-            it skips or repeats; empty for none. A row on the full path never does.
 
     Raises:
         ConfigError: Both knobs, or a value out of range.
@@ -229,13 +214,11 @@ class RouterPolicy(Policy):
         *,
         depth_bias: float = 0.0,
         router_penalty: float | None = None,
-        adapter: str = "",
     ) -> None:
         DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
         self.routers = routers
         self.depth_bias = depth_bias
         self.router_penalty = router_penalty
-        self.adapter = adapter
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return the routers' decisions."""
@@ -249,18 +232,7 @@ class RouterPolicy(Policy):
                 logits = penalised(logits, self.router_penalty)
             elif self.depth_bias:
                 logits = biased(logits, self.depth_bias)
-            decided = logits.argmax(dim=-1)
-        if not self.adapter:
-            return decided
-        prompts.kept.setdefault(self, []).append(values := decided.tolist())  # of each layer so far
-        return list(values)
-
-    def adapters(self, layer: int, prompts: PromptView) -> Sequence[str]:
-        """Return the adapter for the rows that have left the full path before this layer."""
-        if not self.adapter:
-            return ()
-        rows = zip(*prompts.kept[self], strict=True)
-        return [self.adapter if set(row[:-1]) - {1} else "" for row in rows]
+            return logits.argmax(dim=-1)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,6 @@ from drllm.models.routers.checkpoint import (
 from drllm.models.routers.files import find_routers
 from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.adapters import Adapter
 from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Driver, Injection
@@ -211,7 +210,6 @@ class RoutedModel:
         self.model.to(*args, **kwargs)
         if self.routers is not None:
             self.routers.to(self.model.device)
-        self.injection.adapters.place()
         return self
 
     def train(self, mode: bool = True) -> RoutedModel:
@@ -299,9 +297,8 @@ class RoutedModel:
         """
         if not self.driver.last:
             raise RoutingError("no prompt has passed through this routed model yet")
-        return torch.tensor(
-            [taken.decisions for taken in self.driver.last]
-        ).T.contiguous()  # [B, L]
+        by_layer = torch.tensor(self.driver.last)  # [L, B]
+        return by_layer.T.contiguous()
 
     @property
     def policy(self) -> Policy:
@@ -337,45 +334,28 @@ class RoutedModel:
     ) -> AbstractContextManager[None]:
         """Pin decisions inside the block, `[L]` for every row or `[B, L]`, or a static path.
 
-        A path may run parts of layers, damped steps and layers in any order; `last_route` then says
-        how often each layer ran, in whole or in part.
+        A static path may run its layers in any order; `last_route` then says how often each layer
+        ran. A healed path needs the model for itself: while a pass runs along it, another thread
+        can't run another path.
 
         Raises:
             PathError: Decisions or a path that this model can't run.
-            ArchitectureError: A path that runs a part of a layer, on a model whose attention and
-                MLP can't be told apart.
+            RoutingError: A healed path whose adapter isn't in the model.
         """
         return self.using(self.policy_of(plan))
 
     def policy_of(
         self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> Policy:
-        """Return the policy for what `fixed` takes; one of decisions where these can say it all."""
+        """Return the policy for what `fixed` takes; one of decisions where these say all of it."""
         if not isinstance(plan, StaticPath):
             return FixedPolicy(plan, self.num_layers)
         decided = plan.check(self.num_layers).plan(self.num_layers)
         if not isinstance(decided, StaticPath):
             return FixedPolicy(decided, self.num_layers)
-        self.injection.prepare(plan)
+        if plan.adapter:
+            self.injection.lora.check(plan.adapter)
         return PathPolicy(plan, self.num_layers)
-
-    @property
-    def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters that the model holds, by name."""
-        return self.injection.adapters.held
-
-    def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Hold an adapter, for paths whose steps name it and policies that choose it.
-
-        The model's weights and keys stay, and so does, bit by bit, what runs without the adapter. A
-        name that there is already, and an adapter of another model, are a RoutingError.
-        """
-        self._check_attached()
-        self.injection.adapters.add(name, adapter)
-
-    def remove_adapter(self, name: str) -> None:
-        """Let go of an adapter; a RoutingError where there is none of that name."""
-        self.injection.adapters.drop(name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

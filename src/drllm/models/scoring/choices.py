@@ -8,7 +8,7 @@ Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored t
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,12 +18,13 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.base.devices import on_device
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import Policy, PromptView
+from drllm.models.routing.policies import PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Request, pack
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
+from drllm.paths import adapter_of
 
 Value = TypeVar("Value")
 
@@ -63,15 +64,11 @@ class _OncePerRequest(Policy):
             decisions = decisions.tolist()
         return self._for_all(decisions)
 
-    def adapters(self, layer: int, prompts: PromptView) -> list[str]:
-        """Return those that the policy chooses for the same rows, for all of them."""
-        return self._for_all(self.policy.adapters(layer, self._shown(prompts)))
-
     def _shown(self, prompts: PromptView) -> PromptView:
         first = [rows[0] for rows in self.rows_of]
         hidden = prompts.hidden[on_device(first, prompts.hidden.device)]
         readable = prompts.readable[on_device(first, prompts.readable.device)]
-        return PromptView(hidden, readable, prompts.spans, prompts.kept)
+        return PromptView(hidden, readable, prompts.spans)
 
     def _for_all(self, values: Sequence[Value]) -> list[Value]:
         repeated: list[Value] = []
@@ -161,8 +158,18 @@ class ChoiceBatch:
         """Score the continuations of a request along a plan, for each pair of its place and a plan.
 
         `kl` measures the mean KL from the full path too, `greedy` which continuations the path
-        would generate.
+        would generate. Pairs with an adapter run in passes of their own.
         """
+        by_adapter: dict[str, list[PlanPair]] = {}
+        for place, plan in pairs:
+            by_adapter.setdefault(adapter_of(plan), []).append((place, plan))
+        scores: dict[str, Iterator[Score]] = {}
+        for adapter, group in by_adapter.items():
+            scores[adapter] = iter(self._scores_of(group, kl=kl, greedy=greedy))
+        return [next(scores[adapter_of(plan)]) for _, plan in pairs]
+
+    def _scores_of(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
+        """Return the scores of pairs that all run with one adapter, or all without."""
         row_pairs: list[PlanPair] = []
         for place, plan in pairs:
             row_pairs += [(row, plan) for row in self._rows_of[place]]
@@ -183,7 +190,8 @@ class ChoiceBatch:
         Decisions are taken in the pass that scores. Returns how each request's continuations
         score, greedy ones named, and the routes, `[P, L]`.
         """
-        if len(self._parts) > len(self.requests):
+        # A static path is the same for all rows, and the driver has to see that it is one.
+        if len(self._parts) > len(self.requests) and not isinstance(policy, PathPolicy):
             policy = _OncePerRequest(policy, self._rows_of)
         model = self.routed.model
         packed = self._rows.packed
@@ -211,7 +219,7 @@ class ChoiceBatch:
             rows.append((row, logits[row, start:]))
         row_scores = self._score_logits(rows, greedy=True)
         first = [rows[0] for rows in self._rows_of]  # a row for each request
-        driver.keep([taken.of(first) for taken in driver.last])
+        driver.keep([tuple([decisions[row] for row in first]) for decisions in driver.last])
         scores = [_join_scores([row_scores[row] for row in rows]) for rows in self._rows_of]
         return scores, self.routed.last_route
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair
-from drllm.paths import Plan, full_decisions
+from drllm.paths import Plan, adapter_of, full_decisions
 
 SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that the full path's distributions may take."""
@@ -48,7 +48,10 @@ class KlFromFull:
         self._prefix_sums: dict[Plan, float] = {}
 
     def with_full(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
-        """Return the pairs of a pass with the full paths that it needs, these first."""
+        """Return the pairs of a pass with the full paths that it needs, these first.
+
+        Where the pairs run with an adapter, which the full path doesn't, the full paths run here.
+        """
         missing: list[PlanPair] = []  # full paths that others are compared with
         full: list[PlanPair] = []  # full paths of the pass itself
         for row, plan in pairs:
@@ -56,7 +59,18 @@ class KlFromFull:
                 full.append((row, plan))
             elif row not in self._distributions:
                 missing.append((row, self._full))
+        if missing and adapter_of(pairs[0][1]):
+            self._run_full(list(dict.fromkeys(missing)))
+            missing = []
         return list(dict.fromkeys([*missing, *full, *pairs]))
+
+    def _run_full(self, pairs: Sequence[PlanPair]) -> None:
+        """Run the full path on rows, and keep its distributions."""
+        packed = self._rows.packed
+        num_kept = [packed.num_own[row] + packed.num_after[row] for row, _ in pairs]
+        with self._rows.run(pairs, num_kept) as driver:
+            for pair, logits in zip(pairs, driver.logits, strict=True):
+                self._sum(pair, logits[: packed.num_own[pair[0]]])
 
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]

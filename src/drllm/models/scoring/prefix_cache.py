@@ -11,12 +11,12 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from drllm.paths import Steps
+from drllm.paths import Path
 
 GIGABYTE = 1e9
 
-Key: TypeAlias = tuple[int, int, Steps]
-"""Number of the packed rows that a row belongs to; the row; what was executed so far."""
+Key: TypeAlias = tuple[int, str, int, Path]
+"""Number of the packed rows that a row belongs to; the adapter; the row; the layers so far."""
 
 
 @dataclass(frozen=True, slots=True)

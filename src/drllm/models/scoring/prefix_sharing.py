@@ -24,20 +24,19 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
-from drllm.models.routing.driver import keeps_kv
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
-from drllm.paths import Decisions, Plan, StaticPath, Step, Steps, layer_of, step_of, steps_of
+from drllm.paths import Decisions, Path, Plan, adapter_of, layers_of
 
 Pair: TypeAlias = tuple[int, Decisions]  # a prompt's row and the decisions it runs under
 
 PlanPair: TypeAlias = tuple[int, Plan]
 """A prompt's row and what it runs: decisions, or a static path."""
 
-RowPath: TypeAlias = tuple[int, Steps]  # a row and what was executed so far
+RowPath: TypeAlias = tuple[int, Path]  # a row and the layers that were executed so far
 
 PADDING_WORTH_A_RUN = {"cpu": 48}
 """Tokens of padding that take as long as running a layer once more, by device: on a processor
@@ -72,8 +71,6 @@ class PackedRows:
 
         `keep_last` says for each pair how many of its last tokens' logits are wanted.
         """
-        for plan in {plan for _, plan in pairs if isinstance(plan, StaticPath)}:
-            self.routed.injection.prepare(plan)
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
             past = None
@@ -155,7 +152,8 @@ class PrefixSharingDriver(Driver):
         self.uses_cache = self.rows.keep_kv or self.past is not None
         self.states = self.rows.states
         self.lengths = list(map(operator.add, packed.num_own, packed.num_after))
-        self._paths = {plan: steps_of(plan) for _, plan in self.pairs}
+        self._paths = {plan: layers_of(plan) for _, plan in self.pairs}
+        self._adapter = common_adapter([plan for _, plan in self.pairs])
         self._used: dict[RowPath, PrefixState] = {}
         self._calls: list[LayerCall] = []
         self._pristine: list[object] = []
@@ -163,6 +161,10 @@ class PrefixSharingDriver(Driver):
         self._done = [self._deepest(row, self._paths[plan]) for row, plan in self.pairs]
         # Whether every state was known already, so that no layer has to run.
         self.knows_all = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
+
+    def adapter(self, cache: Cache | None) -> str:
+        """See `Driver.adapter`."""
+        return self._adapter
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that can't be right."""
@@ -178,9 +180,9 @@ class PrefixSharingDriver(Driver):
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
         self._calls.append(call)
         while wanted := self._wanted(call.index):
-            for step, states in wanted.items():
+            for layer, states in wanted.items():
                 for group in self._groups(list(states), hidden.device):
-                    self._run(step_of(step), hidden, group)
+                    self._run(layer, hidden, group)
         if not call.is_last:
             return hidden
         each = (self._used[row, self._paths[plan]].hidden for row, plan in self.pairs)
@@ -190,18 +192,18 @@ class PrefixSharingDriver(Driver):
         kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
         return torch.cat(kept)[None]
 
-    def _wanted(self, layer: int) -> dict[int | Step, dict[RowPath, None]]:
-        """Return the states to run next, by the step that leads to them.
+    def _wanted(self, layer: int) -> dict[int, dict[RowPath, None]]:
+        """Return the states to run next, by the layer that leads to them.
 
-        A pair's next step can be run once the loop has called its layer.
+        A pair's next layer can be run once the loop has called it.
         """
-        wanted: dict[int | Step, dict[RowPath, None]] = {}  # dicts keep the order of first mention
+        wanted: dict[int, dict[RowPath, None]] = {}  # dicts keep the order of first mention
         for number, (row, plan) in enumerate(self.pairs):
-            steps, done = self._paths[plan], self._done[number]
-            while done < len(steps) and layer_of(steps[done]) <= layer:
-                state = row, steps[: done + 1]
+            path, done = self._paths[plan], self._done[number]
+            while done < len(path) and path[done] <= layer:
+                state = row, path[: done + 1]
                 if state not in self._used:
-                    wanted.setdefault(steps[done], {})[state] = None
+                    wanted.setdefault(path[done], {})[state] = None
                     break
                 done += 1
             self._done[number] = done
@@ -212,12 +214,12 @@ class PrefixSharingDriver(Driver):
 
         Its calls hold it in turn: logits and caches would wait for the garbage collector.
         """
-        self.states.release((self.rows.number, *used) for used in self._used)
+        self.states.release(self._key(*used) for used in self._used)
         self._used.clear()
         self._calls.clear()
         self.logits = ()
 
-    def kv(self, row: int, path: Steps) -> tuple[Tensor, Tensor]:
+    def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return K and V of a path's last execution, `[H, F + T, E]`, past ones included."""
         state = self._used[row, path]
         assert state.keys is not None
@@ -251,14 +253,14 @@ class PrefixSharingDriver(Driver):
             self.cache.layers[index] = entry
         return self.cache
 
-    def _past_kv(self, row: int, path: Steps) -> tuple[Tensor, Tensor]:
+    def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
         assert self.past is not None
         keys, values = self.past.kv(self.rows.past_rows[row], path)
         num_past = self.rows.packed.num_past[row]
         return keys[:, :num_past], values[:, :num_past]
 
-    def _deepest(self, row: int, path: Steps) -> int:
+    def _deepest(self, row: int, path: Path) -> int:
         """Return how many executions of a path are cached, and keep their states."""
         lengths = range(len(path), 0, -1)
         known = next((length for length in lengths if self._hold(row, path[:length])), 0)
@@ -267,15 +269,19 @@ class PrefixSharingDriver(Driver):
             return next((n - 1 for n in held if not self._hold(row, path[:n])), known)
         return known
 
-    def _hold(self, row: int, path: Steps) -> bool:
+    def _hold(self, row: int, path: Path) -> bool:
         if (row, path) in self._used:
             return True
-        state = self.states.get((self.rows.number, row, path))
+        state = self.states.get(self._key(row, path))
         if state is None:
             return False
         self._used[row, path] = state
-        self.states.need((self.rows.number, row, path))
+        self.states.need(self._key(row, path))
         return True
+
+    def _key(self, row: int, path: Path) -> tuple[int, str, int, Path]:
+        """Return the key of a state in the cache: with another adapter it is another state."""
+        return self.rows.number, self._adapter, row, path
 
     def _groups(self, wanted: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Split states that could run at once into groups of like length.
@@ -293,8 +299,8 @@ class PrefixSharingDriver(Driver):
             groups[-1].append(state)
         return groups
 
-    def _run(self, step: Step, prompts: Tensor, wanted: list[RowPath]) -> None:
-        call = self._calls[step.layer]
+    def _run(self, layer: int, prompts: Tensor, wanted: list[RowPath]) -> None:
+        call = self._calls[layer]
         rows = tuple(row for row, _ in wanted)
         before = [
             self._used[row, path[:-1]].hidden if path[1:] else prompts[row, -self.lengths[row] :]
@@ -308,26 +314,37 @@ class PrefixSharingDriver(Driver):
             entry = DynamicLayer()
             assert call.cache is not None
             call.cache.layers[call.index] = entry
-        if entry is not None and self.past is not None and keeps_kv(step):
+        if entry is not None and self.past is not None:
             kv = [self._past_kv(row, path) for row, path in wanted]
             keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
             num_past = keys.shape[2]
             entry.update(keys, values)
         cut = call.last_tokens(inputs.shape[1], num_past)
-        outputs = cut.run(inputs, rows, step=step)
+        outputs = cut.run(inputs, rows)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         kept = [outputs]
-        if entry is not None and self.rows.keep_kv and keeps_kv(step):
+        if entry is not None and self.rows.keep_kv:
             kept += [entry.keys, entry.values]
         lengths = [self.lengths[row] for row in rows]
         states = map(PrefixState, *(without_padding(values, lengths) for values in kept))
         found = dict(zip(wanted, states, strict=True))
         self._used |= found
-        self.states.put({(self.rows.number, *state): found[state] for state in wanted})
+        self.states.put({self._key(*state): found[state] for state in wanted})
         if entry is not None:
             assert call.cache is not None
             call.cache.layers[call.index] = self._pristine[call.index]
+
+
+def common_adapter(plans: Sequence[Plan]) -> str:
+    """Return the adapter that plans run with, empty for none; a RoutingError where they differ."""
+    names = {adapter_of(plan) for plan in plans}
+    if len(names) > 1:
+        raise RoutingError(
+            "a healed path can't run in one batch with another path, since its adapter is switched "
+            "on for the whole model; score it in a call of its own"
+        )
+    return names.pop() if names else ""
 
 
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:

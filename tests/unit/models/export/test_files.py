@@ -142,13 +142,13 @@ def test_the_card_says_which_set_was_divided_anew(tmp_path):
 
 
 def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
-    card = card_of(tmp_path, "4.60")
+    card = card_of(tmp_path, "4.00")
     assert "It isn't certified.\n" in card
     assert "None is certified: too few questions.\n" in card
 
 
 def test_the_card_says_where_no_certificate_was_asked_for(tmp_path):
-    card = card_of(tmp_path, "4.60", epsilon=None)
+    card = card_of(tmp_path, "4.00", epsilon=None)
     assert "No certificate was asked for" in card
     assert "ertified" not in card
 

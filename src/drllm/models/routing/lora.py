@@ -1,0 +1,354 @@
+"""LoRA adapters of PEFT in a model: put in for healed paths, and switched on in their passes alone.
+
+While an adapter is in the model, PEFT's LoRA layers stand around the linear maps that it changes,
+so state-dict keys differ; `remove` puts the maps back. A pass along another path runs with the LoRA
+layers switched off: each calls its map and nothing else, so the base model keeps its bits.
+
+Axes: R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from drllm.errors import ArchitectureError, RoutingError, nearest_name
+from drllm.extras import need
+from drllm.models.base.layers import base_of, find_layers
+
+_switching = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraWeights:
+    """The weights of one adapter: to x each linear map adds `alpha / rank · B A x`."""
+
+    rank: int  # R
+    alpha: float
+    # A `[R, in]` and B `[out, R]` by map, named `LAYER.PLACE` as `find_linear_maps` does.
+    maps: dict[str, tuple[Tensor, Tensor]]
+
+    def layers(self) -> list[int]:
+        """Return the layers that it changes, in order."""
+        return sorted({layer_of_map(name) for name in self.maps})
+
+    def num_entries(self, layer: int) -> int:
+        """Return how many entries of matrices it multiplies a token with at a layer."""
+        total = 0
+        for name, (a, b) in self.maps.items():
+            if layer_of_map(name) == layer:
+                total += a.numel() + b.numel()
+        return total
+
+
+def layer_of_map(name: str) -> int:
+    """Return the layer of a linear map by its name."""
+    return int(name.partition(".")[0])
+
+
+@dataclass(slots=True)
+class LoraPlace:
+    """Where a LoRA layer stands."""
+
+    parent: nn.Module
+    attribute: str
+    lora: Any  # PEFT's layer, with the model's own map as its `base_layer`
+
+
+class LoraAdapters:
+    """The adapters in a model, by name, and the switch that lets one of them run.
+
+    One adapter or none runs at a time, since the LoRA layers are switched for the whole model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._base = base_of(model)
+        self._configs: dict[str, Any] = {}  # by adapter
+        self._places: dict[str, LoraPlace] = {}  # by linear map
+        self._running = ""  # the adapter of the passes that run now; empty for none
+        self._num_passes = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters."""
+        return tuple(self._configs)
+
+    def check(self, name: str) -> str:
+        """Return the name of an adapter that is in the model; any other is a RoutingError."""
+        if name not in self._configs:
+            raise RoutingError(
+                f"this model has no adapter {name!r} (it has {', '.join(self.names) or 'none'}); "
+                f"load the healed path that it belongs to"
+            )
+        return name
+
+    def add(self, name: str, weights: LoraWeights, maps: Mapping[str, nn.Module]) -> None:
+        """Put an adapter with given weights into the model; `maps` are those that it may change.
+
+        Raises:
+            RoutingError: A name that is taken or empty, weights for other maps or of other shapes,
+                or a model with PEFT layers of its own.
+            ArchitectureError: PEFT can't find exactly these maps by their names.
+        """
+        for key, (a, b) in weights.maps.items():
+            if key not in maps:
+                reason = nearest_name("linear map", key, maps)
+                raise RoutingError(f"the adapter {name!r} is for another model: {reason}")
+            num_in, num_out = map_sizes(maps[key])
+            if [*a.shape, *b.shape] != [weights.rank, num_in, num_out, weights.rank]:
+                raise RoutingError(
+                    f"the adapter {name!r} is for another model: at {key}, from {num_in} to "
+                    f"{num_out}, it has A {list(a.shape)} and B {list(b.shape)}"
+                )
+        changed = {key: maps[key] for key in weights.maps}
+        self._inject(name, weights.rank, weights.alpha, changed)
+        for key, (a, b) in weights.maps.items():
+            lora = self._places[key].lora
+            lora.lora_A[name].weight.data.copy_(a)
+            lora.lora_B[name].weight.data.copy_(b)
+
+    def create(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        layers: Collection[int],
+        maps: Mapping[str, nn.Module],
+        seed: int,
+    ) -> list[nn.Parameter]:
+        """Put a new adapter on all linear maps of some layers, and return its parameters.
+
+        It changes nothing yet: A is drawn as PEFT draws it, and B is zero. The parameters are
+        float32 and ask for gradients. Errors as of `add`, and a RoutingError where the layers have
+        no maps.
+        """
+        changed: dict[str, Any]
+        changed = {key: module for key, module in maps.items() if layer_of_map(key) in layers}
+        if not changed:
+            raise RoutingError(
+                f"the layers {sorted(layers)} have no nn.Linear that can have an adapter"
+            )
+        if any(module.weight.device.type == "meta" for module in changed.values()):
+            raise RoutingError(
+                "the weights of this model are offloaded, and an adapter can't be trained beside "
+                "such; load the model onto one device"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._inject(name, rank, alpha, changed)
+        for place in self._places_of(name).values():
+            place.lora.lora_A[name].float()
+            place.lora.lora_B[name].float()
+        parameters = self.parameters(name)
+        for parameter in parameters:
+            parameter.requires_grad_()
+        return parameters
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Return A and B of every map of an adapter."""
+        parameters = []
+        for place in self._places_of(name).values():
+            parameters += [place.lora.lora_A[name].weight, place.lora.lora_B[name].weight]
+        return parameters
+
+    def weights(self, name: str) -> LoraWeights:
+        """Return the weights of an adapter: the tensors themselves, not copies."""
+        config = self._configs[self.check(name)]
+        maps = {}
+        for key, place in self._places_of(name).items():
+            a = place.lora.lora_A[name].weight.detach()
+            b = place.lora.lora_B[name].weight.detach()
+            maps[key] = (a, b)
+        return LoraWeights(config.r, config.lora_alpha, maps)
+
+    def all_weights(self) -> dict[str, LoraWeights]:
+        """Return the weights of all adapters, by name."""
+        return {name: self.weights(name) for name in self.names}
+
+    def config(self, name: str) -> Any:
+        """Return the `LoraConfig` of an adapter."""
+        return self._configs[self.check(name)]
+
+    def merged_weights(self, name: str) -> dict[str, Tensor]:
+        """Return the weight of each map with the adapter merged by PEFT, in the map's dtype."""
+        merged = {}
+        for key, place in self._places_of(self.check(name)).items():
+            lora = copy.deepcopy(place.lora)  # merging changes a weight in place
+            lora.merge(safe_merge=True, adapter_names=[name])
+            merged[key] = lora.base_layer.weight.data
+        return merged
+
+    def drop(self, name: str) -> None:
+        """Take an adapter out of the model; with the last one the linear maps are put back."""
+        self.check(name)
+        for place in self._places_of(name).values():
+            place.lora.delete_adapter(name)
+        del self._configs[name]
+        if not self._configs:
+            self.remove()
+            self._places = {}
+
+    def install(self) -> None:
+        """Put the LoRA layers in; after `remove`, in again."""
+        for place in self._places.values():
+            setattr(place.parent, place.attribute, place.lora)
+
+    def remove(self) -> None:
+        """Put the linear maps back in place of the LoRA layers."""
+        for place in self._places.values():
+            setattr(place.parent, place.attribute, place.lora.base_layer)
+
+    def find_replaced(self) -> str | None:
+        """Return a linear map whose LoRA layer was replaced by other code, if there is one."""
+        for key, place in self._places.items():
+            if getattr(place.parent, place.attribute) is not place.lora:
+                return key
+        return None
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Let one adapter run inside the block, which is a pass; none if the name is empty.
+
+        Raises:
+            RoutingError: There is no such adapter, or a pass of another thread runs with another
+                one, or without.
+        """
+        if name:
+            self.check(name)
+        with _switching:
+            if self._num_passes and self._running != name:
+                raise RoutingError(
+                    "another thread runs this model along another path right now, and a healed "
+                    "path needs the model for itself; run one after the other, or load the model "
+                    "a second time"
+                )
+            if not self._num_passes:
+                self._running = name
+                self._switch(name)
+            self._num_passes += 1
+        try:
+            yield
+        finally:
+            with _switching:
+                self._num_passes -= 1
+                if not self._num_passes:
+                    self._switch("")
+
+    def _switch(self, name: str) -> None:
+        """Switch the LoRA layers to an adapter, or off.
+
+        By PEFT's own attributes: its `enable_adapters` takes ten times as long, and also says which
+        weights get gradients.
+        """
+        for place in self._places.values():
+            place.lora._disable_adapters = not name
+            place.lora._active_adapter = [name] if name else []
+
+    def _places_of(self, name: str) -> dict[str, LoraPlace]:
+        return {key: place for key, place in self._places.items() if name in place.lora.lora_A}
+
+    def _inject(self, name: str, rank: int, alpha: float, changed: Mapping[str, nn.Module]) -> None:
+        """Let PEFT put LoRA layers around maps, and leave everything else as it was."""
+        self._check_new(name)
+        from peft import inject_adapter_in_model
+
+        config = make_config(self._base, rank, alpha, changed)
+        gradients = [(weight, weight.requires_grad) for weight in self._base.parameters()]
+        self._configs[name] = config
+        try:
+            inject_adapter_in_model(config, self._base, name)
+        finally:
+            vars(self._base).pop("peft_config", None)
+            for weight, requires_grad in gradients:
+                weight.requires_grad_(requires_grad)
+            self._note_places()
+            self._switch("")
+        found = self._places_of(name)
+        for place in found.values():
+            _leave_meta(place.lora, name)
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(False)
+        if found.keys() != changed.keys():
+            self.drop(name)
+            odd = ", ".join(sorted(found.keys() ^ changed.keys())[:3])
+            raise ArchitectureError(
+                f"PEFT can't tell the linear maps of {type(self._base).__name__} apart by their "
+                f"names ({odd}), so it can't have an adapter"
+            )
+
+    def _check_new(self, name: str) -> None:
+        need("heal", "a healed path")
+        if not name or name in self._configs:
+            reason = "is in the model already" if name else "is no name"
+            raise RoutingError(f"an adapter can't be called {name!r}, which {reason}")
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        ours = {id(place.lora) for place in self._places.values()}
+        for module in self._base.modules():
+            if isinstance(module, BaseTunerLayer) and id(module) not in ours:
+                raise RoutingError(
+                    "a healed path has an adapter of its own, and this model has PEFT layers "
+                    "already; merge them first (merge_and_unload)"
+                )
+
+    def _note_places(self) -> None:
+        """Remember where the LoRA layers are, by linear map."""
+        from peft.tuners.lora import LoraLayer
+
+        _, layers = find_layers(self._base)
+        for index, layer in enumerate(layers):
+            for place, module in layer.named_modules():
+                if isinstance(module, LoraLayer):
+                    parent, _, attribute = place.rpartition(".")
+                    key = f"{index}.{place}"
+                    self._places[key] = LoraPlace(layer.get_submodule(parent), attribute, module)
+
+
+def _leave_meta(lora: Any, name: str) -> None:
+    """Give an adapter memory where its map's weight is offloaded: where the map computes."""
+    if lora.lora_A[name].weight.device.type == "meta":
+        hook = getattr(lora.base_layer, "_hf_hook", None)  # of accelerate
+        device = getattr(hook, "execution_device", None)
+        device = torch.device("cpu") if device is None else torch.device(device)
+        lora.lora_A[name].to_empty(device=device)
+        lora.lora_B[name].to_empty(device=device)
+
+
+def make_config(base: Any, rank: int, alpha: float, maps: Mapping[str, nn.Module]) -> Any:
+    """Return the `LoraConfig` of an adapter on linear maps of a model's layers."""
+    from peft import LoraConfig
+
+    _, layers = find_layers(base)
+    prefix = name_of_layers(base, layers)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=sorted({key.partition(".")[2] for key in maps}),
+        layers_to_transform=sorted({layer_of_map(key) for key in maps}),
+        layers_pattern=prefix.rpartition(".")[2],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps.values()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def name_of_layers(base: Any, layers: nn.ModuleList) -> str:
+    """Return the name of the list of layers in a model, such as `model.layers`."""
+    for name, module in base.named_modules():
+        if module is layers:
+            return str(name)
+    raise ValueError("these aren't the layers of this model")
+
+
+def map_sizes(module: Any) -> tuple[int, int]:
+    """Return how many numbers a linear map takes and gives; its weight may be packed."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
