@@ -37,7 +37,7 @@ counts = st.builds(
 )
 
 
-def counted(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Counts:
+def count_pairs(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Counts:
     """Count label paths and decisions one by one."""
     layers = [[[0] * 3 for _ in range(3)] for _ in pairs[0][0]]
     for labels, decided in pairs:
@@ -70,50 +70,50 @@ def test_counts_add_up_in_any_order_from_nothing(one, two, three):
 
 def test_counts_of_other_depths_do_not_add_up():
     with pytest.raises(ValueError, match="shorter"):
-        counted([((1, 1), (1, 1))]) + counted([((1,), (1,))])
+        count_pairs([((1, 1), (1, 1))]) + count_pairs([((1,), (1,))])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_constant_baselines_equal_a_count_label_by_label(seed):
-    trained, judged = some_labels(seed, rows=11), some_labels(seed + 50)
-    found = count_baselines(labels_of(judged), labels_of(trained))
+    trained, held_out = some_labels(seed, rows=11), some_labels(seed + 50)
+    result = count_baselines(labels_of(held_out), labels_of(trained))
     columns = list(zip(*trained, strict=True))
     commonest = tuple(max((1, 0, 2), key=column.count) for column in columns)
     for name, decided in ((ALWAYS_EXECUTE, (1, 1, 1)), (LAYER_MAJORITY, commonest)):
-        assert found[name] == counted([(labels, decided) for labels in judged])
+        assert result[name] == count_pairs([(labels, decided) for labels in held_out])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(seed):
-    trained, judged = some_labels(seed, rows=5), some_labels(seed + 50)
+    trained, held_out = some_labels(seed, rows=5), some_labels(seed + 50)
     shares = [[n / 5 for n in layer] for layer in labels_of(trained)]
     expected = [[[0.0] * 3 for _ in range(3)] for _ in range(3)]
     executions = 0.0
     for decided in itertools.product(range(3), repeat=3):
         chance = math.prod(shares[layer][value] for layer, value in enumerate(decided))
-        one = counted([(labels, decided) for labels in judged])
+        one = count_pairs([(labels, decided) for labels in held_out])
         executions += chance * one.executions
         for layer, label, value in itertools.product(range(3), repeat=3):
             expected[layer][label][value] += chance * one.confusion[layer][label][value]
-    found = count_baselines(labels_of(judged), labels_of(trained))[LABEL_FREQUENCY]
-    assert found.executions == pytest.approx(executions, rel=ROUNDING)
-    for mine, theirs in zip(found.confusion, expected, strict=True):
-        for row, other in zip(mine, theirs, strict=True):
-            assert row == pytest.approx(other, rel=ROUNDING)
+    result = count_baselines(labels_of(held_out), labels_of(trained))[LABEL_FREQUENCY]
+    assert result.executions == pytest.approx(executions, rel=ROUNDING)
+    for layer, expected_layer in zip(result.confusion, expected, strict=True):
+        for row, expected_row in zip(layer, expected_layer, strict=True):
+            assert row == pytest.approx(expected_row, rel=ROUNDING)
 
 
 def test_always_execute_scores_as_counted_by_hand():
-    found = compute_metrics(
+    result = compute_metrics(
         count_baselines([[1, 3, 0], [0, 4, 0]], [[1, 0, 0], [0, 0, 1]])[ALWAYS_EXECUTE]
     )
-    assert found["accuracy"] == 7 / 8
-    assert found["f1_execute"] == pytest.approx(14 / 15)
-    assert found["f1_skip"] == 0.0
-    assert found["f1_repeat"] is None  # neither a label nor decided
-    assert found["macro_f1"] == pytest.approx(7 / 15)
-    assert found["acc_skip"] == 0.0
-    assert found["acc_repeat"] is found["routers_loss"] is None
-    assert found["avg_layers"] == 2.0
+    assert result["accuracy"] == 7 / 8
+    assert result["f1_execute"] == pytest.approx(14 / 15)
+    assert result["f1_skip"] == 0.0
+    assert result["f1_repeat"] is None  # neither a label nor decided
+    assert result["macro_f1"] == pytest.approx(7 / 15)
+    assert result["acc_skip"] == 0.0
+    assert result["acc_repeat"] is result["routers_loss"] is None
+    assert result["avg_layers"] == 2.0
 
 
 def test_drawing_only_skips_still_costs_one_execution():
@@ -124,19 +124,19 @@ TRAINED = [(1, 1)] * 6 + [(0, 1)] * 2
 JUDGED = [(1, 1), (1, 1), (0, 1), (1, 0)]
 
 
-def said_of(decided: list[tuple[int, ...]], times: int) -> str:
+def judge_pairs(decided: list[tuple[int, ...]], times: int) -> str:
     trained = labels_of(TRAINED)
     pairs = list(zip(JUDGED * times, decided * times, strict=True))
     return judge_routers(
         {
-            "train": add_baselines(counted([(row, row) for row in TRAINED]), trained),
-            "validation": add_baselines(counted(pairs), trained),
+            "train": add_baselines(count_pairs([(row, row) for row in TRAINED]), trained),
+            "validation": add_baselines(count_pairs(pairs), trained),
         }
     )
 
 
 @pytest.mark.parametrize(
-    ("decided", "points", "told"),
+    ("decided", "points", "claim"),
     [
         (JUDGED, "+25.0", "higher, which is better; macro-F1 1.000 against 0.4"),
         ([(1, 1)] * 4, "0.0", "no difference is shown"),
@@ -144,27 +144,27 @@ def said_of(decided: list[tuple[int, ...]], times: int) -> str:
         ([(0, 0)] * 4, "−50.0", "lower, which is worse; macro-F1 0.2"),
     ],
 )
-def test_the_verdict_is_that_of_the_paired_test_with_macro_f1_beside_it(decided, points, told):
-    said = said_of(decided, 200)
-    assert said.startswith(f"Accuracy of routers minus always execute: {points} points (95 %")
-    assert "; 800 held-out targets, p = " in said
-    assert told in said
-    assert said.endswith(" (label frequency).")
+def test_the_verdict_is_that_of_the_paired_test_with_macro_f1_beside_it(decided, points, claim):
+    sentence = judge_pairs(decided, 200)
+    assert sentence.startswith(f"Accuracy of routers minus always execute: {points} points (95 %")
+    assert "; 800 held-out targets, p = " in sentence
+    assert claim in sentence
+    assert sentence.endswith(" (label frequency).")
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_too_few_held_out_targets_carry_no_verdict_but_the_number_that_would_do(times):
-    said = said_of(JUDGED, times)
-    assert said.startswith("Too few held-out targets to tell (about ")
-    assert int(said.split("about ")[1].split()[0]) > 4 * times
-    assert "better" not in said
+    sentence = judge_pairs(JUDGED, times)
+    assert sentence.startswith("Too few held-out targets to tell (about ")
+    assert int(sentence.split("about ")[1].split()[0]) > 4 * times
+    assert "better" not in sentence
 
 
 def difference_in(sentence: str) -> tuple[float, float, float]:
     """The difference that a sentence prints and the ends of its interval, in points."""
     number = r"([−+]?[\d.]+)"
-    found = re.search(rf"{number} points \(95 % interval {number} to {number};", sentence)
-    difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
+    result = re.search(rf"{number} points \(95 % interval {number} to {number};", sentence)
+    difference, low, high = (float(text.replace("−", "-")) for text in result.groups())
     return difference, low, high
 
 
@@ -172,7 +172,7 @@ def test_the_printed_difference_is_that_of_the_accuracies_even_of_a_single_targe
     """Of 18 labels routers hit 13, always execute hits 17: accuracies of 0.722 and 0.944."""
     labels = (0,) + (1,) * 17
     decisions = (1,) + (0,) * 4 + (1,) * 13
-    systems = add_baselines(counted([(labels, decisions)]), labels_of([(1,) * 18] * 3))
+    systems = add_baselines(count_pairs([(labels, decisions)]), labels_of([(1,) * 18] * 3))
     accuracies = [
         compute_metrics(systems[name])["accuracy"] for name in ("routers", ALWAYS_EXECUTE)
     ]
@@ -186,7 +186,7 @@ def test_the_printed_difference_is_that_of_the_accuracies_even_of_a_single_targe
 @pytest.mark.parametrize("seed", range(5))
 def test_the_printed_difference_and_its_interval_agree_with_the_accuracies(seed):
     pairs = list(zip(some_labels(seed + 50), some_labels(seed + 100), strict=True))
-    systems = add_baselines(counted(pairs), labels_of(some_labels(seed, rows=40)))
+    systems = add_baselines(count_pairs(pairs), labels_of(some_labels(seed, rows=40)))
     accuracy = {name: compute_metrics(counts)["accuracy"] for name, counts in systems.items()}
     best = max(accuracy[ALWAYS_EXECUTE], accuracy[LAYER_MAJORITY])
     difference, low, high = difference_in(judge_routers({"validation": systems}))
@@ -195,13 +195,13 @@ def test_the_printed_difference_and_its_interval_agree_with_the_accuracies(seed)
 
 
 def test_no_held_out_targets_carry_no_verdict():
-    few = add_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
-    said = judge_routers({"train": few})
-    assert said.startswith("No targets were held out, so nothing says whether the routers beat")
+    few = add_baselines(count_pairs([(row, row) for row in JUDGED]), labels_of(TRAINED))
+    sentence = judge_routers({"train": few})
+    assert sentence.startswith("No targets were held out, so nothing says whether the routers beat")
 
 
 def test_layers_at_which_routers_hit_more_than_the_majority_are_counted():
-    systems = add_baselines(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
+    systems = add_baselines(count_pairs([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
     assert compare_by_layer(systems) == (
         "The routers hit more labels than the layer's majority at 1 of 2 layers, fewer at 1."
     )

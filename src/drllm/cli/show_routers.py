@@ -64,7 +64,7 @@ def show_agreement(path: Path, terminal: Terminal) -> None:
         names = next(iter(metrics.values()))
         title = f"after epoch {layers.epoch}, on {layers.title(part)}"
         _print_metrics(names, metrics, title, terminal)
-    terminal.say(compare_by_layer(layers.parts[layers.judged]))
+    terminal.say(compare_by_layer(layers.parts[layers.main_part]))
     terminal.say(judge_routers(layers.parts))
 
 

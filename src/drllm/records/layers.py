@@ -50,15 +50,15 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return parts
 
     @property
-    def judged(self) -> str:
-        """The part by which routers are judged: the held-out one, if there is one."""
+    def main_part(self) -> str:
+        """The name of the part that judges the routers: the held-out one, if there is one."""
         return TRAIN if self.validation is None else VALIDATION
 
     def against_baselines(self) -> dict[str, Any]:
         """Return what the routers' config says of routers and baselines, for the model card."""
-        systems = self.parts[self.judged]
+        systems = self.parts[self.main_part]
         return {
-            "split": self.judged,
+            "split": self.main_part,
             "examples": systems[ROUTERS].examples,
             "systems": {name: compute_metrics(counts) for name, counts in systems.items()},
             "verdict": judge_routers(self.parts),

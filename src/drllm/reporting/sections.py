@@ -217,7 +217,7 @@ def _router_section(run: Run) -> blocks.Section:
     verdict = ""
     if run.layers:
         parts = run.layers.parts
-        systems = parts[run.layers.judged]
+        systems = parts[run.layers.main_part]
         verdict = f"{agreement.judge_routers(parts)} {agreement.compare_by_layer(systems)}"
     scores = {name: compute_metrics(counts) for name, counts in systems.items()}
     baselines = {name: values for name, values in scores.items() if name != ROUTERS}

@@ -261,19 +261,19 @@ class FeatureStore:
 
     def _check_manifest(self) -> None:
         """Refuse the features of another run, and a manifest that can't be compared."""
-        stored = read_manifest(self.folder / "features", "features")
+        values = read_manifest(self.folder / "features", "features")
         anew = f"delete {self.folder} to pool the features anew"
-        if stored is None:
+        if values is None:
             raise RecordError(
                 f"{self.folder} is broken ({self.manifest_path.name} is missing); {anew}"
             )
         try:
-            found = msgspec.convert(stored, _Manifest)
+            stored = msgspec.convert(values, _Manifest)
         except msgspec.ValidationError as error:
             raise RecordError(f"{self.manifest_path}: {describe_invalid(error)}; {anew}") from error
         refuse_other_run(
             f"{self.folder} holds other features: what is there",
-            _identity_of(found),
+            _identity_of(stored),
             _identity_of(msgspec.convert(self.manifest, _Manifest)),
             "choose another folder, or delete it to pool them anew",
         )

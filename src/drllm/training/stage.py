@@ -163,11 +163,7 @@ def _train_seeds(
     form = form_of(base.tokenizer, ((record.question, record.prompt) for record in records))
     prompts = PromptInfo(rewards=rewards, form=form)
 
-    digest = features.digest
-    unfinished = []
-    for folder, seed_config in seeds.items():
-        if not is_done(folder, make_identity(seed_config, base.identity, digest)):
-            unfinished.append(folder)
+    unfinished = _find_unfinished(seeds, base, features)
     for folder in unfinished:
         fit_seed(
             features,
@@ -184,6 +180,18 @@ def _train_seeds(
         remove_state(folder)
     if features_folder is None:
         store.remove()
+
+
+def _find_unfinished(
+    seeds: Mapping[Path, TrainConfig], base: BaseModel, features: Features
+) -> list[Path]:
+    """Return the folders whose routers aren't trained yet; refuse those of another training."""
+    digest = features.digest
+    unfinished = []
+    for folder, config in seeds.items():
+        if not is_done(folder, make_identity(config, base.identity, digest)):
+            unfinished.append(folder)
+    return unfinished
 
 
 def _write_rejected(

@@ -91,15 +91,15 @@ CONFIG = TrainConfig(
 
 def pool(folder, number=0, *, records=None, on_progress=lambda *_: None, on_note=print, **options):
     """Pool `number` targets into a folder, three a batch."""
-    given = {"num_windows": W, "store": FeatureStore(folder), "batch_size": 3, **options}
-    model, targets = given.pop("model", MODEL), records or make_records(number)
+    options = {"num_windows": W, "store": FeatureStore(folder), "batch_size": 3, **options}
+    model, targets = options.pop("model", MODEL), records or make_records(number)
     return collect_features(
-        model, Letters(), targets, listener=Watching(on_progress, on_note), **given
+        model, Letters(), targets, listener=Watching(on_progress, on_note), **options
     )
 
 
 def pooled(records, model=MODEL, **options):
-    """Pool targets into a folder that is gone then; the features stay mapped."""
+    """Pool targets into a temporary folder; the features stay mapped."""
     with tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(Path(folder) / "features")
         options = {"num_windows": W, "store": store, **options}
@@ -114,7 +114,7 @@ def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
 def kill(work: Callable[..., None], folder: Path, moment: int) -> None:
     """Do some work in a child on one thread, which kills itself at a moment.
 
-    The work is given the folder, and what to call at each moment at which a kill may come.
+    The work receives the folder, and a function to call at each moment at which a kill may come.
     """
     torch.set_num_threads(1)
     child = os.fork()
@@ -127,7 +127,7 @@ def kill(work: Callable[..., None], folder: Path, moment: int) -> None:
 
 
 def kill_and_go_on(work: Callable[..., None], folder: Path, kills: str) -> None:
-    """Do some work unbroken, then so many times killed at another moment and gone on with.
+    """Do some work unbroken, then several times killed at another moment and resumed.
 
     Since it forks, this needs a process of its own. The folder gets `unbroken/`, and one folder for
     each kill (`all`: at every moment), named after its moment.
@@ -150,12 +150,12 @@ def run_script(*arguments: object) -> None:
 
 def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") -> int:
     """Count kills; the files of a name must have ended as those of the unbroken work did."""
-    found = {each.name: files_of(each, name) for each in folder.iterdir()}
-    unbroken = found.pop("unbroken")
+    folders = {path.name: files_of(path, name) for path in folder.iterdir()}
+    unbroken = folders.pop("unbroken")
     assert len(unbroken) == num_files
-    for moment, files in found.items():
+    for moment, files in folders.items():
         assert files == unbroken, f"killed at {moment}"
-    return len(found)
+    return len(folders)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def pool_until(folder: Path, at: Callable[..., Any]) -> None:
 
 
 def pool_often_killed(folder: Path, kills: str) -> None:
-    """Pool 60 targets, killed at random blocks, going on in the same folder each time."""
+    """Pool 60 targets, killed at random blocks and resumed in the same folder."""
     number = 60
     moments = random.Random(0)
     done = []
@@ -200,9 +200,9 @@ def train_features(folder: Path, at: Callable[..., Any]) -> None:
     slow = replace(config, learning_rate=1e-3, seed=1, validation_fraction=0.1)
     soon = replace(config, num_epochs=5, learning_rate=0.3)
     with at_files(at):
-        for name, each in {"slow": slow, "soon": replace(soon, validation_fraction=0.4)}.items():
-            told = Watching(at)
-            stage.train_seed(make_features(40), IDENTITY, each, folder / name, listener=told)
+        for name, config in {"slow": slow, "soon": replace(soon, validation_fraction=0.4)}.items():
+            listener = Watching(at)
+            stage.train_seed(make_features(40), IDENTITY, config, folder / name, listener=listener)
 
 
 def train_seeds(folder: Path, at: Callable[..., Any]) -> None:

@@ -62,12 +62,12 @@ def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def assert_windows(found: torch.Tensor, inputs: Sequence[torch.Tensor], **close: float) -> None:
+def assert_windows(means: torch.Tensor, inputs: Sequence[torch.Tensor], **close: float) -> None:
     """What one target's routers read, `[L, W, D]`, is the slow means of its layers' inputs."""
     for layer, hidden in enumerate(inputs):
         windows = torch.stack(slow_windows(hidden)).float()
-        torch.testing.assert_close(found[layer, : len(windows)], windows, **close)
-        assert not found[layer, len(windows) :].any()
+        torch.testing.assert_close(means[layer, : len(windows)], windows, **close)
+        assert not means[layer, len(windows) :].any()
 
 
 def files_of(folder: Path, name: str = "*") -> dict[str, bytes]:

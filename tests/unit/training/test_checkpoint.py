@@ -65,17 +65,17 @@ def test_a_training_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one
 
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(interrupted):
     """The operating system itself refuses, as it lets no file of the process grow any more."""
-    kept = (interrupted / CHECKPOINT_FILE).read_bytes()
+    content = (interrupted / CHECKPOINT_FILE).read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     was = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, before[1]))
     try:
         with pytest.raises(CheckpointError, match=f"can't write .*{CHECKPOINT_FILE}: .*too large"):
             train_seed(FEATURES, IDENTITY, SETTINGS, interrupted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, was)
-    assert (interrupted / CHECKPOINT_FILE).read_bytes() == kept
+    assert (interrupted / CHECKPOINT_FILE).read_bytes() == content
     assert not list(interrupted.glob(f".{CHECKPOINT_FILE}*"))
 
 
@@ -107,10 +107,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs_and_left_alone(interrupted, what):
-    given, message = OTHERS[what]
+    arguments, message = OTHERS[what]
     before = files_of(interrupted)
     with pytest.raises(CheckpointError, match=message) as caught:
-        train_seed(*given, interrupted)
+        train_seed(*arguments, interrupted)
     assert "\n" not in str(caught.value)
     assert files_of(interrupted) == before
 
@@ -121,8 +121,8 @@ def test_last_bits_of_the_features_do_not_make_another_run(interrupted):
     assert (interrupted / "router_config.json").exists()
 
 
-def cut_off(kept: int):
-    return lambda path: path.write_bytes(path.read_bytes()[:kept])
+def cut_off(size: int):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
 
 
 def foreign(path) -> None:

@@ -60,8 +60,8 @@ def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
     seen = []
     watching = Watching(lambda done, total: seen.append((done, total)))
     features = features_of(batch_size=batch_size, listener=watching)
-    for found, record in zip(means_of(features), RECORDS, strict=True):
-        assert_windows(found, slow_inputs(record), **CLOSE)
+    for result, record in zip(means_of(features), RECORDS, strict=True):
+        assert_windows(result, slow_inputs(record), **CLOSE)
     assert means_of(features).shape == features.shape == (N, L, W, D)
     assert means_of(features).dtype == torch.float32
     assert features.filled.tolist() == [min(len(prompt), W) for prompt in PROMPTS]
@@ -160,11 +160,11 @@ def test_targets_of_which_too_many_do_not_fit_the_model_are_refused(records, mes
         features_of(records)
 
 
-def assert_same_features(found, expected) -> None:
+def assert_same_features(result, expected) -> None:
     """The numbers of both, up to what another batch does to the last bits."""
     everything = range(len(expected.labels))
-    torch.testing.assert_close(found.rows(everything), expected.rows(everything), **CLOSE)
-    assert found.digest == expected.digest
+    torch.testing.assert_close(result.rows(everything), expected.rows(everything), **CLOSE)
+    assert result.digest == expected.digest
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
     features = features_of(model=overflowing)
     path = tmp_path / "rejected.jsonl"
     write_or_remove(path, features.rejected)
-    [(_, found)] = read_json_lines(path, RejectedQuestion)
-    assert found == features.rejected[0]
+    [(_, result)] = read_json_lines(path, RejectedQuestion)
+    assert result == features.rejected[0]
     write_or_remove(path, ())
     assert not path.exists()
 

@@ -65,7 +65,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_what_is_drawn_depends_on_the_purpose_and_every_number():
     drawn = {
-        torch.rand((), generator=make_generator(*given)).item()
-        for given in [("a", 1, 2), ("b", 1, 2), ("a", 1, 3), ("a", 12), ("a", 1, 2)]
+        torch.rand((), generator=make_generator(*seeds)).item()
+        for seeds in [("a", 1, 2), ("b", 1, 2), ("a", 1, 3), ("a", 12), ("a", 1, 2)]
     }
     assert len(drawn) == 4

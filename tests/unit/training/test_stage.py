@@ -97,35 +97,37 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(tmp_pat
     agreement, stack = read_json(tmp_path / "layers.json", Layers), load_routers(tmp_path)
     last = rows[-1]["epoch"]
     assert agreement.epoch == last
-    said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
+    logits = stack.double()(features.means.double(), features.filled)  # [N, L, C]
     on, held_out = hold_out(features.questions, settings.validation_fraction, settings.seed)
     for part, index in (("train", on), ("validation", held_out)):
-        expected = count_decisions(said[index].argmax(dim=-1), features.labels[index], loss=0.0)
+        expected = count_decisions(logits[index].argmax(dim=-1), features.labels[index], loss=0.0)
         counted = agreement.parts[part]["routers"]
         assert replace(counted, loss=0.0) == expected
     [line] = [row for row in rows if (row["epoch"], row["split"]) == (last, "validation")]
-    kept = {name: line[name] for name in line if name not in ("epoch", "split")}
-    assert compute_metrics(agreement.parts["validation"]["routers"]) == kept
+    metrics = {name: line[name] for name in line if name not in ("epoch", "split")}
+    assert compute_metrics(agreement.parts["validation"]["routers"]) == metrics
 
 
 @pytest.mark.thorough
 def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the_question(tmp_path):
     trained(tmp_path, 60)
     agreement = read_json(tmp_path / "layers.json", Layers)
-    told = load_routers(tmp_path).config.training["against_baselines"]
+    training = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
-    assert told["systems"] == {name: compute_metrics(counts) for name, counts in systems.items()}
-    assert told["verdict"] == judge_routers(agreement.parts)
+    assert training["systems"] == {
+        name: compute_metrics(counts) for name, counts in systems.items()
+    }
+    assert training["verdict"] == judge_routers(agreement.parts)
     card = (tmp_path / "README.md").read_text()
-    for name, scores in told["systems"].items():
+    for name, scores in training["systems"].items():
         assert f"| {name.replace('_', ' ')} | {scores['macro_f1']:.4g} |" in card
-    assert told["verdict"] in card
+    assert training["verdict"] in card
 
 
 def test_who_is_told_of_a_training_decides_nothing_when_it_resumes(tmp_path):
-    features, told = make_features(), replace(QUICK, report_to="tensorboard")
+    features, tracked = make_features(), replace(QUICK, report_to="tensorboard")
     with pytest.raises(BrokenOffError):
-        train_seed(features, IDENTITY, told, tmp_path, listener=stop_at(5))
+        train_seed(features, IDENTITY, tracked, tmp_path, listener=stop_at(5))
     train_seed(features, IDENTITY, QUICK, tmp_path)
     assert not (tmp_path / "trackers.json").exists()
 

@@ -31,10 +31,10 @@ def offline(monkeypatch, tmp_path_factory):
         monkeypatch.setenv(name, str(home))
     start, runs = wandb.init, []
 
-    def init(**given):
-        run, history = start(**given), []
+    def init(**options):
+        run, history = start(**options), []
         log = run.log
-        run.log = lambda told, **step: (history.append(told), log(told, **step))
+        run.log = lambda values, **step: (history.append(values), log(values, **step))
         runs.append((run.id, dict(run.config), history))
         return run
 
@@ -62,12 +62,12 @@ def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
     if tracker == "wandb":
         request.getfixturevalue("offline")
     plain = train_seed(FEATURES, IDENTITY, QUICK, tmp_path / "plain" / "routers")
-    told = replace(QUICK, report_to=tracker)
-    assert plain == train_seed(FEATURES, IDENTITY, told, tmp_path / "told" / "routers")
+    tracked = replace(QUICK, report_to=tracker)
+    assert plain == train_seed(FEATURES, IDENTITY, tracked, tmp_path / "tracked" / "routers")
     for path in (tmp_path / "plain" / "routers").iterdir():
-        assert path.read_bytes() == (tmp_path / "told" / "routers" / path.name).read_bytes()
-    assert not (tmp_path / "told" / "routers" / RUN_FILE).exists()
-    assert (tmp_path / "told" / "routers" / FOLDER).is_dir()
+        assert path.read_bytes() == (tmp_path / "tracked" / "routers" / path.name).read_bytes()
+    assert not (tmp_path / "tracked" / "routers" / RUN_FILE).exists()
+    assert (tmp_path / "tracked" / "routers" / FOLDER).is_dir()
 
 
 def test_tensorboard_is_told_of_every_step_and_epoch(tmp_path):
@@ -164,5 +164,5 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(tmp_path, monkeypatch,
 
 
 def test_names_are_told_apart_by_commas_each_once():
-    told = replace(QUICK, report_to="wandb, tensorboard,wandb")
-    assert (told.trackers, QUICK.trackers) == (["wandb", "tensorboard"], [])
+    tracked = replace(QUICK, report_to="wandb, tensorboard,wandb")
+    assert (tracked.trackers, QUICK.trackers) == (["wandb", "tensorboard"], [])

@@ -44,9 +44,9 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_pooled(no_pa
 
 
 def test_without_a_folder_the_routers_are_only_returned(tmp_path):
-    found = drllm.train(BASE, make_records(N), ONCE)
+    routers = drllm.train(BASE, make_records(N), ONCE)
     drllm.train(BASE, make_records(N), ONCE, tmp_path)
-    assert torch.equal(found.hidden_weight, load_routers(tmp_path).hidden_weight)
+    assert torch.equal(routers.hidden_weight, load_routers(tmp_path).hidden_weight)
     with pytest.raises(ConfigError, match="--num-seeds 2 needs a folder"):
         drllm.train(BASE, make_records(N), replace(ONCE, num_seeds=2))
 

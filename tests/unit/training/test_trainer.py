@@ -57,17 +57,17 @@ def test_routers_are_the_same_whether_or_not_memory_holds_all_features(monkeypat
 
 
 def test_rows_are_read_a_batch_at_a_time():
-    asked = []
+    sizes = []
 
     class Watched(Features):
         def rows(self, index):
-            asked.append(len(index))
+            sizes.append(len(index))
             return Features.rows(self, index)
 
     config = config_of(num_epochs=1)
     rows = make_features(200)
     fitted(Watched(**{name: getattr(rows, name) for name in Features.__slots__}), config)
-    assert max(asked) <= 32
+    assert max(sizes) <= 32
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_warm_up_as_long_as_the_run_is_shortened_to_a_tenth(steps):
 
 
 def test_a_warm_up_that_fits_is_kept_and_below_one_it_is_a_share_of_the_steps():
-    wanted = [249, 1, 0.1, 0.99, 0.0]
-    assert [with_steps(250, each).schedule.num_warmup_steps for each in wanted] == [
+    settings = [249, 1, 0.1, 0.99, 0.0]
+    assert [with_steps(250, value).schedule.num_warmup_steps for value in settings] == [
         249,
         1,
         25,
@@ -133,17 +133,17 @@ def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, ga
 
 def test_cross_entropy_without_class_weights_is_that_of_torch(logits):
     expected = F.cross_entropy(logits.flatten(0, 1), FEATURES.labels[:4].flatten())
-    found = loss_of(prepared(**PLAIN), logits, range(4))
-    assert found == pytest.approx(float(expected), rel=1e-12)
+    result = loss_of(prepared(**PLAIN), logits, range(4))
+    assert result == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions():
     blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means))
     fit = {"num_epochs": 200, "gradient_accumulation": 40, "validation_fraction": 0.0}
     trainer = fitted(blind, config_of(**PLAIN, **fit))
-    said = trainer.build_routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
+    shares = trainer.build_routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
     expected = ONE_HOT.mean(dim=0)
-    torch.testing.assert_close(said, expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.01)
 
 
 def test_a_usual_run_has_nothing_to_tell():
@@ -151,7 +151,7 @@ def test_a_usual_run_has_nothing_to_tell():
 
 
 @pytest.mark.parametrize(
-    ("number", "labels_of", "changes", "told"),
+    ("number", "labels_of", "changes", "note"),
     [
         (200, torch.ones_like, {}, "every target executes every layer"),
         (1, torch.clone, {"num_epochs": 9}, "only 1 target"),
@@ -163,11 +163,11 @@ def test_a_usual_run_has_nothing_to_tell():
         ),
     ],
 )
-def test_what_is_unusual_is_told(number, labels_of, changes, told):
+def test_what_is_unusual_is_told(number, labels_of, changes, note):
     features = make_features(number)
-    found = prepared(replace(features, labels=labels_of(features.labels)), **changes).notes()
-    assert told in found[0]
-    assert len(found) == 1 or number == 1
+    result = prepared(replace(features, labels=labels_of(features.labels)), **changes).notes()
+    assert note in result[0]
+    assert len(result) == 1 or number == 1
 
 
 def batch(rows: int = 20, layers: int = 5, seed: int = 0):
@@ -183,10 +183,10 @@ def pairs(logits, labels) -> list[tuple[int, int]]:
     return list(zip(labels.flatten().tolist(), decided, strict=True))
 
 
-def f1_of(found: list[tuple[int, int]], wanted: int) -> float:
-    hits = sum(label == decision == wanted for label, decision in found)
-    precision = hits / sum(decision == wanted for _, decision in found)
-    recall = hits / sum(label == wanted for label, _ in found)
+def f1_of(pairs: list[tuple[int, int]], cls: int) -> float:
+    hits = sum(label == decision == cls for label, decision in pairs)
+    precision = hits / sum(decision == cls for _, decision in pairs)
+    recall = hits / sum(label == cls for label, _ in pairs)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -195,8 +195,8 @@ def test_each_layer_is_counted_by_itself_and_counts_of_parts_add_up():
     decided = logits.argmax(dim=-1)
     counts = count_decisions(decided, labels, loss=2.0)
     for layer, confusion in enumerate(counts.confusion):
-        found = pairs(logits[:, layer], labels[:, layer])
-        expected = [[found.count((label, decided)) for decided in range(3)] for label in range(3)]
+        result = pairs(logits[:, layer], labels[:, layer])
+        expected = [[result.count((label, decided)) for decided in range(3)] for label in range(3)]
         assert [list(row) for row in confusion] == expected
     parts = [(slice(15), 1.0), (slice(15, 20), 5.0)]
     assert counts == sum(
@@ -206,22 +206,22 @@ def test_each_layer_is_counted_by_itself_and_counts_of_parts_add_up():
 
 def test_ratios_equal_their_definitions():
     logits, labels = batch(seed=1)
-    found = pairs(logits, labels)
+    result = pairs(logits, labels)
     measured = compute_metrics(count_decisions(logits.argmax(dim=-1), labels, loss=0.25))
-    f1 = [f1_of(found, wanted) for wanted in range(3)]
-    skips = [decision for label, decision in found if label == 0]
-    repeats = [decision for label, decision in found if label == 2]
+    f1 = [f1_of(result, cls) for cls in range(3)]
+    skips = [decision for label, decision in result if label == 0]
+    repeats = [decision for label, decision in result if label == 2]
     assert measured == pytest.approx(
         {
             "routers_loss": 0.25,
-            "accuracy": sum(label == decision for label, decision in found) / len(found),
+            "accuracy": sum(label == decision for label, decision in result) / len(result),
             "macro_f1": sum(f1) / 3,
             "f1_skip": f1[0],
             "f1_execute": f1[1],
             "f1_repeat": f1[2],
             "acc_skip": skips.count(0) / len(skips),
             "acc_repeat": repeats.count(2) / len(repeats),
-            "avg_layers": sum(decision for _, decision in found) / len(labels),
+            "avg_layers": sum(decision for _, decision in result) / len(labels),
         }
     )
 

@@ -213,7 +213,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
     """Say why weights aren't those of routers with this config; None where they are."""
-    L, D, H = config.num_layers, config.hidden_size, config.router_width
+    L = config.num_layers
+    D = config.hidden_size
+    H = config.router_width
     shapes = {
         "hidden_weight": [L, H, D],
         "hidden_bias": [L, H],

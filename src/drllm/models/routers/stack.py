@@ -91,7 +91,9 @@ class RouterStack(nn.Module):
     def __init__(self, config: RouterConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        L, D, H = config.num_layers, config.hidden_size, config.router_width
+        L = config.num_layers
+        D = config.hidden_size
+        H = config.router_width
         self.hidden_weight = nn.Parameter(torch.empty(L, H, D))
         self.hidden_bias = nn.Parameter(torch.zeros(L, H))
         self.decision_weight = nn.Parameter(torch.empty(L, NUM_DECISIONS, H))

@@ -116,7 +116,7 @@ def test_the_card_of_trained_routers_tells_data_metrics_and_settings():
 
 
 @pytest.mark.parametrize(
-    ("absent", "gone"),
+    ("field", "heading"),
     [
         ("settings", "## Settings"),
         ("num_trained", "Target paths trained on"),
@@ -125,12 +125,12 @@ def test_the_card_of_trained_routers_tells_data_metrics_and_settings():
         ("metrics", "## Metrics"),
     ],
 )
-def test_what_isnt_recorded_of_a_training_is_left_out_and_the_rest_stays(absent, gone):
-    training = {name: value for name, value in TRAINING.items() if name != absent}
+def test_what_isnt_recorded_of_a_training_is_left_out_and_the_rest_stays(field, heading):
+    training = {name: value for name, value in TRAINING.items() if name != field}
     card = card_with(TRAINED, training=training)
-    assert gone not in card
+    assert heading not in card
     assert "Labels trained on" in card
-    assert card.count("## ") == write_card(TRAINED).count("## ") - gone.startswith("## ")
+    assert card.count("## ") == write_card(TRAINED).count("## ") - heading.startswith("## ")
 
 
 @pytest.mark.parametrize(

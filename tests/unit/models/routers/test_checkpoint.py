@@ -36,7 +36,7 @@ def model(tiny_llama):
     return tiny_llama(num_layers=3)
 
 
-def by_hand(**values):
+def make_routers(**values):
     """Routers that nobody trained, different at every layer and far from a tie."""
     config = RouterConfig(**{"num_layers": 3, "hidden_size": 32, "router_width": 4, **values})
     stack = RouterStack(config, torch.Generator().manual_seed(5))
@@ -45,9 +45,9 @@ def by_hand(**values):
     return stack
 
 
-def described(model, **values):
+def make_routers_for(model, **values):
     """The same, with all that the base model is recognised by."""
-    stack = by_hand(**values)
+    stack = make_routers(**values)
     stack.config = complete_config(stack.config, model)
     return stack
 
@@ -68,7 +68,7 @@ OTHER = {
 @pytest.mark.parametrize("changed", [*([name] for name in OTHER), list(OTHER)])
 def test_routers_of_another_model_are_refused_with_all_that_differs(model, changed):
     values = {name: OTHER[name][0] for name in changed}
-    config = dataclasses.replace(described(model).config, base_model="org/other", **values)
+    config = dataclasses.replace(make_routers_for(model).config, base_model="org/other", **values)
     with pytest.raises(CheckpointError) as caught:
         check_routers(model, RouterStack(config))
     message = str(caught.value)
@@ -79,15 +79,15 @@ def test_routers_of_another_model_are_refused_with_all_that_differs(model, chang
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
-        (lambda model: described(model, base_model="org/tiny"), "the weights are the same"),
-        (lambda model: by_hand(base_model="org/tiny"), "they have no fingerprint"),
+        (lambda model: make_routers_for(model, base_model="org/tiny"), "the weights are the same"),
+        (lambda model: make_routers(base_model="org/tiny"), "they have no fingerprint"),
     ],
 )
-def test_routers_that_name_another_base_are_a_warning_if_nothing_else_differs(model, make, said):
+def test_routers_that_name_another_base_are_a_warning_if_nothing_else_differs(model, make, message):
     model.name_or_path = "mirror/tiny"
-    with pytest.warns(UserWarning, match=f"name 'org/tiny' as .*'mirror/tiny'; {said}"):
+    with pytest.warns(UserWarning, match=f"name 'org/tiny' as .*'mirror/tiny'; {message}"):
         check_routers(model, make(model))
 
 
@@ -95,7 +95,7 @@ def test_routers_that_name_another_base_are_a_warning_if_nothing_else_differs(mo
 def test_the_base_under_an_adapter_is_what_is_saved_and_what_routers_fit(model, tmp_path):
     model.name_or_path, before = "org/tiny", fingerprint(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    RoutedModel(adapted, by_hand()).save_pretrained(tmp_path)
+    RoutedModel(adapted, make_routers()).save_pretrained(tmp_path)
     saved = load_routers(tmp_path)
     assert (saved.config.base_class, saved.config.base_model) == ("LlamaForCausalLM", "org/tiny")
     assert saved.config.base_fingerprint == before
@@ -103,7 +103,7 @@ def test_the_base_under_an_adapter_is_what_is_saved_and_what_routers_fit(model, 
 
 
 def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model):
-    routers = described(model)
+    routers = make_routers_for(model)
     routed = RoutedModel(model, routers)
     expected = route(routed)
     accelerate.cpu_offload(routed.detach(), execution_device=torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model)
 
 
 def test_a_saved_checkpoint_routes_as_before(model, tmp_path):
-    routed = RoutedModel(model, by_hand())
+    routed = RoutedModel(model, make_routers())
     expected = route(routed)
     assert len(set(expected[0])) > 1, "these routers would agree with any others"
     routed.save_pretrained(tmp_path / "routers")
@@ -122,7 +122,7 @@ def test_a_saved_checkpoint_routes_as_before(model, tmp_path):
 def test_what_routers_made_by_hand_dont_say_of_their_base_is_filled_in(model, tmp_path):
     model.name_or_path = "org/tiny"
     model.config._commit_hash = COMMIT
-    routers = by_hand()
+    routers = make_routers()
     before = routers.config
     RoutedModel(model, routers).save_pretrained(tmp_path)
     base = {"base_class": "LlamaForCausalLM", "base_fingerprint": fingerprint(model)}
@@ -134,8 +134,8 @@ def test_what_routers_made_by_hand_dont_say_of_their_base_is_filled_in(model, tm
 def test_what_trained_routers_say_of_their_base_is_kept(model, tmp_path):
     model.config._commit_hash = COMMIT
     record = {"metrics": [{"split": "train", "routers_loss": 0.5}], "num_trained": 7}
-    known = {"base_model": "org/tiny", "label_counts": ((1, 2, 3),) * 3, "training": record}
-    routers = described(model, **known)
+    fields = {"base_model": "org/tiny", "label_counts": ((1, 2, 3),) * 3, "training": record}
+    routers = make_routers_for(model, **fields)
     RoutedModel(model, routers).save_pretrained(tmp_path)
     assert read_config(tmp_path) == routers.config
     assert (tmp_path / "README.md").read_text() == write_card(routers.config)
@@ -151,17 +151,17 @@ def test_a_model_without_routers_has_nothing_to_save(model, tmp_path):
 
 @pytest.fixture
 def routers_folder(base_folder, model, tmp_path):
-    save_routers(described(model, base_model=str(base_folder)), tmp_path / "routers")
+    save_routers(make_routers_for(model, base_model=str(base_folder)), tmp_path / "routers")
     return tmp_path / "routers"
 
 
-@pytest.mark.parametrize("given", [None, str, Path])
+@pytest.mark.parametrize("kind", [None, str, Path])
 def test_the_base_model_is_the_one_that_the_routers_name_or_that_is_given_by_its_place(
-    routers_folder, base_folder, given
+    routers_folder, base_folder, kind
 ):
-    if given:
-        save_routers(by_hand(), routers_folder)  # which name none
-    base = given and given(base_folder)
+    if kind:
+        save_routers(make_routers(), routers_folder)  # which name none
+    base = kind and kind(base_folder)
     routed = RoutedModel.from_pretrained(routers_folder, base, dtype="float32", device="cpu")
     assert (routed.model.name_or_path, routed.model.dtype) == (str(base_folder), torch.float32)
     assert routed.tokenizer("a").input_ids
@@ -174,21 +174,21 @@ def test_routers_of_another_model_are_refused_on_loading(routers_folder, tiny_ll
 
 
 def test_routers_that_name_no_base_model_ask_for_one(tmp_path):
-    save_routers(by_hand(), tmp_path)
+    save_routers(make_routers(), tmp_path)
     with pytest.raises(CheckpointError, match=r"don't name their base model; give it as base="):
         RoutedModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ({"dtype": "bfloat16"}, "on a base model that is loaded already"),
         ({"device": "cpu"}, "on a base model that is loaded already"),
         ({"revision": "v2"}, "the revision 'v2' has no effect on the folder"),
     ],
 )
-def test_settings_without_effect_are_refused(routers_folder, model, setting, said):
-    with pytest.raises(ConfigError, match=said):
+def test_settings_without_effect_are_refused(routers_folder, model, setting, message):
+    with pytest.raises(ConfigError, match=message):
         RoutedModel.from_pretrained(routers_folder, model, **setting)
 
 
@@ -218,7 +218,7 @@ def test_the_arguments_of_transformers_reach_the_base_model(routers_folder, tmp_
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "said"),
+    ("options", "kind", "message"),
     [
         ({"dtype": "bf16"}, ConfigError, "--dtype: unknown value 'bf16'; did you mean 'bfloat16'"),
         ({"dtpye": "bfloat16"}, ConfigError, "doesn't fit the model .*argument 'dtpye'"),
@@ -231,9 +231,9 @@ def test_the_arguments_of_transformers_reach_the_base_model(routers_folder, tmp_
         ),
     ],
 )
-def test_arguments_that_dont_fit_are_refused_in_one_line(routers_folder, given, kind, said):
-    with pytest.raises(kind, match=said) as caught:
-        RoutedModel.from_pretrained(routers_folder, **given)
+def test_arguments_that_dont_fit_are_refused_in_one_line(routers_folder, options, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        RoutedModel.from_pretrained(routers_folder, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -247,6 +247,6 @@ def test_a_hub_id_works_like_a_folder(cached, routers_folder, model, revision):
 
 def test_a_folder_comes_before_the_hub(cached, routers_folder, model, tmp_path, monkeypatch):
     name = cached(routers_folder, "someone/routers")
-    save_routers(by_hand(num_windows=3), tmp_path / name)
+    save_routers(make_routers(num_windows=3), tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert RoutedModel.from_pretrained(name, model).routers.config.num_windows == 3

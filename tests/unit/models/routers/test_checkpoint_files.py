@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save, save_file
 
 from drllm.errors import CheckpointError
 from drllm.models.routers.checkpoint import load_routers, save_routers
-from drllm.models.routers.config import RouterConfig, read_config
+from drllm.models.routers.config import Count, RouterConfig, Size, read_config
 from drllm.models.routers.stack import RouterStack
 
 WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
@@ -137,9 +139,9 @@ def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True)
     whole = [contents(tmp_path / name) for name in ("old", "new")]
     for step in range(1, 9):
-        found = contents(tmp_path / str(step))
-        found = {name: data for name, data in found.items() if not name.startswith(".")}
-        assert CONFIG_FILE not in found or found in whole
+        files = contents(tmp_path / str(step))
+        files = {name: data for name, data in files.items() if not name.startswith(".")}
+        assert CONFIG_FILE not in files or files in whole
 
 
 def test_what_a_killed_save_left_behind_goes_with_the_next_one(folder):
@@ -191,15 +193,15 @@ def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(folder, spoil
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (CARD, b"# My thesis\n", r"README\.md isn't a card of routers .* move it"),
         ("config.json", b'{"model_type": "llama"}', r"holds a model .* with a config\.json"),
     ],
 )
-def test_a_file_of_something_else_is_never_replaced(tmp_path, name, content, said):
+def test_a_file_of_something_else_is_never_replaced(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         save_routers(NEW, tmp_path)
     assert contents(tmp_path) == {name: content}
 
@@ -282,7 +284,7 @@ def refused(folder, message, read=load_routers):
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         ("nowhere", "nowhere has no router_config.json, since it doesn't exist; give a folder"),
         ("empty", "has no router_config.json, since it is empty; give"),
@@ -292,15 +294,57 @@ def refused(folder, message, read=load_routers):
         (".", "did you mean "),  # a run's folder, which has the routers in it
     ],
 )
-def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(folder, place, said):
+def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(folder, place, message):
     for name in ("empty", "photos", "base"):
         (folder.parent / name).mkdir()
     (folder.parent / "photos" / "photo.jpg").touch()
     (folder.parent / "base" / "config.json").write_text("{}")
-    refused(folder.parent / place, said, read_config)
+    refused(folder.parent / place, message, read_config)
 
 
-ROWS = "'label_counts': expected"
+TYPES = typing.get_type_hints(RouterConfig, include_extras=True)
+ROW = (1, 2, 3)
+WRONG_VALUES = {
+    Size: [0, -1, 1.5, True, "8", None, [], {}],
+    str: [5, True, None, [], {}],
+    str | None: [5, True, [], {}],
+    dict[str, Any]: [5, True, "x", None, []],
+    tuple[tuple[Count, Count, Count], ...]: [
+        5,
+        "x",
+        None,
+        {"0": ROW},
+        [1, 2, 3],
+        [(1, 2)] * 3,
+        [(1, 2, 3, 4)] * 3,
+        [(-1, 1, 2)] * 3,
+        [(1, 2, True)] * 3,
+        [(1, 2, 0.5)] * 3,
+        [(1, 2, "3")] * 3,
+    ],
+}
+"""By type, values of other types, as JSON may hold them."""
+
+
+def rewrite_config(folder: Path, changes: dict[str, Any]) -> None:
+    """Replace values of a folder's config; `...` drops one."""
+    path = folder / CONFIG_FILE
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in TYPES for value in WRONG_VALUES[TYPES[name]]]
+)
+def test_a_value_of_another_type_than_its_fields_is_refused_by_name(folder, name, value):
+    rewrite_config(folder, {name: value})
+    refused(folder, rf"router_config\.json: '{name}': expected ")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_config_without_one_of_its_fields_is_refused(folder, name):
+    rewrite_config(folder, {name: ...})
+    refused(folder, f"lacks the key '{name}'; train the routers again")
 
 
 @pytest.mark.parametrize(
@@ -311,29 +355,17 @@ ROWS = "'label_counts': expected"
         ({"format_version": True}, "'format_version' is True; expected a whole number"),
         ({"format_version": ...}, "'format_version' is None; .*is it the config of routers"),
         ({"num_window": 8}, "unknown key 'num_window'; did you mean 'num_windows'"),
-        ({"num_layers": ...}, "lacks the key 'num_layers'; train the routers again"),
-        ({"hidden_size": 0}, "'hidden_size': expected `int` >= 1"),
-        ({"num_windows": "8"}, "'num_windows': expected `int`, got `str`"),
         ({"num_windows": 8}, "was saved for num_windows 4, router_config.json says 8; put the co"),
         ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
-        ({"num_windows": True}, "'num_windows': expected `int`, got `bool`"),
         ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
-        ({"label_counts": [[1, 2]] * 3}, ROWS + " `array` of length 3, got 2"),
-        ({"label_counts": [1, 2, 3]}, ROWS),
-        ({"label_counts": [[-1, 1, 2]] * 3}, ROWS),
-        ({"label_counts": [[1, 2, True]] * 3}, ROWS),
-        ({"base_model": 5}, "'base_model': expected `str`"),
-        ({"base_class": None}, "'base_class': expected `str`, got `null`"),
-        ({"base_revision": 5}, "'base_revision': expected `str"),
-        ({"training": []}, "'training': expected `object`"),
         ({"num_layers": 4, "label_counts": []}, "'.*' has shape .*, router_config.json asks for"),
         ({"hidden_size": 6}, r"'hidden_weight' has shape \[3, 7, 5\], .* asks for \[3, 7, 6\]"),
     ],
 )
-def test_a_config_that_cannot_be_trusted_is_refused(folder, changes, message):
-    path = folder / CONFIG_FILE
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: value for k, value in values.items() if value is not ...}))
+def test_a_config_that_does_not_fit_the_weights_or_this_version_is_refused(
+    folder, changes, message
+):
+    rewrite_config(folder, changes)
     refused(folder, message)
 
 
@@ -355,10 +387,10 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "said", "content"), BROKEN)
-def test_a_file_that_is_broken_or_cut_off_is_refused(folder, name, said, content):
+@pytest.mark.parametrize(("name", "message", "content"), BROKEN)
+def test_a_file_that_is_broken_or_cut_off_is_refused(folder, name, message, content):
     (folder / name).write_bytes(content)
-    refused(folder, said + "train the routers again")
+    refused(folder, message + "train the routers again")
 
 
 def test_weights_that_may_not_be_read_are_refused_by_the_systems_own_reason(folder, monkeypatch):

@@ -114,19 +114,19 @@ def test_prompts_that_cannot_be_routed_are_refused(routed, prompts, message):
 @pytest.mark.parametrize("target", [2.5, 5.0, 9.0])
 def test_the_bias_gives_the_executions_wanted_whatever_the_batches(routed, target):
     prompts = some_prompts()
-    found = find_depth_bias(routed, prompts, target, tolerance=0.15)
-    assert found.executions == pytest.approx(target, abs=0.15)
-    assert found.executions == mean(routed, found.depth_bias, prompts)
-    assert found.num_prompts == NUM_PROMPTS
-    assert found == find_depth_bias(routed, prompts, target, tolerance=0.15, batch_size=3)
+    calibration = find_depth_bias(routed, prompts, target, tolerance=0.15)
+    assert calibration.executions == pytest.approx(target, abs=0.15)
+    assert calibration.executions == mean(routed, calibration.depth_bias, prompts)
+    assert calibration.num_prompts == NUM_PROMPTS
+    assert calibration == find_depth_bias(routed, prompts, target, tolerance=0.15, batch_size=3)
 
 
 @pytest.mark.parametrize(("target", "route"), [(1, [0, 0, 0, 0, 0, 1]), (2 * L, [2] * L)])
 def test_the_least_and_the_most_executions_can_be_had(routed, target, route):
     prompts = some_prompts(5)
-    found = find_depth_bias(routed, prompts, target)
-    policy = RouterPolicy(routed.routers, depth_bias=found.depth_bias)
-    assert found.executions == target
+    calibration = find_depth_bias(routed, prompts, target)
+    policy = RouterPolicy(routed.routers, depth_bias=calibration.depth_bias)
+    assert calibration.executions == target
     assert route_prompts(routed, policy, prompts, batch_size=1).tolist() == [route] * 5
 
 
@@ -134,10 +134,10 @@ def test_only_prompts_are_run_once_for_each_probe(routed):
     prompts, passes = some_prompts(), []
     handle = routed.model.register_forward_hook(lambda _m, _a, _o: passes.append(1))
     try:
-        found = find_depth_bias(routed, prompts, 5.0, batch_size=16, tolerance=0.15)
+        calibration = find_depth_bias(routed, prompts, 5.0, batch_size=16, tolerance=0.15)
     finally:
         handle.remove()
-    assert len(passes) == 3 * found.num_probes
+    assert len(passes) == 3 * calibration.num_probes
 
 
 def test_a_single_prompt_cannot_run_half_an_execution(routed):
@@ -217,8 +217,8 @@ def test_the_search_is_short_and_ends_where_no_bias_is_needed_or_no_bias_moves_t
         return max(1, min(12, round(6 - 2 * bias + place / 100)))
 
     assert routing_by(executions, 4.3, 100).num_probes < 15
-    found = routing_by(lambda bias, place: 7, 7)
-    assert (found.depth_bias, found.num_probes) == (0.0, 1)
+    calibration = routing_by(lambda bias, place: 7, 7)
+    assert (calibration.depth_bias, calibration.num_probes) == (0.0, 1)
     with pytest.raises(ConfigError, match=r"the nearest are 7.00 \(--depth-bias 0.0\); take"):
         routing_by(lambda bias, place: 7, 5)
 
@@ -230,30 +230,30 @@ def test_a_target_is_found_behind_a_jump_of_a_function_that_is_not_monotone(rout
         steps = [(0.4, 8), (0.55, 4), (start, 8), (end, 6), (math.inf, 3)]
         return next(value for edge, value in steps if bias <= edge)
 
-    found = routing_by(executions, 6)
-    assert start < found.depth_bias <= end
-    assert found.executions == 6
+    calibration = routing_by(executions, 6)
+    assert start < calibration.depth_bias <= end
+    assert calibration.executions == 6
 
 
 def test_each_knob_becomes_a_policy_and_without_one_the_policy_in_force_stays(routed, tiny_llama):
     for model in (routed, RoutedModel(tiny_llama())):
         assert make_policy(model, DepthConfig()) == (model.policy, None)
     for knob in ({"depth_bias": 0.7}, {"router_penalty": -0.6}):
-        policy, found = make_policy(routed, DepthConfig(**knob))
+        policy, calibration = make_policy(routed, DepthConfig(**knob))
         assert {name: getattr(policy, name) for name in knob} == knob
-        assert found is None
-    policy, found = make_policy(routed, DepthConfig(static_routing=True))
-    assert (type(policy), found) == (FullPolicy, None)
+        assert calibration is None
+    policy, calibration = make_policy(routed, DepthConfig(static_routing=True))
+    assert (type(policy), calibration) == (FullPolicy, None)
 
 
 def test_a_target_becomes_the_bias_that_was_found(routed):
     prompts = some_prompts()
     target = mean(routed, 0.4, prompts)
     config = DepthConfig(target_executions=target, calibration="prompts.jsonl")
-    policy, found = make_policy(routed, config, prompts)
+    policy, calibration = make_policy(routed, config, prompts)
     assert policy.routers is routed.routers
-    assert found.depth_bias == policy.depth_bias != 0
-    assert found == find_depth_bias(routed, prompts, target)
+    assert calibration.depth_bias == policy.depth_bias != 0
+    assert calibration == find_depth_bias(routed, prompts, target)
 
 
 @pytest.mark.parametrize(

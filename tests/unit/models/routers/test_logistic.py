@@ -34,11 +34,11 @@ def cross_entropy(linear, inputs, labels):
 def test_the_map_is_where_the_penalised_weighted_loss_is_flat():
     inputs, labels = nothing_foretells(40)
     weights = torch.rand(40, generator=torch.Generator().manual_seed(1))
-    found = fit_logistic(3 + inputs / 50, labels, 3, weights=weights, penalty=0.1)
+    result = fit_logistic(3 + inputs / 50, labels, 3, weights=weights, penalty=0.1)
     scaled = (inputs - inputs.mean(dim=0)) / inputs.std(dim=0, correction=0)
     deviation = (inputs / 50).std(dim=0, correction=0)
-    weight = (found.weight * deviation).requires_grad_()
-    bias = (found.bias + found.weight @ (3 + inputs / 50).mean(dim=0)).requires_grad_()
+    weight = (result.weight * deviation).requires_grad_()
+    bias = (result.bias + result.weight @ (3 + inputs / 50).mean(dim=0)).requires_grad_()
     loss = 0.1 / 2 * (weight**2).sum()
     for row in range(40):
         logits = (weight @ scaled[row] + bias).view(L, 3)
@@ -57,8 +57,8 @@ def test_examples_of_weight_0_say_nothing():
     others = torch.cat([labels[:30], (labels[30:] + 1) % 3])
     for penalty in (0.1, None):
         one, other = (
-            fit_logistic(inputs, each, 3, weights=weights, penalty=penalty)
-            for each in (labels, others)
+            fit_logistic(inputs, classes, 3, weights=weights, penalty=penalty)
+            for classes in (labels, others)
         )
         assert torch.equal(one.weight, other.weight)
 
@@ -71,8 +71,8 @@ def test_an_input_that_never_varies_is_not_read(examples):
 
 def test_decisions_that_follow_from_the_inputs_are_learned(examples):
     inputs, labels = examples
-    found = fit_logistic(inputs[:150], labels[:150], 3)(inputs[150:]).view(50, L, 3).argmax(dim=-1)
-    assert float((found == labels[150:]).double().mean()) > 0.95
+    result = fit_logistic(inputs[:150], labels[:150], 3)(inputs[150:]).view(50, L, 3).argmax(dim=-1)
+    assert float((result == labels[150:]).double().mean()) > 0.95
 
 
 def test_the_penalty_is_one_that_does_well_on_examples_held_out(examples):
@@ -89,9 +89,9 @@ def test_the_penalty_is_one_that_does_well_on_examples_held_out(examples):
 @pytest.mark.parametrize("number", [1, 2, 7])
 def test_few_examples_that_all_decide_alike_give_a_map_that_does_so(number):
     inputs, labels = nothing_foretells(number)
-    found = fit_logistic(inputs, torch.ones_like(labels), 3)
-    assert found(inputs).isfinite().all()
-    assert (found(inputs).view(number, L, 3).argmax(dim=-1) == 1).all()
+    result = fit_logistic(inputs, torch.ones_like(labels), 3)
+    assert result(inputs).isfinite().all()
+    assert (result(inputs).view(number, L, 3).argmax(dim=-1) == 1).all()
 
 
 def test_the_same_examples_give_the_same_map_and_no_global_draw_is_used(examples):
