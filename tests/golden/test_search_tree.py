@@ -26,9 +26,9 @@ def margin(decisions: Decisions) -> float:
 def draw() -> str:
     """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
     search = TreeSearch(5, CONFIG, Random(0))
-    while asked := search.ask():
-        score = margin(*asked)
-        search.tell(*asked, float(score >= 0), score)
+    while paths := search.ask():
+        score = margin(*paths)
+        search.tell(*paths, float(score >= 0), score)
 
     lines = [
         "edit · decisions · simulation, reward and margin · visits and mean reward of the node",

@@ -49,11 +49,11 @@ def observed(search, most, seed, scale):
     """
     order, in_flight = Random(seed), list[Decisions]()
     while True:
-        asked = search.ask(most)
-        assert len(asked) <= most
-        assert len({*asked, *in_flight}) == len(asked) + len(in_flight)
-        assert not search.trials.keys() & {*asked}
-        in_flight += asked
+        paths = search.ask(most)
+        assert len(paths) <= most
+        assert len({*paths, *in_flight}) == len(paths) + len(in_flight)
+        assert not search.trials.keys() & {*paths}
+        in_flight += paths
         if not in_flight:
             return search
         order.shuffle(in_flight)
@@ -101,7 +101,7 @@ def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed
 def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
     assert len(search.trials) - 1 <= search.num_simulations_done <= config.num_simulations
-    numbers = [tried.simulation for tried in search.trials.values()]
+    numbers = [trial.simulation for trial in search.trials.values()]
     assert len(set(numbers)) == len(numbers)
     assert set(numbers) <= set(range(config.num_simulations + 1))
     if most == 1:
@@ -119,10 +119,10 @@ def test_under_every_stop_rule_only_the_last_path_can_be_one_that_stops(
     num_layers, config, seed, scale
 ):
     search = run(num_layers, config, seed, scale)
-    *others, _ = search.trials
+    *earlier, _ = search.trials
     full = search.trials[full_decisions(num_layers)].reward
     saved = {"paper": 1, "released": 2, "exhaust": num_layers + 1}[config.stop_rule]
-    for decisions in others[1:]:
+    for decisions in earlier[1:]:
         right = search.trials[decisions].reward == 1
         improving = right and full < 1 and config.stop_rule != "exhaust"
         assert not improving
@@ -149,7 +149,7 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
 
     assert set(search.nodes) == set(search.trials)  # one node a vector, one vector a simulation
     assert search.root.visits == search.num_simulations_done + 1
-    rewards = [tried.reward for tried in search.trials.values()]
+    rewards = [trial.reward for trial in search.trials.values()]
     assert search.root.value_sum == pytest.approx(sum(rewards))
     left, arrived = Counter(), Counter({search.root.decisions: search.root.visits})
     for (before, after), times in search.steps.items():

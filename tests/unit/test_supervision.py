@@ -224,11 +224,11 @@ def test_the_summary_tells_the_tasks_apart():
     ]
     tasks = targets(found, SHORTEST).summary["tasks"]
 
-    told = {
+    counts = {
         name: (task["questions"], task["base_correct"], task["targets"], task["improving_targets"])
         for name, task in tasks.items()
     }
-    assert told == {"one": (2, 1, 1, 0), "two": (1, 0, 1, 1)}
+    assert counts == {"one": (2, 1, 1, 0), "two": (1, 0, 1, 1)}
 
 
 def test_a_copy_adds_to_no_count_but_that_of_copies():
@@ -328,13 +328,13 @@ def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summar
 
     assert tuple(read_supervision(output)) == tuple(found)
     assert [row.optimal_layer_config for row in found] == [(1, 1, 0, 0), (2, 1, 1, 0)]
-    told = manifest(output)
-    assert told["schema"] == "drllm.supervision"
-    assert told["model"] == MODEL
-    assert told["config"] == config.to_dict()
-    assert told["inputs"] == {"search.jsonl": sha256(source)}
-    assert told["summary"] == found.summary
-    assert told["rewards"] == ["loglikelihood"]
+    fields = manifest(output)
+    assert fields["schema"] == "drllm.supervision"
+    assert fields["model"] == MODEL
+    assert fields["config"] == config.to_dict()
+    assert fields["inputs"] == {"search.jsonl": sha256(source)}
+    assert fields["summary"] == found.summary
+    assert fields["rewards"] == ["loglikelihood"]
 
 
 def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path):
@@ -392,7 +392,7 @@ def test_the_manifest_tells_what_became_of_each_file_and_counts_copies_once(tmp_
     one = written(tmp_path / "a.jsonl", *found[:2])
     two = written(tmp_path / "b.jsonl", found[0], *found[2:])
 
-    told = {
+    counts = {
         name: (
             *(file[each] for each in ("questions", "copies", "targets")),
             {reason: n for reason, n in file["rejected"].items() if n},
@@ -400,7 +400,7 @@ def test_the_manifest_tells_what_became_of_each_file_and_counts_copies_once(tmp_
         for name, file in manifest(supervised(one, two, quotas="facts=2"))["files"].items()
     }
     assert ids(tmp_path / "supervision.jsonl") == ["Question 0?", "Question 2?"]
-    assert list(told.items()) == [
+    assert list(counts.items()) == [
         ("a.jsonl", (2, 0, 1, {"no valid path": 1})),
         ("b.jsonl", (3, 1, 1, {"no path survived the re-test": 1, "over the quota": 1})),
     ]
@@ -420,17 +420,17 @@ def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("changes", "message"),
     [
         ({"fingerprint": "fedcba9876543210"}, "fingerprint .*fedcba9876543210"),
         ({"class": "Qwen3ForCausalLM"}, "class .*Qwen3ForCausalLM"),
         ({"hidden_size": 64}, "hidden_size 32 and 64"),
     ],
 )
-def test_files_of_different_base_models_are_refused_naming_both(tmp_path, told, says):
+def test_files_of_different_base_models_are_refused_naming_both(tmp_path, changes, message):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
-    second = search_file(tmp_path, SAVING, name="b.jsonl", **told)
-    with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{says}"):
+    second = search_file(tmp_path, SAVING, name="b.jsonl", **changes)
+    with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{message}"):
         supervised(first, second)
     assert not (tmp_path / "supervision.jsonl").exists()
 
@@ -454,15 +454,15 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "told", "says"),
+    ("kinds", "changes", "message"),
     [
         ((SAVING, "111+"), {}, r"line 2: .* 3 layers, that of line 1 on 4"),
         ((SAVING,), {"num_layers": 30}, r"paths of 4 layers, but its manifest names .* of 30"),
     ],
 )
-def test_two_depths_in_one_search_are_refused(tmp_path, kinds, told, says):
-    with pytest.raises(RecordError, match=says):
-        supervised(search_file(tmp_path, *kinds, **told))
+def test_two_depths_in_one_search_are_refused(tmp_path, kinds, changes, message):
+    with pytest.raises(RecordError, match=message):
+        supervised(search_file(tmp_path, *kinds, **changes))
 
 
 def test_two_questions_under_one_id_are_refused(tmp_path):
@@ -475,7 +475,7 @@ def test_two_questions_under_one_id_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "settings", "says"),
+    ("kinds", "settings", "message"),
     [
         (
             (LUCKY, HOPELESS, HOPELESS),
@@ -495,14 +495,14 @@ def test_two_questions_under_one_id_are_refused(tmp_path):
     ],
 )
 def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_targets(
-    tmp_path, kinds, settings, says
+    tmp_path, kinds, settings, message
 ):
     source = search_file(tmp_path, *kinds)
-    with pytest.raises(RecordError, match=says):
+    with pytest.raises(RecordError, match=message):
         supervised(source, **settings)
     assert list(tmp_path.glob("supervision*")) == []
     output = supervised(search_file(tmp_path, SAVING, name="a.jsonl"))
-    with pytest.raises(RecordError, match=says):
+    with pytest.raises(RecordError, match=message):
         supervised(source, **settings)
     assert ids(output) == ["a.jsonl 0?"]
 

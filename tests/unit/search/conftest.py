@@ -10,7 +10,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task
 
-sys.path.insert(0, str(Path(__file__).parent))  # heard.py
+sys.path.insert(0, str(Path(__file__).parent))  # listeners.py
 
 
 @pytest.fixture(scope="module")

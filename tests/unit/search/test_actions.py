@@ -8,16 +8,16 @@ from drllm.search.actions import Action, apply, legal_actions
 
 def reachable(num_layers: int, limit: int) -> set[tuple[int, ...]]:
     """Every vector that edits lead to, found by trying them all."""
-    found = {full_decisions(num_layers)}
-    front = list(found)
+    paths = {full_decisions(num_layers)}
+    front = list(paths)
     while front:
         decisions = front.pop()
         for action in legal_actions(decisions, limit):
             edited = apply(decisions, action)
-            if edited not in found:
-                found.add(edited)
+            if edited not in paths:
+                paths.add(edited)
                 front.append(edited)
-    return found
+    return paths
 
 
 def test_the_full_path_has_l_skips_then_l_minus_1_double_skips_then_l_repeats():

@@ -70,17 +70,17 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
 
 def test_the_seed_and_the_leaves_a_round_change_which_paths_are_tried(routed, facts):
     examples = facts.examples("search")[:1]
-    found = [{}, {"seed": 1}, {"leaves_per_round": 1}]
-    tried = [
+    changes = [{}, {"seed": 1}, {"leaves_per_round": 1}]
+    tried_paths = [
         {
             path.decisions
-            for path in drllm.search_paths(routed, examples, settings(**given))[0].paths
+            for path in drllm.search_paths(routed, examples, settings(**values))[0].paths
         }
-        for given in found
+        for values in changes
     ]
-    assert [len(paths) for paths in tried] == [9, 9, 9]
-    assert tried[0] != tried[1]
-    assert tried[0] != tried[2]
+    assert [len(paths) for paths in tried_paths] == [9, 9, 9]
+    assert tried_paths[0] != tried_paths[1]
+    assert tried_paths[0] != tried_paths[2]
 
 
 def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):
@@ -105,10 +105,10 @@ def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them
     assert list(shares) == sorted(shares)
     assert shares[0] < shares[steps.index("re-tests") - 1] < shares[-1] == 1.0
     assert list(dict.fromkeys(steps)) == ["new paths", "re-tests"]
-    tried = [path for record in records for path in record.paths]
-    again = [path.retest for path in tried if path.retest is not None]
+    tried_paths = [path for record in records for path in record.paths]
+    again = [path.retest for path in tried_paths if path.retest is not None]
     assert again, "the sample must hold paths that are asked again"
-    assert num_run[-1] >= len(tried) + sum(retest.asked for retest in again)
+    assert num_run[-1] >= len(tried_paths) + sum(retest.asked for retest in again)
 
 
 def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(

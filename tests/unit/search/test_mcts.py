@@ -141,8 +141,8 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
     config = SearchConfig(num_simulations=simulations, **settings)
     plain = Sequential(num_layers, config, seed, judge)
     search = TreeSearch(num_layers, config, Random(seed))
-    while asked := search.ask():
-        search.tell(*asked, *judge(*asked))
+    while paths := search.ask():
+        search.tell(*paths, *judge(*paths))
 
     assert [*search.trials] == [*plain.known]
     assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
@@ -196,26 +196,26 @@ def test_the_order_of_observing_a_round_changes_no_count():
         TreeSearch(10, SearchConfig(num_simulations=100), Random(0)) for _ in range(2)
     )
     for _ in range(30):
-        asked = forward.ask(8)
-        assert backward.ask(8) == asked
-        for decisions in asked:
+        paths = forward.ask(8)
+        assert backward.ask(8) == paths
+        for decisions in paths:
             forward.tell(decisions, halves(decisions))
-        for decisions in reversed(asked):
+        for decisions in reversed(paths):
             backward.tell(decisions, halves(decisions))
 
-    nodes, others = (
+    nodes, backward_nodes = (
         [(n.decisions, n.visits, n.value_sum, [*n.children]) for n in search.nodes.values()]
         for search in (forward, backward)
     )
-    assert nodes == others
+    assert nodes == backward_nodes
     assert forward.num_simulations_done == 100
 
 
 def test_fifty_simulations_are_both_broad_and_deep():
     """A chain has one child at each node; without widening no second edit is ever made."""
     search = TreeSearch(30, SearchConfig(), Random(0))
-    while asked := search.ask():
-        search.tell(*asked, float(num_executions(*asked) >= 28))
+    while paths := search.ask():
+        search.tell(*paths, float(num_executions(*paths) >= 28))
     assert 30 <= len(search.root.children) <= 36
     assert search.num_simulations_done - len(search.root.children) >= 14
 
@@ -229,7 +229,7 @@ def joint_edits(seed: int) -> Reward:
     goal = {a: 0, b: 0, c: 2}
 
     def reward(decisions: Decisions) -> float:
-        right = sum(decisions[layer] == wanted for layer, wanted in goal.items())
+        right = sum(decisions[layer] == decision for layer, decision in goal.items())
         wrong = sum(count != 1 and goal.get(i) != count for i, count in enumerate(decisions))
         return min(1.0, max(0.0, (1 + 3 * right - wrong) / 10))
 
@@ -248,7 +248,7 @@ def times_found(strategy: str, num_simulations: int, **settings: float) -> int:
         while len(search.trials) <= num_simulations:
             (decisions,) = search.ask()
             search.tell(decisions, reward(decisions))
-        found += max(tried.reward for tried in search.trials.values()) == 1.0
+        found += max(trial.reward for trial in search.trials.values()) == 1.0
     return found
 
 

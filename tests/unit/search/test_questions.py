@@ -1,7 +1,6 @@
 """Which questions are asked, in which blocks: limits, lengths, shards."""
 
 import itertools
-import json
 
 import pytest
 
@@ -81,7 +80,7 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("1/1", "has no effect; leave it out"),
         ("0/4", "give i/n with i from 1 to n"),
@@ -93,22 +92,21 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
         ("1/4 ", "give i/n"),
     ],
 )
-def test_a_shard_that_makes_no_sense_is_refused(facts, text, says):
-    with pytest.raises(ConfigError, match=says):
+def test_a_shard_that_makes_no_sense_is_refused(facts, text, message):
+    with pytest.raises(ConfigError, match=message):
         collect_questions([facts], SearchConfig(shard=text))
 
 
-def test_prompts_without_answers_cannot_be_searched_without_kl(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(f'{{"prompt": "Say {n}."}}\n' for n in range(20)))
+def test_prompts_without_answers_cannot_be_searched_without_kl(write_rows):
+    file = write_rows("prompts", [{"prompt": f"Say {n}."} for n in range(20)])
     asked = collect_questions(str(file), SearchConfig())
-    assert {(one.prompt.reward, one.retests) for one in asked} == {("kl", ())}
+    assert {(question.prompt.reward, question.retests) for question in asked} == {("kl", ())}
     with pytest.raises(ConfigError, match="--no-kl leaves nothing to search"):
         collect_questions(str(file), SearchConfig(kl=False))
 
 
 @pytest.fixture
-def overlapping(tmp_path):
+def overlapping(write_rows):
     """Two tasks of 60 questions, of which 30 are the same but for case and white space."""
     names = []
     for name, numbers, wording in (
@@ -118,9 +116,7 @@ def overlapping(tmp_path):
         rows = [
             {"question": wording.format(n), "answer": n + 1, "grader": "exact"} for n in numbers
         ]
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        names.append(str(path))
+        names.append(str(write_rows(name, rows)))
     return [get_task(name) for name in names]
 
 

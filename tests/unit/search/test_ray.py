@@ -60,9 +60,9 @@ CONFIG = SearchConfig(num_simulations=6, limit=16, block_size=2)
 @pytest.fixture
 def listening():
     """The listener's class; a worker, which imports this file for `Deadly`, can't find its own."""
-    from heard import Heard
+    from listeners import RecordingListener
 
-    return Heard
+    return RecordingListener
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def in_process(model, facts):
 def test_two_workers_give_the_records_of_one_process(
     workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
-    heard = listening()
-    found = run_search(workers, collect_questions([facts], CONFIG), CONFIG, tmp_path, heard)
-    assert_same_run(in_process, found)
-    assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
+    listener = listening()
+    records = run_search(workers, collect_questions([facts], CONFIG), CONFIG, tmp_path, listener)
+    assert_same_run(in_process, records)
+    assert [done for done, _, _ in listener.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
         "batches are handed over one by one"
     )
 
@@ -98,8 +98,8 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
             killed.append(seat)
 
     questions = collect_questions([facts], CONFIG)
-    heard = listening(at_each=kill_one)
-    assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, heard))
+    listener = listening(on_report=kill_one)
+    assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, listener))
     assert killed
     assert killed[0] not in workers.seats
 
@@ -107,17 +107,17 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
 @pytest.mark.thorough
 def test_no_more_batches_are_out_than_the_workers_can_hold(workers, facts):
     batches = split_into_batches(collect_questions([facts], CONFIG), CONFIG.block_size)
-    taken = []
+    batches_out = []
 
     def counted():
         for batch in batches:
-            taken.append(batch)
+            batches_out.append(batch)
             yield batch
 
     most = 0
     for done, _ in enumerate(workers.search(counted(), CONFIG)):
-        most = max(most, len(taken) - done)
-    assert len(taken) == len(batches)
+        most = max(most, len(batches_out) - done)
+    assert len(batches_out) == len(batches)
     assert 1 < most <= WORKERS * ray_executor.BATCHES_A_WORKER
 
 
@@ -148,14 +148,14 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
     monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
     questions[bad.place] = dataclasses.replace(bad, retests=(deadly,))
-    heard = listening()
-    found = run_search(workers, questions, CONFIG, tmp_path, heard)
-    assert_same_run([record for record in in_process if record.id != bad.example.id], found)
-    [failed] = found.failed
+    listener = listening()
+    records = run_search(workers, questions, CONFIG, tmp_path, listener)
+    assert_same_run([record for record in in_process if record.id != bad.example.id], records)
+    [failed] = records.failed
     assert (failed.id, failed.attempts) == (bad.example.id, 1)
     assert failed.error == "its worker process died"
     assert (tmp_path / FAILED_FILE).is_file()
-    assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [done for done, _, _ in listener.calls] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @pytest.mark.thorough
@@ -167,9 +167,9 @@ def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     sent = []
     put = workers.ray.put
     monkeypatch.setattr(workers.ray, "put", lambda value: sent.append(value) or put(value))
-    found = run_search(workers, collect_questions([facts], config), config, tmp_path)
+    records = run_search(workers, collect_questions([facts], config), config, tmp_path)
     assert [x.state_cache_gb for x in sent if isinstance(x, SearchConfig)] == [3.0 / WORKERS]
-    assert read_manifest(found.file, "search")["config"]["state_cache_gb"] == 3.0
+    assert read_manifest(records.file, "search")["config"]["state_cache_gb"] == 3.0
 
     def num_parts(worker):
         import psutil
@@ -214,17 +214,17 @@ def test_a_model_that_workers_cannot_load_is_said_as_ever(workers, model):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("device", "num_workers", "says"),
+    ("device", "num_workers", "message"),
     [
         ("cpu", 10_000, "10000 workers need a CPU core each, and Ray has"),
         ("cuda", 1, "--device is 'cuda', but Ray has no GPU; give --device cpu"),
         ("cuda:1", 1, "gives each worker a device of its own"),
     ],
 )
-def test_devices_that_are_not_there_are_refused(workers, model, device, num_workers, says):
+def test_devices_that_are_not_there_are_refused(workers, model, device, num_workers, message):
     if device == "cuda" and workers.ray.cluster_resources().get("GPU"):
         pytest.skip("there is a GPU here")
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         RayExecutor(dataclasses.replace(model, device=device), num_workers=num_workers)
 
 
@@ -283,6 +283,6 @@ def test_an_address_at_which_somebody_listens_is_left_to_ray(host):
 
 @pytest.mark.thorough
 def test_what_ray_says_is_passed_on_in_one_line():
-    says = r"--ray-address 'auto' can't be reached \(Could not find any running"
-    with pytest.raises(ConfigError, match=says):
+    message = r"--ray-address 'auto' can't be reached \(Could not find any running"
+    with pytest.raises(ConfigError, match=message):
         connect(Noting(ConnectionError("Could not find\nany running Ray instance.")), "auto", None)

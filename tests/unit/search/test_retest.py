@@ -46,9 +46,9 @@ def test_options_that_are_only_judged_by_character_run_no_layer_again(routed, fa
     )
     assert evaluator.states.executions_run == run
     fresh = Evaluator(routed, [by_character], 1.0).evaluate(pairs)
-    assert [again[pair].passed for pair in pairs] == [each.reward for each in fresh]
+    assert [again[pair].passed for pair in pairs] == [outcome.reward for outcome in fresh]
     margins = [again[pair].margin for pair in pairs]
-    assert margins == pytest.approx([each.margin for each in fresh], abs=1e-5)
+    assert margins == pytest.approx([outcome.margin for outcome in fresh], abs=1e-5)
 
 
 FULL, SHORTER, LONGER, AS_LONG = (1, 1, 1, 1), (1, 1, 0, 1), (1, 2, 1, 1), (1, 0, 2, 1)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from heard import Heard
+from listeners import RecordingListener
 
 import drllm
 from drllm.config import SearchConfig
@@ -42,7 +42,7 @@ def run(routed, folder, tasks, listener=None, runtime=RUNTIME, identity=IDENTITY
 
 def interrupt(routed, folder, tasks, questions, **values):
     with pytest.raises(KeyboardInterrupt):
-        run(routed, folder, tasks, Heard(stop_at=questions), **values)
+        run(routed, folder, tasks, RecordingListener(stop_at=questions), **values)
 
 
 def chunks(folder):
@@ -51,9 +51,9 @@ def chunks(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(routed, facts, tmp_path_factory):
-    """The records of a run that nothing disturbed, and what was heard of it."""
-    heard = Heard()
-    return run(routed, tmp_path_factory.mktemp("unbroken"), [facts], heard), heard
+    """The records of a run that nothing disturbed, and its listener."""
+    listener = RecordingListener()
+    return run(routed, tmp_path_factory.mktemp("unbroken"), [facts], listener), listener
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
     """Interrupted in the midst of the rounds, then between two ways of the re-test."""
     config = {"limit": 4, "block_size": 4}
     whole = run(routed, tmp_path / "unbroken", [facts], **config)
-    wanted, num_evaluated[0] = num_evaluated[0], 0
+    num_unbroken, num_evaluated[0] = num_evaluated[0], 0
     interrupt(routed, tmp_path / "broken", [facts], 2, **config)
 
     def interrupted(*_):
@@ -111,7 +111,7 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
             run(routed, tmp_path / "broken", [facts], **config)
     resumed = run(routed, tmp_path / "broken", [facts], **config)
     assert_same_run(whole, resumed)
-    assert wanted <= num_evaluated[0] <= wanted + 4 * 4, "one round at most"
+    assert num_unbroken <= num_evaluated[0] <= num_unbroken + 4 * 4, "one round at most"
 
 
 def test_records_stand_in_the_order_of_the_questions_whatever_their_batches(
@@ -139,23 +139,23 @@ def test_a_finished_search_is_returned_as_it_is_whoever_asks_for_it(
     routed, facts, finished, unbroken, assert_same_run
 ):
     before = (finished / "search.jsonl").stat().st_mtime_ns
-    heard = Heard()
+    listener = RecordingListener()
     for who in ({}, {"state_cache_gb": 1.0, "executor": "ray"}):
-        again = run(routed, finished, [facts], heard, **who)
+        again = run(routed, finished, [facts], listener, **who)
         assert_same_run(unbroken, again)
         assert (unbroken.is_new, again.is_new) == (True, False)
         assert before == again.file.stat().st_mtime_ns
-    assert heard.calls == heard.notes == []
+    assert listener.calls == listener.notes == []
 
 
 def test_a_search_without_a_folder_gives_the_same_records_and_writes_nothing(
     routed, facts, unbroken, tmp_path, monkeypatch, assert_same_run
 ):
     monkeypatch.chdir(tmp_path)
-    found = drllm.search_paths(routed, [facts], settings())
-    assert_same_run(unbroken, found)
-    assert found.file is None
-    assert found.model["num_layers"] == 6
+    result = drllm.search_paths(routed, [facts], settings())
+    assert_same_run(unbroken, result)
+    assert result.file is None
+    assert result.model["num_layers"] == 6
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +227,7 @@ def left_over(routed, facts, tmp_path):
         if done == 7:  # said again once the last batch is kept
             shutil.copytree(parts, kept, dirs_exist_ok=True)
 
-    output = run(routed, tmp_path, [facts], Heard(at_each=keep)).file
+    output = run(routed, tmp_path, [facts], RecordingListener(on_report=keep)).file
     kept.rename(parts)
     return output
 
@@ -262,10 +262,10 @@ def test_the_manifest_names_model_settings_and_prompts(unbroken):
 
 
 def test_progress_counts_questions_and_says_what_is_found(undisturbed):
-    records, heard = undisturbed
-    done = [done for done, _, _ in heard.calls]
+    records, listener = undisturbed
+    done = [done for done, _, _ in listener.calls]
     assert done == sorted(done)
-    assert heard.calls[-1][:2] == (7, 7)
+    assert listener.calls[-1][:2] == (7, 7)
     assert any(share != int(share) for share in done), "progress moves within a batch"
     survived = [
         [path for path in record.paths if path.retest is not None and path.retest.survived]
@@ -273,8 +273,8 @@ def test_progress_counts_questions_and_says_what_is_found(undisturbed):
     ]
     valid = sum(map(bool, survived)) / 7
     assert 0 < valid < 1, "the sample must hold both"
-    says = rf"builtin_facts, [0-9.]+ paths a second, {100 * valid:.0f} % valid, \d+ % improving"
-    assert re.fullmatch(says, heard.calls[-1][2])
+    message = rf"builtin_facts, [0-9.]+ paths a second, {100 * valid:.0f} % valid, \d+ % improving"
+    assert re.fullmatch(message, listener.calls[-1][2])
 
 
 def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
@@ -314,11 +314,11 @@ def test_a_search_is_resumed_the_next_day_under_a_template_that_prints_the_date(
 
 
 def test_one_prompt_of_each_task_is_told_as_the_model_reads_it(routed, facts, tmp_path):
-    heard = Heard()
+    listener = RecordingListener()
     tasks = [facts, get_task("builtin_arithmetic")]
-    records = run(routed, tmp_path, tasks, heard, limit=2)
-    assert len(heard.notes) == 2
-    for task, note in zip(tasks, heard.notes, strict=True):
+    records = run(routed, tmp_path, tasks, listener, limit=2)
+    assert len(listener.notes) == 2
+    for task, note in zip(tasks, listener.notes, strict=True):
         title, *lines = note.split("\n  | ")
         assert title == f"a prompt of {task.name}, as the model reads it:"
         prompts = [record.prompt for record in records if record.task == task.name]
@@ -326,12 +326,12 @@ def test_one_prompt_of_each_task_is_told_as_the_model_reads_it(routed, facts, tm
     assert lines[0].startswith("user: ")
 
 
-def test_of_a_long_prompt_the_middle_is_left_out(routed, tmp_path):
+def test_of_a_long_prompt_the_middle_is_left_out(routed, write_rows):
     row = {"question": f"Of {'very ' * 130}many, which?", "choices": ["one", "none"], "answer": 0}
-    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
-    heard, split = Heard(), split_of(row["question"], "own")
-    [record] = run(routed, None, [get_task(str(tmp_path / "own.jsonl"))], heard, split=split)
-    [text] = [note.partition("\n  | ")[2].replace("\n  | ", "\n") for note in heard.notes]
+    task = get_task(str(write_rows("own", [row])))
+    listener, split = RecordingListener(), split_of(row["question"], "own")
+    [record] = run(routed, None, [task], listener, split=split)
+    [text] = [note.partition("\n  | ")[2].replace("\n  | ", "\n") for note in listener.notes]
     start, number, end = re.split(r"\[\.\.\. ([0-9]+) characters left out \.\.\.\]", text)
     assert record.prompt.startswith(start)
     assert record.prompt.endswith(end)
@@ -340,33 +340,32 @@ def test_of_a_long_prompt_the_middle_is_left_out(routed, tmp_path):
 
 
 def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path, monkeypatch):
-    task, heard = get_task("builtin_arithmetic"), Heard()
+    task, listener = get_task("builtin_arithmetic"), RecordingListener()
     first = collect_questions([task], settings(limit=3))[0].example
     template = (
         f"{{% if {first.question!r} in messages[0]['content'] %}}"
         "{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"
     )
     monkeypatch.setattr(routed.tokenizer, "chat_template", template)
-    found = run(routed, tmp_path, [task], heard, limit=3)
-    assert first.question not in heard.notes[0]
-    assert [failed.id for failed in found.failed] == [first.id]
+    result = run(routed, tmp_path, [task], listener, limit=3)
+    assert first.question not in listener.notes[0]
+    assert [failed.id for failed in result.failed] == [first.id]
 
 
 def test_a_task_of_which_nothing_is_answered_right_is_warned_about_with_an_answer(
-    routed, tmp_path, undisturbed
+    routed, write_rows, undisturbed
 ):
     rows = [{"question": f"What is {n}?", "answer": "zyx", "grader": "exact"} for n in range(20)]
-    file = tmp_path / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    heard = Heard()
-    records = run(routed, None, [get_task(str(file))], heard, limit=5)
+    task = get_task(str(write_rows("own", rows)))
+    listener = RecordingListener()
+    records = run(routed, None, [task], listener, limit=5)
     first = records[0]
-    assert heard.notes[-1].startswith(
+    assert listener.notes[-1].startswith(
         f"the full model answers none of the 5 questions of own right: on {first.question!r} it "
         f"said {first.full.answer[:60]!r}, and right is 'zyx'; check"
     )
-    few = Heard()
-    run(routed, None, [get_task(str(file))], few, limit=4)
+    few = RecordingListener()
+    run(routed, None, [task], few, limit=4)
     for other in (few, undisturbed[1]):
         assert not any("answers none" in note for note in other.notes)
 
@@ -393,7 +392,7 @@ def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
 
 
 @pytest.fixture
-def some_fail(tiny_llama, tiny_tokenizer, tmp_path):
+def some_fail(tiny_llama, tiny_tokenizer, write_rows):
     """A model that knows no number for `~`, and questions of which every fourth has one."""
     model = tiny_llama(max_position_embeddings=1024)
     model.get_input_embeddings().weight.data[tiny_tokenizer("~")["input_ids"][0]] = float("nan")
@@ -401,9 +400,8 @@ def some_fail(tiny_llama, tiny_tokenizer, tmp_path):
         {"question": f"{'~' * (n % 4 == 3)}What is {n}?", "choices": ["odd", "even"], "answer": 0}
         for n in range(24)
     ]
-    file = tmp_path / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return RoutedModel(model, tokenizer=tiny_tokenizer), get_task(str(file))
+    task = get_task(str(write_rows("own", rows)))
+    return RoutedModel(model, tokenizer=tiny_tokenizer), task
 
 
 def read_failed(folder):
@@ -415,22 +413,24 @@ def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_
     some_fail, tmp_path, assert_same_run
 ):
     routed, task = some_fail
-    found = run(routed, tmp_path / "out", [task], limit=None)
+    result = run(routed, tmp_path / "out", [task], limit=None)
     alone = drllm.search_paths(routed, [task], settings(limit=None, block_size=1))
     bad = {e.id for e in task.examples("search") if "~" in e.question}
-    assert tuple(read_failed(tmp_path / "out")) == found.failed
-    assert {failed.id for failed in found.failed} == bad
-    assert {failed.attempts for failed in found.failed} == {3}
-    assert all(one.error.startswith("ModelError: the base model's own") for one in found.failed)
-    assert {record.id for record in found} == {e.id for e in task.examples("search")} - bad
-    assert json.loads(manifest_path(found.file).read_text())["num_failed"] == len(bad)
-    assert_same_run(found, alone)
+    assert tuple(read_failed(tmp_path / "out")) == result.failed
+    assert {failed.id for failed in result.failed} == bad
+    assert {failed.attempts for failed in result.failed} == {3}
+    assert all(
+        question.error.startswith("ModelError: the base model's own") for question in result.failed
+    )
+    assert {record.id for record in result} == {e.id for e in task.examples("search")} - bad
+    assert json.loads(manifest_path(result.file).read_text())["num_failed"] == len(bad)
+    assert_same_run(result, alone)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("how", [{"choices": ["odd", "even"], "answer": 0}, {"grader": "exact"}])
 def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searched_as_ever(
-    tiny_model, tiny_tokenizer, tmp_path, family, how, assert_same_run
+    tiny_model, tiny_tokenizer, write_rows, family, how, assert_same_run
 ):
     routed = RoutedModel(tiny_model(family, max_position_embeddings=256), tokenizer=tiny_tokenizer)
     texts = [f"What is {n}{' less' * (n % 3)}?" for n in range(12)]
@@ -438,19 +438,17 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
     long = next(row for row in rows if split_of(row["question"], "own") == "search")
     while len(long["question"]) < 300 or split_of(long["question"], "own") != "search":
         long["question"] += " Why?"
-    file = tmp_path / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = get_task(str(file))
+    task = get_task(str(write_rows("own", rows)))
 
-    found, alone = (
+    result, alone = (
         drllm.search_paths(routed, [task], settings(limit=None, block_size=n)) for n in (8, 1)
     )
-    [failed] = found.failed
+    [failed] = result.failed
     assert failed.question == long["question"]
-    says = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
-    assert re.match(says, failed.error)
-    assert len(found) == len(task.examples("search")) - 1 > 2
-    assert_same_run(found, alone)
+    message = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
+    assert re.match(message, failed.error)
+    assert len(result) == len(task.examples("search")) - 1 > 2
+    assert_same_run(result, alone)
 
 
 def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same_run):
@@ -470,7 +468,7 @@ def test_a_run_in_which_every_question_fails_ends_with_the_reason_and_soon(
     model = tiny_llama(max_position_embeddings=1024)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    says = rf"none of the first {first} questions could be searched; .*--dtype float32"
-    with pytest.raises(TaskError, match=says):
+    message = rf"none of the first {first} questions could be searched; .*--dtype float32"
+    with pytest.raises(TaskError, match=message):
         run(routed, tmp_path, [facts], limit=limit)
     assert list(tmp_path.iterdir()) == []

@@ -19,17 +19,17 @@ def start(strategy: str, num_layers: int = 12, **settings: object) -> PathSearch
 def run(search: PathSearch, full: float, right: int) -> list[tuple[int, ...]]:
     """Reward the full path with `full`, and other paths only if at most `right` executions long."""
     search.tell(*search.ask(), full)
-    while asked := search.ask():
-        search.tell(*asked, float(num_executions(*asked) <= right))
+    while paths := search.ask():
+        search.tell(*paths, float(num_executions(*paths) <= right))
     return list(search.trials)
 
 
 @each_strategy
 def test_the_settings_of_the_tree_change_the_tree_alone(strategy):
-    def tried(**settings: float) -> list[tuple[int, ...]]:
+    def trial(**settings: float) -> list[tuple[int, ...]]:
         return run(start(strategy, num_simulations=300, **settings), full=1.0, right=10)
 
-    changed = [tried(**{name: 0.0}) != tried() for name in TreeSearch.own_settings]
+    changed = [trial(**{name: 0.0}) != trial() for name in TreeSearch.own_settings]
 
     assert changed == [strategy == "tree"] * len(TreeSearch.own_settings)
 
@@ -49,10 +49,10 @@ def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy):
 def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strategy):
     search = start(strategy)
     search.tell(*search.ask(), 1.0)
-    asked = search.ask(maximum=5)
-    for decisions in reversed(asked):
+    paths = search.ask(maximum=5)
+    for decisions in reversed(paths):
         search.tell(decisions, 0.0)
-    numbers = [search.trials[decisions].simulation for decisions in asked]
+    numbers = [search.trials[decisions].simulation for decisions in paths]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 1
 
@@ -69,10 +69,10 @@ def test_a_reward_out_of_range_is_refused():
 def test_neither_a_partial_reward_nor_a_score_ends_the_search(strategy):
     search = start(strategy, stop_rule="paper", num_simulations=10)
     search.tell(*search.ask(), 0.0, -1.0)
-    while asked := search.ask():
-        search.tell(*asked, 0.99, 5.0)
+    while paths := search.ask():
+        search.tell(*paths, 0.99, 5.0)
     assert search.num_simulations_done == 10
-    assert {tried.score for tried in search.trials.values()} == {-1.0, 5.0}
+    assert {trial.score for trial in search.trials.values()} == {-1.0, 5.0}
 
 
 @each_strategy
@@ -86,8 +86,8 @@ def test_exhaust_uses_all_simulations_whatever_was_found(strategy):
 @each_rule
 def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy, rule):
     search = start(strategy, stop_rule=rule)
-    tried = run(search, full=0.0, right=24)
-    assert len(tried) == 2
+    trial = run(search, full=0.0, right=24)
+    assert len(trial) == 2
     assert search.ask() == []
 
 
@@ -126,7 +126,7 @@ def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
 def test_rounds_of_several_along_a_chain_try_the_same_paths_as_rounds_of_one():
     alone, together = (start("walk", num_simulations=200) for _ in range(2))
     for search, maximum in ((alone, 1), (together, 7)):
-        while asked := search.ask(maximum):
-            for decisions in reversed(asked):
+        while paths := search.ask(maximum):
+            for decisions in reversed(paths):
                 search.tell(decisions, float(Random(str(decisions)).random() < 0.5))
     assert alone.trials == together.trials  # simulations too

@@ -9,8 +9,8 @@ from drllm.search.strategies.walk import WalkSearch
 def walk(num_layers: int, reward: float = 0.0, seed: int = 0, **settings: object) -> WalkSearch:
     """Walk to the end, every path being worth the same."""
     search = WalkSearch(num_layers, SearchConfig(strategy="walk", **settings), Random(seed))
-    while asked := search.ask():
-        search.tell(*asked, reward)
+    while paths := search.ask():
+        search.tell(*paths, reward)
     return search
 
 
@@ -45,7 +45,7 @@ def test_a_walk_at_its_end_starts_again_from_the_full_path():
 def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbers():
     search = walk(3, num_simulations=200)
     assert search.num_simulations_done == 200
-    numbers = [tried.simulation for tried in search.trials.values()]
+    numbers = [trial.simulation for trial in search.trials.values()]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
     assert len(search.trials) < numbers[-1] <= 200

@@ -82,11 +82,11 @@ USER, ASSISTANT = ({"role": role, "content": role[0].upper()} for role in ("user
 
 
 def test_a_conversation_is_asked_up_to_the_users_last_message(tmp_path):
-    said = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT]
-    task, [example] = read(write(tmp_path, {"messages": said}))
+    messages = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT]
+    task, [example] = read(write(tmp_path, {"messages": messages}))
     assert example.question == "system: Be brief.\nuser: U\nassistant: A\nuser: U"
     [prompt] = task.prompts(example, "kl")
-    assert (prompt.content, prompt.chat) == (said[:4], True)
+    assert (prompt.content, prompt.chat) == (messages[:4], True)
 
 
 def test_a_function_grades_the_answer_to_a_conversation(tmp_path):
@@ -106,12 +106,14 @@ def test_columns_of_other_names_are_named_behind_the_file_those_within_others_to
     assert (example.gold, example.task) == (1, "mine")
 
 
-@pytest.mark.parametrize(("said", "right"), [("", "Rome."), ("&grader=boxed", "\\boxed{Rome}")])
+@pytest.mark.parametrize(
+    ("columns_text", "right"), [("", "Rome."), ("&grader=boxed", "\\boxed{Rome}")]
+)
 def test_an_answer_without_choices_is_graded_exactly_unless_a_grader_is_named(
-    tmp_path, said, right
+    tmp_path, columns_text, right
 ):
     path = write(tmp_path, {"q": "The capital of Italy?", "a": "Rome"})
-    task, [example] = read(f"{path}?question=q&answer=a{said}")
+    task, [example] = read(f"{path}?question=q&answer=a{columns_text}")
     assert grade(task.prompt(example, task.rewards[0]), right) == 1.0
 
 
@@ -161,8 +163,8 @@ def test_a_hub_set_without_a_row_that_can_be_asked_says_why(hub):
 
 def test_columns_are_put_behind_every_file_and_hub_set_of_a_list():
     found = with_columns("arc_easy, mine.jsonl?prompt=p,owner/name:small", "question=q,answer=a")
-    said = "question=q&answer=a"
-    assert found == f"arc_easy,mine.jsonl?prompt=p&{said},owner/name:small?{said}"
+    columns_text = "question=q&answer=a"
+    assert found == f"arc_easy,mine.jsonl?prompt=p&{columns_text},owner/name:small?{columns_text}"
     with pytest.raises(ConfigError, match="has no effect on arc_easy"):
         with_columns("arc_easy", "question=q")
 

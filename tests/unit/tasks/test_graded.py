@@ -30,11 +30,10 @@ def function(tmp_path):
 
 
 @pytest.fixture
-def prompts_file(tmp_path):
+def prompts_file(write_rows):
     """A file of prompts without answers."""
-    lines = [f'{{"prompt": "say {chr(97 + n % 26) * (1 + n % 3)} {n}"}}' for n in range(60)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    return str(tmp_path / "mine.jsonl")
+    texts = [f"say {chr(97 + n % 26) * (1 + n % 3)} {n}" for n in range(60)]
+    return str(write_rows("mine", [{"prompt": text} for text in texts]))
 
 
 def test_a_function_grades_a_finished_answer_by_the_example(function):
@@ -112,20 +111,22 @@ def test_prompts_without_answers_are_searched_trained_on_and_evaluated_by_a_func
 ):
     model = tiny_llama(max_position_embeddings=1024)
     base = BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
-    own = {"reward": function, "max_new_tokens": 6}
-    records = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **own)
+    settings = {"reward": function, "max_new_tokens": 6}
+    records = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **settings)
     assert {record.reward for record in records} == {pin_reward(function)}
     (tmp_path / "always.py").write_text("def reward(example, text):\n    return 1\n")
-    always = {**own, "reward": f"{tmp_path / 'always.py'}:reward"}
+    always = {**settings, "reward": f"{tmp_path / 'always.py'}:reward"}
     right = drllm.search_paths(base, prompts_file, limit=6, num_simulations=4, **always)
     assert len(drllm.supervise(right, target="shortest")) == 6  # with no re-test to survive
     targets = drllm.supervise(records, target="least_kl")
     routers = drllm.train(base, targets, num_epochs=1, num_windows=2, router_width=4)
     assert routers.config.training["rewards"] == [pin_reward(function)]
     few = {"num_texts": 4, "baselines": "none", "limit": 4}
-    noted, told = [], Listener()
-    told.note = noted.append
-    [result] = drllm.evaluate(base, prompts_file, routers=routers, listener=told, **own, **few)
+    noted, listener = [], Listener()
+    listener.note = noted.append
+    [result] = drllm.evaluate(
+        base, prompts_file, routers=routers, listener=listener, **settings, **few
+    )
     assert result.config["reward"] == pin_reward(function)
     assert not any("trained on prompts for" in text for text in noted)
     with torch.no_grad():  # of prompts alone the prompt is the text

@@ -56,14 +56,14 @@ def test_a_question_is_asked_as_the_harness_has_it_behind_others_than_itself(tmp
     task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": MORE[:8], "test": ROWS}))
     for split in SPLITS:
         for example in task.examples(split):
-            asked, by_character = task.prompts(example, "loglikelihood")
-            *shots, last = asked.text.split("\n\n")
+            prompt, by_character = task.prompts(example, "loglikelihood")
+            *shots, last = prompt.text.split("\n\n")
             assert last == example.question
             assert len(shots) == 2
             assert not any(shot.startswith(last) for shot in shots)
-            assert asked.continuations == (" no", " yes")
+            assert prompt.continuations == (" no", " yes")
             assert by_character.normalised
-            assert asked == task.prompts(example, "loglikelihood")[0]
+            assert prompt == task.prompts(example, "loglikelihood")[0]
     right = [each for each in task.examples("test") if each.question.startswith("Is 2 larger th")]
     assert [each.answer for each in right] == ["yes", "yes", "no"]
 
@@ -77,19 +77,19 @@ def test_a_question_that_is_reported_too_is_not_fitted_on(tmp_path):
 
 def test_the_beginning_of_an_answer_stands_before_it_as_in_an_evaluation(tmp_path):
     task = LmEvalTask(written_task(tmp_path, OPTIONS, gen_prefix="I say", num_fewshot=0))
-    [asked, _] = task.prompts(task.examples("test")[0], "loglikelihood")
-    assert asked.text.endswith("Answer: I say")
+    [prompt, _] = task.prompts(task.examples("test")[0], "loglikelihood")
+    assert prompt.text.endswith("Answer: I say")
 
 
 def test_a_question_that_is_always_among_the_worked_examples_has_none(tmp_path):
     first = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
     task = LmEvalTask(written_task(tmp_path, OPTIONS, {"train": MORE[:4], "test": ROWS}, **first))
-    asked = [
+    prompt = [
         task.prompts(example, "loglikelihood")[0].text.count("Answer:")
         for split in SPLITS[:3]
         for example in task.examples(split)
     ]
-    assert sorted(asked) == [1, 1, 3, 3]
+    assert sorted(prompt) == [1, 1, 3, 3]
 
 
 def test_questions_with_no_right_answer_or_several_right_options_are_not_fitted_on(tmp_path):

@@ -16,18 +16,18 @@ def example(*choices: str, gold=0):
 
 
 def test_what_stands_before_a_question_stands_before_it_in_every_prompt():
-    asked = example("ice", "fire", gold=1)
-    in_context = replace(asked, context="On chemistry.")
+    question = example("ice", "fire", gold=1)
+    in_context = replace(question, context="On chemistry.")
     for reward in OPTIONS.rewards:
-        plain = OPTIONS.prompts(asked, reward)
+        plain = OPTIONS.prompts(question, reward)
         assert OPTIONS.prompts(in_context, reward) == tuple(
             replace(prompt, text=f"On chemistry.\n\n{prompt.text}") for prompt in plain
         )
 
 
 def test_loglikelihood_is_retested_in_three_other_templates_and_by_character():
-    asked = example("ice", "fire", gold=1)
-    prompt, *retests = OPTIONS.prompts(asked, "loglikelihood")
+    question = example("ice", "fire", gold=1)
+    prompt, *retests = OPTIONS.prompts(question, "loglikelihood")
     assert [retest.normalised for retest in retests] == [False, False, False, True]
     assert len({prompt.text, *(retest.text for retest in retests)}) == 4
     assert retests[3].text == prompt.text
@@ -37,8 +37,8 @@ def test_loglikelihood_is_retested_in_three_other_templates_and_by_character():
 
 
 def test_each_option_fills_the_gap_and_what_follows_is_scored():
-    asked = Example(question="So  _ {left}. ", choices=("Ann", "Eve"), gold=1, answer="Eve")
-    prompt, retest = GAP.prompts(asked, "loglikelihood")
+    question = Example(question="So  _ {left}. ", choices=("Ann", "Eve"), gold=1, answer="Eve")
+    prompt, retest = GAP.prompts(question, "loglikelihood")
     assert (prompt.text, retest.text) == ("So", "Text: So")
     for each in (prompt, retest):
         assert each.unscored == ("  Ann", "  Eve")
@@ -49,8 +49,8 @@ def test_each_option_fills_the_gap_and_what_follows_is_scored():
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_letters_are_retested_in_every_other_rotation(count):
     choices = [f"choice{index}" for index in range(count)]
-    asked = example(*choices, gold=1)
-    prompts = OPTIONS.prompts(asked, "letter")
+    question = example(*choices, gold=1)
+    prompts = OPTIONS.prompts(question, "letter")
     assert prompts[0].answer == "B"
     assert sorted(prompt.answer for prompt in prompts) == list(LETTERS[:count])
     for prompt in prompts:
@@ -71,8 +71,8 @@ def test_letters_are_retested_in_every_other_rotation(count):
 )
 def test_generated_answers_are_asked_for_in_three_ways_and_graded(name, reward, answer, wrong):
     task = get_task(name)
-    asked = Example(question="How {many}?", answer="1200", context="A {passage}.")
-    prompts = task.prompts(asked, reward)
+    question = Example(question="How {many}?", answer="1200", context="A {passage}.")
+    prompts = task.prompts(question, reward)
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
         assert "How {many}?" in prompt.text
@@ -85,9 +85,9 @@ def test_generated_answers_are_asked_for_in_three_ways_and_graded(name, reward, 
 
 def test_an_answer_has_the_tokens_that_its_longest_right_text_needs():
     unlimited = replace(BOXED, max_new_tokens=None)
-    asked = Example(question="?", answer="7", other_answers=("ж" * 100,))  # two bytes each
-    assert unlimited.prompts(asked, "boxed")[0].max_new_tokens == 208
-    assert unlimited.prompts(replace(asked, other_answers=()), "boxed")[0].max_new_tokens == 16
+    question = Example(question="?", answer="7", other_answers=("ж" * 100,))  # two bytes each
+    assert unlimited.prompts(question, "boxed")[0].max_new_tokens == 208
+    assert unlimited.prompts(replace(question, other_answers=()), "boxed")[0].max_new_tokens == 16
 
 
 @pytest.mark.parametrize(

@@ -323,14 +323,14 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_real_files_are_divided_and_no_question_is_in_two_splits(name, data_dir):
-    task, wanted = get_task(name), dict(SIZES[name])
-    splits = [split for split in SPLITS if split in wanted or "train" in wanted]
+    task, expected = get_task(name), dict(SIZES[name])
+    splits = [split for split in SPLITS if split in expected or "train" in expected]
     found = {split: task.examples(split, data_dir) for split in splits}
     sizes = {split: len(examples) for split, examples in found.items()}
-    if train := wanted.pop("train", 0):
+    if train := expected.pop("train", 0):
         assert sum(sizes.pop(split) for split in SPLITS[:3]) == train
         assert 0.55 < len(found["search"]) / train < 0.65
-    assert sizes == wanted
+    assert sizes == expected
     keys = [{question_key(e.question) for e in examples} for examples in found.values()]
     assert sum(map(len, keys)) == len(set().union(*keys))
     ids = [example.id for examples in found.values() for example in examples]

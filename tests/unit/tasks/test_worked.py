@@ -72,14 +72,14 @@ def test_a_solution_is_shown_where_an_answer_may_be_worked_out():
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "said"),
+    ("settings", "error", "message"),
     [
         ({"max_new_tokens": 9}, ConfigError, "--max-new-tokens 9 has no effect"),
         ({"num_fewshot": 10_000}, TaskError, "give at most"),
     ],
 )
-def test_what_has_no_effect_or_is_too_much_is_refused(settings, error, said):
-    with pytest.raises(error, match=said):
+def test_what_has_no_effect_or_is_too_much_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
         asked(dataset="builtin_facts", **settings)
 
 
@@ -87,10 +87,10 @@ def test_rows_given_from_python_are_never_shown_before_themselves():
     rows = [
         {"question": f"{n:03} + 1?", "answer": f"{n + 1}", "grader": "exact"} for n in range(40)
     ]
-    found = collect_questions(rows, SearchConfig(num_fewshot=2))
-    for one in found:
+    questions = collect_questions(rows, SearchConfig(num_fewshot=2))
+    for one in questions:
         assert one.prompt.text.count(one.example.question) == 1
-    assert len(found) == 38
+    assert len(questions) == 38
 
 
 def test_prompts_without_answers_have_nothing_to_show():

@@ -1,16 +1,21 @@
-"""Who listens to a search: shared by its tests here and on Ray."""
+"""A listener that records, for the tests of the search here and on Ray."""
 
 from contextlib import contextmanager
 
 from drllm.listener import Listener
 
 
-class Heard(Listener):
-    """Notes what it hears; stops the search, as an interruption would, at a number of questions."""
+class RecordingListener(Listener):
+    """Records progress and notes; interrupts the search once so many questions are done.
 
-    def __init__(self, stop_at=None, at_each=lambda done: None):
+    Attributes:
+        calls: Done, total and note of every report.
+        notes: All notes.
+    """
+
+    def __init__(self, stop_at=None, on_report=lambda done: None):
         self.stop_at = stop_at
-        self.at_each = at_each
+        self.on_report = on_report
         self.calls = []
         self.notes = []
 
@@ -21,7 +26,7 @@ class Heard(Listener):
     def progress(self, title, unit):
         def on_progress(done, total, note=""):
             self.calls.append((done, total, note))
-            self.at_each(done)
+            self.on_report(done)
             if self.stop_at is not None and done >= self.stop_at:
                 raise KeyboardInterrupt
 
