@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,64 +68,82 @@ class PackedRows:
     ) -> Iterator[PrefixSharingDriver]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
-        `keep_last` says for each pair how many of its last tokens' logits are wanted.
+        `keep_last` says for each pair how many of its last tokens' logits are needed.
         """
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
             past = None
             if self.past is not None:
-                before = list(dict.fromkeys((self.past_rows[row], path) for row, path in pairs))
-                past = stack.enter_context(self.past.run(before, [0] * len(before)))
+                past_pairs = [(self.past_rows[row], plan) for row, plan in pairs]
+                unique = list(dict.fromkeys(past_pairs))
+                past = stack.enter_context(self.past.run(unique, [0] * len(unique)))
             driver = PrefixSharingDriver(self, pairs, keep_last if can_drop_tokens else None, past)
             stack.callback(driver.release)
             if not driver.knows_all or any(keep_last):
-                with torch.no_grad(), self.routed.injection.driven_by(driver):
-                    output = self.routed.model(
-                        input_ids=self.packed.ids,
-                        attention_mask=self.packed.mask,
-                        position_ids=self.packed.positions,
-                        use_cache=driver.uses_cache,
-                        logits_to_keep=0 if can_drop_tokens else max(1, *keep_last),
-                    )
-                driver.cache = next((v for v in output.values() if isinstance(v, Cache)), None)
-                if can_drop_tokens:
-                    driver.logits = torch.split(output.logits[0], list(keep_last))
-                else:
-                    each = zip(output.logits, keep_last, strict=True)
-                    driver.logits = [values[len(values) - num :] for values, num in each]
+                self._forward(driver, keep_last)
             yield driver
+
+    def _forward(self, driver: PrefixSharingDriver, keep_last: Sequence[int]) -> None:
+        """Run the model once under the driver, and give it the logits and the cache."""
+        drops_tokens = driver.keep_last is not None
+        with torch.no_grad(), self.routed.injection.driven_by(driver):
+            output = self.routed.model(
+                input_ids=self.packed.ids,
+                attention_mask=self.packed.mask,
+                position_ids=self.packed.positions,
+                use_cache=driver.uses_cache,
+                logits_to_keep=0 if drops_tokens else max(1, *keep_last),
+            )
+        driver.cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+        if drops_tokens:
+            driver.logits = torch.split(output.logits[0], list(keep_last))
+        else:
+            driver.logits = [
+                logits[len(logits) - num :]
+                for logits, num in zip(output.logits, keep_last, strict=True)
+            ]
 
 
 def packed_rows(
     routed: RoutedModel,
-    questions: Sequence[Request],
+    requests: Sequence[Request],
     states: PrefixCache,
     *,
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
 ) -> PackedRows:
     """Return the rows to run: after given contexts, after the common prefix, or whole."""
-    where = {"dtype": routed.model.dtype, "device": routed.model.device}
-    prompts = [question.context for question in questions]
-    shared = prefix_length(prompts) if len(prompts) > 1 else 0
-    past, past_rows, num_past = None, list[int](), None
-    if can_split(routed.model) and (contexts is not None or shared >= MIN_PREFIX):
-        if contexts is None:
-            prefix = pack([Request(prompts[0][:shared])], **where)
-            past, past_rows = PackedRows(routed, prefix, states, keep_kv=True), [0] * len(prompts)
-            num_past = [shared] * len(prompts)
-        else:
+    dtype = routed.model.dtype
+    device = routed.model.device
+    prompts = [request.context for request in requests]
+    past: PackedRows | None = None
+    past_rows: list[int] = []
+    num_past: list[int] | None = None
+    if can_split(routed.model):
+        num_shared = prefix_length(prompts) if len(prompts) > 1 else 0
+        if contexts is not None:
+            past = contexts
+            past_rows = list(range(len(prompts)))
             # A context's last token is run again, since its logits are needed.
-            past, past_rows = contexts, list(range(len(prompts)))
             num_past = [len(prompt) - 1 for prompt in prompts]
-    packed = pack(questions, num_past=num_past, **where)
+        elif num_shared >= MIN_PREFIX:
+            prefix = pack([Request(prompts[0][:num_shared])], dtype=dtype, device=device)
+            past = PackedRows(routed, prefix, states, keep_kv=True)
+            past_rows = [0] * len(prompts)
+            num_past = [num_shared] * len(prompts)
+    packed = pack(requests, num_past=num_past, dtype=dtype, device=device)
     return PackedRows(routed, packed, states, keep_kv, past, past_rows)
 
 
 def prefix_length(prompts: Sequence[Tokens]) -> int:
-    """Return how many tokens all prompts begin with; each keeps one of its own behind them."""
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return max(0, min(len(list(alike)), min(map(len, prompts)) - 1))
+    """Return how many tokens all prompts begin with; each has one of its own after them."""
+    num_alike = 0
+    for tokens in zip(*prompts, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        num_alike += 1
+    shortest = min(map(len, prompts))
+    return max(0, min(num_alike, shortest - 1))
 
 
 @dataclass(eq=False)
@@ -151,14 +168,16 @@ class PrefixSharingDriver(Driver):
         packed = self.rows.packed
         self.uses_cache = self.rows.keep_kv or self.past is not None
         self.states = self.rows.states
-        self.lengths = list(map(operator.add, packed.num_own, packed.num_after))
+        self.lengths = [
+            own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
+        ]
         self._paths = {plan: layers_of(plan) for _, plan in self.pairs}
         self._adapter = common_adapter([plan for _, plan in self.pairs])
         self._used: dict[RowPath, PrefixState] = {}
         self._calls: list[LayerCall] = []
         self._pristine: list[object] = []
         # For each pair, how many executions are known or were run.
-        self._done = [self._deepest(row, self._paths[plan]) for row, plan in self.pairs]
+        self._done = [self._num_known(row, self._paths[plan]) for row, plan in self.pairs]
         # Whether every state was known already, so that no layer has to run.
         self.knows_all = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
 
@@ -179,35 +198,46 @@ class PrefixSharingDriver(Driver):
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
         self._calls.append(call)
-        while wanted := self._wanted(call.index):
-            for layer, states in wanted.items():
-                for group in self._groups(list(states), hidden.device):
-                    self._run(layer, hidden, group)
+        self._run_ready(call.index, hidden)
         if not call.is_last:
             return hidden
-        each = (self._used[row, self._paths[plan]].hidden for row, plan in self.pairs)
-        final = [states.to(hidden.device) for states in each]
+        final = []
+        for row, plan in self.pairs:
+            state = self._used[row, self._paths[plan]]
+            final.append(state.hidden.to(hidden.device))
         if self.keep_last is None:
             return left_padded_stack(final, hidden.shape[1])
-        kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
+        kept = [
+            states[len(states) - num :] for states, num in zip(final, self.keep_last, strict=True)
+        ]
         return torch.cat(kept)[None]
 
-    def _wanted(self, layer: int) -> dict[int, dict[RowPath, None]]:
+    def _run_ready(self, index: int, prompts: Tensor) -> None:
+        """Run what can be run once the model's loop has called a layer."""
+        ready = self._ready_states(index)
+        while ready:
+            for layer, states in ready.items():
+                for group in self._groups(list(states), prompts.device):
+                    self._run(layer, prompts, group)
+            ready = self._ready_states(index)
+
+    def _ready_states(self, index: int) -> dict[int, dict[RowPath, None]]:
         """Return the states to run next, by the layer that leads to them.
 
         A pair's next layer can be run once the loop has called it.
         """
-        wanted: dict[int, dict[RowPath, None]] = {}  # dicts keep the order of first mention
+        ready: dict[int, dict[RowPath, None]] = {}  # dicts keep the order of first mention
         for number, (row, plan) in enumerate(self.pairs):
-            path, done = self._paths[plan], self._done[number]
-            while done < len(path) and path[done] <= layer:
-                state = row, path[: done + 1]
+            path = self._paths[plan]
+            done = self._done[number]
+            while done < len(path) and path[done] <= index:
+                state = (row, path[: done + 1])
                 if state not in self._used:
-                    wanted.setdefault(path[done], {})[state] = None
+                    ready.setdefault(path[done], {})[state] = None
                     break
                 done += 1
             self._done[number] = done
-        return wanted
+        return ready
 
     def release(self) -> None:
         """Allow the states of this pass to be evicted, and let go of what else it holds.
@@ -235,7 +265,8 @@ class PrefixSharingDriver(Driver):
         Its entries are replaced by routed ones with each pair's K/V and decisions.
         """
         assert self.cache is not None
-        num_tokens = max(self.kv(row, self._paths[d])[0].shape[1] for row, d in pairs)
+        num_past = self.rows.packed.num_past
+        num_tokens = max(num_past[row] + self.lengths[row] for row, _ in pairs)
         like = next(iter(self._used.values())).hidden
         positions = {"cache_position": torch.arange(num_tokens, device=like.device)}
         for index, pristine in enumerate(self._pristine):
@@ -243,15 +274,25 @@ class PrefixSharingDriver(Driver):
             entry.pin(tuple(decisions[index] for _, decisions in pairs))
             if entry.shadow is not None:
                 entry.lengthen_shadow(num_tokens, like)
-            for count, rows in enumerate(entry.rows):
-                held = []
-                for row, decisions in (pairs[place] for place in rows):
-                    done = sum(decisions[:index]) + count + 1  # executions up to this one
-                    held.append(self.kv(row, self._paths[decisions][:done]))
-                keys, values = (left_padded_stack(t, num_tokens) for t in zip(*held, strict=True))
-                entry.passes[count].update(keys, values, positions)
+            for repeat, places in enumerate(entry.rows):
+                executions = [pairs[place] for place in places]
+                keys, values = self._stack_kv(executions, index, repeat, num_tokens)
+                entry.passes[repeat].update(keys, values, positions)
             self.cache.layers[index] = entry
         return self.cache
+
+    def _stack_kv(
+        self, pairs: Sequence[Pair], index: int, repeat: int, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return K and V of one execution of a layer by some pairs, `[N, H, T, E]`."""
+        keys = []
+        values = []
+        for row, decisions in pairs:
+            num_executions = sum(decisions[:index]) + repeat + 1  # up to this one
+            k, v = self.kv(row, self._paths[decisions][:num_executions])
+            keys.append(k)
+            values.append(v)
+        return left_padded_stack(keys, num_tokens), left_padded_stack(values, num_tokens)
 
     def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
@@ -260,16 +301,21 @@ class PrefixSharingDriver(Driver):
         num_past = self.rows.packed.num_past[row]
         return keys[:, :num_past], values[:, :num_past]
 
-    def _deepest(self, row: int, path: Path) -> int:
-        """Return how many executions of a path are cached, and keep their states."""
-        lengths = range(len(path), 0, -1)
-        known = next((length for length in lengths if self._hold(row, path[:length])), 0)
+    def _num_known(self, row: int, path: Path) -> int:
+        """Return how many executions of a path needn't be run, and hold their states."""
+        num_known = 0
+        for length in range(len(path), 0, -1):
+            if self._hold(row, path[:length]):
+                num_known = length
+                break
         if self.rows.keep_kv:  # every execution's K/V is needed, so a gap means running from there
-            held = range(1, known)
-            return next((n - 1 for n in held if not self._hold(row, path[:n])), known)
-        return known
+            for length in range(1, num_known):
+                if not self._hold(row, path[:length]):
+                    return length - 1
+        return num_known
 
     def _hold(self, row: int, path: Path) -> bool:
+        """Keep a state until `release`; return whether there is one."""
         if (row, path) in self._used:
             return True
         state = self.states.get(self._key(row, path))
@@ -283,57 +329,78 @@ class PrefixSharingDriver(Driver):
         """Return the key of a state in the cache: with another adapter it is another state."""
         return self.rows.number, self._adapter, row, path
 
-    def _groups(self, wanted: list[RowPath], device: torch.device) -> list[list[RowPath]]:
+    def _groups(self, states: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Split states that could run at once into groups of like length.
 
         A new group begins where the padding of the last one would cost more than another run.
         """
-        most = PADDING_WORTH_A_RUN.get(device.type, MAX_PADDING)
+        max_padding = PADDING_WORTH_A_RUN.get(device.type, MAX_PADDING)
         groups: list[list[RowPath]] = []
+        longest = 0  # of the last group
         padding = 0
-        for state in sorted(wanted, key=lambda state: self.lengths[state[0]], reverse=True):
-            padding += self.lengths[groups[-1][0][0]] - self.lengths[state[0]] if groups else 0
-            if not groups or padding > most:
+        for state in sorted(states, key=lambda state: self.lengths[state[0]], reverse=True):
+            length = self.lengths[state[0]]
+            padding += longest - length
+            if not groups or padding > max_padding:
                 groups.append([])
+                longest = length
                 padding = 0
             groups[-1].append(state)
         return groups
 
-    def _run(self, layer: int, prompts: Tensor, wanted: list[RowPath]) -> None:
+    def _run(self, layer: int, prompts: Tensor, states: list[RowPath]) -> None:
+        """Run a layer on the states before these, and keep what comes out."""
         call = self._calls[layer]
-        rows = tuple(row for row, _ in wanted)
-        before = [
-            self._used[row, path[:-1]].hidden if path[1:] else prompts[row, -self.lengths[row] :]
-            for row, path in wanted
-        ]
-        device = before[0].device  # states before a layer on another device may lie on both
-        inputs = left_padded_stack([part.to(device) for part in before])  # [U, T, D]
-        num_past, entry = 0, None
+        inputs = self._stack_inputs(prompts, states)  # [U, T, D]
+        rows = tuple(row for row, _ in states)
+        num_past = 0
+        entry = None
         if self.uses_cache:
             # Not an entry of the model's own class: one that slides drops what isn't seen again.
             entry = DynamicLayer()
             assert call.cache is not None
             call.cache.layers[call.index] = entry
-        if entry is not None and self.past is not None:
-            kv = [self._past_kv(row, path) for row, path in wanted]
-            keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
-            num_past = keys.shape[2]
-            entry.update(keys, values)
-        cut = call.last_tokens(inputs.shape[1], num_past)
-        outputs = cut.run(inputs, rows)
-        self.states.executions_run += len(wanted)
+            if self.past is not None:
+                num_past = self._put_past(entry, states)
+        outputs = call.last_tokens(inputs.shape[1], num_past).run(inputs, rows)
+        self.states.executions_run += len(states)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         kept = [outputs]
         if entry is not None and self.rows.keep_kv:
             kept += [entry.keys, entry.values]
-        lengths = [self.lengths[row] for row in rows]
-        states = map(PrefixState, *(without_padding(values, lengths) for values in kept))
-        found = dict(zip(wanted, states, strict=True))
-        self._used |= found
-        self.states.put({self._key(*state): found[state] for state in wanted})
+        self._keep(states, kept)
         if entry is not None:
             assert call.cache is not None
             call.cache.layers[call.index] = self._pristine[call.index]
+
+    def _stack_inputs(self, prompts: Tensor, states: Sequence[RowPath]) -> Tensor:
+        """Return the states before these, `[U, T, D]`, padded on the left."""
+        before = []
+        for row, path in states:
+            if len(path) > 1:
+                before.append(self._used[row, path[:-1]].hidden)
+            else:
+                before.append(prompts[row, -self.lengths[row] :])
+        device = before[0].device  # states before a layer on another device may lie on both
+        return left_padded_stack([part.to(device) for part in before])
+
+    def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
+        """Put the past K and V of some states into a cache entry; return how many tokens."""
+        kv = [self._past_kv(row, path) for row, path in states]
+        keys = left_padded_stack([keys for keys, _ in kv])
+        values = left_padded_stack([values for _, values in kv])
+        entry.update(keys, values)
+        return keys.shape[2]
+
+    def _keep(self, states: Sequence[RowPath], tensors: Sequence[Tensor]) -> None:
+        """Keep what a run gave for each state, without padding: hidden states, and K and V."""
+        lengths = [self.lengths[row] for row, _ in states]
+        parts = [without_padding(tensor, lengths) for tensor in tensors]
+        new = {}
+        for state, *values in zip(states, *parts, strict=True):
+            self._used[state] = PrefixState(*values)
+            new[self._key(*state)] = self._used[state]
+        self.states.put(new)
 
 
 def common_adapter(plans: Sequence[Plan]) -> str:
@@ -350,17 +417,20 @@ def common_adapter(plans: Sequence[Plan]) -> str:
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
     """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded on the left."""
     lengths = [part.shape[-2] for part in parts]
+    shortest = min(lengths)
     T = max(num_tokens, *lengths)
-    if min(lengths) == T:
+    if shortest == T:
         return torch.stack([*parts])
     # One copy of all: a GPU takes as long to be told of a small operation as a layer's.
-    zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - min(lengths), parts[0].shape[-1])
-    padded = [each for part in parts for each in (zeros[..., : T - part.shape[-2], :], part)]
+    zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - shortest, parts[0].shape[-1])
+    padded = []
+    for part, length in zip(parts, lengths, strict=True):
+        padded += [zeros[..., : T - length, :], part]
     whole = torch.cat(padded, dim=-2)  # [..., U * T, D]
     return whole.view(*whole.shape[:-2], len(parts), T, -1).movedim(-3, 0)
 
 
 def without_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Return the last tokens of each row of `[U, ..., T, D]`, in one new tensor without others."""
+    """Return the last tokens of each row of `[U, ..., T, D]`, in one new tensor of these alone."""
     parts = [row[..., -length:, :] for row, length in zip(values, lengths, strict=True)]
     return torch.split(torch.cat(parts, dim=-2), list(lengths), dim=-2)
