@@ -110,7 +110,15 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     is_large: bool = False
 
 
-Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure  # a text is a paragraph
+class Code(msgspec.Struct, frozen=True):
+    """A text that stands as it is, below its title."""
+
+    title: str
+    text: str
+
+
+Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
+"""Any part of a section; a text is a paragraph."""
 
 
 class Section(msgspec.Struct, frozen=True):

@@ -13,12 +13,12 @@ from drllm.paths import Decision, Decisions, num_executions
 from drllm.records import results
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
-from drllm.reporting.numbers import NONE, count, percent, plain
+from drllm.reporting.costs import PHASES
+from drllm.reporting.numbers import NONE, count, difference, label, percent, plain
 from drllm.reporting.run import Run
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.summary import class_counts
 
-PHASES = {results.PREFILL: "reading", results.DECODE: "decoding"}
 LONGEST = 120  # characters of a question or an answer; the samples hold the whole
 ROWS = 5
 """Questions that are shown of each kind, the first ones, so that nobody picks the pretty ones."""
@@ -126,11 +126,58 @@ def _plot(evaluation: results.Evaluation) -> Figure:
 
 def details(evaluation: results.Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
-    values = {"evaluation": evaluation}
-    parts = [Section("What the systems are", (), 2, True, "systems.j2", values)]
+    parts = [Section("What the systems are", [_systems_table(evaluation)], folded=True)]
     if evaluation.curve:
-        parts.append(Section("All depths in numbers", (), 2, True, "depths.j2", values))
+        parts.append(Section("All depths in numbers", [_depths_table(evaluation)], folded=True))
     return parts
+
+
+def _systems_table(evaluation: results.Evaluation) -> Table:
+    """Return a table with what each system does, and where it comes from."""
+    reads = {None: NONE, True: "yes", False: "no"}
+    rows = [
+        [
+            system.name,
+            system.description or NONE,
+            system.source or NONE,
+            system.fitted_on or NONE,
+            reads[system.reads_question],
+            plain(system.gold_logprob, 3),
+        ]
+        for system in evaluation.systems
+    ]
+    words = "what it does|source|fitted on|reads the question"
+    header = f"system|{words}|gold log-probability"
+    caption = "What each system does, and where it comes from."
+    return Table.from_rows(caption, header, rows, words)
+
+
+def _depths_table(evaluation: results.Evaluation) -> Table:
+    """Return a table with every system at every depth."""
+    rows: list[list[str]] = []
+    for point in evaluation.curve:
+        base = point.against_base
+        routed = point.routed_against
+        row = [
+            point.system,
+            point.setting or NONE,
+            plain(point.executions, 2),
+            plain(100 * point.accuracy),
+            difference(base.accuracy if base else None),
+            difference(base.text_loss if base else None),
+            difference(routed.accuracy if routed else None),
+            label(routed.accuracy if routed else None),
+        ]
+        rows.append(row)
+    caption = (
+        "Every system at every depth minus base, and the routed model minus it, with 95 % "
+        "intervals; each comparison by itself."
+    )
+    header = (
+        f"system|depth|layers run|{evaluation.score}, %|minus base's, points|"
+        f"loss minus base's, nats|routed minus it, points|verdict on routed"
+    )
+    return Table.from_rows(caption, header, rows, "depth|verdict on routed", results.ROUTED)
 
 
 def side_by_side(
@@ -242,12 +289,6 @@ def _short(text: str) -> str:
     return line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
 
 
-def costs(evaluations: Sequence[results.Evaluation], measured: results.Latency | None) -> Section:
-    """Return the section on cost, of every task and of the machine."""
-    values = {"evaluations": evaluations, "measured": measured, "phases": PHASES, "median": median}
-    return Section("Cost", folded=True, template="cost.j2", values=values)
-
-
 def time_tile(measured: results.Latency | None) -> Tile:
     """Return the verdict on the measured times, in a tile."""
     if measured is None:
@@ -266,11 +307,12 @@ def time_tile(measured: results.Latency | None) -> Tile:
 def measured_line(measured: results.Latency) -> str:
     """Return a line with the verdicts on the measured times."""
     timings = measured.measured
-    by_label: dict[str, list[str]] = {}
-    for (phase, size), label in timings.labels().items():
+    by_verdict: dict[str, list[str]] = {}
+    for (phase, size), verdict in timings.labels().items():
         ratio = median(timings.ratio(results.ROUTED, results.BASE, phase, size))
-        by_label.setdefault(label, []).append(f"{PHASES[phase]} {count(size)} ({plain(ratio, 2)})")
-    verdicts = "; ".join(f"{label}: {', '.join(places)}" for label, places in by_label.items())
+        place = f"{PHASES[phase]} {count(size)} ({plain(ratio, 2)})"
+        by_verdict.setdefault(verdict, []).append(place)
+    verdicts = "; ".join(f"{name}: {', '.join(places)}" for name, places in by_verdict.items())
     return (
         f"Measured time, routed / base by rows of a batch, {timings.num_rounds} rounds of "
         f"{timings.prompt_tokens} tokens: {verdicts}."

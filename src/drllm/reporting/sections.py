@@ -1,24 +1,16 @@
-"""The report's sections in their order, the verdict first; those on training and provenance.
+"""Lays out a report: its title, the verdict, and the sections in their order."""
 
-Axes: L layers.
-"""
+from collections.abc import Sequence
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
-
-from drllm import agreement
-from drllm.agreement import ROUTERS, TRAIN, VALIDATION, Counts, compute_metrics
-from drllm.paths import Decision, num_executions
-from drllm.records.results import EVALUATION_SCHEMA, Evaluation
-from drllm.reporting import blocks, evaluated, figures, tuned
-from drllm.reporting.commands import evaluate_command, runtime_of
+from drllm.records.results import Evaluation
+from drllm.reporting import blocks, evaluated, tuned
+from drllm.reporting.costs import costs_section
+from drllm.reporting.learned import router_section, search_section
 from drllm.reporting.next_steps import next_steps
-from drllm.reporting.numbers import count, plain
+from drllm.reporting.numbers import count
+from drllm.reporting.provenance import provenance_section
 from drllm.reporting.run import Run
-from drllm.supervision.summary import class_counts, edit_effects, summarise
 
-MIN_QUESTIONS = 5  # single edits that were tried on fewer questions aren't named as best or worst
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
 HEALED = "A healed one has an adapter, trained to make up for the layers that it leaves out."
@@ -152,8 +144,8 @@ def _sections(run: Run) -> list[blocks.Section]:
         shown += _sections_by_task(run)
     shown.append(_next_section(run))
     if run.evaluations:
-        folded.append(evaluated.costs(run.evaluations, run.latency))
-    return [*shown, *folded, *learned(run), _provenance(run)]
+        folded.append(costs_section(run.evaluations, run.latency))
+    return [*shown, *folded, *learned(run), provenance_section(run)]
 
 
 def _sections_by_task(run: Run) -> list[blocks.Section]:
@@ -187,63 +179,7 @@ def learned(run: Run) -> list[blocks.Section]:
     if run.healed:
         sections.append(tuned.healed_section(run.healed, folded=folded))
     if run.search or run.supervision or run.summary:
-        values = _search_values(run)
-        sections.append(blocks.Section("Search and targets", (), 2, True, "search.j2", values))
+        sections.append(search_section(run))
     if run.epochs:
-        sections.append(_router_section(run))
+        sections.append(router_section(run))
     return sections
-
-
-def _search_values(run: Run) -> dict[str, Any]:
-    counts = summarise(run.search, (), {})
-    targets = [record.optimal_layer_config for record in run.supervision]
-    by_layer = class_counts(targets)
-    return {
-        "run": run,
-        "counts": counts,
-        # A supervision file of somebody else's has no summary; the search says all but the rejects.
-        "summary": run.summary or counts | {"rejected": {}},
-        "edits": {
-            "Skipping": edit_effects(run.search, Decision.SKIP, MIN_QUESTIONS),
-            "Repeating": edit_effects(run.search, Decision.REPEAT, MIN_QUESTIONS),
-        },
-        "lengths": sorted(num_executions(target) for target in targets),
-        "labels": [sum(numbers) for numbers in zip(*by_layer, strict=True)],
-    }
-
-
-def _router_section(run: Run) -> blocks.Section:
-    systems: Mapping[str, Counts] = {}
-    verdict = ""
-    if run.layers:
-        parts = run.layers.parts
-        systems = parts[run.layers.main_part]
-        verdict = f"{agreement.judge_routers(parts)} {agreement.compare_by_layer(systems)}"
-    scores = {name: compute_metrics(counts) for name, counts in systems.items()}
-    baselines = {name: values for name, values in scores.items() if name != ROUTERS}
-    last = {epoch.split: epoch for epoch in run.epochs}
-    results = [
-        f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
-        for split in (TRAIN, VALIDATION)
-        if split in last
-    ]
-    curves = blocks.Figure(
-        draw=partial(figures.router_metrics, run.epochs, baselines),
-        name="router metrics",
-        alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(results)}.",
-        caption="By epoch. Where targets are held out, full lines are validation and dotted lines "
-        "training; the dashed line is the best of the decisions that ignore the question.",
-    )
-    values = {"run": run, "verdict": verdict, "scores": scores, "held_out": VALIDATION in last}
-    return blocks.Section("Router metrics", [curves], 2, True, "routers.j2", values)
-
-
-def _provenance(run: Run) -> blocks.Section:
-    commands: list[str] = []
-    for source in run.sources:
-        if source.manifest.get("schema") == EVALUATION_SCHEMA:
-            command = evaluate_command(source.manifest)
-            if command not in commands:
-                commands.append(command)
-    values = {"run": run, "runtime": runtime_of, "commands": commands}
-    return blocks.Section("Provenance", folded=True, template="provenance.j2", values=values)

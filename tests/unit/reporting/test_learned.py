@@ -9,9 +9,10 @@ from drllm.agreement import compare_by_layer, compute_metrics
 from drllm.paths import Decision
 from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import LIGHT, svg
+from drllm.reporting.learned import MIN_QUESTIONS
 from drllm.reporting.numbers import NBSP, plain
 from drllm.reporting.run import read_run
-from drllm.reporting.sections import MIN_QUESTIONS, learned
+from drllm.reporting.sections import learned
 from drllm.reporting.stage import to_markdown
 from drllm.supervision.summary import edit_effects
 

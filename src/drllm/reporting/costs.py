@@ -1,0 +1,82 @@
+"""The section of a report on costs: measured times, then numbers that are counted or derived."""
+
+from collections.abc import Sequence
+from statistics import median
+
+from drllm.cost import share_saved
+from drllm.records.results import BASE, DECODE, PREFILL, ROUTED, Evaluation, Latency, System
+from drllm.reporting.blocks import Block, Section, Table
+from drllm.reporting.numbers import NONE, count, milliseconds, percent, plain
+
+PHASES = {PREFILL: "reading", DECODE: "decoding"}
+TIME_HEADER = (
+    "phase, batch size|base, ms|routed, ms|routed / base|verdict|routed, tokens/s|layers run"
+)
+COST_HEADER = (
+    "system|layers run, reading|layers run, decoding|saved|GFLOPs, weights|GFLOPs, attention|"
+    "K/V bytes a token"
+)
+COST_CAPTION = (
+    "Layers run a forward pass, counted; FLOPs of reading a prompt and bytes of K/V a token, "
+    "derived from the model's shape and the routes, not measured."
+)
+
+
+def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) -> Section:
+    """Return the section on cost, of every task and of the machine."""
+    blocks: list[Block] = []
+    if latency is None:
+        blocks.append("No time was measured; drllm evaluate --latency measures a routed model's.")
+    else:
+        blocks.append(_time_table(latency))
+    rows: list[list[str]] = []
+    for evaluation in evaluations:
+        for system in evaluation.systems:
+            several = len(evaluations) > 1
+            name = f"{evaluation.task}: {system.name}" if several else system.name
+            rows.append([name, *_costs_of(system, evaluation.num_layers)])
+    blocks.append(Table.from_rows(COST_CAPTION, COST_HEADER, rows, bold=ROUTED))
+    return Section("Cost", blocks, folded=True)
+
+
+def _time_table(latency: Latency) -> Table:
+    runtime, timings = latency.runtime, latency.measured
+    threads = ""
+    if runtime.get("num_threads") and runtime.get("device") == "cpu":
+        threads = f", threads {runtime['num_threads']}"
+    caption = (
+        f"Measured on {latency.machine}; {runtime.get('device')}, {runtime.get('dtype')}{threads}: "
+        f"medians of {timings.num_rounds} rounds on {latency.num_prompts} prompts of "
+        f"{timings.prompt_tokens} tokens, {timings.new_tokens} decoded. Base and routed have a "
+        f"turn in every round, and are compared within it."
+    )
+    rows: list[list[str]] = []
+    for (phase, size), label in timings.labels().items():
+        base = timings.of(BASE, phase, size)
+        routed = timings.of(ROUTED, phase, size)
+        ratios = timings.ratio(ROUTED, BASE, phase, size)
+        spread = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)}"
+        row = [
+            f"{PHASES[phase]}, {count(size)}",
+            milliseconds(base.median),
+            milliseconds(routed.median),
+            f"{plain(median(ratios), 2)} ({spread})",
+            label,
+            count(round(routed.num_tokens / routed.median)),
+            plain(routed.executions, 2),
+        ]
+        rows.append(row)
+    return Table.from_rows(caption, TIME_HEADER, rows, "verdict")
+
+
+def _costs_of(system: System, num_layers: int) -> list[str]:
+    flops = system.prompt_flops
+    kv_bytes = system.kv_bytes_per_token
+    return [
+        plain(system.executions, 2),
+        plain(system.decode_executions, 2),
+        percent(share_saved(system.executions, num_layers)),
+        f"{flops.weights / 1e9:.3g}" if flops else NONE,
+        f"{flops.attention / 1e9:.3g}" if flops else NONE,
+        count(None if kv_bytes is None else round(kv_bytes)),
+    ]

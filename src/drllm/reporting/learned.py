@@ -1,0 +1,165 @@
+"""The sections of a report on the search with its targets, and on the training of routers."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from drllm.agreement import (
+    ROUTERS,
+    TRAIN,
+    VALIDATION,
+    compare_by_layer,
+    compute_metrics,
+    judge_routers,
+)
+from drllm.paths import Decision, num_executions
+from drllm.records.layers import Layers
+from drllm.records.search import SearchRecord
+from drllm.records.supervision import SupervisionRecord
+from drllm.reporting import figures
+from drllm.reporting.blocks import Block, Figure, Section, Table
+from drllm.reporting.numbers import NONE, count, of_total, plain, signed
+from drllm.reporting.run import Run
+from drllm.supervision.summary import class_counts, edit_effects, summarise
+
+MIN_QUESTIONS = 5  # single edits that were tried on fewer questions aren't named as best or worst
+PATH_KINDS = {
+    "valid": "valid (answers right)",
+    "saving": "saving (right, and shorter than the full path)",
+    "improving": "improving (right where the full path is wrong)",
+}
+METRICS = {
+    "macro_f1": "macro-F1",
+    "accuracy": "labels hit",
+    "f1_skip": "F1 skip",
+    "f1_execute": "F1 execute",
+    "f1_repeat": "F1 repeat",
+    "avg_layers": "executions",
+    "routers_loss": "loss",
+}
+
+
+def search_section(run: Run) -> Section:
+    """Return the section on the searched questions and their targets."""
+    counts = summarise(run.search, (), {})
+    # A supervision file of somebody else's has no summary; the search says all but the rejects.
+    summary = run.summary or counts
+    blocks: list[Block] = []
+    if run.search:
+        blocks.append(_describe_search(run.search, counts))
+        blocks += _describe_edits(run.search)
+    if summary.get("questions"):
+        blocks.append(_path_table(summary))
+    for reason, number in (summary.get("rejected") or {}).items():
+        if run.summary and number:
+            blocks.append(f"{count(number)} have no target: {reason}.")
+    if run.supervision:
+        blocks.append(_describe_targets(run.supervision, summary, run.num_layers))
+    return Section("Search and targets", blocks, folded=True)
+
+
+def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any]) -> str:
+    num_paths = sum(len(record.paths) for record in records)
+    seconds = sum(record.seconds for record in records)
+    copies = f" and {counts['copies']} copies of them" if counts["copies"] else ""
+    right = of_total(counts["base_correct"], counts["questions"])
+    return (
+        f"{count(counts['questions'])} questions{copies} were searched, "
+        f"{plain(num_paths / len(records))} distinct paths each on average, in {plain(seconds)} "
+        f"seconds. The full path answers {right} of them."
+    )
+
+
+def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
+    """Return which layer is best and which is worst to skip, and to repeat."""
+    sentences: list[str] = []
+    for name, decision in (("Skipping", Decision.SKIP), ("Repeating", Decision.REPEAT)):
+        effects = edit_effects(records, decision, MIN_QUESTIONS)
+        if effects:
+            best, gain = effects[0]
+            worst, loss = effects[-1]
+            sentences.append(
+                f"{name} one layer alone, by mean change of reward: best layer {best} "
+                f"({signed(gain, 2)}), worst {worst} ({signed(loss, 2)})."
+            )
+    return sentences
+
+
+def _path_table(summary: Mapping[str, Any]) -> Table:
+    total = summary["questions"]
+    rows: list[list[str]] = []
+    for kind, description in PATH_KINDS.items():
+        row = [description]
+        for moment in ("before", "after"):
+            number = summary.get(f"{kind}_{moment}_retest")
+            row.append(NONE if number is None else of_total(number, total))
+        rows.append(row)
+    caption = f"Of {count(total)} questions, how many have such a path."
+    return Table.from_rows(caption, "path|before the re-test|after", rows)
+
+
+def _describe_targets(
+    targets: Sequence[SupervisionRecord], summary: Mapping[str, Any], num_layers: int | None
+) -> str:
+    paths = [target.optimal_layer_config for target in targets]
+    lengths = sorted(num_executions(path) for path in paths)
+    least, most = lengths[0], lengths[-1]
+    layers = f"{least} to {most}" if least < most else str(least)
+    skips, executes, repeats = (sum(numbers) for numbers in zip(*class_counts(paths), strict=True))
+    labels = skips + executes + repeats
+    improving = sum(target.improving for target in targets)
+    wrong = summary.get("wrong_targets")
+    wrong_targets = f"{count(wrong)} don't answer right, " if wrong else ""
+    return (
+        f"{count(len(targets))} targets, {of_total(improving, len(targets))} of them improving, "
+        f"{wrong_targets}run {layers} of {num_layers} layers, "
+        f"{plain(sum(lengths) / len(lengths), 2)} on average. Their labels: skip "
+        f"{of_total(skips, labels)}, execute {of_total(executes, labels)}, repeat "
+        f"{of_total(repeats, labels)}."
+    )
+
+
+def router_section(run: Run) -> Section:
+    """Return the section on what the routers learned, beside decisions that ignore the question."""
+    blocks: list[Block] = []
+    baselines: dict[str, Mapping[str, float | None]] = {}
+    if run.layers:
+        systems = run.layers.parts[run.layers.main_part]
+        scores = {name: compute_metrics(counts) for name, counts in systems.items()}
+        baselines = {name: values for name, values in scores.items() if name != ROUTERS}
+        blocks.append(f"{judge_routers(run.layers.parts)} {compare_by_layer(systems)}")
+        blocks.append(_metric_table(run.layers, scores))
+    if all(epoch.split != VALIDATION for epoch in run.epochs):
+        blocks.append("No targets were held out, so there are no validation metrics.")
+    curves = _metric_curves(run, baselines)
+    return Section("Router metrics", [curves, *blocks], folded=True)
+
+
+def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]) -> Figure:
+    last = {epoch.split: epoch for epoch in run.epochs}
+    results = [
+        f"{split}, last epoch: macro-F1 {plain(last[split].macro_f1, 3)}"
+        for split in (TRAIN, VALIDATION)
+        if split in last
+    ]
+    return Figure(
+        draw=partial(figures.router_metrics, run.epochs, baselines),
+        name="router metrics",
+        alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(results)}.",
+        caption="By epoch. Where targets are held out, full lines are validation and dotted lines "
+        "training; the dashed line is the best of the decisions that ignore the question.",
+    )
+
+
+def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None]]) -> Table:
+    rows: list[list[str]] = []
+    for metric, title in METRICS.items():
+        values = [plain(values.get(metric), 3) for values in scores.values()]
+        if any(value != NONE for value in values):
+            rows.append([title, *values])
+    systems = [name.replace("_", " ") for name in scores]
+    caption = (
+        f"On {layers.title(layers.main_part)}, after epoch {layers.epoch}: routers, and decisions "
+        f"that ignore the question."
+    )
+    return Table.from_rows(caption, "|".join(["metric", *systems]), rows)

@@ -1,0 +1,86 @@
+"""The section of a report on where its numbers come from: model, files, libraries, commands."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from drllm.records.results import EVALUATION_SCHEMA
+from drllm.reporting.blocks import Block, Code, Section, Table
+from drllm.reporting.commands import RUNTIME, evaluate_command, runtime_of
+from drllm.reporting.numbers import NONE
+from drllm.reporting.run import ReportSource, Run
+
+HEADER = "file|made|drllm|seed|ran on|SHA-256|made from"
+
+
+def provenance_section(run: Run) -> Section:
+    """Return the section with the files that a report was made from, and how to repeat it."""
+    blocks: list[Block] = []
+    if run.model:
+        about = [f"{key} {value}" for key, value in run.model.items() if value is not None]
+        blocks.append(f"Base model: {', '.join(about)}.")
+    blocks.append(_source_table(run))
+    libraries = _libraries(run)
+    if libraries:
+        blocks.append(f"Libraries: {', '.join(libraries)}.")
+    commands = _commands(run)
+    if commands:
+        blocks.append(Code("Command that repeats the evaluation", "\n".join(commands)))
+    for evaluation in run.evaluations:
+        if evaluation.not_asked:
+            rows = [f"{row} ({reason})" for row, reason in evaluation.not_asked.items()]
+            blocks.append(f"Rows of {evaluation.task} that weren't asked: {'; '.join(rows)}.")
+    if run.recipe:
+        blocks.append(Code("Recipe (run.yaml)", run.recipe))
+    return Section("Provenance", blocks, folded=True)
+
+
+def _source_table(run: Run) -> Table:
+    caption = "Files that this report was made from; their manifests hold every setting."
+    rows = [_source_row(source) for source in run.sources]
+    return Table.from_rows(caption, HEADER, rows, "made|ran on|SHA-256|made from")
+
+
+def _source_row(source: ReportSource) -> list[str]:
+    manifest = source.manifest
+    config = manifest.get("config") or {}
+    created = (manifest.get("created") or NONE)[:19].replace("T", " ")
+    inputs = [f"{name} {digest}" for name, digest in (manifest.get("inputs") or {}).items()]
+    return [
+        source.name,
+        created,
+        manifest.get("drllm_version") or NONE,
+        str(config.get("seed", NONE)),
+        _ran_on(manifest) or NONE,
+        source.sha256,
+        ", ".join(inputs) or NONE,
+    ]
+
+
+def _ran_on(manifest: Mapping[str, Any]) -> str:
+    """Return how and on which machine the model ran, as far as a manifest says so."""
+    runtime = runtime_of(manifest)
+    values = [runtime.get(name) for name in RUNTIME]
+    if runtime.get("num_threads"):
+        values.append(f"threads {runtime['num_threads']}")
+    values.append(manifest.get("machine"))
+    return ", ".join(value for value in values if value)
+
+
+def _libraries(run: Run) -> list[str]:
+    """Return the libraries with their versions that the files were made with, each once."""
+    versions: set[str] = set()
+    for source in run.sources:
+        libraries = source.manifest.get("libraries") or {}
+        versions.update(f"{name} {version}" for name, version in libraries.items())
+    return sorted(versions, key=str.casefold)
+
+
+def _commands(run: Run) -> list[str]:
+    """Return the commands that repeat the evaluations, each once."""
+    commands: list[str] = []
+    for source in run.sources:
+        if source.manifest.get("schema") == EVALUATION_SCHEMA:
+            command = evaluate_command(source.manifest)
+            if command not in commands:
+                commands.append(command)
+    return commands
