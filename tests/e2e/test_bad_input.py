@@ -251,8 +251,8 @@ limits: {builtin_facts: 3}\\n
 search --dataset arc_easy --data-dir nowhere => --data-dir nowhere is not a folder
 search --dataset arc_easy --data-dir run => run/arc_easy
 supervise --search run/search.jsonl --output run => --output: can't write run
-TARGETS --run-name a --output b => both --run-name 'a' and --output 'b'
-TARGETS => neither is given
+TARGETS --run-name a --output b => both --run-name 'a' and --output-dir 'b'
+TARGETS => no folder for the routers is given
 train --run-name x => train needs --supervision FILE
 TARGETS --run-name x --with_squad => --with-squad needs targets of squad_v2
 TARGETS --run-name ../up => --run-name is '../up'
@@ -274,11 +274,14 @@ show nowhere => nowhere doesn't exist
 show nowhere --question q1 => nowhere doesn't exist
 show run/supervision.jsonl --question q1 => run/supervision.jsonl is no search.jsonl
  => no verb is given
+search --dataset owner/name --model smollm2-135 => did you mean 'smollm2-135m'?
 search --seed 99999999999999999999 => --seed is 99999999999999999999
 search --output-dir= => --output-dir is ''
 supervise --search= --output x => --search is ''
 train --run-name= => --run-name is ''
 train --run-name x --supervision= => --supervision is ''
+run choices.jsonl => choices.jsonl is a file of questions
+search --dataset choices.csv => choices.csv
 run dem => unknown recipe 'dem'; did you mean 'demo'?
 run recipes/demo.yaml => packaged recipes are run by name: drllm run demo
 supervise --search run/search.jsonl --output run/search.manifest.json => run/search.manifest.json
@@ -350,7 +353,6 @@ search --dataset owner/name => task owner/name can't fetch train of owner/name f
 EVALUATE --tasks builtin_facts,owner/name:small:test => can't fetch test of owner/name from the hub
 TARGETS --run-name x --report-to wanb => --report-to: unknown tracker 'wanb'
 search FACTS --model MODEL --device cuda:97 => --device is 'cuda:97'
-search FACTS --model smollm2-135 --output-dir new => 'smollm2-135'
 search FACTS --model run --output-dir new => the folder run doesn't hold a model
 search FACTS --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 SEARCH --attn-implementation sdap => --attn-implementation
@@ -506,7 +508,6 @@ def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
 SCRIPT = """
 import json, os, sys
 from drllm.cli import main
-from paths_json import written_paths
 for folder, words in json.load(sys.stdin):
     os.chdir(folder)
     status = main(words)

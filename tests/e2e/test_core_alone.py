@@ -33,7 +33,7 @@ show data/search.jsonl
 show data/supervision.jsonl
 show checkpoints/r
 generate --routers checkpoints/r --max-new-tokens 4 Why?
-export --model MODEL --path plan.json --output exported"""
+export --model MODEL --path plan.json --output-dir exported"""
 
 REFUSED = {
     "run RECIPE --output-dir out": "eval,report",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from drllm.errors import RecordError
+from drllm.errors import ConfigError, RecordError
 from drllm.records.places import only_writer
 
 SEARCH = ("search", "--output-dir")
@@ -51,7 +51,7 @@ def test_a_killed_writer_blocks_nobody(tmp_path, holder):
 def test_nothing_is_left_behind_even_by_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new", *SEARCH):
         raise ZeroDivisionError
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -61,3 +61,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         only_writer(tmp_path / "file" / "new", *SEARCH),
     ):
         pass
+
+
+def test_a_new_folder_to_which_a_refused_stage_wrote_nothing_is_deleted(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    for folder in (new, old):
+        with pytest.raises(ConfigError), only_writer(folder, "tuning", "--output-dir"):
+            raise ConfigError("refused")
+    assert (new.exists(), old.exists()) == (False, True)
+    with only_writer(new, "tuning", "--output-dir"):
+        (new / "kept").write_text("x")
+    assert [path.name for path in new.iterdir()] == ["kept"]

@@ -43,6 +43,11 @@ def run(command: CommandLine, terminal: Terminal) -> None:
 
 def _recipe_file(place: Path) -> Path:
     """Return the file of a recipe that is given as a file or by name."""
+    if place.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(
+            f"{place} is a file of questions or records, and a recipe is a YAML file; try: "
+            f"drllm search --dataset {place}, or drllm tune --tasks {place}"
+        )
     names = [path.stem for path in RECIPES.glob("*.yaml")]
     is_file = place.suffix or place.is_absolute() or place.is_file()
     if not is_file:

@@ -26,6 +26,8 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     values = _values_in(path, verb)
     for group in verb.settings:
         values = canonical(group, values)
+    names = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
+    values = {names.get(name, name): value for name, value in values.items()}
     _refuse_unknown(path, values, verb)
     try:
         for flag in verb.flags:

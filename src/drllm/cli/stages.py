@@ -6,9 +6,10 @@ Names, numbers, input files and the output's place are refused before the base m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drllm.cli import published
 from drllm.cli.parser import CommandLine
@@ -27,7 +28,7 @@ from drllm.config import (
     TrainConfig,
     TuneConfig,
 )
-from drllm.errors import CheckpointError, ConfigError
+from drllm.errors import CheckpointError, ConfigError, ModelError
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import duration
 from drllm.pipeline.folder import loaded
@@ -46,7 +47,7 @@ from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.heal_texts import sources_of
-from drllm.tuning.parts import parts_of_tasks
+from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -55,7 +56,6 @@ COLUMNS = Flag(
     "columns",
     f"which columns of a file or hub set hold {', '.join(FIELDS)}; grader=exact names the grader",
     value="FIELD=COLUMN,...",
-    basic=False,
 )
 
 
@@ -67,7 +67,7 @@ COLUMNS = Flag(
         COLUMNS,
         Flag(
             "dry_run",
-            "measure a few paths and say what the search will take; writes nothing",
+            "measure a few paths and print what the search will take; writes nothing",
             switch=True,
         ),
     ),
@@ -75,94 +75,132 @@ COLUMNS = Flag(
 )
 def search(command: CommandLine, terminal: Terminal) -> None:
     """Try layer paths for each question, then choose its target path."""
-    config, targets_config = command.of(SearchConfig), command.of(SuperviseConfig)
+    config = command.of(SearchConfig)
+    targets_config = command.of(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
+    check_model_name(command)
     questions = collect_questions(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
-    _say_splits(get_tasks(config.dataset or ""), terminal)
+    _print_splits(get_tasks(config.dataset or ""), terminal)
     if command.values["dry_run"]:
-        _say_forecast(questions, command, terminal)
+        _print_forecast(questions, command, terminal)
         return
     from drllm.search.run import search_paths
 
-    found = search_paths(command.of(ModelConfig), questions, config, folder, listener=terminal)
-    file, supervision = folder / "search.jsonl", folder / "supervision.jsonl"
-    if not found.is_new:
-        terminal.say(f"{file} is complete already; nothing was searched again")
-    terminal.fact("search", file)
-    show_search(found, terminal)
-    if failed := (read_manifest(file, "search") or {}).get("num_failed"):
-        terminal.fact(
-            "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"
-        )
+    records = search_paths(command.of(ModelConfig), questions, config, folder, listener=terminal)
+    _print_search(records, folder, terminal)
     with only_writer(folder, "search", "--output-dir"):
-        _supervise(found, targets_config, supervision, terminal)
+        _supervise(records, targets_config, folder / "supervision.jsonl", terminal)
 
 
-def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
-    """Say how the questions of files and of the harness are divided, by their texts."""
+def check_model_name(command: CommandLine) -> None:
+    """Refuse a misspelt alias before any question is read; loading checks all other names."""
+    from drllm.models.base.smollm2 import ALIAS
+
+    name = command.of(ModelConfig).model
+    if name == ALIAS or "/" in name or Path(name).exists():
+        return
+    if difflib.get_close_matches(name, [ALIAS], n=1):
+        raise ModelError(f"there is no model {name!r}; did you mean {ALIAS!r}?")
+
+
+def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
+    """Print how the questions of files and of the harness are divided, by their texts."""
     for task in tasks:
         if task.name not in TASKS:
             terminal.say(task.describe_splits())
 
 
+def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> None:
+    """Print what a search found, and which questions it set aside."""
+    file = folder / "search.jsonl"
+    if not records.is_new:
+        terminal.say(f"{file} is complete already; nothing was searched again")
+    terminal.fact("search", file)
+    show_search(records, terminal)
+    manifest = read_manifest(file, "search") or {}
+    num_failed = manifest.get("num_failed")
+    if num_failed:
+        terminal.fact(
+            "failed", f"{num_failed} more questions, set aside in {folder}/search.failed.jsonl"
+        )
+
+
 def _supervise(
-    searched: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
+    records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
-    found = targets(searched, config)
+    """Choose targets and write them, unless the file that is there has to stay."""
+    supervision = targets(records, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
-        if manifest is None and output.read_bytes() != to_lines(found).encode():
+        if manifest is None and output.read_bytes() != to_lines(supervision).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
-        made = manifest or {}
-        of_this = sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
-        # Targets by a rule that `supervise` was given stay, unless another is asked for here.
-        if of_this and config.to_dict() in (made.get("config"), SuperviseConfig().to_dict()):
+        if manifest is not None and _is_up_to_date(manifest, output, config):
             terminal.say(f"{output} is made from this search already; it stays as it is")
             return
-    if not found:
+    if not supervision:
         terminal.note(
             f"drllm: no question has a target path, so {output.name} was not written; search more "
             f"questions or simulations, or try 'drllm supervise' with another --target"
         )
         return
-    write(found, [searched], output, config)
-    print_written(output, found.summary, terminal)
+    write(supervision, [records], output, config)
+    print_written(output, supervision.summary, terminal)
 
 
-def _say_forecast(
+def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
+    """Whether targets were made from the search beside them, by the rule that is asked for.
+
+    Targets by a rule that `supervise` was given stay, unless another rule is asked for here.
+    """
+    search_digest = sha256(output.with_name("search.jsonl"))
+    if search_digest not in manifest.get("inputs", {}).values():
+        return False
+    settings = config.to_dict()
+    return settings in (manifest.get("config"), SuperviseConfig().to_dict())
+
+
+def _print_forecast(
     questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
+    """Search a few questions, and print what all of them will take."""
     config = command.of(SearchConfig)
     with loaded(command.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
-        parts = forecast_search(
-            RoutedModel(base.model, tokenizer=base.tokenizer), questions, config
-        )
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        parts = forecast_search(routed, questions, config)
     rows = []
     for part in parts:
-        counts = part.task, str(part.questions), str(part.paths), f"{part.executions:.2e}"
-        rows.append([*counts, f"{part.seconds / 3600:.3g}", f"{part.size_bytes / 1e6:.3g}"])
+        cells = [part.task, str(part.questions), str(part.paths), f"{part.executions:.2e}"]
+        cells += [f"{part.seconds / 3600:.3g}", f"{part.size_bytes / 1e6:.3g}"]
+        rows.append(cells)
     terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
-    seconds, size = sum(p.seconds for p in parts), sum(p.size_bytes for p in parts)
-    workers, runtime = config.num_workers or 1, base.runtime
-    shared = f", {duration(seconds / workers)} on {workers} like it" if workers > 1 else ""
-    terminal.fact("time", f"{duration(seconds)} on one {runtime['device']}{shared}")
+
+    device = base.runtime["device"]
+    seconds = sum(part.seconds for part in parts)
+    time = f"{duration(seconds)} on one {device}"
+    num_workers = config.num_workers or 1
+    if num_workers > 1:
+        time += f", {duration(seconds / num_workers)} on {num_workers} like it"
+    terminal.fact("time", time)
+
     weights = base.model.num_parameters() * base.model.dtype.itemsize / 1e9
-    most = config.state_cache_gb
-    shared = "a quarter of what is free" if most is None else f"up to {most:g} GB"
+    shared = "a quarter of what is free"
+    if config.state_cache_gb is not None:
+        shared = f"up to {config.state_cache_gb:g} GB"
     terminal.fact("memory", f"{weights:.3g} GB weights, {shared} (--state-cache-gb) and passes")
+    size = sum(part.size_bytes for part in parts)
     terminal.fact("disk", f"{size / 1e6:.3g} MB, twice that while the files are joined")
     for part in parts:
         terminal.fact(
             "measured on",
             f"{part.sample_paths} paths of {part.sample_questions} questions of {part.task}: "
-            f"{base.name}, {runtime['dtype']} on {runtime['device']}",
+            f"{base.name}, {base.runtime['dtype']} on {device}",
         )
     terminal.say(f"a prompt of {parts[0].task}, as the model reads it:\n{parts[0].prompt}")
     terminal.say("nothing was written; leave --dry-run out to search")
@@ -181,8 +219,8 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path a question from what the search tried."""
     output = command.path("output")
     check_file(output, "--output", "supervision")
-    found = supervise(command.paths("search"), command.of(SuperviseConfig), output)
-    print_written(output, found.summary, terminal)
+    supervision = supervise(command.paths("search"), command.of(SuperviseConfig), output)
+    print_written(output, supervision.summary, terminal)
 
 
 @verb(
@@ -201,7 +239,7 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
             for name, task in published.ADDED.items()
         ),
         Flag("run_name", "write the routers to checkpoints/NAME", value="NAME"),
-        Flag("output", "write the routers to this folder instead", value="DIR", basic=False),
+        Flag("output_dir", "write the routers to this folder instead", value="DIR", alias="output"),
         Flag(
             "features",
             "keep the routers' inputs in this folder and use them again; default: in features/ "
@@ -216,9 +254,11 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
 def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
     output, flag = _routers_folder(command)
-    config, files = command.of(TrainConfig), published.supervision_files(command)
+    config = command.of(TrainConfig)
+    files = published.supervision_files(command)
     config.check_effects()
     check_trackers(config.trackers)
+    check_model_name(command)
     join_supervision(files)  # a mistake in them is reported before a model is loaded
     check_folder(output, flag)
     features = command.optional_path("features")
@@ -228,29 +268,35 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     from drllm.training.stage import train
 
     folders = list(config.by_seed(output))
-    if all(map(is_finished, folders)):
+    if all(is_finished(folder) for folder in folders):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
     train(command.of(ModelConfig), files, config, output, features=features, listener=terminal)
-    for folder in folders if is_first() else ():
+    if not is_first():
+        return
+    for folder in folders:
         terminal.fact("routers", folder)
         show(folder, terminal)
 
 
 def _routers_folder(command: CommandLine) -> tuple[Path, str]:
-    """Return where the routers are written, and by which flag that was said."""
-    name, output = command.values["run_name"], command.values["output"]
-    if bool(name) == bool(output):
-        what = f"both --run-name {name!r} and --output {output!r} are" if name else "neither is"
+    """Return the folder that the routers are written to, and the flag that names it."""
+    name = command.values["run_name"]
+    output = command.values["output_dir"]
+    remedy = "give --output-dir DIR, or --run-name NAME (writes checkpoints/NAME)"
+    if name and output:
         raise ConfigError(
-            f"{what} given; give --run-name NAME (writes checkpoints/NAME) or --output DIR"
+            f"both --run-name {name!r} and --output-dir {output!r} name a folder; {remedy}"
         )
+    if output:
+        return command.path("output_dir"), "--output-dir"
     if not name:
-        return command.path("output"), "--output"
+        raise ConfigError(f"no folder for the routers is given; {remedy}")
     if Path(name).name != name or name in (".", ".."):
         raise ConfigError(
-            f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
+            f"--run-name is {name!r}; give a plain name without slashes, or a folder as "
+            f"--output-dir"
         )
     return Path("checkpoints") / name, "--run-name"
 
@@ -268,21 +314,28 @@ def _routers_folder(command: CommandLine) -> tuple[Path, str]:
 )
 def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     """Find one path for a whole task: fewer layers, answers as good."""
-    config, output = command.of(TuneConfig), command.path("output_dir")
+    config = command.of(TuneConfig)
+    output = command.path("output_dir")
     check_folder(output, "--output-dir")
-    tasks = parts_of_tasks(config)
-    for divided in tasks:
-        limit = {static_paths.FIT: None}  # drawn already, by --num-fit
-        parts = ", ".join(
-            f"{len(found[: limit.get(part, config.num_judged)])} to {part}"
-            for part, found in divided.examples.items()
-        )
-        terminal.say(f"questions of {divided.task.name}: {parts}")
+    check_model_name(command)
+    for parts in parts_of_tasks(config):
+        _print_parts(parts, config, terminal)
     from drllm.tuning.run import tune
 
     tune(command.of(ModelConfig), None, config, output, listener=terminal)
     if is_first():
         show_paths(output / static_paths.PATHS_FILE, terminal)
+
+
+def _print_parts(parts: TaskParts, config: TuneConfig, terminal: Terminal) -> None:
+    """Print how many questions of a task fit, choose and test a path."""
+    counts = []
+    for part, examples in parts.examples.items():
+        num = len(examples)
+        if part != static_paths.FIT and config.num_judged is not None:
+            num = min(num, config.num_judged)  # those to fit are drawn already, by --num-fit
+        counts.append(f"{num} to {part}")
+    terminal.say(f"questions of {parts.task.name}: {', '.join(counts)}")
 
 
 @verb(
@@ -297,11 +350,12 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     resumes=True,
 )
 def heal_verb(command: CommandLine, terminal: Terminal) -> None:
-    """Train an adapter that makes up for the layers that a path leaves out."""
-    config, output = command.of(HealConfig), command.path("output_dir")
+    """Train an adapter that recovers quality that a shorter path loses."""
+    config = command.of(HealConfig)
+    output = command.path("output_dir")
     check_folder(output, "--output-dir")
     plan = static_paths.read_path(config.named_path())
-    sources_of(config)  # so that a mistake is told before anything is loaded
+    sources_of(config)  # a mistake in them is reported before a model is loaded
     from drllm.tuning.heal import heal
 
     model = model_of(command, path=plan)
@@ -316,7 +370,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     flags=(
         Flag(
             "routers",
-            "routers: a folder or a hub id; further ones are of other seeds, to see the spread",
+            "routers: a folder or a hub id; extra folders: other seeds, to see the spread",
             many=True,
             value="DIR",
         ),
@@ -329,18 +383,26 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> None:
     """Compare base, routed model, baselines and static paths on tasks."""
-    config, output = command.of(EvaluateConfig), command.path("output_dir")
+    config = command.of(EvaluateConfig)
+    output = command.path("output_dir")
     places = command.paths("routers")
-    config = config if places else without_routers(config)
+    if not places:
+        config = without_routers(config)
     tasks = tasks_of(config)
     paths = static_paths.read_path_list(config.paths or "").values()  # before a model is loaded
     check_folder(output, "--output-dir")
     check_output(output)
-    _say_splits(tasks, terminal)
-    read = [read_routers(place) for place in places]
-    folders = [folder for folder, _ in read]
-    routers = read[0][1] if read else None
-    tuned = None if read else next((path for path in paths if path.record), None)
+    _print_splits(tasks, terminal)
+    folders: list[Path] = []
+    routers: RouterStack | None = None
+    for place in places:
+        folder, stack = read_routers(place)
+        folders.append(folder)
+        if routers is None:
+            routers = stack
+    tuned = None
+    if routers is None:
+        tuned = next((path for path in paths if path.record), None)
     with loaded(model_of(command, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
@@ -368,14 +430,15 @@ def model_of(
     config = command.of(ModelConfig)
     if command.names_model:
         return config
-    if path is not None and path.record is not None and (made_for := path.record.model).get("id"):
+    if path is not None and path.record is not None and path.record.model.get("id"):
+        made_for = path.record.model
         revision = config.revision or made_for.get("revision")
         return dataclasses.replace(config, model=made_for["id"], revision=revision)
     if routers is None:
         return config
     if not routers.config.base_model:
-        given = command.values["routers"]
-        place = given if isinstance(given, str) else given[0]
+        value = command.values["routers"]
+        place = value if isinstance(value, str) else value[0]
         raise CheckpointError(
             f"the routers in {place} don't name their base model; give it as --model"
         )
@@ -394,27 +457,32 @@ def model_of(
             required=True,
             positional=True,
         ),
-        Flag("output", "folder or .html file; default: the one run folder", value="PLACE"),
+        Flag(
+            "output_dir",
+            "folder or .html file; default: the one run folder",
+            value="PLACE",
+            alias="output",
+        ),
     ),
 )
 def report(command: CommandLine, terminal: Terminal) -> None:
     """Write report.html and report.md from the records of a run."""
     from drllm.reporting import stage
 
-    place = command.optional_path("output")
+    place = command.optional_path("output_dir")
     files = stage.report(*command.paths("run_dir"), output=place, listener=terminal)
     terminal.fact("report", ", ".join(map(str, files)))
 
 
 @verb(
     "export",
-    example="drllm export --model smollm2-135m --path plan.json --output exported/",
+    example="drllm export --model smollm2-135m --path plan.json --output-dir exported/",
     settings=(ModelConfig,),
     flags=(
         Flag(
             "path", 'such as {"path": [0, 1, 3]}, or paths.json:NAME', required=True, value="FILE"
         ),
-        Flag("output", "folder to make", required=True, value="DIR"),
+        Flag("output_dir", "folder to make", required=True, value="DIR", alias="output"),
     ),
     model_from="a paths.json names",
 )
@@ -422,24 +490,24 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
     from drllm.models.export import check_output, export_path
 
-    output = command.path("output")
+    output = command.path("output_dir")
     plan = static_paths.read_path(str(command.path("path")))
-    check_folder(output, "--output")
+    check_folder(output, "--output-dir")
     check_output(output)
     with (
         loaded(model_of(command, path=plan), terminal) as base,
         terminal.busy("writing and checking"),
     ):
-        made = export_path(base, plan, output)
-    terminal.say(f"export      {made.folder}")
-    terminal.say(f"path        {' '.join(map(str, made.path))}")
-    terminal.say(f"layers      {len(made.path)}, the base model has {base.num_layers}")
-    size = f"{made.num_bytes / 1e6:.1f} MB in {made.dtype}"
-    if made.num_repeated_bytes:
+        exported = export_path(base, plan, output)
+    terminal.say(f"export      {exported.folder}")
+    terminal.say(f"path        {' '.join(map(str, exported.path))}")
+    terminal.say(f"layers      {len(exported.path)}, the base model has {base.num_layers}")
+    size = f"{exported.num_bytes / 1e6:.1f} MB in {exported.dtype}"
+    if exported.num_repeated_bytes:
         size += (
-            f"; {made.num_repeated_bytes / 1e6:.1f} MB of it are layers that are executed again, "
-            f"since a checkpoint can't say that two layers are the same"
+            f"; {exported.num_repeated_bytes / 1e6:.1f} MB of it are layers that are executed "
+            f"again, since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")
-    how = "to rounding, the adapter merged" if made.is_healed else "bit by bit"
+    how = "to rounding, the adapter merged" if exported.is_healed else "bit by bit"
     terminal.say(f"checked     loaded again, its logits equal the path's {how}")

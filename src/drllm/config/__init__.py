@@ -88,7 +88,7 @@ class SearchConfig(Settings):
     max_new_tokens: int | None = setting(None, minimum=1)
     num_fewshot: int | None = setting(None, minimum=1)
     num_simulations: int = basic(50, minimum=1)
-    budget: float = basic(2.0, minimum=1.0, maximum=2.0)
+    budget: float = setting(2.0, minimum=1.0, maximum=2.0)
     strategy: str = setting("tree", choices=NamesIn("drllm.search.strategies:STRATEGIES"))
     stop_rule: str = setting("exhaust", choices=STOP_RULES)
     exploration_constant: float = setting(1.8, minimum=0.0)

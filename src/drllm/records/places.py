@@ -77,10 +77,12 @@ def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
     """Let no other run of a stage write to a folder while the block runs; create the folder.
 
-    The lock ends with the process, however that ends, so a killed run blocks nobody.
+    The lock ends with the process, however that ends, so a killed run blocks nobody. A new folder
+    to which nothing was written is deleted.
     """
     path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -96,3 +98,6 @@ def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
         with suppress(PermissionError):  # Windows keeps a file that is open
             path.unlink(missing_ok=True)  # before the release, so that no other run takes this file
         lock.release()
+        if is_new:
+            with suppress(OSError):  # it isn't empty: the stage wrote something
+                folder.rmdir()

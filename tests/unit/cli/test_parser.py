@@ -141,7 +141,7 @@ def test_a_number_may_be_negative(number: str):
 def test_positional_words_and_flags_may_be_mixed():
     command = parsed("report a --output page.html b c")
     assert command.paths("run_dir") == [Path("a"), Path("b"), Path("c")]
-    assert command.path("output") == Path("page.html")
+    assert command.path("output_dir") == Path("page.html")
 
 
 def test_of_a_flag_given_twice_the_last_counts_and_files_add_up():
