@@ -9,7 +9,6 @@ from drllm.paths import StaticPath
 from drllm.records.codec import write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import NamedPath, PathScore, StaticPaths, steps_to_write
-from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.verdicts import Differences, Verdict
 
 PATHS = {
@@ -24,8 +23,6 @@ def written_paths(
     file: Path,
     model: Mapping[str, Any],
     *,
-    certified: str | None = None,
-    epsilon: float | None = 2.0,
     paths: Mapping[str, list[int]] = PATHS,
     divided: tuple[str, ...] = (),
     fitted: tuple[float, float, float] | None = None,
@@ -34,20 +31,6 @@ def written_paths(
 
     `fitted` is the change of the objective on `fit` of every path but the full one, if it is there.
     """
-    trials = [
-        Trial(
-            name=name, executions=5.0, num_questions=400, won=12, lost=10, maximum_loss=1.5,
-            texts=LossBound(num_texts=400, increase=0.01, maximum=0.03), worked=None, failures=(),
-        )
-        for name in [certified] * (certified is not None)
-    ]  # fmt: skip
-    choice = Choice(
-        limits=Limits(epsilon=epsilon or 0.0, max_loss_increase=0.1),
-        num_questions=400,
-        trials=tuple(trials),
-        obstacle=None if trials else "too few questions",
-        confirmation=trials[0] if trials else None,
-    )
     manifest = new_manifest("paths", model=model, config={"max_skipped": 0.2, "seed": 3})
     record = StaticPaths(
         **manifest,
@@ -68,7 +51,6 @@ def written_paths(
             )
             for name, steps in paths.items()
         ),
-        choice=None if epsilon is None else choice,
     )
     write_json(file, record)
     return file
@@ -94,7 +76,7 @@ def _measured(part: str, num_questions: int, outcomes: tuple[int, int] | None) -
         against = Differences(
             accuracy=Verdict(
                 quantity="accuracy", mean=(won - lost) / num_questions, interval=(-0.02, 0.03),
-                won=won, lost=lost, p=0.5, **shown,
+                won=won, lost=lost, p=0.5, excluded_loss=0.02, **shown,
             ),
             gold_logprob=Verdict(
                 quantity="gold_logprob", mean=0.05, interval=(-0.01, 0.11), **shown

@@ -233,12 +233,10 @@ evaluate --paths p.json --curve 0.1 => --curve 0.1 has no effect without routers
 evaluate FACTS --paths p.json:x => p.json isn't a paths.json => p.json: {"path": [0]}\\n
 EVALUATE --paths p.json,p.json => a path called 'p' is there twice => p.json: {"path": [0]}\\n
 EVALUATE --baselines last-layer => --baselines: unknown baseline 'last-layer'
-EVALUATE --epsilon 2 => --epsilon 2 has no effect
+EVALUATE --epsilon 2 --split select => --max-drop 2 asks what the test questions exclude
 EVALUATE --curve 0.1 --max-loss-increase 0.1 => --max-loss-increase 0.1 has no effect
-EVALUATE --worked-answers builtin_arithmetic => --worked-answers builtin_arithmetic has no effect
-EVALUATE --curve 0.1 --epsilon 2 --worked-answers builtin_facts => --worked-answers builtin_facts
-EVALUATE --curve 0.1 --epsilon 2 --worked-answers gsm9k => unknown task 'gsm9k'
-EVALUATE --curve 0.1 --epsilon 2 --num-texts 20 => --num-texts 20 are too few for --epsilon
+EVALUATE --worked-answers builtin_arithmetic => --worked-answers was removed
+EVALUATE --max-drop 2 --max-loss-increase 1 --num-texts 20 => --num-texts 20 are too few
 EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
 EVALUATE --curve 0.1,1.5 => --curve is '0.1,1.5'
@@ -292,8 +290,8 @@ search --dataset own.jsonl => own.jsonl, line 2 => own.jsonl: \
 search FACTS --output-dir file => file is a file => file: x
 evaluate FACTS --routers run/routers --output-dir file/eval => can't write to file/eval => file: x
 tune --tasks builtin_fact --output-dir new => did you mean 'builtin_facts'
-tune FACTS --epsilon 2 --num-judged 10 --output-dir new => needs 30 questions to certify at least
-tune --max-loss-increase 0.1 --output-dir new => --epsilon
+tune FACTS --epsilon 2 --output-dir new => --epsilon was removed here
+tune FACTS --max-loss-increase 0.1 --output-dir new => --max-loss-increase was removed here
 heal --tasks builtin_facts --output-dir new => no path is given
 heal --path plan.json --output-dir new => nothing to train on => plan.json: {"decisions": [1, 1]}
 heal --path plan.json --tasks builtin_fact --output-dir new => did you mean 'builtin_facts' \

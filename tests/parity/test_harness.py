@@ -324,7 +324,7 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     plain = copy.deepcopy(base.model)
     file = tmp_path / "plan.json"
     file.write_text(f'{{"decisions": {list(plan)}}}')
-    lm = RoutedLM(base, path=str(file))
+    lm = RoutedLM(base, path=f"{file}:5.00")
     requests = instances(QUESTIONS)
     for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
         context, continuation = lm._encode_pair(*request.args)
@@ -390,7 +390,7 @@ def test_a_healed_path_scores_and_answers_as_the_plain_model_with_merged_weights
 
 def test_a_path_of_another_model_is_refused(base, tmp_path):
     other = {**base.identity, "fingerprint": "f" * 16}
-    file = written_paths(tmp_path / "paths.json", other, certified="5.00")
+    file = written_paths(tmp_path / "paths.json", other)
     with pytest.raises(PathError, match="fingerprint ffffffffffffffff"):
         RoutedLM(base, path=str(file))
 

@@ -10,25 +10,23 @@ MODEL = {"id": "owner/name", "revision": None, "class": "LlamaForCausalLM", "num
 MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
 
 
-def test_a_path_is_found_by_its_name_and_the_certified_one_without(tmp_path):
-    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
-    assert read_path(f"{file}:4.00").path_of(MODEL).layers == tuple(PATHS["4.00"])
-    assert read_path(str(file)).path_of(MODEL).layers == tuple(PATHS["5.00"])
-
-
-def test_without_a_certified_path_a_name_is_needed_and_the_names_are_listed(tmp_path):
+def test_a_path_is_found_by_its_name(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    with pytest.raises(PathError, match=r"certifies no path; .*full, 5.00, 4.00, again"):
-        read_path(str(file))
+    assert read_path(f"{file}:4.00").path_of(MODEL).layers == tuple(PATHS["4.00"])
     with pytest.raises(PathError, match=r"did you mean '4\.00'"):
         read_path(f"{file}:4.0")
-    with pytest.raises(PathError, match="tune --epsilon") as caught:
-        read_path(str(file))
-    assert not any(f"{file}:{name}" in str(caught.value) for name in PATHS)
+
+
+def test_without_a_name_the_names_are_listed(tmp_path):
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    for read in (read_path, lambda given: read_path_list(given, needs_names=True)):
+        with pytest.raises(PathError, match=r"name one of them.*: full, 5\.00, 4\.00, again"):
+            read(str(file))
+    assert list(read_path_list(str(file))) == ["5.00", "4.00", "again"]
 
 
 def test_a_file_of_a_newer_version_is_answered_by_its_version_alone(tmp_path):
-    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    file = written_paths(tmp_path / "paths.json", MODEL)
     file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     for given in (str(file), f"{file}:5.00"):
         with pytest.raises(RecordError, match=r"schema version 99.*install a newer") as caught:
@@ -61,12 +59,12 @@ def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_
     ],
 )
 def test_paths_of_another_model_are_refused_in_one_line(tmp_path, other, said):
-    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
+    file = written_paths(tmp_path / "paths.json", MODEL)
     with pytest.raises(PathError, match=f"paths of owner/name with .*{said}") as caught:
-        read_path(str(file)).path_of({**MODEL, **other})
+        read_path(f"{file}:5.00").path_of({**MODEL, **other})
     assert "\n" not in str(caught.value)
 
 
 def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
-    file = written_paths(tmp_path / "paths.json", MODEL, certified="5.00")
-    read_path(str(file)).path_of({**MODEL, "id": "models/copy", "revision": "abc"})
+    file = written_paths(tmp_path / "paths.json", MODEL)
+    read_path(f"{file}:5.00").path_of({**MODEL, "id": "models/copy", "revision": "abc"})

@@ -23,7 +23,8 @@ from drllm.extras import need
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of the process.
 
-    The exit status is 0, 2 for what the user can mend, or 130 after an interruption.
+    The exit status is 0, or what the verb returns, 2 for what the user can mend, or 130 after an
+    interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal = Terminal()
@@ -65,7 +66,7 @@ def _run(words: list[str], terminal: Terminal) -> int:
         everything = "--help-all" in _help_flags(words)
         print_help(find_verb(words[0]), terminal, everything=everything)
     else:
-        _run_verb(words, terminal)
+        return _run_verb(words, terminal)
     return 0
 
 
@@ -75,8 +76,11 @@ def _help_flags(words: list[str]) -> set[str]:
     return {word.replace("_", "-") for word in before} & set(HELP)
 
 
-def _run_verb(words: list[str], terminal: Terminal) -> None:
-    """Parse a command line and run its verb, in this process or as one of several."""
+def _run_verb(words: list[str], terminal: Terminal) -> int:
+    """Parse a command line and run its verb; return the exit status.
+
+    It runs in this process alone, or here as one of several.
+    """
     command = parse(words)
     verb = VERBS[command.verb]
     processes.divides = verb.shares
@@ -89,4 +93,4 @@ def _run_verb(words: list[str], terminal: Terminal) -> None:
     is_quiet = not processes.is_first()
     terminal.err.quiet = is_quiet
     terminal.out.quiet = is_quiet
-    verb.run(command, terminal)
+    return verb.run(command, terminal) or 0

@@ -25,5 +25,11 @@ REMOVED_FLAGS: dict[str, str] = {
     "--early-stopping": "--early-stopping was removed: it measured no gain; choose --num-epochs",
     "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
     "how long they take at most",
+    "--epsilon": "--epsilon was removed here: no certificate was ever given; ask it of the test "
+    "questions, 'drllm evaluate --paths paths.json:NAME --max-drop 2'",
+    "--max-loss-increase": "--max-loss-increase was removed here: no certificate was ever given; "
+    "give it to 'drllm evaluate' with --max-drop",
+    "--worked-answers": "--worked-answers was removed: every comparison says what loss it "
+    "excludes; evaluate the task itself, for example --tasks gsm8k",
 }
 """Name of a removed flag of any verb, with dashes → the whole message, as for verbs."""

@@ -10,7 +10,7 @@ from drllm.reporting import tuned
 
 
 def show_paths(file: Path, terminal: Terminal) -> None:
-    """Print the paths of a `paths.json`, task by task, and what is certified."""
+    """Print the paths of a `paths.json`, task by task, and what to do with each."""
     found = read_paths(file)
     for task in found.tasks:
         if task not in found.objective:
@@ -23,13 +23,10 @@ def show_paths(file: Path, terminal: Terminal) -> None:
         sentence = tuned.compare_test_with_fit(found, task)
         if sentence:
             terminal.say(sentence)
-    if found.division:
-        terminal.say(found.division)
     for path in found.paths[1:]:
         terminal.fact(path.name, tuned.describe_path(found, path))
-    if found.choice is not None:
-        for sentence in found.choice.sentences():
-            terminal.say(sentence)
+    for sentence in [*tuned.advice(found), *found.notes]:
+        terminal.say(sentence)
     terminal.fact("paths", file)
 
 

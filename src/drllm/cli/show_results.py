@@ -39,6 +39,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     terminal.table(
         f"system|{score_columns}|{verdict_column}",
         [_system_row(system, evaluation) for system in evaluation.systems],
+        title=_caption(evaluation),
         numbers_from=1,
     )
     if any(point.setting for point in evaluation.curve):
@@ -48,8 +49,16 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
-    for finding in evaluation.findings[len(evaluation.verdict) :]:
-        terminal.say(finding)
+    for sentence in [*evaluation.findings[len(evaluation.verdict) :], *evaluation.notes]:
+        terminal.say(sentence)
+
+
+def _caption(evaluation: results.Evaluation) -> str:
+    """Say what the intervals exclude, and for what the verdicts are corrected."""
+    correction = "rows are not corrected for their number"
+    if evaluation.routed is None and len(evaluation.paths) > 1:
+        correction = "paths are corrected together"
+    return f"a loss beyond the interval's lower end is excluded; {correction}"
 
 
 def _system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
@@ -59,6 +68,8 @@ def _system_row(system: results.System, evaluation: results.Evaluation) -> list[
     name = system.name
     if system.draws > 1:
         name += f" ×{system.draws}"
+    if evaluation.is_healed(system.name):
+        name += " (healed)"
     accuracy_difference = None
     if system.against_base is not None:
         accuracy_difference = system.against_base.accuracy

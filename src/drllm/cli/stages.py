@@ -381,7 +381,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     resumes=True,
     shares=True,
 )
-def evaluate_verb(command: CommandLine, terminal: Terminal) -> None:
+def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     """Compare base, routed model, baselines and static paths on tasks."""
     config = command.of(EvaluateConfig)
     output = command.path("output_dir")
@@ -389,7 +389,9 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> None:
     if not places:
         config = without_routers(config)
     tasks = tasks_of(config)
-    paths = static_paths.read_path_list(config.paths or "").values()  # before a model is loaded
+    paths = static_paths.read_path_list(  # before a model is loaded
+        config.paths or "", needs_names=config.max_drop is not None
+    ).values()
     check_folder(output, "--output-dir")
     check_output(output)
     _print_splits(tasks, terminal)
@@ -406,10 +408,15 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> None:
     with loaded(model_of(command, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
-        evaluate(base, tasks, config, output, routers=folders, listener=terminal)
+        results = evaluate(base, tasks, config, output, routers=folders, listener=terminal)
     if is_first():
         show_results(output, terminal, [task.name for task in tasks])
         terminal.fact("results", output)
+    drop_test = results[0].drop_test
+    if drop_test is None:
+        return 0
+    terminal.say(drop_test.sentence())
+    return 0 if drop_test.chosen else 1
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:

@@ -113,7 +113,7 @@ class Verb:
     name: str
     help: str
     example: str
-    run: Callable[[CommandLine, Terminal], None]
+    run: Callable[[CommandLine, Terminal], int | None]
     settings: tuple[type[Settings], ...] = ()
     flags: tuple[Flag, ...] = ()
     model_from: str = ""

@@ -288,11 +288,8 @@ class EvaluateConfig(Settings):
         baselines: comma list, quick, all or none; 'drllm ls baselines' explains them
         supervision: supervision.jsonl, for baselines that are fitted on the routers' targets
         curve: shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each
-        epsilon: points of accuracy; finds the cheapest depth or path shown to lose less
-        max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
-            given
-        worked_answers: with --epsilon: a task (gsm8k) on whose right answers the loss may rise no
-            more
+        max_drop: points of accuracy; exit status 1 unless test excludes such a loss
+        max_loss_increase: with --max-drop: nats a token that texts' loss may not rise either
         num_calibration: select questions that depths are found and baselines fitted on; 64 unless
             given
         num_texts: questions whose text's next-token loss is read too, at most
@@ -322,9 +319,8 @@ class EvaluateConfig(Settings):
     baselines: str = basic("quick", value="NAMES")
     supervision: str | None = setting(None, value="FILE")
     curve: str | None = basic(None, value="X,X,...")
-    epsilon: float | None = setting(None, above=0.0, maximum=100.0)
-    max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
-    worked_answers: str | None = setting(None, value="TASK", idle=("epsilon", None))
+    max_drop: float | None = setting(None, above=0.0, maximum=100.0, alias="epsilon")
+    max_loss_increase: float | None = setting(None, above=0.0, idle=("max_drop", None))
     num_calibration: int | None = setting(None, minimum=1)
     num_texts: int = setting(100, minimum=1)
     num_random_draws: int | None = setting(None, minimum=1)
@@ -357,11 +353,8 @@ class TuneConfig(Settings):
             kl for prompts without any
         beam: paths of a level that are edited further
         num_fit: questions of a task that paths are fitted on, at most
-        num_judged: questions of a task that choose, certify and test a path, at most, each
+        num_judged: questions of a task that choose a path, and that test it, at most, each
         max_loss: nats of the objective that a path may lie below the full one to be edited further
-        epsilon: points of accuracy; certifies the shortest path shown to lose less
-        max_loss_increase: with --epsilon: nats a token that the loss of texts may rise; 0.05 unless
-            given
         weights: with several tasks: what each counts; 1 unless given
         minutes: time after which no further level is begun; a later run with more time goes on
         state_cache_gb: GB for shared path prefixes; default: a quarter of free memory, at most 16
@@ -376,8 +369,6 @@ class TuneConfig(Settings):
     num_fit: int = setting(300, minimum=1)
     num_judged: int | None = setting(None, minimum=2)
     max_loss: float = setting(0.1, minimum=0.0)
-    epsilon: float | None = basic(None, above=0.0, maximum=100.0)
-    max_loss_increase: float | None = setting(None, above=0.0, idle=("epsilon", None))
     weights: dict[str, float] | None = setting(None, above=0.0, value="{arc_easy: 2}")
     minutes: float | None = basic(None, above=0.0, decisive=False)
     state_cache_gb: float | None = incidental(None, above=0.0)
@@ -389,7 +380,7 @@ class HealConfig(Settings):
     """The training of an adapter that makes up for what a path leaves out.
 
     Attributes:
-        path: file that says which layers run; of a paths.json the certified path or the named one
+        path: file that says which layers run; of a paths.json the named path
         tasks: tasks (comma list) whose search questions are read with their right answers, prompts
             alone with the full path's own
         text: further texts: .jsonl files with a field text, .txt files, a text a paragraph, or data

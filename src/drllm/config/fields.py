@@ -192,8 +192,15 @@ def required_tasks(names: str | None, flag: str = "--tasks") -> str:
 
 
 def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
-    """Return a group of settings, by default that of all defaults, with some changed by name."""
-    return from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")
+    """Return a group of settings, by default that of all defaults, with some changed by name.
+
+    A setting may be given under its published name, its alias.
+    """
+    names = {field.metadata["alias"]: field.name for field in dataclasses.fields(kind)}
+    values = (config or kind()).to_dict()
+    for name, value in settings.items():
+        values[names.get(name, name)] = value
+    return from_dict(kind, values, "settings")
 
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:

@@ -15,7 +15,7 @@ from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
 from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
-from drllm.statistics.non_inferiority import FEWEST_TEXTS
+from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task, questions_in
 from drllm.tasks.examples import Example
 from drllm.tasks.graded import GradedTask
@@ -28,8 +28,8 @@ def tasks_of(
 ) -> list[Task]:
     """Return the tasks that are evaluated, those given or the config's, if they can be.
 
-    ConfigError for settings that make no sense together, too few texts for a choice, or a missing
-    package; TaskError for an unknown task, or no questions to be had.
+    ConfigError for settings that make no sense together, or a missing package; TaskError for an
+    unknown task, or no questions to be had.
     """
     need("eval", "an evaluation")
     if given is None or isinstance(given, str):
@@ -37,41 +37,51 @@ def tasks_of(
         given = [name.strip() for name in names.split(",") if name.strip()]
     tasks = _tasks([given] if isinstance(given, Task) else given, config)
     check(config)
-    if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
-        raise ConfigError(
-            f"--num-texts {config.num_texts} are too few for --epsilon, which bounds the "
-            f"next-token loss on them too; give at least {FEWEST_TEXTS}"
-        )
+    _check_max_drop(config, tasks)
     if any(f"{task.name}.json" == LATENCY_FILE for task in tasks):
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
             f"times; rename its file"
         )
     evaluated = [task.name for task in tasks]
-    worked = [] if config.worked_answers is None else [get_task(config.worked_answers).name]
-    named_in = {"limits": evaluated, "splits": [*evaluated, *worked], "fitted_on": evaluated}
-    for setting, known in named_in.items():
+    for setting in ("limits", "splits", "fitted_on"):
         for name in getattr(config, setting) or {}:
-            if name not in known:
-                raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
+            if name not in evaluated:
+                raise ConfigError(f"{setting}: " + unknown_name("task", name, evaluated))
     for task in tasks:
         task.check_answers()
-        if (
-            task.harness is None and task.prompt_format is not None
-        ):  # asked and graded as in a search
+        has_own_format = task.harness is None and task.prompt_format is not None
+        if has_own_format:  # asked and graded as in a search
             check_installed(task.check_reward(None))
         _questions(task, config.split_of(task.name), config)
     sources = sources_of(tasks, config)
-    limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
-    if config.limit is not None and limited <= (config.limits or {}).keys():
+    if config.limit is not None and set(evaluated) <= (config.limits or {}).keys():
         raise ConfigError(
             f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
         )
     if is_fitted(config):
         for source in sources.values():
             _questions(source, chosen_on(source, config), config)
-    worked_task(config, tasks)
     return tasks
+
+
+def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
+    """Refuse `--max-drop` on other questions than `test`, of nothing, or on too few texts."""
+    if config.max_drop is None:
+        return
+    given = f"--max-drop {config.max_drop:g}"
+    for task in tasks:
+        split = config.split_of(task.name)
+        if split != "test":
+            raise ConfigError(
+                f"{given} asks what the test questions exclude, and of {task.name} those of "
+                f"{split} are evaluated; leave it out, or evaluate on test"
+            )
+    if config.max_loss_increase is not None and config.num_texts < FEWEST_TEXTS:
+        raise ConfigError(
+            f"--num-texts {config.num_texts} are too few for --max-loss-increase "
+            f"{config.max_loss_increase:g}; give at least {FEWEST_TEXTS}"
+        )
 
 
 def _questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
@@ -135,10 +145,9 @@ def check_output(output: Path) -> None:
 
 
 def is_fitted(config: EvaluateConfig) -> bool:
-    """Tell whether an evaluation chooses, looks for depths or fits baselines on questions."""
+    """Tell whether an evaluation looks for depths or fits baselines on questions."""
     baselines = [BASELINES.get(name) for name in named(config.baselines)]
-    is_chosen = config.epsilon is not None or bool(depths(config.curve))
-    return is_chosen or any(each.fitted_on in QUESTIONS for each in baselines)
+    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
 
 
 def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
@@ -164,41 +173,3 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
 def chosen_on(source: Task, config: EvaluateConfig) -> str:
     """Return the split of a source: `select`, or `fit` where its `select` is what is reported."""
     return "fit" if config.split_of(source.name) == "select" else "select"
-
-
-def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
-    """Return the task whose right answers a certified choice reads as texts, if any.
-
-    ConfigError for a task with options, or the only one that is evaluated; TaskError for an unknown
-    task, a split that it hasn't got, or too few questions in one.
-    """
-    if config.worked_answers is None:
-        return None
-    from drllm.evaluation.lm_eval.graders import entry_of
-
-    task, given = get_task(config.worked_answers), f"--worked-answers {config.worked_answers}"
-    if not entry_of(task).generated:
-        raise ConfigError(
-            f"{given}: its answers are options, not texts; give a task whose answers are "
-            f"generated, for example gsm8k"
-        )
-    if [each.name for each in tasks] == [task.name]:
-        raise ConfigError(
-            f"{given} has no effect: {task.name} alone is evaluated, and its own texts are its "
-            f"worked answers; leave it out"
-        )
-    for split in (chosen_on(task, config), config.split_of(task.name)):
-        other = (
-            f"; 'splits: {{{task.name}: select}}' in a YAML file (--config) has depths chosen on "
-            f"fit and tested on select"
-        ) * (split == "test")
-        try:
-            found = len(_questions(task, split, config))
-        except TaskError as error:
-            raise TaskError(f"{given}: {error}{other}") from error
-        if found < FEWEST_TEXTS:
-            raise TaskError(
-                f"{given}: split {split!r} has {found} questions, and a bound needs "
-                f"{FEWEST_TEXTS}; give a task that has more{other}"
-            )
-    return task

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +22,7 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.latency import timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
+from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
 from drllm.models.routers.files import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
@@ -41,17 +42,16 @@ from drllm.records.results import (
     results_in,
 )
 from drllm.records.resume import refuse_other_run
-from drllm.records.static_paths import (
-    PathFile,
-    read_path_list,
-    steps_to_write,
-)
+from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
+from drllm.statistics.exclusion import Limits, exclude_drop
 from drllm.tasks.base import Task
 from drllm.tasks.examples import KL_REWARD, OPTIONS_REWARD
 from drllm.tasks.graded import pin_reward
 
 if TYPE_CHECKING:
+    from drllm.evaluation.lm_eval.model import RoutedLM
     from drllm.evaluation.tables import TaskRuns
+    from drllm.models.routing.lora import LoraWeights
 
 Routers: TypeAlias = "Path | str | RouterStack"
 Paths: TypeAlias = "str | Sequence[str] | Mapping[str, StaticPath]"
@@ -103,167 +103,324 @@ def evaluate(
 
     Source: the comparison is ours (docs/differences.md, D-18).
     """
-    config, listener = changed(EvaluateConfig, config, settings), listener or Listener()
-    if paths is not None:
-        named = [paths] if isinstance(paths, str) else list(paths)
-        config = replace(config, paths=",".join(named) or None)
-    given = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
-    is_routed = bool(given) or (isinstance(model, RoutedModel) and model.routers is not None)
-    if not is_routed:
-        config = without_routers(config)
-    if config.reward is not None:
-        config = replace(config, reward=pin_reward(config.reward))  # records say which file it was
-    found = tasks_of(config, tasks)
-    by_name: Mapping[str, StaticPath | PathFile] = (
-        paths if isinstance(paths, Mapping) else read_path_list(config.paths or "")
+    listener = listener or Listener()
+    routers = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
+    is_routed = isinstance(model, RoutedModel) and model.routers is not None
+    config = _complete_settings(
+        changed(EvaluateConfig, config, settings), paths, has_routers=bool(routers) or is_routed
     )
-    taken = {BASE, ROUTED, *BASELINES}
-    for name in taken & by_name.keys():
-        raise PathError(f"a path is called {name!r}, as another system is; give it another name")
-    for chosen in by_name.values():
-        if isinstance(chosen, PathFile):
-            _refuse_chosen_on(chosen, found, config)
+    tasks = tasks_of(config, tasks)
+    named_paths = _name_paths(paths, config)
+    for path in named_paths.values():
+        if isinstance(path, PathFile):
+            refuse_chosen_on(path, tasks, config)
+    adapters: dict[str, LoraWeights] = {}
+    if isinstance(model, RoutedModel):
+        adapters = dict(model.injection.lora.all_weights())
+        routers = _routers_of(model, routers)
     with ExitStack() as stack:
         output = stage_folder(output_dir, stack)
         check_output(output)
-        adapters = model.injection.lora.all_weights() if isinstance(model, RoutedModel) else {}
-        if isinstance(model, RoutedModel):
-            if given:
-                raise ConfigError(
-                    "a RoutedModel is evaluated with its own routers, but other routers are given; "
-                    "give its base model and the routers"
-                )
-            given = [model.routers] if model.routers is not None else []
         base = stack.enter_context(unrouted(model, tokenizer, listener))
-        checked = {
-            name: path.check(base.identity["num_layers"])
-            if isinstance(path, StaticPath)
-            else path.path_of(base.identity)
-            for name, path in by_name.items()
-        }
-        records = (path.record for path in by_name.values() if isinstance(path, PathFile))
-        tuned_on = {task for record in records if record is not None for task in record.tasks}
-        loaded: dict[Path, RouterStack] = {}
-        for number, each in enumerate(given):
-            folder = output / "routers" / str(number)
-            if isinstance(each, RouterStack):
-                save_routers(each, folder)
-            else:
-                folder = Path(each)
-            loaded[folder] = load_routers(folder)
-        first = next(iter(loaded), None)
-        trained = None if first is None else loaded[first]
-        asked_by = trained and trained.config.training.get("rewards")
-        ours = OPTIONS_REWARD if config.reward is None else config.reward
-        if isinstance(asked_by, list) and {*asked_by} - {KL_REWARD} and ours not in asked_by:
-            listener.note(
-                f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, "
-                f"the evaluation asks by {ours}; give both the same --reward to have them alike"
-            )
-        hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in loaded}
-        if len(set(hashes.values())) < len(given):
-            raise ConfigError("the same routers are given twice; give those of each seed once")
-        header = {
-            **new_manifest(
-                "evaluation",
-                model=base.identity,
-                config=config.to_dict(),
-                inputs=[folder / WEIGHTS_FILE for folder in loaded],
-            ),
-            "runtime": base.runtime,
-            "routers": first and str(first),
-            "routers_sha256": first and hashes[first],
-            "paths": {name: steps_to_write(path) for name, path in checked.items()},
-            "other_seeds": {str(folder): hashes[folder] for folder in loaded if folder != first},
-        }
-        for file in results_in(output):
-            refuse_other_run(
-                f"the evaluation in {file}",
-                _identity(msgspec.structs.asdict(read_evaluation(file))),
-                _identity(header),
-                "choose another --output-dir, or delete the old results",
-            )
-        for each in loaded.values():
-            check_routers(base.model, each)
-            each.to(base.model.device)
-        # Only here, since they load the harness, which an installation without `eval` lacks.
-        from drllm.evaluation.comparison import Comparison, Shared
-        from drllm.evaluation.lm_eval.model import RoutedLM
-        from drllm.models.healed import load_path
-
-        lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
         stack.callback(detach, base.model)
-        for name, weights in adapters.items():
-            lm.routed.injection.add_adapter(name, weights)
-        for path in by_name.values():
-            if isinstance(path, PathFile):
-                load_path(lm.routed, path)
-        shared = Shared(lm, loaded, checked, tuned_on, found, config, output)
-        stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
-        shared.chunks.open()
-        with listener.busy("reading the questions"):
-            comparisons = [Comparison(shared, task) for task in found]
-        timed = timed_tokens(config) if loaded else 0
-        shared.plan(timed)
-        with listener.progress("evaluating", "") as shared.on_progress:
-            done = []
-            for comparison in comparisons:
-                with shared.planned(comparison.cost):
-                    done.append(comparison.run())
-            detach(base.model)
-            with shared.doing("measuring time", timed):
-                timing = base, first, trained, shared.prompts, config, output
-                from_first(lambda: write_latency(*timing))
-        results = Results(_write(done, header, output))
-        shared.chunks.remove()
+        inputs = _Inputs(
+            base=base,
+            tasks=tasks,
+            config=config,
+            routers=_load_routers(routers, output),
+            paths=_resolve_paths(named_paths, base),
+            path_files={name: p for name, p in named_paths.items() if isinstance(p, PathFile)},
+            adapters=adapters,
+        )
+        if inputs.routers.first is not None:
+            _note_other_prompts(inputs.routers.first, config, listener)
+        header = _header(inputs)
+        _refuse_other_results(output, header)
+        inputs.routers.check_and_move(base)
+        results = _run(inputs, header, output, listener, stack)
     results.folder = None if output_dir is None else output
     return results
 
 
-def _refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
-    """Refuse, by a ConfigError, questions that paths were fitted, chosen or certified on."""
+@dataclass(frozen=True)
+class _Routers:
+    """The routers that are evaluated, by their folders, and their weights' SHA-256."""
+
+    stacks: dict[Path, RouterStack]
+    hashes: dict[Path, str]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the first seed's routers; None where there are none."""
+        return next(iter(self.stacks), None)
+
+    @property
+    def first(self) -> RouterStack | None:
+        """The first seed's routers, which baselines are compared with; None without any."""
+        return None if self.folder is None else self.stacks[self.folder]
+
+    def check_and_move(self, base: BaseModel) -> None:
+        """Refuse routers of another model, and move all to its device."""
+        for stack in self.stacks.values():
+            check_routers(base.model, stack)
+            stack.to(base.model.device)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What an evaluation reads, checked. `adapters` are those that a given model holds."""
+
+    base: BaseModel
+    tasks: Sequence[Task]
+    config: EvaluateConfig
+    routers: _Routers
+    paths: dict[str, StaticPath]
+    path_files: dict[str, PathFile]
+    adapters: Mapping[str, LoraWeights]
+
+    @property
+    def tuned_on(self) -> set[str]:
+        """The tasks on whose `select` questions some of the paths were chosen."""
+        tasks: set[str] = set()
+        for path in self.path_files.values():
+            if path.record is not None:
+                tasks.update(path.record.tasks)
+        return tasks
+
+
+def _complete_settings(
+    config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
+) -> EvaluateConfig:
+    """Return the settings with the names of paths, and with the reward's file pinned."""
+    if paths is not None:
+        names = [paths] if isinstance(paths, str) else list(paths)
+        config = replace(config, paths=",".join(names) or None)
+    if not has_routers:
+        config = without_routers(config)
+    if config.reward is not None:
+        config = replace(config, reward=pin_reward(config.reward))  # records say which file it was
+    return config
+
+
+def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
+    """Return the static paths by name; a PathError for a name that another system has."""
+    named: Mapping[str, StaticPath | PathFile]
+    if isinstance(paths, Mapping):
+        named = paths
+    else:
+        named = read_path_list(config.paths or "", needs_names=config.max_drop is not None)
+    for name in named:
+        if name in (BASE, ROUTED, *BASELINES):
+            raise PathError(
+                f"a path is called {name!r}, as another system is; give it another name"
+            )
+    return named
+
+
+def _resolve_paths(
+    named: Mapping[str, StaticPath | PathFile], base: BaseModel
+) -> dict[str, StaticPath]:
+    """Return the paths as the model runs them; a PathError for one that it can't run."""
+    paths = {}
+    for name, path in named.items():
+        if isinstance(path, PathFile):
+            paths[name] = path.path_of(base.identity)
+        else:
+            paths[name] = path.check(base.identity["num_layers"])
+    return paths
+
+
+def _routers_of(model: RoutedModel, routers: Sequence[Path | str | RouterStack]) -> list[Any]:
+    """Return the routers of a routed model, if any; a ConfigError if others are given too."""
+    if routers:
+        raise ConfigError(
+            "a RoutedModel is evaluated with its own routers, but other routers are given; give "
+            "its base model and the routers"
+        )
+    return [] if model.routers is None else [model.routers]
+
+
+def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> _Routers:
+    """Load routers from their folders; those that have none get one in the output."""
+    stacks: dict[Path, RouterStack] = {}
+    for number, given in enumerate(routers):
+        if isinstance(given, RouterStack):
+            folder = output / "routers" / str(number)
+            save_routers(given, folder)
+        else:
+            folder = Path(given)
+        stacks[folder] = load_routers(folder)
+    hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in stacks}
+    if len(set(hashes.values())) < len(routers):
+        raise ConfigError("the same routers are given twice; give those of each seed once")
+    return _Routers(stacks, hashes)
+
+
+def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
+    """Note where the evaluation puts prompts in other words than the routers were trained on."""
+    rewards = routers.config.training.get("rewards")
+    reward = OPTIONS_REWARD if config.reward is None else config.reward
+    if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
+        listener.note(
+            f"drllm: the routers were trained on prompts for {', '.join(map(str, rewards))}, the "
+            f"evaluation asks by {reward}; give both the same --reward to have them alike"
+        )
+
+
+def _header(inputs: _Inputs) -> dict[str, Any]:
+    """Return what the records of all tasks have in common."""
+    routers = inputs.routers
+    others = [folder for folder in routers.stacks if folder != routers.folder]
+    manifest = new_manifest(
+        "evaluation",
+        model=inputs.base.identity,
+        config=inputs.config.to_dict(),
+        inputs=[folder / WEIGHTS_FILE for folder in routers.stacks],
+    )
+    return {
+        **manifest,
+        "runtime": inputs.base.runtime,
+        "routers": None if routers.folder is None else str(routers.folder),
+        "routers_sha256": None if routers.folder is None else routers.hashes[routers.folder],
+        "paths": {name: steps_to_write(path) for name, path in inputs.paths.items()},
+        "other_seeds": {str(folder): routers.hashes[folder] for folder in others},
+    }
+
+
+def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
+    """Refuse, by a ConfigError, a folder with the results of another evaluation."""
+    for file in results_in(output):
+        refuse_other_run(
+            f"the evaluation in {file}",
+            _identity(msgspec.structs.asdict(read_evaluation(file))),
+            _identity(header),
+            "choose another --output-dir, or delete the old results",
+        )
+
+
+def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two evaluations the same one; how often time is measured doesn't."""
+    names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
+    identity = {"config": header["config"] | dict.fromkeys(TIMING)}
+    for name in names:
+        identity[name] = header[name]
+    return identity
+
+
+def _run(
+    inputs: _Inputs, header: Mapping[str, Any], output: Path, listener: Listener, stack: ExitStack
+) -> Results:
+    """Run every system on every task, measure time, and write the results."""
+    # Only here, since they load the harness, which an installation without `eval` lacks.
+    from drllm.evaluation.comparison import EvaluationContext, TaskComparison
+
+    context = EvaluationContext(
+        lm=_harness_model(inputs),
+        routers=inputs.routers.stacks,
+        paths=inputs.paths,
+        tuned_on=inputs.tuned_on,
+        tasks=inputs.tasks,
+        config=inputs.config,
+        output=output,
+    )
+    stack.enter_context(only_writer(output, "evaluation", "--output-dir"))
+    context.chunks.open()
+    with listener.busy("reading the questions"):
+        comparisons = [TaskComparison(context, task) for task in inputs.tasks]
+    num_timed = timed_tokens(inputs.config) if inputs.routers.stacks else 0
+    progress = context.progress
+    progress.plan(num_timed)
+    with listener.progress("evaluating", "") as progress.report:
+        runs = []
+        for comparison in comparisons:
+            with progress.replanned(comparison.cost):
+                runs.append(comparison.run())
+        detach(inputs.base.model)
+        with progress.during("measuring time", num_timed):
+            from_first(lambda: _measure_latency(inputs, context.prompts, output))
+    results = Results(_write(runs, header, inputs.config, output))
+    context.chunks.remove()
+    return results
+
+
+def _harness_model(inputs: _Inputs) -> RoutedLM:
+    """Return the routed model as the harness takes one, with the adapters that paths run with."""
+    from drllm.evaluation.lm_eval.model import RoutedLM
+    from drllm.models.healed import load_path
+
+    lm = RoutedLM(inputs.base, routers=inputs.routers.first, batch_size=inputs.config.batch_size)
+    for name, weights in inputs.adapters.items():
+        lm.routed.injection.add_adapter(name, weights)
+    for path in inputs.path_files.values():
+        load_path(lm.routed, path)
+    return lm
+
+
+def _measure_latency(inputs: _Inputs, prompts: Sequence[Sequence[int]], output: Path) -> None:
+    routers = inputs.routers
+    write_latency(inputs.base, routers.folder, routers.first, prompts, inputs.config, output)
+
+
+def _write(
+    runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig, output: Path
+) -> tuple[Evaluation, ...]:
+    """Write the results of all tasks, their tests corrected for each other, and the samples."""
+    from drllm.evaluation.comparison import TASKS_FOLDER
+    from drllm.evaluation.lm_eval.folders import CACHE
+
+    evaluations = _judge(runs, header, config)
+    for evaluation in evaluations:
+        write_json(output / f"{evaluation.task}.json", evaluation)
+    manifest = new_manifest("samples", model=header["model"], config=header["config"])
+    samples = [sample for task_runs in runs for sample in task_runs.samples()]
+    write_records(output / SAMPLES_FILE, samples, manifest)
+    for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
+        shutil.rmtree(cache)  # what the harness made of the rows, to read them
+    return evaluations
+
+
+def _judge(
+    runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig
+) -> tuple[Evaluation, ...]:
+    """Return the records of all tasks, their tests corrected for each other."""
+    from drllm.evaluation.tables import correct, drop_candidates
+
+    # Without routers the most accurate path stands first.
+    rivals = () if header["routers"] else header["paths"]
+    tables = correct([task_runs.table() for task_runs in runs], rivals)
+    curves = []
+    for task_runs, table in zip(runs, tables, strict=True):
+        curves.append(task_runs.curve(table))
+    drop_test = None
+    if config.max_drop is not None:
+        names = [task_runs.harness_task.written.name for task_runs in runs]
+        candidates = drop_candidates(
+            dict(zip(names, tables, strict=True)), dict(zip(names, curves, strict=True))
+        )
+        limits = Limits(max_drop=config.max_drop, max_loss_increase=config.max_loss_increase)
+        drop_test = exclude_drop(candidates, limits)
+    evaluations = []
+    for task_runs, table, curve in zip(runs, tables, curves, strict=True):
+        evaluations.append(task_runs.evaluation(table, curve, header, drop_test))
+    return tuple(evaluations)
+
+
+def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
+    """Refuse, by a ConfigError, questions that paths were fitted or chosen on."""
     record = path.record
+    if record is None:
+        return
     for task in tasks:
-        if record is None or task.name not in record.tasks:
+        if task.name not in record.tasks:
             continue
         if task.name in record.divided:
             raise ConfigError(
                 f"{path.file} was tuned on a part of the questions of {task.name} that an "
                 f"evaluation asks; 'drllm show {path.file}' has what its paths do on the others"
             )
-        if config.split_of(task.name) != "test":
+        split = config.split_of(task.name)
+        if split != "test":
             raise ConfigError(
-                f"{path.file} was tuned on {task.name}, and --split "
-                f"{config.split_of(task.name)} holds questions that its paths were chosen on; "
-                f"evaluate them on test"
+                f"{path.file} was tuned on {task.name}, and --split {split} holds questions that "
+                f"its paths were chosen on; evaluate them on test"
             )
-
-
-def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two evaluations the same one; how often time is measured doesn't."""
-    names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
-    return {
-        "config": header["config"] | dict.fromkeys(TIMING),
-        **{name: header[name] for name in names},
-    }
-
-
-def _write(
-    done: Sequence[TaskRuns], header: Mapping[str, Any], output: Path
-) -> tuple[Evaluation, ...]:
-    from drllm.evaluation.comparison import TASKS_FOLDER
-    from drllm.evaluation.lm_eval.folders import CACHE
-    from drllm.evaluation.tables import correct
-
-    # Without routers the most accurate path stands first.
-    rivals = header["paths"] if not header["routers"] else ()
-    tables = correct([each.table() for each in done], rivals)
-    results = tuple(one.evaluation(table, header) for one, table in zip(done, tables, strict=True))
-    for result in results:
-        write_json(output / f"{result.task}.json", result)
-    manifest = new_manifest("samples", model=header["model"], config=header["config"])
-    samples = [sample for each in done for sample in each.samples()]
-    write_records(output / SAMPLES_FILE, samples, manifest)
-    for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
-        shutil.rmtree(cache)  # what the harness made of the rows, to read them
-    return results

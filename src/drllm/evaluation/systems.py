@@ -39,7 +39,7 @@ LEAST_SCORED = 64
 file's writing."""
 
 
-class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What some questions were answered under all draws of a system; `seconds` is the first's time.
 
     `routes` has every question's decisions; it is empty where a path can't be expressed.
@@ -78,158 +78,187 @@ class SystemRun(Outcomes, kw_only=True):
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
 
-Keep: TypeAlias = Callable[[Mapping[str, Callable[[], Answered]]], list[Answered]]
-"""Called with what asks each block, by key; returns the answers that were kept under the same key,
+KeepBlocks: TypeAlias = Callable[[Mapping[str, Callable[[], BatchResult]]], list[BatchResult]]
+"""Called with what runs each block, by key; returns the results that were kept under the same key,
 else those of now. The key has the decisions: were they others after an interruption, the block
-would be asked again."""
+would be run again."""
 
 
-class TaskRun:
+class TaskRunner:
     """All questions of a task, under one system after another.
 
     The text's loss is read of `num_texts` of them, drawn with the seed. `num_tokens` are those that
     a system reads and writes at most.
     """
 
-    def __init__(self, lm: RoutedLM, asked: RenderedTask, num_texts: int, seed: int) -> None:
+    def __init__(self, lm: RoutedLM, harness_task: RenderedTask, num_texts: int, seed: int) -> None:
         self.lm = lm
-        self.asked = asked
+        self.harness_task = harness_task
         self._clock = device_clock(lm.device)
-        self._requests = asked.requests() if asked.has_options else []
-        drawn = choose(range(len(asked.keys)), num_texts, seed)  # as `tune` draws its texts
-        self._texts = [asked.text(place) for place in drawn]
-        scorer = lm.scorer
-        size = scorer.batch_size if isinstance(scorer.batch_size, int) else scorer.max_batch_size
-        if asked.has_options:
-            lengths = [
-                len(requests[0].context) + sum(len(request.continuation) for request in requests)
-                for requests in self._requests
-            ]
-            self._blocks = batches(lengths, size * math.ceil(LEAST_SCORED / size))
+        self._requests: list[list[HarnessRequest]] = []  # by question
+        if harness_task.has_options:
+            self._requests = harness_task.requests()
+        places = choose(range(len(harness_task.keys)), num_texts, seed)  # as `tune` draws its texts
+        self._texts = [harness_task.text(place) for place in places]
+        text_lengths = [len(text.context) + len(text.continuation) for text in self._texts]
+        lengths = self._question_lengths()
+        self.num_tokens = sum(lengths) + sum(text_lengths)
+        self._blocks: list[Block] = self._divide(lengths)
+        if harness_task.has_options:
             # Whatever the first pass sets up would count as time of the base model.
-            scorer.score(self._requests[0], FullPolicy())
-        else:
-            lengths = list(map(len, asked.prompt_tokens))
-            blocks = batches(lengths, size)  # one takes long enough by itself
-            prompts = asked.prompts()  # by which the answers of a block are told apart
-            self._blocks = [part for block in blocks for part in distinct(block, prompts)]
-            new = asked.instances[0][0].args[1].get("max_gen_toks", lm.max_gen_toks)
-            lengths = [length + new for length in lengths]
-        texts = [[*text.context, *text.continuation] for text in self._texts]
-        self.num_tokens = sum(lengths) + sum(map(len, texts))
+            lm.scorer.score(self._requests[0], FullPolicy())
 
-    def run(self, name: str, drawn: Sequence[BaselineRun], setting: str, keep: Keep) -> SystemRun:
+    def _question_lengths(self) -> list[int]:
+        """Return the tokens that are read and written of each question, at most."""
+        if self.harness_task.has_options:
+            lengths = []
+            for requests in self._requests:
+                options = sum(len(request.continuation) for request in requests)
+                lengths.append(len(requests[0].context) + options)
+            return lengths
+        settings = self.harness_task.instances[0][0].args[1]
+        num_new = settings.get("max_gen_toks", self.lm.max_gen_toks)
+        return [len(tokens) + num_new for tokens in self.harness_task.prompt_tokens]
+
+    def _divide(self, lengths: Sequence[int]) -> list[Block]:
+        """Divide the questions into blocks of like length."""
+        scorer = self.lm.scorer
+        size = scorer.max_batch_size
+        if isinstance(scorer.batch_size, int):
+            size = scorer.batch_size
+        if self.harness_task.has_options:
+            return list(batches(lengths, size * math.ceil(LEAST_SCORED / size)))
+        prompts = self.harness_task.prompts()  # by which the answers of a block are told apart
+        blocks: list[Block] = []
+        for block in batches(lengths, size):  # one takes long enough by itself
+            blocks += distinct(block, prompts)
+        return blocks
+
+    def run(
+        self, name: str, draws: Sequence[BaselineRun], setting: str, keep: KeepBlocks
+    ) -> SystemRun:
         """Run a system that decides by a policy, a path, or one or more draws of plans."""
-        note, decides = drawn[0].note, [self._by_key(each.decides) for each in drawn]
+        note = draws[0].note
+        decides = [self._by_key(draw.decides) for draw in draws]
         path = decides[0] if isinstance(decides[0], StaticPath) else None
-        plans = [each for each in decides if isinstance(each, Mapping)]
-
-        def decided(block: Block) -> Any:
-            return [self._rows(plan, block) for plan in plans] or (path and path.layers) or note
-
-        found = self._by_blocks(keep, decided, lambda block: self._ask(block, decides))
-        draws = [self.asked.grade(answers) for answers in found.answers]
-        metrics = {
-            metric: _mean([[each[metric] for each in draw] for draw in draws])
-            for metric in draws[0][0]
-        }
-        system = SystemRun(
-            name=name,
-            setting=setting,
-            path=path,
-            routes=found.routes,
-            correct=metrics[self.asked.written.metric],
-            answers=[self.asked.answer(*each) for each in enumerate(found.answers[0])],
-            metrics=metrics,
-            seconds=found.seconds,
-            notes=[note] if note else [],
-        )
-        if self.asked.has_options:
-            gold = self.asked.gold_logprob
-            golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
-            system.gold_logprob = _mean(golds)
-        of_texts: Paths | StaticPath
+        result = self._run_blocks(keep, decides, note)
+        system = self._grade(result)
+        system.name = name
+        system.setting = setting
+        system.path = path
+        system.routes = result.routes
+        system.seconds = result.seconds
+        system.notes = [note] if note else []
+        along: Paths | StaticPath
         if path is not None:
-            of_texts, system.executions = path, path_executions(path)
+            along = path
+            system.executions = path_executions(path)
         else:
-            of_texts = dict(zip(self.asked.keys, found.routes[0], strict=True))
-            [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
-        [texts] = self.lm.scorer.score_plans(self._texts, [of_texts])
+            along = dict(zip(self.harness_task.keys, result.routes[0], strict=True))
+            by_draw = [[mean_executions(routes)] for routes in result.routes]
+            [system.executions] = _mean_over_draws(by_draw)
+        [texts] = self.lm.scorer.score_plans(self._texts, [along])
         system.text_loss = self._losses(texts)
-        if not self.asked.has_options:
-            tokens = [
-                max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
-                for [answer] in found.answers[0]
-            ]
-            if path is None:
-                system.decode_executions = decode_executions(found.routes[0], tokens)
-            elif max(tokens) > 1:
-                system.decode_executions = system.executions
+        if not self.harness_task.has_options:
+            system.decode_executions = self._decode_executions(system, result)
         return system
 
-    def texts(self, name: str, drawn: BaselineRun, setting: str, keep: Keep) -> SystemRun:
-        """Read the texts of all questions, whose answers are generated, without generating any.
-
-        A policy decides on the questions' prompts, as before an answer is generated.
-        """
-        decides = self._by_key(drawn.decides)
-
-        def read(block: Block) -> Answered:
-            texts = [self._texts[place] for place in block]
-            answers, taken = self.lm.scorer.score(texts, decides)
-            routes = [[taken[text.question] for text in texts]] if taken else []
-            return Answered(answers=[[[answer] for answer in answers]], routes=routes)
-
-        found = self._by_blocks(keep, lambda _: "texts", read)
-        system = SystemRun(name=name, setting=setting, routes=found.routes)
-        system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
+    def _grade(self, result: BatchResult) -> SystemRun:
+        """Return the outcomes of a system's answers, without its name and its cost."""
+        harness_task = self.harness_task
+        draws = [harness_task.grade(answers) for answers in result.answers]
+        metrics = {}
+        for metric in draws[0][0]:
+            by_draw = [[grades[metric] for grades in draw] for draw in draws]
+            metrics[metric] = _mean_over_draws(by_draw)
+        system = SystemRun(
+            name="",
+            correct=metrics[harness_task.written.metric],
+            answers=[harness_task.answer(*each) for each in enumerate(result.answers[0])],
+            metrics=metrics,
+        )
+        if harness_task.has_options:
+            by_draw = [self._gold_logprobs(answers) for answers in result.answers]
+            system.gold_logprob = _mean_over_draws(by_draw)
         return system
+
+    def _gold_logprobs(self, answers: Answers) -> list[float]:
+        """Return the log-probability of each question's gold option among its options."""
+        gold_logprob = self.harness_task.gold_logprob
+        return [gold_logprob(place, scores) for place, scores in enumerate(answers)]
+
+    def _decode_executions(self, system: SystemRun, result: BatchResult) -> float | None:
+        """Return the mean executions a generated token of the first draw."""
+        num_tokens = []
+        for [answer] in result.answers[0]:
+            tokens = self.lm.tok_encode(str(answer), add_special_tokens=False)
+            num_tokens.append(max(1, len(tokens)))
+        if system.path is None:
+            return decode_executions(result.routes[0], num_tokens)
+        return system.executions if max(num_tokens) > 1 else None
 
     def _by_key(self, decides: Tensor | Policy | StaticPath) -> Decides:
         """Return a plan's rows `[Q, L]` by question; anything else as it is."""
         if not isinstance(decides, Tensor):
             return decides
-        return dict(zip(self.asked.keys, map(tuple, decides.tolist()), strict=True))
+        return dict(zip(self.harness_task.keys, map(tuple, decides.tolist()), strict=True))
 
-    def _by_blocks(
-        self, keep: Keep, decided: Callable[[Block], Any], ask: Callable[[Block], Answered]
-    ) -> Answered:
-        asks = {
-            f"block {number} {json.dumps(decided(block))}": partial(ask, block)
-            for number, block in enumerate(self._blocks)
-        }
-        return joined(self._blocks, keep(asks))
+    def _run_blocks(self, keep: KeepBlocks, decides: Sequence[Decides], note: str) -> BatchResult:
+        """Run all blocks under all draws; the results are in the questions' order."""
+        calls = {}
+        for number, block in enumerate(self._blocks):
+            key = f"block {number} {json.dumps(self._decisions_key(block, decides, note))}"
+            calls[key] = partial(self._run_block, block, decides)
+        return joined(self._blocks, keep(calls))
 
-    def _ask(self, block: Block, draws: Sequence[Decides]) -> Answered:
-        """Ask a block's questions under the first draw, which is timed, and under further plans."""
+    def _decisions_key(self, block: Block, decides: Sequence[Decides], note: str) -> Any:
+        """Return what tells the decisions on a block from others, as far as they are known."""
+        plans = [self._rows(plan, block) for plan in decides if isinstance(plan, Mapping)]
+        if plans:
+            return plans
+        if isinstance(decides[0], StaticPath):
+            return decides[0].layers
+        return note
+
+    def _run_block(self, block: Block, draws: Sequence[Decides]) -> BatchResult:
+        """Run a block's questions under the first draw, which is timed, and under further plans."""
         started = self._clock()
-        answered, taken = self._under(block, draws[0])
+        first_answers, first_routes = self._run_draw(block, draws[0])
         seconds = self._clock() - started
-        answers, others = [answered], [each for each in draws[1:] if isinstance(each, Mapping)]
-        if others and self.asked.has_options:  # what options have in common runs once
-            scored = self.lm.scorer.score_plans(self._requests_of(block), others)
-            answers += [self._by_question(block, each) for each in scored]
+        further = [draw for draw in draws[1:] if isinstance(draw, Mapping)]
+        answers = [first_answers]
+        if further and self.harness_task.has_options:  # what options have in common runs once
+            scored = self.lm.scorer.score_plans(self._requests_of(block), further)
+            answers += [self._by_question(block, scores) for scores in scored]
         else:
-            answers += [self._under(block, plan)[0] for plan in others]
-        taken_first = [] if isinstance(draws[0], StaticPath) else [taken]
-        routes = [*taken_first, *(self._rows(plan, block) for plan in others)]
-        return Answered(answers=answers, routes=routes, seconds=seconds)
+            answers += [self._run_draw(block, plan)[0] for plan in further]
+        routes = []
+        if not isinstance(draws[0], StaticPath):
+            routes.append(first_routes)
+        routes += [self._rows(plan, block) for plan in further]
+        return BatchResult(answers=answers, routes=routes, seconds=seconds)
 
-    def _under(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
+    def _run_draw(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
         """Return a block's answers, and the routes that its questions took; none of a path."""
-        keys = [self.asked.keys[place] for place in block]
-        if self.asked.has_options:
+        if self.harness_task.has_options:
             answers, routes = self.lm.scorer.score(self._requests_of(block), decides)
+            keys = [self.harness_task.keys[place] for place in block]
             return self._by_question(block, answers), [routes[key] for key in keys if routes]
-        routed, instances = self.lm.routed, [self.asked.instances[place][0] for place in block]
+        return self._generate(block, decides)
+
+    def _generate(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
+        """Generate a block's answers; return them and the routes that its questions took."""
+        routed = self.lm.routed
+        instances = [self.harness_task.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
+        keys = [self.harness_task.keys[place] for place in block]
         key_of = dict(zip(prompts, keys, strict=True))
         if isinstance(decides, StaticPath):
             decides = routed.policy_of(decides)
 
-        def policy_of(asked: Sequence[str]) -> Policy:
+        def policy_of(batch: Sequence[str]) -> Policy:
             if isinstance(decides, Mapping):
-                return FixedPolicy([decides[key_of[each]] for each in asked], routed.num_layers)
+                return FixedPolicy([decides[key_of[p]] for p in batch], routed.num_layers)
             return decides
 
         self.lm.policy_of = policy_of
@@ -237,69 +266,80 @@ class TaskRun:
         return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 
     def _rows(self, plan: Plan, block: Block) -> list[Decisions]:
-        return [plan[self.asked.keys[place]] for place in block]
+        return [plan[self.harness_task.keys[place]] for place in block]
 
     def _requests_of(self, block: Block) -> list[HarnessRequest]:
-        return [each for place in block for each in self._requests[place]]
+        return [request for place in block for request in self._requests[place]]
 
     def _by_question(self, block: Block, answers: Sequence[OptionScore]) -> Answers:
-        given = iter(answers)
-        found: Answers = []
+        """Return the answers to a block's requests, question by question."""
+        by_question: Answers = []
+        start = 0
         for place in block:
-            each = [next(given) for _ in self._requests[place]]
-            for logprob, _ in each:
+            end = start + len(self._requests[place])
+            for logprob, _ in answers[start:end]:
                 if not math.isfinite(logprob):  # refused before it is kept
                     raise ModelError(
-                        f"a log-probability of question {self.asked.ids[place]} is {logprob}; load "
-                        f"the model with --dtype float32"
+                        f"a log-probability of question {self.harness_task.ids[place]} is "
+                        f"{logprob}; load the model with --dtype float32"
                     )
-            found.append([*each])
-        return found
+            by_question.append([*answers[start:end]])
+            start = end
+        return by_question
 
     def _losses(self, answers: Sequence[OptionScore]) -> list[float]:
-        return [
-            -logprob / len(text.continuation)
-            for text, (logprob, _) in zip(self._texts, answers, strict=True)
-        ]
+        """Return the next-token loss of each text, a token."""
+        losses = []
+        for text, (logprob, _) in zip(self._texts, answers, strict=True):
+            losses.append(-logprob / len(text.continuation))
+        return losses
 
 
 def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
     """Divide a block so that no part of it has a prompt twice."""
     parts: defaultdict[int, list[int]] = defaultdict(list)
-    seen: Counter[str] = Counter()
+    num_seen: Counter[str] = Counter()
     for place in block:
-        parts[seen[prompts[place]]].append(place)
-        seen[prompts[place]] += 1
+        prompt = prompts[place]
+        parts[num_seen[prompt]].append(place)
+        num_seen[prompt] += 1
     return list(parts.values())
 
 
-def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
-    """Return the answers of all blocks as those of all questions, in the questions' order."""
-    order = np.argsort([place for block in blocks for place in block])
-
-    def in_order(parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-        draws = [[one for part in draw for one in part] for draw in zip(*parts, strict=True)]
-        return [[draw[position] for position in order] for draw in draws]
-
-    return Answered(
-        answers=in_order([each.answers for each in answered]),
-        routes=in_order([each.routes for each in answered]),
-        seconds=sum(each.seconds for each in answered),
+def joined(blocks: Sequence[Block], results: Sequence[BatchResult]) -> BatchResult:
+    """Return the results of all blocks as one of all questions, in the questions' order."""
+    places = [place for block in blocks for place in block]
+    return BatchResult(
+        answers=_in_order(places, [result.answers for result in results]),
+        routes=_in_order(places, [result.routes for result in results]),
+        seconds=sum(result.seconds for result in results),
     )
+
+
+def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
+    """Join what each block has of each draw, `[block][draw][question]`, in the questions' order."""
+    ordered = []
+    for of_draw in zip(*parts, strict=True):
+        values: list[Any] = [None] * len(places)
+        joined_values = [value for part in of_draw for value in part]
+        for place, value in zip(places, joined_values, strict=True):
+            values[place] = value
+        ordered.append(values)
+    return ordered
 
 
 def mean_of(systems: Sequence[SystemRun], name: str) -> SystemRun:
     """Return the mean outcomes of systems on the same questions."""
-
-    def mean(values: Sequence[Any]) -> Any:
-        return np.mean(values, axis=0).tolist()
-
-    metrics = {key: mean([each.metrics[key] for each in systems]) for key in systems[0].metrics}
-    names = ("correct", "gold_logprob", "text_loss", "seconds", "executions")
-    means = {each: mean([getattr(system, each) for system in systems]) for each in names}
+    means: dict[str, Any] = {}
+    for quantity in ("correct", "gold_logprob", "text_loss", "seconds", "executions"):
+        values = [getattr(system, quantity) for system in systems]
+        means[quantity] = np.mean(values, axis=0).tolist()
+    metrics = {}
+    for metric in systems[0].metrics:
+        metrics[metric] = _mean_over_draws([system.metrics[metric] for system in systems])
     return SystemRun(name=name, metrics=metrics, **means)
 
 
-def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:
-    found: list[float] = np.mean(draws, axis=0).tolist()
-    return found
+def _mean_over_draws(draws: Sequence[Sequence[Any]]) -> list[float]:
+    means: list[float] = np.mean(draws, axis=0).tolist()
+    return means

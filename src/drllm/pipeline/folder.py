@@ -22,7 +22,6 @@ import msgspec
 from drllm.config import EvaluateConfig, HealConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.base import needs_targets
-from drllm.evaluation.questions import chosen_on
 from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe
 from drllm.records import codec
@@ -32,7 +31,6 @@ from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.records.supervision import rejected_path
 from drllm.tasks.base import Task
 from drllm.tasks.examples import choose
-from drllm.tasks.registry import get_task
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
@@ -92,11 +90,6 @@ def _digest_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str
     for task in tasks:
         split = config.split_of(task.name)
         digests[task.name] = _digest_split(task, split, config.limit_of(task.name), config)
-    if config.worked_answers is not None:
-        worked = get_task(config.worked_answers)
-        for split in (chosen_on(worked, config), config.split_of(worked.name)):
-            name = f"worked answers of {worked.name}, {split}"
-            digests[name] = _digest_split(worked, split, config.num_texts, config)
     return digests
 
 

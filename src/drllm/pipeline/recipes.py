@@ -35,7 +35,7 @@ class Recipe:
     """The settings of all stages.
 
     Without `tune` no static path is looked for, without `heal` none is healed. With `tune`, the
-    `path` of `heal` is the name of one that is found, the certified one unless given.
+    `path` of `heal` is the name of one that is found.
     """
 
     model: config.ModelConfig = dataclasses.field(default_factory=config.ModelConfig)
@@ -95,14 +95,20 @@ class Recipe:
             without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
             _ = self.tuned
+            if self.evaluate.max_drop is not None and self.evaluate.paths is None:
+                raise ConfigError(
+                    f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
+                    f"order fixed beforehand, and what tune finds has no names yet; leave it out, "
+                    f"then 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
+                )
         if self.heal is not None:
             _ = self.healed
             if self.tune is None:
                 read_path(self.heal.named_path())
-            elif self.heal.path is None and self.tune.epsilon is None:
+            elif self.heal.path is None:
                 raise ConfigError(
-                    "heal: no path is named, and without 'epsilon' tune certifies none; name one "
-                    "that it will find, for example 'path: skip1'"
+                    "heal: no path is named; name one that tune will find, for example "
+                    "'path: skip1'"
                 )
 
     def _check_tasks(self) -> None:

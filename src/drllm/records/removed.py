@@ -30,3 +30,11 @@ def refuse_menu(place: Path) -> None:
     file = place / MENU_FILE if place.is_dir() else place
     if file.name == MENU_FILE and file.is_file():
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
+
+
+def certificate_ignored(version: str) -> str:
+    """Say that a certificate, which earlier versions looked for, is ignored."""
+    return (
+        f"The certificate in this file, of drllm {version}, is ignored; ask 'drllm evaluate "
+        f"--max-drop' what loss the test questions exclude."
+    )

@@ -18,7 +18,8 @@ from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
 from drllm.records.manifest import read_records
-from drllm.statistics.non_inferiority import Choice
+from drllm.records.removed import certificate_ignored
+from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Differences, judge_times
 
 BASE, ROUTED = "base", "routed"
@@ -178,9 +179,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     systems: tuple[System, ...]
     curve: tuple[Point, ...] = ()
     seeds: tuple[Seeds, ...] = ()
-    choice: Choice | None = None
+    drop_test: DropTest | None = None
     findings: tuple[str, ...] = ()
-    # Of menus of paths, which earlier versions had; read and ignored.
+    # Menus of paths and certificates of earlier versions, which are read and ignored.
+    choice: Any | msgspec.UnsetType = msgspec.UNSET
     menu: Any | msgspec.UnsetType = msgspec.UNSET
     pooled: Any | msgspec.UnsetType = msgspec.UNSET
 
@@ -209,22 +211,46 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def best_path(self) -> System | None:
-        """The certified static path, else the nearest to the routers, else the most accurate."""
+        """The static path that `--max-drop` chose, else the one that stands out.
+
+        That is the path whose executions are nearest to the routers', or without routers the most
+        accurate one.
+        """
         paths = [system for system in self.systems if system.name in self.paths]
-        certified = self.choice and self.choice.certified
-        found = [each for each in paths if certified and each.name == certified.name] or paths
-        if (routed := self.routed) is None:
-            return max(found, key=lambda path: (path.accuracy, -path.executions), default=None)
-        return min(found, key=lambda path: abs(path.executions - routed.executions), default=None)
+        if not paths:
+            return None
+        for path in paths:
+            if self.drop_test is not None and path.name == self.drop_test.chosen:
+                return path
+        routed = self.routed
+        if routed is None:
+            return max(paths, key=lambda path: (path.accuracy, -path.executions))
+        executions = routed.executions
+        return min(paths, key=lambda path: abs(path.executions - executions))
 
     @property
     def verdict(self) -> tuple[str, ...]:
         """The findings that stand first: on `compared`, then on the static path beside routers."""
         return self.findings[: 2 if self.routed and self.paths else 1]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the file beside its findings, one sentence each."""
+        if self.choice is msgspec.UNSET or self.choice is None:
+            return []
+        return [certificate_ignored(self.drllm_version)]
+
+    def is_healed(self, name: str) -> bool:
+        """Tell whether a system is a static path that runs with an adapter."""
+        return any(step.adapter for step in self.paths.get(name, ()))
+
     def called(self, system: System) -> str:
         """Return what a system is called in a sentence."""
-        return f"path {system.name}" if system.name in self.paths else system.name
+        if system.name not in self.paths:
+            return system.name
+        if self.is_healed(system.name):
+            return f"healed path {system.name}"
+        return f"path {system.name}"
 
     @property
     def score(self) -> str:
@@ -244,7 +270,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return next((system for system in self.systems if system.name == name), None)
 
 
-class Outcome(
+class SampleOutcome(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
     """One system's outcome on one question; `decisions` is None where draws are averaged.
@@ -270,7 +296,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     question: str
     choices: tuple[str, ...]
     gold: int | None
-    systems: dict[str, Outcome]
+    systems: dict[str, SampleOutcome]
 
     def __post_init__(self) -> None:
         if self.gold is not None and not 0 <= self.gold < len(self.choices):

@@ -21,14 +21,19 @@ from drllm.records.healed import (
     refuse_parts_of_layers,
 )
 from drllm.records.identity import differ
-from drllm.records.removed import MENU_SCHEMA, refuse_menu, refuse_removed
+from drllm.records.removed import (
+    MENU_SCHEMA,
+    certificate_ignored,
+    refuse_menu,
+    refuse_removed,
+)
 from drllm.records.results import Header, StepRecord
-from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
 PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
-FIT, SELECT, CERTIFY, TEST = PARTS = ("fit", "select", "certify", "test")
-"""The parts of a task's questions: on each, paths are fitted, chosen, certified or tested."""
+FIT, SELECT, TEST = PARTS = ("fit", "select", "test")
+"""The parts of a task's questions: paths are fitted on the first, chosen on the second, and tested
+on the third."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
 """What is compared of the models' identities."""
 FORMS = (
@@ -85,6 +90,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     `divided` names the tasks whose own splits weren't used, so that their questions were divided
     anew; the objective is that of each task. The digest is that of all questions of all parts, the
     runtime says in what precision they were scored, `is_cut` that the time was over too early.
+    `choice` is the certificate of earlier versions; nothing reads it.
     """
 
     tasks: tuple[str, ...]
@@ -95,33 +101,32 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
     questions_sha256: str = ""
     is_cut: bool = False
     paths: tuple[NamedPath, ...]
-    choice: Choice | None = None
+    choice: Any | msgspec.UnsetType = msgspec.UNSET
 
     @property
-    def certified(self) -> str | None:
-        """The name of the path that is certified, if one is."""
-        found = self.choice and self.choice.certified
-        return found.name if found else None
-
-    @property
-    def division(self) -> str:
-        """Say which sets were divided anew, so that `test` isn't their own; empty without any."""
-        sets = ", ".join(self.divided)
-        said = f"The questions of {sets} were divided anew, so test isn't the set's own test split."
-        return said if sets else ""
+    def notes(self) -> list[str]:
+        """What a reader must know of the file beside its numbers, one sentence each."""
+        sentences = []
+        if self.divided:
+            sets = ", ".join(self.divided)
+            sentences.append(
+                f"The questions of {sets} were divided anew, so test isn't the set's own test "
+                f"split."
+            )
+        if self.choice is not msgspec.UNSET and self.choice is not None:
+            sentences.append(certificate_ignored(self.drllm_version))
+        return sentences
 
     def find(self, name: str | None, file: Path) -> NamedPath:
-        """Return a path by name, the certified one without; a PathError where there is none."""
-        names = [each.name for each in self.paths]
-        wanted = self.certified if name is None else name
-        if wanted is None:
+        """Return a path by name; a PathError without a name, or for one that there isn't."""
+        names = [path.name for path in self.paths]
+        if name is None:
             raise PathError(
-                f"{file} certifies no path; name one of {', '.join(names)} as {file}:NAME, or have "
-                f"'drllm tune --epsilon' certify one"
+                f"{file} has several paths; name one of them as {file}:NAME: {', '.join(names)}"
             )
-        if wanted not in names:
-            raise PathError(f"{file}: " + unknown_name("path", wanted, names))
-        return self.paths[names.index(wanted)]
+        if name not in names:
+            raise PathError(f"{file}: " + unknown_name("path", name, names))
+        return self.paths[names.index(name)]
 
 
 def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
@@ -206,8 +211,8 @@ class PathFile:
 def read_path(given: str) -> PathFile:
     """Read `FILE` or `FILE:NAME`: any of `FORMS`; the name is that of a path of a `paths.json`.
 
-    No such file, or another form, is a RecordError; a name that there isn't, or none where one is
-    needed, a PathError.
+    No such file, or another form, is a RecordError; a name that there isn't, or a `paths.json`
+    without a name, a PathError.
     """
     found, file, name = _read(given)
     if isinstance(found, PathFile):
@@ -215,10 +220,11 @@ def read_path(given: str) -> PathFile:
     return _of_named(file, found.find(name, file), found)
 
 
-def read_path_list(given: str) -> dict[str, PathFile]:
+def read_path_list(given: str, *, needs_names: bool = False) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name, or by the stem of a file that names none.
 
-    A `paths.json` without a name gives its paths but the full one and those marked as dominated. A
+    A `paths.json` without a name gives its paths but the full one and those marked as dominated,
+    or, where names are needed, is a PathError that lists them. A
     name in several files comes behind that of its folder or, where it isn't `paths.json`, file; of
     one that is there healed too, only the healed path's.
     Raised is what `read_path` raises; no such path, or one that is there twice, is a PathError.
@@ -230,7 +236,7 @@ def read_path_list(given: str) -> dict[str, PathFile]:
             files.append((getattr(found.record, "name", file.stem), found))
             continue
         full = StaticPath(range(found.num_layers))
-        named = found.paths if name is None else [found.find(name, file)]
+        named = [found.find(name, file)] if needs_names or name is not None else found.paths
         wanted = [p for p in named if name is not None or not (p.dominated or p.path == full)]
         if not wanted:
             raise PathError(f"{file} holds no path but the full one; give a file with others")

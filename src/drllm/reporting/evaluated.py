@@ -81,15 +81,17 @@ def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile
 
 
 def sections(run: Run, evaluation: results.Result) -> list[Section]:
-    """Return the plot, the table of systems, the certified choice, routes and changed answers."""
+    """Return the plot, the table of systems, the test of limits, routes and changed answers."""
     parts = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
         Section("Systems", template="table.j2", values={"evaluation": evaluation}),
     ]
-    if evaluation.choice:
-        *sentences, verdict = evaluation.choice.sentences()
-        trials = [Listing(sentences)] if sentences else []
-        parts.append(Section("Certified choice", [verdict, *trials]))
+    drop_test = evaluation.drop_test
+    if drop_test is not None:
+        trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
+        if drop_test.untested:
+            trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
+        parts.append(Section("Limits on the loss", [drop_test.sentence(), Listing(trials)]))
     routes = evaluation.routes()
     if routes:
         parts.append(Section("Routes by layer", [_routes(run, routes)]))

@@ -10,6 +10,7 @@ from msgspec.structs import asdict
 
 from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, Result, System
+from drllm.records.static_paths import PATHS_FILE
 from drllm.reporting.commands import (
     evaluate_command,
     search_command,
@@ -45,7 +46,7 @@ def _step_before_evaluation(run: Run) -> Step:
     if (run.paths or run.healed) and not run.has_training:
         path = str(folder / run.sources[-1].name)  # of what is healed before what isn't
         if run.paths and not run.healed:
-            path += f":{run.paths.certified or run.paths.paths[-1].name}"
+            path += f":{run.paths.paths[-1].name}"
         return "Read an answer yourself:", _generate_command(path=path)
     if run.router_config or run.epochs:
         values = {
@@ -97,10 +98,11 @@ def _steps_of_task(run: Run, evaluation: Result) -> Iterator[Step]:
     if evaluation.routed and not any(point.setting for point in evaluation.curve):
         what = "See what is kept where fewer or more layers are saved:"
         yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
-    elif evaluation.choice is None and saves:
-        kind = "depth" if evaluation.routed else "path"
-        what = f"Look for the cheapest {kind} that is shown to lose less than you allow:"
-        yield what, _evaluate_command(run, evaluation, "choice", epsilon=ALLOWED_DROP)
+    elif evaluation.drop_test is None and saves:
+        what = "Ask whether a loss that you don't allow is excluded:"
+        paths = _name_paths(evaluation.config.get("paths"), ours)
+        changes = {"max_drop": ALLOWED_DROP, "paths": paths}
+        yield what, _evaluate_command(run, evaluation, "drop", **changes)
     rival = _unbeaten_path(evaluation)
     if rival is not None:
         yield _use_rival_step(run, evaluation, rival)
@@ -125,6 +127,20 @@ def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: obje
     """Return the command of an evaluation with other settings, into a folder of its own."""
     output = run.folder / f"eval-{folder}"
     return evaluate_command(asdict(evaluation), output_dir=output, **changes)
+
+
+def _name_paths(paths: str | None, system: System) -> str | None:
+    """Return the paths of an evaluation, a `paths.json` without a name with that of a system.
+
+    `--max-drop` tests paths in a fixed order, so that it needs their names.
+    """
+    if paths is None:
+        return None
+    named = []
+    for path in paths.split(","):
+        has_name = not path.strip().endswith(PATHS_FILE)
+        named.append(path if has_name else f"{path.strip()}:{system.name}")
+    return ",".join(named)
 
 
 def _generate_command(**values: object) -> str:

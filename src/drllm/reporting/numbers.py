@@ -54,6 +54,11 @@ def difference(verdict: Verdict | None) -> str:
     return f"{verdict.write(verdict.mean)} ({low} to {high})"
 
 
+def excluded(verdict: Verdict | None) -> str:
+    """Write the loss from which on every loss is excluded: points of accuracy, or nats."""
+    return NONE if verdict is None else verdict.write_excluded()
+
+
 def against(system: System | None) -> Verdict | None:
     """Return the verdict on the routed model's accuracy against a baseline."""
     if system is None or system.routed_against is None:

@@ -127,8 +127,8 @@ def _verdicts(run: Run) -> list[tuple[str, str]]:
     if verdicts:
         return verdicts
     lines: list[str] = []
-    if run.paths and run.paths.choice:
-        lines.append(run.paths.choice.verdict())
+    if run.paths:
+        lines += tuned.advice(run.paths)
     if run.healed:
         lines.append(tuned.describe_healing(run.healed))
     return [("", line) for line in lines or ["Nothing was evaluated yet."]]

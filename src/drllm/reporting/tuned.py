@@ -9,26 +9,46 @@ from drllm.records.healed import HealedPath
 from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, StaticPaths
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Section, Table
-from drllm.reporting.numbers import NONE, count, difference, percent, plain, signed
+from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
+from drllm.statistics.verdicts import lower
 
-COLUMNS = "path|layers|objective: fit|select|test|accuracy|difference from full (95 %)|loss"
+COLUMNS = (
+    "path|layers|accuracy on test|minus full's (95 %)|loss excluded above|next-token loss on test|"
+    "objective on test|on select|on fit"
+)
 LOSS_COLUMNS = "source|texts|full path|path alone|healed|recovered"
 LOSS_CAPTION = "Next-token loss of texts that were not trained on, in nats a token."
 
 
 def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
-    """Yield a row for each path: its objective on each part, then its results on `test`."""
+    """Yield a row for each path: its results on `test`, then its objective on each part."""
     for path in record.paths:
         tested = path.on(task, TEST)
         against = tested.against_full if tested else None
+        accuracy = against.accuracy if against else None
         yield [
             path.name,
             plain(path.executions, 2).removesuffix(".00"),
-            *(_objective(path.on(task, part)) for part in (FIT, SELECT, TEST)),
             percent(tested.accuracy if tested else None),
-            difference(against.accuracy if against else None),
+            difference(accuracy),
+            excluded(accuracy),
             plain(tested.text_loss if tested else None, 3),
+            *(_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)),
         ]
+
+
+def advice(record: StaticPaths) -> Iterator[str]:
+    """Yield what to do with each path that no shorter one does better than, by its `test`."""
+    for task in record.tasks:
+        for path in record.paths:
+            tested = path.on(task, TEST)
+            if path.dominated or tested is None or tested.against_full is None:
+                continue
+            saves_layers = path.executions < record.num_layers
+            sentence = tested.against_full.advice(f"path {path.name}", saves_layers=saves_layers)
+            if len(record.tasks) > 1:
+                sentence = f"On {task}: {lower(sentence)}"
+            yield f"{sentence}."
 
 
 def _objective(measured: PathScore | None) -> str:
@@ -72,7 +92,8 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
     """Return the section on the paths of a `paths.json`."""
     columns = COLUMNS.replace("layers|", "layers|what it does|")
     tables = {task: _rows_in_words(record, task) for task in record.tasks}
-    values = {"record": record, "tables": tables, "columns": columns}
+    sentences = [*advice(record), *record.notes]
+    values = {"record": record, "tables": tables, "columns": columns, "sentences": sentences}
     return Section("Static paths", _curves(record), 2, folded, "tuned.j2", values)
 
 

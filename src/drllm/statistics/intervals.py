@@ -1,6 +1,6 @@
 """Confidence intervals of accuracies and of means, and a one-sided bound of a mean.
 
-Everything that draws takes a seed.
+Whatever draws takes a seed.
 """
 
 import math
@@ -43,8 +43,10 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is the end itself; say so without a rounding error.
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+    # With no or only right answers the bound is 0 or 1 itself, without a rounding error.
+    lower = 0.0 if correct == 0 else centre - half
+    upper = 1.0 if correct == n else centre + half
+    return lower, upper
 
 
 def mean_interval(
@@ -67,15 +69,22 @@ def mean_interval(
 
 
 def sum_interval(
-    given: Sequence[tuple[float, Sequence[float]]], seed: int
+    weighted: Sequence[tuple[float, Sequence[float]]], seed: int
 ) -> tuple[float, float, float]:
     """Return the weighted sum of the means of independent values, and its 95 % interval.
 
+    Args:
+        weighted: Pairs of a weight and the values whose mean it weighs.
+        seed: Seed of the resampling.
+
     Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
     """
-    total = below = above = 0.0
-    for weight, values in given:
-        mean, (low, high) = fmean(values), mean_interval(values, seed)
+    total = 0.0
+    below = 0.0
+    above = 0.0
+    for weight, values in weighted:
+        mean = fmean(values)
+        low, high = mean_interval(values, seed)
         total += weight * mean
         below = math.hypot(below, weight * (mean - low))
         above = math.hypot(above, weight * (high - mean))
@@ -85,29 +94,28 @@ def sum_interval(
 def upper_bound(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> float:
-    """Return what a mean doesn't exceed: a one-sided bound, infinite where too few values tell.
+    """Return a one-sided upper bound of a mean; infinite where there are too few values for one.
 
-    For non-inferiority in scores that are no counts: the values are differences of two systems by
-    question or text, the confidence lies in (0.5, 1). Resampled are means in units of their own
-    standard error, which makes up for skewed differences; the percentiles of plain means, ends of
-    `mean_interval`, exclude too much where some questions or texts lose far more than the rest.
-    Where one in ten does, twenty are too few for either. Equal values are bounded by their value,
-    which is no sign of certainty. No values are a ValueError.
+    The values are differences of two systems by text, the confidence lies in (0.5, 1). Means are
+    resampled in units of their own standard error, which makes up for skewed differences; the
+    percentiles of plain means, ends of `mean_interval`, exclude too much where some texts lose far
+    more than the rest. Where one in ten does, twenty are too few for either. Equal values are
+    bounded by their value, which is no sign of certainty. No values are a ValueError.
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
     """
     import numpy as np
 
-    given = np.asarray(values, dtype=np.float64)
-    if given.size and (given == given[0]).all():
-        return float(given[0])
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size and (sample == sample[0]).all():
+        return float(sample[0])
     studentised = []
-    for resamples in _resamples(given, seed, draws):
-        away = resamples.mean(axis=1) - given.mean()
+    for resamples in _resamples(sample, seed, draws):
+        distance = resamples.mean(axis=1) - sample.mean()
         with np.errstate(divide="ignore"):  # infinite where one value was drawn n times
-            studentised.append(np.where(away == 0, 0.0, away / resamples.std(axis=1)))
+            studentised.append(np.where(distance == 0, 0.0, distance / resamples.std(axis=1)))
     lowest = np.quantile(np.concatenate(studentised), 1 - confidence, method="lower")
-    return float(given.mean() - lowest * given.std())
+    return float(sample.mean() - lowest * sample.std())
 
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:

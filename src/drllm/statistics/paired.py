@@ -4,7 +4,6 @@ Of `n` questions, `won` are those that the first system has right and the second
 other way round.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -20,8 +19,8 @@ class Outcomes(msgspec.Struct, kw_only=True):
     """What one system did at one setting, question by question and text by text.
 
     `executions` are a mean a forward pass, in layer equivalents. `correct` is 1 or 0 a question, or
-    the share of several draws; `gold_logprob` is in nats. Losses are means over a text or a worked
-    answer of another task, in nats a token. What isn't known is empty.
+    the share of several draws; `gold_logprob` is in nats. Losses are means over a text, in nats a
+    token. What isn't known is empty.
     """
 
     name: str
@@ -29,15 +28,18 @@ class Outcomes(msgspec.Struct, kw_only=True):
     correct: Sequence[float]
     gold_logprob: Sequence[float] = ()
     text_loss: Sequence[float] = ()
-    worked_loss: Sequence[float] = ()
 
 
 def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
     """Count the questions won and lost; a ValueError unless both answered the same ones once."""
     if not (is_single(ours) and is_single(theirs)):
         raise ValueError("only answers that are right or wrong can be won or lost: one a question")
-    pairs = list(zip(ours, theirs, strict=True))
-    return sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    won = 0
+    lost = 0
+    for our_score, their_score in zip(ours, theirs, strict=True):
+        won += our_score > their_score
+        lost += our_score < their_score
+    return won, lost
 
 
 def mcnemar_exact(won: int, lost: int) -> float:
@@ -68,14 +70,18 @@ def paired_interval(
         raise ValueError(f"{won} questions won and {lost} lost out of {n} is impossible")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
 
-    def rejected(difference: float) -> bool:
+    def is_rejected(difference: float) -> bool:
         distance, deviation = paired_score(won, lost, n, difference)
         return bool(abs(distance) > z * deviation)
 
-    lower, upper = (
-        bisect(rejected, (won - lost) / n, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
-    )
-    return lower, upper
+    ends = []
+    for extreme in (-1.0, 1.0):
+        if is_rejected(extreme):
+            end, _ = bisect(is_rejected, (won - lost) / n, extreme)
+        else:
+            end = extreme
+        ends.append(end)
+    return ends[0], ends[1]
 
 
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
@@ -97,18 +103,6 @@ def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, A
     return won - lost - n * difference, np.sqrt(variance)
 
 
-def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float:
-    """Return the loss of accuracy, a share, above which every loss is excluded.
-
-    A one-sided bound, negative where even a gain is shown. Whoever claims that a system loses less
-    than so much can be wrong in one direction only, so the whole risk of 5 % lies there: it is the
-    end of the two-sided interval at 90 %. Trials of drugs often halve the risk; here it stays.
-
-    Source: Tango 1998, Statistics in Medicine 17 (8).
-    """
-    return -paired_interval(won, lost, n, 2 * confidence - 1)[0]
-
-
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Return p-values adjusted for being several, in the order given.
 
@@ -117,7 +111,11 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6 (2).
     """
+    adjusted = [0.0] * len(pvalues)
+    highest = 0.0
     order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
-    factors = range(len(pvalues), 0, -1)
-    adjusted = (min(1.0, n * pvalues[index]) for n, index in zip(factors, order, strict=True))
-    return [p for _, p in sorted(zip(order, itertools.accumulate(adjusted, max), strict=True))]
+    for rank, index in enumerate(order):
+        num_left = len(pvalues) - rank
+        highest = max(highest, min(1.0, num_left * pvalues[index]))
+        adjusted[index] = highest
+    return adjusted

@@ -1,4 +1,4 @@
-"""What so many questions can show: the smallest loss that can be excluded, the power of a test.
+"""What so many questions can show: the power of a test, and the questions that a claim needs.
 
 Probabilities are exact sums over how many questions may be answered differently and how many of
 these are won; nothing is drawn. Differences and losses are shares of the questions, not points.
@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from statistics import NormalDist, stdev
 from typing import Any
 
-from drllm.bisection import bisect
 from drllm.statistics.intervals import Floats
-from drllm.statistics.paired import maximum_loss, paired_score
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
@@ -25,49 +23,6 @@ POWER = 0.8
 NEGLIGIBLE = 1e-12
 """Numbers of different answers with a smaller probability are left out; with ten thousand
 questions that changes no probability by more than 1e-8."""
-HALVINGS = 17  # of the range of a share, which is found to a thousandth of a point, from above
-
-
-def smallest_certifiable(
-    n: int, discordant: float, confidence: float = 0.95, power: float = POWER
-) -> tuple[float, float]:
-    """Return the smallest losses ε, shares of n, that a non-inferiority test could exclude.
-
-    The first holds if as many are won as lost, the second for a system that in truth loses nothing,
-    with the probability `power` over other questions (1 where no loss could be excluded); both with
-    a one-sided bound of this confidence (see `paired.maximum_loss`). Where the share of different
-    answers is an estimate, so are they. An ε above one can be certified, one equal to it can't.
-
-    Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
-    """
-    weights, differing, won = _outcomes(n, discordant)
-    # Half a question more on each side where their number is odd.
-    half = min(math.ceil(discordant * n / 2), n // 2)
-    if_equal = maximum_loss(half, half, n, confidence)
-    lost = (differing - won).clip(0.0)
-    probabilities = weights * _binomial(won, differing, 0.5)
-    z = NormalDist().inv_cdf(confidence)
-
-    def is_enough(epsilon: float) -> bool:
-        distance, deviation = paired_score(won, lost, n, -epsilon)
-        return float(probabilities[distance > z * deviation].sum()) >= power
-
-    _, found = bisect(is_enough, 0.0, 1.0, HALVINGS)
-    return if_equal, found if is_enough(1.0) else 1.0
-
-
-def questions_to_certify(discordant: float, epsilon: float, confidence: float = 0.95) -> int:
-    """Return about how many questions would probably exclude a loss of ε, for a system without one.
-
-    Source: the normal approximation of the test of `smallest_certifiable`; without a different
-        answer its closed form.
-
-    Example:
-        >>> questions_to_certify(0.2, 0.02)
-        3092
-    """
-    z, more = NormalDist().inv_cdf(confidence), NormalDist().inv_cdf(POWER)
-    return math.ceil(max(discordant * ((z + more) / epsilon) ** 2, z * z * (1 / epsilon - 1)))
 
 
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
@@ -79,11 +34,16 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
         averaged over that number.
     """
-    weights, differing, won = _outcomes(n, discordant)
+    weights, differing, won = _possible_counts(n, discordant)
+    # The chance of so many questions won or more, were both systems equally good.
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    shown = (2 * tails < alpha) & (won > (differing - won).clip(0.0))
-    share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
-    return float((weights * _binomial(won, differing, share_won))[shown].sum())
+    lost = (differing - won).clip(0.0)
+    is_shown = (2 * tails < alpha) & (won > lost)
+    share_won = 0.5
+    if discordant != 0:
+        share_won = (1 + difference / discordant) / 2
+    probabilities = weights * _binomial(won, differing, share_won)
+    return float(probabilities[is_shown].sum())
 
 
 def questions_needed(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> int:
@@ -96,13 +56,45 @@ def questions_needed(n: int, discordant: float, difference: float, alpha: float 
     def is_enough(num: int) -> bool:
         return chance_to_show(num, discordant, difference, alpha) >= POWER
 
-    low, high = n, n + 1
+    low = n
+    high = n + 1
     while not is_enough(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle
     return high
+
+
+def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int | None:
+    """Return about how many questions or texts would probably exclude a loss of `limit`.
+
+    Args:
+        n: How many there are.
+        mean: The loss that was measured on them; a gain is below 0.
+        end: The end of its 95 % interval, on the side of larger losses.
+        limit: The loss that is to be excluded, above 0.
+
+    Returns:
+        The number that excludes it with a probability of 80 %, were the true loss the measured one
+        (0 for a gain), since the interval's width falls with the root of n; None where the measured
+        loss is the limit or more, so that no number would do.
+
+    Example:
+        >>> questions_to_exclude(400, 0.0, 0.04, 0.02)
+        3270
+    """
+    room = limit - max(mean, 0.0)
+    if room <= 0:
+        return None
+    quantile = NormalDist().inv_cdf
+    z = quantile(1 - ALPHA / 2)
+    width = (end - mean) * (z + quantile(POWER)) / z
+    return math.ceil(n * (width / room) ** 2)
 
 
 def rounded_up(number: int) -> int:
@@ -124,23 +116,31 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 
     Source: the normal approximation of a paired test's power.
     """
-    spread = stdev(differences) if len(differences) > 1 else 0.0
-    if not spread:
+    if len(differences) < 2:
+        return None
+    spread = stdev(differences)
+    if spread == 0:
         return None
     quantile = NormalDist().inv_cdf
     return (quantile(1 - ALPHA / 2) + quantile(POWER)) * spread / math.sqrt(len(differences))
 
 
 @functools.lru_cache(maxsize=4)
-def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
-    """Return how likely `[M, 1]` what numbers `[M, 1]` differ, and how many may be won `[1, W]`."""
+def _possible_counts(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
+    """Return how many of n questions may be answered differently, and how many of them won.
+
+    Returns:
+        The probabilities `[M, 1]` of the numbers `[M, 1]` that differ, and the numbers `[1, W]`
+        that may be won.
+    """
     import numpy as np
 
-    every = np.arange(n + 1, dtype=np.float64)
-    weights = _binomial(every, np.float64(n), discordant)
-    likely = weights > NEGLIGIBLE
-    differing = every[likely][:, None]
-    return weights[likely][:, None], differing, np.arange(differing.max() + 1)[None, :]
+    numbers = np.arange(n + 1, dtype=np.float64)
+    weights = _binomial(numbers, np.float64(n), discordant)
+    is_likely = weights > NEGLIGIBLE
+    differing = numbers[is_likely][:, None]  # [M, 1]
+    won = np.arange(differing.max() + 1)[None, :]  # [1, W]
+    return weights[is_likely][:, None], differing, won
 
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:

@@ -1,1 +1,1 @@
-"""One static path for a whole task: search, choice, certificate."""
+"""One static path for a whole task: search, choice, test."""

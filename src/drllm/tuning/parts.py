@@ -1,4 +1,4 @@
-"""Which questions of a task fit, choose, certify and test a static path. Loads no torch.
+"""Which questions of a task fit, choose and test a static path. Loads no torch.
 
 What is chosen or fitted is never reported on the same questions.
 """
@@ -11,14 +11,13 @@ from drllm.config import SPLITS, TuneConfig
 from drllm.config.fields import required_tasks
 from drllm.errors import ConfigError, TaskError
 from drllm.records.splits import part_by_hash, question_key
-from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
-from drllm.statistics.non_inferiority import FEWEST_TEXTS
+from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, choose
 from drllm.tasks.registry import get_tasks
 from drllm.tasks.rewards import check_installed
 
-BOUNDS = {FIT: 0.2, SELECT: 0.4, CERTIFY: 0.6, TEST: 1.0}
+BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
 """Where the share of each part ends, of a set that doesn't have all four splits."""
 
 
@@ -30,11 +29,28 @@ better."""
 
 @dataclass(frozen=True, slots=True)
 class TaskParts:
-    """The questions of one task by part; `is_divided` says that its own splits weren't used."""
+    """The questions of one task by part; `is_divided` says that its own splits weren't used.
+
+    `spare` are questions of the splits `fit` and `search` that no part has: routers and baselines
+    use these splits.
+    """
 
     task: Task
     examples: dict[str, list[Example]]
     is_divided: bool
+    spare: Sequence[Example] = ()
+
+    def digested(self) -> tuple[str, dict[str, list[Example]]]:
+        """Return what the digest of a tuning's questions is made of.
+
+        As commit 3820ce17 has it, which certified on the spare questions, so that its files are
+        known again.
+        """
+        if self.is_divided:
+            return self.task.name, self.examples
+        fit, select, test = (self.examples[part] for part in PARTS)
+        examples = {FIT: fit, SELECT: select, "certify": list(self.spare), TEST: test}
+        return self.task.name, examples
 
     def is_generated(self, objective: str) -> bool:
         """Whether answers are generated and graded; options and worked solutions are read."""
@@ -54,11 +70,6 @@ def parts_of_tasks(
     found = [task for each in named for task in each]
     for task in found:
         objective = objective_of(task, config)
-        if config.epsilon is not None and objective == KL:
-            raise ConfigError(
-                f"--epsilon {config.epsilon:g} needs right answers, and --objective {KL} looks at "
-                f"none of {task.name}; leave it out"
-            )
         if task.has_answers:
             check_installed(reward_for(task, objective))
     names = [task.name for task in found]
@@ -67,32 +78,7 @@ def parts_of_tasks(
             raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
     if config.weights and len(names) == 1:
         raise ConfigError(f"weights have no effect on one task, {names[0]}; leave them out")
-    if config.epsilon is not None and len(names) > 1:
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} certifies a path on one task, and {', '.join(names)} "
-            "are tuned on together; leave it out, or tune on each"
-        )
-    divided = [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
-    if config.epsilon is not None:
-        _check_certifiable(divided[0], config)
-    return divided
-
-
-def _check_certifiable(divided: TaskParts, config: TuneConfig) -> None:
-    """Refuse a certificate before anything is searched where there can't be one."""
-    objective = objective_of(divided.task, config)
-    if objective == LOSS and not divided.is_generated(objective):
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} needs answers that are graded, and of "
-            f"{divided.task.name} right answers are only read; leave it out"
-        )
-    for part in (CERTIFY, TEST):
-        num = len(choose(divided.examples[part], config.num_judged, 0))
-        if num < FEWEST_TEXTS:
-            raise ConfigError(
-                f"--epsilon {config.epsilon:g} needs {FEWEST_TEXTS} questions to {part} at least, "
-                f"and there are {num}; give more questions, or leave it out"
-            )
+    return [parts_of(task, config.data_dir, config.num_fit, config.seed) for task in found]
 
 
 def objective_of(task: Task, config: TuneConfig) -> str:
@@ -134,9 +120,9 @@ def prompt_of(task: Task, example: Example, objective: str) -> Prompt:
 def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskParts:
     """Divide the questions of a task.
 
-    Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses, `fit` and
-    what is left of `search` certify, and `test` tests. A task that lacks one of the splits has all
-    of its questions divided anew by their texts, 20 % for each of the first three parts.
+    Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses and `test`
+    tests. A task that lacks one of the splits has all of its questions divided anew by their texts:
+    20 % to fit, 40 % to choose and 40 % to test.
     """
     folder = None if data_dir is None else Path(data_dir)
     problems: list[str] = []
@@ -146,9 +132,8 @@ def parts_of(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskP
         fit = choose(found["search"], num_fit, seed)
         fitted = {question_key(example.question) for example in fit}
         left = [each for each in found["search"] if question_key(each.question) not in fitted]
-        certify, test = [*found["fit"], *left], found["test"]
-        parts = {FIT: fit, SELECT: found["select"], CERTIFY: certify, TEST: test}
-        return TaskParts(task, parts, is_divided=False)
+        parts = {FIT: fit, SELECT: found["select"], TEST: found["test"]}
+        return TaskParts(task, parts, is_divided=False, spare=[*found["fit"], *left])
     if not found:
         raise TaskError(problems[0] if problems else f"task {task.name!r} has no questions")
     parts = {name: [] for name in PARTS}

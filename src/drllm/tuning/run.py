@@ -1,7 +1,7 @@
 """Tuning as a stage: questions of one or more tasks in, `paths.json` out, resumable.
 
-Paths are fitted on one part of the questions, chosen on another, certified on a third and tested
-once on the rest; see `parts`.
+Paths are fitted on one part of the questions, chosen on another and tested on the rest; see
+`parts`.
 """
 
 from collections import defaultdict
@@ -18,7 +18,6 @@ import numpy as np
 from drllm.config import TuneConfig
 from drllm.config.fields import changed, make_settings
 from drllm.cost import path_executions
-from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
@@ -29,7 +28,6 @@ from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer, stage_folder
 from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import (
-    CERTIFY,
     FIT,
     PATHS_FILE,
     SELECT,
@@ -41,7 +39,6 @@ from drllm.records.static_paths import (
     steps_to_write,
 )
 from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
-from drllm.statistics.non_inferiority import MAX_LOSS_INCREASE, Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare, signed
 from drllm.tasks.base import Task
@@ -52,7 +49,7 @@ from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
 from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
 
 CHUNKS_FOLDER = "paths.partial"
-FINAL = 1  # levels whose time certifying and testing takes, about
+FINAL = 1  # levels whose time testing takes, about
 MOST_PAIRS = 100  # questions times paths that are scored in one go, and that a kill loses, at most
 MOST_ANSWERS = 32  # the same of answers that are generated
 NUM_TEXTS = 100  # questions of a part whose text's next-token loss is read too, at most
@@ -224,7 +221,7 @@ class TaskScorer:
 
 
 class _Tuning:
-    """One run: search, choice, certificate."""
+    """One run: search, choice, test."""
 
     def __init__(
         self,
@@ -243,7 +240,7 @@ class _Tuning:
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
-            "questions_sha256": digest_of((each.task.name, each.examples) for each in divided),
+            "questions_sha256": digest_of(each.digested() for each in divided),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.tasks = [TaskScorer(routed, one, config, self.chunks, self._scored) for one in divided]
@@ -264,8 +261,7 @@ class _Tuning:
         with self.listener.progress("tuning", "") as self.on_progress:
             paths = {self.full: False} | self._dominated(self._search())
             self._measure_all(paths)
-            choice = None if self.config.epsilon is None else self._certify(paths)
-            result = self._result(paths, choice)
+            result = self._result(paths)
             self.on_progress(self._most + FINAL, self._most + FINAL, "")
         write_json(self.folder / PATHS_FILE, result)
         if not result.is_cut:
@@ -291,11 +287,6 @@ class _Tuning:
             )
             if not found.is_cut or found.config.get("minutes") == self.config.minutes:
                 return found
-            if found.choice is not None and found.choice.confirmation is not None:
-                raise ConfigError(
-                    f"{file} has tested {found.choice.confirmation.name} for --epsilon, and going "
-                    f"on would test another path on the same questions; tune in another folder"
-                )
         return None
 
     def _search(self) -> list[StaticPath]:
@@ -325,7 +316,7 @@ class _Tuning:
         return found
 
     def _scored(self, num_pairs: int, note: str) -> None:
-        """Tell how far it is; certifying and testing count as `FINAL` levels more."""
+        """Tell how far it is; testing counts as `FINAL` levels more."""
         self._pairs += num_pairs
         share = min(1.0, self._pairs / self._expected)
         unit = FINAL if self._saved == self._most else 1
@@ -333,10 +324,8 @@ class _Tuning:
         self.on_progress(self._done, self._most + FINAL, note)
 
     def _measure_all(self, dominated: Mapping[StaticPath, bool]) -> None:
-        """Score all paths on what certifies and tests them, in common passes."""
-        tried = [path for path, is_worse in dominated.items() if not is_worse]
+        """Score all paths on what tests them, in common passes."""
         wanted = [(SELECT, list(dominated)), (TEST, list(dominated))]
-        wanted += [(CERTIFY, tried)] if self.config.epsilon is not None else []
         self._saved, self._pairs = self._most, 0
         self._expected = sum(
             len(paths) * (len(task.judge(f"texts of {part}").items) + len(task.judge(part).items))
@@ -416,26 +405,7 @@ class _Tuning:
             text_loss=[-value for value in texts],
         )
 
-    def _certify(self, dominated: Mapping[StaticPath, bool]) -> Choice:
-        """Choose the shortest path within the limits, and test it once.
-
-        Paths that a shorter one does better than aren't tried: the first failure ends the trials.
-        """
-        config, [task] = self.config, self.tasks
-        assert config.epsilon is not None
-        limits = Limits(
-            epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
-        )
-        paths = [path for path, is_worse in dominated.items() if not is_worse]
-        base, *others = [self._outcomes(task, CERTIFY, path) for path in paths]
-        choice = choose(base, others, limits, chance=task.chance, seed=config.seed)
-        if choice.chosen is None:
-            return choice
-        chosen = next(path for path in paths if self._name(path) == choice.chosen.name)
-        full, tested = (self._outcomes(task, TEST, path) for path in (self.full, chosen))
-        return confirm(choice, full, tested, chance=task.chance, seed=config.seed)
-
-    def _result(self, dominated: Mapping[StaticPath, bool], choice: Choice | None) -> StaticPaths:
+    def _result(self, dominated: Mapping[StaticPath, bool]) -> StaticPaths:
         tasks = tuple(task.name for task in self.tasks)
         return StaticPaths(
             **self.header,
@@ -460,7 +430,6 @@ class _Tuning:
                 )
                 for path, is_worse in dominated.items()
             ),
-            choice=choice,
         )
 
     def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:

@@ -121,10 +121,10 @@ def test_a_tuned_path_names_its_base_model_and_another_is_refused(model_folder, 
     from drllm.models.base.load import load
 
     base = load(str(model_folder(num_layers=6)), device="cpu")
-    file = written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
-    said = drllm("export --device cpu --path", file, "--output", tmp_path / "out").out
+    file = written_paths(tmp_path / "paths.json", base.identity)
+    said = drllm("export --device cpu --path", f"{file}:5.00", "--output", tmp_path / "out").out
     assert "path        0 1 3 4 5\n" in said
-    assert "certified" in (tmp_path / "out" / "README.md").read_text()
+    assert "is excluded" in (tmp_path / "out" / "README.md").read_text()
     other = ("--model", model_folder(num_layers=6, seed=1), "--output", tmp_path / "no")
     said = drllm("export --device cpu --path", f"{file}:4.00", *other, status=2).err
     assert "fingerprint" in said

@@ -23,8 +23,8 @@ def base(model_folder):
 
 @pytest.fixture
 def tuned(base, tmp_path):
-    """A paths.json of the model, which certifies one path."""
-    return written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
+    """A paths.json of the model."""
+    return written_paths(tmp_path / "paths.json", base.identity)
 
 
 def said_alone(base, path, prompt):
@@ -60,15 +60,15 @@ def test_a_file_of_prompts_is_answered_along_the_path(base, tuned, drllm, tmp_pa
     assert "skips layers 3 and 5" in said.err
 
 
-def test_without_a_name_the_certified_path_of_the_file_is_run(tuned, drllm):
-    out = drllm(COMMAND, "--path", tuned, "hello").out
+def test_the_cost_of_the_path_is_said(tuned, drllm):
+    out = drllm(COMMAND, "--path", f"{tuned}:5.00", "hello").out
     assert "path        skips layer 2\n" in out
     assert "executions  5.00 of 6 a forward pass (83 %)" in out
 
 
 def test_a_path_of_another_model_is_refused_in_one_line(tuned, model_folder, drllm):
     other = model_folder(num_layers=6, seed=1)
-    err = drllm(COMMAND, "--path", tuned, "--model", other, "hello", status=2).err
+    err = drllm(COMMAND, "--path", f"{tuned}:5.00", "--model", other, "hello", status=2).err
     assert "fingerprint" in err
     assert err.count("\n") == 1
 

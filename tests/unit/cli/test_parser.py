@@ -226,7 +226,7 @@ def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
     file.write_text("curve: 0.10\nlimit: 3\nepsilon: 2\nrevision: 0123456\noutput-dir: 2024\n")
     request = parsed(f"evaluate --routers r --config {file}")
     settings = request.of(EvaluateConfig)
-    assert (settings.curve, settings.limit, settings.epsilon) == ("0.10", 3, 2)
+    assert (settings.curve, settings.limit, settings.max_drop) == ("0.10", 3, 2)
     assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
     assert request.values["output_dir"] == "2024"
     line = "evaluate --routers r --curve 0.10 --limit 3 --epsilon 2"

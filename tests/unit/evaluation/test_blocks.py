@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.evaluation.systems import Answered, distinct, joined
+from drllm.evaluation.systems import BatchResult, distinct, joined
 from drllm.models.scoring.batching import batches
 from drllm.records.codec import decode, encode
 
@@ -51,7 +51,7 @@ def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_dra
     found = joined(
         blocks,
         [
-            Answered(
+            BatchResult(
                 answers=[answers(draw, block) for draw in draws],
                 routes=[routes(draw, block) for draw in draws if has_routes],
                 seconds=1.0,
@@ -68,5 +68,5 @@ def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_dra
 @given(st.floats(allow_nan=False, allow_infinity=False), st.text())
 def test_answers_come_back_from_a_file_to_the_last_bit(logprob, text):
     answers, routes = [[[(logprob, True)], [text]]], [[(1, 0), (2, 1)]]
-    answered = Answered(answers=answers, routes=routes, seconds=0.1)
-    assert decode(encode(answered), Answered, "here") == answered
+    answered = BatchResult(answers=answers, routes=routes, seconds=0.1)
+    assert decode(encode(answered), BatchResult, "here") == answered

@@ -11,6 +11,7 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation import systems
 from drllm.evaluation.run import evaluate
+from drllm.evaluation.tables import TaskRuns
 from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
@@ -22,7 +23,6 @@ from drllm.records.codec import read_json_lines
 from drllm.records.results import read_results
 from drllm.records.static_paths import read_path, steps_to_write
 from drllm.reporting.stage import report
-from drllm.statistics import non_inferiority
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
 from healed_folder import written_healed
@@ -149,7 +149,7 @@ def test_without_routers_base_is_compared_with_the_paths(evaluated):
     assert kept == pytest.approx([1, 4 / 6, 5 / 6])
     steps = {name: steps_to_write(path) for name, path in PATHS.items()}
     assert result.paths == steps
-    assert result.findings[0].startswith(f"Path {result.best_path.name}, the most accurate of 2 on")
+    assert f"path {result.best_path.name} (the most accurate of 2 on" in result.findings[0]
     assert {result.system(name).against_base.accuracy.num_tests for name in PATHS} == {2}
 
 
@@ -159,7 +159,7 @@ def test_a_report_and_the_terminal_show_a_result_without_routers(evaluated, drll
     report(folder, output=tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert page.startswith("# Static paths of tiny on builtin_facts")
-    assert f"Path {best}, the most accurate of 2" in page
+    assert f"path {best} (the most accurate of 2" in page
     assert f"Accuracy, path {best} minus base" in page
     for missing in ("routed minus it", "--routers", "Routers choose"):
         assert missing not in page
@@ -181,19 +181,20 @@ def test_with_routers_paths_are_compared_with_the_routed_model_too(
         assert ours.routed_against.accuracy.mean == pytest.approx(
             result.routed.accuracy - ours.accuracy
         )
-    assert result.verdict[1].startswith(f"One path for the whole task, {result.best_path.name}, ")
+    assert f"path {result.best_path.name} (of " in result.verdict[1]
 
 
 def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
     graded: dict[str, Any] = {}
-    by_blocks = systems.TaskRun._by_blocks
+    run_blocks = systems.TaskRunner._run_blocks
 
-    def keeping(self, keep, decided, ask):
-        found = by_blocks(self, keep, decided, ask)
-        graded[json.dumps(decided(range(1)))] = self.asked, found.answers[0]
+    def keeping(self, keep, decides, note):
+        found = run_blocks(self, keep, decides, note)
+        key = json.dumps(self._decisions_key(range(1), decides, note))
+        graded[key] = self.harness_task, found.answers[0]
         return found
 
-    monkeypatch.setattr(systems.TaskRun, "_by_blocks", keeping)
+    monkeypatch.setattr(systems.TaskRunner, "_run_blocks", keeping)
     result = run(base, tmp_path, task="builtin_arithmetic", limit=3)
     for name, path in PATHS.items():
         asked, answers = graded[json.dumps(path.layers)]
@@ -205,28 +206,57 @@ def test_answers_are_generated_under_a_path(base, tmp_path, monkeypatch):
         assert result.system(name).decode_executions == pytest.approx(COSTS[name])
 
 
-@pytest.mark.parametrize(
-    "worked", [None, pytest.param("builtin_arithmetic", marks=pytest.mark.thorough)]
-)
-def test_the_cheapest_path_that_loses_little_is_certified(base, tmp_path, monkeypatch, worked):
-    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
-    enough = {"limit": 30, "num_texts": 30, "epsilon": 100.0, "max_loss_increase": 100.0}
-    paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
-    result = run(base, tmp_path, paths, worked_answers=worked, **enough)
-    assert [trial.name for trial in result.choice.trials] == ["five", "four"]
-    assert result.choice.certified.name == result.best_path.name == "four"
-    assert (result.choice.certified.worked is not None) == (worked is not None)
-    assert result.findings[0].startswith("Path four, the certified one: ")
-
-
-def test_among_tuned_paths_is_chosen_on_questions_that_chose_none_of_them(
+def test_paths_are_tested_in_the_order_given_up_to_the_first_that_may_lose_too_much(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
+    monkeypatch.setattr(TaskRuns, "above_chance", True)
+    enough = {"limit": 30, "num_texts": 30, "max_loss_increase": 100.0}
+    paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
+    passed = run(base, tmp_path / "all", paths, max_drop=99.0, **enough)
+    assert [trial.name for trial in passed.drop_test.trials] == ["four", "five"]
+    assert passed.drop_test.chosen == passed.best_path.name == "five"
+    assert passed.drop_test.sentence() in passed.findings
+    assert "path five (chosen in order by --max-drop)" in passed.findings[0]
+    failed = run(base, tmp_path / "none", paths, max_drop=0.001, **enough)
+    assert failed.drop_test.chosen is None
+    assert failed.drop_test.untested == ("five",)
+
+
+def test_the_old_name_of_the_limit_is_read(base, tmp_path):
+    few = {"limit": 2, "num_texts": 2, "epsilon": 2.0}
+    [result] = evaluate(base, "builtin_facts", None, tmp_path, paths={"four": PATHS["four"]}, **few)
+    assert result.config["max_drop"] == result.drop_test.limits.max_drop == 2.0
+
+
+@pytest.mark.parametrize(("max_drop", "status"), [(99, 0), (0.001, 1)])
+def test_the_command_ends_with_the_answer_as_its_status(
+    drllm, model_folder, tmp_path, monkeypatch, max_drop, status
+):
+    monkeypatch.setattr(TaskRuns, "above_chance", True)
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"path": [0, 1, 2, 3, 4]}')
+    folder, few = model_folder(num_layers=6), ("--limit", 30, "--num-texts", 2)
+    words = ("--tasks", "builtin_facts", "--output-dir", tmp_path / "eval", *few)
+    command = f"evaluate --device cpu --model {folder} --paths {plan} --max-drop {max_drop}"
+    said = drllm(command, *words, status=status)
+    [result] = read_results(tmp_path / "eval")
+    assert result.drop_test.sentence() in " ".join(said.out.split())
+    assert (result.drop_test.chosen is None) == bool(status)
+
+
+def test_paths_without_names_have_no_fixed_order(base, tmp_path):
     file = written_paths(tmp_path / "paths.json", base.identity)
-    enough = {"limit": 30, "num_texts": 30, "epsilon": 100.0, "max_loss_increase": 100.0}
-    result = run(base, tmp_path / "eval", str(file), **enough)
-    assert result.choice.chosen_on == "builtin_facts (fit)"
+    with pytest.raises(PathError, match=r"name one of them as .*: full, 5\.00, 4\.00, again"):
+        run(base, tmp_path / "eval", str(file), max_drop=2.0)
+
+
+def test_two_paths_need_the_same_number_of_questions_in_table_and_curve(base, tmp_path):
+    paths = {"four": PATHS["four"], "five": StaticPath(range(5))}
+    result = run(base, tmp_path, paths, limit=20, num_texts=2)
+    points = {point.name: point for point in result.curve}
+    for system in result.systems[1:]:
+        assert system.against_base.accuracy.p_corrected is not None
+        assert points[system.name].against_base == system.against_base
 
 
 def test_all_paths_of_a_file_are_systems_but_the_full_one_unless_it_is_named(base, tmp_path):
@@ -266,7 +296,7 @@ def test_paths_alone_name_their_base_model(drllm, model_folder, tmp_path):
     base = load(str(model_folder(num_layers=6)), device="cpu")
     plan, out = tmp_path / "plan.json", tmp_path / "eval"
     plan.write_text('{"path": [0, 1, 2]}')  # names no model, so the next file's counts
-    file = written_paths(tmp_path / "paths.json", base.identity, certified="5.00")
+    file = written_paths(tmp_path / "paths.json", base.identity)
     few = ("--tasks", "builtin_facts", "--limit", 2, "--num-texts", 2, "--output-dir", out)
     drllm("evaluate --device cpu --paths", f"{plan},{file}:5.00", *few)
     [result] = read_results(out)
@@ -287,7 +317,7 @@ def test_what_only_routers_have_is_refused_without_them(base, tmp_path):
 
 
 def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_path, monkeypatch):
-    asked, ask = [], systems.TaskRun._ask
+    asked, ask = [], systems.TaskRunner._run_block
 
     def once(self, block, draws):
         if len(asked) == 2:
@@ -296,13 +326,18 @@ def test_an_interrupted_evaluation_resumes_with_the_same_paths_alone(base, tmp_p
         return ask(self, block, draws)
 
     few = {"limit": 2, "num_texts": 2}
-    monkeypatch.setattr(systems.TaskRun, "_ask", once)
+    monkeypatch.setattr(systems.TaskRunner, "_run_block", once)
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path, **few)
     changed = {**PATHS, "four": StaticPath([0, 1, 4, 5])}
     with pytest.raises(ConfigError, match=r"made with paths four layers"):
         run(base, tmp_path, changed, **few)
-    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *a: asked.append(a[2][0]) or ask(*a))
+
+    def keeping(self, block, draws):
+        asked.append(draws[0])
+        return ask(self, block, draws)
+
+    monkeypatch.setattr(systems.TaskRunner, "_run_block", keeping)
     run(base, tmp_path, **few)
     assert asked[1:] == [*PATHS.values()]
     with pytest.raises(ConfigError, match=r"made with paths four.*another --output-dir"):

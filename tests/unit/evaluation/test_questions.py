@@ -10,7 +10,6 @@ from drllm.evaluation.questions import (
     is_fitted,
     sources_of,
     tasks_of,
-    worked_task,
 )
 from drllm.tasks.registry import get_task, get_tasks
 
@@ -68,66 +67,23 @@ def test_sources_that_make_no_sense_are_refused(values, message):
     sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-influence"))
 
 
-def worked(tasks="builtin_facts", **values):
-    config = EvaluateConfig(curve="0.1", epsilon=2.0, tasks=tasks, **values)
-    return worked_task(config, get_tasks(tasks))
-
-
-@pytest.fixture
-def make_data(tmp_path, write_rows):
-    """A function that writes invented rows as the training file of GSM8K."""
-
-    def make(number):
-        rows = [
-            {"question": f"What are {place} and 1?", "answer": f"Add them.\n#### {place + 1}"}
-            for place in range(number)
-        ]
-        write_rows("gsm8k/train", rows)
-        return str(tmp_path)
-
-    return make
-
-
-def test_worked_answers_are_those_of_a_named_task_whose_answers_are_generated():
-    assert worked() is None
-    name = "builtin_arithmetic"
-    assert worked(worked_answers=name).name == name
-    assert worked(f"builtin_facts,{name}", worked_answers=name).name == name
-    with pytest.raises(ConfigError, match=r"arc_easy: its answers are options.*gsm8k"):
-        worked(worked_answers="arc_easy")
-    with pytest.raises(ConfigError, match=f"has no effect: {name} alone"):
-        worked(name, worked_answers=name)
-
-
-def test_a_split_without_a_file_is_answered_with_the_split_to_give(make_data):
-    data_dir = make_data(600)
-    with pytest.raises(TaskError, match=r"--worked-answers gsm8k: .*test\.jsonl") as caught:
-        worked(worked_answers="gsm8k", data_dir=data_dir)
-    assert str(caught.value).endswith(
-        "; 'splits: {gsm8k: select}' in a YAML file (--config) has depths chosen on fit and tested "
-        "on select"
-    )
-    assert "\n" not in str(caught.value)
-    assert worked(worked_answers="gsm8k", data_dir=data_dir, splits={"gsm8k": "select"}) is not None
-
-
-def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
-    with pytest.raises(TaskError, match=r"split 'fit' has \d+ questions, and a bound needs 30"):
-        worked(worked_answers="gsm8k", data_dir=make_data(60), splits={"gsm8k": "select"})
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"limits": {"arc_easy": 3}}, "limits: .*arc_easy"),
         ({"limit": 4, "limits": {"builtin_facts": 3}}, "--limit 4 has no effect"),
-        ({"curve": "0.1", "epsilon": 2.0, "num_texts": 29}, "--num-texts 29 are too few"),
+        (
+            {"max_drop": 2.0, "max_loss_increase": 0.1, "num_texts": 29},
+            "--num-texts 29 are too few",
+        ),
+        ({"max_drop": 2.0, "split": "select"}, "--max-drop 2 asks what the test questions"),
+        ({"max_loss_increase": 0.1}, "without --max-drop"),
         ({"data_dir": "nowhere"}, "--data-dir nowhere is not a folder"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises((ConfigError, TaskError), match=message):
-        tasks_of(EvaluateConfig(**values))
+        tasks_of(EvaluateConfig(tasks="builtin_facts", **values))
 
 
 def test_a_task_that_is_called_as_the_measured_times_are_is_refused(write_rows):

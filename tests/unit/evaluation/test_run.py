@@ -16,26 +16,21 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
-from drllm.evaluation.baselines.base import BaselineRun, depths, named
+from drllm.evaluation.baselines.base import depths, named
 from drllm.evaluation.baselines.random_routes import permuted
 from drllm.evaluation.latency import device_clock, measure
-from drllm.evaluation.lm_eval.folders import task_folder
-from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.task import RenderedTask
 from drllm.evaluation.questions import is_fitted
 from drllm.evaluation.run import evaluate
-from drllm.evaluation.systems import TaskRun
+from drllm.evaluation.tables import TaskRuns
 from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
 from drllm.models.routers.checkpoint import load_routers, save_routers
-from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import read_manifest
 from drllm.records.results import read_latency, read_results
-from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
@@ -195,7 +190,7 @@ def test_the_table_holds_every_system_and_the_file_says_what_was_evaluated(evalu
         assert row["seconds"] > 0
     assert rows["base"]["executions"] == 6
     assert result["chance"] == 0.25
-    assert "next-token loss" in result["findings"][0]
+    assert "Next-token loss" in result["findings"][0]
     assert (result["model"], result["runtime"]) == (base.identity, base.runtime)
     assert len(result["routers_sha256"]) == 64
     assert result["config"]["seed"] == 0
@@ -377,92 +372,21 @@ def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought
     assert list(by_name(result)) == ["base", "routed", "permuted routes", "last layers"]
 
 
-def test_a_depth_is_chosen_on_other_questions_than_it_is_tested_on_and_so_few_show_nothing(
-    run, tmp_path
-):
-    calls = []
-    choice = {"curve": "0.1", "epsilon": 2.0, "baselines": "none", "num_texts": 30}
-    [result] = run(tmp_path, calls=calls, split="select", limit=12, **choice)
-    names = {name for _, _, name in calls}
-    assert "builtin_facts: base on fit" in names
-    assert not any(name.endswith("on select") for name in names)
-    assert result["choice"]["limits"]["epsilon"] == 2.0
-    assert result["choice"]["confirmation"] is None
-    assert any(finding.startswith("None is certified") for finding in result["findings"])
+def test_depths_are_tested_from_the_fewest_layers_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TaskRuns, "above_chance", True)
+    settings = {"curve": "0.3,0.1", "max_drop": 99.0, "baselines": "none", "num_texts": 2}
+    [result] = run(tmp_path, limit=30, num_calibration=4, **settings)
+    trials = result["drop_test"]["trials"]
+    assert [trial["name"] for trial in trials] == ["routed, 10 % saved", "routed, 30 % saved"]
+    assert result["drop_test"]["limits"] == {"max_drop": 99.0, "max_loss_increase": None}
+    assert any(finding.startswith("Shown (95 %): routed, 30 %") for finding in result["findings"])
 
 
-@pytest.fixture
-def _base_above_chance(monkeypatch):
-    """Let a model without skill be one with something to lose."""
-    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("_base_above_chance")
-def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(run, tmp_path):
-    calls = []
-    [result] = run(
-        tmp_path,
-        calls=calls,
-        curve="0.1,0.3",
-        epsilon=100.0,
-        max_loss_increase=100.0,
-        num_calibration=4,
-        worked_answers="builtin_arithmetic",
-        baselines="none",
-        limit=30,
-        num_texts=30,
-    )
-    choice = result["choice"]
-    assert choice["worked_answers"] == "builtin_arithmetic"
-    assert choice["trials"][-1]["failures"] == []
-    assert choice["confirmation"]["failures"] == []
-    for trial in (*choice["trials"], choice["confirmation"]):
-        assert trial["worked"]["num_texts"] == 30
-        assert trial["worked"]["increase"] < trial["worked"]["maximum"]
-        assert trial["worked"]["increase"] != trial["texts"]["increase"]
-    said = [name for _, _, name in calls if "worked answers" in name]
-    assert "base on worked answers of builtin_arithmetic, select" in said
-    chosen = choice["confirmation"]["name"].removeprefix("routed, ")
-    assert [name for name in dict.fromkeys(said) if name.endswith(", test")] == [
-        "base on worked answers of builtin_arithmetic, test",
-        f"builtin_facts: routed at {chosen} on worked answers of builtin_arithmetic, test",
-    ]
-    assert calls[-1][0] <= calls[-1][1]
-    read = []
-    for split in ("select", "test"):
-        [file] = (tmp_path / "tasks" / f"worked-{split}" / "rows").glob("*.jsonl")
-        read.append({json.loads(line)["prompt"] for line in file.read_text().splitlines()})
-    assert [len(prompts) for prompts in read] == [30, 30]
-    assert not read[0] & read[1]
-
-
-def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts_own_route(
-    base, routers_dir, tmp_path
-):
-    lm = RoutedLM(base, routers=str(routers_dir), batch_size=4)
-    try:
-        tasks = [get_task("builtin_arithmetic")]
-        [written], files = task_folder(tasks, split="select", limit=8, seed=0, data_dir=None)
-        files.write(tmp_path)
-        asked = RenderedTask(written, tmp_path, lm, chat=False)
-        policy = RouterPolicy(lm.routed.routers)
-        read = TaskRun(lm, asked, num_texts=8, seed=0).texts(
-            "routed", BaselineRun(policy), "", lambda asks: [ask() for ask in asks.values()]
-        )
-        routes = []
-        for prompt in asked.prompts():
-            with lm.routed.using(policy), torch.no_grad():
-                lm.routed.model(torch.tensor([encode(base.tokenizer, prompt)]))
-            routes.append(tuple(lm.routed.last_route[0].tolist()))
-    finally:
-        lm.routed.detach()
-    assert read.routes == [routes]
-    assert len(set(routes)) > 1, "the sample must be a test"
-    for place, (prompt, route) in enumerate(zip(asked.prompts(), routes, strict=True)):
-        context, answer = encode(base.tokenizer, prompt), asked.text(place).continuation
-        expected = loss_along(base, route, context, answer)
-        assert read.text_loss[place] == pytest.approx(expected, abs=TOLERANCE)
+def test_the_routed_model_is_tested_where_no_depth_is_asked_for(run, tmp_path):
+    [result] = run(tmp_path, limit=4, max_drop=2.0, baselines="none", num_texts=2)
+    [trial] = result["drop_test"]["trials"]
+    assert trial["name"] == "routed"
+    assert any(finding.startswith("Not shown that routed") for finding in result["findings"])
 
 
 def test_depths_are_shares_each_named_once():
@@ -476,18 +400,19 @@ def test_depths_are_shares_each_named_once():
 @pytest.mark.thorough
 def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     first, second = two_tasks
-    own = {"curve": "0.1", "baselines": "block-influence", "epsilon": 50.0, "limit": 12}
+    own = {"curve": "0.1", "baselines": "block-influence", "limit": 12}
     own |= {"num_texts": 30, "num_calibration": 4}
     [expected] = run(tmp_path / "alone", tasks=[first], **own)
     calls, named = [], {second.name: first.name}
     one, other = run(tmp_path / "both", tasks=two_tasks, calls=calls, fitted_on=named, **own)
-    assert one["choice"]["trials"] == other["choice"]["trials"] == expected["choice"]["trials"]
-    assert one["choice"]["smallest"] == other["choice"]["smallest"]
+    assert [point["executions"] for point in one["curve"]] == [
+        point["executions"] for point in expected["curve"]
+    ]
     assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["findings"])
     assert not any("fitted and chosen on" in finding for finding in one["findings"])
     names = [name for _, _, name in calls]
-    assert f"{first.name}: base on select" in names
-    assert f"{second.name}: base on select" not in names
+    depths_found = [name for name in names if "depth for" in name]
+    assert len(set(depths_found)) == 2
 
 
 @pytest.mark.thorough
@@ -571,7 +496,7 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, **few, latency_rounds=2)
     assert not list(tmp_path.glob("*.json"))
-    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("all was asked"))
+    monkeypatch.setattr(systems.TaskRunner, "_run_block", lambda *_: pytest.fail("all was asked"))
     run(tmp_path, **few, latency_rounds=1)
     assert read_latency(tmp_path).measured.num_rounds == 1
 
@@ -603,7 +528,7 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
 ):
     moments, asked = random.Random(5), []
     breaks, breaks_in_it = False, 0
-    ask = systems.TaskRun._ask
+    ask = systems.TaskRunner._run_block
 
     def interrupted(self, block, *args):
         if breaks and moments.random() < 1 / 6:
@@ -612,7 +537,7 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
         asked.append(block)
         return answers
 
-    monkeypatch.setattr(systems.TaskRun, "_ask", interrupted)
+    monkeypatch.setattr(systems.TaskRunner, "_run_block", interrupted)
     run(tmp_path / "unbroken", **BROKEN_OFF)
     whole = list(asked)
     assert whole == whole[:4] * 5
@@ -640,7 +565,7 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
     other, said, run, base, task, tmp_path, monkeypatch
 ):
     few = {"limit": 4, "baselines": "none"}
-    monkeypatch.setattr(systems, "_mean", lambda *_: 1 / 0)
+    monkeypatch.setattr(systems, "_mean_over_draws", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, **few)
     if other == "settings":
@@ -672,7 +597,7 @@ def test_finished_results_are_not_replaced_by_those_of_another_evaluation(
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(systems.TaskRunner, "_run_block", lambda *_: pytest.fail("asked"))
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(RecordError, match=r"notes\.json isn't a result"):
         run(tmp_path)

@@ -1,7 +1,6 @@
 """What is made of the systems of a task: curve, seeds and findings."""
 
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,9 @@ from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
 from drllm.paths import StaticPath
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
+from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
-from drllm.statistics.non_inferiority import Limits, choose, confirm
-from drllm.statistics.paired import Outcomes, paired_interval
+from drllm.statistics.paired import paired_interval
 
 RIGHT_80 = [1.0] * 80 + [0.0] * 20
 RIGHT_50 = [1.0] * 50 + [0.0] * 50
@@ -43,10 +42,9 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
     )
     written.num_questions, written.not_asked = len(systems[0].correct), {}
     return TaskRuns(
-        asked=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
+        harness_task=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
         systems=systems,
         notes=notes,
-        choice=None,
         config=EvaluateConfig(),
         num_layers=30,
         shape="it has experts",
@@ -56,7 +54,7 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
 
 def evaluation(*systems, **options):
     found = runs(*systems, **options)
-    return found.evaluation(found.table(), HEADER)
+    return found.evaluation(found.table(), found.curve(found.table()), HEADER)
 
 
 def said(*systems, **options):
@@ -77,7 +75,7 @@ def test_findings_are_the_sentences_of_the_verdicts(base, routed, shown):
     assert against.gold_logprob.shown == "lower"
     assert against.text_loss.shown == "higher"  # users read it: a loss that rises is said
     assert against.accuracy.numbers in found.findings[0]
-    assert f"{against.text_loss.numbers}: higher, which is worse" in found.findings[0]
+    assert against.text_loss.statement() in found.findings[0]
     assert found.findings[1] == against.gold_logprob.sentence()
 
 
@@ -90,12 +88,16 @@ def test_nothing_is_claimed_where_the_base_may_be_guessing(permuted):
     for system in found.systems[1:]:
         assert system.against_base.accuracy.shown == "guessing"
     assert found.systems[2].routed_against.accuracy.shown == "guessing"
-    assert "which is better" not in " ".join(found.findings)
+    assert "shown to be better" not in " ".join(found.findings)
+    assert "is excluded" not in " ".join(found.findings)
 
 
 @pytest.mark.parametrize(
     ("executions", "words"),
-    [(27.0, "10.0 % of the layers saved (27.00 of 30 run)."), (33.0, "10.0 % more layers (33.00")],
+    [
+        (27.0, "(10.0 % of the layers saved, 27.00 of 30 run)."),
+        (33.0, "(10.0 % more layers, 33.00"),
+    ],
 )
 def test_saved_and_spent_executions_are_told_apart(executions, words):
     assert words in said(run("base", RIGHT_50), run("routed", RIGHT_50, executions=executions))
@@ -140,7 +142,7 @@ def test_notes_of_the_task_and_of_systems_and_what_is_not_derived_are_said_once(
     )
 
 
-def beside_routers(routed=27.4, **changes):
+def beside_routers(routed=27.4, drop_test=None):
     """Return an evaluation in which one path is much more accurate, the other nearer."""
     right = [1.0] * 95 + [0.0] * 5
     paths = {name: StaticPath(range(n)) for name, n in (("best", 29), ("near", 28), ("far", 20))}
@@ -153,43 +155,34 @@ def beside_routers(routed=27.4, **changes):
     routed = run("routed", RIGHT_80, executions=routed, losses=[3.2] * 40)
     found = runs(run("base", RIGHT_50, losses=[3.3] * 40), routed, *systems)
     steps = {name: steps_to_write(path) for name, path in paths.items()}
-    found = replace(found, **changes)
-    return found.evaluation(found.table(), HEADER | {"paths": steps})
+    table = found.table()
+    header = HEADER | {"paths": steps}
+    return found.evaluation(table, found.curve(table), header, drop_test)
 
 
 def test_beside_routers_a_path_is_named_that_no_score_has_picked():
     assert beside_routers().best_path.name == "near"
     assert beside_routers(routed=21.0).best_path.name == "far"
-    passed = dict.fromkeys(("text_loss", "worked_loss"), [3.3] * 40)
-    outcomes = [
-        Outcomes(name=name, executions=n, correct=RIGHT_80, gold_logprob=[], **passed)
-        for name, n in (("base", 30), ("far", 20))
-    ]
-    limits = Limits(epsilon=50, max_loss_increase=0.1)
-    choice = confirm(choose(outcomes[0], outcomes[1:], limits, chance=0.25, seed=0), *outcomes,
-                     chance=0.25, seed=0)  # fmt: skip
-    assert choice.certified.name == "far"
-    found = beside_routers(choice=choice)
+    trial = Trial(name="far", tasks=(TaskTest(task="a_task"),))
+    found = beside_routers(drop_test=DropTest(limits=Limits(max_drop=50), trials=(trial,)))
     assert found.best_path.name == "far"
-    assert "far, the certified one: " in found.verdict[1]
+    assert "path far (chosen in order by --max-drop)" in found.verdict[1]
 
 
 def test_the_verdict_on_a_path_has_its_differences_its_cost_and_the_routers_beside_it():
     found = beside_routers()
     path = found.best_path
     first, second = found.verdict
-    assert first.startswith("Routed: accuracy +30.0 points")
+    assert first.startswith("Use routed: its answers are better (")
     against, routed = path.against_base.accuracy, path.routed_against.accuracy
     places = [
         second.index(part)
         for part in (
-            "near, the nearest of 3 to the routers' executions",
-            against.numbers,
-            "6.7 % of the layers saved (28.00 of 30 run)",
-            against.claim,
-            "Routed minus near",
-            routed.numbers,
-            "higher, which is better",
+            "path near (of 3 paths the closest in cost)",
+            "(6.7 % of the layers saved, 28.00 of 30 run)",
+            against.details,
+            "Routed minus path near",
+            routed.details,
         )
     ]
     assert places == sorted(places)

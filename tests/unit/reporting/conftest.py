@@ -17,14 +17,22 @@ from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
 from drllm.records.codec import SCHEMA_VERSION
 from drllm.records.manifest import new_manifest, write_records
-from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, StepRecord, System
+from drllm.records.results import (
+    Evaluation,
+    Flops,
+    Point,
+    Sample,
+    SampleOutcome,
+    StepRecord,
+    System,
+)
 from drllm.records.search import Retest, SearchRecord, TriedPath
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document
 from drllm.reporting.stage import report as write_report
 from drllm.reporting.stage import to_markdown
+from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
-from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.verdicts import Differences, Verdict
 from drllm.supervision.select import targets
@@ -65,6 +73,7 @@ def counted(won: int, lost: int, n: int, above_chance: bool) -> Verdict:
     p, ends = mcnemar_exact(won, lost), paired_interval(won, lost, n)
     shown = "none shown" if p >= 0.05 else "higher" if won > lost else "lower"
     about = {"shown": shown if above_chance else "guessing", "won": won, "lost": lost, "p": p}
+    about["excluded_loss"] = max(0.0, -ends[0]) if above_chance else None
     return Verdict(quantity="accuracy", mean=(won - lost) / n, interval=ends, n=n, **about)
 
 
@@ -86,24 +95,20 @@ def differences(
     )
 
 
-TRIAL = Trial(
-    name="routed, 10 % saved",
-    executions=5.4,
-    num_questions=60,
-    won=2,
-    lost=3,
-    maximum_loss=8.25,
-    texts=LossBound(num_texts=40, increase=0.02, maximum=0.04),
-    worked=None,
-    failures=(),
-)
-FAILED = ("a next-token loss up to 0.080 nats a token higher is not excluded",)
-CERTIFIED = Choice(
-    limits=Limits(epsilon=10.0, max_loss_increase=0.05),
-    num_questions=60,
-    trials=(TRIAL, replace(TRIAL, name="routed, 20 % saved", failures=FAILED, executions=4.8)),
-    confirmation=replace(TRIAL, won=4, lost=4),
-    chosen_on="arc_easy (select)",
+TESTED = DropTest(
+    limits=Limits(max_drop=10.0, max_loss_increase=0.05),
+    trials=(
+        Trial(name="routed, 10 % saved", tasks=(TaskTest(task="arc_easy"),)),
+        Trial(
+            name="routed, 20 % saved",
+            tasks=(
+                TaskTest(
+                    task="arc_easy", failures=("a loss of 12.0 points is not excluded",), needed=90
+                ),
+            ),
+        ),
+    ),
+    untested=("routed, 30 % saved",),
 )
 
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
@@ -113,7 +118,7 @@ SECONDS = {
 }
 """What each round of a batch of one row took; decoding half as long, others in proportion."""
 
-WHOLE: dict[str, Any] = {"depths": (0.1, 0.2), "choice": CERTIFIED}
+WHOLE: dict[str, Any] = {"depths": (0.1, 0.2), "drop_test": TESTED}
 """What an evaluation has that was asked for all that there is."""
 
 
@@ -245,7 +250,7 @@ class Folder:
         changes: dict[str, Any] | None = None,
         question: Callable[[int], str] = question_text,
         depths: tuple[float, ...] = (),
-        choice: Choice | None = None,
+        drop_test: DropTest | None = None,
         chance: float = 0.25,
     ) -> None:
         """Write a result whose accuracies are exactly the given shares of right answers.
@@ -264,7 +269,7 @@ class Folder:
             )
             routes = {"base": full_decisions(self.num_layers), "routed": route}
             outcomes = {
-                name: Outcome(
+                name: SampleOutcome(
                     correct=float(is_right := number in right[name.split(",")[0]]),
                     gold_logprob=-1.2,
                     decisions=routes.get(name),
@@ -302,7 +307,7 @@ class Folder:
             runtime=RUNTIME,
             systems=tuple(systems),
             curve=tuple(curve),
-            choice=choice,
+            drop_test=drop_test,
             findings=("Accuracy is as high; layers are saved.", "Findings follow."),
         )
         self.write(f"eval/{task}.json", msgspec.to_builtins(result) | (changes or {}))
@@ -457,7 +462,7 @@ def with_paths() -> Callable[..., Evaluation]:
 
 @pytest.fixture(scope="session")
 def whole() -> dict[str, Any]:
-    """What to give `Folder.evaluation` for a curve and a choice."""
+    """What to give `Folder.evaluation` for a curve and a test of limits."""
     return WHOLE
 
 

@@ -97,12 +97,12 @@ def test_routes_that_run_more_layers_save_none(run):
 
 def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder, text_of):
     header, *rows = table(text_of(folder.path), "system | layers run | accuracy")
-    assert header[4:6] == ["routed minus it, points", "verdict"]
+    assert header[4:7] == ["routed minus it, points", "loss excluded above", "verdict"]
     names = [row[0] for row in rows]
     assert names == ["base", "**routed**", "permuted routes ×10", "last layers"]
     assert rows[0][4].startswith("−20.0 (")
-    assert rows[1][4:] == ["**–**"] * 4
-    assert rows[3][5] == "better"
+    assert rows[1][4:] == ["**–**"] * 5
+    assert rows[3][5:7] == ["0.0", "better"]
 
 
 def test_what_is_not_known_of_costs_is_a_dash_and_what_is_not_measured_is_said(folder, text_of):
@@ -251,24 +251,18 @@ def test_all_depths_stand_in_numbers(new_folder, text_of, whole):
     assert len(rows) == 1 + 1 + 3 * 2
 
 
-def test_the_choice_is_said_by_itself_with_every_trial(new_folder, text_of, whole):
+def test_the_test_of_limits_stands_by_itself_with_every_trial(new_folder, text_of, whole):
     folder = new_folder()
-    choice = whole["choice"]
-    findings = ["Something else.", *choice.sentences()]
-    folder.evaluation(choice=choice, changes={"findings": findings})
+    drop_test = whole["drop_test"]
+    findings = ["First.", "Something else.", drop_test.sentence()]
+    folder.evaluation(drop_test=drop_test, changes={"findings": findings})
     text = text_of(folder.path)
-    section = text.split("## Certified choice")[1].split("\n## ")[0]
-    assert section.startswith(f"\n\n{choice.verdict()}\n")
-    for sentence in choice.sentences():
-        assert text.count(f"- {sentence}") + text.count(f"\n{sentence}\n") == 1
-
-
-def test_a_choice_of_nothing_has_no_trials(new_folder, text_of, whole):
-    folder = new_folder()
-    nothing = replace(whole["choice"], trials=(), confirmation=None, obstacle="Too few questions")
-    folder.evaluation(choice=nothing)
-    section = text_of(folder.path).split("## Certified choice")[1].split("\n## ")[0]
-    assert section.strip() == "None is certified: too few questions."
+    section = text.split("## Limits on the loss")[1].split("\n## ")[0]
+    assert section.startswith(f"\n\n{drop_test.sentence()}\n")
+    for trial in drop_test.trials:
+        assert trial.name in section
+    assert "Not tested after a failure: routed, 30 % saved." in section
+    assert text.count(drop_test.sentence()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +295,6 @@ def test_each_task_has_its_verdict_in_front_and_its_sections_below(two):
 def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
     _, _, first, _, second = table(two, "task | questions")
     assert first[:3] == ["arc_easy", "60", "routed"]
-    assert first[6] == "worse"
+    assert first[6:8] == ["54.5", "worse"]
     assert second[:3] == ["guessed", "20", "routed"]
-    assert second[6] == "no verdict"
+    assert second[6:8] == ["–", "no verdict"]

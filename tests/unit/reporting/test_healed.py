@@ -90,7 +90,7 @@ def test_a_run_folder_shows_the_healed_path_in_it_beside_its_other_parts(healed,
     written_paths(run / "paths.json", healed.model, paths={"full": [0, 1, 2, 3], "a": [0, 1, 3]})
     text = text_of(run)
     assert text.startswith("# Static paths of smollm2-135m")
-    assert "None is certified" in text.split("## ")[0]
+    assert "use path a where a loss of 2.0 points is acceptable" in text.split("## ")[0]
     assert "runs 3 of 4 executions" in text.split("## ")[0]
     assert "## Static paths" in text
     assert "## Healed path" in text

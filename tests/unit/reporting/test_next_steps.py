@@ -74,10 +74,10 @@ def test_one_training_asks_for_others_with_its_settings(run):
 
 def test_one_depth_asks_for_a_curve_and_a_curve_for_a_choice(run):
     (evaluation,) = run.evaluations
-    [single] = commands(clone(run, replace(evaluation, curve=(), choice=None)), "evaluate")
-    assert (single.of(EvaluateConfig).curve, single.of(EvaluateConfig).epsilon) != (None, 2)
-    [several] = commands(clone(run, replace(evaluation, choice=None)), "evaluate")
-    assert several.of(EvaluateConfig).epsilon == 2
+    [single] = commands(clone(run, replace(evaluation, curve=(), drop_test=None)), "evaluate")
+    assert (single.of(EvaluateConfig).curve, single.of(EvaluateConfig).max_drop) != (None, 2)
+    [several] = commands(clone(run, replace(evaluation, drop_test=None)), "evaluate")
+    assert several.of(EvaluateConfig).max_drop == 2
     assert several.values["output_dir"] != str(run.folder / "eval")
 
 
@@ -131,11 +131,11 @@ def test_the_next_stage_of_a_run_folder_can_be_pasted(tmp_path, there):
 
 
 def test_settings_of_every_kind_can_stand_in_a_command():
-    config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "supervision": "my runs/s.jsonl"}
+    config = {"tasks": "a,b", "chat": True, "max_drop": 2.0, "supervision": "my runs/s.jsonl"}
     config |= {"seed": 0}  # the default, which is left out
     command = evaluate_command({"routers": "r", "config": config})
     expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
-    assert command == expected + "--epsilon 2.0"
+    assert command == expected + "--max-drop 2.0"
     assert parsed(command).of(EvaluateConfig).chat
 
 

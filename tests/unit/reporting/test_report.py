@@ -143,7 +143,7 @@ def test_every_colour_that_is_used_is_defined_in_both_schemes(report):
 ORDER = [
     "Accuracy over layers run",
     "Systems",
-    "Certified choice",
+    "Limits on the loss",
     "Routes by layer",
     "Questions won and lost",
     "What to do next",

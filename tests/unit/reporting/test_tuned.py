@@ -26,7 +26,7 @@ def tuned(folder: Any) -> Any:
 def test_a_folder_of_tuned_paths_alone_makes_a_report(tuned, text_of):
     text = text_of(tuned.path)
     assert text.startswith("# Static paths of smollm2-135m on arc_easy, builtin_facts\n")
-    assert "**None is certified: too few questions.**" in text
+    assert "use path skip2 where a loss of 2.0 points is acceptable" in text.split("## ")[0]
     assert "Routers" not in text.split("## ")[0]
     [(_, line)] = next_steps(read_run(tuned.path))
     assert parse(shlex.split(line)[1:]).values["path"].endswith("paths.json:skip2")
@@ -35,11 +35,14 @@ def test_a_folder_of_tuned_paths_alone_makes_a_report(tuned, text_of):
 def test_a_row_says_what_a_path_does_and_how_it_did_on_each_part(tuned, text_of):
     text = text_of(tuned.path).replace("\u00a0", " ")
     row = next(line for line in text.splitlines() if line.startswith("| skip2 | 2 | skips layers"))
-    assert row.split(" | ")[3:6] == [
+    assert row.rstrip(" |").split(" | ")[3:] == [
+        "+0.5 (−2.0 to +3.0)",
+        "2.0",
+        "+0.050 (−0.01 to +0.11)",
+        "+0.050 (−0.01 to +0.11)",
         "+0.080 (+0.02 to +0.14)",
-        "+0.050 (−0.01 to +0.11)",
-        "+0.050 (−0.01 to +0.11)",
     ]
+    assert "accuracy on test 62.0 %; next-token loss on test 2.500" in text  # of all paths
 
 
 def test_a_path_that_a_shorter_one_does_better_than_is_marked(tuned, text_of):

@@ -1,77 +1,21 @@
 """What n questions can show: against simulation, counting, and published numbers."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 
-from drllm.statistics.paired import maximum_loss, mcnemar_exact
+from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.power import (
     chance_to_show,
     detectable_mean,
     questions_needed,
-    questions_to_certify,
-    smallest_certifiable,
+    questions_to_exclude,
 )
 
 DRAWS = 4000
 NOISE = 4 * 0.5 / math.sqrt(DRAWS)
 """Four standard deviations of a share of the draws, at most."""
-
-
-def drawn(n, share_won, share_lost, seed):
-    """Return (won, lost) of many evaluations of n questions."""
-    rng = np.random.default_rng(seed)
-    tied = 1 - share_won - share_lost
-    return [tuple(row[:2]) for row in rng.multinomial(n, (share_won, share_lost, tied), DRAWS)]
-
-
-def share_certified(n, discordant, epsilon, seed=0):
-    certified = functools.cache(lambda won, lost: maximum_loss(won, lost, n) < epsilon)
-    outcomes = drawn(n, discordant / 2, discordant / 2, seed)
-    return sum(certified(int(won), int(lost)) for won, lost in outcomes) / DRAWS
-
-
-@pytest.mark.parametrize(("n", "discordant"), [(60, 0.1), (200, 0.05), (200, 0.3)])
-def test_the_smallest_loss_is_certified_as_often_as_it_says(n, discordant):
-    _, with_power = smallest_certifiable(n, discordant)
-    assert share_certified(n, discordant, with_power) > 0.8 - NOISE
-    # Outcomes are whole questions, so half a question less must cost power.
-    assert share_certified(n, discordant, with_power - 0.5 / n) < 0.8 + NOISE
-
-
-@pytest.mark.parametrize(
-    ("n", "different", "half"),
-    [(150, 0, 0), (150, 30, 15), (101, 3, 2), (7, 7, 3)],  # rounded up, to no more than there are
-)
-def test_a_loss_seen_as_nothing_is_not_certified_at_the_smallest(n, different, half):
-    assert smallest_certifiable(n, different / n)[0] == maximum_loss(half, half, n)
-
-
-def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
-    z = 1.6448536269514722
-    if_equal, with_power = smallest_certifiable(500, 0.0)
-    assert if_equal == pytest.approx(z * z / (500 + z * z))
-    assert with_power == pytest.approx(if_equal, abs=1e-5)
-
-
-@pytest.mark.parametrize("discordant", [0.0, 0.05, 0.2, 0.4])
-@pytest.mark.parametrize("epsilon", [0.02, 0.05])
-def test_as_many_questions_as_a_loss_needs_could_certify_about_that_loss(discordant, epsilon):
-    num = questions_to_certify(discordant, epsilon)
-    assert smallest_certifiable(num, discordant)[1] == pytest.approx(epsilon, rel=0.15)
-    assert smallest_certifiable(num // 2, discordant)[1] > 1.2 * epsilon
-
-
-def test_more_questions_and_fewer_different_answers_certify_less_loss():
-    settings = ((100, 0.2), (1000, 0.2), (1000, 0.02))
-    if_equal, with_power = zip(*(smallest_certifiable(*each) for each in settings), strict=True)
-    assert if_equal[0] > if_equal[1] > if_equal[2]
-    assert with_power[0] > with_power[1] > with_power[2]
-    assert smallest_certifiable(1, 1.0)[1] == 1.0  # nothing can be excluded
-    assert smallest_certifiable(1000, 0.2, confidence=0.99)[0] > if_equal[1]
-    assert smallest_certifiable(1000, 0.2, power=0.95)[1] > with_power[1]
 
 
 @pytest.mark.parametrize(
@@ -145,3 +89,22 @@ def test_the_detectable_mean_is_shown_as_often_as_it_says():
 @pytest.mark.parametrize("differences", [[], [0.3], [0.5, 0.5, 0.5]])
 def test_without_a_spread_no_detectable_mean_is_given(differences):
     assert detectable_mean(differences) is None
+
+
+@pytest.mark.parametrize(("won", "lost"), [(20, 20), (30, 32), (45, 40)])
+def test_about_as_many_questions_as_it_says_exclude_a_loss_four_times_in_five(won, lost):
+    n, limit = 400, 0.03
+    low, _ = paired_interval(won, lost, n)
+    num = questions_to_exclude(n, (lost - won) / n, -low, limit)
+    true_won, true_lost = (won / n, lost / n) if lost > won else ((won + lost) / 2 / n,) * 2
+    rng = np.random.default_rng(0)
+    shares = (true_won, true_lost, 1 - true_won - true_lost)
+    outcomes = rng.multinomial(num, shares, 300)
+    excluded = [paired_interval(int(w), int(k), num)[0] > -limit for w, k, _ in outcomes]
+    assert np.mean(excluded) == pytest.approx(0.8, abs=0.1)
+
+
+def test_no_number_of_questions_excludes_a_loss_as_large_as_the_measured_one():
+    assert questions_to_exclude(400, 0.02, 0.05, 0.02) is None
+    assert questions_to_exclude(400, 0.019, 0.05, 0.02) > 400
+    assert questions_to_exclude(400, -0.1, -0.09, 0.02) < 400

@@ -3,12 +3,14 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
-from drllm.statistics.intervals import mean_interval
+from drllm.statistics.intervals import mean_interval, upper_bound
 from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
+    EXCLUDING,
     Differences,
     compare,
     correct_together,
@@ -58,7 +60,7 @@ def test_too_few_questions_come_with_the_number_that_would_do():
     assert found.needed > 60
     assert found.target == 0.05  # smaller differences needn't be found
     assert chance_to_show(found.needed, 7 / 60, found.target) >= 0.8
-    assert found.sentence().startswith("Too few questions to tell (about ")
+    assert "inconclusive: about " in found.sentence()
 
 
 @pytest.mark.parametrize("quantity", ["accuracy", "gold_logprob"])
@@ -140,28 +142,96 @@ def test_several_tasks_are_corrected_for_each_other_and_the_corrected_value_deci
 @pytest.mark.parametrize(
     ("verdict", "parts"),
     [
-        (judge_counts(10, 30, 120), ("−16.7 points", "−26.7 to −6.", "lower, which is worse")),
-        (judge_counts(12, 8, 120), ("Too few questions to tell (about", "+3.3 points", "interval")),
+        (
+            judge_counts(10, 30, 120),
+            ("−16.7 points", "−26.7 to −6.", "a loss of more than 26.", "shown to be worse"),
+        ),
+        (judge_counts(30, 10, 120), ("+16.7 points", "every loss is excluded", "to be better")),
+        (judge_counts(12, 8, 120), ("+3.3 points", "won 12, lost 8", "more than", "inconclusive")),
         (judge_counts(8, 12, 120, above_chance=False), ("won 8, lost 12 of 120", "no verdict (")),
-        (judge_means("text_loss", [1.0] * 9, [1.0] * 9, 0), ("same on all 9 texts", "no differ")),
-        (judge_means("text_loss", [1.0, 2.0], [1.0, 1.0], 0), ("Too few texts to tell", "+0.500")),
+        (
+            judge_means("text_loss", [1.0] * 30, [1.0] * 30, 0),
+            ("same on all 30 texts", "an increase of more than 0.000 nats", "no difference"),
+        ),
+        (judge_means("text_loss", [1.0, 2.0], [1.0, 1.0], 0), ("+0.500", "inconclusive")),
     ],
 )
-def test_a_sentence_has_the_size_first_unless_too_few_questions_could_tell(verdict, parts):
-    said = verdict.sentence("ours", "theirs")
-    places = [said.index(part) for part in parts]
+def test_a_sentence_has_the_size_then_what_it_excludes_then_how_sure(verdict, parts):
+    text = verdict.sentence("ours", "theirs")
+    assert text.index("of ours minus theirs") < text.index(parts[0])
+    places = [text.index(part) for part in parts]
     assert places == sorted(places)
-    assert said.lower().index("of ours minus theirs") < places[-1]
+    assert text.count(". ") == 0
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_a_headline_holds_both_verdicts_and_the_cost(few):
+def test_a_headline_says_what_to_do_then_both_differences(few):
     accuracy = judge_counts(12, 8, 120) if few else judge_counts(10, 30, 120)
-    loss = judge_means("text_loss", [5.0 + place / 9 for place in range(9)], [3.0] * 9, 0)
-    said = Differences(accuracy=accuracy, text_loss=loss).headline("9 % saved")
-    assert said.startswith("Too few questions to tell (about" if few else "Accuracy −16.7 points")
-    assert f"accuracy {accuracy.numbers}" in said.lower()
-    assert f"next-token loss {loss.numbers}: higher, which is worse; 9 % saved." in said
+    loss = judge_means("text_loss", [3.0 + place % 7 / 9 for place in range(60)], [3.3] * 60, 0)
+    found = Differences(accuracy=accuracy, text_loss=loss)
+    text = found.headline("path skip2", saves_layers=True, cost="9 % saved")
+    advice, *rest = text.split(". ")
+    assert advice.startswith("Use path skip2 only where" if few else "Don't use path skip2: its an")
+    assert advice.endswith("(9 % saved)")
+    assert ". ".join(rest) == f"{accuracy.statement()} {loss.statement()}"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "saves_layers", "advice"),
+    [
+        ((30, 10), 0.0, True, "Use it: its answers are better"),
+        ((30, 10), 1.0, True, "Don't use it to write text"),
+        ((10, 30), 1.0, True, "Don't use it: its answers and its text are worse"),
+        ((0, 0), 0.0, True, "Use it where a loss of 3.1 points is acceptable: no loss is shown"),
+        ((12, 8), 0.0, True, "Use it only where a loss of 4.2 points is acceptable, or ask more"),
+        ((0, 0), 0.0, False, "It isn't worth it"),
+    ],
+)
+def test_advice_follows_from_the_verdicts(accuracy, loss, saves_layers, advice):
+    changed = [3.0 + loss + place % 5 / 100 for place in range(60)]
+    base = [3.0 + place % 5 / 100 for place in range(60)]
+    found = Differences(
+        accuracy=judge_counts(*accuracy, 120), text_loss=judge_means("text_loss", changed, base, 0)
+    )
+    assert found.advice("it", saves_layers=saves_layers).startswith(advice)
+
+
+def test_where_base_may_be_guessing_nothing_is_advised():
+    found = Differences(accuracy=judge_counts(30, 10, 120, above_chance=False))
+    assert "base may be guessing" in found.advice("it", saves_layers=True)
+    assert found.accuracy.excluded_loss is None
+
+
+@pytest.mark.parametrize(("won", "lost", "n"), [(10, 30, 120), (12, 8, 120), (0, 0, 50)])
+def test_the_excluded_loss_of_accuracy_is_the_lower_end_of_the_interval(won, lost, n):
+    found = judge_counts(won, lost, n)
+    assert found.excluded_loss == -found.interval[0]
+
+
+def test_the_excluded_increase_of_a_loss_is_never_below_the_interval_and_needs_texts():
+    rng = random.Random(4)
+    heavy = [rng.gauss(0, 0.1) + (place % 10 == 0) * rng.expovariate(1) for place in range(100)]
+    found = judge_means("text_loss", heavy, [0.0] * 100, 0)
+    assert found.excluded_loss >= found.interval[1]
+    assert judge_means("text_loss", heavy[:29], [0.0] * 29, 0).excluded_loss is None
+    falling = [-1.0 + place % 7 / 100 for place in range(60)]
+    assert judge_means("text_loss", falling, [0.0] * 60, 0).excluded_loss == 0
+
+
+def test_a_skewed_loss_exceeds_what_is_excluded_seldom():
+    """One text in ten loses far more: the interval's end alone would be exceeded far too often."""
+    rng = np.random.default_rng(1)
+    num_trials, n = 120, 60
+    exceeded = {"excluded": 0, "interval": 0}
+    for _ in range(num_trials):
+        heavy = (rng.random(n) < 0.1) * 1.0
+        increases = rng.normal(0, 0.1, n) + heavy  # 0.1 on average
+        _, high = mean_interval(increases, 0, draws=400)
+        bound = upper_bound(increases, 0, draws=400, confidence=EXCLUDING)
+        exceeded["interval"] += high < 0.1
+        exceeded["excluded"] += max(high, bound) < 0.1
+    assert exceeded["excluded"] < exceeded["interval"]
+    assert exceeded["excluded"] / num_trials < 0.08
 
 
 def test_times_are_told_apart_only_where_the_rounds_agree_whatever_else_was_timed():

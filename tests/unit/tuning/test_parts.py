@@ -1,11 +1,12 @@
-"""Which questions fit, choose, certify and test."""
+"""Which questions fit, choose and test."""
 
 import pytest
 
 from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.records.splits import question_key
-from drllm.records.static_paths import CERTIFY, FIT, PARTS, SELECT, TEST
+from drllm.records.codec import digest_of
+from drllm.records.splits import part_by_hash, question_key
+from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, with_options
 from drllm.tasks.registry import get_task
@@ -14,6 +15,7 @@ from drllm.tuning.parts import (
     KL,
     LOSS,
     objective_of,
+    part_of,
     parts_of,
     parts_of_tasks,
     prompt_of,
@@ -55,7 +57,7 @@ def test_a_task_with_four_splits_is_fitted_on_search_and_tested_on_test():
     assert keys(found.examples[FIT]) <= keys(search)
     assert found.examples[SELECT] == task.examples("select")
     assert found.examples[TEST] == task.examples("test")
-    assert len(found.examples[CERTIFY]) == len(task.examples("fit")) + len(search) - 100
+    assert len(found.spare) == len(task.examples("fit")) + len(search) - 100
     assert not found.is_divided
 
 
@@ -63,7 +65,24 @@ def test_a_set_of_one_split_is_divided_by_its_texts():
     found = parts_of(OneSet(2000), None, 10_000, 0)
     shares = [len(found.examples[part]) / 2000 for part in PARTS]
     assert found.is_divided
-    assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.03)
+    assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.03)
+
+
+def test_no_question_that_was_certified_or_tested_on_is_fitted_on_now():
+    """Commit 3820ce17 divided a set of one split in four parts."""
+    bounds = {FIT: 0.2, SELECT: 0.4, "certify": 0.6, TEST: 1.0}
+    now = {FIT: FIT, SELECT: SELECT, "certify": SELECT, TEST: TEST}
+    for example in OneSet(2000).examples("test"):
+        before = part_by_hash(f"tune:{question_key(example.question)}", bounds)
+        assert part_of(example.question) == now[before]
+
+
+def test_the_digest_of_a_tunings_questions_is_that_of_earlier_files():
+    [divided] = parts_of_tasks(TuneConfig(tasks="builtin_facts"))
+    name, examples = divided.digested()
+    assert (name, list(examples)) == ("builtin_facts", [FIT, SELECT, "certify", TEST])
+    old = "c0454f7030fb317d9f579b5731e1a43aaeb61e5dc4c7432618645e52fc540380"
+    assert digest_of([divided.digested()]) == old
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
@@ -77,12 +96,6 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
         parts_of(Broken(2000), None, 100, 0)
 
 
-def test_a_certificate_is_for_one_task():
-    config = TuneConfig(epsilon=2.0, tasks="builtin_facts,builtin_arithmetic")
-    with pytest.raises(ConfigError, match="on one task"):
-        parts_of_tasks(config)
-
-
 def test_right_options_that_are_only_read_are_not_generated():
     facts, arithmetic = (
         parts_of(get_task(name), None, 30, 0) for name in ("builtin_facts", "builtin_arithmetic")
@@ -90,8 +103,6 @@ def test_right_options_that_are_only_read_are_not_generated():
     assert not facts.is_generated(LOSS)
     assert arithmetic.is_generated(LOSS)
     assert not arithmetic.is_generated(KL)
-    with pytest.raises(ConfigError, match="only read"):
-        parts_of_tasks(TuneConfig(epsilon=2.0, objective=LOSS))
 
 
 def test_too_few_questions_are_refused_with_the_part_that_has_none():
@@ -105,12 +116,6 @@ def test_a_worked_solution_is_read_after_its_question():
     prompt = prompt_of(task, example, LOSS)
     assert prompt.text + prompt.continuations[0] == "Question: How many?\nAnswer: 1 + 2 = 3 #### 3"
     assert prompt_of(task, example, KL) == task.prompt(example, "boxed")
-
-
-def test_too_few_questions_for_a_certificate_are_refused_before_anything_is_searched():
-    config = TuneConfig(tasks="builtin_facts", epsilon=2.0, num_judged=20)
-    with pytest.raises(ConfigError, match="30 questions to certify"):
-        parts_of_tasks(config)
 
 
 def prompts_alone(folder):
@@ -128,7 +133,7 @@ def test_prompts_alone_are_kept_near_the_full_path(tmp_path):
     assert (prompt.text, prompt.chat) == (divided.examples[FIT][0].question, True)
 
 
-@pytest.mark.parametrize("settings", [{"objective": LOSS}, {"objective": GOLD}, {"epsilon": 2.0}])
+@pytest.mark.parametrize("settings", [{"objective": LOSS}, {"objective": GOLD}])
 def test_what_needs_answers_is_refused_for_prompts_alone(tmp_path, settings):
     with pytest.raises(ConfigError, match="needs right answers"):
         parts_of_tasks(TuneConfig(**settings), str(prompts_alone(tmp_path)))

@@ -242,17 +242,12 @@ def needs_targets(baselines: str) -> bool:
 def check(config: EvaluateConfig) -> None:
     """Refuse settings that make no sense together, before anything is loaded or written.
 
-    ConfigError for an unknown baseline, depths that are none, a choice of nothing, its limits
-    without a choice, or a file or draws that no baseline has a use for.
+    ConfigError for an unknown baseline, depths that are none, or a setting, file or draws that
+    nothing has a use for.
     """
     every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
     depths(config.curve)
     config.check_effects()
-    if config.epsilon is not None and config.curve is None and config.paths is None:
-        raise ConfigError(
-            f"--epsilon {config.epsilon:g} has no effect without --curve or --paths; give one of "
-            f"them, or leave it out"
-        )
     using = {
         "num_random_draws": [each for each in every if each.is_drawn],
         "supervision": [each for each in every if needs_targets(each.name)],

@@ -57,16 +57,6 @@ def test_draws_that_no_baseline_has_a_use_for_are_refused():
     check(EvaluateConfig(num_random_draws=9))
 
 
-@pytest.mark.parametrize(
-    "limit", [{"max_loss_increase": 0.1}, {"worked_answers": "builtin_arithmetic"}]
-)
-def test_limits_of_a_choice_are_refused_without_one(limit):
-    [name] = limit
-    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* without --epsilon"):
-        check(EvaluateConfig(curve="0.1", **limit))
-    check(EvaluateConfig(curve="0.1", epsilon=2.0, **limit))
-
-
 def test_every_baseline_says_in_a_line_what_it_is():
     for baseline in ordered():
         for text in (baseline.description, baseline.source, baseline.fitted_on):

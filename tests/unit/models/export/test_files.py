@@ -112,16 +112,15 @@ def card_of(tmp_path, name, **options):
 
 
 def test_the_card_of_a_tuned_path_says_for_what_it_was_found_how_and_how_it_did(tmp_path):
-    card = card_of(tmp_path, "5.00", certified="5.00")
+    card = card_of(tmp_path, "5.00")
     for text in (
         "one of 4 that `drllm tune`",
         "for arc_easy, builtin_facts.",
         "Objective: `gold_logprob` on arc_easy, `gold_logprob` on builtin_facts.",
-        "It is the certified one.\n",
-        "Certified: 5.00 (5.00 layers a forward pass).\n",
         "| arc_easy | test | 400 | -1.25 | 0.05 (-0.01 to 0.11) | 0.62 | 2.5 |\n",
         "`test` had no part in that",
         "arc_easy, test:\n\n- Accuracy of the path minus the full path: +0.5 points",
+        "; a loss of more than 2.0 points is excluded; ",
         "Settings: `max_skipped` 0.2, `seed` 3.",
     ):
         assert text in card
@@ -139,18 +138,6 @@ def test_the_card_says_which_set_was_divided_anew(tmp_path):
     said = "of arc_easy were divided anew, so test isn't the set's own"
     assert said in card_of(tmp_path, "5.00", divided=("arc_easy",))
     assert "divided anew" not in card_of(tmp_path, "5.00")
-
-
-def test_the_card_of_a_path_that_is_not_certified_says_so_and_why(tmp_path):
-    card = card_of(tmp_path, "4.00")
-    assert "It isn't certified.\n" in card
-    assert "None is certified: too few questions.\n" in card
-
-
-def test_the_card_says_where_no_certificate_was_asked_for(tmp_path):
-    card = card_of(tmp_path, "4.00", epsilon=None)
-    assert "No certificate was asked for" in card
-    assert "ertified" not in card
 
 
 def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
