@@ -249,8 +249,6 @@ def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
         assert part.accuracy is None
 
 
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
