@@ -8,9 +8,9 @@ from drllm.records.static_paths import read_paths
 
 RECIPE = """
 model: {{model: {model}, device: cpu}}
-tune: {{num_fit: 16, num_judged: 16, max_skipped: 1, beam: 1, max_loss: 10.0}}
+tune: {{tasks: builtin_facts, num_fit: 16, num_judged: 16, max_skipped: 1, beam: 1, max_loss: 10.0}}
 heal: {{path: skip1, tasks: builtin_facts, limit: 16, steps: 2, rank: 2, num_held_out: 4}}
-evaluate: {{limit: 8, num_texts: 4}}
+evaluate: {{tasks: builtin_facts, limit: 8, num_texts: 4}}
 """
 
 

@@ -9,7 +9,7 @@ Axes: B rows, H heads, T tokens, E head size.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -33,52 +33,65 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     keys: Any
     values: Any
-    _room: Any = None  # K and V, with space behind them for tokens to come
+    _room: list[Tensor] | None = None  # K and V, with space behind them for tokens to come
     _view: Tensor | None = None  # the keys as they were left; whoever reorders or crops sets others
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store K and V of new tokens, `[B, H, T, E]`, and return those of all."""
-        start, num_new = self.get_seq_length(), key_states.shape[-2]
-        is_other = not start or key_states.dtype != self.keys.dtype
-        if is_other or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        start = self.get_seq_length()
+        is_first = not start or key_states.dtype != self.keys.dtype
+        if is_first or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
-        given, end = (key_states, value_states), start + num_new
-        room, mode = self._room, torch.is_inference_mode_enabled()
-        is_ours = room is not None and self.keys is self._view
-        if not is_ours or end > room[0].shape[-2] or room[0].is_inference() != mode:
-            shapes = [(*new.shape[:-2], end + ROOM, new.shape[-1]) for new in given]
-            self._room = room = list(map(torch.Tensor.new_empty, given, shapes))
-            for all_tokens, held in zip(room, (self.keys, self.values), strict=True):
-                all_tokens.narrow(-2, 0, start).copy_(held)
-        for all_tokens, new in zip(room, given, strict=True):
-            all_tokens.narrow(-2, start, num_new).copy_(new)
-        self.keys, self.values = (all_tokens.narrow(-2, 0, end) for all_tokens in room)
+        new = [key_states, value_states]
+        end = start + key_states.shape[-2]
+        if not self._has_room(end):
+            self._make_room(new, start, end)
+        assert self._room is not None
+        for room, states in zip(self._room, new, strict=True):
+            room.narrow(-2, start, end - start).copy_(states)
+        self.keys = self._room[0].narrow(-2, 0, end)
+        self.values = self._room[1].narrow(-2, 0, end)
         self._view = self.keys
         return self.keys, self.values
 
     def offload(self) -> None:
         """Move K and V off the accelerator, and give up their room there."""
-        self._room = self._view = None
+        self._room = None
+        self._view = None
         super().offload()
 
+    def __copy__(self) -> "GrowingLayer":
+        """Return an entry with the same K and V, which finds a room of its own."""
+        copied = type(self)()
+        copied.__dict__.update(self.__dict__)
+        copied._room = None
+        copied._view = None
+        return copied
 
-def _by_representative(name: str) -> Callable[..., Any]:
-    """Return a method that the entry which stands for all answers, by its class's arithmetic."""
+    def _has_room(self, end: int) -> bool:
+        """Say whether the room holds the keys as they are, and fits so many tokens."""
+        if self._room is None or self.keys is not self._view:
+            return False
+        is_writable = self._room[0].is_inference() == torch.is_inference_mode_enabled()
+        return is_writable and end <= self._room[0].shape[-2]
 
-    def method(self: "RoutedCacheLayer", *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._representative(), name)(*args, **kwargs)
-
-    return method
+    def _make_room(self, new: Sequence[Tensor], start: int, end: int) -> None:
+        """Copy K and V into a room that fits so many tokens and some more."""
+        self._room = []
+        for states, held in zip(new, (self.keys, self.values), strict=True):
+            room = states.new_empty(*states.shape[:-2], end + ROOM, states.shape[-1])
+            room.narrow(-2, 0, start).copy_(held)
+            self._room.append(room)
 
 
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """The cache entry of one layer: an inner entry per pass, and the decisions it was made under.
 
-    Pass k holds the K/V rows of exactly those sequences that execute the layer more than k times,
-    so the rows stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the
-    same class fed with a single one per token, so that lengths and masks come out of the class's
-    own arithmetic. The shadow is not counted as stored. `pristine` is the empty entry that it
-    replaces; every pass starts as a copy of it.
+    Pass k holds the K/V of exactly those rows that execute the layer more than k times, so the rows
+    that are stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the same
+    class with a single one for each token, so that the class itself computes lengths and masks. The
+    shadow doesn't count as stored. `pristine` is the empty entry that was in this place; every pass
+    starts as a copy of it.
     """
 
     max_batch_size = 0
@@ -132,9 +145,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
         """Count tokens that passed a layer which no row runs.
 
-        After the prompt they only add up, and are stored once somebody asks for the length. The
-        mask code asks few layers; at all others a skip then costs next to nothing. `like` is any
-        tensor of the layer's device and dtype.
+        After the prompt they only add up; they are stored when the length is read. The mask code
+        reads it of few layers, so at all others a skip costs next to nothing. `like` is any tensor
+        of the layer's device and dtype.
         """
         assert self.shadow is not None
         # A number that grows is no constant of a compiled graph, so that one stores them at once.
@@ -151,19 +164,38 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def keys(self) -> Any:
         """K of a layer that every row executes once, `[B, H, T, E]`; None while it is empty."""
-        return self._executed_once().keys
+        return self._only_pass().keys
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        self._only_pass().keys = value
 
     @property
     def values(self) -> Any:
         """V of the same, on the same terms."""
-        return self._executed_once().values
+        return self._only_pass().values
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        self._only_pass().values = value
 
     @property
     def _sliding_window_tensor(self) -> Any:
         # What transformers gives with K and V where somebody goes through a cache's layers.
-        return getattr(self._executed_once(), "_sliding_window_tensor", None)
+        return getattr(self._only_pass(), "_sliding_window_tensor", None)
 
-    def _executed_once(self) -> Any:
+    def __copy__(self) -> "RoutedCacheLayer":
+        """Return an entry with the same tokens, which then grows by itself."""
+        copied = type(self)(copy.copy(self.pristine))
+        copied.__dict__.update(self.__dict__)
+        copied.passes = [copy.copy(entry) for entry in self.passes]
+        copied.rows = list(self.rows)
+        copied.shadow = copy.copy(self.shadow)
+        copied.indices = {}
+        return copied
+
+    def _only_pass(self) -> Any:
+        """Return the pass of a layer that every row executes once; refuse any other layer."""
         if self.decisions is None:
             return self.pristine
         if set(self.decisions) != {1}:
@@ -186,10 +218,23 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         return self._active.update(key_states, value_states, *args, **kwargs)
 
-    get_seq_length = _by_representative("get_seq_length")
-    get_mask_sizes = _by_representative("get_mask_sizes")
-    get_max_length = _by_representative("get_max_length")
-    get_max_cache_shape = _by_representative("get_max_cache_shape")  # of transformers 4
+    # Lengths and masks come out of the arithmetic of the inner entries' class.
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return how many tokens the layer has seen."""
+        return self._representative().get_seq_length(*args, **kwargs)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the number of keys that a mask covers, and where they start."""
+        return self._representative().get_mask_sizes(*args, **kwargs)
+
+    def get_max_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the most tokens that the layer can hold."""
+        return self._representative().get_max_length(*args, **kwargs)
+
+    def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the same, by the name of transformers 4."""
+        return self._representative().get_max_cache_shape(*args, **kwargs)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows (indices or a mask), in their order."""
@@ -247,46 +292,60 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             entry.prefetch()
 
     def _entries(self) -> list[CacheLayerMixin]:
-        if self.shadow is not None and self._uncounted:
-            num_tokens, self._uncounted = self._uncounted, 0
+        """Return all inner entries, the shadow's tokens stored."""
+        if self.shadow is None:
+            return self.passes
+        if self._uncounted:
+            num_tokens = self._uncounted
+            self._uncounted = 0
             _feed_ones(self.shadow, num_tokens, self.shadow.keys)
-        return self.passes if self.shadow is None else [*self.passes, self.shadow]
+        return [*self.passes, self.shadow]
 
     def _representative(self) -> CacheLayerMixin:
+        """Return the pass that is running, else any entry: all have the same length."""
         if self._active is not None:
             return self._active
-        return next(iter(self._entries()), self.pristine)
+        entries = self._entries()
+        return entries[0] if entries else self.pristine
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row r be what row `beam_idx[r]` was, for as many rows as there are indices."""
         if self.decisions is None:
             return
-        is_counted = not beam_idx.is_inference()  # tensors of inference mode don't count changes
-        chosen = _as_rows(beam_idx, beam_idx._version) if is_counted else beam_idx.tolist()
+        old_rows = _read_indices(beam_idx)
         length = int(self.get_seq_length())
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
-        for entry, held in zip(self.passes, self.rows, strict=True):
-            position = {row: place for place, row in enumerate(held)}
-            kept = tuple(r for r, index in enumerate(chosen) if index in position)
-            if kept:
-                places = [position[chosen[r]] for r in kept]
-                entry.reorder_cache(on_device(places, entry.keys.device))
+        for entry, stored in zip(self.passes, self.rows, strict=True):
+            places = {row: place for place, row in enumerate(stored)}
+            new = [row for row, old in enumerate(old_rows) if old in places]
+            if new:
+                chosen = [places[old_rows[row]] for row in new]
+                entry.reorder_cache(on_device(chosen, entry.keys.device))
                 passes.append(entry)
-                rows.append(kept)
+                rows.append(tuple(new))
         if self.passes and not passes:  # nothing is left that knows the length
             self.shadow = copy.deepcopy(self.pristine)
             _feed_ones(self.shadow, length, self.passes[0].keys)
-        self.decisions = tuple(self.decisions[index] for index in chosen)
-        self.passes, self.rows = passes, rows
+        self.decisions = tuple([self.decisions[row] for row in old_rows])
+        self.passes = passes
+        self.rows = rows
         self.indices.clear()
+
+
+def _read_indices(indices: Tensor) -> list[int]:
+    """Return indices as numbers."""
+    if indices.is_inference():  # tensors of inference mode don't count their changes
+        numbers: list[int] = indices.tolist()
+        return numbers
+    return _as_rows(indices, indices._version)
 
 
 @lru_cache(maxsize=1)
 def _as_rows(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
-    """Return indices as numbers; those that all layers of a cache get are read once.
+    """Return indices as numbers; all layers of a cache get the same, which are read once.
 
-    They are known by the tensor itself and by how often it was changed.
+    They are recognised by the tensor itself and by how often it was changed.
     """
     return indices.tolist()
 

@@ -128,3 +128,18 @@ def test_tokens_of_another_dtype_are_joined_as_without_room() -> None:
         mine, other = ours.update(*new)[0], theirs.update(*new)[0]
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other)
+
+
+def test_copies_that_share_nothing_keep_the_tokens_of_each() -> None:
+    entry = GrowingLayer()
+    with torch.no_grad():
+        entry.update(*new_tokens(2, 4, seed=0))
+        entry.update(*new_tokens(2, 1, seed=1))  # it has room from here on
+        copies = [entry, copy.copy(entry), copy.copy(entry)]
+        for number, each in enumerate(copies):
+            each.update(*new_tokens(2, 1, seed=10 + number))
+    for number, each in enumerate(copies):
+        keys, values = new_tokens(2, 1, seed=10 + number)
+        assert each.get_seq_length() == 6
+        assert torch.equal(each.keys[..., -1:, :], keys)
+        assert torch.equal(each.values[..., -1:, :], values)
