@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 import drllm
 from drllm.errors import CheckpointError, RoutingError
 from drllm.models.routers.checkpoint import complete_config
+from drllm.models.routing.policies import PathPolicy
+from drllm.paths import StaticPath
 from slow_way import tiny_routers
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -167,3 +169,50 @@ def test_a_thread_reads_the_route_of_its_own_last_prompt(tiny_llama):
 def test_the_routers_follow_the_model_to_another_device(tiny_llama):
     routed = drllm.attach(tiny_llama(), tiny_routers())
     assert routed.to("meta").routers.hidden_weight.is_meta
+
+
+MOVES = {
+    "to": lambda routed: routed.to(torch.float64),
+    "half": lambda routed: routed.half(),
+    "float": lambda routed: routed.float(),
+    "double": lambda routed: routed.double(),
+    "bfloat16": lambda routed: routed.bfloat16(),
+    "cpu": lambda routed: routed.cpu(),
+    "requires_grad_": lambda routed: routed.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_changes_a_model_returns_the_routed_one_and_leaves_its_routers(tiny_llama, name):
+    routed, plain = drllm.attach(tiny_llama(), tiny_routers()), tiny_llama()
+    assert MOVES[name](routed) is routed
+    MOVES[name](plain)
+    for ours, theirs in zip(routed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad == theirs.requires_grad
+    assert routed.routers.hidden_weight.dtype == torch.float32
+
+
+def test_a_routed_model_is_shown_by_its_model_its_layers_and_what_decides(tiny_llama):
+    model = tiny_llama()
+    routed = drllm.attach(model, tiny_routers())
+    assert repr(routed) == "RoutedModel(LlamaForCausalLM, 6 layers, RouterPolicy)"
+    model.name_or_path = "owner/name"
+    first, routed = routed, drllm.attach(model, policy=PathPolicy(StaticPath([0, 2, 1, 3]), 6))
+    assert repr(routed) == (
+        "RoutedModel(LlamaForCausalLM 'owner/name', 6 layers, skips layers 4 and 5)"
+    )
+    assert repr(first).endswith("taken off)")
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused_at_once_and_comes_back(tiny_llama, name):
+    model = tiny_llama()
+    if not hasattr(model, name):
+        pytest.skip(f"this transformers has no {name}")
+    routed = drllm.attach(model)
+    with pytest.raises(RoutingError, match="continuous batching") as caught:
+        getattr(routed, name)([[3, 4, 5]])
+    assert "\n" not in str(caught.value)
+    routed.detach()
+    assert name not in vars(model)

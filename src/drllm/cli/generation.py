@@ -31,7 +31,7 @@ from drllm.tasks.rows import messages_of, read_rows, text_of
 if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm
     from drllm.models.routers.stack import RouterStack
-    from drllm.models.routing.batch_generation import Answer
+    from drllm.models.routing.batch_generation import GeneratedAnswer
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
 
@@ -404,7 +404,7 @@ def _count_tokens(
 
 def _print_totals(
     session: Session,
-    answers: Sequence[Answer],
+    answers: Sequence[GeneratedAnswer],
     num_read: int,
     seconds: float,
     print_line: Callable[[str], None],
@@ -428,7 +428,9 @@ def _print_totals(
     )
 
 
-def to_line(row: PromptRow, text: str, answer: Answer, executions: float | None = None) -> str:
+def to_line(
+    row: PromptRow, text: str, answer: GeneratedAnswer, executions: float | None = None
+) -> str:
     """Write an answer as one line of JSON; `executions` are those of a static path."""
     key = "prompt" if isinstance(row.prompt, str) else "messages"
     if executions is None:

@@ -15,7 +15,7 @@ from drllm.cli.generation import PromptRow, read_prompts, to_line
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
 from drllm.models.base.prompts import PromptForm
-from drllm.models.routing.batch_generation import Answer
+from drllm.models.routing.batch_generation import GeneratedAnswer
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -79,7 +79,7 @@ def test_messages_are_refused_where_no_chat_template_is_used(tmp_path: Path, cap
 
 
 def test_an_answer_is_one_line_with_its_cost():
-    answer = Answer(prompt="as put", text="as given", tokens=(5, 6, 2), route=(1, 0, 2))
+    answer = GeneratedAnswer(prompt="as put", text="as given", tokens=(5, 6, 2), route=(1, 0, 2))
     line = to_line(PromptRow(1, "a", "Was ist »Eis«?"), " Wasser.\n", answer)
     assert line.count("\n") == line.endswith("\n")
     assert "»Eis«" in line

@@ -6,12 +6,15 @@ The decoding itself is the model's own.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from drllm.errors import RoutingError
 from drllm.models.routing.driver import RoutingDriver
+
+CONTINUOUS = ("generate_batch", "init_continuous_batching")
+"""Methods of transformers that generate with continuous batching."""
 
 
 @dataclass(eq=False)
@@ -25,51 +28,88 @@ class GenerateHandle:
     model: Any
     driver: RoutingDriver
 
+    def put_on(self) -> None:
+        """Override the model's methods that generate."""
+        self.model.generate = self.generate
+        for name in CONTINUOUS:
+            if hasattr(type(self.model), name):
+                setattr(self.model, name, self.refuse_continuous)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does, with decisions taken once per prompt."""
+        """Generate as the model does, with decisions made once per prompt."""
         option = options_of(self.model, kwargs, args)
-        reads = self.driver.current_policy.reads_prompt
-        if (early_exit := option("assistant_early_exit")) is not None:
-            raise RoutingError(
-                f"assistant_early_exit={early_exit} would leave out layers behind the back of "
-                f"routing; leave it out, or give an assistant_model"
-            )
-        if (chunk := option("prefill_chunk_size")) is not None and reads:
-            raise RoutingError(
-                f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
-                f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
-            )
-        if option("guidance_scale") not in (None, 1) and option("use_cache") is False:
-            raise RoutingError(
-                f"guidance_scale={option('guidance_scale')} runs a second prompt, and without a "
-                f"cache nothing tells its decisions from the first one's; leave use_cache on"
-            )
+        reads_prompt = self.driver.current_policy.reads_prompt
+        _refuse_options(option, reads_prompt)
         copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+        has_drafts = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
         with ExitStack() as stack:
             stack.enter_context(self.driver.generating(copies))
-            drafted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
-            # The first pass verifies the first draft together with the prompt.
-            lengths = _prompt_lengths(args, kwargs) if drafted and reads else None
-            if lengths is not None and not self.driver.has_prompt_lengths:
-                stack.enter_context(self.driver.prompt_lengths(lengths))
+            if has_drafts and reads_prompt and not self.driver.has_prompt_lengths:
+                # The first pass verifies the first draft together with the prompt.
+                lengths = _prompt_lengths(args, kwargs)
+                if lengths is not None:
+                    stack.enter_context(self.driver.prompt_lengths(lengths))
             return type(self.model).generate(self.model, *args, **kwargs)
+
+    def refuse_continuous(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse continuous batching, which keeps several prompts in one row."""
+        raise RoutingError(
+            "continuous batching keeps several prompts in one row, and each prompt needs a row of "
+            "its own to be routed; call drllm.generate_many(routed, prompts), or detach() first"
+        )
+
+
+def take_off_overrides(model: Any) -> dict[str, Any]:
+    """Take the overrides of a `GenerateHandle` off a model, and return them by name."""
+    overrides = {}
+    for name in ("generate", *CONTINUOUS):
+        override = vars(model).pop(name, None)
+        if override is not None:
+            overrides[name] = override
+    return overrides
 
 
 def options_of(
     model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()
 ) -> Callable[[str], Any]:
-    """Return what tells the options of a call of `generate` by name, None where one isn't set.
+    """Return a function that looks up an option of a call of `generate`, None where it isn't set.
 
-    Those given by name come first, then the generation config given, then the model's own.
+    Those given by name come first, then the generation config of the call, then the model's.
     """
     config = given.get("generation_config", args[1] if len(args) > 1 else None)
-    own = None if given.get("use_model_defaults") is False else model.generation_config
+    defaults = None if given.get("use_model_defaults") is False else model.generation_config
 
     def option(name: str) -> Any:
-        values = (given.get(name), getattr(config, name, None), getattr(own, name, None))
-        return next((value for value in values if value is not None), None)
+        value = given.get(name)
+        if value is None:
+            value = getattr(config, name, None)
+        if value is None:
+            value = getattr(defaults, name, None)
+        return value
 
     return option
+
+
+def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
+    """Refuse options of `generate` under which decisions would be wrong."""
+    early_exit = option("assistant_early_exit")
+    if early_exit is not None:
+        raise RoutingError(
+            f"assistant_early_exit={early_exit} would leave out layers behind the back of "
+            f"routing; leave it out, or give an assistant_model"
+        )
+    chunk = option("prefill_chunk_size")
+    if chunk is not None and reads_prompt:
+        raise RoutingError(
+            f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
+            f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
+        )
+    guidance = option("guidance_scale")
+    if guidance not in (None, 1) and option("use_cache") is False:
+        raise RoutingError(
+            f"guidance_scale={guidance} runs a second prompt, and without a cache nothing tells "
+            f"its decisions from the first one's; leave use_cache on"
+        )
 
 
 def end_tokens(given: Any) -> list[int]:

@@ -5,7 +5,7 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from drllm.models.routers.files import find_routers
 from drllm.models.routers.hub import push_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.driver import RoutingDriver
-from drllm.models.routing.generate import GenerateHandle
+from drllm.models.routing.generate import GenerateHandle, take_off_overrides
 from drllm.models.routing.injection import Driver, Injection
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, RouterPolicy
 from drllm.paths import StaticPath
@@ -101,12 +101,16 @@ def unrouted(
             with (listener or Listener()).busy(f"loading {name}"):
                 model = loading.load(model)
         if isinstance(model, RoutedModel):
-            model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
-        if not isinstance(model, BaseModel):
-            tokenizer = loading.tokenizer_of(model) if tokenizer is None else tokenizer
             if tokenizer is None:
-                said = "the model comes without a tokenizer or a name; give it as tokenizer="
-                raise ConfigError(said)
+                tokenizer = model.tokenizer
+            model = model.model
+        if not isinstance(model, BaseModel):
+            if tokenizer is None:
+                tokenizer = loading.tokenizer_of(model)
+            if tokenizer is None:
+                raise ConfigError(
+                    "the model comes without a tokenizer or a name; give it as tokenizer="
+                )
             name = str(getattr(model, "name_or_path", "") or "in memory")
             model = BaseModel(model.eval(), tokenizer, name)
         stack.callback(_take_off(model.model))
@@ -115,18 +119,43 @@ def unrouted(
 
 def _take_off(model: Any) -> Callable[[], None]:
     """Take the routing off a model, and return what puts it back."""
-    injection, base = Injection.on(model), base_of(model)
+    injection = Injection.on(model)
     if injection is None:
         return lambda: None
+    base = base_of(model)
     injection.remove()
-    generate = base.__dict__.pop("generate", None)
+    overrides = take_off_overrides(base)
 
     def put_back() -> None:
         injection.install()
-        if generate is not None:
-            base.generate = generate
+        for name, override in overrides.items():
+            setattr(base, name, override)
 
     return put_back
+
+
+def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Refuse options of loading for a base model that is loaded already."""
+    for name in sorted(names):
+        raise ConfigError(
+            f"{name}={options[name]!r} has no effect on a base model that is loaded "
+            f"already; leave it out, or give the model's id as base"
+        )
+
+
+def _load_base(
+    base: Any, made_for: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
+) -> Any:
+    """Return the base model, loaded unless it is; None is the one that the files name."""
+    if not (base is None or isinstance(base, (str, Path))):
+        return base
+    if base is not None:
+        return loading.load(str(base), revision=None, **options)
+    if not made_for.get("id"):
+        raise CheckpointError(
+            f"the files in {folder} don't name their base model; give it as base=..."
+        )
+    return loading.load(str(made_for["id"]), revision=made_for.get("revision"), **options)
 
 
 class RoutedModel:
@@ -190,8 +219,7 @@ class RoutedModel:
             self.tokenizer = tokenizer
         self.driver = RoutingDriver(policy)
         self.injection = Injection(model, self.driver)
-        base = base_of(model)
-        base.generate = GenerateHandle(base, self.driver).generate
+        GenerateHandle(base_of(model), self.driver).put_on()
 
     if not TYPE_CHECKING:
 
@@ -199,6 +227,20 @@ class RoutedModel:
             if name.startswith("_") or "model" not in self.__dict__:
                 raise AttributeError(f"'RoutedModel' object has no attribute {name!r}")
             return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        base = base_of(self.model)
+        name = getattr(base, "name_or_path", "")
+        parts = [type(base).__name__ + (f" {name!r}" if name else "")]
+        parts.append(f"{self.num_layers} layers")
+        policy = self.driver.policy
+        if isinstance(policy, PathPolicy):
+            parts.append(policy.path.edits(self.num_layers))
+        else:
+            parts.append(type(policy).__name__)
+        if not self.injection.is_installed:
+            parts.append("taken off")
+        return f"RoutedModel({', '.join(parts)})"
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """Run the model's forward pass, routed; takes and returns what it does."""
@@ -208,6 +250,45 @@ class RoutedModel:
     def to(self, *args: Any, **kwargs: Any) -> RoutedModel:
         """Move or convert the model, as its own `to` does; routers follow, and stay float32."""
         self.model.to(*args, **kwargs)
+        return self._with_routers()
+
+    def cpu(self) -> RoutedModel:
+        """Move the model to the CPU, and return the routed model."""
+        self.model.cpu()
+        return self._with_routers()
+
+    def cuda(self, *args: Any, **kwargs: Any) -> RoutedModel:
+        """Move the model to a GPU, and return the routed model."""
+        self.model.cuda(*args, **kwargs)
+        return self._with_routers()
+
+    def float(self) -> RoutedModel:
+        """Convert the model to float32, and return the routed model."""
+        self.model.float()
+        return self
+
+    def double(self) -> RoutedModel:
+        """Convert the model to float64, and return the routed model; routers stay float32."""
+        self.model.double()
+        return self
+
+    def half(self) -> RoutedModel:
+        """Convert the model to float16, and return the routed model; routers stay float32."""
+        self.model.half()
+        return self
+
+    def bfloat16(self) -> RoutedModel:
+        """Convert the model to bfloat16, and return the routed model; routers stay float32."""
+        self.model.bfloat16()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:
+        """Say whether the model's weights get gradients, and return the routed model."""
+        self.model.requires_grad_(requires_grad)
+        return self
+
+    def _with_routers(self) -> RoutedModel:
+        """Return the routed model, its routers where the model is."""
         if self.routers is not None:
             self.routers.to(self.model.device)
         return self
@@ -249,31 +330,20 @@ class RoutedModel:
             ConfigError: A setting that has no effect on what is given.
             ModelError: The base model can't be had.
         """
-        place = find_routers(routers, revision, **base_hub.options_in(options))
-        refuse_menu(place)
-        is_healed = (place / HEALED_FILE).is_file()
-        plan = read_path(str(place)) if is_healed else None
-        stack = load_routers(place) if plan is None else None
+        hub_options = base_hub.options_in(options)
+        folder = find_routers(routers, revision, **hub_options)
+        refuse_menu(folder)
         if not (base is None or isinstance(base, (str, Path))):
-            for name in options.keys() - base_hub.options_in(options).keys():
-                raise ConfigError(
-                    f"{name}={options[name]!r} has no effect on a base model that is loaded "
-                    f"already; leave it out, or give the model's id as base"
-                )
-        else:
-            made_for = plan.record.model if plan is not None and plan.record else {}
-            if stack is not None:
-                made_for = {"id": stack.config.base_model, "revision": stack.config.base_revision}
-            if not (base or made_for.get("id")):
-                raise CheckpointError(
-                    f"the files in {routers} don't name their base model; give it as base=..."
-                )
-            base_revision = made_for.get("revision") if base is None else None
-            base = loading.load(str(base or made_for["id"]), revision=base_revision, **options)
-        routed = attach(base, stack, tokenizer)
-        if plan is not None:
+            _refuse_options(options.keys() - hub_options.keys(), options)
+        if (folder / HEALED_FILE).is_file():
+            plan = read_path(str(folder))
+            made_for = plan.record.model if plan.record else {}
+            routed = attach(_load_base(base, made_for, folder, options), None, tokenizer)
             routed.driver.policy = routed.policy_of(load_path(routed, plan))
-        return routed
+            return routed
+        stack = load_routers(folder)
+        made_for = {"id": stack.config.base_model, "revision": stack.config.base_revision}
+        return attach(_load_base(base, made_for, folder, options), stack, tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -413,7 +483,7 @@ class RoutedModel:
                 else; weights that are no longer finite float32.
             RoutingError: There are no routers.
         """
-        routers = self._own_routers()
+        routers = self._check_routers()
         if push_to_hub != (repo_id is not None) or (push and not push_to_hub):
             raise ConfigError("push_to_hub=True and repo_id='OWNER/NAME' go together; give both")
         save_routers(routers, folder, config=complete_config(routers.config, self.model))
@@ -445,10 +515,10 @@ class RoutedModel:
                 of a private one, or no network.
             RoutingError: There are no routers.
         """
-        routers = self._own_routers()
+        routers = self._check_routers()
         return push_routers(routers, self.model, repo, private, token, revision, commit_message)
 
-    def _own_routers(self) -> RouterStack:
+    def _check_routers(self) -> RouterStack:
         if self.routers is None:
             raise RoutingError("there are no routers to save: this model follows a policy")
         return self.routers

@@ -282,7 +282,7 @@ def test_options_that_several_batches_cannot_share_are_refused(routed, name):
     ("prompts", "options", "message"),
     [
         ("abc", {}, "prompts is the text 'abc'; give a list"),
-        (["abc"], {"batch_size": 0}, "batch_size is 0; give a value of at least 1"),
+        (["abc"], {"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
         ([""], {"chat": False}, "the prompt '' has no tokens"),
         (["a" * 500], {}, "the prompt has 518 tokens and --max-new-tokens is 64.* holds 512"),
         ([[{"role": "user", "content": "a"}]], {"chat": False}, "chat is turned off; give a text"),
@@ -315,3 +315,28 @@ def test_a_conversation_that_the_template_refuses_is_refused_with_its_reason(rou
 def test_a_model_without_its_tokenizer_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match="give RoutedModel its tokenizer"):
         prompt_tokens(RoutedModel(tiny_llama()), "a", chat=False, max_new_tokens=1)
+
+
+def test_prompts_may_come_from_an_iterator(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    options = {"chat": False, "max_new_tokens": 3}
+    found = generate_many(routed, (prompt for prompt in PROMPTS[:3]), **options)
+    assert found == generate_many(routed, PROMPTS[:3], **options)
+    assert [answer.prompt for answer in found] == PROMPTS[:3]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["a"], {"batch_size": 1.5}, "batch_size is 1.5; give a whole number"),
+        ([[]], {}, "a conversation has no messages"),
+        (["a", ()], {}, "a conversation has no messages"),
+    ],
+)
+def test_what_can_not_be_answered_is_refused_in_one_line(
+    tiny_llama, tiny_tokenizer, prompts, options, message
+):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    with pytest.raises(ConfigError, match=message) as caught:
+        generate_many(routed, prompts, **options)
+    assert "\n" not in str(caught.value)
