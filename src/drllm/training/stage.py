@@ -246,8 +246,7 @@ def fit_seed(
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed and save them; the last checkpoint stays.
 
-    After every epoch a checkpoint is written, from which the same call resumes. Steps that early
-    stopping saves count as done.
+    After every epoch a checkpoint is written, from which the same call resumes.
 
     Args:
         features: The training set.

@@ -112,6 +112,14 @@ def test_nothing_else_is_left_and_removing_leaves_what_others_put_there(folder):
     assert not folder.exists()
 
 
+def test_removing_also_deletes_the_file_of_an_older_version(folder):
+    folder.mkdir()
+    (folder / "features.safetensors").touch()
+    (folder / MANIFEST).touch()
+    FeatureStore(folder).remove()
+    assert not folder.exists()
+
+
 def test_whole_features_are_used_again_without_a_pass_and_without_writing(
     folder, passes, monkeypatch
 ):
