@@ -61,6 +61,11 @@ class Batch:
         return self.questions[0].task
 
     @property
+    def num_characters(self) -> int:
+        """How many characters their prompts and continuations have, as a measure of the work."""
+        return sum(map(_num_characters, self.questions))
+
+    @property
     def key(self) -> str:
         """The key under which their results are kept."""
         return f"batch {self.number}"

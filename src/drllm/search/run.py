@@ -14,6 +14,7 @@ from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener, OnProgress, logger
+from drllm.models.base.first_block import FirstBlock
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records.codec import digest_of
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
@@ -257,9 +258,13 @@ class _Search:
                 else:
                     results.append(result)
                     progress.add(batch, result, is_new=False)
+            first_block = self._time_first_block()
+            work_left = sum(batch.num_characters for batch in remaining)
             for batch, result in self.executor.search(
                 remaining, self.config, chunks, progress.report
             ):
+                if first_block is not None:
+                    first_block.finish(batch.num_characters / work_left)
                 if chunks is not None:
                     chunks.put(batch.key, result)
                 results.append(result)
@@ -272,6 +277,12 @@ class _Search:
                         f"last one: {result.failed[-1].error}"
                     )
         return results
+
+    def _time_first_block(self) -> FirstBlock | None:
+        """Start to time the first batch; None where workers elsewhere search many at once."""
+        if not isinstance(self.executor, LocalExecutor):
+            return None
+        return FirstBlock(self.listener, self.executor.routed.model.device)
 
 
 def _kept_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:

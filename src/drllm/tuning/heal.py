@@ -30,6 +30,7 @@ from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
 from drllm.listener import Listener
+from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import Prompt as Conversation
 from drllm.models.base.prompts import context_length, encode, render
@@ -346,6 +347,7 @@ class HealRun:
         saved = 0.0
         if not state.curve:
             self._check_held_out()
+        first_block = FirstBlock(self.listener, self.base.model.device)
         for batch in itertools.islice(batches_of(texts, self.config), state.step, None):
             if time.monotonic() - saved > SAVE_SECONDS:
                 self._save()
@@ -354,6 +356,7 @@ class HealRun:
                 break
             before = self._progress
             self._step(batch)
+            first_block.finish((self._progress - before) / (1 - before))
             if int(min(self._progress, 1.0) * CHECKS) > int(before * CHECKS):
                 self._check_held_out()
             kl = state.curve[-1].held_out_kl

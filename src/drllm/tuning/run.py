@@ -19,6 +19,7 @@ from drllm.config import TuneConfig
 from drllm.config.fields import changed, make_settings
 from drllm.cost import path_executions
 from drllm.listener import Listener
+from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
@@ -246,6 +247,7 @@ class _Tuning:
         self.tasks = [TaskScorer(routed, one, config, self.chunks, self._scored) for one in divided]
         self.beam = beam_of(config, divided, L)
         self._most = self.beam.max_saved
+        self._first_block = FirstBlock(listener, base.model.device)
         self._is_cut = False  # by `--minutes`
         self._done = self._saved = 0.0  # of levels, as told; by the last one
         self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
@@ -322,6 +324,9 @@ class _Tuning:
         unit = FINAL if self._saved == self._most else 1
         self._done = max(self._done, self._saved + unit * share)
         self.on_progress(self._done, self._most + FINAL, note)
+        if num_pairs > 0:  # the seconds are those of kept scores too, after an interruption
+            seconds = sum(task.seconds for task in self.tasks) / count()
+            self._first_block.finish(self._done / (self._most + FINAL), seconds)
 
     def _measure_all(self, dominated: Mapping[StaticPath, bool]) -> None:
         """Score all paths on what tests them, in common passes."""

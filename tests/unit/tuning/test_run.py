@@ -122,9 +122,10 @@ def test_a_path_is_read_by_its_name(unbroken):
 
 
 def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
-    axis, *levels = heard.lines
+    estimate, axis, *levels = heard.lines
+    assert estimate.startswith("at most ")
     assert axis.endswith("+0.2")
-    assert max(map(len, heard.lines[::2])) <= 79
+    assert max(map(len, heard.lines[1::2])) <= 79
     for path, line, edits in zip(unbroken[0].paths[1:], levels[::2], levels[1::2], strict=True):
         mean, low, high = next(m.change for m in path.measured if m.part == "select")
         assert line.startswith(f"{6 - path.executions:g} saved  {signed(mean, 3)} nats (")

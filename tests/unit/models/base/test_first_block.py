@@ -1,0 +1,50 @@
+"""What a stage takes is said once, from its first block."""
+
+import pytest
+import torch
+
+from drllm.listener import Listener
+from drllm.models.base.first_block import FirstBlock, used_memory
+
+
+class Notes(Listener):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "expected"),
+    [
+        (3.0, 0.1, "at most 30 s, "),
+        (3.0, 0.05, "at most 1 min, "),
+        (6.1, 0.1, "at most 2 min, "),
+        (60.0, 0.01, "at most 1 h 40 min, "),
+        (2.5, 1.0, "at most 3 s, "),
+    ],
+)
+def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share, expected):
+    listener = Notes()
+    FirstBlock(listener, torch.device("cpu")).finish(share, seconds)
+    [line] = listener.notes
+    assert line.startswith(expected)
+    assert line.endswith(" GB of memory")
+
+
+def test_only_the_first_block_that_did_something_counts():
+    listener = Notes()
+    block = FirstBlock(listener, torch.device("cpu"))
+    block.finish(0.0, 9.0)
+    block.finish(0.5, 1.0)
+    block.finish(0.5, 30.0)
+    assert [line.partition(",")[0] for line in listener.notes] == ["at most 2 s"]
+
+
+def test_the_memory_is_that_of_this_process():
+    before = used_memory(torch.device("cpu"))
+    kept = torch.ones(2**24)
+    assert used_memory(torch.device("cpu")) - before > 0.9 * kept.nbytes
