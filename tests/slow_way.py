@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from drllm.models.base.identity import fingerprint
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import make_tiny
 from drllm.models.families import NO_SUBLAYERS
@@ -23,6 +24,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import RoutedCacheLayer
 from drllm.models.routing.lora import LoraWeights, layer_of_map, map_sizes
 from drllm.models.routing.policies import Policy
+from drllm.models.scoring.packing import Request
 from drllm.paths import to_path
 
 LOGIT_TOLERANCE = 2e-5
@@ -32,6 +34,12 @@ SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
 measured on these models)."""
 FULL = (1,) * 6
+QUESTIONS = [
+    Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Request([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
+]
+"""Prompts of unequal length whose continuations are scored."""
 NOT_TOLD_APART = {
     family: reason.removeprefix("a layer ")
     for reason, families in NO_SUBLAYERS.items()
@@ -94,32 +102,27 @@ class ListedModel:
         cached: bool = False,
     ) -> None:
         path = list(path if decisions is None else to_path(decisions))
-        shared = {id(weight): weight for weight in model.parameters()}
-        self.model = copy.deepcopy(model, dict(shared))
-        lists = [  # the largest list of modules is that of the layers
-            (sum(p.numel() for p in child.parameters()), parent, name)
-            for parent in self.model.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, nn.ModuleList)
-        ]
-        _, stack, name = max(lists, key=lambda found: found[0])
+        weights = {id(weight): weight for weight in model.parameters()}
+        self.model = copy.deepcopy(model, dict(weights))
+        stack, name = largest_list(self.model)
         layers = getattr(stack, name)
         assert decisions is None or len(layers) == len(decisions)
-        listed = [copy.deepcopy(layers[i], dict(shared)) if cached else layers[i] for i in path]
-        if adapter is not None:
-            pairs = zip(listed, path, strict=True)
-            listed = [merged(layer, index, adapter) for layer, index in pairs]
+        listed = []
+        for index in path:
+            layer = layers[index]
+            if cached:
+                layer = copy.deepcopy(layer, dict(weights))
+            if adapter is not None:
+                layer = merged(layer, index, adapter)
+            listed.append(layer)
         if cached:
-            for place, layer in enumerate(listed):
-                for part in layer.modules():
-                    if hasattr(part, "layer_idx"):
-                        part.layer_idx = place
+            number_layers(listed)
         setattr(stack, name, nn.ModuleList(listed))
         config = self.model.config
         assert config is stack.config
         for key, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and len(value) == len(layers):
-                setattr(config, key, [value[i] for i in path])
+                setattr(config, key, [value[index] for index in path])
         config.num_hidden_layers = len(path)
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -153,6 +156,28 @@ class ListedModel:
         return row[len(tokens) :]
 
 
+def largest_list(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the parent and the name of a model's largest list of modules: that of the layers."""
+    largest = 0
+    place: tuple[nn.Module, str] | None = None
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            size = sum(weight.numel() for weight in child.parameters())
+            if isinstance(child, nn.ModuleList) and size > largest:
+                largest = size
+                place = (parent, name)
+    assert place is not None
+    return place
+
+
+def number_layers(layers: Sequence[nn.Module]) -> None:
+    """Give each layer its own entry of a cache."""
+    for place, layer in enumerate(layers):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = place
+
+
 def merged(layer: nn.Module, index: int, adapter: LoraWeights) -> nn.Module:
     """Return a copy of a layer with an adapter added to its weights."""
     layer = copy.deepcopy(layer)
@@ -183,6 +208,34 @@ def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> li
         ListedModel(model, decisions).sums(questions[row].context, questions[row].continuations)
         for row, decisions in pairs
     ]
+
+
+def greedy_alone(
+    model: Any, contexts: Sequence[Any], pairs: Sequence[Any], num_new: int
+) -> list[list[int]]:
+    """Generate for (question, decisions) pairs one by one, each token by a full recomputation."""
+    return [ListedModel(model, path).greedy(contexts[row], num_new) for row, path in pairs]
+
+
+def gold_logprob_alone(
+    model: Any, path: Sequence[int], questions: Sequence[Any], golds: Sequence[int]
+) -> float:
+    """Return a path's mean log-probability of the gold options among all, option by option."""
+    plain = ListedModel(model, path=path)
+    total = 0.0
+    for question, gold in zip(questions, golds, strict=True):
+        sums = torch.tensor(plain.sums(question.context, question.continuations))
+        total += float(sums.log_softmax(0)[gold])
+    return total / len(questions)
+
+
+def confidences_alone(model: Any, prompt: Sequence[int], num_layers: int) -> list[float]:
+    """Return the likeliest token's probability under the model cut off behind 1, 2, … layers."""
+    confidences = []
+    for depth in range(1, num_layers):
+        logits = ListedModel(model, path=range(depth)).logits(prompt)
+        confidences.append(float(logits[-1].softmax(-1).max()))
+    return confidences
 
 
 def kls_alone(model: Any, contexts: Sequence[Any], pairs: Sequence[Any]) -> list[float]:
@@ -237,6 +290,12 @@ def tiny_routers(seed: int = 0, spread: float = 3.0, **options: Any) -> RouterSt
     with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
         stack.decision_weight.mul_(spread)
     return stack
+
+
+def routers_for(base: Any, seed: int = 3, **options: Any) -> RouterStack:
+    """Make routers of the published shape that know their base model by its fingerprint."""
+    shape = {"router_width": 128, "num_windows": 8, "base_fingerprint": fingerprint(base.model)}
+    return tiny_routers(seed, **{**shape, **options})
 
 
 def answers(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:

@@ -14,14 +14,13 @@ import drllm
 from drllm.errors import ConfigError, PathError, RoutingError
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import STEPS
-from drllm.models.base.identity import fingerprint
 from drllm.models.base.layers import can_split
 from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath
 from healed_folder import written_healed
 from paths_json import written_paths
-from slow_way import ListedModel, tiny_routers
+from slow_way import ListedModel, routers_for
 
 LOGPROB_TOLERANCE = 1e-4
 """Nats that a continuation may differ from the harness' own number (design figure)."""
@@ -42,9 +41,7 @@ def base(tiny_base):
 
 @pytest.fixture
 def routers(base, tmp_path):
-    named = {"base_model": "tiny", "base_fingerprint": fingerprint(base.model)}
-    stack = tiny_routers(seed=2, num_windows=8, router_width=128, **named)
-    save_routers(stack, tmp_path / "routers")
+    save_routers(routers_for(base, seed=2, base_model="tiny"), tmp_path / "routers")
     return tmp_path / "routers"
 
 

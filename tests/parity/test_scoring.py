@@ -17,10 +17,12 @@ from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
 from slow_way import (
     FULL,
+    QUESTIONS,
     SUM_TOLERANCE,
     ListedModel,
     Recorder,
     assert_sums,
+    greedy_alone,
     never,
     prefixes,
     said_to_slide,
@@ -30,11 +32,6 @@ from slow_way import (
 
 TELLING_ONLY = True
 
-QUESTIONS = [
-    Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
-    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
-    Request([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
-]
 STEM = [60, 61, 62, 63, 64, 65, 66, 67]
 WITH_STEM = [Request([*STEM, *q.context], q.continuations) for q in QUESTIONS]
 CONTEXTS = [question.context for question in QUESTIONS]
@@ -50,10 +47,6 @@ def check_sums(model, questions, pairs, parts=1):
     starts = range(0, len(pairs), size)
     assert_sums(expected, [s for at in starts for s in batch.logprobs(pairs[at : at + size])])
     return batch
-
-
-def greedy_alone(model, contexts, pairs, num_new):
-    return [ListedModel(model, d).greedy(contexts[row], num_new) for row, d in pairs]
 
 
 def tokens(answers):

@@ -5,22 +5,17 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+import slow_way
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Request
 from drllm.records.search import SearchRecord, TriedPath
-from slow_way import ListedModel
+from slow_way import gold_logprob_alone
 
 NUM_LAYERS = 4
 
-QUESTIONS = [
-    Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
-    Request([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
-    Request([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
-    Request([60, 61, 62], [[70, 71], [72]]),
-]
+QUESTIONS = [*slow_way.QUESTIONS, Request([60, 61, 62], [[70, 71], [72]])]
 GOLDS = [2, 0, 1, 0]
 
 
@@ -102,12 +97,4 @@ def searched():
 @pytest.fixture(scope="module")
 def slow_gold_logprob(model):
     """A function that measures a path: one question, one option at a time, without padding."""
-
-    def measure(path: Sequence[int]) -> float:
-        plain, total = ListedModel(model, path=path), 0.0
-        for question, gold in zip(QUESTIONS, GOLDS, strict=True):
-            sums = torch.tensor(plain.sums(question.context, question.continuations))
-            total += float(sums.log_softmax(0)[gold])
-        return total / len(QUESTIONS)
-
-    return measure
+    return lambda path: gold_logprob_alone(model, path, QUESTIONS, GOLDS)

@@ -6,22 +6,13 @@ from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Request
-from slow_way import ListedModel
+from slow_way import confidences_alone
 
 L = 4
 TELLING = 0.13
 """A threshold at which the prompts of these tests stop behind different layers."""
 CONFIDENCE_TOLERANCE = 1e-5
 """Of a probability in float32, alone or in a padded batch; 1e-6 was seen."""
-
-
-def by_hand(model, prompt):
-    """The likeliest token's probability under the model cut off behind each layer."""
-    found = []
-    for num_layers in range(1, L):
-        logits = ListedModel(model, path=range(num_layers)).logits(prompt)
-        found.append(float(logits[-1].softmax(-1).max()))
-    return found
 
 
 def stops(probabilities, threshold):
@@ -48,7 +39,7 @@ def measured(routed, lens, prompts):
 
 @pytest.fixture(scope="module")
 def slow(model, prompts):
-    return [by_hand(model, prompt) for prompt in prompts]
+    return [confidences_alone(model, prompt, L) for prompt in prompts]
 
 
 def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, slow):

@@ -16,11 +16,10 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import draw_stock_task
 from drllm.evaluation.questions import tasks_of
 from drllm.evaluation.run import evaluate
-from drllm.models.base.identity import fingerprint
 from drllm.records.results import read_results
 from drllm.tasks.harness import LmEvalTask
 from harness_files import GENERATED, OPTIONS, ROWS, written_task
-from slow_way import tiny_routers
+from slow_way import routers_for
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,6 @@ def task_file(tmp_path):
     return write
 
 
-def routers_of(base):
-    return tiny_routers(
-        3, router_width=128, num_windows=8, base_fingerprint=fingerprint(base.model)
-    )
-
-
 def config_of(tasks, **values: Any):
     few = {"num_texts": 4, "baselines": "permuted-routes", **values}
     return EvaluateConfig(tasks=tasks, **few)
@@ -55,7 +48,9 @@ def test_base_scores_what_the_harness_scores_and_every_system_has_every_question
 ):
     name = task_file(settings)
     config = config_of(name, num_random_draws=2)
-    [result] = evaluate(base, config=config, output_dir=tmp_path / "eval", routers=routers_of(base))
+    [result] = evaluate(
+        base, config=config, output_dir=tmp_path / "eval", routers=routers_for(base)
+    )
     lm, manager = RoutedLM(base, batch_size=4), TaskManager(include_defaults=False)
     try:
         theirs = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
@@ -81,7 +76,7 @@ def test_base_scores_what_the_harness_scores_and_every_system_has_every_question
 def test_a_limit_draws_questions_and_any_of_several_right_options_counts(base, task_file, tmp_path):
     name = task_file(OPTIONS, [{**row, "yes": "[0, 1]"} for row in ROWS])
     config = config_of(name, limit=5, baselines="none", num_fewshot=0)
-    [result] = evaluate(base, config=config, routers=routers_of(base))
+    [result] = evaluate(base, config=config, routers=routers_for(base))
     assert (result.num_questions, result.num_fewshot) == (5, 0)
     assert result.base.accuracy == 1
     assert result.base.gold_logprob == pytest.approx(0, abs=1e-6)
@@ -127,7 +122,7 @@ def test_nothing_is_fitted_on_questions_that_are_reported(tmp_path, base):
 def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_from_it(
     base, task_file
 ):
-    name, routers = task_file(OPTIONS), routers_of(base)
+    name, routers = task_file(OPTIONS), routers_for(base)
     routers.config = replace(routers.config, training={"tasks": {"larger": 6}})
     [result] = evaluate(base, config=config_of(name, baselines="none"), routers=routers)
     assert result.num_questions == len(LmEvalTask(name).examples("test")) < 12
