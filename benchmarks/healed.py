@@ -1,14 +1,12 @@
 """What static paths, healed or not, change about a model on questions that nothing was fitted on.
 
-Of each task it asks the questions that `drllm tune` and `drllm heal` leave to be tested on, or
-those that certify. Where there are options: accuracy, and the right option's log-probability among
-them. Of all tasks: the next-token loss of questions with their right answers, and of the right
-answers alone where they are read. Everything is a difference from the full path, with its 95 %
-interval.
+Of each task it asks the questions that `drllm tune` and `drllm heal` leave to be tested on. Where
+there are options: accuracy, and the right option's log-probability among them. Of all tasks: the
+next-token loss of questions with their right answers, and of the right answers alone where they are
+read. Everything is a difference from the full path, with its 95 % interval.
 
-    python benchmarks/healed.py --paths FILE[:NAME],... [--tasks TASKS] [--part test|certify]
-        [--questions N] [--texts N] [--quick] [--json FILE] [--data-dir DIR] [--model MODEL]
-        [--device DEVICE] [--dtype DTYPE]
+    python benchmarks/healed.py --paths FILE[:NAME],... [--tasks TASKS] [--questions N] [--texts N]
+        [--quick] [--json FILE] [--data-dir DIR] [--model MODEL] [--device DEVICE] [--dtype DTYPE]
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from drllm.config.fields import LARGEST_INT
 from drllm.models.healed import load_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from drllm.records.static_paths import CERTIFY, TEST, read_path_list
+from drllm.records.static_paths import TEST, read_path_list
 from drllm.tuning.parts import parts_of_tasks
 
 
@@ -33,13 +31,11 @@ def main() -> None:
     common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--paths", required=True, help="static paths, as drllm evaluate takes them")
     parser.add_argument("--tasks", default=TuneConfig().tasks, help="comma list")
-    parser.add_argument("--part", choices=(TEST, CERTIFY), default=TEST, help="which questions")
     parser.add_argument("--questions", type=int, help="with options, of a task at most")
     parser.add_argument("--texts", type=int, help="whose next-token loss is read, of a task")
     parser.add_argument("--data-dir", help="folder with SPLIT.jsonl[.gz] files by task")
     options = parser.parse_args()
     sizes = common.sizes_of(options, QUICK, WHOLE)
-    # A healing trains on all questions that may be fitted on, so none of these certifies.
     config = TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT)
     divided = parts_of_tasks(config, options.tasks)
     files = read_path_list(options.paths)
@@ -48,11 +44,11 @@ def main() -> None:
     paths = {"full": StaticPath(range(base.num_layers))}
     paths |= {name: load_path(routed, file) for name, file in files.items()}
     options.clock = "none"
-    figures: dict[str, Any] = {"of": common.of(base, options), "part": options.part, "tasks": {}}
+    figures: dict[str, Any] = {"of": common.of(base, options), "part": TEST, "tasks": {}}
     for parts in divided:
-        found = quantities(routed, parts, options.part, [*paths.values()], sizes)
+        found = quantities(routed, parts, TEST, [*paths.values()], sizes)
         name = parts.task.name
-        figures["tasks"][name] = less_full(name, options.part, found, [*paths])
+        figures["tasks"][name] = less_full(name, TEST, found, [*paths])
     common.write(options, figures)
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from drllm.statistics.intervals import is_single, mean_interval
-from drllm.statistics.paired import maximum_loss, mcnemar_exact, paired_interval, won_lost
+from drllm.statistics.paired import mcnemar_exact, paired_interval, won_lost
 
 ACCURACY = "accuracy"
 SEED = 0
@@ -16,20 +16,21 @@ SEED = 0
 def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Return the mean of a quantity, its mean change from another system's, and the 95 % interval.
 
-    Of accuracy also McNemar's exact test, and `excluded`, which `drllm tune --epsilon` compares:
-    with 95 % probability less is lost; not where a question is right in part.
+    Of accuracy also McNemar's exact test, and `excluded`, the loss from which on every loss is
+    excluded, which `drllm evaluate --max-drop` compares; not where a question is right in part.
     """
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     found = {"mean": fmean(ours), "change": fmean(changes), "n": len(changes)}
     if quantity != ACCURACY or not (is_single(ours) and is_single(theirs)):
         return found | {"interval": mean_interval(changes, SEED)}
     won, lost = won_lost(ours, theirs)
+    interval = paired_interval(won, lost, len(changes))
     return found | {
-        "interval": paired_interval(won, lost, len(changes)),
+        "interval": interval,
         "won": won,
         "lost": lost,
         "p": mcnemar_exact(won, lost),
-        "excluded": maximum_loss(won, lost, len(changes)),
+        "excluded": max(0.0, -interval[0]),
     }
 
 

@@ -321,7 +321,7 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     plain = copy.deepcopy(base.model)
     file = tmp_path / "plan.json"
     file.write_text(f'{{"decisions": {list(plan)}}}')
-    lm = RoutedLM(base, path=f"{file}:5.00")
+    lm = RoutedLM(base, path=str(file))
     requests = instances(QUESTIONS)
     for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
         context, continuation = lm._encode_pair(*request.args)
@@ -389,7 +389,7 @@ def test_a_path_of_another_model_is_refused(base, tmp_path):
     other = {**base.identity, "fingerprint": "f" * 16}
     file = written_paths(tmp_path / "paths.json", other)
     with pytest.raises(PathError, match="fingerprint ffffffffffffffff"):
-        RoutedLM(base, path=str(file))
+        RoutedLM(base, path=f"{file}:5.00")
 
 
 def test_a_knob_without_routers_is_refused(base):

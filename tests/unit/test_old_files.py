@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drllm.config import ModelConfig, TrainConfig
-from drllm.errors import RecordError
+from drllm.errors import PathError, RecordError
 from drllm.models.base.load import load
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
@@ -98,6 +98,17 @@ def test_static_paths_are_read(base, folder, shortest, named):
     assert [path.name for path in read_paths(file).paths] == ["full", "skip1", "skip2"]
     assert read_path(f"{file}:skip2").path_of(base.identity) == StaticPath(shortest)
     assert list(read_path_list(str(file))) == named  # skip1 of the first is dominated
+
+
+def test_a_certificate_is_ignored_with_a_note(drllm):
+    file = OLD / "certified" / "paths.json"
+    [note] = read_paths(file).notes
+    assert "certificate" in note
+    assert "0.1.0.dev0" in note
+    assert note in " ".join(drllm("show", file).out.split())
+    assert read_paths(OLD / "tuned" / "paths.json").notes == []
+    with pytest.raises(PathError, match="name one of them"):  # not the certified one
+        read_path(str(file))
 
 
 def test_a_healed_path_is_read_and_computes_what_it_did(base, expected):

@@ -278,11 +278,14 @@ def test_files_of_others_beside_a_run_are_no_results(folder):
     assert not read_run(folder.path).evaluations
 
 
-def test_what_only_menus_filled_in_results_of_an_earlier_version_is_ignored(copied):
+def test_menus_and_certificates_in_results_of_an_earlier_version_are_ignored(copied):
     expected = read_run(copied.path).evaluations
     pooled = {"tasks": ["arc_easy"], "num_questions": 60, "executions": {"base": 4.0}}
-    copied.change("eval/arc_easy.json", lambda values: values.update(menu="menu", pooled=pooled))
+    old = {"menu": "menu", "pooled": pooled, "choice": {"limits": {"epsilon": 2.0}, "trials": []}}
+    copied.change("eval/arc_easy.json", lambda values: values.update(old))
     [found] = read_run(copied.path).evaluations
     assert found.systems == expected[0].systems
     _, markdown = report(copied.path)
-    assert "pooled" not in markdown.read_text(encoding="utf-8")
+    text = markdown.read_text(encoding="utf-8")
+    assert "pooled" not in text
+    assert "The certificate in this file, of drllm 0.0.0, is ignored" in text
