@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drllm.config import ModelConfig, TrainConfig
-from drllm.errors import PathError, RecordError
+from drllm.errors import DrllmError, PathError, RecordError
 from drllm.models.base.load import load
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
@@ -63,6 +63,16 @@ def test_supervision_is_read_and_trained_on(base, tmp_path):
     assert read_manifest(RUN / "supervision.jsonl", "supervision")["summary"]["targets"] == 4
     train(base, [RUN / "supervision.jsonl"], TrainConfig(num_epochs=1), tmp_path / "routers")
     assert load_routers(tmp_path / "routers").config.num_layers == 4
+
+
+def test_features_are_made_anew_only_where_the_old_ones_were_deleted(base, tmp_path):
+    features = Path(shutil.copytree(OLD / "features", tmp_path / "features"))
+    settings = TrainConfig(num_epochs=1)
+    files = [RUN / "supervision.jsonl"]
+    with pytest.raises(DrllmError, match="an older version of drllm; delete"):
+        train(base, files, settings, tmp_path / "routers", features=features)
+    shutil.rmtree(features)
+    train(base, files, settings, tmp_path / "routers", features=features)
 
 
 def test_routers_are_read_and_decide_as_they_did(base, expected):
