@@ -13,7 +13,10 @@ from drllm.reporting.run import Run
 
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
 PATHS = "A static path runs the same layers for every question."
-HEALED = "A healed one has an adapter, trained to make up for the layers that it leaves out."
+HEALED = (
+    "A healed path has an adapter that brings its text nearer to the full path's; short answers "
+    "may stay as they are."
+)
 BASE_IS = "Base is the same model with every layer executed once."
 
 

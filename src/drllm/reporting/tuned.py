@@ -17,7 +17,10 @@ COLUMNS = (
     "objective on test|on select|on fit"
 )
 LOSS_COLUMNS = "source|texts|full path|path alone|healed|recovered"
-LOSS_CAPTION = "Next-token loss of texts that were not trained on, in nats a token."
+LOSS_CAPTION = (
+    "Next-token loss in nats a token, on held-out texts of the sources that were trained on; on "
+    "texts of other sources less is recovered."
+)
 
 
 def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
@@ -135,11 +138,10 @@ def describe_healing(record: HealedPath) -> str:
     divergences = [point.held_out_kl for point in record.curve]
     last = record.curve[-1]
     cost = plain(record.executions, 2).removesuffix(".00")
-    path = f"The commonest of {1 + len(record.others)} paths" if record.others else "The path"
     return (
-        f"{path} runs {cost} of {record.num_layers} executions; its KL from the full path on "
-        f"texts that were not trained on was {plain(divergences[0], 3)} nats a token before and is "
-        f"{plain(min(divergences), 3)} after healing, which took {count(last.step)} steps "
+        f"The path runs {cost} of {record.num_layers} executions; its KL from the full path on "
+        f"held-out texts of the same sources was {plain(divergences[0], 3)} nats a token before "
+        f"and is {plain(min(divergences), 3)} after healing, which took {count(last.step)} steps "
         f"({count(last.tokens)} tokens, {duration(last.seconds)})."
     )
 
