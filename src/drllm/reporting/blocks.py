@@ -4,8 +4,8 @@ Texts are never markup: the templates escape all of them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import msgspec
 
@@ -122,17 +122,12 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks, and then what a template makes of values.
-
-    `level` is 2, 3 or 4. A folded section is shown on request.
-    """
+    """A heading with its blocks. `level` is 2, 3 or 4; a folded section is shown on request."""
 
     title: str
     blocks: Sequence[Block] = ()
     level: int = 2
     folded: bool = False
-    template: str = ""
-    values: Mapping[str, Any] = {}
 
 
 class Document(msgspec.Struct, frozen=True):

@@ -14,8 +14,10 @@ from drllm.records import results
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
 from drllm.reporting.costs import PHASES
-from drllm.reporting.numbers import NONE, count, difference, label, percent, plain
+from drllm.reporting.numbers import NONE, count, percent, plain
 from drllm.reporting.run import Run
+from drllm.reporting.tables import Named, compared_table, depths_table, results_table, systems_table
+from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.summary import class_counts
 
@@ -84,14 +86,10 @@ def sections(run: Run, evaluation: results.Result) -> list[Section]:
     """Return the plot, the table of systems, the test of limits, routes and changed answers."""
     parts = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
-        Section("Systems", template="table.j2", values={"evaluation": evaluation}),
+        Section("Systems", _systems(evaluation)),
     ]
-    drop_test = evaluation.drop_test
-    if drop_test is not None:
-        trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
-        if drop_test.untested:
-            trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
-        parts.append(Section("Limits on the loss", [drop_test.sentence(), Listing(trials)]))
+    if evaluation.drop_test is not None:
+        parts.append(Section("Limits on the loss", _drop_test(evaluation.drop_test)))
     routes = evaluation.routes()
     if routes:
         parts.append(Section("Routes by layer", [_routes(run, routes)]))
@@ -100,6 +98,27 @@ def sections(run: Run, evaluation: results.Result) -> list[Section]:
     if samples:
         parts.append(Section("Questions won and lost", _changed(evaluation, samples)))
     return parts
+
+
+def _systems(evaluation: results.Evaluation) -> list[Block]:
+    """Return the table of systems, and the findings that stand nowhere else."""
+    blocks: list[Block] = [results_table(evaluation)]
+    drop_test = evaluation.drop_test
+    elsewhere = {drop_test.sentence()} if drop_test else set[str]()
+    rest = evaluation.findings[len(evaluation.verdict) :]
+    lines = [finding for finding in rest if finding not in elsewhere]
+    lines += evaluation.notes
+    if lines:
+        blocks.append(Listing(lines))
+    return blocks
+
+
+def _drop_test(drop_test: DropTest) -> list[Block]:
+    """Return whether a loss is excluded, and every trial on the way."""
+    trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
+    if drop_test.untested:
+        trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
+    return [drop_test.sentence(), Listing(trials)]
 
 
 def _plot(evaluation: results.Evaluation) -> Figure:
@@ -128,73 +147,24 @@ def _plot(evaluation: results.Evaluation) -> Figure:
 
 def details(evaluation: results.Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
-    parts = [Section("What the systems are", [_systems_table(evaluation)], folded=True)]
+    parts = [Section("What the systems are", [systems_table(evaluation)], folded=True)]
     if evaluation.curve:
-        parts.append(Section("All depths in numbers", [_depths_table(evaluation)], folded=True))
+        parts.append(Section("All depths in numbers", [depths_table(evaluation)], folded=True))
     return parts
-
-
-def _systems_table(evaluation: results.Evaluation) -> Table:
-    """Return a table with what each system does, and where it comes from."""
-    reads = {None: NONE, True: "yes", False: "no"}
-    rows = [
-        [
-            system.name,
-            system.description or NONE,
-            system.source or NONE,
-            system.fitted_on or NONE,
-            reads[system.reads_question],
-            plain(system.gold_logprob, 3),
-        ]
-        for system in evaluation.systems
-    ]
-    words = "what it does|source|fitted on|reads the question"
-    header = f"system|{words}|gold log-probability"
-    caption = "What each system does, and where it comes from."
-    return Table.from_rows(caption, header, rows, words)
-
-
-def _depths_table(evaluation: results.Evaluation) -> Table:
-    """Return a table with every system at every depth."""
-    rows: list[list[str]] = []
-    for point in evaluation.curve:
-        base = point.against_base
-        routed = point.routed_against
-        row = [
-            point.system,
-            point.setting or NONE,
-            plain(point.executions, 2),
-            plain(100 * point.accuracy),
-            difference(base.accuracy if base else None),
-            difference(base.text_loss if base else None),
-            difference(routed.accuracy if routed else None),
-            label(routed.accuracy if routed else None),
-        ]
-        rows.append(row)
-    caption = (
-        "Every system at every depth minus base, and the routed model minus it, with 95 % "
-        "intervals; each comparison by itself."
-    )
-    header = (
-        f"system|depth|layers run|{evaluation.score}, %|minus base's, points|"
-        f"loss minus base's, nats|routed minus it, points|verdict on routed"
-    )
-    return Table.from_rows(caption, header, rows, "depth|verdict on routed", results.ROUTED)
 
 
 def side_by_side(
     what: str, named: Sequence[tuple[str, results.Evaluation]], caption: str
 ) -> Section:
     """Return base, routed model at all depths, and paths, of runs or tasks (`what` says which)."""
-    rows: list[tuple[str, results.Evaluation, results.System | results.Point]] = []
+    rows: list[Named] = []
     for name, evaluation in named:
         shown = {results.BASE, results.ROUTED, *evaluation.paths}
         systems = [system for system in evaluation.systems if system.name in shown]
         points = [point for point in evaluation.curve if point.system == results.ROUTED]
         rows += [(name, evaluation, system) for system in systems]
         rows += [(name, evaluation, point) for point in points]
-    values = {"what": what, "named": rows, "caption": caption}
-    return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
+    return Section(f"{what.capitalize()}s compared", [compared_table(what, rows, caption)])
 
 
 def _shares(rows: Sequence[Decisions]) -> list[list[float]]:

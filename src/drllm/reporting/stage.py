@@ -13,17 +13,15 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from markupsafe import Markup
 
-from drllm.cost import share_saved
 from drllm.errors import ConfigError, RecordError, printable
 from drllm.extras import need
 from drllm.listener import Listener
 from drllm.records.codec import write_atomically
 from drllm.records.results import Results
-from drllm.reporting import numbers
-from drllm.reporting.blocks import Document, Listing, Section, Table
+from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import NARROW, WIDE, png, svg
+from drllm.reporting.numbers import NONE
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document as document_of
 
@@ -155,32 +153,19 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 
 
 def _render(template: str, document: Document, *, autoescape: bool, **values: Any) -> str:
-    environment = _environment(autoescape)
-    values |= _template_names()
-
-    def part(section: Section, **macros: Any) -> str:
-        text = environment.get_template(section.template).render(
-            **values, **section.values, **macros
+    page = (
+        _environment(autoescape)
+        .get_template(template)
+        .render(
+            document=document,
+            kind_of=lambda block: type(block).__name__,
+            narrow=NARROW,
+            wide=WIDE,
+            NONE=NONE,
+            **values,
         )
-        return Markup(text) if autoescape else text  # escaped by then
-
-    return printable(
-        environment.get_template(template).render(document=document, part=part, **values)
     )
-
-
-def _template_names() -> dict[str, Any]:
-    """Return what every template may use, by name."""
-    formats = {name: value for name, value in vars(numbers).items() if not name.startswith("_")}
-    return {
-        **formats,
-        "kind_of": lambda block: type(block).__name__,
-        "share_saved": share_saved,
-        "narrow": NARROW,
-        "wide": WIDE,
-        "table": Table.from_rows,
-        "listing": Listing,
-    }
+    return printable(page)
 
 
 def escape(text: str) -> str:

@@ -1,0 +1,170 @@
+"""The tables of a report about results: a task's systems, their depths, runs and tasks compared."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
+from drllm.reporting.blocks import Table
+from drllm.reporting.numbers import NONE, count, difference, excluded, label, percent, plain
+from drllm.statistics.verdicts import Differences
+
+Named: TypeAlias = tuple[str, Evaluation, System | Point]  # by the name of a run or a task
+
+
+def results_table(evaluation: Evaluation) -> Table:
+    """Return the systems of a task, the most accurate first.
+
+    Each is compared with the routed model, or with base where there is none.
+    """
+    systems = sorted(evaluation.systems, key=lambda system: (-system.accuracy, system.executions))
+    rows = [_result_row(evaluation, system) for system in systems]
+    minus = "routed minus it" if evaluation.routed else "minus base's"
+    header = (
+        f"system|layers run|{evaluation.score}, %|next-token loss|{minus}, points|"
+        f"loss excluded above|verdict|loss: {minus}, nats|verdict by loss"
+    )
+    compared = evaluation.compared
+    bold = _shown_name(evaluation, compared) if compared else ""
+    return Table.from_rows(
+        _results_caption(evaluation), header, rows, "verdict|verdict by loss", bold
+    )
+
+
+def _results_caption(evaluation: Evaluation) -> str:
+    questions = f"{count(evaluation.num_questions)} questions"
+    if evaluation.chance:
+        questions += f", guessing gives {percent(evaluation.chance)}"
+    compared = "each system minus base"
+    judged = "the system"
+    if evaluation.routed:
+        compared = "the routed model minus each system"
+        judged = "the routed model"
+    sentences = [
+        f"{questions}; the best first.",
+        f"Then {compared}, with 95 % intervals, and the verdict on {judged}.",
+        "A loss above the excluded one is ruled out (95 %).",
+    ]
+    if evaluation.routed:
+        sentences.append("Rows are not corrected for their number.")
+    elif len(evaluation.paths) > 1:
+        sentences.append("Paths are corrected together.")
+    if any(system.draws > 1 for system in evaluation.systems):
+        sentences.append("×N: the mean over N draws.")
+    return " ".join(sentences)
+
+
+def _result_row(evaluation: Evaluation, system: System) -> list[str]:
+    name = system.name
+    if system.draws > 1:
+        name += f" ×{system.draws}"
+    if evaluation.is_healed(system.name):
+        name += " (healed)"
+    return [
+        name,
+        plain(system.executions, 2),
+        plain(100 * system.accuracy),
+        plain(system.text_loss, 3),
+        *_verdict_cells(_compared_with(evaluation, system)),
+    ]
+
+
+def _shown_name(evaluation: Evaluation, system: System) -> str:
+    return f"{system.name} (healed)" if evaluation.is_healed(system.name) else system.name
+
+
+def _compared_with(evaluation: Evaluation, system: System) -> Differences | None:
+    """Return the routed model minus a system; without a routed model, the system minus base."""
+    if evaluation.routed is None:
+        return system.against_base
+    if system.name == BASE:
+        return evaluation.routed.against_base
+    return system.routed_against
+
+
+def _verdict_cells(differences: Differences | None) -> list[str]:
+    """Return the difference in accuracy, the excluded loss, the verdict; the same of text loss."""
+    accuracy = differences.accuracy if differences else None
+    loss = differences.text_loss if differences else None
+    return [
+        difference(accuracy),
+        excluded(accuracy),
+        label(accuracy),
+        difference(loss),
+        label(loss),
+    ]
+
+
+def systems_table(evaluation: Evaluation) -> Table:
+    """Return what each system does, and where it comes from."""
+    reads = {None: NONE, True: "yes", False: "no"}
+    rows = [
+        [
+            system.name,
+            system.description or NONE,
+            system.source or NONE,
+            system.fitted_on or NONE,
+            reads[system.reads_question],
+            plain(system.gold_logprob, 3),
+        ]
+        for system in evaluation.systems
+    ]
+    words = "what it does|source|fitted on|reads the question"
+    header = f"system|{words}|gold log-probability"
+    caption = "What each system does, and where it comes from."
+    return Table.from_rows(caption, header, rows, words)
+
+
+def depths_table(evaluation: Evaluation) -> Table:
+    """Return every system at every depth."""
+    rows = [_depth_row(point) for point in evaluation.curve]
+    caption = (
+        "Every system at every depth minus base, and the routed model minus it, with 95 % "
+        "intervals; each comparison by itself."
+    )
+    header = (
+        f"system|depth|layers run|{evaluation.score}, %|minus base's, points|"
+        f"loss minus base's, nats|routed minus it, points|verdict on routed"
+    )
+    return Table.from_rows(caption, header, rows, "depth|verdict on routed", ROUTED)
+
+
+def _depth_row(point: Point) -> list[str]:
+    base = point.against_base
+    routed = point.routed_against
+    return [
+        point.system,
+        point.setting or NONE,
+        plain(point.executions, 2),
+        plain(100 * point.accuracy),
+        difference(base.accuracy if base else None),
+        difference(base.text_loss if base else None),
+        difference(routed.accuracy if routed else None),
+        label(routed.accuracy if routed else None),
+    ]
+
+
+def compared_table(what: str, named: Sequence[Named], caption: str) -> Table:
+    """Return systems of several runs or tasks (`what` says which), each compared with its base."""
+    words = "of task|system|verdict|verdict by loss|than with its routes permuted"
+    header = (
+        f"{what}|of task|questions|system|layers run|accuracy, %|minus base's, points|"
+        f"loss excluded above|verdict|loss minus base's, nats|verdict by loss|"
+        f"than with its routes permuted"
+    )
+    rows = [_compared_row(name, evaluation, system) for name, evaluation, system in named]
+    return Table.from_rows(caption, header, rows, words)
+
+
+def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> list[str]:
+    permuted = evaluation.system(PERMUTED)
+    against_permuted = permuted.routed_against if permuted and system.name == ROUTED else None
+    return [
+        name,
+        evaluation.task if name != evaluation.task else NONE,
+        count(evaluation.num_questions),
+        system.name,
+        plain(system.executions, 2),
+        plain(100 * system.accuracy),
+        *_verdict_cells(system.against_base),
+        label(against_permuted.accuracy if against_permuted else None),
+    ]
