@@ -134,19 +134,6 @@ def test_a_healed_path_is_read_and_computes_what_it_did(base, expected):
     routed.detach()
 
 
-def test_a_certificate_is_ignored_with_a_note(base, drllm):
-    file = OLD / "certified" / "paths.json"
-    [note] = read_paths(file).notes
-    assert "certificate" in note
-    assert "0.1.0.dev0" in note
-    assert read_paths(OLD / "tuned" / "paths.json").notes == []
-    shown = " ".join(drllm("show", file).out.split())
-    assert note in shown
-    assert "certify" not in shown  # that part of the questions
-    [line] = drllm("generate --path", file, "hello", status=2).err.splitlines()
-    assert "full, skip1, skip2" in line  # no path goes without its name
-
-
 READERS = (
     "show {}",
     "generate --path {} hello",
