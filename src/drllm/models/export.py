@@ -495,20 +495,20 @@ def model_card(
     found and how it did.
     """
     layers = path.layers
-    plan = path.with_adapter("").plan(base["num_layers"])
-    found, made = (None, None) if file is None else (file.found, file.record)
-    record = made if isinstance(made, StaticPaths) else None
+    num_layers = base["num_layers"]
+    plan = path.with_adapter("").plan(num_layers)
+    record = None if file is None else file.record
     return load_template(Path(__file__).with_name("export_card.md.j2")).render(
         base=base,
         steps=layers,
         decisions=() if isinstance(plan, StaticPath) else plan,
-        skipped=sorted(set(range(base["num_layers"])) - set(layers)),
+        skipped=sorted(set(range(num_layers)) - set(layers)),
         repeated=sorted({layer for layer in layers if layers.count(layer) > 1}),
         in_order=list(layers) == sorted(layers),
         dtype=dtype,
         num_repeated_bytes=num_repeated_bytes,
-        found=found,
-        record=record,
-        healed=made if isinstance(made, HealedPath) else None,
+        named=None if file is None else file.named,
+        record=record if isinstance(record, StaticPaths) else None,
+        healed=record if isinstance(record, HealedPath) else None,
         version=importlib.metadata.version("drllm"),
     )

@@ -317,7 +317,7 @@ class RunFolder:
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "texts": codec.digest_of(self.recipe.healed),
-            "path": [plan.found.name if plan.found else "", hash_of(plan.file)],
+            "path": [plan.named.name if plan.named else "", hash_of(plan.file)],
         }
         return Stage(made_from, self._run_heal)
 

@@ -3,6 +3,8 @@
 Axes: L layers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,19 +132,19 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
-    """Refuse, by a PathError, a model that a record's paths weren't found for.
+    """Refuse, by a PathError, a model that a record's paths weren't made for.
 
-    `model` is its identity. A fingerprint tells the same weights under another name; where one side
-    has none, the names count.
+    `model` is its identity. A fingerprint recognises the same weights under another name; where one
+    side has none, the names count.
     """
-    found = {**record.model, "num_layers": record.num_layers}
-    both = [key for key in IDENTITY if found.get(key) and model.get(key)]
-    differences = [
-        f"{key} {found[key]} (this model has {model[key]})"
-        for key in both
-        if (key != "id" or "fingerprint" not in both)
-        and differ(key, found[key], model[key], str(file))
-    ]
+    expected = {**record.model, "num_layers": record.num_layers}
+    known = [key for key in IDENTITY if expected.get(key) and model.get(key)]
+    differences = []
+    for key in known:
+        if key == "id" and "fingerprint" in known:
+            continue
+        if differ(key, expected[key], model[key], str(file)):
+            differences.append(f"{key} {expected[key]} (this model has {model[key]})")
     if differences:
         raise PathError(
             f"{file} has paths of {record.model.get('id') or 'another model'} with "
@@ -178,15 +180,20 @@ class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class PathFile:
     """What a file says, before it is known how many layers the model has.
 
-    It has `decisions` or a `static` path. `found` and `record` are the path and the whole of a
+    It has `decisions` or a `static` path. `named` and `record` are the path and the whole of a
     `paths.json`; of a healed path there is a record too.
     """
 
     file: Path
     decisions: Decisions | None = None
     static: StaticPath | None = None
-    found: NamedPath | None = None
+    named: NamedPath | None = None
     record: StaticPaths | HealedPath | None = None
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether it is a healed path."""
+        return isinstance(self.record, HealedPath)
 
     def path_of(self, model: Mapping[str, Any]) -> StaticPath:
         """Return the path for a model of this identity.
@@ -208,62 +215,89 @@ class PathFile:
             raise PathError(f"{self.file}: {error}") from error
 
 
-def read_path(given: str) -> PathFile:
+def read_path(place: str) -> PathFile:
     """Read `FILE` or `FILE:NAME`: any of `FORMS`; the name is that of a path of a `paths.json`.
 
-    No such file, or another form, is a RecordError; a name that there isn't, or a `paths.json`
-    without a name, a PathError.
+    Raises:
+        RecordError: No such file, or another form.
+        PathError: A name that there isn't, or a `paths.json` without a name.
     """
-    found, file, name = _read(given)
-    if isinstance(found, PathFile):
-        return found
-    return _of_named(file, found.find(name, file), found)
+    content = _read(place)
+    if content.paths is None:
+        assert content.path is not None
+        return content.path
+    return _of_named(content.file, content.paths.find(content.name, content.file), content.paths)
 
 
-def read_path_list(given: str, *, needs_names: bool = False) -> dict[str, PathFile]:
+def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:
     """Read `FILE[:NAME],...`: paths by name, or by the stem of a file that names none.
 
     A `paths.json` without a name gives its paths but the full one and those marked as dominated,
-    or, where names are needed, is a PathError that lists them. A
-    name in several files comes behind that of its folder or, where it isn't `paths.json`, file; of
-    one that is there healed too, only the healed path's.
-    Raised is what `read_path` raises; no such path, or one that is there twice, is a PathError.
+    or, where names are needed, is a PathError that lists them. A name that occurs in several files
+    gets a prefix: the folder, or the file where it isn't `paths.json`. If a path is there plain and
+    healed, only the healed one gets a prefix.
+
+    Raises:
+        RecordError: As of `read_path`.
+        PathError: As of `read_path`; no such path, or one that is there twice.
     """
-    files: list[tuple[str, PathFile]] = []
-    for word in filter(None, map(str.strip, given.split(","))):
-        found, file, name = _read(word)
-        if isinstance(found, PathFile):
-            files.append((getattr(found.record, "name", file.stem), found))
-            continue
-        full = StaticPath(range(found.num_layers))
-        named = [found.find(name, file)] if needs_names or name is not None else found.paths
-        wanted = [p for p in named if name is not None or not (p.dominated or p.path == full)]
-        if not wanted:
-            raise PathError(f"{file} holds no path but the full one; give a file with others")
-        files += [(path.name, _of_named(file, path, found)) for path in wanted]
-    names = [name for name, _ in files]
-    unhealed = [name for name, path in files if not isinstance(path.record, HealedPath)]
+    paths: list[tuple[str, PathFile]] = []
+    for word in places.split(","):
+        if word.strip():
+            paths += _paths_of(_read(word.strip()), needs_names)
+    names = [name for name, _ in paths]
+    plain_names = [name for name, path in paths if not path.is_healed]
     by_name: dict[str, PathFile] = {}
-    for name, path in files:
-        own = name
-        if (names if isinstance(path.record, HealedPath) else unhealed).count(name) > 1:
-            folder, stem = path.file.resolve().parent.name, path.file.stem
-            ours = path.file.name in (PATHS_FILE, HEALED_FILE) or name == stem
-            own = f"{folder if ours else stem}:{name}"
-        if own in by_name:
+    for name, path in paths:
+        rivals = names if path.is_healed else plain_names
+        full_name = name if rivals.count(name) == 1 else f"{_prefix_of(path, name)}:{name}"
+        if full_name in by_name:
             raise PathError(
-                f"{path.file}: a path called {name!r} is there twice; give each path once, under "
-                f"a name of its own"
+                f"{path.file}: a path called {name!r} is there twice; give each path once, "
+                f"under a name of its own"
             )
-        by_name[own] = path
+        by_name[full_name] = path
     return by_name
 
 
-def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
-    """Return what is in the file of `FILE[:NAME]`, the file, and the name."""
-    file, name = Path(given), None
-    if not file.exists() and ":" in given:
-        before, _, name = given.rpartition(":")
+def _prefix_of(path: PathFile, name: str) -> str:
+    """Return what tells a path from another of its name: its folder, or its file."""
+    if path.file.name in (PATHS_FILE, HEALED_FILE) or name == path.file.stem:
+        return path.file.resolve().parent.name
+    return path.file.stem
+
+
+def _paths_of(content: _Content, needs_names: bool) -> list[tuple[str, PathFile]]:
+    """Return the paths of a file by name: of a `paths.json` the named one, or those worth it."""
+    if content.paths is None:
+        assert content.path is not None
+        return [(getattr(content.path.record, "name", content.file.stem), content.path)]
+    record = content.paths
+    if needs_names or content.name is not None:
+        wanted = [record.find(content.name, content.file)]
+    else:
+        full = StaticPath(range(record.num_layers))
+        wanted = [path for path in record.paths if not path.dominated and path.path != full]
+    if not wanted:
+        raise PathError(f"{content.file} holds no path but the full one; give a file with others")
+    return [(path.name, _of_named(content.file, path, record)) for path in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is in the file of `FILE[:NAME]`: a `paths.json`, or one path."""
+
+    file: Path
+    name: str | None
+    paths: StaticPaths | None = None
+    path: PathFile | None = None
+
+
+def _read(place: str) -> _Content:
+    file = Path(place)
+    name = None
+    if not file.exists() and ":" in place:
+        before, _, name = place.rpartition(":")
         file = Path(before)
     refuse_menu(file)
     if (file / HEALED_FILE).is_file():
@@ -272,13 +306,14 @@ def _read(given: str) -> tuple[StaticPaths | PathFile, Path, str | None]:
     if f'"{MENU_SCHEMA}"' in text:  # under another name
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
     if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
-        return read_paths(file), file, name
+        return _Content(file, name, paths=read_paths(file))
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
     if f'"{HEALED_SCHEMA}"' in text:
         record = read_healed(file)
-        return PathFile(file, static=record.path, record=record), file, None
-    return _read_plan(file, text), file, None
+        path = PathFile(file, static=record.path, record=record)
+        return _Content(file, name, path=path)
+    return _Content(file, name, path=_read_plan(file, text))
 
 
 def _read_plan(file: Path, text: str) -> PathFile:
@@ -298,4 +333,4 @@ def _read_plan(file: Path, text: str) -> PathFile:
 
 
 def _of_named(file: Path, path: NamedPath, record: StaticPaths) -> PathFile:
-    return PathFile(file, static=path.path, found=path, record=record)
+    return PathFile(file, static=path.path, named=path, record=record)

@@ -121,7 +121,7 @@ def heal(
         name = "path"
         if file is not None:
             path = file.path_of(base.identity)
-            name = file.found.name if file.found else file.file.stem
+            name = file.named.name if file.named else file.file.stem
         assert isinstance(path, StaticPath)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
         run = HealRun(base, routed, path, name, sources, config, folder, listener)

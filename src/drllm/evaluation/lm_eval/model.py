@@ -182,8 +182,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
         plan = read_path(path)
         self.path_source = str(plan.file)
-        if plan.found and plan.found.name:
-            self.path_source += f":{plan.found.name}"
+        if plan.named and plan.named.name:
+            self.path_source += f":{plan.named.name}"
         return self.routed.policy_of(load_path(self.routed, plan))
 
     def loglikelihood(
