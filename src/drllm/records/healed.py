@@ -12,8 +12,10 @@ from drllm.records.codec import read_json, sha256
 from drllm.records.removed import refuse_removed
 from drllm.records.results import Header, StepRecord
 
-HEALED_SCHEMA, HEALED_FILE = "drllm.healed_path", "path.json"
-ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+HEALED_SCHEMA = "drllm.healed_path"
+HEALED_FILE = "path.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -129,7 +129,8 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
     """Write a whole records file and its manifest, which gets their number and the file's hash."""
-    text, about = to_lines(records), manifest_path(path)
+    text = to_lines(records)
+    about = manifest_path(path)
     codec.refuse_odd_file(path, "write")
     if codec.refuse_odd_file(about, "write"):
         try:

@@ -8,7 +8,8 @@ from drllm.errors import RecordError
 OLD_VERSION = "0.1.0.dev0, commit 3820ce17"
 """The last version that has what was removed since."""
 
-MENU_FILE, MENU_SCHEMA = "menu.json", "drllm.menu"
+MENU_FILE = "menu.json"
+MENU_SCHEMA = "drllm.menu"
 
 
 def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:

@@ -1,12 +1,11 @@
 """The results of an evaluation: `eval/TASK.json`, `samples.jsonl` and `latency.json`.
 
-Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` says of each
-field what it means. What follows from other values is a property and not in the files.
+Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` explains each
+field. Values that follow from others are properties and not in the files.
 """
 
 from __future__ import annotations
 
-import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +21,16 @@ from drllm.records.removed import certificate_ignored
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Differences, judge_times
 
-BASE, ROUTED = "base", "routed"
+BASE = "base"
+ROUTED = "routed"
 PERMUTED = "permuted routes"
-PREFILL, DECODE = "prefill", "decode"
-EVALUATION_SCHEMA, LATENCY_SCHEMA = "drllm.evaluation", "drllm.latency"
-SAMPLES_FILE, LATENCY_FILE = "samples.jsonl", "latency.json"
-OLDEST = 2  # the oldest form of results that is read
+PREFILL = "prefill"
+DECODE = "decode"
+EVALUATION_SCHEMA = "drllm.evaluation"
+LATENCY_SCHEMA = "drllm.latency"
+SAMPLES_FILE = "samples.jsonl"
+LATENCY_FILE = "latency.json"
+OLDEST = 2  # the oldest schema version of results that is read
 ACCURACY_TOLERANCE = 5e-4
 """How far an accuracy may lie from that of its samples: files may round to three digits."""
 
@@ -35,7 +38,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file of results says of itself, as `new_manifest` makes it."""
+    """The fields that every file of results begins with, as `new_manifest` makes them."""
 
     schema: str
     schema_version: int
@@ -321,7 +324,7 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def schema_of(path: Path) -> str:
-    """Return the schema that a JSON file says it has; empty where it says none."""
+    """Return the schema that a JSON file names; empty if it names none or can't be read."""
     try:
         return read_json(path, Version).schema
     except RecordError:
@@ -329,25 +332,28 @@ def schema_of(path: Path) -> str:
 
 
 class Results(tuple[Evaluation, ...]):
-    """What `evaluate` returns: a result for each task, in order."""
+    """What `evaluate` returns: a result for each task, in order.
 
-    folder: Path | None = None  # where their files are; None where they were never written
+    `folder` has their files; it is None if they were never written.
+    """
+
+    folder: Path | None = None
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read one `eval/TASK.json`; raises RecordError where it can't be trusted."""
+    """Read one `eval/TASK.json`; a RecordError if it can't be trusted."""
     return read_form(path, Evaluation, EVALUATION_SCHEMA)
 
 
 def read_form(path: Path, kind: type[T], schema: str) -> T:
-    """Read a file of results, refusing one of an older form by its version's name."""
-    found = read_json(path, Version)
-    if found.schema != schema:
-        raise RecordError(f"{path} says {found.schema!r}; expected {schema!r}; give another file")
-    if found.schema_version < OLDEST:
+    """Read a file of results; a RecordError for another schema, or for one that is too old."""
+    version = read_json(path, Version)
+    if version.schema != schema:
+        raise RecordError(f"{path} says {version.schema!r}; expected {schema!r}; give another file")
+    if version.schema_version < OLDEST:
         raise RecordError(
-            f"{path} was written by drllm {found.drllm_version} in an older form (schema version "
-            f"{found.schema_version}); make it again, or read it with that version"
+            f"{path} was written by drllm {version.drllm_version} in an older form (schema version "
+            f"{version.schema_version}); make it again, or read it with that version"
         )
     return read_json(path, kind)
 
@@ -363,36 +369,42 @@ def results_in(folder: Path) -> list[Path]:
 
 def read_results(folder: Path) -> list[Result]:
     """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing."""
-    file = folder / SAMPLES_FILE
-    samples: dict[str, list[Sample]] = {}
-    for sample in read_records(file, Sample, "samples") if file.exists() else ():
-        samples.setdefault(sample.task, []).append(sample)
-    found: dict[str, Result] = {}
+    samples_by_task = _read_samples(folder / SAMPLES_FILE)
+    results: dict[str, Result] = {}
     for path in results_in(folder):
         evaluation = read_evaluation(path)
-        if evaluation.task in found:
+        if evaluation.task in results:
             raise RecordError(
                 f"{path} holds task {evaluation.task!r}, and so does another file of {folder}; "
                 f"keep one result a task"
             )
-        own = tuple(samples.get(evaluation.task, ()))
-        _check_samples(path, evaluation, own)
+        samples = tuple(samples_by_task.get(evaluation.task, ()))
+        _check_samples(path, evaluation, samples)
         values = msgspec.structs.asdict(evaluation)
-        found[evaluation.task] = Result(**values, samples=own)
-    return list(found.values())
+        results[evaluation.task] = Result(**values, samples=samples)
+    return list(results.values())
+
+
+def _read_samples(file: Path) -> dict[str, list[Sample]]:
+    """Read the samples by task; none if the file is missing."""
+    samples: dict[str, list[Sample]] = {}
+    if file.exists():
+        for sample in read_records(file, Sample, "samples"):
+            samples.setdefault(sample.task, []).append(sample)
+    return samples
 
 
 def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
-    """Refuse samples that can't be those that the result was computed from."""
+    """Refuse samples that the result can't have been computed from."""
     if samples and len(samples) != evaluation.num_questions:
         raise RecordError(
             f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
             f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"
         )
-    correct: dict[str, list[float]] = {}
+    grades: dict[str, list[float]] = {}
     for sample in samples:
         for name, outcome in sample.systems.items():
-            correct.setdefault(name, []).append(outcome.correct)
+            grades.setdefault(name, []).append(outcome.correct)
             if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
                 raise RecordError(
                     f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
@@ -402,7 +414,7 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
     accuracies = {system.name: system.accuracy for system in evaluation.systems}
     accuracies |= {point.name: point.accuracy for point in evaluation.curve}
     for name, accuracy in accuracies.items():
-        mean = statistics.fmean(correct.get(name, [accuracy]))
+        mean = statistics.fmean(grades.get(name, [accuracy]))
         if abs(mean - accuracy) > ACCURACY_TOLERANCE:
             raise RecordError(
                 f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives {mean}; they are "
@@ -411,7 +423,7 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
 
 
 def refuse_twice(what: str, names: Sequence[str]) -> None:
-    """Refuse names of which one is given twice."""
+    """Refuse a name that is there twice, by a ValueError."""
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{what} {name!r} is there twice")
@@ -432,8 +444,13 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median of the seconds."""
         return statistics.median(self.seconds)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Phase and batch size."""
+        return self.phase, self.batch_size
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -447,38 +464,39 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     timings: tuple[Timing, ...]
 
     def __post_init__(self) -> None:
-        names = [f"{each.system}, {each.phase}, {each.batch_size}" for each in self.timings]
+        names = [f"{timing.system}, {timing.phase}, {timing.batch_size}" for timing in self.timings]
         refuse_twice("timing", names)
-        if len({len(each.seconds) for each in self.timings}) > 1:
+        if len({len(timing.seconds) for timing in self.timings}) > 1:
             raise ValueError("`timings` don't hold as many rounds of every system")
 
     @property
     def num_rounds(self) -> int:
-        """Turns that every system had."""
+        """The number of rounds."""
         return len(self.timings[0].seconds)
 
     def of(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing; KeyError if it wasn't measured."""
-        found: dict[tuple[str, str, int], Timing] = {
-            (each.system, each.phase, each.batch_size): each for each in self.timings
-        }
-        return found[system, phase, batch_size]
+        """Return one timing; a KeyError if it wasn't measured."""
+        for timing in self.timings:
+            if timing.system == system and timing.place == (phase, batch_size):
+                return timing
+        raise KeyError((system, phase, batch_size))
 
     def ratio(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
         """Return how many times as long one system took as another, round by round."""
-        ours, theirs = (self.of(each, phase, batch_size).seconds for each in (above, below))
-        return list(map(operator.truediv, ours, theirs))
+        numerators = self.of(above, phase, batch_size).seconds
+        denominators = self.of(below, phase, batch_size).seconds
+        return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
     def labels(self) -> dict[tuple[str, int], str]:
-        """Say of each phase and batch size whether the routed model is faster."""
-        sizes = sorted({each.batch_size for each in self.timings})
-        timed = [(phase, size) for phase in (PREFILL, DECODE) for size in sizes]
-        labels = judge_times([self.ratio(ROUTED, BASE, *each) for each in timed])
-        return dict(zip(timed, labels, strict=True))
+        """Return the verdict on the routed model's time for each phase and batch size."""
+        sizes = sorted({timing.batch_size for timing in self.timings})
+        places = [(phase, size) for phase in (PREFILL, DECODE) for size in sizes]
+        labels = judge_times([self.ratio(ROUTED, BASE, *place) for place in places])
+        return dict(zip(places, labels, strict=True))
 
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/latency.json`; base and routed are always among what was measured."""
+    """One `eval/latency.json`; base and routed are always among the measured systems."""
 
     runtime: dict[str, Any]
     machine: str
@@ -489,10 +507,11 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     measured: Timings
 
     def __post_init__(self) -> None:
-        timed = {(each.system, each.phase, each.batch_size) for each in self.measured.timings}
-        needed = {(each.phase, each.batch_size) for each in self.measured.timings}
+        timings = self.measured.timings
+        places = {timing.place for timing in timings}
         for name in (BASE, ROUTED):
-            if not timed or any((name, *each) not in timed for each in needed):
+            measured = {timing.place for timing in timings if timing.system == name}
+            if not measured or measured != places:
                 raise ValueError(f"no times of {name!r} in some phase or batch size")
 
 

@@ -40,7 +40,8 @@ def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) ->
 
 
 def _time_table(latency: Latency) -> Table:
-    runtime, timings = latency.runtime, latency.measured
+    runtime = latency.runtime
+    timings = latency.measured
     threads = ""
     if runtime.get("num_threads") and runtime.get("device") == "cpu":
         threads = f", threads {runtime['num_threads']}"

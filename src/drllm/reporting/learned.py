@@ -103,7 +103,8 @@ def _describe_targets(
 ) -> str:
     paths = [target.optimal_layer_config for target in targets]
     lengths = sorted(num_executions(path) for path in paths)
-    least, most = lengths[0], lengths[-1]
+    least = lengths[0]
+    most = lengths[-1]
     layers = f"{least} to {most}" if least < most else str(least)
     skips, executes, repeats = (sum(numbers) for numbers in zip(*class_counts(paths), strict=True))
     labels = skips + executes + repeats
