@@ -216,7 +216,7 @@ def _flag_of_setting(group: type[Settings], field: dataclasses.Field[Any]) -> Fl
         value = PLACEHOLDERS.get(kind, "DIR" if "_dir" in field.name else "NAME")
     return Flag(
         field.name,
-        group.helps()[field.name],
+        rules["help"],
         field.default,
         value=value,
         basic=rules["basic"],

@@ -1,12 +1,11 @@
 """What a setting is: a field with a type, bounds and help text, checked when its group is made."""
 
 import dataclasses
-import inspect
 import pkgutil
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ class NamesIn(Iterable[str]):
 def setting(
     default: Any,
     *,
+    help: str,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -36,21 +36,40 @@ def setting(
     value: str | None = None,
     basic: bool = False,
 ) -> Any:
-    """Declare one field: its default and what it accepts; what it is, the class's docstring says.
+    """Declare one field of a group of settings.
 
-    `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
-    the default; `alias` is a flag under which published commands know the setting; `idle` is
-    another field of the group, and the value of it that leaves this one without effect; results
-    depend on what is `decisive`; `value` is how a value is written, of a setting by task an
-    example; `--help` shows what is `basic`, `--help-all` the rest.
+    Args:
+        default: Its value where none is given; None is accepted only where it is the default.
+        help: What it means, with its unit.
+        minimum: Least value.
+        maximum: Greatest value.
+        above: A bound that itself isn't accepted.
+        choices: The texts that it accepts.
+        alias: A second name, such as that of a published command.
+        idle: Another field of the group, and its value with which this one has no effect.
+        decisive: Whether results depend on it.
+        value: How a value is written, for the help; an example of a setting by task.
+        basic: Whether `--help` shows it; `--help-all` shows all.
     """
-    rules = {name: value for name, value in locals().items() if name != "default"}
-    return field(default=default, metadata=rules)
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "choices": choices,
+        "alias": alias,
+        "idle": idle,
+        "decisive": decisive,
+        "value": value,
+        "basic": basic,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-basic = partial(setting, basic=True)  # declares a field that `--help` shows
+basic = partial(setting, basic=True)
+"""Declares a field that `--help` shows."""
 incidental = partial(setting, decisive=False)
-"""Declares a field that results don't depend on: places, memory, who does the work."""
+"""Declares a field that results don't depend on: places, memory, where the work is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,32 +78,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
-        for declared in dataclasses.fields(self):
-            value, own = getattr(self, declared.name), kinds[declared.name]
-            shown = declared.name if is_by_task(own) else flag_of(declared.name)
-            _check(shown, value, own, declared.metadata)
+        for field in dataclasses.fields(self):
+            field_kinds = kinds[field.name]
+            name = field.name if is_by_task(field_kinds) else flag_of(field.name)
+            _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
         """Refuse settings that others of the group leave without effect.
 
         Not checked when the settings are made, since a file and the command line may each give a
-        part of them. A setting that has its default isn't taken for given.
+        part of them. A setting with its default value counts as not given.
         """
-        for declared in dataclasses.fields(self):
-            value, idle = getattr(self, declared.name), declared.metadata["idle"]
-            if idle and value != declared.default and getattr(self, idle[0]) == idle[1]:
-                given, other = "" if value is True else f" {_shown(value)}", flag_of(idle[0])
-                why = f"with {other} {_shown(idle[1])}; leave it out, or give another {other}"
-                if idle[1] is None:
-                    why = f"without {other}; give that too, or leave it out"
-                raise ConfigError(f"{flag_of(declared.name)}{given} has no effect {why}")
-
-    @classmethod
-    def helps(cls) -> dict[str, str]:
-        """Return the text of each setting for `--help`, from the attributes in the docstring."""
-        listed = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")[2]
-        texts = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
-        return {name: " ".join(text.split()) for name, text in texts}
+        for field in dataclasses.fields(self):
+            idle = field.metadata["idle"]
+            value = getattr(self, field.name)
+            if idle is None or value == field.default:
+                continue
+            other_name, other_value = idle
+            if getattr(self, other_name) == other_value:
+                raise _no_effect(flag_of(field.name), value, flag_of(other_name), other_value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""
@@ -92,14 +104,27 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that must be equal for two results to be the same one."""
-        fields = [each.name for each in dataclasses.fields(self) if each.metadata["decisive"]]
-        return {name: getattr(self, name) for name in fields}
+        names = [field.name for field in dataclasses.fields(self) if field.metadata["decisive"]]
+        return {name: getattr(self, name) for name in names}
+
+
+def _no_effect(flag: str, value: Any, other: str, other_value: Any) -> ConfigError:
+    """Return the error for a setting that another one leaves without effect."""
+    setting = flag if value is True else f"{flag} {_format(value)}"
+    if other_value is None or other_value is False:
+        return ConfigError(
+            f"{setting} has no effect without {other}; give that too, or leave it out"
+        )
+    return ConfigError(
+        f"{setting} has no effect with {other} {_format(other_value)}; leave it out, or give "
+        f"another {other}"
+    )
 
 
 Group = TypeVar("Group", bound=Settings)
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_WRITTEN = {
+_NUMBERS = {
     int: re.compile(r"[+-]?\d{1,20}"),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
@@ -113,22 +138,27 @@ def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
 
 
 def is_by_task(kinds: tuple[type, ...]) -> bool:
-    """Tell whether a setting has a value for each task: only YAML files say such, no flag."""
+    """Whether a setting has a value for each task; only YAML files can give such values."""
     return typing.get_origin(kinds[0]) is dict
 
 
 def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
-    """Return the number that a text writes, by task too, where one is taken; else the value."""
+    """Return the number that a text writes, where a setting takes one; else the value itself.
+
+    The values of a setting by task are read one by one.
+    """
     if isinstance(value, dict) and is_by_task(kinds):
-        of_one = _of_one(kinds)
-        return {task: from_text(one, of_one) for task, one in value.items()}
+        task_kinds = _kinds_by_task(kinds)
+        return {task: from_text(task_value, task_kinds) for task, task_value in value.items()}
+    if not isinstance(value, str):
+        return value
     for kind in kinds:
-        if isinstance(value, str) and kind in _WRITTEN and _WRITTEN[kind].fullmatch(value):
+        if kind in _NUMBERS and _NUMBERS[kind].fullmatch(value):
             return kind(value)
     return value
 
 
-def _of_one(kinds: tuple[type, ...]) -> tuple[type, ...]:
+def _kinds_by_task(kinds: tuple[type, ...]) -> tuple[type, ...]:
     """Return the types that one task's value of a setting by task may have."""
     hint = typing.get_args(kinds[0])[1]
     return typing.get_args(hint) or (hint,)
@@ -139,40 +169,60 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
+    """Write a value for a message."""
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if not isinstance(value, int) or value.bit_length() < 100 else "a huge number"
+    if isinstance(value, int) and value.bit_length() >= 100:
+        return "a huge number"
+    return str(value)
 
 
-def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
+def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
+    """Refuse a value of another type, outside the bounds, or not among the choices."""
     if is_by_task(kinds):
-        if value is not None and not isinstance(value, dict):
-            example = f"{flag}: {rules['value']}"
-            raise ConfigError(f"{flag} is {value!r}; give values by task, as in '{example}'")
-        for task, one in (value or {}).items():
-            _check(f"{flag} of {task}", one, _of_one(kinds), rules)
+        _check_by_task(name, value, kinds, rules)
         return
-    accepted = (*kinds, int) if float in kinds else kinds
     is_bool = isinstance(value, bool)  # which to Python is an int
+    accepted = (*kinds, int) if float in kinds else kinds
     if (is_bool and bool not in kinds) or not isinstance(value, accepted):
-        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
-        raise ConfigError(f"{flag} is {value!r}; give {wanted}")
+        expected = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
+        raise ConfigError(f"{name} is {value!r}; give {expected}")
     if isinstance(value, str):
-        check_text(flag, value)
+        check_text(name, value)
         if rules["choices"] and value not in rules["choices"]:
-            raise ConfigError(f"{flag}: " + unknown_name("value", value, rules["choices"]))
-    if is_bool or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name}: " + unknown_name("value", value, rules["choices"]))
+    if isinstance(value, (int, float)) and not is_bool:
+        _check_bounds(name, value, rules)
+
+
+def _check_by_task(
+    name: str, values: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]
+) -> None:
+    if values is None:
         return
-    minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
-    for wanted, holds in (
-        ("a finite number below 2^63", abs(value) <= LARGEST_INT),
-        (f"a value of at least {minimum}", minimum is None or value >= minimum),
-        (f"a value above {above}", above is None or value > above),
-        (f"a value of at most {maximum}", maximum is None or value <= maximum),
-    ):
-        if not holds:
-            raise ConfigError(f"{flag} is {_shown(value)}; give {wanted}")
+    if not isinstance(values, dict):
+        example = f"{name}: {rules['value']}"
+        raise ConfigError(f"{name} is {values!r}; give values by task, as in '{example}'")
+    for task, value in values.items():
+        _check(f"{name} of {task}", value, _kinds_by_task(kinds), rules)
+
+
+def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
+    minimum = rules["minimum"]
+    maximum = rules["maximum"]
+    above = rules["above"]
+    expected = None
+    if not abs(value) <= LARGEST_INT:  # not a number is refused too
+        expected = "a finite number below 2^63"
+    elif minimum is not None and value < minimum:
+        expected = f"a value of at least {minimum}"
+    elif above is not None and value <= above:
+        expected = f"a value above {above}"
+    elif maximum is not None and value > maximum:
+        expected = f"a value of at most {maximum}"
+    if expected is not None:
+        raise ConfigError(f"{name} is {_format(value)}; give {expected}")
 
 
 def check_text(flag: str, text: str) -> None:
@@ -205,7 +255,7 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
     """Make a group of settings of those values that belong to it."""
-    names = [declared.name for declared in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: values[name] for name in names if name in values})
 
 

@@ -1,0 +1,39 @@
+"""The base model: which one, and how it is loaded."""
+
+import re
+from dataclasses import dataclass
+
+from drllm.config.fields import Settings, basic, setting
+from drllm.errors import ConfigError, unknown_name
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
+    """Which base model, and how it is loaded."""
+
+    model: str = basic(
+        "smollm2-135m",
+        alias="model_id",
+        help="base model: an alias, a hub id or a local folder",
+    )
+    revision: str | None = setting(None, help="branch, tag or commit of a hub model")
+    dtype: str = setting(
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="weights: auto is bfloat16 on a GPU that has it, else float32",
+    )
+    device: str = setting("auto", help="where to run: auto is cuda, else mps, else cpu")
+    attn_implementation: str | None = setting(
+        None,
+        help="attention code of transformers, e.g. sdpa",
+    )
+    trust_remote_code: bool = setting(False, help="run modelling code that comes with a hub model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", self.device):
+            raise ConfigError(
+                "--device: " + unknown_name("device", self.device, DEVICES) + ", or e.g. cuda:1"
+            )
