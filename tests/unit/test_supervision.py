@@ -523,7 +523,7 @@ def test_a_file_given_twice_is_refused(tmp_path):
 
 
 def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path):
-    with pytest.raises(ConfigError, match="'facts' is no quota"):
+    with pytest.raises(ConfigError, match="'facts' isn't a quota"):
         supervised(tmp_path / "gone.jsonl", quotas="facts")
     with pytest.raises(RecordError, match="no search file is given"):
         supervise([], SHORTEST, Path("supervision.jsonl"))
@@ -551,7 +551,7 @@ def test_quotas_are_read_with_or_without_spaces():
     "text", ["", "arc_easy", "arc_easy=", "=3", "a=0", "a=-1", "a=1.5", "a=x", "a=1,"]
 )
 def test_what_is_no_quota_is_refused_with_the_form_that_is(text):
-    with pytest.raises(ConfigError, match=r"is no quota; give TASK=COUNT"):
+    with pytest.raises(ConfigError, match=r"isn't a quota; give TASK=COUNT"):
         read_quotas(text)
 
 

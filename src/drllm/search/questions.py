@@ -221,7 +221,7 @@ def _load_examples(
         task = FileTask(Path("examples"), (), enumerate(rows, start=1))
         groups.append(TaskExamples(task, task.all))
     if not groups:
-        raise TaskError("no question is given; give tasks or examples")
+        raise TaskError("there are no questions; give tasks or examples")
     return groups
 
 
@@ -269,9 +269,7 @@ def _choose_rewards(tasks: Sequence[Task], config: SearchConfig) -> list[str]:
     for reward in rewards:
         check_installed(reward)
     if not config.kl and not all(task.has_answers for task in tasks):
-        raise ConfigError(
-            "--no-kl leaves nothing to search prompts without answers by; leave it out"
-        )
+        raise ConfigError("--no-kl leaves no reward for prompts without answers; leave it out")
     if config.reward is not None:
         names = config.reward.split(",")
         for name in names:

@@ -72,7 +72,7 @@ def search_paths(
 
     Raises:
         ConfigError: A setting without effect; a folder that holds another search.
-        TaskError: No questions, questions that can't be had, or every question failed.
+        TaskError: No questions, questions that can't be loaded, or every question failed.
         RecordError: The folder can't be written, another search writes to it, or it holds a
             `search.jsonl` that isn't ours.
 

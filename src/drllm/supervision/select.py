@@ -265,7 +265,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
         task, _, count = (piece.strip() for piece in part.rpartition("="))
         if not task or not count.isdecimal() or int(count) < 1:
             raise ConfigError(
-                f"--quotas: {part.strip()!r} is no quota; give TASK=COUNT with a count of at "
+                f"--quotas: {part.strip()!r} isn't a quota; give TASK=COUNT with a count of at "
                 f"least 1, several of them with commas between, e.g. arc_easy=400,dart-1=200"
             )
         if task in quotas:

@@ -303,7 +303,7 @@ class QuestionReader:
         first_line, first = self._seen.setdefault(key, (line, example))
         if first.answer != example.answer:
             raise TaskError(
-                f"the question stands on line {first_line} with another answer; keep one of them"
+                f"line {first_line} has the same question with another answer; keep one of them"
             )
         self.grader = str(row.get("grader", ""))
         self.num_rows += 1
@@ -378,7 +378,7 @@ def _options_example(row: Row) -> Example:
     choices = texts_of(row, "choices", minimum=2)
     for choice in choices:
         if choices.count(choice) > 1:
-            raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
+            raise TaskError(f"'choices' holds {choice!r} twice; choices must differ")
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
     return with_options(question, choices, _gold_index(row, choices))

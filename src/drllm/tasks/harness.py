@@ -302,8 +302,8 @@ def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str
         except unreachable as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise TaskError(
-                f"task {name!r} of the harness can't be had ({cause.rstrip('.')}); connect or log "
-                f"in (hf auth login), or name a file of questions"
+                f"task {name!r} of the harness can't be loaded ({cause.rstrip('.')}); connect or "
+                f"log in (hf auth login), or name a file of questions"
             ) from error
     return tasks
 

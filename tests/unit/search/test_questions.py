@@ -101,7 +101,7 @@ def test_prompts_without_answers_cannot_be_searched_without_kl(write_rows):
     file = write_rows("prompts", [{"prompt": f"Say {n}."} for n in range(20)])
     asked = collect_questions(str(file), SearchConfig())
     assert {(question.prompt.reward, question.retests) for question in asked} == {("kl", ())}
-    with pytest.raises(ConfigError, match="--no-kl leaves nothing to search"):
+    with pytest.raises(ConfigError, match="--no-kl leaves no reward for prompts"):
         collect_questions(str(file), SearchConfig(kl=False))
 
 

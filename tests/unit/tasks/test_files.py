@@ -283,8 +283,8 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
     ([graded(grader="exact", answer="a\nb")], "expects one line of words"),
     ([CHOICES, GRADED], "line 2: a row with grader 'boxed', but the first has 'choices'"),
     ([GRADED, graded(grader="exact")], "line 2: a row with grader 'exact', but the first"),
-    ([CHOICES, choices(answer=0)], "line 2: the question stands on line 1 with another"),
-    ([GRADED, graded(answer="8")], "line 2: the question stands on line 1 with another"),
+    ([CHOICES, choices(answer=0)], "line 2: line 1 has the same question with another"),
+    ([GRADED, graded(answer="8")], "line 2: line 1 has the same question with another"),
 ]
 
 

@@ -139,7 +139,7 @@ def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monk
         raise ConnectionError("Couldn't reach the Hub\n(offline)")
 
     monkeypatch.setattr(ConfigurableTask, "download", unreached)
-    with pytest.raises(TaskError, match="'boolq' of the harness can't be had") as caught:
+    with pytest.raises(TaskError, match="'boolq' of the harness can't be loaded") as caught:
         tasks_of(config_of("boolq"))
     assert "\n" not in str(caught.value)
     assert "Retrying" not in "".join(capfd.readouterr())
