@@ -22,6 +22,7 @@ NOT_OF_TWO_WAYS = {
     *("healed", "learning_curve", "serving"),  # what paths answer
     *("all", "two_commits"),  # made of others
     "growth",  # one way at several sizes
+    "house",  # counts source
 }
 SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if file.stem not in NOT_OF_TWO_WAYS)
 NUM_LAYERS = 12
