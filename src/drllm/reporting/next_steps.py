@@ -118,15 +118,26 @@ def _compare_step(run: Run, evaluation: Evaluation) -> Step:
     if run.router_config:
         command = write_command("evaluate", {"routers": run.folder / "routers", **values})
         return f"Compare the routed model on {evaluation.task} too:", command
-    values = {"tasks": evaluation.task, "output_dir": run.folder / "tuned"}
     what = f"Look for static paths that save layers on {evaluation.task}:"
-    return what, write_command("tune", values)
+    return what, _tune_command(run, evaluation)
+
+
+def _tune_command(run: Run, evaluation: Evaluation) -> str:
+    values = {
+        "model": evaluation.model.get("id"),
+        "tasks": evaluation.task,
+        "data_dir": evaluation.config.get("data_dir"),
+        "output_dir": run.folder / "tuned",
+    }
+    return write_command("tune", values)
 
 
 def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:
     """Return the command of an evaluation with other settings, into a folder of its own."""
-    output = run.folder / f"eval-{folder}"
-    return evaluate_command(asdict(evaluation), output_dir=output, **changes)
+    changes["output_dir"] = run.folder / f"eval-{folder}"
+    if evaluation.routers and run.router_config:
+        changes["routers"] = run.folder / "routers"
+    return evaluate_command(asdict(evaluation), **changes)
 
 
 def _name_paths(paths: str | None, system: System) -> str | None:
@@ -206,8 +217,7 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
     """Return how a path is used."""
     path = _place_of_path(run, evaluation, system)
     if path is None:
-        tune = {"tasks": evaluation.task, "output_dir": run.folder / "tuned"}
-        return "look for one that does as well:", write_command("tune", tune)
+        return "look for one that does as well:", _tune_command(run, evaluation)
     output = run.folder / "exported"
     command = write_command("export", {"path": path, "output": output})
     return "it can be an ordinary, smaller checkpoint:", command

@@ -9,7 +9,14 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.cli.parser import parse
-from drllm.config import EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
 from drllm.reporting.next_steps import next_steps
@@ -112,6 +119,17 @@ def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, w
     assert export.values["path"].endswith(f"/{best.name}.json")
     [what] = [what for what, command in next_steps(clone(run, evaluation)) if "export" in command]
     assert f"minus {best.name}," in what
+
+
+def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run):
+    (evaluation,) = run.evaluations
+    even = replace(evaluation.routed.against_base, accuracy=EVEN, text_loss=None)
+    last = evaluation.system("last layers")
+    rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
+    systems = (*evaluation.systems[:2], rival)
+    [tune] = commands(clone(run, replace(evaluation, systems=systems)), "tune")
+    assert tune.of(ModelConfig).model == evaluation.model["id"]
+    assert tune.of(TuneConfig).tasks == evaluation.task
 
 
 @pytest.mark.parametrize("accuracies", [(0.3, 0.4, 0.3), (0.7, 0.3, 0.3), (0.7, 0.7, 0.6)])
