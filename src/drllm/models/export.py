@@ -408,12 +408,14 @@ def add_older_words(config: dict[str, Any]) -> None:
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config says of RoPE outside of `rope_parameters`, in transformers 4."""
-    parameters, local = config["rope_parameters"] or {}, {}
+    parameters = config["rope_parameters"] or {}
+    local = {}
     if any(isinstance(value, dict) for value in parameters.values()):
         kinds = {"full_attention", "sliding_attention"}
         if parameters.keys() != kinds or not all(parameters.values()):
             return {}  # only transformers 5 has models with other kinds
-        sliding, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        sliding = parameters["sliding_attention"]
+        parameters = parameters["full_attention"]
         if sliding["rope_theta"] != parameters["rope_theta"]:
             local = {"rope_local_base_freq": sliding["rope_theta"]}
     outside = ("rope_theta", "partial_rotary_factor")

@@ -70,17 +70,17 @@ def take_off_overrides(model: Any) -> dict[str, Any]:
 
 
 def options_of(
-    model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()
+    model: Any, options: Mapping[str, Any], args: Sequence[Any] = ()
 ) -> Callable[[str], Any]:
     """Return a function that looks up an option of a call of `generate`, None where it isn't set.
 
     Those given by name come first, then the generation config of the call, then the model's.
     """
-    config = given.get("generation_config", args[1] if len(args) > 1 else None)
-    defaults = None if given.get("use_model_defaults") is False else model.generation_config
+    config = options.get("generation_config", args[1] if len(args) > 1 else None)
+    defaults = None if options.get("use_model_defaults") is False else model.generation_config
 
     def option(name: str) -> Any:
-        value = given.get(name)
+        value = options.get(name)
         if value is None:
             value = getattr(config, name, None)
         if value is None:
@@ -112,14 +112,16 @@ def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
         )
 
 
-def end_tokens(given: Any) -> list[int]:
+def end_tokens(ends: Any) -> list[int]:
     """Return the tokens that end an answer, from an `eos_token_id` in any of its forms.
 
     Example:
         >>> end_tokens(2), end_tokens([2, 5]), end_tokens(None)
         ([2], [2, 5], [])
     """
-    return [] if given is None else [int(end) for end in torch.as_tensor(given).reshape(-1)]
+    if ends is None:
+        return []
+    return [int(end) for end in torch.as_tensor(ends).reshape(-1)]
 
 
 def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -127,7 +129,9 @@ def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return torch.as_tensor(mask.sum(dim=1))
-    given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    if given is None:
-        given = kwargs.get("inputs_embeds")
-    return None if given is None else torch.full((given.shape[0],), given.shape[1])
+    prompts = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if prompts is None:
+        prompts = kwargs.get("inputs_embeds")
+    if prompts is None:
+        return None
+    return torch.full((prompts.shape[0],), prompts.shape[1])

@@ -181,9 +181,9 @@ class Injection:
 
     @cached_property
     def can_drop_tokens(self) -> bool:
-        """Whether the model's loop continues with fewer tokens than it was given; tried on two.
+        """Whether the model's loop continues with fewer tokens than it began with; tried on two.
 
-        Some loops bring what the last layer returns back into the shape that they were given.
+        Some loops bring what the last layer returns back into the shape of the input.
         """
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.driven_by(_DropToken()):
@@ -196,31 +196,42 @@ class Injection:
         return bool(output[0].shape[1] == 1)
 
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Begin a forward pass of the decoder."""
         for handle in self.handles:
-            if not handle.is_on_top and handle not in _overriding(handle.module):
-                raise RoutingError(
-                    f"the routing of {handle.place} was taken off the model by other code; "
-                    f"make a new RoutedModel to attach it again"
-                )
-            checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, RoutedRecomputation):
-                handle.module._gradient_checkpointing_func = RoutedRecomputation(
-                    checkpoint, self.current
-                )
+            self._check_handle(handle)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if isinstance(mask, dict):  # a mask per kind of attention; padding is the same in all
             mask = next((value for value in mask.values() if value is not None), None)
         _refuse_packed(kwargs, mask)
-        rejected = []
-        for name in REFUSED_OUTPUTS:
-            asked = kwargs.get(name)
-            if getattr(self.decoder.config, name, False) if asked is None else asked:
-                rejected.append(name)
-        forward = Forward(mask, tuple(rejected))
+        forward = Forward(mask, self._requested_outputs(kwargs))
         forward.driver = (_driver.get(self) or self.default).begin(forward)
         self.current.begin(forward)
 
+    def _check_handle(self, handle: LayerHandle) -> None:
+        """Refuse a layer that lost its override; let what it recomputes find its pass again."""
+        if not handle.is_on_top and handle not in _overriding(handle.module):
+            raise RoutingError(
+                f"the routing of {handle.place} was taken off the model by other code; "
+                f"make a new RoutedModel to attach it again"
+            )
+        checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, RoutedRecomputation):
+            recomputation = RoutedRecomputation(checkpoint, self.current)
+            handle.module._gradient_checkpointing_func = recomputation
+
+    def _requested_outputs(self, kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Return which of `REFUSED_OUTPUTS` a call or the config requests."""
+        requested = []
+        for name in REFUSED_OUTPUTS:
+            value = kwargs.get(name)
+            if value is None:
+                value = getattr(self.decoder.config, name, False)
+            if value:
+                requested.append(name)
+        return tuple(requested)
+
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """End a forward pass of the decoder, and check that it called every layer once."""
         forward = self.current.get()
         self.current.end()
         if forward is None or output is None:  # the pre-hook or the forward raised: let it through
@@ -261,7 +272,7 @@ class ForwardOverride:
 
     @property
     def is_on_top(self) -> bool:
-        """Whether nobody has put anything over our override, or taken it off."""
+        """Whether ours is the outermost override of the module."""
         return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
 
     def put_on(self) -> None:
@@ -332,16 +343,18 @@ class LayerHandle(ForwardOverride):
     def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
         super().__init__(layer)
         self.injection = injection
-        self.index, self.place = index, f"layer {index}"
+        self.index = index
+        self.place = f"layer {index}"
         # Names of the layer's arguments after its input, in order.
-        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(self.original()).parameters.values()
-        self.positional = tuple(p.name for p in parameters if p.kind in named)[1:]
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        self.positional = tuple(names[1:])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Replace the layer's own forward."""
         forward = self.injection.current.get()
-        if forward is None:  # somebody calls the layer by itself: it is what it always was
+        if forward is None:  # the layer is called by itself, outside of a pass
             return self.original()(hidden_states, *args, **kwargs)
         forward.visited.append(self.index)
         if forward.pinned is not None:
@@ -356,9 +369,10 @@ class LayerHandle(ForwardOverride):
         output = forward.driver.layer(call, hidden_states)
         if not self.injection.returns_tuple:
             return output
-        # What else a layer returns belongs to one run of all rows; who asks for it gets it only
-        # where the driver lets that through.
-        return (output, *(call.extras if forward.rejected else ()))
+        # What else a layer returns belongs to one run of all rows: only where it was requested, and
+        # the driver let that through.
+        extras = call.extras if forward.rejected else ()
+        return (output, *extras)
 
 
 class LayerCall:
@@ -426,23 +440,30 @@ class LayerCall:
                 f"the layers of this model take {len(self._args)} unnamed arguments after their "
                 f"input; rows can't be routed separately"
             )
+        args = []
+        for name, value in zip(names, self._args, strict=False):
+            args.append(self._cut_value(name, value, part, cut))
+        kwargs = {}
+        for name, value in self._kwargs.items():
+            kwargs[name] = self._cut_value(name, value, part, cut)
+        return tuple(args), kwargs
+
+    def _cut_value(
+        self, name: str, value: Any, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
+    ) -> Any:
+        """Return an argument, its tensors cut to a part."""
+        if name in NOT_READ or isinstance(value, (int, float, str, Cache, type(None))):
+            return value
         memo = self.forward.parts
-
-        def of(name: str, value: Any) -> Any:
-            if name in NOT_READ or isinstance(value, (int, float, str, Cache, type(None))):
-                return value
-            known = memo.get((name, part))
-            if known is None or known[0] is not value:
-                tensors = value if isinstance(value, (tuple, list)) else (value,)
-                _check_tensors(name, tensors, type(value).__name__)
-                parts = tuple([cut(name, tensor) for tensor in tensors])
-                known = memo[name, part] = (value, parts if tensors is value else parts[0])
-            return known[1]
-
-        return (
-            tuple([of(name, value) for name, value in zip(names, self._args, strict=False)]),
-            {name: of(name, value) for name, value in self._kwargs.items()},
-        )
+        whole, result = memo.get((name, part), (None, None))
+        if whole is not value:
+            is_several = isinstance(value, (tuple, list))
+            tensors = value if is_several else (value,)
+            _check_tensors(name, tensors, type(value).__name__)
+            parts = tuple([cut(name, tensor) for tensor in tensors])
+            result = parts if is_several else parts[0]
+            memo[name, part] = value, result
+        return result
 
     def _rows_of(self, rows: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
         axis = BATCH_AXES[name]
@@ -450,8 +471,9 @@ class LayerCall:
             return tensor
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
             # Some models count a mask's rows; several states of a batch of one row need as many.
-            counted = name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4
-            return tensor.expand(len(rows), -1, -1, -1) if counted else tensor
+            if name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4:
+                return tensor.expand(len(rows), -1, -1, -1)
+            return tensor
         if tensor.shape[axis] != self._num_rows:
             raise RoutingError(
                 f"the layers of this model take {name!r} of shape {list(tensor.shape)}, whose axis "

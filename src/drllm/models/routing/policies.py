@@ -52,7 +52,7 @@ class PromptView:
         return int(self.hidden.shape[0])
 
     def windows(self, num_windows: int) -> Windows:
-        """Return the prompts averaged in W windows, in float32; computed when asked for."""
+        """Compute the prompts averaged in W windows, in float32."""
         from drllm.models.routers.stack import Spans
 
         device = self.hidden.device  # layers may lie on several
@@ -72,7 +72,7 @@ class Policy(Protocol):
 
     Attributes:
         reads_prompt: Whether it may read the `PromptView`. One that never does says False. It is
-            asked for all layers before the first one runs, and also works where a pass doesn't
+            called for all layers before the first one runs, and also works where a pass doesn't
             show the whole prompt, or not which of its tokens are padding.
     """
 
@@ -82,7 +82,7 @@ class Policy(Protocol):
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
 
-        Layers are asked in order from 0, once per prompt, with what they are about to read.
+        It is called for each layer in order from 0, once per prompt, with the layer's input.
         """
 
 
@@ -99,7 +99,7 @@ class FullPolicy(Policy):
 
 @POLICIES.register("fixed")
 class FixedPolicy(Policy):
-    """Follow given decisions, whatever the prompt says.
+    """Follow fixed decisions, whatever the prompt says.
 
     Args:
         decisions: `[L]` for all rows, or `[B, L]`.
