@@ -22,7 +22,7 @@ from drllm.models.healed import load_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.static_paths import TEST, read_path_list
-from drllm.tuning.parts import parts_of_tasks
+from drllm.tuning.data_splits import split_tasks
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = common.sizes_of(options, QUICK, WHOLE)
     config = TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT)
-    divided = parts_of_tasks(config, options.tasks)
+    divided = split_tasks(config, options.tasks)
     files = read_path_list(options.paths)
     base = common.base_of(options)
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)

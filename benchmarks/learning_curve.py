@@ -44,7 +44,8 @@ from drllm.tasks.examples import choose
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import Features, collect_features
 from drllm.training.trainer import Trainer, count_decisions
-from drllm.tuning.parts import GOLD, parts_of_tasks, prompt_of
+from drllm.tuning.data_splits import split_tasks
+from drllm.tuning.objectives import GOLD, make_prompt
 
 QUICK = {"questions": 8, "seeds": 1, "held_out": 4}
 WHOLE = {"questions": 300, "seeds": 3, "held_out": 150}
@@ -95,13 +96,11 @@ def hits_in_words(found: Mapping[str, Any]) -> str:
 
 def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: RoutedModel) -> Any:
     """Return a function that compares routers' routes with the full path and permuted routes."""
-    [parts] = parts_of_tasks(
-        TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT), options.task
-    )
+    [parts] = split_tasks(TuneConfig(data_dir=options.data_dir, num_fit=LARGEST_INT), options.task)
 
     def prompts(part: str, num: int) -> list[Any]:
         chosen = choose(parts.examples[part], num, SEED)
-        return [prompt_of(parts.task, example, GOLD) for example in chosen]
+        return [make_prompt(parts.task, example, GOLD) for example in chosen]
 
     calibrated_on = tokens_of(routed, prompts(SELECT, CALIBRATED_ON))
     asked = Asked(routed, prompts(TEST, numbers["questions"]))

@@ -32,8 +32,8 @@ from drllm.paths import Decisions, StaticPath
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import LAYERS, skips
-from drllm.tuning.judge import Item, Judge, items_of, log_share
-from drllm.tuning.parts import GOLD
+from drllm.tuning.objectives import GOLD
+from drllm.tuning.path_scorer import Item, PathScorer, log_share, make_items
 
 QUICK = {"repeats": 1, "questions": 4, "candidates": 6}
 WHOLE = {"repeats": 3, "questions": 6, "candidates": 30}
@@ -61,9 +61,9 @@ def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list
     values = []
     with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
         for item in items:
-            context = list(item.question.context)
+            context = list(item.request.context)
             sums = []
-            for option in item.question.continuations:
+            for option in item.request.continuations:
                 ids = torch.tensor([context + list(option)], device=base.model.device)
                 logits = base.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
                 logprobs = logits.float().log_softmax(-1)
@@ -75,14 +75,14 @@ def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list
 def batched(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
     """Score all options of several questions of like length at once."""
     values = [0.0] * len(items)
-    order = sorted(range(len(items)), key=lambda place: items[place].question.length)
+    order = sorted(range(len(items)), key=lambda place: items[place].request.length)
     with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
         for start in range(0, len(order), BATCH_SIZE):
             places = order[start : start + BATCH_SIZE]
             rows = [
-                (place, list(items[place].question.context), list(option))
+                (place, list(items[place].request.context), list(option))
                 for place in places
-                for option in items[place].question.continuations
+                for option in items[place].request.continuations
             ]
             texts = [context + option for _, context, option in rows]
             ids, mask = left_padded(texts, base.model.device)
@@ -111,7 +111,7 @@ def compare(
     def ours() -> Values:
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            return Judge(routed, items, GOLD, 1.0).scores(paths).objective
+            return PathScorer(routed, items, GOLD, 1.0).score(paths).objective
         finally:
             routed.detach()
 
@@ -135,7 +135,7 @@ def compare(
     if max(away.values()) > TOLERANCE:
         raise SystemExit(f"the ways differ by up to {away} nats; no figure is given")
     medians = {name: statistics.median(run[name] for run in runs) for name in ways}
-    read = [item.question for item in items]
+    read = [item.request for item in items]
     after = [sum(len(option) - 1 for option in question.continuations) for question in read]
     plans = [tuple(path.decisions(base.num_layers)) for path in paths]
     pairs: dict[tuple[int, Decisions], list[int]] = {
@@ -171,7 +171,7 @@ def main() -> None:
     examples = choose(task.examples("search", options.data_dir), sizes["questions"], seed=0)
     prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    items = items_of(routed, prompts, GOLD)
+    items = make_items(routed, prompts, GOLD)
     routed.detach()
     paths = candidates_of(base.num_layers, sizes["candidates"])
     result = compare(base, items, paths, sizes["repeats"], clock)

@@ -11,8 +11,8 @@ from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from drllm.tuning.judge import Judge, items_of, texts_of
-from drllm.tuning.parts import GOLD, LOSS
+from drllm.tuning.objectives import GOLD, LOSS
+from drllm.tuning.path_scorer import PathScorer, make_items, make_text_items
 
 STATE_CACHE_GB = 1.0
 CALIBRATED_ON = 64
@@ -28,13 +28,13 @@ class Asked:
     """Questions with options, of which the first few are read as texts too."""
 
     def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int = 0) -> None:
-        items = items_of(routed, prompts, GOLD)
-        self.prompts = [list(item.question.context) for item in items]
+        items = make_items(routed, prompts, GOLD)
+        self.prompts = [list(item.request.context) for item in items]
         self.num_texts = min(num_texts, len(items))
-        self.options = Judge(routed, items, GOLD, STATE_CACHE_GB)
+        self.options = PathScorer(routed, items, GOLD, STATE_CACHE_GB)
         if num_texts:
-            texts = texts_of(routed, prompts[:num_texts])
-            self.texts = Judge(routed, texts, LOSS, STATE_CACHE_GB)
+            texts = make_text_items(routed, prompts[:num_texts])
+            self.texts = PathScorer(routed, texts, LOSS, STATE_CACHE_GB)
 
     def along(self, plans: Plans) -> Values:
         """Return what each question gives along its own path."""
@@ -46,12 +46,12 @@ class Asked:
         for place, path in enumerate(plans):
             places.setdefault(path, []).append(place)
         for path, own in places.items():
-            scores = self.options.scores([path], own)
+            scores = self.options.score([path], own)
             for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
                 found[ACCURACY][place] = right
                 found[GOLD_LOG_PROBABILITY][place] = gold
             if read := [place for place in own if place < self.num_texts]:
-                losses = self.texts.scores([path], read).objective[0]
+                losses = self.texts.score([path], read).objective[0]
                 for place, value in zip(read, losses, strict=True):
                     found[TEXT_LOSS][place] = -value
         return found
@@ -59,7 +59,7 @@ class Asked:
 
 def tokens_of(routed: RoutedModel, prompts: Sequence[Any]) -> list[list[int]]:
     """Return what the model reads of prompts with options, without the options."""
-    return [list(item.question.context) for item in items_of(routed, prompts, GOLD)]
+    return [list(item.request.context) for item in make_items(routed, prompts, GOLD)]
 
 
 def depth_bias_of(

@@ -10,8 +10,9 @@ from drllm.config import TuneConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.tasks.examples import Prompt, choose
-from drllm.tuning.judge import Item, Judge, items_of, texts_of
-from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, prompt_of
+from drllm.tuning.data_splits import TaskSplits
+from drllm.tuning.objectives import GOLD, LOSS, choose_objective, make_prompt
+from drllm.tuning.path_scorer import Item, PathScorer, make_items, make_text_items
 
 QUICK = {"questions": 8, "texts": 4}
 WHOLE = {"questions": 1000, "texts": 100}
@@ -27,7 +28,7 @@ class Quantity(NamedTuple):
 
 def quantities(
     routed: RoutedModel,
-    parts: TaskParts,
+    parts: TaskSplits,
     part: str,
     paths: Sequence[StaticPath],
     sizes: Mapping[str, int],
@@ -36,25 +37,25 @@ def quantities(
 
     Of all tasks the next-token loss of texts, and of right answers where they are read.
     """
-    objective = objective_of(parts.task, TuneConfig())
+    objective = choose_objective(parts.task, TuneConfig())
 
     def prompts(num: int) -> list[Prompt]:
         chosen = choose(parts.examples[part], num, SEED)
-        return [prompt_of(parts.task, example, objective) for example in chosen]
+        return [make_prompt(parts.task, example, objective) for example in chosen]
 
     def scores(items: Sequence[Item], what: str) -> tuple[list[list[float]], list[list[float]]]:
-        found = Judge(routed, items, what, STATE_CACHE_GB).scores(paths)
+        found = PathScorer(routed, items, what, STATE_CACHE_GB).score(paths)
         return found.objective, found.right
 
     found = {}
     if objective == GOLD:
-        asked = items_of(routed, prompts(sizes["questions"]), GOLD)
+        asked = make_items(routed, prompts(sizes["questions"]), GOLD)
         objectives, right = scores(asked, GOLD)
         found[ACCURACY] = Quantity(asked, right)
         found["gold log-probability"] = Quantity(asked, objectives)
     texts = prompts(sizes["texts"])
-    asked = items_of(routed, texts, objective)
-    read = {"loss of texts": texts_of(routed, texts)}
+    asked = make_items(routed, texts, objective)
+    read = {"loss of texts": make_text_items(routed, texts)}
     if objective == LOSS:
         read["loss of right answers"] = asked
     for name, items in read.items():

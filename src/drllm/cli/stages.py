@@ -46,8 +46,8 @@ from drllm.tasks.base import Task
 from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
+from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import sources_of
-from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -318,7 +318,7 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     check_model_name(command)
-    for parts in parts_of_tasks(config):
+    for parts in split_tasks(config):
         _print_parts(parts, config, terminal)
     from drllm.tuning.run import tune
 
@@ -327,7 +327,7 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
         show_paths(output / static_paths.PATHS_FILE, terminal)
 
 
-def _print_parts(parts: TaskParts, config: TuneConfig, terminal: Terminal) -> None:
+def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:
     """Print how many questions of a task fit, choose and test a path."""
     counts = []
     for part, examples in parts.examples.items():

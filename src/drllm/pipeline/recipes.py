@@ -21,8 +21,8 @@ from drllm.search.questions import SearchQuestion, collect_questions
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
+from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import Source, sources_of
-from drllm.tuning.parts import TaskParts, parts_of_tasks
 
 ROUTING = ("search", "supervise", "train")
 """Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
@@ -71,9 +71,9 @@ class Recipe:
         return tasks_of(self.evaluate)
 
     @cached_property
-    def tuned(self) -> list[TaskParts]:
+    def tuned(self) -> list[TaskSplits]:
         """The tasks that a static path is looked for, with their questions; raises as `check`."""
-        return parts_of_tasks(self.tune or config.TuneConfig())
+        return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
     def healed(self) -> list[Source]:

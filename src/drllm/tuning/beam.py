@@ -16,7 +16,7 @@ from drllm.errors import ConfigError
 from drllm.paths import StaticPath
 from drllm.records.static_paths import FIT
 from drllm.statistics.intervals import Floats
-from drllm.tuning.parts import TaskParts, rungs
+from drllm.tuning.data_splits import TaskSplits
 
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
@@ -73,7 +73,7 @@ class Beam:
         return left
 
 
-def beam_of(config: TuneConfig, divided: Sequence[TaskParts], num_layers: int) -> Beam:
+def beam_of(config: TuneConfig, divided: Sequence[TaskSplits], num_layers: int) -> Beam:
     """Return the search that settings ask for on tasks; a ConfigError where none is possible."""
     most = config.max_skipped or max(1, int(SHARE_SKIPPED * num_layers))
     if most >= num_layers:
@@ -93,3 +93,38 @@ def skips(path: StaticPath) -> Iterator[StaticPath]:
         return
     for place in range(len(path.layers)):
         yield StaticPath([*path.layers[:place], *path.layers[place + 1 :]])
+
+
+def rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
+    """Return how many questions each rung of successive halving asks, and how many paths it keeps.
+
+    An eighth of the questions for all candidates, a third for those that are left, then all.
+
+    Example:
+        >>> rungs(300, 3)
+        [(38, 12), (100, 6), (300, 3)]
+        >>> rungs(24, 3)
+        [(24, 3)]
+    """
+    fewest = min(num, 24)
+    kept_by_size: dict[int, int] = {}
+    kept_by_size[max(fewest, -(-num // 8))] = 4 * beam
+    kept_by_size[max(fewest, -(-num // 3))] = 2 * beam
+    kept_by_size[num] = beam  # rungs of as many questions are one, which keeps what the last keeps
+    return list(kept_by_size.items())
+
+
+def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
+    """Return how many questions times paths a level scores, given its rungs.
+
+    Example:
+        >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
+        3008
+    """
+    pairs = 0
+    num_asked = 0
+    for num_questions, num_kept in rungs:
+        pairs += num_paths * (num_questions - num_asked)
+        num_paths = min(num_paths, num_kept)
+        num_asked = num_questions
+    return pairs

@@ -49,8 +49,8 @@ from drllm.records.static_paths import read_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import Distillation, low_precision
 from drllm.tuning.heal_texts import Source, Tokens, divided, sources_of
-from drllm.tuning.judge import Item, Judge, texts_of
-from drllm.tuning.parts import KL, LOSS
+from drllm.tuning.objectives import KL, LOSS
+from drllm.tuning.path_scorer import Item, PathScorer, make_text_items
 
 CHUNKS_FOLDER, TRAINING = "heal.partial", "training"
 NAME = "healed"  # of the adapter while it is trained
@@ -300,7 +300,7 @@ class HealRun:
         if source.texts:
             return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
         if not source.is_open:
-            questions = [item.question for item in texts_of(self.routed, source.prompts)]
+            questions = [item.request for item in make_text_items(self.routed, source.prompts)]
             return [(*each.context, *each.continuations[0]) for each in questions]
         texts: list[Tokens] = []
         prompts = [prompt.content for prompt in source.prompts]
@@ -435,8 +435,8 @@ class HealRun:
             if objective == KL:
                 question = Request(text, [text[:1]])
             items.append(Item(question))
-        judge = Judge(self.routed, items, objective, MEMORY_GB)
-        objectives = judge.scores(paths).objective
+        scorer = PathScorer(self.routed, items, objective, MEMORY_GB)
+        objectives = scorer.score(paths).objective
         return [-fmean(scores) for scores in objectives]
 
     # --- what is kept ---

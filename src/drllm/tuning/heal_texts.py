@@ -19,7 +19,8 @@ from drllm.records.static_paths import FIT
 from drllm.tasks.base import Task
 from drllm.tasks.examples import FILE_NAMES, Prompt, choose
 from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_rows, rows_of_hub_set
-from drllm.tuning.parts import TaskParts, objective_of, parts_of_tasks, prompt_of
+from drllm.tuning.data_splits import TaskSplits, split_tasks
+from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
@@ -31,7 +32,7 @@ class Source:
     """A task or a file whose texts are trained on.
 
     It has questions as they are asked, which are read with their right answers or, where there are
-    none (`is_open`), with the full path's; or it has texts. `is_divided` is that of `TaskParts`.
+    none (`is_open`), with the full path's; or it has texts. `is_divided` is that of `TaskSplits`.
     """
 
     name: str
@@ -55,7 +56,7 @@ def sources_of(
     num, seed = config.limit or LARGEST_INT, config.seed
     fitted = TuneConfig(data_dir=config.data_dir, num_fit=num, seed=seed)
     tasks, texts = config.tasks if tasks is None else tasks, config.text if texts is None else texts
-    found = [_of_task(parts) for parts in parts_of_tasks(fitted, tasks or [])]
+    found = [_of_task(parts) for parts in split_tasks(fitted, tasks or [])]
     if isinstance(texts, str):
         words = dict.fromkeys(filter(None, map(str.strip, texts.split(","))))
         given = [_texts_of(word, config.limit or HUB_ROWS) for word in words]
@@ -72,11 +73,11 @@ def sources_of(
     return found
 
 
-def _of_task(parts: TaskParts) -> Source:
-    task, objective = parts.task, objective_of(parts.task, TuneConfig())
+def _of_task(parts: TaskSplits) -> Source:
+    task, objective = parts.task, choose_objective(parts.task, TuneConfig())
     return Source(
         name=task.name,
-        prompts=[prompt_of(task, example, objective) for example in parts.examples[FIT]],
+        prompts=[make_prompt(task, example, objective) for example in parts.examples[FIT]],
         is_open=not task.has_answers,
         is_divided=parts.is_divided,
     )

@@ -1,24 +1,22 @@
 """Tuning as a stage: questions of one or more tasks in, `paths.json` out, resumable.
 
 Paths are fitted on one part of the questions, chosen on another and tested on the rest; see
-`parts`.
+`data_splits`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from drllm.config import TuneConfig
 from drllm.config.fields import changed, make_settings
 from drllm.cost import path_executions
-from drllm.listener import Listener
+from drllm.listener import Listener, OnProgress
 from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
@@ -41,19 +39,16 @@ from drllm.records.static_paths import (
 )
 from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval, sum_interval
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import compare, signed
+from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Task
-from drllm.tasks.examples import Prompt
-from drllm.tasks.examples import choose as draw
-from drllm.tuning.beam import beam_of
-from drllm.tuning.judge import Item, Judge, Scores, graded, items_of, texts_of
-from drllm.tuning.parts import GOLD, LOSS, TaskParts, objective_of, parts_of_tasks, prompt_of
+from drllm.tuning.beam import Beam, Level, beam_of, num_pairs
+from drllm.tuning.data_splits import TaskSplits, split_tasks
+from drllm.tuning.level_lines import HEAD, describe_level, level_line
+from drllm.tuning.objectives import GOLD
+from drllm.tuning.task_scorer import TEXTS_OF, TaskScorer
 
 CHUNKS_FOLDER = "paths.partial"
 FINAL = 1  # levels whose time testing takes, about
-MOST_PAIRS = 100  # questions times paths that are scored in one go, and that a kill loses, at most
-MOST_ANSWERS = 32  # the same of answers that are generated
-NUM_TEXTS = 100  # questions of a part whose text's next-token loss is read too, at most
 
 
 def tune(
@@ -90,135 +85,16 @@ def tune(
 
     Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
     """
-    config, listener = changed(TuneConfig, config, settings), listener or Listener()
-    divided = parts_of_tasks(config, tasks)
+    config = changed(TuneConfig, config, settings)
+    listener = listener or Listener()
+    splits = split_tasks(config, tasks)
     with ExitStack() as stack:
         folder = stage_folder(output_dir, stack)
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
         stack.enter_context(only_writer(folder, "tuning", "--output-dir"))
-        return _Tuning(base, routed, divided, config, folder, listener).run()
-
-
-class TaskScorer:
-    """One task's questions, and what is known of paths on them."""
-
-    def __init__(
-        self,
-        routed: RoutedModel,
-        divided: TaskParts,
-        config: TuneConfig,
-        chunks: Chunks,
-        on_scored: Callable[[int, str], None],
-    ) -> None:
-        self.routed, self.config, self.chunks = routed, config, chunks
-        self.on_scored = on_scored
-        self.task, self.divided = divided.task, divided
-        self.name = divided.task.name
-        self.objective = objective_of(self.task, config)
-        self.weight = (config.weights or {}).get(self.name, 1.0)
-        self.is_generated = divided.is_generated(self.objective)
-        self.seconds = 0.0
-        self._judges: dict[str, Judge] = {}
-        # Objective and right answers on the first questions of a part, [2, Q].
-        self._known: dict[tuple[str, StaticPath], Floats] = defaultdict(lambda: np.zeros((2, 0)))
-        self._answered: dict[tuple[str, StaticPath], list[float]] = {}
-
-    def prompts(self, part: str) -> list[Prompt]:
-        """Return how the questions of a part are asked."""
-        examples = self.divided.examples[part]
-        if part != FIT:
-            examples = draw(examples, self.config.num_judged, self.config.seed)
-        else:  # in random order, since a search looks at the first ones first
-            order = np.random.RandomState(self.config.seed).permutation(len(examples))
-            examples = [examples[place] for place in order]
-        return [prompt_of(self.task, example, self.objective) for example in examples]
-
-    def judge(self, part: str) -> Judge:
-        """Return what scores paths on a part; `texts of PART` reads the texts of its questions."""
-        if part not in self._judges:
-            of_texts = part.removeprefix("texts of ")
-            prompts = self.prompts(of_texts)
-            items: list[Item]
-            if of_texts == part:
-                items, objective = items_of(self.routed, prompts, self.objective), self.objective
-            else:
-                prompts = draw(prompts, NUM_TEXTS, self.config.seed)
-                items, objective = texts_of(self.routed, prompts), LOSS
-            self._judges[part] = Judge(self.routed, items, objective, self.config.state_cache_gb)
-        return self._judges[part]
-
-    def objectives(
-        self, part: str, paths: Sequence[StaticPath], num: int | None = None
-    ) -> list[list[float]]:
-        """Return the objective of paths on the first questions of a part, each asked once."""
-        judge = self.judge(part)
-        num = len(judge.items) if num is None else min(num, len(judge.items))
-        by_known: dict[int, list[StaticPath]] = {}
-        for path in dict.fromkeys(paths):
-            known = self._known[part, path].shape[1]
-            if known < num:
-                by_known.setdefault(known, []).append(path)
-        for known, unknown in by_known.items():
-            found = self._once(part, unknown, known, num)
-            for place, path in enumerate(unknown):
-                both = self._known[part, path], found[:, place]
-                self._known[part, path] = np.concatenate(both, axis=1)
-        return [self._known[part, path][0].tolist() for path in paths]
-
-    def _once(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Floats:
-        """Score paths on a range of questions, a few of like length in each go, `[2, N, Q]`."""
-        judge = self.judge(part)
-        order = sorted(range(first, last), key=lambda place: judge.items[place].question.length)
-        size = max(1, MOST_PAIRS // len(paths))
-        found = np.zeros((2, len(paths), last - first))
-        digest = digest_of(path.layers for path in paths)[:16]
-        parts = {start: order[start : start + size] for start in range(0, len(order), size)}
-        makes = {
-            f"{self.name} {part} {first} to {last} from {start} {digest}": partial(
-                judge.scores, paths, places
-            )
-            for start, places in parts.items()
-        }
-        scored = self.chunks.each_once(makes, Scores)
-        for (start, places), scores in zip(parts.items(), scored, strict=True):
-            at = [place - first for place in places]
-            found[0][:, at] = scores.objective
-            found[1][:, at] = scores.right or 0.0
-            self.seconds += scores.seconds
-            told = f"{len(paths)} paths on {start + len(places)} of {len(order)} questions"
-            self.on_scored(len(paths) * len(places), told)
-        return found
-
-    def correct(self, part: str, path: StaticPath) -> list[float]:
-        """Return which questions of a part are answered right; empty where nothing says so."""
-        if self.objective == GOLD:
-            self.objectives(part, [path])
-            right: list[float] = self._known[part, path][1].tolist()
-            return right
-        if self.is_generated and (part, path) not in self._answered:
-            prompts, digest = self.prompts(part), digest_of(path.layers)[:16]
-            makes = {
-                f"{self.name} answers {part} from {start} {digest}": partial(
-                    graded, self.routed, path, prompts[start : start + MOST_ANSWERS]
-                )
-                for start in range(0, len(prompts), MOST_ANSWERS)
-            }
-            found: list[float] = []
-            for grades in self.chunks.each_once(makes, list[float]):
-                found += grades
-                self.on_scored(len(grades), f"{len(found)} of {len(prompts)} answers of a path")
-            self._answered[part, path] = found
-        return self._answered.get((part, path), [])
-
-    @property
-    def chance(self) -> float:
-        """The accuracy of guessing."""
-        if self.objective != GOLD:
-            return 0.0
-        examples = self.divided.examples[SELECT]
-        return fmean(1 / len(example.choices) for example in examples)
+        return _Tuning(base, routed, splits, config, folder, listener).run()
 
 
 class _Tuning:
@@ -228,279 +104,306 @@ class _Tuning:
         self,
         base: BaseModel,
         routed: RoutedModel,
-        divided: Sequence[TaskParts],
+        splits: Sequence[TaskSplits],
         config: TuneConfig,
         folder: Path,
         listener: Listener,
     ) -> None:
-        self.routed, self.config, self.folder, self.listener = routed, config, folder, listener
-        L = routed.num_layers
-        self.full = StaticPath(range(L))
+        self.routed = routed
+        self.config = config
+        self.folder = folder
+        self.listener = listener
+        self.full = StaticPath(range(routed.num_layers))
         self.header = new_manifest("paths", model=base.identity, config=config.to_dict())
         self.identity: dict[str, Any] = {
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
-            "questions_sha256": digest_of(each.digested() for each in divided),
+            "questions_sha256": digest_of(each.digest_values() for each in splits),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
-        self.tasks = [TaskScorer(routed, one, config, self.chunks, self._scored) for one in divided]
-        self.beam = beam_of(config, divided, L)
-        self._most = self.beam.max_saved
-        self._first_block = FirstBlock(listener, base.model.device)
+        self.beam = beam_of(config, splits, routed.num_layers)
+        self.progress = _Progress(self.beam, FirstBlock(listener, base.model.device))
+        self.tasks = [
+            TaskScorer(routed, each, config, self.chunks, self._note_scored) for each in splits
+        ]
         self._is_cut = False  # by `--minutes`
-        self._done = self._saved = 0.0  # of levels, as told; by the last one
-        self._pairs, self._expected = 0, 1.0  # questions times paths scored since, of so many
 
     def run(self) -> StaticPaths:
         """Search, or return what an earlier run of the same has written."""
-        finished = from_first(self._finished)
+        finished = from_first(self._read_finished)
         if finished is not None:
             if not finished.is_cut:
                 self.chunks.remove()  # where a kill ended the clean-up
             return finished
         self.chunks.open()
-        with self.listener.progress("tuning", "") as self.on_progress:
-            paths = {self.full: False} | self._dominated(self._search())
-            self._measure_all(paths)
-            result = self._result(paths)
-            self.on_progress(self._most + FINAL, self._most + FINAL, "")
+        with self.listener.progress("tuning", "") as self.progress.report:
+            paths = [self.full, *self._search()]
+            self._test(paths)
+            result = self._make_record(paths)
+            self.progress.finish()
         write_json(self.folder / PATHS_FILE, result)
         if not result.is_cut:
             self.chunks.remove()
         return result
 
-    def _finished(self) -> StaticPaths | None:
+    def _read_finished(self) -> StaticPaths | None:
         """Return what the folder holds; None if there is nothing, or more is asked for."""
         file = self.folder / PATHS_FILE
-        if file.exists():
-            found, own = read_paths(file), self.identity
-            refuse_other_run(
-                f"the tuning in {file}",
-                {
-                    "settings": make_settings(TuneConfig, found.config).decisive(),
-                    "model": found.model,
-                    # Older files have neither.
-                    "runtime": found.runtime or own["runtime"],
-                    "questions_sha256": found.questions_sha256 or own["questions_sha256"],
-                },
-                own,
-                "choose another --output-dir, or delete the old one",
-            )
-            if not found.is_cut or found.config.get("minutes") == self.config.minutes:
-                return found
-        return None
+        if not file.exists():
+            return None
+        found = read_paths(file)
+        identity = {
+            "settings": make_settings(TuneConfig, found.config).decisive(),
+            "model": found.model,
+            # Older files have neither.
+            "runtime": found.runtime or self.identity["runtime"],
+            "questions_sha256": found.questions_sha256 or self.identity["questions_sha256"],
+        }
+        remedy = "choose another --output-dir, or delete the old one"
+        refuse_other_run(f"the tuning in {file}", identity, self.identity, remedy)
+        if found.is_cut and found.config.get("minutes") != self.config.minutes:
+            return None
+        return found
 
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
-        config, L = self.config, self.routed.num_layers
-        found: list[StaticPath] = []
+        best_paths: list[StaticPath] = []
         for level in self.beam.levels(self._measure, self._grows):
             for task in self.tasks:
                 task.objectives(SELECT, [self.full, *level.paths])
             best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
-            found.append(best)
-            if len(found) == 1:
+            if not best_paths:
                 self.listener.note(HEAD)
-            level_is = self.beam.saved(best), self._change(best)
-            self._saved, self._pairs = level.saved, 0
-            self._scored(0, told(*level_is))
-            self.listener.note(f"{line(*level_is)}\n  {best.edits(L)}")
-            seconds = sum(task.seconds for task in self.tasks) / count()
-            is_last = level.saved == self._most
-            if config.minutes is not None and seconds > 60 * config.minutes:
-                self.listener.note(f"{config.minutes:g} minutes are over; no further level begins")
+            best_paths.append(best)
+            self._note_level(level, best)
+            is_last = level.saved == self.beam.max_saved
+            if self._is_time_over():
                 self._is_cut = not is_last
                 break
             if not (is_last or self._grows(best)):
-                lost = f"all paths of this level lose more than --max-loss {config.max_loss:g}"
-                self.listener.note(f"{lost}: none is edited further")
-        return found
+                limit = f"--max-loss {self.config.max_loss:g}"
+                self.listener.note(
+                    f"all paths of this level lose more than {limit}: none is edited further"
+                )
+        return best_paths
 
-    def _scored(self, num_pairs: int, note: str) -> None:
-        """Tell how far it is; testing counts as `FINAL` levels more."""
-        self._pairs += num_pairs
-        share = min(1.0, self._pairs / self._expected)
-        unit = FINAL if self._saved == self._most else 1
-        self._done = max(self._done, self._saved + unit * share)
-        self.on_progress(self._done, self._most + FINAL, note)
-        if num_pairs > 0:  # the seconds are those of kept scores too, after an interruption
-            seconds = sum(task.seconds for task in self.tasks) / count()
-            self._first_block.finish(self._done / (self._most + FINAL), seconds)
+    def _note_level(self, level: Level, best: StaticPath) -> None:
+        """Print what the best path of a level saves and loses."""
+        saved = self.beam.saved(best)
+        change = self._change(best)
+        self.progress.begin_level(level.saved, describe_level(saved, change))
+        edits = best.edits(self.routed.num_layers)
+        self.listener.note(f"{level_line(saved, change)}\n  {edits}")
 
-    def _measure_all(self, dominated: Mapping[StaticPath, bool]) -> None:
+    def _is_time_over(self) -> bool:
+        """Tell whether no further level begins, and print it if so."""
+        minutes = self.config.minutes
+        if minutes is None or self._seconds() <= 60 * minutes:
+            return False
+        self.listener.note(f"{minutes:g} minutes are over; no further level begins")
+        return True
+
+    def _seconds(self) -> float:
+        """Return the seconds of scoring, of each process; those of kept scores count too."""
+        return sum(task.seconds for task in self.tasks) / count()
+
+    def _note_scored(self, num_pairs: int, note: str) -> None:
+        self.progress.add(num_pairs, note, self._seconds())
+
+    def _test(self, paths: Sequence[StaticPath]) -> None:
         """Score all paths on what tests them, in common passes."""
-        wanted = [(SELECT, list(dominated)), (TEST, list(dominated))]
-        self._saved, self._pairs = self._most, 0
-        self._expected = sum(
-            len(paths) * (len(task.judge(f"texts of {part}").items) + len(task.judge(part).items))
-            for task in self.tasks
-            for part, paths in wanted
-            if part != SELECT or task.is_generated
-        )
+        num_pairs = 0
         for task in self.tasks:
-            for part, paths in wanted:
+            for part in (SELECT, TEST):
+                if part == TEST or task.is_generated:
+                    num_texts = task.num_questions(TEXTS_OF + part)
+                    num_pairs += len(paths) * (num_texts + task.num_questions(part))
+        self.progress.begin_test(num_pairs)
+        for task in self.tasks:
+            for part in (SELECT, TEST):
                 task.objectives(part, paths)
-                task.objectives(f"texts of {part}", paths)
+                task.objectives(TEXTS_OF + part, paths)
 
     def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
         """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
         most = self.beam.num_questions
         if num_questions == self.beam.rungs[0][0]:  # a level begins
-            shares = sum(len(task.judge(FIT).items) for task in self.tasks) / most
-            chosen = sum(len(task.judge(SELECT).items) for task in self.tasks)
-            self._pairs = 0
-            self._expected = shares * num_pairs(len(paths), self.beam.rungs)
-            self._expected += self.beam.width * chosen
+            self.progress.expect(self._pairs_of_level(len(paths)))
         total = np.zeros(len(paths))
         for task in self.tasks:
-            own = len(task.judge(FIT).items)
-            found = task.objectives(FIT, paths, -(-num_questions * own // most))
-            total += task.weight * np.array(list(map(np.mean, found)))
-        weighted: Floats = total / sum(task.weight for task in self.tasks)
+            # Of a task with fewer questions as large a share.
+            num = -(-num_questions * task.num_questions(FIT) // most)
+            means = [np.mean(values) for values in task.objectives(FIT, paths, num)]
+            total += task.weight * np.array(means)
+        weighted: Floats = total / self._total_weight
         return weighted
 
-    def _differences(self, task: TaskScorer, part: str, path: StaticPath) -> list[float]:
-        pairs = zip(*task.objectives(part, [path, self.full]), strict=True)
-        return [ours - full for ours, full in pairs]
+    def _pairs_of_level(self, num_paths: int) -> float:
+        """Return about how many questions times paths a level scores."""
+        num_fit = sum(task.num_questions(FIT) for task in self.tasks)
+        num_select = sum(task.num_questions(SELECT) for task in self.tasks)
+        share = num_fit / self.beam.num_questions
+        return share * num_pairs(num_paths, self.beam.rungs) + self.beam.width * num_select
+
+    @property
+    def _total_weight(self) -> float:
+        return sum(task.weight for task in self.tasks)
 
     def _gain(self, path: StaticPath) -> float:
         """Return what a path has more of the objective than the full one, on `select`."""
-        total = sum(t.weight * fmean(self._differences(t, SELECT, path)) for t in self.tasks)
-        return total / sum(task.weight for task in self.tasks)
+        total = 0.0
+        for task in self.tasks:
+            total += task.weight * fmean(task.differences(SELECT, path, self.full))
+        return total / self._total_weight
 
     def _change(self, path: StaticPath) -> tuple[float, float, float]:
         """Return the gain of a path with its 95 % interval."""
-        total = sum(task.weight for task in self.tasks)
-        given = [(t.weight / total, self._differences(t, SELECT, path)) for t in self.tasks]
-        return sum_interval(given, self.config.seed)
+        weighted = []
+        for task in self.tasks:
+            differences = task.differences(SELECT, path, self.full)
+            weighted.append((task.weight / self._total_weight, differences))
+        return sum_interval(weighted, self.config.seed)
 
     def _grows(self, path: StaticPath) -> bool:
         """Tell whether no task shows that a path loses more than is allowed."""
         for task in self.tasks:
-            _, highest = mean_interval(self._differences(task, SELECT, path), self.config.seed)
+            differences = task.differences(SELECT, path, self.full)
+            _, highest = mean_interval(differences, self.config.seed)
             if highest < -self.config.max_loss:
                 return False
         return True
 
-    def _dominated(self, paths: Sequence[StaticPath]) -> dict[StaticPath, bool]:
-        """Return for each path whether a shorter one does as well on `select`."""
-        gains = list(map(self._gain, paths))
-        return {
-            path: any(later >= gain for later in gains[place + 1 :])
-            for place, (path, gain) in enumerate(zip(paths, gains, strict=True))
-        }
+    def _dominated(self, paths: Sequence[StaticPath]) -> list[bool]:
+        """Tell of each path but the full one whether a shorter one does as well on `select`."""
+        gains = [self._gain(path) for path in paths]
+        dominated = []
+        for place, path in enumerate(paths):
+            is_shorter_as_good = any(gain >= gains[place] for gain in gains[place + 1 :])
+            dominated.append(path != self.full and is_shorter_as_good)
+        return dominated
 
     def _name(self, path: StaticPath) -> str:
         if path == self.full:
             return "full"
-        saved = self.routed.num_layers - self._executions(path)
-        return f"skip{saved:.3g}"
+        return f"skip{self.routed.num_layers - path_executions(path):.3g}"
 
-    def _executions(self, path: StaticPath) -> float:
-        return path_executions(path)
-
-    def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
-        [own], [texts] = (task.objectives(name, [path]) for name in (part, f"texts of {part}"))
-        return Outcomes(
-            name=self._name(path),
-            executions=self._executions(path),
-            correct=task.correct(part, path),
-            gold_logprob=own if task.objective == GOLD else [],
-            text_loss=[-value for value in texts],
-        )
-
-    def _result(self, dominated: Mapping[StaticPath, bool]) -> StaticPaths:
-        tasks = tuple(task.name for task in self.tasks)
+    def _make_record(self, paths: Sequence[StaticPath]) -> StaticPaths:
+        named = []
+        for path, is_dominated in zip(paths, self._dominated(paths), strict=True):
+            scores = [
+                self._score(task, part, path) for part in (FIT, SELECT, TEST) for task in self.tasks
+            ]
+            named.append(
+                NamedPath(
+                    name=self._name(path),
+                    steps=steps_to_write(path),
+                    executions=path_executions(path),
+                    dominated=is_dominated,
+                    measured=tuple(scores),
+                )
+            )
         return StaticPaths(
             **self.header,
-            tasks=tasks,
-            divided=tuple(task.name for task in self.tasks if task.divided.is_divided),
+            tasks=tuple(task.name for task in self.tasks),
+            divided=tuple(task.name for task in self.tasks if task.splits.is_divided),
             objective={task.name: task.objective for task in self.tasks},
             num_layers=self.routed.num_layers,
             runtime=self.identity["runtime"],
             questions_sha256=self.identity["questions_sha256"],
             is_cut=self._is_cut,
-            paths=tuple(
-                NamedPath(
-                    name=self._name(path),
-                    steps=steps_to_write(path),
-                    executions=self._executions(path),
-                    dominated=is_worse,
-                    measured=tuple(
-                        self._measured(task, part, path)
-                        for part in (FIT, SELECT, TEST)
-                        for task in self.tasks
-                    ),
-                )
-                for path, is_worse in dominated.items()
-            ),
+            paths=tuple(named),
         )
 
-    def _measured(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:
+    def _score(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:
+        """Return how a path did on a part of a task's questions."""
         [values] = task.objectives(part, [path])
-        told = PathScore(
+        score = PathScore(
             task=task.name, part=part, num_questions=len(values), objective=fmean(values)
         )
-        is_full = path == self.full
-        if not is_full:
-            differences = self._differences(task, part, path)
+        if path != self.full:
+            differences = task.differences(part, path, self.full)
             low, high = mean_interval(differences, self.config.seed)
-            told = msgspec.structs.replace(told, change=(fmean(differences), low, high))
+            score = replace(score, change=(fmean(differences), low, high))
         if part == FIT:  # on which paths were fitted: nothing is claimed there
-            return told
+            return score
         ours = self._outcomes(task, part, path)
-        told = msgspec.structs.replace(told, text_loss=fmean(ours.text_loss))
+        score = replace(score, text_loss=fmean(ours.text_loss))
         if not ours.correct:
-            return told
+            return score
+        score = replace(score, accuracy=fmean(ours.correct))
+        if path == self.full:
+            return score
         full = self._outcomes(task, part, self.full)
         lowest, _ = accuracy_interval(full.correct, self.config.seed)
-        verdicts = compare(ours, full, self.config.seed, above_chance=lowest > task.chance)
-        return msgspec.structs.replace(
-            told, accuracy=fmean(ours.correct), against_full=None if is_full else verdicts
+        is_above_chance = lowest > task.chance
+        verdicts = compare(ours, full, self.config.seed, above_chance=is_above_chance)
+        return replace(score, against_full=verdicts)
+
+    def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
+        [objective] = task.objectives(part, [path])
+        [texts] = task.objectives(TEXTS_OF + part, [path])
+        return Outcomes(
+            name=self._name(path),
+            executions=path_executions(path),
+            correct=task.correct(part, path),
+            gold_logprob=objective if task.objective == GOLD else [],
+            text_loss=[-value for value in texts],
         )
 
 
-AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
-AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
-"""The numbers at the axis of a drawn interval, whose columns stand for `AXIS_STEP` each."""
+class _Progress:
+    """How far a tuning is, in levels; testing counts as `FINAL` levels more.
 
-
-def drawn(mean: float, low: float, high: float) -> str:
-    """Draw a mean and its interval in columns of a fixed axis; what lies outside is an arrow."""
-    marks = [round((value - AXIS_FROM) / AXIS_STEP) for value in (0.0, low, mean, high)]
-    zero, first, middle, last = (min(max(mark, 0), AXIS_WIDTH - 1) for mark in marks)
-    cells = [" "] * first + ["─"] * (last - first + 1) + [" "] * (AXIS_WIDTH - 1 - last)
-    for mark, place in zip("│├┤●", (zero, first, last, middle), strict=True):
-        cells[place] = mark
-    cells[0] = "<" if marks[1] < 0 else cells[0]
-    cells[-1] = ">" if marks[3] >= AXIS_WIDTH else cells[-1]
-    return "".join(cells).rstrip()
-
-
-HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"  # what stands above the lines
-
-
-def told(saved: float, change: tuple[float, float, float]) -> str:
-    """Say what the best path of a level saves, and its change on `select`."""
-    mean, low, high = (signed(value, 3) for value in change)
-    return f"{saved:.3g} saved".replace("-", "−") + f"  {mean} nats ({low} to {high})"
-
-
-def line(saved: float, change: tuple[float, float, float]) -> str:
-    """Return the same with the interval drawn on the axis of `HEAD`."""
-    return f"{told(saved, change):<46}  {drawn(*change)}"
-
-
-def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
-    """Return how many questions times paths a level scores, given `parts.rungs`.
-
-    Example:
-        >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
-        3008
+    `report` is called with the levels done, of so many, and what was done last.
     """
-    pairs = asked = 0
-    for num_questions, kept in rungs:
-        pairs += num_paths * (num_questions - asked)
-        num_paths, asked = min(num_paths, kept), num_questions
-    return pairs
+
+    report: OnProgress
+
+    def __init__(self, beam: Beam, first_block: FirstBlock) -> None:
+        self._num_levels = beam.max_saved
+        self._first_block = first_block
+        self._level = 0  # the last one that is done
+        self._done = 0.0  # as reported, which never goes back
+        self._pairs = 0  # questions times paths scored since
+        self._expected = 1.0  # of so many
+
+    def begin_level(self, saved: int, note: str) -> None:
+        """Report that a level is done, and what its best path is."""
+        self._level = saved
+        self._pairs = 0
+        self._report(note)
+
+    def begin_test(self, expected: float) -> None:
+        """Note that all levels are done, and how many questions times paths will be scored."""
+        self._level = self._num_levels
+        self.expect(expected)
+
+    def expect(self, expected: float) -> None:
+        """Note how many questions times paths will be scored until the next level."""
+        self._pairs = 0
+        self._expected = expected
+
+    def add(self, num_pairs: int, note: str, seconds: float) -> None:
+        """Count questions times paths that were scored, and report them.
+
+        Args:
+            num_pairs: How many they are.
+            note: What they were.
+            seconds: The time of all scores, of kept ones too.
+        """
+        self._pairs += num_pairs
+        self._report(note)
+        if num_pairs > 0:
+            self._first_block.finish(self._done / (self._num_levels + FINAL), seconds)
+
+    def finish(self) -> None:
+        """Report that all is done."""
+        total = self._num_levels + FINAL
+        self.report(total, total, "")
+
+    def _report(self, note: str) -> None:
+        share = min(1.0, self._pairs / self._expected)
+        size = FINAL if self._level == self._num_levels else 1
+        self._done = max(self._done, self._level + size * share)
+        self.report(self._done, self._num_levels + FINAL, note)

@@ -11,8 +11,10 @@ from drllm.paths import StaticPath
 from drllm.records.resume import Chunks
 from drllm.records.static_paths import read_path, read_paths
 from drllm.statistics.verdicts import signed
-from drllm.tuning.judge import Judge
-from drllm.tuning.run import CHUNKS_FOLDER, MOST_PAIRS, drawn, tune
+from drllm.tuning.level_lines import draw_interval
+from drllm.tuning.path_scorer import PathScorer
+from drllm.tuning.run import CHUNKS_FOLDER, tune
+from drllm.tuning.task_scorer import MOST_PAIRS
 
 SMALL = {"num_fit": 30, "num_judged": 40, "max_skipped": 2, "beam": 2}
 
@@ -80,7 +82,7 @@ def test_the_file_is_what_was_returned_and_is_not_made_again(unbroken, routed, m
     found, folder = unbroken
     assert read_paths(folder / "paths.json") == found
     assert not (folder / CHUNKS_FOLDER).exists()
-    monkeypatch.setattr(Judge, "scores", None)
+    monkeypatch.setattr(PathScorer, "score", None)
     assert tuned(routed, folder, max_loss=10.0) == found
 
 
@@ -130,7 +132,7 @@ def test_every_level_is_said_in_a_line_with_its_interval_drawn(unbroken, heard):
         mean, low, high = next(m.change for m in path.measured if m.part == "select")
         assert line.startswith(f"{6 - path.executions:g} saved  {signed(mean, 3)} nats (")
         assert f"({signed(low, 3)} to {signed(high, 3)})" in line
-        assert line.endswith(drawn(mean, low, high))
+        assert line.endswith(draw_interval(mean, low, high))
         assert edits.strip() == path.path.edits(6)
 
 
@@ -176,13 +178,13 @@ def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
 
 def num_scored(monkeypatch):
     """Return a list to which every scoring adds its number of paths times questions."""
-    counted, scores = [], Judge.scores
+    counted, scores = [], PathScorer.score
 
     def counting(self, paths, places):
         counted.append(len(paths) * len(places))
         return scores(self, paths, places)
 
-    monkeypatch.setattr(Judge, "scores", counting)
+    monkeypatch.setattr(PathScorer, "score", counting)
     return counted
 
 
@@ -264,7 +266,7 @@ def test_prompts_alone_are_tuned_on_by_their_kl(drllm, model_folder, tmp_path):
 def test_what_makes_no_sense_is_refused_before_anything_is_scored(
     routed, settings, says, monkeypatch
 ):
-    monkeypatch.setattr(Judge, "scores", None)
+    monkeypatch.setattr(PathScorer, "score", None)
     with pytest.raises(ConfigError, match=says):
         tuned(routed, **settings)
 

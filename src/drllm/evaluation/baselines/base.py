@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
     from drllm.models.scoring.packing import Request
-    from drllm.tuning.judge import Item
+    from drllm.tuning.path_scorer import Item
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -85,16 +85,16 @@ class Material:
 
     def _mean_token_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
         from drllm.models.scoring.packing import Request
-        from drllm.tuning.judge import Item
-        from drllm.tuning.parts import LOSS
+        from drllm.tuning.objectives import LOSS
+        from drllm.tuning.path_scorer import Item
 
         texts = [Request(ids[:1], [ids[1:]]) for ids in self.prompts if len(ids) > 1]
         num_tokens = [len(text.continuations[0]) for text in texts]
         return self._mean_scores(candidates, [Item(text) for text in texts], LOSS, num_tokens)
 
     def _mean_answer_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
-        from drllm.tuning.judge import Item
-        from drllm.tuning.parts import GOLD
+        from drllm.tuning.objectives import GOLD
+        from drllm.tuning.path_scorer import Item
 
         questions = zip(self.questions, self.golds, strict=True)
         items = [Item(request, gold) for request, gold in questions]
@@ -110,11 +110,11 @@ class Material:
         """Return the weighted mean over the items of each candidate's score."""
         import numpy as np
 
-        from drllm.tuning.judge import Judge
+        from drllm.tuning.path_scorer import PathScorer
 
-        judge = Judge(self.routed, items, objective, STATE_CACHE_GB)
+        scorer = PathScorer(self.routed, items, objective, STATE_CACHE_GB)
         paths = [StaticPath(to_path(decisions)) for decisions in candidates]
-        scores = judge.scores(paths).objective  # [N][Q]
+        scores = scorer.score(paths).objective  # [N][Q]
         means: list[float] = np.average(scores, axis=1, weights=weights).tolist()
         return means
 

@@ -21,7 +21,7 @@ from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
 from drllm.listener import quiet
 from drllm.tasks.examples import choose
 from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, gold_indices, load_harness_tasks
-from drllm.tuning.judge import log_share
+from drllm.tuning.path_scorer import log_share
 
 Key: TypeAlias = tuple[str, int]  # which question: the harness' task, and the row's number there
 

@@ -12,7 +12,7 @@ from drllm.evaluation.baselines.base import BASELINES, Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Request
 from drllm.paths import to_path
-from drllm.tuning import judge
+from drllm.tuning import path_scorer
 from slow_way import ListedModel
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1), (0, 1, 1, 2), (0, 0, 0, 1)]
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Two questions a batch: their lengths take them out of their order."""
-    monkeypatch.setattr(judge, "BLOCK_SIZE", 2)
+    monkeypatch.setattr(path_scorer, "BLOCK_SIZE", 2)
 
 
 def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
@@ -75,6 +75,6 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
 
     before = plans()
     assert {name for name, _ in known} == {"arc by loss", "arc by answers"}
-    monkeypatch.setattr(judge, "Judge", measured_again)
+    monkeypatch.setattr(path_scorer, "PathScorer", measured_again)
     for first, again in zip(before, plans(), strict=True):
         assert torch.equal(again.decides, first.decides)

@@ -11,8 +11,14 @@ from drllm.search.evaluator import tokenize_prompt
 from drllm.tasks.examples import Prompt, with_options
 from drllm.tasks.prompt_formats import GAP
 from drllm.tasks.registry import get_task
-from drllm.tuning.judge import Judge, graded, items_of, log_share, texts_of
-from drllm.tuning.parts import GOLD, KL, LOSS
+from drllm.tuning.objectives import GOLD, KL, LOSS
+from drllm.tuning.path_scorer import (
+    PathScorer,
+    grade_answers,
+    log_share,
+    make_items,
+    make_text_items,
+)
 from slow_way import ListedModel, kls_alone
 
 PATHS = [
@@ -35,7 +41,7 @@ def asked():
 
 
 def judged(routed, items, objective):
-    return Judge(routed, items, objective, 1.0).scores(PATHS)
+    return PathScorer(routed, items, objective, 1.0).score(PATHS)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def slow(tiny_llama):
 
 
 def test_the_gold_log_probability_and_the_choice_are_those_of_each_path_alone(routed, asked, slow):
-    found = judged(routed, items_of(routed, asked, GOLD), GOLD)
+    found = judged(routed, make_items(routed, asked, GOLD), GOLD)
     for path, values, right in zip(slow, found.objective, found.right, strict=True):
         for prompt, value, is_right in zip(asked, values, right, strict=True):
             prompt_tokens = tokenize_prompt(routed, prompt)
@@ -58,7 +64,7 @@ def test_options_that_fill_a_gap_are_scored_by_what_follows_as_each_sentence_alo
     sentences = ["She thanked _ for the tea.", "Ann hid it from Eve, so  _ found nothing."]
     names = ("Ann", "Eve and Bo")
     asked = [GAP.prompts(with_options(each, names, 1), "loglikelihood")[0] for each in sentences]
-    found = judged(routed, items_of(routed, asked, GOLD), GOLD)
+    found = judged(routed, make_items(routed, asked, GOLD), GOLD)
     for path, values, right in zip(slow, found.objective, found.right, strict=True):
         for sentence, value, is_right in zip(sentences, values, right, strict=True):
             before, _, after = sentence.partition("_")
@@ -73,7 +79,7 @@ def test_options_that_fill_a_gap_are_scored_by_what_follows_as_each_sentence_alo
 
 def test_the_loss_of_right_answers_is_that_of_each_path_alone(routed, slow):
     asked = prompts("builtin_arithmetic", 4)
-    found = judged(routed, items_of(routed, asked, LOSS), LOSS)
+    found = judged(routed, make_items(routed, asked, LOSS), LOSS)
     for path, values in zip(slow, found.objective, strict=True):
         for prompt, value in zip(asked, values, strict=True):
             prompt_tokens = tokenize_prompt(routed, prompt)
@@ -83,7 +89,7 @@ def test_the_loss_of_right_answers_is_that_of_each_path_alone(routed, slow):
 
 
 def test_a_text_is_read_whole_but_its_first_token(routed, asked, slow):
-    items = texts_of(routed, asked)
+    items = make_text_items(routed, asked)
     found = judged(routed, items, LOSS)
     prompt_tokens = tokenize_prompt(routed, asked[0])
     tokens = [*prompt_tokens.tokens, *prompt_tokens.continuations[asked[0].gold]]
@@ -92,7 +98,7 @@ def test_a_text_is_read_whole_but_its_first_token(routed, asked, slow):
 
 
 def test_the_kl_is_that_of_the_prompts_tokens_and_needs_no_answer(routed, asked, tiny_llama):
-    found = judged(routed, items_of(routed, asked, KL), KL)
+    found = judged(routed, make_items(routed, asked, KL), KL)
     assert found.objective[0] == [0.0] * len(asked)
     contexts = [tokenize_prompt(routed, prompt).tokens for prompt in asked]
     pairs = [(row, (1, 0, 1, 1, 1, 1)) for row in range(len(asked))]
@@ -102,23 +108,23 @@ def test_the_kl_is_that_of_the_prompts_tokens_and_needs_no_answer(routed, asked,
 
 def test_prompts_without_answers_score_as_the_prompts_of_questions_do(routed, asked):
     alone = [Prompt(text=p.text, reward="loglikelihood", answer="", chat=p.chat) for p in asked]
-    found, expected = (judged(routed, items_of(routed, each, KL), KL) for each in (alone, asked))
+    found, expected = (judged(routed, make_items(routed, each, KL), KL) for each in (alone, asked))
     assert found.objective == expected.objective
 
 
 def test_questions_asked_in_two_goes_score_as_in_one(routed, asked):
-    judge = Judge(routed, items_of(routed, asked, GOLD), GOLD, 1.0)
-    whole = judge.scores(PATHS)
-    first, rest = judge.scores(PATHS, [0, 1]), judge.scores(PATHS, [2, 3, 4, 5])
+    judge = PathScorer(routed, make_items(routed, asked, GOLD), GOLD, 1.0)
+    whole = judge.score(PATHS)
+    first, rest = judge.score(PATHS, [0, 1]), judge.score(PATHS, [2, 3, 4, 5])
     for path in range(len(PATHS)):
         joined = first.objective[path] + rest.objective[path]
         assert joined == pytest.approx(whole.objective[path], abs=TOLERANCE)
 
 
 def test_a_value_that_is_not_finite_is_the_worst_there_is(routed, asked, monkeypatch):
-    judge = Judge(routed, items_of(routed, asked[:1], GOLD), GOLD, 1.0)
+    judge = PathScorer(routed, make_items(routed, asked[:1], GOLD), GOLD, 1.0)
     monkeypatch.setattr(judge, "_value", lambda *_: (-math.inf, 0.0))
-    assert judge.scores(PATHS[1:2]).objective == [[-100.0]]
+    assert judge.score(PATHS[1:2]).objective == [[-100.0]]
 
 
 def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokenizer):
@@ -129,6 +135,6 @@ def test_answers_are_generated_along_the_path_and_graded(tiny_llama, tiny_tokeni
     tokens = tokenize_prompt(routed, prompt).tokens
     says = tiny_tokenizer.decode(slow.greedy(tokens, 4), skip_special_tokens=True)
     right = Prompt(text="abc", reward="exact", answer=says.strip() or "?", max_new_tokens=4)
-    assert graded(routed, path, [right, prompt])[1] == 0.0
+    assert grade_answers(routed, path, [right, prompt])[1] == 0.0
     if says.strip():
-        assert graded(routed, path, [right]) == [1.0]
+        assert grade_answers(routed, path, [right]) == [1.0]

@@ -10,17 +10,9 @@ from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, with_options
 from drllm.tasks.registry import get_task
-from drllm.tuning.parts import (
-    GOLD,
-    KL,
-    LOSS,
-    objective_of,
-    part_of,
-    parts_of,
-    parts_of_tasks,
-    prompt_of,
-    rungs,
-)
+from drllm.tuning.beam import rungs
+from drllm.tuning.data_splits import part_of, split_task, split_tasks
+from drllm.tuning.objectives import GOLD, KL, LOSS, choose_objective, make_prompt
 
 
 class OneSet(Task):
@@ -43,7 +35,7 @@ def keys(examples):
 
 @pytest.mark.parametrize("task", [get_task("builtin_facts"), OneSet(500)], ids=["facts", "one set"])
 def test_no_question_is_in_two_parts(task):
-    parts = parts_of(task, None, 100, 0).examples
+    parts = split_task(task, None, 100, 0).examples
     assert sum(len(keys(parts[part])) for part in PARTS) == len(
         set.union(*(keys(parts[part]) for part in PARTS))
     )
@@ -51,7 +43,7 @@ def test_no_question_is_in_two_parts(task):
 
 def test_a_task_with_four_splits_is_fitted_on_search_and_tested_on_test():
     task = get_task("builtin_facts")
-    found = parts_of(task, None, 100, 0)
+    found = split_task(task, None, 100, 0)
     search = task.examples("search")
     assert len(found.examples[FIT]) == 100
     assert keys(found.examples[FIT]) <= keys(search)
@@ -62,7 +54,7 @@ def test_a_task_with_four_splits_is_fitted_on_search_and_tested_on_test():
 
 
 def test_a_set_of_one_split_is_divided_by_its_texts():
-    found = parts_of(OneSet(2000), None, 10_000, 0)
+    found = split_task(OneSet(2000), None, 10_000, 0)
     shares = [len(found.examples[part]) / 2000 for part in PARTS]
     assert found.is_divided
     assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.03)
@@ -78,11 +70,11 @@ def test_no_question_that_was_certified_or_tested_on_is_fitted_on_now():
 
 
 def test_the_digest_of_a_tunings_questions_is_that_of_earlier_files():
-    [divided] = parts_of_tasks(TuneConfig(tasks="builtin_facts"))
-    name, examples = divided.digested()
+    [divided] = split_tasks(TuneConfig(tasks="builtin_facts"))
+    name, examples = divided.digest_values()
     assert (name, list(examples)) == ("builtin_facts", [FIT, SELECT, "certify", TEST])
     old = "c0454f7030fb317d9f579b5731e1a43aaeb61e5dc4c7432618645e52fc540380"
-    assert digest_of([divided.digested()]) == old
+    assert digest_of([divided.digest_values()]) == old
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
@@ -93,12 +85,12 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():
             return super().examples("test")
 
     with pytest.raises(TaskError, match="line 3"):
-        parts_of(Broken(2000), None, 100, 0)
+        split_task(Broken(2000), None, 100, 0)
 
 
 def test_right_options_that_are_only_read_are_not_generated():
     facts, arithmetic = (
-        parts_of(get_task(name), None, 30, 0) for name in ("builtin_facts", "builtin_arithmetic")
+        split_task(get_task(name), None, 30, 0) for name in ("builtin_facts", "builtin_arithmetic")
     )
     assert not facts.is_generated(LOSS)
     assert arithmetic.is_generated(LOSS)
@@ -107,15 +99,15 @@ def test_right_options_that_are_only_read_are_not_generated():
 
 def test_too_few_questions_are_refused_with_the_part_that_has_none():
     with pytest.raises(TaskError, match="part '"):
-        parts_of(OneSet(2), None, 100, 0)
+        split_task(OneSet(2), None, 100, 0)
 
 
 def test_a_worked_solution_is_read_after_its_question():
     task = get_task("gsm8k")
     example = Example(question="How many?", answer="3", solution="1 + 2 = 3 #### 3")
-    prompt = prompt_of(task, example, LOSS)
+    prompt = make_prompt(task, example, LOSS)
     assert prompt.text + prompt.continuations[0] == "Question: How many?\nAnswer: 1 + 2 = 3 #### 3"
-    assert prompt_of(task, example, KL) == task.prompt(example, "boxed")
+    assert make_prompt(task, example, KL) == task.prompt(example, "boxed")
 
 
 def prompts_alone(folder):
@@ -127,16 +119,16 @@ def prompts_alone(folder):
 def test_prompts_alone_are_kept_near_the_full_path(tmp_path):
     task = get_task(str(prompts_alone(tmp_path)))
     config = TuneConfig()
-    assert objective_of(task, config) == KL
-    [divided] = parts_of_tasks(config, task)
-    prompt = prompt_of(task, divided.examples[FIT][0], KL)
+    assert choose_objective(task, config) == KL
+    [divided] = split_tasks(config, task)
+    prompt = make_prompt(task, divided.examples[FIT][0], KL)
     assert (prompt.text, prompt.chat) == (divided.examples[FIT][0].question, True)
 
 
 @pytest.mark.parametrize("settings", [{"objective": LOSS}, {"objective": GOLD}])
 def test_what_needs_answers_is_refused_for_prompts_alone(tmp_path, settings):
     with pytest.raises(ConfigError, match="needs right answers"):
-        parts_of_tasks(TuneConfig(**settings), str(prompts_alone(tmp_path)))
+        split_tasks(TuneConfig(**settings), str(prompts_alone(tmp_path)))
 
 
 def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():

@@ -1,0 +1,162 @@
+"""How the questions of a task are divided to fit, choose and test a static path. Loads no torch.
+
+What is chosen or fitted is never reported on the same questions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drllm.config import SPLITS, TuneConfig
+from drllm.config.fields import required_tasks
+from drllm.errors import ConfigError, TaskError
+from drllm.records.splits import part_by_hash, question_key
+from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
+from drllm.tasks.base import NoSplitError, Task
+from drllm.tasks.examples import OPTIONS_REWARD, Example, choose
+from drllm.tasks.registry import get_tasks
+from drllm.tasks.rewards import check_installed
+from drllm.tuning.objectives import LOSS, choose_objective, choose_reward
+
+BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
+"""Where the share of each part ends, of a set that doesn't have all four splits."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSplits:
+    """The questions of one task by part; `is_divided` says that its own splits weren't used.
+
+    `spare` are questions of the splits `fit` and `search` that no part has: routers and baselines
+    use these splits.
+    """
+
+    task: Task
+    examples: dict[str, list[Example]]
+    is_divided: bool
+    spare: Sequence[Example] = ()
+
+    def digest_values(self) -> tuple[str, dict[str, list[Example]]]:
+        """Return what the digest of a tuning's questions is made of.
+
+        As commit 3820ce17 has it, which certified on the spare questions, so that its files are
+        known again.
+        """
+        if self.is_divided:
+            return self.task.name, self.examples
+        examples = {
+            FIT: self.examples[FIT],
+            SELECT: self.examples[SELECT],
+            "certify": list(self.spare),
+            TEST: self.examples[TEST],
+        }
+        return self.task.name, examples
+
+    def is_generated(self, objective: str) -> bool:
+        """Whether answers are generated and graded; options and worked solutions are read."""
+        if objective != LOSS:
+            return False
+        has_solutions = any(example.solution for example in self.examples[FIT])
+        return not has_solutions and choose_reward(self.task, objective) != OPTIONS_REWARD
+
+
+def split_tasks(
+    config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
+) -> list[TaskSplits]:
+    """Return the tasks with their questions by part, if they can be tuned on."""
+    config.check_effects()
+    if tasks is None:
+        tasks = required_tasks(config.tasks)
+    found = _list_tasks(tasks)
+    for task in found:
+        objective = choose_objective(task, config)
+        if task.has_answers:
+            check_installed(choose_reward(task, objective))
+    _check_weights(config, [task.name for task in found])
+    return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in found]
+
+
+def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
+    if isinstance(tasks, (str, Task)):
+        tasks = [tasks]
+    found: list[Task] = []
+    for task in tasks:
+        if isinstance(task, str):
+            found += get_tasks(task)
+        else:
+            found.append(task)
+    return found
+
+
+def _check_weights(config: TuneConfig, names: Sequence[str]) -> None:
+    for name in config.weights or {}:
+        if name not in names:
+            raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
+    if config.weights and len(names) == 1:
+        raise ConfigError(f"weights have no effect on one task, {names[0]}; leave them out")
+
+
+def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskSplits:
+    """Divide the questions of a task.
+
+    Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses and `test`
+    tests. A task that lacks one of the splits has all of its questions divided anew by their texts:
+    20 % to fit, 40 % to choose and 40 % to test.
+    """
+    splits = _read_splits(task, None if data_dir is None else Path(data_dir))
+    if len(splits) == len(SPLITS):
+        return _use_splits(task, splits, num_fit, seed)
+    return _divide_anew(task, splits, num_fit, seed)
+
+
+def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
+    """Return the questions of the splits that have any; a TaskError if none has."""
+    splits: dict[str, list[Example]] = {}
+    problems = []
+    for split in SPLITS:
+        try:
+            examples = task.examples(split, folder)
+        except NoSplitError as error:
+            problems.append(str(error))
+            continue
+        if examples:
+            splits[split] = examples
+    if not splits:
+        raise TaskError(problems[0] if problems else f"task {task.name!r} has no questions")
+    return splits
+
+
+def _use_splits(
+    task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
+) -> TaskSplits:
+    fit = choose(splits["search"], num_fit, seed)
+    fitted = {question_key(example.question) for example in fit}
+    left = [each for each in splits["search"] if question_key(each.question) not in fitted]
+    examples = {FIT: fit, SELECT: splits["select"], TEST: splits["test"]}
+    return TaskSplits(task, examples, is_divided=False, spare=[*splits["fit"], *left])
+
+
+def _divide_anew(
+    task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
+) -> TaskSplits:
+    parts: dict[str, list[Example]] = {part: [] for part in PARTS}
+    for examples in splits.values():
+        for example in examples:
+            parts[part_of(example.question)].append(example)
+    parts[FIT] = choose(parts[FIT], num_fit, seed)
+    for part, examples in parts.items():
+        if not examples:
+            raise TaskError(
+                f"task {task.name!r} has no questions for part {part!r}; give more questions"
+            )
+    return TaskSplits(task, parts, is_divided=True)
+
+
+def part_of(question: str) -> str:
+    """Return the part of a question of a set that is divided by its texts.
+
+    Example:
+        >>> part_of("What is ice?") == part_of(" what is  ICE?")
+        True
+    """
+    # Not the hash of `split_of`: in a set with some of the splits it would fill some parts only.
+    return part_by_hash(f"tune:{question_key(question)}", BOUNDS)

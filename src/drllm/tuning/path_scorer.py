@@ -1,0 +1,187 @@
+"""How good paths are on questions: the objective, right answers and next-token losses.
+
+Many paths of many questions are scored in common passes that share what paths begin with.
+
+Axes: N paths, Q questions.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from drllm.errors import ModelError
+from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import batches
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Request
+from drllm.paths import StaticPath
+from drllm.search.evaluator import TokenizedPrompt, tokenize_prompt
+from drllm.statistics.intervals import Floats
+from drllm.tasks.examples import Prompt
+from drllm.tasks.rewards import grade
+from drllm.tuning.objectives import GOLD, KL, LOSS
+
+BLOCK_SIZE = 32  # questions scored together, of like length
+WORST = -100.0  # nats that stand for a value that isn't finite, which can't be averaged
+
+
+class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What paths are worth on questions, `[N][Q]`; `right` is empty where nothing is chosen."""
+
+    objective: list[list[float]]
+    right: list[list[float]] = []
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question as it is scored: tokens, and which continuation is the right one."""
+
+    request: Request
+    gold: int | None = None
+
+
+class PathScorer:
+    """Scores paths on a fixed list of questions, by one objective."""
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        items: Sequence[Item],
+        objective: str,
+        state_cache_gb: float | None,
+    ) -> None:
+        self.routed = routed
+        self.items = items
+        self.objective = objective
+        self.state_cache_gb = state_cache_gb
+
+    def score(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
+        """Score paths on the questions at some places or all, those of a block in common passes.
+
+        A log-probability that isn't finite counts as minus infinity would: a path with one is the
+        worst; of the full path it is a ModelError.
+        """
+        started = time.perf_counter()
+        if places is None:
+            places = range(len(self.items))
+        objective = np.zeros((len(paths), len(places)))  # [N, Q]
+        right = np.zeros((len(paths), len(places)))
+        lengths = [self.items[place].request.length for place in places]
+        for block in batches(lengths, BLOCK_SIZE):
+            block_places = [places[index] for index in block]
+            objective[:, block], right[:, block] = self._score_block(paths, block_places)
+        return Scores(
+            objective=objective.tolist(),
+            right=right.tolist() if self.objective == GOLD else [],
+            seconds=time.perf_counter() - started,
+        )
+
+    def _score_block(
+        self, paths: Sequence[StaticPath], places: Sequence[int]
+    ) -> tuple[Floats, Floats]:
+        """Return objectives and right answers of paths on the questions of a block, `[N, Q]`."""
+        items = [self.items[place] for place in places]
+        batch = ChoiceBatch(self.routed, [item.request for item in items], self.state_cache_gb)
+        # Path by path, so that paths which begin alike stand in one pass.
+        order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
+        pairs = list(itertools.product(order, range(len(items))))
+        # As decisions where these can say it: by them the full path is known, whose KL is 0.
+        plans = [path.plan(self.routed.num_layers) for path in paths]
+        scores = batch.scores(
+            [(row, plans[number]) for number, row in pairs], kl=self.objective == KL
+        )
+        objective = np.zeros((len(paths), len(items)))
+        right = np.zeros((len(paths), len(items)))
+        for (number, row), score in zip(pairs, scores, strict=True):
+            value, is_right = self._value(items[row], score.logprobs, score.kl)
+            if not math.isfinite(value):
+                self._refuse_of_full(paths[number])
+                value = WORST
+            objective[number, row] = value
+            right[number, row] = is_right
+        return objective, right
+
+    def _refuse_of_full(self, path: StaticPath) -> None:
+        """Refuse, by a ModelError, that the base model's own scores aren't finite."""
+        if path.layers == tuple(range(self.routed.num_layers)):
+            raise ModelError(
+                "the base model's own log-probabilities are not finite; load it with --dtype "
+                "float32"
+            )
+
+    def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, bool]:
+        """Return the objective, and whether the right option is the likeliest.
+
+        Given are the continuations' summed log-probabilities and the prompt's KL.
+        """
+        if self.objective == KL:
+            return (-math.inf if kl is None else -kl), False
+        if self.objective == LOSS:
+            return sums[0] / len(item.request.continuations[0]), False
+        assert item.gold is not None
+        if not all(map(math.isfinite, sums)):
+            return -math.inf, False
+        return log_share(sums, item.gold), sums.index(max(sums)) == item.gold
+
+
+def log_share(sums: Sequence[float], place: int) -> float:
+    """Return the log of an option's share of the probability, from all options' summed logs."""
+    highest = max(sums)
+    return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
+
+
+def make_items(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
+    """Return prompts as they are scored.
+
+    ConfigError, ModelError: what `tokenize_prompt` refuses.
+    """
+    return [_make_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
+
+
+def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
+    if objective == GOLD:
+        return Item(tokenized.request, tokenized.prompt.gold)
+    if objective == KL:  # what follows the prompt is not looked at, but something has to
+        return Item(Request(tokenized.tokens, [tokenized.tokens[:1]]))
+    return Item(Request(tokenized.tokens, [_right_continuation(tokenized)]))
+
+
+def make_text_items(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
+    """Return the prompts with their right answers as texts; every token but the first counts."""
+    items = []
+    for prompt in prompts:
+        tokenized = tokenize_prompt(routed, prompt)
+        tokens = [*tokenized.tokens, *_right_continuation(tokenized)]
+        items.append(Item(Request(tokens[:1], [tokens[1:]])))
+    return items
+
+
+def _right_continuation(tokenized: TokenizedPrompt) -> Sequence[int]:
+    return tokenized.continuations[tokenized.prompt.gold or 0]
+
+
+def grade_answers(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> list[float]:
+    """Generate the answers of prompts along a path, and grade them."""
+    grades = [0.0] * len(prompts)
+    places_by_way: dict[tuple[int, bool], list[int]] = {}  # of prompts that are asked in one go
+    for place, prompt in enumerate(prompts):
+        places_by_way.setdefault((prompt.max_new_tokens, prompt.chat), []).append(place)
+    with routed.fixed(path):
+        for (max_new_tokens, chat), places in places_by_way.items():
+            answers = generate_many(
+                routed,
+                [prompts[place].content for place in places],
+                max_new_tokens=max_new_tokens,
+                chat=chat,
+                route_first=False,
+            )
+            for place, answer in zip(places, answers, strict=True):
+                grades[place] = grade(prompts[place], answer.text)
+    return grades
