@@ -11,7 +11,7 @@ from rich.text import Text
 from drllm.cli.terminal import Terminal
 from drllm.records import results
 from drllm.reporting.evaluated import measured_line
-from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
+from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
@@ -73,7 +73,7 @@ def _system_row(system: results.System, evaluation: results.Evaluation) -> list[
     accuracy_difference = None
     if system.against_base is not None:
         accuracy_difference = system.against_base.accuracy
-    verdict = against(system)
+    verdict = verdict_on_routed(system)
     if not evaluation.routed and accuracy_difference is not None:
         verdict = accuracy_difference
     cells = [

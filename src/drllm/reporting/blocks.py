@@ -149,6 +149,6 @@ class Document(msgspec.Struct, frozen=True):
         return names
 
 
-def lowered(sections: Iterable[Section]) -> list[Section]:
+def lower_sections(sections: Iterable[Section]) -> list[Section]:
     """Return sections one level down."""
     return [msgspec.structs.replace(section, level=section.level + 1) for section in sections]

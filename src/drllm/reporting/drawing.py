@@ -115,7 +115,7 @@ def _style(colours: Colours) -> dict[Any, Any]:
     }
 
 
-def panels(
+def make_panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of so many inches, with its panels row by row."""
@@ -125,7 +125,7 @@ def panels(
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
-def legend(axes: Axes, *, columns: int) -> None:
+def add_legend(axes: Axes, *, columns: int) -> None:
     """Name what was drawn, above the panel's corner."""
     handles, names = axes.get_legend_handles_labels()
     if not handles:
@@ -134,7 +134,7 @@ def legend(axes: Axes, *, columns: int) -> None:
     axes.legend(handles, names, ncols=columns, borderaxespad=0, handlelength=1.4, **place)
 
 
-def whole_numbers(axes: Axes) -> None:
+def use_whole_numbers(axes: Axes) -> None:
     """Put whole numbers on the horizontal axis, without lines through them."""
     from matplotlib.ticker import MaxNLocator
 
@@ -142,8 +142,8 @@ def whole_numbers(axes: Axes) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def apart(places: Sequence[float], least: float) -> list[float]:
-    """Push places up and down until neighbours are so far apart, but for a rounding error."""
+def spread_apart(places: Sequence[float], least: float) -> list[float]:
+    """Push places up and down until neighbours are that far apart, but for a rounding error."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for _ in range(20 * len(places) ** 2):

@@ -15,7 +15,13 @@ from drllm.paths import Decision
 from drllm.records.healed import HealPoint
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.records.static_paths import FIT, SELECT, TEST, StaticPaths
-from drllm.reporting.drawing import Colours, apart, legend, panels, whole_numbers
+from drllm.reporting.drawing import (
+    Colours,
+    add_legend,
+    make_panels,
+    spread_apart,
+    use_whole_numbers,
+)
 from drllm.reporting.run import Epoch
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ Scores: TypeAlias = Mapping[str, float | None]
 Shares: TypeAlias = Sequence[Sequence[float]]
 
 
-def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
+def curves_of(evaluation: Evaluation) -> dict[str, list[System | Point]]:
     """Return the points of each system, at all depths from the fewest executions.
 
     The depth that the routers were trained for is one of them. Static paths are one curve, which
@@ -61,11 +67,11 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     Base and what is compared with it have their intervals. A system at several depths is a line,
     and so are static paths, which are each named where there is room.
     """
-    curves = places(evaluation)
+    curves = curves_of(evaluation)
     main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
     named = {name: points for name, points in curves.items() if name != BASE}
     height = max(0.42 * width, 1.2 + LINE * 1.25 * len(named), 3.0)
-    figure, (axes,) = panels(1, 1, width, height)
+    figure, (axes,) = make_panels(1, 1, width, height)
     layout = _lay_out(evaluation, curves, width, height)
     axes.set_xlim(layout.left - layout.room, layout.right + 0.03 * layout.span)
     axes.set_ylim(layout.low, layout.high)
@@ -131,7 +137,7 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
     heights: list[float] = []
     for _ in range(3):  # the room that labels take depends on the range, which depends on them
         line = LINE * (high - low) / (height - MARGIN)
-        heights = apart([100 * point.accuracy for point in firsts.values()], line)
+        heights = spread_apart([100 * point.accuracy for point in firsts.values()], line)
         low = min([low, *(place - line for place in heights)])
         high = max([high, *(place + line / 2 for place in heights)])
     return _Layout(
@@ -230,7 +236,7 @@ def routes_by_layer(
 
     The targets' share of skips is a stroke at each layer.
     """
-    figure, (axes,) = panels(1, 1, width, max(2.2, 0.24 * width))
+    figure, (axes,) = make_panels(1, 1, width, max(2.2, 0.24 * width))
     layers = range(len(routes))
     bottom = [0.0] * len(routes)
     for decision, colour in zip(Decision, ("skip", "run", "repeat"), strict=True):
@@ -246,8 +252,8 @@ def routes_by_layer(
         axes.hlines(skips, left, right, **look)
     ends = (-0.8, len(routes) - 0.2)
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
-    whole_numbers(axes)
-    legend(axes, columns=4 if width > 5 else 2)
+    use_whole_numbers(axes)
+    add_legend(axes, columns=4 if width > 5 else 2)
     return figure
 
 
@@ -255,7 +261,7 @@ def changes_by_layers_saved(
     record: StaticPaths, task: str, colours: Colours, width: float
 ) -> Figure:
     """Draw how paths change the full one's objective, by part; on test with intervals."""
-    figure, (axes,) = panels(1, 1, width, 2.6)
+    figure, (axes,) = make_panels(1, 1, width, 2.6)
     for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
         saved: list[float] = []
         changes: list[tuple[float, float, float]] = []
@@ -271,14 +277,14 @@ def changes_by_layers_saved(
             highs = [high for _, _, high in changes]
             axes.vlines(saved, lows, highs, color=colours[colour], linewidth=1.2)
     axes.set(xlabel="layers saved", ylabel="objective minus full's, nats")
-    whole_numbers(axes)
-    legend(axes, columns=3)
+    use_whole_numbers(axes)
+    add_legend(axes, columns=3)
     return figure
 
 
 def kl_by_tokens(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
     """Draw the KL of training and of held-out texts over the tokens that were trained on."""
-    figure, (axes,) = panels(1, 1, width, 2.6)
+    figure, (axes,) = make_panels(1, 1, width, 2.6)
     tokens = [point.tokens / 1000 for point in curve]
     trained: list[Any] = [point.train_kl for point in curve]  # None, a gap, before the first step
     held_out = [point.held_out_kl for point in curve]
@@ -286,7 +292,7 @@ def kl_by_tokens(curve: Sequence[HealPoint], colours: Colours, width: float) -> 
     axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)
     axes.set(xlabel="tokens, thousands", ylabel="KL, nats a token")
     axes.set_ylim(bottom=0)
-    legend(axes, columns=2)
+    add_legend(axes, columns=2)
     return figure
 
 
@@ -297,15 +303,15 @@ def router_metrics(
 
     A dashed line is the best of the baselines, decisions that ignore the question.
     """
-    figure, all_axes = panels(3, 1, width, 4.6, sharex=True)
+    figure, all_axes = make_panels(3, 1, width, 4.6, sharex=True)
     metrics = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
     for axes, (key, title) in zip(all_axes, metrics, strict=True):
         _draw_metric(axes, epochs, key, colours["s1"])
         if key != "routers_loss":
             _draw_best_baseline(axes, baselines, key, colours["ink"])
         axes.set_ylabel(title)
-        whole_numbers(axes)
-        legend(axes, columns=3)
+        use_whole_numbers(axes)
+        add_legend(axes, columns=3)
     all_axes[-1].set_ylim(bottom=0)
     all_axes[-1].set_xlabel("epoch")
     return figure

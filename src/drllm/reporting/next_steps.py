@@ -18,7 +18,7 @@ from drllm.reporting.commands import (
     train_command,
     write_command,
 )
-from drllm.reporting.numbers import against, count, difference, label
+from drllm.reporting.numbers import count, difference, label, verdict_on_routed
 from drllm.reporting.run import SEARCH_FILE, SUPERVISION_FILE, Run
 from drllm.supervision.rules import MIN_SAVING
 
@@ -204,7 +204,7 @@ def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
 
 
 def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
-    verdict = against(rival)
+    verdict = verdict_on_routed(rival)
     how, command = _use_path(run, evaluation, rival)
     what = (
         f"Routed minus {rival.name}, which reads no question: {difference(verdict)} points, "
@@ -248,7 +248,7 @@ def _unbeaten_path(evaluation: Evaluation) -> System | None:
         return None
     unbeaten: list[System] = []
     for system in evaluation.systems:
-        verdict = against(system)
+        verdict = verdict_on_routed(system)
         is_path = system.reads_question is False and system.draws == 1
         if not is_path or system.name == PERMUTED or verdict is None or verdict.is_better:
             continue

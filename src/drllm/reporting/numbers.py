@@ -59,7 +59,7 @@ def excluded(verdict: Verdict | None) -> str:
     return NONE if verdict is None else verdict.write_excluded()
 
 
-def against(system: System | None) -> Verdict | None:
+def verdict_on_routed(system: System | None) -> Verdict | None:
     """Return the verdict on the routed model's accuracy against a baseline."""
     if system is None or system.routed_against is None:
         return None

@@ -39,7 +39,7 @@ def document(runs: Sequence[Run]) -> blocks.Document:
     for name, run in zip(names, runs, strict=True):
         first = [f"{_title(run)}. {_about(run)}", *_first_blocks(run)]
         sections.append(blocks.Section(f"Run {name}", first))
-        sections += blocks.lowered(_sections(run))
+        sections += blocks.lower_sections(_sections(run))
     return blocks.Document(f"Layer routing: {len(runs)} runs", "", [], sections)
 
 
@@ -148,7 +148,7 @@ def _sections(run: Run) -> list[blocks.Section]:
     shown.append(_next_section(run))
     if run.evaluations:
         folded.append(costs_section(run.evaluations, run.latency))
-    return [*shown, *folded, *learned(run), provenance_section(run)]
+    return [*shown, *folded, *learning_sections(run), provenance_section(run)]
 
 
 def _sections_by_task(run: Run) -> list[blocks.Section]:
@@ -159,7 +159,7 @@ def _sections_by_task(run: Run) -> list[blocks.Section]:
     for evaluation in run.evaluations:
         parts = [*evaluated.sections(run, evaluation), *evaluated.details(evaluation)]
         sections.append(blocks.Section(evaluation.task, []))
-        sections += blocks.lowered(parts)
+        sections += blocks.lower_sections(parts)
     return sections
 
 
@@ -173,7 +173,7 @@ def _next_section(run: Run) -> blocks.Section:
     return blocks.Section("What to do next", content)
 
 
-def learned(run: Run) -> list[blocks.Section]:
+def learning_sections(run: Run) -> list[blocks.Section]:
     """Return the sections on paths, search and routers, as far as there are files for them."""
     folded = bool(run.evaluations)
     sections: list[blocks.Section] = []

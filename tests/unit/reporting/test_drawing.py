@@ -4,7 +4,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from drllm.reporting.drawing import Colours, legend, panels, png, svg
+from drllm.reporting.drawing import Colours, add_legend, make_panels, png, svg
 
 
 @pytest.mark.parametrize("write", [lambda draw: svg(draw, "name"), png])
@@ -13,11 +13,11 @@ def test_panels_stand_where_the_last_bits_of_the_layout_do_not_count(write, is_s
     kept: list[Axes] = []
 
     def draw(colours: Colours, width: float) -> Figure:
-        figure, kept[:] = panels(2, 1, width, 3.4, height_ratios=[1.3, 2.1])
+        figure, kept[:] = make_panels(2, 1, width, 3.4, height_ratios=[1.3, 2.1])
         for number, axes in enumerate(kept):
             axes.plot([0, 1.7, 3], [number, 7.3, 1000], label="right", color=colours["ink"])
             axes.set_ylabel("accuracy, %")
-            legend(axes, columns=2)
+            add_legend(axes, columns=2)
             if is_square:
                 axes.set_aspect("equal", adjustable="box")
                 axes.set_ylim(0, 3)

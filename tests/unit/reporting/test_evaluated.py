@@ -7,9 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
-from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
+from drllm.reporting.drawing import LIGHT, NARROW, WIDE, png, spread_apart
 from drllm.reporting.evaluated import measured_line, most_accurate, tiles
-from drllm.reporting.figures import accuracy_by_executions, places
+from drllm.reporting.figures import accuracy_by_executions, curves_of
 
 
 def table(text: str, header: str) -> list[list[str]]:
@@ -146,7 +146,7 @@ def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
 
 def test_a_system_has_its_depths_and_the_one_it_was_trained_for(run):
     (evaluation,) = run.evaluations
-    placed = places(evaluation)
+    placed = curves_of(evaluation)
     assert list(placed) == ["base", "routed", "permuted routes", "last layers"]
     executions = [each.executions for each in placed["routed"]]
     assert executions == pytest.approx(sorted([9.6, 10.8, evaluation.routed.executions]))
@@ -161,7 +161,7 @@ def crowded(evaluation: Any, number: int) -> Any:
 
 def test_static_paths_are_one_curve_from_the_full_path(run, with_paths):
     evaluation = with_paths(run.evaluations[0], 3)
-    placed = places(evaluation)
+    placed = curves_of(evaluation)
     assert [each.name for each in placed["static paths"]] == ["skip3", "skip2", "skip1", "base"]
     assert "skip1" not in placed
     [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
@@ -226,7 +226,7 @@ def test_drawn_points_are_the_numbers_and_base_and_routed_have_their_intervals(r
     (evaluation,) = run.evaluations
     [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
     lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    routed = places(evaluation)["routed"]
+    routed = curves_of(evaluation)["routed"]
     assert lines[0].get_xdata() == pytest.approx([each.executions for each in routed])
     assert lines[0].get_ydata() == pytest.approx([100 * each.accuracy for each in routed])
     ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]
@@ -235,9 +235,9 @@ def test_drawn_points_are_the_numbers_and_base_and_routed_have_their_intervals(r
 
 
 def test_places_are_moved_as_little_as_needed():
-    assert apart([1.0, 5.0], 2.0) == [1.0, 5.0]
-    assert apart([5.0, 1.0, 1.0], 2.0) == pytest.approx([5.0, 0.0, 2.0], abs=1e-3)
-    moved = apart([3.0, 3.0, 3.1, 9.0], 1.0)
+    assert spread_apart([1.0, 5.0], 2.0) == [1.0, 5.0]
+    assert spread_apart([5.0, 1.0, 1.0], 2.0) == pytest.approx([5.0, 0.0, 2.0], abs=1e-3)
+    moved = spread_apart([3.0, 3.0, 3.1, 9.0], 1.0)
     assert sorted(moved)[-1] == 9.0
     assert all(b - a >= 1 - 1e-3 for a, b in zip(sorted(moved), sorted(moved)[1:], strict=False))
 

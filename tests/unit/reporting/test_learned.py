@@ -12,7 +12,7 @@ from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.learned import MIN_QUESTIONS
 from drllm.reporting.numbers import NBSP, plain
 from drllm.reporting.run import read_run
-from drllm.reporting.sections import learned
+from drllm.reporting.sections import learning_sections
 from drllm.reporting.stage import to_markdown
 from drllm.supervision.summary import edit_effects
 
@@ -30,12 +30,12 @@ def curves(found):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return learned(run)
+    return learning_sections(run)
 
 
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
     copy = replace(run.search[0], task="another", id="copy")
-    copied = learned(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
+    copied = learning_sections(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
     said = text(copied, "Search and targets")
     assert said.strip().startswith("40 questions and 1 copies of them were searched, ")
     right = sum(record.full.reward >= 1 for record in run.search)
@@ -64,12 +64,12 @@ def test_routers_stand_beside_decisions_that_ignore_the_question(run, found):
 
 def test_without_held_out_targets_the_missing_validation_is_said(folder):
     folder.routers(validation=False)
-    said = text(learned(read_run(folder.path)), "Router metrics")
+    said = text(learning_sections(read_run(folder.path)), "Router metrics")
     assert "No targets were held out, so there are no validation metrics." in said
     assert "*On 40 targets trained on" in said
 
 
 def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
-    drawn = curves(learned(read_run(folder.path)))
+    drawn = curves(learning_sections(read_run(folder.path)))
     assert svg(drawn, "metrics").startswith("<svg viewBox=")
