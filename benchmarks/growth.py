@@ -84,7 +84,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
         with routing(base) as routed:
             contexts = [tokenize_prompt(routed, prompt).tokens for prompt in prompts]
             batch = AnswerBatch(routed, base.tokenizer, contexts, None)
-            batch._ends.clear()  # so that each is written to its length
+            batch._end_tokens.clear()  # so that each is written to its length
             for pairs in searched_paths(base.num_layers, len(prompts), sizes["paths"]):
                 batch.answers(pairs, [length] * len(pairs), lambda _p, _t, over: over or None)
 

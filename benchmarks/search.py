@@ -194,7 +194,7 @@ def parts_of_the_time(
         "handling states": reading,
         "cache to generate from": within(PrefixSharingDriver.routed_cache),
         "layers, decoding": within(LayerHandle.forward) - reading,
-        "scoring": within(ChoiceBatch._scored),
+        "scoring": within(ChoiceBatch._score_logits),
         "rows and masks, once": within(packed_rows),
     }
     parts["handling states"] -= parts["layers, prompts"]
