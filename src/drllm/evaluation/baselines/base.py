@@ -245,20 +245,17 @@ def check(config: EvaluateConfig) -> None:
     ConfigError for an unknown baseline, depths that are none, or a setting, file or draws that
     nothing has a use for.
     """
-    every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
+    names = named(config.baselines)
     depths(config.curve)
     config.check_effects()
-    using = {
-        "num_random_draws": [each for each in every if each.is_drawn],
-        "supervision": [each for each in every if needs_targets(each.name)],
-    }
-    for setting, users in using.items():
+    drawn = [baseline.name for baseline in ordered() if baseline.is_drawn]
+    trained = [baseline.name for baseline in ordered() if needs_targets(baseline.name)]
+    for setting, users in (("num_random_draws", drawn), ("supervision", trained)):
         value = getattr(config, setting)
-        if value is not None and not set(users) & set(asked):
+        if value is not None and not set(users) & set(names):
             raise ConfigError(
                 f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
-                f"leave it out, or add {' or '.join(dashed(each.name) for each in users)} to "
-                f"--baselines"
+                f"leave it out, or add {' or '.join(map(dashed, users))} to --baselines"
             )
 
 

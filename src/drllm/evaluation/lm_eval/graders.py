@@ -1,4 +1,4 @@
-"""How tasks that are ours alone are asked in an evaluation, and how their answers are graded.
+"""Describe to the harness the tasks that are ours alone, and grade their answers.
 
 Task files name the functions here by `!function`; among them are SQuAD's two metrics, which the
 harness would fetch from the net. Loads no torch.

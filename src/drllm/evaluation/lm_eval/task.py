@@ -133,8 +133,8 @@ class RenderedTask:
 
     def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
         """Have the harness grade the answers to each question; return its metrics by name."""
-        for instances, given in zip(self.instances, answers, strict=True):
-            for instance, answer in zip(instances, given, strict=True):
+        for instances, own_answers in zip(self.instances, answers, strict=True):
+            for instance, answer in zip(instances, own_answers, strict=True):
                 instance.resps = [answer]
                 instance.filtered_resps = {}
         for task in self._tasks.values():
@@ -145,7 +145,8 @@ class RenderedTask:
         """Return the metrics of a question whose answers are filtered."""
         name, _ = self.keys[place]
         metric = self.written.metric
-        filtered = [each.filtered_resps[self.written.filter] for each in self.instances[place]]
+        instances = self.instances[place]
+        filtered = [instance.filtered_resps[self.written.filter] for instance in instances]
         metrics = self._tasks[name].process_results(self.docs[place], filtered)
         scores = {}
         for key, value in metrics.items():

@@ -157,7 +157,7 @@ class PrefixSharingDriver(Driver):
 
     rows: PackedRows
     pairs: Sequence[PlanPair]  # of each result
-    # For each pair, how many of its last tokens are wanted in the end. They alone are returned,
+    # For each pair, how many of its last tokens are needed in the end. They alone are returned,
     # `[1, sum, D]`, so that the head computes nothing else; None returns all, `[N, T, D]`.
     keep_last: Sequence[int] | None
     past: PrefixSharingDriver | None  # ran the rows' past under the same paths, and holds it
