@@ -56,39 +56,17 @@ def run(words: Sequence[str]) -> None:
 
 
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
-    data_dir, split = args.data_dir, args.split
-    del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
-    try:
-        with quiet("lm_eval"), redirect_stdout(io.StringIO()):  # which says it again when it runs
-            settings = EvaluatorConfig.from_cli(args)
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    given = settings.tasks or ()
-    words = given.split(",") if isinstance(given, str) else map(str, given)
-    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(
-            "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
-            "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
-        )
-    pretrained = str(settings.model_args.get("pretrained", ""))
-    if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
-        raise ConfigError(
-            f"pretrained={pretrained} is a folder of routers, which --model {settings.model} can't "
-            f"load; give --model drllm"
-        )
-    output = None
-    if settings.output_path is not None:  # the harness would fail at the end only
-        output = Path(settings.output_path)
-        output = output.parent if output.suffix == ".json" else output
-        check_folder(output, "--output_path")
-    if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
-        # The user named none; unlike the harness, we refuse a device that isn't there.
-        args.device = "auto"
-    if "max_new_tokens" in settings.gen_kwargs and "max_gen_toks" not in settings.gen_kwargs:
-        # Without effect on tasks that set the other one, which the harness prefers.
-        args.gen_kwargs = dict(settings.gen_kwargs)
-        args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
+    """Carry out `run`: check what the harness would fail at late, and add drllm's tasks."""
+    data_dir = args.data_dir
+    split = args.split
+    # The harness takes arguments that it doesn't know for settings of its own.
+    del args.data_dir
+    del args.split
+    settings = _read_harness_settings(args)
+    names = _task_names(settings)
+    _refuse_routers_elsewhere(settings)
+    output = _output_folder(settings)
+    _adjust_arguments(args, settings)
     tasks: list[HarnessTask] = []
     files: FolderFiles | None = None
     if data_dir is not None or split is not None:
@@ -109,19 +87,86 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         if settings.cache_requests:
             from lm_eval.caching import cache
 
-            place = str(Path(cache.PATH) / f"drllm-{_key(args, files)}")
+            place = str(Path(cache.PATH) / f"drllm-{_cache_key(args, files)}")
             stack.enter_context(patch.object(cache, "PATH", place))
         if files is not None:
-            for task in tasks if processes.is_first() else ():
-                for note in task.notes:
-                    logger.warning("%s: %s", task.name, note)
-            if output is not None and processes.is_first():
-                folder = str(output / FOLDER / files.key)
-            else:
-                folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))
-            files.write(Path(folder))
-            args.tasks, args.include_path = [task.harness_name for task in tasks], folder
+            folder = _write_tasks(tasks, files, output, stack)
+            args.tasks = [task.harness_name for task in tasks]
+            args.include_path = folder
         _execute(harness, args, names, settings.include_path)
+
+
+def _read_harness_settings(args: Namespace) -> EvaluatorConfig:
+    """Return the harness' settings; ConfigError for what it refuses."""
+    try:
+        # It says what it has to say again when it runs.
+        with quiet("lm_eval"), redirect_stdout(io.StringIO()):
+            return EvaluatorConfig.from_cli(args)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _task_names(settings: EvaluatorConfig) -> list[str]:
+    """Return the names of `--tasks`; ConfigError for none."""
+    value = settings.tasks or ()
+    words = [value] if isinstance(value, str) else [str(word) for word in value]
+    names = [name.strip() for name in ",".join(words).split(",")]
+    names = [name for name in names if name]
+    if not names:
+        raise ConfigError(
+            "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
+            "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
+        )
+    return names
+
+
+def _refuse_routers_elsewhere(settings: EvaluatorConfig) -> None:
+    """Refuse a folder of routers as the model of another class than ours."""
+    pretrained = str(settings.model_args.get("pretrained", ""))
+    if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
+        raise ConfigError(
+            f"pretrained={pretrained} is a folder of routers, which --model {settings.model} can't "
+            f"load; give --model drllm"
+        )
+
+
+def _output_folder(settings: EvaluatorConfig) -> Path | None:
+    """Return the folder of `--output_path`; ConfigError for one that can't be written."""
+    if settings.output_path is None:
+        return None
+    output = Path(settings.output_path)
+    if output.suffix == ".json":
+        output = output.parent
+    check_folder(output, "--output_path")  # the harness would fail at the end only
+    return output
+
+
+def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
+    """Change two arguments that the harness would take otherwise than the user means."""
+    if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
+        # The user named none; unlike the harness, we refuse a device that isn't there.
+        args.device = "auto"
+    options = dict(settings.gen_kwargs)
+    if "max_new_tokens" in options and "max_gen_toks" not in options:
+        # Tasks that set max_gen_toks would ignore max_new_tokens.
+        options["max_gen_toks"] = options.pop("max_new_tokens")
+        args.gen_kwargs = options
+
+
+def _write_tasks(
+    tasks: Sequence[HarnessTask], files: FolderFiles, output: Path | None, stack: ExitStack
+) -> str:
+    """Write the folder of drllm's tasks, and return it; without results it is temporary."""
+    if processes.is_first():
+        for task in tasks:
+            for note in task.notes:
+                logger.warning("%s: %s", task.name, note)
+    if output is not None and processes.is_first():
+        folder = str(output / FOLDER / files.key)
+    else:
+        folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))
+    files.write(Path(folder))
+    return folder
 
 
 def _execute(
@@ -147,29 +192,30 @@ def _execute(
                 f"task {name!r} is drllm's and not the harness' own; give --split test, or "
                 f"--data_dir FOLDER to have its questions read from files"
             ) from error
-        known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
+        names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
         raise TaskError(
-            f"{nearest_name('task', name, known)}; 'drllm lm-eval ls tasks' lists all, "
+            f"{nearest_name('task', name, names)}; 'drllm lm-eval ls tasks' lists all, "
             f"--include_path FOLDER adds your own"
         ) from error
     except unreached as error:
-        cause = " ".join(str(error).split())
-        ours = ", --data_dir FOLDER has drllm's tasks read from files" * any(
-            map(is_task_name, names)
-        )
+        cause = " ".join(str(error).split()).rstrip(".")
+        remedy = "connect or log in (hf auth login)"
+        if any(is_task_name(name) for name in names):
+            remedy += ", --data_dir FOLDER has drllm's tasks read from files"
         raise TaskError(
-            f"the questions of a task can't be fetched from the hub ({cause.rstrip('.')}); connect "
-            f"or log in (hf auth login){ours}"
+            f"the questions of a task can't be fetched from the hub ({cause}); {remedy}"
         ) from error
 
 
-def _key(args: Namespace, files: FolderFiles | None) -> str:
-    """Return what tells requests from others that the harness would take for the same.
+def _cache_key(args: Namespace, files: FolderFiles | None) -> str:
+    """Return a key of requests, for the harness' cache.
 
-    It knows them by task, number of shots and tokenizer. We add the rows, and every word of the
-    command line but where results go: some change requests (`--gen_kwargs`, `--samples`, `--seed`).
+    The harness tells requests apart by task, number of shots and tokenizer. We add the rows, and
+    every argument but where results go: some change requests (`--gen_kwargs`, `--samples`,
+    `--seed`).
     """
     others = ("func", "command", "cache_requests", "output_path")
-    words = sorted((name, value) for name, value in vars(args).items() if name not in others)
-    content = (files.key if files else "", words, version("lm_eval"), version("drllm"))
+    arguments = sorted((name, value) for name, value in vars(args).items() if name not in others)
+    rows = "" if files is None else files.key
+    content = (rows, arguments, version("lm_eval"), version("drllm"))
     return digest_of([content])[:16]

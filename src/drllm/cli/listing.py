@@ -1,8 +1,11 @@
 """`drllm ls`: everything that is chosen by name, and what a model's architecture allows."""
 
+from __future__ import annotations
+
 import pkgutil
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from drllm.cli.parser import CommandLine
 from drllm.cli.terminal import Terminal
@@ -10,6 +13,10 @@ from drllm.cli.verbs import Flag, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.registry import Registry
+from drllm.reporting.numbers import NONE
+
+if TYPE_CHECKING:
+    from drllm.models.check import Finding
 
 _REGISTRIES = {
     "rewards": "drllm.tasks.rewards:REWARDS",
@@ -22,7 +29,9 @@ _REGISTRIES = {
 def _list_tasks(terminal: Terminal) -> None:
     from drllm.tasks.registry import describe_tasks
 
-    rows = ((name, rewards or "only evaluated", what) for name, rewards, what in describe_tasks())
+    rows = []
+    for name, rewards, description in describe_tasks():
+        rows.append((name, rewards or "only evaluated", description))
     terminal.table("task|rewards (default first)|what it asks", rows)
     terminal.say("Or name a .jsonl file, or OWNER/NAME of the hub (docs/formats.md).")
 
@@ -37,7 +46,10 @@ def _list_models(terminal: Terminal) -> None:
 def _list_baselines(terminal: Terminal) -> None:
     from drllm.evaluation.baselines.base import dashed, ordered
 
-    rows = ((dashed(b.name), b.description, b.fitted_on, b.source) for b in ordered())
+    rows = []
+    for baseline in ordered():
+        name = dashed(baseline.name)
+        rows.append((name, baseline.description, baseline.fitted_on, baseline.source))
     terminal.table("baseline|what it does|fitted on|source", rows)
 
 
@@ -53,34 +65,49 @@ def _list_architectures(terminal: Terminal) -> None:
     terminal.say("Try yours: drllm ls architectures --model NAME; all on tiny models: --try")
 
 
-def _try_architectures(terminal: Terminal, model: str | None) -> None:
-    """Print whether a model, or a tiny one of every family, is routed exactly."""
-    from drllm.models.check import check, check_model
+def _try_architectures(terminal: Terminal) -> None:
+    """Print whether a tiny model of every family is routed exactly."""
+    from drllm.models.check import check
     from drllm.models.families import FAMILIES
 
     findings = []
-    if model is None:
-        with terminal.progress("check", "families") as progress:
-            for family in FAMILIES:
-                findings.append(check(family))
-                progress(len(findings), len(FAMILIES), family)
-    else:
-        from drllm.models.base.load import load
+    with terminal.progress("check", "families") as progress:
+        for family in FAMILIES:
+            findings.append(check(family))
+            progress(len(findings), len(FAMILIES), family)
+    _print_findings(findings, terminal)
 
-        with terminal.busy(f"loading {model}"):
-            base = load(ModelConfig(model=model, dtype="float32"))
-        with terminal.busy(f"checking {model}"):
-            findings.append(check_model(base.model))
+
+def _try_model(terminal: Terminal, model: str) -> None:
+    """Print whether a model is routed exactly."""
+    from drllm.models.base.load import load
+    from drllm.models.check import check_model
+
+    with terminal.busy(f"loading {model}"):
+        base = load(ModelConfig(model=model, dtype="float32"))
+    with terminal.busy(f"checking {model}"):
+        finding = check_model(base.model)
+    _print_findings([finding], terminal)
+
+
+def _print_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
+    """Print a table of checks, and how many of them ended how."""
     rows = []
-    for found in findings:
-        off = ("–" if off is None else f"{off:.0e}" for off in (found.prefill, found.decode))
-        rows.append([found.family, found.class_name, found.status, *off, found.reason])
+    for finding in findings:
+        prefill = _format_difference(finding.prefill)
+        decode = _format_difference(finding.decode)
+        cells = [finding.family, finding.class_name, finding.status, prefill, decode]
+        rows.append([*cells, finding.reason])
     terminal.table("family|class|status|prefill|decode|why", rows)
-    counts = Counter(found.status for found in findings)
+    counts = Counter(finding.status for finding in findings)
     terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
     terminal.say(
         "Differences: the largest between routed and plain logits, in standard deviations."
     )
+
+
+def _format_difference(difference: float | None) -> str:
+    return NONE if difference is None else f"{difference:.0e}"
 
 
 _LISTS = {
@@ -102,24 +129,36 @@ _LISTS = {
 )
 def list_names(command: CommandLine, terminal: Terminal) -> None:
     """List what is chosen by name: tasks, models, baselines and more."""
-    what, model = command.values["what"], command.values["model"]
-    known = [*_LISTS, *_REGISTRIES]
-    if what not in known:
-        raise ConfigError(unknown_name("list", what, known) + "; for example: drllm ls tasks")
-    tried = [f"--model {model}"] * (model is not None) + ["--try"] * command.values["try"]
-    if len(tried) > 1:
-        raise ConfigError(f"{' and '.join(tried)} are both given; leave one of them out")
-    if tried and what != "architectures":
+    what = command.values["what"]
+    model = command.values["model"]
+    names = [*_LISTS, *_REGISTRIES]
+    if what not in names:
+        raise ConfigError(unknown_name("list", what, names) + "; for example: drllm ls tasks")
+    trials = []
+    if model is not None:
+        trials.append(f"--model {model}")
+    if command.values["try"]:
+        trials.append("--try")
+    if len(trials) > 1:
+        raise ConfigError(f"{' and '.join(trials)} are both given; leave one of them out")
+    if trials and what != "architectures":
         raise ConfigError(
-            f"{tried[0]} has no effect on the list of {what}; leave it out, "
-            f"or try: drllm ls architectures {tried[0]}"
+            f"{trials[0]} has no effect on the list of {what}; leave it out, "
+            f"or try: drllm ls architectures {trials[0]}"
         )
-    if tried:
-        _try_architectures(terminal, model)
+    if model is not None:
+        _try_model(terminal, model)
+    elif trials:
+        _try_architectures(terminal)
     elif what in _LISTS:
         _LISTS[what](terminal)
     else:
-        registry: Registry[Any] = pkgutil.resolve_name(_REGISTRIES[what])
-        terminal.table(f"{registry.kind}|what it is", registry.summaries().items())
-        if what == "policies":
-            terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")
+        _list_registry(what, terminal)
+
+
+def _list_registry(name: str, terminal: Terminal) -> None:
+    """Print the names in a registry, each with what it is."""
+    registry: Registry[Any] = pkgutil.resolve_name(_REGISTRIES[name])
+    terminal.table(f"{registry.kind}|what it is", registry.summaries().items())
+    if name == "policies":
+        terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")

@@ -20,36 +20,39 @@ ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 
 def supervision_files(command: CommandLine) -> list[Path]:
     """Return the files that a training reads; those of `--with-…` are added to the others."""
-    files = command.paths("supervision") or [_left_by_the_search(command)]
-    added = [(flag_of(switch), task) for switch, task in ADDED.items() if command.values[switch]]
-    return files + [_added(flag, task, files, command) for flag, task in added]
+    files = command.paths("supervision") or [_default_file(command)]
+    added = []
+    for switch, task in ADDED.items():
+        if command.values[switch]:
+            added.append(_added_file(flag_of(switch), task, files, command))
+    return files + added
 
 
-def _left_by_the_search(command: CommandLine) -> Path:
+def _default_file(command: CommandLine) -> Path:
+    """Return the targets that the published search leaves; ConfigError where there are none."""
     places = [folder / "supervision.jsonl" for folder in FOLDERS]
-    found = [file for file in places if file.is_file()]
-    if not found:
-        remedy = f"search first: {_search_command(command, 'arc,dart', FOLDERS[0])}"
-        for file in reversed(places):
-            if (searched := file.with_name("search.jsonl")).is_file():  # no targets by default
-                remedy = f"make one: drllm supervise --search {searched} --output {file}"
-        neither = " nor ".join(map(str, places))
+    files = [file for file in places if file.is_file()]
+    if len(files) > 1:
         raise ConfigError(
-            f"train needs --supervision FILE, since there is neither {neither}; {remedy}"
-        )
-    if len(found) > 1:
-        raise ConfigError(
-            f"both {' and '.join(map(str, found))} are there; give the one to learn from as "
+            f"both {' and '.join(map(str, files))} are there; give the one to learn from as "
             f"--supervision, or both"
         )
-    return found[0]
+    if files:
+        return files[0]
+    remedy = f"search first: {_search_command(command, 'arc,dart', FOLDERS[0])}"
+    for file in reversed(places):
+        search = file.with_name("search.jsonl")
+        if search.is_file():  # whose default rule found no targets
+            remedy = f"make one: drllm supervise --search {search} --output {file}"
+    neither = " nor ".join(map(str, places))
+    raise ConfigError(f"train needs --supervision FILE, since there is neither {neither}; {remedy}")
 
 
-def _added(flag: str, task: str, before: list[Path], command: CommandLine) -> Path:
-    """Return the file of a task that is to be added to others."""
-    if any(record.task == task for record in join_supervision(before)):
+def _added_file(flag: str, task: str, files: list[Path], command: CommandLine) -> Path:
+    """Return the file of a task whose targets are added to those of other files."""
+    if any(record.task == task for record in join_supervision(files)):
         raise ConfigError(
-            f"{flag} has no effect: {', '.join(map(str, before))} already holds targets of "
+            f"{flag} has no effect: {', '.join(map(str, files))} already holds targets of "
             f"{task}; leave it out"
         )
     file = FOLDERS[1] / task / "supervision.jsonl"
@@ -58,15 +61,17 @@ def _added(flag: str, task: str, before: list[Path], command: CommandLine) -> Pa
             f"{flag} needs targets of {task} in {file}, which isn't there; make them: "
             f"{_search_command(command, task, file.parent)}"
         )
-    if others := {record.task for record in read_supervision(file)} - {task}:
+    other_tasks = {record.task for record in read_supervision(file)} - {task}
+    if other_tasks:
         raise ConfigError(
-            f"{flag} adds targets of {task}, but {file} holds {', '.join(sorted(others))} too; "
-            f"give the file as --supervision instead"
+            f"{flag} adds targets of {task}, but {file} holds {', '.join(sorted(other_tasks))} "
+            f"too; give the file as --supervision instead"
         )
     return file
 
 
 def _search_command(command: CommandLine, dataset: str, folder: Path) -> str:
+    """Return the published command that searches a data set."""
     return (
         f"drllm search --model {command.of(ModelConfig).model} --dataset {dataset} "
         f"--output_dir {folder} --num_simulations 50 --budget 2"

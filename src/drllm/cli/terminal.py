@@ -184,28 +184,47 @@ class Progress:
         if done < self.done:
             self._begin(done)
         if now - self.started < RESUMED_WITHIN_S:
-            self.done_before, self.counted_from = done, now
+            self.done_before = done
+            self.counted_from = now
         self.done = done
-        elapsed, fresh, is_over = now - self.started, done - self.done_before, done >= total
+        parts = self._describe(done, total, note, now)
+        if self.bar is None:
+            self._print_line(done, total, parts, now)
+        else:
+            self._update_bar(self.bar, done, total, ", ".join(parts))
+
+    def _describe(self, done: float, total: float, note: str, now: float) -> list[str]:
+        """Return the parts of the text beside the share that is done, the time first."""
+        is_over = done >= total
         parts = note.split(", ") if note and not is_over else []
         if self.unit:
             parts.insert(1, f"{int(done)}/{int(total)} {self.unit}")
+        elapsed = now - self.started
+        num_new = done - self.done_before
         if is_over:
             parts.append(duration(elapsed))
-        elif fresh > 0 and elapsed > 0:
-            parts.insert(0, f"{duration((total - done) * (now - self.counted_from) / fresh)} left")
-        if self.bar is not None:
-            room = self.console.width - len(f"{self.title} 100 %  ") - BAR - 1
-            state = ", ".join(parts)
-            state = state if len(state) <= room else state[: room - 1] + "…"
-            self.bar.update(self.task, completed=done, total=total, state=state)
-            return
+        elif num_new > 0 and elapsed > 0:
+            seconds_left = (total - done) * (now - self.counted_from) / num_new
+            parts.insert(0, f"{duration(seconds_left)} left")
+        return parts
+
+    def _update_bar(self, bar: Bar, done: float, total: float, text: str) -> None:
+        """Show the bar on a terminal, with as much of the text as there is room for."""
+        room = self.console.width - len(f"{self.title} 100 %  ") - BAR - 1
+        if len(text) > room:
+            text = text[: room - 1] + "…"
+        bar.update(self.task, completed=done, total=total, state=text)
+
+    def _print_line(self, done: float, total: float, parts: Sequence[str], now: float) -> None:
+        """Print a plain line where there is no terminal, every tenth of the way at most."""
         step = int(STEPS * done / total) if total else STEPS
-        if step > self.printed and (is_over or now - self.printed_at >= PLAIN_EVERY_S):
-            self.printed, self.printed_at = step, now
-            share = f"{100 * done / total:.0f} %" if total else "100 %"
-            line = ", ".join([share, *parts])
-            self.console.print(f"{self.title}: {line}", soft_wrap=True)
+        is_due = done >= total or now - self.printed_at >= PLAIN_EVERY_S
+        if step <= self.printed or not is_due:
+            return
+        self.printed = step
+        self.printed_at = now
+        share = f"{100 * done / total:.0f} %" if total else "100 %"
+        self.console.print(f"{self.title}: {', '.join([share, *parts])}", soft_wrap=True)
 
 
 def draw_route(decisions: Sequence[int]) -> Text:
