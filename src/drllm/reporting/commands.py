@@ -11,7 +11,7 @@ from drllm.config.fields import Settings, flag_of
 
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""
-SETTINGS_FILE = "settings.yaml"
+SETTINGS_FILE = "drllm-settings.yaml"
 """Where settings by task are written, which have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
 """Settings that are written even if they have their default."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+import subprocess
 from typing import Any
 
 import pytest
@@ -157,11 +158,13 @@ def test_settings_of_every_kind_can_stand_in_a_command():
     assert parsed(command).of(EvaluateConfig).chat
 
 
-def test_settings_by_task_are_written_to_a_file_first():
+def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = evaluate_command({"config": {"tasks": "a", "limits": {"a": 3}}})
     write, rest = command.split(" && ")
-    assert write == f"""echo '{{"limits": {{"a": 3}}}}' > {SETTINGS_FILE}"""
-    assert rest == f"drllm evaluate --tasks a --config {SETTINGS_FILE}"
+    subprocess.run(write, shell=True, check=True)
+    assert [file.name for file in tmp_path.iterdir()] == [SETTINGS_FILE]
+    assert parsed(rest).of(EvaluateConfig).limits == {"a": 3}
 
 
 def test_settings_that_others_leave_without_effect_are_left_out():
