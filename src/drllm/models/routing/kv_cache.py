@@ -33,6 +33,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     keys: Any
     values: Any
+    is_initialized = False  # transformers 4.56 has no such attribute, later ones set it
     _room: list[Tensor] | None = None  # K and V, with space behind them for tokens to come
     _view: Tensor | None = None  # the keys as they were left; whoever reorders or crops sets others
 
