@@ -60,14 +60,13 @@ def measure(
     comes first. RoutingError for a model that is routed already.
     """
     T = min(num_read, *map(len, prompts))
-    clock = device_clock(model.device)
     models = {name: twin(model) for name in systems}
-    routed = {
-        name: RoutedModel(models[name], policy=policy)
-        for name, policy in systems.items()
-        if policy is not None
-    }
+    routed: dict[str, RoutedModel] = {}
+    for name, policy in systems.items():
+        if policy is not None:
+            routed[name] = RoutedModel(models[name], policy=policy)
     full = full_decisions(len(find_layers(model)[1]))
+    clock = device_clock(model.device)
     ways: list[tuple[Literal["prefill", "decode"], Callable[..., Any], int]] = [
         ("prefill", reading, T),
         ("decode", partial(decoding, num_tokens=num_written), num_written),
@@ -77,21 +76,23 @@ def measure(
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
         ids = torch.tensor(rows, device=model.device)  # [B, T]
         for phase, way, num_tokens in ways:
-            calls = {name: way(each, ids) for name, each in models.items()}
+            calls = {name: way(twin_model, ids) for name, twin_model in models.items()}
             take_turns(calls, 1, clock)  # forgotten
             seconds = take_turns(calls, rounds, clock)
-            routes = {name: each.last_route.tolist() for name, each in routed.items()}  # [B, L]
-            timings += [
-                Timing(
-                    system=name,
-                    phase=phase,
-                    batch_size=size,
-                    num_tokens=size * num_tokens,
-                    executions=mean_executions(routes.get(name, [full])),
-                    seconds=tuple(times[name] for times in seconds),
+            for name in systems:
+                routes = [full]
+                if name in routed:
+                    routes = routed[name].last_route.tolist()  # [B, L]
+                timings.append(
+                    Timing(
+                        system=name,
+                        phase=phase,
+                        batch_size=size,
+                        num_tokens=size * num_tokens,
+                        executions=mean_executions(routes),
+                        seconds=tuple(times[name] for times in seconds),
+                    )
                 )
-                for name in systems
-            ]
     return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 

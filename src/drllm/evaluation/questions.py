@@ -24,7 +24,7 @@ from drllm.tasks.rewards import check_installed
 
 
 def tasks_of(
-    config: EvaluateConfig, given: Task | str | Sequence[Task | str] | None = None
+    config: EvaluateConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[Task]:
     """Return the tasks that are evaluated, those given or the config's, if they can be.
 
@@ -32,50 +32,59 @@ def tasks_of(
     unknown task, or no questions to be had.
     """
     need("eval", "an evaluation")
-    if given is None or isinstance(given, str):
-        names = required_tasks(config.tasks) if given is None else given
-        given = [name.strip() for name in names.split(",") if name.strip()]
-    tasks = _tasks([given] if isinstance(given, Task) else given, config)
+    found = _list_tasks(required_tasks(config.tasks) if tasks is None else tasks, config)
     check(config)
-    _check_max_drop(config, tasks)
-    if any(f"{task.name}.json" == LATENCY_FILE for task in tasks):
+    _check_max_drop(config, found)
+    _check_names(config, [task.name for task in found])
+    for task in found:
+        _check_questions(task, config)
+    sources = sources_of(found, config)
+    _check_limit(config, [task.name for task in found])
+    if is_fitted(config):
+        for source in sources.values():
+            _read_questions(source, chosen_on(source, config), config)
+    return found
+
+
+def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
+    """Refuse a task called as another file is, and settings by task that name another task."""
+    if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
             f"times; rename its file"
         )
-    evaluated = [task.name for task in tasks]
     for setting in ("limits", "splits", "fitted_on"):
         for name in getattr(config, setting) or {}:
-            if name not in evaluated:
-                raise ConfigError(f"{setting}: " + unknown_name("task", name, evaluated))
-    for task in tasks:
-        task.check_answers()
-        has_own_format = task.harness is None and task.prompt_format is not None
-        if has_own_format:  # asked and graded as in a search
-            check_installed(task.check_reward(None))
-        _questions(task, config.split_of(task.name), config)
-    sources = sources_of(tasks, config)
-    if config.limit is not None and set(evaluated) <= (config.limits or {}).keys():
+            if name not in names:
+                raise ConfigError(f"{setting}: " + unknown_name("task", name, names))
+
+
+def _check_questions(task: Task, config: EvaluateConfig) -> None:
+    """Refuse a task without answers or questions, or whose reward needs a missing package."""
+    task.check_answers()
+    has_own_format = task.harness is None and task.prompt_format is not None
+    if has_own_format:  # asked and graded as in a search
+        check_installed(task.check_reward(None))
+    _read_questions(task, config.split_of(task.name), config)
+
+
+def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
+    if config.limit is not None and set(names) <= (config.limits or {}).keys():
         raise ConfigError(
             f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
         )
-    if is_fitted(config):
-        for source in sources.values():
-            _questions(source, chosen_on(source, config), config)
-    return tasks
 
 
 def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
     """Refuse `--max-drop` on other questions than `test`, of nothing, or on too few texts."""
     if config.max_drop is None:
         return
-    given = f"--max-drop {config.max_drop:g}"
     for task in tasks:
         split = config.split_of(task.name)
         if split != "test":
             raise ConfigError(
-                f"{given} asks what the test questions exclude, and of {task.name} those of "
-                f"{split} are evaluated; leave it out, or evaluate on test"
+                f"--max-drop {config.max_drop:g} asks what the test questions exclude, and of "
+                f"{task.name} those of {split} are evaluated; leave it out, or evaluate on test"
             )
     if config.max_loss_increase is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
@@ -84,7 +93,7 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
         )
 
 
-def _questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
+def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
     """Return the questions of a split; a TaskError for one that can't be asked, or has none."""
     if split != "test" and task.reports_test_alone:
         raise TaskError(
@@ -95,16 +104,23 @@ def _questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
     return questions_in(task, split, config.data_dir)
 
 
-def _tasks(given: Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
+def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
     """Return tasks by name, their answers graded by a function of the user's own if given."""
-    tasks: list[Task] = []
-    for each in given or [""]:
-        tasks += [each] if isinstance(each, Task) else get_tasks(each)
-    tasks = [_graded(task, config) for task in tasks]
-    for name, count in Counter(task.name for task in tasks).items():
+    if isinstance(tasks, Task):
+        tasks = [tasks]
+    elif isinstance(tasks, str):
+        tasks = [name.strip() for name in tasks.split(",") if name.strip()]
+    found: list[Task] = []
+    for task in tasks or [""]:
+        if isinstance(task, Task):
+            found.append(task)
+        else:
+            found += get_tasks(task)
+    found = [_graded(task, config) for task in found]
+    for name, count in Counter(task.name for task in found).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")
-    return tasks
+    return found
 
 
 def _graded(task: Task, config: EvaluateConfig) -> Task:
@@ -157,17 +173,19 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     reported, or to see what holds elsewhere of what was chosen here. ConfigError if it or
     `num_calibration` has no effect; TaskError if it names a task that there isn't.
     """
-    others = config.fitted_on or {}
-    given = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
-    for setting, value in given.items():
+    values = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
+    for setting, value in values.items():
         if value is not None and not is_fitted(config):
             raise ConfigError(
                 f"{setting} {value} has no effect on the baselines {config.baselines} "
                 f"without --curve; leave it out, or give --curve or baselines that are fitted"
             )
     by_name = {task.name: task for task in tasks}
-    found = {name: by_name.get(other) or get_task(other) for name, other in others.items()}
-    return by_name | {name: _graded(source, config) for name, source in found.items()}
+    sources = dict(by_name)
+    for name, other in (config.fitted_on or {}).items():
+        source = by_name.get(other) or get_task(other)
+        sources[name] = _graded(source, config)
+    return sources
 
 
 def chosen_on(source: Task, config: EvaluateConfig) -> str:

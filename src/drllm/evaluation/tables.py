@@ -366,26 +366,28 @@ def correct(
 
 def drop_candidates(
     tables: Mapping[str, Sequence[results.System]], curves: Mapping[str, Sequence[results.Point]]
-) -> dict[str, dict[str, Differences]]:
+) -> dict[str, dict[str, Differences | None]]:
     """Return what `--max-drop` tests, in order: how it differs from base on each task.
 
     The order is fixed by the settings: the routed model at the depths of `--curve`, or without them
-    as it was trained; then the paths in their own order. What isn't there on every task is left
-    out.
+    as it was trained; then the paths in their own order. A depth that the routers couldn't be
+    brought to on some task has None there.
     """
-    candidates: dict[str, dict[str, Differences]] = {}
+    candidates: dict[str, dict[str, Differences | None]] = {}
     for task, curve in curves.items():
         for point in curve:
             if point.system == results.ROUTED and point.against_base is not None:
-                candidates.setdefault(point.name, {})[task] = point.against_base
+                by_task = candidates.setdefault(point.name, dict.fromkeys(tables))
+                by_task[task] = point.against_base
     has_depths = bool(candidates)
     for task, table in tables.items():
         for system in table:
             is_path = system.name not in DESCRIPTIONS and system.name not in BASELINES
             is_candidate = is_path or (system.name == results.ROUTED and not has_depths)
             if is_candidate and system.against_base is not None:
-                candidates.setdefault(system.name, {})[task] = system.against_base
-    return {name: by_task for name, by_task in candidates.items() if len(by_task) == len(tables)}
+                by_task = candidates.setdefault(system.name, dict.fromkeys(tables))
+                by_task[task] = system.against_base
+    return candidates
 
 
 def seeds_sentence(seeds: results.Seeds) -> str:

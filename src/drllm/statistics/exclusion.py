@@ -132,11 +132,14 @@ def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
     return len(candidates)
 
 
-def exclude_drop(candidates: Mapping[str, Mapping[str, Differences]], limits: Limits) -> DropTest:
+def exclude_drop(
+    candidates: Mapping[str, Mapping[str, Differences | None]], limits: Limits
+) -> DropTest:
     """Test candidates in their order.
 
     Args:
-        candidates: For each candidate, in the fixed order, how it differs from base on each task.
+        candidates: For each candidate, in the fixed order, how it differs from base on each task;
+            None where it wasn't evaluated.
         limits: The losses that are to be excluded.
     """
     if not candidates:
@@ -151,8 +154,10 @@ def exclude_drop(candidates: Mapping[str, Mapping[str, Differences]], limits: Li
     return DropTest(limits=limits, trials=tuple(tested), untested=untested)
 
 
-def _test(task: str, differences: Differences, limits: Limits) -> TaskTest:
+def _test(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
     """Test one candidate on one task."""
+    if differences is None:
+        return TaskTest(task=task, failures=("it was not evaluated",))
     failures: list[str] = []
     needed: list[int | None] = []
     accuracy = differences.accuracy

@@ -92,6 +92,8 @@ def test_a_candidate_has_to_pass_on_every_task():
     found = exclude_drop({"a": {"one": good, "two": bad}}, Limits(max_drop=2.0))
     assert found.chosen is None
     assert "on two" in found.sentence()
+    missing = exclude_drop({"a": {"one": good, "two": None}}, Limits(max_drop=2.0))
+    assert "it was not evaluated on two" in missing.sentence()
     with pytest.raises(ValueError, match="no candidate"):
         exclude_drop({}, Limits(max_drop=2.0))
 
