@@ -38,23 +38,28 @@ def from_first(make: Callable[[], T]) -> T:
     """Return what the first process makes, in all of them; an error of ours is raised in all."""
     if count() == 1:
         return make()
-    outcomes = [_tried(make) if is_first() else None]
+    outcomes = [_run_job(make) if is_first() else None]
     _connected().broadcast_object_list(outcomes)
-    return _result(outcomes[0])  # type: ignore[no-any-return]
+    return _value_of(outcomes[0])  # type: ignore[no-any-return]
 
 
 def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
-    """Return what all jobs give, each done by one of the processes; all must call it alike.
+    """Return the results of all jobs, each done by one of the processes; all must call it alike.
 
-    An error of ours that a job meets is raised in all processes. A job may not share in turn.
+    An error of ours in a job is raised in all processes. A job may not share in turn.
     """
     if count() == 1:
         return [job() for job in jobs]
-    own = range(int(os.environ["RANK"]), len(jobs), count())
+    rank = int(os.environ["RANK"])
+    outcomes = {}
+    for place in range(rank, len(jobs), count()):
+        outcomes[place] = _run_job(jobs[place])
     parts: list[Any] = [None] * count()
-    _connected().all_gather_object(parts, {place: _tried(jobs[place]) for place in own})
-    outcomes = {place: outcome for part in parts for place, outcome in part.items()}
-    return [_result(outcomes[place]) for place in range(len(jobs))]
+    _connected().all_gather_object(parts, outcomes)
+    gathered: dict[int, Any] = {}
+    for part in parts:
+        gathered.update(part)
+    return [_value_of(gathered[place]) for place in range(len(jobs))]
 
 
 def _connected() -> Any:
@@ -66,14 +71,16 @@ def _connected() -> Any:
     return distributed
 
 
-def _tried(make: Callable[[], Any]) -> tuple[Any, DrllmError | None]:
+def _run_job(job: Callable[[], Any]) -> tuple[Any, DrllmError | None]:
+    """Return a job's result, or the error of ours that it raised."""
     try:
-        return make(), None
+        return job(), None
     except DrllmError as error:
         return None, error
 
 
-def _result(outcome: Any) -> Any:
+def _value_of(outcome: Any) -> Any:
+    """Return the result of a job, or raise its error."""
     value, error = outcome
     if error is not None:
         raise error

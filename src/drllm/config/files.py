@@ -74,32 +74,36 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a file, with those of the preset that it names as `config` beneath."""
-    found = dict(values)
-    if "config" in found:
-        name = str(found.pop("config"))
-        if name not in PRESETS:
-            raise ConfigError(f"{path}: config: " + unknown_name("preset", name, PRESETS))
-        for section, settings in read_yaml(PRESETS[name], "settings").items():
-            own = found.get(section) or {}
-            found[section] = settings | with_underscores(own) if isinstance(own, dict) else own
-    return found
+    """Return the sections of a file over those of the preset that it names as `config`."""
+    sections = dict(values)
+    if "config" not in sections:
+        return sections
+    name = str(sections.pop("config"))
+    if name not in PRESETS:
+        raise ConfigError(f"{path}: config: " + unknown_name("preset", name, PRESETS))
+    for section, preset in read_yaml(PRESETS[name], "settings").items():
+        settings = sections.get(section) or {}
+        if isinstance(settings, dict):  # what holds no settings is refused by `sections_of`
+            settings = {**preset, **with_underscores(settings)}
+        sections[section] = settings
+    return sections
 
 
 def sections_of(
-    path: Path, values: Mapping[str, Any], known: Iterable[str]
+    path: Path, values: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the sections of a file; one that isn't known, or holds no settings, is refused."""
-    known, found = list(known), {}
+    """Return the sections of a file; ConfigError for an unknown one, or one without settings."""
+    names = list(names)
+    sections = {}
     for name, section in with_underscores(values).items():
-        if name not in known:
-            raise ConfigError(f"{path}: " + unknown_name("section", name, known))
+        if name not in names:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, names))
         if not isinstance(section, dict | None):
             raise ConfigError(
                 f"{path}: section {name!r} is {section}; give settings, written 'name: value'"
             )
-        found[name] = with_underscores(section or {})
-    return found
+        sections[name] = with_underscores(section or {})
+    return sections
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -108,11 +112,10 @@ def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under our names, a group's numbers as such; all else is left as it is."""
-    ours = {declared.metadata["alias"]: declared.name for declared in dataclasses.fields(group)}
-    named = {ours.get(name, name): value for name, value in values.items()}
-    return named | {
-        name: from_text(named[name], kinds)
-        for name, kinds in kinds_of(group).items()
-        if name in named
-    }
+    """Return settings under our names, a group's numbers as such; others are left as they are."""
+    names = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
+    settings = {names.get(name, name): value for name, value in values.items()}
+    for name, kinds in kinds_of(group).items():
+        if name in settings:
+            settings[name] = from_text(settings[name], kinds)
+    return settings

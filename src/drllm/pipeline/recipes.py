@@ -84,32 +84,40 @@ class Recipe:
         """Refuse settings that make no sense or have no effect, and a missing package."""
         need("eval,report", "a run")
         self._check_tasks()
-        _ = self.tasks
+        _ = self.tasks  # reading them checks them
         if self.has_routers:
-            searched = dict.fromkeys(question.task for question in self.questions)
-            check_settings(self.supervise, list(searched), self.search)
-            self.train.check_effects()
-            check_trackers(self.train.trackers)
+            self._check_routers()
         else:
             paths = self.evaluate.paths or PATHS_FILE  # of the run, if no others are given
             without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
-            _ = self.tuned
-            if self.evaluate.max_drop is not None and self.evaluate.paths is None:
-                raise ConfigError(
-                    f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
-                    f"order fixed beforehand, and what tune finds has no names yet; leave it out, "
-                    f"then 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
-                )
+            self._check_tuning()
         if self.heal is not None:
-            _ = self.healed
-            if self.tune is None:
-                read_path(self.heal.named_path())
-            elif self.heal.path is None:
-                raise ConfigError(
-                    "heal: no path is named; name one that tune will find, for example "
-                    "'path: skip1'"
-                )
+            self._check_healing(self.heal)
+
+    def _check_routers(self) -> None:
+        searched = dict.fromkeys(question.task for question in self.questions)
+        check_settings(self.supervise, list(searched), self.search)
+        self.train.check_effects()
+        check_trackers(self.train.trackers)
+
+    def _check_tuning(self) -> None:
+        _ = self.tuned
+        if self.evaluate.max_drop is not None and self.evaluate.paths is None:
+            raise ConfigError(
+                f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
+                f"order fixed beforehand, and what tune finds has no names yet; leave it out, "
+                f"then 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
+            )
+
+    def _check_healing(self, heal: config.HealConfig) -> None:
+        _ = self.healed
+        if self.tune is None:
+            read_path(heal.named_path())
+        elif heal.path is None:
+            raise ConfigError(
+                "heal: no path is named; name one that tune will find, for example 'path: skip1'"
+            )
 
     def _check_tasks(self) -> None:
         """Refuse a section that asks questions and names no task."""
@@ -138,7 +146,9 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = sections_of(path, values, SECTIONS)
     groups: dict[str, Any] = {}
-    groups["has_routers"] = not sections.keys() & PATHS or bool(sections.keys() & set(ROUTING))
+    names_paths = any(name in sections for name in PATHS)
+    names_routers = any(name in sections for name in ROUTING)
+    groups["has_routers"] = names_routers or not names_paths
     for name, kind in SECTIONS.items():
         if name in PATHS and name not in sections:
             continue
