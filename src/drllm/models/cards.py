@@ -22,13 +22,13 @@ def render_card(template: Path, metadata: ModelCardData, **values: Any) -> str:
         metadata: What the hub reads: library, base model, tags. It becomes the front matter.
         values: The template's variables.
     """
-    body = load_template(template).render(**values)
+    body = _load_template(template).render(**values)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
     return str(card)
 
 
 @cache
-def load_template(path: Path) -> jinja2.Template:
+def _load_template(path: Path) -> jinja2.Template:
     """Return a template of Markdown, with the filters `line` and `number`."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from drllm.models.base import hub
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
-from drllm.models.cards import load_template
+from drllm.models.cards import CARD_FILE, render_card
 from drllm.models.healed import load_path
 from drllm.models.routing.lora import name_of_layers
 from drllm.models.routing.routed_model import RoutedModel
@@ -48,7 +49,9 @@ BUILD_ERRORS = (
 )
 """What a class of transformers raises where it can't be built from a config."""
 
-CONFIG_FILE, TOKENIZER_CONFIG_FILE, CARD_FILE = "config.json", "tokenizer_config.json", "README.md"
+CONFIG_FILE = "config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CARD_TEMPLATE = Path(__file__).with_name("export_card.md.j2")
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 PASSING = ("training", "gradient_checkpointing")
@@ -492,15 +495,15 @@ def model_card(
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
-    The front matter, which the hub reads, names the base model only where that came from the hub,
-    so that its identity `base` has a revision. Of a path of a `paths.json` the card says how it was
-    found and how it did.
+    For a path of a `paths.json` the card also says how the path was found and how it did.
     """
     layers = path.layers
     num_layers = base["num_layers"]
     plan = path.with_adapter("").plan(num_layers)
     record = None if file is None else file.record
-    return load_template(Path(__file__).with_name("export_card.md.j2")).render(
+    return render_card(
+        CARD_TEMPLATE,
+        _describe_for_hub(base),
         base=base,
         steps=layers,
         decisions=() if isinstance(plan, StaticPath) else plan,
@@ -514,3 +517,12 @@ def model_card(
         healed=record if isinstance(record, HealedPath) else None,
         version=importlib.metadata.version("drllm"),
     )
+
+
+def _describe_for_hub(base: Mapping[str, Any]) -> ModelCardData:
+    """Return the hub's metadata; it names the base model only if that came from the hub."""
+    metadata = ModelCardData(library_name="transformers", tags=["layer-path"])
+    if base["revision"]:
+        metadata.base_model = base["id"]
+        metadata["base_model_relation"] = "merge"
+    return metadata

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from drllm.errors import RecordError
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of, find_layers
-from drllm.models.cards import CARD_FILE, load_template
+from drllm.models.cards import CARD_FILE, render_card
 from drllm.models.routing.lora import LoraWeights, layer_of_map, name_of_layers
 from drllm.paths import StaticPath
 from drllm.records.codec import sha256, write_atomically, write_json
@@ -26,6 +27,7 @@ from drllm.records.static_paths import PathFile
 if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
+CARD_TEMPLATE = Path(__file__).with_name("healed_card.md.j2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the weights in an adapter's file."""
 
@@ -46,10 +48,18 @@ def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: 
     write_atomically(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     record = msgspec.structs.replace(record, adapter_sha256=sha256(folder / ADAPTER_FILE))
-    card = load_template(Path(__file__).with_name("healed_card.md.j2")).render(record=record)
+    card = render_card(CARD_TEMPLATE, _describe_for_hub(record), record=record)
     write_atomically(folder / CARD_FILE, card)
     write_json(folder / HEALED_FILE, record)
     return record
+
+
+def _describe_for_hub(record: HealedPath) -> ModelCardData:
+    """Return the hub's metadata; it names the base model only if that came from the hub."""
+    metadata = ModelCardData(library_name="peft", tags=["lora", "layer-path"])
+    if record.model.get("revision"):
+        metadata.base_model = record.model["id"]
+    return metadata
 
 
 def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:

@@ -2,8 +2,10 @@
 
 import json
 
+import msgspec
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -13,7 +15,7 @@ from drllm.errors import ConfigError, DrllmError, PathError, RecordError, Routin
 from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.models.base.load import BaseModel, load
 from drllm.models.export import MERGED_TOLERANCE, export_path
-from drllm.models.healed import load_path
+from drllm.models.healed import load_path, save_healed
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
 from drllm.records.codec import read_json, sha256, write_json
@@ -267,6 +269,20 @@ def test_the_files_are_peft_s_and_the_card_says_what_was_trained(base, record, t
     assert "mlp.up_proj" in config["target_modules"]
     card = (tmp_path / "healed" / "README.md").read_text()
     assert "| arc_easy | 2 | 3 | 2.2 |" in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "peft",
+        "tags": ["lora", "layer-path"],
+    }
+
+
+def test_the_hub_links_a_healed_path_to_a_base_model_from_the_hub(base, record, tmp_path):
+    identity = {**record.model, "id": "owner/name: one", "revision": "abc123"}
+    routed = RoutedModel(base.model)
+    load_path(routed, read_path(str(tmp_path / "healed")))
+    from_hub = msgspec.structs.replace(record, model=identity)
+    save_healed(tmp_path / "from_hub", from_hub, routed, record.adapter)
+    card = ModelCard((tmp_path / "from_hub" / "README.md").read_text())
+    assert card.data.base_model == "owner/name: one"
 
 
 def test_what_an_adapter_adds_counts_as_arithmetic(base, record, tmp_path):
