@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from drllm.cli.removed import REMOVED_FLAGS
 from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, flags_of
+from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
 _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli.arguments import see_all_flags
-from drllm.cli.removed import REMOVED_FLAGS
 from drllm.cli.verbs import VERBS, Flag, Verb, flags_of
 from drllm.config.fields import Settings, check_text, flag_of, make_settings
 from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
+from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
 
@@ -262,7 +263,10 @@ def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
     """Make a settings group of a mapping that is part of `where`; ConfigError if it doesn't fit."""
     known = kinds_of(kind)
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
+    for name in map(str, values):
+        if name in known:
+            continue
+        if flag_of(name) in REMOVED_FLAGS:
+            raise ConfigError(f"{where}: {REMOVED_FLAGS[flag_of(name)]}")
+        raise ConfigError(f"{where}: " + unknown_name("setting", name, known))
     return kind(**values)

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from drllm.cli.removed import REMOVED_FLAGS, REMOVED_VERBS
+from drllm.cli.removed import REMOVED_VERBS
 from drllm.cli.verbs import VERBS, flags_of
+from drllm.config.removed import REMOVED_FLAGS
+from drllm.errors import ConfigError
+from drllm.pipeline.recipes import Recipe, read_recipe
 
 
 def one_line(text: str) -> str:
@@ -43,3 +47,30 @@ def test_a_removed_setting_of_a_file_says_so_too(drllm, name, tmp_path: Path):
     answer = one_line(drllm(f"{verb} --config", file, status=2).err)
     assert REMOVED_FLAGS[name] in answer
     assert "settings.yaml" in answer
+
+
+REMOVED_SETTINGS = [
+    ("search", "margin_tolerance", 0.5),
+    ("search", "paths_per_pass", None),
+    ("train", "dropout", 0.0),
+    ("train", "normalise_features", False),
+    ("train", "early_stopping", None),
+    ("tune", "edits", "layers"),
+    ("tune", "epsilon", None),
+    ("tune", "max_loss_increase", None),
+    ("evaluate", "menu", None),
+    ("evaluate", "worked_answers", None),
+]
+"""Sections of recipes, settings that commit 3820ce17 wrote there, and their defaults."""
+
+
+@pytest.mark.parametrize(("section", "name", "default"), REMOVED_SETTINGS)
+def test_a_removed_setting_of_a_recipe_says_so_too(section, name, default, tmp_path: Path):
+    sections = yaml.safe_load(Recipe().to_yaml())
+    sections.setdefault(section, {})[name] = default
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        read_recipe(file)
+    message = REMOVED_FLAGS["--" + name.replace("_", "-")]
+    assert str(error.value) == f"{file}: {section}: {message}"
