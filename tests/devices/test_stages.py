@@ -138,7 +138,7 @@ def test_training_waits_once_a_step_and_ends_with_the_routers_of_the_cpu(
 
 def test_healing_waits_once_a_step_and_heals_as_on_the_cpu(model, on_cpu, devices, tiny_tokenizer):
     path = drllm.StaticPath([0, 1, 3])
-    options = {"limit": 20, "num_held_out": 2, "tokenizer": tiny_tokenizer, "patience": 20}
+    options = {"limit": 20, "num_held_out": 2, "tokenizer": tiny_tokenizer}
     with devices.counting() as events:
         healed = drllm.heal(model, path, TASK, steps=3, **options)
     expected = drllm.heal(on_cpu, path, TASK, steps=3, autocast=False, **options)

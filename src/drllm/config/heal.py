@@ -66,11 +66,6 @@ class HealConfig(Settings):
         minimum=1,
         help="sequences that are not trained on, to measure on",
     )
-    patience: int = setting(
-        3,
-        minimum=1,
-        help="end after this many measurements without a lower KL; the best weights are kept",
-    )
     autocast: bool = setting(
         True,
         help="compute float32 weights in bfloat16 where the processor or GPU has it",

@@ -15,6 +15,9 @@ REMOVED_FLAGS: dict[str, str] = {
     "--dropout": "--dropout was removed: it measured no gain; leave it out",
     "--normalise-features": "--normalise-features was removed: it measured no gain; leave it out",
     "--early-stopping": "--early-stopping was removed: it measured no gain; choose --num-epochs",
+    "--weights": "--weights was removed: no study used it; every task counts the same",
+    "--patience": "--patience was removed: no other value was measured; healing ends after 3 "
+    "measurements without a lower KL",
     "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
     "how long they take at most",
     "--epsilon": "--epsilon was removed here: no certificate was ever given; ask it of the test "

@@ -44,12 +44,6 @@ class TuneConfig(Settings):
         minimum=0.0,
         help="stop extending paths that lose more than this many nats of the objective",
     )
-    weights: dict[str, float] | None = setting(
-        None,
-        above=0.0,
-        value="{arc_easy: 2}",
-        help="with several tasks: the weight of each; default: 1",
-    )
     minutes: float | None = basic(
         None,
         above=0.0,

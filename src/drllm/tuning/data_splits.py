@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drllm.config import SPLITS, TuneConfig
 from drllm.config.fields import required_tasks
-from drllm.errors import ConfigError, TaskError
+from drllm.errors import TaskError
 from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
@@ -71,7 +71,6 @@ def split_tasks(
         objective = choose_objective(task, config)
         if task.has_answers:
             check_installed(choose_reward(task, objective))
-    _check_weights(config, [task.name for task in found])
     return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in found]
 
 
@@ -85,14 +84,6 @@ def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
         else:
             found.append(task)
     return found
-
-
-def _check_weights(config: TuneConfig, names: Sequence[str]) -> None:
-    for name in config.weights or {}:
-        if name not in names:
-            raise ConfigError(f"weights: {name!r} isn't tuned on; there are {', '.join(names)}")
-    if config.weights and len(names) == 1:
-        raise ConfigError(f"weights have no effect on one task, {names[0]}; leave them out")
 
 
 def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskSplits:

@@ -55,6 +55,7 @@ from drllm.tuning.path_scorer import Item, PathScorer, make_text_items
 CHUNKS_FOLDER, TRAINING = "heal.partial", "training"
 NAME = "healed"  # of the adapter while it is trained
 STEPS = 250  # of training, unless a number or a time is given
+PATIENCE = 3  # measurements in a row without a lower KL, after which it ends
 CHECKS = 10  # measurements of the held-out texts in a training
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
@@ -339,7 +340,7 @@ class HealRun:
     def _is_over(self) -> bool:
         kls = [point.held_out_kl for point in self.state.curve]
         num_without_gain = len(kls) - 1 - kls.index(min(kls))
-        return self._progress >= 1 or num_without_gain >= self.config.patience
+        return self._progress >= 1 or num_without_gain >= PATIENCE
 
     def _train(self, texts: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
         """Train to the end, and say after each step how it went."""

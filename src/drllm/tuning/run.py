@@ -226,7 +226,7 @@ class _Tuning:
                 task.objectives(TEXTS_OF + part, paths)
 
     def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
-        """Return the weighted mean of the tasks' objectives on the first questions of `fit`."""
+        """Return the mean of the tasks' objectives on the first questions of `fit`."""
         most = self.beam.num_questions
         if num_questions == self.beam.rungs[0][0]:  # a level begins
             self.progress.expect(self._pairs_of_level(len(paths)))
@@ -235,9 +235,9 @@ class _Tuning:
             # Of a task with fewer questions as large a share.
             num = -(-num_questions * task.num_questions(FIT) // most)
             means = [np.mean(values) for values in task.objectives(FIT, paths, num)]
-            total += task.weight * np.array(means)
-        weighted: Floats = total / self._total_weight
-        return weighted
+            total += np.array(means)
+        mean: Floats = total / len(self.tasks)
+        return mean
 
     def _pairs_of_level(self, num_paths: int) -> float:
         """Return about how many questions times paths a level scores."""
@@ -246,23 +246,19 @@ class _Tuning:
         share = num_fit / self.beam.num_questions
         return share * num_pairs(num_paths, self.beam.rungs) + self.beam.width * num_select
 
-    @property
-    def _total_weight(self) -> float:
-        return sum(task.weight for task in self.tasks)
-
     def _gain(self, path: StaticPath) -> float:
         """Return what a path has more of the objective than the full one, on `select`."""
         total = 0.0
         for task in self.tasks:
-            total += task.weight * fmean(task.differences(SELECT, path, self.full))
-        return total / self._total_weight
+            total += fmean(task.differences(SELECT, path, self.full))
+        return total / len(self.tasks)
 
     def _change(self, path: StaticPath) -> tuple[float, float, float]:
         """Return the gain of a path with its 95 % interval."""
         weighted = []
         for task in self.tasks:
             differences = task.differences(SELECT, path, self.full)
-            weighted.append((task.weight / self._total_weight, differences))
+            weighted.append((1 / len(self.tasks), differences))
         return sum_interval(weighted, self.config.seed)
 
     def _grows(self, path: StaticPath) -> bool:

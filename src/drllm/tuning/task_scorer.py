@@ -61,7 +61,6 @@ class TaskScorer:
         self.task = splits.task
         self.name = splits.task.name
         self.objective = choose_objective(self.task, config)
-        self.weight = (config.weights or {}).get(self.name, 1.0)
         self.is_generated = splits.is_generated(self.objective)
         self.seconds = 0.0
         self._scorers: dict[str, PathScorer] = {}

@@ -342,8 +342,9 @@ def test_another_healing_in_the_same_folder_is_refused(unbroken, routed, tmp_pat
         healed(routed, tmp_path, texts=["A text.", "Another text."])
 
 
-def test_it_ends_where_the_held_out_kl_has_not_fallen_for_long(routed):
-    found = healed(routed, path=StaticPath(range(6)), patience=2)  # there is nothing to learn
+def test_it_ends_where_the_held_out_kl_has_not_fallen_for_long(routed, monkeypatch):
+    monkeypatch.setattr("drllm.tuning.heal.PATIENCE", 2)
+    found = healed(routed, path=StaticPath(range(6)))  # there is nothing to learn
     assert len(found.curve) < 11
 
 
@@ -373,7 +374,8 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
 
     monkeypatch.setattr(HealRun, "_means", means)
     monkeypatch.setattr(Distillation, "compute_gradients", compute_gradients)
-    found = healed(routed, steps=None, minutes=2.0, patience=100)
+    monkeypatch.setattr("drllm.tuning.heal.PATIENCE", 100)
+    found = healed(routed, steps=None, minutes=2.0)
     assert 100 <= spent[0] <= 121  # one step more is begun than there is time for
     assert found.curve[-1].step > 1
 
