@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from devices.pretended import COPY, RUN, WAIT, Devices
+from devices.events import COPY, RUN, WAIT
+from devices.pretended import Devices
 
 CUDA0, CUDA1 = "cuda:0", "cuda:1"
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import drllm
-from devices.pretended import Devices, own_waits, placed
+from devices.events import own_waits
+from devices.pretended import Devices, place_model
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 from drllm.models.scoring import choices
@@ -30,7 +31,7 @@ def devices():
 
 @pytest.fixture(params=["one", "two"])
 def model(request, tiny_llama, devices):
-    return placed(tiny_llama(num_layers=L, seed=3), {"one": 1, "two": 2}[request.param])
+    return place_model(tiny_llama(num_layers=L, seed=3), {"one": 1, "two": 2}[request.param])
 
 
 @pytest.fixture
@@ -154,7 +155,16 @@ def test_static_paths_are_tuned_as_on_the_cpu(model, on_cpu, tiny_tokenizer):
     assert [path.steps for path in there.paths] == [path.steps for path in here.paths]
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(
+    ("model", "packs"),
+    [
+        ("one", True),
+        ("two", False),
+        pytest.param("one", False, marks=pytest.mark.thorough),
+        pytest.param("two", True, marks=pytest.mark.thorough),
+    ],
+    indirect=["model"],
+)
 def test_an_evaluation_gives_the_outcomes_of_the_cpu(
     model, on_cpu, tiny_tokenizer, packs, monkeypatch
 ):

@@ -22,13 +22,18 @@ import torch
 
 import conftest
 import drllm
-from devices.pretended import COPY, RUN, Devices, Event, own_waits, placed
+from devices.events import COPY, RUN, Event, own_waits
+from devices.pretended import Devices, place_model
 from drllm.models.check import make_tiny
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 
 TASK = "builtin_facts"
 NUM_NEW = 9
+
+
+Run = Callable[[str, Callable[[], Any]], Any]
+"""Runs a stage under a name, reports its events and returns its result."""
 
 
 def main() -> None:
@@ -38,74 +43,109 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--questions", type=int, default=4, help="to search and to tune on")
     options = parser.parse_args()
-    L, num, tokenizer = options.layers, options.questions, conftest.tiny_tokenizer.__wrapped__()
-    model = make_tiny("llama", 3, "sdpa", num_hidden_layers=L)
+    tokenizer = conftest.tiny_tokenizer.__wrapped__()
+    model = make_tiny("llama", 3, "sdpa", num_hidden_layers=options.layers)
+    with Devices() as devices:
+        model = place_model(model, options.devices)
+
+        def run_stage(name: str, stage: Callable[[], Any]) -> Any:
+            with devices.counting() as events:
+                result = stage()
+            report(name, events)
+            return result
+
+        run_generation(model, tokenizer, run_stage)
+        routers = run_routing(model, tokenizer, options.questions, run_stage)
+        run_static_paths(model, tokenizer, options.questions, run_stage)
+        run_evaluation(model, tokenizer, routers, run_stage)
+
+
+def run_generation(model: Any, tokenizer: Any, run_stage: Run) -> None:
+    """Run a routed model's prefill and generation on two rows, one of them padded."""
+    L = model.config.num_hidden_layers
     config = RouterConfig(
         num_layers=L, hidden_size=model.config.hidden_size, label_counts=[(1, 2, 1)] * L
     )
-    with Devices() as devices:
-        model = placed(model, options.devices)
+    routers = RouterStack(config, torch.Generator().manual_seed(0))
+    routed = drllm.attach(model, routers, tokenizer=tokenizer)
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [0] * 5 + [20, 21, 22, 23, 24]]
+    mask = [[1] * 10, [0] * 5 + [1] * 5]
+    inputs = {
+        "input_ids": torch.tensor(rows, device="cuda:0"),
+        "attention_mask": torch.tensor(mask, device="cuda:0"),
+    }
 
-        def stage(name: str, run: Callable[[], Any]) -> Any:
-            with devices.counting() as events:
-                found = run()
-            report(name, events)
-            return found
+    def generate(num_new: int, num_beams: int = 1) -> Any:
+        lengths = {"max_new_tokens": num_new, "min_new_tokens": num_new}
+        return routed.generate(**inputs, **lengths, num_beams=num_beams, do_sample=False)
 
-        routers = RouterStack(config, torch.Generator().manual_seed(0))
-        routed = drllm.attach(model, routers, tokenizer=tokenizer)
-        rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [0] * 5 + [20, 21, 22, 23, 24]]
-        inputs = {
-            "input_ids": torch.tensor(rows, device="cuda:0"),
-            "attention_mask": torch.tensor([[1] * 10, [0] * 5 + [1] * 5], device="cuda:0"),
-        }
+    run_stage("a routed prefill of 2 rows", lambda: routed(**inputs))
+    run_stage("a prefill and 1 token", lambda: generate(1))
+    run_stage(f"a prefill and {NUM_NEW} tokens", lambda: generate(NUM_NEW))
+    run_stage(f"{NUM_NEW} tokens, 2 beams", lambda: generate(NUM_NEW, num_beams=2))
+    drllm.detach(model)
 
-        def generate(num_new: int, **more: Any) -> Any:
-            return routed.generate(
-                **inputs, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, **more
-            )
 
-        stage("a routed prefill of 2 rows", lambda: routed(**inputs))
-        stage("a prefill and 1 token", lambda: generate(1))
-        stage(f"a prefill and {NUM_NEW} tokens", lambda: generate(NUM_NEW))
-        stage(f"{NUM_NEW} tokens, 2 beams", lambda: generate(NUM_NEW, num_beams=2))
-        drllm.detach(model)
-        shared = {"tokenizer": tokenizer}
-        records = stage(
-            f"search, {num} questions",
-            lambda: drllm.search_paths(model, TASK, limit=num, num_simulations=6, **shared),
-        )
-        targets = drllm.supervise(records)[:4]
-        trained = stage(
-            "train, 4 targets, 3 epochs",
-            lambda: drllm.train(model, targets, num_epochs=3, gradient_accumulation=1, **shared),
-        )
-        stage(
-            f"tune, {num} questions a part",
-            lambda: drllm.tune(model, TASK, num_fit=num, num_judged=num, max_skipped=1, **shared),
-        )
-        path = drllm.StaticPath([*range(2), *range(3, L)])
-        stage(
-            "heal, 3 steps",
-            lambda: drllm.heal(model, path, TASK, limit=20, steps=3, num_held_out=2, **shared),
-        )
-        stage(
-            "evaluate, 4 questions",
-            lambda: drllm.evaluate(
-                drllm.attach(model, trained, tokenizer=tokenizer),
-                TASK,
-                limit=4,
-                latency=True,
-                latency_rounds=2,
-            ),
-        )
+def run_routing(model: Any, tokenizer: Any, num_questions: int, run_stage: Run) -> Any:
+    """Search and train; return the trained routers."""
+    records = run_stage(
+        f"search, {num_questions} questions",
+        lambda: drllm.search_paths(
+            model, TASK, limit=num_questions, num_simulations=6, tokenizer=tokenizer
+        ),
+    )
+    targets = drllm.supervise(records)[:4]
+    return run_stage(
+        "train, 4 targets, 3 epochs",
+        lambda: drllm.train(
+            model, targets, num_epochs=3, gradient_accumulation=1, tokenizer=tokenizer
+        ),
+    )
+
+
+def run_static_paths(model: Any, tokenizer: Any, num_questions: int, run_stage: Run) -> None:
+    """Tune static paths, and heal one that leaves a layer out."""
+    run_stage(
+        f"tune, {num_questions} questions a part",
+        lambda: drllm.tune(
+            model,
+            TASK,
+            num_fit=num_questions,
+            num_judged=num_questions,
+            max_skipped=1,
+            tokenizer=tokenizer,
+        ),
+    )
+    L = model.config.num_hidden_layers
+    path = drllm.StaticPath([layer for layer in range(L) if layer != 2])
+    run_stage(
+        "heal, 3 steps",
+        lambda: drllm.heal(
+            model, path, TASK, limit=20, steps=3, num_held_out=2, tokenizer=tokenizer
+        ),
+    )
+
+
+def run_evaluation(model: Any, tokenizer: Any, routers: Any, run_stage: Run) -> None:
+    """Evaluate trained routers."""
+    run_stage(
+        "evaluate, 4 questions",
+        lambda: drllm.evaluate(
+            drllm.attach(model, routers, tokenizer=tokenizer),
+            TASK,
+            limit=4,
+            latency=True,
+            latency_rounds=2,
+        ),
+    )
 
 
 def report(name: str, events: list[Event]) -> None:
     """Print the waits, copies and operations of a stage."""
     waits = own_waits(events)
-    copies, runs = (sum(each.kind == kind for each in events) for kind in (COPY, RUN))
-    print(f"{name}: {waits.total()} waits, {copies} copies, {runs} operations")
+    num_copies = sum(event.kind == COPY for event in events)
+    num_runs = sum(event.kind == RUN for event in events)
+    print(f"{name}: {waits.total()} waits, {num_copies} copies, {num_runs} operations")
     for line, num in waits.most_common():
         print(f"  {num:5} {line}")
     sys.stdout.flush()
