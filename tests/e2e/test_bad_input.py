@@ -424,10 +424,17 @@ class Case(NamedTuple):
 WITHOUT_TORCH, WITH_TORCH = (
     [Case(*line.split(" => ")) for line in table.splitlines()] for table in (LIGHT, HEAVY)
 )
-CASES = WITHOUT_TORCH + WITH_TORCH
 
 
 # --- the tests ---------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """How a command line ended."""
+
+    status: int
+    out: str
+    err: str
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -444,12 +451,14 @@ def models(model_folder: Callable[..., Path]) -> dict[str, str]:
     return {name: str(model_folder(**settings)) for name, settings in folders.items()}
 
 
-@pytest.fixture
-def working(tmp_path: Path, finished_run: Path) -> Callable[[Case], Path]:
+@pytest.fixture(scope="module")
+def make_working_folder(
+    tmp_path_factory: pytest.TempPathFactory, finished_run: Path
+) -> Callable[[Case], Path]:
     """A function that makes a working folder with a finished run and one mistake."""
 
     def make(case: Case) -> Path:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder = tmp_path_factory.mktemp("working")
         shutil.copytree(finished_run, folder / "run")
         case.prepare(folder)
         return folder
@@ -457,79 +466,110 @@ def working(tmp_path: Path, finished_run: Path) -> Callable[[Case], Path]:
     return make
 
 
-def check_answer(case: Case, status: int, err: str) -> None:
-    assert status == 2, err
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    assert err.startswith("drllm: ")
-    assert case.says in err
+def check_answer(case: Case, answer: Answer) -> None:
+    assert answer.status == 2, answer.err
+    assert answer.out == ""
+    assert answer.err.endswith("\n")
+    assert answer.err.count("\n") == 1, answer.err
+    assert answer.err.startswith("drllm: ")
+    assert case.says in answer.err
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{str(case.words)[:60]}: {case.says}")
+def name_of(case: Case) -> str:
+    return f"{case.words[:60]}: {case.says}"
+
+
+SCRIPT = """
+import contextlib, functools, io, json, os, sys
+import lm_eval.tasks
+from drllm.cli import main
+# Spare the command reading 14,000 task files.
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+for folder, words in json.load(sys.stdin):
+    os.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    has_torch = "torch" in sys.modules or "transformers" in sys.modules
+    print(json.dumps([[status, out.getvalue(), err.getvalue()], has_torch]))
+"""
+
+
+class LightAnswer(NamedTuple):
+    """How a command line ended in a process without torch, and what its folder held."""
+
+    answer: Answer
+    has_torch: bool
+    before: dict[str, bytes | None]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def light_answers(make_working_folder, models) -> dict[Case, LightAnswer]:
+    """The answers to all mistakes that need no torch, of one process."""
+    folders = {case: make_working_folder(case) for case in WITHOUT_TORCH}
+    before = {case: listing(folder) for case, folder in folders.items()}
+    commands = [(str(folder), case.line(models)) for case, folder in folders.items()]
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert child.stderr == ""
+    answers = {}
+    for case, line in zip(folders, child.stdout.splitlines(), strict=True):
+        answer, has_torch = json.loads(line)
+        answers[case] = LightAnswer(Answer(*answer), has_torch, before[case], folders[case])
+    return answers
+
+
+@pytest.mark.parametrize("case", WITHOUT_TORCH, ids=name_of)
+def test_a_mistake_is_answered_by_one_line_without_torch_and_nothing_is_written(
+    case, light_answers
+):
+    light = light_answers[case]
+    check_answer(case, light.answer)
+    assert not light.has_torch
+    assert listing(light.folder) == light.before
+
+
+@pytest.mark.parametrize("case", WITH_TORCH, ids=name_of)
 def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
-    case, models, working, monkeypatch, capsys, request
+    case, models, make_working_folder, monkeypatch, capsys, request
 ):
     words = case.line(models)
     if "lm-eval" in words:
         request.getfixturevalue("small_harness")
-    folder = working(case)
+    folder = make_working_folder(case)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     before = listing(folder)
 
     status = main(words)
 
-    out, err = capsys.readouterr()
-    check_answer(case, status, err)
-    assert out == ""
+    check_answer(case, Answer(status, *capsys.readouterr()))
     assert listing(folder) == before
 
 
-SCRIPT = """
-import json, os, sys
-from drllm.cli import main
-for folder, words in json.load(sys.stdin):
-    os.chdir(folder)
-    status = main(words)
-    print(json.dumps([status, "torch" in sys.modules or "transformers" in sys.modules]))
-"""
-
-
-def test_these_mistakes_are_answered_without_loading_torch(working, models):
-    todo = [(str(working(case)), case.line(models)) for case in WITHOUT_TORCH]
-
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(todo),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    lines = done.stderr.splitlines(keepends=True)
-    for case, (status, with_torch), line in zip(WITHOUT_TORCH, answers, lines, strict=True):
-        assert not with_torch, case
-        check_answer(case, status, line)
-
-
-def test_a_process_ends_with_the_same_status_and_line(models, working):
-    [case] = [case for case in CASES if case.words == "EVALUATE --model OTHER"]
-    folder = working(case)
+@pytest.mark.parametrize(
+    "words",
+    ["supervise nowhere", pytest.param("EVALUATE --model OTHER", marks=pytest.mark.thorough)],
+)
+def test_a_process_ends_with_the_same_status_and_line(words, models, make_working_folder):
+    says = {"supervise nowhere": "has no use for 'nowhere'"}
+    case = Case(words, says.get(words, "these routers were trained for"))
+    folder = make_working_folder(case)
     before = listing(folder)
-    words = [sys.executable, "-m", "drllm", *case.line(models)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    check_answer(case, done.returncode, done.stderr)
+    command = [sys.executable, "-m", "drllm", *case.line(models)]
+    child = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    check_answer(case, Answer(child.returncode, child.stdout, child.stderr))
     assert listing(folder) == before
 
 
-def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path):
-    script = "import drllm.cli.stages as s\ns.supervise = lambda *a: 1 / 0\nimport sys\n"
-    script += "from drllm.cli import main\nsys.exit(main(sys.argv[1:]))\n"
-    words = ["supervise", "--search", str(finished_run / "search.jsonl"), "--output", "x.jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "ZeroDivisionError" in done.stderr
+def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path, monkeypatch):
+    monkeypatch.setattr("drllm.cli.stages.supervise", lambda *_: 1 / 0)
+    output = str(tmp_path / "x.jsonl")
+    with pytest.raises(ZeroDivisionError):
+        main(["supervise", "--search", str(finished_run / "search.jsonl"), "--output", output])
