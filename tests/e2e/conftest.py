@@ -15,7 +15,9 @@ model: {{model: {model}, device: cpu}}
 search: {{dataset: builtin_facts, limit: 6, num_simulations: 6, block_size: 3}}
 supervise: {{target: shortest}}
 train: {{num_epochs: 2, warmup_steps: 0}}
-evaluate: {{latency: true, latency_rounds: 2, tasks: builtin_facts, limit: 6, num_random_draws: 2}}
+evaluate:
+  {{latency: true, latency_rounds: 2, latency_read: 8, latency_written: 2,
+  tasks: builtin_facts, limit: 6, num_random_draws: 2}}
 """
 
 
@@ -27,6 +29,7 @@ def small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    monkeypatch.setattr("drllm.tasks.harness._own_tasks", small)
     monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
     monkeypatch.chdir(tmp_path)

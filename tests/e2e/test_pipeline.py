@@ -156,9 +156,10 @@ def test_a_damaged_copy_of_the_recipe_is_written_anew(run_copy, rerun):
 def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
     run_copy, rerun, quick_report
 ):
-    measured = "latency: true, latency_rounds: 2, "
-    for settings, redone in ((measured.replace("2", "4"), False), ("", True)):
-        said = rerun(measured, settings)
+    timed = "latency: true, latency_rounds: 2, latency_read: 8, latency_written: 2,"
+    more_often = timed.replace("rounds: 2", "rounds: 4")
+    for settings, redone in ((more_often, False), ("", True)):
+        said = rerun(timed, settings)
         assert ("evaluate: done before" not in said) == redone
         assert (run_copy / "eval" / "latency.json").exists() != redone
 

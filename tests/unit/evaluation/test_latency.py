@@ -147,7 +147,7 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
     def write(config):
         write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
 
-    write(EvaluateConfig(latency=True, latency_rounds=2))
+    write(EvaluateConfig(latency=True, latency_rounds=2, latency_read=8, latency_written=2))
     found = read_latency(tmp_path)
     assert found.model == base.identity
     assert (found.routers, found.routers_sha256) == (str(tmp_path / "routers"), sha256(weights))

@@ -491,6 +491,7 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
     run, tmp_path, monkeypatch
 ):
     few = {"limit": 4, "baselines": "none", "latency": True}
+    few |= {"latency_read": 8, "latency_written": 2}
     with monkeypatch.context() as broken_off:
         broken_off.setattr(stage, "write_latency", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
