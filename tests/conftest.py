@@ -71,7 +71,7 @@ MODEL_FOLDERS = (
 )
 HARNESS_FOLDERS = ("tests/unit/evaluation/lm_eval",)
 STARTS_PROCESSES = re.compile(
-    r"^\s*(?:import|from) (?:subprocess|multiprocessing|ray|killable)\b", re.M
+    r"^\s*(?:import|from) (?:subprocess|multiprocessing|process_server|ray|killable)\b", re.M
 )
 
 
@@ -118,6 +118,15 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets: {folder} doesn't exist (set DRLLM_DATA_DIR)")
     return folder
+
+
+@pytest.fixture
+def few_harness_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness have no tasks of its own: a near miss needn't read 14,000 task files."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    monkeypatch.setattr("drllm.tasks.harness._own_tasks", lambda: manager)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A whole run on a tiny model in a local folder, made once, for all tests of the command line."""
 
 import functools
-import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
+from process_server import PROCESSES
 
 RECIPE = """\
 model: {{model: {model}, device: cpu}}
@@ -22,14 +22,13 @@ evaluate:
 
 
 @pytest.fixture
-def small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_harness_tasks: None) -> None:
     """Spare each command reading 14,000 task files, and keep the harness' cache and log apart."""
     import lm_eval.tasks
     from lm_eval.caching import cache
 
     small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
-    monkeypatch.setattr("drllm.tasks.harness._own_tasks", small)
     monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
     monkeypatch.chdir(tmp_path)
@@ -53,22 +52,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path
 
 @pytest.fixture(scope="session")
 def processes() -> Any:
-    """Processes that start at once, since what they need is loaded before they are forked."""
-    context = multiprocessing.get_context("forkserver")
-    stages = (
-        "search.run",
-        "training.stage",
-        "tuning.run",
-        "evaluation.comparison",
-        "models.base.load",
-    )
-    context.set_forkserver_preload(["drllm.cli", *(f"drllm.{stage}" for stage in stages)])
-    return context
+    """Starts processes that have what they need loaded."""
+    return PROCESSES
 
 
 COMMAND = """
 import signal, sys
 from drllm.cli import main
+from process_server import PROCESSES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.stderr = open(said, "w", buffering=1)
 sys.exit(main(words))

@@ -36,8 +36,8 @@ open(f"{said}.shared", "w").write(json.dumps(numbers))
 sys.exit(status)
 """
 SMALL = [
-    ("drllm.tuning.run", "MOST_PAIRS", 12),
-    ("drllm.tuning.run", "MOST_ANSWERS", 2),
+    ("drllm.tuning.task_scorer", "MOST_PAIRS", 12),
+    ("drllm.tuning.task_scorer", "MOST_ANSWERS", 2),
     ("drllm.evaluation.systems", "LEAST_SCORED", 2),
     ("drllm.training.features", "MAXIMUM_TOKENS", 64),
 ]

@@ -61,6 +61,7 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
         ({"curve": "0.1", "fitted_on": {"hellaswag": "arc_eas"}}, "did you mean 'arc_easy'"),
     ],
 )
+@pytest.mark.usefixtures("few_harness_tasks")
 def test_sources_that_make_no_sense_are_refused(values, message):
     with pytest.raises((ConfigError, TaskError), match=message):
         sources_of(TASKS, EvaluateConfig(**values))

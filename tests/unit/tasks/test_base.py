@@ -58,6 +58,7 @@ def test_an_alias_is_the_task_itself():
         ("absent.jsonl", "absent.jsonl doesn't exist"),
     ],
 )
+@pytest.mark.usefixtures("few_harness_tasks")
 def test_a_list_that_names_no_usable_tasks_is_refused(names, message):
     with pytest.raises(TaskError, match=message):
         get_tasks(names)

@@ -1,10 +1,8 @@
-"""A small model, its targets and trainings; as a script such work, killed: WORK FOLDER KILLS."""
+"""A small model, its targets and trainings; and such work, killed in a process of its own."""
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,13 +15,13 @@ import torch
 from small import IDENTITY, W, Watching, files_of, make_features
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import drllm
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
 from drllm.records.supervision import SupervisionRecord
 from drllm.training import stage
 from drllm.training.feature_store import FeatureStore
 from drllm.training.features import collect_features
+from process_server import run_in_process
 
 L, D, CONTEXT = 3, 8, 48
 
@@ -142,10 +140,8 @@ def kill_and_go_on(work: Callable[..., None], folder: Path, kills: str) -> None:
 
 
 def run_script(*arguments: object) -> None:
-    """Run this file in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
-    words = [sys.executable, __file__, *map(str, arguments)]
-    subprocess.run(words, env=environment, check=True, timeout=300)
+    """Run `main` in a process of its own."""
+    run_in_process(main, *map(str, arguments))
 
 
 def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") -> int:
@@ -211,8 +207,8 @@ def train_seeds(folder: Path, at: Callable[..., Any]) -> None:
         train(folder, CONFIG, at)
 
 
-if __name__ == "__main__":
-    name, where, how_many = sys.argv[1:]
+def main(name: str, where: str, how_many: str) -> None:
+    """Do the work of a name, killed so many times."""
     if name == "pool":
         kill_and_go_on(pool_until, Path(where) / "once", "all")
         pool_often_killed(Path(where) / "often", how_many)

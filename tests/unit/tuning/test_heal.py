@@ -417,6 +417,7 @@ def test_questions_that_it_may_have_been_trained_on_are_not_reported(unbroken, s
         ({"learning_rate": 1e18}, ConfigError, "lower --learning-rate"),
     ],
 )
+@pytest.mark.usefixtures("few_harness_tasks")
 def test_what_makes_no_sense_is_refused_in_one_line(routed, settings, error, said):
     with pytest.raises(error, match=said) as raised:
         healed(routed, **settings)

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -22,6 +20,7 @@ from drllm.errors import CheckpointError
 from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.config import Count, RouterConfig, Size, read_config
 from drllm.models.routers.stack import RouterStack
+from process_server import run_in_process
 
 WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG_FILE, CARD, "config.json")
@@ -106,11 +105,10 @@ def test_a_failure_at_any_step_leaves_what_was_there(
 
 
 KILLED = """
-import os, sys
+import os
 from pathlib import Path
 from drllm.models.routers.checkpoint import load_routers, save_routers
 
-root = Path(sys.argv[1])
 old, new = (load_routers(root / name) for name in ("old", "new"))
 original = Path.replace
 for step in range(1, 9):
@@ -136,7 +134,7 @@ def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path):
     """Only a folder with a config is ever read, so old and new must never stand beside one."""
     save_routers(OLD, tmp_path / "old")
     save_routers(NEW, tmp_path / "new")
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True)
+    run_in_process(exec, KILLED, {"root": tmp_path})
     whole = [contents(tmp_path / name) for name in ("old", "new")]
     for step in range(1, 9):
         files = contents(tmp_path / str(step))
