@@ -238,7 +238,9 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def advice(self, name: str, *, saves_layers: bool) -> str:
         """Say in a few words what to do with the first system, with the arguments of `headline`."""
         if self.accuracy.shown == "guessing":
-            return f"Nothing can be said of {name}: base may be guessing"
+            return (
+                f"Take a task that base can do: here base may be guessing, so {name} isn't judged"
+            )
         is_accuracy_worse = self.accuracy.is_better is False
         is_text_worse = self.text_loss is not None and self.text_loss.is_better is False
         if is_accuracy_worse and is_text_worse:
