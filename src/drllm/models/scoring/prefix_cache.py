@@ -1,4 +1,6 @@
-"""A bounded cache of prefix states: what a row of tokens is after the first executions of a path.
+"""Cache prefix states: a row's hidden states and K/V after the first executions of a path.
+
+The cache has a maximum size. A scoring pass continues from the states that it finds here.
 
 Axes: T tokens, D hidden, H heads, E head size.
 """
@@ -16,12 +18,12 @@ from drllm.paths import Path
 GIGABYTE = 1e9
 
 Key: TypeAlias = tuple[int, str, int, Path]
-"""Number of the packed rows that a row belongs to; the adapter; the row; the layers so far."""
+"""The number of a `PackedRows`, the adapter, the row in these rows, and the layers run so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixState:
-    """A row of tokens after some executions."""
+    """The state of a row of tokens after some executions."""
 
     hidden: Tensor  # [T, D]
     keys: Tensor | None = None  # [H, T, E], the K of the last execution, where K/V is kept
@@ -29,36 +31,37 @@ class PrefixState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the state holds."""
-        return sum(t.nbytes for t in (self.hidden, self.keys, self.values) if t is not None)
+        """Bytes of memory that the state takes."""
+        tensors = (self.hidden, self.keys, self.values)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(eq=False)
 class PrefixCache:
-    """States by row and path; the least recently used are evicted when memory runs out.
+    """Keeps states by row and path, and evicts the least recently used when memory runs out.
 
-    States that were put together lie in one tensor, so they are evicted together. Everything held
-    counts: all states, and what others hold besides them and report here (`count_other`). What a
-    pass needs isn't evicted before it is over, so memory may exceed the maximum meanwhile.
+    States that are put together lie in one tensor, so they are evicted together, as a batch. The
+    size counts all states, and the memory that callers report by `count_other`. A state that a
+    pass needs isn't evicted before the pass ends, so the cache may exceed its maximum until then.
     """
 
     max_bytes: float
     num_bytes: int = 0
-    peak_bytes: int = 0  # the largest that `num_bytes` was
-    executions_run: int = 0  # states that were computed
+    peak_bytes: int = 0  # the largest value of `num_bytes` so far
+    executions_run: int = 0  # number of states that were computed
     tokens_run: int = 0  # the sum of their tokens
-    # Each state with the number of its batch.
+    # Each state with the number of the newest batch that holds it.
     _states: dict[Key, tuple[PrefixState, int]] = field(default_factory=dict)
     # Each batch's keys and bytes, least recently used first.
     _batches: OrderedDict[int, tuple[list[Key], int]] = field(default_factory=OrderedDict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _needed: Counter[Key] = field(default_factory=Counter)  # by how many passes
+    _needed: Counter[Key] = field(default_factory=Counter)  # how many passes need a state
 
     def __len__(self) -> int:
         return len(self._states)
 
     def get(self, key: Key) -> PrefixState | None:
-        """Return a state, or None if it was never kept or was evicted."""
+        """Return a state, or None if the cache doesn't hold it."""
         entry = self._states.get(key)
         if entry is None:
             return None
@@ -67,7 +70,10 @@ class PrefixCache:
         return state
 
     def put(self, states: Mapping[Key, PrefixState]) -> None:
-        """Keep states of one tensor, needed until `release`, evicting others if necessary."""
+        """Keep states that lie in one tensor, and evict other states if necessary.
+
+        The new states are protected until `release`.
+        """
         batch = next(self._numbers)
         num_bytes = sum(state.num_bytes for state in states.values())
         for key, state in states.items():
@@ -77,29 +83,29 @@ class PrefixCache:
         self.count_other(num_bytes)
 
     def need(self, key: Key) -> None:
-        """Protect a state from eviction until `release`, which has to follow once for each call."""
+        """Protect a state from eviction until `release`; each call needs a `release` of its own."""
         self._needed[key] += 1
 
     def release(self, keys: Iterable[Key]) -> None:
-        """Allow eviction again."""
+        """Allow states to be evicted again."""
         self._needed.subtract(keys)
-        self._needed = +self._needed  # those above zero
+        self._needed = +self._needed  # drops the counts of zero
         self._shrink()
 
     def count_other(self, num_bytes: int) -> None:
-        """Count memory that is held besides the states; negative when it is freed."""
+        """Count memory that a caller holds besides the states; a negative number frees it."""
         self.num_bytes += num_bytes
         self._shrink()
         self.peak_bytes = max(self.peak_bytes, self.num_bytes)
 
     def forget(self) -> None:
-        """Drop all states; what is held besides them still counts."""
+        """Drop all states; memory reported by `count_other` still counts."""
         self.num_bytes -= sum(num_bytes for _, num_bytes in self._batches.values())
         self._states.clear()
         self._batches.clear()
 
     def _shrink(self) -> None:
-        """Evict the least recently used batches that no pass needs, as far as memory demands it."""
+        """Evict batches that no pass needs, least recently used first, until the size fits."""
         if self.num_bytes <= self.max_bytes:
             return
         for batch, (keys, num_bytes) in list(self._batches.items()):
@@ -109,5 +115,8 @@ class PrefixCache:
                 continue
             del self._batches[batch]
             for key in keys:
-                self._states.pop(key, None)  # put anew since, it may be gone
+                # A state that was put again belongs to its newest batch, which may be gone already.
+                entry = self._states.get(key)
+                if entry is not None and entry[1] == batch:
+                    del self._states[key]
             self.num_bytes -= num_bytes

@@ -94,3 +94,28 @@ def test_what_is_held_beside_the_states_takes_their_room():
     assert cache.num_bytes == 2 * 160
     cache.count_other(-2 * 160)
     assert cache.num_bytes == 0
+
+
+def test_a_state_put_again_stays_when_its_older_batch_is_evicted():
+    cache = PrefixCache(2 * 160)
+    cache.put({key(0): state(), key(1): state()})
+    newer = state()
+    cache.put({key(0): newer})
+    cache.release([key(0), key(0), key(1)])
+    assert cache.get(key(0)) is newer
+    assert held(cache, 2) == [0]
+    assert cache.num_bytes == 160
+
+
+def test_a_state_put_again_may_be_evicted_before_its_older_batch():
+    cache = PrefixCache(3 * 160)
+    cache.put({key(0): state(), key(1): state()})
+    cache.put({key(0): state()})
+    cache.release([key(0), key(0), key(1)])
+    assert cache.get(key(1)) is not None  # now the older batch is the more recently used one
+    cache.put({key(2): state()})
+    assert held(cache, 3) == [1, 2]
+    assert cache.num_bytes == 3 * 160
+    cache.put({key(3): state()})
+    assert held(cache, 4) == [2, 3]
+    assert cache.num_bytes == 2 * 160
