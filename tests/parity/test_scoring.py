@@ -237,7 +237,7 @@ def test_scores_equal_each_path_alone_in_families_of_every_kind(tiny_model, fami
 
 @pytest.mark.parametrize("padding", [0, 5, 10_000])
 def test_rows_of_unequal_length_share_runs_whatever_padding_costs(tiny_llama, monkeypatch, padding):
-    monkeypatch.setitem(sharing.PADDING_WORTH_A_RUN, "cpu", padding)
+    monkeypatch.setattr(sharing, "MAX_CPU_PADDING", padding)
     check_sums(tiny_llama(), WITH_STEM, some_pairs(12, seed=8))
 
 

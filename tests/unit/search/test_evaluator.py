@@ -152,9 +152,9 @@ def test_margins_of_wrong_paths_may_be_taken_before_the_others_are_known(
     assert found == pytest.approx([outcome.margin for outcome in expected], abs=MARGIN_TOLERANCE)
 
 
-@pytest.mark.parametrize("most_idle", [0.0, 0.3, 100.0])
+@pytest.mark.parametrize("max_idle_steps", [0.0, 0.3, 100.0])
 def test_answers_are_the_same_however_long_answered_rows_are_run_on_with(
-    tiny_llama, tiny_tokenizer, monkeypatch, most_idle
+    tiny_llama, tiny_tokenizer, monkeypatch, max_idle_steps
 ):
     limits = (1, 3, 9)
     prompts = [
@@ -169,7 +169,7 @@ def test_answers_are_the_same_however_long_answered_rows_are_run_on_with(
         )
         for place, decisions in pairs
     ]
-    monkeypatch.setattr(answers, "MOST_IDLE", most_idle)
+    monkeypatch.setattr(answers, "MAX_IDLE_STEPS", max_idle_steps)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
     found = Evaluator(routed, prompts, 1.0).evaluate(pairs)
     assert [[*outcome.tokens] for outcome in found] == [[*tokens] for tokens in expected]
@@ -187,7 +187,7 @@ def test_an_answered_row_that_is_run_on_with_never_goes_beyond_the_context(
         for text, limit in ((long, 2), ("Say:", 20))
     ]
     assert context - 20 < len(encode(tiny_tokenizer, long)) <= context - 2
-    monkeypatch.setattr(answers, "MOST_IDLE", 100.0)
+    monkeypatch.setattr(answers, "MAX_IDLE_STEPS", 100.0)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
     found = Evaluator(routed, prompts, 1.0).evaluate([(0, FULL), (1, FULL)])
     routed.detach()

@@ -18,7 +18,7 @@ from drllm.models.routing.generate import options_of
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import Policy, one_plan
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.prefix_sharing import MIN_PREFIX, prefix_length
+from drllm.models.scoring.prefix_sharing import MIN_PREFIX, count_common_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class CommonPrefix:
 
     def _find(self, plan: Any, prompts: list[list[int]]) -> _Prefix | None:
         """Return the longest beginning that is worth using, read anew if it grew much."""
-        common = prompts[0][: prefix_length(prompts)]
+        common = prompts[0][: count_common_tokens(prompts)]
         last = self._last
         if last is not None and (last.plan != plan or last.tokens != common[: len(last.tokens)]):
             last = None

@@ -1,1 +1,1 @@
-"""Scoring many (prompt, path) pairs at once, exactly as each alone would be."""
+"""Score many (prompt, path) pairs at once, with the same results as one at a time."""

@@ -1,8 +1,8 @@
 """Generate greedy answers for many (prompt, decisions) pairs at once, each until it is graded.
 
-Prompts are read as packed rows, so that paths of one prompt share their common prefixes, within a
-call and across calls, and prompts share what they begin with; then they are decoded as an ordinary
-routed batch with a cache of its own.
+The prompts are read as packed rows. So the paths of one prompt share their common prefixes, within
+a call and across calls, and the prompts share their common beginning. Then the answers are decoded
+as an ordinary routed batch with its own cache.
 
 Axes: P prompts, N pairs, V vocabulary.
 """
@@ -27,29 +27,37 @@ from drllm.models.scoring.packing import Request, Tokens
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
-"""Called with a pair's place, its text so far, and whether that is all. Returns the grade, or None
-while it can't be told."""
+"""Called with a pair's place, its text so far, and whether the text is complete. Returns the grade,
+or None if the text so far can't be graded yet."""
 
-# Steps' worth of work on answered rows before they are dropped, which copies all others' K and V.
-MOST_IDLE = 0.3
+MAX_IDLE_STEPS = 0.3
+"""Work that a batch spends on finished rows before it drops them, in decoding steps of the batch.
+Dropping rows copies the K and V of all other rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
     """A greedily generated answer."""
 
-    text: str  # as far as it was generated
+    text: str  # up to the token with which it was graded
     tokens: tuple[int, ...]  # without the end-of-sequence token
     grade: float
-    logprob: float  # mean over the tokens generated (with the end of sequence), in nats
-    kl: float | None = None  # as in a `Score`
+    logprob: float  # mean over the generated tokens, the end-of-sequence token included, in nats
+    kl: float | None = None  # see `Score.kl`
 
 
 class AnswerBatch:
-    """Prompts, as tokens, that are answered greedily, each pair under its own decisions.
+    """Generates greedy answers to prompts, each under its own decisions.
 
-    `state_cache_gb` and `paths_per_pass` are those of a `ChoiceBatch`; `rows` are the prompts'
-    rows, with the states of their paths.
+    Args:
+        routed: The model.
+        tokenizer: Decodes the answers.
+        contexts: The tokens of each prompt.
+        state_cache_gb: See `ChoiceBatch`.
+        paths_per_pass: See `ChoiceBatch`.
+
+    Attributes:
+        rows: The prompts as packed rows. A `ChoiceBatch` can continue from them.
     """
 
     def __init__(
@@ -84,12 +92,18 @@ class AnswerBatch:
         *,
         kl: bool = False,
     ) -> list[ScoredAnswer]:
-        """Generate until every pair of a prompt's place and decisions is graded.
+        """Generate an answer for every pair of a prompt's place and decisions.
 
-        An answer stops as soon as the grader has graded the text so far. As far as it goes, it is
-        what greedy `generate` of the routed model gives without logits processors: a repetition
-        penalty in a model's generation settings is not applied (docs/differences.md, D-19). `kl`
-        measures that too, in the passes that read the prompts.
+        An answer stops as soon as the grader has graded the text so far. Its tokens are those of
+        greedy `generate` of the routed model without logits processors: a repetition penalty in a
+        model's generation settings is not applied (docs/differences.md, D-19).
+
+        Args:
+            pairs: The place of a prompt, and the decisions it runs under.
+            max_new_tokens: Maximum length of each answer, `[N]`.
+            grader: Grades a text.
+            kl: Whether to measure the KL from the full path too, in the passes that read the
+                prompts.
         """
         num_read = self.rows.packed.mask.shape[-1]
         num_written = max(max_new_tokens, default=0)
@@ -102,7 +116,7 @@ class AnswerBatch:
         return self._batcher.run(range(len(pairs)), size, answer_part)
 
     def _answer(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
-        """Answer so many pairs in one batch: read the prompts, then decode token by token."""
+        """Write some answers in one batch: read the prompts, then decode token by token."""
         batch, logits, kls = self._read(drafts, kl)
         while True:
             highest, tokens = logits.float().max(dim=-1)  # [rows]
@@ -115,7 +129,7 @@ class AnswerBatch:
                 break
             tokens = batch.drop_answered(tokens)
             logits = batch.step(tokens)
-        return [draft.finished(kls.get(draft.pair)) for draft in drafts]
+        return [draft.finish(kls.get(draft.pair)) for draft in drafts]
 
     def _read(
         self, drafts: list[_Draft], kl: bool
@@ -125,8 +139,9 @@ class AnswerBatch:
         unique: list[PlanPair] = list(dict.fromkeys(pairs))
         if kl:
             unique = self._kl.with_full(pairs)
-        num_own = self.rows.packed.num_own
-        num_kept = [num_own[row] if kl else 1 for row, _ in unique]
+        num_kept = [1] * len(unique)  # the last token's logits alone
+        if kl:
+            num_kept = [self.rows.packed.num_own[row] for row, _ in unique]
         kls: dict[PlanPair, float | None] = {}
         with self.rows.run(unique, num_kept) as driver:
             last = {}
@@ -150,7 +165,7 @@ class AnswerBatch:
         return batch, logits, kls
 
     def _extend(self, draft: _Draft, token: int, logprob: float, grader: Grader) -> None:
-        """Add a token to an answer, and grade it if that can be done."""
+        """Add a token to an answer, and grade the answer if its text is long enough."""
         draft.num_steps += 1
         draft.sum_logprobs += logprob
         is_end = token in self._end_tokens
@@ -163,7 +178,7 @@ class AnswerBatch:
 
 @dataclass(slots=True)
 class _Draft:
-    """An answer while it is generated."""
+    """An answer that is being generated."""
 
     place: int
     pair: Pair
@@ -172,9 +187,9 @@ class _Draft:
     text: str = ""
     num_steps: int = 0  # tokens generated, with the end of sequence
     sum_logprobs: float = 0.0
-    grade: float | None = None  # None until it is graded, when the answer is over
+    grade: float | None = None  # None while the answer goes on
 
-    def finished(self, kl: float | None) -> ScoredAnswer:
+    def finish(self, kl: float | None) -> ScoredAnswer:
         """Return the graded answer."""
         assert self.grade is not None
         logprob = self.sum_logprobs / self.num_steps
@@ -185,42 +200,42 @@ class _Draft:
 class _DecodingBatch:
     """Answers that are generated together, as an ordinary routed batch with a cache.
 
-    A row whose answer is over stays until it has cost enough: dropping it copies the K and V of
-    all others.
+    A row stays for some steps after its answer is over, since dropping it copies the K and V of
+    all other rows (see `MAX_IDLE_STEPS`).
     """
 
     routed: RoutedModel
-    drafts: list[_Draft]  # of each row
+    drafts: list[_Draft]  # [rows]
     cache: Cache
-    cache_argument: str  # the name under which the model takes it
+    cache_argument: str  # the name of the model's argument for the cache
     mask: Tensor  # [rows, T]
-    positions: Tensor  # [rows, 1], of the last token
-    num_idle: float = 0.0  # steps' worth of work on rows whose answers are over
+    positions: Tensor  # [rows, 1], of each row's last token
+    idle_steps: float = 0.0  # steps spent on finished rows since rows were dropped last
 
     def drop_answered(self, tokens: Tensor) -> Tensor:
-        """Drop the rows whose answers are over, once they have cost `MOST_IDLE` steps.
+        """Drop the rows whose answers are over, once they have cost `MAX_IDLE_STEPS`.
 
-        `tokens` `[rows]` are the ones to read next; returned are those of the rows that are left.
+        `tokens` `[rows]` are the next ones to read. The result holds those of the remaining rows.
         """
-        left = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
-        self.num_idle += (len(self.drafts) - len(left)) / len(self.drafts)
-        if self.num_idle <= MOST_IDLE:
+        active = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
+        self.idle_steps += (len(self.drafts) - len(active)) / len(self.drafts)
+        if self.idle_steps <= MAX_IDLE_STEPS:
             return tokens
-        self.num_idle = 0.0
-        keep = on_device(left, tokens.device)
+        self.idle_steps = 0.0
+        keep = on_device(active, tokens.device)
         self.cache.batch_select_indices(keep)
         self.mask = self.mask[keep]
         self.positions = self.positions[keep]
-        self.drafts = [self.drafts[row] for row in left]
+        self.drafts = [self.drafts[row] for row in active]
         return tokens[keep]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read a token a row, `[rows]`; return the next one's logits, `[rows, V]`."""
+        """Read one token of each row, `[rows]`; return the logits of the next, `[rows, V]`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.drafts), 1)], dim=1)
         self.positions = self.positions + 1
-        answered = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
-        if answered:  # never beyond the context, nor the largest position of all
-            self.positions[on_device(answered, self.positions.device)] = 0
+        finished = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
+        if finished:  # so that they neither leave the context nor hold the batch's largest position
+            self.positions[on_device(finished, self.positions.device)] = 0
         with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
             logits: Tensor = self.routed.model(
                 input_ids=tokens[:, None],

@@ -1,4 +1,4 @@
-"""Choose how many paths a forward pass takes by memory; halve it where memory runs out.
+"""Split work over forward passes by the free memory, and halve a pass when memory runs out.
 
 Results don't depend on how paths are split over passes.
 """
@@ -21,25 +21,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-MAX_PATHS = 256  # a pass of so many paths keeps any device busy; more only takes memory
+MAX_PATHS = 256  # enough to keep any device busy; more paths in a pass only take memory
 SHARE_OF_FREE_MEMORY = 0.5
-"""The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
+"""The other half is for activations inside a layer, fragments and other programs."""
 FLOAT_BYTES = 4
 MAX_STATE_CACHE_GB = 16
 
-_num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+_num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # see `share_memory`
 
 
 @dataclass(frozen=True, slots=True)
 class PathSize:
-    """How large a path of one prompt is in memory while its pass runs."""
+    """The size of one path of one prompt in memory while its pass runs."""
 
-    num_tokens: int  # of its row, past ones included
+    num_tokens: int  # of its row, past tokens included
     num_logits: int  # tokens whose logits are computed
-    keeps_kv: bool = False  # its K/V is kept, and gathered once more to generate from
+    keeps_kv: bool = False  # whether its K/V is kept, and copied into a cache to generate from
 
     def num_bytes(self, model: Any) -> int:
-        """Return its memory in a model."""
+        """Return the bytes that the path takes in a model."""
         config = model.config.get_text_config()
         num_bytes = model.dtype.itemsize
         state_size = config.hidden_size
@@ -50,7 +50,7 @@ class PathSize:
             kv_size = 2 * heads * head_size
             state_size += 2 * kv_size  # in the state, and in the cache
         states = self.num_tokens * config.num_hidden_layers * state_size * num_bytes
-        # As computed, in fp32, and once more in fp32 for what is computed from them.
+        # In the model's dtype, in fp32, and once more in fp32 for what is computed from them.
         logits = self.num_logits * config.vocab_size * (num_bytes + 2 * FLOAT_BYTES)
         return int(states + logits)
 
@@ -60,10 +60,10 @@ class MemoryBatcher:
     """Splits work over forward passes that fit into memory."""
 
     model: Any
-    # A cache that will still take some of the memory that is free now.
+    # The cache that the passes fill: it will take some of the memory that is free now.
     states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
-    maximum: int | None = None  # paths in a pass; None picks it by the memory that is free
-    _limit: int = sys.maxsize  # until memory runs out
+    maximum: int | None = None  # paths in a pass; None picks the number by the free memory
+    _limit: int = sys.maxsize  # lowered when memory runs out
 
     def num_paths(self, size: PathSize) -> int:
         """Return how many paths the next pass takes."""
@@ -71,8 +71,8 @@ class MemoryBatcher:
             return min(self.maximum, self._limit)
         free = free_bytes(self.model.device)
         room_for_states = self.states.max_bytes - self.states.num_bytes
-        left = max(free - room_for_states, free / 2)
-        number = int(left * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
+        available = max(free - room_for_states, free / 2)
+        number = int(available * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
         return min(max(number, 1), MAX_PATHS, self._limit)
 
     def run(
@@ -81,10 +81,15 @@ class MemoryBatcher:
         size: PathSize,
         one_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result]:
-        """Run all items, one for each path, as many in a pass as memory allows.
+        """Run all items, as many in a pass as memory allows.
 
-        `size` is that of the largest path; `one_pass` gives the results of a part of the items, in
-        order. A single path that doesn't fit is a ModelError.
+        Args:
+            items: One for each path.
+            size: The size of the largest path.
+            one_pass: Returns the results of a part of the items, in their order.
+
+        Raises:
+            ModelError: Not even one path fits.
         """
         results: list[Result] = []
         while len(results) < len(items):
@@ -99,12 +104,12 @@ class MemoryBatcher:
                     raise ModelError(self._explain(size)) from error
             else:
                 continue
-            # Outside of the except block, so that what the failed pass held is free by now.
+            # Outside of the except block, so that the memory of the failed pass is free by now.
             self._halve(len(part))
         return results
 
     def _explain(self, size: PathSize) -> str:
-        """Say that not even one path fits, and what to do."""
+        """Explain that not even one path fits, and what to do."""
         advice = "load the model with --dtype bfloat16, or use a device with more memory"
         if self.states.max_bytes:
             advice = f"lower --state-cache-gb, {advice}"
@@ -141,7 +146,10 @@ def share_memory(num_sharing: int) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory: of a CUDA device with what torch caches, else this process's part."""
+    """Return the free memory of a device, on a CPU this process's share.
+
+    On a CUDA device the memory that torch caches counts as free.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -150,17 +158,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of so many GB; None is a quarter of the free memory, at most 16 GB."""
+    """Return an empty cache of this size; None is a quarter of the free memory, at most 16 GB."""
     if gigabytes is None:
         gigabytes = min(free_bytes(device) / 4 / GIGABYTE, MAX_STATE_CACHE_GB)
     return PrefixCache(gigabytes * GIGABYTE)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
-    """Divide prompts into batches of their places by their lengths in tokens, the longest first.
+    """Group prompts by their lengths in tokens into batches, the longest first.
 
-    So little of a batch is padding, and what is too large for memory fails at the start. A batch
-    has at most `max_tokens`, with padding; a longer prompt is a batch by itself.
+    A batch then has little padding, and one that is too large for memory fails at the start. A
+    batch has at most `size` prompts and `max_tokens` tokens, padding included; a longer prompt is
+    a batch by itself. Returns the places of each batch's prompts.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     parts: list[list[int]] = []

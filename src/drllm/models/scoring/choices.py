@@ -1,8 +1,8 @@
 """Score the continuations of many (prompt, plan) pairs at once: log-likelihoods, KL, greedy flags.
 
-`ChoiceBatch` scores the continuations of each prompt under given decisions, along static paths, or
-under a policy. Paths of one prompt share their common prefixes, within a call and across
-calls, and prompts share what they begin with.
+`ChoiceBatch` scores the continuations of each prompt under decisions, along static paths, or under
+a policy. The paths of one prompt share their common prefixes, within a call and across calls, and
+the prompts share their common beginning.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
 """
@@ -10,7 +10,7 @@ Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored t
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,22 +26,20 @@ from drllm.models.scoring.packing import Request, pack
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
 from drllm.paths import adapter_of
 
-Value = TypeVar("Value")
-
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How one path scores the continuations of one prompt, in nats."""
+    """The score of one prompt's continuations along one path, in nats."""
 
-    logprobs: tuple[float, ...]  # summed, of each continuation
+    logprobs: tuple[float, ...]  # of each continuation, summed over its scored tokens
     # Mean KL from the full path over the prompt's tokens; None if not requested, or not finite.
     kl: float | None = None
-    # For each continuation, whether all its scored tokens are the likeliest; empty: not requested.
+    # Of each continuation, whether all its scored tokens are the likeliest; empty if not requested.
     greedy: tuple[bool, ...] = ()
 
 
 def _join_scores(parts: Sequence[Score]) -> Score:
-    """Return the score of a request from those of its rows; KL stands with the first."""
+    """Join the scores of a request's rows; the KL is that of the first row."""
     logprobs: list[float] = []
     greedy: list[bool] = []
     for part in parts:
@@ -52,50 +50,47 @@ def _join_scores(parts: Sequence[Score]) -> Score:
 
 @dataclass(eq=False)
 class _OncePerRequest(Policy):
-    """Asks another policy once for all rows of a request, which begin with the same context."""
+    """Gives all rows of a request one decision of another policy: they have the same context."""
 
     policy: Policy
-    rows_of: Sequence[range]  # the rows of each request, side by side; together they are the batch
+    rows_of: Sequence[range]  # the rows of each request; together they are all rows of the batch
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
-        """Show the policy each request's first row, and return its decision for all of them."""
-        decisions = self.policy.decide(layer, self._shown(prompts))
+        """Decide by the first row of each request, and repeat the decision for its other rows."""
+        decisions = self.policy.decide(layer, self._first_rows(prompts))
         if isinstance(decisions, Tensor):
             decisions = decisions.tolist()
-        return self._for_all(decisions)
+        repeated: list[int] = []
+        for decision, rows in zip(decisions, self.rows_of, strict=False):
+            repeated += [decision] * len(rows)
+        return repeated
 
-    def _shown(self, prompts: PromptView) -> PromptView:
+    def _first_rows(self, prompts: PromptView) -> PromptView:
         first = [rows[0] for rows in self.rows_of]
         hidden = prompts.hidden[on_device(first, prompts.hidden.device)]
         readable = prompts.readable[on_device(first, prompts.readable.device)]
         return PromptView(hidden, readable, prompts.spans)
-
-    def _for_all(self, values: Sequence[Value]) -> list[Value]:
-        repeated: list[Value] = []
-        for value, rows in zip(values, self.rows_of, strict=False):
-            repeated += [value] * len(rows)
-        return repeated
 
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
     """The tokens that a row has to predict."""
 
-    columns: Tensor  # for each, the scored column that predicts it
+    columns: Tensor  # of each token, the column of the logits that predicts it
     ids: Tensor
-    owners: Tensor  # for each, the number of its continuation
+    owners: Tensor  # of each token, the number of its continuation
 
 
 class ChoiceBatch:
-    """Requests whose continuations are scored.
+    """Scores the continuations of a batch of requests.
 
-    All continuations of a request are packed into one row after one copy of its context (see
-    `pack`) where the model's attention takes the mask that this needs. Where it takes none, or some
-    layers see fewer tokens than a request has with all its continuations, each continuation gets a
-    plain row of its own with a copy of the context. The numbers are the same.
+    All continuations of a request are packed into one row, after one copy of its context (see
+    `pack`). That needs a special attention mask. If the model's attention can't take one, or some
+    layers see fewer tokens than the row has, each continuation gets a row of its own with a copy of
+    the context. The scores are the same.
 
-    Source: ours; it equals lm-evaluation-harness' row (context and continuation without its last
-        token).
+    Source: ours; the scores equal those of lm-evaluation-harness, whose rows hold the context and
+        one continuation without its last token.
     """
 
     def __init__(
@@ -111,12 +106,14 @@ class ChoiceBatch:
 
         Args:
             routed: The model.
-            requests: What to score. A prompt or a continuation without tokens is a RoutingError.
+            requests: The prompts and their continuations.
             state_cache_gb: Maximum size of the cache of shared states in GB (see `prefix_cache`).
-            paths_per_pass: Maximum rows of a forward pass, one for each path; None picks it by
-                memory.
+            paths_per_pass: Maximum number of paths in a forward pass; None picks it by memory.
             contexts: Rows that hold the requests' contexts, with the states of their paths. Then
                 only the continuations are run.
+
+        Raises:
+            RoutingError: A prompt or a continuation has no tokens.
         """
         _refuse_empty(requests)
         self.routed = routed
@@ -132,16 +129,16 @@ class ChoiceBatch:
             first = len(self._parts)
             self._rows_of.append(range(first, first + len(parts)))
             self._parts += parts
-        # `contexts` has a row for each request; unpacked rows are more, and read their own.
+        # `contexts` has one row for each request. Unpacked rows are more, and read whole.
         past = contexts if packs else None
         self._rows = packed_rows(routed, self._parts, self.states, contexts=past)
         self._kl = KlFromFull(self._rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
-        self._targets = [self._targets_of(part) for part in self._parts]
+        self._targets = [self._find_targets(part) for part in self._parts]
 
     @property
     def shares_beginning(self) -> bool:
-        """Whether the prompts begin alike, so that paths read their beginning once for all."""
+        """Whether a path reads the prompts' common beginning once for all of them."""
         return self._rows.past is not None
 
     def forget(self) -> None:
@@ -149,16 +146,23 @@ class ChoiceBatch:
         self._kl.forget()
 
     def logprobs(self, pairs: Sequence[PlanPair]) -> list[tuple[float, ...]]:
-        """Return, for each pair as in `scores`, the `logprobs` of its score."""
+        """Score pairs as `scores` does, and return their `logprobs` alone."""
         return [score.logprobs for score in self.scores(pairs)]
 
     def scores(
         self, pairs: Sequence[PlanPair], *, kl: bool = False, greedy: bool = False
     ) -> list[Score]:
-        """Score the continuations of a request along a plan, for each pair of its place and a plan.
+        """Score the continuations of requests along plans.
 
-        `kl` measures the mean KL from the full path too, `greedy` which continuations the path
-        would generate. Pairs with an adapter run in passes of their own.
+        Pairs with an adapter run in passes of their own.
+
+        Args:
+            pairs: The place of a request, and the plan to run.
+            kl: Whether to measure the mean KL from the full path too.
+            greedy: Whether to tell which continuations the path would generate greedily.
+
+        Returns:
+            The score of each pair.
         """
         by_adapter: dict[str, list[PlanPair]] = {}
         for place, plan in pairs:
@@ -169,7 +173,7 @@ class ChoiceBatch:
         return [next(scores[adapter_of(plan)]) for _, plan in pairs]
 
     def _scores_of(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
-        """Return the scores of pairs that all run with one adapter, or all without."""
+        """Score pairs that all run with the same adapter, or all without one."""
         row_pairs: list[PlanPair] = []
         for place, plan in pairs:
             row_pairs += [(row, plan) for row in self._rows_of[place]]
@@ -185,12 +189,14 @@ class ChoiceBatch:
         return scores
 
     def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
-        """Score every request once under a policy, which reads its prompt and no continuation.
+        """Score every request once under a policy, which reads the prompt and no continuation.
 
-        Decisions are taken in the pass that scores. Returns how each request's continuations
-        score, greedy ones named, and the routes, `[P, L]`.
+        The policy decides in the same pass that scores.
+
+        Returns:
+            The score of each request, with its `greedy` flags, and the routes, `[P, L]`.
         """
-        # A static path is the same for all rows, and the driver has to see that it is one.
+        # A static path is the same for all rows; the driver has to recognise it, so don't wrap it.
         if len(self._parts) > len(self.requests) and not isinstance(policy, PathPolicy):
             policy = _OncePerRequest(policy, self._rows_of)
         model = self.routed.model
@@ -199,8 +205,8 @@ class ChoiceBatch:
             packed = pack(self._parts, dtype=model.dtype, device=model.device)
         num_tokens = packed.ids.shape[1]
         num_kept = max(packed.num_after) + 1
-        # On a CPU by index: a slice would lie scattered, and the head's product be slow. Elsewhere
-        # by number: the head may be on another device than the tokens.
+        # A CPU gets the tokens' indices: a slice isn't contiguous, which makes the head's product
+        # slow. Other devices get their number: the head may be on another device than the tokens.
         last: Any = num_kept
         if packed.ids.device.type == "cpu":
             last = torch.arange(num_tokens - num_kept, num_tokens)
@@ -218,13 +224,13 @@ class ChoiceBatch:
             start = logits.shape[1] - num_after - 1
             rows.append((row, logits[row, start:]))
         row_scores = self._score_logits(rows, greedy=True)
-        first = [rows[0] for rows in self._rows_of]  # a row for each request
+        first = [rows[0] for rows in self._rows_of]  # one row for each request
         driver.keep([tuple([decisions[row] for row in first]) for decisions in driver.last])
         scores = [_join_scores([row_scores[row] for row in rows]) for rows in self._rows_of]
         return scores, self.routed.last_route
 
     def _path_size(self, kl: bool) -> PathSize:
-        """Return the size of the largest path: with KL the prompt's logits are computed too."""
+        """Return the size of the largest path; KL needs the logits of the prompt too."""
         packed = self._rows.packed
         num_logits = []
         for own, after in zip(packed.num_own, packed.num_after, strict=True):
@@ -237,8 +243,8 @@ class ChoiceBatch:
         num_after = self._rows.packed.num_after
         kl_rows = {rows[0] for rows in self._rows_of} if kl else set()
         measured = self._kl.with_full([pair for pair in pairs if pair[0] in kl_rows])
-        unique = list(dict.fromkeys([*measured, *pairs]))
-        # How many tokens of the prompt are kept ahead of its last one.
+        unique = list(dict.fromkeys([*measured, *pairs]))  # the measured pairs first
+        # How many tokens of the prompt are kept before its last one.
         num_ahead = [num_own[row] - 1 if row in kl_rows else 0 for row, _ in unique]
         num_kept = [
             ahead + num_after[row] + 1 for ahead, (row, _) in zip(num_ahead, unique, strict=True)
@@ -255,11 +261,14 @@ class ChoiceBatch:
 
     def _score_logits(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""
-        sums = []  # of each row [1, C], or [2, C] with the number of tokens that others beat
+        # Of each row, [1, C]; with `greedy` [2, C], the second the number of tokens that aren't the
+        # likeliest.
+        sums = []
         for row, logits in rows:
             targets = self._targets[row]
             values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            # As lm-evaluation-harness has it: `logsumexp` is nearer to float64, and 1e-4 from it.
+            # `log_softmax` as in lm-evaluation-harness. `logsumexp` is nearer to float64, but
+            # differs from the harness by 1e-4.
             summands = [values.log_softmax(dim=1)[targets.columns, targets.ids]]
             if greedy:
                 is_beaten = values.argmax(dim=1)[targets.columns] != targets.ids
@@ -267,7 +276,7 @@ class ChoiceBatch:
             zeros = values.new_zeros(len(self._parts[row].continuations))
             added = [zeros.index_add(0, targets.owners, summand) for summand in summands]
             sums.append(torch.stack(added))
-        logprobs, *beaten = torch.cat(sums, dim=1).tolist()  # at once: a device is waited for here
+        logprobs, *beaten = torch.cat(sums, dim=1).tolist()  # one wait for the device
 
         scores: list[Score] = []
         start = 0
@@ -280,15 +289,15 @@ class ChoiceBatch:
             start = end
         return scores
 
-    def _targets_of(self, request: Request) -> _Targets:
-        """Return the tokens that a request's row has to predict."""
+    def _find_targets(self, request: Request) -> _Targets:
+        """Find the tokens that a request's row has to predict."""
         columns: list[int] = []
         ids: list[int] = []
         owners: list[int] = []
         start = 1  # column 0 is the context's last token
         continuations = zip(request.continuations, request.scored_from, strict=True)
         for owner, (tokens, first) in enumerate(continuations):
-            # Its first token is predicted by the context, the others by those before them.
+            # The context predicts a continuation's first token, and each token the next one.
             predictors = [0, *range(start, start + len(tokens) - 1)]
             columns += predictors[first:]
             ids += tokens[first:]

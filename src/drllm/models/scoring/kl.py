@@ -1,4 +1,4 @@
-"""Measure how far a path's next-token distributions are from the full path's, by KL.
+"""Measure the KL divergence of a path's next-token distributions from those of the full path.
 
 Axes: T tokens of a prompt in one row, V vocabulary.
 """
@@ -30,12 +30,12 @@ class _Distributions:
 
 
 class KlFromFull:
-    """Mean KL(full path's next-token distribution || the path's) over the tokens of rows' prompts.
+    """Measures the mean KL(full path || path) of next-token distributions over a prompt's tokens.
 
-    In fp32 (fp64 for a model in it). The tokens of a common prefix count for every prompt, and are
-    measured once for all of them. The full path's distributions are kept for each row while they
-    take no more than `SHARE_OF_MEMORY` of the memory for states; beyond that they are computed
-    again from its last state in every pass.
+    It computes in fp32 (fp64 for a model in fp64). The tokens of a common prefix count for every
+    prompt, and are measured once for all of them. The full path's distributions on a row are kept
+    while all of them take no more than `SHARE_OF_MEMORY` of the memory for states. Beyond that
+    they are computed again in every pass, from the full path's last state.
 
     Source: ours; docs/decisions/0006.
     """
@@ -43,17 +43,17 @@ class KlFromFull:
     def __init__(self, rows: PackedRows) -> None:
         self._rows = rows
         self._full = full_decisions(rows.routed.num_layers)
-        self._distributions: dict[int, _Distributions] = {}  # the full path's, by row
+        self._distributions: dict[int, _Distributions] = {}  # by row
         self._prefix = KlFromFull(rows.past) if rows.past is not None else None
         self._prefix_sums: dict[Plan, float] = {}
 
     def with_full(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
-        """Return the pairs of a pass with the full paths that it needs, these first.
+        """Return the pairs of a pass, after the full paths that they are compared with.
 
-        Where the pairs run with an adapter, which the full path doesn't, the full paths run here.
+        The full path runs without an adapter. If the pairs have one, the full paths run here.
         """
-        missing: list[PlanPair] = []  # full paths that others are compared with
-        full: list[PlanPair] = []  # full paths of the pass itself
+        missing: list[PlanPair] = []  # full paths whose distributions aren't known yet
+        full: list[PlanPair] = []  # full paths among the pairs
         for row, plan in pairs:
             if plan == self._full:
                 full.append((row, plan))
@@ -75,12 +75,14 @@ class KlFromFull:
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]
     ) -> dict[PlanPair, float | None]:
-        """Return the KL of the pairs of `with_full` by their tokens' logits `[T, V]`.
+        """Return the KL of each pair; None if it isn't finite.
 
-        It is None where it isn't finite.
+        Args:
+            pairs: The pairs that `with_full` returned.
+            logits: The logits of each pair's tokens, `[T, V]`.
         """
         scalars = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
-        sums: list[float] = torch.stack(scalars).tolist()  # at once: a device is waited for here
+        sums: list[float] = torch.stack(scalars).tolist()  # one wait for the device
         self._limit_memory()
         num_prefix = 0
         if self._prefix is not None:
@@ -102,13 +104,13 @@ class KlFromFull:
             self._prefix.forget()
 
     def _sum(self, pair: PlanPair, logits: Tensor) -> Tensor:
-        """Return the sum over tokens of the full path's KL from a path, in nats, as a scalar."""
+        """Return KL(full path || path) summed over a row's tokens, in nats, as a scalar tensor."""
         row, plan = pair
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if plan == self._full:
             if row not in self._distributions:
                 self._keep(row, values)
-            return 0 * self._distributions[row].negative_entropy.sum()  # not a number if that isn't
+            return 0 * self._distributions[row].negative_entropy.sum()  # NaN if that isn't finite
         full = self._distributions[row]
         cross = (full.probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
         return (full.negative_entropy - cross).sum()
@@ -117,19 +119,20 @@ class KlFromFull:
         """Keep the full path's distributions on a row."""
         logprobs = logits.log_softmax(dim=-1)
         probabilities = logprobs.exp()
-        kept = _Distributions(probabilities, (probabilities * logprobs).sum(dim=-1))
-        self._distributions[row] = kept
-        self._rows.states.count_other(kept.num_bytes)
+        distributions = _Distributions(probabilities, (probabilities * logprobs).sum(dim=-1))
+        self._distributions[row] = distributions
+        self._rows.states.count_other(distributions.num_bytes)
 
     def _limit_memory(self) -> None:
-        """Drop the newest distributions while all take more than their share of the memory."""
-        most = SHARE_OF_MEMORY * self._rows.states.max_bytes
-        held = sum(kept.num_bytes for kept in self._distributions.values())
-        while self._distributions and held > most:
-            held -= self._drop(next(reversed(self._distributions)))
+        """Drop the newest distributions until the others fit their share of the memory."""
+        max_bytes = SHARE_OF_MEMORY * self._rows.states.max_bytes
+        num_bytes = sum(row.num_bytes for row in self._distributions.values())
+        while self._distributions and num_bytes > max_bytes:
+            newest = next(reversed(self._distributions))
+            num_bytes -= self._drop(newest)
 
     def _measure_prefix(self, plans: Sequence[Plan], length: int) -> None:
-        """Measure the tokens that all prompts begin with, under plans not measured yet."""
+        """Measure the common beginning of the prompts under the plans that are new."""
         assert self._prefix is not None
         new = [(0, plan) for plan in dict.fromkeys(plans) if plan not in self._prefix_sums]
         if not new:
@@ -142,7 +145,7 @@ class KlFromFull:
             self._prefix_sums[pair[1]] = math.nan if kl is None else kl * length
 
     def _drop(self, row: int) -> int:
-        """Drop a row's distributions; return their bytes."""
+        """Drop a row's distributions; return how many bytes they took."""
         num_bytes = self._distributions.pop(row).num_bytes
         self._rows.states.count_other(-num_bytes)
         return num_bytes

@@ -1,7 +1,7 @@
 """Logit lens: apply a model's final norm and output head after any of its layers.
 
-A rule finds the two, and a check shows that nothing else lies between the last layer and the
-logits.
+A rule finds the norm and the head. A check shows that nothing else lies between the last layer and
+the logits.
 
 Axes: N states, D hidden, V vocabulary.
 """
@@ -17,20 +17,23 @@ from drllm.models.base.layers import base_of, hooked
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
-NUM_TOKENS = 8  # of the check; more than one, since a padding token's embedding may be all zeros
+NUM_TOKENS = 8  # of the check; several, since the embedding of a padding token may be all zeros
 RELATIVE_TOLERANCE = 1e-3
-"""How far the logits of the check may differ from the model's own, as a share of the largest: the
-same two modules give them, so all but the last bits agree; a missed cap or scale is far above."""
+"""Largest difference between the check's logits and the model's own, as a share of the largest
+logit. The same two modules compute both, so only the last bits differ; a cap or scale in between
+makes a far larger difference."""
 
 
 class LogitLens:
     """The final norm and the output head of a model.
 
-    The norm is the module that runs after the last layer among the direct children of the module
-    whose loop runs the layers; a model may have none. A few tokens are run through the untouched
-    model, whatever its policy, to find it, and to compare the result with the model's own logits.
-    One without an output head, or that makes its logits in another way (a cap, a scale, a
-    projection in between), is an ArchitectureError.
+    The norm is the module that runs after the last layer, among the direct children of the module
+    whose loop runs the layers. A model may have none. To find it, a few tokens run through the
+    model without routing, and the lens' logits are compared with the model's own.
+
+    Raises:
+        ArchitectureError: The model has no output head, or computes its logits in another way (a
+            cap, a scale or a projection in between).
     """
 
     def __init__(self, routed: RoutedModel) -> None:
@@ -58,15 +61,15 @@ class LogitLens:
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """What a pass of the untouched model does after its last layer."""
+    """What the model does after its last layer, in a pass without routing."""
 
-    last_state: Tensor  # [N, D], as the last layer returns it
-    modules: list[nn.Module]  # those that run after it, in order
+    last_state: Tensor  # [N, D], the last layer's output
+    modules: list[nn.Module]  # the modules that run after the last layer, in order
     logits: Tensor  # [N, V]
 
 
 def _trace(routed: RoutedModel) -> _Trace:
-    """Run a few tokens through the untouched model."""
+    """Run a few tokens through the model without routing."""
     states: list[Tensor] = []
     modules: list[nn.Module] = []
 

@@ -1,4 +1,6 @@
-"""Pack a prompt and its continuations into one row, or what is left of them after a past.
+"""Pack each prompt and its continuations into one row of a batch.
+
+A row may have a *past*: first tokens of the prompt whose K/V is known, so that they aren't in it.
 
 Axes: P rows, T tokens of a row, F past tokens.
 """
@@ -16,7 +18,7 @@ Tokens: TypeAlias = Sequence[int]
 
 PADDING = -1
 PROMPT = 0
-"""What `_owners` says of a column; the continuations are counted from 1."""
+"""The owner of a column in `pack`; continuations are numbered from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,35 +26,35 @@ class Request:
     """A prompt and the continuations to score after it, as tokens."""
 
     context: Tokens  # tokens of the prompt, at least one
-    # Tokens of each continuation, at least one each; empty to generate only.
+    # Tokens of each continuation, at least one each; empty for generation.
     continuations: Sequence[Tokens] = ()
-    # For each continuation, how many of its first tokens are read without being scored, fewer than
-    # it has; empty for none. They belong to one continuation alone, so they are no part of the
-    # prompt: of a gap that is filled, the text of the filling.
+    # Of each continuation, how many first tokens are read but not scored, fewer than it has; empty
+    # if all are scored. They differ between continuations, so they can't be part of the prompt:
+    # WinoGrande fills a gap with each option, and scores the text after the gap.
     num_unscored: Sequence[int] = ()
 
     @property
     def scored_from(self) -> list[int]:
-        """For each continuation, its first scored token."""
+        """Of each continuation, the place of its first scored token."""
         return list(self.num_unscored) or [0] * len(self.continuations)
 
     @property
     def num_after(self) -> int:
-        """Tokens after the context that are read: the last of a continuation is only predicted."""
+        """How many tokens after the context are read; a continuation's last one isn't."""
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
     def length(self) -> int:
-        """Tokens that are read, all continuations after one copy of the prompt."""
+        """How many tokens are read: those of the context, once, and of all continuations."""
         return len(self.context) + self.num_after
 
     @property
     def is_plain(self) -> bool:
-        """Whether all that is read is one ordinary text: at most one continuation is read."""
+        """Whether the row is one ordinary text: at most one continuation has tokens to read."""
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
 
     def split(self) -> "list[Request]":
-        """Return plain requests that ask the same: itself, or one for each continuation."""
+        """Return equivalent plain requests: this one, or one for each continuation."""
         if self.is_plain:
             return [self]
         return [
@@ -63,19 +65,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Requests as rows that end in a common column; padding stands on the left.
+    """Requests as rows of one batch, padded on the left.
 
-    The mask is `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real,
-    for plain requests without a past: any attention can take it, and keeps its own window.
+    The mask is `[P, 1, T, F + T]` and is added to attention scores. Plain requests without a past
+    have an ordinary mask `[P, T]` of real tokens instead, which any attention takes, one with a
+    window included.
     """
 
     ids: Tensor  # [P, T]
-    positions: Tensor  # [P, T], each token's place in the prompt that it belongs to
+    positions: Tensor  # [P, T], each token's position in its prompt and continuation
     mask: Tensor
-    context: Tensor  # [P, T], which columns hold the prompt's own tokens
-    num_past: list[int]  # for each row, the past tokens of the prompt
-    num_own: list[int]  # for each row, the prompt's other tokens
-    num_after: list[int]  # for each row, its tokens after the prompt
+    context: Tensor  # [P, T], true for the prompt's tokens
+    num_past: list[int]  # of each row, how many tokens of the prompt are in its past
+    num_own: list[int]  # of each row, how many tokens of the prompt it holds
+    num_after: list[int]  # of each row, how many tokens follow the prompt
 
 
 def pack(
@@ -85,11 +88,17 @@ def pack(
     device: torch.device,
     num_past: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """Lay requests out as rows, the continuations of each after one copy of its prompt.
+    """Lay requests out as rows, all continuations of a request after one copy of its prompt.
 
-    The mask keeps continuations from seeing one another, and each continues at the position where
-    the prompt ends, so every log-probability is what a row of its own would give. `num_past` says
-    for each request how many tokens of its prompt are past ones, the last of F columns.
+    The mask keeps continuations from seeing one another, and the positions of each continue those
+    of the prompt. So every log-probability is the same as in a row of its own.
+
+    Args:
+        requests: One for each row.
+        dtype: The dtype of an additive mask.
+        device: Where the batch is needed.
+        num_past: Of each request, how many tokens of its prompt are in the past. A past has F
+            columns, and is padded on the left too. None: there is no past.
     """
     past = [0] * len(requests) if num_past is None else list(num_past)
     num_own = [len(request.context) - num for request, num in zip(requests, past, strict=True)]
@@ -129,19 +138,19 @@ def pack(
 
 
 def _additive_mask(owners: Tensor, num_past: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the mask `[P, 1, T, F + T]` of rows whose columns have these owners, `[P, T]`.
+    """Return the mask `[P, 1, T, F + T]` of rows from the owners of their columns, `[P, T]`.
 
-    A token sees the prompt and its own continuation up to itself, and the past of its row. Padding
-    sees padding: a row of the mask without any key would give NaN.
+    A token sees the past of its row, and up to itself the prompt and its own continuation. Padding
+    sees padding, since attention without any key gives NaN.
     """
     P, T = owners.shape
     reader = owners[:, :, None]
     key = owners[:, None, :]
     is_allowed = (key == PROMPT) | (key == reader)  # [P, T, T]
-    is_own_seen = is_allowed & torch.ones_like(is_allowed).tril()
+    is_row_seen = is_allowed & torch.ones_like(is_allowed).tril()
     F = max(num_past)
     is_past = torch.arange(F) >= F - torch.tensor(num_past)[:, None]  # [P, F]
     is_past_seen = is_past[:, None].expand(P, T, F)
-    is_seen = torch.cat([is_past_seen, is_own_seen], dim=2)[:, None]  # [P, 1, T, F + T]
+    is_seen = torch.cat([is_past_seen, is_row_seen], dim=2)[:, None]  # [P, 1, T, F + T]
     lowest = torch.finfo(dtype).min
     return torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, lowest)

@@ -1,8 +1,8 @@
-"""Many paths of many prompts in one forward pass, each shared prefix computed once.
+"""Run many paths of many prompts in one forward pass, each shared prefix once.
 
-A *state* is what a row of tokens is after a sequence of executions: skipping keeps the state,
-repeating builds on the first execution, and two paths that agree so far share a state. Exact: a
-state's value is what running that path alone gives, up to the last bits of batched arithmetic.
+A *state* is the hidden state of a row of tokens after a sequence of executions. Skipping a layer
+keeps the state, and two paths share their states as long as they run the same layers. A state is
+exact: it equals that of the path run alone, up to the last bits of batched arithmetic.
 
 Axes: P rows of the batch, N (row, plan) pairs, U states run at once, T tokens, F past tokens,
 D hidden, H heads, E head size, S kept tokens, V vocabulary.
@@ -30,45 +30,47 @@ from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Path, Plan, adapter_of, layers_of
 
-Pair: TypeAlias = tuple[int, Decisions]  # a prompt's row and the decisions it runs under
+Pair: TypeAlias = tuple[int, Decisions]
+"""A prompt's row, and the decisions it runs under."""
 
 PlanPair: TypeAlias = tuple[int, Plan]
-"""A prompt's row and what it runs: decisions, or a static path."""
+"""A prompt's row, and what it runs: decisions or a static path."""
 
-RowPath: TypeAlias = tuple[int, Path]  # a row and the layers that were executed so far
+RowPath: TypeAlias = tuple[int, Path]
+"""A row, and the layers that it has run so far. It names a state."""
 
-PADDING_WORTH_A_RUN = {"cpu": 48}
-"""Tokens of padding that take as long as running a layer once more, by device: on a processor
-every token costs, on the others time goes by the number of runs."""
-MAX_PADDING = 4096  # the same on any other device
-MIN_PREFIX = 8  # fewer common tokens than these aren't worth a pass of their own
+MAX_CPU_PADDING = 48
+"""Tokens of padding that take as long as running a layer once more on a CPU, where every token
+costs time."""
+MAX_PADDING = 4096  # the same on other devices, where the number of runs costs time
+MIN_PREFIX = 8  # common tokens that are worth a pass of their own
 
 
 @dataclass(eq=False)
 class PackedRows:
     """Rows whose states under many paths are computed once and cached.
 
-    They may have a *past* that isn't read again: the K/V that other rows computed under the same
-    path. The common prefix of a batch is the past of all its prompts; a prompt is the past of the
+    The rows may have a *past* that isn't read again: K/V that other rows computed under the same
+    path. The common prefix of a batch is the past of all its prompts. A prompt is the past of the
     continuations that are scored after it.
     """
 
     routed: RoutedModel
     packed: PackedBatch
-    states: PrefixCache  # rows with different pasts may share it
-    keep_kv: bool = False  # so that these rows can be continued
-    past: PackedRows | None = None  # which keep their K/V
-    past_rows: Sequence[int] = ()  # for each row, which row its past is
-    # Tells these rows from others whose states are in the same cache.
+    states: PrefixCache  # other packed rows may use it too
+    keep_kv: bool = False  # whether to keep K/V, so that other rows can continue these
+    past: PackedRows | None = None  # rows with `keep_kv`
+    past_rows: Sequence[int] = ()  # of each row, the row of `past` that is its past
+    # Identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @contextmanager
     def run(
         self, pairs: Sequence[PlanPair], keep_last: Sequence[int]
     ) -> Iterator[PrefixSharingDriver]:
-        """Run the states that are new; inside the block all states of these pairs are held.
+        """Compute the states of some pairs that aren't cached, and hold all of them in the block.
 
-        `keep_last` says for each pair how many of its last tokens' logits are needed.
+        `keep_last` says of each pair how many of its last tokens need logits.
         """
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
@@ -79,12 +81,12 @@ class PackedRows:
                 past = stack.enter_context(self.past.run(unique, [0] * len(unique)))
             driver = PrefixSharingDriver(self, pairs, keep_last if can_drop_tokens else None, past)
             stack.callback(driver.release)
-            if not driver.knows_all or any(keep_last):
+            if not driver.has_all_states or any(keep_last):
                 self._forward(driver, keep_last)
             yield driver
 
     def _forward(self, driver: PrefixSharingDriver, keep_last: Sequence[int]) -> None:
-        """Run the model once under the driver, and give it the logits and the cache."""
+        """Run the model once under the driver; store the logits and the cache in the driver."""
         drops_tokens = driver.keep_last is not None
         with torch.no_grad(), self.routed.injection.driven_by(driver):
             output = self.routed.model(
@@ -112,7 +114,15 @@ def packed_rows(
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
 ) -> PackedRows:
-    """Return the rows to run: after given contexts, after the common prefix, or whole."""
+    """Pack requests as rows: after the contexts, after their common prefix, or whole.
+
+    Args:
+        routed: The model.
+        requests: One for each row.
+        states: The cache to use.
+        keep_kv: Whether other rows will continue these.
+        contexts: Rows that hold the requests' prompts, one for each request.
+    """
     dtype = routed.model.dtype
     device = routed.model.device
     prompts = [request.context for request in requests]
@@ -120,7 +130,7 @@ def packed_rows(
     past_rows: list[int] = []
     num_past: list[int] | None = None
     if can_split(routed.model):
-        num_shared = prefix_length(prompts) if len(prompts) > 1 else 0
+        num_shared = count_common_tokens(prompts) if len(prompts) > 1 else 0
         if contexts is not None:
             past = contexts
             past_rows = list(range(len(prompts)))
@@ -135,34 +145,34 @@ def packed_rows(
     return PackedRows(routed, packed, states, keep_kv, past, past_rows)
 
 
-def prefix_length(prompts: Sequence[Tokens]) -> int:
-    """Return how many tokens all prompts begin with; each has one of its own after them."""
-    num_alike = 0
+def count_common_tokens(prompts: Sequence[Tokens]) -> int:
+    """Count the first tokens that all prompts have in common, leaving each at least one token."""
+    num_common = 0
     for tokens in zip(*prompts, strict=False):
         if len(set(tokens)) > 1:
             break
-        num_alike += 1
+        num_common += 1
     shortest = min(map(len, prompts))
-    return max(0, min(num_alike, shortest - 1))
+    return max(0, min(num_common, shortest - 1))
 
 
 @dataclass(eq=False)
 class PrefixSharingDriver(Driver):
-    """Runs the distinct states of all pairs, layer by layer, and returns the last ones.
+    """Computes the distinct states of all pairs, layer by layer, and returns the final ones.
 
-    The model's own loop carries the P rows up to the last layer; there the driver returns the
-    final states in the order of the pairs, so that norm and head see these. The states of this
-    pass are needed until `release`.
+    The model's own loop carries the P rows up to the last layer. There the driver returns the final
+    states in the order of the pairs, which the norm and the head then read. The driver holds the
+    states of its pass until `release`.
     """
 
     rows: PackedRows
-    pairs: Sequence[PlanPair]  # of each result
-    # For each pair, how many of its last tokens are needed in the end. They alone are returned,
-    # `[1, sum, D]`, so that the head computes nothing else; None returns all, `[N, T, D]`.
+    pairs: Sequence[PlanPair]
+    # Of each pair, how many of its last tokens need logits. The driver returns only these tokens,
+    # `[1, sum, D]`, so that the head computes nothing else; None returns all tokens, `[N, T, D]`.
     keep_last: Sequence[int] | None
-    past: PrefixSharingDriver | None  # ran the rows' past under the same paths, and holds it
-    logits: Sequence[Tensor] = ()  # after the pass, for each pair, of its last tokens: [S, V]
-    cache: Cache | None = None  # after the pass; None where none was used
+    past: PrefixSharingDriver | None  # ran the rows' past under the same plans, and holds it
+    logits: Sequence[Tensor] = ()  # set after the pass: of each pair's last tokens, [S, V]
+    cache: Cache | None = None  # set after the pass, if it used one
 
     def __post_init__(self) -> None:
         packed = self.rows.packed
@@ -176,44 +186,46 @@ class PrefixSharingDriver(Driver):
         self._used: dict[RowPath, PrefixState] = {}
         self._calls: list[LayerCall] = []
         self._pristine: list[object] = []
-        # For each pair, how many executions are known or were run.
+        # Of each pair, how many executions have their state.
         self._done = [self._num_known(row, self._paths[plan]) for row, plan in self.pairs]
-        # Whether every state was known already, so that no layer has to run.
-        self.knows_all = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
+        # Whether every state is cached, so that no layer has to run.
+        self.has_all_states = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
 
     def adapter(self, cache: Cache | None) -> str:
         """See `Driver.adapter`."""
         return self._adapter
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
-        """Start the pass; refuse outputs that can't be right."""
+        """Start the pass; refuse outputs that would be wrong for shared paths."""
         if forward.rejected:
             raise RoutingError(f"{', '.join(forward.rejected)} can't be given for shared paths")
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run every state that can be run now and isn't known yet."""
+        """Compute the states that the layers called so far allow; return them at the last layer."""
         if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
         self._calls.append(call)
         self._run_ready(call.index, hidden)
-        if not call.is_last:
-            return hidden
+        return self._final_states(hidden) if call.is_last else hidden
+
+    def _final_states(self, hidden: Tensor) -> Tensor:
+        """Return the last state of each pair, or the tokens of it that need logits."""
         final = []
         for row, plan in self.pairs:
             state = self._used[row, self._paths[plan]]
             final.append(state.hidden.to(hidden.device))
         if self.keep_last is None:
             return left_padded_stack(final, hidden.shape[1])
-        kept = [
-            states[len(states) - num :] for states, num in zip(final, self.keep_last, strict=True)
+        last_tokens = [
+            state[len(state) - num :] for state, num in zip(final, self.keep_last, strict=True)
         ]
-        return torch.cat(kept)[None]
+        return torch.cat(last_tokens)[None]
 
     def _run_ready(self, index: int, prompts: Tensor) -> None:
-        """Run what can be run once the model's loop has called a layer."""
+        """Compute all states that can be computed once the model's loop has called a layer."""
         ready = self._ready_states(index)
         while ready:
             for layer, states in ready.items():
@@ -222,11 +234,11 @@ class PrefixSharingDriver(Driver):
             ready = self._ready_states(index)
 
     def _ready_states(self, index: int) -> dict[int, dict[RowPath, None]]:
-        """Return the states to run next, by the layer that leads to them.
+        """Return the states to compute next, by the layer that computes them.
 
-        A pair's next layer can be run once the loop has called it.
+        A layer can be run once the model's loop has called it.
         """
-        ready: dict[int, dict[RowPath, None]] = {}  # dicts keep the order of first mention
+        ready: dict[int, dict[RowPath, None]] = {}  # the inner dict is an ordered set
         for number, (row, plan) in enumerate(self.pairs):
             path = self._paths[plan]
             done = self._done[number]
@@ -240,9 +252,10 @@ class PrefixSharingDriver(Driver):
         return ready
 
     def release(self) -> None:
-        """Allow the states of this pass to be evicted, and let go of what else it holds.
+        """Allow the states of this pass to be evicted, and drop all references to its tensors.
 
-        Its calls hold it in turn: logits and caches would wait for the garbage collector.
+        The layer calls refer back to the driver. Without this, logits and caches would stay in
+        memory until the garbage collector runs.
         """
         self.states.release(self._key(*used) for used in self._used)
         self._used.clear()
@@ -250,7 +263,7 @@ class PrefixSharingDriver(Driver):
         self.logits = ()
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return K and V of a path's last execution, `[H, F + T, E]`, past ones included."""
+        """Return K and V of a path's last execution with those of the past, `[H, F + T, E]`."""
         state = self._used[row, path]
         assert state.keys is not None
         assert state.values is not None
@@ -262,7 +275,7 @@ class PrefixSharingDriver(Driver):
     def routed_cache(self, pairs: Sequence[Pair]) -> Cache:
         """Turn the pass's cache into that of an ordinary routed batch of some of its pairs.
 
-        Its entries are replaced by routed ones with each pair's K/V and decisions.
+        The new cache entries hold each pair's K/V and decisions.
         """
         assert self.cache is not None
         num_past = self.rows.packed.num_past
@@ -302,20 +315,20 @@ class PrefixSharingDriver(Driver):
         return keys[:, :num_past], values[:, :num_past]
 
     def _num_known(self, row: int, path: Path) -> int:
-        """Return how many executions of a path needn't be run, and hold their states."""
+        """Count the first executions of a path that needn't be run, and hold their states."""
         num_known = 0
         for length in range(len(path), 0, -1):
             if self._hold(row, path[:length]):
                 num_known = length
                 break
-        if self.rows.keep_kv:  # every execution's K/V is needed, so a gap means running from there
+        if self.rows.keep_kv:  # the K/V of every execution is needed: run again from a gap on
             for length in range(1, num_known):
                 if not self._hold(row, path[:length]):
                     return length - 1
         return num_known
 
     def _hold(self, row: int, path: Path) -> bool:
-        """Keep a state until `release`; return whether there is one."""
+        """Hold a cached state until `release`; return whether the cache has it."""
         if (row, path) in self._used:
             return True
         state = self.states.get(self._key(row, path))
@@ -326,18 +339,19 @@ class PrefixSharingDriver(Driver):
         return True
 
     def _key(self, row: int, path: Path) -> tuple[int, str, int, Path]:
-        """Return the key of a state in the cache: with another adapter it is another state."""
+        """Return the key of a state in the cache; each adapter has states of its own."""
         return self.rows.number, self._adapter, row, path
 
     def _groups(self, states: list[RowPath], device: torch.device) -> list[list[RowPath]]:
-        """Split states that could run at once into groups of like length.
+        """Divide states that one layer computes into groups of similar length.
 
-        A new group begins where the padding of the last one would cost more than another run.
+        Each group is one run of the layer. A new group starts where padding would cost more time
+        than another run.
         """
-        max_padding = PADDING_WORTH_A_RUN.get(device.type, MAX_PADDING)
+        max_padding = MAX_CPU_PADDING if device.type == "cpu" else MAX_PADDING
         groups: list[list[RowPath]] = []
-        longest = 0  # of the last group
-        padding = 0
+        longest = 0  # tokens of the longest state of the last group
+        padding = 0  # tokens of padding in the last group
         for state in sorted(states, key=lambda state: self.lengths[state[0]], reverse=True):
             length = self.lengths[state[0]]
             padding += longest - length
@@ -349,14 +363,14 @@ class PrefixSharingDriver(Driver):
         return groups
 
     def _run(self, layer: int, prompts: Tensor, states: list[RowPath]) -> None:
-        """Run a layer on the states before these, and keep what comes out."""
+        """Compute some states by running a layer on the states before them, and keep them."""
         call = self._calls[layer]
         inputs = self._stack_inputs(prompts, states)  # [U, T, D]
         rows = tuple(row for row, _ in states)
         num_past = 0
         entry = None
         if self.uses_cache:
-            # Not an entry of the model's own class: one that slides drops what isn't seen again.
+            # Not an entry of the model's own class: a sliding one drops old K/V.
             entry = DynamicLayer()
             assert call.cache is not None
             call.cache.layers[call.index] = entry
@@ -365,23 +379,23 @@ class PrefixSharingDriver(Driver):
         outputs = call.last_tokens(inputs.shape[1], num_past).run(inputs, rows)
         self.states.executions_run += len(states)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
-        kept = [outputs]
+        tensors = [outputs]
         if entry is not None and self.rows.keep_kv:
-            kept += [entry.keys, entry.values]
-        self._keep(states, kept)
+            tensors += [entry.keys, entry.values]
+        self._keep(states, tensors)
         if entry is not None:
             assert call.cache is not None
             call.cache.layers[call.index] = self._pristine[call.index]
 
     def _stack_inputs(self, prompts: Tensor, states: Sequence[RowPath]) -> Tensor:
-        """Return the states before these, `[U, T, D]`, padded on the left."""
+        """Return the states from which these are computed, `[U, T, D]`, padded on the left."""
         before = []
         for row, path in states:
             if len(path) > 1:
                 before.append(self._used[row, path[:-1]].hidden)
             else:
                 before.append(prompts[row, -self.lengths[row] :])
-        device = before[0].device  # states before a layer on another device may lie on both
+        device = before[0].device  # at a change of device the states may lie on both devices
         return left_padded_stack([part.to(device) for part in before])
 
     def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
@@ -393,7 +407,7 @@ class PrefixSharingDriver(Driver):
         return keys.shape[2]
 
     def _keep(self, states: Sequence[RowPath], tensors: Sequence[Tensor]) -> None:
-        """Keep what a run gave for each state, without padding: hidden states, and K and V."""
+        """Cache the hidden states, and K and V, of a run, without padding."""
         lengths = [self.lengths[row] for row, _ in states]
         parts = [without_padding(tensor, lengths) for tensor in tensors]
         new = {}
@@ -404,7 +418,7 @@ class PrefixSharingDriver(Driver):
 
 
 def common_adapter(plans: Sequence[Plan]) -> str:
-    """Return the adapter that plans run with, empty for none; a RoutingError where they differ."""
+    """Return the adapter of all plans, empty for none; a RoutingError if they differ in it."""
     names = {adapter_of(plan) for plan in plans}
     if len(names) > 1:
         raise RoutingError(
@@ -415,13 +429,13 @@ def common_adapter(plans: Sequence[Plan]) -> str:
 
 
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
-    """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded on the left."""
+    """Stack tensors `[..., T_i, D]`, padded on the left to the longest or to `num_tokens`."""
     lengths = [part.shape[-2] for part in parts]
     shortest = min(lengths)
     T = max(num_tokens, *lengths)
     if shortest == T:
         return torch.stack([*parts])
-    # One copy of all: a GPU takes as long to be told of a small operation as a layer's.
+    # A single `cat`: on a GPU launching a small operation takes as long as launching a large one.
     zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - shortest, parts[0].shape[-1])
     padded = []
     for part, length in zip(parts, lengths, strict=True):
@@ -431,6 +445,6 @@ def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
 
 
 def without_padding(values: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Return the last tokens of each row of `[U, ..., T, D]`, in one new tensor of these alone."""
+    """Return the last tokens of each row of `[U, ..., T, D]`, as parts of one new tensor."""
     parts = [row[..., -length:, :] for row, length in zip(values, lengths, strict=True)]
     return torch.split(torch.cat(parts, dim=-2), list(lengths), dim=-2)
