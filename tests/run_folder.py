@@ -29,7 +29,7 @@ from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.verdicts import Differences, Verdict
-from drllm.supervision.select import targets
+from drllm.supervision.select import pick_targets
 from paths_json import written_paths
 
 PINNED = {
@@ -203,7 +203,7 @@ class RunFolderWriter:
         )
 
     def supervision(self) -> None:
-        chosen = targets(self.searched, SuperviseConfig(target="shortest"))
+        chosen = pick_targets(self.searched, SuperviseConfig(target="shortest"))
         manifest = new_manifest(
             "supervision",
             model=self.model,

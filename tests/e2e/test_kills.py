@@ -11,7 +11,7 @@ import pytest
 
 from drllm.cli import main
 from drllm.records.search import read_search
-from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from drllm.search import CHUNKS_FOLDER, count_kept_batches
 
 MOST_S = 120.0
 QUESTIONS = 24
@@ -56,7 +56,7 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
         process.join(MOST_S)
         assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
         if process.exitcode == -9:
-            done.append(num_batches_kept(killed / CHUNKS_FOLDER))
+            done.append(count_kept_batches(killed / CHUNKS_FOLDER))
     to_the_end(processes, [*words, str(killed)])
 
     assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in its midst: {done}"

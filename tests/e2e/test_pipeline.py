@@ -20,7 +20,7 @@ from drllm.records.results import read_evaluation
 from drllm.records.search import read_search
 from drllm.records.static_paths import read_paths
 from drllm.reporting import stage as reporting
-from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from drllm.search import CHUNKS_FOLDER, count_kept_batches
 
 EVERY_FILE = """
 run.yaml run.manifest.json
@@ -480,7 +480,7 @@ def test_a_search_that_ctrl_c_stopped_goes_on_and_ends_as_an_unbroken_one(
     words += ["--block-size", "2", "--output-dir"]
     stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
     process, said = start([*words, str(stopped)])
-    while not num_batches_kept(stopped / CHUNKS_FOLDER):
+    while not count_kept_batches(stopped / CHUNKS_FOLDER):
         assert process.is_alive(), said.read_text()
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGINT)
@@ -492,7 +492,7 @@ def test_a_search_that_ctrl_c_stopped_goes_on_and_ends_as_an_unbroken_one(
     sentence = f"interrupted; finished work is kept. To resume: drllm {again}"
     assert said.read_text().splitlines()[-1] == f"drllm: {sentence}"
     kept = [file for file in (stopped / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
-    assert 1 <= num_batches_kept(stopped / CHUNKS_FOLDER) < 5  # the stop came in the middle of it
+    assert 1 <= count_kept_batches(stopped / CHUNKS_FOLDER) < 5  # the stop came in the middle of it
     chunk = next(json.loads(f.read_text()) for f in kept if f.name.startswith("batch-"))
     assert not (stopped / "search.jsonl").exists()
 

@@ -31,7 +31,7 @@ scales = st.sampled_from([0, 1, 2, 5])
 mosts = st.sampled_from([1, 2, 7, 100])
 
 
-def reward_of(decisions, seed, scale):
+def get_reward(decisions, seed, scale):
     """A reward without order: always 0, 0 or 1, or one of a few steps."""
     steps = Random(f"{seed} {decisions}").randint(0, scale)
     return steps / scale if scale else 0.0
@@ -60,7 +60,7 @@ def observed(search, most, seed, scale):
         for _ in range(order.randint(1, len(in_flight))):
             decisions = in_flight.pop()
             score = score_of(decisions, seed)
-            search.tell(decisions, reward_of(decisions, seed, scale), score)
+            search.tell(decisions, get_reward(decisions, seed, scale), score)
 
 
 def run(num_layers, config, seed, scale, most=1):

@@ -21,8 +21,14 @@ from drllm.records.supervision import (
     read_supervision,
     rejected_path,
 )
-from drllm.supervision.rules import REASONS, candidates
-from drllm.supervision.select import check_settings, over_quota, read_quotas, supervise, targets
+from drllm.supervision.rules import REASONS, find_candidates
+from drllm.supervision.select import (
+    check_settings,
+    find_surplus,
+    pick_targets,
+    read_quotas,
+    supervise,
+)
 from drllm.supervision.summary import edit_effects, summarise
 
 SHORTEST = SuperviseConfig(target="shortest")
@@ -85,7 +91,7 @@ def record(paths: str, question: str = "What is water?", **fields: Any) -> Searc
 
 def chosen(target: str, paths: str, least: float | None = None) -> str:
     """The decisions that the rule picks, as text, or its reason."""
-    found = candidates(record(paths), target, min_saving=least)
+    found = find_candidates(record(paths), target, min_saving=least)
     return found if isinstance(found, str) else "".join(map(str, found[0].decisions))
 
 
@@ -155,7 +161,7 @@ PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
 )
 def test_a_rule_picks_from_these_paths(target, expected):
     def found(**settings: float) -> set[str]:
-        paths = candidates(record(PATHS), target, **settings)
+        paths = find_candidates(record(PATHS), target, **settings)
         return {"".join(map(str, path.decisions)) for path in paths}
 
     assert found() == expected
@@ -172,7 +178,7 @@ def questions(*kinds: str) -> list[SearchRecord]:
 
 
 def test_a_target_carries_what_training_needs_and_improves_where_the_full_path_failed():
-    target, *others = targets(questions(SAVING, IMPROVING, FULL_ONLY), SHORTEST)
+    target, *others = pick_targets(questions(SAVING, IMPROVING, FULL_ONLY), SHORTEST)
     assert target.question == "Question 0?"
     assert target.prompt == "Q: Question 0?"
     assert target.answer == "wet"
@@ -192,7 +198,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
     }
     yields = {"base_correct": 2, "valid_before_retest": 4, "valid_after_retest": 3, **paths}
 
-    assert targets(found, SHORTEST).summary == {
+    assert pick_targets(found, SHORTEST).summary == {
         "questions": 6,
         "copies": 0,
         "targets": 3,
@@ -213,7 +219,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
 def test_targets_that_answer_wrong_are_counted():
     found = questions("1111+~0 1110!~.1 1100+~.2", "1111!~0 1110+~.1", "1111+~0 1110~.1 1100!~.2")
     config = SuperviseConfig(target="least_kl", min_saving=0.1)
-    assert targets(found, config).summary["wrong_targets"] == 1
+    assert pick_targets(found, config).summary["wrong_targets"] == 1
 
 
 def test_the_summary_tells_the_tasks_apart():
@@ -222,7 +228,7 @@ def test_the_summary_tells_the_tasks_apart():
         record(IMPROVING, question="b?", task="two"),
         record(HOPELESS, question="c?", task="one"),
     ]
-    tasks = targets(found, SHORTEST).summary["tasks"]
+    tasks = pick_targets(found, SHORTEST).summary["tasks"]
 
     counts = {
         name: (task["questions"], task["base_correct"], task["targets"], task["improving_targets"])
@@ -241,7 +247,8 @@ def test_a_copy_adds_to_no_count_but_that_of_copies():
         record(SAVING, question="What is fog?", id="again", task="second"),
         record(SAVING, question="What is fog?", id="again", task="third"),
     ]
-    alone, joined = (targets(records, SHORTEST).summary for records in (found, [*found, *copies]))
+    alone = pick_targets(found, SHORTEST).summary
+    joined = pick_targets([*found, *copies], SHORTEST).summary
 
     assert (alone.pop("copies"), joined.pop("copies")) == (0, 3)
     assert joined["tasks"].pop("second") == {
@@ -254,7 +261,7 @@ def test_a_copy_adds_to_no_count_but_that_of_copies():
 
 def test_a_quota_takes_the_first_targets_not_the_first_questions():
     found = questions(HOPELESS, SAVING, SAVING, SAVING)
-    supervision = targets(found, replace(SHORTEST, quotas="facts=2"))
+    supervision = pick_targets(found, replace(SHORTEST, quotas="facts=2"))
     assert [target.id for target in supervision] == ["Question 1?", "Question 2?"]
     assert supervision.reasons[3] == "over the quota"
     assert supervision.summary["tasks"]["facts"]["targets"] == 2
@@ -266,13 +273,13 @@ def test_a_copy_of_a_question_takes_no_place_in_a_quota():
         record(SAVING, question="A?", id="copy", task="two"),
         record(SAVING, question="b?", task="two"),
     ]
-    supervision = targets(found, replace(SHORTEST, quotas="two=1"))
+    supervision = pick_targets(found, replace(SHORTEST, quotas="two=1"))
     assert [target.question for target in supervision] == ["a?", "b?"]
 
 
 def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
     with pytest.raises(ConfigError, match=r"unknown task 'fact'; did you mean 'facts'\? Valid"):
-        targets(questions(SAVING), replace(SHORTEST, quotas="fact=2"))
+        pick_targets(questions(SAVING), replace(SHORTEST, quotas="fact=2"))
 
 
 def test_the_least_saving_has_no_use_but_for_kl():
@@ -537,7 +544,7 @@ def target(letter: str) -> SupervisionRecord:
 
 def left(text: str, quotas: dict[str, int], share: float | None = None) -> str:
     """What stays of a target a letter, in order; what goes is a dot."""
-    gone = over_quota([*map(target, text)], quotas, share)
+    gone = find_surplus([*map(target, text)], quotas, share)
     return "".join("." if place in gone else letter for place, letter in enumerate(text))
 
 
@@ -631,7 +638,7 @@ def published(improving: list[bool], quota: int, share: float) -> set[int]:
 )
 def test_quota_and_share_keep_what_going_one_by_one_would(improving, quota, share):
     kept = [target("A" if better else "a") for better in improving]
-    gone = over_quota(kept, {"a": quota}, share)
+    gone = find_surplus(kept, {"a": quota}, share)
     assert set(range(len(kept))) - gone == published(improving, quota, share)
 
 

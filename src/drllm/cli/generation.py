@@ -26,7 +26,7 @@ from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
 from drllm.records.static_paths import PathFile, read_path
-from drllm.tasks.rows import messages_of, read_rows, text_of
+from drllm.tasks.rows import read_messages, read_rows, read_text
 
 if TYPE_CHECKING:
     from drllm.models.base.prompts import PromptForm
@@ -251,9 +251,9 @@ def _prompt_row(values: dict[str, Any], line: int) -> PromptRow:
     if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
         raise TaskError(f"'id' is {row_id!r}; expected text or a whole number")
     if key == "messages":
-        messages_of(values)
+        read_messages(values)
         return PromptRow(line, row_id, values["messages"])
-    return PromptRow(line, row_id, text_of(values, key))
+    return PromptRow(line, row_id, read_text(values, key))
 
 
 # --- which layers run ----------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from drllm.records.manifest import read_manifest
 from drllm.records.search import FailedQuestion, SearchRecord, TriedPath, read_search
 from drllm.records.supervision import RejectedQuestion, read_supervision, rejected_path
 from drllm.reporting.numbers import count, of_total, percent, plain
-from drllm.search import num_batches_kept
+from drllm.search import count_kept_batches
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
-from drllm.supervision.rules import candidates, is_valid, survived
+from drllm.supervision.rules import find_candidates, is_valid, survived
 from drllm.supervision.summary import KINDS, summarise
 
 ANSWER_WIDTH = 14  # columns for what a path answered: its beginning, so that a path stays one line
@@ -126,7 +126,7 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
     """Print how far an interrupted search is."""
     terminal.fact(
         "search",
-        f"not finished: {count(num_batches_kept(folder))} batches of questions are kept; if it "
+        f"not finished: {count(count_kept_batches(folder))} batches of questions are kept; if it "
         f"isn't running, run the same command to resume it",
     )
 
@@ -156,7 +156,7 @@ def show_question(
 def _print_question(record: SearchRecord, settings: Mapping[str, Any], terminal: Terminal) -> None:
     """Print a question, its target by the settings, and the tree of its paths."""
     rule = settings["target"]
-    targets = candidates(record, rule, min_saving=settings["min_saving"])
+    targets = find_candidates(record, rule, min_saving=settings["min_saving"])
     if isinstance(targets, str):  # why there is none
         target = f"none: {targets}"
     else:

@@ -41,7 +41,7 @@ from drllm.records.places import check_file, check_folder, only_writer
 from drllm.records.search import SearchRecords
 from drllm.records.supervision import join_supervision
 from drllm.search.questions import SearchQuestion, collect_questions
-from drllm.supervision.select import check_settings, supervise, targets, write
+from drllm.supervision.select import check_settings, pick_targets, supervise, write_supervision
 from drllm.tasks.base import Task
 from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
@@ -131,7 +131,7 @@ def _supervise(
     records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
     """Choose targets and write them, unless the file that is there has to stay."""
-    supervision = targets(records, config)
+    supervision = pick_targets(records, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
@@ -147,7 +147,7 @@ def _supervise(
             f"questions or simulations, or try 'drllm supervise' with another --target"
         )
         return
-    write(supervision, [records], output, config)
+    write_supervision(supervision, [records], output, config)
     print_written(output, supervision.summary, terminal)
 
 

@@ -16,7 +16,7 @@ from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths,
 from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.verdicts import FEWEST_TEXTS
-from drllm.tasks.base import Task, questions_in
+from drllm.tasks.base import Task, load_questions
 from drllm.tasks.examples import Example
 from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
@@ -101,7 +101,7 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
             f"questions that it reports, none for {split!r}; name another task's questions as "
             f"fitted_on, or leave out what needs them"
         )
-    return questions_in(task, split, config.data_dir)
+    return load_questions(task, split, config.data_dir)
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:

@@ -12,7 +12,7 @@ CHUNKS_FOLDER = "search.partial"
 """What an interrupted search keeps, in the folder that gets `search.jsonl`."""
 
 
-def num_batches_kept(folder: Path) -> int:
+def count_kept_batches(folder: Path) -> int:
     """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
     # What is kept of a batch under way has a second suffix.
     return sum(file.name.count(".") == 1 for file in folder.glob("batch-*.json"))

@@ -67,7 +67,7 @@ class Executor(Protocol):
     identity: Mapping[str, Any]  # which base model it has
     runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the text that the model reads of each prompt; None if its template refuses it."""
 
     def search(
@@ -381,7 +381,7 @@ class LocalExecutor:
     identity: Mapping[str, Any]  # which base model it is
     runtime: Mapping[str, Any]  # how it runs: in another dtype, say, it is another search
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the text that the model reads of each prompt; None if its template refuses it."""
         return [self._render(prompt) for prompt in prompts]
 

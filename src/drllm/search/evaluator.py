@@ -18,7 +18,7 @@ from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_sharing import PackedRows, Pair
 from drllm.tasks.examples import KL_REWARD, Prompt
-from drllm.tasks.rewards import reward_of, score_choices, verdict
+from drllm.tasks.rewards import get_reward, score_choices, verdict
 
 WRONG_ANSWERS = 4
 """Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
@@ -114,7 +114,7 @@ def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
 
 def gold_text(prompt: Prompt) -> str:
     """Return the gold answer as the model would write it right after the prompt."""
-    answer = reward_of(prompt).gold_text(prompt)
+    answer = get_reward(prompt).gold_text(prompt)
     return answer if prompt.chat else f" {answer}"
 
 
@@ -160,7 +160,7 @@ class Evaluator:
         self._state_cache_gb = state_cache_gb
         self._paths_per_pass = paths_per_pass
         self._batch: ChoiceBatch | AnswerBatch
-        if reward_of(self.prompts[0].prompt).scores_options:
+        if get_reward(self.prompts[0].prompt).scores_options:
             self._batch = self._choice_batch([prompt.request for prompt in self.prompts])
         else:
             self._batch = AnswerBatch(

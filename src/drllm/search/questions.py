@@ -17,7 +17,7 @@ from drllm.errors import ConfigError, TaskError
 from drllm.listener import logger
 from drllm.records.splits import hash_of, question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Task, check_data_dir, questions_in
+from drllm.tasks.base import Task, check_data_dir, load_questions
 from drllm.tasks.examples import Example, Prompt, Row, choose
 from drllm.tasks.files import FileTask
 from drllm.tasks.graded import SUFFIX, GradedTask
@@ -209,7 +209,7 @@ def _load_examples(
     rows: list[Row] = []
     for item in source:
         if isinstance(item, Task):
-            examples = questions_in(item, config.split, config.data_dir)
+            examples = load_questions(item, config.split, config.data_dir)
             groups.append(TaskExamples(item, examples))
         elif isinstance(item, Example):
             examples_by_task.setdefault(item.task, []).append(item)

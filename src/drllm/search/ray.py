@@ -67,9 +67,9 @@ class Worker:
         self.local = LocalExecutor(routed, base.identity, base.runtime)
         return base.identity, base.runtime
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the text that the model reads of each prompt; None if its template refuses it."""
-        return self.local.texts(prompts)
+        return self.local.render_prompts(prompts)
 
     def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> BatchRecords:
         """Search a batch."""
@@ -159,10 +159,10 @@ class RayExecutor:
         if self._is_ours:
             self.ray.shutdown()
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the text that the model reads of each prompt; None if its template refuses it."""
         seat = next(seat for seat in self.seats if seat.is_ready)
-        texts: list[str | None] = self.ray.get(seat.worker.texts.remote(list(prompts)))
+        texts: list[str | None] = self.ray.get(seat.worker.render_prompts.remote(list(prompts)))
         return texts
 
     def search(
@@ -395,7 +395,7 @@ class Jobs:
         if len(split.results) < len(split.batch.questions):
             return None
         del self._split[job.number]
-        return split.batch, split.joined()
+        return split.batch, split.join_results()
 
     def lose(self, job: Batch) -> tuple[Batch, BatchRecords] | None:
         """Record that a worker died of a job; returns as `finish` if that ends the batch."""
@@ -434,7 +434,7 @@ class SplitBatch:
     batch: Batch
     results: dict[int, BatchRecords] = field(default_factory=dict)  # by the question's place
 
-    def joined(self) -> BatchRecords:
+    def join_results(self) -> BatchRecords:
         """Return the results of all questions as one, in order."""
         records: list[SearchRecord] = []
         failed: list[FailedQuestion] = []

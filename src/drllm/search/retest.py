@@ -127,17 +127,17 @@ def _way_of_asking(
     prompts: Mapping[int, TokenizedPrompt],
     config: SearchConfig,
     outcomes: Mapping[Pair, Outcome],
-) -> "JudgedAgain | AskedAgain":
+) -> "NormalisedRetest | PromptRetest":
     """Return how to evaluate one way: anew, or from the log-probabilities that are there."""
     for place, prompt in prompts.items():
         by_character = dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
         if prompt.prompt != by_character:
-            return AskedAgain(evaluator, prompts, config)
-    return JudgedAgain(prompts, outcomes)
+            return PromptRetest(evaluator, prompts, config)
+    return NormalisedRetest(prompts, outcomes)
 
 
 @dataclass(frozen=True)
-class JudgedAgain:
+class NormalisedRetest:
     """Judges options by character: the log-probabilities are known, and no layer runs again."""
 
     prompts: Mapping[int, TokenizedPrompt]
@@ -152,7 +152,7 @@ class JudgedAgain:
 
 
 @dataclass
-class AskedAgain:
+class PromptRetest:
     """Runs paths on other prompts of the questions."""
 
     first: Evaluator

@@ -33,10 +33,10 @@ from drllm.search.questions import (
 from drllm.supervision.rules import is_improving, survived
 
 HOPELESS = 16  # questions that may fail before the first one succeeds; then something else is wrong
-PROMPT_SHOWN = 600
+MAX_PROMPT_CHARACTERS = 600
 """Characters of a prompt that are shown; of a longer one, half of them from either end."""
 MIN_QUESTIONS_TO_WARN = 5  # of which none is right, before that is worth a warning
-TEXT_SHOWN = 60  # characters of a question or an answer in a warning
+MAX_TEXT_CHARACTERS = 60  # characters of a question or an answer in a warning
 
 
 def search_paths(
@@ -126,7 +126,7 @@ def run_search(
 ) -> SearchRecords:
     """Search with an executor; see `search_paths`."""
     listener = listener or Listener()
-    texts = executor.texts([question.prompt for question in questions])
+    texts = executor.render_prompts([question.prompt for question in questions])
     search = _Search(
         executor=executor,
         config=config,
@@ -353,9 +353,9 @@ def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
     """Show one prompt of each task: a wrong template is seen before hours are spent."""
     for task, text in prompts.items():
         logger.info("the model reads, for example, %r", text)
-        num_left_out = len(text) - PROMPT_SHOWN
+        num_left_out = len(text) - MAX_PROMPT_CHARACTERS
         if num_left_out > 0:
-            half = PROMPT_SHOWN // 2
+            half = MAX_PROMPT_CHARACTERS // 2
             text = f"{text[:half]}[... {num_left_out} characters left out ...]{text[-half:]}"
         lines = text.replace("\n", "\n  | ")
         listener.note(f"a prompt of {task}, as the model reads it:\n  | {lines}")
@@ -374,10 +374,12 @@ def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener
         if first.full.answer is None:
             example = "check which option the rows name as right"
         else:
+            question = first.question[:MAX_TEXT_CHARACTERS]
+            answer = first.full.answer[:MAX_TEXT_CHARACTERS]
+            right_answer = first.answer[:MAX_TEXT_CHARACTERS]
             example = (
-                f"on {first.question[:TEXT_SHOWN]!r} it said {first.full.answer[:TEXT_SHOWN]!r}, "
-                f"and right is {first.answer[:TEXT_SHOWN]!r}; check the answers, or give another "
-                f"--reward"
+                f"on {question!r} it said {answer!r}, and right is {right_answer!r}; check the "
+                f"answers, or give another --reward"
             )
         listener.note(
             f"the full model answers none of the {len(records_of_task)} questions of {task} "

@@ -133,7 +133,7 @@ def _retest_margin(path: TriedPath) -> float:
     return -math.inf if margin is None else margin
 
 
-def candidates(
+def find_candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
     """Return the paths that may become one question's target, the best first, or why none can."""

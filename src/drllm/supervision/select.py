@@ -79,11 +79,11 @@ def supervise(
         _check_same_model(first, other)
     _check_ids(read_sources)
     records = list(itertools.chain.from_iterable(read_sources))
-    supervision = targets(records, config)
+    supervision = pick_targets(records, config)
     if not supervision:
         raise RecordError(_no_targets_message(supervision.summary))
     if output is not None:
-        write(supervision, read_sources, output, config)
+        write_supervision(supervision, read_sources, output, config)
     return supervision
 
 
@@ -127,13 +127,13 @@ def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -
                 raise RecordError(f"{file} is both read and written; choose another output file")
 
 
-def write(
+def write_supervision(
     supervision: Supervision,
     sources: Sequence[SearchRecords],
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write the targets that `targets` made of all records of the sources, of one base model."""
+    """Write the targets of the sources' records with their manifest, and the questions without."""
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",
@@ -198,7 +198,7 @@ def check_settings(
     return quotas
 
 
-def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervision:
+def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervision:
     """Pick a target path for each searched question.
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
@@ -209,14 +209,14 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     target_of: dict[int, SupervisionRecord] = {}  # by the record's place
     keys: set[str] = set()
     for place, record in enumerate(records):
-        paths = _candidates(record, config, keys)
+        paths = _find_candidates(record, config, keys)
         if isinstance(paths, str):
             reasons.append(paths)
         else:
             reasons.append(None)
             target_of[place] = _target(record, paths[0])
     places = list(target_of)
-    for number in over_quota(list(target_of.values()), quotas, config.quota_improving):
+    for number in find_surplus(list(target_of.values()), quotas, config.quota_improving):
         place = places[number]
         del target_of[place]
         reasons[place] = rules.OVER_QUOTA
@@ -228,7 +228,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     return supervision
 
 
-def _candidates(
+def _find_candidates(
     record: SearchRecord, config: SuperviseConfig, keys: set[str]
 ) -> list[TriedPath] | str:
     """Return the paths that may be the record's target, the best first, or why there are none.
@@ -239,7 +239,7 @@ def _candidates(
     if key in keys:
         return rules.TWICE
     keys.add(key)
-    return rules.candidates(record, config.target, min_saving=config.min_saving)
+    return rules.find_candidates(record, config.target, min_saving=config.min_saving)
 
 
 def _target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
@@ -274,7 +274,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
     return quotas
 
 
-def over_quota(
+def find_surplus(
     records: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
 ) -> set[int]:
     """Return the places of the targets that have to go.

@@ -48,7 +48,7 @@ class Harness:
     part_of: str = ""  # the column with the part that a row belongs to; empty for sets of one part
     notes: tuple[str, ...] = ()  # what a reader of results must know
 
-    def row_of(self, example: Example, row: Row) -> dict[str, Any]:
+    def make_row(self, example: Example, row: Row) -> dict[str, Any]:
         """Return the columns of one question, or refuse a row that lacks one of them."""
         if callable(self.columns):
             return self.columns(example, row)
@@ -106,7 +106,7 @@ class Task(ABC):
 
         They are of another split, so no reported question is shown with its answer.
         """
-        return self.rows(shots_split(check_split(split)), data_dir)
+        return self.rows(choose_shots_split(check_split(split)), data_dir)
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
         """Return the rows of a split's file that can't be asked: id → reason."""
@@ -185,7 +185,7 @@ def check_data_dir(data_dir: str | None) -> None:
         )
 
 
-def questions_in(task: Task, split: str, data_dir: str | None) -> list[Example]:
+def load_questions(task: Task, split: str, data_dir: str | None) -> list[Example]:
     """Return a task's questions in a split; a TaskError if there are none, or no such folder."""
     check_data_dir(data_dir)
     examples = task.examples(split, data_dir)
@@ -204,15 +204,17 @@ def check_split(split: str) -> str:
     return split
 
 
-def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
+def choose_shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
     """Return the split to draw worked examples from, for the questions of a split.
 
     It is `fit`, on which nothing is chosen or reported; for the questions of `fit` itself, and for
     a task without it, the first other split.
 
     Example:
-        >>> shots_split("test"), shots_split("fit"), shots_split("test", ("select", "test"))
-        ('fit', 'search', 'select')
+        >>> choose_shots_split("test"), choose_shots_split("fit")
+        ('fit', 'search')
+        >>> choose_shots_split("test", ("select", "test"))
+        'select'
     """
     candidates = [name for name in splits if name != split]
     return "fit" if "fit" in candidates else candidates[0]

@@ -16,7 +16,7 @@ DATA = Path(__file__).parent / "data"
 
 
 @functools.cache
-def rows_of(name: str) -> tuple[Row, ...]:
+def load_rows(name: str) -> tuple[Row, ...]:
     """Return the rows of a file in `data/`; its splits are mixed."""
     return tuple(row for _, row in read_rows(DATA / name))
 
@@ -36,7 +36,7 @@ class BuiltinFacts(Task):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order."""
         check_split(split)
-        rows = [row for row in rows_of("facts.jsonl") if row["split"] == split]
+        rows = [row for row in load_rows("facts.jsonl") if row["split"] == split]
         return [
             with_options(
                 row["question"], tuple(row["choices"]), row["answer"], row["id"], self.name
@@ -62,7 +62,7 @@ class BuiltinArithmetic(Task):
         """Return the problems of one split, in the file's order."""
         check_split(split)
         examples: list[Example] = []
-        for number, row in enumerate(rows_of("arithmetic.jsonl")):
+        for number, row in enumerate(load_rows("arithmetic.jsonl")):
             if row["split"] == split:
                 example = Example(
                     id=f"arithmetic-{number}",

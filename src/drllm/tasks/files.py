@@ -23,12 +23,12 @@ from drllm.tasks.rows import (
     EXAMPLE_ROW,
     HUB_ROWS,
     HUB_SET,
-    index_of,
-    messages_of,
+    read_hub_set,
+    read_index,
+    read_messages,
     read_rows,
-    rows_of_hub_set,
-    text_of,
-    texts_of,
+    read_text,
+    read_texts,
 )
 
 GRADER_FORMATS = {
@@ -125,7 +125,7 @@ def with_columns(names: str, columns: str) -> str:
     return ",".join(named)
 
 
-def task_of_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
+def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
     """Return the task of a file or of a hub set; it is read once unless the file changes.
 
     A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`; the first `HUB_ROWS` rows of the split (`train`
@@ -150,7 +150,7 @@ def _read_source(
     columns = _parse_columns(source, query)
     if source.endswith(FILE_NAMES):
         return FileTask(Path(source), reserved_names, read_rows(Path(source)), columns)
-    first_rows = itertools.islice(rows_of_hub_set(source, "task"), HUB_ROWS)
+    first_rows = itertools.islice(read_hub_set(source, "task"), HUB_ROWS)
     rows = enumerate(first_rows, start=1)
     return FileTask(Path(source), reserved_names, rows, columns, skips=True)
 
@@ -263,7 +263,7 @@ class QuestionReader:
     columns: Mapping[str, str]
     skips: bool
     examples: list[Example] = field(default_factory=list)
-    kind: str = ""  # of the first row, as `_kind_of` has it
+    kind: str = ""  # of the first row, as `_find_kind` has it
     grader: str = ""  # empty for rows with choices or without an answer
     num_rows: int = 0  # rows that can be asked, repeated ones included
     num_skipped: int = 0
@@ -291,14 +291,14 @@ class QuestionReader:
     def _add(self, line: int, row: Row) -> None:
         if self.columns:
             row = _rename_columns(row, self.columns)
-        kind = _kind_of(row)
+        kind = _find_kind(row)
         self.kind = self.kind or kind
         if kind != self.kind:
             raise TaskError(
                 f"a row with {kind}, but the first has {self.kind}; put them into files of their "
                 f"own"
             )
-        example = replace(_example_of(row), id=f"line-{line}", task=self.task)
+        example = replace(_read_example(row), id=f"line-{line}", task=self.task)
         key = question_key(example.question), example.choices
         first_line, first = self._seen.setdefault(key, (line, example))
         if first.answer != example.answer:
@@ -338,7 +338,7 @@ def _column_value(row: Row, column: str) -> Any:
     return value
 
 
-def _kind_of(row: Row) -> str:
+def _find_kind(row: Row) -> str:
     """Return the kind of a row, in the words of a message."""
     if "choices" in row and "grader" in row:
         raise TaskError("'choices' take no 'grader'; leave it out and choose by --reward")
@@ -359,23 +359,23 @@ def _kind_of(row: Row) -> str:
     )
 
 
-def _example_of(row: Row) -> Example:
+def _read_example(row: Row) -> Example:
     """Return the question of a row of any kind."""
     if "choices" in row:
         return _options_example(row)
     if "grader" in row:
-        return Example(question=text_of(row, "question"), answer=_graded_answer(row))
+        return Example(question=read_text(row, "question"), answer=_graded_answer(row))
     if "messages" in row:
         messages = _messages_to_answer(row)
         text = "\n".join(f"{role}: {content}" for role, content in messages)
         return Example(question=text, answer="", messages=messages)
     name = "prompt" if "prompt" in row else "question"
-    return Example(question=text_of(row, name), answer="")
+    return Example(question=read_text(row, name), answer="")
 
 
 def _options_example(row: Row) -> Example:
-    question = text_of(row, "question")
-    choices = texts_of(row, "choices", minimum=2)
+    question = read_text(row, "question")
+    choices = read_texts(row, "choices", minimum=2)
     for choice in choices:
         if choices.count(choice) > 1:
             raise TaskError(f"'choices' holds {choice!r} twice; choices must differ")
@@ -386,7 +386,7 @@ def _options_example(row: Row) -> Example:
 
 def _messages_to_answer(row: Row) -> Messages:
     """Return a conversation up to the user's last message: an answer to it is left out."""
-    messages = messages_of(row)
+    messages = read_messages(row)
     while messages and messages[-1][0] == "assistant":
         messages.pop()
     if not messages or messages[-1][0] != "user":
@@ -398,8 +398,8 @@ def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
     """Return the index of the right option, which may be given as index, text or letter."""
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
-        return index_of(answer, len(choices), "answer")
-    text = text_of(row, "answer")
+        return read_index(answer, len(choices), "answer")
+    text = read_text(row, "answer")
     if text in choices:  # a choice's text comes before a letter
         return choices.index(text)
     letters = LETTERS[: len(choices)]
@@ -415,7 +415,7 @@ def _graded_answer(row: Row) -> str:
     """Return the right answer of a row that a grader grades."""
     value = row.get("answer")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    answer = str(value) if is_number else text_of(row, "answer").strip()
+    answer = str(value) if is_number else read_text(row, "answer").strip()
     grader = row["grader"]
     if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
         raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")

@@ -17,7 +17,7 @@ from drllm.errors import ConfigError, TaskError
 from drllm.records.codec import sha256
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt, QuestionRow
-from drllm.tasks.prompt_formats import in_context
+from drllm.tasks.prompt_formats import add_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
@@ -58,7 +58,7 @@ class GradedTask(Task):
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the prompt of a question; there are none for a re-test."""
         prompt = Prompt(
-            text=in_context(example, example.question),
+            text=add_context(example, example.question),
             reward=reward,
             answer=example.answer,
             other_answers=example.other_answers,

@@ -66,7 +66,7 @@ class LmEvalTask(Task):
                 self.reported.append((leaf, place, example))
 
     @functools.cached_property
-    def to_fit(self) -> list[Example]:
+    def unreported(self) -> list[Example]:
         """The questions that the harness doesn't report, each text once; empty without any."""
         reported = {question_key(example.question) for *_, example in self.reported}
         examples: dict[str, Example] = {}
@@ -83,7 +83,7 @@ class LmEvalTask(Task):
     @property
     def reports_test_alone(self) -> bool:
         """Whether it has questions that aren't reported; else the reported ones are divided."""
-        return bool(self.to_fit)
+        return bool(self.unreported)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split; see the class."""
@@ -93,7 +93,7 @@ class LmEvalTask(Task):
             if split == "test":
                 return reported
             origin = "train"
-            pool = self.to_fit
+            pool = self.unreported
         else:
             origin = "own"
             pool = reported
@@ -178,7 +178,7 @@ class LmEvalTask(Task):
             return self._generated_example(leaf, example_id, doc)
         task = self.tasks[leaf]
         choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
-        golds = gold_indices(task, doc)
+        golds = find_gold_indices(task, doc)
         if len(golds) != 1:
             self._unclear.add(example_id)
         gold = golds[0] if golds else 0
@@ -264,7 +264,7 @@ def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
     return docs
 
 
-def gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
+def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
     """Return the indices of the options that the harness has as right; maybe none."""
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)

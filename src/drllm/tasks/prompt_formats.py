@@ -114,7 +114,7 @@ GAP = GapFormat(rewards=(OPTIONS_REWARD,), templates=("{question}", "Text: {ques
 
 def _scored_prompt(example: Example, template: str) -> Prompt:
     return Prompt(
-        text=in_context(example, template.format(question=example.question)),
+        text=add_context(example, template.format(question=example.question)),
         reward=OPTIONS_REWARD,
         answer=example.answer,
         continuations=tuple(f" {choice}" for choice in example.choices),
@@ -148,7 +148,7 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
     text = LETTER_TEMPLATE.format(question=example.question, options=options)
     return Prompt(
-        text=in_context(example, text),
+        text=add_context(example, text),
         reward="letter",
         answer=letters[(example.gold - rotation) % len(choices)],
         chat=True,
@@ -157,6 +157,6 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
     )
 
 
-def in_context(example: Example, text: str) -> str:
+def add_context(example: Example, text: str) -> str:
     """Return a text behind the example's context, if it has any."""
     return f"{example.context}\n\n{text}" if example.context else text

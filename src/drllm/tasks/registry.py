@@ -8,7 +8,7 @@ from typing import TypeVar
 from drllm.errors import TaskError, unknown_name
 from drllm.registry import Registry
 from drllm.tasks.base import Task
-from drllm.tasks.files import is_source, refuse_other_formats, task_of_source
+from drllm.tasks.files import is_source, load_source, refuse_other_formats
 from drllm.tasks.harness import LmEvalTask
 
 TASKS: Registry[Task] = Registry(
@@ -60,7 +60,7 @@ def get_task(name: str) -> Task:
     """
     refuse_other_formats(name)
     if is_source(name):
-        return task_of_source(name, tuple(task_names()))
+        return load_source(name, tuple(task_names()))
     name = _resolve_alias(name)
     if name in TASKS:
         return TASKS.get(name)

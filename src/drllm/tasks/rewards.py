@@ -54,7 +54,7 @@ def check_installed(reward: str) -> None:
         need(extra, f"reward {reward!r}")
 
 
-def reward_of(prompt: Prompt) -> Reward:
+def get_reward(prompt: Prompt) -> Reward:
     """Return the reward that a prompt names, which may be a function of the user's own."""
     if SUFFIX in prompt.reward:
         return _FunctionReward()
@@ -78,7 +78,7 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     """
     if not finished:
         text = text.rstrip(_UNFINISHED_CHARACTER)
-    return reward_of(prompt).verdict(prompt, text, finished)
+    return get_reward(prompt).verdict(prompt, text, finished)
 
 
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:

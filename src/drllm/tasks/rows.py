@@ -90,7 +90,7 @@ def hub_rows(
         ) from error
 
 
-def rows_of_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
+def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`, of `train` where it names no split."""
     match = HUB_SET.fullmatch(name)
     assert match
@@ -105,7 +105,7 @@ def rows_of_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
     )
 
 
-def text_of(row: Mapping[str, Any], key: str) -> str:
+def read_text(row: Mapping[str, Any], key: str) -> str:
     """Return a text field of a row as it stands; a TaskError if it is missing, blank or no text."""
     value = _field(row, key)
     if not isinstance(value, str):
@@ -115,7 +115,7 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
+def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
     """Return a field that is a list of at least `minimum` texts, none of them blank."""
     value = _field(row, key)
     if not isinstance(value, list):
@@ -130,7 +130,7 @@ def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
     return tuple(value)
 
 
-def object_of(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]:
+def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]:
     """Return a field that is an object with the fields that `keys` name."""
     value = row.get(key)
     if not isinstance(value, Mapping):
@@ -139,7 +139,7 @@ def object_of(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]
     return value
 
 
-def messages_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the roles and texts of a row's conversation, which has at least one message."""
     messages = row["messages"]
     expected = "objects with role and content"
@@ -148,10 +148,10 @@ def messages_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     for message in messages:
         if not isinstance(message, Mapping):
             raise TaskError(f"'messages' holds {message!r}; expected {expected}")
-    return [(text_of(message, "role"), text_of(message, "content")) for message in messages]
+    return [(read_text(message, "role"), read_text(message, "content")) for message in messages]
 
 
-def index_of(value: Any, count: int, key: str) -> int:
+def read_index(value: Any, count: int, key: str) -> int:
     """Return an index from 0 of one of `count` options, as the field `key` gives it."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")

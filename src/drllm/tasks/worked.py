@@ -12,7 +12,7 @@ from drllm.errors import ConfigError
 from drllm.tasks.base import Task
 from drllm.tasks.examples import Example, Prompt
 from drllm.tasks.prompt_formats import WORKED
-from drllm.tasks.rewards import reward_of
+from drllm.tasks.rewards import get_reward
 
 
 class WorkedTask(Task):
@@ -84,7 +84,7 @@ class WorkedTask(Task):
         prompt = prompts[way % len(prompts)]  # an example with fewer options has fewer rotations
         if prompt.continuations:
             return f"{prompt.text}{prompt.continuations[prompt.gold or 0]}\n\n"
-        answer = reward_of(prompt).gold_text(prompt)
+        answer = get_reward(prompt).gold_text(prompt)
         if self.max_new_tokens and reward == "boxed" and shot.solution:
             answer = f"{shot.solution}\n{answer}"
         space = " " if prompt.text.endswith(":") else "\n"

@@ -18,7 +18,7 @@ from drllm.records.codec import digest_of, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import Task
 from drllm.tasks.examples import FILE_NAMES, Prompt, choose
-from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_rows, rows_of_hub_set
+from drllm.tasks.rows import HUB_ROWS, HUB_SET, read_hub_set, read_rows
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.objectives import choose_objective, make_prompt
 
@@ -94,7 +94,7 @@ def _texts_of(word: str, num: int) -> tuple[str, list[str]]:
 @functools.cache  # asked for twice: to check the settings, and to train
 def _texts_on_hub(name: str, num: int) -> list[str]:
     found: list[str] = []
-    for row in rows_of_hub_set(name, "--text"):
+    for row in read_hub_set(name, "--text"):
         if not isinstance(text := row.get("text"), str):
             said = f"--text {name} has no text in a column 'text' of {[*row]}"
             raise TaskError(f"{said}; give another set, or a file of texts")

@@ -23,7 +23,7 @@ from drllm.records.codec import write_atomically
 from drllm.records.manifest import new_manifest, to_lines, write_records
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
 from drllm.search import CHUNKS_FOLDER
-from drllm.supervision.select import supervise, targets
+from drllm.supervision.select import pick_targets, supervise
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -283,7 +283,7 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
 
 def test_a_supervision_is_told_with_tasks_and_reasons(printed):
     hopeless = record(tried("1111"), id="q3", question="Why?")
-    print_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
+    print_supervision(pick_targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
     out = printed()
     assert "facts 2 1 (50.0 %) 1 → 1 1 → 1 0 → 0 1 0" in out
@@ -313,7 +313,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
 
 def test_copies_of_questions_are_told_apart(printed):
     copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
-    print_supervision(targets([*FOUND, *copies], SHORTEST).summary, Terminal())
+    print_supervision(pick_targets([*FOUND, *copies], SHORTEST).summary, Terminal())
     out = printed()
     assert "all 2 1 (50.0 %)" in out
     assert "targets 2 (100.0 %)" in out
@@ -321,7 +321,7 @@ def test_copies_of_questions_are_told_apart(printed):
 
 
 def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
-    summary = targets(FOUND, SHORTEST).summary
+    summary = pick_targets(FOUND, SHORTEST).summary
     for name in ("copies", "paths", "tasks", "executions", "class_counts_by_layer"):
         del summary[name]
     print_supervision(summary, Terminal())

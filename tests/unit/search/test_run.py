@@ -18,7 +18,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import manifest_path
 from drllm.records.search import FailedQuestion, read_search
 from drllm.records.splits import split_of
-from drllm.search import CHUNKS_FOLDER, num_batches_kept, retest
+from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
 from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
 from drllm.search.questions import collect_questions, split_into_batches
@@ -132,7 +132,7 @@ def test_finished_batches_are_not_searched_again(routed, facts, tmp_path):
     kept = [name for name in before if name.count(".") == 1]
     assert kept
     assert [before[name] for name in kept] == [after[name] for name in kept]
-    assert num_batches_kept(tmp_path / CHUNKS_FOLDER) > len(kept) - 1
+    assert count_kept_batches(tmp_path / CHUNKS_FOLDER) > len(kept) - 1
 
 
 def test_a_finished_search_is_returned_as_it_is_whoever_asks_for_it(

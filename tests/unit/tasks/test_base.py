@@ -72,9 +72,9 @@ def test_of_several_rewards_a_task_takes_the_first_that_fits_and_without_any_its
 
 def test_a_column_that_the_harness_needs_and_a_row_lacks_is_named():
     harness, example = Harness(columns=("goal", "sol1")), Example(question="?", answer="!")
-    assert harness.row_of(example, {"goal": 1, "sol1": 2, "more": 3}) == {"goal": 1, "sol1": 2}
+    assert harness.make_row(example, {"goal": 1, "sol1": 2, "more": 3}) == {"goal": 1, "sol1": 2}
     with pytest.raises(TaskError, match="'sol1' is missing"):
-        harness.row_of(example, {"goal": 1})
+        harness.make_row(example, {"goal": 1})
 
 
 def test_making_and_grading_questions_loads_no_torch():

@@ -9,13 +9,13 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.records.splits import question_key
-from drllm.tasks.builtin import rows_of
+from drllm.tasks.builtin import load_rows
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import score_choices
 
 NAMES = ("builtin_facts", "builtin_arithmetic")
 FACTS = {split: get_task("builtin_facts").examples(split) for split in SPLITS}
-PROBLEMS = rows_of("arithmetic.jsonl")
+PROBLEMS = load_rows("arithmetic.jsonl")
 ALL_FACTS = [example for split in SPLITS for example in FACTS[split]]
 
 DIGESTS = {

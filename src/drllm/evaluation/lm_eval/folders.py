@@ -295,7 +295,7 @@ def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list
     lines = []
     for example, row in questions:
         try:
-            columns = entry.row_of(example, row)
+            columns = entry.make_row(example, row)
         except TaskError as error:
             raise TaskError(
                 f"task {task.name!r}, question {example.id!r}: {error}; the harness' prompt needs "

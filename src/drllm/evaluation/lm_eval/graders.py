@@ -14,7 +14,7 @@ from typing import Any
 from drllm.errors import TaskError
 from drllm.tasks.base import Function, Harness, Task
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, Row
-from drllm.tasks.rewards import grade, reward_of
+from drllm.tasks.rewards import get_reward, grade
 
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""
@@ -101,7 +101,7 @@ def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 def shown(doc: Mapping[str, Any]) -> str:
     """Return the right answer of a row in the form that the question asks for."""
     prompt = _prompt(doc)
-    return reward_of(prompt).gold_text(prompt)
+    return get_reward(prompt).gold_text(prompt)
 
 
 def grading_of(prompt: Prompt) -> str:

@@ -20,7 +20,7 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.scoring import HarnessRequest, OptionScore
 from drllm.listener import quiet
 from drllm.tasks.examples import choose
-from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, gold_indices, load_harness_tasks
+from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices, load_harness_tasks
 from drllm.tuning.path_scorer import log_share
 
 Key: TypeAlias = tuple[str, int]  # which question: the harness' task, and the row's number there
@@ -103,7 +103,7 @@ class RenderedTask:
     def golds(self, place: int) -> list[int]:
         """Return which options of the question at a place are right, one at least."""
         name, _ = self.keys[place]
-        golds = gold_indices(self._tasks[name], self.docs[place])
+        golds = find_gold_indices(self._tasks[name], self.docs[place])
         if not golds:
             raise TaskError(f"{name} has no right option in row {place}; leave the task out")
         return golds

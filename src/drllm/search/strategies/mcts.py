@@ -92,7 +92,7 @@ class TreeSearch(PathSearch):
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         super().__init__(num_layers, config, rng)
         self.nodes: dict[Decisions, Node] = {}
-        self.root = self._node_of(self._full)
+        self.root = self._get_node(self._full)
         self.root.visits = 1  # the full path's own evaluation, the first of all
         self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}  # of paths in flight
         self._gains: dict[tuple[int, int], EditGain] = {}  # by (layer, decision)
@@ -150,7 +150,7 @@ class TreeSearch(PathSearch):
         drawn = [self._rng.choice(edits) for _ in range(num_drawn)]
         action = max(drawn, key=self._promise)
         node.untried.remove(action)
-        child = self._node_of(apply(node.decisions, action))
+        child = self._get_node(apply(node.decisions, action))
         node.children[action] = child
         return child
 
@@ -197,7 +197,7 @@ class TreeSearch(PathSearch):
             self._gains.setdefault(edit, EditGain()).add(gain_of_edit)
             self._all_gains.add(gain_of_edit)
 
-    def _node_of(self, decisions: Decisions) -> Node:
+    def _get_node(self, decisions: Decisions) -> Node:
         """Return the node of a decision vector, a new one the first time."""
         if decisions not in self.nodes:
             legal = list(legal_actions(decisions, self.limit))

@@ -18,7 +18,7 @@ from drllm.listener import logger
 from drllm.tasks.examples import Example, Row, with_options
 from drllm.tasks.prompt_formats import LETTERS
 from drllm.tasks.rewards import normalise
-from drllm.tasks.rows import EmptyTextError, index_of, object_of, text_of, texts_of
+from drllm.tasks.rows import EmptyTextError, read_index, read_object, read_text, read_texts
 
 UNANSWERABLE = "unanswerable"  # what SQuAD's prompts ask for where the passage holds no answer
 DART_LEVELS = (1, 2, 3, 4, 5)  # as MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2
@@ -37,14 +37,14 @@ class Columns:
 
     def __call__(self, row: Row) -> Example:
         """Return the question."""
-        question = text_of(row, self.question)
+        question = read_text(row, self.question)
         if isinstance(self.choices, str):
-            choices = texts_of(row, self.choices, minimum=2)
+            choices = read_texts(row, self.choices, minimum=2)
         else:
-            choices = tuple(text_of(row, column) for column in self.choices)
+            choices = tuple(read_text(row, column) for column in self.choices)
         value = row.get(self.answer)
         if not self.answers:
-            return with_options(question, choices, index_of(value, len(choices), self.answer))
+            return with_options(question, choices, read_index(value, len(choices), self.answer))
         if value not in self.answers:
             expected = " or ".join(map(repr, self.answers))
             raise TaskError(f"{self.answer!r} is {value!r}; expected {expected}")
@@ -57,17 +57,18 @@ def labelled(row: Row) -> Example:
     Labels may be letters or numbers, of any count from 2; the right option is where the answer
     key stands among them. ARC and CommonsenseQA.
     """
-    options = object_of(row, "choices", "text", "label")
-    choices = texts_of(options, "text", minimum=2)
-    labels = texts_of(options, "label", minimum=2)
+    options = read_object(row, "choices", "text", "label")
+    choices = read_texts(options, "text", minimum=2)
+    labels = read_texts(options, "label", minimum=2)
     if len(choices) != len(labels) or len(set(labels)) != len(labels):
         raise TaskError(f"{len(choices)} options have the labels {', '.join(labels)}")
     if len(choices) > len(LETTERS):
         raise TaskError(f"'choices' has {len(choices)} options; at most {len(LETTERS)} are usable")
-    key = text_of(row, "answerKey")
+    key = read_text(row, "answerKey")
     if key not in labels:
         raise TaskError(f"'answerKey' is {key!r}; expected one of {', '.join(labels)}")
-    return with_options(text_of(row, "question"), choices, labels.index(key), text_of(row, "id"))
+    question = read_text(row, "question")
+    return with_options(question, choices, labels.index(key), read_text(row, "id"))
 
 
 def hellaswag(row: Row) -> Example:
@@ -76,19 +77,19 @@ def hellaswag(row: Row) -> Example:
     A clean row has `query`, `choices` and `label`; its texts stay as they are.
     """
     if "query" in row:
-        query = text_of(row, "query")
-        choices = texts_of(row, "choices", minimum=2)
+        query = read_text(row, "query")
+        choices = read_texts(row, "choices", minimum=2)
     else:
         for key in ("ctx_a", "ctx_b"):  # the second is empty in many rows
             if not isinstance(row.get(key), str):
                 raise TaskError(f"{key!r} is {row.get(key)!r}; expected text")
         context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-        query = clean(f"{text_of(row, 'activity_label')}: {context}")
-        choices = tuple(clean(ending) for ending in texts_of(row, "endings", minimum=2))
+        query = clean(f"{read_text(row, 'activity_label')}: {context}")
+        choices = tuple(clean(ending) for ending in read_texts(row, "endings", minimum=2))
     label = row.get("label")
     if re.fullmatch("[0-9]", str(label)):
         label = int(str(label))
-    gold = index_of(label, len(choices), "label")
+    gold = read_index(label, len(choices), "label")
     if not all(choices):
         raise EmptyTextError("cleaning leaves nothing of an ending")
     return with_options(query, choices, gold)
@@ -109,26 +110,26 @@ def mmlu(row: Row) -> Example:
     The line on the subject and the stripped question are those of lm-evaluation-harness.
     """
     example = Columns()(row)
-    subject = text_of(row, "subject").replace("_", " ")
+    subject = read_text(row, "subject").replace("_", " ")
     context = f"The following are questions (with answers) about {subject}."
     return replace(example, question=example.question.strip(), context=context)
 
 
 def winogrande(row: Row) -> Example:
     """Read `sentence` (with a gap, `_`), `option1`, `option2` and `answer` ("1" or "2")."""
-    if not text_of(row, "sentence").partition("_")[2].strip():
+    if not read_text(row, "sentence").partition("_")[2].strip():
         raise TaskError("'sentence' has no gap (_) with text after it")
     return Columns("sentence", ("option1", "option2"), answers=("1", "2"))(row)
 
 
 def gsm8k(row: Row) -> Example:
     """Read `question` and `answer`: a solution that ends in `#### ` and a number."""
-    solution = text_of(row, "answer")
+    solution = read_text(row, "answer")
     _, mark, number = solution.rpartition("#### ")
     answer = number.strip().replace(",", "")
     if not mark or not answer:
         raise TaskError("'answer' doesn't end in '#### ' and a number")
-    return Example(question=text_of(row, "question"), answer=answer, solution=solution)
+    return Example(question=read_text(row, "question"), answer=answer, solution=solution)
 
 
 def dart(row: Row, level: int) -> Example | None:
@@ -140,8 +141,8 @@ def dart(row: Row, level: int) -> Example | None:
     row_level = _level(row)
     if row_level not in DART_LEVELS:
         raise TaskError(f"'level' is {row_level!r}; expected a whole number from 1 to 5")
-    question = text_of(row, "query")
-    answer = text_of(row, "gt_ans")
+    question = read_text(row, "query")
+    answer = read_text(row, "gt_ans")
     if row_level != level:
         return None
     return Example(question=question, answer=answer)
@@ -183,7 +184,7 @@ def squad(row: Row) -> Example:
 
     Any of the answers that people gave is right; answers of nothing but marks can't be graded.
     """
-    texts = texts_of(object_of(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
+    texts = read_texts(read_object(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
     answers: dict[str, str] = {}  # by their text as it is compared, so that each counts once
     for text in texts:
         answers.setdefault(normalise(text), text.strip())
@@ -192,9 +193,9 @@ def squad(row: Row) -> Example:
         raise EmptyTextError("the answers are nothing but marks")
     answer, *other_answers = answers.values()
     return Example(
-        id=text_of(row, "id"),
-        question=text_of(row, "question").strip(),
-        context=text_of(row, "context").strip(),
+        id=read_text(row, "id"),
+        question=read_text(row, "question").strip(),
+        context=read_text(row, "context").strip(),
         answer=answer,
         other_answers=tuple(other_answers),
     )
@@ -202,6 +203,6 @@ def squad(row: Row) -> Example:
 
 def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
     """Return the answers as one text, since datasets infers a type from lists."""
-    texts = {name: text_of(row, name) for name in ("title", "context", "question")}
-    answers = texts_of(row["answers"], "text", minimum=0)
+    texts = {name: read_text(row, name) for name in ("title", "context", "question")}
+    answers = read_texts(row["answers"], "text", minimum=0)
     return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

@@ -21,7 +21,7 @@ from drllm.tasks.base import (
     Task,
     check_data_dir,
     check_split,
-    shots_split,
+    choose_shots_split,
 )
 from drllm.tasks.examples import FILE_NAMES, Example, QuestionRow, Row
 from drllm.tasks.prompt_formats import BOXED, GAP, OPTIONS, PromptFormat
@@ -113,7 +113,7 @@ class PublishedTask(Task):
         """Return the questions of the `shots_file`; without one see `Task.shots`."""
         if self.shots_file:
             return list(self._questions(self.shots_file, data_dir).questions)
-        return self.rows(shots_split(check_split(split), self._splits()), data_dir)
+        return self.rows(choose_shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
         """Return the splits that the files serve."""
