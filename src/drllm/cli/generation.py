@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli.chat import PathSummary, Reply, Session, chat
-from drllm.cli.parser import CommandLine
+from drllm.cli.command_line import CommandLine
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, verb

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from drllm.cli.parser import CommandLine
+from drllm.cli.command_line import CommandLine
 from drllm.config import ModelConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError

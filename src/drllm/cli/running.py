@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from drllm.cli.parser import CommandLine
+from drllm.cli.command_line import CommandLine
 from drllm.cli.show_results import show_results
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb

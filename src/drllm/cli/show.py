@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drllm.cli.parser import CommandLine
+from drllm.cli.command_line import CommandLine
 from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.show_results import show_latency, show_results
 from drllm.cli.show_routers import show_agreement, show_metrics, show_routers

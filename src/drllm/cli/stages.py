@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli import published
-from drllm.cli.parser import CommandLine
+from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.show_results import show_results

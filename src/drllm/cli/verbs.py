@@ -19,7 +19,7 @@ from drllm.config.files import PRESETS
 from drllm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from drllm.cli.parser import CommandLine
+    from drllm.cli.command_line import CommandLine
     from drllm.cli.terminal import Terminal
 
 HELP = ("-h", "--help", "--help-all")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from drllm.cli.command_line import CommandLine
 from drllm.cli.listing import _LISTS, _REGISTRIES
-from drllm.cli.parser import CommandLine, parse
+from drllm.cli.parser import parse
 from drllm.cli.verbs import FOREIGN, VERBS, flags_of
 from drllm.config import (
     DepthConfig,
@@ -258,7 +259,7 @@ def test_a_verb_loads_its_own_module_alone():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    known = ["arguments", "help", "listing", "parser", "removed"]
+    known = ["arguments", "command_line", "help", "listing", "parser", "removed"]
     known += ["settings_file", "terminal", "verbs"]
     assert done.stdout.splitlines()[-1] == str([f"drllm.cli.{name}" for name in known])
 
