@@ -1,8 +1,8 @@
-"""Check by trying whether a model is routed exactly, for `drllm ls architectures --try`.
+"""Check by running it that a model is routed exactly, for `drllm ls architectures --try`.
 
-A padded batch with a plan for each row generates with a cache, and every logit is compared with the
-plain model whose list of layers *is* the path, one unpadded row at a time and without a cache.
-`families.yaml` describes a tiny random model of every family; the check takes any other model too.
+A padded batch generates with a cache, each row under its own plan. Every logit is compared with
+that of a plain model whose list of layers is the path, one row at a time, without padding or cache.
+The check makes a tiny random model of any family in `families.yaml`; it takes other models too.
 
 Axes: B rows, L layers, T tokens, V vocabulary.
 """
@@ -32,40 +32,43 @@ from drllm.paths import to_path
 
 TOLERANCE = 1e-3
 """Largest difference between two logits that counts as rounding, in standard deviations of the
-logits. Both ways are right within float32, and the worst family in any supported version was at
-1e-4 (docs/architectures.md); one token too many or too few among those that a single row attends
-to made 0.3 and more."""
+logits. Rounding in float32 made at most 1e-4 in any family and supported version
+(docs/architectures.md). One wrong token in the attention of a single row made at least 0.3."""
 
 PROMPT_LENGTHS = (5, 2, 12, 3)
-NUM_NEW = 8
+NUM_NEW = 8  # tokens generated after each prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """The result of trying a model; differences are in standard deviations of the logits.
 
-    The status is `exact`; `refused`; `absent` (not in the installed transformers); `broken` (the
-    plain model differs from itself, with padding and a cache from one row without); or `differs`
-    (routing is wrong: a defect of ours).
+    The status is one of:
+
+    - `exact`;
+    - `refused`: the model can't be routed;
+    - `absent`: not in the installed transformers;
+    - `broken`: the plain model gives other logits with padding and a cache than without;
+    - `differs`: routing is wrong, a defect of drllm.
     """
 
     family: str  # the `model_type` of transformers
-    class_name: str = ""  # empty where no model could be made
+    class_name: str = ""  # empty if no model was made
     status: str
-    reason: str = ""  # why it isn't exact
-    prefill: float | None = None  # greatest difference where prompts end; None: not compared
-    decode: float | None = None  # the same of the tokens decoded with the cache
+    reason: str = ""  # why the status isn't `exact`
+    prefill: float | None = None  # largest difference at the prompts' ends; None: not compared
+    decode: float | None = None  # largest difference at the tokens decoded with the cache
 
     @property
     def greatest_difference(self) -> float | None:
-        """Over prefill and decode."""
+        """The larger of `prefill` and `decode`."""
         if self.prefill is None or self.decode is None:
             return None
         return max(self.prefill, self.decode)
 
 
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
-    """Make a frozen model of a family in float32, 6 layers of width 32, with random weights."""
+    """Make a tiny frozen model of a family: 6 layers of width 32, float32, random weights."""
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))
     if family not in CONFIG_MAPPING:
@@ -79,12 +82,12 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
 
 
 def check(family: str) -> Finding:
-    """Try a tiny model of a family of the table, of any other name an ArchitectureError."""
+    """Check a tiny model of a family; ArchitectureError if the table doesn't have the family."""
     if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # waiting for a second one can take longer than the work
+    torch.set_num_threads(1)  # synchronising threads would take longer than the work
     try:
         with quiet():
             return check_model(make_tiny(family))
@@ -93,7 +96,7 @@ def check(family: str) -> Finding:
 
 
 def check_model(model: Any) -> Finding:
-    """Try a model in float32 that isn't routed, and leave it as it was."""
+    """Check a model in float32 that isn't routed, and leave it unchanged."""
     finding = Finding(
         family=model.config.model_type,
         class_name=type(model).__name__,
@@ -111,15 +114,15 @@ def check_model(model: Any) -> Finding:
             return replace(finding, status="exact", reason="")
         if max(_compare_plain(model)) > TOLERANCE:
             reason = (
-                f"transformers {transformers.__version__} itself says something else with padding "
-                f"and a cache than without; another version may do better"
+                f"transformers {transformers.__version__} itself gives other logits with padding "
+                f"and a cache than without; try another version"
             )
             return replace(finding, status="broken", reason=reason)
     return finding
 
 
 def mixed_plans(num_layers: int) -> list[list[int]]:
-    """Return four plans for L layers that use a cache in all the ways that one can go wrong."""
+    """Return four plans for L layers: skip the first, repeat all, mix, and run only the middle."""
     return [
         [0] + [1] * (num_layers - 1) if num_layers > 1 else [1],
         [2] * num_layers,
@@ -130,11 +133,11 @@ def mixed_plans(num_layers: int) -> list[list[int]]:
 
 @contextmanager
 def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
-    """Let the list of layers of a model that isn't routed be a path inside the block.
+    """Replace the list of layers of a model that isn't routed by a path inside the block.
 
-    It defines what a routed model has to equal. What the configuration says layer by layer (kinds
-    of attention, rotary or not) follows the path too. Such a model is right without a cache only: a
-    layer listed twice would write one entry twice.
+    This defines what a routed model has to equal. Settings for each layer (kinds of attention,
+    rotary or not) follow the path too. Use the model without a cache: a layer that is listed twice
+    would write to one cache entry twice.
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
@@ -155,17 +158,17 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """A prompt, and the answer that both ways are made to read after it, as tokens."""
+    """A prompt, and the answer that both models are made to read after it, as tokens."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Return the largest differences of the routed model from each plan run alone.
+    """Return the largest differences between the routed model and each plan run alone.
 
-    They are those where the prompts end, and those while decoding, in standard deviations of the
-    logits. There is a plan of L decisions for each prompt.
+    The first is at the prompts' ends, the second at the decoded tokens, in standard deviations of
+    the logits. Each prompt has a plan of L decisions.
     """
     examples = _make_examples(model)
     expected = []
@@ -182,14 +185,14 @@ def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, 
 
 
 def _compare_plain(model: Any) -> tuple[float, float]:
-    """Return the same differences of the plain model from itself, without padding or cache."""
+    """Return the same differences between the plain model with padding and a cache and without."""
     examples = _make_examples(model)
     expected = [_read_alone(model, example) for example in examples]
     return _largest_differences(_generate_batch(model, examples), torch.stack(expected))
 
 
 def _make_examples(model: Any) -> list[_Example]:
-    """Draw prompts and answers, the same in each call, without tokens that end an answer."""
+    """Draw random prompts and answers, the same in every call, without end tokens."""
     rng = random.Random(0)
     ends = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
     vocab_size = model.config.get_text_config().vocab_size
@@ -199,7 +202,7 @@ def _make_examples(model: Any) -> list[_Example]:
 
 
 def _read_alone(model: Any, example: _Example) -> Tensor:
-    """Return the logits of an answer's tokens, `[T_new, V]`, of one row without a cache."""
+    """Return the logits for an answer's tokens, `[T_new, V]`, from one row without a cache."""
     ids = torch.tensor([[*example.prompt, *example.answer]], device=model.device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
@@ -207,7 +210,7 @@ def _read_alone(model: Any, example: _Example) -> Tensor:
 
 
 def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
-    """Return the same logits, `[B, T_new, V]`, of one padded batch that generates with a cache."""
+    """Return the same logits, `[B, T_new, V]`, from a padded batch that generates with a cache."""
     ids, mask = left_padded([example.prompt for example in examples], model.device)
     num_read = ids.shape[1]
 
@@ -219,8 +222,8 @@ def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
         attention_mask=mask,
         generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
         max_new_tokens=NUM_NEW,
-        use_cache=True,  # some models say no by default
-        prefix_allowed_tokens_fn=force_answer,  # so that both ways read the same tokens
+        use_cache=True,  # off by default in some models
+        prefix_allowed_tokens_fn=force_answer,  # both models read the same tokens
         output_logits=True,
         return_dict_in_generate=True,
     )

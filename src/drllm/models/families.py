@@ -1,4 +1,4 @@
-"""The families of models that are known here, and which of them are refused. Loads no torch."""
+"""The table of model families that drllm knows, from `families.yaml`. Imports no torch."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import yaml
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
-COMMON: dict[str, Any] = _TABLE["common"]  # what the configurations of all tiny models say
+COMMON: dict[str, Any] = _TABLE["common"]  # settings of the tiny models of all families
 FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
-"""Family, by the `model_type` of transformers → what its configuration says besides `COMMON`."""
+"""`model_type` of transformers → further settings of the family's tiny model."""
 IN_SUITE: list[str] = _TABLE["in_suite"]
-"""Families on which the tests try every way of generating, and export."""
+"""Families with which the tests try every way of generating, and export."""
 REFUSED: dict[str, list[str]] = _TABLE["refused"]
-"""Why → the families that aren't routed, or not with different decisions in one batch."""
+"""Reason → families that can't be routed, or not with different decisions in one batch."""
 NO_SUBLAYERS: dict[str, list[str]] = _TABLE["no_sublayers"]
-"""Why → the families in whose layers attention and MLP can't be told apart."""
+"""Reason → families whose layers don't have a separate attention and MLP."""

@@ -1,1 +1,1 @@
-"""The frozen base model: where it comes from, opening it, and what it is recognised by."""
+"""Load the frozen base model, find its layers, encode its prompts, and identify it."""

@@ -1,4 +1,4 @@
-"""Copy from the host to a device without making it wait."""
+"""Copy tensors from the host to a device without blocking."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def on_device(values: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
-    """Return a tensor, or numbers, on a device, without waiting for a GPU.
+    """Return a tensor, or numbers as a tensor, on a device, without waiting for a GPU.
 
-    From pinned memory a GPU copies while the host goes on; a copy from other memory would wait for
-    all that the GPU still has to do.
+    A copy from pinned memory runs while the host goes on. A copy from other memory would wait until
+    the GPU has finished all its queued work.
     """
     tensor = torch.as_tensor(values)
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""How long a stage takes at most and how much memory, from its first block of work."""
+"""Estimate the time and memory of a stage from its first block of work."""
 
 import math
 import time
@@ -10,15 +10,15 @@ from drllm.listener import Listener
 
 
 class FirstBlock:
-    """Times the first block of a stage, then says what the whole stage takes.
+    """Times the first block of a stage, then tells how long the whole stage takes at most.
 
-    The first block is the slowest for its size, since everything is new to the processor, and
-    stages may end early, so the time is an upper bound; it isn't one where later blocks hold longer
-    texts than their share of the work says.
+    The first block is the slowest for its size, since caches are cold, and a stage may end early.
+    So the time is an upper bound, unless later blocks hold longer texts than their share of the
+    work suggests.
 
     Args:
-        listener: Gets one line.
-        device: Where the model is.
+        listener: Gets one line with the time and the memory.
+        device: The model's device.
     """
 
     def __init__(self, listener: Listener, device: torch.device) -> None:
@@ -28,11 +28,13 @@ class FirstBlock:
         self.started = time.monotonic()
 
     def finish(self, share: float, seconds: float | None = None) -> None:
-        """Say what the stage takes, once: later calls do nothing, nor does a block of no work.
+        """Report the time and memory of the stage.
+
+        Only the first call reports; a call for a block without work doesn't count.
 
         Args:
-            share: The block's share of the work that is left, in (0, 1].
-            seconds: How long it took; since this object was made unless given.
+            share: The block's share of the remaining work, in (0, 1].
+            seconds: How long the block took; by default the time since this object was made.
         """
         if self.is_over or share <= 0:
             return
@@ -44,7 +46,7 @@ class FirstBlock:
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes in use: on a GPU the most so far, else those of this process."""
+    """Return the bytes in use: the peak on CUDA, elsewhere the current use of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

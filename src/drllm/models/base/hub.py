@@ -1,4 +1,4 @@
-"""The Hugging Face hub: find a model's commit, explain errors in one line, quiet libraries."""
+"""Use the Hugging Face hub: find a model's commit, explain errors, and silence its library."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,26 +20,27 @@ from drllm.errors import ModelError
 TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...]
 ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
-"""What the hub's library raises; the first is its HTTP library's own error, whichever that is."""
+"""What the hub's library raises. The first is the base error of the HTTP library that it uses."""
 FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
-"""What `explain` explains."""
+"""The errors that `explain` takes."""
 
 
 def options_in(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a `from_pretrained` that concern the hub."""
+    """Select the options of `from_pretrained` that concern the hub."""
     names = ("token", "cache_dir", "local_files_only")
     return {name: options[name] for name in names if name in options}
 
 
-def find_commit(name: str, revision: str | None, *, otherwise: str, **options: Any) -> str:
-    """Return the commit that a revision of a hub model stands for.
+def find_commit(name: str, revision: str | None, *, advice: str, **options: Any) -> str:
+    """Return the commit of a hub model's revision.
 
-    It fetches the model's config, the smallest file that shows whether the model is there.
+    It fetches the model's config, the smallest file that shows whether the model exists. `advice`
+    says what to do if there is no such model.
     """
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision, **options)
     except FETCH_ERRORS as error:
-        message = explain(error, "model", name, revision, otherwise)
+        message = explain(error, "model", name, revision, advice)
         is_offline = isinstance(error, errors.LocalEntryNotFoundError)
         if isinstance(error, errors.EntryNotFoundError) and not is_offline:
             message = f"model {name!r} has no config.json, so it isn't a transformers model"
@@ -49,8 +50,16 @@ def find_commit(name: str, revision: str | None, *, otherwise: str, **options: A
     return Path(file).parent.name  # the cache keeps a model's files under snapshots/COMMIT
 
 
-def explain(error: Exception, kind: str, name: str, revision: str | None, otherwise: str) -> str:
-    """Say in one line why a `kind` of thing can't be fetched, and what to do, else `otherwise`."""
+def explain(error: Exception, kind: str, name: str, revision: str | None, advice: str) -> str:
+    """Explain in one line why something can't be fetched from the hub, and what to do.
+
+    Args:
+        error: One of `FETCH_ERRORS`.
+        kind: What was fetched, such as `model`.
+        name: Its hub id.
+        revision: Its revision.
+        advice: What to do where the error itself has no remedy.
+    """
     subject = f"{kind} {name!r}"
     if revision:
         subject += f" at revision {revision!r}"
@@ -62,35 +71,35 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, otherw
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{kind} {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{subject} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {otherwise}"
+        return f"{subject} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {advice}"
     if isinstance(error, errors.HFValidationError):
-        return f"{name!r} can't be a hub id; {otherwise}"
+        return f"{name!r} can't be a hub id; {advice}"
 
     reason = no_network()
     if "local_files_only" in str(error) and not constants.HF_HUB_OFFLINE:
         reason = "local_files_only is set"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        # Also raised for any answer that isn't one of the above; the cause tells.
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    cause = error.__cause__
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
+        error = cause  # the hub's response to the request
     is_offline = isinstance(error, errors.LocalEntryNotFoundError)
     if isinstance(error, errors.HfHubHTTPError) and not is_offline:
         return (
-            f"the hub refused {subject}: {answer(error)}; if it needs a login, set "
+            f"the hub refused {subject}: {read_hub_message(error)}; if it needs a login, set "
             f"{TOKEN_VARIABLE} to a valid token"
         )
     return (
         f"{subject} isn't in the local cache, and {reason}; connect (a gated one also needs "
-        f"{TOKEN_VARIABLE}), or {otherwise}"
+        f"{TOKEN_VARIABLE}), or {advice}"
     )
 
 
 def no_network() -> str:
-    """Say why there is no network."""
+    """Return the reason why the hub can't be used."""
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
 
 
-def answer(error: errors.HfHubHTTPError) -> str:
-    """Return the hub's own message in one line, else that of its library."""
+def read_hub_message(error: errors.HfHubHTTPError) -> str:
+    """Return the first line of the hub's own message, or of its library's if there is none."""
     message = (error.server_message or "").strip()
     if not message:
         return first_line(error)
@@ -98,7 +107,7 @@ def answer(error: errors.HfHubHTTPError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message, or the error's name if it has none."""
+    """Return the first line of an error's message, or the error's class name without one."""
     for line in str(error).splitlines():
         if line.strip():
             return line.strip().rstrip(".")
@@ -108,14 +117,14 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers and the hub's library inside the block; downloads keep their bars."""
-    with ExitStack() as restored:
-        restored.enter_context(listener.quiet("huggingface_hub", "transformers"))
+    with ExitStack() as stack:
+        stack.enter_context(listener.quiet("huggingface_hub", "transformers"))
         downloads_are_quiet = are_progress_bars_disabled()
         if downloads_are_quiet:
-            restored.callback(disable_progress_bars)
+            stack.callback(disable_progress_bars)
         if transformers_logging.is_progress_bar_enabled():
-            restored.callback(transformers_logging.enable_progress_bar)
-            transformers_logging.disable_progress_bar()  # this disables those of downloads too
+            stack.callback(transformers_logging.enable_progress_bar)
+            transformers_logging.disable_progress_bar()  # this disables the bars of downloads too
         if not downloads_are_quiet:
             enable_progress_bars()
         yield

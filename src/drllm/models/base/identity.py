@@ -1,6 +1,7 @@
 """Identify a base model: class, L, D, and a fingerprint of its weights.
 
-A PEFT adapter changes neither, and weights that accelerate keeps elsewhere are read from there.
+A PEFT adapter doesn't change the identity. Weights that accelerate has offloaded are loaded to be
+read.
 
 Axes: D hidden, L layers.
 """
@@ -19,13 +20,13 @@ from drllm.errors import ModelError
 from drllm.models.base.layers import base_of, find_layers
 from drllm.records.identity import QUANTISED
 
-FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
+FINGERPRINT_VALUES = 2**20  # values read from each tensor, enough to tell fine-tunes apart
 WRAPPED = ("base_layer", "original_module")
-"""The names by which PEFT's layers keep the module that they stand in for."""
+"""The names under which PEFT's layers hold the module that they replace."""
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """Return `class`, `num_layers`, `hidden_size` and `fingerprint` of a base model."""
+    """Describe a base model: its `class`, `num_layers`, `hidden_size` and `fingerprint`."""
     base = base_of(model)
     text = base.config.get_text_config()
     return {
@@ -37,33 +38,36 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a text that tells a model's weights from those of others, its own fine-tunes too.
+    """Return a short text that identifies a model's weights; its fine-tunes have other texts.
 
-    It hashes the names, shapes and the signs of the values of three weights: the input embedding,
-    and the first matrix of the middle and of the last layer. Signs survive every change of dtype,
-    so routers trained on a float32 model fit its bfloat16 load. They don't survive quantisation,
-    which mostly leaves the embedding alone. So the text has 16 digits of all three, then 8 of the
-    embedding; for a quantised model `QUANTISED`, 8 digits of the embedding, then 8 of how the model
-    is quantised (see `same_weights`). An adapter that isn't merged doesn't count. Models are
-    refused as by `find_layers`; weights on the meta device, of which nothing says where they really
-    are, are a ModelError.
+    The fingerprint hashes the names, the shapes and the signs of the values of three weights: the
+    input embedding, and the first matrix of the middle and of the last layer. Signs survive every
+    change of dtype, so routers trained on a float32 model fit the same model in bfloat16. They
+    don't survive quantisation, which mostly leaves the embedding alone. So the text has 16 digits
+    for all three weights, then 8 for the embedding. For a quantised model it has `QUANTISED`, 8
+    digits for the embedding, then 8 for how the model is quantised (see `same_weights`). An adapter
+    that isn't merged doesn't count.
+
+    Raises:
+        ArchitectureError: See `find_layers`.
+        ModelError: A weight is on the meta device, and accelerate doesn't know its values.
     """
     base = base_of(model)
     _, layers = find_layers(base)
-    embedding = _content("embedding", base.get_input_embeddings())
+    embedding = _read_signs("embedding", base.get_input_embeddings())
     middle = len(layers) // 2
     last = len(layers) - 1
-    inner = [_content(f"layers.{index}", layers[index]) for index in (middle, last)]
+    inner = [_read_signs(f"layers.{index}", layers[index]) for index in (middle, last)]
     quantisation: Any = getattr(base.config, "quantization_config", None)
     embedding_digits = _digest(embedding)[:8] if embedding else ""
     if quantisation is not None or None in inner:
-        quantisation_digits = _digest(_quantisation_of(quantisation, layers[-1]).encode())[:8]
+        quantisation_digits = _digest(_describe_quantisation(quantisation, layers[-1]).encode())[:8]
         return f"{QUANTISED}-{embedding_digits}-{quantisation_digits}"
     contents = [content for content in (embedding, *inner) if content]
     return f"{_digest(b''.join(contents))[:16]}-{embedding_digits}"
 
 
-def _quantisation_of(quantisation: Any, layer: nn.Module) -> str:
+def _describe_quantisation(quantisation: Any, layer: nn.Module) -> str:
     """Describe how a model is quantised: the classes in a layer, and the settings."""
     classes = [type(module).__name__ for module in layer.modules()]
     settings = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation
@@ -75,8 +79,8 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _content(place: str, module: nn.Module) -> bytes | None:
-    """Return what is hashed of a module's first matrix: name, shape, signs; None without one."""
+def _read_signs(place: str, module: nn.Module) -> bytes | None:
+    """Return the name, shape and signs of a module's first matrix as bytes; None without one."""
     path = _first_matrix(module)
     if path is None:
         return None
@@ -84,14 +88,14 @@ def _content(place: str, module: nn.Module) -> bytes | None:
     name = place
     if place != "embedding":
         name = ".".join([place, *(part for part in path.split(".") if part not in WRAPPED)])
-    # The module, then the modules on the way to the weight, its owner last.
+    # The module itself, then the submodules down to the weight's owner.
     modules = [module.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1)]
     with _weights_present(modules, attribute):
         weight = modules[-1].get_parameter(attribute).detach()
         if weight.is_meta:
             raise ModelError(
-                f"the weight {name!r} is on the meta device, so the model has nothing to be "
-                f"recognised by; load its weights first"
+                f"the weight {name!r} is on the meta device, so the model can't be identified; "
+                f"load its weights first"
             )
         values = weight.reshape(-1)[:FINGERPRINT_VALUES].float()  # float8 has no signbit
         signs = np.packbits(torch.signbit(values).cpu().numpy()).tobytes()
@@ -99,9 +103,9 @@ def _content(place: str, module: nn.Module) -> bytes | None:
 
 
 def _first_matrix(module: nn.Module) -> str | None:
-    """Return the name of a module's first matrix of plain numbers; None if it has none.
+    """Return the name of a module's first unquantised matrix; None if it has none.
 
-    PEFT's layers have the module that they stand in for as their first part.
+    In a PEFT layer this is a matrix of the original module, which comes first.
     """
     for path, weight in module.named_parameters():
         is_packed = type(weight).__module__.partition(".")[0] == "torchao"
@@ -112,9 +116,9 @@ def _first_matrix(module: nn.Module) -> str | None:
 
 @contextmanager
 def _weights_present(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
-    """Let accelerate bring a weight that it keeps elsewhere, as before each forward.
+    """Let accelerate load an offloaded weight inside the block, as it does for a forward pass.
 
-    Its hook sits on the last module, which owns the weight, or on one further out.
+    Its hook is on the weight's owner, which is the last module, or on a module around it.
     """
     owner = modules[-1]
     with ExitStack() as stack:

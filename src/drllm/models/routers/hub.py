@@ -111,7 +111,7 @@ def _explain(repo: str, error: Exception) -> str:
         return f"the hub doesn't accept the token; {NEW_TOKEN}"
     if error.response.status_code == 403:
         return (
-            f"the token may not write there ({hub.answer(error)}); give a token with write access "
-            f"to {repo.split('/')[0]}, or a repository of your own"
+            f"the token may not write there ({hub.read_hub_message(error)}); give a token with "
+            f"write access to {repo.split('/')[0]}, or a repository of your own"
         )
-    return f"the hub refused: {hub.answer(error)}"
+    return f"the hub refused: {hub.read_hub_message(error)}"

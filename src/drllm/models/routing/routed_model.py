@@ -106,7 +106,7 @@ def unrouted(
             model = model.model
         if not isinstance(model, BaseModel):
             if tokenizer is None:
-                tokenizer = loading.tokenizer_of(model)
+                tokenizer = loading.load_tokenizer(model)
             if tokenizer is None:
                 raise ConfigError(
                     "the model comes without a tokenizer or a name; give it as tokenizer="
@@ -348,7 +348,7 @@ class RoutedModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer; None where it was made without one and has no name."""
-        return loading.tokenizer_of(self.model)
+        return loading.load_tokenizer(self.model)
 
     @property
     def num_layers(self) -> int:

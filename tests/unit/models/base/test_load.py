@@ -80,7 +80,7 @@ def test_a_model_that_transformers_loaded_has_the_tokenizer_of_its_folder(saved,
 
 
 def test_a_model_without_a_name_needs_its_tokenizer(tiny_llama):
-    assert loading.tokenizer_of(tiny_llama()) is None
+    assert loading.load_tokenizer(tiny_llama()) is None
     says = "without a tokenizer or a name; give it as tokenizer="
     with pytest.raises(ConfigError, match=says), unrouted(tiny_llama()):
         pass
@@ -91,7 +91,7 @@ def test_a_tokenizer_that_is_gone_is_said_in_one_line(copied):
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match=r"it lacks a tokenizer \(tokenizer.json\); give a folder"):
-        loading.tokenizer_of(model)
+        loading.load_tokenizer(model)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_a_converted_model_that_is_broken_is_to_be_deleted(copied, monkeypatch):
     monkeypatch.setenv(alias.CACHE_VARIABLE, str(copied.parent))
     cut_off(copied)
     made = copied.rename(copied.with_name(f"{alias.ALIAS}-v{alias.FORMAT}"))
-    assert f"delete {made}, and it is converted" in refused(ModelError, alias.ALIAS)
+    assert f"delete {made} to have it converted" in refused(ModelError, alias.ALIAS)
     (made / "model.safetensors").unlink()
-    assert f"delete {made}, and it is converted" in refused(ModelError, alias.ALIAS)
+    assert f"delete {made} to have it converted" in refused(ModelError, alias.ALIAS)
 
 
 def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
@@ -157,7 +157,7 @@ def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
     base = load("smollm2-135m")
     assert (base.identity["id"], base.revision) == (alias.HUB_ID, COMMIT)
     assert base.model.name_or_path == alias.HUB_ID
-    assert "whose weights are others" in caplog.text
+    assert "which has other weights" in caplog.text
 
 
 def test_without_package_and_network_the_alias_names_both_ways(not_packaged, caplog):
