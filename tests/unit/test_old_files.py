@@ -106,7 +106,7 @@ def test_a_run_folder_is_read_whole():
 def test_static_paths_are_read(base, folder, shortest, named):
     file = OLD / folder / "paths.json"
     assert [path.name for path in read_paths(file).paths] == ["full", "skip1", "skip2"]
-    assert read_path(f"{file}:skip2").path_of(base.identity) == StaticPath(shortest)
+    assert read_path(f"{file}:skip2").path_for(base.identity) == StaticPath(shortest)
     assert list(read_path_list(str(file))) == named  # skip1 of the first is dominated
 
 

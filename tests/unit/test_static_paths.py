@@ -12,7 +12,7 @@ MODEL |= {"hidden_size": 32, "fingerprint": "0123456789abcdef"}
 
 def test_a_path_is_found_by_its_name(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    assert read_path(f"{file}:4.00").path_of(MODEL).layers == tuple(PATHS["4.00"])
+    assert read_path(f"{file}:4.00").path_for(MODEL).layers == tuple(PATHS["4.00"])
     with pytest.raises(PathError, match=r"did you mean '4\.00'"):
         read_path(f"{file}:4.0")
 
@@ -61,10 +61,10 @@ def test_a_name_that_stands_in_several_files_comes_behind_that_of_the_folder_or_
 def test_paths_of_another_model_are_refused_in_one_line(tmp_path, other, said):
     file = written_paths(tmp_path / "paths.json", MODEL)
     with pytest.raises(PathError, match=f"paths of owner/name with .*{said}") as caught:
-        read_path(f"{file}:5.00").path_of({**MODEL, **other})
+        read_path(f"{file}:5.00").path_for({**MODEL, **other})
     assert "\n" not in str(caught.value)
 
 
 def test_the_same_weights_under_another_name_are_the_same_model(tmp_path):
     file = written_paths(tmp_path / "paths.json", MODEL)
-    read_path(f"{file}:5.00").path_of({**MODEL, "id": "models/copy", "revision": "abc"})
+    read_path(f"{file}:5.00").path_for({**MODEL, "id": "models/copy", "revision": "abc"})

@@ -162,7 +162,7 @@ class Watch:
             plan = plan_of(len(layers))
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise ArchitectureError("its weights are elsewhere")
-            if Injection.on(model) is not None:
+            if Injection.find(model) is not None:
                 return True
             if self.way == "full":
                 RoutedModel(model)

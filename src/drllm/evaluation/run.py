@@ -224,7 +224,7 @@ def _resolve_paths(
     paths = {}
     for name, path in named.items():
         if isinstance(path, PathFile):
-            paths[name] = path.path_of(base.identity)
+            paths[name] = path.path_for(base.identity)
         else:
             paths[name] = path.check(base.identity["num_layers"])
     return paths

@@ -117,7 +117,7 @@ def export_path(
     output = Path(output)
     file = path if isinstance(path, PathFile) else None
     if isinstance(path, PathFile):
-        path = path.path_of(base.identity)
+        path = path.path_for(base.identity)
     elif not isinstance(path, StaticPath):
         path = StaticPath(path)
     path.check(base.num_layers)

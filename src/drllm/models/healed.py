@@ -74,7 +74,7 @@ def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
         ConfigError: PEFT isn't installed.
     """
     name = getattr(base_of(routed.model), "name_or_path", "")
-    path = plan.path_of({"id": name, **describe(routed.model)})
+    path = plan.path_for({"id": name, **describe(routed.model)})
     record = plan.record
     if isinstance(record, HealedPath) and record.adapter not in routed.injection.lora.names:
         weights = _read_weights(routed, plan.file.with_name(ADAPTER_FILE), record)

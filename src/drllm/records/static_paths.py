@@ -195,7 +195,7 @@ class PathFile:
         """Whether it is a healed path."""
         return isinstance(self.record, HealedPath)
 
-    def path_of(self, model: Mapping[str, Any]) -> StaticPath:
+    def path_for(self, model: Mapping[str, Any]) -> StaticPath:
         """Return the path for a model of this identity.
 
         Only a `paths.json` and a healed path say which model they were made for; another model is a

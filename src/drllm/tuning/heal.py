@@ -121,7 +121,7 @@ def heal(
         stack.callback(routed.detach)
         name = "path"
         if file is not None:
-            path = file.path_of(base.identity)
+            path = file.path_for(base.identity)
             name = file.named.name if file.named else file.file.stem
         assert isinstance(path, StaticPath)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))

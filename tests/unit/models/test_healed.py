@@ -106,7 +106,7 @@ def test_healed_paths_are_listed_by_name_and_one_name_by_folders(base, record, t
     more = written_healed(tmp_path / "more", base.model, base.identity, name="more")
     found = read_path_list(",".join(str(tmp_path / each) for each in ("healed", "other", "more")))
     assert list(found) == ["healed:less", "other:less", "more"]
-    paths = [path.path_of(base.identity) for path in found.values()]
+    paths = [path.path_for(base.identity) for path in found.values()]
     assert paths == [each.path for each in (record, other, more)]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from drllm.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.base import TARGETS, Baseline, BaselineRun, executions_of, register
-from drllm.models.routing.policies import Policy, PromptView, biased, full_precision
+from drllm.models.routing.policies import Policy, PromptView, apply_depth_bias, full_precision
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
     The bias is the price of an execution: the higher it is, the fewer a row has. A row that would
     skip everything runs the last layer.
     """
-    plans = biased(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
+    plans = apply_depth_bias(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
     plans[plans.sum(dim=1) == 0, -1] = 1
     return plans
 

@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 
 from drllm.models.base.layers import can_split
 from drllm.models.routing.batch_generation import LOOKS_BACK
-from drllm.models.routing.generate import options_of
+from drllm.models.routing.generate import make_option_lookup
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.policies import Policy, one_plan
+from drllm.models.routing.policies import Policy, find_shared_plan
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import MIN_PREFIX, count_common_tokens
 
@@ -65,7 +65,7 @@ class CommonPrefix:
         Returns:
             None where the prompts have to be read whole.
         """
-        plan = one_plan(policy, self.routed.num_layers)
+        plan = find_shared_plan(policy, self.routed.num_layers)
         if plan is None or not self._can_split or self._looks_back(options):
             return None
         mask = options["attention_mask"]
@@ -94,7 +94,7 @@ class CommonPrefix:
 
     def _looks_back(self, options: Mapping[str, Any]) -> bool:
         """Tell whether options of `generate` need the whole prompt, copies of it, or a cache."""
-        option = options_of(self.routed.model, options)
+        option = make_option_lookup(self.routed.model, options)
         if (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1:
             return True
         return any(option(name) for name in (*LOOKS_BACK, "cache_implementation"))

@@ -25,7 +25,7 @@ from torch import Tensor
 from drllm.errors import TaskError
 from drllm.listener import logger
 from drllm.models.base.layers import can_pack
-from drllm.models.routing.policies import FixedPolicy, Policy, one_plan
+from drllm.models.routing.policies import FixedPolicy, Policy, find_shared_plan
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
@@ -231,7 +231,7 @@ class RequestScorer:
 
         One plan for all is run as a path: then the prompts' common beginning is read once for all.
         """
-        plan = one_plan(policy, self.routed.num_layers)
+        plan = find_shared_plan(policy, self.routed.num_layers)
         if not isinstance(plan, tuple) or not batch.shares_beginning:
             return batch.routed_scores(policy)
         pairs = [(place, plan) for place in range(len(batch.requests))]

@@ -65,13 +65,13 @@ def route_prompts(
     """
     _check_prompts(routed, prompts)
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
-    last_decisions = routed.driver.last
+    last_decisions = routed.driver.last_route
     try:
         for rows in batches([len(tokens) for tokens in prompts], batch_size):
             run_prompts(routed, policy, [prompts[row] for row in rows])
             routes[rows] = routed.last_route
     finally:
-        routed.driver.keep(last_decisions)
+        routed.driver.set_last_route(last_decisions)
     return routes
 
 

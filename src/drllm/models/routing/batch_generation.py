@@ -1,8 +1,8 @@
-"""Answer many prompts: route them all first, then decode those with equal plans together.
+"""Answer many prompts: route all of them first, then decode those with equal plans together.
 
-In decode a batch is bound by reading weights: a layer saves time only where every row of the batch
-skips it. Prompts pass the model twice, once to be routed and once to be answered: keeping the first
-pass's K/V would take memory for all prompts at once.
+Decoding a batch takes as long as reading the weights, so skipping a layer saves time only if every
+row of the batch skips it. Each prompt passes the model twice, once to be routed and once to be
+answered: to keep K and V of the first pass would take memory for all prompts at once.
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ import torch
 from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routers.depth_control import route_prompts
-from drllm.models.routing.generate import end_tokens, options_of
+from drllm.models.routing.generate import end_tokens, make_option_lookup
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, PathPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
 
 BATCH_SIZE = 16
 
+_FROM_PROMPTS = "it is made from the prompts"
+_FOR_ONE_BATCH = "it serves one batch, and there are several"
+
 REFUSED = {
-    **dict.fromkeys(
-        ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pad_token_id"),
-        "it is made from the prompts",
-    ),
-    **dict.fromkeys(
-        ("past_key_values", "cache", "streamer"), "it serves one batch, and there are several"
-    ),
+    "inputs": _FROM_PROMPTS,
+    "input_ids": _FROM_PROMPTS,
+    "inputs_embeds": _FROM_PROMPTS,
+    "attention_mask": _FROM_PROMPTS,
+    "position_ids": _FROM_PROMPTS,
+    "pad_token_id": _FROM_PROMPTS,
+    "past_key_values": _FOR_ONE_BATCH,
+    "cache": _FOR_ONE_BATCH,
+    "streamer": _FOR_ONE_BATCH,
     "return_dict_in_generate": "answers are returned",
     "generation_config": "give its settings by name",
     "max_length": "it counts padding; give max_new_tokens",
@@ -40,7 +45,8 @@ REFUSED = {
 """Options of `generate` that can't be given for many prompts, and why."""
 
 LOOKS_BACK = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "logits_processor")
-"""Options under which padding would be read: their batches hold prompts of one length only."""
+"""Options that read earlier tokens, padding included. With them, all prompts of a batch must have
+the same length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,8 @@ class GeneratedAnswer:
 
     Attributes:
         prompt: The prompt, unchanged.
-        text: Without special tokens.
-        tokens: Up to and including the end-of-sequence token if there is one.
+        text: The answer without special tokens.
+        tokens: The answer's tokens, up to and including the end-of-sequence token if it has one.
         route: The decisions for the prompt, `[L]`; along a static path, how often each layer ran.
     """
 
@@ -74,33 +80,32 @@ def generate_many(
 ) -> list[GeneratedAnswer]:
     """Answer many prompts, those with equal plans together.
 
-    All prompts are routed first, and then batched so that the fewest executions are run. Prompts
-    that fit in one batch, and plans that are known, aren't routed first.
+    All prompts are routed first, and then put into batches so that as few layers as possible are
+    run. They aren't routed first if they fit in one batch, or if the policy doesn't read them.
 
     In float32 a greedy answer, or one of beam search, is what `routed.generate` gives for the
     prompt alone. Samples come from torch's generator and depend on the batches: the same seed,
     prompts and `batch_size` give the same answers.
 
     Args:
-        routed: The model, made with its tokenizer; the policy in force decides.
-        prompts: Texts, or conversations as lists of messages; an iterator is read to its end.
+        routed: The model, made with its tokenizer. Its current policy decides.
+        prompts: Texts, or conversations as lists of messages. An iterator is read to its end.
         batch_size: Maximum prompts in a batch.
         max_new_tokens: Maximum tokens of an answer.
         chat: Put texts into the user's turn of the tokenizer's chat template, where it has one.
-        route_first: False leaves the first pass out and batches prompts of similar length, which is
-            faster where answers are short or prefill is expensive (on a CPU).
+        route_first: False skips the first pass and batches prompts of similar length. This is
+            faster if answers are short or a prefill is expensive (on a CPU).
         do_sample: Sample tokens instead of taking the likeliest.
-        on_progress: Called with (prompts answered, prompts in all) at the start and after each
-            batch.
-        options: Whatever else `model.generate` takes, except `REFUSED`. With `stop_strings` or
+        on_progress: Called with (prompts answered, all prompts) at the start and after each batch.
+        options: Other options of `model.generate`, except `REFUSED`. With `stop_strings` or
             `stopping_criteria` an answer's tokens may end with one more end-of-sequence token.
 
     Returns:
-        The answers in the order of the prompts, `num_return_sequences` (default 1) for each.
+        The answers in the order of the prompts, `num_return_sequences` (default 1) per prompt.
 
     Raises:
-        ConfigError: A prompt without tokens or too long for the model's context, a conversation
-            that can't be rendered, a model without tokenizer, or an option that can't be given.
+        ConfigError: A prompt has no tokens or doesn't fit the model's context, a conversation
+            can't be rendered, the model has no tokenizer, or an option can't be given.
 
     Source: ours.
 
@@ -108,21 +113,23 @@ def generate_many(
         >>> generate_many(routed, ["Name a metal.", "What is ice?"])  # doctest: +SKIP
         [GeneratedAnswer(prompt='Name a metal.', ...), GeneratedAnswer(prompt='What is ice?', ...)]
     """
-    option = options_of(routed.model, options)
+    option = make_option_lookup(routed.model, options)
     ends = end_tokens(option("eos_token_id"))
     prompts = _check_prompts(prompts)
     _check_options(options, option, ends, batch_size)
-    limits: dict[str, Any] = {"chat": chat, "max_new_tokens": max_new_tokens}
-    rows = [prompt_tokens(routed, prompt, **limits) for prompt in prompts]
+    rows = [
+        prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
+        for prompt in prompts
+    ]
     if on_progress is not None:
         on_progress(0, len(rows))
     if option("stop_strings"):
         options.setdefault("tokenizer", routed.tokenizer)
     options |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
-    takes_padding = not any(option(name) for name in LOOKS_BACK)
+    allows_padding = not any(option(name) for name in LOOKS_BACK)
     num_answers = int(option("num_return_sequences") or 1)
     answers: dict[int, list[GeneratedAnswer]] = {}
-    for batch in _make_batches(routed, rows, batch_size, takes_padding, route_first):
+    for batch in _make_batches(routed, rows, batch_size, allows_padding, route_first):
         batch_rows = [rows[place] for place in batch.places]
         tokens, routes = _generate_batch(routed, batch_rows, batch.policy, ends, options)
         for number, place in enumerate(batch.places):
@@ -141,7 +148,7 @@ def generate_many(
 
 
 def _check_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return the prompts as a list; a text in their place is a ConfigError."""
+    """Return the prompts as a list; refuse a single text."""
     if isinstance(prompts, str):
         raise ConfigError(f"prompts is the text {prompts!r}; give a list of prompts")
     return list(prompts)
@@ -171,10 +178,13 @@ def _generate_batch(
     ends: Sequence[int],
     options: Mapping[str, Any],
 ) -> tuple[list[list[int]], list[Decisions]]:
-    """Return the tokens of the answers, all of a prompt side by side, and each prompt's route."""
+    """Answer one batch; return the answers' tokens and each prompt's route.
+
+    The answers of a prompt are neighbours.
+    """
     ids, mask = left_padded(rows, routed.model.device)
-    # For older transformers' repetition penalty padding counts as text, so it repeats the token
-    # that the prompt starts with.
+    # Older transformers apply the repetition penalty to padding too. So the padding repeats the
+    # first token of the prompt, which is penalised anyway.
     first = ids.gather(1, mask.argmax(dim=1, keepdim=True))
     ids = torch.where(mask.bool(), ids, first)
     with routed.using(policy):
@@ -192,7 +202,7 @@ def _generate_batch(
 
 
 def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Return an answer up to its first end token: with such it is filled up to the longest one."""
+    """Return an answer up to its first end token, without what fills up a short answer."""
     for length, token in enumerate(tokens, start=1):
         if token in ends:
             return tokens[:length]
@@ -221,9 +231,9 @@ def prompt_tokens(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Prompts that are answered together, by their places, and what decides on them."""
+    """Prompts that are answered together, and the policy that decides for them."""
 
-    places: list[int]
+    places: list[int]  # of the prompts in the list of all prompts
     policy: Policy
 
 
@@ -231,65 +241,70 @@ def _make_batches(
     routed: RoutedModel,
     rows: Sequence[Sequence[int]],
     batch_size: int,
-    takes_padding: bool,
+    allows_padding: bool,
     route_first: bool,
 ) -> Iterator[_Batch]:
-    """Yield the batches; those of prompts with a padding are of one length where none is taken."""
-    plans = _plans_of(routed, rows, batch_size, route_first)
+    """Yield the batches. Without padding, all prompts of a batch have the same length."""
+    plans = _find_plans(routed, rows, batch_size, route_first)
     by_length: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
-        length = 0 if takes_padding else len(rows[place])
+        length = 0 if allows_padding else len(rows[place])
         by_length.setdefault(length, []).append(place)
     for places in by_length.values():
         if plans is None:
             for start in range(0, len(places), batch_size):
                 yield _Batch(places[start : start + batch_size], routed.policy)
             continue
-        alike = sorted(places, key=plans.__getitem__)
-        for part in _cut(alike, plans, batch_size):
+        by_plan = sorted(places, key=plans.__getitem__)
+        for part in _split_by_plan(by_plan, plans, batch_size):
             decisions = [plans[place] for place in part]
             yield _Batch(part, FixedPolicy(decisions, routed.num_layers))
 
 
-def _plans_of(
+def _find_plans(
     routed: RoutedModel, rows: Sequence[Sequence[int]], batch_size: int, route_first: bool
 ) -> list[Decisions] | None:
-    """Return the decisions of each prompt, which are found out first where that pays; else None."""
+    """Return the decisions for each prompt, or None to batch prompts by their length alone."""
     policy = routed.policy
     if type(policy) in (FullPolicy, FixedPolicy):  # these read nothing
         view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
         by_layer = [policy.decide(layer, view) for layer in range(routed.num_layers)]
         return [tuple(map(int, decisions)) for decisions in zip(*by_layer, strict=True)]
-    if isinstance(policy, PathPolicy) or not route_first or len(rows) <= batch_size:
-        return None  # a static path is one plan for all, which decisions can't express
+    if isinstance(policy, PathPolicy):  # one plan for all, which decisions can't express
+        return None
+    if not route_first or len(rows) <= batch_size:
+        return None
     routes = route_prompts(routed, policy, rows, batch_size=batch_size)
     return [tuple(route) for route in routes.tolist()]
 
 
-def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> Iterator[list[int]]:
-    """Cut a list of prompts into batches so that the fewest executions are run.
+def _split_by_plan(
+    places: Sequence[int], plans: Sequence[Decisions], batch_size: int
+) -> Iterator[list[int]]:
+    """Split a list of prompts into batches so that the fewest executions are run.
 
-    A batch runs a layer as often as the row that runs it most. Of several ways, the one with the
-    fewest batches of different plans is taken. Prompts of one plan must stand side by side.
+    A batch runs a layer as often as the row that runs it most. Among splits of equal cost, the one
+    with the fewest batches of mixed plans wins. Prompts of one plan must be neighbours.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
     """
-    costs = [(0, 0)]  # of the first n prompts: executions and mixed batches
+    costs = [(0, 0)]  # executions and mixed batches of the first n prompts
     starts = [0]  # where the last batch of the first n prompts starts
     for end in range(1, len(places) + 1):
         last = plans[places[end - 1]]
         runs: Sequence[int] = last  # executions of each layer in a batch from `start` to `end`
-        ways = []
+        splits = []
         for start in range(end - 1, max(end - batch_size, 0) - 1, -1):
             first = plans[places[start]]
             runs = [max(pair) for pair in zip(runs, first, strict=True)]
             executions, num_mixed = costs[start]
-            ways.append((executions + sum(runs), num_mixed + (first != last), start))
-        executions, num_mixed, start = min(ways)
+            splits.append((executions + sum(runs), num_mixed + (first != last), start))
+        executions, num_mixed, start = min(splits)
         costs.append((executions, num_mixed))
         starts.append(start)
     cuts = [len(places)]
     while cuts[-1]:
         cuts.append(starts[cuts[-1]])
-    for start, end in itertools.pairwise(reversed(cuts)):
+    cuts.reverse()
+    for start, end in itertools.pairwise(cuts):
         yield list(places[start:end])

@@ -1,8 +1,9 @@
-"""Scoped overrides, local to a thread: `routed.using(...)`, `routed.fixed(...)` and the like.
+"""Values that hold inside a `with` block or a forward pass, in one thread alone.
 
-Both classes use context variables, which `torch.compile` can't trace. So each keeps a plain
-attribute, which a compiled graph guards, that says whether there is anything to look up: without an
-open block a model compiles without graph breaks; inside one it runs correctly, with graph breaks.
+`routed.using(...)` and `routed.fixed(...)` set an `Override`; the pass that is running is a
+`ThreadValue`. Both are kept in context variables, which `torch.compile` can't trace. So each also
+has a plain attribute, `in_use`, which a compiled graph guards: while it is False, nothing is looked
+up. A model compiles without graph breaks outside of such blocks, and with graph breaks inside.
 """
 
 import threading
@@ -16,57 +17,60 @@ import torch
 
 Value = TypeVar("Value")
 
-_counting = threading.Lock()
+_count_lock = threading.Lock()
 
 
-class _Counted:
-    """Counts what is held, for any owner and in any thread."""
+class _UseCount:
+    """Counts how many values are set now, by all owners in all threads."""
 
     def __init__(self) -> None:
-        self._num_held = 0
-        self.in_use = False  # whether anything is held: the plain attribute that a graph guards
+        self._num_set = 0
+        self.in_use = False  # whether any value is set: the plain attribute that a graph guards
 
     def _count(self, change: int) -> None:
-        with _counting:
-            self._num_held += change
-            self.in_use = self._num_held > 0
+        with _count_lock:
+            self._num_set += change
+            self.in_use = self._num_set > 0
 
 
-class Override(_Counted, Generic[Value]):
-    """A kind of value that blocks override; each owner has its own, the innermost block counts."""
+class Override(_UseCount, Generic[Value]):
+    """A value that an owner has inside a `with` block. The innermost open block wins."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._variable: ContextVar[tuple[tuple[int, Value], ...]] = ContextVar(name, default=())
+        # Pairs of an owner's id and its value, the innermost block first.
+        self._blocks: ContextVar[tuple[tuple[int, Value], ...]] = ContextVar(name, default=())
 
     @contextmanager
     def set(self, owner: object, value: Value) -> Iterator[None]:
         """Set the owner's value inside the block."""
-        token = self._variable.set(((id(owner), value), *self._variable.get()))
+        token = self._blocks.set(((id(owner), value), *self._blocks.get()))
         self._count(1)
         try:
             yield
         finally:
             self._count(-1)
-            self._variable.reset(token)
+            self._blocks.reset(token)
 
     def get(self, owner: object) -> Value | None:
         """Return the owner's value in this thread, or None outside of its blocks."""
-        if self.in_use:
-            for holder, value in self._variable.get():
-                if holder == id(owner):
-                    return value
+        if not self.in_use:
+            return None
+        for owner_id, value in self._blocks.get():
+            if owner_id == id(owner):
+                return value
         return None
 
 
-_values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
+# The values of this thread, by the id of their `ThreadValue`.
+_thread_values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
 
 
-class ThreadValue(_Counted, Generic[Value]):
-    """One value from `begin` to `end`, separate for each thread; a plain object that pickles.
+class ThreadValue(_UseCount, Generic[Value]):
+    """A value that each thread has for itself, from `begin` to `end`. The object can be pickled.
 
-    A value begun while tracing stays in a plain attribute, since a trace belongs to one thread. One
-    begun outside of a trace is looked up in the thread's context, also from code being traced.
+    A value that is set while torch traces is kept in a plain attribute, since one thread alone
+    traces. A value that was set before the trace is looked up in the thread, also by traced code.
     """
 
     def __init__(self) -> None:
@@ -75,18 +79,20 @@ class ThreadValue(_Counted, Generic[Value]):
 
     def get(self) -> Value | None:
         """Return the value, or None between `end` and `begin`."""
-        if not self.in_use or (self._traced is not None and torch.compiler.is_compiling()):
+        if not self.in_use:
             return self._traced
-        value: Value | None = _values.get().get(id(self), self._traced)
+        if self._traced is not None and torch.compiler.is_compiling():
+            return self._traced
+        value: Value | None = _thread_values.get().get(id(self), self._traced)
         return value
 
     def begin(self, value: Value) -> None:
-        """Set the value; a leftover one is dropped."""
+        """Set the value. One that is still set is dropped."""
         self.end()
         if torch.compiler.is_compiling():
             self._traced = value
             return
-        _values.set({**_values.get(), id(self): value})
+        _thread_values.set({**_thread_values.get(), id(self): value})
         self._count(1)
 
     def end(self) -> None:
@@ -94,7 +100,8 @@ class ThreadValue(_Counted, Generic[Value]):
         self._traced = None
         if torch.compiler.is_compiling() and not self.in_use:
             return
-        values = _values.get()
+        values = dict(_thread_values.get())
         if id(self) in values:
-            _values.set({key: value for key, value in values.items() if key != id(self)})
+            del values[id(self)]
+            _thread_values.set(values)
             self._count(-1)

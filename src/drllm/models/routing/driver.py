@@ -1,7 +1,7 @@
-"""What happens at a layer of a routed model: ask for decisions once, pin them, run those rows.
+"""The drivers of a routed model: what happens at each layer of a forward pass.
 
-`RoutingDriver` turns a policy's decisions into executions, with a cache and without, and records
-the route; `PathPass` runs a static path, which decisions may not be able to express.
+`RoutingDriver` asks the policy for decisions once, pins them, runs each layer on the rows that
+execute it, and records the route. `PathPass` runs a static path, whose layers may be in any order.
 
 Axes: B rows, T tokens, D hidden, K keys, L layers.
 """
@@ -47,30 +47,32 @@ _generate: Override[GenerateCall] = Override("generate call")
 class RoutingDriver(Driver):
     """Runs the plan of every row, layer by layer.
 
-    The policy decides once, when a row's prompt passes. The decisions hold for all that follows:
-    they are pinned in the cache, or in the `generate` call where there is no cache. A layer isn't
+    The policy decides once, when a row's prompt passes. All later tokens follow these decisions:
+    they are pinned in the cache, or in the `generate` call if there is no cache. A layer isn't
     computed for the rows that skip it.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
         self.policy: Policy = policy or FullPolicy()
-        self._newest: list[RowDecisions] = []
-        self._by_thread: dict[int, list[RowDecisions]] = {}
-        self._traced: list[RowDecisions] = []
+        self._last_of_all: list[RowDecisions] = []
+        self._last_by_thread: dict[int, list[RowDecisions]] = {}
+        self._last_traced: list[RowDecisions] = []
 
     @property
-    def last(self) -> list[RowDecisions]:
-        """The route of this thread's last prompts, `[L]`; where it had none, of any thread's."""
-        return self._traced or self._by_thread.get(threading.get_ident()) or self._newest
+    def last_route(self) -> list[RowDecisions]:
+        """The route of this thread's last prompts, `[L]`; if it ran none, of any thread's."""
+        if self._last_traced:
+            return self._last_traced
+        return self._last_by_thread.get(threading.get_ident()) or self._last_of_all
 
-    def keep(self, route: list[RowDecisions]) -> None:
+    def set_last_route(self, route: list[RowDecisions]) -> None:
         """Make a route the last one of this thread."""
         if torch.compiler.is_compiling():  # a graph can't tell threads apart
-            self._traced = route
+            self._last_traced = route
             return
-        self._traced = []
-        self._newest = route
-        self._by_thread[threading.get_ident()] = route
+        self._last_traced = []
+        self._last_of_all = route
+        self._last_by_thread[threading.get_ident()] = route
 
     def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Let another policy decide inside the block."""
@@ -81,11 +83,11 @@ class RoutingDriver(Driver):
         return _lengths.set(self, lengths)
 
     def reading(self, readable: Tensor) -> AbstractContextManager[None]:
-        """Say token by token what policies may read inside the block, `[B, T]` bool."""
+        """Let policies read only the tokens marked in `[B, T]` bool inside the block."""
         return _readable.set(self, readable)
 
     def generating(self, copies: int) -> AbstractContextManager[None]:
-        """Take the block for one `generate` call: the policy decides once for a prompt's copies."""
+        """Treat the block as one `generate` call: the policy decides once for a prompt's copies."""
         return _generate.set(self, GenerateCall(copies, {}))
 
     @property
@@ -99,10 +101,10 @@ class RoutingDriver(Driver):
         return _lengths.get(self) is not None
 
     def begin(self, forward: Forward) -> RoutedPass:
-        """Start a pass; refuse outputs that can't be right when rows or executions are missing."""
+        """Start a pass. Refuse outputs that would be wrong if some rows skip or repeat a layer."""
         if forward.rejected and not isinstance(self.current_policy, FullPolicy):
             raise RoutingError(
-                f"{', '.join(forward.rejected)} can't be given under routing: layers run zero, "
+                f"{', '.join(forward.rejected)} can't be returned under routing: layers run zero, "
                 f"one or two times on some of the rows; use policy=FullPolicy() to see the base "
                 f"model's"
             )
@@ -114,7 +116,7 @@ class RoutedPass(Driver):
 
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
-        # Not `forward` itself, which holds this pass: cycles wait for the garbage collector.
+        # Not `forward` itself, which holds this pass: only the garbage collector frees a cycle.
         self.attention_mask = forward.attention_mask
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
@@ -122,10 +124,11 @@ class RoutedPass(Driver):
         # The decisions that were made in this pass, `[L]` at its end; empty where they were pinned.
         self.route: list[RowDecisions] = []
         self._readable: Tensor | None = None
-        self._has_prompts: Tensor | None = None  # whether every row has a real token, unread
+        # Whether every row has a real token: a scalar on the device, until `_to_numbers` reads it.
+        self._has_prompts: Tensor | None = None
         self._spans: dict[tuple[int, torch.device], Spans] = {}
-        # Of a policy that reads nothing, the decisions of all layers.
-        self._known: dict[int, RowDecisions] = {}
+        # The decisions by layer, if the policy doesn't read the prompt and made them all at once.
+        self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
         self._static_pass: PathPass | None = None
 
@@ -163,12 +166,12 @@ class RoutedPass(Driver):
     def end(self) -> None:
         """Keep the route if this pass decided one."""
         if self.route:
-            self.driver.keep(self.route)
+            self.driver.set_last_route(self.route)
         if self._static_pass is not None:
             self._static_pass.end()
 
     def _static_path_pass(self, call: LayerCall, hidden: Tensor) -> PathPass | None:
-        """Return what runs a static path, where the cache has one pinned or the policy is one."""
+        """Return a pass along a static path, if one is pinned in the cache or is the policy."""
         is_compiling = torch.compiler.is_compiling()
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
         if entry is not None and not is_compiling:
@@ -182,10 +185,13 @@ class RoutedPass(Driver):
         path = self.policy.path
         counts = Counter(path.layers)
         num_rows = hidden.shape[0]
-        self.driver.keep([(counts[layer],) * num_rows for layer in range(call.num_layers)])
+        self.driver.set_last_route(
+            [(counts[layer],) * num_rows for layer in range(call.num_layers)]
+        )
         return PathPass(path)
 
     def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
+        """Return the decisions that were made for a layer before; None if there are none."""
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
             return self.route[layer]
         if entry is not None:
@@ -193,37 +199,38 @@ class RoutedPass(Driver):
         return None if self.generate is None else self.generate.decisions.get(layer)
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> RowDecisions:
-        """Ask the policy for the decisions of all rows at a layer.
+        """Ask the policy for the decisions of all rows at a layer, and add them to the route.
 
-        One that reads nothing decides for all layers at once: between two layers' matrix products
-        the same lines take several times as long, since those have emptied the processor's caches.
+        A policy that doesn't read the prompt decides for all layers at once. Between two layers the
+        same code takes several times as long, since matrix products evict it from the processor's
+        caches.
         """
         if self._readable is None:
             self._prepare(call, hidden)
-        decisions = self._known.get(call.index)
+        decisions = self._by_layer.get(call.index)
         if decisions is None:
-            decisions = self._ask(call.index, hidden)
+            decisions = self._ask_policy(call.index, hidden)
         if call.is_last:
             decisions = self._execute_once_at_least(decisions)
         self.route.append(decisions)
         return decisions
 
     def _prepare(self, call: LayerCall, hidden: Tensor) -> None:
-        """Find out, at the first layer, what the policy may read, or ask it for all layers."""
+        """Find the tokens that the policy may read; ask one that reads none for all layers."""
         if self.policy.reads_prompt:
             readable = _readable_tokens(self.driver, self.attention_mask, hidden)
             self._readable = readable[:: self.copies]
             self._has_prompts = readable.any(dim=1).all()
             return
-        everything = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        self._readable = everything[:: self.copies]
+        all_tokens = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        self._readable = all_tokens[:: self.copies]
         for layer in range(call.index, call.num_layers):
-            self._known[layer] = self._ask(layer, hidden)
+            self._by_layer[layer] = self._ask_policy(layer, hidden)
 
     def _execute_once_at_least(self, decisions: RowDecisions) -> RowDecisions:
-        """Let a row that skipped every layer so far execute the last one.
+        """Let a row that skipped all layers before the last one execute the last one.
 
-        It would answer from its embeddings otherwise (D-10).
+        Otherwise it would answer from its embeddings (D-10).
         """
         checked = list(decisions)
         for row, value in enumerate(decisions):
@@ -231,7 +238,8 @@ class RoutedPass(Driver):
                 checked[row] = 1
         return tuple(checked)
 
-    def _ask(self, layer: int, hidden: Tensor) -> RowDecisions:
+    def _ask_policy(self, layer: int, hidden: Tensor) -> RowDecisions:
+        """Return the policy's decisions at a layer for all rows, after checking them."""
         B = hidden.shape[0]
         copies = self.copies
         if B % copies:
@@ -241,7 +249,7 @@ class RoutedPass(Driver):
             )
         assert self._readable is not None
         prompts = PromptView(hidden[::copies], self._readable, self._spans)
-        decisions = self._read(self.policy.decide(layer, prompts))
+        decisions = self._to_numbers(self.policy.decide(layer, prompts))
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
             raise RoutingError(
                 f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
@@ -249,26 +257,24 @@ class RoutedPass(Driver):
             )
         return tuple([int(value) for value in decisions for _ in range(copies)])
 
-    def _read(self, decided: Tensor | Sequence[int]) -> Sequence[int]:
-        """Return decisions as numbers; with the first ones, check that every row has a prompt.
+    def _to_numbers(self, decisions: Tensor | Sequence[int]) -> Sequence[int]:
+        """Return a layer's decisions as numbers. At the first layer, refuse rows without a prompt.
 
-        Both are read from the device together where they can be, so that it is waited for once.
+        Both are read from the device in one transfer, if the decisions are there too.
         """
-        unread = self._has_prompts
+        has_prompts = self._has_prompts
         self._has_prompts = None
-        has_prompts = True
-        if unread is None:
-            decisions = decided.tolist() if isinstance(decided, Tensor) else decided
-        elif isinstance(decided, Tensor) and decided.dim() == 1:
-            values = torch.cat([decided, unread.to(decided)[None]]).tolist()
-            decisions = values[:-1]
-            has_prompts = bool(values[-1])
+        if has_prompts is None:  # checked already
+            return decisions.tolist() if isinstance(decisions, Tensor) else decisions
+        if isinstance(decisions, Tensor) and decisions.dim() == 1:
+            numbers = torch.cat([decisions, has_prompts.to(decisions)[None]]).tolist()
+            is_complete = bool(numbers.pop())
         else:
-            decisions = decided.tolist() if isinstance(decided, Tensor) else decided
-            has_prompts = bool(unread)
-        if not has_prompts:
+            numbers = decisions.tolist() if isinstance(decisions, Tensor) else decisions
+            is_complete = bool(has_prompts)
+        if not is_complete:
             raise RoutingError("a row of the batch has no real token; every row needs a prompt")
-        return decisions
+        return numbers
 
     def _execute(
         self,
@@ -277,7 +283,7 @@ class RoutedPass(Driver):
         decisions: RowDecisions,
         entry: RoutedCacheLayer | None,
     ) -> Tensor:
-        """Run a layer on each row as often as decided; a row that skips it keeps its state."""
+        """Run a layer on each row as often as its decision says. A skipped row keeps its state."""
         if entry is not None and entry.shadow is not None:
             entry.lengthen_shadow(hidden.shape[1], hidden)
         for count in range(max(decisions)):
@@ -306,13 +312,13 @@ def _run_rows(call: LayerCall, hidden: Tensor, rows: tuple[int, ...]) -> Tensor:
     if len(rows) == hidden.shape[0]:
         return call.run(hidden)
     index = call.forward.index(rows, hidden.device)
-    run = call.run(hidden.index_select(0, index), rows)
-    hidden = hidden.to(run.device)  # of the layer, maybe not that of the one before
-    return hidden.index_copy(0, call.forward.index(rows, run.device), run)
+    output = call.run(hidden.index_select(0, index), rows)
+    hidden = hidden.to(output.device)  # the layer may be on another device than the one before
+    return hidden.index_copy(0, call.forward.index(rows, output.device), output)
 
 
 def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor:
-    """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
+    """Mark the tokens of this pass that the policy may read, `[B, T]` bool."""
     B = hidden.shape[0]
     readable = _readable.get(driver)
     if readable is None:
@@ -332,20 +338,20 @@ def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor
 
 
 def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
-    """Return which of the T tokens aren't padding, by the attention mask, `[B, T]`."""
+    """Mark the tokens that aren't padding, read from the attention mask, `[B, T]` bool."""
     B, T = hidden.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=hidden.device)
     if not isinstance(mask, Tensor):
         raise RoutingError(
-            "the attention mask is of a kind that doesn't say which tokens are padding; give a "
-            "mask of ones and zeros, or a fixed plan"
+            "an attention mask of this kind doesn't say which tokens are padding; give a mask of "
+            "ones and zeros, or a fixed plan"
         )
     if mask.dim() == 2:
         return mask[:, -T:].bool()
-    # A real token sees itself, whatever window the layer has, and nothing after it; the row of a
-    # padded token sees nothing, or all keys where that keeps the softmax finite. A static cache has
-    # K > T, its keys after T not yet filled.
+    # A real token sees itself, whatever window the layer has, and nothing after it. A padded token
+    # sees nothing, or all keys where that keeps the softmax finite. A static cache has K > T, and
+    # its keys after T aren't filled yet.
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
     itself = seen[:, :, :T].diagonal(dim1=1, dim2=2)
     return itself & ~seen.triu(1).any(dim=2)
@@ -354,10 +360,11 @@ def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
 class PathPass(Driver):
     """One forward pass along a static path, the same for all rows.
 
-    A layer of the path runs as soon as the model's loop has called it, with the arguments of that
-    call. So a block of several layers that is repeated runs where its last layer is called. Nothing
-    depends on what a config says of layers: masks and positions are those that the base model makes
-    for its layers. With a cache, each execution has an entry.
+    The model's loop calls its layers in order. A step of the path runs as soon as the loop has
+    called the step's layer, with the arguments of that call, and the steps before it have run. So
+    if the path repeats a block of layers, the block runs again when its last layer is called.
+    Masks and positions are those that the base model makes for each layer, so nothing depends on
+    the config. With a cache, each execution has its own pass in the layer's entry.
     """
 
     def __init__(self, path: StaticPath) -> None:
@@ -385,11 +392,12 @@ class PathPass(Driver):
         return hidden
 
     def end(self) -> None:
-        """Let the calls go, which hold the pass and the cache."""
+        """Drop the calls, which hold the pass and the cache in memory."""
         self._calls.clear()
         self._entries.clear()
 
     def _entry(self, call: LayerCall, hidden: Tensor) -> RoutedCacheLayer | None:
+        """Return the cache entry of a layer with the path pinned in it; None without a cache."""
         if call.cache is None:
             return None
         entry = routed_entry(call.cache, call.index)
@@ -402,6 +410,7 @@ class PathPass(Driver):
         return entry
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
+        """Run a layer once more, `[B, T, D]` to `[B, T, D]`."""
         entry = self._entries[layer]
         if entry is None:
             return self._calls[layer].run(hidden)
@@ -414,7 +423,7 @@ class PathPass(Driver):
 
 
 def check_rows(decisions: Sequence[int], hidden: Tensor) -> None:
-    """Refuse a batch that isn't the one that decisions were pinned for."""
+    """Refuse a batch of another size than the one that decisions were pinned for."""
     if len(decisions) != hidden.shape[0]:
         raise RoutingError(
             f"decisions for {len(decisions)} rows are pinned, but the batch has "

@@ -21,8 +21,8 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 class GenerateHandle:
     """The override of a model's `generate`; a plain object, so that models copy and pickle.
 
-    Without it, a `generate` without a cache would decide anew at every step, beams of one prompt
-    could be given different decisions, and a draft's tokens would be read as part of the prompt.
+    Without it, `generate` without a cache would decide anew at every step, the beams of a prompt
+    could get different decisions, and routers would read a draft's tokens as part of the prompt.
     """
 
     model: Any
@@ -37,7 +37,7 @@ class GenerateHandle:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with decisions made once per prompt."""
-        option = options_of(self.model, kwargs, args)
+        option = make_option_lookup(self.model, kwargs, args)
         reads_prompt = self.driver.current_policy.reads_prompt
         _refuse_options(option, reads_prompt)
         copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
@@ -69,34 +69,35 @@ def take_off_overrides(model: Any) -> dict[str, Any]:
     return overrides
 
 
-def options_of(
+def make_option_lookup(
     model: Any, options: Mapping[str, Any], args: Sequence[Any] = ()
 ) -> Callable[[str], Any]:
-    """Return a function that looks up an option of a call of `generate`, None where it isn't set.
+    """Return a function that looks up an option of a call of `generate`; None if it isn't set.
 
-    Those given by name come first, then the generation config of the call, then the model's.
+    Keyword arguments come first, then the generation config of the call, then the model's.
     """
-    config = options.get("generation_config", args[1] if len(args) > 1 else None)
-    defaults = None if options.get("use_model_defaults") is False else model.generation_config
+    config = options.get("generation_config")
+    if "generation_config" not in options and len(args) > 1:
+        config = args[1]
+    configs = [config]
+    if options.get("use_model_defaults") is not False:
+        configs.append(model.generation_config)
 
     def option(name: str) -> Any:
-        value = options.get(name)
-        if value is None:
-            value = getattr(config, name, None)
-        if value is None:
-            value = getattr(defaults, name, None)
-        return value
+        values = [options.get(name)]
+        values += [getattr(config, name, None) for config in configs]
+        return next((value for value in values if value is not None), None)
 
     return option
 
 
 def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
-    """Refuse options of `generate` under which decisions would be wrong."""
+    """Refuse options of `generate` that would make decisions wrong."""
     early_exit = option("assistant_early_exit")
     if early_exit is not None:
         raise RoutingError(
-            f"assistant_early_exit={early_exit} would leave out layers behind the back of "
-            f"routing; leave it out, or give an assistant_model"
+            f"assistant_early_exit={early_exit} would leave out layers without routing; leave it "
+            f"out, or give an assistant_model"
         )
     chunk = option("prefill_chunk_size")
     if chunk is not None and reads_prompt:
@@ -107,8 +108,8 @@ def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
     guidance = option("guidance_scale")
     if guidance not in (None, 1) and option("use_cache") is False:
         raise RoutingError(
-            f"guidance_scale={guidance} runs a second prompt, and without a cache nothing tells "
-            f"its decisions from the first one's; leave use_cache on"
+            f"guidance_scale={guidance} runs a second prompt, and without a cache its decisions "
+            f"can't be told from those of the first; leave use_cache on"
         )
 
 
@@ -129,9 +130,12 @@ def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return torch.as_tensor(mask.sum(dim=1))
-    prompts = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    if prompts is None:
-        prompts = kwargs.get("inputs_embeds")
-    if prompts is None:
-        return None
-    return torch.full((prompts.shape[0],), prompts.shape[1])
+    for prompts in (
+        kwargs.get("input_ids"),
+        kwargs.get("inputs"),
+        args[0] if args else None,
+        kwargs.get("inputs_embeds"),
+    ):
+        if prompts is not None:
+            return torch.full((prompts.shape[0],), prompts.shape[1])
+    return None

@@ -1,7 +1,7 @@
 """How routing gets into an unmodified model: one forward override per layer, one pair of hooks.
 
-`Injection` puts the overrides on and takes them off; what runs *at* a layer is up to a `Driver`,
-which gets a `LayerCall`: the layer's arguments, and how to run the layer on some of the rows. No
+`Injection` puts the overrides on and takes them off. A `Driver` decides what runs *at* a layer. It
+gets a `LayerCall`, which has the layer's arguments and runs the layer on some of the rows. No
 modelling code is copied and no state-dict key changes (docs/decisions/0002-injection-not-forks.md).
 
 Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary.
@@ -37,29 +37,29 @@ BATCH_AXES: dict[str, int | None] = {
     "position_ids": -2,
     "cache_position": None,
 }
-"""Batch axis of each tensor argument of a layer; None for one without. An argument that isn't
-listed is refused rather than guessed by its shape: [T] may equal [B]."""
+"""Batch axis of each tensor argument of a layer; None for a tensor without one. An argument that
+isn't listed is refused. Its shape doesn't tell, since T may equal B."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""The names that layers have had for their cache; only to notice one that isn't a `Cache`."""
+"""Names of a layer's cache in all versions of transformers, to notice a cache of another class."""
 
 NOT_READ = ("tokenizer",)
-"""Options of `generate` that it passes down all the same; no layer reads them."""
+"""Options of `generate` that reach the layers, though no layer reads them."""
 
 
 class Driver:
-    """Runs the layers of a forward pass; this one each layer once, as the model does by itself."""
+    """Runs the layers of a forward pass. This class runs each layer once, as the model does."""
 
     def begin(self, forward: Forward) -> Driver:
-        """Return what runs the layers of a new forward pass; called before its first layer."""
+        """Return the driver of a new forward pass. Called before its first layer."""
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return what the model's loop continues with after this layer."""
+        """Return the state that the model's loop continues with after this layer."""
         return call.run(hidden)
 
     def compiles(self, cache: Cache | None) -> bool:
-        """Say whether a pass can be compiled: what it runs is known before it starts."""
+        """Say whether a pass can be compiled: its plan is known before it starts."""
         return True
 
     def adapter(self, cache: Cache | None) -> str:
@@ -74,18 +74,21 @@ class Driver:
 class Forward:
     """One forward pass of the decoder, from its pre-hook to its post-hook."""
 
-    # As the caller gave it: [B, K], [B, 1, T, K]; None: no padding; of other kinds: it isn't said.
+    # The caller's mask: [B, K] or [B, 1, T, K]. None means no padding. A mask of another kind
+    # doesn't say which tokens are padding.
     attention_mask: Any
-    rejected: tuple[str, ...]  # names of requested outputs that routing can't give
+    rejected: tuple[str, ...]  # names of requested outputs that routing can't return
     driver: Driver = field(init=False)
-    pinned: Cache | None = None  # has pinned decisions: says which layers run as without routing
+    # A cache with pinned decisions, which say which layers run as without routing.
+    pinned: Cache | None = None
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
-    # By argument and part, an argument and that part of it; made once a pass, like `indices`.
+    # The whole argument and its part, by the argument's name and the part. A part is cut once a
+    # pass; so is an index.
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return rows as a tensor `[R]` on a device."""
+        """Return the numbers of rows as a tensor `[R]` on a device."""
         if (rows, device) not in self.indices:
             self.indices[rows, device] = on_device(rows, device)
         return self.indices[rows, device]
@@ -97,10 +100,16 @@ _driver: Override[Driver] = Override("driver")
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A one-token probe at the start finds out what the layers return and what the loop makes of it;
-    every later pass is checked to call the layers in order. `default` is the driver that is used
-    while no other is active. Models are refused as by `find_layers` and `probe`; one that is routed
-    already is a RoutingError.
+    A probe with one token shows what the layers return and how the loop uses it. Each later pass
+    must call the layers in order.
+
+    Args:
+        model: The model.
+        default: The driver that runs the layers while no other is active.
+
+    Raises:
+        ArchitectureError: `find_layers` or `probe` refuses the model.
+        RoutingError: The model is routed already.
     """
 
     def __init__(self, model: Any, default: Driver) -> None:
@@ -109,7 +118,7 @@ class Injection:
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
         self.current: ThreadValue[Forward] = ThreadValue()
-        if Injection.on(model) is not None:
+        if Injection.find(model) is not None:
             raise RoutingError(
                 "this model is routed already; use that RoutedModel, drllm.attach(...) to replace "
                 "it, or drllm.detach(model) first"
@@ -119,18 +128,22 @@ class Injection:
         self.install()
 
     @staticmethod
-    def on(model: Any) -> Injection | None:
-        """Return what is attached to a model, whoever did it."""
+    def find(model: Any) -> Injection | None:
+        """Return the injection that is on a model; None if the model isn't routed."""
         _, layers = find_layers(model)
-        overriding = [each for layer in layers for each in _overriding(layer)]
-        return next((each.injection for each in overriding if isinstance(each, LayerHandle)), None)
+        for layer in layers:
+            for override in _find_overrides(layer):
+                if isinstance(override, LayerHandle):
+                    return override.injection
+        return None
 
     def install(self) -> None:
-        """Put the overrides and hooks on; after `remove`, on again."""
+        """Put the overrides and hooks on, also again after `remove`."""
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
-        self.whole = DecoderHandle(self)
-        for handle in (*self.handles, self.whole):
+        self.decoder_handle = DecoderHandle(self)
+        for handle in self.handles:
             handle.put_on()
+        self.decoder_handle.put_on()
         self.lora.install()
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -139,8 +152,8 @@ class Injection:
         self.is_installed = True
 
     def remove(self) -> None:
-        """Take every override and hook off, unless somebody has put an override over ours."""
-        overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.whole]
+        """Take every override and hook off. Refuse if other code has put an override over ours."""
+        overrides: list[LayerHandle | DecoderHandle] = [*self.handles, self.decoder_handle]
         for handle in overrides:
             is_gone = handle.module.__dict__.get("forward") == handle.previous
             if not (handle.is_on_top or is_gone):
@@ -155,7 +168,7 @@ class Injection:
                 f"loaded; put it back, then detach()"
             )
         self.lora.remove()
-        self.whole.take_off()
+        self.decoder_handle.take_off()
         for handle in self.handles:
             handle.take_off()
             checkpoint = getattr(handle.module, "_gradient_checkpointing_func", None)
@@ -166,7 +179,7 @@ class Injection:
         self.is_installed = False
 
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
-        """Let another driver run the layers of this model inside the block; `Driver()` for none."""
+        """Let another driver run the layers inside the block; with `Driver()` nothing is routed."""
         return _driver.set(self, driver)
 
     @cached_property
@@ -176,21 +189,21 @@ class Injection:
             return find_linear_maps(self.model)
 
     def add_adapter(self, name: str, weights: LoraWeights) -> None:
-        """Put an adapter into the model; errors as of `LoraAdapters.add`."""
+        """Put an adapter into the model. Raises what `LoraAdapters.add` raises."""
         self.lora.add(name, weights, self.linear_maps)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
-        """Whether the model's loop continues with fewer tokens than it began with; tried on two.
+        """Whether the last layer may return fewer tokens than it was given; tested with two.
 
-        Some loops bring what the last layer returns back into the shape of the input.
+        Some loops reshape what the last layer returns to the shape of the input.
         """
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.driven_by(_DropToken()):
             try:
                 output = self.decoder(input_ids=ids, use_cache=False)
             except RuntimeError as error:
-                if "is invalid for input of size" not in str(error):  # not that of `Tensor.view`
+                if "is invalid for input of size" not in str(error):  # not from `Tensor.view`
                     raise
                 return False
         return bool(output[0].shape[1] == 1)
@@ -200,7 +213,7 @@ class Injection:
         for handle in self.handles:
             self._check_handle(handle)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if isinstance(mask, dict):  # a mask per kind of attention; padding is the same in all
+        if isinstance(mask, dict):  # one mask per kind of attention, all with the same padding
             mask = next((value for value in mask.values() if value is not None), None)
         _refuse_packed(kwargs, mask)
         forward = Forward(mask, self._requested_outputs(kwargs))
@@ -208,8 +221,8 @@ class Injection:
         self.current.begin(forward)
 
     def _check_handle(self, handle: LayerHandle) -> None:
-        """Refuse a layer that lost its override; let what it recomputes find its pass again."""
-        if not handle.is_on_top and handle not in _overriding(handle.module):
+        """Refuse a layer that lost its override; let a recomputed layer find its pass again."""
+        if not handle.is_on_top and handle not in _find_overrides(handle.module):
             raise RoutingError(
                 f"the routing of {handle.place} was taken off the model by other code; "
                 f"make a new RoutedModel to attach it again"
@@ -234,7 +247,7 @@ class Injection:
         """End a forward pass of the decoder, and check that it called every layer once."""
         forward = self.current.get()
         self.current.end()
-        if forward is None or output is None:  # the pre-hook or the forward raised: let it through
+        if forward is None or output is None:  # the pre-hook or the forward raised an error
             return
         if forward.visited != list(range(self.num_layers)):
             raise RoutingError(
@@ -260,14 +273,14 @@ class ForwardOverride:
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def original(self) -> Callable[..., Any]:
-        """Return the forward that the override replaced, looked up anew at each call."""
+        """Return the forward that the override replaced. It is looked up anew at each call."""
         if self.previous is not None:
             return self.previous
         forward: Callable[..., Any] = type(self.module).forward.__get__(self.module)
         return forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the module does; a subclass does something else."""
+        """Run the module's own forward. Subclasses override this."""
         return self.original()(*args, **kwargs)
 
     @property
@@ -276,11 +289,11 @@ class ForwardOverride:
         return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
 
     def put_on(self) -> None:
-        """Put the override on; after `take_off`, on again."""
+        """Put the override on, also again after `take_off`."""
         self.module.forward = self.forward
 
     def take_off(self) -> None:
-        """Give the module back what it had, where the override is on top."""
+        """Take the override off, if no other override lies over it."""
         if self.is_on_top and self.previous is None:
             del self.module.forward
         elif self.is_on_top:
@@ -288,11 +301,11 @@ class ForwardOverride:
 
 
 class DecoderHandle(ForwardOverride):
-    """The override of the decoder's forward, which a pass may have to run uncompiled.
+    """The override of the decoder's forward, which keeps some passes from being compiled.
 
-    Which rows run under routers differs from prompt to prompt, so graphs would be made anew until
-    torch gives up; the pass that makes a cache's entries is no graph either. Nor is any pass of a
-    model with adapters, which are switched for a pass. Others compile.
+    These run uncompiled: passes under routers, since every route would need a graph of its own
+    until torch gives up; the pass that makes a cache's entries; and all passes of a model with
+    adapters, which are switched for each pass. Other passes compile.
     """
 
     place = "the decoder"
@@ -311,11 +324,11 @@ class DecoderHandle(ForwardOverride):
                 return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        # Not by `original`: after a graph break torch would take its method for this override.
+        # Not through `original`: after a graph break torch would mistake its method for this one.
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _run_switched(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a pass with the adapter that it runs with, and with no other."""
+        """Run a pass with its adapter switched on and all others off."""
         current = self.injection.current.get()
         name = "" if current is None else current.driver.adapter(_find_cache(args, kwargs))
         with self.injection.lora.running(name):
@@ -369,8 +382,8 @@ class LayerHandle(ForwardOverride):
         output = forward.driver.layer(call, hidden_states)
         if not self.injection.returns_tuple:
             return output
-        # What else a layer returns belongs to one run of all rows: only where it was requested, and
-        # the driver let that through.
+        # A layer's other outputs belong to one run of all rows. They are returned only if they were
+        # requested and the driver allowed it.
         extras = call.extras if forward.rejected else ()
         return (output, *extras)
 
@@ -408,12 +421,12 @@ class LayerCall:
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
-        `rows` says of each of the R inputs which row of the original batch it is; None: itself.
+        `rows` are the R rows of the batch that the inputs belong to; None means all rows.
         """
         args = self._args
         kwargs = self._kwargs
         if rows is not None:
-            args, kwargs = self._cut(rows, partial(self._rows_of, rows))
+            args, kwargs = self._cut(rows, partial(self._select_rows, rows))
         output = self._handle.original()(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
@@ -422,9 +435,9 @@ class LayerCall:
         return result
 
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
-        """Return this call for rows that are cut to their last tokens, the first being padding.
+        """Return this call with every row cut to its last `num_tokens` tokens.
 
-        Of the positions before the T tokens that the mask has, the last `num_past` may be seen.
+        Of the keys before the T tokens, the mask keeps the last `num_past`.
         """
         part = ("last", num_tokens, num_past)
         args, kwargs = self._cut(part, partial(_last_tokens, num_tokens, num_past))
@@ -433,7 +446,7 @@ class LayerCall:
     def _cut(
         self, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with every tensor cut to a part, which is made once a pass."""
+        """Return the arguments with every tensor cut to a part. Each part is cut once a pass."""
         names = self._handle.positional
         if len(self._args) > len(names):
             raise RoutingError(
@@ -451,7 +464,7 @@ class LayerCall:
     def _cut_value(
         self, name: str, value: Any, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
     ) -> Any:
-        """Return an argument, its tensors cut to a part."""
+        """Return an argument with its tensors cut to a part."""
         if name in NOT_READ or isinstance(value, (int, float, str, Cache, type(None))):
             return value
         memo = self.forward.parts
@@ -465,12 +478,13 @@ class LayerCall:
             memo[name, part] = value, result
         return result
 
-    def _rows_of(self, rows: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+    def _select_rows(self, rows: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+        """Return the rows of an argument's tensor; refuse a tensor whose batch axis is unclear."""
         axis = BATCH_AXES[name]
         if axis is None or (name in ROTARY and tensor.dim() == 2):
             return tensor
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
-            # Some models count a mask's rows; several states of a batch of one row need as many.
+            # Some models check the mask's number of rows, and here there are several copies of one.
             if name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4:
                 return tensor.expand(len(rows), -1, -1, -1)
             return tensor
@@ -487,9 +501,10 @@ class LayerCall:
 class RoutedRecomputation:
     """A layer's checkpointing function that recomputes it within the pass it belongs to.
 
-    Backward passes call a checkpointed layer again, after the forward pass is over and perhaps on
-    another thread. Up to transformers 5.22 the override lies inside what is recomputed, and has
-    to find its pass again; later the checkpoint lies inside the override, and this does no harm.
+    A backward pass calls a checkpointed layer again, after the forward pass is over and perhaps in
+    another thread. Up to transformers 5.22 the override is part of what is recomputed, so it has to
+    find its pass again. In later versions the checkpoint is inside the override, and this class
+    changes nothing.
     """
 
     checkpoint: Callable[..., Any]
@@ -511,26 +526,30 @@ class RoutedRecomputation:
         return self.checkpoint(within, *args, **kwargs)
 
 
-def _overriding(layer: Any) -> list[Any]:
-    """Return the objects whose methods make up a layer's forward, from the outermost inwards."""
-    found = []
+def _find_overrides(layer: Any) -> list[Any]:
+    """Return the objects whose methods wrap a layer's forward, the outermost first."""
+    overrides = []
     forward = layer.forward
     while forward is not None:
-        found.append(getattr(forward, "__self__", None))
+        overrides.append(getattr(forward, "__self__", None))
         forward = getattr(forward, "__wrapped__", None)  # set by accelerate's hooks
-    return found
+    return overrides
 
 
 def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
-    """Refuse several sequences in one row: decisions are made for a row."""
-    packed = any(v is not None and name.startswith("cu_seq_lens") for name, v in kwargs.items())
+    """Refuse several sequences in one row, since decisions are made for a row."""
+    is_packed = False
+    for name, value in kwargs.items():
+        if name.startswith("cu_seq_lens") and value is not None:
+            is_packed = True
     positions = kwargs.get("position_ids")
-    # transformers reads a restart of the positions as a new sequence where there is no mask. One
-    # position can't restart, and looking would make a decode step wait for the device.
+    # Without a mask, transformers takes positions that start again for a new sequence. A single
+    # position can't start again; to test it would make a decode step wait for the device.
     if mask is None and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
         restarts = positions.diff(dim=-1) < 0
-        packed = packed or (restarts.numel() > 0 and bool(restarts.any()))
-    if packed:
+        if restarts.numel() > 0 and bool(restarts.any()):
+            is_packed = True
+    if is_packed:
         raise RoutingError(
             "packed sequences can't be routed: a row is no longer one prompt; give each prompt a "
             "row of its own, with padding"
@@ -552,13 +571,13 @@ def _check_tensors(name: str, tensors: Any, kind: str) -> None:
 
 
 def _last_tokens(num_tokens: int, num_past: int, name: str, tensor: Tensor) -> Tensor:
-    """Return the part of a layer's argument that belongs to the last tokens of its rows."""
+    """Return the part of a layer's argument that belongs to the last tokens of each row."""
     if name in ROTARY:
         return tensor if tensor.dim() == 2 else tensor[:, -num_tokens:]
     if name != "attention_mask" or tensor.dim() == 2:
         return tensor[..., -num_tokens:]
     past = tensor.shape[-1] - tensor.shape[-2]
-    seen = tensor[..., -num_tokens:, :]
-    return torch.cat(
-        [seen[..., past - num_past : past], seen[..., seen.shape[-1] - num_tokens :]], dim=-1
-    )
+    mask = tensor[..., -num_tokens:, :]
+    earlier_keys = mask[..., past - num_past : past]
+    last_keys = mask[..., mask.shape[-1] - num_tokens :]
+    return torch.cat([earlier_keys, last_keys], dim=-1)

@@ -1,8 +1,8 @@
-"""The K/V cache under routing: one slot per execution of a layer, holding only the rows that ran.
+"""The K/V cache under routing: one pass per execution of a layer, with only the rows that ran.
 
-`RoutedCacheLayer` replaces an entry of the `Cache` that transformers (or the user) made, in place.
-So lengths, masks, beam reordering and continuation keep working, and the pinned decisions travel
-with the cache.
+`RoutedCacheLayer` replaces an entry of a `Cache` in place, whether transformers or the user made
+the cache. So lengths, masks, beam reordering and continuation keep working, and the pinned
+decisions travel with the cache.
 
 Axes: B rows, H heads, T tokens, E head size.
 """
@@ -26,19 +26,21 @@ ROOM = 32  # tokens that K and V have room for whenever they are copied
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' dynamic entry with room for more tokens, so that a step copies only its own.
+    """The dynamic entry of transformers with spare room, so that a step copies only its new tokens.
 
-    Where gradients are recorded or a graph is compiled, it copies all as there.
+    Where gradients are recorded or a graph is compiled, it copies everything, as its base class.
     """
 
     keys: Any
     values: Any
     is_initialized = False  # transformers 4.56 has no such attribute, later ones set it
-    _room: list[Tensor] | None = None  # K and V, with space behind them for tokens to come
-    _view: Tensor | None = None  # the keys as they were left; whoever reorders or crops sets others
+    _room: list[Tensor] | None = None  # K and V, with space behind them for later tokens
+    _view: Tensor | None = (
+        None  # the keys after the last update; reordering or cropping sets others
+    )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store K and V of new tokens, `[B, H, T, E]`, and return those of all."""
+        """Store K and V of new tokens, `[B, H, T, E]`, and return K and V of all tokens."""
         start = self.get_seq_length()
         is_first = not start or key_states.dtype != self.keys.dtype
         if is_first or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -56,48 +58,47 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def offload(self) -> None:
-        """Move K and V off the accelerator, and give up their room there."""
+        """Move K and V off the accelerator, and free their room there."""
         self._room = None
         self._view = None
         super().offload()
 
     def __copy__(self) -> "GrowingLayer":
-        """Return an entry with the same K and V, which finds a room of its own."""
-        copied = type(self)()
-        copied.__dict__.update(self.__dict__)
-        copied._room = None
-        copied._view = None
-        return copied
+        """Return an entry with the same K and V that makes its own room at the next token."""
+        entry = type(self)()
+        entry.__dict__.update(self.__dict__)
+        entry._room = None
+        entry._view = None
+        return entry
 
     def _has_room(self, end: int) -> bool:
-        """Say whether the room holds the keys as they are, and fits so many tokens."""
+        """Say whether the room holds the current keys and has space for `end` tokens."""
         if self._room is None or self.keys is not self._view:
             return False
         is_writable = self._room[0].is_inference() == torch.is_inference_mode_enabled()
         return is_writable and end <= self._room[0].shape[-2]
 
     def _make_room(self, new: Sequence[Tensor], start: int, end: int) -> None:
-        """Copy K and V into a room that fits so many tokens and some more."""
+        """Copy K and V into a room with space for `end` tokens and `ROOM` more."""
         self._room = []
-        for states, held in zip(new, (self.keys, self.values), strict=True):
+        for states, stored in zip(new, (self.keys, self.values), strict=True):
             room = states.new_empty(*states.shape[:-2], end + ROOM, states.shape[-1])
-            room.narrow(-2, 0, start).copy_(held)
+            room.narrow(-2, 0, start).copy_(stored)
             self._room.append(room)
 
 
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The cache entry of one layer: an inner entry per pass, and the decisions it was made under.
+    """The cache entry of one layer: an inner entry per pass, and the pinned decisions.
 
-    Pass k holds the K/V of exactly those rows that execute the layer more than k times, so the rows
-    that are stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the same
-    class with a single one for each token, so that the class itself computes lengths and masks. The
-    shadow doesn't count as stored. `pristine` is the empty entry that was in this place; every pass
-    starts as a copy of it.
+    Pass k holds K and V of exactly those rows that execute the layer more than k times. A layer
+    that no row runs keeps a *shadow*: an entry of the same class that stores the number 1 for each
+    token, so that the class itself computes lengths and masks. The shadow isn't one of the passes.
+    `pristine` is the empty entry that was in this place. Every pass starts as a copy of it.
     """
 
     max_batch_size = 0
-    """Fits no batch: up to 5.0 transformers keeps a static cache for its next `generate`, which
-    must not meet decisions of this one."""
+    """Fits no batch. Up to 5.0, transformers keeps a static cache for the next `generate`, which
+    must not see the decisions of this one."""
 
     decisions: tuple[int, ...] | None
     path: StaticPath | None
@@ -107,14 +108,15 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, pristine: CacheLayerMixin) -> None:
         # No super().__init__(): it would set keys and values that this entry doesn't have.
-        # It is empty, but may have its room already, for all rows: each pass takes its own.
-        pristine.keys = pristine.values = None
+        # It is empty, but may have memory for all rows already. Each pass allocates its own.
+        pristine.keys = None
+        pristine.values = None
         pristine.is_initialized = False
         self.pristine = GrowingLayer() if type(pristine) is DynamicLayer else pristine
         self.is_sliding = getattr(pristine, "is_sliding", False)
         self.is_croppable = getattr(pristine, "is_croppable", True)
         self.max_cache_len = getattr(pristine, "max_cache_len", 0)
-        # Where the inner entries are, the mask code masks what they have not yet filled.
+        # If the inner entries are, the mask code masks the places that they haven't filled yet.
         self.is_compileable = getattr(pristine, "is_compileable", False)
         self.reset()
         self._active: CacheLayerMixin | None = None
@@ -122,8 +124,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def pin(self, decisions: tuple[int, ...], path: StaticPath | None = None) -> None:
         """Fix the decisions `[B]` of all rows, once, before the first token is stored.
 
-        Where all rows run a static path, that is fixed too; the decisions count its executions of
-        this layer.
+        If all rows run a static path, it is pinned too. The decisions then say how often the path
+        runs this layer.
         """
         self.decisions = decisions
         self.path = path
@@ -135,7 +137,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_plain = path is None and set(decisions) == {1}
 
     def begin_pass(self, index: int) -> tuple[int, ...]:
-        """Direct `update` and the lengths to one pass until `end_pass`, and return its rows."""
+        """Let `update` and the lengths use one pass until `end_pass`, and return its rows."""
         self._active = self.passes[index]
         return self.rows[index]
 
@@ -144,14 +146,14 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._active = None
 
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
-        """Count tokens that passed a layer which no row runs.
+        """Count tokens that passed a layer that no row runs.
 
-        After the prompt they only add up; they are stored when the length is read. The mask code
-        reads it of few layers, so at all others a skip costs next to nothing. `like` is any tensor
-        of the layer's device and dtype.
+        After the prompt they are only added up, and stored when somebody reads the length. The mask
+        code reads the length of few layers, so at all others a skip costs almost nothing. `like` is
+        any tensor of the layer's device and dtype.
         """
         assert self.shadow is not None
-        # A number that grows is no constant of a compiled graph, so that one stores them at once.
+        # A growing number isn't a constant of a compiled graph, so a graph stores tokens at once.
         if self.shadow.is_initialized and not torch.compiler.is_compiling():
             self._uncounted += num_tokens
         else:
@@ -173,7 +175,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def values(self) -> Any:
-        """V of the same, on the same terms."""
+        """V of a layer that every row executes once, `[B, H, T, E]`; None while it is empty."""
         return self._only_pass().values
 
     @values.setter
@@ -182,21 +184,21 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def _sliding_window_tensor(self) -> Any:
-        # What transformers gives with K and V where somebody goes through a cache's layers.
+        # transformers yields it with K and V to a caller that iterates over the cache.
         return getattr(self._only_pass(), "_sliding_window_tensor", None)
 
     def __copy__(self) -> "RoutedCacheLayer":
-        """Return an entry with the same tokens, which then grows by itself."""
-        copied = type(self)(copy.copy(self.pristine))
-        copied.__dict__.update(self.__dict__)
-        copied.passes = [copy.copy(entry) for entry in self.passes]
-        copied.rows = list(self.rows)
-        copied.shadow = copy.copy(self.shadow)
-        copied.indices = {}
-        return copied
+        """Return an entry with the same tokens that grows independently."""
+        new = type(self)(copy.copy(self.pristine))
+        new.__dict__.update(self.__dict__)
+        new.passes = [copy.copy(entry) for entry in self.passes]
+        new.rows = list(self.rows)
+        new.shadow = copy.copy(self.shadow)
+        new.indices = {}
+        return new
 
     def _only_pass(self) -> Any:
-        """Return the pass of a layer that every row executes once; refuse any other layer."""
+        """Return the only pass of a layer that every row executes once; refuse other layers."""
         if self.decisions is None:
             return self.pristine
         if set(self.decisions) != {1}:
@@ -208,10 +210,10 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.passes[0]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: each pass initialises itself at its first update."""
+        """Do nothing: each pass initialises itself at its first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store the K/V of the pass that is running, `[R, H, T, E]`, and return all of its K/V."""
+        """Store K and V of the running pass, `[R, H, T, E]`, and return those of all its tokens."""
         if self._active is None:
             raise RoutingError(
                 "this cache belongs to a routed model, and its layer was run without routing; "
@@ -219,7 +221,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         return self._active.update(key_states, value_states, *args, **kwargs)
 
-    # Lengths and masks come out of the arithmetic of the inner entries' class.
+    # The class of the inner entries computes lengths and masks.
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Return how many tokens the layer has seen."""
@@ -234,12 +236,14 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._representative().get_max_length(*args, **kwargs)
 
     def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the same, by the name of transformers 4."""
+        """Return the most tokens that the layer can hold, under the name of transformers 4."""
         return self._representative().get_max_cache_shape(*args, **kwargs)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows (indices or a mask), in their order."""
-        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Put `repeats` copies of each row next to one another."""
@@ -247,14 +251,14 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reorder_cache(torch.arange(len(self.decisions)).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Cut every pass to the same length; at length 0 the decisions are forgotten too."""
+        """Cut every pass to the same length. At length 0 the decisions are dropped too."""
         for entry in self._entries():
             entry.crop(*args, **kwargs)
         if self.decisions is not None and int(self.get_seq_length()) == 0:
             self.reset()
 
     def reset(self) -> None:
-        """Forget everything, the decisions too."""
+        """Drop all tokens and the decisions."""
         self.decisions = None
         self.path = None
         self.passes = []
@@ -262,18 +266,19 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.shadow = None
         self.is_plain = False  # whether all rows run the layer once, as without routing
         self._uncounted = 0
-        # As in a `Forward`, of the passes that this is the first layer's entry of.
+        # Those of the `Forward`, kept here by the entry of the first layer: the next token's pass
+        # runs the same rows.
         self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def activate_past_recording(self) -> None:
-        """Let every sliding pass keep what `crop` may have to bring back."""
+        """Let every sliding pass keep the tokens that `crop` may bring back."""
         for entry in (self.pristine, *self._entries()):
             if hasattr(entry, "activate_past_recording"):
                 entry.activate_past_recording()
 
     @property
     def record_past(self) -> bool:
-        """Whether sliding passes keep what `crop` may have to bring back."""
+        """Whether sliding passes keep the tokens that `crop` may bring back."""
         return bool(getattr(self.pristine, "record_past", False))
 
     @record_past.setter
@@ -293,7 +298,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             entry.prefetch()
 
     def _entries(self) -> list[CacheLayerMixin]:
-        """Return all inner entries, the shadow's tokens stored."""
+        """Return all inner entries, after storing the shadow's counted tokens."""
         if self.shadow is None:
             return self.passes
         if self._uncounted:
@@ -303,14 +308,14 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return [*self.passes, self.shadow]
 
     def _representative(self) -> CacheLayerMixin:
-        """Return the pass that is running, else any entry: all have the same length."""
+        """Return the running pass, or any entry if none runs: all have the same length."""
         if self._active is not None:
             return self._active
         entries = self._entries()
         return entries[0] if entries else self.pristine
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row r be what row `beam_idx[r]` was, for as many rows as there are indices."""
+        """Make row r a copy of the old row `beam_idx[r]`, for each index."""
         if self.decisions is None:
             return
         old_rows = _read_indices(beam_idx)
@@ -325,7 +330,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 entry.reorder_cache(on_device(chosen, entry.keys.device))
                 passes.append(entry)
                 rows.append(tuple(new))
-        if self.passes and not passes:  # nothing is left that knows the length
+        if self.passes and not passes:  # no pass is left, so the shadow must know the length
             self.shadow = copy.deepcopy(self.pristine)
             _feed_ones(self.shadow, length, self.passes[0].keys)
         self.decisions = tuple([self.decisions[row] for row in old_rows])
@@ -339,32 +344,32 @@ def _read_indices(indices: Tensor) -> list[int]:
     if indices.is_inference():  # tensors of inference mode don't count their changes
         numbers: list[int] = indices.tolist()
         return numbers
-    return _as_rows(indices, indices._version)
+    return _indices_of_version(indices, indices._version)
 
 
 @lru_cache(maxsize=1)
-def _as_rows(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
-    """Return indices as numbers; all layers of a cache get the same, which are read once.
+def _indices_of_version(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
+    """Return indices as numbers. All layers of a cache get the same tensor, which is read once.
 
-    They are recognised by the tensor itself and by how often it was changed.
+    The memo's key is the tensor itself and its version, which counts the changes in place.
     """
     return indices.tolist()
 
 
 def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
-    """Store a one per token, `[1, 1, T, 1]`, in an entry that only has to know its length.
+    """Store the number 1 per token, `[1, 1, T, 1]`, in an entry that only has to know its length.
 
-    Not a zero: up to transformers 5.0 a static entry counts what isn't zero for its length.
+    Not 0: up to transformers 5.0, the length of a static entry is its number of nonzero keys.
     """
-    # Added, not counted from: to read a static entry's length breaks a compiled graph.
+    # The length is added to a range: `arange(length, …)` would read it and break a compiled graph.
     positions = torch.arange(num_tokens, device=like.device) + entry.get_seq_length()
     ones = torch.ones(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
-    # transformers 4.56 asks static entries for cache_position; later ones ignore the mapping.
+    # Static entries of transformers 4.56 need cache_position; later ones ignore the mapping.
     entry.update(ones, ones, {"cache_position": positions})
 
 
-def entry_of(cache: Cache, index: int) -> Any:
-    """Return a layer's entry, made first where the cache makes its entries as they are needed."""
+def find_entry(cache: Cache, index: int) -> Any:
+    """Return a layer's entry. A cache that creates its entries lazily creates it now."""
     if isinstance(cache, EncoderDecoderCache):
         raise RoutingError("the cache has a half for an encoder; it can't be routed")
     if getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -374,8 +379,8 @@ def entry_of(cache: Cache, index: int) -> Any:
 
 
 def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
-    """Return the routed entry of a layer, putting it in place at the first visit."""
-    entry = entry_of(cache, index)
+    """Return the routed entry of a layer. At the first visit it replaces the cache's own entry."""
+    entry = find_entry(cache, index)
     if isinstance(entry, RoutedCacheLayer):
         return entry
     if not is_kv(entry):
@@ -392,6 +397,6 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name under which a model takes its cache: transformers renamed it in 5.24."""
+    """Return the name of a model's cache argument: transformers renamed it in 5.24."""
     accepted = inspect.signature(model.forward).parameters
     return "cache" if "cache" in accepted else "past_key_values"

@@ -1,8 +1,8 @@
-"""LoRA adapters of PEFT in a model: put in for healed paths, and switched on in their passes alone.
+"""PEFT's LoRA adapters for healed paths. An adapter is switched on only while its path runs.
 
-While an adapter is in the model, PEFT's LoRA layers stand around the linear maps that it changes,
-so state-dict keys differ; `remove` puts the maps back. A pass along another path runs with the LoRA
-layers switched off: each calls its map and nothing else, so the base model keeps its bits.
+While an adapter is in the model, PEFT's LoRA layers wrap the linear maps that it changes, so the
+state-dict keys differ. `remove` puts the maps back. Along other paths the LoRA layers are switched
+off: each calls its map and nothing else, so the results equal those of the base model bit by bit.
 
 Axes: R rank.
 """
@@ -29,7 +29,7 @@ _switching = threading.Lock()
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraWeights:
-    """The weights of one adapter: to x each linear map adds `alpha / rank · B A x`."""
+    """The weights of one adapter. For an input x, a linear map adds `alpha / rank · B A x`."""
 
     rank: int  # R
     alpha: float
@@ -37,11 +37,11 @@ class LoraWeights:
     maps: dict[str, tuple[Tensor, Tensor]]
 
     def layers(self) -> list[int]:
-        """Return the layers that it changes, in order."""
+        """Return the layers that the adapter changes, in order."""
         return sorted({layer_of_map(name) for name in self.maps})
 
     def num_entries(self, layer: int) -> int:
-        """Return how many entries of matrices it multiplies a token with at a layer."""
+        """Return the number of weights in a layer: its multiplications per token."""
         total = 0
         for name, (a, b) in self.maps.items():
             if layer_of_map(name) == layer:
@@ -56,7 +56,7 @@ def layer_of_map(name: str) -> int:
 
 @dataclass(slots=True)
 class LoraPlace:
-    """Where a LoRA layer stands."""
+    """A LoRA layer and its place in the model."""
 
     parent: nn.Module
     attribute: str
@@ -64,16 +64,16 @@ class LoraPlace:
 
 
 class LoraAdapters:
-    """The adapters in a model, by name, and the switch that lets one of them run.
+    """The adapters in a model, by name. `running` switches one of them on.
 
-    One adapter or none runs at a time, since the LoRA layers are switched for the whole model.
+    At most one adapter runs at a time, since the LoRA layers are switched for the whole model.
     """
 
     def __init__(self, model: Any) -> None:
         self._base = base_of(model)
         self._configs: dict[str, Any] = {}  # by adapter
         self._places: dict[str, LoraPlace] = {}  # by linear map
-        self._running = ""  # the adapter of the passes that run now; empty for none
+        self._running = ""  # the adapter of the passes that run now; empty if none has one
         self._num_passes = 0
 
     @property
@@ -82,7 +82,7 @@ class LoraAdapters:
         return tuple(self._configs)
 
     def check(self, name: str) -> str:
-        """Return the name of an adapter that is in the model; any other is a RoutingError."""
+        """Return the name if the model has this adapter; raise a RoutingError if not."""
         if name not in self._configs:
             raise RoutingError(
                 f"this model has no adapter {name!r} (it has {', '.join(self.names) or 'none'}); "
@@ -91,11 +91,16 @@ class LoraAdapters:
         return name
 
     def add(self, name: str, weights: LoraWeights, maps: Mapping[str, nn.Module]) -> None:
-        """Put an adapter with given weights into the model; `maps` are those that it may change.
+        """Put an adapter with given weights into the model.
+
+        Args:
+            name: Its name in the model.
+            weights: Its weights.
+            maps: The linear maps that an adapter may change, by name.
 
         Raises:
-            RoutingError: A name that is taken or empty, weights for other maps or of other shapes,
-                or a model with PEFT layers of its own.
+            RoutingError: The name is empty or in use, the weights are for other maps or have other
+                shapes, or the model has PEFT layers of its own.
             ArchitectureError: PEFT can't find exactly these maps by their names.
         """
         for key, (a, b) in weights.maps.items():
@@ -126,9 +131,9 @@ class LoraAdapters:
     ) -> list[nn.Parameter]:
         """Put a new adapter on all linear maps of some layers, and return its parameters.
 
-        It changes nothing yet: A is drawn as PEFT draws it, and B is zero. The parameters are
-        float32 and ask for gradients. Errors as of `add`, and a RoutingError where the layers have
-        no maps.
+        It changes nothing yet: A is random, as PEFT initialises it, and B is zero. The parameters
+        are float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers
+        have no linear maps.
         """
         changed: dict[str, Any]
         changed = {key: module for key, module in maps.items() if layer_of_map(key) in layers}
@@ -139,12 +144,12 @@ class LoraAdapters:
         if any(module.weight.device.type == "meta" for module in changed.values()):
             raise RoutingError(
                 "the weights of this model are offloaded, and an adapter can't be trained beside "
-                "such; load the model onto one device"
+                "offloaded weights; load the model onto one device"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._inject(name, rank, alpha, changed)
-        for place in self._places_of(name).values():
+        for place in self._find_places(name).values():
             place.lora.lora_A[name].float()
             place.lora.lora_B[name].float()
         parameters = self.parameters(name)
@@ -155,7 +160,7 @@ class LoraAdapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return A and B of every map of an adapter."""
         parameters = []
-        for place in self._places_of(name).values():
+        for place in self._find_places(name).values():
             parameters += [place.lora.lora_A[name].weight, place.lora.lora_B[name].weight]
         return parameters
 
@@ -163,7 +168,7 @@ class LoraAdapters:
         """Return the weights of an adapter: the tensors themselves, not copies."""
         config = self._configs[self.check(name)]
         maps = {}
-        for key, place in self._places_of(name).items():
+        for key, place in self._find_places(name).items():
             a = place.lora.lora_A[name].weight.detach()
             b = place.lora.lora_B[name].weight.detach()
             maps[key] = (a, b)
@@ -180,16 +185,16 @@ class LoraAdapters:
     def merged_weights(self, name: str) -> dict[str, Tensor]:
         """Return the weight of each map with the adapter merged by PEFT, in the map's dtype."""
         merged = {}
-        for key, place in self._places_of(self.check(name)).items():
+        for key, place in self._find_places(self.check(name)).items():
             lora = copy.deepcopy(place.lora)  # merging changes a weight in place
             lora.merge(safe_merge=True, adapter_names=[name])
             merged[key] = lora.base_layer.weight.data
         return merged
 
     def drop(self, name: str) -> None:
-        """Take an adapter out of the model; with the last one the linear maps are put back."""
+        """Take an adapter out of the model. After the last one the linear maps are put back."""
         self.check(name)
-        for place in self._places_of(name).values():
+        for place in self._find_places(name).values():
             place.lora.delete_adapter(name)
         del self._configs[name]
         if not self._configs:
@@ -197,7 +202,7 @@ class LoraAdapters:
             self._places = {}
 
     def install(self) -> None:
-        """Put the LoRA layers in; after `remove`, in again."""
+        """Put the LoRA layers into the model, also again after `remove`."""
         for place in self._places.values():
             setattr(place.parent, place.attribute, place.lora)
 
@@ -207,7 +212,7 @@ class LoraAdapters:
             setattr(place.parent, place.attribute, place.lora.base_layer)
 
     def find_replaced(self) -> str | None:
-        """Return a linear map whose LoRA layer was replaced by other code, if there is one."""
+        """Return the name of a linear map whose LoRA layer other code has replaced, or None."""
         for key, place in self._places.items():
             if getattr(place.parent, place.attribute) is not place.lora:
                 return key
@@ -215,11 +220,11 @@ class LoraAdapters:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Let one adapter run inside the block, which is a pass; none if the name is empty.
+        """Let one adapter run inside the block, which is one pass; an empty name lets none run.
 
         Raises:
-            RoutingError: There is no such adapter, or a pass of another thread runs with another
-                one, or without.
+            RoutingError: The model has no such adapter, or another thread runs a pass with a
+                different adapter or without one.
         """
         if name:
             self.check(name)
@@ -243,16 +248,17 @@ class LoraAdapters:
                     self._switch("")
 
     def _switch(self, name: str) -> None:
-        """Switch the LoRA layers to an adapter, or off.
+        """Switch the LoRA layers to an adapter, or off if the name is empty.
 
-        By PEFT's own attributes: its `enable_adapters` takes ten times as long, and also says which
-        weights get gradients.
+        This sets PEFT's own attributes. Its `enable_adapters` takes ten times as long, and also
+        changes which weights get gradients.
         """
         for place in self._places.values():
             place.lora._disable_adapters = not name
             place.lora._active_adapter = [name] if name else []
 
-    def _places_of(self, name: str) -> dict[str, LoraPlace]:
+    def _find_places(self, name: str) -> dict[str, LoraPlace]:
+        """Return the places of an adapter's LoRA layers, by linear map."""
         return {key: place for key, place in self._places.items() if name in place.lora.lora_A}
 
     def _inject(self, name: str, rank: int, alpha: float, changed: Mapping[str, nn.Module]) -> None:
@@ -271,24 +277,28 @@ class LoraAdapters:
                 weight.requires_grad_(requires_grad)
             self._note_places()
             self._switch("")
-        found = self._places_of(name)
-        for place in found.values():
+        places = self._find_places(name)
+        for place in places.values():
             _leave_meta(place.lora, name)
         for parameter in self.parameters(name):
             parameter.requires_grad_(False)
-        if found.keys() != changed.keys():
+        if places.keys() != changed.keys():
             self.drop(name)
-            odd = ", ".join(sorted(found.keys() ^ changed.keys())[:3])
+            odd = ", ".join(sorted(places.keys() ^ changed.keys())[:3])
             raise ArchitectureError(
                 f"PEFT can't tell the linear maps of {type(self._base).__name__} apart by their "
                 f"names ({odd}), so it can't have an adapter"
             )
 
     def _check_new(self, name: str) -> None:
+        """Refuse a name that can't be used, and a model with PEFT layers of its own."""
         need("heal", "a healed path")
-        if not name or name in self._configs:
-            reason = "is in the model already" if name else "is no name"
-            raise RoutingError(f"an adapter can't be called {name!r}, which {reason}")
+        if not name:
+            raise RoutingError("an adapter can't be called '', which is no name")
+        if name in self._configs:
+            raise RoutingError(
+                f"an adapter can't be called {name!r}, which is in the model already"
+            )
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         ours = {id(place.lora) for place in self._places.values()}
@@ -313,7 +323,7 @@ class LoraAdapters:
 
 
 def _leave_meta(lora: Any, name: str) -> None:
-    """Give an adapter memory where its map's weight is offloaded: where the map computes."""
+    """Give an adapter memory if its map's weight is offloaded, on the device where the map runs."""
     if lora.lora_A[name].weight.device.type == "meta":
         hook = getattr(lora.base_layer, "_hf_hook", None)  # of accelerate
         device = getattr(hook, "execution_device", None)
@@ -348,7 +358,7 @@ def name_of_layers(base: Any, layers: nn.ModuleList) -> str:
 
 
 def map_sizes(module: Any) -> tuple[int, int]:
-    """Return how many numbers a linear map takes and gives; its weight may be packed."""
+    """Return the input and output size of a linear map, whose weight may be packed."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return module.in_features, module.out_features

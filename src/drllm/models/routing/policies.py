@@ -1,9 +1,9 @@
-"""Policies: what decides, for a prompt, which layers are skipped, executed or repeated.
+"""Policies, which decide for a prompt which layers are skipped, executed or repeated.
 
-A policy is a class with `decide`; it may look at the prompt through the `PromptView` or ignore it.
+A policy is a class with a method `decide`, which may read the prompt in its `PromptView`.
 `@POLICIES.register(...)` gives it a name, as in `examples/own_policy.py`. The driver pins the
-decisions and makes sure that every prompt runs at least one layer. torch is loaded inside of
-functions only, so that `drllm ls policies` does without.
+decisions and makes sure that every prompt runs at least one layer. torch is imported inside
+functions, so that `drllm ls policies` doesn't load it.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows.
 """
@@ -36,14 +36,14 @@ class PromptView:
     """The prompts of a batch as they arrive at one layer.
 
     Attributes:
-        hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
-        readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
-            comes after a prompt length that the caller gave.
+        hidden: `[B, T, D]`, the layer's input. Padded positions may hold anything.
+        readable: `[B, T]` bool, the tokens that the policy may read: no padding, and nothing
+            behind the end of the prompt, where the caller said where that is.
     """
 
     hidden: Tensor
     readable: Tensor
-    # By number of windows and device; a pass shares it.
+    # By number of windows and device. All layers of a pass share it.
     spans: dict[tuple[int, torch.device], Spans] = field(default_factory=dict)
 
     @property
@@ -52,12 +52,13 @@ class PromptView:
         return int(self.hidden.shape[0])
 
     def windows(self, num_windows: int) -> Windows:
-        """Compute the prompts averaged in W windows, in float32."""
+        """Average each prompt in W windows, in float32."""
         from drllm.models.routers.stack import Spans
 
-        device = self.hidden.device  # layers may lie on several
+        device = self.hidden.device  # the layers may be on several devices
         with full_precision(device):
-            if (spans := self.spans.get((num_windows, device))) is None:
+            spans = self.spans.get((num_windows, device))
+            if spans is None:
                 spans = Spans(self.readable.to(device), num_windows)
                 self.spans[num_windows, device] = spans
             return spans.means(self.hidden)
@@ -68,12 +69,13 @@ class PromptView:
 
 
 class Policy(Protocol):
-    """Gives the decisions of every row at one layer.
+    """Decides for every row of a batch how often a layer runs.
 
     Attributes:
-        reads_prompt: Whether it may read the `PromptView`. One that never does says False. It is
-            called for all layers before the first one runs, and also works where a pass doesn't
-            show the whole prompt, or not which of its tokens are padding.
+        reads_prompt: Whether `decide` may read the `PromptView`. A policy that never reads it sets
+            this to False. It is then called for all layers before the first one runs, and it also
+            works where a pass doesn't hold the whole prompt, or where it isn't known which tokens
+            are padding.
     """
 
     reads_prompt: ClassVar[bool] = True
@@ -82,7 +84,7 @@ class Policy(Protocol):
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
 
-        It is called for each layer in order from 0, once per prompt, with the layer's input.
+        The driver calls it once per prompt for each layer, in order from 0.
         """
 
 
@@ -99,14 +101,14 @@ class FullPolicy(Policy):
 
 @POLICIES.register("fixed")
 class FixedPolicy(Policy):
-    """Follow fixed decisions, whatever the prompt says.
+    """Follow the same decisions for every prompt.
 
     Args:
         decisions: `[L]` for all rows, or `[B, L]`.
         num_layers: L of the model.
 
     Raises:
-        PathError: Decisions that no model of L layers can run.
+        PathError: A model of L layers can't run these decisions.
     """
 
     reads_prompt = False
@@ -119,11 +121,11 @@ class FixedPolicy(Policy):
         plan = torch.as_tensor(decisions).cpu()
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
         self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
-        self.shared = plan.dim() == 1
+        self.is_shared = plan.dim() == 1  # one row for all prompts
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Return column `layer` of the plan, which must be for as many rows as there are."""
-        if self.shared:
+        """Return column `layer` of the plan; refuse a batch of another size than the plan's."""
+        if self.is_shared:
             return [self.plan[0][layer]] * prompts.num_rows
         if len(self.plan) != prompts.num_rows:
             raise RoutingError(
@@ -134,10 +136,10 @@ class FixedPolicy(Policy):
 
 
 class PathPolicy(Policy):
-    """Run one static path for all rows, which decisions may not be able to express.
+    """Run one static path for all rows. Its layers may be in an order that no decisions express.
 
     Raises:
-        PathError: A layer that a model of `num_layers` doesn't have.
+        PathError: The path has a layer that a model of `num_layers` doesn't have.
     """
 
     reads_prompt = False
@@ -150,21 +152,23 @@ class PathPolicy(Policy):
         return [self.path.layers.count(layer)] * prompts.num_rows
 
 
-def one_plan(policy: Policy, num_layers: int) -> Plan | None:
-    """Return what a policy runs for every prompt, whatever it says; None where that may differ."""
+def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
+    """Return the plan that a policy has for every prompt; None if prompts may differ."""
     if type(policy) is FullPolicy:  # a subclass may decide otherwise
         return (1,) * num_layers
-    if type(policy) is FixedPolicy:
-        return policy.plan[0] if policy.shared else None
-    return policy.path if type(policy) is PathPolicy else None
+    if type(policy) is FixedPolicy and policy.is_shared:
+        return policy.plan[0]
+    if type(policy) is PathPolicy:
+        return policy.path
+    return None
 
 
 @dataclass(eq=False)
 class RecordingPolicy(Policy):
-    """Follow another policy and record what every router would have read.
+    """Follow another policy, and record the input that every router would read.
 
-    With the target paths' decisions that is teacher forcing; with routers, what they read at
-    inference. After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
+    Under the decisions of target paths this is teacher forcing. Under routers it is what they read
+    at inference. After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
 
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
@@ -185,7 +189,7 @@ class RecordingPolicy(Policy):
 
     @property
     def means(self) -> Tensor:
-        """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
+        """Every router's input, `[B, L, W, D]`, on the device of the first layer."""
         import torch
 
         device = self._means[0].device
@@ -194,16 +198,16 @@ class RecordingPolicy(Policy):
 
 @POLICIES.register("routers")
 class RouterPolicy(Policy):
-    """Ask the trained routers: argmax of a layer's logits on the windows of its input.
+    """Let trained routers decide: the argmax of a layer's logits on the windows of its input.
 
     Args:
         routers: One router per layer.
-        depth_bias: See `biased`; 0 leaves the logits as they are.
-        router_penalty: See `penalised`; None leaves the logits as they are. Only one of the two
-            knobs may be turned.
+        depth_bias: See `apply_depth_bias`; 0 leaves the logits as they are.
+        router_penalty: See `apply_router_penalty`; None leaves the logits as they are. It can't be
+            combined with a depth bias.
 
     Raises:
-        ConfigError: Both knobs, or a value out of range.
+        ConfigError: Both a depth bias and a router penalty, or a value out of range.
 
     Source: Dr.LLM section 3.2; `depth_bias` is ours (D-20).
     """
@@ -229,14 +233,14 @@ class RouterPolicy(Policy):
         with full_precision(device), torch.no_grad():
             logits = self.routers.layer_logits(layer, windows)
             if self.router_penalty is not None:
-                logits = penalised(logits, self.router_penalty)
+                logits = apply_router_penalty(logits, self.router_penalty)
             elif self.depth_bias:
-                logits = biased(logits, self.depth_bias)
+                logits = apply_depth_bias(logits, self.depth_bias)
             return logits.argmax(dim=-1)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast out of the block; nothing is switched where it is off, which is quicker."""
+    """Switch autocast off inside the block. Where it is off already, this costs nothing."""
     import torch
 
     if torch.is_autocast_enabled(device.type):
@@ -244,11 +248,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def biased(logits: Tensor, depth_bias: float) -> Tensor:
-    """Charge every execution the same price, in logits: decision d gets its logit minus price · d.
+def apply_depth_bias(logits: Tensor, depth_bias: float) -> Tensor:
+    """Lower the logit of decision d by `depth_bias · d`: every execution costs the same.
 
-    So above 0 the layers whose routers are least sure are skipped first; below 0 layers are
-    repeated. Logits are `[B, 3]` of skip, execute and repeat.
+    With a bias above 0, the layers whose routers are least sure are skipped first. With a bias
+    below 0, layers are repeated. Logits are `[B, 3]`: skip, execute and repeat.
 
     Source: ours (D-20).
     """
@@ -258,12 +262,13 @@ def biased(logits: Tensor, depth_bias: float) -> Tensor:
     return logits - depth_bias * counts
 
 
-def penalised(logits: Tensor, router_penalty: float) -> Tensor:
-    """Blend the routers' probabilities with certain decisions, as published; `[B, 3]` of them.
+def apply_router_penalty(logits: Tensor, router_penalty: float) -> Tensor:
+    """Blend the routers' probabilities with a fixed decision, as published; returns `[B, 3]`.
 
-    From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
-    execute, and from there to 1 that to certain repeat. So routers decide between -0.75 and 0 only:
-    below that everything is skipped, above it everything executed, above 0.75 repeated.
+    At a penalty of -1 every layer is skipped, at -0.5 the routers decide alone, at 0.5 every layer
+    is executed, and at 1 every layer is repeated; in between, two neighbours are mixed. So the
+    routers have a say from -0.75 to 0 only: below, every layer is skipped; from 0 to 0.75 every
+    layer is executed; above, every layer is repeated.
 
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
     """

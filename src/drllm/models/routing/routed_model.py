@@ -48,7 +48,7 @@ def attach(
     *,
     policy: Policy | None = None,
 ) -> RoutedModel:
-    """Put routing on a model; what was attached to it before is replaced.
+    """Put routing on a model. Routing that is on it already is replaced.
 
     Args:
         model: As for `RoutedModel`; also a `RoutedModel`, or what `drllm.load` returns.
@@ -57,13 +57,13 @@ def attach(
         policy: As for `RoutedModel`.
 
     Raises:
-        DrllmError: What `RoutedModel` and `load_routers` refuse; then all is as it was before.
+        DrllmError: `RoutedModel` or `load_routers` refuses. The model is then as it was before.
     """
     if isinstance(routers, (str, Path)):
         routers = load_routers(find_routers(routers))
     if isinstance(model, (RoutedModel, BaseModel)):
         if tokenizer is None:
-            tokenizer = vars(model).get("tokenizer")  # None: not needed yet
+            tokenizer = vars(model).get("tokenizer")  # None if it isn't loaded yet
         model = model.model
     with ExitStack() as undo:
         undo.callback(_take_off(model))
@@ -73,12 +73,12 @@ def attach(
 
 
 def detach(model: Any) -> Any:
-    """Take whatever routing is on a model off and return the model, exactly what it was before.
+    """Take the routing off a model, and return the model exactly as it was before.
 
-    A model that isn't routed is returned as it is.
+    A model that isn't routed is returned unchanged.
 
     Raises:
-        RoutingError: Somebody has put another override over ours.
+        RoutingError: Other code has put an override over ours.
     """
     model = model.model if isinstance(model, RoutedModel) else model
     _take_off(model)
@@ -89,10 +89,13 @@ def detach(model: Any) -> Any:
 def unrouted(
     model: Any, tokenizer: Any = None, listener: Listener | None = None
 ) -> Iterator[BaseModel]:
-    """Yield the base model of whatever a stage is given, without routing inside the block.
+    """Yield a stage's base model, without routing inside the block.
 
-    That is settings or a name, which are loaded here; what `load` returns; or a model of
-    transformers or a `RoutedModel`, whose routing is put back after the block.
+    Args:
+        model: Settings or a name, whose model is loaded; what `load` returns; or a model of
+            transformers or a `RoutedModel`, whose routing is put back after the block.
+        tokenizer: The model's tokenizer; None for the one that the model comes with.
+        listener: Told about the loading.
     """
     with ExitStack() as stack:
         if isinstance(model, (str, ModelConfig)):
@@ -118,8 +121,8 @@ def unrouted(
 
 
 def _take_off(model: Any) -> Callable[[], None]:
-    """Take the routing off a model, and return what puts it back."""
-    injection = Injection.on(model)
+    """Take the routing off a model, and return a function that puts it back."""
+    injection = Injection.find(model)
     if injection is None:
         return lambda: None
     base = base_of(model)
@@ -136,7 +139,8 @@ def _take_off(model: Any) -> Callable[[], None]:
 
 def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
     """Refuse options of loading for a base model that is loaded already."""
-    for name in sorted(names):
+    name = min(names, default=None)
+    if name is not None:
         raise ConfigError(
             f"{name}={options[name]!r} has no effect on a base model that is loaded "
             f"already; leave it out, or give the model's id as base"
@@ -146,11 +150,11 @@ def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
 def _load_base(
     base: Any, made_for: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
 ) -> Any:
-    """Return the base model, loaded unless it is; None is the one that the files name."""
-    if not (base is None or isinstance(base, (str, Path))):
-        return base
-    if base is not None:
+    """Return the base model. A name is loaded, and for None the model that the files name."""
+    if isinstance(base, (str, Path)):
         return loading.load(str(base), revision=None, **options)
+    if base is not None:
+        return base
     if not made_for.get("id"):
         raise CheckpointError(
             f"the files in {folder} don't name their base model; give it as base=..."
@@ -161,25 +165,25 @@ def _load_base(
 class RoutedModel:
     """A base model under routing.
 
-    The model is used in place: `routed.model` is the same object, its weights and state-dict
-    keys unchanged, and from then on its forward passes and its `generate` are routed, whoever
-    calls them. A pass that starts with an empty cache, or has none, is taken for a prompt; its
-    decisions hold for whatever follows on the same cache, or in the same `generate`. Without
-    routers and without a policy every layer is executed once, bit for bit as before.
+    The model is used in place: `routed.model` is the same object, its weights and state-dict keys
+    are unchanged, and its forward passes and its `generate` are routed, whoever calls them. A pass
+    without a cache or with an empty one is a prompt. Its decisions hold for all later tokens on the
+    same cache, or in the same `generate`. Without routers and without a policy every layer is
+    executed once, and results are the same bit for bit.
 
     Args:
         model: A decoder-only model of transformers, or a PEFT model around one.
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
-        tokenizer: The model's tokenizer, for whatever starts from texts (`search_paths`); None
-            loads the one of the model's name when it is first needed.
+        tokenizer: The model's tokenizer, for functions that start from texts (`search_paths`).
+            None loads the tokenizer of the model's name when it is first needed.
 
-    Whatever else is asked for (`config`, `device`, `parameters()`, ...) is the model's.
+    All other attributes (`config`, `device`, `parameters()`, ...) are those of the model.
 
     Raises:
         ArchitectureError: The model's layers can't be routed exactly.
         CheckpointError: The routers were made for another model.
-        RoutingError: Both routers and a policy, or a model that is routed already.
+        RoutingError: Both routers and a policy are given, or the model is routed already.
 
     Source: Dr.LLM section 3; injection into stock models is ours (D-01).
 
@@ -210,7 +214,7 @@ class RoutedModel:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
         if routers is not None:
             check_routers(model, routers)
-            if model.device.type != "meta":  # where accelerate keeps the weights elsewhere
+            if model.device.type != "meta":  # accelerate keeps the weights elsewhere
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)
         self.model: Any = model
@@ -243,24 +247,24 @@ class RoutedModel:
         return f"RoutedModel({', '.join(parts)})"
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """Run the model's forward pass, routed; takes and returns what it does."""
+        """Run the model's forward pass under routing, with the model's arguments and outputs."""
         self._check_attached()
         return self.model(*args, **inputs)
 
     def to(self, *args: Any, **kwargs: Any) -> RoutedModel:
-        """Move or convert the model, as its own `to` does; routers follow, and stay float32."""
+        """Move or convert the model, as its own `to`. Routers move along, and stay float32."""
         self.model.to(*args, **kwargs)
-        return self._with_routers()
+        return self._move_routers()
 
     def cpu(self) -> RoutedModel:
         """Move the model to the CPU, and return the routed model."""
         self.model.cpu()
-        return self._with_routers()
+        return self._move_routers()
 
     def cuda(self, *args: Any, **kwargs: Any) -> RoutedModel:
         """Move the model to a GPU, and return the routed model."""
         self.model.cuda(*args, **kwargs)
-        return self._with_routers()
+        return self._move_routers()
 
     def float(self) -> RoutedModel:
         """Convert the model to float32, and return the routed model."""
@@ -283,12 +287,12 @@ class RoutedModel:
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> RoutedModel:
-        """Say whether the model's weights get gradients, and return the routed model."""
+        """Set whether the model's weights get gradients, and return the routed model."""
         self.model.requires_grad_(requires_grad)
         return self
 
-    def _with_routers(self) -> RoutedModel:
-        """Return the routed model, its routers where the model is."""
+    def _move_routers(self) -> RoutedModel:
+        """Move the routers to the model's device, and return the routed model."""
         if self.routers is not None:
             self.routers.to(self.model.device)
         return self
@@ -316,19 +320,19 @@ class RoutedModel:
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub; a folder of that name comes first. Or a folder of `drllm heal`, whose
-                path is then followed.
-            base: The base model, or its id or folder; None takes it from the folder.
-            tokenizer: The base model's; None loads it.
+                the hub; a folder of that name comes first. Or a folder of `drllm heal`: the model
+                then follows its path.
+            base: The base model, or its id or folder; None loads the one that the folder names.
+            tokenizer: The base model's tokenizer; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
-            options: Of a base model that is loaded here, as for `load`: `dtype`, `device`,
-                `device_map`, `quantization_config`, `attn_implementation`, ...; `token`,
-                `cache_dir` and `local_files_only` count for the routers too.
+            options: How the base model is loaded, as for `load`: `dtype`, `device`, `device_map`,
+                `quantization_config`, `attn_implementation`, ...; `token`, `cache_dir` and
+                `local_files_only` are used for the routers too.
 
         Raises:
-            CheckpointError: Routers that are broken, can't be had, or belong to another model.
-            ConfigError: A setting that has no effect on what is given.
-            ModelError: The base model can't be had.
+            CheckpointError: The routers are broken, can't be loaded, or belong to another model.
+            ConfigError: An option has no effect, since the base model is loaded already.
+            ModelError: The base model can't be loaded.
         """
         hub_options = base_hub.options_in(options)
         folder = find_routers(routers, revision, **hub_options)
@@ -347,7 +351,7 @@ class RoutedModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; None where it was made without one and has no name."""
+        """The model's tokenizer; None if none was given and the model has no name."""
         return loading.load_tokenizer(self.model)
 
     @property
@@ -357,35 +361,35 @@ class RoutedModel:
 
     @property
     def last_route(self) -> Tensor:
-        """The decisions of the last prompts that passed in this thread, int `[B, L]`.
+        """The decisions for the last prompts of this thread, int `[B, L]`.
 
-        `generate` lays out a row for every beam and every answer, so B counts these. In a thread in
-        which none has passed it is the last route of any thread, and of a compiled model always.
+        `generate` has a row for every beam and every answer, so B counts these. If this thread ran
+        no prompt, and always for a compiled model, it is the last route of any thread.
 
         Raises:
             RoutingError: No prompt has passed yet.
         """
-        if not self.driver.last:
+        if not self.driver.last_route:
             raise RoutingError("no prompt has passed through this routed model yet")
-        by_layer = torch.tensor(self.driver.last)  # [L, B]
+        by_layer = torch.tensor(self.driver.last_route)  # [L, B]
         return by_layer.T.contiguous()
 
     @property
     def policy(self) -> Policy:
-        """The policy in force: the one of the innermost `using` or `fixed`, else the model's."""
+        """The current policy: that of the innermost `using` or `fixed` block, else the model's."""
         return self.driver.current_policy
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
         """Generate with the model's own `generate`; decisions are made once per prompt.
 
-        It takes and returns what `routed.model.generate` does: beams, sampling, several answers,
-        assisted decoding, streaming, with a cache and without.
+        Arguments and outputs are those of `routed.model.generate`. Beams, sampling, several
+        answers, assisted decoding and streaming work, with a cache and without.
 
         Raises:
             RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
                 decide on the first chunk alone; `guidance_scale` without a cache, whose second
-                prompt would be given the decisions of the first; `assistant_early_exit`, whose
-                drafts leave layers out by themselves; a detached model.
+                prompt would get the decisions of the first; `assistant_early_exit`, whose drafts
+                leave layers out without routing; or the model is detached.
         """
         self._check_attached()
         return self.model.generate(*args, **inputs)
@@ -393,8 +397,8 @@ class RoutedModel:
     def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Let another policy decide inside the block.
 
-        The block counts for the thread that entered it; a thread started inside doesn't inherit
-        it, so give the policy to `RoutedModel`, or open the block in that thread.
+        The block is for the thread that entered it. A thread that is started inside doesn't
+        inherit the policy: give the policy to `RoutedModel`, or open a block in that thread.
         """
         self._check_attached()
         return self.driver.using(policy)
@@ -409,42 +413,43 @@ class RoutedModel:
         can't run another path.
 
         Raises:
-            PathError: Decisions or a path that this model can't run.
-            RoutingError: A healed path whose adapter isn't in the model.
+            PathError: This model can't run the decisions or the path.
+            RoutingError: The adapter of a healed path isn't in the model.
         """
         return self.using(self.policy_of(plan))
 
     def policy_of(
         self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> Policy:
-        """Return the policy for what `fixed` takes; one of decisions where these say all of it."""
+        """Return the policy that follows a plan, given as to `fixed`."""
         if not isinstance(plan, StaticPath):
             return FixedPolicy(plan, self.num_layers)
-        decided = plan.check(self.num_layers).plan(self.num_layers)
-        if not isinstance(decided, StaticPath):
-            return FixedPolicy(decided, self.num_layers)
+        decisions = plan.check(self.num_layers).plan(self.num_layers)
+        if not isinstance(decisions, StaticPath):
+            return FixedPolicy(decisions, self.num_layers)
         if plan.adapter:
             self.injection.lora.check(plan.adapter)
         return PathPolicy(plan, self.num_layers)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base model inside the block; like `using` it counts for one thread."""
+        """Run the base model inside the block. Like `using`, it is for one thread."""
         with self.using(FullPolicy()), self.injection.driven_by(Driver()):
             yield
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
-        """Say where each row's prompt ends inside the block: `[B]` lengths in real tokens, from 1.
+        """Tell routers where each row's prompt ends, inside the block.
 
-        Routers then read the prompt alone, never the continuation that is being scored.
+        Routers then read the prompt alone, never the continuation that is scored. Lengths are `[B]`
+        numbers of real tokens, at least 1.
         """
         return self.driver.prompt_lengths(torch.as_tensor(lengths))
 
     def detach(self) -> Any:
-        """Take the routing off and return the model, exactly what it was before.
+        """Take the routing off, and return the model exactly as it was before.
 
         Raises:
-            RoutingError: It was taken off already, or somebody put another override over ours.
+            RoutingError: It was taken off already, or other code has put an override over ours.
         """
         self._check_attached()
         return detach(self.model)
@@ -464,23 +469,23 @@ class RoutedModel:
         repo_id: str | None = None,
         **push: Any,
     ) -> str | None:
-        """Save the routers with a model card; the base model isn't copied.
+        """Save the routers with a model card. The base model isn't copied.
 
-        Routers that are in the folder already are replaced, their card too: all files or none.
+        Routers that are in the folder already are replaced with their card: all files or none.
 
         Args:
-            folder: Made if necessary.
-            push_to_hub: Push them too.
+            folder: The folder; made if necessary.
+            push_to_hub: Push the routers to the hub too.
             repo_id: OWNER/NAME to push to.
-            push: As for the method `push_to_hub`.
+            push: Options of the method `push_to_hub`.
 
         Returns:
-            The address of the commit, if they are pushed.
+            The address of the commit if the routers are pushed, else None.
 
         Raises:
-            ConfigError: Pushing is asked for without a name, or a name without pushing.
-            CheckpointError: A folder that can't be written, or holds a README.md of something
-                else; weights that are no longer finite float32.
+            ConfigError: One of `push_to_hub` and `repo_id` is given without the other.
+            CheckpointError: The folder can't be written, or holds a README.md that isn't the card
+                of routers; or the routers' weights aren't finite float32 any more.
             RoutingError: There are no routers.
         """
         routers = self._check_routers()
@@ -498,12 +503,12 @@ class RoutedModel:
         revision: str | None = None,
         commit_message: str = "Upload routers",
     ) -> str:
-        """Push the routers with a model card to the hub; the base model isn't pushed.
+        """Push the routers with a model card to the hub. The base model isn't pushed.
 
         Args:
             repo: OWNER/NAME; made if necessary.
-            private: Make the repository private; one that is public already is refused.
-            token: With write access; None takes the one that is set (HF_TOKEN) or logged in with.
+            private: Make the repository private. One that is public already is refused.
+            token: A token with write access; None takes that of HF_TOKEN or of the login.
             revision: Branch, made if necessary; None for the default branch.
             commit_message: First line of the commit.
 
@@ -511,14 +516,15 @@ class RoutedModel:
             The address of the commit.
 
         Raises:
-            CheckpointError: What the hub or `save_pretrained` refuses, a public repository instead
-                of a private one, or no network.
+            CheckpointError: The hub or `save_pretrained` refuses, the repository is public instead
+                of private, or there is no network.
             RoutingError: There are no routers.
         """
         routers = self._check_routers()
         return push_routers(routers, self.model, repo, private, token, revision, commit_message)
 
     def _check_routers(self) -> RouterStack:
+        """Return the routers; raise a RoutingError if there are none."""
         if self.routers is None:
             raise RoutingError("there are no routers to save: this model follows a policy")
         return self.routers

@@ -225,7 +225,8 @@ class ChoiceBatch:
             rows.append((row, logits[row, start:]))
         row_scores = self._score_logits(rows, greedy=True)
         first = [rows[0] for rows in self._rows_of]  # one row for each request
-        driver.keep([tuple([decisions[row] for row in first]) for decisions in driver.last])
+        route = driver.last_route
+        driver.set_last_route([tuple([decisions[row] for row in first]) for decisions in route])
         scores = [_join_scores([row_scores[row] for row in rows]) for rows in self._rows_of]
         return scores, self.routed.last_route
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from drllm.errors import RoutingError
 from drllm.models.base.layers import can_split
 from drllm.models.routing.injection import Driver, Forward, LayerCall
-from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
+from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
@@ -206,7 +206,7 @@ class PrefixSharingDriver(Driver):
         if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
-            self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
+            self._pristine.append(copy.deepcopy(find_entry(call.cache, call.index)))
         self._calls.append(call)
         self._run_ready(call.index, hidden)
         return self._final_states(hidden) if call.is_last else hidden

@@ -108,7 +108,7 @@ def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_
 def card_of(tmp_path, name, **options):
     identity = {**IDENTITY, "num_layers": 6}
     file = read_path(f"{written_paths(tmp_path / 'paths.json', identity, **options)}:{name}")
-    return model_card(identity, file.path_of(identity), "float32", 0, file)
+    return model_card(identity, file.path_for(identity), "float32", 0, file)
 
 
 def test_the_card_of_a_tuned_path_says_for_what_it_was_found_how_and_how_it_did(tmp_path):
@@ -143,5 +143,5 @@ def test_the_card_says_which_set_was_divided_anew(tmp_path):
 def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
     (tmp_path / "plan.json").write_text('{"path": [0, 1, 2, 3, 4]}')
     file = read_path(str(tmp_path / "plan.json"))
-    card = model_card(IDENTITY, file.path_of(IDENTITY), "float32", 0, file)
+    card = model_card(IDENTITY, file.path_for(IDENTITY), "float32", 0, file)
     assert "tune" not in card

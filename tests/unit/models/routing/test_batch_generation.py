@@ -10,7 +10,12 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
 
 from drllm.errors import ConfigError, RoutingError
-from drllm.models.routing.batch_generation import REFUSED, _cut, generate_many, prompt_tokens
+from drllm.models.routing.batch_generation import (
+    REFUSED,
+    _split_by_plan,
+    generate_many,
+    prompt_tokens,
+)
 from drllm.models.routing.policies import Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
@@ -140,7 +145,7 @@ def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed):
 
 def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(routed):
     routes = [a.route for a in generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)]
-    batches = list(_cut(sorted(range(24), key=routes.__getitem__), routes, 4))
+    batches = list(_split_by_plan(sorted(range(24), key=routes.__getitem__), routes, 4))
     counted = Counted(routed)
     generate_many(routed, PROMPTS, batch_size=4, max_new_tokens=3, min_new_tokens=3, chat=False)
     assert counted.prompts[:6] == [4] * 6  # routed first, whatever their plans
@@ -171,7 +176,7 @@ def test_no_other_way_of_cutting_runs_fewer_executions(seed):
     kinds = [tuple(rng.choices([0, 1, 2], k=4)) for _ in range(rng.randint(1, 5))]
     plans = sorted(rng.choices(kinds, k=rng.randint(1, 9)))
     batch_size, places = rng.randint(1, 5), list(range(len(plans)))
-    batches = list(_cut(places, plans, batch_size))
+    batches = list(_split_by_plan(places, plans, batch_size))
     assert [place for batch in batches for place in batch] == places
     assert max(map(len, batches)) <= batch_size
     inner = range(1, len(plans))
@@ -186,9 +191,9 @@ def test_no_other_way_of_cutting_runs_fewer_executions(seed):
 
 def test_prompts_of_one_plan_fill_batches_and_the_rest_shares_them():
     plans = [(1, 1)] * 5 + [(1, 2)] * 4 + [(2, 1)] * 1
-    assert list(map(len, _cut(range(10), plans, 5))) == [5, 5]
+    assert list(map(len, _split_by_plan(range(10), plans, 5))) == [5, 5]
     plans = [(1, 1)] * 3 + [(2, 2)] * 3  # filling up the first batch would make it run like (2, 2)
-    assert list(map(len, _cut(range(6), plans, 4))) == [3, 3]
+    assert list(map(len, _split_by_plan(range(6), plans, 4))) == [3, 3]
 
 
 @pytest.mark.parametrize("policy", ["full", "one plan", "a plan each"])

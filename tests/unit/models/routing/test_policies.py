@@ -13,8 +13,8 @@ from drllm.models.routing.policies import (
     PromptView,
     RecordingPolicy,
     RouterPolicy,
-    biased,
-    penalised,
+    apply_depth_bias,
+    apply_router_penalty,
 )
 
 D = 32
@@ -104,7 +104,7 @@ def test_autocast_does_not_change_a_decision():
 def test_a_bias_charges_each_execution_once(bias):
     logits = random_logits()
     expected = [[row[d] - bias * d for d in range(3)] for row in logits.tolist()]
-    torch.testing.assert_close(torch.tensor(expected), biased(logits, bias))
+    torch.testing.assert_close(torch.tensor(expected), apply_depth_bias(logits, bias))
 
 
 def published_blend(row, p):
@@ -125,7 +125,7 @@ def published_blend(row, p):
 def test_a_penalty_blends_as_published(p):
     logits = random_logits(50)
     expected = torch.tensor([published_blend(row, p) for row in logits.tolist()])
-    torch.testing.assert_close(expected, penalised(logits, p), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(expected, apply_router_penalty(logits, p), atol=1e-6, rtol=1e-5)
 
 
 WRONG = [{"depth_bias": 0.5, "router_penalty": -0.5}, {"depth_bias": math.nan}]
