@@ -267,8 +267,9 @@ class RoutedPass(Driver):
         if has_prompts is None:  # checked already
             return decisions.tolist() if isinstance(decisions, Tensor) else decisions
         if isinstance(decisions, Tensor) and decisions.dim() == 1:
-            numbers = torch.cat([decisions, has_prompts.to(decisions)[None]]).tolist()
-            is_complete = bool(numbers.pop())
+            values = torch.cat([decisions, has_prompts.to(decisions)[None]]).tolist()
+            numbers = values[:-1]
+            is_complete = bool(values[-1])
         else:
             numbers = decisions.tolist() if isinstance(decisions, Tensor) else decisions
             is_complete = bool(has_prompts)
