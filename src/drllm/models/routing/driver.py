@@ -271,7 +271,7 @@ class RoutedPass(Driver):
             numbers = values[:-1]
             is_complete = bool(values[-1])
         else:
-            numbers = decisions.tolist() if isinstance(decisions, Tensor) else decisions
+            numbers = decisions.tolist() if isinstance(decisions, Tensor) else list(decisions)
             is_complete = bool(has_prompts)
         if not is_complete:
             raise RoutingError("a row of the batch has no real token; every row needs a prompt")
