@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 
 HERE = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -45,7 +45,7 @@ def run(checkout: Path, name: str, options: Any, label: str) -> dict[str, Any]:
     words += ["--clock", options.clock]
     if options.data_dir and name in TAKE_DATA:
         words += ["--data-dir", str(options.data_dir.resolve())]
-    folder = options.output_dir.resolve() / digest_of([common.commit_of(checkout), words])[:12]
+    folder = options.output_dir.resolve() / hash_values([common.commit_of(checkout), words])[:12]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{label}.json"
     if not file.exists():

@@ -1,9 +1,9 @@
 """How far routers agree with the target paths, beside baselines that ignore the question.
 
-Counts are kept, not ratios, because counts can be summed over batches, layers and processes.
-There are three baselines: execute every layer; decide each layer by its most common training
-label; and draw each layer's decision as often as it was a label there (counts are then expected
-values, nothing is drawn). Loads no torch.
+It works with counts, not ratios, because counts can be summed over batches, layers and processes.
+There are three baselines. The first executes every layer. The second makes each layer's most common
+training label the decision. The third draws each layer's decision as often as it was a training
+label; its counts are expected values, and nothing is really drawn. Loads no torch.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -51,7 +51,7 @@ class Counts:
     loss: float | None = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":
-        """Return the counts over both sets of targets, of models with as many layers."""
+        """Return the counts over both sets of targets, for models of the same depth."""
         return Counts(
             confusion=_add_layers(self.confusion, other.confusion),
             executions=self.executions + other.executions,
@@ -93,12 +93,12 @@ def compute_metrics(counts: Counts) -> dict[str, float | None]:
 
     Returns:
         `routers_loss` (mean over targets and layers; None without losses), `accuracy` (share of
-        the labels that were hit), `macro_f1` (mean of the F1 that are defined), `f1_*` (None where
-        a class is neither a label nor decided), `acc_skip` and `acc_repeat` (share of a class'
-        labels that were hit; None where it has none), and `avg_layers` (mean executions).
+        the labels that were hit), `macro_f1` (mean of the defined F1), `f1_*` (None if the class is
+        neither a label nor a decision), `acc_skip` and `acc_repeat` (share of the class's labels
+        that were hit; None if it has no labels), and `avg_layers` (mean executions).
 
-    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
-        out of the mean is ours.
+    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class. Leaving undefined F1 out of
+        the mean is ours.
     """
     confusion = counts.confusion[0]
     for layer in counts.confusion[1:]:
@@ -128,7 +128,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[str, Counts]:
-    """Count how the baselines decide on some targets, by the baseline's name.
+    """Count how each baseline decides on some targets; return the counts by its name.
 
     Args:
         labels: `[L][C]` label counts of the targets to decide on.
@@ -136,9 +136,9 @@ def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[st
             frequencies come.
     """
     tie_order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
-    always_execute = [_certain(Decision.EXECUTE) for _ in labels]
+    always_execute = [_make_constant(Decision.EXECUTE) for _ in labels]
     frequencies = [[n / sum(layer) for n in layer] for layer in trained_labels]
-    majorities = [_certain(max(tie_order, key=layer.__getitem__)) for layer in trained_labels]
+    majorities = [_make_constant(max(tie_order, key=layer.__getitem__)) for layer in trained_labels]
     return {
         ALWAYS_EXECUTE: count_expected(labels, always_execute),
         LABEL_FREQUENCY: count_expected(labels, frequencies),
@@ -151,15 +151,15 @@ def add_baselines(routers: Counts, trained_labels: LabelCounts) -> dict[str, Cou
     return {ROUTERS: routers, **count_baselines(routers.labels, trained_labels)}
 
 
-def _certain(decision: int) -> list[float]:
-    """Return the probabilities of a decision that is always made."""
+def _make_constant(decision: int) -> list[float]:
+    """Return probabilities under which one decision is always made."""
     return [float(option == decision) for option in DECISIONS]
 
 
 def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
-    Layers are drawn independently. Decisions that skip every layer cost 1, as everywhere.
+    Each layer is drawn independently. As everywhere, decisions that skip every layer cost 1.
 
     Args:
         labels: `[L][C]` label counts of the targets.
@@ -169,7 +169,7 @@ def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]
     for label_counts, layer in zip(labels, probabilities, strict=True):
         rows = [tuple(count * share for share in layer) for count in label_counts]
         confusion.append(tuple(rows))
-    mean = sum(decision * layer[decision] for layer in probabilities for decision in DECISIONS)
+    mean = sum(_expect_executions(layer) for layer in probabilities)
     chance_to_skip_all = math.prod(layer[Decision.SKIP] for layer in probabilities)
     num_examples = sum(labels[0])
     return Counts(
@@ -180,15 +180,21 @@ def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]
     )
 
 
+def _expect_executions(probabilities: Sequence[float]) -> float:
+    """Return the expected executions of one layer."""
+    return sum(decision * probabilities[decision] for decision in DECISIONS)
+
+
 def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
     """Say in one sentence whether routers beat constant decisions on held-out targets.
 
-    Accuracy is tested against the better of the two constant baselines, target by target: the
-    decisions of one target go together, so they count as one, and won and lost labels are divided
-    by the number of layers. Macro-F1, which has no test, is compared with the best baseline's.
+    Accuracy is tested against the better of the two constant baselines. The decisions on one target
+    depend on each other, so a target counts as one trial: won and lost labels are divided by the
+    number of layers. Macro-F1 has no test; it is compared with that of the best baseline.
 
     Args:
-        parts: What `add_baselines` returns, of `TRAIN` and, if there is one, of `VALIDATION`.
+        parts: What `add_baselines` returns for `TRAIN` and, if targets were held out, for
+            `VALIDATION`.
     """
     if VALIDATION not in parts:
         return (
@@ -214,24 +220,26 @@ def _compare_accuracy(routers: Counts, constant: Counts, constant_name: str) -> 
     won_labels, lost_labels = _count_won_and_lost(routers, constant)
     num_layers = len(routers.confusion)
     won = won_labels / num_layers
-    lost = min(lost_labels / num_layers, routers.examples - won)  # rounding may exceed the sum
+    lost = min(
+        lost_labels / num_layers, routers.examples - won
+    )  # rounding may make the sum too large
     verdict = judge_counts(won, lost, routers.examples)
-    # Shares of a target aren't counts that a reader could check.
+    # Won and lost are fractions of targets here, which a reader couldn't check.
     verdict = replace(verdict, quantity="label_accuracy", won=None, lost=None)
     return verdict.sentence(ROUTERS, constant_name)
 
 
 def _count_won_and_lost(routers: Counts, constant: Counts) -> tuple[float, float]:
-    """Count labels that routers hit and a constant decision a layer misses, and the reverse."""
+    """Count the labels that only the routers hit, and those that only a constant decision hits."""
     won = 0.0
     lost = 0.0
     for layer, constant_layer in zip(routers.confusion, constant.confusion, strict=True):
         columns = [sum(column) for column in zip(*constant_layer, strict=True)]
         decision = columns.index(max(columns))
-        for other in DECISIONS:
-            if other != decision:
-                won += layer[other][other]
-                lost += layer[decision][other]
+        for other_decision in DECISIONS:
+            if other_decision != decision:
+                won += layer[other_decision][other_decision]
+                lost += layer[decision][other_decision]
     return won, lost
 
 
@@ -239,7 +247,8 @@ def compare_by_layer(systems: Mapping[str, Counts]) -> str:
     """Say in one sentence at how many layers routers hit more labels than the layer's majority."""
     hits = _count_hits(systems[ROUTERS])
     majority_hits = _count_hits(systems[LAYER_MAJORITY])
-    gains = [count - other for count, other in zip(hits, majority_hits, strict=True)]
+    pairs = zip(hits, majority_hits, strict=True)
+    gains = [layer_hits - layer_majority_hits for layer_hits, layer_majority_hits in pairs]
     more = sum(gain > 0 for gain in gains)
     fewer = sum(gain < 0 for gain in gains)
     return (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from drllm.models.routers.config import read_config
-from drllm.records.splits import split_of
+from drllm.records.splits import find_split
 from drllm.records.supervision import join_supervision, read_supervision
 
 TRAIN = (
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, small_harness: None) -> Path:
     problems = []
     for level in (1, 2, 3, 4, 5):
         texts = (f"What is {number} + {level}?" for number in range(100))
-        searched = next(text for text in texts if split_of(text, "own") == "search")
+        searched = next(text for text in texts if find_split(text, "own") == "search")
         problems.append({"query": searched, "gt_ans": "7", "level": level})
     write("sets/dart/train.jsonl", problems)
     return tmp_path

@@ -12,7 +12,7 @@ from drllm.paths import full_decisions
 from drllm.records.codec import decode, encode
 from drllm.records.manifest import new_manifest, write_records
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
-from drllm.records.splits import question_key, split_of
+from drllm.records.splits import find_split, question_key
 from drllm.records.supervision import SupervisionRecord, read_supervision
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -157,8 +157,8 @@ def test_any_foreign_value_in_a_line_is_refused_or_understood(record, target, da
 
 @given(filled, st.sampled_from(["train", "validation", "single", "own"]))
 def test_a_question_is_in_one_split_however_it_is_spaced_and_cased(question, origin):
-    split = split_of(question, origin)
+    split = find_split(question, origin)
     assert split in {"search", "fit", "select", "test"}
-    assert split_of(f"  {question}\n", origin) == split
+    assert find_split(f"  {question}\n", origin) == split
     if question.isascii():
-        assert split_of(question.upper(), origin) == split
+        assert find_split(question.upper(), origin) == split

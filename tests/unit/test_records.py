@@ -11,11 +11,11 @@ from msgspec.structs import replace
 from drllm.errors import ConfigError, RecordError
 from drllm.records import codec, manifest
 from drllm.records.codec import SCHEMA_VERSION, decode, encode, sha256, write_atomically
-from drllm.records.identity import same_weights
+from drllm.records.identity import have_same_weights
 from drllm.records.manifest import manifest_path, new_manifest, read_manifest, write_records
 from drllm.records.places import check_file
 from drllm.records.search import Retest, SearchRecord, TriedPath, read_search
-from drllm.records.splits import question_key, split_of
+from drllm.records.splits import find_split, question_key
 from drllm.records.supervision import (
     SupervisionRecord,
     join_supervision,
@@ -80,7 +80,7 @@ def written(file: Path, *found: Any, schema: str = "search") -> Path:
     ],
 )
 def test_questions_are_divided_by_where_they_come_from(origin, expected):
-    found = Counter(split_of(f"Question number {number}?", origin) for number in range(4000))
+    found = Counter(find_split(f"Question number {number}?", origin) for number in range(4000))
     shares = {split: number / found.total() for split, number in found.items()}
     assert shares == pytest.approx(expected, abs=0.03)
 
@@ -99,7 +99,7 @@ def test_a_question_stays_in_the_split_it_was_in_when_this_was_written():
         "What do cats eat?": ("fit", "test", "select"),
     }
     for question, splits in stored.items():
-        assert tuple(split_of(question, o) for o in ("train", "single", "own")) == splits
+        assert tuple(find_split(question, o) for o in ("train", "single", "own")) == splits
 
 
 def read_row(row: dict[str, Any], kind: type[Any] = SearchRecord) -> Any:
@@ -451,5 +451,9 @@ WEIGHTS, OTHERS, EMBEDDING = "0123456789abcdef", "fedcba9876543210", "89abcdef"
     ],
 )
 def test_a_quantised_base_is_known_by_its_embedding_and_warned_of(one, other, same, warns, caplog):
-    assert same_weights(one, other, "paths.json") is same_weights(other, one, "paths.json") is same
+    assert (
+        have_same_weights(one, other, "paths.json")
+        is have_same_weights(other, one, "paths.json")
+        is same
+    )
     assert ("paths.json: one of two base models is quantised" in caplog.text) is warns

@@ -40,7 +40,7 @@ def test_a_chunk_is_made_once_and_comes_back_at_the_next_start(tmp_path):
     for is_begun in (False, True):
         kept = chunks(tmp_path)
         assert kept.open() is is_begun
-        assert kept.once("block 1 of ARC", dict[str, Any], make) == {"x": [1, 2.5, None]}
+        assert kept.get_or_make("block 1 of ARC", dict[str, Any], make) == {"x": [1, 2.5, None]}
         assert kept.has("block 1 of ARC")
         assert not kept.has("block 1 of arc")
     assert len(made) == 1
@@ -126,7 +126,7 @@ def test_a_chunk_that_cannot_be_read_is_done_again(tmp_path, content, caplog):
     kept.put("a", 1)
     [file] = (tmp_path / "kept").glob("a-*.json")
     file.write_text(content)
-    assert kept.once("a", int, lambda: 2) == 2
+    assert kept.get_or_make("a", int, lambda: 2) == 2
     assert file.name in caplog.text
     kept.remove()
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +173,7 @@ def test_links_in_the_folder_are_not_followed(tmp_path):
     [file] = (tmp_path / "kept").glob("a-*.json")
     file.unlink()
     file.symlink_to(outside)
-    assert kept.once("a", int, lambda: 2) == 2
+    assert kept.get_or_make("a", int, lambda: 2) == 2
     kept.remove()
     assert outside.read_text() == "5"
     assert not (tmp_path / "kept").exists()
@@ -204,9 +204,9 @@ def run(folder: Path) -> None:
         return
     kept.open()
     parts = kept.within("b")
-    total = kept.once("a", int, lambda: 1)
-    total += kept.once(
-        "b", int, lambda: sum(parts.once(str(n), int, lambda n=n: n) for n in (2, 3))
+    total = kept.get_or_make("a", int, lambda: 1)
+    total += kept.get_or_make(
+        "b", int, lambda: sum(parts.get_or_make(str(n), int, lambda n=n: n) for n in (2, 3))
     )
     (folder / "results.json").write_text(str(total))
     kept.remove()

@@ -22,7 +22,7 @@ from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
 from drllm.listener import logger, quiet
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
@@ -218,4 +218,4 @@ def _cache_key(args: Namespace, files: FolderFiles | None) -> str:
     arguments = sorted((name, value) for name, value in vars(args).items() if name not in others)
     rows = "" if files is None else files.key
     content = (rows, arguments, version("lm_eval"), version("drllm"))
-    return digest_of([content])[:16]
+    return hash_values([content])[:16]

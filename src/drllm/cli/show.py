@@ -110,7 +110,7 @@ def _parts_of(folder: Path) -> list[tuple[Path, Renderer]]:
     files = [folder / name for name in RUN_PARTS]
     parts += [(file, show) for file in files if file.is_file()]
     # A damaged result counts too: reading it says which file it is.
-    if results.results_in(folder / "eval"):
+    if results.list_results(folder / "eval"):
         parts.append((folder / "eval", show_results))
     if _holds_results(folder):
         parts.append((folder, show_results))
@@ -119,10 +119,10 @@ def _parts_of(folder: Path) -> list[tuple[Path, Renderer]]:
 
 def _holds_results(folder: Path) -> bool:
     """Whether results lie in the folder itself, as `drllm evaluate` leaves them."""
-    files = results.results_in(folder)
+    files = results.list_results(folder)
     if files and (folder / results.SAMPLES_FILE).is_file():
         return True
-    return any(results.schema_of(file) == results.EVALUATION_SCHEMA for file in files)
+    return any(results.read_schema(file) == results.EVALUATION_SCHEMA for file in files)
 
 
 def _show_json(path: Path, terminal: Terminal) -> None:

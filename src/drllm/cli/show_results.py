@@ -63,7 +63,7 @@ def _caption(evaluation: results.Evaluation) -> str:
 
 def _system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
     """Return the cells of a system; the one that the verdict is about is bold."""
-    compared = evaluation.compared
+    compared = evaluation.compared_system
     is_compared = compared is not None and system.name == compared.name
     name = system.name
     if system.draws > 1:

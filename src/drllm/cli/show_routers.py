@@ -62,7 +62,7 @@ def show_agreement(path: Path, terminal: Terminal) -> None:
     for part, systems in layers.parts.items():
         metrics = {display_name(name): compute_metrics(counts) for name, counts in systems.items()}
         names = next(iter(metrics.values()))
-        title = f"after epoch {layers.epoch}, on {layers.title(part)}"
+        title = f"after epoch {layers.epoch}, on {layers.describe_part(part)}"
         _print_metrics(names, metrics, title, terminal)
     terminal.say(compare_by_layer(layers.parts[layers.main_part]))
     terminal.say(judge_routers(layers.parts))

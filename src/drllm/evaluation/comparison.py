@@ -198,13 +198,13 @@ class EvaluationContext:
 
         def keep_blocks(calls: Mapping[str, Callable[[], BatchResult]]) -> list[BatchResult]:
             found: list[BatchResult] = []
-            for result in parts.each_once(calls, BatchResult):
+            for result in parts.get_or_make_all(calls, BatchResult):
                 found.append(result)
                 self.progress.tell(name, cost * len(found) / len(calls))
             return found
 
         with self.progress.during(name, cost):
-            return self.chunks.once(name, SystemRun, lambda: run(keep_blocks))
+            return self.chunks.get_or_make(name, SystemRun, lambda: run(keep_blocks))
 
     def _baseline(self, name: str, source: str) -> Baseline:
         """Return a baseline that is fitted on a source's questions when it is first used."""
@@ -224,7 +224,7 @@ class EvaluationContext:
             self.progress.plan(cost)
             with self.progress.during(f"fitting on {kind}", cost):
                 key = f"{kind} {json.dumps(candidates)}"
-                return self.chunks.once(key, list[float], lambda: measure(candidates))
+                return self.chunks.get_or_make(key, list[float], lambda: measure(candidates))
 
         return Material(
             routed=self.lm.routed,
@@ -389,7 +389,9 @@ class TaskComparison:
 
         with self.context.progress.during(key, self._depth_cost):
             try:
-                bias = self.context.chunks.once(key, float, functools.partial(from_first, find))
+                bias = self.context.chunks.get_or_make(
+                    key, float, functools.partial(from_first, find)
+                )
             except ConfigError as error:
                 self.notes.append(f"{obstacle}: {error}")
                 return None

@@ -14,7 +14,7 @@ from drllm.config.fields import flag_of, required_tasks
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
 from drllm.extras import need
-from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
+from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, list_results, read_schema
 from drllm.statistics.verdicts import FEWEST_TEXTS
 from drllm.tasks.base import Task, load_questions
 from drllm.tasks.examples import Example
@@ -152,8 +152,8 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
 
 def check_output(output: Path) -> None:
     """Refuse, by RecordError, a folder with files that reports would take for results."""
-    for path in results_in(output):
-        if schema_of(path) != EVALUATION_SCHEMA:
+    for path in list_results(output):
+        if read_schema(path) != EVALUATION_SCHEMA:
             raise RecordError(
                 f"{path} isn't a result of an evaluation, and would be taken for one; move it, or "
                 f"choose another --output-dir"

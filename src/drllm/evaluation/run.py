@@ -38,8 +38,8 @@ from drllm.records.results import (
     SAMPLES_FILE,
     Evaluation,
     Results,
+    list_results,
     read_evaluation,
-    results_in,
 )
 from drllm.records.resume import refuse_other_run
 from drllm.records.static_paths import PathFile, read_path_list, steps_to_write
@@ -289,7 +289,7 @@ def _header(inputs: _Inputs) -> dict[str, Any]:
 
 def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
     """Refuse, by a ConfigError, a folder with the results of another evaluation."""
-    for file in results_in(output):
+    for file in list_results(output):
         refuse_other_run(
             f"the evaluation in {file}",
             _identity(msgspec.structs.asdict(read_evaluation(file))),

@@ -143,7 +143,7 @@ class TaskRuns:
                 measured = self._measured(system)
             else:
                 row = asdict(rows[system.name])
-                measured = {name: row[name] for name in results.Scored.__struct_fields__}
+                measured = {name: row[name] for name in results.Scores.__struct_fields__}
             points.append(results.Point(system=system.name, setting=system.setting, **measured))
         return tuple(points)
 
@@ -225,7 +225,7 @@ class TaskRuns:
     def _findings(self, evaluation: results.Evaluation) -> list[str]:
         """Return what a reader may conclude, what is shown of the routed model or a path first."""
         written = self.harness_task.written
-        compared = evaluation.compared
+        compared = evaluation.compared_system
         if compared is None or compared.against_base is None:
             raise ValueError("nothing is compared with base")
         findings = [self._headline(compared, evaluation)]
@@ -241,7 +241,7 @@ class TaskRuns:
             )
         gold_logprob = compared.against_base.gold_logprob
         if gold_logprob is not None:
-            findings.append(gold_logprob.sentence(evaluation.called(compared)))
+            findings.append(gold_logprob.sentence(evaluation.name_in_sentence(compared)))
         permuted = evaluation.system(results.PERMUTED)
         if permuted is not None:
             findings.append(self._against_permuted(permuted))
@@ -264,13 +264,13 @@ class TaskRuns:
         saved = 100 * share_saved(system.executions, self.num_layers)
         cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
         cost += f", {system.executions:.2f} of {self.num_layers} run"
-        name = evaluation.called(system) + _why_named(system, evaluation)
+        name = evaluation.name_in_sentence(system) + _why_named(system, evaluation)
         if system.routed_against is None:
             return against_base.headline(name, saves_layers=saved > 0, cost=cost)
         advice = against_base.advice(name, saves_layers=saved > 0)
         return (
             f"{advice} ({cost}). Minus base: {against_base.details}. Routed minus "
-            f"{evaluation.called(system)}: {system.routed_against.details}."
+            f"{evaluation.name_in_sentence(system)}: {system.routed_against.details}."
         )
 
     def _against_permuted(self, permuted: results.System) -> str:

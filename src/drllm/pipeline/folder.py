@@ -96,7 +96,7 @@ def _digest_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str
 def _digest_split(task: Task, split: str, limit: int | None, config: EvaluateConfig) -> str:
     folder = None if config.data_dir is None else Path(config.data_dir)
     examples = task.examples(split, folder)
-    return codec.digest_of(choose(examples, limit, config.seed))
+    return codec.hash_values(choose(examples, limit, config.seed))
 
 
 @contextmanager
@@ -242,7 +242,7 @@ class RunFolder:
         made_from = {
             "config": recipe.search.decisive(),
             "model": recipe.model.to_dict(),
-            "questions": codec.digest_of(examples),
+            "questions": codec.hash_values(examples),
         }
         return Stage(made_from, self._run_search)
 
@@ -296,7 +296,7 @@ class RunFolder:
         digests = {}
         for parts in self.recipe.tuned:
             examples = [example for part in parts.examples.values() for example in part]
-            digests[parts.task.name] = codec.digest_of(examples)
+            digests[parts.task.name] = codec.hash_values(examples)
         made_from = {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
@@ -316,7 +316,7 @@ class RunFolder:
         made_from = {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
-            "texts": codec.digest_of(self.recipe.healed),
+            "texts": codec.hash_values(self.recipe.healed),
             "path": [plan.named.name if plan.named else "", hash_of(plan.file)],
         }
         return Stage(made_from, self._run_heal)

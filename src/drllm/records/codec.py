@@ -1,7 +1,7 @@
-"""Reads and writes JSON and JSON lines, for every file between the stages.
+"""Reads and writes JSON and JSON lines, for all files that stages exchange.
 
 Values are typed: msgspec structs, or plain `dict` and `list`. Files are written atomically. A file
-that can't be trusted is refused by a `RecordError` that names the file, the line and the place.
+that can't be trusted is refused with a `RecordError` that names the file, the line and the place.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from drllm.errors import RecordError
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
-"""The schema version that is written, and the newest one that is read."""
+"""The schema version that we write, and the newest one that we read."""
 
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
@@ -45,7 +45,7 @@ _READ_SIZE = 1 << 20  # bytes
 
 
 class Version(msgspec.Struct):
-    """The fields that tell the form of any of our files."""
+    """The fields that name the schema and version of any of our files."""
 
     schema: str = ""
     schema_version: int = 0
@@ -58,10 +58,10 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
     Args:
         data: The JSON text.
         kind: The type of the value.
-        where: The file, and the line where there are several: the message begins with it.
+        where: The file, and the line of a JSON lines file; error messages begin with it.
 
     Raises:
-        RecordError: The text isn't JSON, isn't of this type, or is of a newer version.
+        RecordError: The text isn't JSON, has another type, or is of a newer version.
     """
     try:
         return _decode_bytes(data.encode() if isinstance(data, str) else data, kind)
@@ -73,42 +73,42 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise RecordError(f"{where}: {_describe_malformed(data, str(error))}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deep to be read") from error
-    except ValueError as error:  # of _refuse_…, or a whole number of thousands of digits
+    except ValueError as error:  # from _refuse_…, or for a number of thousands of digits
         raise RecordError(f"{where}: {error}") from error
 
 
 def _decode_bytes(raw: bytes, kind: type[T]) -> T:
-    """Decode JSON; a ValueError for a newer version or a key that is there twice."""
+    """Decode JSON; ValueError for a newer version or a duplicate key."""
     if b'"schema_version"' in raw:
         _refuse_newer(raw)
     value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
-    # Files that drllm wrote are encoded to the same bytes again; only others need the slow check.
+    # What drllm wrote encodes to the same bytes again. Only other files need the slow check.
     if _ENCODER.encode(value) != raw.rstrip():
         json.loads(raw, object_pairs_hook=_refuse_duplicates)
     return value
 
 
 def encode(value: Any) -> bytes:
-    """Write one value as JSON, without a newline; refuse numbers that aren't finite."""
+    """Return one value as JSON, without a newline; refuse numbers that aren't finite."""
     try:
         data = _ENCODER.encode(value)
     except UnicodeEncodeError as error:
         raise RecordError(f"text that isn't UTF-8 can't be written: {error.object!r}") from error
     # msgspec writes null for None, and for NaN and infinity.
     if b"null" in data and _may_hold_infinity(value):
-        for place, number in _numbers_not_finite(msgspec.to_builtins(value), ""):
+        for place, number in _find_infinities(msgspec.to_builtins(value), ""):
             raise RecordError(f"`{place}` is {number}, which JSON can't hold")
     return data
 
 
 def read_json(path: Path | str, kind: type[T]) -> T:
-    """Read a file of one JSON value; a RecordError if it is missing or `decode` refuses it."""
+    """Read a file of one JSON value; RecordError if it is missing or `decode` refuses it."""
     with _open_file(Path(path)) as file:
         return decode(file.read(), kind, str(path))
 
 
 def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Yield `(line number from 1, value)` of a file."""
+    """Yield each line's number, from 1, and its value."""
     number = 0
     with _open_file(Path(path)) as file:
         for number, line in enumerate(file, start=1):
@@ -132,13 +132,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see the old content or all of the new.
+    """Write a file so that readers see either the old content or the new one, never a part.
 
-    The folder is made if it is missing. A RecordError names what can't be written.
+    A missing folder is made. A RecordError says what can't be written.
     """
-    refuse_odd_file(path, "write")
+    refuse_special_file(path, "write")
     clear_half_written(path.parent)
-    # Not tempfile.mkstemp: only their owner may read its files.
+    # Not tempfile.mkstemp, whose files only their owner may read.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,30 +163,34 @@ def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> Non
 
 
 def clear_half_written(folder: Path) -> None:
-    """Delete the temporary files that killed processes of this machine left in a folder."""
+    """Delete temporary files of this machine's killed processes from a folder."""
     pattern = re.compile(rf"\..+\.{_host()}-(\d+)-\w{{8}}")
-    with contextlib.suppress(OSError):  # it is for tidiness only
-        # os.listdir is quick: a folder may hold thousands of chunks, and every write comes here.
+    with contextlib.suppress(OSError):  # tidiness isn't worth an error
+        # os.listdir is fast: a folder may hold thousands of chunks, and each write calls this.
         for name in os.listdir(folder):  # noqa: PTH208
             match = pattern.fullmatch(name) if name.startswith(".") else None
             if match is not None and not psutil.pid_exists(int(match[1])):
                 (folder / name).unlink(missing_ok=True)
 
 
-def refuse_odd_file(path: Path, doing: str) -> bool:
-    """Return whether a file exists; refuse to read or write a folder, a FIFO and the like."""
+def refuse_special_file(path: Path, verb: str) -> bool:
+    """Refuse to `verb` ("read", "write") a folder, a FIFO and the like.
+
+    Returns:
+        Whether the file exists.
+    """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if not path.is_symlink():
             return False
-        raise RecordError(f"can't {doing} {path}: it is a link to a missing file") from None
+        raise RecordError(f"can't {verb} {path}: it is a link to a missing file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise RecordError(f"can't {doing} {path}: {_reason(error)}") from error
+        raise RecordError(f"can't {verb} {path}: {_describe_error(error)}") from error
     if stat.S_ISREG(mode):
         return True
     kind = _FILE_KINDS.get(stat.S_IFMT(mode), "device")
-    raise RecordError(f"can't {doing} {path}: it is a {kind}; give the name of a file")
+    raise RecordError(f"can't {verb} {path}: it is a {kind}; give the name of a file")
 
 
 def describe_invalid(error: msgspec.ValidationError) -> str:
@@ -198,7 +202,7 @@ def describe_invalid(error: msgspec.ValidationError) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
+    """Return the SHA-256 of a file, as hex digits."""
     digest = hashlib.sha256()
     with _open_file(path) as file:
         for block in iter(functools.partial(file.read, _READ_SIZE), b""):
@@ -206,40 +210,40 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of(values: Iterable[object]) -> str:
-    """Return the SHA-256 of the `repr` of all values, joined, as hex digits."""
+def hash_values(values: Iterable[object]) -> str:
+    """Return the SHA-256 of the joined `repr` of all values, as hex digits."""
     return hashlib.sha256("".join(map(repr, values)).encode()).hexdigest()
 
 
 @functools.cache
 def _host() -> str:
-    """Return 8 hex digits of this machine: process ids mean nothing on another one."""
+    """Return 8 hex digits for this machine, since process ids mean nothing on another one."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[BinaryIO]:
-    if not refuse_odd_file(path, "read"):
+    if not refuse_special_file(path, "read"):
         raise RecordError(f"{path} doesn't exist; give a file that a stage has written")
     try:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise RecordError(f"can't read {path}: {_reason(error)}") from error
+        raise RecordError(f"can't read {path}: {_describe_error(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)
 
 
 def _describe_malformed(data: bytes | str, message: str) -> str:
-    """Return why a text isn't JSON, given msgspec's message."""
+    """Say why a text isn't JSON, given msgspec's message."""
     constants: list[str] = []
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        json.loads(text, parse_constant=constants.append)  # takes more than JSON allows
+        json.loads(text, parse_constant=constants.append)  # accepts more than JSON allows
         if constants:
             return f"{constants[0]} is no number of JSON; expected a finite one"
         return r"half a surrogate pair (\ud800 to \udfff), which is no text"
@@ -262,7 +266,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_newer(data: bytes) -> None:
-    """Refuse a file of a newer schema version by a ValueError that names its version."""
+    """Raise a ValueError for a file of a newer schema version."""
     try:
         version = msgspec.json.decode(data, type=Version)
     except (msgspec.MsgspecError, RecursionError):
@@ -275,20 +279,20 @@ def _refuse_newer(data: bytes) -> None:
 
 
 def _may_hold_infinity(value: Any) -> bool:
-    """Return quickly whether a number may be NaN or infinite; False is always right."""
+    """Check quickly for NaN and infinity; True may be a false alarm, False never is wrong."""
     try:
         return _NOT_FINITE.search(msgspec.msgpack.encode(value)) is not None
     except OverflowError:  # a whole number beyond 64 bits
         return True
 
 
-def _numbers_not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+def _find_infinities(value: Any, place: str) -> Iterator[tuple[str, float]]:
     """Yield each NaN and infinity in a value of plain types, with its place."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _numbers_not_finite(item, f"{place}.{name}".lstrip("."))
+            yield from _find_infinities(item, f"{place}.{name}".lstrip("."))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _numbers_not_finite(item, f"{place}[{index}]")
+            yield from _find_infinities(item, f"{place}[{index}]")

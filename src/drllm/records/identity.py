@@ -1,26 +1,26 @@
-"""Compares the base models that two files name, by their fingerprints."""
+"""Compares the base models of two files by their fingerprints."""
 
 from drllm.listener import logger
 
 QUANTISED = "quantised"
-"""The start of a fingerprint whose weights can't be read as they were trained."""
+"""How the fingerprint of quantised weights begins."""
 
 
-def same_weights(first: str, second: str, where: str) -> bool:
-    """Return whether two fingerprints are of the same base model, in whatever precision.
+def have_same_weights(first: str, second: str, where: str) -> bool:
+    """Tell whether two fingerprints are of the same base model, in any precision.
 
-    A fingerprint has up to three parts with `-` between them: the hash of the weights or
-    `QUANTISED`, the hash of the embedding, which most quantisations don't change, and that of how
-    the model is quantised. If one of the two is quantised, the embeddings must be equal as far as
-    they are known, and a warning says that precisions differ.
+    A fingerprint has up to three parts with `-` between them. The first is the hash of the weights,
+    or `QUANTISED`. The second is the hash of the embedding, which most quantisations don't change.
+    The third is the hash of the way in which the model is quantised. If either model is quantised,
+    only the embeddings are compared, if both are there, and a warning says that precisions differ.
 
     Args:
         first: A fingerprint.
-        second: The other one.
-        where: The file or setting that has it, for the warning.
+        second: Another fingerprint.
+        where: The file or setting of the second one, for the warning.
     """
-    first_weights, first_embedding = _parts(first)
-    second_weights, second_embedding = _parts(second)
+    first_weights, first_embedding = _split_fingerprint(first)
+    second_weights, second_embedding = _split_fingerprint(second)
     if QUANTISED not in (first_weights, second_weights):
         return first_weights == second_weights
     if first_embedding and second_embedding and first_embedding != second_embedding:
@@ -34,14 +34,14 @@ def same_weights(first: str, second: str, where: str) -> bool:
     return True
 
 
-def _parts(fingerprint: str) -> tuple[str, str]:
-    """Return the hashes of weights and embedding; the latter is empty in older files."""
+def _split_fingerprint(fingerprint: str) -> tuple[str, str]:
+    """Return the hashes of weights and embedding; that of the embedding is empty in older files."""
     weights, _, rest = fingerprint.partition("-")
     return weights, rest.partition("-")[0]
 
 
 def differ(key: str, first: object, second: object, where: str) -> bool:
-    """Return whether the values of a key differ; fingerprints are compared by `same_weights`."""
+    """Tell whether two values of a key differ; fingerprints may differ in precision."""
     if key == "fingerprint":
-        return not same_weights(str(first), str(second), where)
+        return not have_same_weights(str(first), str(second), where)
     return first != second

@@ -1,4 +1,4 @@
-"""How the saved routers agree with their targets, layer by layer: `layers.json`.
+"""The file `layers.json`: how saved routers agree with their targets, layer by layer.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -25,7 +25,7 @@ SIZE = len(DECISIONS)
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `layers.json`: counts on the targets trained on, and on those held out, if any are."""
+    """One `layers.json`: counts on the targets trained on and on any held-out targets."""
 
     schema: Literal["drllm.layers"] = "drllm.layers"
     schema_version: Literal[1] = 1
@@ -42,7 +42,7 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def parts(self) -> Mapping[str, Mapping[str, Counts]]:
-        """By part, the counts of routers and baselines by name."""
+        """The counts of routers and baselines, by part and then by name."""
         labels = self.train.labels
         parts = {TRAIN: add_baselines(self.train, labels)}
         if self.validation is not None:
@@ -51,11 +51,11 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def main_part(self) -> str:
-        """The name of the part that judges the routers: the held-out one, if there is one."""
+        """The part that the routers are judged on: the held-out targets, if there are any."""
         return TRAIN if self.validation is None else VALIDATION
 
     def against_baselines(self) -> dict[str, Any]:
-        """Return what the routers' config says of routers and baselines, for the model card."""
+        """Return the metrics of routers and baselines, for the routers' config and card."""
         systems = self.parts[self.main_part]
         return {
             "split": self.main_part,
@@ -64,18 +64,16 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "verdict": judge_routers(self.parts),
         }
 
-    def title(self, part: str) -> str:
-        """Return the name of a part with its size."""
+    def describe_part(self, part: str) -> str:
+        """Name a part with its size, as in "40 held-out targets"."""
         kind = "held-out targets" if part == VALIDATION else "targets trained on"
         return f"{self.parts[part][ROUTERS].examples} {kind}"
 
 
 def _check_counts(counts: Counts) -> None:
     """Refuse counts that don't add up to their number of examples at every layer."""
-    is_valid = counts.examples > 0 and len(counts.confusion) > 0
-    for layer in counts.confusion:
-        is_valid = is_valid and _adds_up(layer, counts.examples)
-    if not is_valid:
+    has_counts = counts.examples > 0 and len(counts.confusion) > 0
+    if not has_counts or not all(_adds_up(layer, counts.examples) for layer in counts.confusion):
         raise ValueError(
             f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
             f"{counts.examples} examples"

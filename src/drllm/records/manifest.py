@@ -1,4 +1,4 @@
-"""A records file and its manifest: what made it, from what, and its hash."""
+"""Reads and writes records files. The manifest beside each says what made it, and its hash."""
 
 import contextlib
 import importlib.metadata
@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Any)
 
 
 class _Manifest(msgspec.Struct):
-    """What must be of which type; stages add keys of their own."""
+    """The types of the keys that all stages write; a stage may add more keys."""
 
     schema: str
     schema_version: int
@@ -50,12 +50,20 @@ def new_manifest(
     inputs: Sequence[Path] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Gather what a reader needs to trust and reproduce a records file (`search`, …).
+    """Return a manifest: what a reader needs to trust and reproduce a file.
 
-    The model's identity has id, revision, class, num_layers and fingerprint; the hashes of the
-    inputs are stored, by name where names differ; `extra` are more keys of the stage's own.
+    Args:
+        schema: The kind of file (`search`, …).
+        model: The model's identity: id, revision, class, num_layers and fingerprint.
+        config: The settings.
+        inputs: Files that were read. Their hashes are stored by name, or by path if two of them
+            have the same name.
+        extra: Further keys.
     """
-    distinct = len({file.name for file in inputs}) == len(inputs)
+    has_distinct_names = len({file.name for file in inputs}) == len(inputs)
+    hashes: dict[str, str] = {}
+    for file in inputs:
+        hashes[file.name if has_distinct_names else str(file)] = codec.sha256(file)
     libraries = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -67,16 +75,16 @@ def new_manifest(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": dict(model),
         "config": dict(config),
-        "inputs": {file.name if distinct else str(file): codec.sha256(file) for file in inputs},
+        "inputs": hashes,
         "libraries": libraries,
         **(extra or {}),
     }
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
-    """Read the manifest of a records file; None where there is none (a file of the user's own)."""
+    """Read the manifest of a records file; None if it has none, as a user's file may."""
     file = manifest_path(path)
-    if not codec.refuse_odd_file(file, "read"):
+    if not codec.refuse_special_file(file, "read"):
         return None
     manifest = codec.read_json(file, dict[str, Any])
     if manifest.get("schema") != f"drllm.{kind}":
@@ -94,7 +102,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
-    """Read and check a whole records file, of the schema (`search`, …) that its manifest says."""
+    """Read and check a whole records file; its manifest must name the schema (`search`, …)."""
     manifest = read_manifest(path, schema)
     records: list[T] = []
     seen: dict[tuple[str, str], int] = {}
@@ -115,12 +123,12 @@ def read_records(path: Path, kind: type[T], schema: str) -> list[T]:
 
 
 def to_lines(records: Iterable[Any]) -> str:
-    """Write records as the text of a JSON lines file."""
+    """Return records as the text of a JSON lines file."""
     return b"".join(codec.encode(record) + b"\n" for record in records).decode()
 
 
 def write_or_remove(path: Path, records: Sequence[Any]) -> None:
-    """Write records as a JSON lines file without a manifest; where there are none, remove it."""
+    """Write records as a JSON lines file without a manifest; remove the file if there are none."""
     if records:
         codec.write_atomically(path, to_lines(records))
     elif path.is_file():
@@ -128,16 +136,15 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
-    """Write a whole records file and its manifest, which gets their number and the file's hash."""
+    """Write a records file and its manifest, to which their number and the hash are added."""
     text = to_lines(records)
-    about = manifest_path(path)
-    codec.refuse_odd_file(path, "write")
-    if codec.refuse_odd_file(about, "write"):
+    manifest_file = manifest_path(path)
+    codec.refuse_special_file(path, "write")
+    if codec.refuse_special_file(manifest_file, "write"):
         try:
-            about.unlink()  # never a new file with an old manifest
+            manifest_file.unlink()  # a new file must never have an old manifest
         except OSError as error:
-            raise RecordError(f"can't write {about}: {error.strerror}") from error
+            raise RecordError(f"can't write {manifest_file}: {error.strerror}") from error
     codec.write_atomically(path, text)
-    codec.write_json(
-        about, {**manifest, "num_records": text.count("\n"), "sha256": codec.sha256(path)}
-    )
+    counts = {"num_records": text.count("\n"), "sha256": codec.sha256(path)}
+    codec.write_json(manifest_file, {**manifest, **counts})

@@ -1,4 +1,4 @@
-"""Checks where results may be written, before anything is made, and lets only one run write."""
+"""Checks where a stage may write before it starts, and lets only one run write to a folder."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from drllm.errors import ConfigError, RecordError
 from drllm.processes import is_first
-from drllm.records.codec import read_json, refuse_odd_file
+from drllm.records.codec import read_json, refuse_special_file
 from drllm.records.manifest import manifest_path
 
 _NAMES = ("run.yaml", "router_config.json", "routers.safetensors", "metrics.jsonl", "report.html")
@@ -19,7 +19,7 @@ _ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Refuse a folder that can't be written; nothing is made yet."""
+    """Refuse a folder that can't be written, without making it."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -37,11 +37,11 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
     Args:
         file: The file to write.
         flag: The flag that names it.
-        schema: The kind of record that may be replaced ("supervision").
+        schema: Records of this kind ("supervision") may be replaced.
     """
     check_folder(file.parent, flag)
     try:
-        exists = refuse_odd_file(file, "write")
+        exists = refuse_special_file(file, "write")
     except RecordError as error:
         raise ConfigError(f"{flag}: {error}") from error
     if exists and _is_of_another_stage(file, schema):
@@ -49,24 +49,24 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
 
 
 def _is_of_another_stage(file: Path, schema: str) -> bool:
-    """Return whether a file is a manifest, part of a run or of routers, or a record of drllm.
+    """Tell whether a file is a manifest, or another stage wrote it.
 
-    Records of the schema, by their manifest, don't count.
+    A records file whose manifest names the schema may be replaced.
     """
     if file.name in _NAMES or file.name.endswith(_ENDINGS):
         return True
     manifest = file if file.suffix == ".json" else manifest_path(file)
     try:
-        found = str(read_json(manifest, dict[str, Any]).get("schema"))
+        stored_schema = str(read_json(manifest, dict[str, Any]).get("schema"))
     except RecordError:  # not written by drllm
         return False
-    return found.startswith("drllm.") and found != f"drllm.{schema}"
+    return stored_schema.startswith("drllm.") and stored_schema != f"drllm.{schema}"
 
 
 def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
-    """Return the folder that a stage writes to; a temporary one without an output.
+    """Return the folder that a stage writes to; without an output a temporary one.
 
-    Where several processes run one stage, the others than the first have temporary folders.
+    If several processes run the stage, all but the first get temporary folders.
     """
     if output and is_first():
         return Path(output)
@@ -75,10 +75,10 @@ def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
 
 @contextmanager
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
-    """Let no other run of a stage write to a folder while the block runs; create the folder.
+    """Lock a folder against other runs of a stage while the block runs; create the folder.
 
-    The lock ends with the process, however that ends, so a killed run blocks nobody. A new folder
-    to which nothing was written is deleted.
+    The lock ends with the process, so a killed run blocks nobody. A new folder that is still empty
+    at the end is deleted.
     """
     path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)

@@ -1,4 +1,4 @@
-"""What files of earlier versions hold that this version no longer reads, and how it is refused."""
+"""Refuses files of earlier versions whose content this version no longer reads."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -6,7 +6,7 @@ from typing import NoReturn
 from drllm.errors import RecordError
 
 OLD_VERSION = "0.1.0.dev0, commit 3820ce17"
-"""The last version that has what was removed since."""
+"""The last version that reads such files."""
 
 MENU_FILE = "menu.json"
 MENU_SCHEMA = "drllm.menu"
@@ -17,8 +17,8 @@ def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:
 
     Args:
         file: The file.
-        content: What it holds, with its article ("a menu of paths").
-        remedy: What to give instead, as an imperative.
+        content: What it holds, with the article ("a menu of paths").
+        remedy: What to do instead ("give …").
     """
     raise RecordError(
         f"{file} is {content}, which only drllm up to {OLD_VERSION} reads; {remedy}, or use that "
@@ -34,7 +34,7 @@ def refuse_menu(place: Path) -> None:
 
 
 def certificate_ignored(version: str) -> str:
-    """Say that a certificate, which earlier versions looked for, is ignored."""
+    """Return a note that the certificate of an earlier version is ignored."""
     return (
         f"The certificate in this file, of drllm {version}, is ignored; ask 'drllm evaluate "
         f"--max-drop' what loss the test questions exclude."

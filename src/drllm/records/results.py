@@ -1,7 +1,7 @@
 """The results of an evaluation: `eval/TASK.json`, `samples.jsonl` and `latency.json`.
 
 Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` explains each
-field. Values that follow from others are properties and not in the files.
+field. Values that follow from other values aren't in the files: they are properties.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ EVALUATION_SCHEMA = "drllm.evaluation"
 LATENCY_SCHEMA = "drllm.latency"
 SAMPLES_FILE = "samples.jsonl"
 LATENCY_FILE = "latency.json"
-OLDEST = 2  # the oldest schema version of results that is read
+OLDEST_VERSION = 2  # the oldest schema version of results that we read
 ACCURACY_TOLERANCE = 5e-4
-"""How far an accuracy may lie from that of its samples: files may round to three digits."""
+"""How far an accuracy may be from the mean over its samples; files may round to three digits."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields that every file of results begins with, as `new_manifest` makes them."""
+    """The fields at the beginning of every file of results, which `new_manifest` makes."""
 
     schema: str
     schema_version: int
@@ -62,18 +62,18 @@ class StepRecord(
 
 
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FLOPs of reading a prompt: products with weights, and what grows with its square."""
+    """FLOPs of reading a prompt: of products with weights, and of attention."""
 
     weights: float
     attention: float
 
 
-class Scored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a system did on a task's questions at some depth.
+class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scores of a system on a task's questions at one depth.
 
-    Executions are means a forward pass, in layer equivalents; log-probabilities and losses are in
-    nats; intervals are of 95 %. `against_base` is what the system has more than base,
-    `routed_against` what the routed model has more than the system.
+    `executions` is the mean over forward passes, in layer equivalents. Log-probabilities and losses
+    are in nats, and intervals are 95 % intervals. `against_base` is the system minus base, and
+    `routed_against` is the routed model minus the system.
     """
 
     accuracy: float
@@ -93,10 +93,10 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
 
-class System(Scored, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class System(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One system at the depth that the routers were trained for.
 
-    `decode_executions` are those a generated token.
+    `decode_executions` is the mean over generated tokens.
     """
 
     name: str
@@ -113,20 +113,20 @@ class System(Scored, frozen=True, kw_only=True, forbid_unknown_fields=True):
     unchanged_routes: float | None = None
 
 
-class Point(Scored, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One system at one depth, which is said in words ("20 % saved"; empty for base)."""
+class Point(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One system at one depth. `setting` names the depth ("20 % saved"); it is empty for base."""
 
     system: str
     setting: str
 
     @property
     def name(self) -> str:
-        """System and setting, as the samples name it."""
+        """System and setting, which is its name in the samples."""
         return f"{self.system}, {self.setting}" if self.setting else self.system
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One result under several seeds; `deviation` is None with a single one."""
+    """One number under several seeds; `deviation` is None if there is only one seed."""
 
     mean: float
     lowest: float
@@ -136,7 +136,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Sum up one value a seed, at least one."""
+        """Summarise the values of the seeds, of which there is at least one."""
         return cls(
             mean=statistics.fmean(values),
             lowest=min(values),
@@ -147,9 +147,10 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What routers of several seeds did at one depth; empty for the one they were trained for.
+    """The scores of several seeds' routers at one depth.
 
-    The differences are of the mean over the seeds: to base, and to their own routes permuted.
+    `setting` names the depth; it is empty for the one that the routers were trained for. Both
+    differences start from the mean over the seeds: minus base, and minus permuted routes.
     """
 
     setting: str
@@ -163,7 +164,7 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/TASK.json`; `systems` and `curve` (empty if not asked for) begin with base."""
+    """One `eval/TASK.json`. `systems` and `curve` begin with base; `curve` may be empty."""
 
     runtime: dict[str, Any]
     task: str
@@ -184,22 +185,22 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seeds: tuple[Seeds, ...] = ()
     drop_test: DropTest | None = None
     findings: tuple[str, ...] = ()
-    # Menus of paths and certificates of earlier versions, which are read and ignored.
+    # Earlier versions wrote menus of paths and certificates here; both are ignored.
     choice: Any | msgspec.UnsetType = msgspec.UNSET
     menu: Any | msgspec.UnsetType = msgspec.UNSET
     pooled: Any | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
-        refuse_twice("system", names)
-        refuse_twice("point", [point.name for point in self.curve])
+        refuse_duplicates("system", names)
+        refuse_duplicates("point", [point.name for point in self.curve])
         if BASE not in names:
-            there = ", ".join(names) or "none"
-            raise ValueError(f"no system {BASE!r} to compare with (there is: {there})")
+            listed = ", ".join(names) or "none"
+            raise ValueError(f"no system {BASE!r} to compare with (there is: {listed})")
 
     @property
     def base(self) -> System:
-        """The untouched model; no result is read without it."""
+        """The unchanged model; every result has it."""
         return next(system for system in self.systems if system.name == BASE)
 
     @property
@@ -208,16 +209,16 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.system(ROUTED)
 
     @property
-    def compared(self) -> System | None:
-        """What stands against base in the first line: the routed model, else the best path."""
+    def compared_system(self) -> System | None:
+        """The system of the first finding: the routed model, or without it the best path."""
         return self.routed or self.best_path
 
     @property
     def best_path(self) -> System | None:
-        """The static path that `--max-drop` chose, else the one that stands out.
+        """The static path that `--max-drop` chose.
 
-        That is the path whose executions are nearest to the routers', or without routers the most
-        accurate one.
+        Without `--max-drop` it is the path whose executions are nearest to the routed model's. If
+        there is no routed model either, it is the most accurate path.
         """
         paths = [system for system in self.systems if system.name in self.paths]
         if not paths:
@@ -233,12 +234,12 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """The findings that stand first: on `compared`, then on the static path beside routers."""
+        """The main findings: on `compared_system`, then on the best path if that is another one."""
         return self.findings[: 2 if self.routed and self.paths else 1]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the file beside its findings, one sentence each."""
+        """What a reader must know about the file besides its findings, one sentence each."""
         if self.choice is msgspec.UNSET or self.choice is None:
             return []
         return [certificate_ignored(self.drllm_version)]
@@ -247,8 +248,8 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Tell whether a system is a static path that runs with an adapter."""
         return any(step.adapter for step in self.paths.get(name, ()))
 
-    def called(self, system: System) -> str:
-        """Return what a system is called in a sentence."""
+    def name_in_sentence(self, system: System) -> str:
+        """Return the name of a system for a sentence ("path skip1")."""
         if system.name not in self.paths:
             return system.name
         if self.is_healed(system.name):
@@ -257,13 +258,13 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def score(self) -> str:
-        """What is averaged over the questions, in words."""
+        """The name of what is averaged over the questions."""
         return self.metric if self.is_graded else "accuracy"
 
     @property
     def is_graded(self) -> bool:
-        """Whether answers have grades in between, so that none is simply right or wrong."""
-        compared = self.compared
+        """Whether answers have grades between right and wrong."""
+        compared = self.compared_system
         if compared is None or compared.against_base is None or compared.draws > 1:
             return False
         return compared.against_base.accuracy.won is None
@@ -276,9 +277,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class SampleOutcome(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """One system's outcome on one question; `decisions` is None where draws are averaged.
+    """One system's outcome on one question; `decisions` is None if it is a mean over draws.
 
-    `answer` is the option chosen, from 0, or the text generated; known of base and routed alone.
+    `answer` is the number of the chosen option, from 0, or the generated text. Only base and the
+    routed model have it.
     """
 
     correct: float
@@ -292,7 +294,7 @@ class SampleOutcome(
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One test question with the outcome of every system (named with its setting)."""
+    """One test question, with the outcome of every system by its name and setting."""
 
     id: str
     task: str
@@ -313,18 +315,22 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An evaluation with its samples, empty where these are absent."""
+    """An evaluation with its samples, if there are any."""
 
     samples: tuple[Sample, ...] = ()
 
     def routes(self) -> list[Decisions]:
-        """Return the decisions that the routed model took on the questions, in their order."""
-        outcomes = [each.systems[ROUTED] for each in self.samples if ROUTED in each.systems]
-        return [outcome.decisions for outcome in outcomes if outcome.decisions]
+        """Return the routed model's decisions on the questions, in the order of the samples."""
+        routes: list[Decisions] = []
+        for sample in self.samples:
+            outcome = sample.systems.get(ROUTED)
+            if outcome is not None and outcome.decisions:
+                routes.append(outcome.decisions)
+        return routes
 
 
-def schema_of(path: Path) -> str:
-    """Return the schema that a JSON file names; empty if it names none or can't be read."""
+def read_schema(path: Path) -> str:
+    """Read the schema that a JSON file names; empty if it names none or can't be read."""
     try:
         return read_json(path, Version).schema
     except RecordError:
@@ -332,25 +338,25 @@ def schema_of(path: Path) -> str:
 
 
 class Results(tuple[Evaluation, ...]):
-    """What `evaluate` returns: a result for each task, in order.
+    """What `evaluate` returns: one evaluation for each task, in order.
 
-    `folder` has their files; it is None if they were never written.
+    `folder` holds their files; it is None if nothing was written.
     """
 
     folder: Path | None = None
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read one `eval/TASK.json`; a RecordError if it can't be trusted."""
-    return read_form(path, Evaluation, EVALUATION_SCHEMA)
+    """Read one `eval/TASK.json`; RecordError if it can't be trusted."""
+    return read_result_file(path, Evaluation, EVALUATION_SCHEMA)
 
 
-def read_form(path: Path, kind: type[T], schema: str) -> T:
-    """Read a file of results; a RecordError for another schema, or for one that is too old."""
+def read_result_file(path: Path, kind: type[T], schema: str) -> T:
+    """Read a file of results; RecordError if its schema is another one or too old."""
     version = read_json(path, Version)
     if version.schema != schema:
         raise RecordError(f"{path} says {version.schema!r}; expected {schema!r}; give another file")
-    if version.schema_version < OLDEST:
+    if version.schema_version < OLDEST_VERSION:
         raise RecordError(
             f"{path} was written by drllm {version.drllm_version} in an older form (schema version "
             f"{version.schema_version}); make it again, or read it with that version"
@@ -358,8 +364,8 @@ def read_form(path: Path, kind: type[T], schema: str) -> T:
     return read_json(path, kind)
 
 
-def results_in(folder: Path) -> list[Path]:
-    """Return the files of an `eval` folder that can be results, in order of name."""
+def list_results(folder: Path) -> list[Path]:
+    """List the files in an `eval` folder that may be results, sorted by name."""
     return [
         path
         for path in sorted(folder.glob("*.json"))
@@ -368,10 +374,10 @@ def results_in(folder: Path) -> list[Path]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing."""
+    """Read every `TASK.json` in an `eval` folder, with its samples."""
     samples_by_task = _read_samples(folder / SAMPLES_FILE)
     results: dict[str, Result] = {}
-    for path in results_in(folder):
+    for path in list_results(folder):
         evaluation = read_evaluation(path)
         if evaluation.task in results:
             raise RecordError(
@@ -386,7 +392,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def _read_samples(file: Path) -> dict[str, list[Sample]]:
-    """Read the samples by task; none if the file is missing."""
+    """Read the samples by task; there are none if the file is missing."""
     samples: dict[str, list[Sample]] = {}
     if file.exists():
         for sample in read_records(file, Sample, "samples"):
@@ -395,7 +401,7 @@ def _read_samples(file: Path) -> dict[str, list[Sample]]:
 
 
 def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
-    """Refuse samples that the result can't have been computed from."""
+    """Refuse samples that the result wasn't computed from."""
     if samples and len(samples) != evaluation.num_questions:
         raise RecordError(
             f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
@@ -422,17 +428,18 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
             )
 
 
-def refuse_twice(what: str, names: Sequence[str]) -> None:
-    """Refuse a name that is there twice, by a ValueError."""
+def refuse_duplicates(what: str, names: Sequence[str]) -> None:
+    """Raise a ValueError if a name is there twice."""
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{what} {name!r} is there twice")
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One system reading (`prefill`) or decoding a batch, once a round.
+    """The times of one system that reads (`prefill`) or decodes a batch, one for each round.
 
-    Tokens are those of one timing, over all rows; executions the mean of a forward pass.
+    `num_tokens` counts all rows of the batch in one round, and `executions` is the mean over
+    forward passes.
     """
 
     system: str
@@ -454,9 +461,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured times of several systems, which took turns in every round.
+    """Measured times of several systems, which take turns in every round.
 
-    Every prompt has `prompt_tokens`, and `new_tokens` are decoded in one timing, each row.
+    Every prompt has `prompt_tokens` tokens, and a timing decodes `new_tokens` for each row.
     """
 
     prompt_tokens: int
@@ -465,7 +472,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         names = [f"{timing.system}, {timing.phase}, {timing.batch_size}" for timing in self.timings]
-        refuse_twice("timing", names)
+        refuse_duplicates("timing", names)
         if len({len(timing.seconds) for timing in self.timings}) > 1:
             raise ValueError("`timings` don't hold as many rounds of every system")
 
@@ -474,29 +481,29 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """The number of rounds."""
         return len(self.timings[0].seconds)
 
-    def of(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing; a KeyError if it wasn't measured."""
+    def find_timing(self, system: str, phase: str, batch_size: int) -> Timing:
+        """Return one timing; KeyError if it wasn't measured."""
         for timing in self.timings:
             if timing.system == system and timing.place == (phase, batch_size):
                 return timing
         raise KeyError((system, phase, batch_size))
 
-    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
-        """Return how many times as long one system took as another, round by round."""
-        numerators = self.of(above, phase, batch_size).seconds
-        denominators = self.of(below, phase, batch_size).seconds
+    def compute_ratios(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
+        """Return the time of one system over that of another, round by round."""
+        numerators = self.find_timing(above, phase, batch_size).seconds
+        denominators = self.find_timing(below, phase, batch_size).seconds
         return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
-    def labels(self) -> dict[tuple[str, int], str]:
-        """Return the verdict on the routed model's time for each phase and batch size."""
+    def judge(self) -> dict[tuple[str, int], str]:
+        """Return the verdict on the routed model's time, for each phase and batch size."""
         sizes = sorted({timing.batch_size for timing in self.timings})
         places = [(phase, size) for phase in (PREFILL, DECODE) for size in sizes]
-        labels = judge_times([self.ratio(ROUTED, BASE, *place) for place in places])
+        labels = judge_times([self.compute_ratios(ROUTED, BASE, *place) for place in places])
         return dict(zip(places, labels, strict=True))
 
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/latency.json`; base and routed are always among the measured systems."""
+    """One `eval/latency.json`. Base and the routed model are always measured."""
 
     runtime: dict[str, Any]
     machine: str
@@ -516,6 +523,6 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_latency(folder: Path) -> Latency | None:
-    """Read the measured times of an `eval` folder, None where there are none."""
+    """Read the measured times in an `eval` folder; None if there are none."""
     path = folder / LATENCY_FILE
-    return read_form(path, Latency, LATENCY_SCHEMA) if path.is_file() else None
+    return read_result_file(path, Latency, LATENCY_SCHEMA) if path.is_file() else None

@@ -1,13 +1,13 @@
-"""Keeps the finished parts of an interrupted run, so that the same command resumes it.
+"""Keeps the finished chunks of an interrupted run, so that the same command resumes it.
 
-An interrupted run leaves its finished chunks in a folder of its own:
+The chunks of a run lie in their own folder:
 
     drllm.resume.json       the marker: which run the folder belongs to
     KEY-HASH.json           a finished chunk
     KEY-HASH.KEY-HASH.json  a part of an unfinished chunk
 
-Only files that drllm wrote are deleted, links are never followed, and every file is there whole or
-not at all.
+Only files that drllm wrote are deleted, links are never followed, and every file is either complete
+or missing.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ MARKER_FILE = "drllm.resume.json"
 
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
-_SECTIONS = ("settings", "config")  # parts of an identity whose names say nothing to a user
+_SECTIONS = ("settings", "config")  # parts of an identity that messages don't name
 _ABSENT: Any = object()
 _VERSION = importlib.metadata.version("drllm")
 MAX_SHOWN = 60  # characters of a value in a message
@@ -52,30 +52,30 @@ class Chunks:
 
     Use it inside `only_writer` of the output folder. The folder is created with the first chunk, so
     a failed start doesn't block the next run. Instances can be pickled: processes that the run
-    starts may `put` chunks, each its own. Where several processes run one stage, all make the same
-    calls, and the first one reads and writes.
+    starts may each `put` chunks of their own. If several processes run one stage, all of them make
+    the same calls, and only the first one reads and writes.
 
     Args:
-        folder: The folder of the chunks alone.
-        identity: What two starts must have in common to be the same run, as plain JSON, the most
-            telling first. Of a value named `*_sha256` messages say "other *".
-        stage: What runs, for messages ("search").
+        folder: The folder of the chunks; it holds nothing else.
+        identity: Values that two starts of the same run have in common, as plain JSON. Messages
+            name differences in this order; for a value named `*_sha256` they say "other *".
+        stage: The name of the stage, for messages ("search").
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, stage: str) -> None:
         self.folder = folder
         self.stage = stage
-        self._identity = _plain(identity)
-        self._later: dict[str, Any] = {}  # parts of the identity that `expect` adds
+        self._identity = _to_plain(identity)
+        self._later: dict[str, Any] = {}  # parts of the identity that `expect` added
         self._is_marked = False
-        self._stem = ""  # of the chunk whose parts these are
+        self._stem = ""  # how the files of parts begin; set by `within`
 
     def open(self) -> bool:
-        """Check the folder; return whether an earlier start kept something.
+        """Check the folder; return whether an earlier start left chunks there.
 
         Raises:
             ConfigError: The folder belongs to another run.
-            RecordError: It is a link, or holds files of others.
+            RecordError: The folder is a link, or holds files that drllm didn't write.
         """
         marker = from_first(lambda: _read_marker(self.folder, self.stage))
         if marker is not None:
@@ -88,8 +88,8 @@ class Chunks:
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Add to the identity what becomes known during the run; refuse another than earlier."""
-        plain = _plain(identity)
+        """Add what becomes known during the run to the identity; refuse it if it has changed."""
+        plain = _to_plain(identity)
         if name in self._later:
             self._refuse_other({name: self._later[name]}, {name: plain})
         else:
@@ -118,10 +118,10 @@ class Chunks:
             if name.startswith(file.stem + ".") and name != file.name:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
-        """Return a chunk; make and keep it first if it isn't done.
+    def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
+        """Return a chunk; if it isn't there, make it and keep it.
 
-        A new chunk is encoded and decoded, so that it can't differ from what a later start reads.
+        A new chunk is encoded and decoded, so that it equals what a later start reads.
         """
         chunk = self.get(key, kind)
         if chunk is not None:
@@ -129,8 +129,8 @@ class Chunks:
         made = make()
         return self._put_and_decode(key, kind, from_first(lambda: made))
 
-    def each_once(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
-        """Yield chunks in order, as `once` does; several processes share the missing ones."""
+    def get_or_make_all(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
+        """Yield the chunks of several keys in order; several processes share the missing ones."""
         chunks: dict[str, T | None] = {key: self.get(key, kind) for key in makes}
         missing = [key for key, chunk in chunks.items() if chunk is None]
         for key in makes:
@@ -145,15 +145,15 @@ class Chunks:
             yield chunk
 
     def within(self, key: str) -> "Chunks":
-        """Return the parts of a chunk: kept like chunks, until the chunk itself is put."""
+        """Return the parts of a chunk, which are kept like chunks until the chunk itself is put."""
         parts = copy.copy(self)
         parts._stem = self._file(key).name.removesuffix("json")
         return parts
 
     def remove(self) -> None:
-        """Delete the chunks once the results are written; another run's chunks stay.
+        """Delete the chunks after the results are written; another run's chunks stay.
 
-        The marker goes last, so that files that a kill leaves are still known to be drllm's.
+        The marker goes last, so that after a kill the remaining files can still be recognised.
         """
         try:
             marker = _read_marker(self.folder, self.stage) if is_first() else None
@@ -164,7 +164,7 @@ class Chunks:
         codec.clear_half_written(self.folder)
         if marker is not None:
             _delete_ours(self.folder)
-        with contextlib.suppress(OSError):  # missing, or it holds files of others
+        with contextlib.suppress(OSError):  # missing, or it holds other files
             self.folder.rmdir()
 
     def _put_and_decode(self, key: str, kind: type[T], value: Any) -> T:
@@ -186,13 +186,13 @@ class Chunks:
 
 
 def _read_marker(folder: Path, stage: str) -> _Marker | None:
-    """Read the marker of a folder; None where there is none."""
+    """Read the marker of a folder; None if it has none."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecordError(
             f"{folder} is a link or a file; what a {stage} keeps lies in a folder of its own: "
             f"delete it, or choose another --output-dir"
         )
-    if not codec.refuse_odd_file(folder / MARKER_FILE, "read"):
+    if not codec.refuse_special_file(folder / MARKER_FILE, "read"):
         return None
     try:
         return codec.read_json(folder / MARKER_FILE, _Marker)
@@ -201,7 +201,7 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
 
 
 def _read_chunk(file: Path, kind: type[T]) -> T | None:
-    """Read a chunk; None where there is none, and with a warning where it can't be read."""
+    """Read a chunk; None if it is missing, or with a warning if it can't be read."""
     try:
         if file.is_symlink():
             raise RecordError(f"{file} is a link")
@@ -212,7 +212,7 @@ def _read_chunk(file: Path, kind: type[T]) -> T | None:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Refuse a folder without a marker that holds files of others."""
+    """Refuse a folder without a marker if it holds files that drllm didn't write."""
     foreign = sorted(name for name in _names_in(folder) if not _is_ours(name))
     if foreign:
         raise RecordError(
@@ -245,7 +245,7 @@ def _is_ours(name: str) -> bool:
 
 @contextlib.contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """Raise a RecordError that names the folder where the operating system refuses something."""
+    """Turn an error of the operating system into a RecordError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -255,11 +255,11 @@ def _named_errors(folder: Path) -> Iterator[None]:
 def refuse_other_run(
     what: str, stored: Mapping[str, Any], current: Mapping[str, Any], remedy: str
 ) -> None:
-    """Refuse to resume, or to replace, what another run has made.
+    """Refuse to resume or to replace the work of another run.
 
     Args:
-        what: Its name, as the subject of a sentence ("the search in OUT").
-        stored: The identity of the run that made it.
+        what: What the other run made, as the subject of a sentence ("the search in OUT").
+        stored: The identity of that run.
         current: The identity of this run.
         remedy: What to do, as an imperative.
     """
@@ -269,8 +269,8 @@ def refuse_other_run(
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return in words where two identities differ, in the order of the current one."""
-    return list(_differences("", _plain(stored), _plain(current)))
+    """Say in words where two identities differ, in the order of the current one."""
+    return list(_differences("", _to_plain(stored), _to_plain(current)))
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
@@ -281,21 +281,21 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
     elif old == new:
         return
     elif old is _ABSENT:
-        if new is not None:  # else a new setting that is left alone
-            yield f"no {name}, now {_short(new)}"
+        if new is not None:  # None is a new setting that isn't used
+            yield f"no {name}, now {_shorten(new)}"
     elif old is None and new is _ABSENT:
-        return  # a setting that was left alone and has been removed since
+        return  # a setting that wasn't used, and was removed since
     elif name.endswith("_sha256"):
         yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
     else:
-        yield f"{name} {_short(old)}, now {_short(new)}"
+        yield f"{name} {_shorten(old)}, now {_shorten(new)}"
 
 
-def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _to_plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     return codec.decode(codec.encode(identity), dict[str, Any], "the identity of a run")
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if value is None or value is _ABSENT:
         return "none"
     text = json.dumps(value, ensure_ascii=False)

@@ -19,8 +19,8 @@ _DECISIONS = frozenset((0, 1, 2))
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a path did when its question was asked in other ways; `margin` is the mean over them.
 
-    It survived if it is right in most of them and its margin is close enough to the full path's.
-    Without other ways it survives too.
+    A path survives if it is right in most of them and its margin is close enough to the full
+    path's. It also survives if there are no other ways of asking.
     """
 
     passed: int
@@ -39,7 +39,7 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One path that was tried on one question; simulation 0 is the full path.
 
     `executions` are in layer equivalents, `margin` and `kl` in nats. `kl` is the mean KL divergence
-    from the full path over the prompt's tokens. Values that aren't defined or computed are None.
+    from the full path over the prompt's tokens. Undefined and uncomputed values are None.
     """
 
     decisions: Decisions
@@ -60,7 +60,7 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The question that a record is of; ids are unique within a task."""
+    """The question of a record; ids are unique within a task."""
 
     id: str
     task: str
@@ -70,8 +70,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All paths that were tried on one question; one line of `search.jsonl`.
 
-    `paths` are distinct, the full path first. `seconds` is the question's share of the time that
-    its batch took.
+    `paths` are distinct, and the full path comes first. `seconds` is the question's share of its
+    batch's time.
     """
 
     prompt: str
@@ -110,10 +110,10 @@ class SearchRecords(tuple[SearchRecord, ...]):
     """What `search_paths` returns and `supervise` takes: one record per question, in order.
 
     Attributes:
-        model: The base model's identity, as far as it is known.
+        model: What is known of the base model's identity.
         file: The `search.jsonl` that holds the records; None if they were never written.
         failed: The questions that failed.
-        is_new: Whether anything was searched; False if all records were read from a file.
+        is_new: Whether anything was searched just now; False if all records come from a file.
     """
 
     model: dict[str, Any]
@@ -132,19 +132,19 @@ class SearchRecords(tuple[SearchRecord, ...]):
         is_new: bool = True,
     ) -> "SearchRecords":
         """Return records with their attributes."""
-        searched = cls(records)
-        searched.model = {}
-        if searched:
-            searched.model["num_layers"] = searched[0].num_layers
-        searched.model.update(model or {})
-        searched.file = file
-        searched.failed = tuple(failed)
-        searched.is_new = is_new
-        return searched
+        search_records = cls(records)
+        search_records.model = {}
+        if search_records:
+            search_records.model["num_layers"] = search_records[0].num_layers
+        search_records.model.update(model or {})
+        search_records.file = file
+        search_records.failed = tuple(failed)
+        search_records.is_new = is_new
+        return search_records
 
 
 def read_search(file: Path) -> SearchRecords:
-    """Read a `search.jsonl`; all its paths must have as many layers as its manifest names."""
+    """Read a `search.jsonl`; its paths must have the number of layers in its manifest."""
     records = read_records(file, SearchRecord, "search")
     num_layers = records[0].num_layers
     for line, record in enumerate(records, start=1):

@@ -11,16 +11,16 @@ BOUNDS = {
 }
 """Where the share of each split ends, by the origin of a question.
 
-The origins are a set's training questions, its validation questions, a set that is only evaluated
-(`single`), and one set that serves every stage (`own`).
+The origins are: a set's training questions, its validation questions, a set that is only evaluated
+(`single`), and a set that serves every stage (`own`).
 """
 
 
-def split_of(question: str, origin: str) -> str:
+def find_split(question: str, origin: str) -> str:
     """Return the split of a question: `search`, `fit`, `select` or `test`.
 
-    The same text is always in the same split, in whatever file, order or copy it turns up, so a
-    question that was trained on can't be reported on. White space and case don't count.
+    The same text is always in the same split, whatever its file and place. So a question that was
+    trained on is never reported on. White space and case don't matter.
 
     Args:
         question: Its text.
@@ -32,19 +32,19 @@ def split_of(question: str, origin: str) -> str:
 
 
 def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
-    """Return the part that a text falls into, given where each part's share ends, the last at 1."""
-    share = hash_of(text) / 2**64
+    """Return the part that a text falls into; the share of each part ends at its bound."""
+    share = hash_text(text) / 2**64
     for part, bound in bounds.items():
         if share < bound or bound == 1:  # a share may round to 1
             return part
     raise ValueError(f"the last share ends at {bounds}; expected 1")
 
 
-def hash_of(text: str) -> int:
-    """Return a hash of 64 bits that is the same on every machine, unlike Python's own."""
+def hash_text(text: str) -> int:
+    """Return a hash of 64 bits; unlike Python's own it is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def question_key(question: str) -> str:
-    """Return a question in a form that is equal for copies: white space and case are normalised."""
+    """Return a question with white space and case normalised, so that copies are equal."""
     return " ".join(question.split()).casefold()

@@ -1,4 +1,4 @@
-"""Target paths to train routers on: `supervision.jsonl` and `supervision.rejected.jsonl`.
+"""Target paths for training routers: `supervision.jsonl` and `supervision.rejected.jsonl`.
 
 `docs/formats.md` explains each field.
 """
@@ -22,16 +22,16 @@ from drllm.records.search import Question
 from drllm.records.splits import question_key
 
 _FROM_QUESTION = "\ud800"
-"""The default of fields that are made from the question: a text that no file can hold."""
-_SAME_TARGET = ("question", "prompt", "optimal_layer_config")
-"""Fields that two lines of one target have in common; margins may differ in their last bits."""
+"""Marks fields to make from the question; no file can hold this text."""
+_TARGET_FIELDS = ("question", "prompt", "optimal_layer_config")
+"""Fields that must be equal in two lines of one target; margins may differ in the last bits."""
 
 
 class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One target path to train routers on; one line of `supervision.jsonl`.
 
-    A file of your own needs `question`, `optimal_layer_config` and `answer` only, and may have
-    further columns.
+    Your own file needs only `question`, `optimal_layer_config` and `answer`, and may have further
+    columns.
     """
 
     question: str
@@ -76,12 +76,12 @@ class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def of(cls, record: Question | SupervisionRecord, reason: str) -> RejectedQuestion:
-        """Return the line of a search record or a target that is left out."""
+        """Make the line of a search record or a target that is left out."""
         return cls(id=record.id, task=record.task, question=record.question, reason=reason)
 
 
 def rejected_path(supervision: Path) -> Path:
-    """Return the file of the questions without a target: NAME.rejected.jsonl for NAME.jsonl."""
+    """Return the file for questions without a target: NAME.rejected.jsonl for NAME.jsonl."""
     return supervision.with_name(supervision.name.removesuffix(".jsonl") + ".rejected.jsonl")
 
 
@@ -94,10 +94,10 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     """Read several `supervision.jsonl` files as one; a target in two of them counts once.
 
     Raises:
-        RecordError: A file is given twice or can't be trusted, a question has two targets, an id
-            has two questions, or targets have different numbers of layers.
+        RecordError: A file is given twice or can't be trusted, a question has two targets, two
+            questions share an id, or targets have different numbers of layers.
     """
-    joined = _Joined()
+    merger = _Merger()
     resolved: list[Path] = []
     for path in paths:
         if path.resolve() in resolved:
@@ -105,8 +105,8 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
         resolved.append(path.resolve())
         records = read_records(path, SupervisionRecord, "supervision")
         for line, record in enumerate(records, start=1):
-            joined.add(_Target(record, path, line))
-    return [target.record for target in joined.targets]
+            merger.add(_Target(record, path, line))
+    return [target.record for target in merger.targets]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ class _Target:
         return self.record.optimal_layer_config
 
 
-class _Joined:
-    """Targets of several files that belong together."""
+class _Merger:
+    """Collects the targets of several files, and refuses those that contradict each other."""
 
     def __init__(self) -> None:
         self.targets: list[_Target] = []
@@ -134,7 +134,7 @@ class _Joined:
         self._by_question: dict[tuple[str, str], _Target] = {}
 
     def add(self, target: _Target) -> None:
-        """Add a target, unless it is a copy of one of another file."""
+        """Add a target, unless another file has it already."""
         self._check_layers(target)
         record = target.record
         same_id = self._by_id.setdefault((record.task, record.id), target)
@@ -163,9 +163,9 @@ class _Joined:
 
 
 def _refuse_different_questions(target: _Target, same_id: _Target) -> None:
-    """Refuse two targets with one id that aren't the same target."""
+    """Refuse two different targets with the same id."""
     record = target.record
-    for name in _SAME_TARGET:
+    for name in _TARGET_FIELDS:
         if getattr(same_id.record, name) != getattr(record, name):
             raise RecordError(
                 f"{target.file} and {same_id.file} differ in {name!r} of question {record.id!r} "
@@ -176,7 +176,7 @@ def _refuse_different_questions(target: _Target, same_id: _Target) -> None:
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
     """Refuse targets of another base model; return the rewards that their prompts were made for.
 
-    Another id alone doesn't matter, and a file without a manifest isn't checked.
+    The model's id may differ. A file without a manifest isn't checked.
     """
     rewards: list[str] = []
     for file in files:

@@ -52,10 +52,10 @@ def _time_table(latency: Latency) -> Table:
         f"turn in every round, and are compared within it."
     )
     rows: list[list[str]] = []
-    for (phase, size), label in timings.labels().items():
-        base = timings.of(BASE, phase, size)
-        routed = timings.of(ROUTED, phase, size)
-        ratios = timings.ratio(ROUTED, BASE, phase, size)
+    for (phase, size), label in timings.judge().items():
+        base = timings.find_timing(BASE, phase, size)
+        routed = timings.find_timing(ROUTED, phase, size)
+        ratios = timings.compute_ratios(ROUTED, BASE, phase, size)
         spread = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)}"
         row = [
             f"{PHASES[phase]}, {count(size)}",

@@ -28,10 +28,10 @@ ROWS = 5
 
 def tiles(evaluation: results.Evaluation, measured: results.Latency | None) -> Tiles:
     """Return the key figures: layers saved, both differences, the most accurate system, time."""
-    ours = evaluation.compared
+    ours = evaluation.compared_system
     if ours is None or ours.against_base is None:
         return Tiles([time_tile(measured)])
-    name = evaluation.called(ours)
+    name = evaluation.name_in_sentence(ours)
     score = evaluation.score if evaluation.is_graded else "Accuracy"
     before = f"base {percent(evaluation.base.accuracy)}, {name} {percent(ours.accuracy)}"
     accuracy = ours.against_base.accuracy
@@ -71,7 +71,7 @@ def _saved_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
 
 
 def _most_accurate_tile(evaluation: results.Evaluation, system: results.System) -> Tile:
-    title = f"Most accurate that saves layers: {evaluation.called(system)}"
+    title = f"Most accurate that saves layers: {evaluation.name_in_sentence(system)}"
     run = f"{plain(system.executions, 2)} of {evaluation.num_layers} run"
     return Tile(title, percent(system.accuracy), f"{run}; base {percent(evaluation.base.accuracy)}")
 
@@ -266,12 +266,14 @@ def time_tile(measured: results.Latency | None) -> Tile:
     if measured is None:
         return Tile("Measured time", "not measured", "evaluate --latency measures it")
     timings = measured.measured
-    by_place = timings.labels()
+    by_place = timings.judge()
     labels = list(by_place.values())
     value = max(labels, key=labels.count)
     if labels.count(value) < len(labels):
         value = f"{value} in {labels.count(value)} of {len(labels)}"
-    ratios = [median(timings.ratio(results.ROUTED, results.BASE, *place)) for place in by_place]
+    ratios = [
+        median(timings.compute_ratios(results.ROUTED, results.BASE, *place)) for place in by_place
+    ]
     note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
     return Tile("Measured time", value, note)
 
@@ -280,8 +282,8 @@ def measured_line(measured: results.Latency) -> str:
     """Return a line with the verdicts on the measured times."""
     timings = measured.measured
     by_verdict: dict[str, list[str]] = {}
-    for (phase, size), verdict in timings.labels().items():
-        ratio = median(timings.ratio(results.ROUTED, results.BASE, phase, size))
+    for (phase, size), verdict in timings.judge().items():
+        ratio = median(timings.compute_ratios(results.ROUTED, results.BASE, phase, size))
         place = f"{PHASES[phase]} {count(size)} ({plain(ratio, 2)})"
         by_verdict.setdefault(verdict, []).append(place)
     verdicts = "; ".join(f"{name}: {', '.join(places)}" for name, places in by_verdict.items())

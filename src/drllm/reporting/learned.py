@@ -160,7 +160,7 @@ def _metric_table(layers: Layers, scores: Mapping[str, Mapping[str, float | None
             rows.append([title, *values])
     systems = [name.replace("_", " ") for name in scores]
     caption = (
-        f"On {layers.title(layers.main_part)}, after epoch {layers.epoch}: routers, and decisions "
-        f"that ignore the question."
+        f"On {layers.describe_part(layers.main_part)}, after epoch {layers.epoch}: routers, and "
+        f"decisions that ignore the question."
     )
     return Table.from_rows(caption, "|".join(["metric", *systems]), rows)

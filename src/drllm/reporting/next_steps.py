@@ -74,7 +74,7 @@ def _searched_tasks(run: Run) -> str | None:
 
 
 def _steps_of_task(run: Run, evaluation: Result) -> Iterator[Step]:
-    ours = evaluation.compared
+    ours = evaluation.compared_system
     if ours is None or ours.against_base is None:
         yield _compare_step(run, evaluation)
         return
@@ -200,7 +200,7 @@ def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
         routers = run.folder / "routers" if run.router_config else evaluation.routers
         return "Read an answer yourself:", _generate_command(routers=routers)
     how, command = _use_path(run, evaluation, system)
-    return f"Use {evaluation.called(system)}; {how}", command
+    return f"Use {evaluation.name_in_sentence(system)}; {how}", command
 
 
 def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:

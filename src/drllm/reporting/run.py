@@ -16,7 +16,7 @@ from drllm.errors import RecordError
 from drllm.records import results
 from drllm.records.codec import Version, read_json, read_json_lines, read_text, sha256
 from drllm.records.healed import HEALED_FILE, HEALED_SCHEMA, HealedPath, read_healed
-from drllm.records.identity import same_weights
+from drllm.records.identity import have_same_weights
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.manifest import read_manifest
 from drllm.records.search import SearchRecord, read_search
@@ -184,7 +184,7 @@ def _read_results(run: Run) -> None:
     """Read `eval/`, or results that lie in the folder itself, as `drllm evaluate` leaves them."""
     prefix = "" if _holds_results(run.folder) else "eval/"
     folder = run.folder / prefix
-    paths = results.results_in(folder)
+    paths = results.list_results(folder)
     if not paths:
         run.absent.append("eval/TASK.json (accuracy and routes)")
         return
@@ -204,7 +204,7 @@ def _holds_results(folder: Path) -> bool:
     """Return whether results lie in the folder itself; one with an `eval/` has them there."""
     if (folder / "eval").is_dir():
         return False
-    schemas = [results.schema_of(path) for path in results.results_in(folder)]
+    schemas = [results.read_schema(path) for path in results.list_results(folder)]
     return results.EVALUATION_SCHEMA in schemas
 
 
@@ -237,7 +237,7 @@ def _read_recipe(run: Run) -> None:
 def _refuse_empty(run: Run) -> None:
     if run.has_training or run.evaluations or run.paths or run.healed:
         return
-    for path in results.results_in(run.folder):
+    for path in results.list_results(run.folder):
         read_json(path, Version)  # a damaged result is named
     raise RecordError(
         f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
@@ -293,7 +293,7 @@ def _agreed_model(run: Run) -> Mapping[str, Any]:
             continue
         fingerprint = str(model["fingerprint"])
         # The same weights in another precision count as the first ones.
-        if fingerprints and same_weights(fingerprints[0][1], fingerprint, name):
+        if fingerprints and have_same_weights(fingerprints[0][1], fingerprint, name):
             fingerprint = fingerprints[0][1]
         fingerprints.append((name, fingerprint))
     _refuse_different(run, "base models with different weights, by fingerprint", fingerprints)

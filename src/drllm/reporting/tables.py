@@ -23,7 +23,7 @@ def results_table(evaluation: Evaluation) -> Table:
         f"system|layers run|{evaluation.score}, %|next-token loss|{minus}, points|"
         f"loss excluded above|verdict|loss: {minus}, nats|verdict by loss"
     )
-    compared = evaluation.compared
+    compared = evaluation.compared_system
     bold = _shown_name(evaluation, compared) if compared else ""
     return Table.from_rows(
         _results_caption(evaluation), header, rows, "verdict|verdict by loss", bold

@@ -21,7 +21,7 @@ from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import num_executions
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, tokenize_prompt
@@ -361,8 +361,8 @@ class BatchSteps:
             outcomes = evaluate_now()
         else:
             places = [question.place for question in self.questions]
-            digest = digest_of([(places, list(pairs))])[:16]
-            outcomes = self.parts.once(f"{name} {digest}", list[Outcome], evaluate_now)
+            digest = hash_values([(places, list(pairs))])[:16]
+            outcomes = self.parts.get_or_make(f"{name} {digest}", list[Outcome], evaluate_now)
         self.progress.num_run += len(pairs)
         return outcomes
 

@@ -15,7 +15,7 @@ from drllm.config import SearchConfig
 from drllm.config.fields import flag_of, required_tasks
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import logger
-from drllm.records.splits import hash_of, question_key
+from drllm.records.splits import hash_text, question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Task, check_data_dir, load_questions
 from drllm.tasks.examples import Example, Prompt, Row, choose
@@ -179,8 +179,8 @@ def parse_shard(text: str) -> Shard:
 
 def in_shard(example: Example, shard: Shard) -> bool:
     """Whether a question belongs to a shard; its text alone decides, not its id."""
-    # Not the hash of `split_of`: that of a split's questions fills a part of the range only.
-    number = hash_of(f"shard:{question_key(example.question)}")
+    # Not the hash of `find_split`: that of a split's questions fills a part of the range only.
+    number = hash_text(f"shard:{question_key(example.question)}")
     return number % shard.num_parts == shard.part - 1
 
 

@@ -16,7 +16,7 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener, OnProgress, logger
 from drllm.models.base.first_block import FirstBlock
 from drllm.models.routing.routed_model import RoutedModel, unrouted
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest, read_manifest, write_or_remove, write_records
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
@@ -188,8 +188,8 @@ def _identity(
         "model": dict(executor.identity),
         "runtime": dict(executor.runtime),
         "questions": len(questions),
-        "prompts_sha256": digest_of(prompts),
-        "chat_template_sha256": digest_of(texts),
+        "prompts_sha256": hash_values(prompts),
+        "chat_template_sha256": hash_values(texts),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from drllm.config import SPLITS
 from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.listener import logger
-from drllm.records.splits import question_key, split_of
+from drllm.records.splits import find_split, question_key
 from drllm.tasks.base import Task, check_split
 from drllm.tasks.examples import FILE_NAMES, KL_REWARD, Example, Messages, Row, with_options
 from drllm.tasks.prompt_formats import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, PromptFormat
@@ -221,7 +221,7 @@ class FileTask(Task):
         check_split(split)
         examples: dict[str, Example] = {}
         for example in self.all:
-            if split_of(example.question, "own") == split:
+            if find_split(example.question, "own") == split:
                 key = example.id if split == "test" else question_key(example.question)
                 examples.setdefault(key, example)
         return list(examples.values())

@@ -13,7 +13,7 @@ from typing import Any
 
 from drllm.errors import TaskError, nearest_name
 from drllm.listener import logger, quiet
-from drllm.records.splits import hash_of, question_key, split_of
+from drllm.records.splits import find_split, hash_text, question_key
 from drllm.tasks.base import Task, check_split, name_for_harness
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 
@@ -97,7 +97,7 @@ class LmEvalTask(Task):
         else:
             origin = "own"
             pool = reported
-        examples = [example for example in pool if split_of(example.question, origin) == split]
+        examples = [example for example in pool if find_split(example.question, origin) == split]
         if split == "test":
             return examples
         by_text: dict[str, Example] = {}
@@ -161,7 +161,7 @@ class LmEvalTask(Task):
         task = self.tasks[leaf]
         text = str(task.doc_to_text(doc))
         prefix = task.doc_to_prefix(doc)
-        seed = FEWSHOT_SEED + hash_of(example.question)
+        seed = FEWSHOT_SEED + hash_text(example.question)
         context = ""
         for draw in range(1, MAX_DRAWS + 1):
             task.set_fewshot_seed(seed=seed + draw)

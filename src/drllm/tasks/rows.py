@@ -10,7 +10,7 @@ from typing import Any
 from drllm.errors import RecordError, TaskError
 from drllm.extras import need
 from drllm.listener import quiet
-from drllm.records.codec import decode, refuse_odd_file
+from drllm.records.codec import decode, refuse_special_file
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
 """How a data set of the hub is named, with its configuration and split where they are needed."""
@@ -27,7 +27,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is_empty = True
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        if not refuse_odd_file(path, "read"):
+        if not refuse_special_file(path, "read"):
             raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):

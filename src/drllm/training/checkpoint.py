@@ -25,7 +25,7 @@ from drllm.training.trainer import Trainer
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The optimiser's state of a weight, besides the number of steps."""
+"""What the optimiser keeps for each weight, besides the number of steps."""
 WEIGHTS = "weights"
 
 
@@ -36,13 +36,13 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_identity(
-    config: TrainConfig, base_identity: Mapping[str, Any], targets: str
+    config: TrainConfig, base_identity: Mapping[str, Any], targets_digest: str
 ) -> dict[str, Any]:
-    """Return what must be equal for two trainings of one seed to be the same one."""
+    """Return the values that tell one training from another with the same seed."""
     return {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
-        "targets_or_base_dtype_sha256": targets,
+        "targets_or_base_dtype_sha256": targets_digest,
     }
 
 
@@ -67,10 +67,10 @@ def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer)
 
 
 def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Put the state of the folder's checkpoint, if there is one, into a new trainer.
+    """Restore a new trainer from the folder's checkpoint, if there is one.
 
     Raises:
-        CheckpointError: A broken checkpoint, or one of another training.
+        CheckpointError: The checkpoint is broken, or belongs to another training.
     """
     path = output / CHECKPOINT_FILE
     if not path.exists():
@@ -95,7 +95,7 @@ def is_finished(output: Path) -> bool:
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds the finished routers of a training; refuse those of another."""
+    """Tell whether a folder holds this training's finished routers; refuse those of another one."""
     if not is_finished(output):
         return False
     config = read_config(output)
@@ -121,7 +121,7 @@ def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
 
 
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
+    """Copy a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
     weights = _select_tensors(trainer, tensors, WEIGHTS)
     moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
 
@@ -138,7 +138,7 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
 def _select_tensors(
     trainer: Trainer, tensors: Mapping[str, Tensor], part: str
 ) -> dict[str, Tensor]:
-    """Return one part of a checkpoint, a tensor for each weight, where the training is."""
+    """Return one part of a checkpoint: a tensor for each weight, on the training's device."""
     selected = {}
     for name, weight in trainer.stack.named_parameters():
         tensor = tensors[f"{part}.{name}"]

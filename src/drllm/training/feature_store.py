@@ -1,7 +1,7 @@
 """The routers' inputs on disk: a manifest, and one safetensors file for each block of targets.
 
-A block's file is complete or not there at all, so a pass that was broken off resumes with the
-blocks that have no file yet.
+A block's file is either complete or missing, so an interrupted pass resumes with the blocks that
+have no file yet.
 
 Axes: N targets, B targets of a block, L layers, W windows, D hidden.
 """
@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.records.codec import describe_invalid, refuse_odd_file, write_atomically, write_json
+from drllm.records.codec import describe_invalid, refuse_special_file, write_atomically, write_json
 from drllm.records.manifest import manifest_path, read_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import refuse_other_run
@@ -34,7 +34,7 @@ OLD_FILE = "features.safetensors"
 FEATURE_VERSION = 1  # raised when the same targets would be pooled to other numbers
 NOT_DONE = 0
 NOT_FINITE = -1
-"""`filled` of a target that isn't pooled yet, and of one whose states aren't finite."""
+"""Values of `filled`: the target isn't pooled yet, or its states aren't finite."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BLOCK_FILE = re.compile(r"features-\d{6,}\.safetensors")
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 
 
 class BlockMeans:
-    """The means of all targets, `[N, L, W, D]`, each in its block's file.
+    """The means of all targets, `[N, L, W, D]`, in the files of their blocks.
 
     The files are mapped, so the features may be larger than memory.
     """
@@ -61,7 +61,7 @@ class BlockMeans:
         self.row_of = row_of  # [N]: its row there
 
     def __getitem__(self, targets: Tensor) -> Tensor:
-        """Copy some targets' means into memory, `[B, L, W, D]`."""
+        """Copy the means of some targets into memory, `[B, L, W, D]`."""
         rows = []
         for target in targets.tolist():
             block = self.blocks[self.block_of[target]]
@@ -73,13 +73,13 @@ class BlockMeans:
 class Block:
     """One file of features."""
 
-    targets: Tensor  # [B] int64: which targets these are, counted from 0
+    targets: Tensor  # [B] int64: numbers of the targets, from 0
     filled: Tensor  # [B] int64: how many windows hold tokens, or `NOT_FINITE`
     means: Tensor  # [B, L, W, D]
 
 
 class _Manifest(msgspec.Struct):
-    """What a manifest of features must have, so that it can be compared."""
+    """The fields of a features manifest that are compared."""
 
     model: dict[str, Any]
     config: dict[str, Any] = {}
@@ -89,7 +89,7 @@ class _Manifest(msgspec.Struct):
 
 
 class FeatureStore:
-    """A folder of features. It is made when the first block is written; other files in it stay.
+    """A folder of features. It is made with the first block, and other files in it stay.
 
     Args:
         folder: The folder.
@@ -102,9 +102,13 @@ class FeatureStore:
         self.manifest_path = manifest_path(folder / "features")
 
     def open(self, manifest: Mapping[str, Any], shape: Shape) -> None:
-        """Read what the folder holds of some features; nothing is written.
+        """Read the features that are in the folder; write nothing.
 
-        Afterwards `filled` says of each target whether it is there, and `means` reads those.
+        Afterwards `filled` says for each target whether it is there, and `means` reads the means.
+
+        Args:
+            manifest: What the features are made from.
+            shape: Their shape.
 
         Raises:
             ConfigError: The folder holds other features; the message says what differs.
@@ -122,13 +126,13 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def writing(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Let blocks be written inside the `with` block; afterwards all of them can be read.
+        """Allow writing blocks inside the `with` block; read all of them again at its end.
 
         Args:
             note: Receives a line that says how much disk the missing blocks need.
 
         Raises:
-            RecordError: Too little space, a folder that can't be written, or another training that
+            RecordError: There is too little space, the folder can't be written, or another training
                 writes to it.
         """
         self._check_space(note)
@@ -162,9 +166,8 @@ class FeatureStore:
                 raise
             num_targets = self.shape.num_targets
             raise RecordError(
-                f"can't write {path}: {cause.strerror}; mend it and give the same command again "
-                f"to resume it after the {num_targets - self.num_missing} of {num_targets} targets "
-                f"that are there"
+                f"can't write {path}: {cause.strerror}; fix that and give the same command again, "
+                f"which resumes after {num_targets - self.num_missing} of {num_targets} targets"
             ) from cause
         self.filled[targets] = filled
 
@@ -178,7 +181,7 @@ class FeatureStore:
         """Delete the features, and the folder if it holds nothing else."""
         if not self.folder.is_dir():
             return
-        # As its only writer, so that the lock that a kill left goes with the rest.
+        # Under the lock, so that the lock file of a killed training is deleted too.
         with self._lock():
             for path in self.block_files():
                 path.unlink()
@@ -188,7 +191,7 @@ class FeatureStore:
             self.folder.rmdir()
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock of a training that was killed behind its last block."""
+        """Remove the lock file of a training that was killed after its last block."""
         if (self.folder / ".training.lock").exists():
             with contextlib.suppress(RecordError), self._lock():
                 pass
@@ -197,7 +200,7 @@ class FeatureStore:
         return only_writer(self.folder, "training", "folder for the features")
 
     def _read_blocks(self) -> None:
-        """Read the files of all blocks, and check that they are of these features."""
+        """Read the files of all blocks, and check that they belong to these features."""
         self._refuse_old_file()
         num_targets = self.shape.num_targets
         self.filled = torch.full((num_targets,), NOT_DONE)
@@ -205,7 +208,7 @@ class FeatureStore:
         row_of = [0] * num_targets
         blocks: list[Tensor] = []
         files = self.block_files()
-        if files:  # a manifest alone binds nobody
+        if files:  # without blocks a manifest may be replaced
             self._check_manifest()
         for path in files:
             block = self._read_block(path)
@@ -217,7 +220,7 @@ class FeatureStore:
         self.means = BlockMeans(blocks, block_of, row_of)
 
     def _read_block(self, path: Path) -> Block:
-        refuse_odd_file(path, "read")
+        refuse_special_file(path, "read")
         try:
             block = Block(**load_file(path))
         except OSError as error:
@@ -229,7 +232,7 @@ class FeatureStore:
         return block
 
     def _is_valid(self, block: Block) -> bool:
-        """Tell whether a block is one of these features, of targets that no other block has."""
+        """Tell whether a block fits these features, and no earlier block has its targets."""
         num_targets, *row_shape = self.shape
         if block.targets.ndim != 1 or block.targets.dtype != torch.int64:
             return False
@@ -260,7 +263,7 @@ class FeatureStore:
             )
 
     def _check_manifest(self) -> None:
-        """Refuse the features of another run, and a manifest that can't be compared."""
+        """Refuse features of another run, and a manifest that is missing or broken."""
         values = read_manifest(self.folder / "features", "features")
         anew = f"delete {self.folder} to pool the features anew"
         if values is None:
@@ -273,19 +276,19 @@ class FeatureStore:
             raise RecordError(f"{self.manifest_path}: {describe_invalid(error)}; {anew}") from error
         refuse_other_run(
             f"{self.folder} holds other features: what is there",
-            _identity_of(stored),
-            _identity_of(msgspec.convert(self.manifest, _Manifest)),
+            _make_identity(stored),
+            _make_identity(msgspec.convert(self.manifest, _Manifest)),
             "choose another folder, or delete it to pool them anew",
         )
 
     def _check_space(self, note: Callable[[str], None]) -> None:
-        """Say what the pass needs on disk, and refuse to begin where it isn't free."""
+        """Note how much disk space the pass needs, and refuse to begin without it."""
         num_targets, *row_shape = self.shape
         need = self.num_missing * math.prod(row_shape) * DTYPES[self.dtype].itemsize
         free = shutil.disk_usage(_existing_parent(self.folder)).free
         sentence = (
-            f"the routers' inputs need {_write_size(need)} in {self.folder}, where "
-            f"{_write_size(free)} are free"
+            f"the routers' inputs need {_format_size(need)} in {self.folder}, where "
+            f"{_format_size(free)} are free"
         )
         if need > free:
             remedy = "free some space, choose another folder"
@@ -298,8 +301,8 @@ class FeatureStore:
         note(sentence)
 
 
-def _identity_of(manifest: _Manifest) -> dict[str, Any]:
-    """Return what must be equal for features to be the same."""
+def _make_identity(manifest: _Manifest) -> dict[str, Any]:
+    """Return the values that tell these features from others."""
     names = ("fingerprint", "class", "num_layers", "hidden_size")
     return {
         "config": manifest.config,
@@ -317,7 +320,7 @@ def _existing_parent(folder: Path) -> Path:
     return place
 
 
-def _write_size(num_bytes: int) -> str:
+def _format_size(num_bytes: int) -> str:
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.1f} GB"
     return f"{max(num_bytes / 1e6, 0.1):.1f} MB"

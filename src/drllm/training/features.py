@@ -1,7 +1,7 @@
 """The routers' inputs, pooled in one pass of the frozen base model over the targets.
 
 With a frozen base and teacher forcing every router's input is a constant of its example, so
-training needs the base model no further.
+training doesn't need the base model again.
 
 Axes: N targets, B rows, D hidden, L layers, W windows.
 """
@@ -22,7 +22,7 @@ from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize, batches
 from drllm.processes import count, from_first, share
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, BlockMeans, FeatureStore, Shape
@@ -30,7 +30,6 @@ from drllm.training.targets import OVERFLOWS, EncodedTargets, are_too_many, enco
 
 MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
 ROWS_AT_ONCE = 32  # read from disk together
-"""A component whose deviation is below this share of its layer's size counts as constant."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +39,7 @@ class Batch(NamedTuple):
     decisions: Tensor  # [B, L]
 
 
-class Pooled(NamedTuple):
+class BatchFeatures(NamedTuple):
     """What the routers read of a batch."""
 
     means: Tensor  # [B, L, W, D]; 0 where they aren't finite
@@ -58,7 +57,7 @@ class Features:
         labels: `[N, L]` int64: the target paths' decisions.
         questions: `[N]` texts of the questions; they decide which targets are held out.
         tasks: `[N]` names of the tasks.
-        made_from: Hash of the prompts, and the dtype of the base model.
+        made_from: Hash of the prompts, and dtype of the base model.
         places: `[N]`: the row of `means` of each target; None if it is the target's number.
         rejected: Targets that were set aside, and why.
     """
@@ -73,9 +72,9 @@ class Features:
     rejected: tuple[RejectedQuestion, ...] = ()
 
     def rows(self, index: Sequence[int]) -> Tensor:
-        """Read some targets' windows, `[B, L, W, D]`, into memory; zeros past `filled`.
+        """Read the windows of some targets into memory, `[B, L, W, D]`; zeros past `filled`.
 
-        In float32, or in float64 if that is how they are kept.
+        They are float32, or float64 if they are stored as that.
         """
         rows = torch.as_tensor(index, dtype=torch.int64)
         if self.places is not None:
@@ -94,7 +93,7 @@ class Features:
         """A hash of the targets: all but the means, whose last bits depend on the machine."""
         parts = tuple(self.shape), tuple(self.questions), tuple(self.tasks)
         numbers = (self.filled.tolist(), self.labels.tolist())
-        return digest_of([(parts, numbers, self.made_from)])
+        return hash_values([(parts, numbers, self.made_from)])
 
 
 @torch.no_grad()
@@ -111,23 +110,23 @@ def collect_features(
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer, after the labelled decisions of the layers
-    before it. The batches follow from the prompts' lengths alone, so that a pass that was killed
-    and resumed ends with the files of one that wasn't, on the same machine with the same number of
-    threads. A batch that memory doesn't hold is read in parts.
+    before it. Batches depend on the prompts' lengths alone. So a pass that was killed and resumed
+    ends with the same files as an uninterrupted one, on the same machine with the same number of
+    threads. A batch that doesn't fit into memory is split.
 
     Args:
         model: The base model, without routing.
         tokenizer: Its tokenizer.
         records: The targets. A few that the model can't run are set aside.
         num_windows: W.
-        store: The features' folder; what it holds of them is used again.
-        batch_size: Prompts in a pass; by default as `choose_batch_size` says.
+        store: The features' folder; the blocks that are in it already are used again.
+        batch_size: Prompts in a pass; None leaves it to `choose_batch_size`.
         listener: Receives notes and progress.
 
     Raises:
         ModelError: The hidden states of too many targets overflow the model's dtype.
         ConfigError: The folder holds other features.
-        RecordError: Targets of another model, or a folder that can't be used.
+        RecordError: The targets are of another model, or the folder can't be used.
     """
     listener = listener or Listener()
     routed = RoutedModel(model)
@@ -147,17 +146,22 @@ def collect_features(
                 batch_size = choose_batch_size(model.device.type, num_values)
             with store.writing(listener.note):
                 _pool_missing(routed, targets, store, batch_size, listener)
-        _pool_batches(routed, num_windows)  # tells the other processes that nothing is left
+        _pool_batches(routed, num_windows)  # tells the other processes to stop
     finally:
         routed.detach()
     return _build_features(model, targets, store)
 
 
 def choose_batch_size(device: str, num_values: int) -> int:
-    """Return how many prompts are read in one pass, each with so many values of features."""
+    """Return how many prompts to read in one pass.
+
+    Args:
+        device: The model's type of device.
+        num_values: How many numbers the features of one prompt are.
+    """
     if device == "cpu":
-        return 8  # a CPU is busy with a few already
-    # Of torchrun's processes each gets the features of all.
+        return 8  # a few prompts keep a CPU busy
+    # Each of torchrun's processes gets the features of all of them, so they must stay small.
     return min(64, max(8, 2**24 // num_values))
 
 
@@ -167,8 +171,8 @@ def _make_manifest(
     runtime = {"dtype": _name_dtype(model), "device": model.device.type}
     made_from = {
         "number": len(targets.records),
-        "prompts_sha256": digest_of(targets.prompts),
-        "decisions_sha256": digest_of(targets.decisions),
+        "prompts_sha256": hash_values(targets.prompts),
+        "decisions_sha256": hash_values(targets.decisions),
     }
     return new_manifest(
         "features",
@@ -189,7 +193,7 @@ def _pool_missing(
     batch_size: int,
     listener: Listener,
 ) -> None:
-    """Pool the targets that the folder doesn't hold, a block of them for each batch."""
+    """Pool the targets that aren't in the folder, one block for each batch."""
     labels = torch.tensor(targets.decisions)
     blocks = _find_missing_blocks(targets, store.filled, batch_size)
     num_targets = store.shape.num_targets
@@ -211,9 +215,9 @@ def _pool_missing(
 def _find_missing_blocks(
     targets: EncodedTargets, filled: Tensor, batch_size: int
 ) -> list[list[int]]:
-    """Divide the targets into blocks, and return of each what isn't pooled yet.
+    """Divide the targets into blocks, and return the targets of each that aren't pooled yet.
 
-    A block is whole or missing, unless the earlier pass had batches of another size.
+    All or none of a block's targets are missing, unless an earlier pass had another batch size.
     """
     lengths = [len(tokens) for tokens in targets.prompts]
     is_missing = (filled == NOT_DONE).tolist()
@@ -227,7 +231,7 @@ def _find_missing_blocks(
 
 @torch.no_grad()
 def assist(model: Any, num_windows: int) -> None:
-    """Pool a part of the batches of `collect_features`, which runs in the first process."""
+    """Help the first process, which runs `collect_features`, to pool its batches."""
     routed = RoutedModel(model)
     try:
         while _pool_batches(routed, num_windows):
@@ -238,17 +242,17 @@ def assist(model: Any, num_windows: int) -> None:
 
 def _pool_batches(
     routed: RoutedModel, num_windows: int, work: Sequence[Batch] = ()
-) -> list[Pooled]:
-    """Pool the first process's batches, each in one of the processes; all of them get the results.
+) -> list[BatchFeatures]:
+    """Pool the first process's batches in all processes, and return all results to each.
 
-    Without batches nothing is left to do.
+    An empty list of batches tells the other processes that the pass is over.
     """
     work = from_first(lambda: work)
     return share([partial(_pool_batch, routed, num_windows, batch) for batch in work])
 
 
-def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> Pooled:
-    """Run the base model over a batch, in parts where memory doesn't hold it."""
+def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> BatchFeatures:
+    """Run the base model over a batch, in parts if it doesn't fit into memory."""
     L = batch.decisions.shape[1]
 
     def run_rows(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -263,31 +267,32 @@ def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> Pooled:
     filled = torch.stack([row_filled for _, row_filled in results])  # [B]
     is_finite = means.isfinite().flatten(1).all(dim=1)  # [B]
     means = torch.where(is_finite[:, None, None, None], means, 0.0)
-    return Pooled(means, torch.where(is_finite, filled, NOT_FINITE))
+    return BatchFeatures(means, torch.where(is_finite, filled, NOT_FINITE))
 
 
 def _check_finite(model: Any, targets: EncodedTargets, filled: Tensor) -> None:
     """Stop the pass if too many targets would be set aside."""
-    broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
-    if not broken:
+    overflowing = (filled == NOT_FINITE).nonzero().flatten().tolist()
+    if not overflowing:
         return
     num_rejected = len(targets.rejected)
     total = num_rejected + len(targets.records)
-    if are_too_many(num_rejected + len(broken), total):
+    if are_too_many(num_rejected + len(overflowing), total):
+        first = targets.records[overflowing[0]]
         raise ModelError(
-            f"{len(broken)} of {total} targets, the first is question "
-            f"{targets.records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
-            f"in {model.dtype}; load it with --dtype float32"
+            f"{len(overflowing)} of {total} targets, the first is question {first.id!r}: a layer "
+            f"of the base model gives NaN or infinity in {model.dtype}; load it with "
+            f"--dtype float32"
         )
 
 
 def _build_features(model: Any, targets: EncodedTargets, store: FeatureStore) -> Features:
-    """Return the features of a whole folder, without targets whose states overflow."""
+    """Return the features in a complete folder, without targets whose states overflow."""
     is_usable = store.filled != NOT_FINITE
     usable = is_usable.nonzero().flatten()  # [N]
     rows: list[int] = usable.tolist()
-    overflown = (~is_usable).nonzero().flatten().tolist()
-    rejected = [RejectedQuestion.of(targets.records[row], OVERFLOWS) for row in overflown]
+    overflowing = (~is_usable).nonzero().flatten().tolist()
+    rejected = [RejectedQuestion.of(targets.records[row], OVERFLOWS) for row in overflowing]
     prompts = [targets.prompts[row] for row in rows]
     return Features(
         means=store.means,
@@ -295,13 +300,13 @@ def _build_features(model: Any, targets: EncodedTargets, store: FeatureStore) ->
         labels=torch.tensor(targets.decisions)[usable],
         questions=tuple(targets.records[row].question for row in rows),
         tasks=tuple(targets.records[row].task for row in rows),
-        made_from=(digest_of(prompts), _name_dtype(model)),
+        made_from=(hash_values(prompts), _name_dtype(model)),
         places=usable if rejected else None,
         rejected=(*targets.rejected, *rejected),
     )
 
 
 def split_rows(index: Sequence[int]) -> Iterator[list[int]]:
-    """Yield a few rows at a time, as features may be larger than memory."""
+    """Yield a few rows at a time, since features may be larger than memory."""
     for start in range(0, len(index), ROWS_AT_ONCE):
         yield list(index[start : start + ROWS_AT_ONCE])

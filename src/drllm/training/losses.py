@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 
-def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
-    """Return the weight of each decision; the rarer it is among the targets, the larger.
+def compute_class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
+    """Return the weight of each decision; rare decisions get larger weights.
 
     The weight of a class with n labels is the inverse of its effective number
     (1 − βⁿ) / (1 − β), scaled so that the classes present have weights of mean 1. A class without
-    labels has no effective number: it gets weight 1, that of an average class, which only counts
-    in the loss of held-out labels of the class.
+    labels has no effective number, so it gets weight 1, that of an average class. That weight only
+    matters where held-out targets have the label.
 
     Args:
         counts: `[C]` labels of each class.
@@ -40,7 +40,7 @@ def _invert_effective_number(count: float, beta: float) -> float:
     return (1 - beta) / -math.expm1(count * math.log(beta))
 
 
-def focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
+def compute_focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
 
     p_c is the router's probability of decision c, the label. The loss isn't divided by the weights.
@@ -54,7 +54,7 @@ def focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """
     log_p = logits.log_softmax(dim=-1).gather(-1, labels[..., None]).squeeze(-1)
-    # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
-    # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
+    # Computed from log p, 1 − p keeps its digits where p is near 1. The floor keeps the gradient
+    # finite where p is 1 and gamma below 1; the loss is 0 there anyway, since log p is.
     remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -weights[labels] * remaining**gamma * log_p

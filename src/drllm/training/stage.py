@@ -1,4 +1,4 @@
-"""Training as a stage: targets in, for each seed a folder of routers out.
+"""The training stage: targets in, one folder of routers for each seed out.
 
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
@@ -47,7 +47,7 @@ from drllm.training.checkpoint import (
 )
 from drllm.training.feature_store import FEATURES_FOLDER, FeatureStore
 from drllm.training.features import Features, assist, collect_features
-from drllm.training.targets import REJECTED_FILE, count_reasons
+from drllm.training.targets import REJECTED_FILE, describe_reasons
 from drllm.training.trackers import RUN_FILE, check_trackers, log_rows, run_trackers
 from drllm.training.trainer import DivergedError, Trainer
 
@@ -56,11 +56,11 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInfo:
-    """What is recorded of the prompts trained on.
+    """What the routers' config records about the prompts trained on.
 
     Attributes:
-        rewards: Names of the rewards that they were made for.
-        form: Their form; None where they differ in it.
+        rewards: Names of the rewards that the prompts were made for.
+        form: The form of the prompts; None if they have several.
     """
 
     rewards: Sequence[str] = ()
@@ -80,8 +80,8 @@ def train(
 ) -> RouterStack:
     """Train routers for a frozen model on target paths, and write each seed's folder.
 
-    Killed at any moment, the same call resumes and ends with the routers of an unbroken one, bit
-    for bit on the same machine with the same number of threads.
+    If the call is killed, the same call resumes it. It ends with the routers of an uninterrupted
+    call, bit for bit on the same machine with the same number of threads.
 
     Args:
         model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
@@ -89,11 +89,12 @@ def train(
         targets: One target path a question, from `drllm.supervise`; or a `supervision.jsonl`, or
             several.
         config: The settings.
-        output_dir: Receives the first seed's routers, those of a further seed S go to `seed_S` in
-            it. None trains in a temporary folder.
-        tokenizer: The model's; None loads the one of its name, unless it comes with one.
+        output_dir: Receives the first seed's routers; the folder `seed_S` in it receives those of
+            each further seed S. None trains in a temporary folder.
+        tokenizer: The model's tokenizer; None takes the one that the model comes with, or loads it
+            by the model's name.
         features: A folder that keeps the routers' inputs for further trainings. Without it they
-            are in the output folder and deleted when the routers are trained.
+            lie in the output folder, and are deleted once the routers are trained.
         listener: Receives notes and progress.
         settings: Settings of `TrainConfig` by name, in place of the config's.
 
@@ -101,10 +102,10 @@ def train(
         The first seed's routers.
 
     Raises:
-        ConfigError: A setting without effect or that can't be used; a folder that can't be
-            written; a training that diverged.
-        RecordError: Targets that this model can't be trained on; features that can't be kept.
-        CheckpointError: A folder that holds another training, or can't be written any more.
+        ConfigError: A setting has no effect or can't be used, the output folder can't be written,
+            or the training diverged.
+        RecordError: The targets don't fit the model, or the features can't be written.
+        CheckpointError: The folder holds another training, or can no longer be written.
     """
     config = changed(TrainConfig, config, settings)
     listener = listener or Listener()
@@ -130,7 +131,7 @@ def train(
 def _list_files(
     targets: Sequence[SupervisionRecord] | Sequence[Path] | Path | str,
 ) -> list[Path]:
-    """Return the files among the targets; none if they are records."""
+    """Return the supervision files among the targets; none if they are records."""
     if isinstance(targets, str | Path):
         return [Path(targets)]
     return [Path(target) for target in targets if isinstance(target, str | Path)]
@@ -174,7 +175,7 @@ def _train_seeds(
             device=base.model.device,
             listener=listener,
         )
-        # Before the checkpoint, so that what a kill leaves is removed by the next call.
+        # Before the checkpoint goes, so that after a kill the next call still cleans up.
         if features_folder is None and folder == unfinished[-1]:
             store.remove()
         remove_state(folder)
@@ -197,13 +198,13 @@ def _find_unfinished(
 def _write_rejected(
     output: Path, rejected: Sequence[RejectedQuestion], num_targets: int, listener: Listener
 ) -> None:
-    """Write the targets that were set aside, and say how many they are."""
+    """Write the targets that were set aside, and note how many they are."""
     path = output / REJECTED_FILE
     write_or_remove(path, rejected)
     if rejected:
         listener.note(
             f"drllm: {len(rejected)} of {num_targets} targets are set aside "
-            f"({count_reasons(rejected)}): {path}"
+            f"({describe_reasons(rejected)}): {path}"
         )
 
 
@@ -219,7 +220,7 @@ def train_seed(
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed on features, and write their folder.
 
-    The arguments and the result are those of `fit_seed`, whose checkpoint is removed here.
+    Arguments and result are those of `fit_seed`. Its checkpoint is removed at the end.
     """
     rows = fit_seed(
         features,
@@ -246,20 +247,20 @@ def fit_seed(
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed and save them; the last checkpoint stays.
 
-    After every epoch a checkpoint is written, from which the same call resumes.
+    A checkpoint is written after every epoch, and the same call resumes from it.
 
     Args:
         features: The training set.
         base_identity: Identity of the base model.
         config: The settings, of this seed alone.
         output: The routers' folder.
-        prompts: What is recorded of the prompts.
+        prompts: What to record about the prompts.
         device: Where to train.
         listener: Receives progress.
 
     Returns:
-        The lines of `metrics.jsonl`. Those of the training part are counted while training: each
-        example before the step that learns from it.
+        The lines of `metrics.jsonl`. Training metrics are counted during the epoch: each target
+        just before the step that learns from it.
     """
     listener = listener or Listener()
     trainer = Trainer(features, base_identity, config, device=device)
@@ -285,7 +286,7 @@ def fit_seed(
 
 
 def remove_state(output: Path) -> None:
-    """Delete what a training of saved routers needed for resuming; the checkpoint goes last."""
+    """Delete the files for resuming, once the routers are saved; the checkpoint goes last."""
     (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
@@ -297,7 +298,11 @@ def _run_epochs(
     trackers: Sequence[Any],
     progress: OnProgress,
 ) -> dict[str, Counts]:
-    """Train until it is over, with metrics and a checkpoint after each epoch; count the end."""
+    """Train the remaining epochs, writing metrics and a checkpoint after each.
+
+    Returns:
+        The final routers' counts, by part.
+    """
     num_steps = trainer.schedule.num_steps
 
     def on_step(num_done: int, counts: Counts) -> None:
@@ -317,7 +322,7 @@ def _run_epochs(
             rows = [row for row in trainer.rows if row["epoch"] == trainer.epochs_done]
             log_rows(trackers, rows, trainer.steps_done)
         return trainer.evaluate()
-    except DivergedError:  # resumed, it would diverge again
+    except DivergedError:  # it would diverge again if it were resumed
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
         raise
 
@@ -325,7 +330,7 @@ def _run_epochs(
 def _describe_training(
     trainer: Trainer, layers: Layers, identity: Mapping[str, Any], prompts: PromptInfo
 ) -> dict[str, Any]:
-    """Return what the routers' config records of their training."""
+    """Return what the routers' config records about their training."""
     return {
         "targets": identity["targets_or_base_dtype_sha256"],
         "rewards": list(prompts.rewards),
@@ -343,7 +348,7 @@ def _describe_training(
 
 
 def discard(output: Path, config: TrainConfig) -> None:
-    """Delete what earlier trainings left in a folder, so that the next one starts from nothing."""
+    """Delete what earlier trainings left in a folder, so that the next one starts anew."""
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The targets that a base model can be trained on, tokenised.
 
-A target whose prompt this model can't read is set aside and counted. If many are, the file belongs
-to another model, and it is refused.
+A target whose prompt this model can't read is set aside and counted. If there are many of them, the
+targets belong to another model and are refused.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ MAXIMUM_SET_ASIDE = 0.1  # share of the targets that may be set aside; a single 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTargets:
-    """Targets with their prompts' tokens, and the targets that are set aside."""
+    """Targets with the tokens of their prompts, and the targets that are set aside."""
 
     records: Sequence[SupervisionRecord]
     prompts: Sequence[Sequence[int]]
@@ -40,7 +40,8 @@ def encode_targets(
     """Tokenise the targets' prompts, and set aside those that the model can't read.
 
     Raises:
-        RecordError: No targets, a target of another number of layers, or too many set aside.
+        RecordError: There are no targets, one has another number of layers, or too many are set
+            aside.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
@@ -61,7 +62,7 @@ def encode_targets(
     if are_too_many(len(rejected), len(records)):
         raise RecordError(
             f"{len(rejected)} of {len(records)} targets can't be used with this base model "
-            f"({count_reasons(rejected)}; its context holds {context} tokens), the first is "
+            f"({describe_reasons(rejected)}; its context holds {context} tokens), the first is "
             f"question {rejected[0].id!r}; give targets that were searched with this model"
         )
     return EncodedTargets(records=usable, prompts=prompts, rejected=rejected)
@@ -77,7 +78,7 @@ def _check_depth(record: SupervisionRecord, num_layers: int) -> None:
 
 
 def are_too_many(num_rejected: int, total: int) -> bool:
-    """Tell whether so many of all targets can't be used that something else must be wrong.
+    """Tell whether so many targets are set aside that they must belong to another model.
 
     Example:
         >>> are_too_many(1, 2), are_too_many(1, 1), are_too_many(40, 400), are_too_many(41, 400)
@@ -86,7 +87,7 @@ def are_too_many(num_rejected: int, total: int) -> bool:
     return num_rejected == total or num_rejected > max(1, MAXIMUM_SET_ASIDE * total)
 
 
-def count_reasons(rejected: Sequence[RejectedQuestion]) -> str:
-    """Count targets that were set aside by reason, in words."""
+def describe_reasons(rejected: Sequence[RejectedQuestion]) -> str:
+    """Say how many targets were set aside for each reason."""
     counts = Counter(question.reason for question in rejected)
     return ", ".join(f"{number} {reason}" for reason, number in counts.items())

@@ -1,7 +1,7 @@
-"""Reporting a training to experiment trackers, through accelerate.
+"""Reports a training to experiment trackers, through accelerate.
 
-A training is one run of each tracker, and resumes it after a kill. A tracker only listens; no
-weight depends on one.
+A training is one run in each tracker, and a resumed training resumes that run. Trackers only
+listen: the weights don't depend on them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 PROJECT = "drllm"
 FOLDER = "trackers"
 RUN_FILE = "trackers.json"
-"""The trackers' run that an unfinished training reports to; it goes away with the checkpoint."""
+"""Names the run that an unfinished training reports to; deleted with the checkpoint."""
 WANDB = "wandb"
 TENSORBOARD = "tensorboard"
 
@@ -33,8 +34,25 @@ class _Run(msgspec.Struct, frozen=True):
     id: str
 
 
+@dataclass(kw_only=True)
+class _Options:
+    """How a tracker is started.
+
+    Attributes:
+        run_name: What the tracker calls the run.
+        arguments: Further arguments of the tracker's class.
+        failures: Errors by which the tracker says that it can't start.
+        has_config: Whether the run has its config already, or gets it from the arguments.
+    """
+
+    run_name: str = PROJECT
+    arguments: dict[str, Any] = field(default_factory=dict)
+    failures: tuple[type[Exception], ...] = (OSError,)
+    has_config: bool = False
+
+
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate doesn't know or whose package isn't there."""
+    """Refuse trackers that accelerate doesn't know or whose package isn't installed."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -68,7 +86,7 @@ def log_rows(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: i
 
 @contextmanager
 def run_trackers(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Sequence[Any]]:
-    """Start trackers, or resume an unfinished training's runs, in the routers' folder."""
+    """Start trackers in the routers' folder, or resume the runs of an unfinished training."""
     if not names:
         yield ()
         return
@@ -98,35 +116,40 @@ def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     settings = trainer.config.decisive()
     config = {key: value for key, value in settings.items() if value is not None}
-    run_name = PROJECT
-    arguments: dict[str, Any] = {}
-    failures: tuple[type[Exception], ...] = (OSError,)
-    has_config = False
-    if name == WANDB:
-        import wandb
-
-        arguments = _wandb_arguments(folder, run_id, config)
-        failures = (OSError, wandb.Error)
-        has_config = True
-    elif name == TENSORBOARD:
-        run_name = name
-        # What was logged after the last checkpoint is logged again, or was another training's.
-        arguments = {"purge_step": trainer.steps_done + 1}
-        has_config = trainer.epochs_done > 0
+    options = _choose_options(name, folder, run_id, trainer, config)
     if tracker_class.requires_logging_directory:
-        arguments["logging_dir"] = str(folder)
+        options.arguments["logging_dir"] = str(folder)
     try:
-        tracker = tracker_class(run_name, **arguments)
+        tracker = tracker_class(options.run_name, **options.arguments)
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
-        if not has_config:
+        if not options.has_config:
             tracker.store_init_configuration(config)
-    except failures as error:
+    except options.failures as error:
         raise ConfigError(
             f"--report-to {name} can't start: {' '.join(str(error).split())}; mend that (for W&B: "
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
     return tracker
+
+
+def _choose_options(
+    name: str, folder: Path, run_id: str, trainer: Trainer, config: dict[str, Any]
+) -> _Options:
+    """Return how a tracker is started."""
+    if name == WANDB:
+        import wandb
+
+        arguments = _wandb_arguments(folder, run_id, config)
+        return _Options(arguments=arguments, failures=(OSError, wandb.Error), has_config=True)
+    if name == TENSORBOARD:
+        # Steps after the last checkpoint are logged again, or are those of another training.
+        return _Options(
+            run_name=name,
+            arguments={"purge_step": trainer.steps_done + 1},
+            has_config=trainer.epochs_done > 0,
+        )
+    return _Options()
 
 
 def _wandb_arguments(folder: Path, run_id: str, config: dict[str, Any]) -> dict[str, Any]:

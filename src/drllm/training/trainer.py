@@ -1,8 +1,8 @@
 """One training of routers in memory: set-up, steps, epochs and metrics.
 
-Weights, moments and a batch are on the training's device. So are all inputs, where a part of its
-free memory holds them; else a batch of them is read at a time. Each random draw is a function of
-the seed and of its purpose, so resuming needs no state of a generator.
+Weights, moments and a batch are on the training's device. All inputs are there too if they fit into
+a part of its free memory; otherwise one batch of them is read at a time. Each random draw depends
+on the seed and on its purpose alone, so resuming needs no generator's state.
 
 Axes: N targets, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -24,10 +24,10 @@ from drllm.models.routers.checkpoint import build_stack
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.models.scoring.batching import free_bytes
-from drllm.records.splits import hash_of, question_key
+from drllm.records.splits import hash_text, question_key
 from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, split_rows
-from drllm.training.losses import class_weights, focal_losses
+from drllm.training.losses import compute_class_weights, compute_focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
@@ -41,11 +41,12 @@ class DivergedError(ConfigError):
 
 
 def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divide the targets into those trained on (never none) and those held out.
+    """Split the targets into those to train on (at least one) and those to hold out.
 
-    A question's side depends on the seed and its text (by `question_key`) alone, so that more
-    targets never move one from side to side and all targets of a question stay together. Below 10
-    targets nothing is held out; from there on, with a fraction above 0, at least one question is.
+    A question's side depends on the seed and its text (by `question_key`) alone. So adding targets
+    never moves a question to the other side, and all targets of a question stay together. With
+    fewer than 10 targets nothing is held out. With 10 or more and a fraction above 0, at least one
+    question is.
 
     Args:
         questions: Each target's question.
@@ -56,7 +57,7 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
     if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
         return rows, []
     # Each question's place in [0, 1); those below the threshold are held out.
-    places = [hash_of(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
+    places = [hash_text(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
     threshold = max(fraction, math.nextafter(min(places), math.inf))
     trained = [row for row in rows if places[row] >= threshold]
     if not trained:
@@ -67,10 +68,10 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rates: a line up to the peak, then half a cosine to 0.
+    """Learning rates: a linear warm-up to the peak, then half a cosine down to 0.
 
-    A warm-up that is as long as the training is shortened to a tenth, since else the training would
-    end before the rate has reached its peak (docs/differences.md, D-14).
+    A warm-up as long as the training is shortened to a tenth of it. Otherwise the training would
+    end before the rate reaches its peak (docs/differences.md, D-14).
     """
 
     peak: float
@@ -78,8 +79,8 @@ class Schedule:
     num_warmup_steps: int
 
     @classmethod
-    def of(cls, config: TrainConfig, num_steps: int) -> "Schedule":
-        """Return the schedule of settings, whose warm-up is a number or, below 1, a share."""
+    def from_config(cls, config: TrainConfig, num_steps: int) -> "Schedule":
+        """Make the schedule of a config; a warm-up below 1 is a share of all steps."""
         warmup = config.warmup_steps
         if warmup >= num_steps:
             warmup = WARMUP_SHARE
@@ -88,7 +89,7 @@ class Schedule:
         return cls(config.learning_rate, num_steps, int(warmup))
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0; no step's rate is 0."""
+        """Return the learning rate of a step, counted from 0; it is always above 0."""
         if step < self.num_warmup_steps:
             return self.peak * (step + 1) / (self.num_warmup_steps + 1)
         progress = (step - self.num_warmup_steps) / (self.num_steps - self.num_warmup_steps)
@@ -106,9 +107,9 @@ class Trainer:
         dtype: Of weights and batches.
 
     Attributes:
-        trained: Targets trained on.
-        held_out: The other targets.
-        label_counts: `[L][C]`: labels of the target paths trained on.
+        trained: Numbers of the targets to train on.
+        held_out: Numbers of the other targets.
+        label_counts: `[L][C]`: how often each decision is a layer's label in training.
         schedule: Learning rates of all steps.
         stack: The routers.
         rows: Lines of metrics so far.
@@ -144,13 +145,15 @@ class Trainer:
         )
         self.label_counts = class_counts(self.features.labels[self.trained].tolist())
         self.steps_per_epoch = math.ceil(len(self.trained) / self.config.gradient_accumulation)
-        self.schedule = Schedule.of(self.config, self.steps_per_epoch * self.config.num_epochs)
+        self.schedule = Schedule.from_config(
+            self.config, self.steps_per_epoch * self.config.num_epochs
+        )
 
     def setup_loss(self) -> None:
         """Compute the class weights."""
         totals = [sum(counts) for counts in zip(*self.label_counts, strict=True)]
         beta = self.config.beta if self.config.class_weights == "effective_number" else 0.0
-        self.class_weights = class_weights(totals, beta)
+        self.class_weights = compute_class_weights(totals, beta)
         self.loss_weights = self._to_device(torch.tensor(self.class_weights, dtype=torch.float64))
         self.gamma = self.config.gamma if self.config.loss == "focal" else 0.0
 
@@ -185,7 +188,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
 
     def setup_inputs(self) -> None:
-        """Load all inputs if memory holds them."""
+        """Load all inputs if they fit into memory."""
         self.inputs: Tensor | None = None  # [L, N, W, D], as the routers read them
         N, L, W, D = self.features.shape
         num_bytes = N * L * W * D * self.dtype.itemsize
@@ -199,13 +202,13 @@ class Trainer:
         return on_device(tensor.to(self.dtype), self.device)  # in this order: MPS has no float64
 
     def _read_inputs(self, rows: Sequence[int]) -> Tensor:
-        """Return what the routers read of some targets, `[B, L, W, D]`."""
+        """Return the routers' inputs for some targets, `[B, L, W, D]`."""
         if self.inputs is not None:
             return self.inputs.index_select(1, on_device(rows, self.device)).transpose(0, 1)
         return self._to_device(self.features.rows(rows))
 
     def notes(self) -> list[str]:
-        """Return what a user should know of the training, one sentence each."""
+        """Return what a user should know about the training, one sentence each."""
         notes = []
         num_steps = self.schedule.num_steps
         if self.config.warmup_steps >= num_steps:
@@ -260,9 +263,9 @@ class Trainer:
         self.epochs_done = epoch
 
     def compute_loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`."""
+        """Return the mean loss of logits `[B, L, C]` over some rows and all layers."""
         labels = on_device(self.features.labels[rows], self.device)
-        return focal_losses(logits, labels, self.loss_weights, self.gamma).mean()
+        return compute_focal_losses(logits, labels, self.loss_weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
         """Count how the routers decide on the targets trained on and on those held out, by part."""
@@ -278,10 +281,10 @@ class Trainer:
         return build_stack(self.stack.config, weights)
 
     def _train_step(self, rows: list[int], rate: float) -> Counts:
-        """Learn from rows, and count how the routers decided on them before.
+        """Train on rows for one step, and count the decisions made on them before it.
 
-        Source: sum and clipping are those of transformers' Trainer in the released code
-            (docs/differences.md, D-32).
+        Source: The sum and the clipping are those of transformers' Trainer, which the released code
+            uses (docs/differences.md, D-32).
         """
         loss, counts = self._evaluate_batch(rows)
         self.optimizer.zero_grad()
@@ -309,7 +312,7 @@ class Trainer:
         logits = self.stack(self._read_inputs(rows), filled)
         loss = self.compute_loss(logits, rows)
         decisions = logits.detach().argmax(dim=-1)  # [B, L]
-        # In one copy, since the host waits for it; small whole numbers are exact in any dtype.
+        # Copied together, since the host waits for each copy; small integers are exact as floats.
         copied = torch.cat([loss.detach()[None], decisions.flatten().to(loss)]).cpu()
         loss_value = float(copied[0])
         decisions = copied[1:].long().view(decisions.shape)
@@ -324,7 +327,7 @@ class Trainer:
 def count_decisions(decisions: Tensor, labels: Tensor, loss: float) -> Counts:
     """Count a batch: decisions against labels, both `[B, L]`, and their mean loss.
 
-    Decisions that would skip every layer cost 1, for one is always executed.
+    Decisions that skip every layer cost 1, since one layer is always executed.
     """
     L = labels.shape[1]
     C = NUM_DECISIONS
@@ -346,6 +349,6 @@ def shuffle_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> It
 
 
 def make_generator(purpose: str, *numbers: int) -> torch.Generator:
-    """Return a generator on the CPU for one purpose, seeded with the numbers."""
-    seed = hash_of(" ".join([purpose, *map(str, numbers)])) >> 1
+    """Return a CPU generator, seeded with a purpose and numbers such as the seed."""
+    seed = hash_text(" ".join([purpose, *map(str, numbers)])) >> 1
     return torch.Generator().manual_seed(seed)

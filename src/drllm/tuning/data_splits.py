@@ -149,5 +149,5 @@ def part_of(question: str) -> str:
         >>> part_of("What is ice?") == part_of(" what is  ICE?")
         True
     """
-    # Not the hash of `split_of`: in a set with some of the splits it would fill some parts only.
+    # Not the hash of `find_split`: in a set with some of the splits it would fill some parts only.
     return part_by_hash(f"tune:{question_key(question)}", BOUNDS)

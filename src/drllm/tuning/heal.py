@@ -40,7 +40,7 @@ from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
@@ -253,7 +253,7 @@ class HealRun:
             tasks=tuple(source.name for source in self.sources if source.prompts),
             texts=tuple(source.name for source in self.sources if source.texts),
             divided=tuple(source.name for source in self.sources if source.is_divided),
-            questions_sha256=digest_of([self.sources]),
+            questions_sha256=hash_values([self.sources]),
             runtime={**self.base.runtime, "autocast": autocast},
         )
 
@@ -308,7 +308,7 @@ class HealRun:
         for start in range(0, len(prompts), ANSWERS_AT_ONCE):
             part = prompts[start : start + ANSWERS_AT_ONCE]
             key = f"{source.name} answers from {start}"
-            texts += self.chunks.once(key, list[Tokens], partial(self._answer, part))
+            texts += self.chunks.get_or_make(key, list[Tokens], partial(self._answer, part))
         return texts
 
     def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from drllm.config import HealConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
 from drllm.errors import ConfigError, TaskError
-from drllm.records.codec import digest_of, read_text
+from drllm.records.codec import hash_values, read_text
 from drllm.records.static_paths import FIT
 from drllm.tasks.base import Task
 from drllm.tasks.examples import FILE_NAMES, Prompt, choose
@@ -135,7 +135,7 @@ def divided(
     wanted, size = -(-config.num_held_out // len(by_source)), config.max_tokens
     for name, texts in by_source.items():
         left = {text for text in texts if len(text) > 1} - seen
-        own = sorted(left, key=lambda text: digest_of([text]))
+        own = sorted(left, key=lambda text: hash_values([text]))
         seen.update(own)
         if len(own) < 2:
             raise TaskError(

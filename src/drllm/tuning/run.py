@@ -22,7 +22,7 @@ from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.paths import StaticPath
 from drllm.processes import count, from_first
-from drllm.records.codec import digest_of, write_json
+from drllm.records.codec import hash_values, write_json
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer, stage_folder
 from drllm.records.resume import Chunks, refuse_other_run
@@ -119,7 +119,7 @@ class _Tuning:
             "settings": config.decisive(),
             "model": base.identity,
             "runtime": base.runtime,
-            "questions_sha256": digest_of(each.digest_values() for each in splits),
+            "questions_sha256": hash_values(each.digest_values() for each in splits),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
         self.beam = beam_of(config, splits, routed.num_layers)

@@ -13,7 +13,7 @@ import numpy as np
 from drllm.config import TuneConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import StaticPath
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.resume import Chunks
 from drllm.records.static_paths import FIT, SELECT
 from drllm.statistics.intervals import Floats
@@ -122,7 +122,7 @@ class TaskScorer:
         scorer = self.scorer(part)
         order = sorted(range(first, last), key=lambda place: scorer.items[place].request.length)
         size = max(1, MOST_PAIRS // len(paths))
-        digest = digest_of(path.layers for path in paths)[:16]
+        digest = hash_values(path.layers for path in paths)[:16]
         blocks = [order[start : start + size] for start in range(0, len(order), size)]
         calls = {}
         for number, places in enumerate(blocks):
@@ -130,7 +130,7 @@ class TaskScorer:
             calls[key] = partial(scorer.score, paths, places)
         found = np.zeros((2, len(paths), last - first))
         num_scored = 0
-        for places, scores in zip(blocks, self.chunks.each_once(calls, Scores), strict=True):
+        for places, scores in zip(blocks, self.chunks.get_or_make_all(calls, Scores), strict=True):
             columns = [place - first for place in places]
             found[0][:, columns] = scores.objective
             found[1][:, columns] = scores.right or 0.0
@@ -155,14 +155,14 @@ class TaskScorer:
     def _grade(self, part: str, path: StaticPath) -> list[float]:
         """Generate the answers of a part along a path, some in each go, and grade them."""
         prompts = self.prompts(part)
-        digest = digest_of(path.layers)[:16]
+        digest = hash_values(path.layers)[:16]
         calls = {}
         for start in range(0, len(prompts), MOST_ANSWERS):
             block = prompts[start : start + MOST_ANSWERS]
             key = f"{self.name} answers {part} from {start} {digest}"
             calls[key] = partial(grade_answers, self.routed, path, block)
         grades: list[float] = []
-        for block_grades in self.chunks.each_once(calls, list[float]):
+        for block_grades in self.chunks.get_or_make_all(calls, list[float]):
             grades += block_grades
             note = f"{len(grades)} of {len(prompts)} answers of a path"
             self.on_scored(len(block_grades), note)

@@ -17,7 +17,7 @@ from drllm.records import codec
 from drllm.records.codec import read_json_lines
 from drllm.records.manifest import manifest_path
 from drllm.records.search import FailedQuestion, read_search
-from drllm.records.splits import split_of
+from drllm.records.splits import find_split
 from drllm.search import CHUNKS_FOLDER, count_kept_batches, retest
 from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
@@ -330,7 +330,7 @@ def test_one_prompt_of_each_task_is_told_as_the_model_reads_it(routed, facts, tm
 def test_of_a_long_prompt_the_middle_is_left_out(routed, write_rows):
     row = {"question": f"Of {'very ' * 130}many, which?", "choices": ["one", "none"], "answer": 0}
     task = get_task(str(write_rows("own", [row])))
-    listener, split = RecordingListener(), split_of(row["question"], "own")
+    listener, split = RecordingListener(), find_split(row["question"], "own")
     [record] = run(routed, None, [task], listener, split=split)
     text = listener.notes[0].partition("\n  | ")[2].replace("\n  | ", "\n")
     start, number, end = re.split(r"\[\.\.\. ([0-9]+) characters left out \.\.\.\]", text)
@@ -436,8 +436,8 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
     routed = RoutedModel(tiny_model(family, max_position_embeddings=256), tokenizer=tiny_tokenizer)
     texts = [f"What is {n}{' less' * (n % 3)}?" for n in range(12)]
     rows = [{"question": text, "answer": "odd", **how} for text in texts]
-    long = next(row for row in rows if split_of(row["question"], "own") == "search")
-    while len(long["question"]) < 300 or split_of(long["question"], "own") != "search":
+    long = next(row for row in rows if find_split(row["question"], "own") == "search")
+    while len(long["question"]) < 300 or find_split(long["question"], "own") != "search":
         long["question"] += " Why?"
     task = get_task(str(write_rows("own", rows)))
 

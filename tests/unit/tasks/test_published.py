@@ -9,7 +9,7 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.records.splits import BOUNDS, split_of
+from drllm.records.splits import BOUNDS, find_split
 from drllm.tasks.published import task
 from drllm.tasks.published.task import PublishedTask, find_file
 from drllm.tasks.registry import TASKS, get_task
@@ -48,7 +48,7 @@ def test_a_split_keeps_the_files_order_and_the_first_of_equal_questions(arc, wri
     found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
     assert sorted(found) == sorted(row["id"] for row in ROWS)
     search = [e.id for e in ARC_EASY.examples("search", arc)]
-    expected = [r["id"] for r in ROWS if split_of(str(r["question"]), "train") == "search"]
+    expected = [r["id"] for r in ROWS if find_split(str(r["question"]), "train") == "search"]
     assert search == expected
 
 

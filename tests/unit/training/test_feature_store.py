@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_during_the_pass_is_said_and_loses_nothing(folder, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, was)
     assert caught.value.__cause__.errno == errno.EFBIG
-    assert "the 3 of 7 targets that are there" in str(caught.value)
+    assert "resumes after 3 of 7 targets" in str(caught.value)
     passes.clear()
     pool(folder, N)
     assert passes == [3, 1]

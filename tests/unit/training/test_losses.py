@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from drllm.training.losses import class_weights, focal_losses
+from drllm.training.losses import compute_class_weights, compute_focal_losses
 
 EXACT = 1e-12  # float64: only the order of additions differs
 WEIGHTS = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
@@ -29,7 +29,7 @@ def slow_focal_loss(logits, labels, weights, gamma) -> float:
 
 def focal_loss(logits, labels, weights, gamma):
     """The mean over layers and rows for hard labels."""
-    return focal_losses(logits, labels, weights.to(logits.dtype), gamma).mean()
+    return compute_focal_losses(logits, labels, weights.to(logits.dtype), gamma).mean()
 
 
 def batch(seed: int = 0, rows: int = 5, layers: int = 4):
@@ -43,15 +43,17 @@ def batch(seed: int = 0, rows: int = 5, layers: int = 4):
 @pytest.mark.parametrize("counts", [[1190, 6558, 22], [1, 1, 1], [3, 700, 1], [0, 40, 2]])
 def test_class_weights_equal_the_sum_of_the_geometric_series(counts, beta):
     # The series itself adds up thousands of rounded terms.
-    assert slow_class_weights(counts, beta) == pytest.approx(class_weights(counts, beta), rel=1e-11)
+    assert slow_class_weights(counts, beta) == pytest.approx(
+        compute_class_weights(counts, beta), rel=1e-11
+    )
 
 
 def test_a_class_without_labels_gets_weight_one_and_leaves_the_others_alone():
-    skip, execute, repeat = class_weights([5, 100, 0], beta=0.99)
+    skip, execute, repeat = compute_class_weights([5, 100, 0], beta=0.99)
     assert execute < repeat == 1.0 < skip
-    assert list(class_weights([5, 100], beta=0.99)) == [skip, execute]
+    assert list(compute_class_weights([5, 100], beta=0.99)) == [skip, execute]
     assert (skip + execute) / 2 == pytest.approx(1.0, abs=EXACT)
-    assert class_weights([0, 30, 0], beta=0.999) == (1.0, 1.0, 1.0)
+    assert compute_class_weights([0, 30, 0], beta=0.999) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])

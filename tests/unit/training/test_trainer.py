@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from drllm.agreement import Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.training.features import Features
-from drllm.training.losses import class_weights, focal_losses
+from drllm.training.losses import compute_class_weights, compute_focal_losses
 from drllm.training.trainer import DivergedError, Trainer, count_decisions
 
 FEATURES = make_features(40)
@@ -123,8 +123,10 @@ def logits():
 )
 def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, gamma, beta, kind):
     counts = FEATURES.labels.flatten().bincount().tolist()
-    weights = class_weights(counts, beta)
-    losses = focal_losses(logits, FEATURES.labels[:4], torch.tensor(weights).double(), gamma)
+    weights = compute_class_weights(counts, beta)
+    losses = compute_focal_losses(
+        logits, FEATURES.labels[:4], torch.tensor(weights).double(), gamma
+    )
     changes = {"beta": beta} if beta else {}
     trainer = prepared(gamma=gamma, class_weights=kind, validation_fraction=0.0, **changes)
     assert trainer.class_weights == weights

@@ -4,7 +4,7 @@ import pytest
 
 from drllm.config import TuneConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.records.codec import digest_of
+from drllm.records.codec import hash_values
 from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
@@ -74,7 +74,7 @@ def test_the_digest_of_a_tunings_questions_is_that_of_earlier_files():
     name, examples = divided.digest_values()
     assert (name, list(examples)) == ("builtin_facts", [FIT, SELECT, "certify", TEST])
     old = "c0454f7030fb317d9f579b5731e1a43aaeb61e5dc4c7432618645e52fc540380"
-    assert digest_of([divided.digest_values()]) == old
+    assert hash_values([divided.digest_values()]) == old
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_no_missing_split():

@@ -45,8 +45,8 @@ def fingerprint(model: nn.Module) -> str:
     change of dtype, so routers trained on a float32 model fit the same model in bfloat16. They
     don't survive quantisation, which mostly leaves the embedding alone. So the text has 16 digits
     for all three weights, then 8 for the embedding. For a quantised model it has `QUANTISED`, 8
-    digits for the embedding, then 8 for how the model is quantised (see `same_weights`). An adapter
-    that isn't merged doesn't count.
+    digits for the embedding, then 8 for how the model is quantised (see `have_same_weights`). An
+    adapter that isn't merged doesn't count.
 
     Raises:
         ArchitectureError: See `find_layers`.

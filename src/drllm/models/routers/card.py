@@ -1,6 +1,6 @@
 """The model card of saved routers, made from `router_config.json` alone.
 
-What isn't recorded there isn't claimed.
+The card claims nothing that isn't recorded there.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from drllm.models.routers.config import RouterConfig
 FOLDER = "path/to/this/folder"
 LIBRARY = "drllm"
 MARK = f"library_name: {LIBRARY}"
-"""A line of every card of routers, which tells it from somebody else's README."""
+"""A line of every card of routers; a README.md without it isn't ours."""
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 METRICS = {
     "routers_loss": "loss",
@@ -39,7 +39,7 @@ COMPARED_METRICS = {
 def write_card(config: RouterConfig, place: str = FOLDER) -> str:
     """Write the card of routers: the hub's metadata, then Markdown.
 
-    Where no training is recorded, the card says that nothing is known of data and metrics.
+    Without a recorded training, the card says that nothing is known about data and metrics.
 
     Args:
         config: The routers' config.
@@ -58,7 +58,7 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
         tasks=_as_mapping(training.get("tasks")),
         labels=[sum(counts) for counts in zip(*config.label_counts, strict=True)],
         metrics=METRICS,
-        rows=_usable_rows(training.get("metrics")),
+        rows=_select_rows(training.get("metrics")),
         comparison=comparison,
         compared_metrics=COMPARED_METRICS,
         systems={name: row for name, row in systems.items() if _has_numbers(row, COMPARED_METRICS)},
@@ -67,11 +67,11 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
 
 
 def _describe_for_hub(config: RouterConfig) -> ModelCardData:
-    """Return the hub's metadata; the base model is in it only where its name is a hub id."""
+    """Return the hub's metadata; it names the base model only if that name is a hub id."""
     metadata = ModelCardData(library_name=LIBRARY, tags=["layer-routing", "dynamic-depth"])
     if HUB_ID.fullmatch(config.base_model):
         metadata.base_model = config.base_model
-        # The hub would take any other safetensors with a base model for a fine-tune of it.
+        # Without this, the hub would list the routers as a fine-tune of the base model.
         metadata["base_model_relation"] = "adapter"
     return metadata
 
@@ -82,8 +82,8 @@ def _count_parameters(config: RouterConfig) -> int:
     return config.num_layers * (hidden_layer + decision_layer)
 
 
-def _usable_rows(metrics: Any) -> list[Mapping[str, Any]]:
-    """Return the lines of metrics that can be written, of whatever a config holds."""
+def _select_rows(metrics: Any) -> list[Mapping[str, Any]]:
+    """Return the recorded metrics that the card can show; a config may hold anything."""
     if not isinstance(metrics, list):
         return []
     return [row for row in metrics if _has_numbers(row, METRICS) and _has_split(row)]

@@ -1,4 +1,4 @@
-"""Saved routers: written all at once, read with care, and checked against their base model.
+"""Saves routers, loads them, and checks that they belong to a base model.
 
 Axes: D hidden, L layers, H router width.
 """
@@ -48,12 +48,12 @@ def save_routers(
     Args:
         routers: The routers.
         folder: Where to write; made if it doesn't exist.
-        config: Saved instead of the routers' own.
-        place: Where they will be loaded from, for the card: a folder or a hub id.
+        config: Saved in place of the config that the routers have.
+        place: Where the routers will be loaded from, for the card: a folder or a hub id.
 
     Raises:
-        CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that can't
-            be written, or a README.md or config.json in it that isn't of routers.
+        CheckpointError: The weights aren't finite float32 of the right shapes, the folder can't be
+            written, or it has a README.md or config.json that doesn't belong to routers.
     """
     folder = Path(folder)
     config = config or routers.config
@@ -83,7 +83,7 @@ def save_routers(
 
 
 def _check_foreign_files(folder: Path) -> None:
-    """Refuse a folder in which somebody else's files would be replaced."""
+    """Refuse a folder where a README.md or config.json that isn't ours would be replaced."""
     counted = folder / COUNTED_FILE
     if counted.is_file() and b'"drllm"' not in counted.read_bytes():
         raise CheckpointError(
@@ -112,10 +112,10 @@ def _encode_config(config: RouterConfig) -> bytes:
 def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files into a folder, replacing those that are there: all of them, or none.
 
-    Everything is on the disk before the first of the earlier files is touched, and these are put
-    back if a later step fails. While they change places the config is away, so that a process
-    killed in between leaves a folder that is refused, never one of two halves. The next save that
-    succeeds removes what a killed one left.
+    All new files are on disk before the first old file is moved, and old files are put back if a
+    step fails. The config is moved away first and put in place last. So a process that is killed in
+    between leaves a folder that is refused, never a mix of old and new files. The next save that
+    succeeds removes the leftovers.
     """
     names = sorted(files, key=lambda name: name == CONFIG_FILE)  # the config last
     mark = uuid.uuid4().hex
@@ -157,8 +157,8 @@ def load_routers(folder: Path | str) -> RouterStack:
     """Read routers that `save_routers` has written.
 
     Raises:
-        CheckpointError: What `read_config` refuses, a broken file, tensors of another shape or
-            dtype, values that aren't finite, or weights that were saved with another config.
+        CheckpointError: `read_config` refuses the config, the file is broken, a tensor has another
+            shape or dtype or isn't finite, or the weights were saved with another config.
     """
     config = read_config(folder)
     path = Path(folder) / WEIGHTS_FILE
@@ -184,7 +184,7 @@ def build_stack(config: RouterConfig, tensors: Mapping[str, Tensor]) -> RouterSt
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file and the notes in its header."""
+    """Return the tensors of a file, and the notes in its header."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {WEIGHTS_FILE}; is it a folder of routers?")
     try:
@@ -212,7 +212,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
-    """Say why weights aren't those of routers with this config; None where they are."""
+    """Say why weights don't fit a config; return None if they do."""
     L = config.num_layers
     D = config.hidden_size
     H = config.router_width
@@ -239,10 +239,9 @@ def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | N
 
 
 def check_routers(model: Any, routers: RouterStack) -> None:
-    """Refuse routers that were made for another model, by a message that lists all that differs.
+    """Refuse routers that were made for another model; the message lists every difference.
 
-    An adapter of PEFT around the model or in it doesn't count, nor does where its weights are.
-    Another id alone is a warning.
+    PEFT adapters and devices don't matter. If only the id differs, it is a warning.
     """
     config = routers.config
     differences = _compare_base(config, describe(model))
@@ -262,7 +261,7 @@ def check_routers(model: Any, routers: RouterStack) -> None:
 
 
 def _compare_base(config: RouterConfig, identity: Mapping[str, Any]) -> list[str]:
-    """Say in what a model differs from the base model that a config describes."""
+    """List how a model differs from the base model that a config describes."""
     differences = []
     for field in BASE_FIELDS:
         expected = getattr(config, field)
@@ -273,7 +272,7 @@ def _compare_base(config: RouterConfig, identity: Mapping[str, Any]) -> list[str
 
 
 def complete_config(config: RouterConfig, model: Any) -> RouterConfig:
-    """Fill in what a config doesn't say of its base model."""
+    """Return a config with what it didn't say about its base model filled in."""
     identity = describe(model)
     if not config.base_model:
         base = base_of(model)

@@ -1,4 +1,4 @@
-"""What routers are for, and their shapes: `router_config.json`.
+"""The config of routers, `router_config.json`: their shapes and their base model.
 
 Axes: D hidden, L layers, W windows, H router width.
 """
@@ -26,7 +26,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """Shapes of the routers and the base model they are for; saved as `router_config.json`.
+    """Shapes of routers and the base model they belong to; saved as `router_config.json`.
 
     Attributes:
         num_layers: L of the base model.
@@ -34,17 +34,16 @@ class RouterConfig:
         num_windows: W.
         router_width: H.
         base_model: Hub id, alias or path of the base model.
-        base_revision: Its revision, where known.
+        base_revision: Its revision, if known.
         base_class: Class name of the base model.
         base_fingerprint: Hash over three named weight tensors of the base model.
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
             empty where the routers weren't trained on targets.
-        training: Settings and final metrics, for the reader. Only `rewards`, the rewards that the
-            prompts trained on were made for, and `prompt_form`, the form of these prompts, are
-            interpreted.
+        training: Settings and final metrics, for people to read. The code reads two keys only:
+            `rewards` and `prompt_form`, the rewards and the form of the prompts trained on.
 
     Raises:
-        ConfigError: A value of another type, or a size below 1.
+        ConfigError: A value has another type, or a size is below 1.
     """
 
     num_layers: Size
@@ -90,7 +89,7 @@ class RouterConfig:
 
 
 def read_config(folder: Path | str) -> RouterConfig:
-    """Read the `router_config.json` of a routers folder; a CheckpointError if it can't be."""
+    """Read the `router_config.json` of a routers folder; CheckpointError if it is no good."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(_explain_missing_config(path.parent))
@@ -130,7 +129,7 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
 
 
 def _explain_missing_config(folder: Path) -> str:
-    """Say why a place isn't a folder of routers, and what may have been meant."""
+    """Say why a place isn't a folder of routers, and what to give instead."""
     if folder.is_file():
         return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
     problem = f"{folder} has no {CONFIG_FILE}"

@@ -1,6 +1,6 @@
-"""Depth control: find the depth bias for a number of executions, and make a policy of settings.
+"""Depth control: finds the depth bias for a number of executions, and makes policies from settings.
 
-The bias is found on a calibration set by measuring the routes of its prompts.
+The bias is found by measuring the routes of a calibration set of prompts.
 
 Axes: N prompts, L layers.
 """
@@ -25,24 +25,24 @@ from drllm.models.scoring.batching import batches
 from drllm.records.codec import read_json_lines
 
 TOLERANCE = 0.25
-"""Executions that the mean over the calibration set may differ from the target. Less is often
-impossible: where a layer is skipped, later routers read something else, and a single prompt may
-lose twenty executions at once."""
-DECIMALS = 6  # biases are chosen among numbers that can be written down exactly
+"""How far the mean executions of the calibration set may be from the target. Often no bias comes
+nearer: when a layer is skipped, later routers read other states, and a single prompt may lose
+twenty executions at once."""
+DECIMALS = 6  # of biases, so that they can be copied from a message
 RESOLUTION = 1e-5  # two biases nearer than this count as the same
 WIDEST = 2.0**19
-"""The largest bias that is tried; routers whose logits lie within it skip or repeat at it."""
-GRID_SIZE = 16  # evenly spaced biases between which the search starts again after a jump
+"""The largest bias to try. Where all logits are smaller, every router skips or repeats at it."""
+GRID_SIZE = 16  # intervals in which the search starts again after a jump
 
 
 class Calibration(NamedTuple):
-    """A depth bias and what it gives on the calibration set.
+    """A depth bias, and what it does on the calibration set.
 
     Attributes:
         depth_bias: For `RouterPolicy`, or as `--depth-bias`.
-        executions: Mean executions of the prompts under this bias, measured.
+        executions: Measured mean executions of the prompts under this bias.
         num_prompts: N.
-        num_probes: How many times all prompts were routed to find it.
+        num_probes: How many biases were measured, each on all prompts.
     """
 
     depth_bias: float
@@ -57,8 +57,8 @@ def route_prompts(
 ) -> Tensor:
     """Return the route of each prompt under a policy; nothing is generated.
 
-    Prompts of similar length share a left-padded batch, so the policy can't be a plan with rows of
-    its own. `routed.last_route` and the model's own policy are left as they were.
+    Prompts of similar length share a left-padded batch, so the policy can't be a plan with a row
+    for each prompt. `routed.last_route` and the model's policy stay as they were.
 
     Returns:
         `[N, L]` on the CPU, in the order of the prompts.
@@ -76,7 +76,7 @@ def route_prompts(
 
 
 def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse no prompts, a prompt without tokens, and one that is longer than the context."""
+    """Refuse an empty list, a prompt without tokens, and one longer than the context."""
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
     context = context_length(routed.model)
@@ -91,9 +91,9 @@ def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Non
 
 
 class _Recorder(Policy):
-    """Records a reading of some layers' inputs, and makes the same decision at each layer.
+    """Reads the inputs of some layers, and makes the same decision at each layer.
 
-    Behind the last of these layers nothing needs to run, so the rest is skipped.
+    Layers after the last one that is read are skipped, since nobody needs their states.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ def record_at_layers(
     *,
     decision: int,
 ) -> Tensor:
-    """Return what a function reads of each prompt at some layers, `[N, layers, …]`.
+    """Return what a function reads at some layers' inputs for each prompt, `[N, layers, …]`.
 
-    All layers before the last of these make the same decision.
+    Every layer before the last of these gets the same decision.
     """
-    # `route_prompts` runs the longest first, so that batches come in this order.
+    # `route_prompts` runs the longest prompts first; in this order its batches are consecutive.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     recorder = _Recorder(read, layers, decision)
     route_prompts(routed, recorder, [prompts[row] for row in order])
@@ -194,18 +194,18 @@ def find_depth_bias(
     batch_size: int = 16,
     tolerance: float = TOLERANCE,
 ) -> Calibration:
-    """Find the depth bias under which prompts run a given number of executions on average.
+    """Find the depth bias under which prompts have a target number of executions on average.
 
-    Every bias is measured by routing all prompts, since a decision changes what later routers
-    read. So the mean is a step function of the bias, may jump over values, and may rise as well as
-    fall. It is bisected all the same; where bisection ends in a jump, it starts again between
-    evenly spaced biases.
+    Each bias is measured by routing all prompts, since a decision changes what later routers read.
+    The mean is a step function of the bias: it may jump over values, and it may rise as well as
+    fall. Bisection usually finds the target all the same. If it ends in a jump, it starts again in
+    each of 16 equal intervals.
 
     Args:
         routed: A model with routers.
         prompts: The calibration set, token ids of each prompt.
         target_executions: Mean executions, from 1 to 2L.
-        routers: The routers to find a bias for; the model's own unless given.
+        routers: The routers to find a bias for; None takes those of the model.
         batch_size: Prompts in a forward pass.
         tolerance: How far the mean may be from the target.
 
@@ -213,8 +213,8 @@ def find_depth_bias(
         The first bias within the tolerance, with its measured executions.
 
     Raises:
-        ConfigError: No routers, no usable prompts, a target that no model of L layers can run, or
-            one that lies in a jump; the message then has the nearest values with their biases.
+        ConfigError: There are no routers or no usable prompts, a model of L layers can't run the
+            target, or the mean jumps over it; the message then names the nearest values.
 
     Source: ours (D-20).
     """
@@ -225,11 +225,11 @@ def find_depth_bias(
             "--target-executions has no effect on a model without routers; give routers, or pin a "
             "plan with routed.fixed(...)"
         )
-    most = 2 * routed.num_layers
-    if not 1 <= target_executions <= most:
+    maximum = 2 * routed.num_layers
+    if not 1 <= target_executions <= maximum:
         raise ConfigError(
             f"--target-executions is {target_executions:g}, but a model of {routed.num_layers} "
-            f"layers runs 1 to {most} executions; give a number from 1 to {most}"
+            f"layers runs 1 to {maximum} executions; give a number from 1 to {maximum}"
         )
     probes = _Probes(routed, routers, prompts, batch_size)
     for bias in _propose_biases(probes.measure, target_executions):
@@ -239,12 +239,12 @@ def find_depth_bias(
     raise ConfigError(
         f"no depth bias gives {target_executions:g} executions on these {len(prompts)} prompts, "
         f"whose mean jumps over it: the nearest are {probes.describe_nearest(target_executions)}; "
-        f"take one of these, or calibrate on more prompts"
+        f"choose one of these, or calibrate on more prompts"
     )
 
 
 def _propose_biases(measure: Callable[[float], float], target: float) -> Iterator[float]:
-    """Yield biases one by one, each chosen by the measurements of those before it."""
+    """Yield biases one by one, each chosen by what the earlier ones measured."""
     yield 0.0
     direction = 1.0 if measure(0.0) > target else -1.0
     near = 0.0
@@ -264,7 +264,7 @@ def _propose_biases(measure: Callable[[float], float], target: float) -> Iterato
 def _bisect(
     measure: Callable[[float], float], target: float, start: float, end: float
 ) -> Iterator[float]:
-    """Bisect between two biases on different sides of the target; else yield nothing."""
+    """Bisect between two biases, if they lie on different sides of the target."""
     is_above = measure(start) > target
     if is_above == (measure(end) > target):
         return
@@ -282,8 +282,8 @@ def make_policy(
 ) -> tuple[Policy, Calibration | None]:
     """Return the policy of depth settings, and the calibration if a target was calibrated.
 
-    Without a depth setting it is the policy in force. Prompts are read for `target_executions`
-    alone.
+    Without a depth setting it is the model's current policy. Only `target_executions` needs
+    prompts.
     """
     setting = config.knob()
     routers = routed.routers
@@ -307,9 +307,9 @@ def make_policy(
 def read_calibration(path: Path) -> list[tuple[str, bool]]:
     """Read the prompts of a calibration file.
 
-    Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
-    and `search.jsonl` are recognised by their other fields: their prompts are what the model reads,
-    a chat template included.
+    Each line is an object with `prompt` or `question`. Lines of `supervision.jsonl` and
+    `search.jsonl` are recognised by their other fields; their prompts are rendered already, with
+    any chat template.
 
     Returns:
         Each prompt, and whether it is rendered already.
@@ -331,7 +331,7 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
 def encode_calibration(
     prompts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of calibration prompts; `chat` renders those that aren't rendered yet."""
+    """Return the tokens of calibration prompts; `chat` adds the template where it is missing."""
     tokens = []
     for text, is_rendered in prompts:
         prompt = render(tokenizer, text, chat=chat and not is_rendered)

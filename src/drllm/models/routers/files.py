@@ -1,4 +1,4 @@
-"""The files of a routers folder, and the folder on this machine that a name stands for."""
+"""The files in a routers folder, and the search for that folder on this machine or on the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ def find_routers(place: Path | str, revision: str | None = None, **options: Any)
     """Return the folder of routers that a name stands for, downloaded from the hub if necessary.
 
     Args:
-        place: A folder, or OWNER/NAME on the hub; a folder of that name comes first. A folder
-            that doesn't exist is returned too, for its reader to refuse.
+        place: A folder, or OWNER/NAME on the hub. A folder of that name is preferred. A folder
+            that doesn't exist is returned too; reading it will fail.
         revision: Branch, tag or commit on the hub.
         options: `token`, `cache_dir` and `local_files_only`, as the hub's library takes them.
 
     Raises:
-        CheckpointError: Routers that can't be had from the hub.
-        ConfigError: A revision of a folder.
+        CheckpointError: The hub doesn't have the routers, or can't be reached.
+        ConfigError: A revision is given with a folder.
     """
     name = str(place)
     folder = Path(place).expanduser()
@@ -56,6 +56,6 @@ def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
     with hub.quiet():
         try:
             return Path(huggingface_hub.snapshot_download(name, **options))
-        except OfflineModeIsEnabled:  # which some versions raise for a commit that is in the cache
+        except OfflineModeIsEnabled:  # some versions raise it even for a commit in the cache
             options["local_files_only"] = True
             return Path(huggingface_hub.snapshot_download(name, **options))

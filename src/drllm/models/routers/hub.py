@@ -1,4 +1,4 @@
-"""Pushing routers to the hub with a model card."""
+"""Pushes routers to the hub with a model card."""
 
 import dataclasses
 import re
@@ -37,13 +37,14 @@ def push_routers(
 ) -> str:
     """Push routers with a model card to the hub; the repository is made if it doesn't exist.
 
-    The name of a base model that is only on this machine isn't pushed, and a warning says so.
+    If the base model is only on this machine, its name isn't pushed, and a warning says so.
 
     Returns:
         The commit's address.
 
     Raises:
-        CheckpointError: A name that no repository can have, no token, no network, or a refusal.
+        CheckpointError: The name can't be a repository's, there is no token or no network, or the
+            hub refuses the push.
     """
     config = _remove_local_name(complete_config(routers.config, model))
     if not HUB_ID.fullmatch(repo):
@@ -74,7 +75,10 @@ def push_routers(
 def _create_repository(
     api: huggingface_hub.HfApi, repo: str, private: bool, revision: str | None
 ) -> None:
-    """Make the repository and the branch if they don't exist; refuse a public one as private."""
+    """Make the repository and the branch if they don't exist.
+
+    An existing public repository is refused if a private one is asked for.
+    """
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.model_info(repo).private:
         raise CheckpointError(
@@ -88,7 +92,7 @@ def _create_repository(
 def _remove_local_name(config: RouterConfig) -> RouterConfig:
     """Return a config without the base model's name if only this machine has that model.
 
-    The name would lead nobody anywhere, and tell how folders are called here.
+    Elsewhere that name would be useless, and it would reveal the names of local folders.
     """
     name = config.base_model
     has_hub_form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None

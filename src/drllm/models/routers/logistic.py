@@ -1,4 +1,4 @@
-"""Logistic regression: linear maps that decide from a few numbers about a prompt.
+"""Logistic regression: fits linear maps that decide from a few numbers about a prompt.
 
 Axes: N examples, D inputs, L decisions of an example, C classes of a decision.
 """
@@ -24,17 +24,18 @@ def fit_logistic(
 ) -> nn.Linear:
     """Fit a linear map from inputs `[N, D]` to the logits `[N, L · C]` of labels `[N, L]`.
 
-    The objective is the examples' mean cross-entropy, summed over their decisions, plus half the
-    penalty times the squares of the map from inputs that are scaled to mean 0 and deviation 1.
-    Biases have no penalty, and an input that never varies isn't read. Classes have no weights.
+    Inputs are scaled to mean 0 and deviation 1 for the fit. The objective is the cross-entropy,
+    summed over an example's decisions and averaged over examples, plus half the penalty times the
+    sum of the squared weights. Biases aren't penalised, classes aren't weighted, and an input that
+    never varies gets weight 0.
 
     Args:
-        inputs: Of any scale; the map returned reads them as they are.
+        inputs: Of any scale; the returned map takes them unscaled.
         labels: Classes, from 0.
         num_classes: C.
         weights: Weight of each example, `[N]`; all equal by default.
-        penalty: By default the one of `PENALTIES` that is best on a fifth of the examples, held
-            out for that; the map is then fitted on all of them.
+        penalty: None chooses the one of `PENALTIES` that fits a held-out fifth of the examples
+            best; the map is then fitted on all of them.
     """
     num_examples = len(inputs)
     if weights is None:
@@ -53,7 +54,7 @@ def fit_logistic(
 
 
 def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor) -> float:
-    """Return the penalty under which a map fits held-out examples best."""
+    """Return the penalty whose map fits held-out examples best."""
     num_examples = len(inputs)
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     num_held_out = round(HELD_OUT * num_examples)

@@ -1,6 +1,6 @@
 """The routers as a network: one small router per layer, all computed in one batch.
 
-Each reads the mean of the prompt's hidden states in W contiguous windows.
+Each router reads the mean hidden state of the prompt's tokens in each of W contiguous windows.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -25,7 +25,7 @@ class Windows:
 
 
 class Spans:
-    """Places of the W windows in a batch of prompts.
+    """Where the W windows lie in a batch of prompts.
 
     Window w holds the readable tokens floor(w·T/W) … floor((w+1)·T/W) − 1, counted without the
     padding. A row of T < W tokens has T windows of one token.
@@ -34,7 +34,7 @@ class Spans:
         readable: `[B, T]` bool, the tokens that a router may read; at least one a row.
         num_windows: W.
 
-    Source: Dr.LLM section 3.2; keeping the tail that doesn't fill a window is ours (D-03).
+    Source: Dr.LLM section 3.2; that no token at the end is dropped is ours (D-03).
     """
 
     def __init__(self, readable: Tensor, num_windows: int) -> None:
@@ -52,15 +52,15 @@ class Spans:
         inside = (rank >= first) & (rank < end) & readable[:, None, :]  # [B, W, T]
         self.shares = inside / inside.sum(dim=2, keepdim=True).clamp(min=1)  # [B, W, T]
         self.readable = readable
-        # These two spare a few steps a layer. On another device, asking would wait for it.
+        # These two save a few steps a layer. On an accelerator, reading them would wait for it.
         is_on_cpu = readable.device.type == "cpu"
         self.is_all_readable = is_on_cpu and bool(readable.all())
         self.are_all_filled = is_on_cpu and bool((self.filled == num_windows).all())
 
     def means(self, hidden: Tensor) -> Windows:
-        """Average a layer's input `[B, T, D]`, of any floating dtype, in each window, in float32.
+        """Average a layer's input `[B, T, D]` in each window, in float32.
 
-        Tokens that aren't readable may hold anything, NaN too.
+        The input may have any floating dtype. Unreadable tokens may hold anything, even NaN.
         """
         hidden = hidden.float()
         if not self.is_all_readable:
@@ -114,7 +114,7 @@ class RouterStack(nn.Module):
         """
         B, L, W, D = means.shape
         H = self.config.router_width
-        # The weights stand first, so that their gradients have their layout and aren't copied.
+        # Weights come first in the products, so that their gradients have the same layout.
         rows = means.transpose(0, 1).reshape(L, B * W, D)
         inner = torch.baddbmm(
             self.hidden_bias[..., None], self.hidden_weight, rows.transpose(1, 2)
@@ -125,7 +125,7 @@ class RouterStack(nn.Module):
         return logits.permute(2, 0, 1)
 
     def layer_logits(self, layer: int, windows: Windows) -> Tensor:
-        """Return the logits of one layer's router, `[B, 3]`, wherever that layer itself runs."""
+        """Return the logits of one layer's router, `[B, 3]`, on the routers' device."""
         device = self.hidden_weight.device
         means = windows.means.to(device)
         filled = windows.filled.to(device)
@@ -133,7 +133,7 @@ class RouterStack(nn.Module):
         inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
         inner = nn.functional.gelu(inner, approximate="tanh").transpose(-1, -2)  # [B, H, W]
         if windows.are_all_filled:
-            inner = inner.mean(dim=-1)  # spares four small steps a layer
+            inner = inner.mean(dim=-1)  # saves four small steps a layer
         else:
             inner = _average_filled(inner, filled[..., None])
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])

@@ -13,7 +13,7 @@ import yaml
 
 from drllm.errors import TaskError
 from drllm.listener import logger
-from drllm.records.splits import BOUNDS, question_key, split_of
+from drllm.records.splits import BOUNDS, find_split, question_key
 from drllm.tasks.base import (
     Function,
     Harness,
@@ -43,7 +43,7 @@ class PublishedTask(Task):
         repository: The set's repository on the hub.
         config: The set's configuration there; None where there is only one.
         files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
-            or `own`, as `records.split_of` divides them. Other files are never read.
+            or `own`, as `records.splits.find_split` divides them. Other files are never read.
         read: Makes a question of a row; see `readers`.
         shots_file: A file of worked examples, which are shown before a question and never asked.
         folder: The task's folder below a data folder, where it isn't the name.
@@ -88,7 +88,7 @@ class PublishedTask(Task):
         questions: list[QuestionRow] = []
         for example, row in self._questions(file, data_dir).questions:
             key = question_key(example.question)
-            if key not in excluded_keys and split_of(example.question, origin) == split:
+            if key not in excluded_keys and find_split(example.question, origin) == split:
                 questions.append((example, row))
             if origin in ("train", "own"):
                 excluded_keys.add(key)

@@ -219,7 +219,7 @@ def test_the_search_is_short_and_ends_where_no_bias_is_needed_or_no_bias_moves_t
     assert routing_by(executions, 4.3, 100).num_probes < 15
     calibration = routing_by(lambda bias, place: 7, 7)
     assert (calibration.depth_bias, calibration.num_probes) == (0.0, 1)
-    with pytest.raises(ConfigError, match=r"the nearest are 7.00 \(--depth-bias 0.0\); take"):
+    with pytest.raises(ConfigError, match=r"the nearest are 7.00 \(--depth-bias 0.0\); choose"):
         routing_by(lambda bias, place: 7, 5)
 
 
