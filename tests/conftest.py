@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -91,6 +92,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("processes")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waits_for_the_disk() -> Iterator[None]:
+    """Let `os.fsync` do nothing: no test can cut the power, and thousands of waits take long."""
+    with mock.patch("os.fsync", lambda file: None):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     """Start each test from the same state of torch's global generator, if torch is loaded."""
@@ -118,6 +126,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets: {folder} doesn't exist (set DRLLM_DATA_DIR)")
     return folder
+
+
+@pytest.fixture
+def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness describe no machine in its results: it starts ten programs for it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture

@@ -22,7 +22,12 @@ evaluate:
 
 
 @pytest.fixture
-def small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_harness_tasks: None) -> None:
+def small_harness(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    few_harness_tasks: None,
+    no_environment_report: None,
+) -> None:
     """Spare each command reading 14,000 task files, and keep the harness' cache and log apart."""
     import lm_eval.tasks
     from lm_eval.caching import cache

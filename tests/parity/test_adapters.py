@@ -195,8 +195,15 @@ def test_many_prompts_are_answered_along_a_healed_path(routed, tiny_tokenizer, t
         assert answer.route == (1, 0, 1, 0, 1, 2)
 
 
-@pytest.mark.parametrize("memory_gb", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])  # packed, and a row for each continuation
+@pytest.mark.parametrize(
+    ("name", "memory_gb"),  # packed, and a row for each continuation
+    [
+        ("llama", 1.0),
+        ("gemma2", 0.0),
+        pytest.param("llama", 0.0, marks=pytest.mark.thorough),
+        pytest.param("gemma2", 1.0, marks=pytest.mark.thorough),
+    ],
+)
 def test_healed_and_plain_paths_are_scored_in_passes_of_their_own(name, tiny_model, memory_gb):
     routed = with_adapters(tiny_model(name))
     shared = [5, 9, 30, 7, 8, 11, 12, 13, 14, 15]

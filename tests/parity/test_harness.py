@@ -117,7 +117,7 @@ def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
     assert expected == pytest.approx(found, abs=LOGPROB_TOLERANCE * 3)  # windows
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 3])
 def test_answers_that_there_is_no_room_for_are_the_harness_own_of_the_length_that_there_is(
     base, batch_size
 ):

@@ -134,6 +134,7 @@ def test_what_a_search_asks_is_what_an_evaluation_asks(name, sets, asked):
     assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
 
 
+@pytest.mark.usefixtures("no_environment_report")
 def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
     sets, hub, write, tmp_path
 ):

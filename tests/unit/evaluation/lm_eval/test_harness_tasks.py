@@ -42,6 +42,7 @@ def config_of(tasks, **values: Any):
     return EvaluateConfig(tasks=tasks, **few)
 
 
+@pytest.mark.usefixtures("no_environment_report")
 @pytest.mark.parametrize("settings", [OPTIONS, GENERATED])
 def test_base_scores_what_the_harness_scores_and_every_system_has_every_question(
     settings, base, task_file, tmp_path
