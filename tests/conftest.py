@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_waits_for_the_disk() -> Iterator[None]:
     """Let `os.fsync` do nothing: no test can cut the power, and thousands of waits take long."""
-    with mock.patch("os.fsync", lambda file: None):
+    with mock.patch("os.fsync", return_value=None):
         yield
 
 

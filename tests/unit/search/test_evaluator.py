@@ -135,7 +135,7 @@ def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_one
     assert seen == {0.0, 1.0}, "the sample must hold both verdicts"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("mistral", marks=pytest.mark.thorough)])
 def test_margins_of_wrong_paths_may_be_taken_before_the_others_are_known(
     tiny_model, tiny_tokenizer, kind
 ):

@@ -428,8 +428,19 @@ def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_
     assert_same_run(result, alone)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("how", [{"choices": ["odd", "even"], "answer": 0}, {"grader": "exact"}])
+OPTIONS = {"choices": ["odd", "even"], "answer": 0}
+GRADED = {"grader": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("gpt2", OPTIONS),
+        ("llama", GRADED),
+        pytest.param("gpt2", GRADED, marks=pytest.mark.thorough),
+        pytest.param("llama", OPTIONS, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searched_as_ever(
     tiny_model, tiny_tokenizer, write_rows, family, how, assert_same_run
 ):
