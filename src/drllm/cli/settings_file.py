@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drllm.cli.arguments import see_all_flags
 from drllm.cli.verbs import VERBS, Flag, Verb, flags_of
 from drllm.config.fields import Settings, check_text, flag_of, make_settings
-from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
+from drllm.config.files import (
+    PRESETS,
+    canonical,
+    read_yaml,
+    sections_of,
+    with_preset,
+    without_empty_removed,
+)
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
@@ -28,7 +35,9 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
         values = canonical(group, values)
     names = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
     values = {names.get(name, name): value for name, value in values.items()}
-    _refuse_unknown(path, values, verb)
+    setting_names = [flag.name for flag in flags_of(verb) if not flag.positional]
+    values = without_empty_removed(values, setting_names)
+    _refuse_unknown(path, values, setting_names, verb)
     try:
         for flag in verb.flags:
             if flag.name in values:
@@ -82,8 +91,9 @@ def _section(group: type[Settings]) -> str:
     return group.__name__.removesuffix("Config").lower()
 
 
-def _refuse_unknown(path: Path, values: Mapping[str, Any], verb: Verb) -> None:
-    names = [flag.name for flag in flags_of(verb) if not flag.positional]
+def _refuse_unknown(
+    path: Path, values: Mapping[str, Any], names: Sequence[str], verb: Verb
+) -> None:
     for key in values:
         if key in names:
             continue

@@ -5,13 +5,14 @@ is: 1.10 may be the name of a branch.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from drllm.config.fields import Settings, from_text, kinds_of
+from drllm.config.fields import Settings, flag_of, from_text, kinds_of
+from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
@@ -118,4 +119,18 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
     for name, kinds in kinds_of(group).items():
         if name in settings:
             settings[name] = from_text(settings[name], kinds)
+    return settings
+
+
+def without_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Return settings without those that were removed since and are null.
+
+    Files of commit 3820ce17 list every setting of that commit, those that weren't set as null.
+    `names` are the settings of today: what is removed in one section may exist in another.
+    """
+    settings = {}
+    for name, value in values.items():
+        is_removed = name not in names and flag_of(name) in REMOVED_FLAGS
+        if value is not None or not is_removed:
+            settings[name] = value
     return settings

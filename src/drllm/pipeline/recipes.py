@@ -11,8 +11,14 @@ from typing import Any
 import yaml
 
 from drllm import config
-from drllm.config.fields import from_dict
-from drllm.config.files import canonical, read_yaml, sections_of, with_preset
+from drllm.config.fields import from_dict, kinds_of
+from drllm.config.files import (
+    canonical,
+    read_yaml,
+    sections_of,
+    with_preset,
+    without_empty_removed,
+)
 from drllm.errors import ConfigError
 from drllm.evaluation.questions import tasks_of, without_routers
 from drllm.extras import need
@@ -153,6 +159,7 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
         if name in PATHS and name not in sections:
             continue
         section = canonical(kind, sections.get(name, {}))
+        section = without_empty_removed(section, kinds_of(kind))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "

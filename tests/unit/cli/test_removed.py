@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from drllm.cli.removed import REMOVED_VERBS
-from drllm.cli.verbs import VERBS, flags_of
+from drllm.cli.settings_file import read_settings
+from drllm.cli.verbs import VERBS, find_verb, flags_of
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError
 from drllm.pipeline.recipes import Recipe, read_recipe
@@ -51,26 +52,61 @@ def test_a_removed_setting_of_a_file_says_so_too(drllm, name, tmp_path: Path):
 
 REMOVED_SETTINGS = [
     ("search", "margin_tolerance", 0.5),
-    ("search", "paths_per_pass", None),
+    ("search", "paths_per_pass", 8),
     ("train", "dropout", 0.0),
     ("train", "normalise_features", False),
-    ("train", "early_stopping", None),
+    ("train", "early_stopping", 3),
     ("tune", "edits", "layers"),
-    ("tune", "epsilon", None),
-    ("tune", "max_loss_increase", None),
-    ("evaluate", "menu", None),
-    ("evaluate", "worked_answers", None),
+    ("tune", "epsilon", 2.0),
+    ("tune", "max_loss_increase", 0.05),
+    ("evaluate", "menu", "menu.json"),
+    ("evaluate", "worked_answers", 100),
 ]
-"""Sections of recipes, settings that commit 3820ce17 wrote there, and their defaults."""
+"""Sections of recipes, settings that commit 3820ce17 knew there, and a value of each."""
+
+EMPTY_SETTINGS = [
+    ("search", "paths_per_pass"),
+    ("train", "early_stopping"),
+    ("tune", "epsilon"),
+    ("tune", "max_loss_increase"),
+    ("tune", "weights"),
+    ("evaluate", "menu"),
+    ("evaluate", "worked_answers"),
+]
+"""Sections of recipes, and removed settings that commit 3820ce17 wrote there as null."""
 
 
-@pytest.mark.parametrize(("section", "name", "default"), REMOVED_SETTINGS)
-def test_a_removed_setting_of_a_recipe_says_so_too(section, name, default, tmp_path: Path):
+def write_recipe(folder: Path, section: str, name: str, value: object) -> Path:
+    """Write a recipe with a removed setting."""
     sections = yaml.safe_load(Recipe().to_yaml())
-    sections.setdefault(section, {})[name] = default
-    file = tmp_path / "run.yaml"
+    sections.setdefault(section, {})[name] = value
+    file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(("section", "name", "value"), REMOVED_SETTINGS)
+def test_a_removed_setting_of_a_recipe_says_so_too(section, name, value, tmp_path: Path):
+    file = write_recipe(tmp_path, section, name, value)
     with pytest.raises(ConfigError) as error:
         read_recipe(file)
     message = REMOVED_FLAGS["--" + name.replace("_", "-")]
     assert str(error.value) == f"{file}: {section}: {message}"
+
+
+@pytest.mark.parametrize(("section", "name"), EMPTY_SETTINGS)
+def test_a_removed_setting_that_is_null_is_ignored(section, name, tmp_path: Path):
+    recipe = read_recipe(write_recipe(tmp_path, section, name, None))
+    assert not hasattr(getattr(recipe, section), name)
+
+
+def test_a_verb_ignores_removed_settings_that_are_null(tmp_path: Path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("beam: 2\nepsilon: null\n", encoding="utf-8")
+    assert read_settings(str(file), find_verb("tune")) == {"beam": 2}
+
+
+def test_a_misspelt_setting_that_is_null_is_refused(tmp_path: Path):
+    file = write_recipe(tmp_path, "tune", "epsilom", None)
+    with pytest.raises(ConfigError, match="unknown setting 'epsilom'"):
+        read_recipe(file)
