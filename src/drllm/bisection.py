@@ -1,4 +1,4 @@
-"""Bisection: finds where a condition turns, and the setting that gives a target mean."""
+"""Bisection: find where a condition turns, and the setting for a target number of executions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ NUM_HALVINGS = 60  # of the range; a double has no more digits
 
 
 class Setting(NamedTuple):
-    """A setting's value, and the mean executions over the calibration prompts with it."""
+    """The value of a setting, and the mean executions that it gives on the calibration prompts."""
 
     value: float
     executions: float
@@ -18,8 +18,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    The two ends aren't tested, and `high` may be below `low`. Returns the last value at which the
-    condition was false, and the first at which it was true.
+    Returns the last value at which the condition was false, and the first at which it was true. The
+    two ends aren't tested, and `high` may be below `low`.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -37,11 +37,11 @@ def bisect(
 def nearest_setting(
     measure: Callable[[float], float], executions: float, low: float, high: float
 ) -> Setting:
-    """Return the setting between two ends whose mean executions are nearest to a target.
+    """Find the setting whose mean executions are nearest to a target.
 
     Over N prompts the mean changes in steps of at least 1/N, so the target is seldom met exactly.
-    The measured mean must only fall or only rise from one end to the other; for a target beyond an
-    end, that end is nearest.
+    From `low` to `high` the mean must only rise or only fall. For a target beyond an end, that end
+    is nearest.
 
     Args:
         measure: Returns the mean executions with a setting.
@@ -49,15 +49,15 @@ def nearest_setting(
         low: One end of the range.
         high: The other end.
     """
-    measured = {value: measure(value) for value in (low, high)}
-    is_falling = measured[low] > measured[high]
+    means = {low: measure(low), high: measure(high)}  # by value of the setting
+    is_falling = means[low] > means[high]
 
     def is_past(value: float) -> bool:
-        measured[value] = measure(value)
-        return (measured[value] > executions) != is_falling
+        means[value] = measure(value)
+        return (means[value] > executions) != is_falling
 
     bisect(is_past, low, high)
-    nearest = min(measured.values(), key=lambda mean: abs(mean - executions))
-    # The middle of the step, not its edge, where the last bits of arithmetic would decide.
-    values = [value for value, mean in measured.items() if mean == nearest]
+    nearest = min(means.values(), key=lambda mean: abs(mean - executions))
+    # The middle of the step: at its edge rounding errors would decide.
+    values = [value for value, mean in means.items() if mean == nearest]
     return Setting((min(values) + max(values)) / 2, nearest)

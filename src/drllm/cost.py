@@ -1,7 +1,7 @@
-"""What running layers costs: executions in layer equivalents, and the budget they must keep to.
+"""Costs: layer executions in layer equivalents, and the budget of a path.
 
-Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. Measured time is never
-derived from here. Loads no torch.
+Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. No measured time is
+derived from them. Loads no torch.
 """
 
 import math
@@ -11,9 +11,9 @@ from drllm.paths import StaticPath, num_executions, to_path
 
 
 def max_executions(budget: float, num_layers: int) -> int:
-    """Return the most executions of a path within a budget, a factor of L from 1.
+    """Return the maximum executions of a path within a budget, which is a factor of L.
 
-    A rounding error of the product never costs one.
+    A rounding error of the product never lowers it.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
     """
@@ -21,7 +21,7 @@ def max_executions(budget: float, num_layers: int) -> int:
 
 
 def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
-    """Count the executions that are left when one question's paths share their beginnings.
+    """Count the executions of one question's paths when common beginnings are run once.
 
     Example:
         >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
@@ -48,15 +48,23 @@ def path_executions(path: StaticPath) -> float:
 def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]) -> float | None:
     """Return the mean executions of the forward passes that decode answers.
 
-    The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more.
-    Long answers count more than short ones; None is returned where no answer needed such a pass.
-    Each prompt's decisions hold for its whole answer.
+    The pass that reads the prompt gives the first new token, so n tokens take n - 1 more passes.
+    Long answers count more than short ones. None if no answer needed another pass.
+
+    Args:
+        rows: Decisions `[L]` of each prompt, which hold for its whole answer.
+        num_new_tokens: Generated tokens of each prompt.
     """
-    passes = [num - 1 for num in num_new_tokens]
-    total = sum(num_executions(row) * num for row, num in zip(rows, passes, strict=True))
-    return total / sum(passes) if sum(passes) else None
+    num_passes = 0
+    num_layer_runs = 0
+    for decisions, num_tokens in zip(rows, num_new_tokens, strict=True):
+        num_passes += num_tokens - 1
+        num_layer_runs += num_executions(decisions) * (num_tokens - 1)
+    if num_passes == 0:
+        return None
+    return num_layer_runs / num_passes
 
 
 def share_saved(mean: float, num_layers: int) -> float:
-    """Return the share of the full path's executions that were saved (negative: spent more)."""
+    """Return the share of the full path's executions that is saved; negative if more are run."""
     return 1.0 - mean / num_layers

@@ -18,7 +18,7 @@ class DrllmError(Exception):
 
 
 class ConfigError(DrllmError, ValueError):
-    """A setting that is out of range or unknown, or that has no effect in this combination."""
+    """A setting that is unknown, out of range, or without effect in this combination."""
 
 
 class PathError(DrllmError, ValueError):
@@ -65,7 +65,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Return the message for an unknown name, with the closest valid names alone.
+    """Return the message for an unknown name, with only the closest valid names.
 
     Example:
         >>> nearest_name("flag", "--num-epoch", ["--num-epochs", "--seed"])
@@ -81,7 +81,7 @@ def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return a text with its control characters as escapes, except line ends and tabs.
 
-    Everything that people see goes through here once: a terminal obeys control characters, and
-    marks of the writing direction can make a text look like another one.
+    All output for people goes through here once: a terminal obeys control characters, and marks of
+    the writing direction can make a text look like another one.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,4 +1,4 @@
-"""Extras: packages that only some parts of drllm need."""
+"""Extras: optional packages, and the check that they are installed."""
 
 from importlib.util import find_spec
 
@@ -13,16 +13,16 @@ EXTRAS = {
     "ray": ("ray",),
     "trackers": ("tensorboard", "wandb"),
 }
-"""Extra → the packages that it brings, by the names they are imported by."""
+"""Extra → names under which its packages are imported."""
 
 
 def need(extras: str, purpose: str, *packages: str) -> None:
     """Raise a ConfigError if packages aren't installed, before anything runs.
 
     Args:
-        extras: The extras that bring them (a comma list).
+        extras: A comma list of the extras that the packages belong to.
         purpose: What needs them, as the subject of a sentence ("a report").
-        packages: The packages that are needed of the one extra; all of the extras' by default.
+        packages: The packages that are needed; by default all of the extras'.
     """
     missing: dict[str, str] = {}  # package → its extra
     for extra in extras.split(","):
@@ -39,5 +39,5 @@ def need(extras: str, purpose: str, *packages: str) -> None:
 
 def _is_installed(package: str) -> bool:
     spec = find_spec(package)
-    # A mere folder with the package's name has no origin.
+    # A folder with the package's name but without code has no origin.
     return spec is not None and spec.origin is not None

@@ -1,7 +1,7 @@
-"""How a stage says how far it is and what should be known; the base class keeps quiet.
+"""Progress and notes of a stage, and the logger.
 
-A stage takes a `Listener` and never prints. The command line passes its terminal; a caller from
-Python passes an own subclass, or nothing: then notes go to the log and progress nowhere.
+A stage takes a `Listener` and never prints. The command line passes its terminal. From Python pass
+a subclass of your own, or nothing: notes are then logged, and progress is dropped.
 """
 
 import logging
@@ -16,27 +16,31 @@ class OnProgress(Protocol):
     """Called with the work done so far."""
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """Report units done, maybe a fraction; fewer than before mean that a new part began.
+        """Report progress.
 
-        The note says what is being done, the most important first, with ", " between its parts.
+        Args:
+            done: Units of work done, maybe a fraction. If it falls, a new part has begun.
+            total: Units of work of this part.
+            note: What is being done: parts joined by ", ", the most important first.
         """
 
 
 class Listener:
-    """Hears what a stage says: notes, progress, and that something takes a while."""
+    """Receives the notes and the progress of a stage; this base class shows nothing."""
 
     def note(self, text: str) -> None:
-        """Hear a line that the user should know but that isn't part of the result."""
+        """Receive a line that the user should see but that isn't part of the result."""
         logger.info("%s", text)
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
-        """Hear, for the length of a block, what is being done where progress can't be measured."""
+        """Return a context for work whose progress can't be measured; `what` describes the work."""
         return nullcontext()
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Return a block whose value takes reports of progress, in proportion to the time it takes.
+        """Return a context that yields a callback for progress, proportional to the time it takes.
 
-        It is counted in `unit` (a plural); where that is empty, only its share is worth knowing.
+        Progress is counted in `unit` (a plural). If that is empty, only the share that is done has
+        a meaning.
         """
         return nullcontext(_ignore)
 
@@ -45,7 +49,7 @@ def _ignore(done: float, total: float, note: str = "") -> None: ...
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people.
+    """Format a time for people.
 
     Example:
         >>> [duration(seconds) for seconds in (59.94, 59.96, 75.0, 3599.6, 7260.0)]
@@ -61,13 +65,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Keep other packages' loggers from warning of what we say ourselves, or mean."""
-    loggers = [logging.getLogger(name) for name in names]
-    before = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.CRITICAL)
+    """Silence loggers of other packages inside the block."""
+    other_loggers = [logging.getLogger(name) for name in names]
+    levels = [other.level for other in other_loggers]
+    for other in other_loggers:
+        other.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for each, level in zip(loggers, before, strict=True):
-            each.setLevel(level)
+        for other, level in zip(other_loggers, levels, strict=True):
+            other.setLevel(level)

@@ -1,4 +1,4 @@
-"""Paths and decisions: the two ways to write down which layers run, and how they convert.
+"""Paths and decisions: two ways to write down which layers run, and conversions between them.
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
@@ -32,9 +32,9 @@ class Decision(IntEnum):
 
 
 def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
-    """Return the decisions as a tuple, or say by PathError why no model can run them.
+    """Return the decisions as a tuple; a PathError if no model of this depth can run them.
 
-    None as the number of layers accepts any length of at least 1.
+    If `num_layers` is None, any length of at least 1 is accepted.
     """
     if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
@@ -70,12 +70,14 @@ def to_path(decisions: Sequence[int]) -> Path:
         >>> to_path([1, 1, 0, 2, 1])
         (0, 1, 3, 3, 4)
     """
-    checked = check_decisions(decisions)
-    return tuple(layer for layer, count in enumerate(checked) for _ in range(count))
+    path: list[int] = []
+    for layer, count in enumerate(check_decisions(decisions)):
+        path += [layer] * count
+    return tuple(path)
 
 
 def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
-    """Write a path as decisions `[L]`, if it is one that decisions can express.
+    """Write a path as decisions `[L]`.
 
     Raises:
         PathError: An index outside the model, a layer visited out of order or more than twice,
@@ -90,7 +92,8 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
     for place, layer in enumerate(path):
         _check_layer(layer, place, num_layers)
     counts = [0] * num_layers
-    for previous, layer in zip((0, *path), path, strict=False):
+    previous = 0
+    for layer in path:
         if layer < previous:
             raise PathError(
                 f"layer {layer} follows layer {previous}; decisions can only express paths "
@@ -102,6 +105,7 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
                 f"layer {layer} is visited more than twice; decisions can only express "
                 f"paths that visit a layer once or twice"
             )
+        previous = layer
     return tuple(counts)
 
 
@@ -127,16 +131,15 @@ def _check_layer(layer: object, place: int, num_layers: int) -> None:
 class StaticPath:
     """A path that is the same for a whole task.
 
-    A layer may be listed more than once and in any order. A healed path is another path than the
-    plain one of the same layers: it has an adapter.
+    Layers may come more than once and in any order. A healed path also has an adapter, so it isn't
+    equal to the plain path of the same layers.
 
     Attributes:
         layers: Layer indices in the order executed, at least one.
-        adapter: The adapter that the path runs with, by its name in the routed model; empty for
-            none.
+        adapter: Name, in the routed model, of the adapter that the path runs with; empty for none.
 
     Raises:
-        PathError: No layers, or something that is no index of a layer.
+        PathError: No layers, or a value that isn't the index of a layer.
 
     Example:
         >>> StaticPath([0, 2, 3]).edits(num_layers=4)
@@ -154,11 +157,11 @@ class StaticPath:
         object.__setattr__(self, "adapter", adapter)
 
     def with_adapter(self, name: str) -> "StaticPath":
-        """Return the path with an adapter; without one if the name is empty."""
+        """Return the path with an adapter, or without one if the name is empty."""
         return StaticPath(self.layers, name)
 
     def check(self, num_layers: int) -> "StaticPath":
-        """Return the path itself if a model of L layers has all of its layers; else a PathError."""
+        """Return the path; a PathError if a model of L layers lacks one of its layers."""
         for place, layer in enumerate(self.layers):
             _check_layer(layer, place, num_layers)
         return self
@@ -168,7 +171,7 @@ class StaticPath:
         return to_decisions(self.layers, num_layers)
 
     def plan(self, num_layers: int) -> "Plan":
-        """Return decisions `[L]` where these say all of the path, else the path itself."""
+        """Return the path as decisions `[L]` if they can express it, else the path itself."""
         if self.adapter:
             return self
         try:
@@ -177,14 +180,16 @@ class StaticPath:
             return self
 
     def edits(self, num_layers: int) -> str:
-        """Say in words what the path changes about the full one of L layers.
+        """Describe how the path differs from the full path of L layers.
 
         Example:
             >>> StaticPath([0, 1, 3, 3]).edits(num_layers=4)
             'skips layer 2, repeats layer 3'
         """
         words = _describe_edits(self.layers, num_layers)
-        return f"{words}, with an adapter" if self.adapter else words
+        if self.adapter:
+            return f"{words}, with an adapter"
+        return words
 
 
 Plan: TypeAlias = "Decisions | StaticPath"
@@ -217,14 +222,21 @@ def _describe_edits(layers: Path, num_layers: int) -> str:
     for layer, count in counts.items():
         if count > 1:
             by_repeats.setdefault(count - 1, []).append(layer)
-    parts = [f"skips {_list_layers(skipped)}"] if skipped else []
-    for times, repeated in by_repeats.items():
-        often = {1: "", 2: " twice"}.get(times, f" {times} times")
-        parts.append(f"repeats {_list_layers(repeated)}{often}")
+    parts: list[str] = []
+    if skipped:
+        parts.append(f"skips {_list_layers(skipped)}")
+    for num_repeats, repeated in by_repeats.items():
+        part = f"repeats {_list_layers(repeated)}"
+        if num_repeats == 2:
+            part += " twice"
+        elif num_repeats > 2:
+            part += f" {num_repeats} times"
+        parts.append(part)
     if parts:
         return ", ".join(parts)
-    is_in_order = list(layers) == sorted(layers)
-    return "runs every layer once" if is_in_order else "runs the layers in another order"
+    if list(layers) == sorted(layers):
+        return "runs every layer once"
+    return "runs the layers in another order"
 
 
 def _list_layers(layers: Sequence[int]) -> str:

@@ -20,8 +20,8 @@ class Registry(Generic[T]):
 
     Args:
         kind: What a name stands for, in the singular, for messages ("baseline").
-        modules: Modules that register on import, which the first look-up imports; `package.*` is
-            every module of a package.
+        modules: Modules with entries, imported on the first look-up; `package.*` means every module
+            of a package.
         error: The error for an unknown name.
     """
 
@@ -34,24 +34,27 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[Entry], Entry]:
-        """Register the decorated class or function under a name, and under further aliases.
+        """Register the decorated class or function under a name and its aliases.
 
-        A second definition, as by a notebook cell that is run twice, replaces the first one; a name
-        of something else is a ValueError.
+        Defining the same class or function again, for example in a notebook cell that is run twice,
+        replaces the first definition. A name that is in use for something else is a ValueError.
         """
 
         def add(entry: Any) -> Any:
             for name in names:
-                earlier = self._entries.get(name, entry)
-                if _definition(earlier) != _definition(entry):
-                    raise ValueError(f"there is a {self.kind} {name!r} already")
-                self._entries[name] = entry
+                self._add(name, entry)
             return entry
 
         return add
 
+    def _add(self, name: str, entry: Any) -> None:
+        earlier = self._entries.get(name, entry)
+        if _definition(earlier) != _definition(entry):
+            raise ValueError(f"there is a {self.kind} {name!r} already")
+        self._entries[name] = entry
+
     def get(self, name: str) -> T:
-        """Return the entry of a name; the error for an unknown one suggests the nearest."""
+        """Return the entry of a name; the error for an unknown name suggests the nearest."""
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))
@@ -80,5 +83,5 @@ class Registry(Generic[T]):
 
 
 def _definition(entry: Any) -> Any:
-    """Return what two definitions of the same class or function have in common."""
+    """Return what stays the same when a class or function is defined again."""
     return getattr(entry, "__qualname__", entry)

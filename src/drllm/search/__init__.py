@@ -1,7 +1,7 @@
-"""Search: which paths of each question answer it right, and what each path costs.
+"""Search: which paths answer each question right, and what each path costs.
 
-`run.search_paths` is the stage, `strategies` choose paths, `evaluator` scores them, `retest` asks
-again. Loads no torch.
+`run.search_paths` is the stage, `strategies` choose paths, `evaluator` scores them, and `retest`
+checks the right ones in other ways of asking. Loads no torch.
 """
 
 from pathlib import Path
@@ -9,10 +9,10 @@ from pathlib import Path
 SEARCH_FILE = "search.jsonl"
 FAILED_FILE = "search.failed.jsonl"
 CHUNKS_FOLDER = "search.partial"
-"""What an interrupted search keeps, in the folder that gets `search.jsonl`."""
+"""Folder beside `search.jsonl` in which an interrupted search keeps its results."""
 
 
 def count_kept_batches(folder: Path) -> int:
     """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
-    # What is kept of a batch under way has a second suffix.
+    # The files of a batch that isn't finished have a second suffix.
     return sum(file.name.count(".") == 1 for file in folder.glob("batch-*.json"))

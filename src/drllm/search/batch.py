@@ -1,7 +1,7 @@
 """Searches a batch of questions in step: from questions to search records.
 
-Questions that can't be searched with others are searched alone, and set aside when they keep
-failing. `LocalExecutor` searches batches in this process; `ray` has the same for Ray.
+When a batch fails, its questions are searched one by one, and those that keep failing are set
+aside. `LocalExecutor` searches batches in this process, `ray.RayExecutor` on Ray.
 """
 
 import itertools
@@ -38,7 +38,7 @@ QUESTION_ERRORS = (
     TaskError,
     torch.cuda.OutOfMemoryError,  # a prompt too long for the device
 )
-"""What a single question can cause. Any other error ends the search."""
+"""Errors that a single question can cause. Any other error ends the search."""
 
 
 class OnStep(Protocol):
@@ -48,14 +48,14 @@ class OnStep(Protocol):
         """Report progress.
 
         Args:
-            share: Of the batch's work that is done, from 0 to 1.
-            num_paths: Paths that this start of the search has run for the batch.
+            share: Share of the batch's work that is done, from 0 to 1.
+            num_paths: Paths of the batch that were run since the search was started or resumed.
             step: What is being done, in words.
         """
 
 
 class OnBatchStep(Protocol):
-    """Called with the progress of a batch of several; see `OnStep`."""
+    """Called with a batch and its progress; see `OnStep`."""
 
     def __call__(self, batch: Batch, share: float, num_paths: int, step: str, /) -> None:
         """Report progress."""
@@ -64,7 +64,7 @@ class OnBatchStep(Protocol):
 class Executor(Protocol):
     """Searches batches, in this process or elsewhere."""
 
-    identity: Mapping[str, Any]  # which base model it has
+    identity: Mapping[str, Any]  # of the base model
     runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -77,7 +77,7 @@ class Executor(Protocol):
         chunks: Chunks | None = None,
         on_batch_step: "OnBatchStep | None" = None,
     ) -> "Iterator[tuple[Batch, BatchRecords]]":
-        """Search batches, in any order; `chunks` keeps what is done of each, under its key."""
+        """Search batches, in any order; `chunks` keeps the results of their steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,8 @@ def search_batch(
     """Search a batch, and set aside the questions that fail every time.
 
     A batch that fails as a whole is searched question by question, which gives the same records:
-    a question's tree doesn't depend on its neighbours. `parts` keeps what is done of the batch, so
-    that an interrupted search loses one round, or the re-test of a few questions.
+    a question's tree doesn't depend on its neighbours. `parts` keeps the result of every step, so
+    that an interruption loses one round, or the re-test of a few questions.
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
@@ -121,7 +121,7 @@ def _search_one_by_one(
     failed: list[FailedQuestion] = []
     for number, question in enumerate(batch.questions):
         if on_step is not None:
-            on_step(number / len(batch.questions), 0, "one by one")
+            on_step(number / len(batch.questions), 0, "searching one by one")
         result = _search_alone(routed, question, config, parts)
         if isinstance(result, FailedQuestion):
             failed.append(result)
@@ -133,7 +133,7 @@ def _search_one_by_one(
 def _search_alone(
     routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
 ) -> SearchRecord | FailedQuestion:
-    """Search a question without neighbours; its first attempt was the one with its batch."""
+    """Search a question without neighbours; its first attempt was made with its batch."""
     message = ""
     for _ in range(ATTEMPTS - 1):
         try:
@@ -162,16 +162,16 @@ def search_in_step(
     parts: Chunks | None = None,
     on_step: OnStep | None = None,
 ) -> list[SearchRecord]:
-    """Search the paths of several questions of one task in step, each with a tree of its own.
+    """Search several questions of one task in step, each with a tree of its own.
 
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
-    one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
+    one batch. A question's tree depends only on its own seed and outcomes, not on its neighbours.
 
     Source: Dr.LLM section 3.1.
     """
     started = time.perf_counter()
     prompts = _tokenize_prompts(routed, [question.prompt for question in questions])
-    # Those of the re-test too, before anything runs: without them no path could become a target.
+    # Prompts of the re-test are checked before anything runs: without them there is no target.
     retest_prompts = [_tokenize_prompts(routed, question.retests) for question in questions]
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_start_search(routed.num_layers, question, config) for question in questions]
@@ -224,11 +224,11 @@ def _run_rounds(
         round_outcomes = steps.run(f"round {number}", pairs, partial(_evaluate_new, evaluator))
         for (place, decisions), outcome in zip(pairs, round_outcomes, strict=True):
             outcomes[place, decisions] = outcome
-            # Of generated answers only the wrong ones have margins by now, so none counts.
+            # Right generated answers have no margin yet, so the search uses none of theirs.
             margin = outcome.margin if evaluator.scores_options else None
             score = path_score(margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
-        steps.progress.report("new paths", running={place for place, _ in pairs})
+        steps.progress.report("trying paths", running={place for place, _ in pairs})
 
 
 def _new_pairs(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pair]:
@@ -240,7 +240,7 @@ def _new_pairs(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pa
 
 
 def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[Outcome]:
-    """Evaluate paths, with those margins that no later path can change."""
+    """Evaluate paths; add the margins that no later path can change."""
     return evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
 
 
@@ -254,7 +254,7 @@ def _add_late_margins(
     values = list(outcomes.values())
     right = [pair for pair, outcome in outcomes.items() if outcome.is_right]
     completed = steps.run("margins", right, lambda _: evaluator.with_margins(pairs, values))
-    steps.progress.report("margins")
+    steps.progress.report("scoring answers")
     return dict(zip(pairs, completed, strict=True))
 
 
@@ -313,8 +313,8 @@ class BatchProgress:
     num_retests: Sequence[int]  # other ways of asking, for each question
     has_late_margins: bool  # right answers are scored once more after the rounds
     on_step: OnStep | None
-    num_run: int = 0  # paths run, those that an earlier start kept too
-    num_new: int = 0  # paths that this start ran
+    num_run: int = 0  # paths run, those of an interrupted search included
+    num_new: int = 0  # paths run since the search was started or resumed
     share: float = 0.0  # never falls
 
     def report(self, step: str, running: Collection[int] = ()) -> None:
@@ -332,26 +332,26 @@ class BatchProgress:
                 num_paths += self.num_simulations + 1
             else:
                 num_paths += len(search.trials)
-        num_again = 0
+        num_retests = 0
         for place, decisions in pairs_to_retest(self.outcomes):
-            # During the rounds full paths don't count: they come first, and are no sample.
+            # Full paths are left out during the rounds: they all come first, and would bias this.
             if not running or set(decisions) != {1}:
-                num_again += self.num_retests[place]
+                num_retests += self.num_retests[place]
         if self.has_late_margins:
-            num_again += sum(outcome.is_right for outcome in self.outcomes.values())
-        return num_paths * (1 + num_again / len(self.outcomes))
+            num_retests += sum(outcome.is_right for outcome in self.outcomes.values())
+        return num_paths * (1 + num_retests / len(self.outcomes))
 
 
 @dataclass(frozen=True)
 class BatchSteps:
-    """Runs the steps of a batch; a step that an earlier start finished is read instead."""
+    """Runs the steps of a batch; the result of a step that was finished before is read instead."""
 
     questions: Sequence[SearchQuestion]
-    parts: Chunks | None  # what is kept; None keeps nothing
+    parts: Chunks | None  # keeps the results; None keeps nothing
     progress: BatchProgress
 
     def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-        """Return the outcomes of a step; its name and its pairs tell it from all others."""
+        """Return the outcomes of a step, which its name and its pairs identify."""
 
         def evaluate_now() -> list[Outcome]:
             self.progress.num_new += len(pairs)
@@ -369,7 +369,7 @@ class BatchSteps:
     def run_retest(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
         """Run a step of the re-test, and report it."""
         outcomes = self.run(name, pairs, evaluate)
-        self.progress.report("re-tests")
+        self.progress.report("re-testing")
         return outcomes
 
 
@@ -378,8 +378,8 @@ class LocalExecutor:
     """Searches in this process, one batch after the other; the model has its tokenizer."""
 
     routed: RoutedModel
-    identity: Mapping[str, Any]  # which base model it is
-    runtime: Mapping[str, Any]  # how it runs: in another dtype, say, it is another search
+    identity: Mapping[str, Any]  # of the base model
+    runtime: Mapping[str, Any]  # dtype, device and so on: another one makes another search
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the text that the model reads of each prompt; None if its template refuses it."""
@@ -398,7 +398,7 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_batch_step: OnBatchStep | None = None,
     ) -> Iterator[tuple[Batch, BatchRecords]]:
-        """Search batches one by one; `chunks` keeps what is done of each, under its key."""
+        """Search batches one by one; `chunks` keeps the results of their steps."""
         for batch in batches:
             parts = None if chunks is None else chunks.within(batch.key)
             on_step = None if on_batch_step is None else partial(on_batch_step, batch)

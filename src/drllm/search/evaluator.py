@@ -21,10 +21,10 @@ from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
 
 WRONG_ANSWERS = 4
-"""Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
+"""How many of the most frequent wrong answers a right answer's margin is measured against."""
 CHARACTERS_A_TOKEN = 16
-"""A text with more characters than this for each token of the model's context is most likely too
-long; its beginning is tokenised first, since tokenising megabytes takes minutes."""
+"""A text with more characters than this per token of the context is most likely too long. Its
+beginning is tokenised first, since tokenising megabytes takes minutes."""
 
 TokenIds = tuple[int, ...]
 
@@ -35,7 +35,8 @@ class Outcome:
 
     reward: float  # in [0, 1]
     margin: float | None  # in nats, positive when right; None where it isn't known (yet)
-    # Each option's, in nats; empty where one isn't finite, and for generated answers.
+    # Log-probability of each option, in nats; empty where one isn't finite, and for generated
+    # answers.
     logprobs: tuple[float, ...]
     answer: str | None = None  # the generated text; None when options were scored
     tokens: TokenIds = ()  # of the answer, without the end-of-sequence token
@@ -52,19 +53,19 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as the model reads it, through the chat template where it is sent through one."""
+    """A prompt as the model reads it, with the chat template applied where the prompt uses it."""
 
     prompt: Prompt
     text: str
     tokens: list[int]
-    continuations: list[list[int]]  # the options; the gold answer where one is generated
-    num_unscored: tuple[int, ...]  # leading tokens of each that aren't scored; empty for none
+    continuations: list[list[int]]  # the options, or the gold answer if an answer is generated
+    num_unscored: tuple[int, ...]  # leading tokens of each option that aren't scored; empty: 0
 
     @property
     def request(self) -> Request:
         """The continuations to score after the prompt.
 
-        Where only the prompt's own tokens matter (reward `kl`), its last token stands in for one.
+        Where only the prompt's own tokens matter (reward `kl`), its last token is the continuation.
         """
         continuations = self.continuations
         if self.prompt.reward == KL_REWARD:
@@ -75,8 +76,8 @@ class TokenizedPrompt:
 def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
     """Render and tokenise a prompt and its possible continuations.
 
-    A ModelError if the prompt and its longest continuation don't fit the model's context: some
-    models fail there, others go on at positions that they never learned.
+    A ModelError if the prompt and its longest continuation don't fit the model's context. Beyond
+    it some models fail, and others run at positions that they were never trained on.
     """
     tokenizer = routed.tokenizer
     context = context_length(routed.model)
@@ -100,9 +101,9 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
 
 
 def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
-    """Refuse a text whose beginning alone is twice as long as the context; tokenise no more of it.
+    """Refuse a text whose beginning is longer than twice the context, without tokenising the rest.
 
-    Twice, since the beginning ends anywhere: its last tokens may not be those of the whole text.
+    Twice, because the cut may fall inside a word, whose tokens then differ from the whole text's.
     """
     beginning = text[: CHARACTERS_A_TOKEN * context]
     if len(beginning) < len(text) and len(encode(tokenizer, beginning)) > 2 * context:
@@ -119,7 +120,7 @@ def gold_text(prompt: Prompt) -> str:
 
 
 def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
-    """Judge the log-probabilities of a prompt's options; without any the path is wrong."""
+    """Judge the log-probabilities of a prompt's options; a path without any is wrong."""
     if prompt.reward == KL_REWARD:
         reward = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
         return Outcome(reward=reward, margin=None, logprobs=(), kl=kl)
@@ -136,8 +137,8 @@ class Evaluator:
         routed: The model, with its tokenizer.
         prompts: Prompts of one reward, tokenised already or not.
         state_cache_gb: Memory for shared states (see `ChoiceBatch`); results don't depend on it.
-        kl: Measure each path's KL from the full path, which then runs too if it wasn't asked for.
-            The full path's own KL is 0.
+        kl: Measure each path's KL from the full path, which then runs even if it isn't among the
+            pairs. The full path's own KL is 0.
         paths_per_pass: Rows of a forward pass; None picks it by memory. Results don't depend on it.
     """
 
@@ -180,7 +181,7 @@ class Evaluator:
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcome of each (prompt's place, path), in order.
 
-        Margins of generated answers are None: they compare with what other paths answered, so
+        Margins of generated answers are None: they depend on the answers of other paths, so
         `with_margins` adds them when all paths are known. A ModelError if the full path's own
         log-probabilities aren't finite.
         """
@@ -193,7 +194,7 @@ class Evaluator:
         scores = batch.scores(pairs, kl=self.kl)
         for pair, score in zip(pairs, scores, strict=True):
             place, _ = pair
-            is_finite = self._is_finite(pair, score.logprobs)
+            is_finite = self._check_finite(pair, score.logprobs)
             logprobs = score.logprobs if is_finite else ()
             outcomes.append(judge_options(logprobs, self.prompts[place].prompt, score.kl))
         return outcomes
@@ -208,7 +209,7 @@ class Evaluator:
         )
         outcomes: list[Outcome] = []
         for pair, answer in zip(pairs, answers, strict=True):
-            logprob = answer.logprob if self._is_finite(pair, [answer.logprob]) else None
+            logprob = answer.logprob if self._check_finite(pair, [answer.logprob]) else None
             outcome = Outcome(
                 reward=answer.grade,
                 margin=None,
@@ -238,9 +239,12 @@ class Evaluator:
         if isinstance(self._batch, ChoiceBatch) or not has_gold:
             return list(outcomes)
         completed = list(outcomes)
-        numbers = [n for n, outcome in enumerate(outcomes) if outcome.margin is None]
-        wrong = [n for n in numbers if not outcomes[n].is_right]
-        right = [n for n in numbers if outcomes[n].is_right]
+        right: list[int] = []  # numbers of the pairs whose margin is missing
+        wrong: list[int] = []
+        for number, outcome in enumerate(outcomes):
+            if outcome.margin is None:
+                numbers = right if outcome.is_right else wrong
+                numbers.append(number)
         self._add_margins_of_wrong(self._batch, pairs, wrong, completed)
         if not wrong_only:
             rivals = self._wrong_answers(pairs, outcomes)
@@ -315,7 +319,9 @@ class Evaluator:
         for number, sums_of_pair in zip(numbers, sums, strict=True):
             place, _ = pairs[number]
             lengths = [len(tokens) for tokens in requests[place].continuations]
-            means.append([s / length for s, length in zip(sums_of_pair, lengths, strict=True)])
+            means.append(
+                [total / length for total, length in zip(sums_of_pair, lengths, strict=True)]
+            )
         return means
 
     def _choice_batch(
@@ -333,10 +339,10 @@ class Evaluator:
         """Free all shared states."""
         self._batch.forget()
 
-    def _is_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
-        """Whether all log-probabilities of a path are finite.
+    def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
+        """Return whether all log-probabilities of a path are finite.
 
-        A ModelError if the full path's aren't: without them no path can be judged.
+        A ModelError if those of the full path aren't, since no path can be judged without them.
         """
         place, decisions = pair
         if all(math.isfinite(value) for value in logprobs):

@@ -13,23 +13,23 @@ from drllm.search.batch import search_in_step
 from drllm.search.questions import SearchQuestion, split_into_batches
 
 SAMPLE_QUESTIONS = 8
-"""Maximum questions of a task that a forecast searches; never more than a batch holds."""
+"""Maximum questions of a task that a forecast searches; never more than one batch."""
 SAMPLE_SIMULATIONS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskForecast:
-    """What one task will take, at most: a stop rule may end questions early."""
+    """What the search of one task takes at most; a stop rule may end questions early."""
 
     task: str
     questions: int
     paths: int  # full paths included
-    executions: float  # of paths and re-tests; those that paths share are run once
+    executions: float  # of paths and re-tests; shared ones are run once, but counted for each
     seconds: float  # on the device that was measured
     size_bytes: float  # of the records
-    sample_questions: int  # searched to measure
-    sample_paths: int  # tried to measure
-    prompt: str  # of one question, as the model reads it
+    sample_questions: int  # searched for the forecast
+    sample_paths: int  # tried for the forecast
+    prompt: str  # one prompt, as the model reads it
 
 
 def forecast_search(
@@ -37,9 +37,9 @@ def forecast_search(
 ) -> list[TaskForecast]:
     """Search a few questions of each task, and extrapolate to what all of them will take.
 
-    Nothing is written. Time, executions and disk are those of the sample by path. Later paths
-    share more with earlier ones, and fuller rounds are quicker where answers are generated, so a
-    search of more simulations and questions than the sample's is quicker than this by path.
+    Nothing is written. Time, executions and disk space per path are taken from the sample. A
+    longer search usually takes less per path: its paths share more of their work, and larger
+    batches generate answers faster.
     """
     by_task: dict[str, list[SearchQuestion]] = {}  # each task's questions by length
     for batch in split_into_batches(questions, config.block_size):
@@ -79,14 +79,18 @@ def _forecast_task(
 
 
 def _sample(questions: Sequence[SearchQuestion], maximum: int) -> list[SearchQuestion]:
-    """Return questions from all over the list, which comes by length: neither short nor long."""
+    """Return questions evenly spread over the list, which is sorted by length."""
     size = min(maximum, len(questions))
-    places = [(2 * number + 1) * len(questions) // (2 * size) for number in range(size)]
-    return [questions[place] for place in places]
+    sample: list[SearchQuestion] = []
+    for number in range(size):
+        # The middle of one of `size` equal parts.
+        place = (2 * number + 1) * len(questions) // (2 * size)
+        sample.append(questions[place])
+    return sample
 
 
 def _count_executions(records: Sequence[SearchRecord]) -> float:
-    """Count the executions of all paths, once for each way in which their question was asked."""
+    """Count the executions of all paths, once for each way of asking that they were run with."""
     executions = 0.0
     for record in records:
         for path in record.paths:

@@ -1,6 +1,6 @@
-"""The questions of a search, the prompts of each, and the batches they are searched in.
+"""The questions of a search with their prompts, and the batches they are searched in.
 
-Examples are loaded and prompts built here, once. Loads no torch.
+Loads no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
 
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
-"""Names of tasks or a file; or tasks, examples of named tasks, or rows as a file has them."""
+"""Names of tasks or a file; or tasks, examples of named tasks, or rows of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,11 @@ class SearchQuestion:
     """One question of a search, with all its prompts.
 
     Attributes:
-        place: Among all questions of the search, in their own order, which is that of the records.
+        place: Position among all questions of the search; the records are in this order.
         task: The task's name.
         example: The question and its answer.
-        prompt: How the search asks it.
-        retests: Other ways of asking it, which a target path must survive.
+        prompt: The prompt that the search uses.
+        retests: Other prompts for the question, which a target path must answer right too.
     """
 
     place: int
@@ -62,17 +62,17 @@ class Batch:
 
     @property
     def num_characters(self) -> int:
-        """How many characters their prompts and continuations have, as a measure of the work."""
+        """Characters of their prompts and continuations, as a measure of the work."""
         return sum(map(_num_characters, self.questions))
 
     @property
     def key(self) -> str:
-        """The key under which their results are kept."""
+        """The key under which the results of the batch are kept."""
         return f"batch {self.number}"
 
 
 class TaskExamples(NamedTuple):
-    """A task and those of its examples that a search may draw."""
+    """A task, and the examples of it that a search may draw."""
 
     task: Task
     examples: list[Example]
@@ -88,19 +88,19 @@ class Shard(NamedTuple):
 def collect_questions(source: QuestionSource | None, config: SearchConfig) -> list[SearchQuestion]:
     """Return the questions of a search, each one once.
 
-    The limit comes before the shard, so that the shards of one limit add up to it, and before
-    copies are left out, so that what is drawn of a task doesn't depend on the others. Copies of
-    questions of an earlier task are left out with a warning.
+    The order of the steps matters. First the limit is applied, then the shard is taken, so that
+    the shards of a search add up to its limit. Copies of an earlier task's questions are left out
+    last, with a warning, so that the questions drawn from a task don't depend on other tasks.
 
     Args:
-        source: Tasks or their names, whose questions of `config.split` are loaded; examples of
+        source: Tasks or their names, whose questions in `config.split` are loaded; examples of
             named tasks; or rows. None for the tasks that `config.dataset` names.
         config: The settings.
 
     Raises:
-        ConfigError: Settings without effect, and missing packages.
-        TaskError: Unknown tasks, no questions in a task or in this shard, and rewards that a task
-            can't grade.
+        ConfigError: A setting without effect, or a missing package.
+        TaskError: An unknown task, a task or a shard without questions, or a reward that doesn't
+            fit a task.
     """
     config.check_effects()
     _check_strategy_settings(config)
@@ -112,22 +112,33 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     groups = _load_examples(source, config)
     groups = _apply_prompt_settings(groups, config)
     rewards = _choose_rewards([group.task for group in groups], config)
+    questions = _draw_questions(groups, rewards, config, shard)
+    if not questions:
+        raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
+    return questions
+
+
+def _draw_questions(
+    groups: Sequence[TaskExamples],
+    rewards: Sequence[str],
+    config: SearchConfig,
+    shard: Shard | None,
+) -> list[SearchQuestion]:
+    """Draw the questions of each task; leave out other shards, and copies with a warning."""
     questions: list[SearchQuestion] = []
-    keys: set[str] = set()  # of the questions of earlier tasks
+    earlier_keys: set[str] = set()  # of the questions of earlier tasks
     num_copies = 0
     for group, reward in zip(groups, rewards, strict=True):
         examples = choose(group.examples, config.limit, config.seed)
         for example in examples:
             if shard is not None and not in_shard(example, shard):
                 continue
-            if question_key(example.question) in keys:
+            if question_key(example.question) in earlier_keys:
                 num_copies += 1
                 continue
             question = build_question(group.task, example, reward, place=len(questions))
             questions.append(question)
-        keys.update(question_key(example.question) for example in examples)
-    if not questions:
-        raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
+        earlier_keys.update(question_key(example.question) for example in examples)
     if num_copies > 0:
         logger.warning(
             "questions left out, since an earlier task of this search has them too: %d", num_copies
@@ -144,7 +155,7 @@ def build_question(task: Task, example: Example, reward: str, place: int = 0) ->
 
 
 def split_into_batches(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
-    """Split questions into batches of one task and of like length, which need little padding."""
+    """Split questions into batches of one task and of similar length, which need little padding."""
     by_task: dict[str, list[SearchQuestion]] = {}
     for question in questions:
         by_task.setdefault(question.task, []).append(question)
@@ -164,7 +175,7 @@ def _num_characters(question: SearchQuestion) -> int:
 
 
 def parse_shard(text: str) -> Shard:
-    """Read a `--shard`, such as `1/8`; a ConfigError if it makes no sense."""
+    """Read the value of `--shard`, such as `1/8`; a ConfigError if it isn't valid."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is not None:
         shard = Shard(int(match[1]), int(match[2]))
@@ -178,8 +189,8 @@ def parse_shard(text: str) -> Shard:
 
 
 def in_shard(example: Example, shard: Shard) -> bool:
-    """Whether a question belongs to a shard; its text alone decides, not its id."""
-    # Not the hash of `find_split`: that of a split's questions fills a part of the range only.
+    """Whether a question belongs to a shard, which depends on its text and not on its id."""
+    # Not the hash that `find_split` uses: within one split it covers only a part of its range.
     number = hash_text(f"shard:{question_key(example.question)}")
     return number % shard.num_parts == shard.part - 1
 
@@ -202,8 +213,8 @@ def _check_strategy_settings(config: SearchConfig) -> None:
 def _load_examples(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[TaskExamples]:
-    """Return the examples by task, in the order in which the tasks come first."""
-    check_data_dir(config.data_dir)  # refused even where only examples are given
+    """Return the examples by task: those of tasks first, then single examples, then rows."""
+    check_data_dir(config.data_dir)  # refused even if no task reads it
     groups: list[TaskExamples] = []
     examples_by_task: dict[str, list[Example]] = {}
     rows: list[Row] = []
@@ -228,7 +239,7 @@ def _load_examples(
 def _apply_prompt_settings(
     groups: Sequence[TaskExamples], config: SearchConfig
 ) -> list[TaskExamples]:
-    """Have the tasks ask as `--reward FILE.py:…`, `--num-fewshot` and `--max-new-tokens` say."""
+    """Wrap the tasks for `--reward FILE.py:…`, `--num-fewshot` and `--max-new-tokens`."""
     max_new_tokens = config.max_new_tokens
     groups = list(groups)
     if config.reward is not None and SUFFIX in config.reward:
@@ -245,7 +256,7 @@ def _apply_prompt_settings(
 def _add_worked_examples(
     group: TaskExamples, config: SearchConfig, max_new_tokens: int | None
 ) -> TaskExamples:
-    """Return the task with worked examples of another split, which it doesn't ask itself."""
+    """Return the task with worked examples before each question, which aren't searched."""
     task, examples = group
     num_shots = config.num_fewshot or 0
     if num_shots == 0:
@@ -264,7 +275,7 @@ def _add_worked_examples(
 
 
 def _choose_rewards(tasks: Sequence[Task], config: SearchConfig) -> list[str]:
-    """Return the reward of each task, or refuse what can't be graded."""
+    """Return the reward of each task; refuse rewards that don't fit or need missing packages."""
     rewards = [task.check_reward(config.reward) for task in tasks]
     for reward in rewards:
         check_installed(reward)

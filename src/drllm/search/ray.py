@@ -1,7 +1,7 @@
 """Searches batches on Ray: one worker process a device, on this machine or on a cluster.
 
-Keeps every worker busy with a bounded number of batches, and replaces a worker that died. Ray is
-imported only when an executor is made.
+Keeps every worker busy with a small number of batches, and replaces workers that die. Ray is
+imported only when an executor is created.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ from drllm.search.questions import Batch
 from drllm.tasks.examples import Prompt
 
 BATCHES_A_WORKER = 2
-"""Batches that a worker holds: the one it searches and the next, so that it never waits."""
+"""Batches that a worker holds: the one it searches and the next one, so that it never waits."""
 MAX_LOSSES = 3
-"""Workers that a question may cost while it is searched alone, before it is set aside."""
+"""A question is set aside when this many workers died while they searched it alone."""
 MAX_FAILED_STARTS = 3  # workers in a row that may die while they load the model
 START_TIMEOUT_S = 600.0  # how long the first worker may take to load the model
 CONNECT_TIMEOUT_S = 5.0
@@ -79,12 +79,12 @@ class Worker:
 
 @dataclass(eq=False)
 class Seat:
-    """One device's place for a worker: the worker it has now, and the worker's jobs.
+    """The worker of one device, with its jobs; a worker that dies is replaced by another seat.
 
     Attributes:
         worker: Ray's handle of the actor.
         starting: Ray's future of the loaded model; None once the model is loaded.
-        jobs: Futures of results with their batches, the next to finish first.
+        jobs: Futures of results with their batches, in the order of submission.
     """
 
     worker: Any
@@ -98,7 +98,7 @@ class Seat:
 
     @property
     def next_future(self) -> Any:
-        """The future to wait for: of the model, then of the first job; None without any."""
+        """The future to wait for: the model's, then the first job's; None without jobs."""
         if not self.is_ready:
             return self.starting
         return self.jobs[0][0] if self.jobs else None
@@ -118,11 +118,11 @@ class WorkerPlan:
 class RayExecutor:
     """Searches batches on Ray, one worker a device, as `LocalExecutor` does; a context manager.
 
-    A worker that dies is replaced, and its jobs are searched again: the records are the same,
-    wherever and however often a batch is searched. With the device `auto` each worker has a GPU of
-    its own where Ray has any, else the CPU; unless their number is given there is one a GPU, or
-    else one a CPU core. Without a cluster's address Ray is started on this machine, and ended
-    afterwards; a Ray that this process has started already is used as it is.
+    A worker that dies is replaced, and its jobs are searched again. The records are the same
+    wherever and however often a batch is searched. With the device `auto` each worker gets a GPU if
+    Ray has any, else the CPU. By default there is one worker per GPU, or one per CPU core. Without
+    a cluster's address Ray is started on this machine and stopped afterwards, unless this process
+    has started Ray already: then that one is used.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class RayExecutor:
         self.ray: Any = ray
         names = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
         self._loss_errors = tuple(getattr(ray.exceptions, name) for name in names)
-        self._is_ours = not ray.is_initialized()
-        self._is_here = self._is_ours and address is None
+        self._starts_ray = not ray.is_initialized()
+        self._is_on_this_machine = self._starts_ray and address is None
         self.seats: list[Seat] = []
         self.identity: Mapping[str, Any] = {}
         self.runtime: Mapping[str, Any] = {}
         self._failed_starts = 0
-        if self._is_ours:
+        if self._starts_ray:
             connect(ray, address, num_workers)
         try:
             self._start_workers(model, num_workers)
@@ -152,11 +152,11 @@ class RayExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the workers, and Ray where it was started for them."""
+        """Stop the workers, and Ray if this executor has started it."""
         for seat in self.seats:
             self.ray.kill(seat.worker)
         self.seats = []
-        if self._is_ours:
+        if self._starts_ray:
             self.ray.shutdown()
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -174,17 +174,17 @@ class RayExecutor:
     ) -> Iterator[tuple[Batch, BatchRecords]]:
         """Search batches on all workers, and yield them in any order.
 
-        The caller's pace is the limit: no more batches are out than the workers can hold. Workers
-        of a cluster keep nothing of a batch under way: they may not see the folder.
+        Batches are taken from the iterable only as workers have room for them. Workers of a cluster
+        don't keep the steps of an unfinished batch, since they may not see the folder.
         """
         jobs = Jobs(batches)
         stored_config = self.ray.put(self._worker_config(config))
-        kept_parts = chunks if self._is_here else None
+        kept_parts = chunks if self._is_on_this_machine else None
         while True:
             self._hand_out(jobs, stored_config, kept_parts)
             if not jobs.retries and not any(seat.jobs for seat in self.seats):
                 return
-            for seat in self._wait_for_news():
+            for seat in self._wait_for_seats():
                 if not seat.is_ready:
                     self._finish_start(seat)
                     continue
@@ -193,7 +193,7 @@ class RayExecutor:
                     yield finished
 
     def _worker_config(self, config: SearchConfig) -> SearchConfig:
-        """Return the settings with a worker's share of the memory; the manifest keeps all of it."""
+        """Return the settings with a worker's share of the memory for shared states."""
         if config.state_cache_gb is None:
             return config
         return dataclasses.replace(
@@ -201,7 +201,7 @@ class RayExecutor:
         )
 
     def _hand_out(self, jobs: "Jobs", stored_config: Any, kept_parts: Chunks | None) -> None:
-        """Give every worker that has its model as many jobs as it holds."""
+        """Fill up the jobs of every worker that has loaded the model."""
         for seat in self.seats:
             while seat.is_ready and len(seat.jobs) < BATCHES_A_WORKER:
                 batch = jobs.next_job()
@@ -212,12 +212,12 @@ class RayExecutor:
                 seat.jobs.append((future, batch))
 
     def _finish_job(self, seat: Seat, jobs: "Jobs") -> tuple[Batch, BatchRecords] | None:
-        """Take the result of a worker's first job, or replace a worker that died of it."""
+        """Return what a worker's first job completes, if anything; replace a worker that died."""
         future, batch = seat.jobs[0]
         try:
             result = self._get(future)
         except self._loss_errors:
-            # What waited after the first job wasn't begun, and isn't to blame.
+            # Only the first job was running: the others can't have killed the worker.
             waiting = list(seat.jobs)[1:]
             jobs.retries.extend(batch for _, batch in waiting)
             self._replace(seat)
@@ -231,7 +231,7 @@ class RayExecutor:
         self._model = dataclasses.replace(model, device=self.plan.device)
         self.seats = [self._new_seat() for _ in range(self.plan.num_workers)]
         while not self.identity:
-            for seat in self._wait_for_news():
+            for seat in self._wait_for_seats():
                 self._finish_start(seat)
 
     def _new_seat(self) -> Seat:
@@ -241,11 +241,11 @@ class RayExecutor:
 
     def _replace(self, seat: Seat) -> None:
         """Start a new worker in the place of one that died."""
-        self.ray.kill(seat.worker)  # one that can't be reached may still live
+        self.ray.kill(seat.worker)  # a worker that can't be reached may still be alive
         self.seats[self.seats.index(seat)] = self._new_seat()
 
-    def _wait_for_news(self) -> list[Seat]:
-        """Wait until workers have loaded the model, done their first job, or died."""
+    def _wait_for_seats(self) -> list[Seat]:
+        """Wait for workers that have loaded the model, finished a job, or died; return them."""
         seats: dict[Any, Seat] = {}
         for seat in self.seats:
             if seat.next_future is not None:
@@ -264,7 +264,7 @@ class RayExecutor:
         return [seats[future] for future in done]
 
     def _finish_start(self, seat: Seat) -> None:
-        """Note that a worker has loaded the model; refuse one whose model differs."""
+        """Mark a worker that has loaded the model as ready, and replace one that died meanwhile."""
         try:
             identity, runtime = self._get(seat.starting)
         except self._loss_errors as error:
@@ -292,7 +292,7 @@ class RayExecutor:
                 )
 
     def _get(self, future: Any) -> Any:
-        """Return a future's value; a DrllmError that a worker met is raised as it was."""
+        """Return a future's value; a DrllmError of the worker is raised as such."""
         try:
             return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
@@ -302,12 +302,12 @@ class RayExecutor:
 
 
 def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> WorkerPlan:
-    """Decide how many workers run, and on which device each.
+    """Decide how many workers run, and on which device.
 
     Args:
         ray: The package, connected.
         model: Its device is `auto`, `cuda` or `cpu`; a ConfigError for a numbered one.
-        num_workers: None for one a GPU, or one a CPU core.
+        num_workers: None for one per GPU, or one per CPU core.
 
     Raises:
         ConfigError: More workers than devices.
@@ -331,14 +331,14 @@ def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> Worke
         device = "cuda" if uses_gpus else "cpu"
 
     nodes = ray.nodes()
-    # A Ray of ours may count more cores than there are, so that workers can share them.
+    # A local Ray may be told of more cores than there are, so that workers can share them.
     num_real_cores = min(num_cores, os.cpu_count() or 1) if len(nodes) == 1 else num_cores
     num_threads = max(1, num_real_cores // num_workers)
     if uses_gpus:
-        num_sharing = 1  # a GPU's memory is one worker's own
+        num_sharing = 1  # workers don't share a GPU
         options = {"num_gpus": 1, "num_cpus": 0}
     else:
-        # As many workers as the node with the most cores has room for.
+        # The workers that fit on the node with the most cores.
         most_cores = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
         num_sharing = min(num_workers, max(1, most_cores // num_threads))
         options = {"num_gpus": 0, "num_cpus": num_threads}
@@ -366,12 +366,12 @@ def _too_few_devices(
 class Jobs:
     """The batches of a search, for workers that may die.
 
-    A batch that costs a worker is searched again question by question, which gives the same
-    decisions and rewards; a question that costs workers when it is alone is set aside alone.
+    When a worker dies, the questions of its batch are searched again one by one, which gives the
+    same decisions and rewards. A question whose workers keep dying is set aside.
 
     Attributes:
-        retries: Jobs to do again, whole batches or one question of a batch. They come before new
-            batches, so no more batches are under way than jobs.
+        retries: Jobs to run again, each a whole batch or one question of a batch. They come before
+            new batches.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
@@ -381,13 +381,13 @@ class Jobs:
         self._split: dict[int, SplitBatch] = {}  # by the batch's number
 
     def next_job(self) -> Batch | None:
-        """Return the next job; None where there is none at the moment."""
+        """Return the next job; None if there is none at the moment."""
         if self.retries:
             return self.retries.popleft()
         return next(self._new, None)
 
     def finish(self, job: Batch, result: BatchRecords) -> tuple[Batch, BatchRecords] | None:
-        """Return a whole batch with its result; None while other questions of it are missing."""
+        """Return the whole batch with its result; None while questions of it are missing."""
         split = self._split.get(job.number)
         if split is None:
             return job, result
@@ -398,7 +398,7 @@ class Jobs:
         return split.batch, split.join_results()
 
     def lose(self, job: Batch) -> tuple[Batch, BatchRecords] | None:
-        """Record that a worker died of a job; returns as `finish` if that ends the batch."""
+        """Record that a worker died during a job; return as `finish` if that ends the batch."""
         if len(job.questions) > 1:
             self._split_up(job)
             return None
@@ -416,7 +416,7 @@ class Jobs:
         return self.finish(job, BatchRecords((), (failed,)))
 
     def _split_up(self, batch: Batch) -> None:
-        """Have the questions of a batch searched one by one."""
+        """Turn a batch into one job per question."""
         logger.warning(
             "a worker died while it searched batch %d; its %d questions are searched again, "
             "one by one",
@@ -452,17 +452,17 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
         ray: The package.
         address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or that Ray
             finds on this machine; None starts Ray here.
-        num_workers: How many cores Ray counts here at least.
+        num_workers: Minimum number of cores that a Ray started here reports.
 
     Raises:
         ConfigError: Not an address, or no cluster there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         num_cores = max(os.cpu_count() or 1, num_workers or 1)
         # A RAY_ADDRESS in the environment isn't read: without --ray-address, this machine.
-        ray.init(address="local", num_cpus=num_cores, include_dashboard=False, **silent)
+        ray.init(address="local", num_cpus=num_cores, include_dashboard=False, **quiet_options)
         return
     match = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)
     is_address = match is not None and int(match[2]) < 1 << 16
@@ -473,10 +473,10 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
         )
     try:
         if match is not None:
-            host = match[1].strip("[]")  # an IPv6 address stands in brackets
+            host = match[1].strip("[]")  # IPv6 addresses are in brackets
             port = int(match[2])
             socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, **silent)
+        ray.init(address=address, **quiet_options)
     except (OSError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())[:200]
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The re-test: right paths are asked again in other ways before they count as targets."""
+"""The re-test: a right path must also answer its question in other ways of asking it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +13,18 @@ from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, judge_op
 
 Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
 RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
-"""Evaluates the pairs of a named step, or returns what an earlier start of the search kept."""
+"""Evaluates the pairs of a named step, or returns the results kept of an interrupted search."""
 
 MARGIN_TOLERANCE = 0.5
 """Nats that a path's mean margin may lie below the full path's."""
-PATHS_AT_ONCE = 64  # asked again together, of whole questions: what an interruption loses at most
+PATHS_AT_ONCE = 64  # re-tested between two savings of results; never splits a question
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
     """Whether a path may become its question's target.
 
-    It must be right, and the full path itself, or shorter, or right where the full path is wrong.
+    It must be right. It must also be the full path, a shorter path, or one that is right where the
+    full path is wrong.
     """
     if not outcome.is_right:
         return False
@@ -34,7 +35,7 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
 
 
 def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return the pairs to ask again, by question: candidates, and the full path for its margin."""
+    """Return the pairs to re-test, by question: candidates, and the full path for its margin."""
     candidates = [pair for pair in outcomes if _is_candidate_pair(pair, outcomes)]
     pairs: dict[Pair, None] = {}  # an ordered set
     for place, decisions in candidates:
@@ -51,7 +52,7 @@ def _is_candidate_pair(pair: Pair, outcomes: Mapping[Pair, Outcome]) -> bool:
 
 
 def evaluate_step(_name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-    """Evaluate the pairs of a step and keep nothing."""
+    """Evaluate the pairs of a step, without keeping the results."""
     return evaluate(pairs)
 
 
@@ -62,14 +63,14 @@ def retest_paths(
     outcomes: Mapping[Pair, Outcome],
     run_step: RunStep = evaluate_step,
 ) -> dict[Pair, Retest]:
-    """Ask every question again in its other ways, along every path that may be its target.
+    """Evaluate every path that may become a target on the other prompts of its question.
 
     Args:
-        evaluator: The one that made the outcomes. Its states are freed when other prompts run.
-        retest_prompts: For each question, its other ways of asking.
+        evaluator: The evaluator of the outcomes. Its states are freed when other prompts run.
+        retest_prompts: For each question, its other prompts.
         config: The settings.
-        outcomes: By question and path; the full path of each question is among them.
-        run_step: Evaluates a few questions' pairs at a time, and may keep the results.
+        outcomes: By question and path, with the full path of each question.
+        run_step: Evaluates the pairs of a few questions at a time, and may keep the results.
 
     Returns:
         The re-test of every candidate.
@@ -78,10 +79,10 @@ def retest_paths(
     """
     pairs = pairs_to_retest(outcomes)
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
-    for number, prompts in enumerate(_ways_of_asking(pairs, retest_prompts)):
-        way = _way_of_asking(evaluator, prompts, config, outcomes)
+    for number, prompts in enumerate(_group_prompts(pairs, retest_prompts)):
+        retest = _new_retest(evaluator, prompts, config, outcomes)
         for part in _split_by_question([pair for pair in pairs if pair[0] in prompts]):
-            part_outcomes = run_step(f"retest {number}", part, way.evaluate)
+            part_outcomes = run_step(f"retest {number}", part, retest.evaluate)
             for pair, outcome in zip(part, part_outcomes, strict=True):
                 results[pair].append(outcome)
     retests: dict[Pair, Retest] = {}
@@ -93,24 +94,27 @@ def retest_paths(
     return retests
 
 
-def _ways_of_asking(
+def _group_prompts(
     pairs: Sequence[Pair], retest_prompts: Sequence[Sequence[TokenizedPrompt]]
 ) -> list[dict[int, TokenizedPrompt]]:
-    """Return, for each way of asking, the prompts of the questions that have it, by place.
+    """Return the first other prompt of each question by its place, then the second ones, and so on.
 
-    Questions may have different numbers of ways: one with 3 options has fewer rotations.
+    A question may have fewer prompts than others: one with 3 options has fewer rotations.
     """
     places = list(dict.fromkeys(place for place, _ in pairs))
-    num_ways = max((len(retest_prompts[place]) for place in places), default=0)
-    ways: list[dict[int, TokenizedPrompt]] = []
-    for number in range(num_ways):
-        having = [place for place in places if number < len(retest_prompts[place])]
-        ways.append({place: retest_prompts[place][number] for place in having})
-    return ways
+    num_groups = max((len(retest_prompts[place]) for place in places), default=0)
+    groups: list[dict[int, TokenizedPrompt]] = []
+    for number in range(num_groups):
+        group: dict[int, TokenizedPrompt] = {}
+        for place in places:
+            if number < len(retest_prompts[place]):
+                group[place] = retest_prompts[place][number]
+        groups.append(group)
+    return groups
 
 
 def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Split pairs, which come by question, into parts of whole questions."""
+    """Split pairs, which are sorted by question, into parts of whole questions."""
     part: list[Pair] = []
     for pair in pairs:
         is_next_question = bool(part) and pair[0] != part[-1][0]
@@ -122,13 +126,13 @@ def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield part
 
 
-def _way_of_asking(
+def _new_retest(
     evaluator: Evaluator,
     prompts: Mapping[int, TokenizedPrompt],
     config: SearchConfig,
     outcomes: Mapping[Pair, Outcome],
 ) -> "NormalisedRetest | PromptRetest":
-    """Return how to evaluate one way: anew, or from the log-probabilities that are there."""
+    """Return the re-test of these prompts: one that runs them only if it has to."""
     for place, prompt in prompts.items():
         by_character = dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
         if prompt.prompt != by_character:
@@ -138,10 +142,10 @@ def _way_of_asking(
 
 @dataclass(frozen=True)
 class NormalisedRetest:
-    """Judges options by character: the log-probabilities are known, and no layer runs again."""
+    """Judges options by their log-probability per character; no layer runs again."""
 
     prompts: Mapping[int, TokenizedPrompt]
-    outcomes: Mapping[Pair, Outcome]  # of the first way of asking
+    outcomes: Mapping[Pair, Outcome]  # of the search itself
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes by the normalised log-probabilities."""
@@ -155,24 +159,24 @@ class NormalisedRetest:
 class PromptRetest:
     """Runs paths on other prompts of the questions."""
 
-    first: Evaluator
+    search_evaluator: Evaluator
     prompts: Mapping[int, TokenizedPrompt]  # by the question's place in the batch
     config: SearchConfig
     _evaluator: Evaluator | None = None
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes on the other prompts, margins included."""
-        if self._evaluator is None:  # nothing runs where an earlier start kept all results
+        if self._evaluator is None:  # not before it is needed: all results may have been kept
             self._evaluator = self._new_evaluator()
-        # In the new evaluator only these questions have rows.
-        row_of = {place: row for row, place in enumerate(self.prompts)}
-        rows = [(row_of[place], decisions) for place, decisions in pairs]
-        return self._evaluator.with_margins(rows, self._evaluator.evaluate(rows))
+        # The new evaluator numbers only the questions of these prompts.
+        new_places = {place: number for number, place in enumerate(self.prompts)}
+        new_pairs = [(new_places[place], decisions) for place, decisions in pairs]
+        return self._evaluator.with_margins(new_pairs, self._evaluator.evaluate(new_pairs))
 
     def _new_evaluator(self) -> Evaluator:
-        self.first.forget()
+        self.search_evaluator.forget()
         return Evaluator(
-            self.first.routed,
+            self.search_evaluator.routed,
             list(self.prompts.values()),
             self.config.state_cache_gb,
         )
@@ -183,16 +187,16 @@ def judge_retest(
 ) -> Retest:
     """Decide whether a path survives the re-test.
 
-    It must be right in most ways of asking, and its mean margin at most `tolerance` nats below the
-    full path's. Without other ways of asking it survives.
+    It survives if it is right on most of the other prompts, and if its mean margin is at most
+    `tolerance` nats below the full path's. A path of a question without other prompts survives.
 
     Args:
-        outcomes: The path's, one for each way of asking.
-        full_outcomes: The full path's, in the same order.
+        outcomes: The outcomes of the path, one per prompt.
+        full_outcomes: The outcomes of the full path, in the same order.
         tolerance: In nats.
     """
     num_passed = sum(outcome.is_right for outcome in outcomes)
-    # Margins are compared only over the ways in which both paths have one.
+    # Margins are compared only on prompts where both paths have one.
     margins: list[float] = []
     losses: list[float] = []
     for outcome, full in zip(outcomes, full_outcomes, strict=True):

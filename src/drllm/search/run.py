@@ -1,4 +1,4 @@
-"""The search as a stage: questions in, `search.jsonl` out, resumable at any moment."""
+"""The search stage: from questions to `search.jsonl`, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from drllm.search.questions import (
 )
 from drllm.supervision.rules import is_improving, survived
 
-HOPELESS = 16  # questions that may fail before the first one succeeds; then something else is wrong
+HOPELESS = 16  # the search ends if its first questions fail, as many as this
 MAX_PROMPT_CHARACTERS = 600
-"""Characters of a prompt that are shown; of a longer one, half of them from either end."""
-MIN_QUESTIONS_TO_WARN = 5  # of which none is right, before that is worth a warning
+"""Maximum characters of a prompt that are shown; a longer one loses its middle."""
+MIN_QUESTIONS_TO_WARN = 5  # of a task on which the full path is never right
 MAX_TEXT_CHARACTERS = 60  # characters of a question or an answer in a warning
 
 
@@ -51,19 +51,21 @@ def search_paths(
 ) -> SearchRecords:
     """Search the paths of questions, and write `search.jsonl` with its manifest.
 
-    What is done is kept; after an interruption at any moment the same call resumes, loses one
-    round of one batch, and ends with the same records as an unbroken run (times apart). Questions
-    that fail every time are set aside in `search.failed.jsonl`.
+    Results are kept as they come. After an interruption at any moment the same call resumes: it
+    loses one round of one batch, and ends with the same records as an unbroken run, except for
+    their times. Questions that fail every time are set aside in `search.failed.jsonl`.
 
     Args:
         model: A name or a `ModelConfig` (loaded here, or by the workers of Ray), what `load`
             returns, a `RoutedModel`, or a causal language model of transformers.
-        examples: A list of tasks or their examples, of rows as a file of your own has them
-            (dicts; all are searched, whatever their split), or of what `collect_questions` made
-            of them; names of tasks or a file; None for those that `config.dataset` names.
-        config: The settings; `config.output_dir` is the command line's and not read here.
+        examples: One of: names of tasks, or a file; a list of tasks; a list of their examples; a
+            list of rows (dicts with the fields of a `.jsonl` file), all of which are searched
+            whatever their split; what `collect_questions` returned. None for the tasks that
+            `config.dataset` names.
+        config: The settings; `config.output_dir` is for the command line and isn't read here.
         output_dir: Folder that gets the files; None writes none.
-        tokenizer: The model's; None loads the one of its name, unless it comes with one.
+        tokenizer: The model's tokenizer. None takes the one that comes with the model, or loads it
+            by the model's name.
         listener: Gets progress, one prompt of each task, and warnings.
         settings: Settings of `SearchConfig` by name, in place of the config's.
 
@@ -71,7 +73,7 @@ def search_paths(
         One record per question that could be searched, in the questions' order.
 
     Raises:
-        ConfigError: A setting without effect; a folder that holds another search.
+        ConfigError: A setting without effect; a folder with another search.
         TaskError: No questions, questions that can't be loaded, or every question failed.
         RecordError: The folder can't be written, another search writes to it, or it holds a
             `search.jsonl` that isn't ours.
@@ -179,7 +181,7 @@ def _identity(
     texts: Sequence[str | None],
     config: SearchConfig,
 ) -> dict[str, Any]:
-    """Return what must be equal for a search to be resumed, or to count as this one."""
+    """Return what a search on disk must share with this one to be resumed, or to be its result."""
     prompts: list[Any] = []
     for question in questions:
         prompts += [question.prompt, *question.retests]
@@ -196,7 +198,7 @@ def _identity(
 def _refuse_other_search(
     file: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """Refuse a complete search that isn't the one that is asked for."""
+    """Refuse a complete search of other settings, questions or model."""
     version = importlib.metadata.version("drllm")
     refuse_other_run(
         str(file),
@@ -219,7 +221,7 @@ def _first_prompts(
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """A search that is ready to run: its batches, and who searches them."""
+    """A search that is ready to run: its batches, and the executor that searches them."""
 
     executor: Executor
     config: SearchConfig
@@ -246,47 +248,52 @@ class _Search:
         return records, failed
 
     def _search_batches(self, chunks: Chunks | None) -> list[BatchRecords]:
-        results: list[BatchRecords] = []
-        remaining: list[Batch] = []
-        num_questions = sum(len(batch.questions) for batch in self.batches)
-        with self.listener.progress("searching", "questions") as on_progress:
-            progress = SearchProgress(num_questions, on_progress)
+        """Return the results of all batches, those that `chunks` holds first."""
+        with self.listener.progress("searching", "") as on_progress:
+            progress = SearchProgress.of(self.batches, on_progress)
+            results: list[BatchRecords] = []
+            remaining: list[Batch] = []
             for batch in self.batches:
-                result = None if chunks is None else _kept_result(chunks, batch)
+                result = None if chunks is None else _read_result(chunks, batch)
                 if result is None:
                     remaining.append(batch)
                 else:
                     results.append(result)
                     progress.add(batch, result, is_new=False)
-            first_block = self._time_first_block()
-            work_left = sum(batch.num_characters for batch in remaining)
-            for batch, result in self.executor.search(
-                remaining, self.config, chunks, progress.report
-            ):
-                if first_block is not None:
-                    first_block.finish(batch.num_characters / work_left)
-                if chunks is not None:
-                    chunks.put(batch.key, result)
-                results.append(result)
-                progress.add(batch, result)
-                if progress.is_hopeless:
-                    if chunks is not None:
-                        chunks.remove()
-                    raise TaskError(
-                        f"none of the first {progress.num_done} questions could be searched; the "
-                        f"last one: {result.failed[-1].error}"
-                    )
+            results += self._search_remaining(remaining, chunks, progress)
         return results
 
+    def _search_remaining(
+        self, remaining: Sequence[Batch], chunks: Chunks | None, progress: SearchProgress
+    ) -> Iterator[BatchRecords]:
+        """Search batches and keep their results; a TaskError if all of the first questions fail."""
+        first_block = self._time_first_block()
+        work_left = sum(batch.num_characters for batch in remaining)
+        searched = self.executor.search(remaining, self.config, chunks, progress.report)
+        for batch, result in searched:
+            if first_block is not None:
+                first_block.finish(batch.num_characters / work_left)
+            if chunks is not None:
+                chunks.put(batch.key, result)
+            progress.add(batch, result)
+            if progress.is_hopeless:
+                if chunks is not None:
+                    chunks.remove()
+                raise TaskError(
+                    f"none of the first {progress.num_done} questions could be searched; the "
+                    f"last one: {result.failed[-1].error}"
+                )
+            yield result
+
     def _time_first_block(self) -> FirstBlock | None:
-        """Start to time the first batch; None where workers elsewhere search many at once."""
+        """Start to time the first batch; None for Ray, whose workers search several at once."""
         if not isinstance(self.executor, LocalExecutor):
             return None
         return FirstBlock(self.listener, self.executor.routed.model.device)
 
 
-def _kept_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
-    """Return the result of a batch that an earlier start finished, if it is of these questions."""
+def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
+    """Return the result that `chunks` keeps of a batch; None unless it has the same questions."""
     result = chunks.get(batch.key, BatchRecords)
     if result is None:
         return None
@@ -298,20 +305,34 @@ def _kept_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
 
 @dataclass
 class SearchProgress:
-    """Counts the searched questions and paths, and reports progress."""
+    """Counts the searched questions and paths, and reports progress.
+
+    Progress is measured in characters of prompts: long questions come last and take longer, so the
+    time left would be too short if each question counted the same.
+    """
 
     num_questions: int
+    num_characters: int  # of all batches
     on_progress: OnProgress
-    num_done: int = 0  # questions, those that an earlier start finished too
+    num_done: int = 0  # questions, those of an interrupted search included
+    num_characters_done: int = 0  # of the same questions
     num_failed: int = 0
     num_valid: int = 0  # questions with a right path that survived the re-test
     num_improving: int = 0  # questions with such a path where the full path is wrong
-    num_new_paths: int = 0  # paths of the batches that this start finished
+    num_new_paths: int = 0  # paths run since the search was started or resumed
     started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], on_progress: OnProgress) -> SearchProgress:
+        """Return the progress of these batches before the first of them."""
+        num_questions = sum(len(batch.questions) for batch in batches)
+        num_characters = sum(batch.num_characters for batch in batches)
+        return cls(num_questions, num_characters, on_progress)
 
     def add(self, batch: Batch, result: BatchRecords, *, is_new: bool = True) -> None:
         """Count a finished batch, and report it."""
         self.num_done += len(batch.questions)
+        self.num_characters_done += batch.num_characters
         self.num_failed += len(result.failed)
         for record in result.records:
             survivors = [path for path in record.paths if survived(path)]
@@ -328,29 +349,33 @@ class SearchProgress:
 
         Args:
             batch: The batch that is being searched, or was finished just now.
-            share: Of its work that is done; 0 for a finished one, which is counted already.
+            share: Share of its work that is done; 0 for a finished one, which is counted already.
             num_paths: Paths that were run for it so far; 0 for a finished one.
             step: What is being done, in words; empty for a finished one.
         """
-        note = f"{step}, {batch.task}" if step else batch.task
+        note = f"{self.num_done} of {self.num_questions} questions, {batch.task}"
+        if step:
+            note = f"{step}, {note}"
         num_new_paths = self.num_new_paths + num_paths
         if num_new_paths > 0:
             seconds = max(time.monotonic() - self.started, 1e-9)
             note += f", {num_new_paths / seconds:.1f} paths a second"
         if self.num_done > 0:
-            note += f", {100 * (self.num_valid / self.num_done):.0f} % valid"
-            note += f", {100 * (self.num_improving / self.num_done):.0f} % improving"
-        self.on_progress(self.num_done + share * len(batch.questions), self.num_questions, note)
+            note += f", right path for {100 * (self.num_valid / self.num_done):.0f} % of questions"
+            note += f", {100 * (self.num_improving / self.num_done):.0f} % corrected"
+        work_done = self.num_characters_done + share * batch.num_characters
+        done = self.num_questions * (work_done / self.num_characters)
+        self.on_progress(done, self.num_questions, note)
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether every question failed so far, of enough to say that all will."""
+        """Whether every question failed so far, and so many that all will."""
         enough = min(HOPELESS, self.num_questions)
         return self.num_failed == self.num_done >= enough
 
 
 def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
-    """Show one prompt of each task: a wrong template is seen before hours are spent."""
+    """Show one prompt of each task, so that a wrong template is seen before hours are spent."""
     for task, text in prompts.items():
         logger.info("the model reads, for example, %r", text)
         num_left_out = len(text) - MAX_PROMPT_CHARACTERS
@@ -362,7 +387,7 @@ def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
 
 
 def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener) -> None:
-    """Warn if the full path is never right on a task: mostly its prompt or grading is wrong."""
+    """Warn if the full path is never right on a task: usually its prompt or grading is wrong."""
     by_task: dict[str, list[SearchRecord]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
@@ -378,7 +403,7 @@ def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener
             answer = first.full.answer[:MAX_TEXT_CHARACTERS]
             right_answer = first.answer[:MAX_TEXT_CHARACTERS]
             example = (
-                f"on {question!r} it said {answer!r}, and right is {right_answer!r}; check the "
+                f"to {question!r} it answers {answer!r}, and {right_answer!r} is right; check the "
                 f"answers, or give another --reward"
             )
         listener.note(

@@ -1,7 +1,7 @@
-"""One question's target: which tried paths count, the rules that pick among them, the reasons.
+"""Rules: which path becomes a question's target, or the reason why none does.
 
 A rule is one function here (or in a module that `TARGETS` names), under
-`@TARGETS.register("name")`. What depends on other questions (copies, quotas) is decided in
+`@TARGETS.register("name")`. Decisions that depend on other questions (copies, quotas) are made in
 `select`. Loads no torch.
 """
 
@@ -22,10 +22,10 @@ OVER_QUOTA = "over the quota"
 REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
 TWICE = "same question twice"
-"""Why a record has no target though its question may have one: an earlier record counts."""
+"""Why a record has no target: an earlier record has the same question, and counts."""
 
 MIN_SAVING = 0.05
-"""Share of the full path's executions that a target of the rule `least_kl` saves at least."""
+"""Minimum share of the full path's executions that a target of `least_kl` saves."""
 
 
 def is_valid(path: TriedPath) -> bool:
@@ -50,7 +50,7 @@ def survived(path: TriedPath) -> bool:
 
 Rule: TypeAlias = Callable[..., list[TriedPath] | str]
 """Returns the paths of a search record that may become its target, the best first, or the reason
-why there are none. A rule that has a parameter `min_saving` is given `--min-saving` in it."""
+why there are none. A rule with a parameter `min_saving` gets the value of `--min-saving`."""
 
 TARGETS: Registry[Rule] = Registry("target rule")
 
@@ -59,7 +59,7 @@ TARGETS: Registry[Rule] = Registry("target rule")
 def shortest(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among the paths that survived the re-test, then largest margin in it.
 
-    The full path is one of them, for a question that no shorter path answers.
+    The full path is among them, for a question that no shorter path answers.
     """
     return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
 
@@ -87,7 +87,7 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
 def released(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among all right paths, re-tested or not: the published code's rule.
 
-    Of equally long ones that with the fewest different layers (docs/differences.md, D-35).
+    Among equally long ones, the path with the fewest different layers (docs/differences.md, D-35).
     """
 
     def order(path: TriedPath) -> tuple[float, int, int]:
@@ -102,8 +102,8 @@ def released(record: SearchRecord) -> list[TriedPath] | str:
 def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[TriedPath] | str:
     """Least KL from the full path among the paths that save enough, right or not.
 
-    Whether one answer came out right is mostly chance: few options, many tries. How far a path's
-    next-token distributions lie from the full path's is regular enough to be learned.
+    With few options and many paths, whether one answer is right is mostly chance. The distance of
+    a path's next-token distributions from the full path's is regular enough to be learned.
 
     Source: ours (docs/differences.md, D-24).
     """

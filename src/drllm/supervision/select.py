@@ -1,6 +1,6 @@
-"""Targets for all questions: the rule for each, copies counted once, quotas over the rest.
+"""Picks targets for all questions: applies the rule, leaves out copies, then enforces quotas.
 
-`supervise` is the stage: search records in, `supervision.jsonl` with its manifest out.
+`supervise` is the stage: from search records to `supervision.jsonl` with its manifest.
 """
 
 import itertools
@@ -28,12 +28,12 @@ _ROUNDING = 1e-9
 
 
 class Supervision(tuple[SupervisionRecord, ...]):
-    """The targets of searched questions, in order, one for each question that has one.
+    """The targets of searched questions, in the order of the questions.
 
     Attributes:
-        reasons: For each question why it has no target; None where it has one.
+        reasons: For each record, why it has no target; None if it has one.
         summary: Counts; see `summarise`.
-        rewards: Names of the rewards that the prompts of the targets were made for.
+        rewards: Names of the rewards that the targets were searched with.
     """
 
     reasons: tuple[str | None, ...]
@@ -49,21 +49,22 @@ def supervise(
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
-    The questions without a target are written to `supervision.rejected.jsonl` (named after the
-    output), each with its reason; where all have one, no such file is left.
+    Questions without a target are written to `supervision.rejected.jsonl` (named after the output),
+    each with its reason. If every question has a target, that file is removed.
 
     Args:
-        searches: Search records, from `search_paths` or `search.jsonl` files of one base model
-            (the shards of a search, say), in this order; a question in several of them counts once.
+        searches: Search records from `search_paths`, or `search.jsonl` files, of one base model
+            (for example the shards of a search), in this order. A question in several of them
+            counts once.
         config: The rule and the quotas.
         output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
         settings: Settings of `SuperviseConfig` by name, in place of the config's.
 
     Raises:
-        ConfigError: Settings that can't be followed.
-        RecordError: No file; one named twice; a file that can't be trusted; searches of different
-            base models or numbers of layers; two questions with one id; a file to write that is
-            one of the inputs; no target at all. Nothing is written then.
+        ConfigError: Settings that don't fit the searches.
+        RecordError: No file; a file that is named twice, can't be trusted, or is also the output;
+            searches of different base models or numbers of layers; two questions with one id; no
+            target at all. Nothing is written then.
     """
     config = changed(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
@@ -90,7 +91,7 @@ def supervise(
 def _list_sources(
     searches: SearchSource | Sequence[SearchRecord | SearchSource],
 ) -> list[SearchRecords | Path]:
-    """Return the sources of search records, each a file or the records of one search."""
+    """Return the sources as a list: files, and the records of searches."""
     if isinstance(searches, SearchRecords):
         return [searches]
     if isinstance(searches, (str, Path)):
@@ -110,7 +111,7 @@ def _list_sources(
 
 
 def _check_files(sources: Sequence[SearchRecords | Path], output: Path | None) -> None:
-    """Refuse no source, a file that is named twice, and an output that is one of the inputs."""
+    """Refuse an empty list, a file that is named twice, and an output that is also an input."""
     if not sources:
         raise RecordError("no search file is given; name at least one search.jsonl")
     seen: set[Path] = set()
@@ -145,7 +146,7 @@ def write_supervision(
     if len(inputs) == len(sources):
         counts = _count_by_source(supervision, sources)
         manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
-    # First, so that targets with a manifest never lie next to the rejects of others.
+    # Written first: targets with a manifest must never lie beside rejected questions of other ones.
     records = itertools.chain.from_iterable(sources)
     rejected = [
         RejectedQuestion.of(record, reason)
@@ -159,7 +160,7 @@ def write_supervision(
 def _count_by_source(
     supervision: Supervision, sources: Sequence[SearchRecords]
 ) -> list[dict[str, Any]]:
-    """Count, for each source, its questions, copies and targets, and the others by reason."""
+    """Count the questions, copies and targets of each source, and the rejected ones by reason."""
     counts: list[dict[str, Any]] = []
     start = 0
     for source in sources:
@@ -180,7 +181,7 @@ def _count_by_source(
 def check_settings(
     config: SuperviseConfig, tasks: Collection[str], search: SearchConfig | None = None
 ) -> dict[str, int]:
-    """Refuse settings that can't be followed with these tasks' questions; return the quotas."""
+    """Return the quotas; refuse settings that don't fit these tasks or this search."""
     if search is not None and not search.kl and config.target == "least_kl":
         raise ConfigError(
             "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
@@ -201,12 +202,12 @@ def check_settings(
 def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervision:
     """Pick a target path for each searched question.
 
-    Questions with the same text, in whatever tasks, are one question; the first one counts, with
-    or without a target. Quotas are filled in the order of the questions.
+    Questions with the same text are one question, even in different tasks: the first record
+    counts, whether it has a target or not. Quotas are filled in the order of the questions.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
-    target_of: dict[int, SupervisionRecord] = {}  # by the record's place
+    targets_by_place: dict[int, SupervisionRecord] = {}
     keys: set[str] = set()
     for place, record in enumerate(records):
         paths = _find_candidates(record, config, keys)
@@ -214,17 +215,17 @@ def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Su
             reasons.append(paths)
         else:
             reasons.append(None)
-            target_of[place] = _target(record, paths[0])
-    places = list(target_of)
-    for number in find_surplus(list(target_of.values()), quotas, config.quota_improving):
+            targets_by_place[place] = _target(record, paths[0])
+    places = list(targets_by_place)
+    for number in find_surplus(list(targets_by_place.values()), quotas, config.quota_improving):
         place = places[number]
-        del target_of[place]
+        del targets_by_place[place]
         reasons[place] = rules.OVER_QUOTA
-    supervision = Supervision(target_of.values())
+    supervision = Supervision(targets_by_place.values())
     supervision.reasons = tuple(reasons)
     rejected = Counter(reason for reason in reasons if reason is not None)
     supervision.summary = summarise(records, supervision, rejected)
-    supervision.rewards = tuple(sorted({records[place].reward for place in target_of}))
+    supervision.rewards = tuple(sorted({records[place].reward for place in targets_by_place}))
     return supervision
 
 
@@ -233,7 +234,7 @@ def _find_candidates(
 ) -> list[TriedPath] | str:
     """Return the paths that may be the record's target, the best first, or why there are none.
 
-    `keys` are those of the questions before it; its own is added.
+    `keys` holds the keys of all questions before; this one's is added.
     """
     key = question_key(record.question)
     if key in keys:
@@ -257,7 +258,7 @@ def _target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
 
 
 def read_quotas(text: str | None) -> dict[str, int]:
-    """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas."""
+    """Read the value of `--quotas`, a comma list of TASK=COUNT; None for no quotas."""
     if text is None:
         return {}
     quotas: dict[str, int] = {}
@@ -277,18 +278,18 @@ def read_quotas(text: str | None) -> dict[str, int]:
 def find_surplus(
     records: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
 ) -> set[int]:
-    """Return the places of the targets that have to go.
+    """Return the places of the targets to drop for the quotas and the share of improving ones.
 
-    A task with a quota keeps its first targets. With a share too, and as long as too few of them
-    improve, the next improving target beyond the quota takes the place of the first one that
-    doesn't; a task that runs out of improving targets stays below the share, as in the published
-    code. With a share and no quota the last targets that don't improve go, until the others have
-    the share; each task by itself where any task has a quota, else all of them together.
+    A task with a quota keeps its first targets. If there is also a share, and too few of these
+    improve, improving targets from beyond the quota replace the first ones that don't improve. A
+    task without enough improving targets stays below the share, as in the published code. With a
+    share but no quota, the last targets that don't improve are dropped until the share is reached:
+    task by task if any task has a quota, else in all tasks together.
 
     Args:
         records: All targets, in the order of their questions.
         quotas: Task → maximum targets.
-        share: Of improving targets, at least; None for no share.
+        share: Minimum share of improving targets; None for no minimum.
 
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).
@@ -301,16 +302,16 @@ def find_surplus(
     dropped: set[int] = set()
     for task, places in places_by_task.items():
         if task in quotas:
-            dropped |= _over_count(places, improving, quotas[task], share or 0.0)
+            dropped |= _drop_for_quota(places, improving, quotas[task], share or 0.0)
         elif share is not None:
-            dropped |= _below_share(places, improving, share)
+            dropped |= _drop_for_share(places, improving, share)
     return dropped
 
 
-def _over_count(
+def _drop_for_quota(
     places: Sequence[int], improving: Collection[int], quota: int, share: float
 ) -> set[int]:
-    """Return what one task has to drop for its quota, with a share of improving targets."""
+    """Return the places that one task drops for its quota and the share of improving targets."""
     first = places[:quota]
     later = places[quota:]
     replaceable = [place for place in first if place not in improving]
@@ -321,8 +322,8 @@ def _over_count(
     return {*later, *leaving} - set(arriving)
 
 
-def _below_share(places: Sequence[int], improving: Collection[int], share: float) -> set[int]:
-    """Return what a group of targets has to drop so that enough of the others improve."""
+def _drop_for_share(places: Sequence[int], improving: Collection[int], share: float) -> set[int]:
+    """Return the places that a group drops so that enough of its other targets improve."""
     replaceable = [place for place in places if place not in improving]
     num_improving = len(places) - len(replaceable)
     # i / (i + n) >= share; a rounding error of the quotient never costs a target.
@@ -331,9 +332,9 @@ def _below_share(places: Sequence[int], improving: Collection[int], share: float
 
 
 def _no_targets_message(summary: Mapping[str, Any]) -> str:
-    """Return the message where no question has a target: the reasons, and what to do."""
+    """Return the message for a search without any target: the reasons, and what to do."""
     rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
-    # A quota alone leaves targets, a share leaves the improving ones.
+    # A quota alone always leaves a target, and a share always leaves the improving ones.
     if rules.OVER_QUOTA in rejected:
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "
@@ -352,7 +353,7 @@ def _no_targets_message(summary: Mapping[str, Any]) -> str:
 
 
 def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
-    """Refuse files of two base models; another id for the same weights is fine."""
+    """Refuse searches of different base models; the same weights may have two ids."""
     in_both = first.model.keys() & other.model.keys()
     names = ["fingerprint", "num_layers", "hidden_size", "class"]
     if "fingerprint" not in in_both:
@@ -370,7 +371,7 @@ def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
 
 
 def _check_ids(sources: Sequence[SearchRecords]) -> None:
-    """Refuse two questions with one id, which readers of the targets could not tell apart."""
+    """Refuse two questions with the same id, which readers of the targets couldn't tell apart."""
     seen: dict[tuple[str, str], tuple[str, Path | None]] = {}
     for source in sources:
         for record in source:

@@ -1,6 +1,6 @@
-"""Counts: what a search found, what survived the re-test, and which targets came of it.
+"""Counts of a search: its paths, those that survived the re-test, and its targets.
 
-Also what single edits did to the reward, and how often each decision is a target's.
+Also how single edits change the reward, and how often targets skip, execute or repeat each layer.
 """
 
 from collections import Counter
@@ -37,13 +37,13 @@ def summarise(
     targets: Sequence[SupervisionRecord],
     rejected: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Count what the search found, and what became of it.
+    """Count the questions, paths and targets of a search.
 
-    Of records with the same question the first one counts, whatever their tasks and files.
+    Of records with the same question only the first counts, even in different tasks and files.
 
     Args:
         records: All search records.
-        targets: The targets made of them; those of a user's own file may be of other questions.
+        targets: Their targets; those from a user's own file may belong to other questions.
         rejected: Reason → number of questions without a target.
 
     Returns:
@@ -63,6 +63,10 @@ def summarise(
     executions = None
     if targets:
         executions = sum(target.executions for target in targets) / len(targets)
+    totals = [0, 0, 0]  # skipped, executed, repeated, over all layers
+    for counts in by_layer:
+        for decision, number in enumerate(counts):
+            totals[decision] += number
     return {
         "questions": len(counted),
         "copies": num_copies.total(),
@@ -75,7 +79,7 @@ def summarise(
         },
         "wrong_targets": _count_wrong(records, targets),
         "executions": executions,
-        "class_counts": [sum(counts) for counts in zip(*by_layer, strict=True)] or [0, 0, 0],
+        "class_counts": totals,
         "class_counts_by_layer": by_layer,
     }
 
@@ -115,7 +119,7 @@ def _add_counts(counted: Sequence[CountedRecord]) -> dict[str, int]:
 
 
 def _count_paths(record: SearchRecord) -> dict[str, int]:
-    """Count a question's paths of each kind, as the search found them and that survived."""
+    """Count a question's paths of each kind, before the re-test and after it."""
     counts: dict[str, int] = {}
     for kind, is_of_kind in KINDS.items():
         paths = [path for path in record.paths if is_of_kind(path, record)]
@@ -127,7 +131,7 @@ def _count_paths(record: SearchRecord) -> dict[str, int]:
 def _count_wrong(records: Sequence[SearchRecord], targets: Sequence[SupervisionRecord]) -> int:
     """Count the targets whose path answered wrong, of questions that have right answers.
 
-    A target of a question that isn't among the records isn't known to be wrong.
+    Targets of questions without a record aren't counted.
     """
     is_wrong: dict[tuple[str, str, Decisions], bool] = {}
     for record in records:
@@ -148,9 +152,10 @@ def class_counts(rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int, int], .
 def edit_effects(
     records: Sequence[SearchRecord], decision: Decision, min_questions: int
 ) -> list[tuple[int, float]]:
-    """Return how skipping, or repeating, each layer alone changed the mean reward, best first.
+    """Return how one edit of each layer alone changes the mean reward, best first.
 
-    Layers that were tried alone on fewer questions are left out.
+    The edit skips or repeats the layer. Layers that were edited alone on fewer than
+    `min_questions` questions are left out.
     """
     changes: dict[int, list[float]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""A task: a set of questions, how a search asks them and how an evaluation does.
+"""Tasks: sets of questions, with their prompts for a search and for an evaluation.
 
 Loads no torch.
 """
@@ -19,7 +19,7 @@ from drllm.tasks.prompt_formats import PromptFormat
 
 
 class NoSplitError(TaskError):
-    """A set doesn't have a split, or the data folder lacks the file that it is in."""
+    """A task has no such split, or the data folder lacks its file."""
 
 
 class Function(str):
@@ -30,26 +30,26 @@ class Function(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Harness:
-    """How lm-evaluation-harness asks a task in an evaluation."""
+    """How lm-evaluation-harness evaluates a task."""
 
-    # The columns that the task file reads: names of the row's own columns, a field of the question
-    # for each name, or a function that makes them from a question and its row.
+    # The columns that the task file reads: names of columns of the row, or name → field of the
+    # question, or a function that makes them from a question and its row.
     columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
-    # The harness' task file below its `tasks`, with `{part}` where there is one for each part of
-    # the set; empty where `settings` are all there is.
+    # The harness' task file below its folder `tasks`, with `{part}` if each part of the set has
+    # its own; empty if `settings` are the whole task.
     file: str = ""
     # Changes to the harness' file or, without one, the whole task.
     settings: Mapping[str, Any] = field(default_factory=dict)
     generated: bool = False  # answers are generated; else options are scored
-    metric: str = "acc"  # the metric that counts, of those that the harness reports
-    filter: str = "none"  # the harness' filter of a generated text whose metric counts
-    shots: int = 0  # worked examples before a question unless another number is asked for
-    max_new_tokens: int = 0  # maximum tokens of an answer; 0 where options are scored
-    part_of: str = ""  # the column with the part that a row belongs to; empty for sets of one part
-    notes: tuple[str, ...] = ()  # what a reader of results must know
+    metric: str = "acc"  # the harness' metric that we report
+    filter: str = "none"  # the harness' filter of generated texts that this metric is taken after
+    shots: int = 0  # default number of worked examples before a question
+    max_new_tokens: int = 0  # maximum tokens of an answer; 0 if options are scored
+    part_of: str = ""  # the column that names a row's part of the set; empty for sets of one part
+    notes: tuple[str, ...] = ()  # for readers of the results
 
     def make_row(self, example: Example, row: Row) -> dict[str, Any]:
-        """Return the columns of one question, or refuse a row that lacks one of them."""
+        """Return the columns of one question; a TaskError if its row lacks one of them."""
         if callable(self.columns):
             return self.columns(example, row)
         if isinstance(self.columns, Mapping):
@@ -61,20 +61,20 @@ class Harness:
 
 
 def name_for_harness(name: str) -> str:
-    """Return a name without the characters that the harness' command line gives a meaning."""
+    """Return a name without characters that have a meaning on the harness' command line."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 class Task(ABC):
-    """A set of questions and the ways of asking them.
+    """A set of questions, with their prompts.
 
     Attributes:
-        name: As users write it.
+        name: The name that users write.
         description: One line for `drllm ls tasks`.
-        prompt_format: How a search asks; None where the task is only evaluated.
-        harness: How an evaluation asks; None: as a search does.
+        prompt_format: The prompts of a search; None if the task is only evaluated.
+        harness: How the harness evaluates the task; None for the prompts of a search.
         group: A name that stands for this task and others; empty for most.
-        aliases: Other names of the task, accepted wherever its own is.
+        aliases: Other names of the task, accepted wherever its name is.
     """
 
     name: str
@@ -86,30 +86,30 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return the questions of one split, in fixed order; no question is in two splits.
+        """Return the questions of one split, in a fixed order; no question is in two splits.
 
-        A split that is only reported is as published, copies included; splits to search and train
-        on have each text once. Files come from the data folder, or from the hub without one; a task
-        that brings its own questions reads neither.
+        A split that is only reported is returned as published, with its copies. Splits to search
+        and train on have each text once. Files are read from the data folder or, without one, from
+        the hub. A task that comes with its own questions reads neither.
 
         Raises:
-            NoSplitError: The set has no such split, or the data folder no such file.
-            TaskError: No network, or a line that can't be used (with its number).
+            NoSplitError: The task has no such split, or the data folder lacks its file.
+            TaskError: No network, or a line that can't be used; the message has its number.
         """
 
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of one split, each with its row; empty where there are no rows."""
+        """Return the questions of one split, each with its row; {} stands for no row."""
         return [(example, {}) for example in self.examples(split, data_dir)]
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions to draw worked examples from, for the questions of a split.
+        """Return the questions that worked examples for a split are drawn from.
 
-        They are of another split, so no reported question is shown with its answer.
+        They belong to another split, so no reported question is shown with its answer.
         """
         return self.rows(choose_shots_split(check_split(split)), data_dir)
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the rows of a split's file that can't be asked: id → reason."""
+        """Return the rows of a split's file that aren't usable as questions: id → reason."""
         return {}
 
     def describe_splits(self) -> str:
@@ -125,12 +125,12 @@ class Task(ABC):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The rewards that fit, the default first; none where the task is only evaluated."""
+        """The rewards that fit, the default first; empty if the task is only evaluated."""
         return () if self.prompt_format is None else self.prompt_format.rewards
 
     @property
     def has_answers(self) -> bool:
-        """Whether the questions have answers; without, they are prompts alone."""
+        """Whether the questions have answers, rather than being prompts alone."""
         return KL_REWARD not in self.rewards
 
     def check_answers(self) -> None:
@@ -142,11 +142,11 @@ class Task(ABC):
             )
 
     def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return the prompt of a question; refuse a reward that doesn't fit."""
+        """Return the prompt of a question; a TaskError if the reward doesn't fit."""
         return self.prompts(example, reward)[0]
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question, then other ways of asking it, for the re-test.
+        """Return the prompt of a question, then its other prompts for the re-test.
 
         Source: ours (docs/differences.md, D-05).
         """
@@ -155,11 +155,11 @@ class Task(ABC):
         return self.prompt_format.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the reward to use, or refuse what the task can't grade.
+        """Return the reward to use; a TaskError if none fits.
 
         Args:
-            reward: A name, or a comma list of which the first that fits is used (`letter,boxed`
-                for tasks with options and problems); None for the task's own.
+            reward: A name, or a comma list, of which the first that fits is used (`letter,boxed`
+                for tasks with options and problems). None for the task's default.
         """
         if not self.rewards:
             raise TaskError(
@@ -198,17 +198,17 @@ def load_questions(task: Task, split: str, data_dir: str | None) -> list[Example
 
 
 def check_split(split: str) -> str:
-    """Return a split's name, or refuse one that doesn't exist."""
+    """Return the name of a split; a TaskError if there is no such split."""
     if split not in SPLITS:
         raise TaskError(unknown_name("split", split, SPLITS))
     return split
 
 
 def choose_shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
-    """Return the split to draw worked examples from, for the questions of a split.
+    """Return the split that worked examples for the questions of a split are drawn from.
 
-    It is `fit`, on which nothing is chosen or reported; for the questions of `fit` itself, and for
-    a task without it, the first other split.
+    It is `fit`, on which nothing is chosen or reported. For the questions of `fit` itself, and for
+    a task without it, it is the first other split.
 
     Example:
         >>> choose_shots_split("test"), choose_shots_split("fit")

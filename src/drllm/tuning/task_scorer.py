@@ -136,7 +136,7 @@ class TaskScorer:
             found[1][:, columns] = scores.right or 0.0
             self.seconds += scores.seconds
             num_scored += len(places)
-            note = f"{len(paths)} paths on {num_scored} of {len(order)} questions"
+            note = f"scoring {len(paths)} candidate paths, question {num_scored} of {len(order)}"
             self.on_scored(len(paths) * len(places), note)
         return found
 
@@ -164,7 +164,7 @@ class TaskScorer:
         grades: list[float] = []
         for block_grades in self.chunks.get_or_make_all(calls, list[float]):
             grades += block_grades
-            note = f"{len(grades)} of {len(prompts)} answers of a path"
+            note = f"answering along one path, question {len(grades)} of {len(prompts)}"
             self.on_scored(len(block_grades), note)
         return grades
 

@@ -103,8 +103,8 @@ def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them
     records = search_in_step(routed, retested, CONFIG, on_step=lambda *call: calls.append(call))
     shares, num_run, steps = zip(*calls, strict=True)
     assert list(shares) == sorted(shares)
-    assert shares[0] < shares[steps.index("re-tests") - 1] < shares[-1] == 1.0
-    assert list(dict.fromkeys(steps)) == ["new paths", "re-tests"]
+    assert shares[0] < shares[steps.index("re-testing") - 1] < shares[-1] == 1.0
+    assert list(dict.fromkeys(steps)) == ["trying paths", "re-testing"]
     tried_paths = [path for record in records for path in record.paths]
     again = [path.retest for path in tried_paths if path.retest is not None]
     assert again, "the sample must hold paths that are asked again"
@@ -121,7 +121,7 @@ def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
 
         def stop(_share, num_run, step, number=number, steps=steps):
             steps.append((step, num_run))
-            if [name for name, _ in steps].count("re-tests") > number:
+            if [name for name, _ in steps].count("re-testing") > number:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -273,7 +273,10 @@ def test_progress_counts_questions_and_says_what_is_found(undisturbed):
     ]
     valid = sum(map(bool, survived)) / 7
     assert 0 < valid < 1, "the sample must hold both"
-    message = rf"builtin_facts, [0-9.]+ paths a second, {100 * valid:.0f} % valid, \d+ % improving"
+    message = (
+        rf"7 of 7 questions, builtin_facts, [0-9.]+ paths a second, "
+        rf"right path for {100 * valid:.0f} % of questions, \d+ % corrected"
+    )
     assert re.fullmatch(message, listener.calls[-1][2])
 
 
@@ -362,8 +365,8 @@ def test_a_task_of_which_nothing_is_answered_right_is_warned_about_with_an_answe
     records = run(routed, None, [task], listener, limit=5)
     first = records[0]
     assert listener.notes[-1].startswith(
-        f"the full model answers none of the 5 questions of own right: on {first.question!r} it "
-        f"said {first.full.answer[:60]!r}, and right is 'zyx'; check"
+        f"the full model answers none of the 5 questions of own right: to {first.question!r} it "
+        f"answers {first.full.answer[:60]!r}, and 'zyx' is right; check"
     )
     few = RecordingListener()
     run(routed, None, [task], few, limit=4)

@@ -141,7 +141,7 @@ def test_how_far_it_is_is_told_within_a_level_too_and_never_goes_back(unbroken, 
     assert done == sorted(done)
     assert {total for _, total, _ in heard.progressed} == {2 + 1}
     assert 0 < min(done) < 1 < max(done) == 3
-    assert heard.progressed[0][2] == "6 paths on 16 of 24 questions"
+    assert heard.progressed[0][2] == "scoring 6 candidate paths, question 16 of 24"
 
 
 def test_no_more_is_scored_at_once_than_a_kill_may_lose(routed, monkeypatch):

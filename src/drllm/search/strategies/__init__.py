@@ -25,14 +25,14 @@ class Trial(NamedTuple):
 class PathSearch(ABC):
     """A search over the paths of one question, by ask and tell.
 
-    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`, until
-    `ask` returns nothing although no path is in flight (returned by `ask` and not told yet). So
-    many searches can advance in step, and one batch evaluates the paths of all of them. The full
-    path comes first, alone, and doesn't count as a simulation. Subclasses choose paths in
+    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`. A path is
+    in flight from `ask` to `tell`. The search is over when `ask` returns nothing while no path is
+    in flight. Many searches can advance in step this way, and one batch evaluates their paths. The
+    full path comes first, alone, and doesn't count as a simulation. Subclasses choose paths in
     `_select`; `_rng` is the only source of randomness.
 
     Attributes:
-        trials: The trial of every path whose reward is known, in that order, the full path first.
+        trials: The trial of every path whose reward is known, in the order of `tell`.
         limit: Maximum executions of a path.
         own_settings: Settings of `SearchConfig` that no other strategy reads.
     """
@@ -47,7 +47,7 @@ class PathSearch(ABC):
         self.num_simulations_done = 0
         self._rng = rng
         self._full = full_decisions(num_layers)
-        self._in_flight: dict[Decisions, int] = {}  # with the number of its simulation
+        self._in_flight: dict[Decisions, int] = {}  # path → number of its simulation
         self._is_over = False
 
     def ask(self, maximum: int = 1) -> list[Decisions]:
@@ -71,7 +71,7 @@ class PathSearch(ABC):
         return paths
 
     def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward, in [0, 1], of a path in flight, even after the end of the search.
+        """Record the reward, in [0, 1], of a path in flight; the search may be over already.
 
         The score ranks paths of equal reward (see `path_score`). It helps to choose edits and is
         never part of the reward.
@@ -100,8 +100,8 @@ class PathSearch(ABC):
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
         """Whether the stop rule ends the search with this path.
 
-        A right path ends it if the full path was wrong, or if it saves enough layers: one under
-        the rule `paper`, two under `released`.
+        Another right path ends it if the full path was wrong, or if it saves enough layers: one
+        under the rule `paper`, two under `released`.
         """
         rule = self.config.stop_rule
         if rule == "exhaust" or decisions == self._full or reward < 1:
@@ -126,8 +126,8 @@ class PathSearch(ABC):
 def path_score(margin: float | None, kl: float | None) -> float | None:
     """Return a path's score: its margin, or the negative of its KL where there is no margin.
 
-    All scores of one question are of one kind: a reward has margins at once for every path, or
-    for none.
+    All scores of one question are of the same kind: a reward gives either every path a margin, or
+    none.
     """
     if margin is not None:
         return margin
@@ -140,6 +140,6 @@ STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
-    """Start the search that `config.strategy` names on one question, with its own randomness."""
+    """Start a search of one question by the strategy that `config.strategy` names."""
     strategy = STRATEGIES.get(config.strategy)
     return strategy(num_layers, config, rng)

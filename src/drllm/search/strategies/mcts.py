@@ -17,7 +17,7 @@ WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
 
 EDITS_DRAWN = 8
-"""Edits that a node draws at random when it widens, to make the most promising one of them."""
+"""Edits that are drawn at random when a node widens; the most promising one is made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +26,7 @@ class Node:
 
     decisions: Decisions
     executions: int
-    untried: list[Action]  # legal edits that weren't made here yet
+    untried: list[Action]  # legal edits that aren't children yet
     children: "dict[Action, Node]" = field(default_factory=dict)  # by edit; nodes may share one
     visits: int = 0  # simulations that passed through or ended here, or are in flight
     value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
@@ -34,7 +34,7 @@ class Node:
 
     @property
     def open_children(self) -> "list[Node]":
-        """The children below which a new path may be left."""
+        """The children below which new paths may be left."""
         return [child for child in self.children.values() if not child.is_closed]
 
     @property
@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(slots=True)
 class EditGain:
-    """The score gained over the full path, summed over the paths that made one edit of a layer."""
+    """The gain in score over the full path, summed over the paths that contain one edit."""
 
     total: float = 0.0  # nats
     num_paths: int = 0
@@ -62,15 +62,15 @@ class TreeSearch(PathSearch):
 
     Each simulation goes down from the full path, makes one edit that leads to a decision vector
     never tried before, and adds that vector's reward to every node it passed. An edit that leads
-    to a known vector links it, and the simulation continues from there. Below a node it goes to the
-    child with the highest
+    to a known vector is linked to its node, and the simulation continues from there. Below a node
+    it goes to the child with the highest
 
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
 
     with Q and v the child's sum of rewards and visits, V the node's visits; ties go to the higher
     score, and now and then it is a random child. Length enters here and where edits are drawn,
-    never the reward. Nodes below which nothing new is left are passed over; when the root is one,
-    the search is over.
+    never the reward. Nodes below which nothing new is left are closed and passed over; the search
+    is over when the root is closed.
 
     The new edit is one of a few drawn at random: the one that promises the highest score by the
     paths seen so far. A right path is edited by skips alone while any are left, since nothing else
@@ -113,7 +113,7 @@ class TreeSearch(PathSearch):
                 trail.pop()
                 continue
             trail.append(child)
-            is_new = child.visits == 0  # an edit may lead to a known node: then go on below it
+            is_new = child.visits == 0  # an edit may also lead to a known node: go on below it
             if is_new:
                 self._start_simulation(trail)
                 return child.decisions
@@ -144,7 +144,7 @@ class TreeSearch(PathSearch):
         return value + exploration - length, score
 
     def _expand(self, node: Node) -> Node:
-        """Make a new edit: a random one, or as soon as scores are known the best of a few."""
+        """Make a new edit: a random one or, once scores are known, the most promising of a few."""
         edits = self._edits_to_draw(node)
         num_drawn = EDITS_DRAWN if self._gains else 1
         drawn = [self._rng.choice(edits) for _ in range(num_drawn)]
@@ -166,8 +166,8 @@ class TreeSearch(PathSearch):
     def _promise(self, action: Action) -> float:
         """Estimate what an edit adds to the score, from the paths that made the same changes.
 
-        A layer's mean is drawn towards the mean of all, as if that had been seen once; so an edit
-        never seen promises the mean.
+        The mean gain of a layer is shrunk towards the mean of all, which counts as one more path.
+        So an edit that no path contains promises the mean.
         """
         mean = self._all_gains.total / max(1, self._all_gains.num_paths)
         promise = 0.0

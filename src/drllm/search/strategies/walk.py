@@ -12,11 +12,11 @@ from drllm.search.strategies import STRATEGIES, PathSearch
 class WalkSearch(PathSearch):
     """A random walk of edits that starts from the full path.
 
-    Each simulation edits the last path once, at random, whatever its reward. Where no edit is
-    legal any more, the walk starts again from the full path. A path that was tried before is
-    walked through, not evaluated again, and counts as a simulation. Unlike the released code this
-    walk makes legal edits only: no edit without effect, no layer more than twice, none over the
-    budget.
+    Each simulation edits the last path once, at random, whatever its reward. When no legal edit is
+    left, the walk starts again from the full path. A path that was tried before isn't evaluated
+    again, but counts as a simulation, and the walk goes on from it. Unlike the released code this
+    walk makes only legal edits: each has an effect, no layer runs more than twice, and no path
+    exceeds the budget.
 
     Source: the published code of Dr.LLM (commit 14e8837), whose tree gives every node one child.
     """
