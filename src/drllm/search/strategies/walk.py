@@ -14,7 +14,7 @@ class WalkSearch(PathSearch):
 
     Each simulation edits the last path once, at random, whatever its reward. When no legal edit is
     left, the walk starts again from the full path. A path that was tried before isn't evaluated
-    again, but counts as a simulation, and the walk goes on from it. Unlike the released code this
+    again, but counts as a simulation, and the next edit starts there. Unlike the released code this
     walk makes only legal edits: each has an effect, no layer runs more than twice, and no path
     exceeds the budget.
 
