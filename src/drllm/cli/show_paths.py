@@ -6,7 +6,7 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.records.healed import read_healed
 from drllm.records.static_paths import read_paths
-from drllm.reporting import tuned
+from drllm.reporting import path_sections
 
 
 def show_paths(file: Path, terminal: Terminal) -> None:
@@ -18,14 +18,14 @@ def show_paths(file: Path, terminal: Terminal) -> None:
                 f"{file} names the task {task!r}, and its 'objective' has "
                 f"{', '.join(found.objective)}; the file was changed, so tune again"
             )
-        rows = tuned.path_rows(found, task)
-        terminal.table(tuned.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
-        sentence = tuned.compare_test_with_fit(found, task)
+        rows = path_sections.path_rows(found, task)
+        terminal.table(path_sections.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
+        sentence = path_sections.compare_test_with_fit(found, task)
         if sentence:
             terminal.say(sentence)
     for path in found.paths[1:]:
-        terminal.fact(path.name, tuned.describe_path(found, path))
-    for sentence in [*tuned.advice(found), *found.notes]:
+        terminal.fact(path.name, path_sections.describe_path(found, path))
+    for sentence in [*path_sections.advice(found), *found.notes]:
         terminal.say(sentence)
     terminal.fact("paths", file)
 
@@ -33,8 +33,10 @@ def show_paths(file: Path, terminal: Terminal) -> None:
 def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
     found = read_healed(file)
-    terminal.table(tuned.LOSS_COLUMNS, tuned.loss_rows(found), tuned.LOSS_CAPTION, 1)
-    terminal.say(tuned.describe_healing(found))
+    terminal.table(
+        path_sections.LOSS_COLUMNS, path_sections.loss_rows(found), path_sections.LOSS_CAPTION, 1
+    )
+    terminal.say(path_sections.describe_healing(found))
     terminal.fact(found.name, found.path.with_adapter("").edits(found.num_layers))
     terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
     terminal.fact("healed path", file.parent)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from drllm.cli.terminal import Terminal
 from drllm.records import results
-from drllm.reporting.evaluated import measured_line
+from drllm.reporting.evaluation_sections import describe_times
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
 
 
@@ -26,7 +26,7 @@ def show_latency(folder: Path, terminal: Terminal) -> None:
     """Print the measured times of an `eval` folder, where it holds any."""
     latency = results.read_latency(folder)
     if latency is not None:
-        terminal.say(measured_line(latency))
+        terminal.say(describe_times(latency))
 
 
 def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:

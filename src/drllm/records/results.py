@@ -407,16 +407,28 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
             f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
             f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"
         )
+    for sample in samples:
+        _check_depth(path, evaluation, sample)
+    _check_accuracies(path, evaluation, samples)
+
+
+def _check_depth(path: Path, evaluation: Evaluation, sample: Sample) -> None:
+    """Refuse a sample whose decisions are for another number of layers."""
+    for name, outcome in sample.systems.items():
+        if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
+            raise RecordError(
+                f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
+                f"{len(outcome.decisions)} decisions, {path.name} says "
+                f"{evaluation.num_layers} layers"
+            )
+
+
+def _check_accuracies(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
+    """Refuse accuracies that aren't the mean over the samples."""
     grades: dict[str, list[float]] = {}
     for sample in samples:
         for name, outcome in sample.systems.items():
             grades.setdefault(name, []).append(outcome.correct)
-            if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
-                raise RecordError(
-                    f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
-                    f"{len(outcome.decisions)} decisions, {path.name} says "
-                    f"{evaluation.num_layers} layers"
-                )
     accuracies = {system.name: system.accuracy for system in evaluation.systems}
     accuracies |= {point.name: point.accuracy for point in evaluation.curve}
     for name, accuracy in accuracies.items():

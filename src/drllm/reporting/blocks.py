@@ -1,6 +1,6 @@
-"""The parts of a report, before they are HTML or Markdown: plain values with plain text.
+"""The parts of a report before they become HTML or Markdown: plain values with plain text.
 
-Texts are never markup: the templates escape all of them.
+Texts hold no markup: the templates escape all of them.
 """
 
 import re
@@ -14,25 +14,28 @@ from drllm.reporting.numbers import NONE
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """Lines in order; with `codes`, the commands that go with them, they are numbered."""
+    """A list of lines. With `codes`, a command for each line, the list is numbered."""
 
     lines: Sequence[str]
     codes: Sequence[str] = ()
 
 
 class Verdicts(msgspec.Struct, frozen=True):
-    """The findings that a report begins with: of each its task, empty if it has one, and a line."""
+    """The findings at the top of a report, as pairs of a task and a line.
+
+    The task is empty in a report on a single task.
+    """
 
     lines: Sequence[tuple[str, str]]
 
 
 class Tile(msgspec.Struct, frozen=True):
-    """One key figure with its meaning in small print; `shown` is the verdict's label."""
+    """One key figure with a note in small print; `label` is that of its verdict."""
 
     title: str
     value: str
     note: str
-    shown: str = ""
+    label: str = ""
 
 
 class Tiles(msgspec.Struct, frozen=True):
@@ -42,10 +45,11 @@ class Tiles(msgspec.Struct, frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """A table of texts; the first cell of each row names the row.
+    """A table of texts; the first cell of each row is its name.
 
-    The columns `words` hold words (left-aligned), the others numbers. The row that `bold` names
-    stands out. `same` has what would be the same in every row.
+    The columns in `words` hold words and are left-aligned; the others hold numbers. The row with
+    the name `bold` stands out. `same` lists the columns that were left out because every row has
+    the same value there.
     """
 
     caption: str
@@ -64,16 +68,16 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         words: str = "",
         bold: str = "",
     ) -> "Table":
-        """Make a table, leaving out columns that say nothing.
+        """Make a table without the columns that are empty.
 
-        A column with one value in all of several rows is said once, in `same`.
+        If all of several rows have the same value in a column, `same` has it instead.
 
         Args:
             caption: What the table shows.
             header: The columns' names, with `|` between them.
-            rows: Their cells; the first names the row.
+            rows: The cells of each row; the first is its name.
             words: Names of the columns that hold words, with `|` between them.
-            bold: The row that stands out.
+            bold: Name of the row that stands out.
         """
         names = header.split("|")
         shown = [0]
@@ -98,9 +102,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """A drawing with its file's name, its caption, and a text for readers who can't see it (`alt`).
+    """A drawing with its name and caption, and a description for readers who can't see it (`alt`).
 
-    A large one takes the page's width, and is drawn again for a phone's.
+    A large figure takes the page's width, and is drawn a second time for phones.
     """
 
     draw: Draw
@@ -111,7 +115,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Code(msgspec.Struct, frozen=True):
-    """A text that stands as it is, below its title."""
+    """A text that is shown as it is, below its title."""
 
     title: str
     text: str
@@ -122,7 +126,7 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks. `level` is 2, 3 or 4; a folded section is shown on request."""
+    """A heading with its blocks. `level` is 2, 3 or 4. Readers open a folded section themselves."""
 
     title: str
     blocks: Sequence[Block] = ()
@@ -131,7 +135,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A whole report: its title, a line about it, its first blocks, and its sections."""
+    """A whole report: title, a line about it, the blocks at its top, and sections."""
 
     title: str
     about: str
@@ -139,7 +143,7 @@ class Document(msgspec.Struct, frozen=True):
     sections: Sequence[Section]
 
     def figures(self) -> dict[Figure, str]:
-        """Return the drawings in their order, each with a name of its own for its file."""
+        """Return the figures in order, each with a unique file name."""
         names: dict[Figure, str] = {}
         for section in self.sections:
             for block in section.blocks:
@@ -150,5 +154,5 @@ class Document(msgspec.Struct, frozen=True):
 
 
 def lower_sections(sections: Iterable[Section]) -> list[Section]:
-    """Return sections one level down."""
+    """Return sections with headings one level lower."""
     return [msgspec.structs.replace(section, level=section.level + 1) for section in sections]

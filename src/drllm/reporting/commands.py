@@ -1,4 +1,4 @@
-"""Writes commands that can be pasted, from the settings that the files of a run were made with."""
+"""Writes commands for the reader to paste, from the settings in the files of a run."""
 
 import json
 import shlex
@@ -10,22 +10,22 @@ from drllm.config import EvaluateConfig, SearchConfig, SuperviseConfig, TrainCon
 from drllm.config.fields import Settings, flag_of
 
 RUNTIME = ("dtype", "device", "attn_implementation")
-"""How a base model ran, by the names of settings of `ModelConfig`."""
+"""The settings of `ModelConfig` that say how a base model ran."""
 SETTINGS_FILE = "drllm-settings.yaml"
-"""Where settings by task are written, which have no flags."""
+"""The file for settings by task, which have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
-"""Settings that are written even if they have their default."""
+"""Settings that a command has even if they are at their default."""
 
 
-def runtime_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return how the model ran; a search has it in its plan."""
+def find_runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how the model ran; the manifest of a search has this in its plan."""
     plan = manifest.get("plan") or {}
     runtime = manifest.get("runtime") or plan.get("runtime")
     return runtime if isinstance(runtime, dict) else {}
 
 
 def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
-    """Return the command that evaluates with a result's settings.
+    """Return the command that evaluates with the settings of a result.
 
     Args:
         manifest: The result, as plain values.
@@ -59,12 +59,12 @@ def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
 
 def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
     model = manifest.get("model") or {}
-    runtime = runtime_of(manifest)
+    runtime = find_runtime(manifest)
     return {"model": model.get("id") or None, **{name: runtime.get(name) for name in RUNTIME}}
 
 
 def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that aren't the default; names of earlier versions are left out."""
+    """Return the settings that differ from the default; names of earlier versions are ignored."""
     values: dict[str, Any] = {}
     for setting in fields(group):
         value = config.get(setting.name, setting.default)
@@ -74,17 +74,18 @@ def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[
 
 
 def _is_idle(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
-    """Return whether another setting leaves this one without effect, which the verb refuses."""
+    """Tell whether another setting leaves this one without effect, which the verb would refuse."""
     settings = {setting.name: setting for setting in fields(group)}
     idle = settings[name].metadata["idle"]
     if not idle:
         return False
-    other, value = idle
-    return bool(values.get(other, settings[other].default) == value)
+    other_name, idle_value = idle
+    other_value = values.get(other_name, settings[other_name].default)
+    return bool(other_value == idle_value)
 
 
 def write_command(verb: str, values: Mapping[str, Any]) -> str:
-    """Return a command line of a verb with values by flag; None is left out.
+    """Return the command line of a verb with values by flag; None is left out.
 
     Settings by task have no flags, so the command first writes them to a file.
     """

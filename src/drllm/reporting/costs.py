@@ -1,4 +1,4 @@
-"""The section of a report on costs: measured times, then numbers that are counted or derived."""
+"""The section of a report on costs: measured times, then counted and derived numbers."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -23,18 +23,18 @@ COST_CAPTION = (
 
 
 def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) -> Section:
-    """Return the section on cost, of every task and of the machine."""
+    """Return the section on the costs of all tasks' systems."""
     blocks: list[Block] = []
     if latency is None:
         blocks.append("No time was measured; drllm evaluate --latency measures a routed model's.")
     else:
         blocks.append(_time_table(latency))
     rows: list[list[str]] = []
+    several = len(evaluations) > 1
     for evaluation in evaluations:
         for system in evaluation.systems:
-            several = len(evaluations) > 1
             name = f"{evaluation.task}: {system.name}" if several else system.name
-            rows.append([name, *_costs_of(system, evaluation.num_layers)])
+            rows.append([name, *_cost_cells(system, evaluation.num_layers)])
     blocks.append(Table.from_rows(COST_CAPTION, COST_HEADER, rows, bold=ROUTED))
     return Section("Cost", blocks, folded=True)
 
@@ -70,7 +70,7 @@ def _time_table(latency: Latency) -> Table:
     return Table.from_rows(caption, TIME_HEADER, rows, "verdict")
 
 
-def _costs_of(system: System, num_layers: int) -> list[str]:
+def _cost_cells(system: System, num_layers: int) -> list[str]:
     flops = system.prompt_flops
     kv_bytes = system.kv_bytes_per_token
     return [

@@ -1,8 +1,8 @@
-"""Colours, style and labels of a report's drawings, and their SVG and PNG.
+"""Style of a report's drawings, helpers to draw them, and their output as SVG and PNG.
 
-matplotlib draws without pyplot, so that nothing global is touched. In an `<svg>` element colours
-are CSS variables that follow the page's light or dark scheme, and texts are in the page's own font.
-A PNG has the light scheme's colours. The variables' values are in `templates/style.css`.
+matplotlib draws without pyplot, so nothing global changes. In an `<svg>` element colours are CSS
+variables, which follow the page's light or dark scheme, and texts have the page's font. A PNG has
+the colours of the light scheme. The variables' values are in `templates/style.css`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Colours: TypeAlias = Mapping[str, str]  # name of a colour → what matplotlib draws with
 Draw: TypeAlias = Callable[[Colours, float], "Figure"]
-"""Makes a figure in the colours given, so many inches wide."""
+"""Draws a figure in some colours, with a width in inches."""
 
 NARROW = 4.2  # inches of a figure whose 8-point texts can still be read on a phone
 WIDE = 9.0  # inches of a large figure
@@ -42,11 +42,11 @@ _INK = (
 _FAINT = ("axes.edgecolor", "xtick.color", "ytick.color")
 
 
-def svg(draw: Draw, name: str, width: float = NARROW) -> str:
+def draw_svg(draw: Draw, name: str, width: float = NARROW) -> str:
     """Return a drawing as an `<svg>` element for a page that has others.
 
-    Its name, which no other drawing of the page has, keeps the ids of its shapes apart from theirs,
-    and equal between runs.
+    The name must be unique on the page. The ids of the drawing's shapes depend on it, so they are
+    unique too, and the same in every run.
     """
     import matplotlib
 
@@ -60,8 +60,8 @@ def svg(draw: Draw, name: str, width: float = NARROW) -> str:
 def _without_foreign_parts(text: str) -> str:
     """Return matplotlib's SVG without what disturbs a page, and with CSS variables as colours.
 
-    Removed are the file header, the metadata with addresses, a style for the whole page, the fixed
-    size, ids that would be there twice, and fonts.
+    It removes the file header, the metadata with addresses, a style for the whole page, the fixed
+    size, duplicate ids, and fonts.
     """
     text = text[text.index("<svg") :]
     foreign = r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
@@ -74,8 +74,8 @@ def _without_foreign_parts(text: str) -> str:
     return re.sub(r">\s+<", "><", text).strip()
 
 
-def png(draw: Draw, width: float = NARROW) -> bytes:
-    """Return a drawing as the bytes of a PNG file, dark on white."""
+def draw_png(draw: Draw, width: float = NARROW) -> bytes:
+    """Return a drawing as the bytes of a PNG file, with dark lines on white."""
     import matplotlib
 
     file = io.BytesIO()
@@ -86,13 +86,13 @@ def png(draw: Draw, width: float = NARROW) -> bytes:
 
 
 def _lay_out(figure: Figure) -> Figure:
-    """Place the panels now; left to saving, everything would be drawn twice."""
+    """Place the panels now; otherwise saving would draw everything twice."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The solver's last bits follow addresses in memory, and names in the file follow its bits.
+        # The solver's last bits depend on addresses in memory, and names in the file on those bits.
         bounds = axes.get_position(original=True).bounds
         left, bottom, width, height = (round(value, 6) for value in bounds)
         axes.set_position((left, bottom, width, height))
@@ -111,14 +111,14 @@ def _style(colours: Colours) -> dict[Any, Any]:
         "grid.color": colours["grid"],
         "grid.linewidth": 0.6,
         "svg.fonttype": "none",
-        "text.parse_math": False,  # a system may be called anything
+        "text.parse_math": False,  # the name of a system may hold a $
     }
 
 
 def make_panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many inches, with its panels row by row."""
+    """Return a figure with this size in inches, and its panels row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -126,7 +126,7 @@ def make_panels(
 
 
 def add_legend(axes: Axes, *, columns: int) -> None:
-    """Name what was drawn, above the panel's corner."""
+    """Add a legend above the panel's right corner."""
     handles, names = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -143,7 +143,7 @@ def use_whole_numbers(axes: Axes) -> None:
 
 
 def spread_apart(places: Sequence[float], least: float) -> list[float]:
-    """Push places up and down until neighbours are that far apart, but for a rounding error."""
+    """Move places up and down until neighbours are `least` apart, up to rounding."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for _ in range(20 * len(places) ** 2):

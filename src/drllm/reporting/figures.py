@@ -1,6 +1,6 @@
-"""The drawings of a report: systems by the layers they run; routes, search and training.
+"""The drawings of a report: systems by the layers they run, routes, static paths and training.
 
-`drawing` has the style. Axes: L layers.
+`drawing` has their style. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LETTER = 0.066  # inches that a letter of a label takes
-LINE = 0.15  # inches of a label's line
-MARGIN = 0.6  # inches that the axis' own labels take
+LETTER = 0.066  # width of a letter in a label, in inches
+LINE = 0.15  # height of a label's line, in inches
+MARGIN = 0.6  # room for the labels of an axis, in inches
 STATIC = "static paths"
 LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
 """Colour and marker of the systems that stand out."""
@@ -41,11 +41,11 @@ Scores: TypeAlias = Mapping[str, float | None]
 Shares: TypeAlias = Sequence[Sequence[float]]
 
 
-def curves_of(evaluation: Evaluation) -> dict[str, list[System | Point]]:
-    """Return the points of each system, at all depths from the fewest executions.
+def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
+    """Return the points of each system at all depths, sorted by executions.
 
-    The depth that the routers were trained for is one of them. Static paths are one curve, which
-    base, the full path, belongs to.
+    The depth that the routers were trained for is among them. All static paths are one curve, with
+    base, the full path, in it.
     """
     curves: dict[str, list[System | Point]] = {}
     if evaluation.paths:
@@ -61,13 +61,13 @@ def curves_of(evaluation: Evaluation) -> dict[str, list[System | Point]]:
     }
 
 
-def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
-    """Draw every system's accuracy over the layers it runs, each named beside its first point.
+def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
+    """Draw the accuracy of every system over the layers it runs, with its name at its first point.
 
-    Base and what is compared with it have their intervals. A system at several depths is a line,
-    and so are static paths, which are each named where there is room.
+    Base and the main system have intervals. A system at several depths is a line, and so are the
+    static paths, which have their own names where there is room.
     """
-    curves = curves_of(evaluation)
+    curves = group_curves(evaluation)
     main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
     named = {name: points for name, points in curves.items() if name != BASE}
     height = max(0.42 * width, 1.2 + LINE * 1.25 * len(named), 3.0)
@@ -97,28 +97,29 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where points and labels stand: executions from left to right, percent from low to high."""
+    """Where points and labels are: executions from left to right, percent from low to high."""
 
     left: float  # of all points
     right: float
-    room: float  # of the column of labels, left of all points
+    room: float  # width of the labels' column, left of all points
     low: float
     high: float
-    inches: float  # that one execution takes
+    inches: float  # width of one execution
     labels: Mapping[str, str]
     label_heights: Mapping[str, float]
 
     @property
     def span(self) -> float:
-        """Executions from the left of the labels to the right of the points."""
+        """Width of the panel in executions, from the labels to the last point."""
         return self.right - self.left + self.room
 
     def has_tick(self, value: float) -> bool:
-        """Return whether a tick stands below the points."""
+        """Tell whether a tick is below the points, and not below the labels."""
         return self.left - 0.06 * (self.right - self.left) <= value <= self.right
 
 
 def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float) -> _Layout:
+    """Find the ranges of both axes, and places for the labels."""
     points = list(itertools.chain.from_iterable(curves.values()))
     executions = [point.executions for point in points]
     left = min(evaluation.num_layers - 0.5, *executions)
@@ -128,14 +129,9 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
     widest = max((len(label) for label in labels.values()), default=0)
     share = min(0.6, (LETTER * widest + 0.3) / (width - MARGIN))
     room = (right - left) * share / (1 - share)
-    ends = [100 * end for end in itertools.chain.from_iterable(p.interval for p in points)]
-    if evaluation.chance > 0:
-        ends.append(100 * evaluation.chance)
-    space = 0.06 * (max(ends) - min(ends)) or 1.0
-    low = max(min(ends) - space, -3.0)
-    high = min(max(ends) + space, 103.0)
+    low, high = _find_accuracy_range(points, evaluation.chance)
     heights: list[float] = []
-    for _ in range(3):  # the room that labels take depends on the range, which depends on them
+    for _ in range(3):  # the height of a line depends on the range, and the range on the lines
         line = LINE * (high - low) / (height - MARGIN)
         heights = spread_apart([100 * point.accuracy for point in firsts.values()], line)
         low = min([low, *(place - line for place in heights)])
@@ -152,8 +148,19 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
     )
 
 
+def _find_accuracy_range(points: Sequence[System | Point], chance: float) -> tuple[float, float]:
+    """Return the lowest and the highest percent to show: all intervals, chance, and some space."""
+    ends: list[float] = []
+    for point in points:
+        ends += [100 * end for end in point.interval]
+    if chance > 0:
+        ends.append(100 * chance)
+    space = 0.06 * (max(ends) - min(ends)) or 1.0
+    return max(min(ends) - space, -3.0), min(max(ends) + space, 103.0)
+
+
 def _label(name: str, points: Sequence[System | Point]) -> str:
-    """Return a system's label, with its accuracy where it has one point."""
+    """Return a system's label, with its accuracy if it has a single point."""
     return f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
 
 
@@ -162,7 +169,7 @@ def _position(point: System | Point) -> tuple[float, float]:
 
 
 def _draw_levels(axes: Axes, evaluation: Evaluation, layout: _Layout, colours: Colours) -> None:
-    """Draw base's accuracy and that of guessing as horizontal lines."""
+    """Draw the accuracy of base and of guessing as horizontal lines."""
     look: dict[str, Any] = {"color": colours["faint"], "linewidth": 0.8, "zorder": 0}
     axes.hlines(100 * evaluation.base.accuracy, layout.left, layout.right, **look)
     if evaluation.chance > 0:
@@ -195,7 +202,7 @@ def _draw_label(
     line: str,
     is_main: bool,
 ) -> None:
-    """Write a system's name left of all points, with a line to its first point."""
+    """Write a system's label left of all points, with a line to its first point."""
     place = layout.label_heights[name]
     edge = layout.left - 0.09 * layout.room
     executions, accuracy = _position(first)
@@ -215,10 +222,11 @@ def _name_static_paths(
     axes: Axes, evaluation: Evaluation, curves: Curves, layout: _Layout, colour: str
 ) -> None:
     """Name the static paths that are far enough from the next one."""
-    for point, after in itertools.pairwise(curves.get(STATIC, ())):
-        least = 1.2 if after is evaluation.base else 0.6
-        if (after.executions - point.executions) * layout.inches > least:
-            align = "left" if point.executions == layout.left else "center"  # left are the labels
+    for point, next_point in itertools.pairwise(curves.get(STATIC, ())):
+        least = 1.2 if next_point is evaluation.base else 0.6
+        if (next_point.executions - point.executions) * layout.inches > least:
+            # The labels are left of the first point.
+            align = "left" if point.executions == layout.left else "center"
             look: dict[str, Any] = {"color": colour, "ha": align, "textcoords": "offset points"}
             axes.annotate(point.name, _position(point), (3, 5), **look)
 
@@ -229,12 +237,14 @@ def _name_base(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     axes.annotate(label, _position(evaluation.base), (-7, 5), color=colour, **look)
 
 
-def routes_by_layer(
-    routes: Shares, targets: Shares | None, colours: Colours, width: float
-) -> Figure:
-    """Draw how often each layer is skipped, executed and repeated: `[L][3]` shares, stacked.
+def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width: float) -> Figure:
+    """Draw how often each layer is skipped, executed and repeated, as stacked bars.
 
-    The targets' share of skips is a stroke at each layer.
+    Args:
+        routes: `[L][3]` shares of the decisions on questions.
+        targets: `[L][3]` shares of the decisions in targets; a stroke marks their share of skips.
+        colours: The colours.
+        width: In inches.
     """
     figure, (axes,) = make_panels(1, 1, width, max(2.2, 0.24 * width))
     layers = range(len(routes))
@@ -257,10 +267,8 @@ def routes_by_layer(
     return figure
 
 
-def changes_by_layers_saved(
-    record: StaticPaths, task: str, colours: Colours, width: float
-) -> Figure:
-    """Draw how paths change the full one's objective, by part; on test with intervals."""
+def draw_changes(record: StaticPaths, task: str, colours: Colours, width: float) -> Figure:
+    """Draw how paths change the full path's objective, for each part; `test` has intervals."""
     figure, (axes,) = make_panels(1, 1, width, 2.6)
     for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
         saved: list[float] = []
@@ -282,11 +290,13 @@ def changes_by_layers_saved(
     return figure
 
 
-def kl_by_tokens(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
-    """Draw the KL of training and of held-out texts over the tokens that were trained on."""
+def draw_kl(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
+    """Draw the KL on training texts and on held-out texts over the tokens trained on."""
     figure, (axes,) = make_panels(1, 1, width, 2.6)
     tokens = [point.tokens / 1000 for point in curve]
-    trained: list[Any] = [point.train_kl for point in curve]  # None, a gap, before the first step
+    trained: list[Any] = [
+        point.train_kl for point in curve
+    ]  # None leaves a gap before the first step
     held_out = [point.held_out_kl for point in curve]
     axes.plot(tokens, trained, "o:", label="training", color=colours["faint"], markersize=4)
     axes.plot(tokens, held_out, "o-", label="held out", color=colours["s1"], markersize=4)
@@ -296,12 +306,12 @@ def kl_by_tokens(curve: Sequence[HealPoint], colours: Colours, width: float) -> 
     return figure
 
 
-def router_metrics(
+def draw_router_metrics(
     epochs: Sequence[Epoch], baselines: Mapping[str, Scores], colours: Colours, width: float
 ) -> Figure:
     """Draw macro-F1, labels hit and loss by epoch.
 
-    A dashed line is the best of the baselines, decisions that ignore the question.
+    A dashed line is the best of the baselines, which ignore the question.
     """
     figure, all_axes = make_panels(3, 1, width, 4.6, sharex=True)
     metrics = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
@@ -318,9 +328,9 @@ def router_metrics(
 
 
 def _draw_metric(axes: Axes, epochs: Sequence[Epoch], key: str, colour: str) -> None:
-    """Draw a metric of each split by epoch; the last split's line is full."""
-    there = {epoch.split for epoch in epochs}
-    splits = [split for split in (TRAIN, VALIDATION) if split in there]
+    """Draw a metric of each split by epoch; the last split has the solid line."""
+    present = {epoch.split for epoch in epochs}
+    splits = [split for split in (TRAIN, VALIDATION) if split in present]
     for split in splits:
         numbers: list[int] = []
         values: list[float] = []

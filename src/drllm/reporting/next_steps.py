@@ -1,4 +1,4 @@
-"""What to do next, given the results of a run: commands to paste, the most urgent first."""
+"""Suggests what to do next after a run: commands to paste, the most urgent first."""
 
 import math
 import shlex
@@ -20,31 +20,32 @@ from drllm.reporting.commands import (
 )
 from drllm.reporting.numbers import count, difference, label, verdict_on_routed
 from drllm.reporting.run import SEARCH_FILE, SUPERVISION_FILE, Run
+from drllm.statistics.verdicts import Verdict
 from drllm.supervision.rules import MIN_SAVING
 
 Step: TypeAlias = tuple[str, str]  # what to do, and the command for it
 
 MAX_STEPS = 5
-SIMILAR = 0.01  # share of the layers by which executions may differ and still count as equal
+SIMILAR = 0.01  # executions that differ by this share of the layers count as equal
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 ALLOWED_DROP = 2  # points
 
 
-def next_steps(run: Run) -> list[Step]:
-    """Return what is worth doing next in a run folder, each step with its command."""
+def suggest_steps(run: Run) -> list[Step]:
+    """Return the steps that are worth taking next, each with its command."""
     if not run.evaluations:
         return [_step_before_evaluation(run)]
     steps: list[Step] = []
     for evaluation in run.evaluations:
-        steps += [step for step in _steps_of_task(run, evaluation) if step not in steps]
+        steps += [step for step in _suggest_for_task(run, evaluation) if step not in steps]
     return steps[:MAX_STEPS]
 
 
 def _step_before_evaluation(run: Run) -> Step:
     folder = run.folder
     if (run.paths or run.healed) and not run.has_training:
-        path = str(folder / run.sources[-1].name)  # of what is healed before what isn't
+        path = str(folder / run.sources[-1].name)  # a healed path is read last, so it is preferred
         if run.paths and not run.healed:
             path += f":{run.paths.paths[-1].name}"
         return "Read an answer yourself:", _generate_command(path=path)
@@ -64,7 +65,7 @@ def _step_before_evaluation(run: Run) -> Step:
 
 
 def _searched_tasks(run: Run) -> str | None:
-    """Return the tasks that the targets are from, as a flag takes them; None if no file says so."""
+    """Return the tasks of the targets as a flag takes them; None if no file names them."""
     config = run.manifest_of(SEARCH_FILE).get("config") or {}
     if config.get("dataset"):
         return str(config["dataset"])
@@ -73,15 +74,34 @@ def _searched_tasks(run: Run) -> str | None:
     return ",".join(tasks) or None
 
 
-def _steps_of_task(run: Run, evaluation: Result) -> Iterator[Step]:
-    ours = evaluation.compared_system
-    if ours is None or ours.against_base is None:
+def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
+    system = evaluation.compared_system
+    if system is None or system.against_base is None:
         yield _compare_step(run, evaluation)
         return
-    accuracy = ours.against_base.accuracy
-    verdicts = (accuracy, ours.against_base.text_loss)
+    accuracy = system.against_base.accuracy
+    verdicts = (accuracy, system.against_base.text_loss)
     is_worse = any(verdict is not None and verdict.is_better is False for verdict in verdicts)
-    saves = share_saved(ours.executions, evaluation.num_layers) > 0
+    saves = share_saved(system.executions, evaluation.num_layers) > 0
+    yield from _suggest_other_questions(run, evaluation, accuracy)
+    if is_worse and saves and evaluation.routed:
+        yield from _suggest_better_targets(run)
+    if evaluation.routed and not any(point.setting for point in evaluation.curve):
+        what = "See what is kept where fewer or more layers are saved:"
+        yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
+    elif evaluation.drop_test is None and saves:
+        yield _drop_step(run, evaluation, system)
+    rival = _find_unbeaten_path(evaluation)
+    if rival is not None:
+        yield _use_rival_step(run, evaluation, rival)
+    if saves and not is_worse:
+        yield _use_step(run, evaluation, system)
+    if evaluation.routed and not evaluation.seeds and run.supervision:
+        yield _more_seeds_step(run)
+
+
+def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) -> Iterator[Step]:
+    """Yield how to ask questions that can show more about the accuracy."""
     if accuracy.shown == "guessing":
         what = (
             f"Take a task that the base model can do; on {evaluation.task} it may be guessing. Or "
@@ -93,27 +113,17 @@ def _steps_of_task(run: Run, evaluation: Result) -> Iterator[Step]:
         questions = f"these {count(evaluation.num_questions)} questions of {evaluation.task}"
         command = _evaluate_command(run, evaluation, "more", limit=limit)
         yield f"Ask more than {questions}:", command
-    if is_worse and saves and evaluation.routed:
-        yield from _better_targets(run)
-    if evaluation.routed and not any(point.setting for point in evaluation.curve):
-        what = "See what is kept where fewer or more layers are saved:"
-        yield what, _evaluate_command(run, evaluation, "depths", curve=DEPTHS)
-    elif evaluation.drop_test is None and saves:
-        what = "Ask whether a loss that you don't allow is excluded:"
-        paths = _name_paths(evaluation.config.get("paths"), ours)
-        changes = {"max_drop": ALLOWED_DROP, "paths": paths}
-        yield what, _evaluate_command(run, evaluation, "drop", **changes)
-    rival = _unbeaten_path(evaluation)
-    if rival is not None:
-        yield _use_rival_step(run, evaluation, rival)
-    if saves and not is_worse:
-        yield _use_step(run, evaluation, ours)
-    if evaluation.routed and not evaluation.seeds and run.supervision:
-        yield _more_seeds_step(run)
+
+
+def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
+    """Return how to test whether a loss is excluded."""
+    paths = _name_paths(evaluation.config.get("paths"), system)
+    command = _evaluate_command(run, evaluation, "drop", max_drop=ALLOWED_DROP, paths=paths)
+    return "Ask whether a loss that you don't allow is excluded:", command
 
 
 def _compare_step(run: Run, evaluation: Evaluation) -> Step:
-    """Return how something is evaluated beside base on a task."""
+    """Return how to compare something with base on a task."""
     values = {"tasks": evaluation.task, "output_dir": run.folder / "eval"}
     if run.router_config:
         command = write_command("evaluate", {"routers": run.folder / "routers", **values})
@@ -133,7 +143,7 @@ def _tune_command(run: Run, evaluation: Evaluation) -> str:
 
 
 def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:
-    """Return the command of an evaluation with other settings, into a folder of its own."""
+    """Return the command that repeats an evaluation with other settings, into a new folder."""
     changes["output_dir"] = run.folder / f"eval-{folder}"
     if evaluation.routers and run.router_config:
         changes["routers"] = run.folder / "routers"
@@ -141,9 +151,9 @@ def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: obje
 
 
 def _name_paths(paths: str | None, system: System) -> str | None:
-    """Return the paths of an evaluation, a `paths.json` without a name with that of a system.
+    """Return the paths of an evaluation; a `paths.json` without a name gets that of a system.
 
-    `--max-drop` tests paths in a fixed order, so that it needs their names.
+    `--max-drop` tests paths in a fixed order, so it needs their names.
     """
     if paths is None:
         return None
@@ -158,8 +168,8 @@ def _generate_command(**values: object) -> str:
     return f"{write_command('generate', values)} {shlex.quote(PROMPT)}"
 
 
-def _better_targets(run: Run) -> Iterator[Step]:
-    """Yield how routers that are worse than base get more or other targets."""
+def _suggest_better_targets(run: Run) -> Iterator[Step]:
+    """Yield how to train better routers: with more targets, or with other ones."""
     if run.search:
         limit = 4 * len(run.search)
         output = run.folder.with_name(f"{run.folder.name}-more")
@@ -195,7 +205,7 @@ def _more_seeds_step(run: Run) -> Step:
 
 
 def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Return how a system that saves layers and isn't worse is used."""
+    """Return how to use a system that saves layers and isn't worse than base."""
     if evaluation.routed:
         routers = run.folder / "routers" if run.router_config else evaluation.routers
         return "Read an answer yourself:", _generate_command(routers=routers)
@@ -214,8 +224,8 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
 
 
 def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Return how a path is used."""
-    path = _place_of_path(run, evaluation, system)
+    """Return how to use a path."""
+    path = _find_path_file(run, evaluation, system)
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
     output = run.folder / "exported"
@@ -223,8 +233,8 @@ def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
     return "it can be an ordinary, smaller checkpoint:", command
 
 
-def _place_of_path(run: Run, evaluation: Evaluation, system: System) -> str | None:
-    """Return what `--path` takes for an evaluated path; None for one that is in no file."""
+def _find_path_file(run: Run, evaluation: Evaluation, system: System) -> str | None:
+    """Return the value of `--path` for an evaluated path; None if no file has the path."""
     if system.name not in evaluation.paths:
         return None
     if run.paths and system.name in [path.name for path in run.paths.paths]:
@@ -238,10 +248,10 @@ def _place_of_path(run: Run, evaluation: Evaluation, system: System) -> str | No
     return f"{places[0]}:{name}" if places[0].endswith("paths.json") else places[0]
 
 
-def _unbeaten_path(evaluation: Evaluation) -> System | None:
-    """Return a path for all questions that the routed model doesn't beat with as many layers.
+def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
+    """Return a static path that the routed model doesn't beat, and that runs as few layers.
 
-    It is the one that the verdict names, else the most accurate baseline.
+    It is the best path if that is unbeaten, and otherwise the most accurate unbeaten baseline.
     """
     routed = evaluation.routed
     if routed is None:

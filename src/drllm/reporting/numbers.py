@@ -4,7 +4,7 @@ from drllm.records.results import System
 from drllm.statistics import verdicts
 from drllm.statistics.verdicts import Verdict
 
-NONE = "–"  # for a value that wasn't measured or doesn't exist
+NONE = "–"  # for a missing value
 NBSP = "\u00a0"
 
 
@@ -19,12 +19,12 @@ def plain(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a change as verdicts do: always with its sign, except for what rounds to zero."""
+    """Write a change as verdicts do: with its sign, unless it rounds to zero."""
     return NONE if value is None else verdicts.signed(value, digits)
 
 
 def count(number: int | None) -> str:
-    """Write a count with thousands kept apart."""
+    """Write a count with spaces between thousands."""
     return NONE if number is None else f"{number:,}".replace(",", NBSP)
 
 
@@ -55,7 +55,7 @@ def difference(verdict: Verdict | None) -> str:
 
 
 def excluded(verdict: Verdict | None) -> str:
-    """Write the loss from which on every loss is excluded: points of accuracy, or nats."""
+    """Write the loss above which every loss is excluded: points of accuracy, or nats."""
     return NONE if verdict is None else verdict.write_excluded()
 
 

@@ -1,11 +1,11 @@
-"""The section of a report on where its numbers come from: model, files, libraries, commands."""
+"""The section of a report on its origins: model, files, libraries and commands."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from drllm.records.results import EVALUATION_SCHEMA
 from drllm.reporting.blocks import Block, Code, Section, Table
-from drllm.reporting.commands import RUNTIME, evaluate_command, runtime_of
+from drllm.reporting.commands import RUNTIME, evaluate_command, find_runtime
 from drllm.reporting.numbers import NONE
 from drllm.reporting.run import ReportSource, Run
 
@@ -13,7 +13,7 @@ HEADER = "file|made|drllm|seed|ran on|SHA-256|made from"
 
 
 def provenance_section(run: Run) -> Section:
-    """Return the section with the files that a report was made from, and how to repeat it."""
+    """Return the section on the files behind a report, and how to repeat the evaluation."""
     blocks: list[Block] = []
     if run.model:
         about = [f"{key} {value}" for key, value in run.model.items() if value is not None]
@@ -57,8 +57,8 @@ def _source_row(source: ReportSource) -> list[str]:
 
 
 def _ran_on(manifest: Mapping[str, Any]) -> str:
-    """Return how and on which machine the model ran, as far as a manifest says so."""
-    runtime = runtime_of(manifest)
+    """Say how and where the model ran, as far as a manifest has it."""
+    runtime = find_runtime(manifest)
     values = [runtime.get(name) for name in RUNTIME]
     if runtime.get("num_threads"):
         values.append(f"threads {runtime['num_threads']}")
@@ -67,7 +67,7 @@ def _ran_on(manifest: Mapping[str, Any]) -> str:
 
 
 def _libraries(run: Run) -> list[str]:
-    """Return the libraries with their versions that the files were made with, each once."""
+    """Return the libraries and versions that the files were made with, without duplicates."""
     versions: set[str] = set()
     for source in run.sources:
         libraries = source.manifest.get("libraries") or {}
@@ -76,7 +76,7 @@ def _libraries(run: Run) -> list[str]:
 
 
 def _commands(run: Run) -> list[str]:
-    """Return the commands that repeat the evaluations, each once."""
+    """Return the commands that repeat the evaluations, without duplicates."""
     commands: list[str] = []
     for source in run.sources:
         if source.manifest.get("schema") == EVALUATION_SCHEMA:

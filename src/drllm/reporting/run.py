@@ -29,7 +29,7 @@ SUPERVISION_FILE = "supervision.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSource:
-    """One file that a report is made from, for the table of provenance."""
+    """A file that a report is made from, for the table of files."""
 
     name: str
     sha256: str
@@ -48,10 +48,10 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """What a run folder holds; what is missing is empty or None.
+    """The content of a run folder; missing parts are empty or None.
 
     Attributes:
-        num_layers: L, on which all files agree.
+        num_layers: L, which is the same in all files.
         model: The base model's identity, from the first file that has it.
         layers: How the saved routers agree with their targets, layer by layer.
         sources: The files that were read.
@@ -81,17 +81,17 @@ class Run:
 
     @property
     def has_training(self) -> bool:
-        """Whether the folder holds anything of a search or of routers."""
+        """Whether the folder has a search, targets or routers."""
         return bool(self.search or self.supervision or self.router_config or self.epochs)
 
     @property
     def summary(self) -> Mapping[str, Any]:
-        """Counts that the supervision stage left in its manifest."""
+        """The counts in the manifest of the targets."""
         return self.manifest_of(SUPERVISION_FILE).get("summary") or {}
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know before trusting the rest."""
+        """What a reader should know before trusting the numbers."""
         inputs = self.manifest_of(SUPERVISION_FILE).get("inputs") or {}
         digests = [source.sha256 for source in self.sources if source.name == SEARCH_FILE]
         if SEARCH_FILE not in inputs or not digests or digests == [inputs[SEARCH_FILE]]:
@@ -102,7 +102,7 @@ class Run:
         ]
 
     def manifest_of(self, name: str) -> Mapping[str, Any]:
-        """Return the manifest of a file that was read; empty where there is none."""
+        """Return the manifest of a file that was read; empty if it has none."""
         for source in self.sources:
             if source.name == name:
                 return source.manifest
@@ -113,8 +113,8 @@ def read_run(folder: Path) -> Run:
     """Read a folder of `drllm run` or `drllm evaluate`; any of its parts may be missing.
 
     Raises:
-        RecordError: The folder holds nothing to report on, a file that can't be trusted, or files
-            of different models.
+        RecordError: The folder has nothing to report, a file can't be trusted, or files belong to
+            different models.
     """
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "doesn't exist"
@@ -128,13 +128,13 @@ def read_run(folder: Path) -> Run:
     _read_recipe(run)
     _refuse_empty(run)
     _refuse_other_routers(run)
-    run.num_layers = _agreed_depth(run)
-    run.model = _agreed_model(run)
+    run.num_layers = _find_depth(run)
+    run.model = _find_model(run)
     return run
 
 
 def _exists(run: Run, name: str, content: str) -> bool:
-    """Return whether a file of the run exists; if not, list it as absent with what it holds."""
+    """Tell whether a file of the run exists; if not, list it as absent."""
     if (run.folder / name).exists():
         return True
     run.absent.append(f"{name} ({content})")
@@ -142,7 +142,7 @@ def _exists(run: Run, name: str, content: str) -> bool:
 
 
 def _add_source(run: Run, name: str, record: msgspec.Struct | None = None) -> None:
-    """List a file as a source; a record has in itself what else a manifest says."""
+    """List a file as a source; a record is its own manifest."""
     path = run.folder / name
     manifest: Mapping[str, Any] = {}
     if record is not None:
@@ -181,7 +181,7 @@ def _read_routers(run: Run) -> None:
 
 
 def _read_results(run: Run) -> None:
-    """Read `eval/`, or results that lie in the folder itself, as `drllm evaluate` leaves them."""
+    """Read results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
     prefix = "" if _holds_results(run.folder) else "eval/"
     folder = run.folder / prefix
     paths = results.list_results(folder)
@@ -201,7 +201,7 @@ def _read_results(run: Run) -> None:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Return whether results lie in the folder itself; one with an `eval/` has them there."""
+    """Tell whether results are in the folder itself; if there is an `eval/`, they are in that."""
     if (folder / "eval").is_dir():
         return False
     schemas = [results.read_schema(path) for path in results.list_results(folder)]
@@ -246,7 +246,7 @@ def _refuse_empty(run: Run) -> None:
 
 
 def _refuse_other_routers(run: Run) -> None:
-    """Refuse results of other routers than those in the folder, such as before a new training."""
+    """Refuse results of other routers than those in the folder, such as older ones."""
     weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return
@@ -260,8 +260,8 @@ def _refuse_other_routers(run: Run) -> None:
             )
 
 
-def _agreed_depth(run: Run) -> int | None:
-    """Return the number of layers that all files name."""
+def _find_depth(run: Run) -> int | None:
+    """Return the number of layers, which must be the same in all files."""
     depths: list[tuple[str, int]] = []
     if run.search:
         depths.append((SEARCH_FILE, run.search[0].num_layers))
@@ -275,13 +275,15 @@ def _agreed_depth(run: Run) -> int | None:
         depths.append((PATHS_FILE, run.paths.num_layers))
     if run.healed:
         depths.append((HEALED_FILE, run.healed.num_layers))
-    depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
+    for evaluation in run.evaluations:
+        name = f"the evaluation of {evaluation.task!r}"
+        depths.append((name, evaluation.num_layers))
     _refuse_different(run, "models of different depth, by layers", depths)
     return depths[0][1] if depths else None
 
 
-def _agreed_model(run: Run) -> Mapping[str, Any]:
-    """Return the first identity of the base model; all files must name the same weights."""
+def _find_model(run: Run) -> Mapping[str, Any]:
+    """Return the base model from the first file that has it; all files must have the same one."""
     models: list[tuple[str, dict[str, Any]]] = []
     for source in run.sources:
         model = source.manifest.get("model")
@@ -301,7 +303,7 @@ def _agreed_model(run: Run) -> Mapping[str, Any]:
 
 
 def _refuse_different(run: Run, what: str, values: Sequence[tuple[str, Any]]) -> None:
-    """Refuse files that don't say the same of the model."""
+    """Refuse files that disagree about the model."""
     if len({value for _, value in values}) > 1:
         listed = ", ".join(f"{name}: {value}" for name, value in values)
         raise RecordError(

@@ -1,14 +1,14 @@
-"""Lays out a report: its title, the verdict, and the sections in their order."""
+"""Lays out a report: title, verdicts, and the sections in order."""
 
 from collections.abc import Sequence
 
 from drllm.records.results import Evaluation
-from drllm.reporting import blocks, evaluated, tuned
+from drllm.reporting import blocks, evaluation_sections, path_sections
 from drllm.reporting.costs import costs_section
-from drllm.reporting.learned import router_section, search_section
-from drllm.reporting.next_steps import next_steps
+from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import count
 from drllm.reporting.provenance import provenance_section
+from drllm.reporting.router_sections import router_section, search_section
 from drllm.reporting.run import Run
 
 ROUTING = "Routers choose, once per question, which layers of the model to skip, execute or repeat."
@@ -20,8 +20,8 @@ HEALED = (
 BASE_IS = "Base is the same model with every layer executed once."
 
 
-def document(runs: Sequence[Run]) -> blocks.Document:
-    """Lay out the report of one run, or of several with a comparison in front."""
+def build_document(runs: Sequence[Run]) -> blocks.Document:
+    """Lay out the report of one run, or of several runs with a comparison first."""
     if len(runs) == 1:
         [run] = runs
         return blocks.Document(_title(run), _about(run), _first_blocks(run), _sections(run))
@@ -29,7 +29,7 @@ def document(runs: Sequence[Run]) -> blocks.Document:
     evaluations: list[tuple[str, Evaluation]] = []
     for name, run in zip(names, runs, strict=True):
         evaluations += [(name, evaluation) for evaluation in run.evaluations]
-    compared = evaluated.side_by_side(
+    compared = evaluation_sections.compare_side_by_side(
         "run",
         evaluations,
         "Base, routed model and paths of every run, at all depths. Intervals of different runs say "
@@ -56,7 +56,7 @@ def _title(run: Run) -> str:
 
 
 def _tasks(run: Run) -> list[str]:
-    """Return the tasks of the evaluations, else those of the first stage that there is."""
+    """Return the tasks of the evaluations; without any, those of the run's first stage."""
     if run.evaluations:
         return [evaluation.task for evaluation in run.evaluations]
     if run.search:
@@ -73,7 +73,7 @@ def _is_routed(run: Run) -> bool:
 
 
 def _about(run: Run) -> str:
-    """Return a line with the date, the layers, and what was evaluated."""
+    """Return a line with the date, the number of layers, and the evaluated questions."""
     parts: list[str] = []
     manifests = [source.manifest for source in run.sources]
     dates = [str(manifest["created"]) for manifest in manifests if "created" in manifest]
@@ -98,12 +98,12 @@ def _describe_questions(evaluation: Evaluation) -> str:
 
 
 def _first_blocks(run: Run) -> list[blocks.Block]:
-    """Return what the systems are, the verdicts, what a reader must know, and the tiles."""
+    """Return the blocks at the top: introduction, verdicts, notes and tiles."""
     first: list[blocks.Block] = [_introduction(run), blocks.Verdicts(_verdicts(run)), *run.notes]
     if len(run.evaluations) == 1:
-        first.append(evaluated.tiles(run.evaluations[0], run.latency))
+        first.append(evaluation_sections.build_tiles(run.evaluations[0], run.latency))
     elif run.evaluations:
-        first.append(blocks.Tiles([evaluated.time_tile(run.latency)]))
+        first.append(blocks.Tiles([evaluation_sections.build_time_tile(run.latency)]))
     return first
 
 
@@ -121,7 +121,7 @@ def _introduction(run: Run) -> str:
 
 
 def _verdicts(run: Run) -> list[tuple[str, str]]:
-    """Return the first findings with their task, which one alone doesn't need."""
+    """Return the main findings, each with its task if there are several tasks."""
     several = len(run.evaluations) > 1
     verdicts: list[tuple[str, str]] = []
     for evaluation in run.evaluations:
@@ -131,9 +131,9 @@ def _verdicts(run: Run) -> list[tuple[str, str]]:
         return verdicts
     lines: list[str] = []
     if run.paths:
-        lines += tuned.advice(run.paths)
+        lines += path_sections.advice(run.paths)
     if run.healed:
-        lines.append(tuned.describe_healing(run.healed))
+        lines.append(path_sections.describe_healing(run.healed))
     return [("", line) for line in lines or ["Nothing was evaluated yet."]]
 
 
@@ -141,8 +141,8 @@ def _sections(run: Run) -> list[blocks.Section]:
     shown: list[blocks.Section] = []
     folded: list[blocks.Section] = []
     if len(run.evaluations) == 1:
-        shown += evaluated.sections(run, run.evaluations[0])
-        folded += evaluated.details(run.evaluations[0])
+        shown += evaluation_sections.build_sections(run, run.evaluations[0])
+        folded += evaluation_sections.build_details(run.evaluations[0])
     elif run.evaluations:
         shown += _sections_by_task(run)
     shown.append(_next_section(run))
@@ -152,19 +152,22 @@ def _sections(run: Run) -> list[blocks.Section]:
 
 
 def _sections_by_task(run: Run) -> list[blocks.Section]:
-    """Return the tasks side by side, then each with all of its sections."""
+    """Return the comparison of the tasks, then the sections of each."""
     named = [(evaluation.task, evaluation) for evaluation in run.evaluations]
     caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
-    sections = [evaluated.side_by_side("task", named, caption)]
+    sections = [evaluation_sections.compare_side_by_side("task", named, caption)]
     for evaluation in run.evaluations:
-        parts = [*evaluated.sections(run, evaluation), *evaluated.details(evaluation)]
+        parts = [
+            *evaluation_sections.build_sections(run, evaluation),
+            *evaluation_sections.build_details(evaluation),
+        ]
         sections.append(blocks.Section(evaluation.task, []))
         sections += blocks.lower_sections(parts)
     return sections
 
 
 def _next_section(run: Run) -> blocks.Section:
-    steps = next_steps(run)
+    steps = suggest_steps(run)
     texts = [text for text, _ in steps]
     commands = [command for _, command in steps]
     content: list[blocks.Block] = [blocks.Listing(texts, commands)]
@@ -174,13 +177,13 @@ def _next_section(run: Run) -> blocks.Section:
 
 
 def learning_sections(run: Run) -> list[blocks.Section]:
-    """Return the sections on paths, search and routers, as far as there are files for them."""
+    """Return the sections on paths, search and routers for which the run has files."""
     folded = bool(run.evaluations)
     sections: list[blocks.Section] = []
     if run.paths:
-        sections.append(tuned.paths_section(run.paths, folded=folded))
+        sections.append(path_sections.paths_section(run.paths, folded=folded))
     if run.healed:
-        sections.append(tuned.healed_section(run.healed, folded=folded))
+        sections.append(path_sections.healed_section(run.healed, folded=folded))
     if run.search or run.supervision or run.summary:
         sections.append(search_section(run))
     if run.epochs:

@@ -1,7 +1,7 @@
-"""Write the report of one or more run folders: one HTML page, and Markdown with pictures.
+"""Writes the report of one or more run folders: one HTML page, and Markdown with pictures.
 
-Styles and drawings are inside the page. Every text is escaped; markup, colours and layout are in
-`templates/`. What is folded in the page is open in the Markdown.
+The page holds its styles and drawings. Every text is escaped; markup, colours and layout are in
+`templates/`. Sections that are folded on the page are open in the Markdown.
 """
 
 import html
@@ -20,14 +20,14 @@ from drllm.listener import Listener
 from drllm.records.codec import write_atomically
 from drllm.records.results import Results
 from drllm.reporting.blocks import Document
-from drllm.reporting.drawing import NARROW, WIDE, png, svg
+from drllm.reporting.drawing import NARROW, WIDE, draw_png, draw_svg
 from drllm.reporting.numbers import NONE
 from drllm.reporting.run import read_run
-from drllm.reporting.sections import document as document_of
+from drllm.reporting.sections import build_document
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
-"""The names of a report's pictures; other files in their folder are the user's."""
+"""Names of a report's pictures; other files in the folder belong to the user."""
 
 
 def report(
@@ -35,32 +35,32 @@ def report(
 ) -> tuple[Path, Path]:
     """Write `report.html`, and `report.md` with its figures, about one or more run folders.
 
-    Parts that a folder lacks are left out and named at the end of the report. Nothing is written
-    if any folder can't be trusted.
+    Parts that a folder doesn't have are left out, and the report names them. Nothing is written
+    if a file in any folder can't be trusted.
 
     Args:
         runs: Folders that `drllm run` or `drllm evaluate` has written, or what `drllm.evaluate`
-            has returned (of its folder; of the one around it where it is called `eval`); several
-            are compared.
-        output: A folder, or the `.html` file to write; the Markdown gets the same name, and its
-            figures a folder: `report.html`, `report.md`, `report_figures/`. None writes into the
-            run folder, if it is one.
-        listener: Hears what is being done.
+            has returned, which stands for its folder (for the folder around it if that is called
+            `eval`). Several runs are compared.
+        output: A folder, or the `.html` file to write. The Markdown and the folder of its figures
+            get the same name: `report.html`, `report.md`, `report_figures/`. None writes into the
+            run folder, if there is only one.
+        listener: Receives progress.
 
     Returns:
         The HTML file and the Markdown file.
 
     Raises:
-        RecordError: A folder with nothing in it, a file that can't be trusted, or an output that
-            can't be written.
-        ConfigError: No run folder, several without an output, an output of another kind, or no
-            matplotlib.
+        RecordError: A folder has nothing to report, a file can't be trusted, or the output can't
+            be written.
+        ConfigError: There is no run folder, there are several and no output, the output is another
+            kind of file, or matplotlib is missing.
     """
     need("report", "a report")
-    folders = [_folder_of(run) for run in runs]
-    page = _page(folders, output)
+    folders = [_find_folder(run) for run in runs]
+    page = _choose_page(folders, output)
     with listener.busy("drawing the report"):
-        files = _files(document_of([read_run(folder) for folder in folders]), page)
+        files = _render_files(build_document([read_run(folder) for folder in folders]), page)
     for path, content in files.items():
         write_atomically(path, content)
     for picture in figures_of(page):
@@ -69,25 +69,25 @@ def report(
     return page, page.with_suffix(".md")
 
 
-def _files(document: Document, page: Path) -> dict[Path, str | bytes]:
-    """Return what a report's files hold: the pictures, the page and the Markdown, in this order."""
+def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
+    """Return the content of a report's files: the pictures, the page and the Markdown, in order."""
     folder = page.with_name(f"{page.stem}_figures")
     files: dict[Path, str | bytes] = {}
     for figure, name in document.figures().items():
-        files[folder / f"{name}.png"] = png(figure.draw, WIDE if figure.is_large else NARROW)
+        files[folder / f"{name}.png"] = draw_png(figure.draw, WIDE if figure.is_large else NARROW)
     files[page] = to_html(document)
     files[page.with_suffix(".md")] = to_markdown(document, folder.name)
     return files
 
 
 def figures_of(page: Path) -> list[Path]:
-    """Return the pictures that belong to a report, given its HTML file, in their order."""
+    """List the pictures of a report by its HTML file, in order."""
     places = page.with_name(f"{page.stem}_figures").glob("*.png")
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
 
 
-def _folder_of(run: Path | str | Results) -> Path:
-    """Return the run folder; of results in a folder `eval`, the one around it."""
+def _find_folder(run: Path | str | Results) -> Path:
+    """Return the run folder; for results in a folder `eval`, it is the one around that."""
     if not isinstance(run, Results):
         return Path(run)
     if run.folder is None:
@@ -95,8 +95,8 @@ def _folder_of(run: Path | str | Results) -> Path:
     return run.folder.parent if run.folder.name == "eval" else run.folder
 
 
-def _page(folders: Sequence[Path], output: Path | str | None) -> Path:
-    """Return the page to write: for an output folder, which may not be there yet, or a file."""
+def _choose_page(folders: Sequence[Path], output: Path | str | None) -> Path:
+    """Return the page to write; the output is a folder, which may not exist yet, or a file."""
     if not folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
     if output is None:
@@ -120,15 +120,15 @@ def to_html(document: Document) -> str:
     """Return the whole page."""
     names = document.figures()
 
-    def drawn(figure: Any, width: float) -> str:
+    def draw(figure: Any, width: float) -> str:
         name = names[figure] if width == NARROW else f"{names[figure]}-wide"
-        return svg(figure.draw, name, width).removeprefix("<svg")
+        return draw_svg(figure.draw, name, width).removeprefix("<svg")
 
-    return _render("report.html.j2", document, autoescape=True, drawn=drawn)
+    return _render("report.html.j2", document, autoescape=True, drawn=draw)
 
 
 def to_markdown(document: Document, folder: str) -> str:
-    """Return the whole report, whose figures lie in a folder: `FOLDER/NAME.png`, by their names."""
+    """Return the whole report; its figures are the files `FOLDER/NAME.png`."""
     names = document.figures()
     text = _render(
         "report.md.j2",
@@ -139,7 +139,7 @@ def to_markdown(document: Document, folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-@cache  # it keeps its compiled templates
+@cache  # an environment keeps its compiled templates
 def _environment(autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -169,18 +169,18 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
 
 
 def escape(text: str) -> str:
-    """Write a text so that Markdown shows it as it is, on one line."""
+    """Escape a text so that Markdown shows it unchanged, on one line."""
     written = html.escape(" ".join(text.split()), quote=False)
     written = re.sub(r"([\\`*\[\]|~])", r"\\\1", written)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", written)
 
 
 def line(text: str) -> str:
-    """Escape a text that starts a line, where some characters begin a heading or a list."""
+    """Escape a text at the start of a line, where some characters would begin a heading or list."""
     return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
 
 
 def fenced(text: str) -> str:
-    """Write a text as a block of code, whose fence is longer than any in it."""
+    """Write a text as a block of code, with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -8,13 +8,14 @@ from drllm.reporting.blocks import Table
 from drllm.reporting.numbers import NONE, count, difference, excluded, label, percent, plain
 from drllm.statistics.verdicts import Differences
 
-Named: TypeAlias = tuple[str, Evaluation, System | Point]  # by the name of a run or a task
+NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
+"""The name of a run or a task, its evaluation, and one of its systems."""
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """Return the systems of a task, the most accurate first.
+    """Return the table of a task's systems, the most accurate first.
 
-    Each is compared with the routed model, or with base where there is none.
+    Each is compared with the routed model, or with base if there is no routed model.
     """
     systems = sorted(evaluation.systems, key=lambda system: (-system.accuracy, system.executions))
     rows = [_result_row(evaluation, system) for system in systems]
@@ -24,7 +25,7 @@ def results_table(evaluation: Evaluation) -> Table:
         f"loss excluded above|verdict|loss: {minus}, nats|verdict by loss"
     )
     compared = evaluation.compared_system
-    bold = _shown_name(evaluation, compared) if compared else ""
+    bold = _display_name(evaluation, compared) if compared else ""
     return Table.from_rows(
         _results_caption(evaluation), header, rows, "verdict|verdict by loss", bold
     )
@@ -68,7 +69,7 @@ def _result_row(evaluation: Evaluation, system: System) -> list[str]:
     ]
 
 
-def _shown_name(evaluation: Evaluation, system: System) -> str:
+def _display_name(evaluation: Evaluation, system: System) -> str:
     return f"{system.name} (healed)" if evaluation.is_healed(system.name) else system.name
 
 
@@ -82,7 +83,7 @@ def _compared_with(evaluation: Evaluation, system: System) -> Differences | None
 
 
 def _verdict_cells(differences: Differences | None) -> list[str]:
-    """Return the difference in accuracy, the excluded loss, the verdict; the same of text loss."""
+    """Return the cells on accuracy (difference, excluded loss, verdict) and on next-token loss."""
     accuracy = differences.accuracy if differences else None
     loss = differences.text_loss if differences else None
     return [
@@ -95,7 +96,7 @@ def _verdict_cells(differences: Differences | None) -> list[str]:
 
 
 def systems_table(evaluation: Evaluation) -> Table:
-    """Return what each system does, and where it comes from."""
+    """Return the table of what each system does, and where it comes from."""
     reads = {None: NONE, True: "yes", False: "no"}
     rows = [
         [
@@ -115,7 +116,7 @@ def systems_table(evaluation: Evaluation) -> Table:
 
 
 def depths_table(evaluation: Evaluation) -> Table:
-    """Return every system at every depth."""
+    """Return the table of every system at every depth."""
     rows = [_depth_row(point) for point in evaluation.curve]
     caption = (
         "Every system at every depth minus base, and the routed model minus it, with 95 % "
@@ -143,8 +144,8 @@ def _depth_row(point: Point) -> list[str]:
     ]
 
 
-def compared_table(what: str, named: Sequence[Named], caption: str) -> Table:
-    """Return systems of several runs or tasks (`what` says which), each compared with its base."""
+def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Table:
+    """Return the table of systems of several runs or tasks, each compared with its base."""
     words = "of task|system|verdict|verdict by loss|than with its routes permuted"
     header = (
         f"{what}|of task|questions|system|layers run|accuracy, %|minus base's, points|"

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from drllm.records.results import Evaluation, StepRecord
 from drllm.reporting.run import Run, read_run
-from drllm.reporting.sections import document
+from drllm.reporting.sections import build_document
 from drllm.reporting.stage import report as write_report
 from drllm.reporting.stage import to_markdown
 from run_folder import WHOLE, RunFolderWriter
@@ -44,7 +44,7 @@ def text_of() -> Callable[..., str]:
     """A function that returns the Markdown about some folders, which takes no drawing."""
 
     def render(*folders: Path) -> str:
-        return to_markdown(document([read_run(folder) for folder in folders]), "figures")
+        return to_markdown(build_document([read_run(folder) for folder in folders]), "figures")
 
     return render
 

@@ -4,10 +4,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from drllm.reporting.drawing import Colours, add_legend, make_panels, png, svg
+from drllm.reporting.drawing import Colours, add_legend, draw_png, draw_svg, make_panels
 
 
-@pytest.mark.parametrize("write", [lambda draw: svg(draw, "name"), png])
+@pytest.mark.parametrize("write", [lambda draw: draw_svg(draw, "name"), draw_png])
 @pytest.mark.parametrize("is_square", [False, True])
 def test_panels_stand_where_the_last_bits_of_the_layout_do_not_count(write, is_square):
     kept: list[Axes] = []
@@ -28,7 +28,7 @@ def test_panels_stand_where_the_last_bits_of_the_layout_do_not_count(write, is_s
         bounds = axes.get_position(original=True).bounds
         assert bounds == pytest.approx([round(value, 6) for value in bounds], abs=1e-12)
         assert all(0 < value < 1 for value in bounds)
-        if is_square and write is png:  # an equal aspect outlives the layout
+        if is_square and write is draw_png:  # an equal aspect outlives the layout
             box = axes.get_window_extent()
             (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
             assert box.width / (right - left) == pytest.approx(box.height / (top - bottom))

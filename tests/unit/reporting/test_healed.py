@@ -13,8 +13,8 @@ from drllm.records.healed import ADAPTER_FILE, HealedPath, HealPoint, Losses
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
 from drllm.reporting.drawing import LIGHT, NARROW
-from drllm.reporting.figures import kl_by_tokens
-from drllm.reporting.next_steps import next_steps
+from drllm.reporting.figures import draw_kl
+from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.run import read_run
 from drllm.reporting.stage import report
 from paths_json import written_paths
@@ -60,7 +60,7 @@ def test_a_healed_folder_alone_makes_a_report_that_says_first_what_healing_did(h
     assert "was 0.600 nats a token before and is 0.310 after" in text.split("## ")[0]
     assert "100 steps (80 000 tokens" in text
     assert "Routers" not in text
-    [(_, line)] = next_steps(read_run(healed.path))
+    [(_, line)] = suggest_steps(read_run(healed.path))
     assert parse(shlex.split(line)[1:]).values["path"] == str(healed.path / "path.json")
 
 
@@ -76,7 +76,7 @@ def test_where_the_path_loses_nothing_no_share_of_it_is_said(healed, text_of, dr
 
 
 def test_the_curves_are_drawn_over_thousands_of_tokens(healed):
-    [axes] = kl_by_tokens(read_run(healed.path).healed.curve, LIGHT, NARROW).axes
+    [axes] = draw_kl(read_run(healed.path).healed.curve, LIGHT, NARROW).axes
     training, held_out = axes.get_lines()
     assert list(held_out.get_xdata()) == [0, 40, 80]
     assert list(held_out.get_ydata()) == [0.6, 0.31, 0.35]

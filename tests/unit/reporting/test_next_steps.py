@@ -20,7 +20,7 @@ from drllm.config import (
 )
 from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
-from drllm.reporting.next_steps import next_steps
+from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.run import Run, read_run
 from drllm.statistics.verdicts import judge_counts
 
@@ -41,7 +41,7 @@ def parsed(command: str) -> Any:
 
 def commands(run: Run, verb: str) -> list[Any]:
     """Return the advised commands of a verb, after parsing all of them."""
-    lines = [parsed(command) for _, command in next_steps(run)]
+    lines = [parsed(command) for _, command in suggest_steps(run)]
     return [line for line in lines if line.verb == verb]
 
 
@@ -118,7 +118,9 @@ def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, w
     assert best.executions <= evaluation.routed.executions
     [export] = commands(clone(run, evaluation), "export")
     assert export.values["path"].endswith(f"/{best.name}.json")
-    [what] = [what for what, command in next_steps(clone(run, evaluation)) if "export" in command]
+    [what] = [
+        what for what, command in suggest_steps(clone(run, evaluation)) if "export" in command
+    ]
     assert f"minus {best.name}," in what
 
 
@@ -137,7 +139,7 @@ def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run):
 def test_every_command_can_be_pasted(folder, accuracies):
     folder.everything(accuracies=accuracies)
     folder.static_paths()
-    steps = next_steps(read_run(folder.path))
+    steps = suggest_steps(read_run(folder.path))
     assert steps
     for _, command in steps:
         parsed(command)
@@ -145,7 +147,7 @@ def test_every_command_can_be_pasted(folder, accuracies):
 
 @pytest.mark.parametrize("there", [{}, {"supervision": ()}, {"router_config": {"L": 1}}])
 def test_the_next_stage_of_a_run_folder_can_be_pasted(tmp_path, there):
-    [(_, command)] = next_steps(Run(folder=tmp_path / "my run", **there))
+    [(_, command)] = suggest_steps(Run(folder=tmp_path / "my run", **there))
     parsed(command)
 
 

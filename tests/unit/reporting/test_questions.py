@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from drllm.reporting.drawing import LIGHT
-from drllm.reporting.evaluated import ROWS, sections
+from drllm.reporting.evaluation_sections import ROWS, build_sections
 from drllm.reporting.run import read_run
 
 
@@ -103,7 +103,7 @@ def test_routes_are_drawn_by_layer_with_what_the_routers_were_trained_for(folder
     folder.search()
     folder.supervision()
     run = read_run(folder.path)
-    _, _, routes, _ = sections(run, run.evaluations[0])
+    _, _, routes, _ = build_sections(run, run.evaluations[0])
     [axes] = routes.blocks[0].draw(LIGHT, 4.2).axes
     heights = [bar.get_height() for bar in axes.patches]
     assert heights[:4] == [0, 100, 0, 0]  # skipped

@@ -13,7 +13,7 @@ import pytest
 from drllm.errors import ConfigError, RecordError
 from drllm.reporting.numbers import of_total, plain, signed
 from drllm.reporting.run import read_run
-from drllm.reporting.sections import document
+from drllm.reporting.sections import build_document
 from drllm.reporting.stage import escape, figures_of, to_html, to_markdown
 from drllm.reporting.stage import report as write_report
 
@@ -198,7 +198,7 @@ def test_two_reports_of_the_same_records_are_equal_but_for_their_folders(
     folder = new_folder(num_layers=30, seed=1)  # as the fixture's
     folder.everything(**whole)
     folder.static_paths()
-    found = document([read_run(folder.path)])
+    found = build_document([read_run(folder.path)])
     texts = to_html(found), to_markdown(found, "report_figures")
     for text, earlier in zip(texts, report, strict=True):
         assert text.replace(str(folder.path), str(page.parent)) == earlier

@@ -7,9 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
-from drllm.reporting.drawing import LIGHT, NARROW, WIDE, png, spread_apart
-from drllm.reporting.evaluated import measured_line, most_accurate, tiles
-from drllm.reporting.figures import accuracy_by_executions, curves_of
+from drllm.reporting.drawing import LIGHT, NARROW, WIDE, draw_png, spread_apart
+from drllm.reporting.evaluation_sections import build_tiles, describe_times, find_most_accurate
+from drllm.reporting.figures import draw_accuracy, group_curves
 
 
 def table(text: str, header: str) -> list[list[str]]:
@@ -58,29 +58,29 @@ def test_what_is_shown_of_a_path_beside_routers_stands_in_the_verdict_and_nowher
 
 def test_tiles_hold_the_key_figures(run, with_paths):
     (evaluation,) = run.evaluations
-    saved, accuracy, loss, time = tiles(evaluation, run.latency).tiles
+    saved, accuracy, loss, time = build_tiles(evaluation, run.latency).tiles
     assert saved.title == "Layers saved"
     found = evaluation.routed.against_base
     assert accuracy.value == "−5.0 points"
-    assert accuracy.shown == found.accuracy.label
+    assert accuracy.label == found.accuracy.label
     assert loss.value == "+0.100 nats"
-    assert loss.shown == "worse"
+    assert loss.label == "worse"
     assert time.value == "too noisy to tell"
-    assert tiles(evaluation, None).tiles[-1].value == "not measured"
+    assert build_tiles(evaluation, None).tiles[-1].value == "not measured"
 
 
 def test_the_most_accurate_system_that_saves_layers_has_a_tile_of_its_own(run, with_paths):
     evaluation = with_paths(run.evaluations[0], 3)
-    titles = [tile.title for tile in tiles(evaluation, run.latency).tiles]
+    titles = [tile.title for tile in build_tiles(evaluation, run.latency).tiles]
     assert "Most accurate that saves layers: path skip1" in titles
-    best = most_accurate(evaluation)
+    best = find_most_accurate(evaluation)
     assert best.name == "skip1"
     assert best.accuracy == max(s.accuracy for s in evaluation.systems[1:] if s.draws == 1)
-    assert most_accurate(run.evaluations[0]).name == "routed"
+    assert find_most_accurate(run.evaluations[0]).name == "routed"
 
 
 def test_measured_time_is_one_line_with_what_it_shows(run, with_paths):
-    assert measured_line(run.latency) == (
+    assert describe_times(run.latency) == (
         "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: too noisy "
         "to tell: reading 1 (0.90), reading 4 (0.90), reading 16 (0.90), decoding 1 (0.90), "
         "decoding 4 (0.90), decoding 16 (0.90)."
@@ -91,7 +91,7 @@ def test_routes_that_run_more_layers_save_none(run):
     (evaluation,) = run.evaluations
     more = replace(evaluation.routed, executions=evaluation.num_layers * 1.1)
     systems = (evaluation.base, more, *evaluation.systems[2:])
-    first = tiles(replace(evaluation, systems=systems), None).tiles[0]
+    first = build_tiles(replace(evaluation, systems=systems), None).tiles[0]
     assert (first.title, first.value.replace("\u00a0", " ")) == ("More layers run", "10.0 %")
 
 
@@ -146,7 +146,7 @@ def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
 
 def test_a_system_has_its_depths_and_the_one_it_was_trained_for(run):
     (evaluation,) = run.evaluations
-    placed = curves_of(evaluation)
+    placed = group_curves(evaluation)
     assert list(placed) == ["base", "routed", "permuted routes", "last layers"]
     executions = [each.executions for each in placed["routed"]]
     assert executions == pytest.approx(sorted([9.6, 10.8, evaluation.routed.executions]))
@@ -161,17 +161,17 @@ def crowded(evaluation: Any, number: int) -> Any:
 
 def test_static_paths_are_one_curve_from_the_full_path(run, with_paths):
     evaluation = with_paths(run.evaluations[0], 3)
-    placed = curves_of(evaluation)
+    placed = group_curves(evaluation)
     assert [each.name for each in placed["static paths"]] == ["skip3", "skip2", "skip1", "base"]
     assert "skip1" not in placed
-    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    [axes] = draw_accuracy(evaluation, LIGHT, WIDE).axes
     assert [9.0, 10.0, 11.0, 12.0] in [list(line.get_xdata()) for line in axes.get_lines()]
     assert "static paths" in [each.get_text() for each in axes.texts]
 
 
 def test_without_routers_every_static_path_has_its_interval(run, with_paths):
     evaluation = with_paths(run.evaluations[0], 3, routed=False)
-    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    [axes] = draw_accuracy(evaluation, LIGHT, WIDE).axes
     ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]
     for system in evaluation.systems:
         assert tuple(100 * end for end in system.interval) in [pytest.approx(end) for end in ends]
@@ -203,10 +203,10 @@ def boxes_of(evaluation: Any, width: float) -> dict[str, Any]:
     kept: list[Any] = []
 
     def draw(colours: Any, width: float) -> Any:
-        kept.append(accuracy_by_executions(evaluation, colours, width))
+        kept.append(draw_accuracy(evaluation, colours, width))
         return kept[0]
 
-    png(draw, width)
+    draw_png(draw, width)
     FigureCanvasAgg(kept[0]).draw()
     [axes] = kept[0].axes
     assert axes.get_legend() is None
@@ -224,9 +224,9 @@ def check_apart(boxes: dict[str, Any]) -> None:
 
 def test_drawn_points_are_the_numbers_and_base_and_routed_have_their_intervals(run):
     (evaluation,) = run.evaluations
-    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    [axes] = draw_accuracy(evaluation, LIGHT, WIDE).axes
     lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    routed = curves_of(evaluation)["routed"]
+    routed = group_curves(evaluation)["routed"]
     assert lines[0].get_xdata() == pytest.approx([each.executions for each in routed])
     assert lines[0].get_ydata() == pytest.approx([100 * each.accuracy for each in routed])
     ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]

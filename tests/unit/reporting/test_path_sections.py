@@ -8,10 +8,10 @@ import pytest
 from drllm.cli.parser import parse
 from drllm.records.static_paths import read_paths
 from drllm.reporting.drawing import LIGHT, NARROW
-from drllm.reporting.figures import changes_by_layers_saved
-from drllm.reporting.next_steps import next_steps
+from drllm.reporting.figures import draw_changes
+from drllm.reporting.next_steps import suggest_steps
+from drllm.reporting.path_sections import compare_test_with_fit
 from drllm.reporting.run import read_run
-from drllm.reporting.tuned import compare_test_with_fit
 from paths_json import written_paths
 
 
@@ -28,7 +28,7 @@ def test_a_folder_of_tuned_paths_alone_makes_a_report(tuned, text_of):
     assert text.startswith("# Static paths of smollm2-135m on arc_easy, builtin_facts\n")
     assert "use path skip2 where a loss of 2.0 points is acceptable" in text.split("## ")[0]
     assert "Routers" not in text.split("## ")[0]
-    [(_, line)] = next_steps(read_run(tuned.path))
+    [(_, line)] = suggest_steps(read_run(tuned.path))
     assert parse(shlex.split(line)[1:]).values["path"].endswith("paths.json:skip2")
 
 
@@ -58,7 +58,7 @@ def test_a_part_that_was_not_measured_has_no_line(tuned):
 
     tuned.change("paths.json", without_select)
     found = read_paths(tuned.path / "paths.json")
-    [axes] = changes_by_layers_saved(found, "arc_easy", LIGHT, NARROW).axes
+    [axes] = draw_changes(found, "arc_easy", LIGHT, NARROW).axes
     assert [len(line.get_xdata()) for line in axes.get_lines()] == [3, 0, 3]
 
 
@@ -97,7 +97,7 @@ def test_what_was_gained_from_fit_to_test_is_said_as_a_gain(tuned):
 
 def test_changes_are_drawn_over_the_layers_saved_with_intervals_on_test(tuned):
     found = read_paths(tuned.path / "paths.json")
-    [axes] = changes_by_layers_saved(found, "arc_easy", LIGHT, NARROW).axes
+    [axes] = draw_changes(found, "arc_easy", LIGHT, NARROW).axes
     drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines()}
     assert drawn == {
         "fit": (0, 1, 2, 0, 0.08, 0.08),

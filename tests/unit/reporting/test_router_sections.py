@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from drllm.agreement import compare_by_layer, compute_metrics
 from drllm.paths import Decision
 from drllm.reporting.blocks import Document
-from drllm.reporting.drawing import LIGHT, svg
-from drllm.reporting.learned import MIN_QUESTIONS
+from drllm.reporting.drawing import LIGHT, draw_svg
 from drllm.reporting.numbers import NBSP, plain
+from drllm.reporting.router_sections import MIN_QUESTIONS
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import learning_sections
 from drllm.reporting.stage import to_markdown
@@ -72,4 +72,4 @@ def test_without_held_out_targets_the_missing_validation_is_said(folder):
 def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
     drawn = curves(learning_sections(read_run(folder.path)))
-    assert svg(drawn, "metrics").startswith("<svg viewBox=")
+    assert draw_svg(drawn, "metrics").startswith("<svg viewBox=")

@@ -1,7 +1,7 @@
-"""The part of a report about results: tiles, plot, table of systems, routes, questions, cost.
+"""The sections of a report on an evaluation: key figures, plot, systems, routes and questions.
 
-All claims are the evaluation's findings and the labels of its verdicts: nothing is judged here, and
-nothing derived is called measured. `drllm show` prints `measured_line`. Axes: L layers.
+Every claim is a finding of the evaluation or the label of a verdict. Nothing is judged here, and
+nothing derived is called measured. `drllm show` prints `describe_times`. Axes: L layers.
 """
 
 from collections.abc import Sequence
@@ -16,44 +16,50 @@ from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile,
 from drllm.reporting.costs import PHASES
 from drllm.reporting.numbers import NONE, count, percent, plain
 from drllm.reporting.run import Run
-from drllm.reporting.tables import Named, compared_table, depths_table, results_table, systems_table
+from drllm.reporting.tables import (
+    NamedSystem,
+    compared_table,
+    depths_table,
+    results_table,
+    systems_table,
+)
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.summary import class_counts
 
-LONGEST = 120  # characters of a question or an answer; the samples hold the whole
+LONGEST = 120  # characters of a question or an answer; the samples have all of it
 ROWS = 5
-"""Questions that are shown of each kind, the first ones, so that nobody picks the pretty ones."""
+"""How many questions of each kind are shown: always the first ones, so that nobody picks them."""
 
 
-def tiles(evaluation: results.Evaluation, measured: results.Latency | None) -> Tiles:
-    """Return the key figures: layers saved, both differences, the most accurate system, time."""
-    ours = evaluation.compared_system
-    if ours is None or ours.against_base is None:
-        return Tiles([time_tile(measured)])
-    name = evaluation.name_in_sentence(ours)
+def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> Tiles:
+    """Return the key figures: layers saved, differences from base, most accurate system, time."""
+    compared = evaluation.compared_system
+    if compared is None or compared.against_base is None:
+        return Tiles([build_time_tile(latency)])
+    name = evaluation.name_in_sentence(compared)
     score = evaluation.score if evaluation.is_graded else "Accuracy"
-    before = f"base {percent(evaluation.base.accuracy)}, {name} {percent(ours.accuracy)}"
-    accuracy = ours.against_base.accuracy
-    shown = [
-        _saved_tile(evaluation, ours),
+    before = f"base {percent(evaluation.base.accuracy)}, {name} {percent(compared.accuracy)}"
+    accuracy = compared.against_base.accuracy
+    tiles = [
+        _saved_tile(evaluation, compared),
         _difference_tile(f"{score}, {name} minus base", accuracy, "points", before),
     ]
-    loss = ours.against_base.text_loss
+    loss = compared.against_base.text_loss
     if loss is not None:
         note = "nats a token; less is better"
-        shown.append(_difference_tile(f"Next-token loss, {name} minus base", loss, "nats", note))
-    best = most_accurate(evaluation)
-    if best is not None and best is not ours:
-        shown.append(_most_accurate_tile(evaluation, best))
-    shown.append(time_tile(measured))
-    return Tiles(shown)
+        tiles.append(_difference_tile(f"Next-token loss, {name} minus base", loss, "nats", note))
+    best = find_most_accurate(evaluation)
+    if best is not None and best is not compared:
+        tiles.append(_most_accurate_tile(evaluation, best))
+    tiles.append(build_time_tile(latency))
+    return Tiles(tiles)
 
 
-def most_accurate(evaluation: results.Evaluation) -> results.System | None:
-    """Return the most accurate system that runs fewer layers than base; of equals the cheapest.
+def find_most_accurate(evaluation: results.Evaluation) -> results.System | None:
+    """Return the most accurate system that runs fewer layers than base; the cheapest wins a tie.
 
-    Baselines that are means over draws are left out, since nobody can use a mean.
+    Baselines that are means over draws are left out, since nobody can run a mean.
     """
     cheaper = [
         system
@@ -82,8 +88,8 @@ def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile
     return Tile(title, value, f"95 % interval {low} to {high}; {note}", verdict.label)
 
 
-def sections(run: Run, evaluation: results.Result) -> list[Section]:
-    """Return the plot, the table of systems, the test of limits, routes and changed answers."""
+def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
+    """Return the sections with the plot, the systems, limits on the loss, routes and answers."""
     parts = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
         Section("Systems", _systems(evaluation)),
@@ -101,12 +107,12 @@ def sections(run: Run, evaluation: results.Result) -> list[Section]:
 
 
 def _systems(evaluation: results.Evaluation) -> list[Block]:
-    """Return the table of systems, and the findings that stand nowhere else."""
+    """Return the table of systems, and the findings that no other section has."""
     blocks: list[Block] = [results_table(evaluation)]
     drop_test = evaluation.drop_test
-    elsewhere = {drop_test.sentence()} if drop_test else set[str]()
-    rest = evaluation.findings[len(evaluation.verdict) :]
-    lines = [finding for finding in rest if finding not in elsewhere]
+    drop_sentence = drop_test.sentence() if drop_test else None
+    further = evaluation.findings[len(evaluation.verdict) :]
+    lines = [finding for finding in further if finding != drop_sentence]
     lines += evaluation.notes
     if lines:
         blocks.append(Listing(lines))
@@ -114,7 +120,7 @@ def _systems(evaluation: results.Evaluation) -> list[Block]:
 
 
 def _drop_test(drop_test: DropTest) -> list[Block]:
-    """Return whether a loss is excluded, and every trial on the way."""
+    """Say whether a loss is excluded, and list every trial."""
     trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
     if drop_test.untested:
         trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
@@ -137,7 +143,7 @@ def _plot(evaluation: results.Evaluation) -> Figure:
     if evaluation.paths:
         caption += f"; a line from base joins static paths: {', '.join(evaluation.paths)}"
     return Figure(
-        draw=partial(figures.accuracy_by_executions, evaluation),
+        draw=partial(figures.draw_accuracy, evaluation),
         name=f"{evaluation.task} systems",
         alt=f"{evaluation.score.capitalize()} over layers run a forward pass: {points}.",
         caption=f"{caption}.",
@@ -145,22 +151,28 @@ def _plot(evaluation: results.Evaluation) -> Figure:
     )
 
 
-def details(evaluation: results.Evaluation) -> list[Section]:
-    """Return what is shown on request: what the systems are, and all depths in numbers."""
+def build_details(evaluation: results.Evaluation) -> list[Section]:
+    """Return the folded sections: what the systems are, and all depths in numbers."""
     parts = [Section("What the systems are", [systems_table(evaluation)], folded=True)]
     if evaluation.curve:
         parts.append(Section("All depths in numbers", [depths_table(evaluation)], folded=True))
     return parts
 
 
-def side_by_side(
+def compare_side_by_side(
     what: str, named: Sequence[tuple[str, results.Evaluation]], caption: str
 ) -> Section:
-    """Return base, routed model at all depths, and paths, of runs or tasks (`what` says which)."""
-    rows: list[Named] = []
+    """Return the section that compares base, the routed model and paths of runs or tasks.
+
+    Args:
+        what: "run" or "task".
+        named: Evaluations by the name of their run or task.
+        caption: Of the table.
+    """
+    rows: list[NamedSystem] = []
     for name, evaluation in named:
-        shown = {results.BASE, results.ROUTED, *evaluation.paths}
-        systems = [system for system in evaluation.systems if system.name in shown]
+        names = {results.BASE, results.ROUTED, *evaluation.paths}
+        systems = [system for system in evaluation.systems if system.name in names]
         points = [point for point in evaluation.curve if point.system == results.ROUTED]
         rows += [(name, evaluation, system) for system in systems]
         rows += [(name, evaluation, point) for point in points]
@@ -187,7 +199,7 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
     if targets:
         caption += " Strokes are what the routers were trained for."
     return Figure(
-        draw=partial(figures.routes_by_layer, shares, _shares(targets) if targets else None),
+        draw=partial(figures.draw_routes, shares, _shares(targets) if targets else None),
         name="routes by layer",
         alt=f"How often each layer is skipped, executed and repeated. Skipped most: {skipped}.",
         caption=caption,
@@ -196,7 +208,7 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
 
 
 def _change(sample: results.Sample) -> float:
-    """Return how routing changes a question's grade: above 0 it is won, below 0 lost."""
+    """Return how routing changes a question's grade; above 0 it is won, below 0 it is lost."""
     return sample.systems[results.ROUTED].correct - sample.systems[results.BASE].correct
 
 
@@ -214,24 +226,24 @@ def _changed(evaluation: results.Result, samples: Sequence[results.Sample]) -> l
         f"Of {count(len(samples))} questions {count(len(won))} are won (better with routing) and "
         f"{count(len(lost))} lost; {unchanged}."
     )
-    shown = [*won[:ROWS], *lost[:ROWS]]
-    if not shown:
+    first_samples = [*won[:ROWS], *lost[:ROWS]]
+    if not first_samples:
         return [summary]
     caption = f"The first {ROWS} of each at most."
-    left = len(won) + len(lost) - len(shown)
-    if left:
-        caption += f" The others ({count(left)}) are in eval/samples.jsonl."
+    num_others = len(won) + len(lost) - len(first_samples)
+    if num_others:
+        caption += f" The others ({count(num_others)}) are in eval/samples.jsonl."
     header = "question|with routing|right answer|base|routed"
     words = "with routing|right answer|base|routed"
-    rows = [_changed_row(sample) for sample in shown]
+    rows = [_changed_row(sample) for sample in first_samples]
     return [summary, Table.from_rows(caption, header, rows, words)]
 
 
 def _changed_row(sample: results.Sample) -> list[str]:
     return [
-        _short(sample.question),
+        _shorten(sample.question),
         "won" if _change(sample) > 0 else "lost",
-        NONE if sample.gold is None else _short(sample.choices[sample.gold]),
+        NONE if sample.gold is None else _shorten(sample.choices[sample.gold]),
         _answer(sample, results.BASE),
         _answer(sample, results.ROUTED),
     ]
@@ -249,23 +261,23 @@ def _answer(sample: results.Sample, system: str) -> str:
     text = outcome.answer
     if isinstance(text, int):
         text = sample.choices[text]
-    shown = _short(text) or "nothing"
-    return f"{shown} ({grade})" if grade else shown
+    answer = _shorten(text) or "nothing"
+    return f"{answer} ({grade})" if grade else answer
 
 
-def _short(text: str) -> str:
-    """Write a text on one line, cut between words where it is long."""
+def _shorten(text: str) -> str:
+    """Write a text on one line; a long one is cut between words."""
     line = " ".join(text.split())
     if len(line) <= LONGEST:
         return line
     return line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
 
 
-def time_tile(measured: results.Latency | None) -> Tile:
-    """Return the verdict on the measured times, in a tile."""
-    if measured is None:
+def build_time_tile(latency: results.Latency | None) -> Tile:
+    """Return the tile with the verdict on the measured times."""
+    if latency is None:
         return Tile("Measured time", "not measured", "evaluate --latency measures it")
-    timings = measured.measured
+    timings = latency.measured
     by_place = timings.judge()
     labels = list(by_place.values())
     value = max(labels, key=labels.count)
@@ -278,9 +290,9 @@ def time_tile(measured: results.Latency | None) -> Tile:
     return Tile("Measured time", value, note)
 
 
-def measured_line(measured: results.Latency) -> str:
-    """Return a line with the verdicts on the measured times."""
-    timings = measured.measured
+def describe_times(latency: results.Latency) -> str:
+    """Return the verdicts on the measured times in one line."""
+    timings = latency.measured
     by_verdict: dict[str, list[str]] = {}
     for (phase, size), verdict in timings.judge().items():
         ratio = median(timings.compute_ratios(results.ROUTED, results.BASE, phase, size))

@@ -22,7 +22,7 @@ from drllm.reporting.numbers import NONE, count, of_total, plain, signed
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
-MIN_QUESTIONS = 5  # single edits that were tried on fewer questions aren't named as best or worst
+MIN_QUESTIONS = 5  # an edit that was tried on fewer questions isn't named as best or worst
 PATH_KINDS = {
     "valid": "valid (answers right)",
     "saving": "saving (right, and shorter than the full path)",
@@ -42,7 +42,7 @@ METRICS = {
 def search_section(run: Run) -> Section:
     """Return the section on the searched questions and their targets."""
     counts = summarise(run.search, (), {})
-    # A supervision file of somebody else's has no summary; the search says all but the rejects.
+    # A user's own supervision file has no summary; the search has all but the rejected questions.
     summary = run.summary or counts
     blocks: list[Block] = []
     if run.search:
@@ -71,7 +71,7 @@ def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any])
 
 
 def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
-    """Return which layer is best and which is worst to skip, and to repeat."""
+    """Say which layer is the best and which is the worst to skip, and to repeat."""
     sentences: list[str] = []
     for name, decision in (("Skipping", Decision.SKIP), ("Repeating", Decision.REPEAT)):
         effects = edit_effects(records, decision, MIN_QUESTIONS)
@@ -121,7 +121,7 @@ def _describe_targets(
 
 
 def router_section(run: Run) -> Section:
-    """Return the section on what the routers learned, beside decisions that ignore the question."""
+    """Return the section that compares the routers with decisions that ignore the question."""
     blocks: list[Block] = []
     baselines: dict[str, Mapping[str, float | None]] = {}
     if run.layers:
@@ -144,7 +144,7 @@ def _metric_curves(run: Run, baselines: Mapping[str, Mapping[str, float | None]]
         if split in last
     ]
     return Figure(
-        draw=partial(figures.router_metrics, run.epochs, baselines),
+        draw=partial(figures.draw_router_metrics, run.epochs, baselines),
         name="router metrics",
         alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(results)}.",
         caption="By epoch. Where targets are held out, full lines are validation and dotted lines "

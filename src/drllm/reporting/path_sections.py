@@ -1,4 +1,4 @@
-"""What `drllm tune` and `drllm heal` wrote, as reports and the terminal show it."""
+"""The results of `drllm tune` and `drllm heal`, as reports and the terminal show them."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +24,7 @@ LOSS_CAPTION = (
 
 
 def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
-    """Yield a row for each path: its results on `test`, then its objective on each part."""
+    """Yield a row for each path: its results on `test`, and its objective on each part."""
     for path in record.paths:
         tested = path.on(task, TEST)
         against = tested.against_full if tested else None
@@ -36,12 +36,12 @@ def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
             difference(accuracy),
             excluded(accuracy),
             plain(tested.text_loss if tested else None, 3),
-            *(_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)),
+            *(_write_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)),
         ]
 
 
 def advice(record: StaticPaths) -> Iterator[str]:
-    """Yield what to do with each path that no shorter one does better than, by its `test`."""
+    """Yield advice on each path that no shorter path beats, from its results on `test`."""
     for task in record.tasks:
         for path in record.paths:
             tested = path.on(task, TEST)
@@ -54,8 +54,8 @@ def advice(record: StaticPaths) -> Iterator[str]:
             yield f"{sentence}."
 
 
-def _objective(measured: PathScore | None) -> str:
-    """Write an objective: the full path's value, another path's change from it."""
+def _write_objective(measured: PathScore | None) -> str:
+    """Write the objective of the full path, or the change from it of another path."""
     if measured is None:
         return NONE
     if measured.change is None:
@@ -65,35 +65,37 @@ def _objective(measured: PathScore | None) -> str:
 
 
 def describe_path(record: StaticPaths, path: NamedPath) -> str:
-    """Return what a path changes about the full one, and whether a shorter one scores better."""
+    """Say what a path changes about the full one, and whether a shorter path scored better."""
     edits = path.path.edits(record.num_layers)
     return f"{edits} (a shorter path scored better on select)" if path.dominated else edits
 
 
 def compare_test_with_fit(record: StaticPaths, task: str) -> str:
-    """Return a sentence on how much lower paths score on `test` than on `fit`; empty if unknown."""
-    moves: list[float] = []
+    """Say how much lower paths score on `test` than on `fit`; empty if that isn't known."""
+    changes: list[float] = []
     for path in record.paths:
         fitted = path.on(task, FIT)
         tested = path.on(task, TEST)
         if fitted and tested and fitted.change and tested.change:
-            moves.append(tested.change[0] - fitted.change[0])
-    if not moves:
+            changes.append(tested.change[0] - fitted.change[0])
+    if not changes:
         return ""
+    average = _write_change(fmean(changes))
+    worst = _write_change(min(changes))
     return (
-        f"On test, which no path was fitted on, the change from full is {_move(fmean(moves))} than "
-        f"on fit on average, {_move(min(moves))} at worst."
+        f"On test, which no path was fitted on, the change from full is {average} than on fit on "
+        f"average, {worst} at worst."
     )
 
 
-def _move(change: float) -> str:
+def _write_change(change: float) -> str:
     direction = "lower" if change < 0 else "higher"
     return f"{plain(abs(change), 3)} nats {direction}"
 
 
 def paths_section(record: StaticPaths, *, folded: bool) -> Section:
     """Return the section on the paths of a `paths.json`."""
-    blocks = _curves(record)
+    blocks = _change_figures(record)
     blocks += [_path_table(record, task) for task in record.tasks]
     sentences = [*advice(record), *record.notes]
     if sentences:
@@ -102,10 +104,10 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
 
 
 def _path_table(record: StaticPaths, task: str) -> Table:
-    """Return the rows of `path_rows` as a table, each with what its path does."""
+    """Return the table of `path_rows`, with a column that says what each path does."""
     rows = []
-    for path, (name, layers, *results) in zip(record.paths, path_rows(record, task), strict=True):
-        rows.append([name, layers, describe_path(record, path), *results])
+    for path, row in zip(record.paths, path_rows(record, task), strict=True):
+        rows.append([*row[:2], describe_path(record, path), *row[2:]])
     caption = (
         f"{task}, objective {record.objective[task]}, in nats: of full its value, of the others "
         f"the change from it, with 95 % intervals. Paths were fitted on fit and chosen on select, "
@@ -117,13 +119,13 @@ def _path_table(record: StaticPaths, task: str) -> Table:
     return Table.from_rows(caption, header, rows, "what it does")
 
 
-def _curves(record: StaticPaths) -> list[Block]:
+def _change_figures(record: StaticPaths) -> list[Block]:
     curves: list[Block] = []
     for task in record.tasks:
         sentence = compare_test_with_fit(record, task)
         if sentence:
             curve = Figure(
-                draw=partial(figures.changes_by_layers_saved, record, task),
+                draw=partial(figures.draw_changes, record, task),
                 name=f"{task} static paths",
                 alt=f"The objective's change from full over layers saved. {sentence}",
                 caption=f"Of {task}; bars are 95 % intervals on test. {sentence}",
@@ -133,7 +135,7 @@ def _curves(record: StaticPaths) -> list[Block]:
 
 
 def loss_rows(record: HealedPath) -> Iterator[list[str]]:
-    """Yield a row for each source: its losses, and the share of the lost that is recovered."""
+    """Yield a row for each source: its losses, and the share of the loss that was recovered."""
     for name, loss in record.held_out.items():
         lost = loss.path - loss.full
         recovered = (loss.path - loss.healed) / lost if lost > 0 else None
@@ -143,7 +145,7 @@ def loss_rows(record: HealedPath) -> Iterator[list[str]]:
 
 
 def describe_healing(record: HealedPath) -> str:
-    """Return a sentence on what a healed path costs, and what its training changed."""
+    """Say in a sentence what a healed path costs, and what its training changed."""
     divergences = [point.held_out_kl for point in record.curve]
     last = record.curve[-1]
     cost = plain(record.executions, 2).removesuffix(".00")
@@ -156,10 +158,13 @@ def describe_healing(record: HealedPath) -> str:
 
 
 def healed_section(record: HealedPath, *, folded: bool) -> Section:
-    """Return the section on a healed path; an unfolded one's sentence stands first of all."""
+    """Return the section on a healed path.
+
+    If it isn't folded, its sentence is at the top of the report already.
+    """
     sentence = describe_healing(record)
     curve = Figure(
-        draw=partial(figures.kl_by_tokens, record.curve),
+        draw=partial(figures.draw_kl, record.curve),
         name="healing",
         alt=f"KL from the full path over the tokens that were trained on. {sentence}",
         caption="KL from the full path; on training texts it is a running mean. The adapter of the "
