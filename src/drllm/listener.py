@@ -5,6 +5,7 @@ a subclass of your own, or nothing: notes are then logged, and progress is dropp
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -61,6 +62,21 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def rough_duration(seconds: float) -> str:
+    """Write a time that is only estimated: in whole seconds, or minutes, rounded up.
+
+    Example:
+        >>> [rough_duration(seconds) for seconds in (0.2, 59.0, 61.0, 3599.0, 7260.0)]
+        ['1 s', '59 s', '2 min', '1 h 0 min', '2 h 1 min']
+    """
+    if seconds <= 59:
+        return f"{max(1, math.ceil(seconds))} s"
+    minutes = math.ceil(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def test_a_prompt_is_put_as_the_routers_were_trained_unless_told_otherwise(
 ):
     plain = trained(prompt_form={"chat": False, "template": TRAINED})
     asked = generate("What is ice?", "--routers", plain)
-    assert f"asked       {TRAINED!r}, without the chat template, as the routers were" in asked.err
+    assert f"form        {TRAINED!r}, without the chat template, as the routers were" in asked.err
     put = TRAINED.replace("{prompt}", "What is ice?")
     assert f"tokens      {len(put)} read" in asked.out, "a character is a token"
     in_words = generate(put, "--routers", plain)
@@ -216,7 +216,7 @@ def test_turns_stand_alone_where_the_routers_were_trained_without_the_chat_templ
     form = {"chat": False, "template": TRAINED}
     said = generate("--routers", trained(prompt_form=form)).err
     assert asked == [TRAINED.replace("{prompt}", text) for text in ("What is ice?", "Why?")]
-    assert "Each turn stands alone" in said
+    assert "Each turn is answered without the earlier ones" in said
 
 
 def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(generate, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
+from drllm.cli.parser import parse
 from drllm.records.results import read_evaluation
 from drllm.records.search import read_search
 from drllm.records.static_paths import read_paths
@@ -119,7 +120,17 @@ def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run
         said = drllm("run", file, "--output-dir", finished_run)
         assert files_of(finished_run) == before
         assert said.err.count("done before") == 5
-        assert f"report       {finished_run / 'report.html'}" in said.out
+        assert f"page           {finished_run / 'report.html'}" in said.out
+
+
+def test_a_run_and_its_report_end_with_commands_that_can_be_pasted(finished_run, recipe, drllm):
+    run = drllm("run", recipe, "--output-dir", finished_run).out
+    report = drllm("report", finished_run).out
+    commands = [line.strip() for line in run.splitlines() if line.startswith("  drllm ")]
+    assert 1 <= len(commands) <= 3
+    assert commands == [line.strip() for line in report.splitlines() if line.startswith("  drllm ")]
+    for command in commands:
+        parse(shlex.split(command)[1:])
 
 
 def test_other_training_settings_redo_the_training_and_what_follows(run_copy, rerun):
@@ -393,7 +404,7 @@ def test_routers_that_do_not_record_it_are_asked_through_the_chat_template(run_c
     del config["training"]["prompt_form"]
     routers.write_text(json.dumps(config))
     words = ["--routers", routers.parent]
-    said = "through the chat template; the routers don't record how their own prompts were put"
+    said = "through the chat template; the routers don't record the form of their own prompts"
     assert said in drllm("generate ice --device cpu --max-new-tokens 2", *words).err
 
 

@@ -1,4 +1,4 @@
-"""`drllm generate` without a prompt, on a terminal: answer what is typed, turn by turn."""
+"""The chat of `drllm generate`: answers what the user types on a terminal, turn by turn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 LEAVE = "/exit"
-HALF = "\ufffd"  # what a tokenizer decodes an incomplete character to
+INCOMPLETE = "\ufffd"  # a tokenizer decodes an incomplete character to this
 
 
 @dataclass(frozen=True, slots=True)
 class PathSummary:
-    """A static path that every prompt runs: what it changes, and its cost in executions."""
+    """The static path that all prompts run: its edits in words, and its executions."""
 
     edits: str
     executions: float
@@ -32,14 +32,14 @@ class PathSummary:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What every answer of one command has in common.
+    """The model and the settings that all answers of one command share.
 
     Attributes:
         routed: The model; its policy decides which layers run.
-        form: How prompts are put.
+        form: How prompts are rendered.
         config: How text is generated.
         terminal: Where answers are shown.
-        path: The static path that all prompts run; None where routes are decided.
+        path: The static path that all prompts run; None if each prompt gets its own route.
     """
 
     routed: RoutedModel
@@ -50,10 +50,14 @@ class Session:
 
 
 class Reply:
-    """An answer while it is generated, and a streamer of transformers that gets its tokens.
+    """Generates one answer, and shows it on a terminal while it grows.
 
-    On a terminal it is shown as it comes. `num_read` counts the prompt's tokens, `tokens` are those
-    generated so far, and `times` are when the prompt and each new token came.
+    It is a streamer of transformers, whose `generate` hands it each new token.
+
+    Attributes:
+        num_read: Tokens of the prompt.
+        tokens: Tokens that were generated so far.
+        times: When the prompt and each new token arrived, in seconds of a clock.
     """
 
     def __init__(self, routed: RoutedModel, form: PromptForm, terminal: Terminal) -> None:
@@ -66,7 +70,7 @@ class Reply:
         self._num_shown = 0
 
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
-        """Answer a prompt that is in its form already, or a conversation."""
+        """Answer a prompt that is rendered already, or a conversation."""
         import torch
 
         from drllm.models.routing.batch_generation import prompt_tokens
@@ -93,28 +97,30 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What was generated so far."""
+        """The answer so far."""
         text = self.routed.tokenizer.decode(self.tokens, skip_special_tokens=True)
         return self.form.answer(text).strip()
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second after the first; None for an answer of one token."""
+        """Tokens a second after the first token; None if there is no second one."""
         num_after_first = len(self.times) - 2
         if num_after_first <= 0:
             return None
         return num_after_first / (self.times[-1] - self.times[1])
 
     def describe_time(self) -> str:
-        """Return how long reading the prompt and decoding took, in words."""
-        start, first, last = self.times[0], self.times[1], self.times[-1]
+        """Describe the time of prefill and decoding."""
+        start = self.times[0]
+        first = self.times[1]
+        last = self.times[-1]
         text = f"prefill {duration(first - start)}"
         if self.speed is not None:
             text += f", decode {duration(last - first)} ({self.speed:.1f} tokens a second)"
         return text
 
     def put(self, value: Any) -> None:
-        """Take the prompt's tokens, then each new one."""
+        """Receive the prompt's tokens, then each new token."""
         # The tokens are on the CPU already, so the device has finished.
         self.times.append(time.perf_counter())
         if len(self.times) == 1:
@@ -123,13 +129,13 @@ class Reply:
         if not self._terminal.out.is_terminal:
             return
         text = self.text
-        if not text.endswith(HALF):
-            # The end may turn out to be the beginning of the next prompt; it isn't shown yet.
+        if not text.endswith(INCOMPLETE):
+            # The last characters may be the beginning of the next prompt, so they aren't shown yet.
             num_safe = len(text) - len(self.form.next_prompt or "")
             self._show(text[: max(0, num_safe)])
 
     def end(self) -> None:
-        """Do nothing: an answer that is stopped doesn't come here."""
+        """Do nothing: transformers doesn't call this for an interrupted answer."""
 
     def _show(self, text: str) -> None:
         self._terminal.out.print(text[self._num_shown :], end="", soft_wrap=True)
@@ -137,12 +143,12 @@ class Reply:
 
 
 def chat(session: Session) -> None:
-    """Answer what the user types until they leave; each turn takes a route, or runs the path."""
+    """Answer what the user types, until they leave."""
     import torch
 
     terminal = session.terminal
-    with contextlib.suppress(ImportError):  # not on Windows
-        importlib.import_module("readline")  # gives `input` a history and editing
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # `input` gets a history and editing
     torch.manual_seed(session.config.seed or 0)
     has_template = getattr(session.routed.tokenizer, "chat_template", None) is not None
     remembers = session.form.chat and has_template
@@ -154,33 +160,39 @@ def chat(session: Session) -> None:
     )
     messages: list[dict[str, str]] = []
     while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            terminal.say()
-            return
-        except KeyboardInterrupt:
-            terminal.note(f"\nCtrl-D or {LEAVE} leaves.")
-            continue
-        if text == LEAVE:
+        text = _read_turn(terminal)
+        if text is None:
             return
         if text:
             _answer_turn(session, text, messages, remembers)
 
 
+def _read_turn(terminal: Terminal) -> str | None:
+    """Return what the user types, empty for nothing to answer; None if they leave."""
+    try:
+        text = input("> ").strip()
+    except EOFError:
+        terminal.say()
+        return None
+    except KeyboardInterrupt:
+        terminal.note(f"\nCtrl-D or {LEAVE} leaves.")
+        return ""
+    return None if text == LEAVE else text
+
+
 def _describe_turn(session: Session, remembers: bool) -> str:
-    """Return what each turn of the chat reads, in words."""
+    """Describe what the model reads at each turn."""
     if not remembers:
-        return "stands alone, as in training; --chat remembers the conversation"
+        return "is answered without the earlier ones, as in training; --chat keeps the conversation"
     if session.path is None:
-        return "reads the conversation again, since it takes a route of its own"
-    return "reads the conversation again"
+        return "reads the whole conversation, since each one gets its own route"
+    return "reads the whole conversation"
 
 
 def _answer_turn(
     session: Session, text: str, messages: list[dict[str, str]], remembers: bool
 ) -> None:
-    """Answer one turn, print its cost, and add both texts to the conversation."""
+    """Answer one turn, print its cost, and add question and answer to the conversation."""
     terminal = session.terminal
     messages.append({"role": "user", "content": text})
     reply = Reply(session.routed, session.form, terminal)
@@ -188,7 +200,7 @@ def _answer_turn(
     try:
         reply.generate(prompt, session.config)
     except ConfigError as error:
-        terminal.fail(f"{error}; the conversation begins anew")
+        terminal.fail(f"{error}; the conversation starts again")
         messages.clear()
         return
     except KeyboardInterrupt:
@@ -201,7 +213,7 @@ def _answer_turn(
 
 
 def _describe_cost(session: Session, reply: Reply) -> str:
-    """Return the route of an answer, its executions, and how fast it came."""
+    """Describe the route of an answer, its executions and its speed."""
     if session.path is None:
         route = session.routed.last_route[0].tolist()
         cost = f"{sketch(route)}  {num_executions(route)}"

@@ -6,14 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli.chat import PathSummary, Reply, Session, chat
 from drllm.cli.command_line import CommandLine
-from drllm.cli.stages import model_of, read_routers
+from drllm.cli.stages import check_model_name, model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
@@ -74,6 +73,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     config = command.of(GenerateConfig)
     depth = command.of(DepthConfig)
     config.sampling()
+    check_model_name(command)
     _check_flags(command, config, depth)
     is_chat = _is_chat(command, terminal)
     file = command.optional_path("file")
@@ -110,20 +110,22 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
             _print_form(session, routers)
 
 
-# --- what the command gives ----------------------------------------------------------------------
+# --- flags and inputs -----------------------------------------------------------------------------
 
 
 def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfig) -> None:
-    """Refuse both of PROMPT and `--file`, both of routers and a path, and what has no effect."""
+    """Refuse flags that exclude each other, and flags without effect."""
     prompt = command.values["prompt"]
     file = command.values["file"]
     output = command.values["output"]
     routers = command.values["routers"]
     path = command.values["path"]
     if routers and path:
-        raise ConfigError(f"--routers {routers} and --path {path} would both decide; leave one out")
+        raise ConfigError(
+            f"--routers {routers} and --path {path} would both choose the layers; leave one out"
+        )
     if prompt and not _is_unicode(prompt):
-        raise ConfigError(f"PROMPT {prompt!r} is not a UTF-8 text; give one")
+        raise ConfigError(f"PROMPT {prompt!r} is not a UTF-8 text")
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if output and not file:
@@ -152,14 +154,14 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_chat(command: CommandLine, terminal: Terminal) -> bool:
-    """Whether the user sits at a terminal and has given no prompt."""
+    """Whether to chat: there is no prompt, and input and output are a terminal."""
     if command.values["prompt"] or command.values["file"]:
         return False
     return sys.stdin is not None and sys.stdin.isatty() and terminal.out.is_terminal
 
 
 def _read_standard_input() -> str:
-    """Return the prompt that is piped to the command; ConfigError for none."""
+    """Return the prompt that is piped to the command; ConfigError if there is none."""
     is_piped = sys.stdin is not None and not sys.stdin.isatty()
     text = ""
     if is_piped:
@@ -198,7 +200,7 @@ def _read_path(command: CommandLine) -> PathFile | None:
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
-    """Return the form of prompts: as the user says, else as the routers were trained."""
+    """Return the form of prompts: that of the flags, else that of the routers' training."""
     from drllm.models.base.prompts import PromptForm
 
     if config.chat is None and routers is not None and routers.config.prompt_form is not None:
@@ -209,7 +211,7 @@ def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptF
 def _check_conversations(
     file: Path | None, rows: Sequence[PromptRow], form: PromptForm, config: GenerateConfig
 ) -> None:
-    """Refuse conversations where the chat template isn't used."""
+    """Refuse conversations if the chat template isn't used."""
     if form.chat:
         return
     for row in rows:
@@ -260,7 +262,7 @@ def _prompt_row(values: dict[str, Any], line: int) -> PromptRow:
 
 
 def _follow_path(routed: RoutedModel, path: PathFile) -> tuple[Policy, PathSummary]:
-    """Return the policy that runs a static path for every prompt, and the path in words."""
+    """Return the policy that runs a static path for every prompt, and its summary."""
     from drllm.models.healed import load_path
 
     static_path = load_path(routed, path)
@@ -276,46 +278,45 @@ def _set_depth(
     form: PromptForm,
     terminal: Terminal,
 ) -> Policy:
-    """Return the policy of the depth settings; print a bias that is found for them."""
+    """Return the policy for the depth settings; print the depth bias if one is searched."""
     from drllm.models.routers.depth_control import encode_calibration, make_policy
 
     texts = []
     for text, is_rendered in calibration:
         texts.append((text if is_rendered else form.put(text), is_rendered))
     prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
-    searching = terminal.busy("looking for a depth bias") if prompts else nullcontext()
-    with searching:
-        policy, found = make_policy(routed, depth, prompts)
-    if found is not None:
+    with terminal.busy("searching for a depth bias"):
+        policy, bias = make_policy(routed, depth, prompts)
+    if bias is not None:
         terminal.note(
-            f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
-            f"executions a forward pass on {found.num_prompts} calibration prompts; next time "
-            f"give --depth-bias {found.depth_bias}"
+            f"depth bias  {bias.depth_bias}: {bias.executions:.2f} of {routed.num_layers} "
+            f"executions a forward pass on {bias.num_prompts} calibration prompts; next time "
+            f"give --depth-bias {bias.depth_bias}"
         )
     return policy
 
 
 def _print_form(session: Session, routers: RouterStack | None) -> None:
-    """Print how the prompts were put, and whether the routers were trained so."""
+    """Print how prompts were rendered, and whether the routers were trained that way."""
     if routers is None:
         return
     form = session.form
     trained = routers.config.prompt_form
     if trained is None:
-        text = f"{form}; the routers don't record how their own prompts were put"
+        text = f"{form}; the routers don't record the form of their own prompts"
     elif form == trained:
         text = f"{form}, as the routers were trained"
     else:
         flag = "--chat" if form.chat else "--no-chat"
-        text = f"{form}; the routers were trained on {trained}: leave {flag} out to ask so"
-    session.terminal.note(f"asked       {text}")
+        text = f"{form}; the routers were trained on {trained}: leave {flag} out to use that"
+    session.terminal.note(f"form        {text}")
 
 
 # --- answers -------------------------------------------------------------------------------------
 
 
 def _answer_prompt(session: Session, prompt: str) -> None:
-    """Answer a prompt, word by word on a terminal, and print what it took."""
+    """Answer one prompt, and print its route, tokens and time."""
     import torch
 
     terminal = session.terminal
@@ -343,7 +344,7 @@ def _answer_prompt(session: Session, prompt: str) -> None:
 def _answer_file(
     session: Session, file: Path, rows: Sequence[PromptRow], output: Path | None
 ) -> None:
-    """Answer all prompts, write or print the answers, and print what it took."""
+    """Answer all prompts of a file, write or print the answers, and print the totals."""
     import torch
 
     from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many
@@ -384,7 +385,7 @@ def _answer_file(
 def _count_tokens(
     session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Any]
 ) -> int:
-    """Return how many tokens the prompts have; ConfigError, with its line, for a bad one."""
+    """Count the tokens of all prompts; ConfigError, with its line, for a bad prompt."""
     from drllm.models.routing.batch_generation import prompt_tokens
 
     num_tokens = 0
@@ -409,7 +410,7 @@ def _print_totals(
     seconds: float,
     print_line: Callable[[str], None],
 ) -> None:
-    """Print how many prompts were answered, under how many plans, and what it took."""
+    """Print how many prompts were answered, under how many plans, with tokens and time."""
     routes = [answer.route for answer in answers]
     if session.path is None:
         num_plans = len(set(routes))
@@ -431,7 +432,10 @@ def _print_totals(
 def to_line(
     row: PromptRow, text: str, answer: GeneratedAnswer, executions: float | None = None
 ) -> str:
-    """Write an answer as one line of JSON; `executions` are those of a static path."""
+    """Write an answer as one line of JSON.
+
+    `executions` are those of a static path; without one they are counted from the route.
+    """
     key = "prompt" if isinstance(row.prompt, str) else "messages"
     if executions is None:
         executions = float(num_executions(answer.route))
@@ -447,7 +451,7 @@ def to_line(
 
 
 def _share_of_layers(executions: float, routed: RoutedModel, digits: int) -> str:
-    """Write executions with their share of the model's layers."""
+    """Write executions and their share of the model's layers."""
     num_layers = routed.num_layers
     share = 100 * executions / num_layers
     return f"{executions:.{digits}f} of {num_layers} a forward pass ({share:.0f} %)"

@@ -1,9 +1,9 @@
-"""`drllm run`: a recipe, by file or by name."""
+"""`drllm run`: runs a recipe, given by file or by name."""
 
 from pathlib import Path
 
 from drllm.cli.command_line import CommandLine
-from drllm.cli.show_results import show_results
+from drllm.cli.show_results import show_next_steps, show_results
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import ConfigError, unknown_name
@@ -29,23 +29,24 @@ RECIPES = Path(__file__).with_name("recipes")
     resumes=True,
 )
 def run(command: CommandLine, terminal: Terminal) -> None:
-    """Carry out a recipe: all stages in a row, skipping what is done."""
-    path = _recipe_file(command.path("recipe"))
+    """Run all stages of a recipe in a row; finished stages are skipped."""
+    path = _find_recipe(command.path("recipe"))
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
     recipe = read_recipe(path, command.values["data_dir"])
-    done = run_folder.run(recipe, folder, terminal)
+    times = run_folder.run(recipe, folder, terminal)
     show_results(folder / "eval", terminal)
     terminal.say()
-    for name, took in done.items():
-        terminal.say(f"{name:12} {took}")
-    terminal.say(f"{'report':12} {folder / 'report.html'}")
+    for name, time in times.items():
+        terminal.fact(name, time)
+    terminal.fact("page", folder / "report.html")
+    show_next_steps(folder, terminal)
 
 
-def _recipe_file(place: Path) -> Path:
-    """Return the file of a recipe that is given as a file or by name."""
+def _find_recipe(place: Path) -> Path:
+    """Return the file of a recipe, given as a file or by name."""
     if place.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(
-            f"{place} is a file of questions or records, and a recipe is a YAML file; try: "
+            f"{place} holds questions or records, but a recipe is a YAML file; try: "
             f"drllm search --dataset {place}, or drllm tune --tasks {place}"
         )
     names = [path.stem for path in RECIPES.glob("*.yaml")]

@@ -1,6 +1,6 @@
-"""Results of an evaluation as tables. Loads no torch.
+"""Prints the results of an evaluation, and what to do next. Loads no torch.
 
-Claims about results are the evaluation's own findings and verdicts.
+Sentences about the results are those that the evaluation itself has written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,31 @@ from rich.text import Text
 from drllm.cli.terminal import Terminal
 from drllm.records import results
 from drllm.reporting.evaluation_sections import describe_times
+from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
+from drllm.reporting.run import read_run
+
+MAX_STEPS = 3  # next steps that are shown; the report has all
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder: of some tasks, or of all."""
+    """Print the results in an `eval` folder, of some tasks or of all."""
     for evaluation in results.read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
     show_latency(folder, terminal)
 
 
+def show_next_steps(folder: Path, terminal: Terminal) -> None:
+    """Print what is worth doing next in a run folder, with commands to paste."""
+    for step, command in suggest_steps(read_run(folder))[:MAX_STEPS]:
+        terminal.say()
+        terminal.say(step)
+        terminal.command(command)
+
+
 def show_latency(folder: Path, terminal: Terminal) -> None:
-    """Print the measured times of an `eval` folder, where it holds any."""
+    """Print the measured times in an `eval` folder, if there are any."""
     latency = results.read_latency(folder)
     if latency is not None:
         terminal.say(describe_times(latency))
@@ -54,7 +66,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
 
 
 def _caption(evaluation: results.Evaluation) -> str:
-    """Say what the intervals exclude, and for what the verdicts are corrected."""
+    """Explain what the intervals exclude and how the verdicts are corrected."""
     correction = "rows are not corrected for their number"
     if evaluation.routed is None and len(evaluation.paths) > 1:
         correction = "paths are corrected together"
@@ -62,7 +74,7 @@ def _caption(evaluation: results.Evaluation) -> str:
 
 
 def _system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
-    """Return the cells of a system; the one that the verdict is about is bold."""
+    """Return the cells of a system, in bold if the verdict is about it."""
     compared = evaluation.compared_system
     is_compared = compared is not None and system.name == compared.name
     name = system.name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from drllm.cli import published
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.show_paths import show_healed, show_paths
-from drllm.cli.show_results import show_results
+from drllm.cli.show_results import show_next_steps, show_results
 from drllm.cli.show_search import print_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
@@ -51,6 +52,9 @@ from drllm.tuning.heal_texts import sources_of
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
+
+HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+"""Language models that were on the hub before its ids had owners."""
 
 COLUMNS = Flag(
     "columns",
@@ -95,14 +99,21 @@ def search(command: CommandLine, terminal: Terminal) -> None:
 
 
 def check_model_name(command: CommandLine) -> None:
-    """Refuse a misspelt alias before any question is read; loading checks all other names."""
+    """Refuse a name that can't be a model's before any question is read.
+
+    It needs no network: whether a hub id exists shows only when the model is loaded.
+    """
     from drllm.models.base.smollm2 import ALIAS
 
-    name = command.of(ModelConfig).model
-    if name == ALIAS or "/" in name or Path(name).exists():
+    model = command.of(ModelConfig).model
+    if model == ALIAS or Path(model).expanduser().exists():
         return
-    if difflib.get_close_matches(name, [ALIAS], n=1):
-        raise ModelError(f"there is no model {name!r}; did you mean {ALIAS!r}?")
+    if model in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        return
+    advice = f"give a hub id (OWNER/NAME), a local folder, or the alias {ALIAS!r}"
+    if difflib.get_close_matches(model, [ALIAS], n=1):
+        advice = f"did you mean {ALIAS!r}?"
+    raise ModelError(f"there is no model {model!r}; {advice}")
 
 
 def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
@@ -351,6 +362,7 @@ def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> N
 )
 def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train an adapter that recovers quality that a shorter path loses."""
+    check_model_name(command)
     config = command.of(HealConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
@@ -383,6 +395,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     """Compare base, routed model, baselines and static paths on tasks."""
+    check_model_name(command)
     config = command.of(EvaluateConfig)
     output = command.path("output_dir")
     places = command.paths("routers")
@@ -473,12 +486,15 @@ def model_of(
     ),
 )
 def report(command: CommandLine, terminal: Terminal) -> None:
-    """Write report.html and report.md from the records of a run."""
+    """Write report.html and report.md about a run."""
     from drllm.reporting import stage
 
     place = command.optional_path("output_dir")
-    files = stage.report(*command.paths("run_dir"), output=place, listener=terminal)
+    folders = command.paths("run_dir")
+    files = stage.report(*folders, output=place, listener=terminal)
     terminal.fact("report", ", ".join(map(str, files)))
+    if len(folders) == 1:
+        show_next_steps(folders[0], terminal)
 
 
 @verb(
@@ -497,6 +513,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a fixed path as an ordinary checkpoint, layers in path order."""
     from drllm.models.export import check_output, export_path
 
+    check_model_name(command)
     output = command.path("output_dir")
     plan = static_paths.read_path(str(command.path("path")))
     check_folder(output, "--output-dir")

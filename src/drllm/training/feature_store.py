@@ -32,6 +32,7 @@ FEATURES_FOLDER = "features"
 OLD_FILE = "features.safetensors"
 """One file for all targets, which drllm wrote before each block had its own."""
 FEATURE_VERSION = 1  # raised when the same targets would be pooled to other numbers
+TIGHT = 0.5  # share of the free space from which a pass notes what it needs
 NOT_DONE = 0
 NOT_FINITE = -1
 """Values of `filled`: the target isn't pooled yet, or its states aren't finite."""
@@ -282,7 +283,7 @@ class FeatureStore:
         )
 
     def _check_space(self, note: Callable[[str], None]) -> None:
-        """Note how much disk space the pass needs, and refuse to begin without it."""
+        """Refuse a pass that doesn't fit on the disk; note a tight fit, and a resumed pass."""
         num_targets, *row_shape = self.shape
         need = self.num_missing * math.prod(row_shape) * DTYPES[self.dtype].itemsize
         free = shutil.disk_usage(_existing_parent(self.folder)).free
@@ -295,10 +296,11 @@ class FeatureStore:
             if self.dtype != "bfloat16":
                 remedy += ", or give --feature-dtype bfloat16 (half)"
             raise RecordError(f"{sentence}; {remedy}")
+        if need > TIGHT * free:
+            note(sentence)
         num_done = num_targets - self.num_missing
         if num_done > 0:
-            sentence += f"; {num_done} of {num_targets} targets are there already"
-        note(sentence)
+            note(f"{num_done} of {num_targets} targets are in {self.folder} already")
 
 
 def _make_identity(manifest: _Manifest) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import io
 import logging
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,16 @@ import pytest
 from rich.console import Console
 
 import drllm
-from drllm.cli import terminal as terminal_module
-from drllm.cli.terminal import Progress, Terminal
+from drllm.cli import progress as progress_module
+from drllm.cli.progress import Progress
+from drllm.cli.terminal import Terminal
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that is set by hand."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock.now)
     return clock
 
 
@@ -36,7 +38,7 @@ def plain(total: int, steps: list[tuple[float, float]], clock: SimpleNamespace) 
 def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: SimpleNamespace):
     lines = plain(200, [(float(done), done) for done in range(1, 201)], clock)
     assert len(lines) == 10
-    assert lines[4] == "searching: 50 %, 1 min 40 s left, 100/200 questions"
+    assert lines[4] == "searching: 50 %, about 2 min left, 100/200 questions"
     assert lines[-1] == "searching: 100 %, 200/200 questions, 3 min 20 s"
     assert all(line.isprintable() for line in lines)
 
@@ -45,10 +47,26 @@ def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: 
     ("total", "steps", "number", "last"),
     [
         (50, [(0.1 * n, n) for n in range(1, 51)], 1, "100 %, 50/50 questions, 5.0 s"),
-        (100, [(0.01, 40), (0.02, 50), (20.02, 60)], 1, "60 %, 1 min 20 s left, 60/100 questions"),
-        (10, [(10, 5), (20, 10), (30, 0), (40, 1)], 3, "10 %, 1 min 30 s left, 1/10 questions"),
+        (
+            100,
+            [(0.01, 40), (0.02, 50), *((0.02 + 2 * n, 50 + n) for n in range(1, 11))],
+            2,
+            "60 %, about 2 min left, 60/100 questions",
+        ),
+        (
+            10,
+            [(10, 5), (20, 10), (30, 0), *((30 + n, 0.1 * n) for n in range(1, 11))],
+            3,
+            "10 %, about 2 min left, 1/10 questions",
+        ),
+        (100, [(10, 1), (20, 20), (30, 23), (40, 30)], 2, "30 %, 30/100 questions"),
     ],
-    ids=["something short", "what an earlier run did", "the next task begins anew"],
+    ids=[
+        "something short",
+        "what an earlier run did",
+        "the next task begins anew",
+        "no estimate while it changes",
+    ],
 )
 def test_plain_progress_is_right_about_the_time(total, steps, number, last, clock):
     lines = plain(total, steps, clock)
@@ -60,24 +78,55 @@ def bar_on_a_terminal(width: int, clock: SimpleNamespace, note: str) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None)
     with Progress(console, "searching", "questions") as progress:
-        progress(0, 640, note)
-        clock.now += 1000
-        progress(320, 640, note)
+        for done in range(0, 321, 32):
+            progress(done, 640, note)
+            clock.now += 100
     return max(re.split(r"\x1b\[[^a-zA-Z]*[a-zA-Z]|\n|\r", file.getvalue()), key=len)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_on_a_terminal_name_bar_share_and_time_left_are_one_line_that_fits(width, clock):
     shown = bar_on_a_terminal(width, clock, f"re-tests, builtin_facts, {'7 % valid, ' * 20}")
-    assert re.match(r"searching ━+\S* +50 % 16 min 40 s left, re-tests", shown)
+    assert re.match(r"searching ━+\S* +50 % about 17 min left, re-tests", shown)
     assert len(shown.rstrip()) <= width
     assert shown.rstrip().endswith("…")
 
 
 def test_a_bar_says_what_is_done_before_it_counts(clock: SimpleNamespace):
-    assert "50 % 16 min 40 s left, re-tests, 320/640 questions" in bar_on_a_terminal(
+    assert "50 % about 17 min left, re-tests, 320/640 questions" in bar_on_a_terminal(
         80, clock, "re-tests"
     )
+
+
+def test_a_log_shows_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress_module, "FIRST_LINE_S", 0.02)
+    monkeypatch.setattr(progress_module, "LONGEST_PAUSE_S", 0.02)
+    file = io.StringIO()
+    console = Console(file=file, width=120)
+    with progress_module.busy_lines(console, "loading the model"):
+        wait_for_lines(file, 2)
+    with Progress(console, "searching", "questions") as progress:
+        progress(1, 100, "re-tests")
+        wait_for_lines(file, 4)
+    *busy, status = file.getvalue().splitlines()
+    assert re.fullmatch(r"loading the model: \d+\.\d s so far", busy[0])
+    assert re.fullmatch(r"searching: 1 %, re-tests, 1/100 questions, \d+\.\d s so far", status)
+
+
+def wait_for_lines(file: io.StringIO, number: int) -> None:
+    """Wait until so many lines were printed, ten seconds at most."""
+    for _ in range(1000):
+        if file.getvalue().count("\n") >= number:
+            return
+        time.sleep(0.01)
+    raise AssertionError(file.getvalue())
+
+
+def test_a_command_is_one_line_on_a_narrow_terminal(monkeypatch):
+    terminal = on_a_terminal(30, monkeypatch)
+    terminal.command("drllm evaluate --tasks builtin_facts --output-dir eval/")
+    shown = sys.stdout.getvalue()
+    assert "  drllm evaluate --tasks builtin_facts --output-dir eval/\n" in shown
 
 
 def test_no_bar_is_left_behind_by_an_error():

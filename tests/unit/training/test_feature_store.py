@@ -229,7 +229,7 @@ def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, pa
     pool(folder, N, on_progress=lambda done, total: seen.append(done), on_note=notes.append)
     assert passes == [1]
     assert seen == [6, 7]
-    assert notes[0].endswith("; 6 of 7 targets are there already")
+    assert notes == [f"6 of 7 targets are in {folder} already"]
 
 
 def test_a_pass_with_batches_of_another_size_pools_only_what_is_missing(folder, passes):
@@ -260,15 +260,20 @@ def test_a_second_training_is_kept_out_while_the_first_pools(folder):
         pool(folder, N)
 
 
-def test_the_need_is_announced_before_the_pass(folder):
+@pytest.mark.parametrize("is_short", [True, False])
+def test_the_need_is_announced_before_the_pass_where_space_is_short(folder, monkeypatch, is_short):
+    free = (1 if is_short else 3) * NUMBERS * 4
+    usage = store_module.shutil.disk_usage(folder.parent)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda place: usage._replace(free=free))
     notes: list[str] = []
 
     def on_progress(done: int, total: int) -> None:
-        assert len(notes) == 1
+        assert len(notes) == is_short
 
     pool(folder, N, on_note=notes.append, on_progress=on_progress)
-    assert notes[0].startswith(f"the routers' inputs need 0.1 MB in {folder}, where ")
-    assert notes[0].endswith(" are free")
+    if is_short:
+        assert notes[0].startswith(f"the routers' inputs need 0.1 MB in {folder}, where ")
+        assert notes[0].endswith(" are free")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

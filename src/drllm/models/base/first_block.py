@@ -1,12 +1,11 @@
 """Estimate the time and memory of a stage from its first block of work."""
 
-import math
 import time
 
 import psutil
 import torch
 
-from drllm.listener import Listener
+from drllm.listener import Listener, rough_duration
 
 
 class FirstBlock:
@@ -30,7 +29,8 @@ class FirstBlock:
     def finish(self, share: float, seconds: float | None = None) -> None:
         """Report the time and memory of the stage.
 
-        Only the first call reports; a call for a block without work doesn't count.
+        Only the first call reports; a call for a block without work doesn't count. Nothing is
+        reported if no work remains.
 
         Args:
             share: The block's share of the remaining work, in (0, 1].
@@ -39,10 +39,13 @@ class FirstBlock:
         if self.is_over or share <= 0:
             return
         self.is_over = True
+        if share >= 1:
+            return
         if seconds is None:
             seconds = time.monotonic() - self.started
-        memory = used_memory(self.device)
-        self.listener.note(f"at most {_round_up(seconds / share)}, {memory / 1e9:.1f} GB of memory")
+        time_left = rough_duration(seconds / share)
+        gigabytes = used_memory(self.device) / 1e9
+        self.listener.note(f"at most {time_left}, {gigabytes:.1f} GB of memory")
 
 
 def used_memory(device: torch.device) -> int:
@@ -52,13 +55,3 @@ def used_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return int(psutil.Process().memory_info().rss)
-
-
-def _round_up(seconds: float) -> str:
-    """Write a time in whole seconds, minutes, or hours and minutes, rounded up."""
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    minutes = math.ceil(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -24,7 +24,7 @@ class Notes(Listener):
         (3.0, 0.05, "at most 1 min, "),
         (6.1, 0.1, "at most 2 min, "),
         (60.0, 0.01, "at most 1 h 40 min, "),
-        (2.5, 1.0, "at most 3 s, "),
+        (2.5, 0.9, "at most 3 s, "),
     ],
 )
 def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share, expected):
@@ -33,6 +33,12 @@ def test_the_time_of_the_whole_is_that_of_the_block_by_its_share(seconds, share,
     [line] = listener.notes
     assert line.startswith(expected)
     assert line.endswith(" GB of memory")
+
+
+def test_a_stage_of_one_block_says_nothing():
+    listener = Notes()
+    FirstBlock(listener, torch.device("cpu")).finish(1.0, 2.5)
+    assert listener.notes == []
 
 
 def test_only_the_first_block_that_did_something_counts():

@@ -1,0 +1,224 @@
+"""Shows how far a stage is: a bar on a terminal, plain lines elsewhere.
+
+Plain lines have no control characters. There is one every tenth of the way, and at least one every
+30 seconds, so that a log shows that the work goes on. An estimate of the time left is shown only
+once it is steady.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from drllm.listener import duration, rough_duration
+
+NUM_STEPS = 10  # plain lines from start to end, at most, beside those every 30 seconds
+MIN_PAUSE_S = 10.0  # between two of them
+FIRST_LINE_S = 1.5  # after which the first plain line is printed at the latest
+LONGEST_PAUSE_S = 30.0  # between two plain lines
+BAR_WIDTH = 14  # columns: a terminal of 60 has room for the time left beside the bar
+RESUMED_WITHIN_S = 2.0
+"""Work that is reported this soon was done by an earlier run and says nothing about the rate."""
+STEADY = 0.2
+"""Relative change of the estimated time, in the latter half of the work, that counts as steady."""
+MIN_ESTIMATES = 3
+SPACING = 1.1  # ratio of the times at which two estimates are remembered
+
+
+class TimeLeft:
+    """Estimates the time that is left from the rate so far, once the estimate is steady."""
+
+    def __init__(self, now: float, done: float) -> None:
+        self._started = now
+        self._counted_from = now
+        self._done_before = done
+        self._estimates: list[tuple[float, float]] = []  # elapsed seconds, and of the whole work
+
+    def update(self, now: float, done: float, total: float) -> float | None:
+        """Take note of work that is done; return the seconds left, None while that is unsteady."""
+        if now - self._started < RESUMED_WITHIN_S:
+            self._done_before = done
+            self._counted_from = now
+        elapsed = now - self._counted_from
+        num_new = done - self._done_before
+        if elapsed <= 0 or num_new <= 0:
+            return None
+        seconds = elapsed * (total - self._done_before) / num_new
+        if not self._estimates or elapsed >= SPACING * self._estimates[-1][0]:
+            self._estimates.append((elapsed, seconds))
+        if not self._is_steady(elapsed, seconds):
+            return None
+        return seconds - elapsed
+
+    def _is_steady(self, elapsed: float, seconds: float) -> bool:
+        """Whether the estimates of the latter half of the time agree with this one."""
+        recent = [estimate for moment, estimate in self._estimates if moment >= elapsed / 2]
+        if len(recent) < MIN_ESTIMATES:
+            return False
+        return all(abs(estimate - seconds) <= STEADY * seconds for estimate in recent)
+
+
+class StatusLines:
+    """Prints a plain line soon after the start, then at least every 30 seconds, from a thread.
+
+    Args:
+        console: Where lines are printed.
+        describe: Returns the line to print, given the seconds since the start.
+    """
+
+    def __init__(self, console: Console, describe: Callable[[float], str]) -> None:
+        self._console = console
+        self._describe = describe
+        self._started = time.monotonic()
+        self._next_line = self._started + FIRST_LINE_S
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "StatusLines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def print(self, text: str) -> None:
+        """Print a line now; the next one is due 30 seconds later."""
+        self._next_line = time.monotonic() + LONGEST_PAUSE_S
+        self._console.print(text, soft_wrap=True)
+
+    def _run(self) -> None:
+        while not self._is_over.wait(max(0.0, self._next_line - time.monotonic())):
+            now = time.monotonic()
+            if now >= self._next_line:
+                self.print(self._describe(now - self._started))
+
+
+def busy_lines(console: Console, title: str) -> StatusLines:
+    """Return plain lines for work whose progress can't be measured."""
+
+    def describe(seconds: float) -> str:
+        if seconds < LONGEST_PAUSE_S:
+            return f"{title} …"
+        return f"{title}: {duration(seconds)} so far"
+
+    return StatusLines(console, describe)
+
+
+class Progress:
+    """Shows what a stage does, how far it is, and how long it will still take.
+
+    A context manager, and inside it a callback `(done, total, note="")`. `done` may be a fraction
+    of a unit; if it falls, the next task of the stage has begun. What doesn't fit into the
+    terminal's width is cut off, the end of the note first.
+
+    Args:
+        console: Where it is shown.
+        title: What is being done.
+        unit: What is counted, in the plural; empty if only the share is of interest.
+    """
+
+    def __init__(self, console: Console, title: str, unit: str) -> None:
+        self.console = console
+        self.title = title
+        self.unit = unit
+        self.bar: Bar | None = None
+        self.task = TaskID(0)
+        self.lines = StatusLines(console, self._status_line)
+        self._begin(0.0)
+
+    def _begin(self, done: float) -> None:
+        """Begin a task of the stage, of which some work may be done already."""
+        self.started = time.monotonic()
+        self.printed_at = self.started
+        self.printed_step = 0
+        self.done = done
+        self.total = 0.0
+        self.note = ""
+        self.time_left = TimeLeft(self.started, done)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._start_bar()
+        else:
+            self.lines.__enter__()
+        self._begin(0.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is None:
+            self.lines.__exit__()
+        else:
+            self.bar.stop()
+
+    def _start_bar(self) -> None:
+        texts = ("{task.description}", "{task.percentage:3.0f} %", "{task.fields[state]}")
+        title, share, state = (TextColumn(text, markup=False) for text in texts)
+        self.bar = Bar(title, BarColumn(BAR_WIDTH), share, state, console=self.console)
+        self.bar.start()
+        self.task = self.bar.add_task(self.title, total=None, state="")
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Show work done, of a total, and what is being worked on."""
+        now = time.monotonic()
+        if done < self.done:
+            self._begin(done)
+        seconds_left = self.time_left.update(now, done, total)
+        self.done = done
+        self.total = total
+        self.note = note
+        if self.bar is not None:
+            self._update_bar(self.bar, ", ".join(self._describe(now, seconds_left)))
+        elif self._is_line_due(now):
+            self.printed_step = self._step
+            self.printed_at = now
+            self.lines.print(self._plain_line(now, seconds_left))
+
+    @property
+    def _step(self) -> int:
+        """How many tenths are done."""
+        return int(NUM_STEPS * self.done / self.total) if self.total else NUM_STEPS
+
+    def _is_line_due(self, now: float) -> bool:
+        """Whether a plain line is printed: at the end, and after a tenth that took a while."""
+        if self._step <= self.printed_step:
+            return False
+        return self.done >= self.total or now - self.printed_at >= MIN_PAUSE_S
+
+    def _describe(self, now: float, seconds_left: float | None) -> list[str]:
+        """Return the parts of the text beside the share that is done, the time first."""
+        is_over = self.done >= self.total
+        parts: list[str] = []
+        if self.note and not is_over:
+            parts = self.note.split(", ")
+        if self.unit:
+            parts.insert(1, f"{int(self.done)}/{int(self.total)} {self.unit}")
+        if is_over:
+            parts.append(duration(now - self.started))
+        elif seconds_left is not None:
+            parts.insert(0, f"about {rough_duration(seconds_left)} left")
+        return parts
+
+    def _update_bar(self, bar: Bar, text: str) -> None:
+        """Show the bar on a terminal, with as much of the text as there is room for."""
+        room = self.console.width - len(f"{self.title} 100 %  ") - BAR_WIDTH - 1
+        if len(text) > room:
+            text = text[: room - 1] + "…"
+        bar.update(self.task, completed=self.done, total=self.total, state=text)
+
+    def _plain_line(self, now: float, seconds_left: float | None) -> str:
+        share = 100 * self.done / self.total if self.total else 100.0
+        parts = [f"{share:.0f} %", *self._describe(now, seconds_left)]
+        return f"{self.title}: {', '.join(parts)}"
+
+    def _status_line(self, seconds: float) -> str:
+        """Return the line that shows that the work goes on."""
+        so_far = f"{duration(seconds)} so far"
+        if not self.total:
+            return f"{self.title}: {so_far}"
+        now = time.monotonic()
+        seconds_left = self.time_left.update(now, self.done, self.total)
+        return f"{self._plain_line(now, seconds_left)}, {so_far}"
