@@ -62,7 +62,11 @@ class Counts:
     @property
     def labels(self) -> list[list[float]]:
         """`[L][C]`: how often each decision is the label of each layer."""
-        return [[sum(row) for row in layer] for layer in self.confusion]
+        return [_count_labels(layer) for layer in self.confusion]
+
+
+def _count_labels(confusion: Confusion) -> list[float]:
+    return [sum(row) for row in confusion]
 
 
 def _add_losses(first: float | None, second: float | None) -> float | None:
@@ -104,7 +108,7 @@ def compute_metrics(counts: Counts) -> dict[str, float | None]:
     for layer in counts.confusion[1:]:
         confusion = _add_confusions(confusion, layer)
     hits = [confusion[decision][decision] for decision in DECISIONS]
-    num_labels = [sum(row) for row in confusion]
+    num_labels = _count_labels(confusion)
     num_decisions = [sum(column) for column in zip(*confusion, strict=True)]
 
     f1 = [_ratio(2 * hits[i], num_labels[i] + num_decisions[i]) for i in DECISIONS]
@@ -135,15 +139,25 @@ def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[st
         trained_labels: `[L][C]` label counts of the targets trained on, from which majorities and
             frequencies come.
     """
-    tie_order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
     always_execute = [_make_constant(Decision.EXECUTE) for _ in labels]
-    frequencies = [[n / sum(layer) for n in layer] for layer in trained_labels]
-    majorities = [_make_constant(max(tie_order, key=layer.__getitem__)) for layer in trained_labels]
+    frequencies = [_compute_frequencies(layer) for layer in trained_labels]
+    majorities = [_make_constant(_find_majority(layer)) for layer in trained_labels]
     return {
         ALWAYS_EXECUTE: count_expected(labels, always_execute),
         LABEL_FREQUENCY: count_expected(labels, frequencies),
         LAYER_MAJORITY: count_expected(labels, majorities),
     }
+
+
+def _compute_frequencies(label_counts: Sequence[float]) -> list[float]:
+    total = sum(label_counts)
+    return [number / total for number in label_counts]
+
+
+def _find_majority(label_counts: Sequence[float]) -> Decision:
+    """Return the most common label; equally common ones are preferred in this order."""
+    order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)
+    return max(order, key=label_counts.__getitem__)
 
 
 def add_baselines(routers: Counts, trained_labels: LabelCounts) -> dict[str, Counts]:
@@ -167,7 +181,10 @@ def count_expected(labels: LabelCounts, probabilities: Sequence[Sequence[float]]
     """
     confusion = []
     for label_counts, layer in zip(labels, probabilities, strict=True):
-        rows = [tuple(count * share for share in layer) for count in label_counts]
+        rows: list[tuple[float, ...]] = []
+        for count in label_counts:
+            row = tuple(count * share for share in layer)
+            rows.append(row)
         confusion.append(tuple(rows))
     mean = sum(_expect_executions(layer) for layer in probabilities)
     chance_to_skip_all = math.prod(layer[Decision.SKIP] for layer in probabilities)
@@ -259,7 +276,11 @@ def compare_by_layer(systems: Mapping[str, Counts]) -> str:
 
 def _count_hits(counts: Counts) -> list[float]:
     """Return how many labels are hit at each layer."""
-    return [sum(layer[decision][decision] for decision in DECISIONS) for layer in counts.confusion]
+    return [_count_layer_hits(layer) for layer in counts.confusion]
+
+
+def _count_layer_hits(layer: Confusion) -> float:
+    return sum(layer[decision][decision] for decision in DECISIONS)
 
 
 def display_name(name: str) -> str:

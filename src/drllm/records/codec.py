@@ -64,7 +64,8 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         RecordError: The text isn't JSON, has another type, or is of a newer version.
     """
     try:
-        return _decode_bytes(data.encode() if isinstance(data, str) else data, kind)
+        raw = data.encode() if isinstance(data, str) else data
+        return _decode_bytes(raw, kind)
     except msgspec.ValidationError as error:
         raise RecordError(f"{where}: {describe_invalid(error)}") from error
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
@@ -153,7 +154,8 @@ def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> Non
     """Write a temporary file and rename it; delete it if anything fails."""
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            raw = content.encode() if isinstance(content, str) else content
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

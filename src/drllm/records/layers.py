@@ -3,6 +3,7 @@
 Axes: L layers, C = 3 decisions.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ def _check_counts(counts: Counts) -> None:
 
 
 def _adds_up(layer: Confusion, num_examples: int) -> bool:
-    cells = [cell for row in layer for cell in row]
+    cells = list(itertools.chain.from_iterable(layer))
     has_shape = [len(row) for row in layer] == [SIZE] * SIZE
     are_counts = all(cell >= 0 and cell == int(cell) for cell in cells)
     return has_shape and are_counts and sum(cells) == num_examples

@@ -6,6 +6,7 @@ field. Values that follow from other values aren't in the files: they are proper
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,12 +137,13 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise the values of the seeds, of which there is at least one."""
+        """Summarise one value for each seed; there must be at least one."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(
             mean=statistics.fmean(values),
             lowest=min(values),
             highest=max(values),
-            deviation=statistics.stdev(values) if len(values) > 1 else None,
+            deviation=deviation,
             num_seeds=len(values),
         )
 
@@ -509,7 +511,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def judge(self) -> dict[tuple[str, int], str]:
         """Return the verdict on the routed model's time, for each phase and batch size."""
         sizes = sorted({timing.batch_size for timing in self.timings})
-        places = [(phase, size) for phase in (PREFILL, DECODE) for size in sizes]
+        places = list(itertools.product((PREFILL, DECODE), sizes))
         labels = judge_times([self.compute_ratios(ROUTED, BASE, *place) for place in places])
         return dict(zip(places, labels, strict=True))
 

@@ -90,12 +90,16 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
                 same.append(f"{names[column]} {rows[0][column]}")
             else:
                 shown.append(column)
-        wordy = {names[0], *words.split("|")}
+        word_names = {names[0], *words.split("|")}
+        shown_rows: list[list[str]] = []
+        for row in rows:
+            cells = [row[column] for column in shown]
+            shown_rows.append(cells)
         return cls(
             caption=caption,
             header=[names[column] for column in shown],
-            rows=[[row[column] for column in shown] for row in rows],
-            words=[place for place, column in enumerate(shown) if names[column] in wordy],
+            rows=shown_rows,
+            words=[place for place, column in enumerate(shown) if names[column] in word_names],
             bold=bold,
             same="; ".join(same),
         )

@@ -93,12 +93,14 @@ def write_command(verb: str, values: Mapping[str, Any]) -> str:
     by_task: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, bool):
-            words.append(flag_of(name if value else f"no_{name}"))
+            switch = name if value else f"no_{name}"
+            words.append(flag_of(switch))
         elif isinstance(value, Mapping):
             by_task[name] = value
         elif value is not None:
             words += [flag_of(name), str(value)]
     if not by_task:
         return shlex.join(words)
-    settings = shlex.join(["echo", json.dumps(by_task)])
-    return f"{settings} > {SETTINGS_FILE} && {shlex.join([*words, '--config', SETTINGS_FILE])}"
+    write_settings = f"{shlex.join(['echo', json.dumps(by_task)])} > {SETTINGS_FILE}"
+    command = shlex.join([*words, "--config", SETTINGS_FILE])
+    return f"{write_settings} && {command}"

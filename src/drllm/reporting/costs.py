@@ -72,12 +72,14 @@ def _time_table(latency: Latency) -> Table:
 
 def _cost_cells(system: System, num_layers: int) -> list[str]:
     flops = system.prompt_flops
-    kv_bytes = system.kv_bytes_per_token
+    kv_bytes = None
+    if system.kv_bytes_per_token is not None:
+        kv_bytes = round(system.kv_bytes_per_token)
     return [
         plain(system.executions, 2),
         plain(system.decode_executions, 2),
         percent(share_saved(system.executions, num_layers)),
         f"{flops.weights / 1e9:.3g}" if flops else NONE,
         f"{flops.attention / 1e9:.3g}" if flops else NONE,
-        count(None if kv_bytes is None else round(kv_bytes)),
+        count(kv_bytes),
     ]

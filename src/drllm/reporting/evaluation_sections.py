@@ -181,25 +181,31 @@ def compare_side_by_side(
 
 def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
     """Return how often each layer is skipped, executed and repeated: `[L][3]`."""
-    return [[number / len(rows) for number in layer] for layer in class_counts(rows)]
+    shares: list[list[float]] = []
+    for layer_counts in class_counts(rows):
+        layer_shares = [number / len(rows) for number in layer_counts]
+        shares.append(layer_shares)
+    return shares
 
 
 def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
     shares = _shares(routes)
     targets = [record.optimal_layer_config for record in run.supervision]
+    target_shares = _shares(targets) if targets else None
     skips = {layer: share[Decision.SKIP] for layer, share in enumerate(shares)}
-    most = sorted(skips, key=lambda layer: -skips[layer])[:3]
-    skipped = ", ".join(f"{layer} ({percent(skips[layer], 0)})" for layer in most)
-    distinct = len(set(routes))
+    most_skipped = sorted(skips, key=lambda layer: -skips[layer])[:3]
+    skipped = ", ".join(f"{layer} ({percent(skips[layer], 0)})" for layer in most_skipped)
+    num_distinct = len(set(routes))
+    noun = "route" if num_distinct == 1 else "routes"
     mean = sum(num_executions(route) for route in routes) / len(routes)
     caption = (
-        f"{count(distinct)} distinct {'route' if distinct == 1 else 'routes'} on "
+        f"{count(num_distinct)} distinct {noun} on "
         f"{count(len(routes))} questions, {plain(mean, 2)} layers run on average."
     )
     if targets:
         caption += " Strokes are what the routers were trained for."
     return Figure(
-        draw=partial(figures.draw_routes, shares, _shares(targets) if targets else None),
+        draw=partial(figures.draw_routes, shares, target_shares),
         name="routes by layer",
         alt=f"How often each layer is skipped, executed and repeated. Skipped most: {skipped}.",
         caption=caption,

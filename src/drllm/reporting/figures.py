@@ -263,7 +263,8 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
     ends = (-0.8, len(routes) - 0.2)
     axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
     use_whole_numbers(axes)
-    add_legend(axes, columns=4 if width > 5 else 2)
+    columns = 4 if width > 5 else 2
+    add_legend(axes, columns=columns)
     return figure
 
 

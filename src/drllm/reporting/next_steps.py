@@ -157,11 +157,13 @@ def _name_paths(paths: str | None, system: System) -> str | None:
     """
     if paths is None:
         return None
-    named = []
+    named_paths: list[str] = []
     for path in paths.split(","):
-        has_name = not path.strip().endswith(PATHS_FILE)
-        named.append(path if has_name else f"{path.strip()}:{system.name}")
-    return ",".join(named)
+        if path.strip().endswith(PATHS_FILE):
+            named_paths.append(f"{path.strip()}:{system.name}")
+        else:
+            named_paths.append(path)
+    return ",".join(named_paths)
 
 
 def _generate_command(**values: object) -> str:

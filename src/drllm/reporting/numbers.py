@@ -33,12 +33,14 @@ def milliseconds(seconds: float) -> str:
     milliseconds = 1e3 * seconds
     if milliseconds >= 100:
         return count(round(milliseconds))
-    return plain(milliseconds, 1 if abs(milliseconds) >= 10 else 2)
+    digits = 1 if abs(milliseconds) >= 10 else 2
+    return plain(milliseconds, digits)
 
 
 def of_total(number: int, total: int) -> str:
     """Write a count and its share of a total: 3 000 (75.0 %)."""
-    return f"{count(number)} ({percent(number / total if total else None)})"
+    share = number / total if total else None
+    return f"{count(number)} ({percent(share)})"
 
 
 def label(verdict: Verdict | None) -> str:

@@ -26,18 +26,22 @@ LOSS_CAPTION = (
 def path_rows(record: StaticPaths, task: str) -> Iterator[list[str]]:
     """Yield a row for each path: its results on `test`, and its objective on each part."""
     for path in record.paths:
-        tested = path.on(task, TEST)
-        against = tested.against_full if tested else None
-        accuracy = against.accuracy if against else None
-        yield [
-            path.name,
-            plain(path.executions, 2).removesuffix(".00"),
-            percent(tested.accuracy if tested else None),
-            difference(accuracy),
-            excluded(accuracy),
-            plain(tested.text_loss if tested else None, 3),
-            *(_write_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)),
-        ]
+        executions = plain(path.executions, 2).removesuffix(".00")
+        objectives = [_write_objective(path.on(task, part)) for part in (TEST, SELECT, FIT)]
+        yield [path.name, executions, *_test_cells(path.on(task, TEST)), *objectives]
+
+
+def _test_cells(tested: PathScore | None) -> list[str]:
+    """Return the cells on `test`: accuracy, difference, excluded loss and next-token loss."""
+    if tested is None:
+        return [NONE] * 4
+    verdict = tested.against_full.accuracy if tested.against_full else None
+    return [
+        percent(tested.accuracy),
+        difference(verdict),
+        excluded(verdict),
+        plain(tested.text_loss, 3),
+    ]
 
 
 def advice(record: StaticPaths) -> Iterator[str]:

@@ -92,7 +92,8 @@ def _path_table(summary: Mapping[str, Any]) -> Table:
         row = [description]
         for moment in ("before", "after"):
             number = summary.get(f"{kind}_{moment}_retest")
-            row.append(NONE if number is None else of_total(number, total))
+            cell = NONE if number is None else of_total(number, total)
+            row.append(cell)
         rows.append(row)
     caption = f"Of {count(total)} questions, how many have such a path."
     return Table.from_rows(caption, "path|before the re-test|after", rows)
@@ -103,9 +104,9 @@ def _describe_targets(
 ) -> str:
     paths = [target.optimal_layer_config for target in targets]
     lengths = sorted(num_executions(path) for path in paths)
-    least = lengths[0]
-    most = lengths[-1]
-    layers = f"{least} to {most}" if least < most else str(least)
+    layers = str(lengths[0])
+    if lengths[0] < lengths[-1]:
+        layers = f"{lengths[0]} to {lengths[-1]}"
     skips, executes, repeats = (sum(numbers) for numbers in zip(*class_counts(paths), strict=True))
     labels = skips + executes + repeats
     improving = sum(target.improving for target in targets)

@@ -83,8 +83,9 @@ def _about(run: Run) -> str:
         parts.append(f"{run.num_layers} layers")
     for evaluation in run.evaluations:
         questions = _describe_questions(evaluation)
-        several = len(run.evaluations) > 1
-        parts.append(f"{evaluation.task}: {questions}" if several else questions)
+        if len(run.evaluations) > 1:
+            questions = f"{evaluation.task}: {questions}"
+        parts.append(questions)
     parts.append(f"folder {run.name}")
     return " · ".join(parts)
 

@@ -74,7 +74,8 @@ def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
     folder = page.with_name(f"{page.stem}_figures")
     files: dict[Path, str | bytes] = {}
     for figure, name in document.figures().items():
-        files[folder / f"{name}.png"] = draw_png(figure.draw, WIDE if figure.is_large else NARROW)
+        width = WIDE if figure.is_large else NARROW
+        files[folder / f"{name}.png"] = draw_png(figure.draw, width)
     files[page] = to_html(document)
     files[page.with_suffix(".md")] = to_markdown(document, folder.name)
     return files

@@ -5,8 +5,17 @@ from typing import TypeAlias
 
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.reporting.blocks import Table
-from drllm.reporting.numbers import NONE, count, difference, excluded, label, percent, plain
-from drllm.statistics.verdicts import Differences
+from drllm.reporting.numbers import (
+    NONE,
+    count,
+    difference,
+    excluded,
+    label,
+    percent,
+    plain,
+    verdict_on_routed,
+)
+from drllm.statistics.verdicts import Differences, Verdict
 
 NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
 """The name of a run or a task, its evaluation, and one of its systems."""
@@ -84,8 +93,7 @@ def _compared_with(evaluation: Evaluation, system: System) -> Differences | None
 
 def _verdict_cells(differences: Differences | None) -> list[str]:
     """Return the cells on accuracy (difference, excluded loss, verdict) and on next-token loss."""
-    accuracy = differences.accuracy if differences else None
-    loss = differences.text_loss if differences else None
+    accuracy, loss = _split_verdicts(differences)
     return [
         difference(accuracy),
         excluded(accuracy),
@@ -93,6 +101,13 @@ def _verdict_cells(differences: Differences | None) -> list[str]:
         difference(loss),
         label(loss),
     ]
+
+
+def _split_verdicts(differences: Differences | None) -> tuple[Verdict | None, Verdict | None]:
+    """Return the verdicts on accuracy and on next-token loss."""
+    if differences is None:
+        return None, None
+    return differences.accuracy, differences.text_loss
 
 
 def systems_table(evaluation: Evaluation) -> Table:
@@ -130,17 +145,17 @@ def depths_table(evaluation: Evaluation) -> Table:
 
 
 def _depth_row(point: Point) -> list[str]:
-    base = point.against_base
-    routed = point.routed_against
+    accuracy, loss = _split_verdicts(point.against_base)
+    routed_accuracy, _ = _split_verdicts(point.routed_against)
     return [
         point.system,
         point.setting or NONE,
         plain(point.executions, 2),
         plain(100 * point.accuracy),
-        difference(base.accuracy if base else None),
-        difference(base.text_loss if base else None),
-        difference(routed.accuracy if routed else None),
-        label(routed.accuracy if routed else None),
+        difference(accuracy),
+        difference(loss),
+        difference(routed_accuracy),
+        label(routed_accuracy),
     ]
 
 
@@ -157,8 +172,9 @@ def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Tab
 
 
 def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> list[str]:
-    permuted = evaluation.system(PERMUTED)
-    against_permuted = permuted.routed_against if permuted and system.name == ROUTED else None
+    permuted_verdict = None
+    if system.name == ROUTED:
+        permuted_verdict = verdict_on_routed(evaluation.system(PERMUTED))
     return [
         name,
         evaluation.task if name != evaluation.task else NONE,
@@ -167,5 +183,5 @@ def _compared_row(name: str, evaluation: Evaluation, system: System | Point) -> 
         plain(system.executions, 2),
         plain(100 * system.accuracy),
         *_verdict_cells(system.against_base),
-        label(against_permuted.accuracy if against_permuted else None),
+        label(permuted_verdict),
     ]

@@ -47,7 +47,7 @@ def make_identity(
 
 
 def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Replace the folder's checkpoint by the state after an epoch, in whole or not at all."""
+    """Replace the folder's checkpoint atomically with the state after an epoch."""
     tensors: dict[str, Tensor] = {}
     for name, weight in trainer.stack.named_parameters():
         tensors[f"{WEIGHTS}.{name}"] = weight
@@ -90,7 +90,7 @@ def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer)
 
 
 def is_finished(output: Path) -> bool:
-    """Tell whether a folder holds routers whose training is over."""
+    """Tell whether a folder holds routers whose training has ended."""
     return (output / WEIGHTS_FILE).exists() and not (output / CHECKPOINT_FILE).exists()
 
 

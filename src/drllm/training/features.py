@@ -203,13 +203,18 @@ def _pool_missing(
             progress(num_done, num_targets)
         for start in range(0, len(blocks), count()):
             group = blocks[start : start + count()]  # one for each process
-            work = [Batch([targets.prompts[row] for row in rows], labels[rows]) for rows in group]
+            work = [_make_batch(targets, labels, rows) for rows in group]
             results = _pool_batches(routed, store.shape.num_windows, work)
             for rows, pooled in zip(group, results, strict=True):
                 store.write_block(rows, pooled.means, pooled.filled)
                 _check_finite(routed.model, targets, store.filled)
                 num_done += len(rows)
                 progress(num_done, num_targets)
+
+
+def _make_batch(targets: EncodedTargets, labels: Tensor, rows: Sequence[int]) -> Batch:
+    prompts = [targets.prompts[row] for row in rows]
+    return Batch(prompts, labels[rows])
 
 
 def _find_missing_blocks(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
+from drllm.agreement import TRAIN, VALIDATION, Confusion, Counts, compute_metrics
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.base.devices import on_device
@@ -333,8 +333,12 @@ def count_decisions(decisions: Tensor, labels: Tensor, loss: float) -> Counts:
     C = NUM_DECISIONS
     cells = (torch.arange(L) * C + labels) * C + decisions  # [B, L]: cells of [L, C, C]
     confusion = torch.bincount(cells.flatten(), minlength=L * C * C).view(L, C, C)
+    layers: list[Confusion] = []
+    for layer in confusion.tolist():
+        rows = tuple(tuple(row) for row in layer)
+        layers.append(rows)
     return Counts(
-        confusion=tuple(tuple(tuple(row) for row in layer) for layer in confusion.tolist()),
+        confusion=tuple(layers),
         executions=int(decisions.sum(dim=1).clamp(min=1).sum()),
         examples=len(labels),
         loss=loss * len(labels),
