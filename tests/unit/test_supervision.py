@@ -278,7 +278,7 @@ def test_a_copy_of_a_question_takes_no_place_in_a_quota():
 
 
 def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
-    with pytest.raises(ConfigError, match=r"unknown task 'fact'; did you mean 'facts'\? Valid"):
+    with pytest.raises(ConfigError, match=r"'fact'.*'facts'"):
         pick_targets(questions(SAVING), replace(SHORTEST, quotas="fact=2"))
 
 

@@ -1,6 +1,7 @@
 """Tasks that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
 
-Their questions are in `data/`, written for this project, each with its split. Loads no torch.
+Their questions are in `data/`, each with its split; they were written for this project. Loads no
+torch.
 """
 
 import functools
@@ -17,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 
 @functools.cache
 def load_rows(name: str) -> tuple[Row, ...]:
-    """Return the rows of a file in `data/`; its splits are mixed."""
+    """Return all rows of a file in `data/`, of all splits."""
     return tuple(row for _, row in read_rows(DATA / name))
 
 
@@ -25,8 +26,9 @@ def load_rows(name: str) -> tuple[Row, ...]:
 class BuiltinFacts(Task):
     """Four-way questions on general knowledge; wrong options are other answers of the same kind.
 
-    An id is the kind, the subject, and whether subject or answer is asked for. A fact is in one
-    split, in whichever direction it is asked, and each place has the right option equally often.
+    An id names the kind, the subject, and whether the question asks for the subject or the answer.
+    Both directions of a fact are in the same split, and each place has the right option equally
+    often.
     """
 
     name = "builtin_facts"
@@ -47,11 +49,11 @@ class BuiltinFacts(Task):
 
 @register
 class BuiltinArithmetic(Task):
-    """Short problems, made by rule; a test works each of them out.
+    """Short arithmetic problems, made by rule; a test solves each of them.
 
-    Rows are those of DART-Math. Levels go from 1 (one step) to 5 (discounts, linear equations,
-    remainders of powers). Problems of one kind with the same numbers are in one split, in whatever
-    words.
+    Rows have the fields of DART-Math. Levels go from 1 (one step) to 5 (discounts, linear
+    equations, remainders of powers). Problems of one kind with the same numbers are in the same
+    split, even if they are worded differently.
     """
 
     name = "builtin_arithmetic"

@@ -1,8 +1,8 @@
 """Whether two short LaTeX answers mean the same number or expression. Loads no torch.
 
 math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
-works in the main thread only and clobbers the caller's. Here it runs in a process of its own, which
-is ended when an answer takes too long: any thread may ask.
+works only in the main thread and replaces the caller's. Here it runs in a process of its own, which
+is killed when a comparison takes too long, so any thread can compare.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from decimal import Decimal
 from drllm.extras import need
 from drllm.listener import logger
 
-LIMIT_S = 5.0  # longest time for one comparison, in seconds; math-verify's own default
+LIMIT_S = 5.0  # maximum seconds of one comparison; math-verify's own default
 
 _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
 _WORKER = """
@@ -40,7 +40,7 @@ for line in sys.stdin:
 
 
 def plain_number(text: str) -> Decimal | None:
-    """Return the value of a plainly written number of moderate length, else None."""
+    """Return the value of a number in plain digits; None for any other text."""
     stripped = text.strip()
     return Decimal(stripped) if _PLAIN_NUMBER.fullmatch(stripped) else None
 
@@ -60,12 +60,12 @@ def same_value(gold: str, answer: str) -> bool:
 
 
 class _Comparer:
-    """The process that compares; started on first use, and again after a time-out or a fork."""
+    """Compares in another process, which is started on first use and after a time-out or a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
+        self._owner = 0  # id of the process that started it
 
     def compare(self, gold: str, answer: str) -> bool:
         with self._lock:
@@ -76,7 +76,7 @@ class _Comparer:
         return bool(json.loads(result))
 
     def _ask(self, line: str) -> str:
-        """Send a line to the process, and return its line; empty if it takes too long."""
+        """Send a line to the process and return its answer; empty if that takes too long."""
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -101,8 +101,8 @@ class _Comparer:
         return result
 
     def _start(self) -> subprocess.Popen[str]:
-        """Return the process, started if it doesn't run."""
-        if self._process is None or self._owner != os.getpid():  # a fork starts another
+        """Return the process; start it if it isn't running."""
+        if self._process is None or self._owner != os.getpid():  # after a fork
             need("math", "comparing LaTeX answers")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER],

@@ -1,6 +1,6 @@
-"""Questions and prompts: what a task hands out.
+"""Questions and prompts: the texts that a task returns.
 
-A task never sees a model or a tokenizer: it hands out texts. Loads no torch.
+A task never sees a model or a tokenizer. Loads no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 Row: TypeAlias = Mapping[str, Any]
 """One object of a task's file, in the schema of the hub or of a data folder."""
 
-QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row that it was read from
+QuestionRow: TypeAlias = tuple["Example", Row]  # a question, and the row it was read from
 
 FILE_NAMES = (".jsonl", ".jsonl.gz")  # how the name of a file of questions ends
 
 OPTIONS_REWARD = "loglikelihood"
-"""The reward of every task that has options, and the one that an evaluation uses."""
-KL_REWARD = "kl"  # the reward of prompts without answers: how near a path stays to the full one
+"""The default reward of every task with options, and the only one in an evaluation."""
+KL_REWARD = "kl"  # the reward of prompts without answers: the KL from the full path
 
 Messages: TypeAlias = tuple[tuple[str, str], ...]
 """A conversation that ends with the user: role and content of each message."""
@@ -36,11 +36,11 @@ class Example:
         choices: The options' texts; empty where the answer can only be generated.
         gold: Index of the right option; None without options.
         answer: The right answer's text.
-        other_answers: Other right answers, where the answer is generated.
-        solution: How the answer is found, ending in it; empty for most.
+        other_answers: Other right answers, if the answer is generated.
+        solution: The steps that lead to the answer, and the answer at the end; empty for most.
         context: The text before the question: the passage that it asks about, or a line on its
-            subject. Empty for most; two questions are the same by the question's text alone.
-        messages: The conversation, for a prompt that is one; `question` then has its text.
+            subject. Empty for most. Questions are compared without it.
+        messages: The conversation, if the prompt is one; `question` is then its text.
     """
 
     id: str = ""
@@ -58,7 +58,7 @@ class Example:
 def with_options(
     question: str, choices: tuple[str, ...], gold: int, row_id: str = "", task: str = ""
 ) -> Example:
-    """Return a question with options; its answer is the right one's text."""
+    """Return a question with options; its answer is the text of the right one."""
     return Example(
         id=row_id, task=task, question=question, choices=choices, gold=gold, answer=choices[gold]
     )
@@ -68,28 +68,28 @@ def with_options(
 class Prompt:
     """One way of asking an example: what the model reads, and what counts as right."""
 
-    text: str  # what the model reads; the routers see this and nothing else
+    text: str  # what the model reads, and all that the routers see
     reward: str  # `loglikelihood` (score `continuations`), or how a generated answer is graded
     answer: str  # what a generated answer is graded against (for `letter`, the letter)
-    other_answers: tuple[str, ...] = ()  # for `exact`, further answers that are as right
+    other_answers: tuple[str, ...] = ()  # for `exact`, other right answers
     # For `loglikelihood`, the texts that follow `text` directly, each with its leading space; else
     # empty.
     continuations: tuple[str, ...] = ()
     gold: int | None = None  # index of the right continuation; None for generated answers
-    # Send `text` as the user's turn of the tokenizer's chat template, where it has one.
+    # Send `text` as the user's turn of the chat template, if the tokenizer has one.
     chat: bool = False
     max_new_tokens: int = 16  # maximum tokens of a generated answer
     # Score continuations by log-probability per character (as `acc_norm` of lm-evaluation-harness
     # does), not by their sum. Only re-tests ask for it.
     normalised: bool = False
     letters: str = "ABCDE"  # for `letter`, the letters that name an option
-    # Of each continuation, the text that it begins with and that is read but not scored: of a gap
-    # that is filled, the filling. Empty for none. This and what follows isn't in the repr, by which
-    # a search knows its prompts, those of earlier versions too.
+    # The beginning of each continuation that is read but not scored, such as the text that fills a
+    # gap; empty for none. This field and those below stay out of the repr, by which a search of an
+    # earlier version is recognised.
     unscored: tuple[str, ...] = field(default=(), repr=False)
-    # The question alone, for a function that grades; else empty.
+    # The question alone, if a function grades the answer; else empty.
     question: str = field(default="", repr=False)
-    # The conversation, which the chat template renders in place of `text`.
+    # The conversation that the chat template renders instead of `text`.
     messages: Messages = field(default=(), repr=False)
 
     @property
@@ -101,9 +101,9 @@ class Prompt:
 
 
 def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
-    """Return at most `limit` items, drawn with the seed, in their own order.
+    """Draw at most `limit` items at random, and return them in their order.
 
-    Which places are drawn depends on how many items there are, not on what they hold.
+    The places that are drawn depend only on the seed and the number of items.
     """
     if limit is None or limit >= len(items):
         return list(items)

@@ -51,11 +51,11 @@ GRADER_FORMATS = {
     ),
     "boxed": replace(BOXED, max_new_tokens=None),
 }
-"""Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
+"""Grader → its prompts; graders that aren't listed use those of `exact`."""
 PROMPTS_ALONE = PromptFormat(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1)
 
 FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
-WITH_CHOICES = "'choices'"  # kinds of rows, in the words of a message
+WITH_CHOICES = "'choices'"  # kinds of rows, as messages name them
 WITHOUT_ANSWER = "a prompt alone"
 
 OTHER_FORMATS = {
@@ -66,7 +66,7 @@ OTHER_FORMATS = {
     ".parquet": "a Parquet file",
     ".xlsx": "an Excel file",
 }
-"""Files that users have their questions in, and that aren't read."""
+"""Ending → kind of file that users may have questions in, but that can't be read."""
 
 
 def is_source(name: str) -> bool:
@@ -91,24 +91,24 @@ def refuse_other_formats(name: str) -> None:
 
 
 def _other_format(source: str) -> str | None:
-    """Return what a file is by its name; None for what may be a task."""
+    """Return the kind of a file that can't be read; None for other names."""
     return OTHER_FORMATS.get(Path(source.removesuffix(".gz")).suffix.lower())
 
 
 def with_columns(names: str, columns: str) -> str:
-    """Return a comma list of tasks with the columns named behind each file and hub set.
+    """Return a comma list of tasks with `?` and the columns appended to each file and hub set.
 
     Args:
         names: The tasks.
         columns: A comma list of FIELD=COLUMN.
 
     Raises:
-        ConfigError: No file and no hub set in the list.
-        TaskError: A file in another format than JSON lines.
+        ConfigError: The list has no file and no hub set.
+        TaskError: A file isn't in JSON lines.
     """
     query = columns.replace(",", "&")
     has_source = False
-    named: list[str] = []
+    names_with_columns: list[str] = []
     for name in names.split(","):
         name = name.strip()
         refuse_other_formats(name)
@@ -116,22 +116,22 @@ def with_columns(names: str, columns: str) -> str:
             has_source = True
             mark = "&" if "?" in name else "?"
             name = f"{name}{mark}{query}"
-        named.append(name)
+        names_with_columns.append(name)
     if not has_source:
         raise ConfigError(
             f"--columns {columns} has no effect on {names or 'no task'}, which is no file and no "
             f"data set of the hub; leave it out"
         )
-    return ",".join(named)
+    return ",".join(names_with_columns)
 
 
 def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
-    """Return the task of a file or of a hub set; it is read once unless the file changes.
+    """Load the task of a file or of a hub set, once unless the file changes. See `FileTask`.
 
-    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`; the first `HUB_ROWS` rows of the split (`train`
-    unless named) are its questions. Behind a `?` stand the columns of the fields in `FIELDS`, with
-    a `.` between those of a column within another; `grader` names the grader itself, and is
-    `exact` where an answer has neither that nor choices. See `FileTask`.
+    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`; the first `HUB_ROWS` rows of the split (by default
+    `train`) are its questions. After a `?` come `FIELD=COLUMN` pairs for the fields in `FIELDS`; a
+    column inside another is written with a `.`. `grader` names the grader itself, by default
+    `exact` for answers without choices.
     """
     file = Path(name.partition("?")[0])
     state = None
@@ -145,7 +145,7 @@ def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
 def _read_source(
     name: str, reserved_names: tuple[str, ...], _state: tuple[int, int] | None
 ) -> "FileTask":
-    """Read a file or a hub set; a changed file has another state, and is read anew."""
+    """Read a file or a hub set; a changed file has another state, so it is read again."""
     source, _, query = name.partition("?")
     columns = _parse_columns(source, query)
     if source.endswith(FILE_NAMES):
@@ -178,20 +178,22 @@ def _parse_columns(source: str, query: str) -> dict[str, str]:
 class FileTask(Task):
     """The questions of one file or hub set; which rewards fit depends on the rows.
 
-    Every question belongs to one of the four splits by its text, so that one file serves search,
-    training and evaluation, and no question is trained on and reported on.
+    The text of a question decides which of the four splits it belongs to. So one file serves
+    search, training and evaluation, and no question is both trained on and reported.
 
-    A row has `question`, `choices` and `answer` (the right option's index from 0, its text, or its
-    letter), or `question`, `answer` and `grader` (a reward that grades text, the same for all), or
-    `prompt` (or `question`) without an answer, or `messages`, a conversation, of which an answer at
-    the end is left out.
+    All rows are of one kind:
+
+    - `question`, `choices` and `answer`: the right option's index from 0, its text, or its letter;
+    - `question`, `answer` and `grader`: a reward that grades text, the same in all rows;
+    - `prompt` (or `question`) without an answer;
+    - `messages`: a conversation, whose last answer is left out.
 
     Args:
-        path: The file, or the hub set's name.
-        reserved_names: Names of other tasks; a file of such a name becomes the task `NAME_file`.
-        rows: The rows, each with its line's number.
-        columns: Field → column, for rows that have a field under another name.
-        skips: Leave rows out that can't be asked, with a warning; else they are a TaskError.
+        path: The file, or the name of the hub set.
+        reserved_names: Names of other tasks; a file with one of these becomes the task `NAME_file`.
+        rows: The rows with their line numbers.
+        columns: Field → column, for fields that have another name in the rows.
+        skips: Leave out unusable rows with a warning; otherwise they raise a TaskError.
     """
 
     def __init__(
@@ -209,14 +211,14 @@ class FileTask(Task):
         reader = QuestionReader(path, self.name, columns or {}, skips)
         reader.read(rows)
         self.all = reader.examples
-        self.num_rows = reader.num_rows  # rows that can be asked, repeated ones included
+        self.num_rows = reader.num_rows  # usable rows, repeated ones included
         self.prompt_format = _prompt_format(reader)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
 
-        They are half of the questions for `search`, 10 % for `fit`, 15 % for `select` and 25 %
-        for `test`; the last may have several of one text with other choices.
+        Half of the questions are for `search`, 10 % for `fit`, 15 % for `select` and 25 % for
+        `test`. Only `test` may have several questions of the same text, with different choices.
         """
         check_split(split)
         examples: dict[str, Example] = {}
@@ -227,7 +229,7 @@ class FileTask(Task):
         return list(examples.values())
 
     def describe_splits(self) -> str:
-        """Return one line: how many questions each split has, and how many rows repeat a text."""
+        """Return one line: the questions of each split, and how many rows repeat a text."""
         description = f"{self.path}{super().describe_splits().removeprefix(self.name)}"
         num_questions = sum(len(self.examples(split)) for split in SPLITS)
         num_repeated = self.num_rows - num_questions
@@ -242,12 +244,12 @@ def _task_name(path: Path, reserved_names: Collection[str]) -> str:
 
 
 def _prompt_format(reader: "QuestionReader") -> PromptFormat:
-    """Return how the questions of a file are asked."""
+    """Return the prompts for the questions of a file."""
     if reader.kind == WITH_CHOICES:
         return OPTIONS
     if reader.kind == WITHOUT_ANSWER:
         return PROMPTS_ALONE
-    # Answers may be letters, and the options stand in the questions' texts: at least A to E.
+    # Answers may be letters of options that the question's text lists: at least A to E.
     last = max(LETTERS.find(example.answer) for example in reader.examples)
     letters = LETTERS[: max(5, last + 1)]
     prompt_format = GRADER_FORMATS.get(reader.grader, GRADER_FORMATS["exact"])
@@ -256,22 +258,22 @@ def _prompt_format(reader: "QuestionReader") -> PromptFormat:
 
 @dataclass
 class QuestionReader:
-    """Makes questions of rows, all of one kind; a repeated question counts once."""
+    """Makes questions from rows of one kind; a repeated question counts once."""
 
     path: Path
     task: str
     columns: Mapping[str, str]
     skips: bool
     examples: list[Example] = field(default_factory=list)
-    kind: str = ""  # of the first row, as `_find_kind` has it
+    kind: str = ""  # of the first row; see `_find_kind`
     grader: str = ""  # empty for rows with choices or without an answer
-    num_rows: int = 0  # rows that can be asked, repeated ones included
+    num_rows: int = 0  # usable rows, repeated ones included
     num_skipped: int = 0
-    first_reason: str = ""  # why the first of these rows was skipped
+    first_reason: str = ""  # why the first of them was skipped
     _seen: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
 
     def read(self, rows: Iterable[tuple[int, Row]]) -> None:
-        """Read all rows; a TaskError if one can't be asked, or with `skips` none can."""
+        """Read all rows; a TaskError for an unusable row or, with `skips`, if all are unusable."""
         for line, row in rows:
             try:
                 self._add(line, row)
@@ -279,7 +281,8 @@ class QuestionReader:
                 if not self.skips:
                     raise TaskError(f"{self.path}, line {line}: {error}") from error
                 self.num_skipped += 1
-                self.first_reason = self.first_reason or f"row {line}: {error}"
+                if not self.first_reason:
+                    self.first_reason = f"row {line}: {error}"
         if not self.examples:
             raise TaskError(f"{self.path} has no row that can be asked; {self.first_reason}")
         if self.num_skipped:
@@ -292,7 +295,8 @@ class QuestionReader:
         if self.columns:
             row = _rename_columns(row, self.columns)
         kind = _find_kind(row)
-        self.kind = self.kind or kind
+        if not self.kind:
+            self.kind = kind
         if kind != self.kind:
             raise TaskError(
                 f"a row with {kind}, but the first has {self.kind}; put them into files of their "
@@ -312,7 +316,7 @@ class QuestionReader:
 
 
 def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the fields of a row, from columns of other names where these are named."""
+    """Return the fields of a row, taken from other columns where `columns` names these."""
     fields = {name: row[name] for name in FIELDS if name in row}
     for name, column in columns.items():
         fields[name] = column if name == "grader" else _column_value(row, column)
@@ -322,7 +326,7 @@ def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _column_value(row: Row, column: str) -> Any:
-    """Return what a row has in a column, or within one: `options.text`, `target.0.at`."""
+    """Return the value of a column, or inside one: `options.text`, `target.0.at`."""
     if column in row:
         return row[column]
     value: Any = row
@@ -339,7 +343,7 @@ def _column_value(row: Row, column: str) -> Any:
 
 
 def _find_kind(row: Row) -> str:
-    """Return the kind of a row, in the words of a message."""
+    """Return the kind of a row, as messages name it."""
     if "choices" in row and "grader" in row:
         raise TaskError("'choices' take no 'grader'; leave it out and choose by --reward")
     if "choices" in row:
@@ -385,7 +389,7 @@ def _options_example(row: Row) -> Example:
 
 
 def _messages_to_answer(row: Row) -> Messages:
-    """Return a conversation up to the user's last message: an answer to it is left out."""
+    """Return a conversation up to the last message of the user."""
     messages = read_messages(row)
     while messages and messages[-1][0] == "assistant":
         messages.pop()
@@ -395,7 +399,7 @@ def _messages_to_answer(row: Row) -> Messages:
 
 
 def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
-    """Return the index of the right option, which may be given as index, text or letter."""
+    """Return the index of the right option, which a row names by index, text or letter."""
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         return read_index(answer, len(choices), "answer")
@@ -412,7 +416,7 @@ def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
 
 
 def _graded_answer(row: Row) -> str:
-    """Return the right answer of a row that a grader grades."""
+    """Return the right answer of a row that has a grader."""
     value = row.get("answer")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     answer = str(value) if is_number else read_text(row, "answer").strip()

@@ -1,8 +1,8 @@
-"""Rewards of the user's own: `FILE.py:FUNCTION` grades generated answers.
+"""Rewards from a user's file: `FILE.py:FUNCTION` grades generated answers.
 
-The function is `def reward(example, text) -> float`: the grade of the text generated for an
-example, from 0 to 1, which is right. The file's hash becomes a part of the reward's name, so that
-records say which function it was. Loads no torch.
+The function is `def reward(example, text) -> float`. It returns the grade of a text that was
+generated for an example, from 0 to 1; 1 is right. The hash of the file becomes a part of the
+reward's name, so that records say which function it was. Loads no torch.
 """
 
 import functools
@@ -21,14 +21,13 @@ from drllm.tasks.prompt_formats import add_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
-MAX_NEW_TOKENS = 256  # of an answer, unless another number is given
+MAX_NEW_TOKENS = 256  # default maximum tokens of an answer
 
 
 class GradedTask(Task):
-    """A task whose answers a function grades; its questions are asked as they stand.
+    """A task whose answers a function grades; the prompts are the questions as they are.
 
-    The task may be of prompts without answers. A ConfigError if there is no such
-    `FILE.py:FUNCTION`.
+    The questions need no answers. A ConfigError if there is no such `FILE.py:FUNCTION`.
     """
 
     def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
@@ -48,15 +47,15 @@ class GradedTask(Task):
         return self.reward
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return those of the task itself."""
+        """Return the questions of the wrapped task."""
         return self.task.examples(split, data_dir)
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return those of the task itself."""
+        """Return the worked examples of the wrapped task."""
         return self.task.shots(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question; there are none for a re-test."""
+        """Return the only prompt of a question; there are none for a re-test."""
         prompt = Prompt(
             text=add_context(example, example.question),
             reward=reward,
@@ -71,7 +70,7 @@ class GradedTask(Task):
 
 
 def pin_reward(reward: str) -> str:
-    """Return `FILE.py:FUNCTION` with the file's hash behind an `@`.
+    """Return `FILE.py:FUNCTION@HASH`, with the hash of the file.
 
     A ConfigError if there is no such file or function.
     """
@@ -90,9 +89,10 @@ def pin_reward(reward: str) -> str:
 
 @functools.cache
 def load_function(name: str) -> Callable[[Example, str], Any]:
-    """Load the function that a reward names; a ConfigError if its file isn't the one of the hash.
+    """Load the function that a reward names.
 
-    A file that raises or exits while it runs is a ConfigError too.
+    A ConfigError if the file has another hash, has no such function, or raises or exits when it
+    runs.
     """
     reward, _, digest = name.rpartition("@")
     file, _, function_name = reward.rpartition(":")
@@ -100,7 +100,7 @@ def load_function(name: str) -> Callable[[Example, str], Any]:
         raise ConfigError(f"{file} has changed since it was reward {name}; put the old file back")
     try:
         function = runpy.run_path(file).get(function_name)
-    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise ConfigError(f"--reward {reward}: {file} can't be run: {_describe(error)}") from error
     if not callable(function):
         raise ConfigError(
@@ -111,9 +111,9 @@ def load_function(name: str) -> Callable[[Example, str], Any]:
 
 
 def grade_by_function(prompt: Prompt, text: str) -> float:
-    """Return the function's grade of an answer.
+    """Return the grade that the function gives an answer.
 
-    A TaskError if it isn't a number from 0 to 1, and if the function raises or exits.
+    A TaskError if that isn't a number from 0 to 1, or if the function raises or exits.
     """
     example = Example(
         question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers
@@ -123,7 +123,7 @@ def grade_by_function(prompt: Prompt, text: str) -> float:
         value = function(example, text)
         is_text_or_none = isinstance(value, str) or value is None
         grade = math.nan if is_text_or_none else float(value)
-    except (Exception, SystemExit) as error:  # whatever a function of the user's raises
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise TaskError(
             f"reward {prompt.reward} failed on {prompt.question[:60]!r}, answered {text[:60]!r}: "
             f"{_describe(error)}"
@@ -134,7 +134,7 @@ def grade_by_function(prompt: Prompt, text: str) -> float:
 
 
 def _describe(error: BaseException) -> str:
-    """Return an error in one line."""
+    """Describe an error in one line."""
     message = " ".join(str(error).split())
     if isinstance(error, SystemExit):
         return f"it ends the program (SystemExit: {message}); return a number instead"

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, by the harness' own names or by a task file.
+"""Tasks of lm-evaluation-harness, by the harness' names or by a task file.
 
-The harness is imported where such a task is named, and not before.
+The harness is imported only when such a task is named.
 """
 
 import functools
@@ -17,36 +17,36 @@ from drllm.records.splits import find_split, hash_text, question_key
 from drllm.tasks.base import Task, check_split, name_for_harness
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 
-FEWSHOT_SEED = 1234  # the harness' own, so that its command line draws the same worked examples
+FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
-"""The kinds of requests that we take, of those that the harness has."""
+"""The harness' kinds of requests that are supported, and our names for them."""
 UNSUPPORTED = ("UNSAFE_CODE", "MULTIMODAL")
-"""Attributes of tasks that run code or show images."""
+"""Attributes of the harness' tasks that run code or show images."""
 PREFERRED_METRICS = ("acc", "exact_match")
-"""Metrics that count where a task has them; else its first one does."""
-MAX_DRAWS = 10  # of worked examples, until the question itself isn't among them
+"""Metrics that we report if a task has them, else its first metric."""
+MAX_DRAWS = 10  # attempts to draw worked examples without the question itself
 GENERATED_REWARDS = ("exact", "boxed")
 MAX_NEW_TOKENS = 256
-"""Of a generated answer where the task has no limit; the harness' own default."""
+"""Limit of a generated answer if the task has none; the harness' default."""
 
 
 class LmEvalTask(Task):
     """A task of the harness, or all tasks of a group or of a task file.
 
-    `test` has the questions that the harness reports. The other splits have its training questions
-    or, without any, its validation questions where these aren't reported, divided by the hash of
-    their texts; only questions with one right answer that aren't reported too. Where there are
-    neither, the reported questions are divided among all splits, and an evaluation of what may be
-    made on some of them uses `test` alone. All are asked as the harness has it, worked examples
-    included.
+    `test` has the questions that the harness reports. The other splits share the training questions
+    or, if there are none, the validation questions, unless the harness reports these. A hash of the
+    text decides the split. Questions that are also reported, or that don't have exactly one right
+    answer, are left out. Without such questions the reported ones are divided among all splits, and
+    paths or routers made on some of them are evaluated on `test` alone. All prompts are the
+    harness' own, worked examples included.
 
     Args:
-        name: What the harness' `--tasks` takes.
-        known_names: Names of our own tasks, for the nearest one in an error.
+        name: A name that the harness' `--tasks` accepts.
+        known_names: Names of our own tasks, for the suggestion in an error.
 
     Raises:
-        TaskError: An unknown name, questions that can't be fetched, or a task that neither scores
-            options nor generates answers.
+        TaskError: An unknown name, questions that can't be fetched, or a task of a kind that isn't
+            supported.
     """
 
     def __init__(self, name: str, known_names: tuple[str, ...] = ()) -> None:
@@ -57,7 +57,7 @@ class LmEvalTask(Task):
         self.description = f"{name} of lm-evaluation-harness"
         self.shots_of = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
         self.kind, self.metric = _kind_and_metric(name, self.tasks)
-        self._unclear: set[str] = set()  # questions with no right answer, or options with several
+        self._unclear: set[str] = set()  # ids of questions without exactly one right answer
         self._docs: dict[str, tuple[str, Mapping[str, Any]]] = {}  # id → task, row
         self.reported: list[tuple[str, int, Example]] = []  # task, place, question
         for leaf, task in self.tasks.items():
@@ -67,7 +67,7 @@ class LmEvalTask(Task):
 
     @functools.cached_property
     def unreported(self) -> list[Example]:
-        """The questions that the harness doesn't report, each text once; empty without any."""
+        """The questions that the harness doesn't report, each text once; may be empty."""
         reported = {question_key(example.question) for *_, example in self.reported}
         examples: dict[str, Example] = {}
         for leaf, task in self.tasks.items():
@@ -82,7 +82,7 @@ class LmEvalTask(Task):
 
     @property
     def reports_test_alone(self) -> bool:
-        """Whether it has questions that aren't reported; else the reported ones are divided."""
+        """Whether there are unreported questions; without any the reported ones are divided."""
         return bool(self.unreported)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
@@ -108,15 +108,15 @@ class LmEvalTask(Task):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The rewards that fit: the options' log-probabilities, or a grade of a text."""
+        """The rewards that fit: log-probabilities of options, or grades of generated answers."""
         if self.kind == "choices":
             return (OPTIONS_REWARD,)
         return GENERATED_REWARDS
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the harness' prompt of a question; with options, then scored by character.
+        """Return the harness' prompt of a question; for options also its score by character.
 
-        A question is never among its own worked examples, which depend on its text alone.
+        A question is never among its own worked examples, which depend only on its text.
         """
         self.check_reward(reward)
         leaf, doc = self._doc_of(example)
@@ -150,14 +150,14 @@ class LmEvalTask(Task):
         return (prompt,)
 
     def _doc_of(self, example: Example) -> tuple[str, Mapping[str, Any]]:
-        """Return the harness' task and row of a question."""
+        """Return the name of the harness' task of a question, and its row."""
         if example.id not in self._docs:
             for leaf, place, reported in self.reported:
                 self._docs[reported.id] = (leaf, self.tasks[leaf].eval_docs[place])
         return self._docs[example.id]
 
     def _context(self, leaf: str, doc: Mapping[str, Any], example: Example) -> str:
-        """Render a question behind worked examples that don't hold the question itself."""
+        """Render a question after worked examples, none of which is the question itself."""
         task = self.tasks[leaf]
         text = str(task.doc_to_text(doc))
         prefix = task.doc_to_prefix(doc)
@@ -169,11 +169,11 @@ class LmEvalTask(Task):
             context = task.fewshot_context(doc, num_fewshot=num_shots, gen_prefix=prefix)
             if context.count(text) == 1:
                 return str(context)
-        # It is among them however they are drawn: it gets none.
+        # Every draw contains the question: use no worked examples.
         return str(task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix))
 
     def _example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
-        """Return a question as far as results show it."""
+        """Return the question of a row, with the fields that results show."""
         if self.kind == "generated":
             return self._generated_example(leaf, example_id, doc)
         task = self.tasks[leaf]
@@ -182,7 +182,7 @@ class LmEvalTask(Task):
         if len(golds) != 1:
             self._unclear.add(example_id)
         gold = golds[0] if golds else 0
-        # With several inputs the options stand before the text, which is the target.
+        # With several inputs the options come before the text, which is the target.
         text = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
         return with_options(str(text), choices, gold, example_id, self.name)
 
@@ -209,7 +209,7 @@ class LmEvalTask(Task):
 
 
 def warn_of_code(file: Path) -> None:
-    """Warn that a task file runs Python code from its folder, if one there names functions."""
+    """Warn if a task file, or another one in its folder, makes the harness run Python code."""
     if not file.is_file():
         return
     for neighbour in [file, *sorted(file.parent.glob("*.y*ml"))]:
@@ -223,11 +223,13 @@ def warn_of_code(file: Path) -> None:
 
 
 def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what tasks ask for, `choices` or `generated`, and the metric that counts.
+    """Return the kind of the tasks, `choices` or `generated`, and the metric that we report.
+
+    A TaskError unless they are of one kind and share a metric.
 
     Args:
-        name: What the user named.
-        tasks: The harness' tasks that it stands for, all of one kind, with a metric in common.
+        name: The name that the user wrote.
+        tasks: The harness' tasks that it stands for.
     """
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     metrics = [list(task.aggregation()) for task in tasks.values()]
@@ -255,7 +257,7 @@ def _is_in_all(metric: str, lists: Sequence[Sequence[str]]) -> bool:
 
 
 def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a task that the harness doesn't report."""
+    """Return the rows that the harness doesn't report: for training, else for validation."""
     docs: Iterable[Mapping[str, Any]] = ()
     if task.has_training_docs():
         docs = task.training_docs()
@@ -265,7 +267,7 @@ def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
-    """Return the indices of the options that the harness has as right; maybe none."""
+    """Return the indices of the options that the harness counts as right; may be empty."""
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     golds = gold if isinstance(gold, list) else [gold]
@@ -279,7 +281,7 @@ def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
 
 @functools.cache
 def _own_tasks() -> Any:
-    """Return the manager of the harness' own tasks; it reads thousands of files, for seconds."""
+    """Return the manager of the harness' own tasks; it takes seconds to read thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -290,7 +292,7 @@ def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str
 
     Args:
         name: A task, a group, or a `.yaml` file.
-        known_names: Further names, for the nearest one in an error.
+        known_names: Names of our own tasks, for the suggestion in an error.
     """
     import datasets
 
@@ -309,15 +311,15 @@ def load_harness_tasks(name: str, known_names: tuple[str, ...] = ()) -> dict[str
 
 
 def _find_task(name: str, known_names: tuple[str, ...]) -> tuple[Any, str]:
-    """Return the harness' manager that knows a task, and the task's name there."""
+    """Return the harness' manager that has a task, and the task's name in it."""
     from lm_eval.tasks import TaskManager
 
     if name.endswith(".yaml"):
         file = Path(name)
         if not file.is_file():
             raise TaskError(f"there is no task file {name}; give one, or the name of a task")
-        # All of its folder, since a group there names its neighbours; and by its name there,
-        # since a group that is loaded by its path has its list of tasks for a name.
+        # The whole folder is included, since a group names other files in it. The task is loaded
+        # by its name, since a group that is loaded by its path is named after its list of tasks.
         manager = TaskManager(include_path=file.parent, include_defaults=False)
         names = {
             str(entry.yaml_path): entry_name for entry_name, entry in manager.task_index.items()

@@ -1,7 +1,7 @@
-r"""Prompt formats: how a search asks the questions of a task, for each reward.
+r"""Prompt formats: the prompts of a search for the questions of a task, for each reward.
 
-The prompts of `OPTIONS` under `loglikelihood` are byte for byte what lm-evaluation-harness renders
-for ARC and PIQA, and in its cloze form for MMLU. Loads no torch.
+The prompts of `OPTIONS` for `loglikelihood` are byte for byte those of lm-evaluation-harness for
+ARC, PIQA and the cloze form of MMLU. Loads no torch.
 """
 
 from dataclasses import dataclass, replace
@@ -17,22 +17,23 @@ LETTER_TOKENS = 10
 """Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
 BOXED_TOKENS = 15
 """Maximum tokens of a boxed answer; no room for a chain of thought (Dr.LLM section 4)."""
-ANSWER_TOKENS = 16  # least limit of other answers; a longer right answer raises it
-SPARE_TOKENS = 8  # of an answer's limit, beyond the right answer's own
+ANSWER_TOKENS = 16  # minimum limit of other answers; a longer right answer raises it
+SPARE_TOKENS = 8  # what the limit of an answer leaves beyond the right answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """How a search asks the questions of a task.
+    """Makes the prompts of a search for the questions of a task.
 
     Attributes:
         rewards: The rewards that fit, the default first: `loglikelihood` scores the options' texts,
-            `letter` asks for one of their letters, others grade a generated answer; `kl` alone for
-            prompts without answers.
-        templates: Texts around `{question}` and, for generated answers, `{context}`: first the
-            search's, then those of the re-test.
-        max_new_tokens: Maximum tokens of an answer; None for what its longest right answer needs.
-        letters: Letters that an answer may name, where the question's own text has the options.
+            `letter` asks for one of their letters, others grade a generated answer. Prompts without
+            answers have `kl` alone.
+        templates: Texts around `{question}` and, for generated answers, `{context}`: first that of
+            the search, then those of the re-test.
+        max_new_tokens: Maximum tokens of an answer; None for the length of its longest right answer
+            and a few more.
+        letters: Letters that an answer may name, if the question's own text lists the options.
     """
 
     rewards: tuple[str, ...]
@@ -43,8 +44,8 @@ class PromptFormat:
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the prompt of a question for one of the rewards, then those of the re-test.
 
-        The re-test uses other templates; options are also scored by character, and a letter is
-        asked for in every rotation of the options, so that the right one moves.
+        The re-test uses other templates. Options are also scored by character. Letters are asked
+        for in every rotation of the options, so that the right one moves.
         """
         if reward == OPTIONS_REWARD:
             prompts = [_scored_prompt(example, template) for template in self.templates]
@@ -77,7 +78,7 @@ class GapFormat(PromptFormat):
     """
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question, then those of the re-test, in other templates."""
+        """Return the prompt of a question, then those of the re-test, from other templates."""
         return tuple(_gap_prompt(example, template) for template in self.templates)
 
 
@@ -123,14 +124,14 @@ def _scored_prompt(example: Example, template: str) -> Prompt:
 
 
 def _tokens_needed(example: Example) -> int:
-    """Return a limit for an answer that has room for the longest right one."""
+    """Return a limit that leaves room for the longest right answer."""
     answers = (example.answer, *example.other_answers)
-    most_bytes = max(len(answer.encode()) for answer in answers)  # a token has a byte at least
+    most_bytes = max(len(answer.encode()) for answer in answers)  # a token has at least one byte
     return max(ANSWER_TOKENS, most_bytes + SPARE_TOKENS)
 
 
 def _gap_prompt(example: Example, template: str) -> Prompt:
-    """Return a prompt that ends before the gap; white space there belongs to the fillings."""
+    """Return a prompt that ends before the gap; white space before it belongs to the options."""
     before, _, after = template.format(question=example.question).partition("_")
     text = before.rstrip()
     space = before[len(text) :]
@@ -158,5 +159,7 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
 
 
 def add_context(example: Example, text: str) -> str:
-    """Return a text behind the example's context, if it has any."""
-    return f"{example.context}\n\n{text}" if example.context else text
+    """Return a text with the example's context before it, if there is any."""
+    if not example.context:
+        return text
+    return f"{example.context}\n\n{text}"

@@ -1,4 +1,4 @@
-"""All tasks by name: the package's own, groups of them, the user's files, the harness' tasks."""
+"""Looks up tasks by name: our own, groups of them, files of users, and the harness' tasks."""
 
 import functools
 from collections import Counter
@@ -14,7 +14,7 @@ from drllm.tasks.harness import LmEvalTask
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
 )
-"""Every task by name. Modules of `tasks/published` are found without being listed anywhere."""
+"""Every task of our own by name. All modules in `tasks/published` are imported."""
 
 _lm_eval_task = functools.lru_cache(maxsize=8)(LmEvalTask)
 
@@ -22,14 +22,14 @@ TaskOrClass = TypeVar("TaskOrClass", Task, type[Task])
 
 
 def register(task: TaskOrClass) -> TaskOrClass:
-    """Register a task under its name; as a decorator of a class, an instance of it."""
+    """Register a task under its name; as the decorator of a class, register an instance."""
     instance = task() if isinstance(task, type) else task
     TASKS.register(instance.name)(instance)
     return task
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Return the names that stand for several tasks wherever a list of tasks is given."""
+    """Return the groups: names that stand for several tasks in any list of tasks."""
     members: dict[str, tuple[str, ...]] = {}
     for name in TASKS:
         group = TASKS.get(name).group
@@ -49,14 +49,14 @@ def is_task_name(name: str) -> bool:
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name: one of ours, a file of questions, a hub set, or the harness' own.
+    """Return a task by name: one of ours, a file of questions, a hub set, or one of the harness.
 
-    The harness' tasks are looked up where lm-evaluation-harness is installed; a `.yaml` file is a
-    task file of it.
+    The harness' tasks are available if lm-evaluation-harness is installed; a `.yaml` file is a task
+    file of the harness.
 
     Raises:
-        TaskError: No such name (with the nearest) or file, a file in another format, or the name of
-            several tasks.
+        TaskError: An unknown name (the message has the nearest), a missing file or one in another
+            format, or the name of a group.
     """
     refuse_other_formats(name)
     if is_source(name):
@@ -73,7 +73,7 @@ def get_task(name: str) -> Task:
 
 
 def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order; a group's name stands for its tasks."""
+    """Return the tasks of a comma list, in order; a group is replaced by its tasks."""
     counts: Counter[str] = Counter()
     for part in names.split(","):
         name = _resolve_alias(part.strip())
@@ -92,7 +92,7 @@ def get_tasks(names: str) -> list[Task]:
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
-    """Return name, rewards (the default first; empty: none) and description of tasks and groups."""
+    """Return name, rewards (the default first) and description of all tasks and groups."""
     descriptions: list[tuple[str, str, str]] = []
     for name in TASKS:
         task = TASKS.get(name)

@@ -1,8 +1,8 @@
-"""Rewards: which answers are right.
+"""Rewards: decide which answers are right.
 
-A reward grades generated answers, or scores a question's options. Adding one is one class here (or
-in a module that `REWARDS` names), under `@REWARDS.register("name")`. `equality` decides whether two
-expressions are equal. Loads no torch.
+A reward grades generated answers, or scores the options of a question. A reward is one class here
+(or in a module that `REWARDS` names), under `@REWARDS.register("name")`. `equality` compares
+mathematical expressions. Loads no torch.
 """
 
 import re
@@ -19,7 +19,7 @@ from drllm.tasks.graded import SUFFIX, grade_by_function
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
 _UNFINISHED_CHARACTER = "\ufffd"
-"""What tokenizers show for the first bytes of a character while the others are missing."""
+"""What tokenizers decode the first bytes of a character to while the others are missing."""
 
 
 class Reward:
@@ -27,14 +27,14 @@ class Reward:
 
     Attributes:
         scores_options: Whether the prompt's continuations are scored; else an answer is generated.
-        needs: The extra whose packages it needs; empty if it needs none.
+        needs: The extra with the packages that the reward needs; empty for none.
     """
 
     scores_options: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
-        """Do what the function `verdict` does, for prompts of this reward."""
+        """Return the grade of a prompt of this reward, as the function `verdict` describes."""
         raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
 
     def gold_text(self, prompt: Prompt) -> str:
@@ -47,7 +47,7 @@ REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
 
 def check_installed(reward: str) -> None:
     """Raise a ConfigError if a reward needs packages that aren't installed."""
-    if SUFFIX in reward:  # a function of the user's own
+    if SUFFIX in reward:  # a function in a user's file
         return
     extra = REWARDS.get(reward).needs
     if extra:
@@ -55,7 +55,7 @@ def check_installed(reward: str) -> None:
 
 
 def get_reward(prompt: Prompt) -> Reward:
-    """Return the reward that a prompt names, which may be a function of the user's own."""
+    """Return the reward that a prompt names, which may be a function in a user's file."""
     if SUFFIX in prompt.reward:
         return _FunctionReward()
     return REWARDS.get(prompt.reward)()
@@ -69,9 +69,10 @@ def grade(prompt: Prompt, text: str) -> float:
 
 
 def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    """Return the grade of a generated answer once no continuation of the text can change it.
+    """Return the grade of a generated answer, as soon as no continuation can change it.
 
-    The text is without special tokens. None while the grade is open, never when finished.
+    None while the grade is open, which it never is when the answer is finished. The text has no
+    special tokens.
 
     Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
         verdict is ours.
@@ -82,13 +83,13 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
 
 
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
-    """Return reward and margin of a multiple-choice question from its options' log-probabilities.
+    """Return reward and margin of a question from the log-probabilities of its options.
 
-    The reward is 1.0 if the gold option has the best score (of equal ones the first has, as in
-    lm-evaluation-harness); the margin is its score minus the best other's.
+    The reward is 1.0 if the gold option has the best score; among equal scores the first is the
+    best, as in lm-evaluation-harness. The margin is its score minus the best score of the others.
 
     Args:
-        logprobs: Sums in nats; where the prompt is `normalised` each is divided by the option's
+        logprobs: Sums in nats. If the prompt is `normalised`, each is divided by the option's
             length in characters, without its leading space.
         prompt: Its `gold` is the right option's index.
     """
@@ -103,7 +104,7 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
 
 
 class _FunctionReward(Reward):
-    """A function of the user's own grades the whole answer."""
+    """A function in a user's file grades the whole answer."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
@@ -135,7 +136,7 @@ class Letter(Reward):
         if letter is None:
             return 0.0 if finished else None
         if letter.end() == len(text) and not finished:
-            return None  # the next character may make a word of it
+            return None  # the next character may turn it into a word
         return float(letter.group() == prompt.answer)
 
 
@@ -167,7 +168,7 @@ class Exact(Reward):
         golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
         if finished or rest:
             return float(normalise(first_line) in golds)
-        # White space at the end may stand between this and the next word: keep one space of it.
+        # White space at the end may separate this word from the next: keep one space.
         beginning = re.sub(r"\s+", " ", first_line).casefold().lstrip(_OPENING_MARKS)
         for gold in golds:
             if gold.startswith(beginning):

@@ -1,4 +1,4 @@
-"""Reading question files (JSON lines, plain or gzipped) and the fields of their rows."""
+"""Readers of question files (JSON lines, plain or gzipped), hub sets, and fields of rows."""
 
 import gzip
 import re
@@ -13,13 +13,13 @@ from drllm.listener import quiet
 from drllm.records.codec import decode, refuse_special_file
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
-"""How a data set of the hub is named, with its configuration and split where they are needed."""
-HUB_ROWS = 10_000  # how many rows of one are read where no limit is given
+"""The name of a data set of the hub: OWNER/NAME[:CONFIG[:SPLIT]]."""
+HUB_ROWS = 10_000  # maximum rows that are read of one
 EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
 
 
 class EmptyTextError(TaskError):
-    """A text is empty: its row can't be asked, and the other rows of a set can."""
+    """A text is empty, so its row isn't usable; other rows of the set may be."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -63,11 +63,11 @@ def hub_rows(
     """Yield the rows of a split of a data set on the hub.
 
     Args:
-        repository: Its id.
-        config: Its configuration; None where it has only one.
-        split: Its split.
-        what: What is fetched, for errors.
-        instead: What the user can give instead, for errors.
+        repository: The id of the data set.
+        config: The configuration; None if there is only one.
+        split: The split.
+        what: What is fetched, for error messages.
+        instead: What the user can give instead, for error messages.
         columns: The only columns to read; empty for all.
         stream: Fetch only the rows that are read.
     """
@@ -91,7 +91,7 @@ def hub_rows(
 
 
 def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`, of `train` where it names no split."""
+    """Yield the rows of `OWNER/NAME[:CONFIG[:SPLIT]]`; the default split is `train`."""
     match = HUB_SET.fullmatch(name)
     assert match
     repository, config, split = match.groups()
@@ -106,7 +106,7 @@ def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
 
 
 def read_text(row: Mapping[str, Any], key: str) -> str:
-    """Return a text field of a row as it stands; a TaskError if it is missing, blank or no text."""
+    """Return a text field of a row unchanged; a TaskError if it is missing, blank or not a text."""
     value = _field(row, key)
     if not isinstance(value, str):
         raise TaskError(f"{key!r} is {value!r}; expected text")
@@ -140,7 +140,7 @@ def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, An
 
 
 def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the roles and texts of a row's conversation, which has at least one message."""
+    """Return role and text of each message of a row; a TaskError if there are none."""
     messages = row["messages"]
     expected = "objects with role and content"
     if not isinstance(messages, list) or not messages:
@@ -152,7 +152,7 @@ def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def read_index(value: Any, count: int, key: str) -> int:
-    """Return an index from 0 of one of `count` options, as the field `key` gives it."""
+    """Return a value of the field `key` if it is an index from 0 of one of `count` options."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")
     return value

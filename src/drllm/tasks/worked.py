@@ -1,4 +1,4 @@
-"""Questions asked with worked examples before them, or with room for a chain of thought.
+"""Tasks with worked examples before each question, or with room for a chain of thought.
 
 Loads no torch.
 """
@@ -16,16 +16,16 @@ from drllm.tasks.rewards import get_reward
 
 
 class WorkedTask(Task):
-    """A task whose questions come after worked examples, the same before each question.
+    """A task with worked examples before each question, always the same ones.
 
-    Examples and question are one text, as base models are asked; where the model has a chat
-    template, that text is the user's turn.
+    Examples and question are one text, as base models expect it. If the model has a chat template,
+    that text is the user's turn.
 
     Args:
         task: The task.
-        shots: The examples to show, with their answers.
-        max_new_tokens: Maximum tokens of a generated answer, which may then work out what is asked
-            for in a box; None leaves the task's own limit.
+        shots: The worked examples, with their answers.
+        max_new_tokens: Maximum tokens of a generated answer; a prompt for an answer in a box then
+            asks for the steps too. None leaves the task's limit.
     """
 
     def __init__(
@@ -36,22 +36,22 @@ class WorkedTask(Task):
         self.description = task.description
         self.worked_examples = shots
         self.max_new_tokens = max_new_tokens
-        # The examples' texts are the same before each question.
+        # The texts of the examples are the same before each question.
         self._render_example = functools.cache(self._render_example_once)
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """Those of the task itself."""
+        """The rewards of the wrapped task."""
         return self.task.rewards
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return those of the task itself."""
+        """Return the questions of the wrapped task."""
         return self.task.examples(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the prompt of a question and those of the re-test, each after the examples.
 
-        In each prompt the examples are asked in the same way as the question.
+        The examples use the same template as the question.
         """
         if self.worked_examples and (example.messages or not self.task.has_answers):
             raise ConfigError(
@@ -79,7 +79,7 @@ class WorkedTask(Task):
         return tuple(replace(prompt, max_new_tokens=self.max_new_tokens) for prompt in prompts)
 
     def _render_example_once(self, shot: Example, reward: str, way: int) -> str:
-        """Return the text of a worked example, asked in one of the ways, with its answer."""
+        """Render a worked example with its answer, by one of the prompts of its task."""
         prompts = self._prompts_alone(shot, reward)
         prompt = prompts[way % len(prompts)]  # an example with fewer options has fewer rotations
         if prompt.continuations:

@@ -1,5 +1,6 @@
 """A listener that records, for the tests of the search here and on Ray."""
 
+import re
 from contextlib import contextmanager
 
 from drllm.listener import Listener
@@ -18,6 +19,10 @@ class RecordingListener(Listener):
         self.on_report = on_report
         self.calls = []
         self.notes = []
+
+    def questions_done(self):
+        """Return the number of finished questions in the note of each report."""
+        return [int(re.search(r"(\d+) of \d+ questions", note)[1]) for _, _, note in self.calls]
 
     def note(self, text):
         self.notes.append(text)

@@ -78,7 +78,7 @@ def test_two_workers_give_the_records_of_one_process(
     listener = listening()
     records = run_search(workers, collect_questions([facts], CONFIG), CONFIG, tmp_path, listener)
     assert_same_run(in_process, records)
-    assert [done for done, _, _ in listener.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
+    assert listener.questions_done() == [2, 4, 6, 8, 10, 12, 14, 16], (
         "batches are handed over one by one"
     )
 
@@ -146,16 +146,18 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     bad = split_into_batches(questions, 2)[3].questions[0]
     monkeypatch.setattr(ray_executor, "MAX_LOSSES", 1)  # each is a process that imports torch
     deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
-    monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
+    monkeypatch.setattr(
+        workers, "render_prompts", lambda prompts: [prompt.text for prompt in prompts]
+    )
     questions[bad.place] = dataclasses.replace(bad, retests=(deadly,))
     listener = listening()
     records = run_search(workers, questions, CONFIG, tmp_path, listener)
     assert_same_run([record for record in in_process if record.id != bad.example.id], records)
     [failed] = records.failed
     assert (failed.id, failed.attempts) == (bad.example.id, 1)
-    assert failed.error == "its worker process died"
+    assert "died" in failed.error
     assert (tmp_path / FAILED_FILE).is_file()
-    assert [done for done, _, _ in listener.calls] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert listener.questions_done() == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @pytest.mark.thorough

@@ -50,8 +50,8 @@ def test_an_alias_is_the_task_itself():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("arc_esay", "did you mean 'arc_easy'"),
-        ("drat", "did you mean 'dart'"),
+        ("arc_esay", "'arc_esay'.*'arc_easy'"),
+        ("drat", "'drat'.*'dart'"),
         (",", "no task is named"),
         ("arc_easy,arc_easy", "named twice"),
         ("dart-3,dart", "'dart-3' is named twice in 'dart-3,dart'"),

@@ -1,4 +1,4 @@
-"""The published question sets, as rows of `sets.yaml`.
+"""Published question sets, as rows of `sets.yaml`.
 
-Every module in this folder is found by the registry of tasks.
+The registry of tasks imports every module in this folder.
 """

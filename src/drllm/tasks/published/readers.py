@@ -1,9 +1,9 @@
-"""Readers: functions that make a question of a row of a published set.
+"""Readers: functions that make questions from rows of published sets.
 
-A reader takes a row and returns the question, without the task's name, and without an id where the
-row has none; None for a row that is no question of the task. It raises a TaskError, which names
-neither file nor line, for a row that can't be used. `*_columns` return the columns that the
-harness' task file reads of a question. Rows of `sets.yaml` name these functions. Loads no torch.
+A reader returns the question of a row, without the task's name, and without an id if the row has
+none. It returns None for a row that doesn't belong to the task, and raises a TaskError, without
+file or line, for a row that can't be used. `*_columns` return the columns that the harness' task
+file reads. Rows of `sets.yaml` name these functions. Loads no torch.
 """
 
 import functools
@@ -26,13 +26,13 @@ DART_LEVELS = (1, 2, 3, 4, 5)  # as MATH has them: 1 is the easiest. As tasks: D
 
 @dataclass(frozen=True)
 class Columns:
-    """Reads a question with options from the columns that are named."""
+    """Reads a question with options from columns of any name."""
 
     question: str = "question"  # the question's column
     # The column that lists the options, or a column for each of them.
     choices: str | tuple[str, ...] = "choices"
     answer: str = "answer"  # the column that says which option is right
-    # The value of that column for each option, in order; without, it has the index from 0.
+    # The value of that column for each option, in order; empty if the value is an index from 0.
     answers: tuple[Any, ...] = ()
 
     def __call__(self, row: Row) -> Example:
@@ -54,8 +54,7 @@ class Columns:
 def labelled(row: Row) -> Example:
     """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
 
-    Labels may be letters or numbers, of any count from 2; the right option is where the answer
-    key stands among them. ARC and CommonsenseQA.
+    Labels are letters or numbers, at least 2; the answer key is one of them. ARC and CommonsenseQA.
     """
     options = read_object(row, "choices", "text", "label")
     choices = read_texts(options, "text", minimum=2)
@@ -135,8 +134,8 @@ def gsm8k(row: Row) -> Example:
 def dart(row: Row, level: int) -> Example | None:
     """Read `query`, `gt_ans` and `level`, or the level inside `query_metadata`.
 
-    None for a problem of another level. A few problems of MATH have no level ("Level ?"): in a data
-    folder, which its owner can mend, such a row is an error.
+    None for a problem of another level. A few problems of MATH have no level ("Level ?"). In a data
+    folder, which its owner can correct, such a row is an error.
     """
     row_level = _level(row)
     if row_level not in DART_LEVELS:
@@ -156,12 +155,12 @@ dart_5 = functools.partial(dart, level=5)
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
-    """Keep one row of each problem of DART's pool, of those that have a level."""
+    """Keep one row of each problem in DART's pool, and only problems with a level."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(str(row.get("query")), row)
     levelled = [row for row in first.values() if _level(row) in DART_LEVELS]
-    if not levelled:  # levels are written in another way: reading refuses the first row
+    if not levelled:  # the format of levels has changed: let the reader refuse the first row
         return list(first.values())
     num_without = len(first) - len(levelled)
     if num_without > 0:
@@ -172,7 +171,7 @@ def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
 
 
 def _level(row: Row) -> Any:
-    """Return the value of a row's level; None where it has none."""
+    """Return the level of a row; None if it has none."""
     if "level" in row:
         return row["level"]
     metadata = row.get("query_metadata")
@@ -182,10 +181,10 @@ def _level(row: Row) -> Any:
 def squad(row: Row) -> Example:
     """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
 
-    Any of the answers that people gave is right; answers of nothing but marks can't be graded.
+    Every answer that people gave is right. Answers that are only punctuation can't be graded.
     """
     texts = read_texts(read_object(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
-    answers: dict[str, str] = {}  # by their text as it is compared, so that each counts once
+    answers: dict[str, str] = {}  # normalised text → text, so that each answer counts once
     for text in texts:
         answers.setdefault(normalise(text), text.strip())
     answers.pop("", None)

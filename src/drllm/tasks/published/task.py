@@ -31,7 +31,7 @@ from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
-"""Files of questions that stay in memory, since every stage reads them again."""
+"""Files of questions that are kept in memory, since every stage reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,16 +41,16 @@ class PublishedTask(Task):
     Attributes:
         name, description, prompt_format, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
-        config: The set's configuration there; None where there is only one.
+        config: The set's configuration there; None if there is only one.
         files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
             or `own`, as `records.splits.find_split` divides them. Other files are never read.
-        read: Makes a question of a row; see `readers`.
-        shots_file: A file of worked examples, which are shown before a question and never asked.
-        folder: The task's folder below a data folder, where it isn't the name.
-        columns: The only columns that are needed; all unless given.
+        read: Makes a question from a row; see `readers`.
+        shots_file: A file of worked examples, which are never asked as questions.
+        folder: The task's folder in a data folder; by default the task's name.
+        columns: The only columns that are needed; empty for all.
         related: Tasks whose reported questions mustn't be trained on either.
-        thin_out: Returns the rows to keep of a file on the hub, where these are few; its second
-            argument is the file's name in words.
+        thin_out: Returns the few rows to keep from a long file on the hub; its second argument is
+            the file's name for messages.
     """
 
     name: str
@@ -76,11 +76,11 @@ class PublishedTask(Task):
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split, each with the row that it was read from.
 
-        They are in the file's order. A file that is only reported is asked as published. Of other
-        files the first question of each text stays, and a training question that a reported file
-        has too, of this task or a related one, is left out. Files are `TASK/FILE.jsonl[.gz]` of the
-        data folder, or the hub's. Rows with an empty text, such as an option, are skipped with a
-        warning that names them. `Task.examples` lists the errors.
+        They are in the file's order. A file that is only reported is returned as published. Other
+        files keep the first question of each text, and leave out training questions that are also
+        in a reported file of this task or of a related one. Files are `TASK/FILE.jsonl[.gz]` in the
+        data folder, or those on the hub. Rows with an empty text, such as an empty option, are
+        skipped with a warning. `Task.examples` lists the errors.
         """
         file = self._file(split)
         origin = self.files[file]
@@ -95,7 +95,7 @@ class PublishedTask(Task):
         return questions
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the rows that can't be asked; an id is the file's name with the row's number."""
+        """Return the unusable rows; their ids are the file's name with the row's number."""
         return self._questions(self._file(split), data_dir).skipped
 
     def _file(self, split: str) -> str:
@@ -110,22 +110,22 @@ class PublishedTask(Task):
         )
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of the `shots_file`; without one see `Task.shots`."""
+        """Return the questions of the `shots_file`; without such a file, as `Task.shots`."""
         if self.shots_file:
             return list(self._questions(self.shots_file, data_dir).questions)
         return self.rows(choose_shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
-        """Return the splits that the files serve."""
+        """Return the splits that have questions in the files."""
         splits: list[str] = []
         for origin in self.files.values():
             splits += BOUNDS[origin]
         return splits
 
     def _reported(self, data_dir: Path | str | None) -> set[str]:
-        """Return the keys of all reported questions, of this task and related ones.
+        """Return the keys of all reported questions of this task and related ones.
 
-        A data folder may lack files of theirs.
+        Files that the data folder lacks are left out.
         """
         tasks: list[Task] = [self]
         tasks += [TASKS.get(name) for name in self.related if name != self.name]
@@ -153,7 +153,7 @@ class PublishedTask(Task):
         return _read(self, file, path, state.st_mtime_ns, state.st_size)
 
     def _no_file(self, file: str, data_dir: Path | str) -> NoSplitError:
-        """Return the error for a file that the data folder lacks; it names those that are there."""
+        """Return the error for a file that the data folder lacks, with the files that it has."""
         present = ""
         for name in self.files:
             if self._find(name, data_dir):
@@ -165,13 +165,13 @@ class PublishedTask(Task):
         )
 
     def _purpose(self, file: str) -> str:
-        """Return what a file is for, in words."""
+        """Describe what a file is for."""
         if file == self.shots_file:
             return "worked examples, to be shown before its questions"
         return f"questions for {', '.join(BOUNDS[self.files[file]])}"
 
     def _hub_rows(self, file: str) -> Iterable[Row]:
-        """Return the rows of a file on the hub, those that `thin_out` keeps."""
+        """Return the rows of a file on the hub that `thin_out` keeps."""
         rows = hub_rows(
             self.repository,
             self.config,
@@ -195,7 +195,7 @@ class PublishedTask(Task):
 
 
 class Questions(NamedTuple):
-    """The questions of a file, and the rows that can't be asked: id → reason."""
+    """The questions of a file, and its unusable rows: id → reason."""
 
     questions: tuple[QuestionRow, ...]
     skipped: dict[str, str]
@@ -205,7 +205,7 @@ class Questions(NamedTuple):
 def _read(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
 ) -> Questions:
-    """Read a file of the hub (without a path) or of a data folder; a changed file is read anew."""
+    """Read a file on the hub (without a path) or in a data folder; a changed file is read again."""
     rows: Iterable[tuple[int, Row]]
     if path is None:
         rows = enumerate(task._hub_rows(file), start=1)
@@ -221,7 +221,8 @@ def _read(
         try:
             example = task.read(row)
         except EmptyTextError as error:
-            first_skipped_line = first_skipped_line or line
+            if not skipped:
+                first_skipped_line = line
             skipped[f"{file}-{number}"] = str(error)
             continue
         except TaskError as error:
@@ -229,7 +230,7 @@ def _read(
         if example is None:
             continue
         example_id = example.id
-        if not example_id or example_id in questions:  # a copy needs an id of its own
+        if not example_id or example_id in questions:  # a copy needs another id
             example_id = f"{file}-{number}"
         questions[example_id] = replace(example, id=example_id, task=task.name), row
     if skipped:
@@ -238,7 +239,7 @@ def _read(
 
 
 def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions: int) -> None:
-    """Warn of rows that can't be asked; a TaskError if there is no other row."""
+    """Warn of unusable rows; a TaskError if there are no others."""
     reason = next(iter(skipped.values()))
     if num_questions == 0:
         raise TaskError(f"{first_line}: {reason}, and no other row can be asked")
@@ -249,14 +250,14 @@ def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions:
 
 
 _thinned: dict[tuple[str, str | None, str], list[Row]] = {}
-"""The rows that `thin_out` kept of files of the hub, which are long and shared by tasks."""
+"""The rows that `thin_out` kept of files on the hub, which several tasks share."""
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
-    """Return the file of a folder that holds the rows of `stem`, or None where there is none.
+    """Find the file in a folder that has the rows of `stem`; None if there is none.
 
-    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`;
-    several parts without the whole are a TaskError.
+    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`.
+    Several parts without the whole are a TaskError.
     """
     whole = _files_named(folder, stem)
     if whole:
@@ -271,7 +272,7 @@ def find_file(folder: Path, stem: str) -> Path | None:
 
 
 def _files_named(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a folder whose name without its ending fits a pattern."""
+    """Return the files in a folder whose name without its ending matches a pattern."""
     files: list[Path] = []
     for ending in FILE_NAMES:
         files += sorted(folder.glob(pattern + ending))
@@ -284,7 +285,7 @@ def _warn_of_part(path: Path) -> None:
 
 
 class Loader(yaml.SafeLoader):
-    """Reads YAML in which `!function` names a function for the harness to call."""
+    """Reads YAML in which `!function` names a function that the harness calls."""
 
 
 Loader.add_constructor("!function", lambda _, node: Function(node.value))
@@ -306,7 +307,7 @@ def tasks_in(table: str) -> list[PublishedTask]:
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a task or a part of one, with lists, names and parts resolved."""
+    """Return the fields of a task, or of a part of it, with names replaced by objects."""
     fields = dict(row)
     for key, value in row.items():
         if isinstance(value, list):

@@ -317,8 +317,8 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
         ("arc_easy", {"num_fewshot": -1}, "num_fewshot is -1; expected 0 or more"),
         ("mmlu", {"num_fewshot": 6}, r"'mmlu' \(anatomy\) has 5 worked examples .* at most 5"),
         ("piqa", {"num_fewshot": 99}, r"'piqa' has \d+ worked examples .* num_fewshot is 99"),
-        ("mmlu", {"split": "fit"}, "'mmlu' is only evaluated and has no questions for 'fit'"),
-        ("arc_easy", {"split": "tset"}, "did you mean 'test'"),
+        ("mmlu", {"split": "fit"}, "'mmlu'.*'fit'"),
+        ("arc_easy", {"split": "tset"}, "'tset'.*'test'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(names, given, message, sets, write):

@@ -132,7 +132,7 @@ def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_fro
 
 @pytest.mark.thorough  # lists thousands of files
 def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monkeypatch, capfd):
-    with pytest.raises(TaskError, match="unknown task 'boolqq'; did you mean 'boolq'"):
+    with pytest.raises(TaskError, match=r"'boolqq'.*'boolq'"):
         tasks_of(config_of("boolqq"))
 
     def unreached(*_: Any, **__: Any):
