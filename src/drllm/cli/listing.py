@@ -44,10 +44,10 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_baselines(terminal: Terminal) -> None:
-    from drllm.evaluation.baselines.base import dashed, ordered
+    from drllm.evaluation.baselines.base import dashed, list_baselines
 
     rows = []
-    for baseline in ordered():
+    for baseline in list_baselines():
         name = dashed(baseline.name)
         rows.append((name, baseline.description, baseline.fitted_on, baseline.source))
     terminal.table("baseline|what it does|fitted on|source", rows)

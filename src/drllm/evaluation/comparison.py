@@ -17,8 +17,8 @@ from drllm.evaluation.baselines.base import (
     BaselineRun,
     Material,
     Measure,
-    depths,
-    named,
+    read_curve,
+    select_baselines,
 )
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
@@ -112,9 +112,9 @@ class EvaluationContext:
         self.output = output
         self.progress = PlannedWork()
         self.prompts: list[list[int]] = []
-        self.baselines = named(config.baselines)
+        self.baselines = select_baselines(config.baselines)
         self.depths = {"": 0.0}  # share saved by name; the depth of training has no name
-        for share in depths(config.curve):
+        for share in read_curve(config.curve):
             self.depths[f"{100 * share:g} % saved"] = share
         self.sources = sources_of(tasks, config)
         self._sources_by_name = {source.name: source for source in self.sources.values()}
@@ -411,7 +411,7 @@ class TaskComparison:
         systems = []
         for name in self.context.baselines:
             baseline = self.context.baseline(name, self.source.name)
-            obstacle = baseline.obstacle(routed.executions)
+            obstacle = baseline.find_obstacle(routed.executions)
             if obstacle:
                 self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
             else:

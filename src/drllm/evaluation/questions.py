@@ -12,7 +12,13 @@ from pathlib import Path
 from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import flag_of, required_tasks
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
-from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, check, depths, named
+from drllm.evaluation.baselines.base import (
+    BASELINES,
+    QUESTIONS,
+    check,
+    read_curve,
+    select_baselines,
+)
 from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, list_results, read_schema
 from drllm.statistics.verdicts import FEWEST_TEXTS
@@ -162,8 +168,8 @@ def check_output(output: Path) -> None:
 
 def is_fitted(config: EvaluateConfig) -> bool:
     """Tell whether an evaluation looks for depths or fits baselines on questions."""
-    baselines = [BASELINES.get(name) for name in named(config.baselines)]
-    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
+    baselines = [BASELINES.get(name) for name in select_baselines(config.baselines)]
+    return bool(read_curve(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
 
 
 def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:

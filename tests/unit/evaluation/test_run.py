@@ -16,8 +16,8 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
-from drllm.evaluation.baselines.base import depths, named
-from drllm.evaluation.baselines.random_routes import permuted
+from drllm.evaluation.baselines.base import read_curve, select_baselines
+from drllm.evaluation.baselines.random_routes import permute_routes
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.questions import is_fitted
 from drllm.evaluation.run import evaluate
@@ -73,8 +73,8 @@ def settings(**values):
     small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, **values}
     config = EvaluateConfig(**small)
     few = {}
-    drawn = named("permuted-routes,random-decisions,label-frequency")
-    if "num_random_draws" not in values and set(drawn) & set(named(config.baselines)):
+    drawn = select_baselines("permuted-routes,random-decisions,label-frequency")
+    if "num_random_draws" not in values and set(drawn) & set(select_baselines(config.baselines)):
         few["num_random_draws"] = 3
     if "num_calibration" not in values and is_fitted(config):
         few["num_calibration"] = 12
@@ -209,7 +209,7 @@ def test_baselines_run_at_the_routed_model_s_executions(evaluated):
     assert routed > 6, "the sample must be a test of what comes next"
     for name in ("last layers", "evenly spaced"):  # there is nothing to drop
         assert rows[name]["executions"] == 6
-    assert "Last layers: runs 6 layers, having none to drop." in evaluated[0]["findings"]
+    assert "Last layers: runs all 6 layers, since it can't repeat any." in evaluated[0]["findings"]
 
 
 def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, run, tmp_path):
@@ -228,7 +228,7 @@ def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
     result, samples, _ = evaluated
     routes = torch.tensor([sample["systems"]["routed"]["decisions"] for sample in samples])
     generator = torch.Generator().manual_seed(0)
-    drawn = [permuted(routes, generator) for _ in range(3)]
+    drawn = [permute_routes(routes, generator) for _ in range(3)]
     shares = [float((routes == each).all(dim=1).double().mean()) for each in drawn]
     assert sum(shares) > 0, "the sample must hold questions of the same route"
     for name, row in by_name(result).items():
@@ -345,7 +345,7 @@ def test_generated_answers_are_evaluated_under_each_route(run, tmp_path):
 def test_baselines_that_lack_what_they_are_fitted_on_are_named(run, tmp_path):
     [result] = run(tmp_path, baselines="all", limit=8, num_random_draws=1, num_calibration=4)
     lacking = {"sequence router"}
-    expected = [*SYSTEMS[:2], *(name for name in named("all") if name not in lacking)]
+    expected = [*SYSTEMS[:2], *(name for name in select_baselines("all") if name not in lacking)]
     assert list(by_name(result)) == expected
     for name in lacking:
         start = f"{name.capitalize()} isn't compared: it needs"
@@ -390,11 +390,11 @@ def test_the_routed_model_is_tested_where_no_depth_is_asked_for(run, tmp_path):
 
 
 def test_depths_are_shares_each_named_once():
-    assert depths("0.3,0.1") == [0.1, 0.3]
-    assert depths(None) == []
+    assert read_curve("0.3,0.1") == [0.1, 0.3]
+    assert read_curve(None) == []
     for wrong in ("0", "1", "x", "0.1,0.1", "-0.2", ""):
         with pytest.raises(ConfigError, match="--curve is"):
-            depths(wrong)
+            read_curve(wrong)
 
 
 @pytest.mark.thorough

@@ -1,1 +1,1 @@
-"""Baselines at equal executions: what a router must beat to have learned anything."""
+"""Baselines with as many executions as the routed model, which useful routers have to beat."""

@@ -1,7 +1,7 @@
-"""Define a baseline, what it may be fitted on, and the registry of all of them.
+"""Define what a baseline is, what it may be fitted on, and the registry of baselines.
 
-Adding one is a module of this package with a class under `@register`, and a test. The modules load
-torch only inside functions, so that baselines are listed without it.
+To add a baseline, write a module of this package with a class under `@register`, and a test. These
+modules import torch inside functions only, so that the command line lists baselines without torch.
 
 Axes: Q questions, L layers, N calibration prompts.
 """
@@ -37,27 +37,28 @@ ROUTES = "nothing but the routed model's own routes on these questions"
 CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
+"""Values of `Baseline.fitted_on`."""
 QUESTIONS = (CALIBRATION, CHOICE)
-"""Both are questions of the split that settings are chosen on."""
-STATE_CACHE_GB = 1.0
+"""The values that need questions of the split on which settings are chosen."""
+STATE_CACHE_GB = 1.0  # size of the state cache while candidates are measured
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
-"""Returns how good each of several candidates is; the larger the better."""
+"""Returns the value of each candidate; larger is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What baselines may be fitted on, never what is reported on; what isn't there is empty.
+    """The data of one task that baselines may be fitted on, never the questions reported on.
 
     Attributes:
         routed: The routed model.
         prompts: The token ids of each calibration prompt of the task, `[N]`.
-        questions: The same prompts with their options, where they have any.
+        questions: The same prompts with their options; empty for a task without options.
         golds: The right option of each question.
-        supervision: The routers' own targets.
+        supervision: The routers' targets; empty if the evaluation has none.
         name: The task's name.
-        remember: Gets the name of a measure, candidates, and the measure; returns its values. It
-            calls the measure only for what it doesn't know: that takes the longest of all fitting.
+        remember: Takes the name of a measure, candidates and the measure, and returns the values.
+            It calls the measure for new candidates only, since that is the slowest part of fitting.
     """
 
     routed: RoutedModel
@@ -73,15 +74,22 @@ class Material:
     def measure(self, kind: str) -> Measure:
         """Return a measure of candidates, in nats, that remembers its values.
 
-        `loss` is the mean log-probability of a token of the calibration prompts, but their first
-        ones; `answers` that of the gold options, of the options and not of the text. ModelError
-        where that of the full path isn't finite; other decisions are the worst then.
+        Args:
+            kind: `loss` measures the mean log-probability of the calibration prompts' tokens, the
+                first token of each left out. `answers` measures the mean log-probability of the
+                gold option among a question's options.
+
+        Raises:
+            ModelError: When it is called, if the full path has no finite value. Other candidates
+                without one count as the worst.
 
         Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
             log-probability (D-18).
         """
-        values_of = self._mean_answer_logprobs if kind == "answers" else self._mean_token_logprobs
-        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, values_of)
+        mean_logprobs = self._mean_token_logprobs
+        if kind == "answers":
+            mean_logprobs = self._mean_answer_logprobs
+        return lambda candidates: self.remember(f"{self.name} by {kind}", candidates, mean_logprobs)
 
     def _mean_token_logprobs(self, candidates: Sequence[Decisions]) -> list[float]:
         from drllm.models.scoring.packing import Request
@@ -107,7 +115,7 @@ class Material:
         objective: str,
         weights: Sequence[int],
     ) -> list[float]:
-        """Return the weighted mean over the items of each candidate's score."""
+        """Return each candidate's score, a weighted mean over the items."""
         import numpy as np
 
         from drllm.tuning.path_scorer import PathScorer
@@ -121,11 +129,11 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class BaselineRun:
-    """How a system decides on a task's questions.
+    """How a baseline decides on a task's questions.
 
     Attributes:
-        decides: Decisions of each question `[Q, L]`, a policy, or a path for all.
-        note: What a reader should know beyond the description; a part of a sentence.
+        decides: Decisions for each question `[Q, L]`, a policy, or one path for all.
+        note: Further information for the reader, as a part of a sentence.
     """
 
     decides: Tensor | Policy | StaticPath
@@ -133,15 +141,15 @@ class BaselineRun:
 
 
 class Baseline(ABC):
-    """One baseline of a routed model, fitted on one task on first use.
+    """A baseline of a routed model on one task; it is fitted on first use.
 
     Attributes:
-        description: What it does: the first line of its docstring.
-        fitted_on: What its decisions are fitted on; never questions that are reported on.
+        description: What it does: the first line of the class's docstring.
+        fitted_on: The data its decisions are fitted on; never the questions reported on.
         order: Its place in tables.
-        needs: A field of the material that must not be empty, and what messages call it.
-        is_drawn: Whether it is drawn several times; the others' draws only decide which questions
-            run a layer more.
+        needs: A field of the material that must not be empty, and its name in messages.
+        is_drawn: Whether to average over several random draws. In other baselines chance only
+            decides which questions run one more layer.
         reads_question: Whether its decisions depend on the question.
     """
 
@@ -161,23 +169,25 @@ class Baseline(ABC):
 
     @functools.cached_property
     def material(self) -> Material:
-        """What it is fitted on, read on first use."""
+        """The data to fit on, read on first use."""
         return self._read()
 
-    def obstacle(self, executions: float) -> str | None:
-        """Say why the baseline can't run at these mean executions; None if it can."""
+    def find_obstacle(self, executions: float) -> str | None:
+        """Return the reason why the baseline can't run at these mean executions; None if it can."""
         if self.needs is None:
             return None
         field, name = self.needs
-        return None if getattr(self.material, field) else f"it needs {name}"
+        if getattr(self.material, field):
+            return None
+        return f"it needs {name}"
 
     @abstractmethod
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
-        """Return how it decides at the routed model's mean executions.
+        """Return how the baseline decides at the routed model's mean executions.
 
         Args:
-            routes: The decisions that the routed model took on the questions, `[Q, L]`.
-            generator: What is drawn is drawn from it.
+            routes: The routed model's decisions on the questions, `[Q, L]`.
+            generator: The source of all random draws.
         """
 
 
@@ -193,23 +203,23 @@ def register(kind: Kind) -> Kind:
     return BASELINES.register(kind.name)(kind)
 
 
-def executions_of(routes: Tensor) -> float:
-    """Return the mean executions of routes `[Q, L]`."""
+def average_executions(routes: Tensor) -> float:
+    """Return the mean number of executions of routes `[Q, L]`."""
     return mean_executions(routes.tolist())
 
 
-def ordered() -> list[type[Baseline]]:
-    """Return all baselines in the order of tables."""
+def list_baselines() -> list[type[Baseline]]:
+    """Return all baselines in their order in tables."""
     return sorted(map(BASELINES.get, BASELINES), key=lambda baseline: baseline.order)
 
 
-def named(names: str) -> list[str]:
-    """Return the baselines of a comma list, in the order of tables.
+def select_baselines(names: str) -> list[str]:
+    """Return the names of the baselines in a comma list, in their order in tables.
 
-    Names have dashes or underscores for spaces; an unknown one is a ConfigError. `quick` stands for
-    those that need no fitting; `all` and `none` are lists too.
+    A name may have dashes or underscores instead of spaces; an unknown name is a ConfigError. The
+    list may also be `all`, `none`, or `quick`: the baselines that need no fitting.
     """
-    baselines = ordered()
+    baselines = list_baselines()
     if names == "none":
         return []
     if names == "all":
@@ -229,27 +239,27 @@ def _needs_fitting(baseline: type[Baseline]) -> bool:
 
 
 def dashed(name: str) -> str:
-    """Return a name as it is typed: `last-layers`."""
+    """Return a name as users type it, such as `last-layers`."""
     return name.replace(" ", "-")
 
 
 def needs_targets(baselines: str) -> bool:
-    """Tell whether some of the baselines of a comma list need the routers' targets."""
-    needs = [BASELINES.get(name).needs for name in named(baselines)]
+    """Tell whether a baseline in a comma list needs the routers' targets."""
+    needs = [BASELINES.get(name).needs for name in select_baselines(baselines)]
     return any(need is not None and need[0] == "supervision" for need in needs)
 
 
 def check(config: EvaluateConfig) -> None:
-    """Refuse settings that make no sense together, before anything is loaded or written.
+    """Refuse settings that don't fit together, before anything is loaded or written.
 
-    ConfigError for an unknown baseline, depths that are none, or a setting, file or draws that
-    nothing has a use for.
+    Raises:
+        ConfigError: A baseline is unknown, a depth isn't a share, or a setting has no effect.
     """
-    names = named(config.baselines)
-    depths(config.curve)
+    names = select_baselines(config.baselines)
+    read_curve(config.curve)
     config.check_effects()
-    drawn = [baseline.name for baseline in ordered() if baseline.is_drawn]
-    trained = [baseline.name for baseline in ordered() if needs_targets(baseline.name)]
+    drawn = [baseline.name for baseline in list_baselines() if baseline.is_drawn]
+    trained = [baseline.name for baseline in list_baselines() if needs_targets(baseline.name)]
     for setting, users in (("num_random_draws", drawn), ("supervision", trained)):
         value = getattr(config, setting)
         if value is not None and not set(users) & set(names):
@@ -259,10 +269,11 @@ def check(config: EvaluateConfig) -> None:
             )
 
 
-def depths(curve: str | None) -> list[float]:
-    """Read the shares of the executions that a curve is to save, `0.1,0.2`; return them in order.
+def read_curve(curve: str | None) -> list[float]:
+    """Read the shares of executions to save at each point of a curve, `0.1,0.2`, in order.
 
-    ConfigError for what is no share below 1 and above 0, or one given twice.
+    Raises:
+        ConfigError: A share isn't between 0 and 1, or occurs twice.
     """
     if curve is None:
         return []

@@ -1,4 +1,4 @@
-"""Baseline: stop as soon as the model is confident, and skip all layers that are left.
+"""Baseline: skip all further layers as soon as the model is confident.
 
 Axes: N prompts, B rows, T tokens, D hidden, L layers.
 """
@@ -14,7 +14,7 @@ from drllm.evaluation.baselines.base import (
     CALIBRATION,
     Baseline,
     BaselineRun,
-    executions_of,
+    average_executions,
     register,
 )
 from drllm.models.routing.policies import Policy, PromptView
@@ -39,7 +39,7 @@ class ConfidenceExit(Baseline):
 
     @cached_property
     def lens(self) -> LogitLens:
-        """Gives the logits after any layer."""
+        """The final norm and head, applied after any layer."""
         from drllm.models.scoring.logit_lens import LogitLens
 
         return LogitLens(self.routed)
@@ -47,11 +47,11 @@ class ConfidenceExit(Baseline):
     @cached_property
     def confidences(self) -> Tensor:
         """The calibration prompts' confidences, `[N, L − 1]`."""
-        return confidences(self.routed, self.lens, self.material.prompts)
+        return measure_confidences(self.routed, self.lens, self.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the exit policy."""
-        executions = min(executions_of(routes), float(self.num_layers))
+        executions = min(average_executions(routes), float(self.num_layers))
         threshold = find_threshold(self.confidences, executions).value
         note = f"exits above a confidence of {threshold:.4f}"
         return BaselineRun(ExitPolicy(self.lens, threshold), note)
@@ -60,11 +60,10 @@ class ConfidenceExit(Baseline):
 class ExitPolicy(Policy):
     """Runs layers until the next token's probability exceeds a threshold.
 
-    After every layer but the last, the state of the prompt's last real token goes through the
-    model's own final norm and output head. Once the likeliest token's probability exceeds the
-    threshold, all further layers are skipped, for the prompt and for what is generated after it.
-    Nothing is trained. The first layer always runs; at a threshold of 1 every layer does, at 0 only
-    the first.
+    After every layer but the last, the model's final norm and output head read the state of the
+    prompt's last real token. Once the likeliest token's probability exceeds the threshold, all
+    further layers are skipped, for the prompt and for its answer. Nothing is trained. The first
+    layer always runs. With a threshold of 1 all layers run, with 0 only the first.
 
     Source: CALM (arXiv 2207.07061), changed as D-18 says.
     """
@@ -76,24 +75,24 @@ class ExitPolicy(Policy):
         self.threshold = threshold
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return 1 for the rows that go on, and 0 for those that have stopped."""
+        """Return 1 for rows that continue, and 0 for rows that have stopped."""
         import torch
 
         device = prompts.hidden.device  # layers may lie on several
         if layer == 0:
             self._running = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
         elif bool(self._running.any()):
-            is_unsure = confidence(self.lens, prompts) <= self.threshold
+            is_unsure = measure_confidence(self.lens, prompts) <= self.threshold
             self._running = self._running.to(device) & is_unsure
         return self._running.long()
 
 
-def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
-    """Return the probability of each prompt's likeliest next token, `[B]`."""
+def measure_confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
+    """Measure the probability of each prompt's likeliest next token, `[B]`."""
     import torch
 
     T = prompts.hidden.shape[1]
-    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding after the last one
+    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], tokens after the last real one
     rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
     last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
     with torch.no_grad():
@@ -101,23 +100,28 @@ def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
     return logits.softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
 
 
-def confidences(routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]) -> Tensor:
+def measure_confidences(
+    routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]
+) -> Tensor:
     """Measure the confidence after each layer but the last, on the full path, `[N, L − 1]`.
 
-    Until it stops a prompt runs the full path, so these numbers show where it stops at any
-    threshold. The model has at least two layers. See `record_at_layers`.
+    A prompt runs the full path until it stops, so these numbers tell where it stops at any
+    threshold. The model needs at least two layers. See `record_at_layers`.
     """
     from drllm.models.routers.depth_control import record_at_layers
 
     layers = range(1, routed.num_layers)
-    return record_at_layers(routed, prompts, partial(confidence, lens), layers, decision=1)
+    return record_at_layers(routed, prompts, partial(measure_confidence, lens), layers, decision=1)
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which the calibration prompts run these executions on average."""
+    """Find the threshold at which prompts with these confidences run so many executions on average.
+
+    `confidences` are those of `measure_confidences`, `[N, L − 1]`.
+    """
 
     def mean_executions(threshold: float) -> float:
-        goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
-        return float((1 + goes_on.sum(dim=1)).double().mean())
+        continues = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
+        return float((1 + continues.sum(dim=1)).double().mean())
 
     return nearest_setting(mean_executions, executions, 0.0, 1.0)

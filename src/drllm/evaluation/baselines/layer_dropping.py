@@ -1,4 +1,4 @@
-"""Baselines that drop the same layers on every question, in an order of their own.
+"""Baselines that drop layers in a fixed order, whatever the question.
 
 Axes: Q questions, B rows, T tokens, D hidden, L layers, k layers dropped.
 """
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
 
 
 class LayerDropping(base.Baseline):
-    """Drops k or k + 1 layers on each question, so that mean executions are the routed model's."""
+    """Drops k or k + 1 layers on each question to match the routed model's mean executions."""
 
     num_kept: ClassVar[int] = 1  # layers that are never dropped
 
-    def obstacle(self, executions: float) -> str | None:
-        """Say why it can't run so few executions; None if it can."""
+    def find_obstacle(self, executions: float) -> str | None:
+        """Return the reason why it can't run so few executions; None if it can."""
         if executions >= min(self.num_kept, self.num_layers):
-            return super().obstacle(executions)
+            return super().find_obstacle(executions)
         return (
-            f"it keeps {self.num_kept} layers at least, and the routed model has "
+            f"it keeps at least {self.num_kept} layers, and the routed model has "
             f"{executions:.2f} executions"
         )
 
     @abstractmethod
-    def dropped(self, number: int) -> Sequence[int]:
-        """Return the layers that are dropped, `number` of them or all that can be, never all L."""
+    def choose_layers(self, number: int) -> Sequence[int]:
+        """Return `number` layers to drop, or as many as may be dropped; never all L."""
 
     def decisions(self, number: int) -> Decisions:
-        """Return the decisions that drop so many layers, or all that can be."""
-        return without(self.dropped(number), self.num_layers)
+        """Return the decisions that drop `number` layers, or as many as may be dropped."""
+        return drop_layers(self.choose_layers(number), self.num_layers)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
-        """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
-        executions = base.executions_of(routes)
+        """Return decisions that drop k or k + 1 layers; the full path if routes run more layers."""
+        executions = base.average_executions(routes)
         if executions > self.num_layers:
-            note = f"runs {self.num_layers} layers, having none to drop"
+            note = f"runs all {self.num_layers} layers, since it can't repeat any"
             return base.BaselineRun(routes.new_ones(routes.shape), note)
-        num_dropped = self.num_layers - int(executions)  # by the questions that drop more
+        num_dropped = self.num_layers - int(executions)  # on the questions that drop more
         shorter = self.decisions(num_dropped)
         longer = self.decisions(max(num_dropped - 1, 0))
-        return base.BaselineRun(mixture(shorter, longer, executions, len(routes), generator))
+        return base.BaselineRun(mix_decisions(shorter, longer, executions, len(routes), generator))
 
 
 @base.register
 class LastLayers(LayerDropping):
-    """The deepest layers but the last one, which makes what the head can read, are dropped."""
+    """Drops the deepest layers, but keeps the last one, whose output the head can read."""
 
     name = "last layers"
     source = "Gromov et al., arXiv 2403.17887"
@@ -65,16 +65,16 @@ class LastLayers(LayerDropping):
     order = 40
     num_kept = 2
 
-    def dropped(self, number: int) -> Sequence[int]:
-        """Return layers from the end; the first one is kept too."""
+    def choose_layers(self, number: int) -> Sequence[int]:
+        """Return layers from the end; the first layer is kept too."""
         return range(self.num_layers - 2, 0, -1)[:number]
 
 
 @base.register
 class EvenlySpaced(LayerDropping):
-    """Layers at even distances are dropped, the first and the last kept.
+    """Drops layers at even distances, and keeps the first and the last layer.
 
-    Those of k aren't in general among those of k + 1.
+    The k layers to drop aren't always among the k + 1 layers to drop.
     """
 
     name = "evenly spaced"
@@ -83,16 +83,16 @@ class EvenlySpaced(LayerDropping):
     order = 50
     num_kept = 2
 
-    def dropped(self, number: int) -> Sequence[int]:
-        """Divide the L − 2 layers between into k parts; return the layer in the middle of each."""
-        between = max(self.num_layers - 2, 0)
-        k = min(number, between)
-        return [1 + (2 * part + 1) * between // (2 * k) for part in range(k)]
+    def choose_layers(self, number: int) -> Sequence[int]:
+        """Divide the L − 2 inner layers into k parts; return the middle layer of each part."""
+        num_inner = max(self.num_layers - 2, 0)
+        k = min(number, num_inner)
+        return [1 + (2 * part + 1) * num_inner // (2 * k) for part in range(k)]
 
 
 @base.register
 class BlockInfluence(LayerDropping):
-    """The layers that turn the hidden state least are dropped."""
+    """Drops the layers that change the direction of the hidden state least."""
 
     name = "block influence"
     source = "ShortGPT, arXiv 2403.03853"
@@ -101,23 +101,23 @@ class BlockInfluence(LayerDropping):
 
     @cached_property
     def by_influence(self) -> list[int]:
-        """All layers, the least influential first."""
+        """All layers, least influential first."""
         return order_by_influence(block_influence(self.routed, self.material.prompts))
 
-    def dropped(self, number: int) -> Sequence[int]:
-        """Return the least influential layers; the most influential one stays."""
+    def choose_layers(self, number: int) -> Sequence[int]:
+        """Return the least influential layers; the most influential layer is kept."""
         return self.by_influence[:-1][:number]
 
 
 class _ByMeasure(LayerDropping):
-    """Drops layers one by one, each the one that a measure misses least."""
+    """Drops layers one by one, each time the one without which a measure is best."""
 
     measure: ClassVar[str]
 
-    _order: Sequence[int] = ()  # the layers dropped so far, the first one first
+    _order: Sequence[int] = ()  # the layers dropped so far, in order
 
-    def dropped(self, number: int) -> Sequence[int]:
-        """Return the first layers of the greedy order, which is extended if need be."""
+    def choose_layers(self, number: int) -> Sequence[int]:
+        """Return the first layers of the greedy order, extending it if necessary."""
         measure = self.material.measure(self.measure)
         self._order = drop_greedily(measure, self.num_layers, number, self._order)
         return self._order[:number]
@@ -125,7 +125,7 @@ class _ByMeasure(LayerDropping):
 
 @base.register
 class GreedyByLoss(_ByMeasure):
-    """One by one the layer is dropped whose absence raises the next-token loss least."""
+    """Drops layers one by one, each time the layer whose absence raises next-token loss least."""
 
     name = "greedy by loss"
     source = "SLEB, arXiv 2402.09025"
@@ -136,7 +136,7 @@ class GreedyByLoss(_ByMeasure):
 
 @base.register
 class GreedyByAnswers(_ByMeasure):
-    """One by one the layer is dropped that matters least to the gold answers' log-probability."""
+    """Drops layers one by one, by the log-probability of the gold answers without them."""
 
     name = "greedy by answers"
     source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"
@@ -146,41 +146,43 @@ class GreedyByAnswers(_ByMeasure):
     measure = "answers"
 
 
-def without(layers: Collection[int], num_layers: int) -> Decisions:
-    """Return the full path's decisions without some layers."""
+def drop_layers(layers: Collection[int], num_layers: int) -> Decisions:
+    """Return decisions that skip some layers and execute all others."""
     return tuple(int(layer not in layers) for layer in range(num_layers))
 
 
-def mixture(
-    one: Decisions,
-    other: Decisions,
+def mix_decisions(
+    first: Decisions,
+    second: Decisions,
     executions: float,
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each question one of two decisions `[L]`, drawn, at these mean executions, `[Q, L]`.
+    """Draw for each question which of two decisions `[L]` it runs under, `[Q, L]`.
 
-    The mean is as near as Q questions allow: within half the difference of the two, divided by Q.
-    The executions lie between those of the two.
+    `executions` are the mean executions to reach, between those of the two decisions. The result is
+    as near as Q questions allow: within half the difference of the two, divided by Q.
     """
     import torch
 
-    first, second = sorted((one, other), key=num_executions)
-    low = num_executions(first)
-    high = num_executions(second)
+    shorter, longer = sorted((first, second), key=num_executions)
+    low = num_executions(shorter)
+    high = num_executions(longer)
     share = (executions - low) / (high - low) if high > low else 0.0
     order = torch.randperm(num_questions, generator=generator)
-    takes_second = order < round(share * num_questions)
-    return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))
+    is_longer = order < round(share * num_questions)
+    return torch.where(is_longer[:, None], torch.tensor(longer), torch.tensor(shorter))
 
 
 def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """Measure how much each layer turns the hidden states that pass through it, `[L]`.
+    """Measure how much each layer changes the direction of the hidden states, `[L]`.
 
     The influence of a layer is 1 minus the mean cosine between its input and its output, over the
-    real tokens of all prompts, each token counting alike. A layer that hands on what it is given
-    has influence 0; the maximum is 2. The base model runs, once a prompt; nothing is left on it.
-    ConfigError if there are no prompts, one without tokens, or one longer than the model's context.
+    real tokens of all prompts. A layer that returns its input has influence 0; the maximum is 2.
+    Each prompt runs the full path once. The model is unchanged afterwards.
+
+    Raises:
+        ConfigError: There are no prompts, or a prompt is empty or longer than the model's context.
 
     Source: ShortGPT (arXiv 2403.03853).
     """
@@ -206,7 +208,7 @@ class _InfluenceRecorder(Policy):
         import torch
 
         self.sums = torch.zeros(num_layers, dtype=torch.float64)  # [L]
-        self._readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
+        self._readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], real tokens of the pass
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         """Execute the layer."""
@@ -216,7 +218,7 @@ class _InfluenceRecorder(Policy):
     def add(
         self, index: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Add the cosines of a layer's real tokens; a hook of the layer."""
+        """Add the cosines of a layer's real tokens; used as a hook of the layer."""
         import torch
 
         before: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -226,7 +228,7 @@ class _InfluenceRecorder(Policy):
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
-    """Return all layers, the least influential first; of equal ones the deepest first."""
+    """Return all layers, least influential first; among equal ones the deepest first."""
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
 
 
@@ -237,18 +239,25 @@ def drop_greedily(
     start: Sequence[int] = (),
     keep: Sequence[int] = (),
 ) -> list[int]:
-    """Return the order in which so many layers are dropped, or all that can be; it begins as given.
+    """Return the order in which layers are dropped greedily.
 
-    A step measures the drop of every layer that is left; of equal layers the deepest goes. At least
-    one layer is left, and those in `keep`.
+    Each step tries to drop every layer that is left, and drops the one with the best value; among
+    equal ones the deepest.
+
+    Args:
+        measure: Values candidates.
+        num_layers: L.
+        number: How many layers to drop; fewer if no more may be dropped. One layer always stays.
+        start: The first layers of the order, which are dropped already.
+        keep: Layers that are never dropped.
 
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
     """
     order = list(start)
     left = [layer for layer in reversed(range(num_layers)) if layer not in {*keep, *order}]
     while len(order) < min(number, num_layers - 1) and left:
-        candidates = [without([*order, layer], num_layers) for layer in left]
+        candidates = [drop_layers([*order, layer], num_layers) for layer in left]
         values = measure(candidates)
-        best = values.index(max(values))  # the first of equal ones
+        best = values.index(max(values))  # among equal values the first
         order.append(left.pop(best))
     return order

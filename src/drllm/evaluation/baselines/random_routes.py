@@ -1,4 +1,4 @@
-"""Baselines that draw decisions: routes permuted or shuffled, or by the labels' frequencies.
+"""Baselines with random decisions: permuted routes, shuffled decisions, drawn decisions.
 
 Axes: Q questions, L layers.
 """
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-STEEPEST = 60.0  # largest tilt in either direction: what is left of a decision then can't be drawn
-TOLERANCE = 1e-6  # expected executions that differ by no more count as equal
+MAX_TILT = 60.0  # in either direction; less frequent decisions then have a probability of 0
+TOLERANCE = 1e-6  # largest difference between expected executions that count as equal
 
 
 @base.register
 class PermutedRoutes(base.Baseline):
     """Each question runs the route of another question.
 
-    Controls for everything but the match between question and route. The same routes run, each as
-    often, so executions are equal in sum and every layer is used alike. If this does as well as the
-    routed model, the routers found a good mixture of routes but read nothing in the question that
-    matters.
+    Controls for everything but the match between question and route. The same routes run equally
+    often, so total executions and the use of each layer are the same. If this does as well as the
+    routed model, the routers found a good mixture of routes, but it doesn't matter which question
+    gets which route.
     """
 
     name = "permuted routes"
@@ -38,7 +38,7 @@ class PermutedRoutes(base.Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return the routes in another order."""
-        return base.BaselineRun(permuted(routes, generator))
+        return base.BaselineRun(permute_routes(routes, generator))
 
 
 @base.register
@@ -56,18 +56,18 @@ class RandomDecisions(base.Baseline):
     is_drawn = True
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
-        """Return each row's decisions in random order."""
+        """Return each route's decisions in random order."""
         order = routes.double().uniform_(generator=generator).argsort(dim=1)
         return base.BaselineRun(routes.gather(1, order))
 
 
 @base.register
 class LabelFrequency(base.Baseline):
-    """Each layer's decision is drawn as often as it was the target, tilted to equal executions.
+    """Each layer's decision is drawn by the targets' frequencies, tilted to equal executions.
 
-    Controls for what the targets are like on the whole, layer by layer. If this does as well as the
-    routed model, the routers learned the frequencies of the labels and no more. Executions equal
-    the routed model's on average.
+    Controls for the frequencies of the targets at each layer. If this does as well as the routed
+    model, the routers learned these frequencies and no more. Executions equal the routed model's on
+    average.
     """
 
     name = "label frequency"
@@ -77,11 +77,11 @@ class LabelFrequency(base.Baseline):
     is_drawn = True
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
-        """Return decisions drawn one by one."""
+        """Return decisions that are drawn independently."""
         routers = self.routed.routers
         assert routers is not None
-        executions = base.executions_of(routes)
-        frequencies = tilted(routers.config.label_counts, executions)
+        executions = base.average_executions(routes)
+        frequencies = tilt_frequencies(routers.config.label_counts, executions)
         expected = expected_executions(frequencies)
         note = ""
         if abs(expected - executions) > TOLERANCE:
@@ -89,34 +89,39 @@ class LabelFrequency(base.Baseline):
                 f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
                 f"{expected:.2f} where the routed model has {executions:.2f}"
             )
-        return base.BaselineRun(label_frequency(frequencies, len(routes), generator), note)
+        return base.BaselineRun(draw_decisions(frequencies, len(routes), generator), note)
 
 
-def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
-    """Return routes `[Q, L]` in another order, all orders without a fixed place equally likely.
+def permute_routes(routes: Tensor, generator: torch.Generator) -> Tensor:
+    """Give each question the route of another, `[Q, L]`; all such orders are equally likely.
 
-    A question may still receive the decisions it had, if another question had the same route. A
-    single question keeps its route.
+    A question may still get the same decisions, if another question had the same route. A single
+    question keeps its route.
     """
     import torch
 
     Q = len(routes)
     places = torch.arange(Q)
     order = torch.randperm(Q, generator=generator)
-    # Drawing again keeps all such orders equally likely; one draw in e succeeds, whatever Q is.
+    # Rejection keeps all valid orders equally likely. One draw in e is valid, whatever Q is.
     while Q > 1 and bool((order == places).any()):
         order = torch.randperm(Q, generator=generator)
     return routes[order]
 
 
-def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
-    """Return each layer's frequencies of the targets, tilted to mean executions, `[L, 3]`.
+def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
+    """Tilt the targets' frequencies at each layer to reach mean executions, `[L, 3]`.
 
-    A decision d is weighted by its count times exp(-θ d), with one θ for all layers, so that
-    drawing by the weights runs these executions on average, or comes as near as labels allow.
-    Of all distributions with that mean these are the nearest to the targets' own (in relative
-    entropy). Counts are those of `router_config.json`, `[L][3]`; CheckpointError if the routers
-    carry none.
+    The weight of a decision d is its count times exp(-θ d), with one θ for all layers. θ is chosen
+    so that draws run these executions on average, or as near as the labels allow. Of all
+    distributions with this mean, the result is the nearest to the targets' own in relative entropy.
+
+    Args:
+        label_counts: `[L][3]`, from `router_config.json`.
+        executions: Mean executions to reach.
+
+    Raises:
+        CheckpointError: The routers carry no counts for a layer.
 
     Source: ours (docs/differences.md, D-18).
     """
@@ -137,22 +142,20 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
     def runs_no_more(theta: float) -> bool:  # executions fall as θ grows
         return expected_executions(tilt(theta)) <= executions
 
-    _, theta = bisect(runs_no_more, -STEEPEST, STEEPEST)
+    _, theta = bisect(runs_no_more, -MAX_TILT, MAX_TILT)
     return tilt(theta)
 
 
 def expected_executions(probabilities: Tensor) -> float:
-    """Return the mean executions of `label_frequency`, its rule for empty draws included."""
+    """Return the expected executions of `draw_decisions`, with its rule for empty draws."""
     drawn = float((probabilities @ probabilities.new_tensor([0, 1, 2])).sum())
     return drawn + float(probabilities[:, 0].prod())
 
 
-def label_frequency(
-    probabilities: Tensor, num_questions: int, generator: torch.Generator
-) -> Tensor:
-    """Draw every decision with the probabilities `[L, 3]` of its layer, `[Q, L]`.
+def draw_decisions(probabilities: Tensor, num_questions: int, generator: torch.Generator) -> Tensor:
+    """Draw each question's decisions by the probabilities `[L, 3]` of each layer, `[Q, L]`.
 
-    If a draw would skip every layer, the last one is executed, as in a routed model.
+    If a draw skips all layers, the last layer is executed, as in a routed model.
     """
     drawn = probabilities.multinomial(num_questions, replacement=True, generator=generator)
     drawn = drawn.T.contiguous()

@@ -12,7 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.base import TARGETS, Baseline, BaselineRun, executions_of, register
+from drllm.evaluation.baselines.base import (
+    TARGETS,
+    Baseline,
+    BaselineRun,
+    average_executions,
+    register,
+)
 from drllm.models.routing.policies import Policy, PromptView, apply_depth_bias, full_precision
 
 if TYPE_CHECKING:
@@ -21,15 +27,15 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.routed_model import RoutedModel
 
-STEEPEST = 1024.0  # greatest bias in either direction; the router's logits lie far within
+MAX_BIAS = 1024.0  # in either direction; the router's logits are far smaller
 
 
 @register
 class SequenceRouterBaseline(Baseline):
     """One linear router decides for all layers, from the mean of the prompt's embeddings.
 
-    Shows what the prompt's tokens are worth without what the layers make of them. It follows the
-    router at the depth bias that gives the routed model's executions.
+    Shows how well the prompt's tokens alone predict good decisions, without the layers' states. The
+    router runs with the depth bias that gives the routed model's executions.
     """
 
     name = "sequence router"
@@ -50,22 +56,22 @@ class SequenceRouterBaseline(Baseline):
         records = self.material.supervision
         prompts = [encode(self.routed.tokenizer, record.prompt) for record in records]
         labels = torch.tensor([record.optimal_layer_config for record in records])
-        return fit_logistic(first_inputs(self.routed, prompts), labels, num_classes=3)
+        return fit_logistic(read_first_inputs(self.routed, prompts), labels, num_classes=3)
 
     @cached_property
     def calibration_inputs(self) -> Tensor:
-        """What the router reads of the calibration prompts, `[N, D]`."""
-        return first_inputs(self.routed, self.material.prompts)
+        """The router's inputs on the calibration prompts, `[N, D]`."""
+        return read_first_inputs(self.routed, self.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
         """Return the router's policy."""
-        executions = executions_of(routes)
+        executions = average_executions(routes)
         bias = find_bias(self.router, self.calibration_inputs, executions).value
         return BaselineRun(SequenceRouterPolicy(self.router, bias), f"with a bias of {bias:.4g}")
 
 
 class SequenceRouterPolicy(Policy):
-    """Takes all decisions at the first layer, from its pooled input, by a router on the CPU."""
+    """Makes all decisions at the first layer, from its mean input, with a router on the CPU."""
 
     _plans: Tensor
 
@@ -74,19 +80,19 @@ class SequenceRouterPolicy(Policy):
         self.depth_bias = depth_bias
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return one column of the plans."""
+        """Return a layer's column of the plans; the first layer makes the plans."""
         if layer == 0:
             inputs = prompts.mean().cpu()  # where the router is
             with full_precision(inputs.device):
-                self._plans = plans_of(self.router, inputs, self.depth_bias)
+                self._plans = make_plans(self.router, inputs, self.depth_bias)
         return self._plans[:, layer]
 
 
-def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
-    """Return a router's decisions `[B, L]` from means at layer 0, `[B, D]`, by L · C logits.
+def make_plans(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
+    """Make plans `[B, L]` from the mean inputs of layer 0, `[B, D]`; the router has L · C logits.
 
-    The bias is the price of an execution: the higher it is, the fewer a row has. A row that would
-    skip everything runs the last layer.
+    The depth bias is the price of an execution: a higher bias gives fewer executions. A row that
+    would skip all layers runs the last one.
     """
     plans = apply_depth_bias(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
     plans[plans.sum(dim=1) == 0, -1] = 1
@@ -94,23 +100,23 @@ def plans_of(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
 
 
 def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
-    """Find the depth bias under which prompts run these executions on average.
+    """Find the depth bias at which prompts run these executions on average.
 
-    What the router reads doesn't depend on its decisions, so no forward pass is needed.
+    The router's inputs don't depend on its decisions, so this needs no forward pass.
 
     Source: ours (D-20).
     """
 
     def mean_executions(bias: float) -> float:
-        return executions_of(plans_of(router, inputs, bias))
+        return average_executions(make_plans(router, inputs, bias))
 
-    return nearest_setting(mean_executions, executions, -STEEPEST, STEEPEST)
+    return nearest_setting(mean_executions, executions, -MAX_BIAS, MAX_BIAS)
 
 
-def first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Return prompts' means at the first layer, where only the embedding has run, `[N, D]`.
+def read_first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the prompts' mean embeddings, which the first layer reads, `[N, D]`.
 
-    All layers are skipped, of which routing runs the last one all the same; see `record_at_layers`.
+    The prompts skip all layers but the last, which routing always runs. See `record_at_layers`.
     """
     from drllm.models.routers.depth_control import record_at_layers
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_threshold
+from drllm.evaluation.baselines.early_exit import ExitPolicy, find_threshold, measure_confidences
 from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
@@ -34,7 +34,7 @@ def lens(routed):
 
 @pytest.fixture(scope="module")
 def measured(routed, lens, prompts):
-    return confidences(routed, lens, prompts)
+    return measure_confidences(routed, lens, prompts)
 
 
 @pytest.fixture(scope="module")

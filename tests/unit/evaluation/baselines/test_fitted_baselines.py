@@ -7,7 +7,7 @@ def test_what_a_baseline_needs_and_there_is_not_is_named(routed):
     material = Material(routed=routed, prompts=[[1, 2]])
 
     def obstacle(name):
-        return BASELINES.get(name)(routed, lambda: material).obstacle(3.0)
+        return BASELINES.get(name)(routed, lambda: material).find_obstacle(3.0)
 
     assert obstacle("sequence router") == (
         "it needs the routers' targets; give them as --supervision"

@@ -14,7 +14,7 @@ from drllm.evaluation.baselines.layer_dropping import (
     LayerDropping,
     block_influence,
     drop_greedily,
-    mixture,
+    mix_decisions,
     order_by_influence,
 )
 from drllm.models.routing.policies import FixedPolicy
@@ -28,7 +28,7 @@ COSINE_TOLERANCE = 1e-5
 class Measured(LayerDropping):
     """Layers in an order that was found, not all of them."""
 
-    def dropped(self, number):
+    def choose_layers(self, number):
         return [19, 26, 20, 12, 18, 25, 5, 3][:number]
 
 
@@ -71,7 +71,7 @@ def test_all_questions_drop_one_layer_more_or_less(without_a_model, kind):
 def test_where_more_is_executed_than_there_are_layers_the_full_path_runs(without_a_model):
     drawn = without_a_model(LastLayers, L).at(torch.full((3, L), 2), rng())
     assert torch.equal(drawn.decides, torch.ones(3, L, dtype=torch.long))
-    assert drawn.note == "runs 30 layers, having none to drop"
+    assert drawn.note == "runs all 30 layers, since it can't repeat any"
 
 
 def test_even_distances_differ_by_one_layer_at_most_and_keep_both_ends(without_a_model):
@@ -94,9 +94,9 @@ def test_the_deepest_layers_go_but_the_last_stays(without_a_model):
 def test_fewer_executions_than_layers_are_kept_cannot_be_had(without_a_model, kind):
     baseline = without_a_model(kind, L)
     if kind is not Measured:
-        assert baseline.obstacle(2.0) is None
-        assert baseline.obstacle(1.9) == (
-            "it keeps 2 layers at least, and the routed model has 1.90 executions"
+        assert baseline.find_obstacle(2.0) is None
+        assert baseline.find_obstacle(1.9) == (
+            "it keeps at least 2 layers, and the routed model has 1.90 executions"
         )
 
 
@@ -109,7 +109,7 @@ def test_a_model_of_two_ends_has_nothing_to_drop(without_a_model, kind, num_laye
 
 @pytest.mark.parametrize("executions", [2, 2.4, 3.1, 5])
 def test_a_mixture_of_unlike_decisions_meets_the_mean(executions):
-    drawn = mixture((1, 0, 1, 0), (2, 1, 1, 1), executions, 50, rng())
+    drawn = mix_decisions((1, 0, 1, 0), (2, 1, 1, 1), executions, 50, rng())
     assert float(drawn.sum(dim=1).double().mean()) == pytest.approx(executions, abs=1.5 / 50)
 
 

@@ -10,10 +10,10 @@ import torch
 from drllm.errors import CheckpointError
 from drllm.evaluation.baselines.random_routes import (
     RandomDecisions,
+    draw_decisions,
     expected_executions,
-    label_frequency,
-    permuted,
-    tilted,
+    permute_routes,
+    tilt_frequencies,
 )
 
 
@@ -42,9 +42,9 @@ def mean_executions(drawn):
 @pytest.mark.parametrize(
     "draw",
     [
-        permuted,
+        permute_routes,
         random_like,
-        lambda _, generator: label_frequency(tilted([[3, 4, 3]] * 8, 7.5), 30, generator),
+        lambda _, generator: draw_decisions(tilt_frequencies([[3, 4, 3]] * 8, 7.5), 30, generator),
     ],
     ids=["permuted", "random_like", "label_frequency"],
 )
@@ -58,7 +58,7 @@ def test_draws_follow_from_the_seed_and_leave_the_routes_alone(draw):
 @pytest.mark.parametrize("questions", [1, 2, 3, 30])
 def test_permuted_routes_are_the_same_routes(questions):
     routes = random_routes(questions)
-    assert Counter(rows_of(routes)) == Counter(rows_of(permuted(routes, rng())))
+    assert Counter(rows_of(routes)) == Counter(rows_of(permute_routes(routes, rng())))
 
 
 def test_every_order_without_a_fixed_place_is_equally_likely():
@@ -68,7 +68,7 @@ def test_every_order_without_a_fixed_place_is_equally_likely():
         for order in itertools.permutations(range(4))
         if all(place != value for place, value in enumerate(order))
     }
-    counts = Counter(tuple(permuted(routes, generator)[:, 0].tolist()) for _ in range(4500))
+    counts = Counter(tuple(permute_routes(routes, generator)[:, 0].tolist()) for _ in range(4500))
     assert wanted == set(counts)
     # 9 derangements, 500 each expected, standard deviation 21.
     assert all(400 < number < 600 for number in counts.values())
@@ -76,9 +76,9 @@ def test_every_order_without_a_fixed_place_is_equally_likely():
 
 def test_no_question_keeps_its_route_unless_another_has_the_same():
     different = torch.arange(6)[:, None].expand(6, 4)
-    assert not (different == permuted(different, rng())).any()
+    assert not (different == permute_routes(different, rng())).any()
     routes = torch.tensor([[1, 1]] * 9 + [[0, 1]])
-    assert (routes == permuted(routes, rng())).all(dim=1).sum() == 8
+    assert (routes == permute_routes(routes, rng())).all(dim=1).sum() == 8
 
 
 def test_every_question_keeps_its_numbers_of_skips_and_repeats():
@@ -103,7 +103,7 @@ COUNTS = torch.tensor(LABELS, dtype=torch.float64)
 
 def test_decisions_follow_the_probabilities_of_their_layer_independently():
     probabilities = torch.tensor([[0.3, 0.6, 0.1], [0, 0.5, 0.5], [0, 1, 0], [0.9, 0.1, 0]])
-    drawn = label_frequency(probabilities, 20_000, rng())
+    drawn = draw_decisions(probabilities, 20_000, rng())
     assert drawn.shape == (20_000, 4)
     shares = torch.stack([(drawn == decision).double().mean(dim=0) for decision in range(3)], dim=1)
     torch.testing.assert_close(shares, probabilities.double(), atol=0.015, rtol=0)
@@ -113,24 +113,24 @@ def test_decisions_follow_the_probabilities_of_their_layer_independently():
 
 def test_a_draw_that_skips_everything_executes_the_last_layer():
     probabilities = torch.tensor([[1.0, 0, 0]] * 3)
-    assert rows_of(label_frequency(probabilities, 200, rng())) == [(0, 0, 1)] * 200
+    assert rows_of(draw_decisions(probabilities, 200, rng())) == [(0, 0, 1)] * 200
 
 
 @pytest.mark.parametrize("wanted", [3.0, 4.5, 5.52, 6.0, 7.4])
 def test_tilted_labels_run_the_executions_wanted(wanted):
-    drawn = label_frequency(tilted(LABELS, wanted), 20_000, rng())
+    drawn = draw_decisions(tilt_frequencies(LABELS, wanted), 20_000, rng())
     # The standard deviation of a row is below 1.3, that of the mean below 0.01.
     assert mean_executions(drawn) == pytest.approx(wanted, abs=0.04)
 
 
 def test_labels_are_left_as_they_are_where_they_run_the_executions_wanted():
     frequencies = COUNTS / COUNTS.sum(dim=1, keepdim=True)
-    probabilities = tilted(LABELS, expected_executions(frequencies))
+    probabilities = tilt_frequencies(LABELS, expected_executions(frequencies))
     assert torch.allclose(probabilities, frequencies, atol=1e-9)
 
 
 def test_one_factor_tilts_all_layers_and_what_was_never_a_target_stays_impossible():
-    probabilities = tilted(LABELS, 4.5)
+    probabilities = tilt_frequencies(LABELS, 4.5)
     ratios = (probabilities / COUNTS)[[0, 1, 4, 5]]  # layers with all three labels
     factors = ratios[:, 1:] / ratios[:, :-1]
     assert float(factors.max()) == pytest.approx(float(factors.min()))
@@ -140,7 +140,7 @@ def test_one_factor_tilts_all_layers_and_what_was_never_a_target_stays_impossibl
 
 @pytest.mark.parametrize("wanted", [4.0, 5.0, 7.0])
 def test_layers_that_are_skipped_more_often_in_the_targets_still_are(wanted):
-    skips = tilted(LABELS, wanted)[:, 0].tolist()
+    skips = tilt_frequencies(LABELS, wanted)[:, 0].tolist()
     by_targets = sorted(range(6), key=lambda layer: LABELS[layer][0] / sum(LABELS[layer]))
     assert [skips[layer] for layer in by_targets] == sorted(skips)
 
@@ -157,13 +157,13 @@ def test_layers_that_are_skipped_more_often_in_the_targets_still_are(wanted):
 def test_labels_that_cannot_reach_the_executions_wanted_come_as_near_as_they_can(
     counts, wanted, nearest
 ):
-    probabilities = tilted(counts, wanted)
+    probabilities = tilt_frequencies(counts, wanted)
     assert expected_executions(probabilities) == pytest.approx(nearest, abs=1e-9)
-    assert mean_executions(label_frequency(probabilities, 500, rng())) == nearest
+    assert mean_executions(draw_decisions(probabilities, 500, rng())) == nearest
 
 
 def test_expected_executions_count_the_layer_that_runs_where_all_were_skipped():
-    probabilities = tilted([[5, 3, 1], [4, 2, 2], [6, 1, 0]], 1.3)
+    probabilities = tilt_frequencies([[5, 3, 1], [4, 2, 2], [6, 1, 0]], 1.3)
     expected = sum(
         max(1, sum(decisions))
         * float(torch.stack([probabilities[i, d] for i, d in enumerate(decisions)]).prod())
@@ -176,4 +176,4 @@ def test_expected_executions_count_the_layer_that_runs_where_all_were_skipped():
 @pytest.mark.parametrize("counts", [[], [[0, 1, 0], [0, 0, 0]]])
 def test_routers_without_label_counts_are_refused(counts):
     with pytest.raises(CheckpointError, match="carry no label counts"):
-        tilted(counts, 3)
+        tilt_frequencies(counts, 3)

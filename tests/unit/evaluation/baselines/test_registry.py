@@ -10,9 +10,9 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import (
     check,
-    named,
+    list_baselines,
     needs_targets,
-    ordered,
+    select_baselines,
 )
 
 NAMES = [
@@ -23,23 +23,23 @@ NAMES = [
 
 
 def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
-    assert named("all") == NAMES == [baseline.name for baseline in ordered()]
-    assert named("none") == []
-    assert named("quick") == NAMES[:5]
-    assert named("sequence_router, last-layers") == ["last layers", "sequence router"]
+    assert select_baselines("all") == NAMES == [baseline.name for baseline in list_baselines()]
+    assert select_baselines("none") == []
+    assert select_baselines("quick") == NAMES[:5]
+    assert select_baselines("sequence_router, last-layers") == ["last layers", "sequence router"]
 
 
 def test_baselines_are_listed_without_torch():
     code = (
-        "import sys\nfrom drllm.evaluation.baselines.base import ordered\n"
-        "assert len(ordered()) == 10\nassert 'torch' not in sys.modules"
+        "import sys\nfrom drllm.evaluation.baselines.base import list_baselines\n"
+        "assert len(list_baselines()) == 10\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 def test_a_name_that_there_is_not_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown baseline 'sleb'.* greedy-by-loss"):
-        named("sleb")
+        select_baselines("sleb")
 
 
 def test_files_are_asked_for_where_a_baseline_is_fitted_on_them():
@@ -58,9 +58,9 @@ def test_draws_that_no_baseline_has_a_use_for_are_refused():
 
 
 def test_every_baseline_says_in_a_line_what_it_is():
-    for baseline in ordered():
+    for baseline in list_baselines():
         for text in (baseline.description, baseline.source, baseline.fitted_on):
             assert text
             assert "\n" not in text
-    reading = {baseline.name for baseline in ordered() if baseline.reads_question}
+    reading = {baseline.name for baseline in list_baselines() if baseline.reads_question}
     assert reading == {"confidence exit", "sequence router"}

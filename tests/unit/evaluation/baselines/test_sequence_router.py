@@ -6,8 +6,8 @@ import torch
 from drllm.evaluation.baselines.sequence_router import (
     SequenceRouterPolicy,
     find_bias,
-    first_inputs,
-    plans_of,
+    make_plans,
+    read_first_inputs,
 )
 from drllm.models.routers.depth_control import route_prompts
 from drllm.models.scoring.choices import ChoiceBatch
@@ -21,7 +21,7 @@ def prompts(some_prompts):
 
 @pytest.fixture(scope="module")
 def router(routed, prompts):
-    inputs = first_inputs(routed, prompts)
+    inputs = read_first_inputs(routed, prompts)
     router = torch.nn.Linear(inputs.shape[1], 3 * routed.num_layers).requires_grad_(False)
     router.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0)).div_(inputs.std(0))
     router.bias.copy_(-router.weight @ inputs.mean(dim=0))
@@ -29,7 +29,7 @@ def router(routed, prompts):
 
 
 def test_what_is_read_is_the_mean_embedding_of_each_prompt_alone(model, routed, prompts):
-    found = first_inputs(routed, prompts)
+    found = read_first_inputs(routed, prompts)
     for prompt, row in zip(prompts, found, strict=True):
         expected = model.model.embed_tokens(torch.tensor(prompt)).mean(dim=0)
         torch.testing.assert_close(row, expected)
@@ -37,7 +37,7 @@ def test_what_is_read_is_the_mean_embedding_of_each_prompt_alone(model, routed, 
 
 @pytest.mark.parametrize("bias", [0.0, 0.7])
 def test_the_policy_follows_the_plans_of_each_prompt(routed, router, prompts, bias):
-    expected = plans_of(router, first_inputs(routed, prompts), bias)
+    expected = make_plans(router, read_first_inputs(routed, prompts), bias)
     routes = route_prompts(routed, SequenceRouterPolicy(router, bias), prompts, batch_size=7)
     assert torch.equal(routes, expected)
     assert len(set(map(tuple, routes.tolist()))) > 10
@@ -54,11 +54,11 @@ def test_a_scored_continuation_is_not_read(routed, router, prompts):
 def test_the_bias_gives_the_wanted_executions_when_the_policy_runs(
     routed, router, prompts, executions
 ):
-    found = find_bias(router, first_inputs(routed, prompts), executions)
+    found = find_bias(router, read_first_inputs(routed, prompts), executions)
     assert found.executions == pytest.approx(executions, abs=1 / len(prompts))
     routes = route_prompts(routed, SequenceRouterPolicy(router, found.value), prompts)
     assert float(routes.sum(dim=1).double().mean()) == found.executions
 
 
 def test_a_row_that_would_skip_everything_runs_the_last_layer(router):
-    assert plans_of(router, torch.zeros(2, 32), 1000.0).tolist() == [[0, 0, 0, 1]] * 2
+    assert make_plans(router, torch.zeros(2, 32), 1000.0).tolist() == [[0, 0, 0, 1]] * 2
