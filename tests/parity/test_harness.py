@@ -287,7 +287,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
     lm = RoutedLM(base, routers=str(routers))
 
     def route(*names):
-        requests = [lm.request_of(each) for each in options_in_the_context(*names)]
+        requests = [lm.encode_request(each) for each in options_in_the_context(*names)]
         return lm.scorer.score(requests, lm.policy)[1]["gap", 0]
 
     assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")

@@ -20,7 +20,7 @@ from lm_eval.utils import setup_logging
 
 from drllm import processes
 from drllm.errors import ConfigError, TaskError, nearest_name
-from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, own_tasks
+from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, make_own_task_folder
 from drllm.listener import logger, quiet
 from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
@@ -75,7 +75,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
                 f"--include_path {settings.include_path} has no effect on drllm's tasks, which "
                 f"--data_dir and --split are for; leave it out"
             )
-        tasks, files = own_tasks(
+        tasks, files = make_own_task_folder(
             names,
             split=split or "test",
             limit=settings.limit,

@@ -21,7 +21,7 @@ from drllm.evaluation.baselines.base import (
     select_baselines,
 )
 from drllm.evaluation.flops import ModelShape
-from drllm.evaluation.lm_eval.folders import task_folder
+from drllm.evaluation.lm_eval.folders import make_task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import chosen_on, is_fitted, sources_of
@@ -175,7 +175,7 @@ class EvaluationContext:
     def _written_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
         config = self.config
         folder = self.output / TASKS_FOLDER / split
-        [written], files = task_folder(
+        [written], files = make_task_folder(
             [task],
             split=split,
             limit=limit,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import drllm.tasks.published
-from drllm.evaluation.lm_eval.folders import task_folder
+from drllm.evaluation.lm_eval.folders import make_task_folder
 from drllm.tasks.published.task import tasks_in
 from drllm.tasks.registry import TASKS, describe_tasks, get_tasks, register
 
@@ -57,7 +57,7 @@ def test_the_tasks_of_the_page_can_be_named_and_listed(name, rewards):
 @pytest.mark.parametrize(("name", "chance"), [("swag", 0.25), ("headqa", 0.5)])
 def test_the_tasks_of_the_page_can_be_evaluated(name, chance, tmp_path, write_rows):
     write_rows(f"{name}/validation", [DATA[name]])
-    [task], files = task_folder(
+    [task], files = make_task_folder(
         get_tasks(name), split="test", limit=None, seed=0, data_dir=tmp_path
     )
     assert (task.num_questions, task.chance, task.metric, task.filter) == (1, chance, "acc", "none")

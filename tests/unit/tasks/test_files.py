@@ -8,7 +8,7 @@ import pytest
 
 from drllm.config import SPLITS, EvaluateConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.graders import entry_of
+from drllm.evaluation.lm_eval.graders import make_entry
 from drllm.evaluation.questions import tasks_of
 from drllm.tasks.files import with_columns
 from drllm.tasks.graded import GradedTask
@@ -75,7 +75,7 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
     with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
         tasks_of(EvaluateConfig(), [task])
     with pytest.raises(TaskError, match="without answers"):  # as lm-eval comes to it
-        entry_of(task)
+        make_entry(task)
 
 
 USER, ASSISTANT = ({"role": role, "content": role[0].upper()} for role in ("user", "assistant"))

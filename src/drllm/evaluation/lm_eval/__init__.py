@@ -1,1 +1,4 @@
-"""lm-evaluation-harness: our model in it, its tasks for us. Nothing else imports `lm_eval`."""
+"""Run routed models in lm-evaluation-harness, and its tasks in our evaluations.
+
+No other package imports `lm_eval`.
+"""

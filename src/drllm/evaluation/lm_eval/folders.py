@@ -1,11 +1,11 @@
-"""Write an evaluation's tasks as a folder that lm-evaluation-harness reads, ours or stock.
+"""Write an evaluation's tasks as a folder that lm-evaluation-harness reads.
 
-    FOLDER/NAME.yaml              one task, or the parts of one as a group
+    FOLDER/NAME.yaml                  a task, or a group of the task's parts
     FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
-    FOLDER/cache/                 what `datasets` makes of the rows
+    FOLDER/cache/                     the cache of `datasets`
 
-A rows file is named by its content, so that `datasets` can't take old rows for new ones. Loads
-neither torch nor the harness.
+The name of a rows file has a hash of its content, so that `datasets` can't use old rows from its
+cache. Imports neither torch nor the harness.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from drllm.errors import ConfigError, TaskError, nearest_name
-from drllm.evaluation.lm_eval.graders import entry_of
+from drllm.evaluation.lm_eval.graders import make_entry
 from drllm.records.codec import write_atomically
 from drllm.records.splits import question_key
 from drllm.tasks.base import Function, Harness, Task, name_for_harness
@@ -29,43 +29,47 @@ from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
 Line: TypeAlias = tuple[str, dict[str, Any]]
-"""The part of the set that a question belongs to, and its row of a rows file."""
+"""The part of the task that a question belongs to, and its row in a rows file."""
 
-ASKED, SHOWN = "asked", "shown"
-ROWS, CACHE = "rows", "cache"
-"""Places below a task folder: its rows, and what `datasets` makes of them."""
-NAMED = 5  # rows that aren't asked whose ids a note lists; the results hold all
-SEED = 0  # of drawing the questions of `--limit` on the harness' command line
+ASKED = "asked"
+SHOWN = "shown"
+"""The uses of a rows file: questions, and worked examples."""
+ROWS = "rows"
+CACHE = "cache"
+"""Folders below a task folder."""
+MAX_LISTED = 5  # ids in a note on questions that aren't asked; the results have all
+SEED = 0  # draws the questions of `--limit` on the harness' command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """A task of a task folder; `harness_name` is what to give to the harness' `--tasks`."""
+    """A task as the harness knows it."""
 
     name: str
-    harness_name: str
-    # How many questions are in each of the harness' tasks: itself, or a group's parts.
+    harness_name: str  # its name for the harness' `--tasks`
+    # The harness' tasks that hold its questions (the task itself, or the parts of a group), with
+    # the number of their questions.
     leaves: Mapping[str, int]
-    metric: str  # the metric that counts
-    filter: str  # the harness' filter that it is taken from; `none` for most
+    metric: str  # the metric that is reported
+    filter: str  # the harness' filter of answers for this metric, mostly `none`
     kind: Literal["choices", "generated"]
-    # The questions that are asked, over all parts.
+    # The questions of all leaves.
     examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
-    notes: tuple[str, ...]  # what a reader of results must know
-    # Rows of the set that aren't asked: id → why.
+    notes: tuple[str, ...]  # what readers of the results have to know
+    # Questions that aren't asked: id → reason.
     not_asked: dict[str, str] = field(default_factory=dict)
-    # Of the harness' own tasks, which questions of each are asked.
+    # For the harness' own tasks: leaf → the places of its questions that are asked.
     places: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_questions(self) -> int:
-        """How many are asked."""
+        """The number of questions in all leaves."""
         return len(self.examples)
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing, the mean over the questions; 0 for generated answers."""
+        """The expected accuracy of guessing; 0 for generated answers."""
         if self.kind == "generated":
             return 0.0
         return fmean(1 / len(example.choices) for example in self.examples)
@@ -73,11 +77,11 @@ class HarnessTask:
 
 @dataclass
 class FolderFiles:
-    """The files of a task folder, before there is one.
+    """The files of a task folder, before they are written.
 
     Attributes:
-        tasks: Each task file's content by its name; places of rows are given below the folder.
-        rows: Each rows file's text by its name below the folder.
+        tasks: Name of a task file → its content, with paths of rows files relative to the folder.
+        rows: Path of a rows file relative to the folder → its text.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -85,38 +89,45 @@ class FolderFiles:
 
     @property
     def key(self) -> str:
-        """What tells these files from others, wherever they are: 16 hexadecimal digits."""
+        """A hash of the files that doesn't depend on the folder: 16 hexadecimal digits."""
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
     def add_leaf(
         self, leaf: str, file: str, rows: Mapping[str, Sequence[Any]], settings: dict[str, Any]
     ) -> None:
-        """Add a task that holds questions; `file` is the harness' own that it changes, if any."""
-        places = {}
+        """Add a task that holds questions.
+
+        Args:
+            leaf: The task's name.
+            file: The harness' own task file on which it is based, or empty.
+            rows: The rows of the questions (`ASKED`) and of the worked examples (`SHOWN`).
+            settings: Further entries of the task file.
+        """
+        row_paths = {}
         for use in (ASKED, SHOWN):
             if rows[use]:
-                places[use] = self._add_rows(f"{leaf}-{use}", rows[use])
+                row_paths[use] = self._add_rows(f"{leaf}-{use}", rows[use])
         content: dict[str, Any] = {}
         if file:
             content["include"] = f"{importlib.resources.files('lm_eval')}/tasks/{file}"
         self.tasks[f"{leaf}.yaml"] = {
             **content,
             "task": leaf,
-            "tag": None,  # else the harness' own tags would mean these tasks alone
+            "tag": None,  # otherwise the harness' own tags would select these tasks alone
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": places, "cache_dir": CACHE},
+            "dataset_kwargs": {"data_files": row_paths, "cache_dir": CACHE},
             "training_split": None,
             "validation_split": None,
             "test_split": ASKED,
             "fewshot_split": SHOWN if rows[SHOWN] else None,
-            # `num_fewshot` is among them even where it is 0, which a command line then can't
-            # change: the harness would show questions that are asked.
+            # With `num_fewshot`, even if it is 0: a command line then can't change it, which would
+            # make the harness show questions that are asked.
             **settings,
         }
 
     def add_group(self, name: str, leaves: Sequence[str], metric: str) -> None:
-        """Add a task that is the mean over others, each question counting alike."""
+        """Add a group of tasks; its metric is the mean over all their questions."""
         self.tasks[f"{name}.yaml"] = {
             "group": name,
             "task": list(leaves),
@@ -125,36 +136,38 @@ class FolderFiles:
         }
 
     def _add_rows(self, name: str, rows: Sequence[Any]) -> str:
-        """Add a rows file; return its place below the folder."""
+        """Add a rows file; return its path relative to the folder."""
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        place = f"{ROWS}/{name}-{_digest(text)}.jsonl"
-        self.rows[place] = text
-        return place
+        path = f"{ROWS}/{name}-{_digest(text)}.jsonl"
+        self.rows[path] = text
+        return path
 
     def write(self, folder: Path) -> None:
-        """Write the files below a folder, which may hold others; rows that are there stay."""
+        """Write the files into a folder, which may hold other files; equal rows files stay."""
         folder = folder.resolve()
         for name, text in self.rows.items():
             path = folder / name
             if not path.is_file() or path.read_bytes() != text.encode():
                 write_atomically(path, text)
         for name, content in self.tasks.items():
-            placed = _place_rows(content, folder)
-            text = yaml.dump(placed, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+            absolute = _make_absolute(content, folder)
+            text = yaml.dump(
+                absolute, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+            )
             write_atomically(folder / name, text)
 
 
-def _place_rows(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a task file's content with the places of its rows made absolute."""
+def _make_absolute(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a task file's content with absolute paths of its rows and cache."""
     dataset = content.get("dataset_kwargs")
     if dataset is None:  # a group
         return content
-    rows = {use: str(folder / place) for use, place in dataset["data_files"].items()}
-    placed = {"data_files": rows, "cache_dir": str(folder / CACHE)}
-    return {**content, "dataset_kwargs": placed}
+    row_paths = {use: str(folder / path) for use, path in dataset["data_files"].items()}
+    absolute = {"data_files": row_paths, "cache_dir": str(folder / CACHE)}
+    return {**content, "dataset_kwargs": absolute}
 
 
-def task_folder(
+def make_task_folder(
     tasks: Sequence[Task],
     *,
     split: str,
@@ -163,16 +176,16 @@ def task_folder(
     data_dir: Path | str | None,
     num_fewshot: int | None = None,
 ) -> tuple[list[HarnessTask], FolderFiles]:
-    """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
+    """Describe tasks to lm-evaluation-harness, and make their files without writing them.
 
-    The same arguments and questions give the same files to the last byte.
+    The same arguments and questions give exactly the same files.
 
     Args:
         tasks: The tasks.
-        split: Where their questions are from.
-        limit: Maximum questions a task, drawn with the seed; None is all.
+        split: The split of their questions.
+        limit: Maximum number of questions of each task, drawn with the seed; None is all.
         seed: Seed of the drawing.
-        data_dir: Where published sets are.
+        data_dir: The folder of published data sets.
         num_fewshot: Worked examples before each question; None leaves it to each task.
     """
     if num_fewshot is not None and num_fewshot < 0:
@@ -183,7 +196,7 @@ def task_folder(
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise TaskError(f"task {task.name!r} is given twice, or its name is; give it once")
-        entry = entry_of(task)
+        entry = make_entry(task)
         shots = entry.shots if num_fewshot is None else num_fewshot
         questions = _draw_questions(task, split, limit, seed, data_dir, shots)
         leaves = _add_task(files, task, name, entry, questions, shots)
@@ -210,7 +223,7 @@ class _Questions:
 
     asked: list[QuestionRow]
     shown: list[QuestionRow]  # worked examples
-    not_asked: dict[str, str]  # id → why
+    not_asked: dict[str, str]  # id → reason
 
 
 def _draw_questions(
@@ -221,7 +234,7 @@ def _draw_questions(
     data_dir: Path | str | None,
     shots: int,
 ) -> _Questions:
-    """Draw the questions to ask, without those that are worked examples."""
+    """Draw the questions to ask, leaving out those that are worked examples."""
     drawn = choose(task.rows(split, data_dir), limit, seed)
     shown: list[QuestionRow] = []
     if shots:
@@ -251,9 +264,9 @@ def _notes_on(not_asked: Mapping[str, str]) -> list[str]:
     """Return a note for each reason why questions aren't asked."""
     notes = []
     for reason in dict.fromkeys(not_asked.values()):
-        ids = [row for row, why in not_asked.items() if why == reason]
-        listed = ", ".join(ids[:NAMED])
-        if len(ids) > NAMED:
+        ids = [row for row, row_reason in not_asked.items() if row_reason == reason]
+        listed = ", ".join(ids[:MAX_LISTED])
+        if len(ids) > MAX_LISTED:
             listed += ", …"
         notes.append(f"not asked: {len(ids)} ({listed}), since {reason}")
     return notes
@@ -262,17 +275,17 @@ def _notes_on(not_asked: Mapping[str, str]) -> list[str]:
 def _add_task(
     files: FolderFiles, task: Task, name: str, entry: Harness, questions: _Questions, shots: int
 ) -> dict[str, int]:
-    """Add the files of a task; return its parts, by the harness' name: how many questions each."""
-    asked = _lines(task, entry, questions.asked)
-    shown = _lines(task, entry, questions.shown)
+    """Add the files of a task; return its leaves with the number of their questions."""
+    asked = _make_lines(task, entry, questions.asked)
+    shown = _make_lines(task, entry, questions.shown)
     settings = {"num_fewshot": shots, **entry.settings}
     if entry.generated and not entry.file:
         settings["generation_kwargs"] = _generation_settings(entry, asked)
     leaves = {}
     for part in sorted({part for part, _ in asked}):
         rows = {
-            ASKED: [row for at, row in asked if at == part],
-            SHOWN: [row for at, row in shown if at == part],
+            ASKED: [row for line_part, row in asked if line_part == part],
+            SHOWN: [row for line_part, row in shown if line_part == part],
         }
         num_shown = len(rows[SHOWN])
         if shots > num_shown:
@@ -291,7 +304,8 @@ def _add_task(
     return leaves
 
 
-def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
+def _make_lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
+    """Make the rows of some questions, each with its part of the task."""
     lines = []
     for example, row in questions:
         try:
@@ -307,7 +321,7 @@ def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list
 
 
 def _generation_settings(entry: Harness, asked: Sequence[Line]) -> dict[str, Any]:
-    """Return how answers are generated, their maximum length with it."""
+    """Return the options with which answers are generated, and their maximum length."""
     longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in asked)
     return {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
 
@@ -317,13 +331,13 @@ def _digest(text: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a task file, functions as the harness names them."""
+    """Writes a task file, with functions in the harness' notation."""
 
 
 _Dumper.add_representer(Function, lambda to, name: to.represent_scalar("!function", str(name)))
 
 
-def own_tasks(
+def make_own_task_folder(
     names: Sequence[str],
     *,
     limit: float | None,
@@ -331,10 +345,14 @@ def own_tasks(
     num_processes: int,
     **more: Any,
 ) -> tuple[list[HarnessTask], FolderFiles]:
-    """Return the tasks of a command line, in its `--tasks`, all of which are ours.
+    """Describe drllm's own tasks, which a harness command names by `--tasks`, to the harness.
 
-    Processes share a task's questions. `data_dir` and `more` (split, num_fewshot) are
-    as `task_folder`'s.
+    Args:
+        names: The tasks; a task of the harness is a ConfigError.
+        limit: The value of `--limit`.
+        data_dir: See `make_task_folder`.
+        num_processes: How many processes share the questions of each task.
+        more: `split` and `num_fewshot`, see `make_task_folder`.
     """
     foreign = [name for name in names if not is_task_name(name)]
     if foreign:
@@ -356,12 +374,12 @@ def own_tasks(
             f"give a whole number from 1"
         )
     max_questions = None if limit is None else int(limit)
-    harness_tasks, files = task_folder(
+    harness_tasks, files = make_task_folder(
         tasks, limit=max_questions, seed=SEED, data_dir=data_dir, **more
     )
     for task in harness_tasks:
         for name, number in task.leaves.items():
-            if number < num_processes:  # which would end the harness
+            if number < num_processes:  # the harness would crash
                 raise TaskError(
                     f"task {name!r} has {number} questions for {num_processes} processes, and the "
                     f"harness wants one for each; give a higher --limit, or start fewer processes"

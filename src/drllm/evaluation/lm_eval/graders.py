@@ -1,7 +1,7 @@
-"""Describe to the harness the tasks that are ours alone, and grade their answers.
+"""Describe the tasks that only drllm has to the harness, and grade their answers.
 
-Task files name the functions here by `!function`; among them are SQuAD's two metrics, which the
-harness would fetch from the net. Loads no torch.
+Task files refer to the functions of this module by `!function`. Among these are SQuAD's two
+metrics, which the harness would download. Imports no torch.
 """
 
 import json
@@ -17,26 +17,28 @@ from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, Row
 from drllm.tasks.rewards import get_reward, grade
 
 NO_ANSWER = "unanswerable"
-"""What stands for "the passage doesn't say", among the answers shown and those generated."""
+"""The answer, shown or generated, that means "the passage doesn't say"."""
 
-RULE = ("reward", "answer", "other_answers", "letters")  # what grading needs to know of a prompt
+RULE = ("reward", "answer", "other_answers", "letters")  # fields of a prompt that grading needs
 
 
-def entry_of(task: Task) -> Harness:
-    """Return how the harness asks a task: as the task says itself, or by its first reward."""
+def make_entry(task: Task) -> Harness:
+    """Return a task's entry for the harness: its own, or one made from its first reward."""
     if task.harness is not None:
         return task.harness
     task.check_answers()
-    return _choices_entry(task) if task.rewards[0] == OPTIONS_REWARD else _generated_entry(task)
+    if task.rewards[0] == OPTIONS_REWARD:
+        return _make_choices_entry(task)
+    return _make_generated_entry(task)
 
 
-def _choices_entry(task: Task) -> Harness:
-    """Return how the harness asks a task whose options are scored."""
+def _make_choices_entry(task: Task) -> Harness:
+    """Make the entry of a task whose options are scored."""
 
     def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, OPTIONS_REWARD)
-        # The options as one text, written in Python: of a column of lists that hold nothing but
-        # dates, datasets makes dates.
+        # The options as one text, a Python literal: `datasets` would turn a column of lists that
+        # hold only dates into dates.
         options = [text.removeprefix(" ") for text in prompt.continuations]
         return {"prompt": prompt.text, "options": repr(options), "gold": prompt.gold}
 
@@ -52,8 +54,8 @@ def _choices_entry(task: Task) -> Harness:
     )
 
 
-def _generated_entry(task: Task) -> Harness:
-    """Return how the harness asks a task whose answers are generated."""
+def _make_generated_entry(task: Task) -> Harness:
+    """Make the entry of a task whose answers are generated."""
 
     def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, task.rewards[0])
@@ -61,7 +63,7 @@ def _generated_entry(task: Task) -> Harness:
             raise TaskError("conversations can't be evaluated; give prompts, one text each")
         return {
             "prompt": prompt.text,
-            "grading": grading_of(prompt),
+            "grading": write_grading(prompt),
             "max_new_tokens": prompt.max_new_tokens,
         }
 
@@ -86,7 +88,7 @@ def _generated_entry(task: Task) -> Harness:
 
 
 def _averaged(*metrics: str) -> dict[str, Any]:
-    """Return the settings that have the harness report the means of some metrics."""
+    """Return settings that make the harness report the means of some metrics."""
     metric_list = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
     ]
@@ -94,21 +96,21 @@ def _averaged(*metrics: str) -> dict[str, Any]:
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade a generated answer by the rule of its row (see `grading_of`): 1 if it is right."""
-    return {"exact_match": grade(_prompt(doc), results[0])}
+    """Grade a generated answer by the rule in its row (see `write_grading`): 1 if it is right."""
+    return {"exact_match": grade(_read_prompt(doc), results[0])}
 
 
 def shown(doc: Mapping[str, Any]) -> str:
-    """Return the right answer of a row in the form that the question asks for."""
-    prompt = _prompt(doc)
+    """Return a row's right answer in the form that the question asks for."""
+    prompt = _read_prompt(doc)
     return get_reward(prompt).gold_text(prompt)
 
 
-def grading_of(prompt: Prompt) -> str:
-    r"""Write what grading needs to know of a prompt as one text.
+def write_grading(prompt: Prompt) -> str:
+    """Write the fields of a prompt that grading needs as one JSON text.
 
-    One text, since columns that happen to hold nothing but dates, or nothing at all, would be
-    read back as something else than texts.
+    They are one text, since `datasets` reads columns that hold only dates, or nothing, as other
+    types than text.
     """
     rule = {name: getattr(prompt, name) for name in RULE}
     if prompt.question:
@@ -116,47 +118,47 @@ def grading_of(prompt: Prompt) -> str:
     return json.dumps(rule, ensure_ascii=False)
 
 
-def _prompt(doc: Mapping[str, Any]) -> Prompt:
+def _read_prompt(doc: Mapping[str, Any]) -> Prompt:
+    """Read the prompt that `write_grading` wrote into a row."""
     rule = json.loads(doc["grading"])
     rule["other_answers"] = tuple(rule["other_answers"])
     return Prompt(text="", **rule)
 
 
 def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade an answer as SQuAD 2.0 does; `unanswerable` and nothing at all mean "no answer".
+    """Grade an answer as SQuAD 2.0 does; `unanswerable` and an empty text mean "no answer".
 
-    The row's `grading` lists the right answers as JSON; none where there is no answer. `exact` is 1
-    if the text equals an answer after normalising, else 0; `f1` the best overlap in words with an
+    The row's `grading` is a JSON list of the right answers, empty if there is no answer. `exact` is
+    1 if the normalised text equals an answer, else 0. `f1` is the best overlap in words with an
     answer, in [0, 1].
 
-    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (no answer: both metrics are 1 for an
-        answer withheld, else 0). That a word stands for the missing answer is
-        lm-evaluation-harness' prompt.
+    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (if there is no answer, both metrics are 1
+        for giving none, else 0). The word for "no answer" is from lm-evaluation-harness' prompt.
     """
-    answer = _words(results[0])
+    answer = _normalise_words(results[0])
     if answer == [NO_ANSWER]:
         answer = []
-    right_answers = [_words(text) for text in json.loads(doc["grading"])]
-    # Answers that are nothing but articles and marks are left out, unless that leaves none.
+    right_answers = [_normalise_words(text) for text in json.loads(doc["grading"])]
+    # Answers of only articles and punctuation are left out; if all are, there is no answer.
     right_answers = [words for words in right_answers if words] or [[]]
     overlaps = [_overlap(answer, words) for words in right_answers]
     return {"exact": float(answer in right_answers), "f1": max(overlaps)}
 
 
 def squad_shown(doc: Mapping[str, Any]) -> str:
-    """Return the first right answer of a row, or the word for none."""
+    """Return the first right answer of a row, or `NO_ANSWER`."""
     answers = json.loads(doc["grading"])
     return str(answers[0]) if answers else NO_ANSWER
 
 
-def _words(text: str) -> list[str]:
-    """Return the words that count: lower case, without marks and articles."""
+def _normalise_words(text: str) -> list[str]:
+    """Split a text into lower-case words, without punctuation and articles."""
     plain = "".join(mark for mark in text.lower() if mark not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
 def _overlap(answer: Sequence[str], right: Sequence[str]) -> float:
-    """Return F1 of the words of an answer and a right one."""
+    """Return the F1 score of an answer's words against those of a right answer."""
     if not answer or not right:
         return float(answer == right)
     num_common = sum((Counter(answer) & Counter(right)).values())

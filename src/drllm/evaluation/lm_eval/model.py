@@ -1,4 +1,4 @@
-"""A routed model as lm-evaluation-harness knows models: `--model drllm`.
+"""Give lm-evaluation-harness a routed model: `--model drllm`.
 
 Axes: P prompts, L layers.
 """
@@ -46,7 +46,7 @@ from drllm.paths import Decisions
 from drllm.processes import PATIENCE, launched
 from drllm.records.static_paths import read_path
 
-MAX_ROWS = 64  # as the harness' `max_batch_size`
+MAX_ROWS = 64  # the harness' default of `max_batch_size`
 PASSED_ON = (
     "add_bos_token",
     "prefix_token_id",
@@ -55,7 +55,7 @@ PASSED_ON = (
     "enable_thinking",
     "chat_template_args",
 )
-"""Arguments of the harness' own class that keep their meaning."""
+"""Arguments that the harness' own class gets."""
 PUBLISHED = "is_static_routing"  # the published name of `static_routing`
 DEPTH = (*(field.name for field in fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
@@ -64,31 +64,33 @@ FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
 
 @register_model("drllm")
 class RoutedLM(HFLM):  # type: ignore[misc]
-    """A base model under routing.
+    """A routed model for the harness.
 
-    All continuations of a question follow one copy of its context, and the routers read that
-    context alone: one route for each question. Without routers and without a path every layer is
-    executed once, and all numbers are those of the harness' `hf` model.
+    All continuations of a question follow one copy of its context. The routers read the context
+    alone, so each question has one route. Without routers and without a path every layer is
+    executed once, and all results equal those of the harness' `hf` model.
 
     Args:
-        pretrained: A base model (alias, hub id or folder), or a folder of routers, which names
-            its base. From Python also a `BaseModel`.
-        routers: With a base model: its routers, a folder or a hub id; from Python also routers.
-        base: With a folder of routers: the base model, where its config names none that is here.
-        num_windows: Windows W of the routers; a check, since trained routers can't change it.
-        path: FILE or FILE:NAME, a static path that is run whatever the prompt, see `read_path`.
-        device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
-        batch_size: Rows a pass, as the harness has it; a question with all its continuations is
-            one. `auto` goes by memory.
-        max_batch_size: Maximum rows a pass with `auto`.
-        max_length: Maximum tokens read; the model's own context length unless given.
-        others: Settings of `DepthConfig` and of `ModelConfig` by name (`DEPTH` and `LOADING`), and
-            arguments of the harness' `HFLM` that keep their meaning (`PASSED_ON`).
+        pretrained: A base model (alias, hub id or folder), or a folder of routers, which names its
+            base model. From Python also a `BaseModel`.
+        routers: The routers of a base model: a folder or a hub id; from Python also a
+            `RouterStack`.
+        base: The base model of a folder of routers, if its config names none.
+        num_windows: The number of windows W that the routers must have. Trained routers can't
+            change it.
+        path: FILE or FILE:NAME, a static path to run for every prompt, see `read_path`.
+        device: auto, cpu, cuda, cuda:1 or mps. Each of several processes gets its own GPU.
+        batch_size: Rows in a pass; a question with all its continuations is one row. `auto` chooses
+            by memory.
+        max_batch_size: Maximum rows in a pass with `auto`.
+        max_length: Maximum number of tokens read; by default the model's context length.
+        others: Settings of `DepthConfig` and `ModelConfig` by name (`DEPTH` and `LOADING`), and
+            arguments of the harness' `HFLM` (`PASSED_ON`).
 
     Raises:
-        ConfigError: An argument that there isn't, or that has no effect.
-        CheckpointError: Routers of another model, or with other windows.
-        ModelError: A base model that can't be had.
+        ConfigError: An argument is unknown or has no effect.
+        CheckpointError: The routers are those of another model, or have other windows.
+        ModelError: The base model can't be loaded.
 
     Source: ours; lm-evaluation-harness' `HFLM` (docs/differences.md, D-27).
     """
@@ -144,21 +146,21 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.routers_source = None if source.routers is None else str(routers or pretrained)
         self.path_source: str | None = None
         self.policy = self._make_policy(depth, path)
-        # Decides on the answers to a batch's prompts.
+        # The policy for a batch of prompts that are generated from.
         self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
         self.shared_counts = self.scorer.counts
         self.generated_routes: dict[str, Decisions] = {}
-        self._contexts: list[str] = []  # the prompts that are generated from next
+        self._contexts: list[str] = []  # the prompts of the next `_model_generate`
         self._prefix = CommonPrefix(self.routed)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "RoutedLM":
-        """Make a model of `--model_args` and of the harness' flags (batch sizes, device)."""
+        """Make a model from `--model_args` and the harness' flags (batch sizes, device)."""
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:
                 raise ConfigError(
@@ -173,6 +175,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
     def _make_policy(self, depth: DepthConfig, path: str | None) -> Policy:
+        """Make the policy: a static path, or that of the depth settings."""
         if path is None:
             texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
             prompts = encode_calibration(texts, self.tokenizer, chat=False)
@@ -189,10 +192,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[OptionScore]:
-        """Score continuations, those of one question together; see `scoring.batch_requests`."""
+        """Score continuations; those of one question are scored together."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
-        encoded = [self.request_of(request) for request in requests]
+        encoded = [self.encode_request(request) for request in requests]
         is_silent = disable_tqdm or self.rank != 0
         with tqdm(desc="scoring", total=len(encoded), disable=is_silent) as bar:
             answers, _ = self.scorer.score(
@@ -202,7 +205,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
 
-    def request_of(self, instance: Instance) -> HarnessRequest:
+    def encode_request(self, instance: Instance) -> HarnessRequest:
         """Encode a request of the harness."""
         question = (instance.task_name, instance.doc_id)
         context, continuation = instance.args
@@ -225,7 +228,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[OptionScore]:
-        """Score windows of a text (rolling log-likelihoods), each by itself, without a prompt."""
+        """Score windows of texts, which have no prompt, for rolling log-likelihoods."""
         if self.policy.reads_prompt:
             raise RoutingError(
                 f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
@@ -238,11 +241,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return answers
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Encode prompts, and remember them for `_model_generate`."""
+        """Encode prompts, and store them for `_model_generate`."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Generate answers for a batch under its policy, and store the routes."""
         policy = self.policy_of(self._contexts)
         prefixed = self._prefix.read(policy, context, kwargs)
         if prefixed is not None:
@@ -253,44 +257,45 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if prefixed is not None:
             routes = prefixed.routes
         else:
-            copies = len(self.routed.last_route) // len(self._contexts)
-            routes = self.routed.last_route[::copies]
+            rows_per_prompt = len(self.routed.last_route) // len(self._contexts)
+            routes = self.routed.last_route[::rows_per_prompt]
         self.scorer.count(routes)
         for prompt, route in zip(self._contexts, routes.tolist(), strict=True):
             self.generated_routes[prompt] = tuple(route)
         return output
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate answers; decisions are taken in the prefill, and pinned.
+        """Generate answers; decisions are made in the prefill, and pinned.
 
-        Answers that the model has no room for are shorter, with a warning (see `limit_answers`).
+        If the model has no room for a whole answer, it is shorter, with a warning (see
+        `limit_answers`).
         """
-        kept, places = drop_repeats(requests)
+        remaining, places = drop_repeats(requests)
         limited = limit_answers(
-            kept, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
+            remaining, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
         )
         texts: list[str] = super().generate_until(limited, disable_tqdm=disable_tqdm)
         return [texts[place] for place in places]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """Return how many answers are generated at once with `auto`: as many as memory allows."""
+        """Return how many answers to generate at once with `auto`, by memory."""
         size = PathSize(self.max_length, 1, keeps_kv=True)
         number: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
-        if self.world_size > 1:  # processes generate as many side by side as the smallest can
+        if self.world_size > 1:  # all processes use the smallest number
             number = int(self.all_gather(torch.tensor([number], device=self.device)).min())
         return number
 
     def barrier(self) -> None:
-        """Wait for all processes, and add up what they counted: the harness calls it in each."""
+        """Wait for all processes, and add up their counts; the harness calls it in each."""
         super().barrier()
         if self.world_size > 1:
             counts = torch.tensor([self.scorer.counts], device=self.device)
             self.shared_counts = self.all_gather(counts).sum(dim=0).tolist()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness writes next to its results.
+        """Return the information that the harness writes into its results.
 
-        `prompts` counts those of all processes, each question once; of rolling texts, the windows.
+        `prompts` is the number of questions of all processes; for rolling texts, of windows.
         """
         prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
         executions: float = executed / max(prompts, 1)
@@ -316,15 +321,15 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a model and its routers come from."""
+    """The routers, and where their base model comes from."""
 
     routers: RouterStack | None
     base: str  # the base model's name
-    revision: str | None = None  # of the base, where the routers name one
+    revision: str | None = None  # of the base model, if the routers name one
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    """Refuse model arguments that neither we nor the harness' class know."""
+    """Refuse model arguments that neither drllm nor the harness' class knows."""
     names = (*DEPTH, *LOADING, *PASSED_ON)
     for name in arguments:
         if name not in names:
@@ -333,7 +338,7 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
 
 
 def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
-    """Take the settings of depth out of model arguments."""
+    """Remove the depth settings from model arguments, and return them."""
     settings = {name: arguments.pop(name) for name in DEPTH if name in arguments}
     if settings.pop(PUBLISHED, False):
         settings["static_routing"] = True
@@ -343,7 +348,7 @@ def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
 
 
 def _join_processes(device: str | None) -> Accelerator | None:
-    """Give each of several processes a device of its own, or all of them the CPU."""
+    """Give each of several processes its own device, or all of them the CPU."""
     if launched() <= 1:
         return None
     return Accelerator(
@@ -353,7 +358,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
 
 def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
-    """Load the base model; the revision is the user's, else the one that the routers name."""
+    """Load the base model, at the user's revision or else at the one that the routers name."""
     settings = {
         **loading,
         "model": source.base,
@@ -366,7 +371,7 @@ def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) 
 def _check_windows(
     num_windows: int | None, routers: RouterStack | None, pretrained: str | BaseModel
 ) -> None:
-    """Refuse a number of windows that isn't the routers' own."""
+    """Refuse a number of windows that differs from the routers'."""
     if num_windows is None:
         return
     if routers is None:
@@ -386,7 +391,7 @@ def _check_windows(
 def _resolve_source(
     pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
 ) -> _Source:
-    """Load the routers, and find out which base model they are for."""
+    """Load the routers, and find the name of their base model."""
     is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
     if isinstance(pretrained, str) and is_folder:
         return _resolve_folder(pretrained, routers, base)
@@ -404,7 +409,7 @@ def _resolve_source(
 
 
 def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | None) -> _Source:
-    """Load the routers of a folder, which names their base model unless it is given."""
+    """Load the routers of a folder; their base model is `base`, or the one that they name."""
     if routers is not None:
         raise ConfigError(
             f"pretrained={folder} is a folder of routers, and routers={routers} is given too; "
@@ -422,7 +427,7 @@ def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | 
 
 
 def _missing_folder(pretrained: str | BaseModel) -> str:
-    """Say that there is no such folder, where a name looks like one: not for an alias."""
+    """Return a remark if a name looks like a folder that doesn't exist, else nothing."""
     if isinstance(pretrained, BaseModel):
         return ""
     folder = Path(pretrained)

@@ -1,4 +1,6 @@
-"""Read the common beginning of prompts, such as worked examples, once for all under one plan.
+"""Read the common beginning of prompts, such as worked examples, only once.
+
+This is possible where one plan is run for all prompts.
 
 Axes: B prompts, L layers, T tokens.
 """
@@ -23,28 +25,29 @@ from drllm.models.scoring.prefix_sharing import MIN_PREFIX, count_common_tokens
 
 @dataclass(frozen=True, slots=True)
 class PrefixedPrompts:
-    """Prompts of which a beginning has been read."""
+    """Prompts whose common beginning is in a cache, as arguments of `generate`."""
 
     ids: Tensor  # [B, T]
-    options: dict[str, Any]  # of `generate`, with the K/V of the beginning
+    options: dict[str, Any]  # with the mask and the cache
     routes: Tensor  # [B, L]
 
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
-    """A beginning that was read under a plan."""
+    """The beginning of prompts, as it was read under a plan."""
 
     plan: Any
     tokens: list[int]
-    cache: Cache  # of one row
+    cache: Cache  # with one row
     route: Tensor  # [1, L]
 
 
 class CommonPrefix:
     """Reads the common beginning of a batch's prompts once, and keeps it for later batches.
 
-    It takes one plan for all, known before they are read, and a model that may read a prompt in
-    parts (see `can_split`). What is generated is the same, up to the last bits of the logits.
+    It needs a single plan for all prompts, which is known before they are read, and a model that
+    can read prompts in parts (see `can_split`). The generated text is the same, up to the last bits
+    of the logits.
     """
 
     def __init__(self, routed: RoutedModel) -> None:
@@ -55,15 +58,16 @@ class CommonPrefix:
     def read(
         self, policy: Policy, ids: Tensor, options: Mapping[str, Any]
     ) -> PrefixedPrompts | None:
-        """Read the common beginning of prompts, unless it is there from an earlier batch.
+        """Read the common beginning of prompts, unless an earlier batch has done so.
 
         Args:
             policy: Decides on the prompts.
-            ids: Prompts, padded on the left, `[B, T]`. The padding goes behind the beginning.
-            options: Those of `generate`, the mask among them.
+            ids: Prompts, padded on the left, `[B, T]`. The result has the padding after the
+                beginning.
+            options: The options of `generate`, with the mask.
 
         Returns:
-            None where the prompts have to be read whole.
+            The prompts, or None if they have to be read whole.
         """
         plan = find_shared_plan(policy, self.routed.num_layers)
         if plan is None or not self._can_split or self._looks_back(options):
@@ -74,13 +78,13 @@ class CommonPrefix:
         prefix = self._find(plan, prompts)
         if prefix is None:
             return None
-        num = len(prefix.tokens)
         columns = []
         for start in starts:
-            beginning = range(start, start + num)
+            end = start + len(prefix.tokens)
+            beginning = range(start, end)
             padding = range(start)
-            rest = range(start + num, ids.shape[1])
-            columns.append([*beginning, *padding, *rest])
+            remainder = range(end, ids.shape[1])
+            columns.append([*beginning, *padding, *remainder])
         index = torch.tensor(columns, device=ids.device)
         cache = copy.deepcopy(prefix.cache)
         cache.batch_repeat_interleave(len(prompts))
@@ -93,24 +97,33 @@ class CommonPrefix:
         return PrefixedPrompts(ids.gather(1, index), options, routes)
 
     def _looks_back(self, options: Mapping[str, Any]) -> bool:
-        """Tell whether options of `generate` need the whole prompt, copies of it, or a cache."""
+        """Tell whether `generate` needs whole prompts, copies of them, or another cache."""
         option = make_option_lookup(self.routed.model, options)
-        if (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1:
+        num_beams = option("num_beams") or 1
+        num_sequences = option("num_return_sequences") or 1
+        if num_beams > 1 or num_sequences > 1:
             return True
         return any(option(name) for name in (*LOOKS_BACK, "cache_implementation"))
 
     def _find(self, plan: Any, prompts: list[list[int]]) -> _Prefix | None:
-        """Return the longest beginning that is worth using, read anew if it grew much."""
+        """Return the beginning to use, or None.
+
+        The last one is used again if it fits, unless the prompts have twice as much in common.
+        """
         common = prompts[0][: count_common_tokens(prompts)]
-        last = self._last
-        if last is not None and (last.plan != plan or last.tokens != common[: len(last.tokens)]):
-            last = None
-        num_read = 0 if last is None else len(last.tokens)
+        prefix = self._last
+        if prefix is not None:
+            begins_alike = prefix.tokens == common[: len(prefix.tokens)]
+            if prefix.plan != plan or not begins_alike:
+                prefix = None
+        num_read = 0 if prefix is None else len(prefix.tokens)
         if len(prompts) > 1 and len(common) >= max(MIN_PREFIX, 2 * num_read):
-            last = self._last = self._run(plan, common)
-        return last
+            prefix = self._run(plan, common)
+            self._last = prefix
+        return prefix
 
     def _run(self, plan: Any, tokens: list[int]) -> _Prefix:
+        """Read a beginning under a plan."""
         ids = torch.tensor([tokens], device=self.routed.model.device)
         with torch.no_grad(), self.routed.using(self.routed.policy_of(plan)):
             output = self.routed.model(input_ids=ids, use_cache=True, logits_to_keep=1)

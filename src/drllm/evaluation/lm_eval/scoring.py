@@ -1,9 +1,9 @@
-"""Score the harness' requests: questions in batches, each question under one route.
+"""Score the harness' requests in batches of questions, each question under one route.
 
-The harness asks for one log-likelihood at a time: a context and a continuation. Those of one
-question are put together, so that its context is read once and it has one route. A router may read
-what all of the question's contexts begin with: for most tasks the context; where the options stand
-in the context (WinoGrande), the text before them. The rest is read but not scored.
+A request of the harness is a context and one continuation. The requests of one question are put
+together, so that its context is read once and it has one route. Routers read the common beginning
+of the question's contexts. For most tasks that is the whole context. If the contexts contain the
+options (WinoGrande), it is the text before them, and the text after it is read but not scored.
 
 Axes: P questions, L layers.
 """
@@ -35,36 +35,39 @@ from drllm.paths import Decisions, StaticPath
 OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
 
-Plan: TypeAlias = Mapping[Any, Decisions]  # decisions by question
-Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]  # decisions or a path by question
+Plan: TypeAlias = Mapping[Any, Decisions]
+"""Question → its decisions."""
+Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]
+"""Question → its decisions or static path."""
 Decides: TypeAlias = Policy | Plan | StaticPath
 
-STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; nothing is kept beyond a batch
+STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; emptied after each batch
 
-ENOUGH_TOKENS = 512  # a pass of so many keeps a processor busy; a larger one costs in proportion
-LEAST_FILLED = 0.8  # share of a pass's columns that each of its rows fills, from `ENOUGH_TOKENS` on
+ENOUGH_TOKENS = 512  # from this size on a pass keeps a processor busy, and time grows with size
+LEAST_FILLED = 0.8  # share of a pass's columns that each row fills, in passes of `ENOUGH_TOKENS`
 STEPS = 16
-"""Steps of a context's length to which prompts are rounded up. Answers are generated side by side
-where they may be equally long, so prompts of about one length should leave the same room."""
+"""Into how many steps a context's length is divided, to which prompts are rounded up. The harness
+generates answers together if their maximum lengths are equal, so prompts of similar length should
+get the same maximum."""
 
 
 @dataclass(frozen=True, slots=True)
 class HarnessRequest:
-    """One continuation to score after a context, each of one token or more."""
+    """A context and one continuation to score after it, both of at least one token."""
 
-    question: Hashable  # tells its question from others, such as the task's name and the row
+    question: Hashable  # identifies the question, for example by the task's name and the row
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 @dataclass(slots=True)
 class RequestBatch:
-    """A list of the harness' requests, put together by question."""
+    """The harness' requests, grouped by question."""
 
-    # For each request, the place of its question, and the number of its continuation there.
+    # Of each request, the place of its question and the number of its continuation.
     places: list[tuple[int, int]]
     questions: list[Request] = field(default_factory=list)
-    keys: list[Hashable] = field(default_factory=list)  # each question's `HarnessRequest.question`
+    keys: list[Hashable] = field(default_factory=list)  # of each question, its identity
 
     def add(
         self,
@@ -73,11 +76,15 @@ class RequestBatch:
         contexts: Mapping[int, Sequence[int]],
         requests: Sequence[HarnessRequest],
     ) -> None:
-        """Add a question with the requests at some places, whose contexts begin with its prompt.
+        """Add a question with some of the requests.
 
-        What follows the prompt in a context is read but not scored.
+        Args:
+            key: Identifies the question.
+            prompt: The beginning of all its contexts. The rest of a context is read but not scored.
+            contexts: Place of a request → its context.
+            requests: All requests.
         """
-        numbers: dict[tuple[tuple[int, ...], int], int] = {}  # of each different continuation
+        numbers: dict[tuple[tuple[int, ...], int], int] = {}  # of each distinct continuation
         for place, context in contexts.items():
             unscored = context[len(prompt) :]
             tokens = (*unscored, *requests[place].continuation)
@@ -89,7 +96,7 @@ class RequestBatch:
         self.questions.append(Request(prompt, continuations, num_unscored))
 
     def answers(self, scores: Mapping[int, Score]) -> list[OptionScore]:
-        """Return the answer to each request from the scores of all questions, by place."""
+        """Return the answer to each request from the scores of all questions (place → score)."""
         return [
             (scores[place].logprobs[number], scores[place].greedy[number])
             for place, number in self.places
@@ -99,14 +106,22 @@ class RequestBatch:
 def batch_requests(
     requests: Sequence[HarnessRequest], max_length: int, *, by_prompt: bool
 ) -> RequestBatch:
-    """Put the requests of one question together.
+    """Group requests by question.
 
-    Requests that occur twice, as the harness asks where processes share the work unevenly, are
-    scored once. What is longer than the `max_length` tokens that the model reads loses tokens at
-    its start, as the harness has it; a continuation is never cut: TaskError if it is longer.
+    The harness repeats requests if processes share the work unevenly; these are scored once. If a
+    context and its continuation are longer than the model reads, the context is cut at its start,
+    as the harness does.
 
-    With `by_prompt` a question's contexts are cut alike; TaskError if they have no common beginning
-    to decide on. Otherwise such contexts are questions of their own, each cut by itself.
+    Args:
+        requests: The requests.
+        max_length: How many tokens the model reads.
+        by_prompt: Whether decisions depend on the prompt. Then the contexts of a question are cut
+            to the same length. Otherwise each is cut by itself, and contexts without a common
+            beginning become separate questions.
+
+    Raises:
+        TaskError: A continuation is longer than the model reads; or, with `by_prompt`, the contexts
+            of a question have no common beginning.
     """
     by_question: dict[Hashable, list[int]] = {}
     for place, request in enumerate(requests):
@@ -139,10 +154,10 @@ def batch_requests(
 def _cut_contexts(
     requests: Sequence[HarnessRequest], places: Sequence[int], max_length: int, *, alike: bool
 ) -> dict[int, tuple[int, ...]]:
-    """Return the contexts of one question's requests, cut at their start to fit the model.
+    """Cut the contexts of one question's requests at their start, so that they fit the model.
 
-    The last token of a continuation is only predicted. A context keeps one token at least: after it
-    something is predicted.
+    The last token of a continuation isn't read. A context keeps at least one token, which predicts
+    the next one.
     """
     longest = max(len(requests[place].continuation) for place in places)
     contexts = {}
@@ -159,11 +174,15 @@ def _describe(key: Hashable) -> str:
 
 @dataclass
 class RequestScorer:
-    """Scores requests with a routed model, which reads at most `max_length` tokens.
+    """Scores requests with a routed model.
 
-    `batch_size` is in rows a pass; a question is one, or one for each continuation where the model
-    can't have them packed, and is never split. `auto` goes by memory, up to `max_batch_size`.
-    Prompts that were routed, and their executions a forward pass, are added up in `counts`.
+    Attributes:
+        routed: The model.
+        max_length: How many tokens it reads.
+        batch_size: Rows in a pass, or `auto` to choose by memory. A question is one row, or one for
+            each continuation if the model can't take them packed. It is never split.
+        max_batch_size: Maximum rows in a pass with `auto`.
+        counts: The number of prompts that were routed, and the sum of their executions.
     """
 
     routed: RoutedModel
@@ -173,7 +192,7 @@ class RequestScorer:
     counts: list[int] = field(default_factory=lambda: [0, 0])
 
     def count(self, routes: Tensor) -> None:
-        """Count routes `[P, L]`."""
+        """Add routes `[P, L]` to the counts."""
         prompts, executions = self.counts
         self.counts = [prompts + len(routes), executions + int(routes.sum())]
 
@@ -185,9 +204,16 @@ class RequestScorer:
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> tuple[list[OptionScore], dict[Hashable, Decisions]]:
-        """Return the answer to each request, and each question's one route, if no path is given.
+        """Score requests under a policy, decisions by question, or a static path.
 
-        `on_progress` is called with the number of continuations that were scored.
+        Args:
+            requests: The requests.
+            decides: The policy, decisions or path.
+            by_prompt: See `batch_requests`.
+            on_progress: Called after each pass with the number of continuations it scored.
+
+        Returns:
+            The answer to each request, and question → its route (empty for a static path).
         """
         if isinstance(decides, StaticPath):
             return self.score_plans(requests, [decides])[0], {}
@@ -210,7 +236,7 @@ class RequestScorer:
     def score_plans(
         self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
     ) -> list[list[OptionScore]]:
-        """Return the answers under each plan; what their paths have in common runs once."""
+        """Return the answers under each plan; common prefixes of their paths run once."""
         questions = batch_requests(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
         for places, batch in self._batches(questions.questions):
@@ -221,15 +247,16 @@ class RequestScorer:
                     pairs.append((row, path))
             batch_scores = iter(batch.scores(pairs, greedy=True))
             for plan_scores in scores:
-                own_scores = itertools.islice(batch_scores, len(places))
-                plan_scores.update(zip(places, own_scores, strict=True))
+                next_scores = itertools.islice(batch_scores, len(places))
+                plan_scores.update(zip(places, next_scores, strict=True))
             batch.forget()
         return [questions.answers(plan_scores) for plan_scores in scores]
 
     def _score_under(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.
 
-        One plan for all is run as a path: then the prompts' common beginning is read once for all.
+        If the policy has one plan for all questions, the plan is run as a path, so that the
+        prompts' common beginning is read once.
         """
         plan = find_shared_plan(policy, self.routed.num_layers)
         if not isinstance(plan, tuple) or not batch.shares_beginning:
@@ -238,16 +265,16 @@ class RequestScorer:
         return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
 
     def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], ChoiceBatch]]:
-        """Yield the questions of each pass, with their places, the longest first."""
+        """Yield each pass's places of questions, and their batch, the longest questions first."""
         model = self.routed.model
         lengths = [question.length for question in questions]
         order = sorted(range(len(questions)), key=lengths.__getitem__, reverse=True)
-        # Where the longest can be packed, so can all.
+        # If the longest question can be packed, all can.
         all_packed = bool(order) and can_pack(model, lengths[order[0]])
-        num_rows = [
-            1 if all_packed or can_pack(model, question.length) else len(question.split())
-            for question in questions
-        ]
+        num_rows = []
+        for question in questions:
+            is_packed = all_packed or can_pack(model, question.length)
+            num_rows.append(1 if is_packed else len(question.split()))
         batcher = MemoryBatcher(model)
         while order:
             if isinstance(self.batch_size, int):
@@ -266,10 +293,15 @@ class RequestScorer:
 def _num_in_pass(
     order: Sequence[int], lengths: Sequence[int], num_rows: Sequence[int], max_rows: int
 ) -> int:
-    """Return how many questions of an order, the longest first, go into the next pass.
+    """Return how many questions go into the next pass, at least one.
 
-    It is one at least. A pass ends early where padding what follows would cost more than a pass of
-    its own.
+    A pass ends early if padding the next question would cost more than another pass.
+
+    Args:
+        order: The places of the remaining questions, the longest first.
+        lengths: The tokens of each question.
+        num_rows: The rows of each question.
+        max_rows: Maximum rows of the pass.
     """
     longest = lengths[order[0]]
     rows = 0
@@ -290,22 +322,23 @@ def limit_answers(
     *,
     warns: bool,
 ) -> list[Instance]:
-    """Return requests for generated answers, none longer than there is room.
+    """Limit the length of generated answers to the room that the model has for them.
 
-    What a request gets depends on its own prompt alone, so that it is the same in whatever batch
-    or process. Those that ask for no more than half of the context, or fit, stay as they are.
+    The limit depends on the request's own prompt alone, so it is the same in every batch and
+    process. A request stays unchanged if prompt and answer fit, or the answer takes at most half of
+    the model's context.
 
     Args:
         requests: The harness' requests.
-        encode: Makes tokens of a prompt.
-        max_length: Tokens that the model reads and writes in all.
-        max_new_tokens: Length of answers whose request doesn't say.
-        warns: Whether a warning tells of answers that are shortened.
+        encode: Encodes a prompt.
+        max_length: How many tokens the model reads and writes in total.
+        max_new_tokens: The answer's length if a request doesn't set it.
+        warns: Whether to warn of limited answers.
 
     Source: ours (docs/differences.md, D-27).
     """
     limited: list[Instance] = []
-    rooms: dict[tuple[str, int], list[int]] = {}  # by the task, and the length that it asks for
+    rooms: dict[tuple[str, int], list[int]] = {}  # (task, requested length) → limits
     for request in requests:
         prompt, settings = request.args
         settings = dict(normalize_gen_kwargs(settings, max_new_tokens))
@@ -326,7 +359,7 @@ def limit_answers(
 def _room_for_answer(
     prompt: str, length: int, encode: Callable[[str], Sequence[int]], max_length: int
 ) -> int:
-    """Return how many tokens an answer of some length gets behind a prompt."""
+    """Return how many tokens an answer may have after a prompt, at most `length`."""
     half = max_length // 2
     if length <= half:
         return length
@@ -339,7 +372,10 @@ def _room_for_answer(
 
 
 def _warn_of_room(task: str, length: int, rooms: Sequence[int], max_length: int) -> None:
-    most = str(max(rooms)) if len(set(rooms)) == 1 else f"{min(rooms)} to {max(rooms)}"
+    """Warn that the answers to a task are limited to these numbers of tokens."""
+    most = str(max(rooms))
+    if min(rooms) < max(rooms):
+        most = f"{min(rooms)} to {max(rooms)}"
     _warn_once(
         f"{task} asks for answers of up to {length} tokens, and the model holds {max_length} "
         f"with the question; answers have at most {most}"
@@ -348,23 +384,24 @@ def _warn_of_room(task: str, length: int, rooms: Sequence[int], max_length: int)
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Warn once, however many systems answer the same questions."""
+    """Warn only once, even if several systems answer the same questions."""
     logger.warning(message)
 
 
 def drop_repeats(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """Drop the requests that the harness repeats to fill a process up.
+    """Drop the requests that the harness repeats to give each process the same number.
 
-    Returned are the others, and for each request the place of its answer among theirs.
+    Returns the remaining requests, and of each original request the place of its answer among
+    theirs.
     """
-    kept: list[Any] = []
+    remaining: list[Any] = []
     places: list[int] = []
-    places_of: dict[int, list[int]] = {}  # by the request's identity
+    places_of: dict[int, list[int]] = {}  # id of a request → its places among the remaining ones
     for request in requests:
-        own_places = places_of.setdefault(id(request), [])
+        request_places = places_of.setdefault(id(request), [])
         repeats = request.repeats or 1  # None in a request made by hand
-        if len(own_places) < repeats:
-            own_places.append(len(kept))
-            kept.append(request)
-        places.append(own_places[-1])
-    return kept, places
+        if len(request_places) < repeats:
+            request_places.append(len(remaining))
+            remaining.append(request)
+        places.append(request_places[-1])
+    return remaining, places

@@ -1,4 +1,4 @@
-"""Render and grade a task by lm-evaluation-harness: one of a task folder of ours, or its own."""
+"""Render and grade tasks by lm-evaluation-harness: tasks of drllm's folders, or its own."""
 
 import copy
 import functools
@@ -23,14 +23,23 @@ from drllm.tasks.examples import choose
 from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices, load_harness_tasks
 from drllm.tuning.path_scorer import log_share
 
-Key: TypeAlias = tuple[str, int]  # which question: the harness' task, and the row's number there
+Key: TypeAlias = tuple[str, int]
+"""Identifies a question: the harness' task, and the number of the row in it."""
 
 
 class RenderedTask:
-    """The questions of one task, as the harness renders them: `keys`, requests and rows of each.
+    """The questions of one task, as the harness renders and grades them.
 
-    The source is the folder that the task was written to, or the harness' own tasks. With `chat`
-    worked examples are turns.
+    Args:
+        written: The task.
+        source: The folder that the task was written to, or the harness' own tasks.
+        lm: The model that answers.
+        chat: Whether to apply the chat template, with worked examples as turns.
+
+    Attributes:
+        keys: Identifies each question.
+        instances: Each question's requests, in the order of its options.
+        docs: Each question's row.
     """
 
     def __init__(
@@ -40,10 +49,10 @@ class RenderedTask:
         self._lm = lm
         if isinstance(source, Path):
             source = load_harness_tasks(f"{source / written.harness_name}.yaml")
-        # Copies, since a task holds the requests of those that were built last.
+        # Copies, since a task of the harness stores the requests that it built last.
         self._tasks = {name: copy.copy(source[name]) for name in written.leaves}
         self._build_requests(chat)
-        self.instances: list[list[Instance]] = []  # each question's, in the order of its options
+        self.instances: list[list[Instance]] = []
         for task in self._tasks.values():
             for _, group in itertools.groupby(task.instances, lambda instance: instance.doc_id):
                 self.instances.append(sorted(group, key=lambda instance: instance.idx))
@@ -51,7 +60,7 @@ class RenderedTask:
         self.docs = [first.doc for first, *_ in self.instances]
 
     def _build_requests(self, chat: bool) -> None:
-        """Have the harness build the requests; it and `datasets` would draw bars of their own."""
+        """Make the harness build the requests, without its progress bars."""
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
             for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -67,32 +76,32 @@ class RenderedTask:
 
     @property
     def has_options(self) -> bool:
-        """Whether options are scored; else answers are generated."""
+        """Whether options are scored; otherwise answers are generated."""
         return self.written.kind == "choices"
 
     @property
     def ids(self) -> list[str]:
-        """Our id of each question."""
+        """The id of each question in drllm."""
         return [
             str(doc.get("drllm_id", example.id))
             for doc, example in zip(self.docs, self.written.examples, strict=True)
         ]
 
     def digest(self) -> str:
-        """Return a hash of all requests, and of what the answers are graded by."""
+        """Return a hash of all requests and of the rows by which answers are graded."""
         args = [[instance.args for instance in instances] for instances in self.instances]
         text = json.dumps([self.keys, args, self.docs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def requests(self) -> list[list[HarnessRequest]]:
-        """Return each question's options as tokens after its context."""
+        """Return each question's requests, one for each option, as tokens."""
         return [
-            [self._lm.request_of(instance) for instance in instances]
+            [self._lm.encode_request(instance) for instance in instances]
             for instances in self.instances
         ]
 
     def prompts(self) -> list[str]:
-        """Return what the model reads of each question, rendered."""
+        """Return each question's prompt, rendered as the model reads it."""
         return [str(instances[0].args[0]) for instances in self.instances]
 
     @functools.cached_property
@@ -101,7 +110,7 @@ class RenderedTask:
         return [self._lm.tok_encode(prompt) for prompt in self.prompts()]
 
     def golds(self, place: int) -> list[int]:
-        """Return which options of the question at a place are right, one at least."""
+        """Return the right options of the question at a place, at least one."""
         name, _ = self.keys[place]
         golds = find_gold_indices(self._tasks[name], self.docs[place])
         if not golds:
@@ -109,32 +118,33 @@ class RenderedTask:
         return golds
 
     def text(self, place: int) -> HarnessRequest:
-        """Return a question with its right answer as a text whose next-token loss can be read.
+        """Return a question and its right answer as a text to measure next-token loss on.
 
-        With options it is the question and the right one, all but its first token predicted;
-        where answers are generated, the right answer after the question (for GSM8K a worked
-        solution), which alone is predicted; the question where there is no right answer.
+        With options the text is the question and the right option, and all tokens but the first are
+        predicted. With generated answers only the right answer is predicted (for GSM8K a worked
+        solution). Without a right answer the text is the question.
         """
         key = self.keys[place]
         instances = self.instances[place]
         if self.has_options:
-            request = self._lm.request_of(instances[self.golds(place)[0]])
+            request = self._lm.encode_request(instances[self.golds(place)[0]])
             return _predict_all(key, [*request.context, *request.continuation])
         name, doc_id = key
         task = self._tasks[name]
         answer = task.doc_to_target(self.docs[place])
         if isinstance(answer, list):
             answer = answer[0]
-        if not str(answer):  # of a prompt alone, which a function grades
+        if not str(answer):  # a prompt without an answer, which a function grades
             return _predict_all(key, self.prompt_tokens[place])
         continuation = task.config.target_delimiter + str(answer)
         arguments = (str(instances[0].args[0]), continuation)
-        return self._lm.request_of(Instance("loglikelihood", {}, arguments, 0, (name, doc_id, 1)))
+        instance = Instance("loglikelihood", {}, arguments, 0, (name, doc_id, 1))
+        return self._lm.encode_request(instance)
 
     def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
-        """Have the harness grade the answers to each question; return its metrics by name."""
-        for instances, own_answers in zip(self.instances, answers, strict=True):
-            for instance, answer in zip(instances, own_answers, strict=True):
+        """Let the harness grade the answers to each question; return its metrics by name."""
+        for instances, question_answers in zip(self.instances, answers, strict=True):
+            for instance, answer in zip(instances, question_answers, strict=True):
                 instance.resps = [answer]
                 instance.filtered_resps = {}
         for task in self._tasks.values():
@@ -142,7 +152,7 @@ class RenderedTask:
         return [self._grade(place) for place in range(len(self.keys))]
 
     def _grade(self, place: int) -> dict[str, float]:
-        """Return the metrics of a question whose answers are filtered."""
+        """Return the metrics of one question, after the harness has filtered the answers."""
         name, _ = self.keys[place]
         metric = self.written.metric
         instances = self.instances[place]
@@ -160,22 +170,22 @@ class RenderedTask:
         return scores
 
     def answer(self, place: int, answers: Sequence[OptionScore | str]) -> int | str:
-        """Return the option that a question was answered with, from 0, or the text generated."""
-        sums = _logprobs_of(answers)
+        """Return the option that the model chose, from 0, or the text that it generated."""
+        sums = _read_logprobs(answers)
         if not sums:
             return str(answers[0])
         if self.written.metric == "acc_norm":  # as the harness chooses
             name, _ = self.keys[place]
             options = self._tasks[name].doc_to_choice(self.docs[place])
-            sums = [total / len(text) for total, text in zip(sums, options, strict=True)]
+            sums = [logprob / len(text) for logprob, text in zip(sums, options, strict=True)]
         return sums.index(max(sums))
 
     def gold_logprob(self, place: int, answers: Sequence[OptionScore | str]) -> float:
-        """Return the gold option's log-probability among the options of a question, in nats.
+        """Return the gold option's log-probability among a question's options, in nats.
 
-        Of several gold options it is that of their sum.
+        The probabilities of several gold options are added.
         """
-        sums = _logprobs_of(answers)
+        sums = _read_logprobs(answers)
         shares = [log_share(sums, gold) for gold in self.golds(place)]
         if len(shares) == 1:
             return shares[0]
@@ -183,22 +193,27 @@ class RenderedTask:
 
 
 def _predict_all(key: Key, tokens: Sequence[int]) -> HarnessRequest:
-    """Return a text of which all tokens but the first are predicted."""
+    """Make a text into a request that predicts all its tokens but the first."""
     return HarnessRequest(key, tokens[:1], tokens[1:])
 
 
-def _logprobs_of(answers: Sequence[OptionScore | str]) -> list[float]:
-    """Return the options' log-probabilities; none of generated answers."""
+def _read_logprobs(answers: Sequence[OptionScore | str]) -> list[float]:
+    """Return the log-probabilities of scored options; an empty list for generated answers."""
     return [answer[0] for answer in answers if not isinstance(answer, str)]
 
 
 def draw_stock_task(
     task: LmEvalTask, split: str | None, limit: int | None, seed: int, num_fewshot: int | None
 ) -> HarnessTask:
-    """Draw the questions of a task of the harness, and set how many worked examples it shows.
+    """Draw the questions of one of the harness' own tasks, and set its worked examples.
 
-    They are drawn from all that it reports, or from those of a split, where something is fitted on
-    the others.
+    Args:
+        task: The task.
+        split: Draw only from this split, since something is fitted on the other questions. None
+            draws from all questions that the harness reports.
+        limit: Maximum number of questions; None is all.
+        seed: Seed of the drawing.
+        num_fewshot: Worked examples before each question; None leaves it to the task.
     """
     note = "asked as lm-evaluation-harness has it, on the questions that it reports"
     questions = task.reported

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import task_folder
+from drllm.evaluation.lm_eval.folders import make_task_folder
 from drllm.records.splits import question_key
 from drllm.tasks.base import Task
 from drllm.tasks.examples import OPTIONS_REWARD
@@ -39,7 +39,7 @@ def make_folder(names, **settings: Any):
     """Return the tasks of a folder, by name, and its files; nothing is written."""
     defaults: dict[str, Any] = {"split": "test", "limit": None, "seed": 0, "data_dir": None}
     tasks = [names] if isinstance(names, Task) else get_tasks(names)
-    return task_folder(tasks, **{**defaults, **settings})
+    return make_task_folder(tasks, **{**defaults, **settings})
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_what_cannot_be_asked_is_refused(names, given, message, sets, write):
 def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
     twice = [get_task("builtin_facts")] * 2
     with pytest.raises(TaskError, match="'builtin_facts' is given twice"):
-        task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
+        make_task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"question": "1?", "choices": ["a", "b"], "answer": 0}) + "\n")
     empty = next(s for s in ("search", "test") if not get_task(str(path)).examples(s))

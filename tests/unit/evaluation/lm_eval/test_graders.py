@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drllm.evaluation.lm_eval.graders import graded, grading_of, shown, squad, squad_shown
+from drllm.evaluation.lm_eval.graders import graded, shown, squad, squad_shown, write_grading
 from drllm.tasks.examples import Prompt
 
 
@@ -27,7 +27,7 @@ def row(*answers: str):
     ids=lambda value: value.reward if isinstance(value, Prompt) else "",
 )
 def test_a_row_carries_all_that_grading_needs(prompt, right, wrong, example):
-    doc = {"grading": grading_of(prompt)}
+    doc = {"grading": write_grading(prompt)}
     assert graded(doc, [right]) == {"exact_match": 1.0}
     assert graded(doc, [wrong]) == {"exact_match": 0.0}
     assert graded(doc, [""]) == {"exact_match": 0.0}

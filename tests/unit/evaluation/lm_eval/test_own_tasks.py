@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import own_tasks
+from drllm.evaluation.lm_eval.folders import make_own_task_folder
 
 
 def chosen(*names: str, **changes: Any):
@@ -17,7 +17,7 @@ def chosen(*names: str, **changes: Any):
         "num_processes": 1,
         **changes,
     }
-    return own_tasks(names, **options)
+    return make_own_task_folder(names, **options)
 
 
 def test_names_keep_their_order():
