@@ -31,7 +31,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
 from drllm.tasks.examples import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
-from drllm.tuning.beam import LAYERS, skips
+from drllm.tuning.beam import skip_one_layer
 from drllm.tuning.objectives import GOLD
 from drllm.tuning.path_scorer import Item, PathScorer, log_share, make_items
 
@@ -49,11 +49,11 @@ TOLERANCE = 1e-3
 Values = list[list[float]]
 
 
-def candidates_of(num_layers: int, num: int) -> list[StaticPath]:
+def make_candidates(num_layers: int, num: int) -> list[StaticPath]:
     """Return paths as a search has them in its second step: without the middle layer, and one."""
     full = StaticPath(range(num_layers))
-    middle = [path for path in skips(full, LAYERS) if num_layers // 2 not in path.path()]
-    return list(skips(middle[0], LAYERS))[:num]
+    middle = [path for path in skip_one_layer(full) if num_layers // 2 not in path.layers]
+    return list(skip_one_layer(middle[0]))[:num]
 
 
 def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
@@ -173,7 +173,7 @@ def main() -> None:
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     items = make_items(routed, prompts, GOLD)
     routed.detach()
-    paths = candidates_of(base.num_layers, sizes["candidates"])
+    paths = make_candidates(base.num_layers, sizes["candidates"])
     result = compare(base, items, paths, sizes["repeats"], clock)
     rates = result["candidates_per_second"]
     print(

@@ -48,7 +48,7 @@ from drllm.tasks.files import FIELDS
 from drllm.tasks.registry import TASKS, get_tasks
 from drllm.training.trackers import check_trackers
 from drllm.tuning.data_splits import TaskSplits, split_tasks
-from drllm.tuning.heal_texts import sources_of
+from drllm.tuning.heal_texts import read_sources
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -367,7 +367,7 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     plan = static_paths.read_path(config.named_path())
-    sources_of(config)  # a mistake in them is reported before a model is loaded
+    read_sources(config)  # a mistake in them is reported before a model is loaded
     from drllm.tuning.heal import heal
 
     model = model_of(command, path=plan)

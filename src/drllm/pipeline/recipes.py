@@ -28,7 +28,7 @@ from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.training.trackers import check_trackers
 from drllm.tuning.data_splits import TaskSplits, split_tasks
-from drllm.tuning.heal_texts import Source, sources_of
+from drllm.tuning.heal_texts import TextSource, read_sources
 
 ROUTING = ("search", "supervise", "train")
 """Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
@@ -82,9 +82,9 @@ class Recipe:
         return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
-    def healed(self) -> list[Source]:
+    def healed(self) -> list[TextSource]:
         """What a path is healed on; raises as `check`."""
-        return sources_of(self.heal or config.HealConfig())
+        return read_sources(self.heal or config.HealConfig())
 
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, and a missing package."""

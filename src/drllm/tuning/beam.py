@@ -1,7 +1,7 @@
 """Beam search over edits of a path, with successive halving over questions. Loads no torch.
 
-Paths are grouped in levels by how many layers they save. The candidates of a level leave out one
-layer more than the best paths of the level before. Most candidates are dropped after few questions.
+A level holds the best paths that save the same number of layers. The candidates of a level skip one
+layer more than the paths of the level before. Most candidates are dropped after few questions.
 
 Source: ours, of greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767) and successive
 halving (Jamieson and Talwalkar 2016, AISTATS).
@@ -19,13 +19,14 @@ from drllm.statistics.intervals import Floats
 from drllm.tuning.data_splits import TaskSplits
 
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
-"""Returns the objective of paths on the first so many questions, `[N]`; the larger the better."""
-SHARE_SKIPPED = 1 / 6  # of the layers, unless another number is given
+"""Returns the objective of N paths on the first n questions, `[N]`. Larger is better."""
+
+SHARE_SKIPPED = 1 / 6  # share of the layers that is skipped at most by default
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The best paths that save so many layers, the best first."""
+    """The best paths that save `saved` layers, the best first."""
 
     saved: int
     paths: tuple[StaticPath, ...]
@@ -33,24 +34,27 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """A beam search: of how many layers, how wide, how far, and on how many questions."""
+    """A beam search over paths that skip more and more layers."""
 
     num_layers: int
-    width: int
-    max_saved: int
+    width: int  # paths of a level
+    max_saved: int  # layers that the paths of the last level save
     num_questions: int
 
     def levels(self, measure: Measure, grows: Callable[[StaticPath], bool]) -> Iterator[Level]:
-        """Yield the levels from the least saved to the most.
+        """Yield the levels, from the fewest layers saved to the most.
 
-        A path is only edited further while `grows` says so, asked once its level was yielded.
+        After a level was yielded, `grows` decides which of its paths the next level builds on.
         """
         parents = [StaticPath(range(self.num_layers))]
         for saved in range(1, self.max_saved + 1):
-            candidates = dict.fromkeys(child for parent in parents for child in skips(parent))
+            candidates: list[StaticPath] = []
+            for parent in parents:
+                candidates += skip_one_layer(parent)
             if not candidates:
                 return
-            best = self._best(list(candidates), measure)
+            unique = list(dict.fromkeys(candidates))
+            best = self._find_best(unique, measure)
             yield Level(saved, tuple(best))
             parents = [path for path in best if grows(path)]
 
@@ -60,71 +64,76 @@ class Beam:
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:
-        """How many questions each rung of a level asks, and how many paths it keeps."""
-        return rungs(self.num_questions, self.width)
+        """For each rung of a level, its number of questions and of paths that it keeps."""
+        return make_rungs(self.num_questions, self.width)
 
-    def _best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
-        """Return the best candidates; most are dropped after few questions."""
-        left = candidates
+    def _find_best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
+        """Return the best candidates, the best first. Most are dropped after few questions."""
+        paths = candidates
         for num_questions, num_kept in self.rungs:
-            values = measure(left, num_questions)
-            order = sorted(range(len(left)), key=lambda place: -values[place])
-            left = [left[place] for place in order[:num_kept]]
-        return left
+            values = measure(paths, num_questions)
+            order = sorted(range(len(paths)), key=lambda place: -values[place])
+            paths = [paths[place] for place in order[:num_kept]]
+        return paths
 
 
-def beam_of(config: TuneConfig, divided: Sequence[TaskSplits], num_layers: int) -> Beam:
-    """Return the search that settings ask for on tasks; a ConfigError where none is possible."""
-    most = config.max_skipped or max(1, int(SHARE_SKIPPED * num_layers))
-    if most >= num_layers:
+def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) -> Beam:
+    """Return the beam search of some settings on tasks.
+
+    Raises:
+        ConfigError: `max_skipped` is below 1, or leaves no layer.
+    """
+    max_skipped = config.max_skipped or max(1, int(SHARE_SKIPPED * num_layers))
+    if max_skipped >= num_layers:
         raise ConfigError(
-            f"--max-skipped {most:g} leaves nothing of {num_layers} layers; give at most "
+            f"--max-skipped {max_skipped:g} leaves nothing of {num_layers} layers; give at most "
             f"{num_layers - 1}"
         )
-    if most < 1:
-        raise ConfigError(f"--max-skipped {most:g} is less than one layer; give 1 or more")
-    num_questions = max(len(parts.examples[FIT]) for parts in divided)
-    return Beam(num_layers, config.beam, int(most), num_questions)
+    if max_skipped < 1:
+        raise ConfigError(f"--max-skipped {max_skipped:g} is less than one layer; give 1 or more")
+    num_questions = max(len(splits.examples[FIT]) for splits in tasks)
+    return Beam(num_layers, config.beam, int(max_skipped), num_questions)
 
 
-def skips(path: StaticPath) -> Iterator[StaticPath]:
-    """Yield the paths that leave out one layer more; at least one layer is left."""
+def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
+    """Yield the paths that skip one layer more. A path of one layer yields none."""
     if len(path.layers) == 1:
         return
     for place in range(len(path.layers)):
-        yield StaticPath([*path.layers[:place], *path.layers[place + 1 :]])
+        yield StaticPath(path.layers[:place] + path.layers[place + 1 :])
 
 
-def rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
-    """Return how many questions each rung of successive halving asks, and how many paths it keeps.
+def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
+    """Return the rungs of successive halving: number of questions, and of paths that are kept.
 
-    An eighth of the questions for all candidates, a third for those that are left, then all.
+    All candidates are scored on an eighth of the questions, the best of these on a third, and the
+    best of these on all.
 
     Example:
-        >>> rungs(300, 3)
+        >>> make_rungs(300, 3)
         [(38, 12), (100, 6), (300, 3)]
-        >>> rungs(24, 3)
+        >>> make_rungs(24, 3)
         [(24, 3)]
     """
     fewest = min(num, 24)
     kept_by_size: dict[int, int] = {}
     kept_by_size[max(fewest, -(-num // 8))] = 4 * beam
     kept_by_size[max(fewest, -(-num // 3))] = 2 * beam
-    kept_by_size[num] = beam  # rungs of as many questions are one, which keeps what the last keeps
+    kept_by_size[num] = beam  # rungs with the same number of questions are one, which keeps fewest
     return list(kept_by_size.items())
 
 
 def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
-    """Return how many questions times paths a level scores, given its rungs.
+    """Return the number of (question, path) pairs that a level scores.
 
     Example:
         >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
         3008
     """
     pairs = 0
-    num_asked = 0
+    num_scored = 0  # questions of the rung before, whose scores are reused
     for num_questions, num_kept in rungs:
-        pairs += num_paths * (num_questions - num_asked)
+        pairs += num_paths * (num_questions - num_scored)
         num_paths = min(num_paths, num_kept)
-        num_asked = num_questions
+        num_scored = num_questions
     return pairs

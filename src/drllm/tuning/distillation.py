@@ -1,7 +1,8 @@
-"""What one step of healing learns from: the KL of a healed path from the full path.
+"""The loss of healing and its gradients: the KL of a healed path from the full path.
 
-Student and teacher are one frozen model: the path with its adapter, and the full path without. Both
-run up to their last states; norm and head then see a part of the tokens at a time.
+Teacher and student are the same frozen model. The teacher runs the full path, and the student the
+path with its adapter. Both run up to their last states; norm and head then run on a part of the
+tokens at a time, since the logits of all tokens would take much memory.
 
 Axes: B rows, T tokens, D hidden, N real tokens of a batch, V vocabulary.
 """
@@ -25,11 +26,11 @@ from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import Tokens
 
 LOGITS_AT_ONCE = 2**25
-"""Of a distribution over some tokens: 128 MB, and several times that while gradients are made."""
+"""Logits that are computed at once: 128 MB in float32, and several times that for gradients."""
 
 
 class LastStates(NamedTuple):
-    """The last states of all real tokens of a batch, each `[N, D]`."""
+    """The states behind the last layer, at all real tokens of a batch, each `[N, D]`."""
 
     teacher: Tensor
     student: Tensor
@@ -42,8 +43,8 @@ class Distillation:
         routed: The model, with the adapter in it.
         path: The path with its adapter.
         first_layer: The first layer that the adapter changes.
-        parameters: The adapter's weights; they alone get gradients.
-        low_precision: A dtype for autocast; None for the model's own.
+        parameters: The adapter's weights. Nothing else gets gradients.
+        low_precision: A dtype for autocast; None to compute in the model's dtype.
     """
 
     def __init__(
@@ -64,62 +65,66 @@ class Distillation:
     def compute_gradients(self, batch: Sequence[Tokens]) -> Tensor:
         """Set the parameters' gradients to those of the mean KL, and return the KL, a scalar."""
         teacher, student = self.last_states(batch)
-        ends = student.detach().requires_grad_()
+        leaf = student.detach().requires_grad_()  # collects the gradients of all parts
         size = self._num_tokens_at_once()
         kls: list[Tensor] = []
-        for start in range(0, len(ends), size):
-            kl = self._sum_kl(teacher[start : start + size], ends[start : start + size])
-            kl = kl / len(ends)
-            kl.backward(inputs=[ends])  # type: ignore[no-untyped-call]
+        for start in range(0, len(leaf), size):
+            kl = self._sum_kl(teacher[start : start + size], leaf[start : start + size])
+            kl = kl / len(leaf)
+            kl.backward(inputs=[leaf])  # type: ignore[no-untyped-call]
             kls.append(kl.detach())
         for parameter in self.parameters:
             parameter.grad = None
-        student.backward(ends.grad, inputs=list(self.parameters))  # type: ignore[no-untyped-call]
+        student.backward(leaf.grad, inputs=list(self.parameters))  # type: ignore[no-untyped-call]
         return torch.stack(kls).sum()
 
     def last_states(self, batch: Sequence[Tokens]) -> LastStates:
         """Return the last states of all real tokens, along the full path and along the path.
 
-        What both begin with is run once.
+        The layers that both paths begin with run once.
         """
-        # Padded behind, where causal attention lets no real token see it: no mask is needed.
+        # Padding is on the right, where causal attention hides it from real tokens without a mask.
         rows = [torch.tensor(tokens) for tokens in batch]
         ids = on_device(pad_sequence(rows, batch_first=True), self.routed.device)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows])
         is_real = torch.arange(int(max(lengths))) < lengths[:, None]
         places = is_real.flatten().nonzero()[:, 0]
         shared = self._num_shared
-        teacher = KeptStates(self.full)
+        decoder = self.routed.injection.decoder
+        teacher = StatesPass(self.full)
         with torch.no_grad():
-            self._run(self.routed.injection.decoder, teacher, ids)
+            self._run(decoder, teacher, ids)
         start = teacher.states[shared - 1] if shared else None
-        student = KeptStates(self.path, start, shared)
-        self._run(self.routed.injection.decoder, student, ids)
-        return LastStates(_select(teacher.states[-1], places), _select(student.states[-1], places))
+        student = StatesPass(self.path, start, shared)
+        self._run(decoder, student, ids)
+        return LastStates(
+            teacher=_select_tokens(teacher.states[-1], places),
+            student=_select_tokens(student.states[-1], places),
+        )
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return the block in which the model computes in low precision, if it does."""
+        """Return a context manager in which the model computes in low precision, if it should."""
         if self.low_precision is None:
             return nullcontext()
         return torch.autocast(self.routed.device.type, self.low_precision)
 
     def _sum_kl(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Return the KL summed over some tokens, given their last states `[n, D]`."""
+        """Return the sum of the KL of some tokens, from their last states `[n, D]`."""
         with torch.no_grad():
             target = self._logits(teacher).log_softmax(dim=-1)  # [n, V]
         logprobs = self._logits(student).log_softmax(dim=-1)
         return F.kl_div(logprobs, target, reduction="sum", log_target=True)
 
     def _num_tokens_at_once(self) -> int:
-        """Return of how many tokens there are logits at once; each has a place in the context."""
+        """Return the number of tokens whose logits are computed at once, in one context."""
         vocabulary = self.routed.config.get_text_config().vocab_size
         size: int = max(1, LOGITS_AT_ONCE // vocabulary)
         return min(size, context_length(self.routed.model) or size)
 
     def _logits(self, states: Tensor) -> Tensor:
-        """Return the logits `[n, V]` that the model's own norm and head make of last states."""
+        """Run the model's own norm and head on last states `[n, D]`, and return logits `[n, V]`."""
         ids = torch.zeros(1, len(states), dtype=torch.long, device=self.routed.device)
-        ending = KeptStates(self.full, states[None], len(self.full.layers))
+        ending = StatesPass(self.full, states[None], len(self.full.layers))
         logits: Tensor = self._run(self.routed.model, ending, ids).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -128,10 +133,10 @@ class Distillation:
             return module(input_ids=ids, use_cache=False)
 
 
-class KeptStates(PathPass):
-    """Runs a path, or what is left of it from a state on, and keeps the state by layer.
+class StatesPass(PathPass):
+    """A pass along a path, or the rest of it, that keeps the state behind each layer.
 
-    `num_run` layers of the path were run before: `start` is the state behind them.
+    The rest begins after the first `num_run` layers of the path, with the state `start`.
     """
 
     def __init__(self, path: StaticPath, start: Tensor | None = None, num_run: int = 0) -> None:
@@ -149,24 +154,28 @@ class KeptStates(PathPass):
 
 
 def num_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> int:
-    """Return how many layers a path begins with as the full path does, before its adapter."""
+    """Return the number of layers that both paths begin with and that the adapter leaves alone."""
     shared = 0
-    for ours, theirs in zip(path.layers, full.layers, strict=False):
-        if ours != theirs or ours >= first_layer:
+    for layer, full_layer in zip(path.layers, full.layers, strict=False):
+        if layer != full_layer or layer >= first_layer:
             break
         shared += 1
     return shared
 
 
-def low_precision(model: Any) -> torch.dtype | None:
-    """Return in what float32 weights may compute faster on their device; None where in nothing."""
-    is_native = resolve_dtype("auto", model.device) == torch.bfloat16
-    if model.device.type == "cpu":  # without instructions for it slower; older torch can't tell
-        is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        is_native = bool(is_supported and is_supported())
-    return torch.bfloat16 if is_native and model.dtype == torch.float32 else None
+def choose_low_precision(model: Any) -> torch.dtype | None:
+    """Return the dtype in which float32 weights compute faster on their device; None if in none."""
+    if model.dtype != torch.float32:
+        return None
+    if model.device.type == "cpu":
+        # Slower on a CPU without instructions for it. Older torch doesn't say whether it has them.
+        has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        is_faster = has_instructions is not None and has_instructions()
+    else:
+        is_faster = resolve_dtype("auto", model.device) == torch.bfloat16
+    return torch.bfloat16 if is_faster else None
 
 
-def _select(states: Tensor, places: Tensor) -> Tensor:
+def _select_tokens(states: Tensor, places: Tensor) -> Tensor:
     """Return the states `[N, D]` of some tokens of `[B, T, D]`."""
     return states.flatten(0, 1).index_select(0, on_device(places, states.device))

@@ -1,8 +1,8 @@
-"""Healing as a stage: a path that leaves layers out gets an adapter, taught by the full path.
+"""The stage `heal`: train an adapter for a path that skips layers.
 
-PEFT puts a LoRA adapter on the layers of the path. It alone learns, from the mean KL of the path's
-next-token distributions from the full path's (see `distillation`). What is done is kept, so that a
-run that is interrupted resumes, and ends with the same adapter.
+PEFT puts a LoRA adapter on the layers of the path. Only the adapter is trained. The loss is the
+mean KL of the path's next-token distributions from those of the full path (see `distillation`). An
+interrupted run resumes, and ends with the same adapter.
 """
 
 import itertools
@@ -40,32 +40,32 @@ from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.packing import Request
 from drllm.paths import StaticPath
-from drllm.records.codec import hash_values
 from drllm.records.healed import HEALED_FILE, HealedPath, HealPoint, Losses, read_healed
 from drllm.records.manifest import new_manifest
 from drllm.records.places import only_writer
 from drllm.records.resume import Chunks, refuse_other_run
 from drllm.records.static_paths import read_path, steps_to_write
 from drllm.tasks.base import Task
-from drllm.tuning.distillation import Distillation, low_precision
-from drllm.tuning.heal_texts import Source, Tokens, divided, sources_of
+from drllm.tuning.distillation import Distillation, choose_low_precision
+from drllm.tuning.heal_texts import TextSource, Tokens, digest_sources, read_sources, split_texts
 from drllm.tuning.objectives import KL, LOSS
 from drllm.tuning.path_scorer import Item, PathScorer, make_text_items
 
-CHUNKS_FOLDER, TRAINING = "heal.partial", "training"
-NAME = "healed"  # of the adapter while it is trained
-STEPS = 250  # of training, unless a number or a time is given
-PATIENCE = 3  # measurements in a row without a lower KL, after which it ends
-CHECKS = 10  # measurements of the held-out texts in a training
+CHUNKS_FOLDER = "heal.partial"
+TRAINING = "training"  # the key of the training's state in the folder of chunks
+NAME = "healed"  # the adapter's name while it is trained
+STEPS = 250  # training steps, unless a number or a time is given
+PATIENCE = 3  # the training ends after this many checks in a row without a lower KL
+CHECKS = 10  # how often the held-out texts are measured in a training
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
-SAVE_SECONDS = 60  # what a kill loses at most
-MEMORY_GB = 1.0  # for states that paths share where texts are measured
-STEPS_AHEAD = 16  # steps whose sequences are put into batches together
+SAVE_SECONDS = 60  # the most work that a kill loses
+MEMORY_GB = 1.0  # for states that paths share while texts are measured
+STEPS_AHEAD = 16  # steps whose sequences are sorted into batches together
 ANSWERS_AT_ONCE = 32  # prompts that are answered together
 CHECKS_AFTER = 3
-"""Checks that take as long as what follows the last step: a check, and the losses by source, of
-three paths where a check runs two."""
+"""After the last step come a check and the losses by source. The losses run three paths and a check
+runs two, so together they take less time than three checks."""
 
 
 def heal(
@@ -80,37 +80,38 @@ def heal(
     listener: Listener | None = None,
     **settings: Any,
 ) -> HealedPath:
-    """Train an adapter with which a path does what the full path does, and write both.
+    """Train an adapter that recovers what a path loses, and write the path and the adapter.
 
-    The base model stays as it is. What is done is kept; after an interruption the same call
-    resumes, and with a number of steps ends with the same adapter.
+    The base model isn't changed. After an interruption the same call resumes; with a number of
+    steps it ends with the same adapter.
 
     Args:
         model: As for `tune`.
-        path: A path, or a file as `--path` takes it; None for that of the config.
+        path: A path, or a file as for `--path`; None for that of the config.
         tasks: Tasks, their names or files of questions; None for those of the config.
         texts: Texts, or names of files and data sets in one string; None for those of the config.
         config: The settings.
-        output_dir: Folder for the healed path; None writes nothing that stays.
+        output_dir: Folder for the healed path; None for a temporary one.
         tokenizer: As for `tune`.
-        listener: Hears how far it is.
-        settings: Settings of `HealConfig` by name, in place of the config's.
+        listener: Gets progress and notes.
+        settings: Settings of `HealConfig` by name, which override the config.
 
     Returns:
-        What `path.json` in the folder has: the path, how the KL fell, and the losses by source.
+        The content of the folder's `path.json`: the path, the KL during the training, and the
+        losses by source.
 
     Raises:
-        ConfigError: Settings that make no sense, a loss that diverged, a folder of another run, or
-            no PEFT.
-        PathError: A path that the model can't run, or that wasn't made for it.
-        TaskError: An unknown task, too few texts, or a file that can't be read.
+        ConfigError: The settings don't fit the model or the path, the loss diverged, the folder is
+            that of another run, or PEFT isn't installed.
+        PathError: The model can't run the path, or the path is for another model.
+        TaskError: A task is unknown, there are too few texts, or a file can't be read.
 
     Source: ours; the adapter is LoRA (arXiv 2106.09685).
     """
     config = changed(HealConfig, config, settings)
     listener = listener or Listener()
     need("heal", "healing")
-    sources = sources_of(config, tasks, texts)
+    sources = read_sources(config, tasks, texts)
     file = None
     if not isinstance(path, StaticPath):
         file = read_path(str(path or config.named_path()))
@@ -130,19 +131,19 @@ def heal(
 
 
 class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How far a training is; what it changes is in the format of safetensors."""
+    """The state of a training."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    check_seconds: float = 0.0  # of the longest check
+    check_seconds: float = 0.0  # duration of the longest check
     train_kl: float | None = None  # a running mean over the last steps
     curve: list[HealPoint] = []
-    tensors: bytes = b""
+    tensors: bytes = b""  # parameters and optimiser, as a file of safetensors
 
 
 class HealRun:
-    """One run: texts, training, losses."""
+    """One run of the stage: read texts, train, measure losses."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class HealRun:
         routed: RoutedModel,
         path: StaticPath,
         name: str,
-        sources: Sequence[Source],
+        sources: Sequence[TextSource],
         config: HealConfig,
         folder: Path,
         listener: Listener,
@@ -165,26 +166,26 @@ class HealRun:
         self.config = config
         self.folder = folder
         self.listener = listener
-        self.low_precision = low_precision(base.model) if config.autocast else None
+        self.low_precision = choose_low_precision(base.model) if config.autocast else None
         self.state = _State()
         self.held_out: dict[str, list[Tokens]] = {}
         self.parameters: list[nn.Parameter] = []
-        self.best: list[Tensor] = []  # the parameters at the lowest KL on held-out texts so far
+        self.best: list[Tensor] = []  # the parameters with the lowest KL on held-out texts so far
 
     def run(self) -> HealedPath:
-        """Train, or return what an earlier run of the same has written."""
+        """Train, or return the result of an earlier run with the same settings."""
         self.check()
         self.record = self._new_record()
         self.chunks = Chunks(self.folder / CHUNKS_FOLDER, _identity(self.record), stage="healing")
-        finished = self._finished()
+        finished = self._read_finished()
         if finished is not None:
             return finished
         self.add_adapter()
         self.chunks.open()
-        trained = self._read_texts()
+        texts = self._read_texts()
         with self.listener.progress("healing", "") as on_progress:
             self._resume()
-            for message in self._train(trained):
+            for message in self._train(texts):
                 on_progress(min(self._progress, 1.0), 1.0, message)
             on_progress(1.0, 1.0)
         with self.listener.busy("measuring the losses by source"):
@@ -202,7 +203,7 @@ class HealRun:
         if context and config.max_tokens > context:
             raise ConfigError(
                 f"--max-tokens is {config.max_tokens}, and this model reads {context} tokens; give "
-                f"at most as many"
+                f"at most {context}"
             )
         if not self._adapted_layers():
             raise ConfigError(
@@ -211,7 +212,7 @@ class HealRun:
             )
 
     def add_adapter(self) -> None:
-        """Put a new adapter into the model, and make what trains it."""
+        """Put a new adapter into the model, and create its optimiser and loss."""
         rank = self.config.rank
         self.parameters = self.routed.injection.lora.create(
             NAME,
@@ -232,10 +233,12 @@ class HealRun:
         )
 
     def _adapted_layers(self) -> list[int]:
+        """Return the layers that the adapter changes, in order."""
         first_layer = self.config.first_layer
         return sorted({layer for layer in self.plain.layers if layer >= first_layer})
 
     def _new_record(self) -> HealedPath:
+        """Return the record of this run, without results."""
         autocast = str(self.low_precision).removeprefix("torch.")
         manifest = new_manifest(
             "healed_path", model=self.base.identity, config=self.config.to_dict()
@@ -253,57 +256,60 @@ class HealRun:
             tasks=tuple(source.name for source in self.sources if source.prompts),
             texts=tuple(source.name for source in self.sources if source.texts),
             divided=tuple(source.name for source in self.sources if source.is_divided),
-            questions_sha256=hash_values([self.sources]),
+            questions_sha256=digest_sources(self.sources),
             runtime={**self.base.runtime, "autocast": autocast},
         )
 
-    def _finished(self) -> HealedPath | None:
-        """Return what the folder holds of the same run; None if there is nothing."""
+    def _read_finished(self) -> HealedPath | None:
+        """Return the result that is in the folder already; refuse that of another run."""
         file = self.folder / HEALED_FILE
         if not file.exists():
             return None
-        found = read_healed(file)
+        healed = read_healed(file)
         remedy = "choose another --output-dir, or delete the old one"
         name = f"the healed path in {file}"
-        refuse_other_run(name, _identity(found), _identity(self.record), remedy)
-        self.chunks.remove()  # where a kill ended the clean-up
-        return found
+        refuse_other_run(name, _identity(healed), _identity(self.record), remedy)
+        self.chunks.remove()  # a kill may have ended the clean-up
+        return healed
 
     # --- texts ---
 
     def _read_texts(self) -> dict[str, list[Tokens]]:
-        """Read the texts of all sources; return those to train on, and note those held out."""
+        """Read the texts of all sources; keep those held out, and return those to train on."""
         with self.listener.busy("reading the texts"):
-            texts = {source.name: self._tokens(source) for source in self.sources}
+            texts = {source.name: self._tokenize(source) for source in self.sources}
         for name, tokens in texts.items():
             self._note_cuts(name, tokens)
-        trained, self.held_out = divided(texts, self.config)
-        return trained
+        split = split_texts(texts, self.config)
+        self.held_out = split.held_out
+        return split.trained
 
     def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
-        """Say how many texts of a source are cut, and what would cut none."""
+        """Note how many texts of a source are cut, and which --max-tokens would cut none."""
         size = self.config.max_tokens
-        num = sum(len(text) > size for text in texts)
-        if not num:
+        num = len([text for text in texts if len(text) > size])
+        if num == 0:
             return
         longest = max(map(len, texts))
         context = context_length(self.routed.model)
         note = (
-            f"{num} of {len(texts)} texts of {name} have over {size} tokens and are cut; what "
-            f"follows a cut is trained on without the text before it"
+            f"{num} of {len(texts)} texts of {name} have over {size} tokens and are cut; each part "
+            f"is trained on without the text before it"
         )
         if context is None or longest <= context:
             note += f"; --max-tokens {longest} would cut none"
         self.listener.note(note)
 
-    def _tokens(self, source: Source) -> list[Tokens]:
-        """Return the texts of a source, questions with their answers."""
+    def _tokenize(self, source: TextSource) -> list[Tokens]:
+        """Return the tokens of a source's texts; of a question, those with its answer."""
         if source.texts:
             return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
-        if not source.is_open:
-            questions = [item.request for item in make_text_items(self.routed, source.prompts)]
-            return [(*each.context, *each.continuations[0]) for each in questions]
         texts: list[Tokens] = []
+        if not source.is_open:
+            for item in make_text_items(self.routed, source.prompts):
+                request = item.request
+                texts.append((*request.context, *request.continuations[0]))
+            return texts
         prompts = [prompt.content for prompt in source.prompts]
         for start in range(0, len(prompts), ANSWERS_AT_ONCE):
             part = prompts[start : start + ANSWERS_AT_ONCE]
@@ -312,11 +318,14 @@ class HealRun:
         return texts
 
     def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
-        """Return prompts with the answers that the full path gives."""
+        """Answer prompts along the full path, and return them with their answers."""
         answers = generate_many(self.routed, prompts, max_new_tokens=self.config.max_tokens)
         tokenizer = self.routed.tokenizer
-        texts = [encode(tokenizer, render(tokenizer, prompt, chat=True)) for prompt in prompts]
-        return [(*text, *answer.tokens) for text, answer in zip(texts, answers, strict=True)]
+        texts: list[Tokens] = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
+            texts.append((*prompt_tokens, *answer.tokens))
+        return texts
 
     # --- training ---
 
@@ -332,9 +341,14 @@ class HealRun:
         return max(by_steps, by_time)
 
     def _share_of_time(self, seconds: float) -> float:
-        """Return the share of the time that is over; what follows the last step is set aside."""
-        left = seconds - CHECKS_AFTER * self.state.check_seconds
-        return self.state.seconds / left if left > 0 else 1.0
+        """Return the share of the training's time that is over.
+
+        Time for the measurements after the last step is set aside.
+        """
+        training_seconds = seconds - CHECKS_AFTER * self.state.check_seconds
+        if training_seconds <= 0:
+            return 1.0
+        return self.state.seconds / training_seconds
 
     @property
     def _is_over(self) -> bool:
@@ -343,16 +357,16 @@ class HealRun:
         return self._progress >= 1 or num_without_gain >= PATIENCE
 
     def _train(self, texts: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
-        """Train to the end, and say after each step how it went."""
+        """Train to the end, and yield a message after each step."""
         state = self.state
-        saved = 0.0
+        last_save = 0.0
         if not state.curve:
             self._check_held_out()
         first_block = FirstBlock(self.listener, self.base.model.device)
-        for batch in itertools.islice(batches_of(texts, self.config), state.step, None):
-            if time.monotonic() - saved > SAVE_SECONDS:
+        for batch in itertools.islice(make_batches(texts, self.config), state.step, None):
+            if time.monotonic() - last_save > SAVE_SECONDS:
                 self._save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
             if self._is_over:
                 break
             before = self._progress
@@ -373,11 +387,11 @@ class HealRun:
                 parameter.copy_(best)
 
     def _step(self, batch: Sequence[Tokens]) -> None:
-        """Learn from a batch."""
+        """Train on one batch."""
         started = time.perf_counter()
         state = self.state
         rate = learning_rate(self.config.learning_rate, self._progress)
-        kl = float(self.distillation.compute_gradients(batch))  # the device is waited for here
+        kl = float(self.distillation.compute_gradients(batch))  # waits for the device
         if not math.isfinite(kl):
             raise ConfigError(
                 f"the KL became {kl} at a learning rate of up to "
@@ -396,12 +410,14 @@ class HealRun:
     # --- measurements ---
 
     def _check_held_out(self) -> None:
-        """Measure the held-out texts, and keep the adapter if it is the best so far."""
+        """Measure the KL of the held-out texts, and keep the adapter if it is the best so far."""
         started = time.perf_counter()
         state = self.state
-        texts = [text for texts in self.held_out.values() for text in texts]
+        texts: list[Tokens] = []
+        for source_texts in self.held_out.values():
+            texts += source_texts
         with self.distillation.precision():
-            [kl] = self._means(KL, [self.healed], texts)
+            [kl] = self._measure_means(KL, [self.healed], texts)
         if all(kl < point.held_out_kl for point in state.curve):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         seconds = time.perf_counter() - started
@@ -421,28 +437,30 @@ class HealRun:
         """Return the next-token losses on the held-out texts, by source."""
         losses = {}
         for name, texts in self.held_out.items():
-            full, plain, healed = self._means(LOSS, [self.full, self.plain, self.healed], texts)
+            paths = [self.full, self.plain, self.healed]
+            full, plain, healed = self._measure_means(LOSS, paths, texts)
             losses[name] = Losses(full=full, path=plain, healed=healed, num_texts=len(texts))
         return losses
 
     @torch.no_grad()
-    def _means(
+    def _measure_means(
         self, objective: str, paths: Sequence[StaticPath], texts: Sequence[Tokens]
     ) -> list[float]:
         """Return the mean KL or next-token loss of texts along each path."""
         items = []
         for text in texts:
-            question = Request(text[:1], [text[1:]])
-            if objective == KL:
-                question = Request(text, [text[:1]])
-            items.append(Item(question))
+            request = Request(text[:1], [text[1:]])
+            if objective == KL:  # of the prompt; a request needs a continuation all the same
+                request = Request(text, [text[:1]])
+            items.append(Item(request))
         scorer = PathScorer(self.routed, items, objective, MEMORY_GB)
         objectives = scorer.score(paths).objective
         return [-fmean(scores) for scores in objectives]
 
-    # --- what is kept ---
+    # --- saving and resuming ---
 
     def _save(self) -> None:
+        """Save the state of the training."""
         tensors: dict[str, Tensor] = {}
         for number, parameter in enumerate(self.parameters):
             tensors[f"{number} weight"] = parameter.detach().cpu()
@@ -454,6 +472,7 @@ class HealRun:
 
     @torch.no_grad()
     def _resume(self) -> None:
+        """Load the state that was saved, if there is one."""
         state = self.chunks.get(TRAINING, _State)
         if state is None:
             return
@@ -464,26 +483,26 @@ class HealRun:
                 parameter.copy_(tensor)
             elif part == "best":
                 self.best[int(number)].copy_(tensor)
-            else:  # of the optimiser, which counts its steps on the CPU
+            else:  # a tensor of the optimiser, which counts its steps on the CPU
                 device = parameter.device if tensor.dim() else tensor.device
                 self.optimizer.state[parameter][part] = tensor.to(device)
         self.state = state
 
 
 def learning_rate(peak: float, progress: float) -> float:
-    """Return the learning rate at a share of the training: a line up, then half a cosine."""
+    """Return the learning rate at a share of the training: linear warm-up, then cosine decay."""
     rise = min(1.0, (progress + 0.001) / WARM_UP)
     fall = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * rise * fall
 
 
-def batches_of(
+def make_batches(
     by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
 ) -> Iterator[list[Tokens]]:
-    """Yield the sequences of each step, without end: the same for the same settings and texts.
+    """Yield the sequences of each step, without end; the same for the same settings and texts.
 
-    Each source gives as many, drawn at random. Those of a batch are of like length, as many as fit
-    into `batch_size` times `max_tokens` tokens.
+    Each source gives the same number of sequences, drawn at random. The sequences of a batch have
+    similar lengths, and fit into `batch_size` times `max_tokens` tokens.
     """
     random = Random(config.seed)
     max_tokens = config.batch_size * config.max_tokens
@@ -499,7 +518,7 @@ def batches_of(
 
 
 def _identity(record: HealedPath) -> dict[str, Any]:
-    """Return what must be equal for two runs to be the same one."""
+    """Return the values by which a run recognises its own files."""
     return {
         "settings": HealConfig(**record.config).decisive(),
         "model": record.model,

@@ -1,15 +1,17 @@
-"""What an adapter is trained on: questions with their answers, and further texts. Loads no torch.
+"""The texts that `heal` trains on: questions with their answers, and other texts. Loads no torch.
 
-Texts are held out by their hash and never trained on.
+Some texts, chosen by their hash, are held out to measure on, and never trained on.
 """
 
 import functools
+import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from drllm.config import HealConfig, TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -24,15 +26,19 @@ from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
-LEAST_PER_HELD_OUT = 5  # of a source, at most one text in so many is held out, but one in any case
+LEAST_PER_HELD_OUT = 5  # at most one text in 5 is held out, but at least one of each source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class TextSource:
     """A task or a file whose texts are trained on.
 
-    It has questions as they are asked, which are read with their right answers or, where there are
-    none (`is_open`), with the full path's; or it has texts. `is_divided` is that of `TaskSplits`.
+    Attributes:
+        name: Its name in records and reports.
+        prompts: The questions of a task.
+        texts: The texts of a file, of a data set of the hub, or from the caller.
+        is_open: The prompts have no right answers. They are read with the full path's answers.
+        is_divided: As in `TaskSplits`.
     """
 
     name: str
@@ -42,70 +48,114 @@ class Source:
     is_divided: bool = False
 
 
-def sources_of(
+def read_sources(
     config: HealConfig,
     tasks: Task | str | Sequence[Task | str] | None = None,
     texts: str | Sequence[str] | None = None,
-) -> list[Source]:
-    """Return what is trained on: of tasks and texts those given, else those of the settings.
+) -> list[TextSource]:
+    """Read the tasks and texts to train on.
 
-    Of a task it is what `tune` fits paths on. Texts are names of files and of data sets of the hub
-    in one string, or the texts themselves. Nothing to train on and two sources of one name are a
-    ConfigError, an unknown task or what can't be read a TaskError.
+    Args:
+        config: The settings.
+        tasks: Tasks, or their names; None for those of the settings. Of each task, the questions
+            are those that `tune` fits paths on.
+        texts: Texts; or names of files and data sets of the hub in one string; None for those of
+            the settings.
+
+    Raises:
+        ConfigError: There is nothing to train on, or two sources have the same name.
+        TaskError: A task is unknown, or a file or a data set can't be read.
     """
-    num, seed = config.limit or LARGEST_INT, config.seed
-    fitted = TuneConfig(data_dir=config.data_dir, num_fit=num, seed=seed)
-    tasks, texts = config.tasks if tasks is None else tasks, config.text if texts is None else texts
-    found = [_of_task(parts) for parts in split_tasks(fitted, tasks or [])]
+    if tasks is None:
+        tasks = config.tasks
+    if texts is None:
+        texts = config.text
+    limit = config.limit or LARGEST_INT
+    tune_config = TuneConfig(data_dir=config.data_dir, num_fit=limit, seed=config.seed)
+    sources = [_make_task_source(splits) for splits in split_tasks(tune_config, tasks or [])]
     if isinstance(texts, str):
-        words = dict.fromkeys(filter(None, map(str.strip, texts.split(","))))
-        given = [_texts_of(word, config.limit or HUB_ROWS) for word in words]
-    else:
-        given = [("texts", list(texts))] if texts else []
-    found += [Source(name=name, texts=choose(own, num, seed)) for name, own in given]
-    if not found:
+        sources += _read_text_sources(texts, config)
+    elif texts:
+        sources.append(TextSource(name="texts", texts=choose(list(texts), limit, config.seed)))
+    if not sources:
         raise ConfigError(
             "there is nothing to train on; give tasks (--tasks), files of texts (--text), or both"
         )
-    for name, count in Counter(source.name for source in found).items():
+    _refuse_same_name([source.name for source in sources])
+    return sources
+
+
+def _refuse_same_name(names: Sequence[str]) -> None:
+    """Refuse two sources of the same name."""
+    for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"two sources are called {name!r}; rename a file, or leave one out")
-    return found
 
 
-def _of_task(parts: TaskSplits) -> Source:
-    task, objective = parts.task, choose_objective(parts.task, TuneConfig())
-    return Source(
+def _make_task_source(splits: TaskSplits) -> TextSource:
+    """Return a task with the questions that `tune` fits paths on."""
+    task = splits.task
+    objective = choose_objective(task, TuneConfig())
+    return TextSource(
         name=task.name,
-        prompts=[make_prompt(task, example, objective) for example in parts.examples[FIT]],
+        prompts=[make_prompt(task, example, objective) for example in splits.examples[FIT]],
         is_open=not task.has_answers,
-        is_divided=parts.is_divided,
+        is_divided=splits.is_divided,
     )
 
 
-def _texts_of(word: str, num: int) -> tuple[str, list[str]]:
-    """Return a name and the texts of a file, or of a data set of the hub the first `num`."""
-    file, hub_set = Path(word).expanduser(), HUB_SET.fullmatch(word)
-    if hub_set and not file.is_file() and not word.endswith((*FILE_NAMES, ".txt")):
-        return word.partition("/")[2], _texts_on_hub(word, num)
-    return file.name.partition(".")[0], _texts_in(file)
+def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
+    """Read files of texts and data sets of the hub, named in one string with commas."""
+    words = [word.strip() for word in names.split(",")]
+    sources = []
+    for word in dict.fromkeys(words):
+        if not word:
+            continue
+        file = Path(word).expanduser()
+        is_named_like_file = word.endswith((*FILE_NAMES, ".txt"))
+        if HUB_SET.fullmatch(word) and not file.is_file() and not is_named_like_file:
+            name = word.partition("/")[2]
+            texts = _read_hub_texts(word, config.limit or HUB_ROWS)
+        else:
+            name = file.name.partition(".")[0]
+            texts = _read_file(file)
+        sources.append(TextSource(name=name, texts=choose(texts, config.limit, config.seed)))
+    return sources
 
 
-@functools.cache  # asked for twice: to check the settings, and to train
-def _texts_on_hub(name: str, num: int) -> list[str]:
-    found: list[str] = []
+@functools.cache  # read twice: to check the settings, and to train
+def _read_hub_texts(name: str, num: int) -> list[str]:
+    """Read the first `num` texts of a data set of the hub, without blank ones."""
+    texts: list[str] = []
     for row in read_hub_set(name, "--text"):
-        if not isinstance(text := row.get("text"), str):
-            said = f"--text {name} has no text in a column 'text' of {[*row]}"
-            raise TaskError(f"{said}; give another set, or a file of texts")
-        found += [text] if text.strip() else []
-        if len(found) == num:
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise TaskError(
+                f"--text {name} has no text in a column 'text' of {list(row)}; give another set, "
+                f"or a file of texts"
+            )
+        if text.strip():
+            texts.append(text)
+        if len(texts) == num:
             break
-    return found
+    return texts
 
 
-def _texts_in(file: Path) -> list[str]:
-    """Return the texts of a file: the rows' field `text`, or the paragraphs."""
+def digest_sources(sources: Sequence[TextSource]) -> str:
+    """Return the digest by which a run recognises its sources.
+
+    It is the digest of the `repr` that they had at commit 3820ce17, where the class was called
+    `Source`, so that a run of that version resumes.
+    """
+    texts = []
+    for source in sources:
+        values = [f"{field.name}={getattr(source, field.name)!r}" for field in fields(source)]
+        texts.append(f"Source({', '.join(values)})")
+    return hashlib.sha256(f"[{', '.join(texts)}]".encode()).hexdigest()
+
+
+def _read_file(file: Path) -> list[str]:
+    """Read the texts of a file: the field `text` of its rows, or its paragraphs."""
     if file.suffix == ".txt":
         return [part for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()]
     if not file.name.endswith(FILE_NAMES):
@@ -113,37 +163,57 @@ def _texts_in(file: Path) -> list[str]:
             f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these, "
             f"or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
         )
-    found = []
+    texts = []
     for line, row in read_rows(file):
-        if not isinstance(text := row.get("text"), str) or not text.strip():
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
             raise TaskError(f"{file}, line {line}: 'text' is {text!r}; give a text in every row")
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
-def divided(
-    by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
-) -> tuple[dict[str, list[Tokens]], dict[str, list[Tokens]]]:
-    """Cut texts into sequences, and return by source those trained on and those held out.
+class SplitTexts(NamedTuple):
+    """Sequences of tokens by source."""
 
-    A text counts once, however often it is there; of one that is held out the beginning is read.
-    A source of which nothing can be held out is a TaskError.
+    trained: dict[str, list[Tokens]]
+    held_out: dict[str, list[Tokens]]
+
+
+def split_texts(by_source: Mapping[str, Sequence[Tokens]], config: HealConfig) -> SplitTexts:
+    """Split each source's texts into sequences to train on and sequences to measure on.
+
+    A text counts once, however often it occurs. A text that is trained on is cut into sequences of
+    `max_tokens`; of one that is held out only the first such sequence is read.
+
+    Raises:
+        TaskError: A source has fewer than two texts that no source before it has.
     """
+    num_per_source = math.ceil(config.num_held_out / len(by_source))
+    size = config.max_tokens
     trained: dict[str, list[Tokens]] = {}
     held_out: dict[str, list[Tokens]] = {}
     seen: set[Tokens] = set()
-    wanted, size = -(-config.num_held_out // len(by_source)), config.max_tokens
     for name, texts in by_source.items():
-        left = {text for text in texts if len(text) > 1} - seen
-        own = sorted(left, key=lambda text: hash_values([text]))
-        seen.update(own)
-        if len(own) < 2:
+        new_texts = {text for text in texts if len(text) > 1} - seen
+        in_order = sorted(new_texts, key=lambda text: hash_values([text]))
+        seen |= new_texts
+        if len(in_order) < 2:
             raise TaskError(
-                f"{name} has {len(own)} texts that no other source has, and one is held out to "
-                f"measure on; give at least 2"
+                f"{name} has {len(in_order)} texts that no other source has, and one is held out "
+                f"to measure on; give at least 2"
             )
-        num = min(wanted, max(1, len(own) // LEAST_PER_HELD_OUT))
-        held_out[name] = [text[:size] for text in own[:num]]
-        pieces = (t[start : start + size] for t in own[num:] for start in range(0, len(t), size))
-        trained[name] = [piece for piece in pieces if len(piece) > 1]  # one token predicts nothing
-    return trained, held_out
+        num = min(num_per_source, max(1, len(in_order) // LEAST_PER_HELD_OUT))
+        held_out[name] = [text[:size] for text in in_order[:num]]
+        trained[name] = _cut_texts(in_order[num:], size)
+    return SplitTexts(trained, held_out)
+
+
+def _cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
+    """Cut texts into sequences of at most `size` tokens."""
+    sequences = []
+    for text in texts:
+        for start in range(0, len(text), size):
+            sequence = text[start : start + size]
+            if len(sequence) > 1:  # one token predicts nothing
+                sequences.append(sequence)
+    return sequences

@@ -41,7 +41,7 @@ from drllm.statistics.intervals import Floats, accuracy_interval, mean_interval,
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import compare
 from drllm.tasks.base import Task
-from drllm.tuning.beam import Beam, Level, beam_of, num_pairs
+from drllm.tuning.beam import Beam, Level, make_beam, num_pairs
 from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.level_lines import HEAD, describe_level, level_line
 from drllm.tuning.objectives import GOLD
@@ -122,7 +122,7 @@ class _Tuning:
             "questions_sha256": hash_values(each.digest_values() for each in splits),
         }
         self.chunks = Chunks(folder / CHUNKS_FOLDER, self.identity, stage="tuning")
-        self.beam = beam_of(config, splits, routed.num_layers)
+        self.beam = make_beam(config, splits, routed.num_layers)
         self.progress = _Progress(self.beam, FirstBlock(listener, base.model.device))
         self.tasks = [
             TaskScorer(routed, each, config, self.chunks, self._note_scored) for each in splits

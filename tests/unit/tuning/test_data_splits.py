@@ -10,7 +10,7 @@ from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
 from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, with_options
 from drllm.tasks.registry import get_task
-from drllm.tuning.beam import rungs
+from drllm.tuning.beam import make_rungs
 from drllm.tuning.data_splits import part_of, split_task, split_tasks
 from drllm.tuning.objectives import GOLD, KL, LOSS, choose_objective, make_prompt
 
@@ -133,7 +133,7 @@ def test_what_needs_answers_is_refused_for_prompts_alone(tmp_path, settings):
 
 def test_rungs_ask_more_and_more_questions_and_keep_fewer_paths():
     for num in (5, 24, 60, 300):
-        sizes, kept = zip(*rungs(num, 2), strict=True)
+        sizes, kept = zip(*make_rungs(num, 2), strict=True)
         assert list(sizes) == sorted(set(sizes))
         assert sizes[-1] == num
         assert list(kept) == sorted(kept, reverse=True)

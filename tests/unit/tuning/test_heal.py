@@ -23,8 +23,8 @@ from drllm.tasks.registry import get_task
 from drllm.tuning import distillation
 from drllm.tuning import heal as healing
 from drllm.tuning.distillation import Distillation
-from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, batches_of, heal
-from drllm.tuning.heal_texts import divided, sources_of
+from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, heal, make_batches
+from drllm.tuning.heal_texts import read_sources, split_texts
 
 PATH = StaticPath([0, 1, 3, 5])
 SMALL = {
@@ -130,7 +130,7 @@ def begun(routed, path, folder, **settings):
     with unrouted(routed) as base:
         own = RoutedModel(base.model, tokenizer=base.tokenizer)
         try:
-            run = HealRun(base, own, path, "", sources_of(config), config, folder, Listener())
+            run = HealRun(base, own, path, "", read_sources(config), config, folder, Listener())
             run.add_adapter()
             with torch.no_grad():
                 for weight in run.parameters:
@@ -203,8 +203,8 @@ def test_the_folder_has_the_best_adapter_and_what_it_makes_of_the_held_out_texts
     found, folder, _ = unbroken
     with begun(routed, PATH, tmp_path) as made:
         path = load_path(made.routed, read_path(str(folder)))
-        texts = {"builtin_facts": made._tokens(made.sources[0])}
-        held_out = divided(texts, made.config)[1]["builtin_facts"]
+        texts = {"builtin_facts": made._tokenize(made.sources[0])}
+        held_out = split_texts(texts, made.config).held_out["builtin_facts"]
         by_path = []
         for alone in (made.full, PATH, path):
             with made.routed.fixed(alone), torch.no_grad():
@@ -231,7 +231,7 @@ def test_texts_are_on_one_side_with_all_their_sequences():
         "long": [tuple(range(n, n + 100)) for n in range(30)],
         "short": [(1, 2)] * 3 + [(3, 4)],
     }
-    trained, held_out = divided(texts, HealConfig(max_tokens=40, num_held_out=8))
+    trained, held_out = split_texts(texts, HealConfig(max_tokens=40, num_held_out=8))
     assert [len(held_out[name]) for name in texts] == [4, 1]
     assert not set(trained["long"]) & set(held_out["long"])
     assert all(piece[0] != held[0] for held in held_out["long"] for piece in trained["long"])
@@ -241,8 +241,8 @@ def test_texts_are_on_one_side_with_all_their_sequences():
 def test_sources_take_turns_and_a_batch_has_its_tokens_of_like_length():
     texts = {"many": [(n,) * 20 for n in range(200)], "few": [(1000 + n,) * 7 for n in range(5)]}
     config = HealConfig(batch_size=4, max_tokens=32)
-    found = [batch for _, batch in zip(range(40), batches_of(texts, config), strict=False)]
-    again = [batch for _, batch in zip(range(40), batches_of(texts, config), strict=False)]
+    found = [batch for _, batch in zip(range(40), make_batches(texts, config), strict=False)]
+    again = [batch for _, batch in zip(range(40), make_batches(texts, config), strict=False)]
     assert found == again
     assert all(len(batch) * max(map(len, batch)) <= 128 for batch in found)
     named = [text[0] >= 1000 for batch in found for text in batch]
@@ -275,7 +275,7 @@ def test_files_of_texts_are_read_by_rows_or_paragraphs(tmp_path):
     rows, plain = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
     rows.write_text('{"text": "One."}\n{"text": "Two.", "more": 1}\n')
     plain.write_text("First\nlines.\n\n  \nSecond.\n")
-    found = sources_of(HealConfig(text=f"{rows},{plain}"))
+    found = read_sources(HealConfig(text=f"{rows},{plain}"))
     assert [(each.name, list(each.texts)) for each in found] == [
         ("rows", ["One.", "Two."]),
         ("plain", ["First\nlines.", "Second.\n"]),

@@ -8,7 +8,7 @@ import pytest
 
 from drllm.config import HealConfig
 from drllm.errors import ConfigError, DrllmError, TaskError
-from drllm.tuning.heal_texts import sources_of
+from drllm.tuning.heal_texts import read_sources
 
 datasets = pytest.importorskip("datasets")
 
@@ -30,7 +30,7 @@ def test_a_data_set_gives_its_first_texts_that_are_not_blank_beside_those_of_fil
     texts = ["", "one", " ", "two", "three"]
     written("owner/first", "train", [{"text": text} for text in texts])
     Path("notes.txt").write_text("four\n\nfive")
-    notes, found = sources_of(HealConfig(text="notes.txt, owner/first", limit=2))
+    notes, found = read_sources(HealConfig(text="notes.txt, owner/first", limit=2))
     assert (notes.name, set(notes.texts)) == ("notes", {"four", "five"})
     assert (found.name, set(found.texts)) == ("first", {"one", "two"})
 
@@ -44,23 +44,23 @@ def test_a_configuration_is_asked_for_by_name_and_no_more_than_a_limit_is_read(m
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = HealConfig(text="owner/many:small-v1")
-    [source] = sources_of(config)
+    [source] = read_sources(config)
     assert source.name == "many:small-v1"
     assert len(source.texts) == len(read) == 10_000
-    assert sources_of(config) == [source]
+    assert read_sources(config) == [source]
     assert asked == [("owner/many", "small-v1", {"split": "train", "streaming": True})]
 
 
 def test_a_data_set_without_the_column_text_is_refused_with_the_columns_that_there_are():
     written("owner/other", "train", [{"id": 1, "body": "one"}])
     with pytest.raises(TaskError, match=r"--text owner/other has no text .*'id', 'body'.*; give"):
-        sources_of(HealConfig(text="owner/other"))
+        read_sources(HealConfig(text="owner/other"))
 
 
 def test_a_data_set_without_the_split_train_is_refused_with_those_that_there_are():
     written("owner/test_only", "test", [{"text": "one"}])
     with pytest.raises(TaskError, match=r"can't fetch train of owner/test_only .*test.*; ") as told:
-        sources_of(HealConfig(text="owner/test_only"))
+        read_sources(HealConfig(text="owner/test_only"))
     assert "\n" not in str(told.value)
 
 
@@ -70,16 +70,16 @@ def test_a_data_set_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(TaskError, match=r"Couldn't reach the Hub \(offline\)") as told:
-        sources_of(HealConfig(text="owner/away"))
+        read_sources(HealConfig(text="owner/away"))
     assert "OWNER/NAME" in str(told.value)
 
 
 @pytest.mark.parametrize("word", ["owner/name.txt", "folder/rows.jsonl"])
 def test_what_is_called_like_a_file_is_a_file(word):
     with pytest.raises(DrllmError, match="doesn't exist"):
-        sources_of(HealConfig(text=word))
+        read_sources(HealConfig(text=word))
 
 
 def test_a_word_that_is_neither_is_refused_with_both_ways_to_write_it():
     with pytest.raises(ConfigError, match=r"\.txt.*OWNER/NAME"):
-        sources_of(HealConfig(text="wikitext"))
+        read_sources(HealConfig(text="wikitext"))
