@@ -297,7 +297,7 @@ def test_the_folder_has_what_was_returned_and_is_not_made_again(unbroken, routed
     found, folder, _ = unbroken
     assert read_healed(folder / HEALED_FILE) == found
     assert not (folder / CHUNKS_FOLDER).exists()
-    monkeypatch.setattr(healing, "divided", None)
+    monkeypatch.setattr(healing, "split_texts", None)
     assert healed(routed, folder) == found
 
 
@@ -362,7 +362,7 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
     """Measuring takes long beside a step, as on a small machine."""
     spent = [0.0]
     monkeypatch.setattr(healing.time, "perf_counter", lambda: spent[0])
-    original_means, original_step = HealRun._means, Distillation.compute_gradients
+    original_means, original_step = HealRun._measure_means, Distillation.compute_gradients
 
     def means(run, objective, paths, texts):
         spent[0] += 4.0 * (len(paths) + (objective == "kl"))
@@ -372,7 +372,7 @@ def test_it_ends_in_its_time_with_the_last_check_and_the_losses_by_source(routed
         spent[0] += 1.0
         return original_step(this, batch)
 
-    monkeypatch.setattr(HealRun, "_means", means)
+    monkeypatch.setattr(HealRun, "_measure_means", means)
     monkeypatch.setattr(Distillation, "compute_gradients", compute_gradients)
     monkeypatch.setattr("drllm.tuning.heal.PATIENCE", 100)
     found = healed(routed, steps=None, minutes=2.0)
