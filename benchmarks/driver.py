@@ -123,7 +123,7 @@ class ReadyMade:
     def __init__(self, results: dict[int, BatchRecords]) -> None:
         self.results = results
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the prompts' texts."""
         return [prompt.text for prompt in prompts]
 
