@@ -192,7 +192,7 @@ generate x --path plan --depth-bias 0.5 => --depth-bias has no effect without ro
 generate x --path plan => plan doesn't exist
 generate x --static-routing => --static-routing has no effect without routers
 generate x --calibration p.jsonl => no effect without --target-executions
-generate x --target-executions 3 => needs prompts to look on
+generate x --target-executions 3 => needs prompts; give a file
 FILE => p.jsonl doesn't exist
 FILE => p.jsonl is empty => p.jsonl: \\n
 FILE => p.jsonl, line 2 => p.jsonl: {"prompt": "a"}\\n{"text": "a"}\\n

@@ -138,7 +138,7 @@ def test_the_depth_control_says_which_knob_is_turned(given, knob):
             {"depth_bias": 1.0, "router_penalty": 0.5, "static_routing": True},
             "--depth-bias and --router-penalty and --static-routing would each set",
         ),
-        ({"target_executions": 20.5}, "--target-executions 20.5 needs prompts to look on; give"),
+        ({"target_executions": 20.5}, "--target-executions 20.5 needs prompts; give a file"),
         ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),
     ],
 )

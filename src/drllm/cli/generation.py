@@ -54,19 +54,19 @@ class PromptRow:
     flags=(
         Flag(
             "prompt",
-            "what to answer; without it a chat on a terminal, else read from standard input",
+            "text to answer; default: a chat on a terminal, else standard input is read",
             positional=True,
         ),
         Flag(
             "routers",
-            "routers: a folder or a hub id; without them every layer is executed",
+            "routers: a folder or a hub id; default: every layer is executed once",
             value="DIR",
         ),
-        Flag("path", "instead of routers: one path for all prompts (paths.json:NAME)"),
-        Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
-        Flag("output", "with --file: answers to write (.jsonl); default: print them"),
+        Flag("path", "static path for all prompts, instead of routers (paths.json:NAME)"),
+        Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),
+        Flag("output", "with --file: file for the answers (.jsonl); default: print them"),
     ),
-    model_from="the routers or a paths.json name",
+    model_from="that of the routers or the paths.json",
 )
 def generate(command: CommandLine, terminal: Terminal) -> None:
     """Answer a prompt or a file of prompts, and show the route; or chat."""

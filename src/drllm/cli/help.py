@@ -13,7 +13,7 @@ WIDEST = 26  # columns for a flag; the text of a longer one begins on the next l
 
 
 def print_overview(terminal: Terminal) -> None:
-    """Print the text of `drllm --help`."""
+    """Print the help of the whole program."""
     texts = {name: verb.help for name, verb in VERBS.items()}
     texts.update(FOREIGN)
     width = max(map(len, texts)) + 3
@@ -51,7 +51,7 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
         terminal.beside(f"  {_name(CONFIG, everything)}", CONFIG.help, WIDEST)
     num_hidden = len(flags) - len(shown)
     if num_hidden:
-        terminal.beside("  --help-all", f"{num_hidden} more flags and settings too", WIDEST)
+        terminal.beside("  --help-all", f"{num_hidden} more flags and settings", WIDEST)
 
 
 def _name(flag: Flag, everything: bool) -> str:
@@ -74,7 +74,7 @@ def _text(flag: Flag, verb: Verb) -> str:
     if flag.is_in_files:
         return f"{flag.help} (in the file of --config)"
     if flag.name == "model" and verb.model_from:
-        return f"{flag.help}; without it the one that {verb.model_from}"
+        return f"{flag.help}; default: {verb.model_from}"
     if flag.default is None or flag.default is False:
         return flag.help
     default = str(flag.default)

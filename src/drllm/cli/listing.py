@@ -123,12 +123,14 @@ _LISTS = {
     example="drllm ls tasks",
     flags=(
         Flag("what", ", ".join([*_LISTS, *_REGISTRIES]), required=True, positional=True),
-        Flag("model", "try whether this model is routed exactly (ls architectures)", value="NAME"),
-        Flag("try", "try it on a tiny model of each family (ls architectures)", switch=True),
+        Flag(
+            "model", "check whether this model is routed exactly (ls architectures)", value="NAME"
+        ),
+        Flag("try", "check a tiny model of each family (ls architectures)", switch=True),
     ),
 )
 def list_names(command: CommandLine, terminal: Terminal) -> None:
-    """List what is chosen by name: tasks, models, baselines and more."""
+    """List names: tasks, models, baselines and more."""
     what = command.values["what"]
     model = command.values["model"]
     names = [*_LISTS, *_REGISTRIES]

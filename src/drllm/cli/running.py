@@ -19,12 +19,16 @@ RECIPES = Path(__file__).with_name("recipes")
     flags=(
         Flag(
             "recipe",
-            "YAML file, or the name of a packaged recipe",
+            "YAML file, or name of a packaged recipe",
             required=True,
             positional=True,
         ),
-        Flag("output_dir", "folder of the run; default: runs/ and the recipe's name", value="DIR"),
-        Flag("data_dir", "folder with SPLIT.jsonl[.gz] files by task", value="DIR"),
+        Flag("output_dir", "folder of the run; default: runs/RECIPE", value="DIR"),
+        Flag(
+            "data_dir",
+            "folder with TASK/SPLIT.jsonl[.gz] files; default: fetched from the hub",
+            value="DIR",
+        ),
     ),
     resumes=True,
 )

@@ -46,7 +46,11 @@ RUN_PARTS = (
             required=True,
             positional=True,
         ),
-        Flag("question", "id of a searched question, to draw the paths tried on it", value="ID"),
+        Flag(
+            "question",
+            "id of a searched question: draw the paths that were tried on it",
+            value="ID",
+        ),
     ),
 )
 def show_place(command: CommandLine, terminal: Terminal) -> None:

@@ -58,7 +58,7 @@ HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distil
 
 COLUMNS = Flag(
     "columns",
-    f"which columns of a file or hub set hold {', '.join(FIELDS)}; grader=exact names the grader",
+    f"columns of a file or hub set that hold {', '.join(FIELDS)}; grader=exact sets the grader",
     value="FIELD=COLUMN,...",
 )
 
@@ -71,7 +71,7 @@ COLUMNS = Flag(
         COLUMNS,
         Flag(
             "dry_run",
-            "measure a few paths and print what the search will take; writes nothing",
+            "search a few questions and print the time, memory and disk for all; write nothing",
             switch=True,
         ),
     ),
@@ -227,7 +227,7 @@ def _print_forecast(
     ),
 )
 def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
-    """Choose one target path a question from what the search tried."""
+    """Choose one target path for each searched question."""
     output = command.path("output")
     check_file(output, "--output", "supervision")
     supervision = supervise(command.paths("search"), command.of(SuperviseConfig), output)
@@ -241,20 +241,19 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     flags=(
         Flag(
             "supervision",
-            "supervision.jsonl files to learn from; default: what the published search command "
-            "leaves in data/mcts_paths/, or in data/",
+            "supervision.jsonl files to train on; default: the one in data/mcts_paths/ or data/",
             many=True,
         ),
         *(
-            Flag(name, f"learn from the {task} targets in data/{task}/ too", switch=True)
+            Flag(name, f"train on the {task} targets in data/{task}/ too", switch=True)
             for name, task in published.ADDED.items()
         ),
         Flag("run_name", "write the routers to checkpoints/NAME", value="NAME"),
         Flag("output_dir", "write the routers to this folder instead", value="DIR", alias="output"),
         Flag(
             "features",
-            "keep the routers' inputs in this folder and use them again; default: in features/ "
-            "in the routers' folder, deleted after training",
+            "folder that keeps the routers' inputs for further trainings; default: features/ in "
+            "the routers' folder, deleted after training",
             value="DIR",
             basic=False,
         ),
@@ -324,7 +323,7 @@ def _routers_folder(command: CommandLine) -> tuple[Path, str]:
     shares=True,
 )
 def tune_verb(command: CommandLine, terminal: Terminal) -> None:
-    """Find one path for a whole task: fewer layers, answers as good."""
+    """Find one path with fewer layers for a whole task."""
     config = command.of(TuneConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
@@ -357,11 +356,11 @@ def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> N
         COLUMNS,
         Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),
     ),
-    model_from="a paths.json names",
+    model_from="that of the paths.json",
     resumes=True,
 )
 def heal_verb(command: CommandLine, terminal: Terminal) -> None:
-    """Train an adapter that recovers quality that a shorter path loses."""
+    """Train an adapter that recovers what a shorter path loses."""
     check_model_name(command)
     config = command.of(HealConfig)
     output = command.path("output_dir")
@@ -382,19 +381,19 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     flags=(
         Flag(
             "routers",
-            "routers: a folder or a hub id; extra folders: other seeds, to see the spread",
+            "routers: a folder or a hub id; further folders are routers of other seeds",
             many=True,
             value="DIR",
         ),
         COLUMNS,
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from="the routers or a paths.json name",
+    model_from="that of the routers or the paths.json",
     resumes=True,
     shares=True,
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
-    """Compare base, routed model, baselines and static paths on tasks."""
+    """Compare the base model, routers, baselines and static paths on tasks."""
     check_model_name(command)
     config = command.of(EvaluateConfig)
     output = command.path("output_dir")
@@ -472,14 +471,14 @@ def model_of(
     flags=(
         Flag(
             "run_dir",
-            "folders that 'drllm run' has written; several are compared",
+            "folders written by 'drllm run'; several are compared",
             many=True,
             required=True,
             positional=True,
         ),
         Flag(
             "output_dir",
-            "folder or .html file; default: the one run folder",
+            "folder or .html file to write; default: the run folder",
             value="PLACE",
             alias="output",
         ),
@@ -503,14 +502,17 @@ def report(command: CommandLine, terminal: Terminal) -> None:
     settings=(ModelConfig,),
     flags=(
         Flag(
-            "path", 'such as {"path": [0, 1, 3]}, or paths.json:NAME', required=True, value="FILE"
+            "path",
+            'file such as {"path": [0, 1, 3]}, or paths.json:NAME',
+            required=True,
+            value="FILE",
         ),
-        Flag("output_dir", "folder to make", required=True, value="DIR", alias="output"),
+        Flag("output_dir", "folder to write", required=True, value="DIR", alias="output"),
     ),
-    model_from="a paths.json names",
+    model_from="that of the paths.json",
 )
 def export(command: CommandLine, terminal: Terminal) -> None:
-    """Write a fixed path as an ordinary checkpoint, layers in path order."""
+    """Write a static path as an ordinary checkpoint."""
     from drllm.models.export import check_output, export_path
 
     check_model_name(command)

@@ -105,7 +105,7 @@ class Verb:
         run: The function that runs it.
         settings: Groups of settings, each of which becomes a flag.
         flags: Further flags.
-        model_from: What names the base model where `--model` isn't given.
+        model_from: Where the base model comes from without `--model`.
         resumes: Whether the same command resumes after an interruption.
         shares: Whether several processes divide the work.
     """
@@ -122,7 +122,7 @@ class Verb:
 
 
 CONFIG = Flag(
-    "config", f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files"
+    "config", f"YAML file with settings, or a preset ({', '.join(PRESETS)}); flags override it"
 )
 
 
@@ -158,8 +158,8 @@ FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drl
 """Verbs whose arguments another program parses, with their help."""
 
 SECTIONS = {
-    "all stages in a row": ("run",),
-    "the stages, each of which reads what an earlier one wrote": (
+    "everything in one command": ("run",),
+    "the stages, in order; each reads files of an earlier one": (
         "search",
         "supervise",
         "train",
@@ -171,7 +171,7 @@ SECTIONS = {
         "report",
         "export",
     ),
-    "what there is": ("show", "ls"),
+    "results and names": ("show", "ls"),
 }
 """Titles and verbs of `drllm --help`, in the order in which data goes through them."""
 

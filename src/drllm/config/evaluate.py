@@ -6,43 +6,47 @@ from drllm.config.constants import SPLITS
 from drllm.config.fields import Settings, basic, incidental, setting
 
 TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
-"""Settings that no other result depends on."""
+"""Settings of the timing, on which no other result depends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
-    """What is evaluated, on which questions, against which baselines."""
+    """The evaluation: its questions, paths and baselines."""
 
     tasks: str | None = basic(
         None,
         value="TASKS",
         alias="dataset",
-        help="tasks (comma list): ours, the harness', FILE.jsonl, or OWNER/NAME of the hub",
+        help="task names, separated by commas: drllm's or the harness', FILE.jsonl, or "
+        "OWNER/NAME of the hub",
     )
-    data_dir: str | None = incidental(None, help="folder with SPLIT.jsonl[.gz] files by task")
-    split: str = setting("test", choices=SPLITS, help="which questions")
+    data_dir: str | None = incidental(
+        None,
+        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+    )
+    split: str = setting("test", choices=SPLITS, help="part of the questions to evaluate on")
     limit: int | None = basic(
         None,
         minimum=1,
-        help="maximum questions of a task, drawn with the seed",
+        help="maximum questions per task, drawn at random with --seed",
     )
     limits: dict[str, int | str] | None = setting(
         None,
         minimum=1,
         choices=("all",),
         value="{gsm8k: 30, arc_easy: all}",
-        help="other limits for some tasks: a number, or all",
+        help="--limit for single tasks: a number, or all",
     )
     splits: dict[str, str] | None = setting(
         None,
         choices=SPLITS,
         value="{gsm8k: select}",
-        help="other splits for some tasks",
+        help="--split for single tasks",
     )
     fitted_on: dict[str, str] | None = setting(
         None,
         value="{hellaswag: arc_easy}",
-        help="other tasks on whose questions depths are chosen and baselines fitted",
+        help="other tasks whose questions choose the depths and fit the baselines of a task",
     )
     num_fewshot: int | None = setting(
         None,
@@ -52,75 +56,77 @@ class EvaluateConfig(Settings):
     reward: str | None = setting(
         None,
         value="FILE.py:FUNCTION",
-        help="FILE.py:FUNCTION, a function of yours that grades generated answers",
+        help="your own function that grades generated answers",
     )
     max_new_tokens: int | None = setting(
         None,
         minimum=1,
         idle=("reward", None),
-        help="with --reward: maximum tokens of an answer; default: 256",
+        help="with --reward: maximum tokens of a generated answer; default: 256",
     )
-    chat: bool = setting(False, help="ask through the tokenizer's chat template")
+    chat: bool = setting(False, help="use the tokenizer's chat template")
     paths: str | None = basic(
         None,
         value="FILE[:NAME],...",
-        help="static paths: files; of a paths.json all but the full path, or the named one",
+        help="static paths to compare, separated by commas; a paths.json without NAME adds all "
+        "of its paths but the full one",
     )
     baselines: str = basic(
         "quick",
         value="NAMES",
-        help="comma list, or quick, all or none; 'drllm ls baselines' explains them",
+        help="names separated by commas, or quick, all or none; 'drllm ls baselines' explains them",
     )
     supervision: str | None = setting(
         None,
         value="FILE",
-        help="supervision.jsonl for baselines that are fitted on the routers' targets",
+        help="supervision.jsonl for the baselines that are fitted on the routers' targets",
     )
     curve: str | None = basic(
         None,
         value="X,X,...",
-        help="also compare where these shares of the executions are saved, e.g. 0.1,0.2,0.3",
+        help="also compare at these shares of saved executions, e.g. 0.1,0.2,0.3",
     )
     max_drop: float | None = basic(
         None,
         above=0.0,
         maximum=100.0,
         alias="epsilon",
-        help="points of accuracy; exit status 1 unless the test excludes a larger loss",
+        help="largest allowed loss of accuracy in points; exit status 1 unless the test excludes"
+        " a larger loss",
     )
     max_loss_increase: float | None = setting(
         None,
         above=0.0,
         idle=("max_drop", None),
-        help="with --max-drop: nats a token; the test must exclude a larger rise of texts' "
-        "loss too",
+        help="with --max-drop: largest allowed increase of the texts' loss, in nats per token",
     )
     num_calibration: int | None = setting(
         None,
         minimum=1,
-        help="questions of select that depths are found and baselines fitted on; default: 64",
+        help="questions of the split select on which depths are chosen and baselines fitted; "
+        "default: 64",
     )
     num_texts: int = setting(
         100,
         minimum=1,
-        help="maximum questions whose text's next-token loss is measured too",
+        help="maximum questions whose next-token loss is measured too",
     )
     num_random_draws: int | None = setting(
         None,
         minimum=1,
-        help="draws of the random baselines for a question; default: 10",
+        help="draws per question of the random baselines; default: 10",
     )
-    batch_size: int = setting(16, minimum=1, help="questions a forward pass")
+    batch_size: int = setting(16, minimum=1, help="questions per forward pass")
     latency: bool = incidental(
         False,
         basic=True,
-        help="measure the time of base and routed model too",
+        help="also measure the time of the base and the routed model",
     )
     latency_rounds: int = incidental(
         8,
         minimum=1,
         idle=("latency", False),
-        help="with --latency: rounds in which both are timed",
+        help="with --latency: rounds of timing both models",
     )
     latency_read: int = incidental(
         128,
@@ -132,7 +138,7 @@ class EvaluateConfig(Settings):
         64,
         minimum=1,
         idle=("latency", False),
-        help="with --latency: tokens decoded in a timing",
+        help="with --latency: tokens decoded per timing",
     )
     seed: int = setting(
         0,
@@ -141,10 +147,10 @@ class EvaluateConfig(Settings):
     )
 
     def limit_of(self, task: str) -> int | None:
-        """Return how many questions of a task are asked at most; None for all."""
+        """Return the maximum number of questions of a task; None for all."""
         limit = (self.limits or {}).get(task, self.limit)
         return None if limit is None or limit == "all" else int(limit)
 
     def split_of(self, task: str) -> str:
-        """Return which questions of a task are asked."""
+        """Return the split of a task."""
         return (self.splits or {}).get(task, self.split)

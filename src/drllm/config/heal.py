@@ -14,32 +14,35 @@ class HealConfig(Settings):
         None,
         basic=True,
         value="FILE[:NAME]",
-        help="file that says which layers run; of a paths.json the named path",
+        help="path to heal: a file that names its layers, or paths.json:NAME",
     )
     tasks: str | None = incidental(
         None,
         basic=True,
         value="TASKS",
         alias="dataset",
-        help="tasks (comma list) whose search questions are trained on, with their right "
-        "answers; unanswered prompts use the full model's answers",
+        help="task names, separated by commas: train on their search questions with the right "
+        "answers, or the full model's answers where there are none",
     )
     text: str | None = incidental(
         None,
         basic=True,
         value="FILE,...",
-        help="further texts: .jsonl files with a field text, .txt files with a text a "
-        "paragraph, or data sets of the hub, OWNER/NAME[:CONFIG[:SPLIT]]: the first "
-        "--limit texts, else 10,000",
+        help="more texts to train on: .jsonl files with a field text, .txt files with a text per"
+        " paragraph, or hub data sets OWNER/NAME[:CONFIG[:SPLIT]], of which the first "
+        "--limit texts (default: 10,000)",
     )
-    data_dir: str | None = incidental(None, help="folder with SPLIT.jsonl[.gz] files by task")
+    data_dir: str | None = incidental(
+        None,
+        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+    )
     limit: int | None = basic(
         None,
         minimum=2,
-        help="maximum questions or texts of a source, drawn with the seed",
+        help="maximum questions or texts of each source, drawn at random with --seed",
     )
     rank: int = basic(16, minimum=1, help="rank of the adapter")
-    first_layer: int = basic(0, minimum=0, help="first layer of the path that gets the adapter")
+    first_layer: int = basic(0, minimum=0, help="first layer of the path that the adapter changes")
     steps: int | None = basic(
         None,
         minimum=1,
@@ -48,36 +51,38 @@ class HealConfig(Settings):
     minutes: float | None = basic(
         None,
         above=0.0,
-        help="time for the training and all its measurements; reading the texts comes before",
+        help="time limit in minutes for training and measuring; reading the texts isn't counted",
     )
-    learning_rate: float = setting(2e-3, above=0.0, help="peak of the cosine schedule")
+    learning_rate: float = setting(
+        2e-3, above=0.0, help="peak learning rate of the cosine schedule"
+    )
     batch_size: int = setting(
         2,
         minimum=1,
-        help="sequences of --max-tokens tokens in a step; more of them where they are shorter",
+        help="sequences of --max-tokens tokens per step; more where they are shorter",
     )
     max_tokens: int = setting(
         512,
         minimum=2,
-        help="tokens of a sequence; longer texts are cut into several",
+        help="maximum tokens of a sequence; longer texts are split",
     )
     num_held_out: int = setting(
         64,
         minimum=1,
-        help="sequences that are not trained on, to measure on",
+        help="number of sequences held out to measure on",
     )
     autocast: bool = setting(
         True,
-        help="compute float32 weights in bfloat16 where the processor or GPU has it",
+        help="compute float32 weights in bfloat16 if the processor or GPU supports it",
     )
     seed: int = setting(
         0,
         minimum=0,
-        help="seed of the adapter, of the order of the texts and of --limit",
+        help="seed of the adapter, the order of the texts and --limit",
     )
 
     def named_path(self) -> str:
-        """Return the file of the path; a ConfigError where none is named."""
+        """Return the file of the path; ConfigError if none is named."""
         if self.path is None:
-            raise ConfigError("no path is given; name a file that says which layers run as --path")
+            raise ConfigError("no path is given; give --path FILE, or --path paths.json:NAME")
         return self.path

@@ -1,4 +1,4 @@
-"""The base model: which one, and how it is loaded."""
+"""Settings of the base model and how it is loaded."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
-    """Which base model, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     model: str = basic(
         "smollm2-135m",
@@ -22,12 +22,12 @@ class ModelConfig(Settings):
     dtype: str = setting(
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="weights: auto is bfloat16 on a GPU that has it, else float32",
+        help="precision of the weights; auto: bfloat16 on a GPU that supports it, else float32",
     )
-    device: str = setting("auto", help="where to run: auto is cuda, else mps, else cpu")
+    device: str = setting("auto", help="device to run on; auto: cuda, else mps, else cpu")
     attn_implementation: str | None = setting(
         None,
-        help="attention code of transformers, e.g. sdpa",
+        help="attention implementation of transformers, e.g. sdpa",
     )
     trust_remote_code: bool = setting(False, help="run modelling code that comes with a hub model")
 

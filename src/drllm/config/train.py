@@ -9,20 +9,22 @@ from drllm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """The routers and their training: the paper's numbers, but for warm-up and class weights."""
+    """The routers and their training; defaults are the paper's except warm-up and class weights."""
 
     num_epochs: int = basic(25, minimum=1, help="passes over the targets (paper: 25)")
-    learning_rate: float = basic(1e-3, above=0.0, help="peak of the cosine schedule (paper: 1e-3)")
+    learning_rate: float = basic(
+        1e-3, above=0.0, help="peak learning rate of the cosine schedule (paper: 1e-3)"
+    )
     weight_decay: float = setting(0.01, minimum=0.0, help="AdamW weight decay (paper: 0.01)")
     warmup_steps: float = setting(
         0.1,
         minimum=0.0,
-        help="linear warm-up: a share of the steps below 1, else steps (paper: 500)",
+        help="linear warm-up: below 1 a share of all steps, else steps (paper: 500)",
     )
     gradient_accumulation: int = setting(
         16,
         minimum=1,
-        help="examples an optimiser step (paper: 1 x 16)",
+        help="examples per optimiser step (paper: 1 x 16)",
     )
     loss_reduction: str = setting(
         "mean",
@@ -32,60 +34,64 @@ class TrainConfig(Settings):
     max_grad_norm: float | None = setting(
         None,
         above=0.0,
-        help="clip a step's gradients to this norm; default: no clipping (released: 1)",
+        help="clip the gradients of a step to this norm; default: no clipping (released: 1)",
     )
     num_windows: int = basic(
         8,
         minimum=1,
-        help="windows W a router averages the prompt into (paper: 8)",
+        help="number of windows W over which the prompt is averaged (paper: 8)",
     )
     feature_dtype: str = setting(
         "float32",
         choices=("float32", "bfloat16"),
-        help="how routers' inputs are stored; bfloat16 halves them on disk",
+        help="precision of the stored routers' inputs; bfloat16 halves their size on disk",
     )
     router_width: int = setting(128, minimum=1, help="hidden width of a router (paper: 128)")
     loss: str = setting(
         "focal",
         choices=("focal", "cross_entropy"),
-        help="loss that is minimised (paper: focal)",
+        help="loss function (paper: focal)",
     )
     gamma: float = setting(
         2.0,
         minimum=0.0,
         idle=("loss", "cross_entropy"),
-        help="focal loss exponent (paper: 2)",
+        help="exponent of the focal loss (paper: 2)",
     )
     class_weights: str = setting(
         "none",
         choices=("effective_number", "none"),
-        help="whether rare decisions weigh more (paper: effective_number)",
+        help="effective_number: rare decisions weigh more (paper: effective_number)",
     )
     beta: float = setting(
         0.999,
         minimum=0.0,
         maximum=0.9999999,
         idle=("class_weights", "none"),
-        help="effective-number class weights (paper: 0.999)",
+        help="beta of the effective-number class weights (paper: 0.999)",
     )
     validation_fraction: float = setting(
         0.1,
         minimum=0.0,
         maximum=0.5,
-        help="share of the targets held out for metrics (ours)",
+        help="share of the targets held out to measure on (ours)",
     )
-    seed: int = setting(0, minimum=0, help="seed of initial weights, order and held-out part")
+    seed: int = setting(
+        0,
+        minimum=0,
+        help="seed of the initial weights, the order of the targets and the held-out part",
+    )
     num_seeds: int = setting(
         1,
         minimum=1,
-        help="train routers from so many seeds, counting up from --seed; further ones are in "
-        "seed_S",
+        help="train with this many seeds, from --seed upwards; routers of each further seed S "
+        "are in seed_S/",
     )
     report_to: str | None = incidental(
         None,
         basic=True,
         value="NAMES",
-        help="trackers of accelerate (comma list), such as tensorboard,wandb; default: none",
+        help="trackers of accelerate, separated by commas, e.g. tensorboard,wandb; default: none",
     )
 
     def __post_init__(self) -> None:

@@ -13,30 +13,34 @@ class TuneConfig(Settings):
         None,
         value="TASKS",
         alias="dataset",
-        help="tasks (comma list): ours, the harness', FILE.jsonl, or OWNER/NAME of the hub",
+        help="task names, separated by commas: drllm's or the harness', FILE.jsonl, or "
+        "OWNER/NAME of the hub",
     )
-    data_dir: str | None = incidental(None, help="folder with SPLIT.jsonl[.gz] files by task")
+    data_dir: str | None = incidental(
+        None,
+        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+    )
     max_skipped: float | None = basic(
         None,
         above=0.0,
-        help="maximum layers left out; default: a sixth of the layers",
+        help="maximum number of layers left out; default: a sixth of the layers",
     )
     objective: str | None = basic(
         None,
         choices=("gold_logprob", "next_token_loss", "kl"),
-        help="what a path should keep; default: gold_logprob with options, next_token_loss "
-        "with other answers, kl for prompts without any",
+        help="what a path should preserve; default: gold_logprob for questions with options, "
+        "next_token_loss for other answers, kl for prompts without answers",
     )
-    beam: int = setting(3, minimum=1, help="paths of a level that are extended")
+    beam: int = setting(3, minimum=1, help="paths of each level that are extended")
     num_fit: int = setting(
         300,
         minimum=1,
-        help="maximum questions of a task that paths are fitted on",
+        help="maximum questions per task that paths are fitted on",
     )
     num_judged: int | None = setting(
         None,
         minimum=2,
-        help="maximum questions of a task that choose a path, and as many that test it; "
+        help="maximum questions per task to choose a path on, and as many to test it on; "
         "default: all",
     )
     max_loss: float = setting(
@@ -48,11 +52,12 @@ class TuneConfig(Settings):
         None,
         above=0.0,
         decisive=False,
-        help="begin no further level after this time; a later run with more time continues",
+        help="start no further level after this many minutes; a later run with more time continues",
     )
     state_cache_gb: float | None = incidental(
         None,
         above=0.0,
-        help="GB for shared path prefixes; default: a quarter of free memory, at most 16",
+        help="GB of memory for cached states of shared prefixes; default: a quarter of free "
+        "memory, at most 16",
     )
     seed: int = setting(0, minimum=0, help="seed of --num-fit and --num-judged")
