@@ -284,7 +284,7 @@ class QuestionReader:
                 if not self.first_reason:
                     self.first_reason = f"row {line}: {error}"
         if not self.examples:
-            raise TaskError(f"{self.path} has no row that can be asked; {self.first_reason}")
+            raise TaskError(f"{self.path} has no usable row; {self.first_reason}")
         if self.num_skipped:
             logger.warning(
                 "%d rows of %s are left out, first %s",

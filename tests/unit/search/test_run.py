@@ -280,6 +280,17 @@ def test_progress_counts_questions_and_says_what_is_found(undisturbed):
     assert re.fullmatch(message, listener.calls[-1][2])
 
 
+def test_progress_is_measured_by_the_length_of_questions(undisturbed, facts):
+    _, listener = undisturbed
+    config = settings()
+    batches = split_into_batches(collect_questions([facts], config), config.block_size)
+    lengths = [batch.num_characters for batch in batches]
+    assert lengths[0] < lengths[1], "the sample must hold short and long questions"
+    expected = [7 * sum(lengths[:number]) / sum(lengths) for number in range(1, len(lengths) + 1)]
+    finished = [done for done, _, note in listener.calls if re.match(r"\d+ of 7 questions", note)]
+    assert finished == pytest.approx(expected)
+
+
 def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
     with pytest.raises(TaskError, match="boxed"):
         drllm.search_paths(routed, [facts], settings(reward="boxed"), tmp_path / "new")

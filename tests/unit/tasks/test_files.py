@@ -157,7 +157,7 @@ def test_a_hub_set_is_read_by_its_columns_and_rows_that_cannot_be_asked_are_left
 
 def test_a_hub_set_without_a_row_that_can_be_asked_says_why(hub):
     hub.files["owner/name", None, "train"] = [{"text": "Why?"}, {"text": "How?"}]
-    with pytest.raises(TaskError, match="owner/name has no row that can be asked; row 1: 'choices"):
+    with pytest.raises(TaskError, match="owner/name has no usable row; row 1: 'choices"):
         get_task("owner/name")
 
 

@@ -242,7 +242,7 @@ def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions:
     """Warn of unusable rows; a TaskError if there are no others."""
     reason = next(iter(skipped.values()))
     if num_questions == 0:
-        raise TaskError(f"{first_line}: {reason}, and no other row can be asked")
+        raise TaskError(f"{first_line}: {reason}, and no other row is usable")
     num_rows = len(skipped) + num_questions
     logger.warning(
         "%s: %s; such rows are skipped: %d of %d", first_line, reason, len(skipped), num_rows
