@@ -111,7 +111,9 @@ TESTED = DropTest(
             name="routed, 20 % saved",
             tasks=(
                 TaskTest(
-                    task="arc_easy", failures=("a loss of 12.0 points is not excluded",), needed=90
+                    task="arc_easy",
+                    failures=("a loss of up to 12.0 points is not excluded",),
+                    needed=90,
                 ),
             ),
         ),

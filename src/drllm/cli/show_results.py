@@ -19,7 +19,16 @@ MAX_STEPS = 3  # next steps that are shown; the report has all
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the results in an `eval` folder, of some tasks or of all."""
+    """Print the tables of an `eval` folder: of some tasks, or of all; then what is shown in all."""
+    show_tasks(folder, terminal, tasks)
+    for evaluation in results.read_results(folder):
+        if evaluation.drop_test is not None:
+            terminal.say(evaluation.drop_test.sentence())
+            return  # it is the same in all of them
+
+
+def show_tasks(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
+    """Print the tables of an `eval` folder, without the test that covers all of its tasks."""
     for evaluation in results.read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
@@ -61,8 +70,10 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
+    drop_test = evaluation.drop_test
     for sentence in [*evaluation.findings[len(evaluation.verdict) :], *evaluation.notes]:
-        terminal.say(sentence)
+        if drop_test is None or sentence != drop_test.sentence():  # it covers all tasks
+            terminal.say(sentence)
 
 
 def _caption(evaluation: results.Evaluation) -> str:

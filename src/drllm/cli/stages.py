@@ -16,7 +16,7 @@ from drllm.cli import published
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.show_paths import show_healed, show_paths
-from drllm.cli.show_results import show_next_steps, show_results
+from drllm.cli.show_results import show_next_steps, show_tasks
 from drllm.cli.show_search import print_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
@@ -422,7 +422,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
 
         results = evaluate(base, tasks, config, output, routers=folders, listener=terminal)
     if is_first():
-        show_results(output, terminal, [task.name for task in tasks])
+        show_tasks(output, terminal, [task.name for task in tasks])
         terminal.fact("results", output)
     drop_test = results[0].drop_test
     if drop_test is None:

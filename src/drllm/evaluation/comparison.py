@@ -26,7 +26,7 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
 from drllm.evaluation.questions import chosen_on, is_fitted, sources_of
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
-from drllm.evaluation.tables import TaskRuns
+from drllm.evaluation.tables import TaskRuns, depth_name
 from drllm.listener import OnProgress
 from drllm.models.routers.depth_control import find_depth_bias
 from drllm.models.routers.files import WEIGHTS_FILE
@@ -115,7 +115,7 @@ class EvaluationContext:
         self.baselines = select_baselines(config.baselines)
         self.depths = {"": 0.0}  # share saved by name; the depth of training has no name
         for share in read_curve(config.curve):
-            self.depths[f"{100 * share:g} % saved"] = share
+            self.depths[depth_name(share)] = share
         self.sources = sources_of(tasks, config)
         self._sources_by_name = {source.name: source for source in self.sources.values()}
         self._targets = []

@@ -18,7 +18,7 @@ import msgspec
 from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, PathError
-from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.baselines.base import BASELINES, read_curve
 from drllm.evaluation.latency import timed_tokens, write_latency
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import Listener
@@ -383,7 +383,7 @@ def _judge(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig
 ) -> tuple[Evaluation, ...]:
     """Return the records of all tasks, their tests corrected for each other."""
-    from drllm.evaluation.tables import correct, drop_candidates
+    from drllm.evaluation.tables import correct, depth_name, drop_candidates
 
     # Without routers the most accurate path stands first.
     rivals = () if header["routers"] else header["paths"]
@@ -395,7 +395,9 @@ def _judge(
     if config.max_drop is not None:
         names = [task_runs.harness_task.written.name for task_runs in runs]
         candidates = drop_candidates(
-            dict(zip(names, tables, strict=True)), dict(zip(names, curves, strict=True))
+            dict(zip(names, tables, strict=True)),
+            dict(zip(names, curves, strict=True)),
+            [depth_name(share) for share in read_curve(config.curve)],
         )
         limits = Limits(max_drop=config.max_drop, max_loss_increase=config.max_loss_increase)
         drop_test = exclude_drop(candidates, limits)

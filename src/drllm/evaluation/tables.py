@@ -1,9 +1,9 @@
-"""From what systems did to the records of an evaluation: table, curve, seeds, findings, samples.
+"""Turns systems' outcomes into an evaluation's records: table, curve, seeds, findings, samples.
 
 Every difference is a `Verdict`, and the findings are their sentences.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import eq
@@ -32,16 +32,16 @@ DESCRIPTIONS = {
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are kept in the samples; the texts of all would be many."""
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
-MENTIONED = 0.01  # share of routes unchanged by the permutation above which it is mentioned
+MENTIONED_SHARE = 0.01  # a larger share of routes that the permutation left unchanged is mentioned
 
 
 @dataclass(frozen=True)
 class TaskRuns:
-    """All that was run on one task.
+    """The outcomes of every system on one task.
 
-    Systems are base, then at each depth routed and its baselines, if there are routers, and paths
-    last. The shape is the model's, or why its cost can't be derived. `seeds` are, depth by depth,
-    routers of several seeds on the same questions, and their own routes permuted, if any.
+    `systems` are base, then at each depth the routed model and its baselines, if there are routers,
+    and paths last. `shape` is the model's, or the reason why its cost can't be derived. `seeds` has
+    for each depth the routers of several seeds, and the same with permuted routes, if these ran.
     """
 
     harness_task: RenderedTask
@@ -54,12 +54,12 @@ class TaskRuns:
 
     @property
     def trained(self) -> list[SystemRun]:
-        """The systems at the depth that the routers were trained for: base and routed first."""
+        """The systems at the depth that the routers were trained for, base and routed first."""
         return [system for system in self.systems if not system.setting]
 
     @cached_property
     def above_chance(self) -> bool:
-        """Whether base is shown to be better than guessing; only then is anything claimed."""
+        """Whether base is shown to be better than guessing; otherwise nothing is claimed."""
         lowest, _ = accuracy_interval(self.systems[0].correct, self.config.seed)
         return lowest > self.harness_task.written.chance
 
@@ -100,7 +100,7 @@ class TaskRuns:
         return fmean(fmean(map(eq, routes, permuted)) for permuted in system.routes)
 
     def _cost(self, system: SystemRun) -> tuple[results.Flops | None, float | None]:
-        """Return the mean FLOPs of a prompt with one token predicted, and K/V bytes a token."""
+        """Return the mean FLOPs of a prompt and one predicted token, and K/V bytes a token."""
         shape = self.shape
         if isinstance(shape, str) or not (system.routes or system.path):
             return None, None
@@ -123,7 +123,7 @@ class TaskRuns:
     def curve(self, table: Sequence[results.System]) -> tuple[results.Point, ...]:
         """Return base, then each system's depths from the most executions to the fewest.
 
-        Paths come last, in the same order. What stands in the table too has the same numbers here.
+        Paths come last, in the same order. Base and paths have the same numbers as in the table.
         """
         base = self.systems[0]
         deeper = [system for system in self.systems if system.setting]
@@ -148,7 +148,7 @@ class TaskRuns:
         return tuple(points)
 
     def _measured(self, system: SystemRun) -> dict[str, Any]:
-        """Return what a row of the table and a point of the curve have in common."""
+        """Return the fields that a row of the table and a point of the curve share."""
         base = self.systems[0]
         against_base = None
         if system is not base:
@@ -171,12 +171,15 @@ class TaskRuns:
     def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
         return compare(ours, theirs, self.config.seed, above_chance=self.above_chance)
 
-    def of_seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> results.Seeds:
-        """Return what routers of several seeds did at one depth.
+    def compare_seeds(
+        self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]
+    ) -> results.Seeds:
+        """Return the results of routers of several seeds at one depth.
 
-        Two numbers must not be mixed. The spread says how much the training's randomness moves a
-        result on the same questions; the intervals say how far the mean over these seeds may move
-        with other questions, each resampled with its answers under all seeds.
+        Two numbers must not be mixed up. The spread shows how much a result varies with the
+        training's randomness, on the same questions. The intervals show how much the mean over
+        these seeds may vary with other questions; a question is resampled with its answers under
+        all seeds.
         """
         mean = mean_of(routed, "mean over seeds")
         against_permuted = None
@@ -217,39 +220,35 @@ class TaskRuns:
             num_layers=self.num_layers,
             systems=tuple(table),
             curve=tuple(curve),
-            seeds=tuple(self.of_seeds(routed, permuted) for routed, permuted in self.seeds),
+            seeds=tuple(self.compare_seeds(routed, permuted) for routed, permuted in self.seeds),
             drop_test=drop_test,
         )
         return replace(evaluation, findings=tuple(self._findings(evaluation)))
 
     def _findings(self, evaluation: results.Evaluation) -> list[str]:
-        """Return what a reader may conclude, what is shown of the routed model or a path first."""
-        written = self.harness_task.written
-        compared = evaluation.compared_system
-        if compared is None or compared.against_base is None:
-            raise ValueError("nothing is compared with base")
-        findings = [self._headline(compared, evaluation)]
-        best_path = evaluation.best_path
-        if best_path is not None and best_path is not compared:
-            findings.append(self._headline(best_path, evaluation))
+        """Return what a reader may conclude: first what to do with the systems that matter most."""
+        systems = _main_systems(evaluation)
+        findings = [self._headline(system, evaluation) for system in systems]
         if evaluation.drop_test is not None:
             findings.append(evaluation.drop_test.sentence())
         if not self.above_chance:
-            findings.append(
-                f"On {written.name} the base model is not shown to be above chance "
-                f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
-            )
-        gold_logprob = compared.against_base.gold_logprob
-        if gold_logprob is not None:
-            findings.append(gold_logprob.sentence(evaluation.name_in_sentence(compared)))
+            findings.append(self._chance_warning())
+        findings += _test_sentences(systems, evaluation)
         permuted = evaluation.system(results.PERMUTED)
         if permuted is not None:
             findings.append(self._against_permuted(permuted))
         findings += [seeds_sentence(seeds) for seeds in evaluation.seeds]
         return findings + self._notes()
 
+    def _chance_warning(self) -> str:
+        written = self.harness_task.written
+        return (
+            f"On {written.name} the base model is not shown to be above chance "
+            f'({100 * written.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
+        )
+
     def _notes(self) -> list[str]:
-        """Return the notes on the task, on its cost and on its systems, each once, as sentences."""
+        """Return the notes on the task, its cost and its systems as sentences, without repeats."""
         sentences = [f"{upper(note.removesuffix('.'))}." for note in dict.fromkeys(self.notes)]
         if isinstance(self.shape, str):
             sentences.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
@@ -258,20 +257,28 @@ class TaskRuns:
         return sentences
 
     def _headline(self, system: results.System, evaluation: results.Evaluation) -> str:
-        """Return what to do with a system, then how it differs from base, and routers from it."""
+        """Return at most three sentences: what to do with a system, and how it differs."""
         against_base = system.against_base
         assert against_base is not None
-        saved = 100 * share_saved(system.executions, self.num_layers)
-        cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
-        cost += f", {system.executions:.2f} of {self.num_layers} run"
-        name = evaluation.name_in_sentence(system) + _why_named(system, evaluation)
+        saves_layers = system.executions < self.num_layers
+        cost = self._describe_cost(system)
+        name = evaluation.name_in_sentence(system)
+        full_name = name + _why_named(system, evaluation)
         if system.routed_against is None:
-            return against_base.headline(name, saves_layers=saved > 0, cost=cost)
-        advice = against_base.advice(name, saves_layers=saved > 0)
+            return against_base.headline(full_name, saves_layers=saves_layers, cost=cost)
+        advice = against_base.advice(full_name, saves_layers=saves_layers)
         return (
-            f"{advice} ({cost}). Minus base: {against_base.details}. Routed minus "
-            f"{evaluation.name_in_sentence(system)}: {system.routed_against.details}."
+            f"{advice} ({cost}). {upper(name)} minus base: {against_base.details}. "
+            f"Routed minus {name}: {system.routed_against.details}."
         )
+
+    def _describe_cost(self, system: results.System) -> str:
+        """Say how many layers a system saves and runs."""
+        saved = 100 * share_saved(system.executions, self.num_layers)
+        change = f"{saved:.1f} % of the layers saved"
+        if saved < 0:
+            change = f"{-saved:.1f} % more layers"
+        return f"{change}, {system.executions:.2f} of {self.num_layers} run"
 
     def _against_permuted(self, permuted: results.System) -> str:
         if len(set(self.trained[1].routes[0])) == 1:
@@ -282,7 +289,7 @@ class TaskRuns:
             results.ROUTED, "its own routes permuted over the questions"
         )
         unchanged = permuted.unchanged_routes or 0.0
-        if unchanged > MENTIONED:
+        if unchanged > MENTIONED_SHARE:
             sentence += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
         return sentence
 
@@ -305,6 +312,31 @@ class TaskRuns:
         return samples
 
 
+def _main_systems(evaluation: results.Evaluation) -> list[results.System]:
+    """Return the systems that the findings begin with: the compared one, then the best path."""
+    compared = evaluation.compared_system
+    if compared is None or compared.against_base is None:
+        raise ValueError("nothing is compared with base")
+    best_path = evaluation.best_path
+    if best_path is None or best_path is compared:
+        return [compared]
+    return [compared, best_path]
+
+
+def _test_sentences(
+    systems: Sequence[results.System], evaluation: results.Evaluation
+) -> Iterator[str]:
+    """Yield how the main systems differ from base, with the numbers of the exact tests."""
+    for system in systems:
+        assert system.against_base is not None
+        yield system.against_base.accuracy.sentence(evaluation.name_in_sentence(system))
+    first = systems[0]
+    assert first.against_base is not None
+    gold_logprob = first.against_base.gold_logprob
+    if gold_logprob is not None:
+        yield gold_logprob.sentence(evaluation.name_in_sentence(first))
+
+
 def _why_named(system: results.System, evaluation: results.Evaluation) -> str:
     """Return why a path is named among several, in brackets; empty where it needs no reason."""
     num_paths = len(evaluation.paths)
@@ -318,7 +350,7 @@ def _why_named(system: results.System, evaluation: results.Evaluation) -> str:
 
 
 def _outcome(system: SystemRun, place: int) -> results.SampleOutcome:
-    """Return what a system did on the question at a place."""
+    """Return a system's outcome on the question at a place."""
     gold_logprob = system.gold_logprob[place] if system.gold_logprob else None
     decisions = tuple(system.routes[0][place]) if len(system.routes) == 1 else None
     answer = None
@@ -337,7 +369,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
-    """Return the spread of means, one a seed; None where one of them isn't known."""
+    """Return the spread of the seeds' means; None if one of them isn't known."""
     if not all(values):
         return None
     return results.Spread.of([fmean(each) for each in values])
@@ -346,9 +378,12 @@ def _spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
 def correct(
     tables: Sequence[Sequence[results.System]], rivals: Collection[str] = ()
 ) -> list[list[results.System]]:
-    """Correct each system's tests against base for several tasks.
+    """Correct each system's tests against base for the number of tasks.
 
-    Rivals are systems of which the best is picked: their tests are corrected together.
+    Args:
+        tables: The systems of each task.
+        rivals: Names of systems of which the best is picked, so that all their tests count as one
+            family.
     """
     corrected = [list(table) for table in tables]
     groups: dict[str, list[tuple[list[results.System], int, Differences]]] = {}
@@ -364,26 +399,43 @@ def correct(
     return corrected
 
 
+def depth_name(share: float) -> str:
+    """Return what the depth that saves a share of the executions is called.
+
+    Example:
+        >>> depth_name(0.1)
+        '10 % saved'
+    """
+    return f"{100 * share:g} % saved"
+
+
 def drop_candidates(
-    tables: Mapping[str, Sequence[results.System]], curves: Mapping[str, Sequence[results.Point]]
+    tables: Mapping[str, Sequence[results.System]],
+    curves: Mapping[str, Sequence[results.Point]],
+    depths: Sequence[str] = (),
 ) -> dict[str, dict[str, Differences | None]]:
     """Return what `--max-drop` tests, in order: how it differs from base on each task.
 
     The order is fixed by the settings: the routed model at the depths of `--curve`, or without them
     as it was trained; then the paths in their own order. A depth that the routers couldn't be
-    brought to on some task has None there.
+    brought to on a task has None there, so it isn't shown to lose less.
+
+    Args:
+        tables: The systems of each task.
+        curves: Their depths.
+        depths: The names of the depths of `--curve`, the fewest layers left out first.
     """
     candidates: dict[str, dict[str, Differences | None]] = {}
+    for depth in depths:
+        candidates[f"{results.ROUTED}, {depth}"] = dict.fromkeys(tables)
     for task, curve in curves.items():
         for point in curve:
-            if point.system == results.ROUTED and point.against_base is not None:
-                by_task = candidates.setdefault(point.name, dict.fromkeys(tables))
-                by_task[task] = point.against_base
-    has_depths = bool(candidates)
+            if point.name in candidates:
+                candidates[point.name][task] = point.against_base
     for task, table in tables.items():
         for system in table:
             is_path = system.name not in DESCRIPTIONS and system.name not in BASELINES
-            is_candidate = is_path or (system.name == results.ROUTED and not has_depths)
+            is_candidate = is_path or (system.name == results.ROUTED and not depths)
             if is_candidate and system.against_base is not None:
                 by_task = candidates.setdefault(system.name, dict.fromkeys(tables))
                 by_task[task] = system.against_base
@@ -391,7 +443,7 @@ def drop_candidates(
 
 
 def seeds_sentence(seeds: results.Seeds) -> str:
-    """Say what routers of several seeds did at one depth."""
+    """Describe the results of routers of several seeds at one depth."""
     depth = f" at {seeds.setting}" if seeds.setting else ""
     accuracy = seeds.accuracy
     executions = seeds.executions

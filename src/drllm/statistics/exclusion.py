@@ -24,15 +24,16 @@ T = TypeVar("T")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The losses that are to be excluded: points of accuracy, and nats a token if not None."""
+    """The losses to exclude: points of accuracy, and nats a token of text unless it is None."""
 
     max_drop: float
     max_loss_increase: float | None = None
 
     def __str__(self) -> str:
+        accuracy = f"{self.max_drop:g} points of accuracy"
         if self.max_loss_increase is None:
-            return f"{self.max_drop:g} points"
-        return f"{self.max_drop:g} points and {self.max_loss_increase:g} nats a token"
+            return accuracy
+        return f"{accuracy} and {self.max_loss_increase:g} nats a token of text"
 
 
 class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,12 +69,13 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return ", and ".join(reasons)
 
     def remedy(self) -> str:
-        """Say how many questions would do; empty where no number would, or none is known."""
+        """Say how many questions would probably pass; empty where no number would."""
         needed = [test.needed for test in self.tasks if test.failures]
         numbers = [number for number in needed if number is not None]
         if not numbers or len(numbers) < len(needed):
             return ""
-        return f"about {rounded_up(max(numbers)):,} questions would do if the differences hold"
+        questions = f"{rounded_up(max(numbers)):,} questions"
+        return f"about {questions} would probably show it if the differences stay the same"
 
 
 class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,7 +96,7 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return names[-1] if names else None
 
     def sentence(self) -> str:
-        """Say in one sentence what is shown, or what number of questions would do."""
+        """Say in one sentence what is shown, or why nothing is and how many questions would do."""
         last = self.trials[-1]
         if self.chosen is None:
             reason = last.reason()
@@ -102,9 +104,11 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 reason += f"; {last.remedy()}"
             return f"Not shown that {last.name} loses less than {self.limits}: {reason}."
         shown = f"Shown (95 %): {self.chosen} loses less than {self.limits}"
+        if self.limits.max_loss_increase is None:
+            shown += " (its text isn't tested without --max-loss-increase)"
         if last.passed:
             return f"{shown}."
-        return f"{shown}; {last.name}, the next in order, isn't shown to: {last.reason()}."
+        return f"{shown}; not shown for {last.name}, the next in order: {last.reason()}."
 
 
 def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
@@ -166,7 +170,7 @@ def _test(task: str, differences: Differences | None, limits: Limits) -> TaskTes
         failures.append("base is not shown to be above chance")
         needed.append(None)
     elif not _is_excluded(accuracy, drop):
-        failures.append(f"a loss of {accuracy.write_excluded()} points is not excluded")
+        failures.append(f"a loss of up to {accuracy.write_excluded()} points is not excluded")
         needed.append(_needed(accuracy, drop))
     if limits.max_loss_increase is not None:
         _test_text(differences.text_loss, limits.max_loss_increase, failures, needed)
@@ -187,7 +191,8 @@ def _test_text(
         needed.append(FEWEST_TEXTS if loss.n < FEWEST_TEXTS else None)
     elif not _is_excluded(loss, limit):
         failures.append(
-            f"an increase of the next-token loss by {loss.write_excluded()} nats is not excluded"
+            f"an increase of the next-token loss by up to {loss.write_excluded()} nats is not "
+            f"excluded"
         )
         needed.append(_needed(loss, limit))
 

@@ -127,38 +127,45 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.shown
 
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
-        """Return one sentence: the size of the difference, what it excludes, how sure it is."""
-        return f"{self._words.title} of {ours} minus {theirs}: {self.details}."
+        """Return one sentence with all numbers, those of the exact test included."""
+        numbers = self._numbers(with_test=True)
+        return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
 
     def statement(self) -> str:
-        """Return the same sentence where it is clear which two systems are compared."""
-        return f"{self._words.title} {self.details}."
+        """Return a shorter sentence, where it is clear which two systems are compared.
+
+        It has the size of the difference, what it excludes and how sure it is, without the exact
+        test's numbers.
+        """
+        return f"{self._words.title} changes by {self.details}."
 
     @property
     def details(self) -> str:
-        """The size of the difference, what it excludes, and how sure it is."""
-        parts = [self.numbers]
+        """The size of the difference, what it excludes and how sure it is."""
+        return self._conclude(self._numbers(with_test=False))
+
+    def _conclude(self, numbers: str) -> str:
+        """Add to the numbers what they exclude, and how sure the difference is."""
+        parts = [numbers]
         if self.exclusion:
             parts.append(self.exclusion)
         parts.append(self.claim)
         return "; ".join(parts)
 
-    @property
-    def numbers(self) -> str:
-        """The size of the difference with its interval and what it was measured on."""
+    def _numbers(self, *, with_test: bool) -> str:
+        """Return the size of the difference with its interval and what it was measured on."""
         size = f"{self.write(self.mean)} {self._words.unit}"
         sample = f"{self.n} {self._words.things}"
         if self.interval[0] == self.interval[1]:
             return f"{size} (the same on all {sample})"
         low, high = map(self.write, self.interval)
-        if self.won is not None:
+        if with_test and self.won is not None:
             sample = f"won {self.won}, lost {self.lost} of {sample}"
-        test = ""
-        if self.p is not None:
-            test = f", p = {self.p:.2g}"
-        if self.p_corrected is not None:
-            test += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
-        return f"{size} (95 % interval {low} to {high}; {sample}{test})"
+        if with_test and self.p is not None:
+            sample += f", p = {self.p:.2g}"
+        if with_test and self.p_corrected is not None:
+            sample += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
+        return f"{size} (95 % interval {low} to {high}; {sample})"
 
     @property
     def exclusion(self) -> str:
@@ -229,7 +236,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def details(self) -> str:
-        """The differences of accuracy and next-token loss as parts of one sentence."""
+        """The differences of accuracy and next-token loss as part of a sentence."""
         parts = [f"accuracy {self.accuracy.details}"]
         if self.text_loss is not None:
             parts.append(f"next-token loss {self.text_loss.details}")

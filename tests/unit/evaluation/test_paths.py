@@ -240,7 +240,9 @@ def test_the_command_ends_with_the_answer_as_its_status(
     command = f"evaluate --device cpu --model {folder} --paths {plan} --max-drop {max_drop}"
     said = drllm(command, *words, status=status)
     [result] = read_results(tmp_path / "eval")
-    assert result.drop_test.sentence() in " ".join(said.out.split())
+    out = " ".join(said.out.split())
+    assert out.endswith(result.drop_test.sentence())
+    assert out.count(result.drop_test.sentence()) == 1
     assert (result.drop_test.chosen is None) == bool(status)
 
 

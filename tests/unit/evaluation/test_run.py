@@ -389,6 +389,18 @@ def test_the_routed_model_is_tested_where_no_depth_is_asked_for(run, tmp_path):
     assert any(finding.startswith("Not shown that routed") for finding in result["findings"])
 
 
+def test_a_depth_that_is_not_reached_is_not_shown_to_lose_less(run, tmp_path):
+    settings = {"curve": "0.99", "max_drop": 99.0, "baselines": "none", "num_texts": 2}
+    [result] = run(tmp_path, limit=4, num_calibration=4, **settings)
+    assert any(finding.startswith("Not evaluated at 99 %") for finding in result["findings"])
+    [trial] = result["drop_test"]["trials"]
+    assert trial["name"] == "routed, 99 % saved"
+    assert any(
+        finding.startswith("Not shown that routed, 99 % saved loses")
+        for finding in result["findings"]
+    )
+
+
 def test_depths_are_shares_each_named_once():
     assert read_curve("0.3,0.1") == [0.1, 0.3]
     assert read_curve(None) == []

@@ -7,11 +7,17 @@ import pytest
 
 from drllm.config import EvaluateConfig
 from drllm.evaluation.systems import SystemRun
-from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
+from drllm.evaluation.tables import (
+    TaskRuns,
+    correct,
+    depth_name,
+    drop_candidates,
+    seeds_sentence,
+)
 from drllm.paths import StaticPath
 from drllm.records.manifest import new_manifest
 from drllm.records.static_paths import steps_to_write
-from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
+from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial, exclude_drop
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import paired_interval
 
@@ -74,9 +80,10 @@ def test_findings_are_the_sentences_of_the_verdicts(base, routed, shown):
     assert against.accuracy.shown == shown
     assert against.gold_logprob.shown == "lower"
     assert against.text_loss.shown == "higher"  # users read it: a loss that rises is said
-    assert against.accuracy.numbers in found.findings[0]
+    assert against.accuracy.statement() in found.findings[0]
     assert against.text_loss.statement() in found.findings[0]
-    assert found.findings[1] == against.gold_logprob.sentence()
+    assert found.findings[1] == against.accuracy.sentence()
+    assert found.findings[2] == against.gold_logprob.sentence()
 
 
 @pytest.mark.parametrize("permuted", [[0.05] * 50 + [0.0] * 50, [0.5] * 100])
@@ -160,6 +167,17 @@ def beside_routers(routed=27.4, drop_test=None):
     return found.evaluation(table, found.curve(table), header, drop_test)
 
 
+def test_a_depth_that_no_task_has_is_a_candidate_that_was_not_evaluated():
+    found = runs(run("base", RIGHT_50), run("routed", RIGHT_50))
+    tables, curves = {"a_task": found.table()}, {"a_task": found.curve(found.table())}
+    candidates = drop_candidates(tables, curves, [depth_name(0.9)])
+    assert candidates == {"routed, 90 % saved": {"a_task": None}}
+    test = exclude_drop(candidates, Limits(max_drop=50))
+    assert test.chosen is None
+    assert "it was not evaluated" in test.sentence()
+    assert list(drop_candidates(tables, curves)) == ["routed"]
+
+
 def test_beside_routers_a_path_is_named_that_no_score_has_picked():
     assert beside_routers().best_path.name == "near"
     assert beside_routers(routed=21.0).best_path.name == "far"
@@ -230,7 +248,7 @@ def test_tables_of_several_tasks_are_corrected_system_by_system():
 
 
 def seeds_of(base, routed, permuted):
-    return runs(base, chance=-1.0).of_seeds(routed, permuted)
+    return runs(base, chance=-1.0).compare_seeds(routed, permuted)
 
 
 def at(correct, name="routed", executions=9.0):

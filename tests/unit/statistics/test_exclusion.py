@@ -32,7 +32,14 @@ def test_a_candidate_passes_where_its_interval_excludes_the_loss():
     found = result_of(differences())
     assert paired_interval(30, 30, N)[0] > -0.02
     assert (found.chosen, found.untested) == ("c0", ())
-    assert found.sentence() == "Shown (95 %): c0 loses less than 2 points."
+    assert found.sentence() == (
+        "Shown (95 %): c0 loses less than 2 points of accuracy (its text isn't tested without "
+        "--max-loss-increase)."
+    )
+    both = result_of(differences(), max_loss_increase=0.05)
+    assert both.sentence() == (
+        "Shown (95 %): c0 loses less than 2 points of accuracy and 0.05 nats a token of text."
+    )
 
 
 def test_a_candidate_fails_where_it_does_not_and_the_number_of_questions_is_given():
@@ -41,15 +48,15 @@ def test_a_candidate_fails_where_it_does_not_and_the_number_of_questions_is_give
     [trial] = found.trials
     [test] = trial.tasks
     assert test.needed > N
-    assert "a loss of 2.8 points is not excluded" in found.sentence()
-    assert "questions would do" in found.sentence()
+    assert "a loss of up to 2.8 points is not excluded" in found.sentence()
+    assert "questions would probably show it" in found.sentence()
     assert found.sentence().count(". ") == 0
 
 
 def test_no_number_is_given_where_the_loss_itself_is_the_limit_or_more():
     found = result_of(differences(10, 60))
     assert found.trials[0].tasks[0].needed is None
-    assert "would do" not in found.sentence()
+    assert "questions would" not in found.sentence()
 
 
 @pytest.mark.parametrize(
