@@ -136,12 +136,13 @@ class AnswerBatch:
     ) -> tuple[_DecodingBatch, Tensor, dict[PlanPair, float | None]]:
         """Read the prompts; return the batch to decode, the next token's logits, and each KL."""
         pairs = [draft.pair for draft in drafts]
-        unique: list[PlanPair] = list(dict.fromkeys(pairs))
+        unique: list[PlanPair]
         if kl:
             unique = self._kl.with_full(pairs)
-        num_kept = [1] * len(unique)  # the last token's logits alone
-        if kl:
             num_kept = [self.rows.packed.num_own[row] for row, _ in unique]
+        else:
+            unique = list(dict.fromkeys(pairs))
+            num_kept = [1] * len(unique)  # the last token's logits alone
         kls: dict[PlanPair, float | None] = {}
         with self.rows.run(unique, num_kept) as driver:
             last = {}
@@ -151,18 +152,23 @@ class AnswerBatch:
                 kls = self._kl.measure(unique, driver.logits)
             logits = torch.stack([last[pair] for pair in pairs])  # [N, V]
             cache = driver.routed_cache(pairs)
-        lengths = self._lengths[[row for row, _ in pairs]][:, None]  # [N, 1]
+        return self._make_batch(drafts, cache, logits.device), logits, kls
+
+    def _make_batch(
+        self, drafts: list[_Draft], cache: Cache, device: torch.device
+    ) -> _DecodingBatch:
+        """Make the batch that decodes some answers from the cache of their prompts."""
+        lengths = self._lengths[[draft.pair[0] for draft in drafts]][:, None]  # [N, 1]
         width = int(lengths.max())
-        lengths = on_device(lengths, logits.device)
-        batch = _DecodingBatch(
+        lengths = on_device(lengths, device)
+        return _DecodingBatch(
             routed=self.routed,
             drafts=list(drafts),
             cache=cache,
             cache_argument=self._cache_argument,
-            mask=(torch.arange(width, device=logits.device) >= width - lengths).long(),
+            mask=(torch.arange(width, device=device) >= width - lengths).long(),
             positions=lengths - 1,
         )
-        return batch, logits, kls
 
     def _extend(self, draft: _Draft, token: int, logprob: float, grader: Grader) -> None:
         """Add a token to an answer, and grade the answer if its text is long enough."""

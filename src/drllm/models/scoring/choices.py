@@ -245,18 +245,24 @@ class ChoiceBatch:
         kl_rows = {rows[0] for rows in self._rows_of} if kl else set()
         measured = self._kl.with_full([pair for pair in pairs if pair[0] in kl_rows])
         unique = list(dict.fromkeys([*measured, *pairs]))  # the measured pairs first
-        # How many tokens of the prompt are kept before its last one.
-        num_ahead = [num_own[row] - 1 if row in kl_rows else 0 for row, _ in unique]
-        num_kept = [
-            ahead + num_after[row] + 1 for ahead, (row, _) in zip(num_ahead, unique, strict=True)
-        ]
+        num_ahead = []  # how many tokens of the prompt are kept before its last one, for KL
+        num_kept = []
+        for row, _ in unique:
+            ahead = num_own[row] - 1 if row in kl_rows else 0
+            num_ahead.append(ahead)
+            num_kept.append(ahead + 1 + num_after[row])
         kls: dict[PlanPair, float | None] = {}
         with self._rows.run(unique, num_kept) as driver:
-            passes = list(zip(unique, num_ahead, driver.logits, strict=True))
-            scored = [(row, logits[ahead:]) for (row, _), ahead, logits in passes]
+            scored = []
+            for (row, _), ahead, logits in zip(unique, num_ahead, driver.logits, strict=True):
+                scored.append((row, logits[ahead:]))
             scores = dict(zip(unique, self._score_logits(scored, greedy), strict=True))
             if measured:
-                prompts = [logits[: ahead + 1] for _, ahead, logits in passes[: len(measured)]]
+                logits_of_measured = driver.logits[: len(measured)]
+                prompts = [
+                    logits[: ahead + 1]
+                    for ahead, logits in zip(num_ahead, logits_of_measured, strict=False)
+                ]
                 kls = self._kl.measure(measured, prompts)
         return [replace(scores[pair], kl=kls.get(pair)) for pair in pairs]
 
@@ -275,9 +281,9 @@ class ChoiceBatch:
                 is_beaten = values.argmax(dim=1)[targets.columns] != targets.ids
                 summands.append(is_beaten.to(values.dtype))
             zeros = values.new_zeros(len(self._parts[row].continuations))
-            added = [zeros.index_add(0, targets.owners, summand) for summand in summands]
-            sums.append(torch.stack(added))
-        logprobs, *beaten = torch.cat(sums, dim=1).tolist()  # one wait for the device
+            row_sums = [zeros.index_add(0, targets.owners, summand) for summand in summands]
+            sums.append(torch.stack(row_sums))
+        table = torch.cat(sums, dim=1).tolist()  # one wait for the device
 
         scores: list[Score] = []
         start = 0
@@ -285,8 +291,8 @@ class ChoiceBatch:
             end = start + len(self._parts[row].continuations)
             flags: tuple[bool, ...] = ()
             if greedy:
-                flags = tuple(count == 0 for count in beaten[0][start:end])
-            scores.append(Score(tuple(logprobs[start:end]), greedy=flags))
+                flags = tuple(num_beaten == 0 for num_beaten in table[1][start:end])
+            scores.append(Score(tuple(table[0][start:end]), greedy=flags))
             start = end
         return scores
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models.base.layers import find_layers, find_linear_maps, find_sublayers
+from drllm.models.base.layers import find_layers, find_linear_maps
+from drllm.models.base.sublayers import find_sublayers
 from drllm.models.families import FAMILIES, REFUSED
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import NOT_TOLD_APART, biased_model

@@ -1,0 +1,161 @@
+"""Find the attention and the MLP inside each layer of a model, by running two tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from drllm.errors import ArchitectureError
+from drllm.models.base.layers import base_of, evaluating, find_layers, hooked, one_token
+
+LEAST_MATRICES = 2
+"""An MLP has at least an up projection and a down projection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayers:
+    """The attention and the MLP of one layer."""
+
+    attention: nn.Module
+    mlps: tuple[nn.Module, ...]  # usually one; a shared expert is a second one
+
+
+def find_sublayers(model: Any) -> list[Sublayers]:
+    """Find the attention and the MLP of each layer, `[L]`.
+
+    The attention is the child of a layer that stores K/V in the cache. An MLP is a child with at
+    least two matrices that stores nothing. A second token checks that a layer only adds their
+    outputs to its state: with outputs of zero the state has to come out unchanged.
+
+    Raises:
+        ArchitectureError: A layer has no such modules, or does more with their outputs than add
+            them.
+    """
+    decoder, layers = find_layers(model)
+    name = type(base_of(model)).__name__
+    watches = [_ChildWatch(name, index, layer) for index, layer in enumerate(layers)]
+    hooks: list[RemovableHandle] = []
+    for watch in watches:
+        hooks += watch.hooks()
+    _run_token(model, decoder, hooks)
+    sublayers = [watch.sublayers() for watch in watches]
+
+    hooks = []
+    for index, layer in enumerate(layers):
+        hooks += _SumCheck(name, index, sublayers[index]).hooks(layer)
+    _run_token(model, decoder, hooks)
+    return sublayers
+
+
+class _ChildWatch:
+    """Watches the children of one layer while a token passes."""
+
+    def __init__(self, model_name: str, index: int, layer: nn.Module) -> None:
+        self.model_name = model_name
+        self.index = index
+        self.layer = layer
+        self.attention: list[nn.Module] = []
+        self.mlps: list[nn.Module] = []
+        self._cache: Cache | None = None
+        self._lengths: dict[nn.Module, int] = {}  # the length of the layer's K/V before each child
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        for child in self.layer.children():
+            yield child.register_forward_pre_hook(self._before_child)
+            yield child.register_forward_hook(self._after_child, with_kwargs=True)
+
+    def sublayers(self) -> Sublayers:
+        if len(self.attention) != 1:
+            reason = f"has {len(self.attention)} attention modules"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+        if not self.mlps:
+            reason = "has no module of its own for the MLP"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+        return Sublayers(self.attention[0], tuple(self.mlps))
+
+    def _before_layer(self, _layer: nn.Module, args: Any, kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        self._cache = next((value for value in values if isinstance(value, Cache)), None)
+
+    def _before_child(self, child: nn.Module, _args: Any) -> None:
+        self._lengths[child] = self._kv_length()
+
+    def _after_child(self, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        matrices = [weight for weight in child.parameters() if weight.dim() > 1]
+        if self._kv_length() > self._lengths[child]:
+            self.attention.append(child)
+        elif len(matrices) >= LEAST_MATRICES:
+            self.mlps.append(child)
+        else:
+            return
+        hidden = _first_argument(args, kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, torch.Tensor) or getattr(hidden, "shape", None) != first.shape:
+            reason = "has a sublayer that changes the shape of a state"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+
+    def _kv_length(self) -> int:
+        return 0 if self._cache is None else int(self._cache.get_seq_length(self.index))
+
+
+class _SumCheck:
+    """Checks that a layer returns its input state if its sublayers return zeros."""
+
+    def __init__(self, model_name: str, index: int, sublayers: Sublayers) -> None:
+        self.model_name = model_name
+        self.index = index
+        self.modules = (sublayers.attention, *sublayers.mlps)
+        self._state: torch.Tensor | None = None
+
+    def hooks(self, layer: nn.Module) -> Iterator[RemovableHandle]:
+        yield layer.register_forward_pre_hook(self._put_noise, with_kwargs=True)
+        yield layer.register_forward_hook(self._compare)
+        for module in self.modules:
+            yield module.register_forward_hook(_replace_by_zeros)
+
+    def _put_noise(self, _layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        hidden = _first_argument(args, kwargs)
+        generator = torch.Generator().manual_seed(self.index)
+        noise = torch.randn(hidden.shape, generator=generator)
+        self._state = noise.to(hidden.device, hidden.dtype)
+        if args:
+            return (self._state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._state}
+
+    def _compare(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        assert self._state is not None
+        if not torch.equal(first, self._state):
+            reason = "does more than add the outputs of its attention and MLP"
+            raise _refused_sublayers(self.model_name, self.index, reason)
+
+
+def _replace_by_zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Replace a sublayer's output by zeros."""
+    if not isinstance(output, tuple):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])
+
+
+def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> None:
+    """Run one token through the model with hooks, and remove the hooks."""
+    with hooked(hooks), torch.no_grad(), evaluating(decoder):
+        decoder(input_ids=one_token(model), use_cache=True)
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a module's call, its hidden state."""
+    if args:
+        return args[0]
+    return kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+
+
+def _refused_sublayers(model_name: str, index: int, reason: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"layer {index} of {model_name} {reason}, so its attention and its MLP can't be told apart"
+    )
