@@ -27,7 +27,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -103,6 +103,11 @@ WHOLE = {
     "new_tokens": 32,
     "exported": 60,
 }
+
+
+Way = Callable[..., Any]
+"""Makes what is timed, from a model and tokens."""
+Answers = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,50 +191,76 @@ def variants(base: BaseModel) -> dict[str, Any]:
 
 def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (a), (b) and (c)."""
-    L, models = base.num_layers, variants(base)
-    one, eight = token_ids(base, 1, PROMPT_TOKENS), token_ids(base, 8, PROMPT_TOKENS)
+    models = variants(base)
+    one = token_ids(base, 1, PROMPT_TOKENS)
+    eight = token_ids(base, 8, PROMPT_TOKENS)
+    decode = partial(decoding, num_tokens=DECODED)
 
-    def turns(way: Callable[..., Any], ids: Tensor, names: Sequence[str], num: int) -> Rounds:
-        return take_turns({name: way(models[name], ids) for name in names}, num, clock)
+    def time_models(way: Way, ids: Tensor, names: Sequence[str], num_rounds: int) -> Rounds:
+        return take_turns({name: way(models[name], ids) for name in names}, num_rounds, clock)
 
     models["untouched"](eight)  # not timed: makes room
     most = [name for name in models if name != "routers"]
-    read = turns(reading, one, most, repeats["prompt"])
-    decode = turns(partial(decoding, num_tokens=DECODED), one, most, repeats["decode"])
-    batch = turns(reading, eight, ("untouched", "attached", "routers"), repeats["batch"])
-    routed = turns(reading, one, ("attached", "routers"), repeats["routers"])
+    read = time_models(reading, one, most, repeats["prompt"])
+    decoded = time_models(decode, one, most, repeats["decode"])
+    batch = time_models(reading, eight, ("untouched", "attached", "routers"), repeats["batch"])
+    routed = time_models(reading, one, ("attached", "routers"), repeats["routers"])
+    return [
+        *overhead_figures("prefill_batch_1", read),
+        *overhead_figures("prefill_batch_8", batch),
+        *overhead_figures("decode_batch_1", decoded),
+        *plan_figures("prefill_batch_1", read, base.num_layers),
+        *plan_figures("decode_batch_1", decoded, base.num_layers),
+        router_figure("routers_prefill_batch_1", routed, MOST_FOR_ROUTERS),
+        router_figure("routers_prefill_batch_8", batch, None),
+    ]
 
+
+def overhead_figures(name: str, rounds: Rounds) -> list[Figure]:
+    """Compare a model with every layer executed with the untouched one (a)."""
+    figures = [Figure("a", name, ratios(rounds, "attached", "untouched"), MOST_OVERHEAD)]
+    if "control" in rounds[0]:
+        control = ratios(rounds, "control", "untouched")
+        figures.append(Figure("a", f"{name}_control", control))
+    return figures
+
+
+def plan_figures(name: str, rounds: Rounds, num_layers: int) -> list[Figure]:
+    """Compare plans that skip layers with the untouched model, both without the bare one (b)."""
     figures = []
-    passed = {"prefill_batch_1": read, "prefill_batch_8": batch, "decode_batch_1": decode}
-    for name, rounds in passed.items():
-        ours = ratios(rounds, "attached", "untouched")
-        figures.append(Figure("a", name, ours, MOST_OVERHEAD))
-        if "control" in rounds[0]:
-            figures.append(Figure("a", f"{name}_control", ratios(rounds, "control", "untouched")))
-    for name, rounds in (("prefill", read), ("decode", decode)):
-        for k in NUM_SKIPPED:
-            shares = [(r[f"skip {k}"] - r["bare"]) / (r["untouched"] - r["bare"]) for r in rounds]
-            bound = MOST_FOR_A_PLAN * (1 - k / L)
-            figures.append(Figure("b", f"{name}_batch_1_skip_{k}_of_{L}", shares, bound))
-    cost = ratios(routed, "routers", "attached")
-    figures.append(Figure("c", "routers_prefill_batch_1", cost, MOST_FOR_ROUTERS))
-    cost = ratios(batch, "routers", "attached")
-    return [*figures, Figure("c", "routers_prefill_batch_8", cost)]
+    for k in NUM_SKIPPED:
+        shares = []
+        for times in rounds:
+            plan_s = times[f"skip {k}"] - times["bare"]
+            untouched_s = times["untouched"] - times["bare"]
+            shares.append(plan_s / untouched_s)
+        bound = MOST_FOR_A_PLAN * (1 - k / num_layers)
+        figures.append(Figure("b", f"{name}_skip_{k}_of_{num_layers}", shares, bound))
+    return figures
 
 
-def held(cache: Any) -> tuple[int, int]:
+def router_figure(name: str, rounds: Rounds, bound: float | None) -> Figure:
+    """Compare a model with routers with one without (c)."""
+    return Figure("c", name, ratios(rounds, "routers", "attached"), bound)
+
+
+def count_held(cache: Any) -> tuple[int, int]:
     """Count the K/V rows that a routed cache holds, and the bytes of any; without shadows."""
-    routed = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
-    entries = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
-    return (
-        sum(len(rows) for entry in routed for rows in entry.rows),
-        sum(part.keys.nbytes + part.values.nbytes for parts in entries for part in parts),
-    )
+    num_rows = 0
+    num_bytes = 0
+    for layer in cache.layers:
+        parts = [layer]
+        if isinstance(layer, RoutedCacheLayer):
+            num_rows += sum(len(rows) for rows in layer.rows)
+            parts = layer.passes
+        num_bytes += sum(part.keys.nbytes + part.values.nbytes for part in parts)
+    return num_rows, num_bytes
 
 
-def stored(base: BaseModel) -> list[dict[str, Any]]:
+def count_stored(base: BaseModel) -> list[dict[str, Any]]:
     """Count (d): what plans leave in the cache after a prompt and eight more tokens."""
-    L, rng = base.num_layers, random.Random(0)
+    L = base.num_layers
+    rng = random.Random(0)
     mixed = [[rng.choice((0, 1, 1, 1, 2)) for _ in range(L)] for _ in range(8)]
     cases = {
         "1 prompt, every layer": [[1] * L],
@@ -242,28 +273,31 @@ def stored(base: BaseModel) -> list[dict[str, Any]]:
     counts = []
     for case, plan in cases.items():
         ids = token_ids(base, len(plan), 20)
-        caches = []
-        for model, decisions in ((base.model, [1] * L), (routed.model, plan)):
-            cache = empty_cache(model)
-            with routed.fixed(decisions):
-                for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
-                    model(part, logits_to_keep=1, **cache)
-            caches += cache.values()
-        untouched, executions = held(caches[0])[1], sum(map(sum, plan))
-        planned = (executions, untouched * executions // (len(plan) * L))
-        rows, size = held(caches[1])
+        _, untouched = count_held(fill_cache(base.model, ids))
+        with routed.fixed(plan):
+            rows, size = count_held(fill_cache(routed.model, ids))
+        planned_rows = sum(sum(decisions) for decisions in plan)
+        planned_bytes = untouched * planned_rows // (len(plan) * L)
         counts.append(
             {
                 "case": case,
                 "rows": rows,
-                "rows_of_the_plan": planned[0],
+                "rows_of_the_plan": planned_rows,
                 "bytes": size,
-                "bytes_of_the_plan": planned[1],
+                "bytes_of_the_plan": planned_bytes,
                 "bytes_untouched": untouched,
-                "is_exact": (rows, size) == planned,
+                "is_exact": (rows, size) == (planned_rows, planned_bytes),
             }
         )
     return counts
+
+
+def fill_cache(model: Any, ids: Tensor) -> Any:
+    """Return the cache after a prompt of 12 tokens, and the others one by one."""
+    [(name, cache)] = empty_cache(model).items()
+    for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
+        model(part, logits_to_keep=1, **{name: cache})
+    return cache
 
 
 class ThreePlans(Policy):
@@ -281,62 +315,87 @@ class ThreePlans(Policy):
         return [self.plan_of(num)[layer] for num in prompts.readable.sum(dim=1).tolist()]
 
 
-def many_prompts(
-    base: BaseModel, repeats: Mapping[str, int], clock: Clock
-) -> tuple[list[Figure], dict[str, int], dict[str, float]]:
-    """Measure (e), with the pass that routes and with plans given.
+class ManyPrompts:
+    """The prompts of (e), and the ways to answer all of them, in batches of a size."""
 
-    Beside the figures there is how many answers differ, and each way's share of its bound: what
-    the plans must run, at the least that it costs (see `common.bound`), divided by its time.
-    """
-    task, L = get_task("builtin_facts"), base.num_layers
-    texts = [task.prompt(e, "loglikelihood").text for e in task.examples("search")[:NUM_PROMPTS]]
-    rows = [encode(base.tokenizer, text) for text in texts]
-    policy = ThreePlans(L)
-    routed = RoutedModel(twin(base.model), policy=policy, tokenizer=base.tokenizer)
-    known = FixedPolicy([policy.plan_of(len(row)) for row in rows], L)
-    length = dict.fromkeys(("max_new_tokens", "min_new_tokens"), repeats["new_tokens"])
+    def __init__(self, base: BaseModel, num_new: int) -> None:
+        task = get_task("builtin_facts")
+        examples = task.examples("search")[:NUM_PROMPTS]
+        self.texts = [task.prompt(example, "loglikelihood").text for example in examples]
+        self.rows = [encode(base.tokenizer, text) for text in self.texts]
+        policy = ThreePlans(base.num_layers)
+        self.plans = [policy.plan_of(len(row)) for row in self.rows]
+        self.given = FixedPolicy(self.plans, base.num_layers)
+        self.routed = RoutedModel(twin(base.model), policy=policy, tokenizer=base.tokenizer)
+        self.length = {"max_new_tokens": num_new, "min_new_tokens": num_new}
 
-    def mixed(size: int) -> list[tuple[int, ...]]:
-        answers = []
-        for start in range(0, len(rows), size):
-            ids, mask = left_padded(rows[start : start + size], "cpu")
-            output = routed.generate(ids, attention_mask=mask, do_sample=False, **length)
+    def mixed(self, size: int) -> Answers:
+        """Answer in the prompts' order, so that a batch has several plans."""
+        answers: Answers = []
+        for start in range(0, len(self.rows), size):
+            ids, mask = left_padded(self.rows[start : start + size], "cpu")
+            output = self.routed.generate(ids, attention_mask=mask, do_sample=False, **self.length)
             answers += [tuple(row) for row in output[:, ids.shape[1] :].tolist()]
         return answers
 
-    def routed_and_grouped(size: int) -> list[tuple[int, ...]]:
-        answers = generate_many(routed, texts, batch_size=size, chat=False, **length)
+    def routed_and_grouped(self, size: int) -> Answers:
+        """Route all prompts, then answer those of one plan together."""
+        answers = generate_many(self.routed, self.texts, batch_size=size, chat=False, **self.length)
         return [answer.tokens for answer in answers]
 
-    def grouped(size: int) -> list[tuple[int, ...]]:
-        with routed.using(known):
-            return routed_and_grouped(size)
+    def grouped(self, size: int) -> Answers:
+        """Answer the prompts of one plan together, the plans being given."""
+        with self.routed.using(self.given):
+            return self.routed_and_grouped(size)
 
-    ways = {way.__name__: way for way in (mixed, routed_and_grouped, grouped)}
-    said: dict[str, list[tuple[int, ...]]] = {}
 
-    def prepare(name: str, size: int) -> Callable[[], None]:
-        def answer() -> None:
-            said[name] = ways[name](size)
+@dataclass
+class ManyFigures:
+    """What came out of (e).
 
-        return answer
+    Attributes:
+        figures: The ratios of times.
+        differ: How many answers of a way aren't those of mixed batches.
+        reached: Each way's share of its bound: what the plans must run, at the least that it costs
+            (see `common.bound`), divided by its time.
+    """
 
-    figures, differ, reached = [], {}, {}
+    figures: list[Figure] = field(default_factory=list)
+    differ: dict[str, int] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
+
+
+def many_prompts(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> ManyFigures:
+    """Measure (e), with the pass that routes and with plans given."""
+    prompts = ManyPrompts(base, repeats["new_tokens"])
+    ways = {
+        "mixed": prompts.mixed,
+        "routed_and_grouped": prompts.routed_and_grouped,
+        "grouped": prompts.grouped,
+    }
+    results = ManyFigures()
     for size in (NUM_PROMPTS, NUM_PROMPTS // 4):
-        calls = {name: partial(prepare, name, size) for name in ways}
+        answers: dict[str, Answers] = {}
+
+        def prepare(name: str, size: int, answers: dict[str, Answers]) -> Callable[[], None]:
+            return lambda: answers.update({name: ways[name](size)})
+
+        calls = {name: partial(prepare, name, size, answers) for name in ways}
         rounds = take_turns(calls, repeats["many"], clock)
         for name in ("routed_and_grouped", "grouped"):
             label = f"{name}_batches_of_{size}"
-            figures.append(Figure("e", label, ratios(rounds, "mixed", name)))
-            differ[label] = sum(a != b for a, b in zip(said[name], said["mixed"], strict=True))
-        plans = [tuple(policy.plan_of(len(row))) for row in rows]
-        answers = {(place, plan): said["mixed"][place] for place, plan in enumerate(plans)}
-        least = seconds_to_search(base, rows, [0] * len(rows), answers, clock)
+            results.figures.append(Figure("e", label, ratios(rounds, "mixed", name)))
+            pairs = zip(answers[name], answers["mixed"], strict=True)
+            results.differ[label] = sum(ours != theirs for ours, theirs in pairs)
+        paths = {
+            (place, tuple(plan)): answers["mixed"][place]
+            for place, plan in enumerate(prompts.plans)
+        }
+        least = seconds_to_search(base, prompts.rows, [0] * len(prompts.rows), paths, clock)
         for name in ways:
-            seconds = statistics.median(each[name] for each in rounds)
-            reached[f"{name}_batches_of_{size}"] = least / seconds
-    return figures, differ, reached
+            seconds = statistics.median(times[name] for times in rounds)
+            results.reached[f"{name}_batches_of_{size}"] = least / seconds
+    return results
 
 
 def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
@@ -349,9 +408,9 @@ def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
     return routed
 
 
-def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
-    """Measure (f)."""
-    L, shape, ids = base.num_layers, ModelShape.of(base.model), token_ids(base, 1, PROMPT_TOKENS)
+def models_without_layers(base: BaseModel) -> dict[str, Any]:
+    """Return the models of (f): untouched, and without k layers in each of three ways."""
+    L = base.num_layers
     models = {"untouched": base.model, "control": twin(base.model)}
     for k in NUM_SKIPPED:
         plan = skipping(L, k)
@@ -359,29 +418,62 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
         models[f"healed {k}"] = with_adapter(base, StaticPath(to_path(plan))).model
         with tempfile.TemporaryDirectory() as folder:
             export_path(base, [layer for layer in range(L) if plan[layer]], folder)
-            models[f"exported {k}"] = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=base.model.dtype
-            )
-            models[f"exported {k}"].to(base.model.device).eval()
-    figures = []
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
+        models[f"exported {k}"] = loaded.to(base.model.device).eval()
+    return models
+
+
+def saved_shares(base: BaseModel, num_tokens: int) -> list[float]:
+    """Return which share of a prompt's multiply-adds each number of skipped layers saves."""
+    shape = ModelShape.of(base.model)
+    plans = [skipping(base.num_layers, k) for k in (0, *NUM_SKIPPED)]
+    flops = [prompt_flops(shape, tuple(plan), num_tokens) for plan in plans]
+    whole, *others = [count.weights + count.attention for count in flops]
+    return [1 - executed / whole for executed in others]
+
+
+def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
+    """Measure (f)."""
+    ids = token_ids(base, 1, PROMPT_TOKENS)
+    models = models_without_layers(base)
     decode = partial(decoding, num_tokens=DECODED)
+    figures = []
     for name, way, num_tokens in (("prefill", reading, PROMPT_TOKENS), ("decode", decode, 1)):
-        calls = {each: way(model, ids) for each, model in models.items()}
+        calls = {model_name: way(model, ids) for model_name, model in models.items()}
         rounds = take_turns(calls, repeats["exported"], clock)
-        figures.append(
-            Figure("f", f"{name}_exported_control", ratios(rounds, "control", "untouched"))
-        )
-        flops = [prompt_flops(shape, tuple(skipping(L, k)), num_tokens) for k in (0, *NUM_SKIPPED)]
-        whole, *left = [each.weights + each.attention for each in flops]
-        for k, executed in zip(NUM_SKIPPED, left, strict=True):
-            saved = 1 - executed / whole
+        control = ratios(rounds, "control", "untouched")
+        figures.append(Figure("f", f"{name}_exported_control", control))
+        for k, saved in zip(NUM_SKIPPED, saved_shares(base, num_tokens), strict=True):
             bounds = {"exported": 1 - LEAST_OF_THE_SAVING * saved, "routed": None, "healed": None}
             for kind, bound in bounds.items():
-                label = f"{name}_{kind}_without_{k}_of_{L}"
-                figures.append(
-                    Figure("f", label, ratios(rounds, f"{kind} {k}", "untouched"), bound)
-                )
+                label = f"{name}_{kind}_without_{k}_of_{base.num_layers}"
+                ours = ratios(rounds, f"{kind} {k}", "untouched")
+                figures.append(Figure("f", label, ours, bound))
     return figures
+
+
+def print_table(
+    figures: Sequence[Figure], counts: Sequence[Mapping[str, Any]], many: ManyFigures
+) -> None:
+    """Print every figure with its bound, what caches hold, and what (e) reached."""
+    head = "(a) to (c), (f): ours / theirs; (e): theirs / ours"
+    print(f"{head:<46} median  quartiles         rounds  bound")
+    print(*figures, sep="\n")
+    for count in counts:
+        verdict = "exact" if count["is_exact"] else "MISSED"
+        print(
+            f"(d) {count['case']:<42} {count['rows']} K/V rows of {count['rows_of_the_plan']} "
+            f"planned, {count['bytes']:,} bytes of {count['bytes_of_the_plan']:,}  {verdict}"
+        )
+    num_different = sum(many.differ.values())
+    print(f"(e) answers that differ: {num_different}; share of the bound that is reached:")
+    for name, share in many.reached.items():
+        print(f"    {name:<42} {share:6.0%}")
+
+
+def medians(figures: Sequence[Figure], questions: str) -> dict[str, float]:
+    """Return the medians of the figures of some questions, by name."""
+    return {f.name: f.quartiles[1] for f in figures if f.question in questions}
 
 
 def main() -> None:
@@ -397,33 +489,24 @@ def main() -> None:
         parser.error(f"{options.model} has {base.num_layers} layers; give a model of more than 10")
     with torch.no_grad():
         figures = passes(base, repeats, clock)
-        counts = stored(base)
-        many, differ, reached = many_prompts(base, repeats, clock)
-        figures += [*exported(base, repeats, clock), *many]
-    head = "(a) to (c), (f): ours / theirs; (e): theirs / ours"
-    print(f"{head:<46} median  quartiles         rounds  bound")
-    print(*figures, sep="\n")
-    for count in counts:
-        print(
-            f"(d) {count['case']:<42} {count['rows']} K/V rows of {count['rows_of_the_plan']} "
-            f"planned, {count['bytes']:,} bytes of {count['bytes_of_the_plan']:,}  "
-            f"{'exact' if count['is_exact'] else 'MISSED'}"
-        )
-    print(f"(e) answers that differ: {sum(differ.values())}; share of the bound that is reached:")
-    print(*(f"    {name:<42} {share:6.0%}" for name, share in reached.items()), sep="\n")
-    common.refuse(base, "answers of (e)", sum(differ.values()))
+        counts = count_stored(base)
+        many = many_prompts(base, repeats, clock)
+        figures += exported(base, repeats, clock)
+        figures += many.figures
+    print_table(figures, counts, many)
+    common.refuse(base, "answers of (e)", sum(many.differ.values()))
     common.refuse(base, "caches of (d)", sum(not count["is_exact"] for count in counts))
-    medians = {figure.name: figure.quartiles[1] for figure in figures}
+    with_bounds = [figure for figure in figures if figure.bound is not None]
     result = {
-        "overhead": {f.name: medians[f.name] for f in figures if f.question in "ac"},
-        "share_of_the_time": {f.name: medians[f.name] for f in figures if f.question in "bf"},
-        "speedup": {f.name: medians[f.name] for f in figures if f.question == "e"},
-        "bounds": {f.name: f.bound for f in figures if f.bound is not None},
-        "is_met": {f.name: f.is_met for f in figures if f.bound is not None},
-        "quartiles": {f.name: f.quartiles for f in figures},
+        "overhead": medians(figures, "ac"),
+        "share_of_the_time": medians(figures, "bf"),
+        "speedup": medians(figures, "e"),
+        "bounds": {figure.name: figure.bound for figure in with_bounds},
+        "is_met": {figure.name: figure.is_met for figure in with_bounds},
+        "quartiles": {figure.name: figure.quartiles for figure in figures},
         "stored": counts,
-        "answers_that_differ": differ,
-        "share_of_the_bound": reached,
+        "answers_that_differ": many.differ,
+        "share_of_the_bound": many.reached,
         "repeats": repeats,
         "ours": OURS,
         "theirs": THEIRS,

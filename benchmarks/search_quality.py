@@ -53,8 +53,83 @@ from drllm.tasks.registry import get_task
 UNBOUNDED = 1_000_000
 """Simulations: more than any allowance of executions pays for."""
 
+Pair = tuple[int, Decisions]
+"""The place of a question in its block, and a path on it."""
 Row = dict[str, Any]
 """A question under one strategy: `id`, `executions`, and `paths`, the full path first."""
+
+
+class BlockSearch:
+    """The searches of a block of questions, each until it has spent its executions.
+
+    Attributes:
+        outcomes: What each path gave on its question: (place of the question, decisions) → outcome.
+        states: For each question the states that its paths passed through, each counted once.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        examples: Sequence[Example],
+        task: Task,
+        config: SearchConfig,
+        allowance: int,
+    ) -> None:
+        self.config = config
+        self.allowance = allowance
+        reward = task.check_reward(config.reward)
+        questions = [build_question(task, example, reward) for example in examples]
+        self.retest_prompts = [
+            [tokenize_prompt(routed, prompt) for prompt in question.retests]
+            for question in questions
+        ]
+        prompts = [question.prompt for question in questions]
+        self.evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
+        self.searches = [
+            new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
+            for example in examples
+        ]
+        self.outcomes: dict[Pair, Outcome] = {}
+        self.states: list[set[tuple[int, ...]]] = [set() for _ in examples]
+
+    def run(self) -> None:
+        """Evaluate paths round by round, until no search can pay for another one."""
+        unfinished = list(range(len(self.searches)))
+        while unfinished:
+            pairs: list[Pair] = []
+            for place in list(unfinished):
+                paths, is_over = self.next_paths(place)
+                pairs += [(place, path) for path in paths]
+                if is_over:
+                    unfinished.remove(place)
+            outcomes = self.evaluator.evaluate(pairs)
+            for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
+                self.outcomes[place, decisions] = outcome
+                score = path_score(outcome.margin, outcome.kl)
+                self.searches[place].tell(decisions, outcome.reward, score)
+
+    def next_paths(self, place: int) -> tuple[list[Decisions], bool]:
+        """Return the next paths that a question's allowance pays for, and whether it is over."""
+        proposals = self.searches[place].ask(self.config.leaves_per_round)
+        paths: list[Decisions] = []
+        for decisions in proposals:
+            states = self.states[place] | beginnings(decisions)
+            if len(states) > self.allowance:
+                return paths, True
+            self.states[place] = states
+            paths.append(decisions)
+        return paths, not proposals
+
+    def retest_all(self) -> dict[Pair, Any]:
+        """Complete the margins, and test paths that may become targets in other ways too."""
+        pairs = sorted(self.outcomes, key=lambda pair: pair[0])
+        outcomes = [self.outcomes[pair] for pair in pairs]
+        completed = self.evaluator.with_margins(pairs, outcomes)
+        self.outcomes = dict(zip(pairs, completed, strict=True))
+        retests: dict[Pair, Any] = retest.retest_paths(
+            self.evaluator, self.retest_prompts, self.config, self.outcomes
+        )
+        return retests
 
 
 def search(
@@ -69,64 +144,25 @@ def search(
     Returns:
         `rows`, one a question, and `executions_run`, what the evaluator had to run for all of them.
     """
-    reward = task.check_reward(config.reward)
-    asked = [build_question(task, example, reward) for example in examples]
-    prompts = [question.prompt for question in asked]
-    others = [
-        [tokenize_prompt(routed, prompt) for prompt in question.retests] for question in asked
-    ]
-    evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
-    searches = [
-        new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
-        for example in examples
-    ]
-    found: dict[tuple[int, Decisions], Outcome] = {}
-    known: list[set[tuple[int, ...]]] = [set() for _ in examples]
-    going = set(range(len(examples)))
-    while going:
-        pairs = []
-        for place in sorted(going):
-            asked_for = searches[place].ask(config.leaves_per_round)
-            for decisions in asked_for:
-                if len(more := known[place] | beginnings(decisions)) > allowance:
-                    asked_for = []  # the search is over, as for one that asks path by path
-                    break
-                known[place] = more
-                pairs.append((place, decisions))
-            if not asked_for:
-                going.remove(place)
-        for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
-            found[place, decisions] = outcome
-            score = path_score(outcome.margin, outcome.kl)
-            searches[place].tell(decisions, outcome.reward, score)
-    executions_run = evaluator.states.executions_run
-    tried = sorted(found, key=lambda pair: pair[0])
-    completed = evaluator.with_margins(tried, [found[pair] for pair in tried])
-    found = dict(zip(tried, completed, strict=True))
-    retests = retest.retest_paths(evaluator, others, config, found)
-    return {
-        "executions_run": executions_run,
-        "rows": [
+    block = BlockSearch(routed, examples, task, config, allowance)
+    block.run()
+    executions_run = block.evaluator.states.executions_run
+    retests = block.retest_all()
+    rows: list[Row] = []
+    for example, states in zip(examples, block.states, strict=True):
+        rows.append({"id": example.id, "executions": len(states), "paths": []})
+    for (place, decisions), outcome in block.outcomes.items():
+        retested = retests.get((place, decisions))
+        rows[place]["paths"].append(
             {
-                "id": example.id,
-                "executions": len(known[place]),
-                "paths": [
-                    {
-                        "decisions": decisions,
-                        "reward": outcome.reward,
-                        "margin": outcome.margin,
-                        "kl": outcome.kl,
-                        "retest": msgspec.structs.asdict(retests[place, decisions])
-                        if (place, decisions) in retests
-                        else None,
-                    }
-                    for (asked_place, decisions), outcome in found.items()
-                    if asked_place == place
-                ],
+                "decisions": decisions,
+                "reward": outcome.reward,
+                "margin": outcome.margin,
+                "kl": outcome.kl,
+                "retest": None if retested is None else msgspec.structs.asdict(retested),
             }
-            for place, example in enumerate(examples)
-        ],
-    }
+        )
+    return {"executions_run": executions_run, "rows": rows}
 
 
 def beginnings(decisions: Decisions) -> set[tuple[int, ...]]:
@@ -179,23 +215,23 @@ def shortest(row: Row, *, survived: bool) -> int:
 
 def kl_of_shortest(row: Row) -> float | None:
     """Return the least KL among the shortest surviving paths; None without a saving one."""
+    if not has_saving(row, survived=True):
+        return None
     length = shortest(row, survived=True)
-    kls = [
-        path["kl"]
-        for path in right(row, survived=True)
-        if num_executions(path["decisions"]) == length and path["kl"] is not None
+    paths = [
+        path for path in right(row, survived=True) if num_executions(path["decisions"]) == length
     ]
-    return min(kls) if kls and has_saving(row, survived=True) else None
+    return min((path["kl"] for path in paths if path["kl"] is not None), default=None)
 
 
 def best_margin(row: Row, *, again: bool) -> float | None:
     """Return the largest margin of a right path, in the re-test if `again`; None without one."""
-    margins = [
-        path["retest"]["margin"] if again else path["margin"]
-        for path in right(row, survived=False)
-        if path["retest"] or not again
-    ]
-    return max((margin for margin in margins if margin is not None), default=None)
+    margins = []
+    for path in right(row, survived=False):
+        test = path["retest"] if again else path
+        if test is not None and test["margin"] is not None:
+            margins.append(test["margin"])
+    return max(margins, default=None)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -211,11 +247,10 @@ def figures(rows: Sequence[Row], executions_run: int) -> dict[str, float | None]
         "saving": has_saving,
         "improving": has_improving,
     }
-    counted = {
-        f"{name}{suffix}": float(sum(has(row, survived=survived) for row in rows))
-        for name, has in counts.items()
-        for suffix, survived in (("", False), (" after", True))
-    }
+    counted: dict[str, float | None] = {}
+    for name, has in counts.items():
+        counted[name] = float(sum(has(row, survived=False) for row in rows))
+        counted[f"{name} after"] = float(sum(has(row, survived=True) for row in rows))
     return {
         "paths": mean([len(row["paths"]) for row in rows]),
         "executions": mean([row["executions"] for row in rows]),
@@ -245,23 +280,29 @@ COLUMNS = {
 }
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+SeedFigures = Mapping[str, float | None]
+
+
+def table(by_strategy: Mapping[str, Sequence[SeedFigures]]) -> str:
     """Return the Markdown table: means over the seeds, before → after the re-test."""
     lines = [
         f"| strategy | {' | '.join(COLUMNS.values())} |",
         "|---|" + "---:|" * len(COLUMNS),
     ]
-    for strategy, by_seed in found.items():
-        cells = []
-        for name in COLUMNS:
-            parts = [
-                mean([one[part] for one in by_seed])
-                for part in (name, f"{name} after")
-                if part in by_seed[0]
-            ]
-            cells.append(" → ".join("–" if part is None else f"{part:.3g}" for part in parts))
+    for strategy, by_seed in by_strategy.items():
+        cells = [cell(by_seed, name) for name in COLUMNS]
         lines.append(f"| {strategy} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(by_seed: Sequence[SeedFigures], name: str) -> str:
+    """Write a figure's mean over the seeds, and that after the re-test where there is one."""
+    means = []
+    for part in (name, f"{name} after"):
+        if part in by_seed[0]:
+            value = mean([figures[part] for figures in by_seed])
+            means.append("–" if value is None else f"{value:.3g}")
+    return " → ".join(means)
 
 
 def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> dict[str, Any]:
@@ -270,24 +311,37 @@ def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> 
     A question is one observation, however many seeds there are: questions are counted with the
     first seed, and the layers that a question saves are a mean over the seeds.
     """
-    first = [*zip(ours[0], theirs[0], strict=True)]
-    counted = {}
-    for name, has in (("saving", has_saving), ("improving", has_improving)):
-        pairs = [(has(mine, survived=True), has(other, survived=True)) for mine, other in first]
-        won, lost = (sum(pair == way for pair in pairs) for way in ((True, False), (False, True)))
-        counted[name] = {"won": won, "lost": lost, "p": mcnemar_exact(won, lost)}
-    by_question = [
-        [statistics.fmean(saved(row) for row in rows) for rows in zip(*side, strict=True)]
-        for side in (ours, theirs)
-    ]
+    by_question = [mean_saved(ours), mean_saved(theirs)]
     differences = [mine - other for mine, other in zip(*by_question, strict=True)]
-    mine, other = (statistics.fmean(side) for side in by_question)
+    mine = statistics.fmean(by_question[0])
+    other = statistics.fmean(by_question[1])
     return {
         "saved_ratio": mine / other if other else None,
         "saved_more": statistics.fmean(differences),
         "saved_more_interval": mean_interval(differences, seed=0),
-        **counted,
+        "saving": count_won(ours[0], theirs[0], has_saving),
+        "improving": count_won(ours[0], theirs[0], has_improving),
     }
+
+
+def mean_saved(by_seed: Sequence[Sequence[Row]]) -> list[float]:
+    """Return the layers that each question saves, means over the seeds."""
+    by_question = zip(*by_seed, strict=True)
+    return [statistics.fmean(saved(row) for row in rows) for rows in by_question]
+
+
+def count_won(
+    ours: Sequence[Row], theirs: Sequence[Row], has: Callable[..., bool]
+) -> dict[str, float]:
+    """Count the questions that only one of two strategies has such a path for, and test it."""
+    won = 0
+    lost = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        we_have = has(mine, survived=True)
+        they_have = has(other, survived=True)
+        won += we_have and not they_have
+        lost += they_have and not we_have
+    return {"won": won, "lost": lost, "p": mcnemar_exact(won, lost)}
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -296,8 +350,12 @@ def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> 
 def strategy_settings(text: str) -> dict[str, Any]:
     """Read `tree` or `tree:length_penalty=0+exploration_constant=0.3`."""
     name, _, settings = text.partition(":")
-    pairs = [one.split("=") for one in settings.split("+")] if settings else []
-    return {"strategy": name, **{key: json.loads(value) for key, value in pairs}}
+    values: dict[str, Any] = {"strategy": name}
+    if settings:
+        for setting in settings.split("+"):
+            key, value = setting.split("=")
+            values[key] = json.loads(value)
+    return values
 
 
 def block_file(folder: Path, config: SearchConfig, *others: object) -> Path:
@@ -315,7 +373,8 @@ def search_all(
     Returns:
         By strategy and seed: the questions, and the executions that were run for them.
     """
-    names, seeds = options.strategies, options.seeds
+    names = options.strategies
+    seeds = options.seeds
     blocks = [
         examples[start : start + options.block_size]
         for start in range(0, len(examples), options.block_size)
@@ -345,9 +404,10 @@ def report(
     rows: Mapping[str, list[list[Row]]], run: Mapping[str, list[int]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Print the comparison and return what `--json` writes."""
-    found = {
-        name: [figures(*one) for one in zip(rows[name], run[name], strict=True)] for name in rows
-    }
+    by_strategy = {}
+    for name, by_seed in rows.items():
+        pairs = zip(by_seed, run[name], strict=True)
+        by_strategy[name] = [figures(questions, executions) for questions, executions in pairs]
     ours, *others = rows
     comparisons = {f"{ours} / {name}": compared(rows[ours], rows[name]) for name in others}
     questions = rows[ours][0]
@@ -355,22 +415,12 @@ def report(
     print(
         f"\n{len(questions)} questions, {num_right} of them right under the full path; at most "
         f"{options.executions} executions a question; means over {len(options.seeds)} seeds; "
-        f"before → after the re-test\n\n{table(found)}\n"
+        f"before → after the re-test\n\n{table(by_strategy)}\n"
     )
-    for name, one in comparisons.items():
-        low, high = one["saved_more_interval"]
-        print(
-            f"{name}: the shortest surviving path saves {one['saved_more']:+.2f} layers "
-            f"({low:+.2f} to {high:+.2f})"
-        )
-        for what in ("saving", "improving"):
-            print(
-                f"  questions with a surviving {what} path, seed {options.seeds[0]}: "
-                f"won {one[what]['won']}, lost {one[what]['lost']}, "
-                f"McNemar p = {one[what]['p']:.3f}"
-            )
+    for name, comparison in comparisons.items():
+        print_comparison(name, comparison, options.seeds[0])
     return {
-        "speedup": {name: one["saved_ratio"] for name, one in comparisons.items()},
+        "speedup": {name: comparison["saved_ratio"] for name, comparison in comparisons.items()},
         "repeats": len(options.seeds),
         "ours": f"strategy {ours}",
         "theirs": f"{', '.join(others)}, for the same executions a question",
@@ -379,9 +429,24 @@ def report(
         "questions": len(questions),
         "right_under_full_path": num_right,
         "executions_a_question": options.executions,
-        "strategies": found,
+        "strategies": by_strategy,
         "comparisons": comparisons,
     }
+
+
+def print_comparison(name: str, comparison: Mapping[str, Any], seed: int) -> None:
+    """Print how many layers one strategy saves beside another, and the questions it wins."""
+    low, high = comparison["saved_more_interval"]
+    print(
+        f"{name}: the shortest surviving path saves {comparison['saved_more']:+.2f} layers "
+        f"({low:+.2f} to {high:+.2f})"
+    )
+    for kind in ("saving", "improving"):
+        counts = comparison[kind]
+        print(
+            f"  questions with a surviving {kind} path, seed {seed}: won {counts['won']}, "
+            f"lost {counts['lost']}, McNemar p = {counts['p']:.3f}"
+        )
 
 
 def main() -> None:
@@ -397,7 +462,9 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/search_quality"))
     options = parser.parse_args()
     if options.quick:
-        options.questions, options.executions, options.seeds = 3, 120, "0"
+        options.questions = 3
+        options.executions = 120
+        options.seeds = "0"
     elif options.data_dir is None:
         parser.error("give --data-dir DIR, or --quick for built-in questions")
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
