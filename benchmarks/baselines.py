@@ -24,7 +24,11 @@ import common
 import torch
 
 from drllm.evaluation.baselines.base import Material
-from drllm.evaluation.baselines.layer_dropping import block_influence, greedy, order_by_influence
+from drllm.evaluation.baselines.layer_dropping import (
+    block_influence,
+    drop_greedily,
+    order_by_influence,
+)
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.examples import OPTIONS_REWARD, choose
@@ -69,7 +73,7 @@ def ours(
         measured = clock()
         ends = (0, base.num_layers - 1)
         measure = Material(routed=routed, prompts=texts).measure("loss")
-        by_loss = greedy(measure, base.num_layers, num_skipped, keep=ends)
+        by_loss = drop_greedily(measure, base.num_layers, num_skipped, keep=ends)
         return {
             "influence": influence,
             "by_influence": sorted(order_by_influence(influence)[:num_skipped]),

@@ -15,7 +15,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,8 @@ def search_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
 
 def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     """Write an answer to every question under each of its paths."""
-    prompts, length = prompts_of(sizes["questions"]), sizes["answer tokens"]
+    prompts = prompts_of(sizes["questions"])
+    length = sizes["answer tokens"]
 
     def run() -> None:
         with routing(base) as routed:
@@ -105,16 +105,24 @@ def evaluation_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[]
     return run
 
 
-def the_pass(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
+def feature_pass(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
     """Read what the routers learn from."""
     records = drawn_targets(base, sizes["questions"], None)
-    return lambda: pooled(base, records, folder / "features") and None
+
+    def run() -> None:
+        pooled(base, records, folder / "features")
+
+    return run
 
 
-def the_fit(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
+def router_fit(base: BaseModel, sizes: Sizes, folder: Path) -> Callable[[], None]:
     """Train routers for the paper's 25 epochs."""
     features = pooled(base, drawn_targets(base, sizes["questions"], None), folder / "features")
-    return lambda: train_seed(features, base.identity, CONFIG, folder / "routers") and None
+
+    def run() -> None:
+        train_seed(features, base.identity, CONFIG, folder / "routers")
+
+    return run
 
 
 def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
@@ -127,8 +135,8 @@ def generation(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], None]:
     def run() -> None:
         with routing(base) as routed, routed.fixed(plan):
             mask = torch.ones_like(ids)
-            told = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
-            routed.generate(input_ids=ids, attention_mask=mask, **told)
+            settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            routed.generate(input_ids=ids, attention_mask=mask, **settings)
 
     return run
 
@@ -137,11 +145,13 @@ STAGES: Mapping[str, tuple[Stage, Sequence[str]]] = {
     "search by options": (search_by_options, ("questions", "paths", "layers")),
     "search by answers": (search_by_answers, ("paths", "answer tokens", "layers")),
     "evaluation by options": (evaluation_by_options, ("questions", "layers")),
-    "train: the pass": (the_pass, ("questions", "layers")),
-    "train: the fit": (the_fit, ("questions", "layers")),
+    "train: the pass": (feature_pass, ("questions", "layers")),
+    "train: the fit": (router_fit, ("questions", "layers")),
     "generation": (generation, ("answer tokens", "layers", "batch")),
 }
 """Each with the sizes that it grows with."""
+MARKS = {stage: f"s{number}" for number, stage in enumerate(STAGES)}
+"""The colour of each stage's line."""
 
 
 def prompts_of(num: int) -> list[Prompt]:
@@ -167,44 +177,48 @@ def points(
     base: BaseModel, axes: Mapping[str, Sequence[int]], clock: common.Clock
 ) -> Iterator[tuple[str, str, int, float]]:
     """Yield axis, stage, size and seconds, as they are measured."""
-    with tempfile.TemporaryDirectory() as name:
-        numbers = count()
+    with tempfile.TemporaryDirectory() as folder:
         for axis, values in axes.items():
             for size in values:
                 model = with_layers(base, size) if axis == "layers" else base
+                sizes = REST if axis == "layers" else REST | {axis: size}
                 for stage, (make, grows) in STAGES.items():
                     if axis not in grows:
                         continue
-                    sizes = REST if axis == "layers" else REST | {axis: size}
-                    for _ in range(2 if size == values[0] else 1):  # once more, to warm up
-                        folder = Path(name) / str(next(numbers))
-                        folder.mkdir()
-                        run = make(model, sizes, folder)
-                        started = clock()
-                        run()
-                    yield axis, stage, size, clock() - started
+                    if size == values[0]:  # once more, to warm up
+                        time_stage(make, model, sizes, folder, clock)
+                    yield axis, stage, size, time_stage(make, model, sizes, folder, clock)
 
 
-def drawn(found: Growth, colours: drawing.Colours, width: float) -> Any:
+def time_stage(
+    make: Stage, model: BaseModel, sizes: Sizes, folder: str, clock: common.Clock
+) -> float:
+    """Run a stage in an empty folder and return the seconds, without those to prepare it."""
+    run = make(model, sizes, Path(tempfile.mkdtemp(dir=folder)))
+    started = clock()
+    run()
+    return clock() - started
+
+
+def draw_growth(growth: Growth, colours: drawing.Colours, width: float) -> Any:
     """Draw a panel for each axis: seconds by size, both logarithmic."""
-    figure, panels = drawing.panels(1, len(found), width, 2.8, sharey=True)
-    marks = dict(zip(STAGES, ("s0", "s1", "s2", "s3", "s4", "s5"), strict=True))
-    for axes, (axis, stages) in zip(panels, found.items(), strict=True):
+    figure, panels = drawing.make_panels(1, len(growth), width, 2.8, sharey=True)
+    for axes, (axis, stages) in zip(panels, growth.items(), strict=True):
         for stage, seconds in stages.items():
-            look = {"color": colours[marks[stage]], "markersize": 3.5, "linewidth": 1.2}
+            look = {"color": colours[MARKS[stage]], "markersize": 3.5, "linewidth": 1.2}
             axes.plot(list(seconds), list(seconds.values()), "o-", label=stage, **look)
             ends = min(seconds), max(seconds)
-            alike = [seconds[ends[0]] * end / ends[0] for end in ends]
-            axes.plot(ends, alike, ":", color=colours["faint"], linewidth=0.8, zorder=0)
+            proportional = [seconds[ends[0]] * end / ends[0] for end in ends]
+            axes.plot(ends, proportional, ":", color=colours["faint"], linewidth=0.8, zorder=0)
         axes.set(xscale="log", yscale="log", xlabel=axis)
-        shown = [*next(iter(stages.values()))]
-        axes.set_xticks(shown, [str(each) for each in shown])
+        sizes = list(next(iter(stages.values())))
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("seconds")
-    known = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    named = {stage: known[stage] for stage in STAGES if stage in known}
-    figure.legend(named.values(), named, loc="outside upper center", ncols=len(named))
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    legend = {stage: lines[stage] for stage in STAGES if stage in lines}
+    figure.legend(legend.values(), legend, loc="outside upper center", ncols=len(legend))
     return figure
 
 
@@ -217,18 +231,21 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="also draw them to this file")
     options = parser.parse_args()
     names = options.only.split(",")
-    if unknown := set(names) - set(WHOLE):
+    unknown = set(names) - set(WHOLE)
+    if unknown:
         parser.error(f"--only takes {', '.join(WHOLE)}; not {', '.join(sorted(unknown))}")
-    clock, base = common.clock_of(options), common.base_of(options)
-    axes = {axis: (QUICK if options.quick else WHOLE)[axis] for axis in names}
-    found: Growth = {}
+    clock = common.clock_of(options)
+    base = common.base_of(options)
+    sizes = QUICK if options.quick else WHOLE
+    axes = {axis: sizes[axis] for axis in names}
+    growth: Growth = {}
     for axis, stage, size, seconds in points(base, axes, clock):
-        found.setdefault(axis, {}).setdefault(stage, {})[size] = seconds
+        growth.setdefault(axis, {}).setdefault(stage, {})[size] = seconds
         print(f"{size} {axis}: {stage} {seconds:.2f} s", flush=True)
     if options.png:
-        wide = 1.3 * drawing.WIDE
-        options.png.write_bytes(drawing.png(partial(drawn, found), wide))
-    common.write(options, {**common.of(base, options), "seconds": found})
+        width = 1.3 * drawing.WIDE
+        options.png.write_bytes(drawing.draw_png(partial(draw_growth, growth), width))
+    common.write(options, {**common.of(base, options), "seconds": growth})
 
 
 if __name__ == "__main__":

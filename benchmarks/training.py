@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -34,13 +33,12 @@ from typing import Any
 
 import common
 import torch
-from torch import Tensor, nn
+from common.literal_training import Literal, Walk, read_along
 
 from drllm.config import TrainConfig
 from drllm.config.files import PRESETS, canonical, read_yaml
 from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.stack import RouterStack
 from drllm.records.manifest import new_manifest
 from drllm.records.supervision import SupervisionRecord
 from drllm.tasks.examples import OPTIONS_REWARD, choose
@@ -48,7 +46,7 @@ from drllm.tasks.registry import get_task
 from drllm.training.feature_store import FeatureStore, Shape
 from drllm.training.features import Features, collect_features
 from drllm.training.stage import train_seed
-from drllm.training.trainer import Trainer, shuffle_batches
+from drllm.training.trainer import Trainer
 
 QUICK = {"questions": 10, "targets": 48}
 WHOLE = {"questions": 160, "targets": 4000}
@@ -72,177 +70,6 @@ OURS = "one pass in batches, features on disk, then all routers (collect_feature
 THEIRS = "the base model in the loop: every epoch, one example at a time"
 WRITTEN_AT_ONCE = 32
 GIB = 2**30
-
-
-# --- theirs ------------------------------------------------------------------------------------
-
-
-class Walk:
-    """The base model, layer by layer, on one prompt."""
-
-    def __init__(self, model: Any, tokenizer: Any, prompt: str) -> None:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        tokens = ids.shape[1]
-        self.layers = model.model.layers
-        self.hidden = model.model.embed_tokens(ids)  # [1, T, D]
-        self.positions = model.model.rotary_emb(self.hidden, torch.arange(tokens)[None])
-        mask = torch.full((tokens, tokens), -math.inf, dtype=self.hidden.dtype)
-        self.mask = mask.triu(1)[None, None]
-
-    @torch.no_grad()
-    def run(self, layer: int, times: int) -> None:
-        """Execute a layer as often as its decision says."""
-        for _ in range(times):
-            output = self.layers[layer](
-                self.hidden, attention_mask=self.mask, position_embeddings=self.positions
-            )
-            self.hidden = output[0] if isinstance(output, tuple) else output
-
-
-def windows(hidden: Tensor, number: int) -> Tensor:
-    """Return the means over at most so many windows of `[T, D]`, `[W, D]`."""
-    number = min(len(hidden), number)
-    edges = [window * len(hidden) // number for window in range(number + 1)]
-    return torch.stack([hidden[start:end].mean(dim=0) for start, end in itertools.pairwise(edges)])
-
-
-class Router(nn.Module):
-    """One layer's, as the paper draws it; begins with the weights that ours begin with."""
-
-    def __init__(self, stack: RouterStack, layer: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        config = stack.config
-        self.num_windows = config.num_windows
-        self.inner = nn.Linear(config.hidden_size, config.router_width)
-        self.outer = nn.Linear(config.router_width, 3)
-        for mine, theirs in zip(self.parameters(), stack.parameters(), strict=True):
-            mine.data.copy_(theirs[layer].data)
-        self.to(dtype)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Read `[T, D]`, return logits `[3]`."""
-        inner = nn.functional.gelu(
-            self.inner(windows(hidden, self.num_windows)), approximate="tanh"
-        )
-        return self.outer(inner).mean(dim=0)
-
-
-class Literal:
-    """The training of the paper, for one run.
-
-    Args:
-        model: The frozen base model.
-        tokenizer: Its tokenizer.
-        stack: The routers to begin with.
-        records: The targets.
-        config: The paper's settings; of ours nothing is turned on.
-        trained: Which targets are learned from.
-        held_out: Which are only measured.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        stack: RouterStack,
-        records: Sequence[SupervisionRecord],
-        config: TrainConfig,
-        trained: Sequence[int],
-        held_out: Sequence[int],
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.records, self.config = records, config
-        self.trained, self.held_out = trained, held_out
-        num_layers = stack.config.num_layers
-        self.routers = nn.ModuleList(Router(stack, i, model.dtype) for i in range(num_layers))
-        labels = [label for row in trained for label in records[row].optimal_layer_config]
-        numbers = [sum(config.beta**power for power in range(labels.count(c))) for c in range(3)]
-        there = [1 / n if n else 0.0 for n in numbers]  # a class without labels has no weight
-        self.class_weights = [each * sum(n > 0 for n in numbers) / sum(there) for each in there]
-
-    def loss(self, row: int) -> Tensor:
-        """Run the base model along the row's target path, its routers reading along."""
-        target = self.records[row].optimal_layer_config
-        walk = Walk(self.model, self.tokenizer, self.records[row].prompt)
-        loss = torch.zeros((), dtype=self.model.dtype)
-        for layer, (router, label) in enumerate(zip(self.routers, target, strict=True)):
-            log_p = router(walk.hidden[0]).log_softmax(dim=-1)[label]
-            focus = (1 - log_p.exp()) ** self.config.gamma
-            loss = loss - self.class_weights[label] * focus * log_p / len(target)
-            walk.run(layer, label)
-        return loss
-
-    def train(self) -> Iterator[tuple[float, float | None]]:
-        """Yield the losses of each epoch: of the examples trained on, and of those held out."""
-        config = self.config
-        named = list(self.routers.named_parameters())
-        optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [weight for name, weight in named if name.endswith("weight")],
-                    "weight_decay": config.weight_decay,
-                },
-                {
-                    "params": [weight for name, weight in named if name.endswith("bias")],
-                    "weight_decay": 0.0,
-                },
-            ]
-        )
-        size = config.gradient_accumulation
-        steps, step = config.num_epochs * math.ceil(len(self.trained) / size), 0
-        for epoch in range(1, config.num_epochs + 1):
-            total = 0.0
-            for rows in shuffle_batches(self.trained, size, config.seed, epoch):
-                optimizer.zero_grad()
-                for row in rows:
-                    loss = self.loss(row)
-                    (loss if config.loss_reduction == "sum" else loss / len(rows)).backward()
-                    total += float(loss.detach())
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step, steps)
-                if config.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(self.routers.parameters(), config.max_grad_norm)
-                optimizer.step()
-                step += 1
-            with torch.no_grad():
-                held_out = sum(float(self.loss(row)) for row in self.held_out)
-            yield (
-                total / len(self.trained),
-                held_out / len(self.held_out) if self.held_out else None,
-            )
-
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then half a cosine."""
-        warmup, peak = self.config.warmup_steps, self.config.learning_rate
-        if warmup >= steps:
-            warmup = 0.1  # D-14
-        if warmup < 1:
-            warmup = int(warmup * steps)
-        if step < warmup:
-            return peak * (step + 1) / (warmup + 1)
-        return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def read_along(
-    model: Any, tokenizer: Any, records: Sequence[SupervisionRecord], num_windows: int
-) -> Features:
-    """Pool what the routers of this loop read along the target paths, in the model's dtype."""
-    size = (len(records), len(model.model.layers), num_windows, model.config.hidden_size)
-    means, filled = torch.zeros(size, dtype=model.dtype), []
-    for row, record in enumerate(records):
-        walk = Walk(model, tokenizer, record.prompt)
-        for layer, label in enumerate(record.optimal_layer_config):
-            read = windows(walk.hidden[0], num_windows)
-            means[row, layer, : len(read)] = read
-            walk.run(layer, label)
-        filled.append(len(read))
-    return Features(
-        means=means,
-        filled=torch.tensor(filled),
-        labels=torch.tensor([record.optimal_layer_config for record in records]),
-        questions=tuple(record.question for record in records),
-        tasks=tuple(record.task for record in records),
-    )
 
 
 # --- against ours ------------------------------------------------------------------------------
@@ -313,13 +140,12 @@ def rounded_otherwise(
 
     Other batches in the pass round the features otherwise, float64 each step of the fit.
     """
-    found = {
-        f"{size} prompts a pass": fitted_losses(
-            base, pooled(base, records, folder / f"by{size}", size), torch.float32
-        )
-        for size in OTHER_BATCHES
-    }
-    return found | {"float64": fitted_losses(base, features, torch.float64)}
+    losses = {}
+    for size in OTHER_BATCHES:
+        others = pooled(base, records, folder / f"by{size}", size)
+        losses[f"{size} prompts a pass"] = fitted_losses(base, others, torch.float32)
+    losses["float64"] = fitted_losses(base, features, torch.float64)
+    return losses
 
 
 def fitted_losses(base: BaseModel, features: Features, dtype: torch.dtype) -> list[float]:
@@ -357,21 +183,21 @@ def are_equal(found: Sequence[float], by_rounding: Sequence[float]) -> bool:
     )
 
 
+def walk_along(base: BaseModel, records: Sequence[SupervisionRecord], clock: common.Clock) -> float:
+    """Run the base model along the target paths, one example at a time; return the seconds."""
+    started = clock()
+    for record in records:
+        walk = Walk(base.model, base.tokenizer, record.prompt)
+        for layer, label in enumerate(record.optimal_layer_config):
+            walk.run(layer, label)
+    return clock() - started
+
+
 def compare(
     base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: common.Clock
 ) -> tuple[dict[str, Any], Features]:
     """Train both ways, and return the times and how far the losses are from one another."""
-    everything = range(len(records))
-
-    def walk_along(rows: Sequence[int]) -> float:
-        started = clock()
-        for row in rows:
-            walk = Walk(base.model, base.tokenizer, records[row].prompt)
-            for layer, label in enumerate(records[row].optimal_layer_config):
-                walk.run(layer, label)
-        return clock() - started
-
-    walk_along(everything[:2])  # what is made at the first use belongs to nobody
+    walk_along(base, records[:2], clock)  # what is made at the first use belongs to nobody
     pooled(base, records[:2], folder / "warm")
 
     started = clock()
@@ -384,13 +210,12 @@ def compare(
     losses = literal_losses(base, records, features)
     theirs_s = clock() - started
 
-    alone_s = walk_along(everything)
-    mine = [row["routers_loss"] for row in rows]
-    from_theirs = relative(losses, mine)
-    samples = {
-        name: relative(others, mine)
-        for name, others in rounded_otherwise(base, records, features, folder).items()
-    }
+    alone_s = walk_along(base, records, clock)
+    our_losses = [row["routers_loss"] for row in rows]
+    from_theirs = relative(losses, our_losses)
+    samples = {}
+    for name, others in rounded_otherwise(base, records, features, folder).items():
+        samples[name] = relative(others, our_losses)
     by_rounding = furthest_so_far(list(samples.values()))
     return {
         "questions": len(records),
@@ -470,31 +295,39 @@ def repeated(features: Features, size: tuple[int, int, int], folder: Path, base:
     (folder / "examples.json").write_text(json.dumps(examples))
 
 
+class MemoryListener(Listener):
+    """Reads this process' own memory, in bytes, whenever a fit says how far it is."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+
+    @contextmanager
+    def progress(self, title: str, unit: str) -> Iterator[OnProgress]:
+        """Take the place of a progress bar."""
+        yield lambda *_: self.samples.append(memory("RssAnon"))
+
+
 def fit_there(folder: Path, clock: common.Clock) -> dict[str, Any]:
     """Fit the features of a folder with the paper's settings, in a process that does only this."""
-    told = json.loads((folder / "examples.json").read_text())
+    examples = json.loads((folder / "examples.json").read_text())
     store = FeatureStore(folder)
-    store.open(json.loads(store.manifest_path.read_text()), Shape(*told["shape"]))
+    store.open(json.loads(store.manifest_path.read_text()), Shape(*examples["shape"]))
     features = Features(
         means=store.means,
         filled=store.filled,
-        labels=torch.tensor(told["labels"]),
-        questions=tuple(told["questions"]),
-        tasks=("own",) * len(told["questions"]),
+        labels=torch.tensor(examples["labels"]),
+        questions=tuple(examples["questions"]),
+        tasks=("own",) * len(examples["questions"]),
     )
-    own: list[int] = []
-
-    class Watch(Listener):
-        @contextmanager
-        def progress(self, title: str, unit: str) -> Iterator[OnProgress]:
-            yield lambda *_: own.append(memory("RssAnon"))
-
+    memory_now = MemoryListener()
     started = clock()
-    train_seed(features, told["identity"], TrainConfig(), folder / "routers", listener=Watch())
+    train_seed(
+        features, examples["identity"], TrainConfig(), folder / "routers", listener=memory_now
+    )
     return {
         "seconds": clock() - started,
         "peak_gib": memory("VmHWM") / GIB,
-        "own_gib": max(own) / GIB,
+        "own_gib": max(memory_now.samples) / GIB,
         "features_gib": sum(path.stat().st_size for path in store.block_files()) / GIB,
     }
 
@@ -513,7 +346,7 @@ def growth(
     base: BaseModel, features: Features, num: int, folder: Path, clock: str
 ) -> list[dict[str, Any]]:
     """Fit every size, each in a process of its own, and print what it took."""
-    found: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
     n, L, W, D = features.shape
     print(
         f"a fit of {TrainConfig().num_epochs} epochs, W = {W}; features of {n} questions repeated"
@@ -525,15 +358,17 @@ def growth(
         child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         FeatureStore(place).remove()
         point = dict(zip("NLD", size, strict=True)) | json.loads(child.stdout)
-        found.append(point | {"share_of_time": point["seconds"] / (found or [point])[0]["seconds"]})
+        first = points[0] if points else point
+        point["share_of_time"] = point["seconds"] / first["seconds"]
+        points.append(point)
         print(
             f"  N {size[0]}, L {size[1]}, D {size[2]}: {point['seconds']:.1f} s "
-            f"({found[-1]['share_of_time']:.2f} of the first), {point['peak_gib']:.2f} GiB at most "
+            f"({point['share_of_time']:.2f} of the first), {point['peak_gib']:.2f} GiB at most "
             f"with the pages of the mapped file ({point['features_gib']:.2f} GiB), "
             f"{point['own_gib']:.2f} GiB without",
             flush=True,
         )
-    return found
+    return points
 
 
 def main() -> None:
@@ -561,11 +396,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         result, features = compare(base, records, Path(name), clock)
         report(result)
-        scale = (
-            growth(base, features, sizes["targets"], Path(name), options.clock)
-            if options.scale
-            else []
-        )
+        scale = []
+        if options.scale:
+            scale = growth(base, features, sizes["targets"], Path(name), options.clock)
     if options.double:
         result["in_double"] = compare_in_double(base, records)
         print(f"in float64 the losses differ, relatively, by {differ(result['in_double'])}")

@@ -105,6 +105,11 @@ def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(wr
     assert min(written["share_of_the_bound"].values()) > 0
 
 
+@pytest.mark.parametrize("script", sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_names_nothing_that_is_gone(script, benchmark):
+    assert benchmark(script).main
+
+
 def test_a_missed_bound_is_said_plainly(benchmark):
     figure = benchmark("generate").Figure
     assert str(figure("a", "decode", [1.01, 1.05, 1.06], 1.03)).endswith("MISSED")
