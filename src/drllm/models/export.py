@@ -1,8 +1,8 @@
-"""A path written as an ordinary checkpoint: the base model's layers, listed in path order.
+"""Write a path as an ordinary checkpoint: the base model's layers, in the order of the path.
 
-Build the stock class for the path, give it the base model's weights, write it, load it again and
-compare; only then the folder appears. What a config means is found out by comparing the layers that
-a class builds from it, not looked up by the model's name.
+The export builds the model's own class with the layers of the path, gives it the base model's
+weights, writes it, loads it again, and compares. Only then the folder appears. Whether a config
+expresses the path is checked on the layers that the class builds from it, not by the model's name.
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
@@ -39,43 +39,49 @@ from drllm.records.static_paths import PathFile, StaticPaths
 
 NUM_TOKENS = 32  # length of the row on which the checkpoint is compared with the path
 
-MERGED_TOLERANCE, MERGED_TOLERANCE_16_BITS = 1e-4, 0.25
-"""Largest difference of two logits, in their standard deviations, that counts as rounding where an
-adapter is merged: the sum of a weight and its update is rounded once, in 16 bits coarsely."""
+MERGED_TOLERANCE = 1e-4
+MERGED_TOLERANCE_16_BITS = 0.25
+"""With a merged adapter, logits may differ by this share of their standard deviation: each sum of a
+weight and its update is rounded, in 16 bits coarsely."""
 
 BUILD_ERRORS = (
-    *(ValueError, TypeError, KeyError, IndexError, StrictDataclassError),
-    NotImplementedError,  # a class that looks at its weights while it is built
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    StrictDataclassError,
+    NotImplementedError,  # from a class that looks at its weights while it is built
 )
-"""What a class of transformers raises where it can't be built from a config."""
+"""Errors of a class of transformers that can't be built from a config."""
 
 CONFIG_FILE = "config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CARD_TEMPLATE = Path(__file__).with_name("export_card.md.j2")
 
-PLAIN = (bool, int, float, str, type(None), torch.dtype)
-PASSING = ("training", "gradient_checkpointing")
-"""Attributes that say what is being done with a layer, not what it is."""
-TOKENS = ("_token_id", "_token_ids")
-"""Ends of names whose lists hold tokens: they say nothing of layers, however many they are."""
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype)
+"""Types of the attributes that two layers are compared by."""
+STATE_ATTRIBUTES = ("training", "gradient_checkpointing")
+"""Attributes that depend on how a layer is used, and aren't compared."""
+TOKEN_SUFFIXES = ("_token_id", "_token_ids")
+"""Names of settings that hold tokens end like this. Their lists aren't lists of layers."""
 
 OLDER_NAMES: dict[str, dict[str, str]] = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
 }
-"""Type of model → name of a setting in transformers 5 → its name in 4, where that is another."""
+"""By type of model, the settings that have another name in transformers 4 than in 5."""
 
 
 class Export(NamedTuple):
-    """What was written.
+    """A checkpoint that was written.
 
     Attributes:
-        folder: The checkpoint.
-        path: Indices of the base model's layers in the order executed.
-        dtype: Of the weights.
-        num_bytes: Size of the weights.
-        num_repeated_bytes: The part of it that is there a second time or more.
-        is_healed: An adapter is merged into the weights.
+        folder: The checkpoint's folder.
+        path: Indices of the base model's layers, in the order executed.
+        dtype: The dtype of the weights.
+        num_bytes: The size of the weights.
+        num_repeated_bytes: The size of the layers that are written a second time or more.
+        is_healed: Whether an adapter is merged into the weights.
     """
 
     folder: Path
@@ -89,23 +95,25 @@ class Export(NamedTuple):
 def export_path(
     base: BaseModel, path: StaticPath | PathFile | Sequence[int], output: Path | str
 ) -> Export:
-    """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads by itself.
+    """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
-    The folder holds config, weights, generation config, tokenizer and a model card, and loading it
-    needs no code of ours. PEFT merges a healed path's adapter into the weights. A stock checkpoint
-    can't say that two layers are the same, so a layer that the path runs twice is written twice.
-    The folder appears when all is written and checked: loaded again, every weight is as it should
-    be, and the logits of a short row of tokens equal those of the base model run along the path,
-    bit by bit; to rounding where an adapter is merged.
+    The folder holds config, weights, generation config, tokenizer and a model card. Loading it
+    doesn't need drllm. PEFT merges a healed path's adapter into the weights. An ordinary checkpoint
+    can't share a layer, so a layer that the path runs twice is written twice.
+
+    The folder appears when everything is written and checked: the checkpoint is loaded again, and
+    its weights, and its logits of a short row of tokens, equal those of the base model along the
+    path bit by bit. With a merged adapter the logits are equal up to rounding.
 
     Args:
-        base: The base model, not routed; it stays as it is.
+        base: The base model, which isn't routed. It isn't changed.
         path: A path, or layer indices in the order executed: in any order, each any number of
-            times. Of a `PathFile` the card says how the path was found.
-        output: The folder to make; an empty one may be there.
+            times. For a `PathFile` the card says how the path was found.
+        output: The folder to make. An empty one may exist.
 
     Raises:
-        PathError: An empty path, a layer that the model doesn't have, or paths of another model.
+        PathError: The path is empty, has a layer that the model doesn't have, or is for another
+            model.
         ArchitectureError: The model's config can't express the path, its class isn't one of
             transformers, or its weights are quantised.
         ConfigError: The folder isn't empty.
@@ -128,9 +136,9 @@ def export_path(
             f"trained; export from the model without quantisation, then quantise the checkpoint"
         )
     with hub.quiet():
-        listed = _build(base.model, path.layers)
+        exported = _build(base.model, path.layers)
         merged, logits = _run_base(base.model, path, file)
-        num_bytes, num_repeated_bytes = _fill(listed, base.model, path.layers, merged)
+        num_bytes, num_repeated_bytes = _fill(exported, base.model, path.layers, merged)
         export = Export(
             folder=output,
             path=path.layers,
@@ -140,9 +148,9 @@ def export_path(
             is_healed=bool(path.adapter),
         )
         card = model_card(base.identity, path, export.dtype, num_repeated_bytes, file)
-        with _appearing(output) as folder:
-            _write(folder, listed, base, card)
-            del listed  # the copies of weights; the checkpoint is loaded now
+        with _create_folder(output) as folder:
+            _write(folder, exported, base, card)
+            del exported  # frees its copies of weights before the checkpoint is loaded
             _verify(folder, base.model, path, merged, logits)
     return export
 
@@ -150,13 +158,13 @@ def export_path(
 def _run_base(
     model: Any, path: StaticPath, file: PathFile | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the base model along a path; return the weights merged with its adapter, and logits."""
+    """Run the base model along a path. Return the weights that its adapter changes, and logits."""
     routed = RoutedModel(model)
     try:
         if file is not None:
             load_path(routed, file)
         with routed.fixed(path):
-            logits = _logits(model)
+            logits = _compute_logits(model)
         merged: dict[str, Tensor] = {}
         if path.adapter:
             merged = routed.injection.lora.merged_weights(path.adapter)
@@ -166,8 +174,8 @@ def _run_base(
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """Yield a folder beside its place, which is moved there if the block succeeds."""
+def _create_folder(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes the output folder if the block succeeds."""
     place = output.resolve()
     folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
@@ -176,7 +184,7 @@ def _appearing(output: Path) -> Iterator[Path]:
         if place.is_dir():
             place.rmdir()
         folder.rename(place)
-    except DrllmError:  # of which some are an OSError too
+    except DrllmError:  # some of them are an OSError too
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or hub.first_line(error)
@@ -189,7 +197,7 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse, by a ConfigError, a folder that isn't empty, and a file."""
+    """Refuse a file or a folder that isn't empty, with a ConfigError."""
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; give the name of a folder to make")
     if folder.is_dir() and any(folder.iterdir()):
@@ -197,18 +205,17 @@ def check_output(folder: Path) -> None:
 
 
 def _build(base: Any, path: tuple[int, ...]) -> Any:
-    """Return the stock model for a path on the meta device, its layers of the right kinds."""
+    """Build the model for a path, without weights, and check the kinds of its layers."""
     name = type(base).__name__
     if not type(base).__module__.startswith("transformers."):
         raise ArchitectureError(
             f"{name} isn't a class of transformers, and an export must load without other code; "
             f"give a model that needs no code of its own and has no adapter around it"
         )
-    theirs = find_layers(base)[1]
     try:
         config = config_along(base.config, path)
         with torch.device("meta"):
-            listed = AutoModelForCausalLM.from_config(
+            exported = AutoModelForCausalLM.from_config(
                 config, attn_implementation=base.config._attn_implementation
             )
     except BUILD_ERRORS as error:
@@ -216,27 +223,27 @@ def _build(base: Any, path: tuple[int, ...]) -> Any:
             f"the config of {name} can't express this path: {hub.first_line(error)}; give another "
             f"path"
         ) from error
-    if type(listed) is not type(base):
+    if type(exported) is not type(base):
         raise ArchitectureError(
             f"this is a {name}, but AutoModelForCausalLM would load its export as a "
-            f"{type(listed).__name__}; give the language model alone"
+            f"{type(exported).__name__}; give the language model alone"
         )
-    check_layers(find_layers(listed)[1], theirs, path)
-    return listed.eval()
+    check_layers(find_layers(exported)[1], find_layers(base)[1], path)
+    return exported.eval()
 
 
 class NamedWeight(NamedTuple):
-    """A weight of the model for a path."""
+    """A weight of an exported model."""
 
     name: str
     values: Tensor
-    is_copy: bool  # of a layer that stands earlier in the path already
+    is_copy: bool  # the path runs the weight's layer earlier too
 
 
 def _weights_along(
     base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> Iterator[NamedWeight]:
-    """Yield the weights of the model for a path, those of an adapter merged."""
+    """Yield the weights of the model for a path, with those that an adapter is merged into."""
     layers = find_layers(base)[1]
     prefix = name_of_layers(base, layers)
     for name, weight in base.state_dict().items():
@@ -252,26 +259,26 @@ def _weights_along(
 
 
 def _fill(
-    listed: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
+    exported: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> tuple[int, int]:
-    """Give the model on the meta device the base's weights; return their and the copies' bytes."""
+    """Give an exported model its weights. Return their size and that of repeated ones, in bytes."""
     weights: dict[str, Tensor] = {}
     num_repeated_bytes = 0
     for weight in _weights_along(base, path, merged):
         weights[weight.name] = weight.values
         if weight.is_copy:
-            # safetensors refuses tensors that share memory, but for those that the class ties.
+            # safetensors refuses tensors that share memory, except those that the class ties.
             weights[weight.name] = weight.values.clone()
             num_repeated_bytes += weight.values.nbytes
-    shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
+    shapes = {name: weight.shape for name, weight in exported.state_dict().items()}
     for name in sorted(shapes.keys() | weights.keys()):
         if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
             raise ArchitectureError(
                 f"the weight {name!r} of this {type(base).__name__} isn't as its class makes it; "
                 f"merge or remove what was put on the model, then export it"
             )
-    listed.load_state_dict(weights, assign=True)
-    listed.tie_weights()
+    exported.load_state_dict(weights, assign=True)
+    exported.tie_weights()
     by_address = {weight.data_ptr(): weight.nbytes for weight in weights.values()}
     return sum(by_address.values()), num_repeated_bytes
 
@@ -279,9 +286,12 @@ def _fill(
 def config_along(config: Any, path: Sequence[int]) -> Any:
     """Return a copy of a model's config with its layers in path order.
 
-    Lists of L values are taken for one value per layer and follow the path, and so do lists of
-    layer indices, told by their name. Everything else stays; whether that was enough is for
-    `check_layers` to say. Values that the config's class refuses are a ValueError.
+    A list of L values is taken to have one value per layer, and follows the path. So does a list of
+    layer indices, which is recognised by its name. Everything else stays; `check_layers` finds out
+    whether that was enough.
+
+    Raises:
+        ValueError: The config's class refuses the values.
     """
     text = config.get_text_config()
     values = config.to_dict()
@@ -290,12 +300,12 @@ def config_along(config: Any, path: Sequence[int]) -> Any:
         fields = values[next(name for name, part in vars(config).items() if part is text)]
     fields.update(lists_along(fields, path, text.num_hidden_layers))
     fields[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(path)
-    add_older_words(values)  # as it will be read: 5.0 forgets some of its own on the way
+    add_older_names(values)  # transformers 5.0 loses some of its own settings in `from_dict`
     return type(config).from_dict(values)
 
 
 def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int) -> dict[str, Any]:
-    """Return the lists of a config that say something layer by layer, in path order.
+    """Return the lists of a config that have values or indices of layers, in path order.
 
     Example:
         >>> lists_along({"dense_layers": [0, 2], "windows": [4, 8, 8], "width": 64}, [2, 1, 2], 3)
@@ -303,9 +313,10 @@ def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int)
     """
     lists = {}
     for name, value in fields.items():
-        if not isinstance(value, (list, tuple)) or name.endswith(TOKENS):
+        if not isinstance(value, (list, tuple)) or name.endswith(TOKEN_SUFFIXES):
             continue
-        if "layer" in name and list(value) == [at for at in range(num_layers) if at in value]:
+        indices = [layer for layer in range(num_layers) if layer in value]
+        if "layer" in name and list(value) == indices:
             lists[name] = [place for place, layer in enumerate(path) if layer in value]
         elif len(value) == num_layers:
             lists[name] = [value[layer] for layer in path]
@@ -313,30 +324,41 @@ def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int)
 
 
 def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]) -> None:
-    """Refuse layers of another kind than those they stand for, naming the layer and what differs.
+    """Refuse exported layers that differ from the layers of the base model that they copy.
 
-    Compared are classes, names and shapes of tensors, every plain attribute (a window, a switch
-    for RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds.
-    `ours` are built from the config for the path; on the meta device no values are compared.
+    The classes, the names and shapes of tensors, every plain attribute (a window, a switch for
+    RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds are
+    compared. On the meta device values aren't compared.
+
+    Args:
+        ours: The layers that are built from the config for the path.
+        theirs: The layers of the base model.
+        path: The layer of the base model that each of ours copies.
+
+    Raises:
+        ArchitectureError: A layer differs. The message names the layer and the difference.
     """
     for place, origin in enumerate(path):
-        difference = _difference(ours[place], theirs[origin], place, origin)
+        difference = _find_difference(ours[place], theirs[origin], place, origin)
         if difference is not None:
             raise ArchitectureError(
                 f"layer {origin}, executed as number {place} (counted from 0), would have "
-                f"{difference}: the config derives that from a layer's place or from their number, "
-                f"and can't say it otherwise; give a path that leaves it as it is"
+                f"{difference}: the config derives that from a layer's place or from the number of "
+                f"layers, and can't say it otherwise; give a path that leaves it as it is"
             )
 
 
-def _difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> str | None:
-    """Say in what a layer differs from the one that it stands for, or return None."""
-    new, old = _description(ours), _description(theirs)
-    for name in {**old, **new}:
-        found, wanted = new.get(name), old.get(name)
-        is_index = (found, wanted) == (place, origin)
-        if not is_index and (name not in new or name not in old or found != wanted):
-            return f"{found!r} as {name} instead of {wanted!r}"
+def _find_difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> str | None:
+    """Describe how a copied layer differs from its source; None if it doesn't."""
+    ours_by_name = _describe_layer(ours)
+    theirs_by_name = _describe_layer(theirs)
+    for name in {**theirs_by_name, **ours_by_name}:
+        our_value = ours_by_name.get(name)
+        their_value = theirs_by_name.get(name)
+        is_missing = name not in ours_by_name or name not in theirs_by_name
+        is_index = our_value == place and their_value == origin
+        if not is_index and (is_missing or our_value != their_value):
+            return f"{our_value!r} as {name} instead of {their_value!r}"
     buffers = dict(theirs.named_buffers())
     for name, values in ours.named_buffers():
         if not values.is_meta and not torch.equal(values, buffers[name]):
@@ -344,59 +366,68 @@ def _difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> 
     return None
 
 
-def _description(layer: nn.Module) -> dict[str, Any]:
-    """Return what a layer is made of, by name: classes, shapes, plain attributes."""
+def _describe_layer(layer: nn.Module) -> dict[str, Any]:
+    """Return the classes, shapes and plain attributes of a layer's modules, by name."""
     modules = dict(layer.named_modules())
-    tensors = dict((*layer.named_parameters(), *layer.named_buffers()))
-    return {
-        **{f"the class of {name or 'the layer'}": type(m).__name__ for name, m in modules.items()},
-        **{f"the shape of {name}": tuple(tensor.shape) for name, tensor in tensors.items()},
-        **{
-            f"{name}.{attribute}".lstrip("."): value
-            for name, module in modules.items()
-            for attribute, value in vars(module).items()
-            if isinstance(value, PLAIN) and attribute[0] != "_" and attribute not in PASSING
-        },
-    }
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    description: dict[str, Any] = {}
+    for name, module in modules.items():
+        description[f"the class of {name or 'the layer'}"] = type(module).__name__
+    for name, tensor in tensors:
+        description[f"the shape of {name}"] = tuple(tensor.shape)
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or attribute in STATE_ATTRIBUTES:
+                continue
+            if isinstance(value, PLAIN_TYPES):
+                description[f"{name}.{attribute}".lstrip(".")] = value
+    return description
 
 
-def _write(folder: Path, listed: Any, base: BaseModel, card: str) -> None:
-    # Written by its own method below: save_pretrained refuses settings that loading accepted.
-    listed.generation_config = GenerationConfig()
-    listed.save_pretrained(folder)
+def _write(folder: Path, exported: Any, base: BaseModel, card: str) -> None:
+    """Write an exported model, its generation config, tokenizer and card."""
+    # save_pretrained refuses generation settings that loading accepts, so they are written below.
+    exported.generation_config = GenerationConfig()
+    exported.save_pretrained(folder)
     base.model.generation_config.to_json_file(folder / "generation_config.json")
     base.tokenizer.save_pretrained(folder)
-    say_for_transformers_4(folder)
+    add_names_of_transformers_4(folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     for file in folder.glob("*.safetensors"):
-        # safetensors makes its files readable by the owner alone, whatever the umask says.
+        # safetensors makes its files readable only by the owner, whatever the umask is.
         file.chmod((folder / CARD_FILE).stat().st_mode)
 
 
-def say_for_transformers_4(folder: Path) -> None:
-    """Add what transformers 4 reads under other names to a folder of `save_pretrained`."""
-    for name, add in ((CONFIG_FILE, add_older_words), (TOKENIZER_CONFIG_FILE, _rename_tokens)):
-        if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            add(values)
-            text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+def add_names_of_transformers_4(folder: Path) -> None:
+    """Add the names that transformers 4 reads to the files of a folder of `save_pretrained`."""
+    for name, add_names in (
+        (CONFIG_FILE, add_older_names),
+        (TOKENIZER_CONFIG_FILE, _rename_tokens),
+    ):
+        file = folder / name
+        if not file.is_file():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        add_names(values)
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _rename_tokens(tokenizer: dict[str, Any]) -> None:
+    """Give a tokenizer's config, in place, names that transformers 4 and 5 both read."""
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
-        # The name that both know for "whatever tokenizer.json says".
+        # This class loads tokenizer.json in both versions.
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
 
 
-def add_older_words(config: dict[str, Any]) -> None:
-    """Add to a config, in place, what transformers 4 and the first of 5 read under other names.
+def add_older_names(config: dict[str, Any]) -> None:
+    """Add to a config, in place, the names that transformers 4 and early versions of 5 read.
 
-    Transformers 5 keeps all of RoPE under `rope_parameters`. Transformers 4 doesn't know that key
-    and takes its defaults: other numbers, and no warning. Both may stand in one config. The older
-    names are those that transformers 5 itself still reads.
+    Transformers 5 keeps the settings of RoPE under `rope_parameters`. Transformers 4 doesn't read
+    that key, and uses its defaults without a warning. A config may have both. The older names are
+    those that transformers 5 itself still reads.
     """
     for part in [config, *config.values()]:  # a composite config has one for the text
         if not isinstance(part, dict):
@@ -404,13 +435,13 @@ def add_older_words(config: dict[str, Any]) -> None:
         if "attention_layers" in part and "attention_types" in part:  # gpt_neo: runs of kinds
             part["attention_types"] = [[[kind], 1] for kind in part["attention_layers"]]
         if "rope_parameters" in part:
-            names = OLDER_NAMES.get(part.get("model_type", ""), {})
-            older = {**part, **_older_rope(part)}
-            part.update({names.get(name, name): value for name, value in older.items()})
+            older_names = OLDER_NAMES.get(part.get("model_type", ""), {})
+            for name, value in {**part, **_older_rope(part)}.items():
+                part[older_names.get(name, name)] = value
 
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config says of RoPE outside of `rope_parameters`, in transformers 4."""
+    """Return the settings of RoPE as transformers 4 has them, outside of `rope_parameters`."""
     parameters = config["rope_parameters"] or {}
     local = {}
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -424,35 +455,35 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     outside = ("rope_theta", "partial_rotary_factor")
     older = {name: parameters[name] for name in outside if parameters.get(name) is not None}
     kind = parameters.get("rope_type", "default")
-    scaling: dict[str, Any] | None = {k: v for k, v in parameters.items() if k not in outside}
-    if kind == "default":
-        scaling = None
-    elif kind == "longrope" and "original_max_position_embeddings" in config:
-        # Models that say this length outside, such as phi3, accept these three inside and no more.
+    scaling: dict[str, Any] | None = None
+    if kind != "default":
+        scaling = {name: value for name, value in parameters.items() if name not in outside}
+    if kind == "longrope" and "original_max_position_embeddings" in config:
+        # Models that have this length outside, such as phi3, accept only these three inside.
         factors = {name: parameters[name] for name in ("short_factor", "long_factor")}
         scaling = {"type": kind, **factors}
     return {**older, "rope_scaling": scaling, **local}
 
 
-def _tokens(model: Any) -> Tensor:
-    """Return one row of tokens, always the same, `[1, T]`."""
+def _make_tokens(model: Any) -> Tensor:
+    """Return a row of random tokens, always the same, `[1, T]`."""
     length = min(NUM_TOKENS, context_length(model) or NUM_TOKENS)
     num_tokens = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(num_tokens, (1, length), generator=generator).to(model.device)
 
 
-def _logits(model: Any) -> Tensor:
-    """Return a model's logits for that row, `[1, T, V]`."""
+def _compute_logits(model: Any) -> Tensor:
+    """Return a model's logits for the row of `_make_tokens`, `[1, T, V]`."""
     with torch.no_grad():
-        logits: Tensor = model(_tokens(model), use_cache=False).logits
+        logits: Tensor = model(_make_tokens(model), use_cache=False).logits
     return logits
 
 
 def _verify(
     folder: Path, base: Any, path: StaticPath, merged: Mapping[str, Tensor], expected: Tensor
 ) -> None:
-    """Load the checkpoint and refuse it unless it is the base model along the path."""
+    """Load the checkpoint, and refuse it if it differs from the base model along the path."""
     loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=base.dtype,
@@ -461,17 +492,20 @@ def _verify(
     )
     loaded.to(base.device).eval()
     check_layers(find_layers(loaded)[1], find_layers(base)[1], path.layers)
-    found = loaded.state_dict()
-    wanted = {each.name: each.values for each in _weights_along(base, path.layers, merged)}
-    for name, weight in wanted.items():
-        if found[name].dtype != weight.dtype or not torch.equal(found[name], weight):
+    loaded_weights = loaded.state_dict()
+    weights = {}
+    for weight in _weights_along(base, path.layers, merged):
+        weights[weight.name] = weight.values
+    for name, values in weights.items():
+        loaded_values = loaded_weights[name]
+        if loaded_values.dtype != values.dtype or not torch.equal(loaded_values, values):
             raise ArchitectureError(
                 f"loaded again, the export has other values in {name!r}, so it was removed; this "
                 f"{type(base).__name__} can't be exported"
             )
-    # The last bits of a product depend on where in memory its factors lie, so let them be the same.
-    loaded.load_state_dict(wanted, assign=True)
-    logits = _logits(loaded)
+    # The last bits of a product depend on the memory address of its factors, so use the same ones.
+    loaded.load_state_dict(weights, assign=True)
+    logits = _compute_logits(loaded)
     difference = float((logits - expected).abs().max())
     allowed = 0.0
     if path.adapter:
@@ -481,7 +515,7 @@ def _verify(
         raise ArchitectureError(
             f"loaded again, the export's logits differ from the path's by up to {difference:.3g}, "
             f"so it was removed: this {type(base).__name__} computes something from a layer's "
-            f"place, or was changed after it was loaded (load it in the wanted dtype; on an "
+            f"place, or was changed after it was loaded (load it with the right --dtype; on an "
             f"accelerator also try --device cpu, where sums have one order)"
         )
 

@@ -1,4 +1,4 @@
-"""The folder of a healed path, written and loaded: `path.json`, and its adapter in PEFT's files."""
+"""Write and load the folder of a healed path: `path.json`, and the adapter in PEFT's files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ if TYPE_CHECKING:
 
 CARD_TEMPLATE = Path(__file__).with_name("healed_card.md.j2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the weights in an adapter's file."""
+"""Dtypes that the weights in an adapter's file may have."""
 
 
 def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: str) -> HealedPath:
-    """Write a healed path's folder, and return its record with the adapter's hash filled in.
+    """Write a healed path's folder, and return its record with the adapter's hash.
 
-    The adapter is the one of that name in the model. `path.json` comes last, so a folder that was
-    cut off is refused.
+    `path.json` is written last, so an incomplete folder is refused.
+
+    Args:
+        folder: The folder.
+        record: The record, without the adapter's hash.
+        routed: The model, with the adapter in it.
+        adapter: The adapter's name in the model.
     """
     lora = routed.injection.lora
     prefix = _peft_prefix(routed.model)
@@ -63,14 +68,14 @@ def _describe_for_hub(record: HealedPath) -> ModelCardData:
 
 
 def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
-    """Return the path that a file says; the adapter of a healed one is put into the model.
+    """Return the path of a file, and put the adapter of a healed path into the model.
 
-    An adapter that is in the model already stays.
+    An adapter that is in the model already isn't loaded again.
 
     Raises:
-        PathError: A path of another model.
-        RecordError: An adapter that is broken, or isn't that of the path.
-        RoutingError: An adapter of other linear maps, or a model that can't have one.
+        PathError: The path is for another model.
+        RecordError: The adapter is broken, or isn't that of the path.
+        RoutingError: The adapter is for other linear maps, or the model can't have one.
         ConfigError: PEFT isn't installed.
     """
     name = getattr(base_of(routed.model), "name_or_path", "")
@@ -83,7 +88,7 @@ def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
 
 
 def _config_to_write(config: Any, record: HealedPath) -> dict[str, Any]:
-    """Return the values of `adapter_config.json`: those of PEFT, in an order that stays."""
+    """Return PEFT's values for `adapter_config.json`, in an order that is always the same."""
     values = config.to_dict()
     for name, value in values.items():
         if isinstance(value, set):
@@ -111,19 +116,23 @@ def _read_weights(routed: RoutedModel, file: Path, record: HealedPath) -> LoraWe
     maps = routed.injection.linear_maps
     missing = [key for key in maps if layer_of_map(key) in layers and key not in halves]
     if missing:
-        raise RecordError(f"{file} has nothing for {missing[0]}, which is of the path; heal again")
+        raise RecordError(
+            f"{file} has no weights for {missing[0]}, which the path runs; heal again"
+        )
     pairs = {name: (half["A"], half["B"]) for name, half in halves.items()}
     return LoraWeights(record.rank, record.alpha, pairs)
 
 
 def _by_map(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file by linear map, each as its A and B."""
+    """Return the A and B of each linear map, from the tensors of a file."""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(prefix).rpartition(".lora_")
         is_named = key.startswith(prefix) and part in ("A.weight", "B.weight")
         if not is_named or not name.partition(".")[0].isdecimal():
-            raise RecordError(f"{file} holds {key!r}, expected {prefix}0.….lora_A.weight and such")
+            raise RecordError(
+                f"{file} holds {key!r}, expected names such as {prefix}0.….lora_A.weight"
+            )
         if tensor.dim() != 2 or tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise RecordError(
@@ -137,7 +146,7 @@ def _by_map(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str,
 
 
 def _peft_prefix(model: Any) -> str:
-    """Return what PEFT writes before the index of a layer."""
+    """Return the part of PEFT's tensor names before the index of a layer."""
     base = base_of(model)
     _, layers = find_layers(base)
     return f"base_model.model.{name_of_layers(base, layers)}"

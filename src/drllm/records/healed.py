@@ -1,4 +1,4 @@
-"""`path.json` of a healed path: the path, and how the adapter that lies beside it was trained."""
+"""`path.json` of a healed path: the path, and how its adapter was trained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measurement during the training; KL from the full path and losses in nats a token."""
+    """A measurement during the training. KL is that from the full path, in nats a token."""
 
     step: int
     tokens: int
@@ -29,7 +29,10 @@ class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Next-token losses on held-out text, in nats a token: full path, path alone, healed path."""
+    """Next-token losses on held-out texts, in nats a token.
+
+    They are those along the full path, along the path alone, and along the healed path.
+    """
 
     full: float
     path: float
@@ -40,8 +43,9 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A path and its adapter, which changes all layers of the path from `first_layer` on.
 
-    `tasks` and `texts` name what it was trained on, `divided` the tasks whose own splits weren't
-    used; the digest is that of the questions. `held_out` has the losses by source.
+    `tasks` and `texts` name the sources that it was trained on, and `divided` the tasks whose own
+    splits weren't used. `questions_sha256` is the digest of all sources. `held_out` has the losses
+    by source.
     """
 
     name: str
@@ -52,7 +56,7 @@ class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rank: Annotated[int, msgspec.Meta(ge=1)]
     alpha: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     adapter_sha256: str
-    # In older files alone, the further routes that the adapter was trained for.
+    # Other routes that the adapter was trained for; only older files have them.
     others: tuple[tuple[StepRecord, ...], ...] = ()
     tasks: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -82,8 +86,8 @@ def read_healed(file: Path) -> HealedPath:
     """Read the `path.json` of a healed path.
 
     Raises:
-        RecordError: It can't be read, the adapter beside it isn't the one that it was written with,
-            or it holds what this version can't run.
+        RecordError: The file can't be read, the adapter beside it is missing or another one, or
+            this version can't run the path.
     """
     record = read_json(file, HealedPath)
     refuse_parts_of_layers(record.steps, file)
@@ -91,16 +95,20 @@ def read_healed(file: Path) -> HealedPath:
         content = f"a healed path with an adapter for {1 + len(record.others)} routes"
         refuse_removed(file, content, "heal one path again")
     adapter = file.with_name(ADAPTER_FILE)
-    if not adapter.is_file() or sha256(adapter) != record.adapter_sha256:
-        state = "isn't the adapter" if adapter.is_file() else "isn't there,"
+    if not adapter.is_file():
         raise RecordError(
-            f"{adapter} {state} that {file.name} was written with; put that one back, or heal again"
+            f"{adapter}, which {file.name} was written with, is missing; put it back, or heal again"
+        )
+    if sha256(adapter) != record.adapter_sha256:
+        raise RecordError(
+            f"{adapter} isn't the adapter that {file.name} was written with; put that one back, or "
+            f"heal again"
         )
     return record
 
 
 def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:
-    """Refuse steps that don't run a whole layer, as older files may have them."""
+    """Refuse steps that don't run a whole layer, which older files may have."""
     for step in steps:
         if step.run != "all":
             content = f"a path that runs the {step.run} of layer {step.layer} alone"

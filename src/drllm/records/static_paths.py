@@ -1,4 +1,4 @@
-"""`paths.json`, the static paths that `drllm tune` found; and any file that says which layers run.
+"""Read and write `paths.json`, the static paths of `drllm tune`, and read other files of a path.
 
 Axes: L layers.
 """
@@ -32,12 +32,16 @@ from drllm.records.removed import (
 from drllm.records.results import Header, StepRecord
 from drllm.statistics.verdicts import Differences
 
-PATHS_SCHEMA, PATHS_FILE = "drllm.paths", "paths.json"
-FIT, SELECT, TEST = PARTS = ("fit", "select", "test")
+PATHS_SCHEMA = "drllm.paths"
+PATHS_FILE = "paths.json"
+FIT = "fit"
+SELECT = "select"
+TEST = "test"
+PARTS = (FIT, SELECT, TEST)
 """The parts of a task's questions: paths are fitted on the first, chosen on the second, and tested
 on the third."""
 IDENTITY = ("class", "num_layers", "hidden_size", "fingerprint", "id")
-"""What is compared of the models' identities."""
+"""The fields by which two models' identities are compared."""
 FORMS = (
     '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 3, …]}, a paths.json of \'drllm tune\', or a '
     "folder of 'drllm heal'"
@@ -47,8 +51,8 @@ FORMS = (
 class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scores of a path on one part of a task's questions; `docs/formats.md` has the fields.
 
-    The objective is the larger the better. `change` is its difference from the full path's, with
-    the 95 % interval, and `against_full` has the differences of all that is reported.
+    A larger objective is better. `change` is its difference from that of the full path, with the
+    95 % interval. `against_full` has the differences of accuracy and next-token loss.
     """
 
     task: str
@@ -62,9 +66,9 @@ class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One path of a `paths.json`, its cost in layer equivalents, and how it did.
+    """One path of a `paths.json`, its cost in layer equivalents, and its scores.
 
-    `dominated` says that a path which saves more does at least as well on `select`.
+    A path is `dominated` if another one saves more and does at least as well on `select`.
     """
 
     name: str
@@ -79,7 +83,7 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return StaticPath(step.layer for step in self.steps)
 
     def on(self, task: str, part: str) -> PathScore | None:
-        """Return its scores on a part of a task's questions; None where they aren't known."""
+        """Return the path's scores on a part of a task's questions; None if there are none."""
         for score in self.measured:
             if (score.task, score.part) == (task, part):
                 return score
@@ -87,12 +91,18 @@ class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `drllm tune` found: paths from the most executions to the fewest, the full one first.
+    """The result of `drllm tune`: paths from the most executions to the fewest, the full one first.
 
-    `divided` names the tasks whose own splits weren't used, so that their questions were divided
-    anew; the objective is that of each task. The digest is that of all questions of all parts, the
-    runtime says in what precision they were scored, `is_cut` that the time was over too early.
-    `choice` is the certificate of earlier versions; nothing reads it.
+    Attributes:
+        tasks: The tasks that the paths are for.
+        divided: The tasks whose own splits weren't used. Their questions were divided anew.
+        objective: The objective of each task.
+        num_layers: L of the model.
+        runtime: Device and precision of the scores.
+        questions_sha256: The digest of all questions of all parts.
+        is_cut: The search ended early, because its time was over.
+        paths: The paths.
+        choice: The certificate of earlier versions, which is ignored.
     """
 
     tasks: tuple[str, ...]
@@ -107,7 +117,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the file beside its numbers, one sentence each."""
+        """Notes for readers of the file's numbers, one sentence each."""
         sentences = []
         if self.divided:
             sets = ", ".join(self.divided)
@@ -120,7 +130,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return sentences
 
     def find(self, name: str | None, file: Path) -> NamedPath:
-        """Return a path by name; a PathError without a name, or for one that there isn't."""
+        """Return a path by its name; raise a PathError if the name is missing or unknown."""
         names = [path.name for path in self.paths]
         if name is None:
             raise PathError(
@@ -132,16 +142,16 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
-    """Refuse, by a PathError, a model that a record's paths weren't made for.
+    """Refuse a model that a record's paths weren't made for, with a PathError.
 
-    `model` is its identity. A fingerprint recognises the same weights under another name; where one
-    side has none, the names count.
+    `model` is the model's identity. Models with equal fingerprints are the same, whatever their
+    names; if one of them has no fingerprint, the names are compared.
     """
     expected = {**record.model, "num_layers": record.num_layers}
-    known = [key for key in IDENTITY if expected.get(key) and model.get(key)]
+    comparable = [key for key in IDENTITY if expected.get(key) and model.get(key)]
     differences = []
-    for key in known:
-        if key == "id" and "fingerprint" in known:
+    for key in comparable:
+        if key == "id" and "fingerprint" in comparable:
             continue
         if differ(key, expected[key], model[key], str(file)):
             differences.append(f"{key} {expected[key]} (this model has {model[key]})")
@@ -153,20 +163,20 @@ def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file
 
 
 def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
-    """Return a path as it is written."""
+    """Return a path's steps for a file."""
     return tuple(StepRecord(layer=layer, adapter=path.adapter) for layer in path.layers)
 
 
 def read_paths(file: Path) -> StaticPaths:
-    """Read a `paths.json`, or refuse it by a RecordError."""
-    found = read_json(file, StaticPaths)
-    for path in found.paths:
+    """Read a `paths.json`; raise a RecordError if that fails."""
+    record = read_json(file, StaticPaths)
+    for path in record.paths:
         refuse_parts_of_layers(path.steps, file)
-    return found
+    return record
 
 
 class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path that somebody has written by hand."""
+    """A path in a file that was written by hand."""
 
     decisions: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] | None = None
     path: Annotated[tuple[int | StepRecord, ...], msgspec.Meta(min_length=1)] | None = None
@@ -178,10 +188,14 @@ class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 @dataclass(frozen=True, slots=True)
 class PathFile:
-    """What a file says, before it is known how many layers the model has.
+    """The path of a file, before it is known how many layers the model has.
 
-    It has `decisions` or a `static` path. `named` and `record` are the path and the whole of a
-    `paths.json`; of a healed path there is a record too.
+    Attributes:
+        file: The file.
+        decisions: The file's decisions, if it has decisions.
+        static: The file's path, if it has a path.
+        named: The path in a `paths.json`.
+        record: The whole `paths.json`, or the record of a healed path.
     """
 
     file: Path
@@ -196,17 +210,18 @@ class PathFile:
         return isinstance(self.record, HealedPath)
 
     def path_for(self, model: Mapping[str, Any]) -> StaticPath:
-        """Return the path for a model of this identity.
+        """Return the path for a model with this identity.
 
-        Only a `paths.json` and a healed path say which model they were made for; another model is a
-        PathError.
+        Raises:
+            PathError: The model can't run the path, or the file names another model. Only a
+                `paths.json` and a healed path name their model.
         """
         if self.record is not None:
             check_model(self.record, model, self.file)
         return self.path(model["num_layers"])
 
     def path(self, num_layers: int) -> StaticPath:
-        """Return the path for a model of L layers; values that it can't run are a PathError."""
+        """Return the path for a model of L layers; raise a PathError if it can't run the path."""
         try:
             if self.static is not None:
                 return self.static.check(num_layers)
@@ -216,41 +231,45 @@ class PathFile:
 
 
 def read_path(place: str) -> PathFile:
-    """Read `FILE` or `FILE:NAME`: any of `FORMS`; the name is that of a path of a `paths.json`.
+    """Read the path in `FILE` or `FILE:NAME`, in any of `FORMS`. NAME is a path of a `paths.json`.
 
     Raises:
-        RecordError: No such file, or another form.
-        PathError: A name that there isn't, or a `paths.json` without a name.
+        RecordError: The file doesn't exist, or has another form.
+        PathError: The name is unknown, or is missing for a `paths.json`.
     """
     content = _read(place)
     if content.paths is None:
         assert content.path is not None
         return content.path
-    return _of_named(content.file, content.paths.find(content.name, content.file), content.paths)
+    return _make_path_file(
+        content.file, content.paths.find(content.name, content.file), content.paths
+    )
 
 
 def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:
-    """Read `FILE[:NAME],...`: paths by name, or by the stem of a file that names none.
+    """Read the paths in `FILE[:NAME],...`, by name. A file without names gives its own stem.
 
-    A `paths.json` without a name gives its paths but the full one and those marked as dominated,
-    or, where names are needed, is a PathError that lists them. A name that occurs in several files
-    gets a prefix: the folder, or the file where it isn't `paths.json`. If a path is there plain and
-    healed, only the healed one gets a prefix.
+    A `paths.json` without NAME gives all its paths except the full one and dominated ones. If
+    `needs_names` is set, it is refused, with the names to choose from. A name that occurs in more
+    than one file gets a prefix: the folder, or the file if it isn't called `paths.json`. If the
+    same path is given plain and healed, only the healed one gets a prefix.
 
     Raises:
-        RecordError: As of `read_path`.
-        PathError: As of `read_path`; no such path, or one that is there twice.
+        RecordError: As for `read_path`.
+        PathError: As for `read_path`; or a path is given twice.
     """
     paths: list[tuple[str, PathFile]] = []
     for word in places.split(","):
         if word.strip():
-            paths += _paths_of(_read(word.strip()), needs_names)
+            paths += _list_paths(_read(word.strip()), needs_names)
     names = [name for name, _ in paths]
     plain_names = [name for name, path in paths if not path.is_healed]
     by_name: dict[str, PathFile] = {}
     for name, path in paths:
-        rivals = names if path.is_healed else plain_names
-        full_name = name if rivals.count(name) == 1 else f"{_prefix_of(path, name)}:{name}"
+        same_kind = names if path.is_healed else plain_names
+        full_name = name
+        if same_kind.count(name) > 1:
+            full_name = f"{_choose_prefix(path, name)}:{name}"
         if full_name in by_name:
             raise PathError(
                 f"{path.file}: a path called {name!r} is there twice; give each path once, "
@@ -260,32 +279,32 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
     return by_name
 
 
-def _prefix_of(path: PathFile, name: str) -> str:
-    """Return what tells a path from another of its name: its folder, or its file."""
+def _choose_prefix(path: PathFile, name: str) -> str:
+    """Return the prefix that tells a path from others of its name: its folder, or its file."""
     if path.file.name in (PATHS_FILE, HEALED_FILE) or name == path.file.stem:
         return path.file.resolve().parent.name
     return path.file.stem
 
 
-def _paths_of(content: _Content, needs_names: bool) -> list[tuple[str, PathFile]]:
-    """Return the paths of a file by name: of a `paths.json` the named one, or those worth it."""
+def _list_paths(content: _Content, needs_names: bool) -> list[tuple[str, PathFile]]:
+    """Return the paths of a file with their names, as `read_path_list` chooses them."""
     if content.paths is None:
         assert content.path is not None
         return [(getattr(content.path.record, "name", content.file.stem), content.path)]
     record = content.paths
     if needs_names or content.name is not None:
-        wanted = [record.find(content.name, content.file)]
+        paths = [record.find(content.name, content.file)]
     else:
         full = StaticPath(range(record.num_layers))
-        wanted = [path for path in record.paths if not path.dominated and path.path != full]
-    if not wanted:
+        paths = [path for path in record.paths if not path.dominated and path.path != full]
+    if not paths:
         raise PathError(f"{content.file} holds no path but the full one; give a file with others")
-    return [(path.name, _of_named(content.file, path, record)) for path in wanted]
+    return [(path.name, _make_path_file(content.file, path, record)) for path in paths]
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What is in the file of `FILE[:NAME]`: a `paths.json`, or one path."""
+    """The content of the file in `FILE[:NAME]`: a `paths.json`, or one path."""
 
     file: Path
     name: str | None
@@ -294,6 +313,7 @@ class _Content:
 
 
 def _read(place: str) -> _Content:
+    """Read `FILE` or `FILE:NAME`."""
     file = Path(place)
     name = None
     if not file.exists() and ":" in place:
@@ -303,9 +323,9 @@ def _read(place: str) -> _Content:
     if (file / HEALED_FILE).is_file():
         file = file / HEALED_FILE
     text = read_text(file).strip()
-    if f'"{MENU_SCHEMA}"' in text:  # under another name
+    if f'"{MENU_SCHEMA}"' in text:  # a menu in a file of another name
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
-    if f'"{PATHS_SCHEMA}"' in text:  # cut off or of a newer version, it is still no plan
+    if f'"{PATHS_SCHEMA}"' in text:  # an incomplete or newer one isn't read as a plan either
         return _Content(file, name, paths=read_paths(file))
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")
@@ -317,7 +337,7 @@ def _read(place: str) -> _Content:
 
 
 def _read_plan(file: Path, text: str) -> PathFile:
-    """Read a path that somebody has written by hand."""
+    """Read a path that was written by hand."""
     try:
         plan = decode(text, _PlanFile, str(file))
     except RecordError as error:
@@ -332,5 +352,6 @@ def _read_plan(file: Path, text: str) -> PathFile:
         raise PathError(f"{file}: {error}") from error
 
 
-def _of_named(file: Path, path: NamedPath, record: StaticPaths) -> PathFile:
+def _make_path_file(file: Path, path: NamedPath, record: StaticPaths) -> PathFile:
+    """Return one path of a `paths.json`."""
     return PathFile(file, static=path.path, named=path, record=record)

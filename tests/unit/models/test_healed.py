@@ -179,7 +179,7 @@ BAD = {
     r"the path runs \[\] with it": lambda f: with_record(f, first_layer=6),
     "rank": lambda f: with_record(f, rank=0),
     "alpha": lambda f: with_record(f, alpha=1e308),
-    "has nothing for 4.self_attn.q_proj": lambda f: with_weights(f, without_a_map),
+    "has no weights for 4.self_attn.q_proj": lambda f: with_weights(f, without_a_map),
     "holds 'base_model.model.model.layers.one": lambda f: with_weights(
         f, lambda t: t.update({Q.replace(".4.", ".one.") + "A.weight": torch.zeros(4, 32)})
     ),

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from drllm.models.export import model_card, say_for_transformers_4
+from drllm.models.export import add_names_of_transformers_4, model_card
 from drllm.paths import StaticPath
 from drllm.records.static_paths import read_path
 from paths_json import written_paths
@@ -59,7 +59,7 @@ def said(folder, name, values):
     """Return what a file says afterwards."""
     (folder / "config.json").write_text("{}")
     (folder / name).write_text(json.dumps(values))
-    say_for_transformers_4(folder)
+    add_names_of_transformers_4(folder)
     return json.loads((folder / name).read_text())
 
 
