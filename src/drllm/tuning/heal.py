@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import HealConfig
-from drllm.config.fields import changed
+from drllm.config.fields import changed, make_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
@@ -520,9 +520,10 @@ def make_batches(
 def _identity(record: HealedPath) -> dict[str, Any]:
     """Return the values by which a run recognises its own files."""
     return {
-        "settings": HealConfig(**record.config).decisive(),
+        # Older records have settings that were removed since.
+        "settings": make_settings(HealConfig, record.config).decisive(),
         "model": record.model,
         "runtime": record.runtime,
-        "path": record.steps,
+        "path": record.path.layers,  # older records also have each step's scale, which is 1
         "texts_sha256": record.questions_sha256,
     }

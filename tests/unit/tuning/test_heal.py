@@ -1,8 +1,11 @@
 """Healing on a tiny model: what it learns, on what, what is kept of it, and what is refused."""
 
+import hashlib
 import json
 import re
+import shutil
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from drllm.tuning import distillation
 from drllm.tuning import heal as healing
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, heal, make_batches
-from drllm.tuning.heal_texts import read_sources, split_texts
+from drllm.tuning.heal_texts import TextSource, digest_sources, read_sources, split_texts
 
 PATH = StaticPath([0, 1, 3, 5])
 SMALL = {
@@ -317,12 +320,42 @@ def test_an_interrupted_healing_ends_with_the_same_adapter(unbroken, routed, tmp
     assert healed(routed, tmp_path).adapter_sha256 == unbroken[0].adapter_sha256
 
 
-def test_a_finished_folder_is_read_without_training_even_by_older_settings(unbroken, routed):
-    """As one that an older version wrote: the routes of its record are empty."""
+def test_a_finished_folder_is_read_without_training_even_by_older_settings(
+    unbroken, routed, tmp_path, monkeypatch
+):
+    """As an older version wrote it: with empty routes, scales of 1 and a removed setting."""
     found, folder, _ = unbroken
-    record = json.loads((folder / HEALED_FILE).read_text())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / HEALED_FILE).read_text())
     assert record["others"] == []
-    assert healed(routed, folder) == found
+    record["config"]["patience"] = 3
+    for step in record["steps"]:
+        step["scale"] = 1.0
+    (tmp_path / HEALED_FILE).write_text(json.dumps(record))
+    monkeypatch.setattr(healing, "split_texts", None)
+    again = healed(routed, tmp_path)
+    assert (again.curve, again.held_out) == (found.curve, found.held_out)
+
+
+def test_the_digest_of_sources_is_that_of_the_class_of_earlier_versions():
+    @dataclass
+    class Source:
+        name: str
+        prompts: object = ()
+        texts: object = ()
+        is_open: bool = False
+        is_divided: bool = False
+
+    sources = [
+        TextSource(name="mine", texts=["One.", "TextSource(two)"]),
+        TextSource(name="other", is_open=True, is_divided=True),
+    ]
+    earlier = [
+        Source("mine", texts=["One.", "TextSource(two)"]),
+        Source("other", is_open=True, is_divided=True),
+    ]
+    text = repr(earlier).replace(f"{Source.__qualname__}(", "Source(")
+    assert digest_sources(sources) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_without_peft_healing_is_refused_before_anything_runs(routed, monkeypatch):
