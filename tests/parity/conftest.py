@@ -36,9 +36,12 @@ def pytest_generate_tests(metafunc):
     """Let a test that takes a family, or a family and a plan, run on all of them.
 
     `make test` tries every family under the mixed plan, and some families under every plan. Where
-    a module says TELLING_ONLY it tries less: some families under the mixed plan, one under another.
+    a module says TELLING_ONLY, of all or of some of its tests, it tries less: some families under
+    the mixed plan, one under another.
     """
     only = getattr(metafunc.module, "TELLING_ONLY", False)
+    if isinstance(only, tuple):
+        only = metafunc.function.__name__ in only
 
     def is_tried(family, plan):
         if only:
@@ -64,7 +67,9 @@ class Slow:
     """The slow way's answers on the tiny models, kept for the session."""
 
     def __init__(self, make):
-        self._make, self._list, self._say = cache(make), cache(self._listed), cache(self._said)
+        self._make = cache(make)
+        self._list = cache(self._listed)
+        self._say = cache(self._said)
 
     def untouched(self, family, **options):
         """Return a model of the family, a copy of its own for each caller."""
@@ -82,7 +87,7 @@ class Slow:
         ]
 
     def _listed(self, family, decisions, cached, **options):
-        return ListedModel(self.untouched(family, **options), decisions, cached=cached)
+        return ListedModel(self._make(family, **options), decisions, cached=cached)
 
     def _said(self, family, decisions, prompt, num_new, **options):
         return self.listed(family, decisions, **options).greedy(prompt, num_new, never=END)

@@ -13,6 +13,8 @@ from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import LOGIT_TOLERANCE, answers, right_padded, stored_rows, tiny_routers
 
+TELLING_ONLY = ("test_every_plan_gives_other_answers_so_that_a_mistake_would_show",)
+
 generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 
 

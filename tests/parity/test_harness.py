@@ -141,6 +141,9 @@ def test_without_routers_generated_answers_are_the_harness_own(base, batch_size)
     assert expected == found
 
 
+TELLING_ONLY = (
+    "test_what_prompts_begin_with_is_read_once_and_every_answer_is_that_of_its_whole_prompt",
+)
 SHOTS = "one + one = two\ntwo + one = three\n"
 ASKED = ["one + two =", "six - one and then two =", "two + two and one ="]
 PLANS = {
