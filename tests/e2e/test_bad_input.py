@@ -177,7 +177,7 @@ LIGHT = """\
 serch --limit 3 => unknown verb 'serch'
 search --num-simulation 5 => unknown flag '--num-simulation'
 search --stop-rule => --stop-rule has no value; give one of paper, released,
-show run --question => --question has no value; give one (id of a searched
+show run --question => --question has no value; give a value (id of a searched
 search --kl maybe => --kl takes no value, but 'maybe' follows it; --no-kl
 search --no_kl=maybe => --no-kl takes no value, but 'maybe' follows it; --kl
 generate why is the sky blue => generate has no use for 'is'
@@ -202,6 +202,11 @@ FILE --output p.jsonl/o => p.jsonl is a file => p.jsonl: {"prompt": "a"}\\n
 ls task => unknown list 'task'; did you mean 'tasks'
 ls tasks --model smollm2-135m => --model smollm2-135m has no effect on the list of tasks
 ls architectures --try --model x => --model x and --try are both given
+search q.jsonl => did you mean --dataset q.jsonl?
+search --task q.jsonl => did you mean '--tasks'
+--model x => no verb stands before --model
+export --path {"path":[0]} --output new => write that into a .json file
+evaluate --routers nowhere --tasks builtin_facts => nowhere has no router_config.json
 search --lim 3 => unknown flag '--lim'; did you mean '--limit'
 search --shard 1/1 => --shard 1/1 is the whole search and has no effect
 search --num-workers 2 => --num-workers 2 has no effect with --executor local
@@ -473,9 +478,10 @@ def check_answer(case: Case, answer: Answer) -> None:
     assert answer.status == 2, answer.err
     assert answer.out == ""
     assert answer.err.endswith("\n")
-    assert answer.err.count("\n") == 1, answer.err
-    assert answer.err.startswith("drllm: ")
-    assert case.says in answer.err
+    # On a slow machine lines such as "reading the questions …" may come before.
+    [message] = [line for line in answer.err.splitlines() if not line.endswith(" …")]
+    assert message.startswith("drllm: ")
+    assert case.says in message
 
 
 def name_of(case: Case) -> str:

@@ -333,7 +333,7 @@ def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_unless_
     out = search_again().out
     assert "search.jsonl is complete already" in out
     assert search.stat().st_mtime_ns == before
-    assert "supervision.jsonl is made from this search already" in out
+    assert "supervision.jsonl was made from this search already" in out
     assert output.read_text() == chosen
 
     search_again("--target", "least_kl", "--min-saving", "0.2")

@@ -1,7 +1,7 @@
-"""The command line: `drllm VERB …` parses, calls the stages, and prints.
+"""The command line: `drllm VERB …` parses flags, calls a stage, and prints its results.
 
-Errors of the user's become one line and exit status 2, an interruption one sentence and 130;
-anything else is a defect of ours and keeps its traceback.
+A mistake of the user becomes one line and exit status 2, an interruption one sentence and exit
+status 130. Any other exception is a defect of drllm and keeps its traceback.
 """
 
 import os
@@ -21,9 +21,9 @@ from drllm.extras import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of the process.
+    """Run one command, by default that of the process, and return its exit status.
 
-    The exit status is 0, or what the verb returns, 2 for what the user can mend, or 130 after an
+    The status is 0 or what the verb returns, 2 after a mistake of the user, and 130 after an
     interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -33,25 +33,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words, terminal)
     except DrllmError as error:
         if not processes.is_first():
-            time.sleep(3)  # where the first fails too, the launcher ends this one meanwhile
+            time.sleep(3)  # if the first process fails too, the launcher ends this one meanwhile
             terminal.err.quiet = False
         terminal.fail(str(error))
         return 2
     except KeyboardInterrupt:
-        kept = "no file is half-written. Run the same command again."
+        advice = "no file is half-written. Run the same command again."
         if words and words[0] in VERBS and VERBS[words[0]].resumes:
-            kept = f"finished work is kept. To resume: drllm {shlex.join(words)}"
-        terminal.fail(f"interrupted; {kept}")
+            advice = f"finished work is kept. To resume: drllm {shlex.join(words)}"
+        terminal.fail(f"interrupted; {advice}")
         return 130
     except BrokenPipeError:
-        # Whoever read our output has stopped (`drllm show … | head`): no error of anybody's.
+        # The reader of our output has closed it (`drllm show … | head`), which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _run(words: list[str], terminal: Terminal) -> int:
     if not words:
-        raise ConfigError("no verb is given; 'drllm --help' lists them, first try: drllm ls tasks")
+        raise ConfigError(
+            "no verb is given; 'drllm --help' lists them, and 'drllm run demo' tries all stages"
+        )
+    if words[0] == "help":
+        words = [*words[1:2], "--help"]
     if words[0] in ("-h", "--help"):
         print_overview(terminal)
     elif words[0] == "--version":
@@ -71,15 +75,15 @@ def _run(words: list[str], terminal: Terminal) -> int:
 
 
 def _help_flags(words: list[str]) -> set[str]:
-    """Return the help flags in a command line, up to `--`."""
+    """Return the help flags that stand before `--`."""
     before = takewhile(lambda word: word != "--", words)
     return {word.replace("_", "-") for word in before} & set(HELP)
 
 
 def _run_verb(words: list[str], terminal: Terminal) -> int:
-    """Parse a command line and run its verb; return the exit status.
+    """Parse a command line, run its verb, and return the exit status.
 
-    It runs in this process alone, or here as one of several.
+    A launcher may run the same verb in several processes, of which only the first one prints.
     """
     command = parse(words)
     verb = VERBS[command.verb]

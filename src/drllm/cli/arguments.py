@@ -1,7 +1,7 @@
-"""The words of a command line, read by argparse: which flags are given, and with which texts.
+"""Reads the words of a command line with argparse: the flags and the text of each.
 
-argparse only splits the words. Values become numbers and are checked where the settings are, so
-that a mistake in a file and on the command line is answered alike.
+argparse only splits the words. The settings convert and check the values, so that a mistake in a
+file and on the command line gets the same answer.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, flags_of
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
+FILE_FLAGS = ("--search", "--supervision", "--dataset", "--tasks", "--path")
+"""Flags of files that users may forget to write; of those of a verb the first is suggested."""
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
 _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 
 
 def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
-    """Return the flags that a command line gives, by name: texts, or whether a switch is on.
+    """Return the values of the flags in a command line, by name: texts, or whether a switch is on.
 
-    Everything behind `--` is a positional argument. ConfigError for an unknown flag, a missing
-    value, and a word that no flag takes.
+    Everything after `--` is a positional argument. ConfigError for an unknown flag, a missing
+    value, and a word that belongs to no flag.
     """
     end = words.index("--") if "--" in words else len(words)
     written = [_with_dashes(word) for word in words[:end]]
-    parser, flags = _parser_of(verb)
+    parser, flags = _make_parser(verb)
     try:
         namespace, others = parser.parse_known_args(written)
     except argparse.ArgumentError as error:
@@ -49,8 +53,8 @@ def _with_dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _parser_of(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
-    """Return argparse's parser of a verb's flags, and each flag under all of its names."""
+def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
+    """Return argparse's parser for a verb, and the verb's flags by all of their names."""
     parser = argparse.ArgumentParser(
         add_help=False,
         allow_abbrev=False,
@@ -98,29 +102,30 @@ def _refuse(
 ) -> NoReturn:
     """Raise the ConfigError for a flag without its value, or a switch with one."""
     names = (error.argument_name or "").split("/")
-    given = next(word for word in words if word.partition("=")[0] in names)
-    name, _, value = given.partition("=")
+    flag_word = next(word for word in words if word.partition("=")[0] in names)
+    name, _, value = flag_word.partition("=")
     flag = flags[name]
     if flag.is_on_or_off:
-        raise _one_too_many(flag, name, value)
+        raise _superfluous_value(flag, name, value)
     raise ConfigError(f"{name} has no value; give {flag.expected}")
 
 
 def _refuse_word(verb: Verb, word: str, flags: dict[str, Flag], words: Sequence[str]) -> NoReturn:
-    """Raise the ConfigError for a word that is no flag and no flag's value."""
+    """Raise the ConfigError for a word that is neither a flag nor its value."""
     if word in words:
         before = words[words.index(word) - 1]
         flag = flags.get(before)
         if flag is not None and flag.is_on_or_off:
-            raise _one_too_many(flag, before, word)
-    raise ConfigError(
-        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
-        f"'drllm {verb.name} --help'"
-    )
+            raise _superfluous_value(flag, before, word)
+    advice = f"put texts with spaces in quotes, or see 'drllm {verb.name} --help'"
+    names = [name for name in FILE_FLAGS if name in flags]
+    if names and (word.endswith(FILE_ENDINGS) or Path(word).exists()):
+        advice = f"did you mean {names[0]} {word}?"
+    raise ConfigError(f"{verb.name} has no use for {word!r}; {advice}")
 
 
-def _one_too_many(flag: Flag, name: str, value: str) -> ConfigError:
-    """Return the error for a flag that is on or off, and is followed by a value."""
+def _superfluous_value(flag: Flag, name: str, value: str) -> ConfigError:
+    """Return the error for a switch that is followed by a value."""
     if flag.switch:
         advice = "leave that out"
     else:
@@ -137,7 +142,7 @@ def _opposite(name: str) -> str:
 
 
 def _unknown_flag(verb: Verb, name: str) -> ConfigError:
-    """Return the error for a flag that a verb doesn't have."""
+    """Return the error for an unknown flag."""
     flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
     if name in flags:
         return ConfigError(
@@ -146,12 +151,13 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
         )
     if name in REMOVED_FLAGS:
         return ConfigError(REMOVED_FLAGS[name])
-    known = [*flags, *HELP]
+    known = [name for flag in flags.values() for name in flag.names]
+    known += HELP
     if verb.settings:
         known.append("--config")
     return ConfigError(f"{nearest_name('flag', name, known)} {see_all_flags(verb)}")
 
 
 def see_all_flags(verb: Verb) -> str:
-    """Return the hint at the list of a verb's flags, for messages."""
+    """Return the hint, for messages, at the list of a verb's flags."""
     return f"('drllm {verb.name} --help-all' lists all)"

@@ -20,6 +20,7 @@ from drllm.config.fields import flag_of
 from drllm.cost import mean_executions, path_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
+from drllm.models.routers.places import check_place
 from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records.codec import write_atomically
@@ -190,6 +191,7 @@ def _read_routers(command: CommandLine) -> RouterStack | None:
     place = command.optional_path("routers")
     if place is None:
         return None
+    check_place(place)
     _, routers = read_routers(place)
     return routers
 

@@ -1,4 +1,4 @@
-"""The settings that a verb reads from a YAML file or a preset, given as `--config`."""
+"""Reads the settings of a verb from a YAML file or a preset (`--config`)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from drllm.errors import ConfigError, nearest_name
 
 
 def read_settings(name: str, verb: Verb) -> dict[str, Any]:
-    """Read the settings of a verb from a file or preset, by name.
+    """Read the settings of a verb from a YAML file, or a preset by name.
 
-    A file has either the settings themselves, or sections like a recipe, of which those of the
-    verb are read. ConfigError for an unknown setting, a wrong value, and a file without any setting
-    of the verb.
+    The file holds the settings, or sections like a recipe, from which those of the verb are read.
+    ConfigError for an unknown setting, a wrong value, and a file without settings of the verb.
     """
     check_text("--config", name)
     path = PRESETS.get(name) or Path(name).expanduser()
-    values = _values_in(path, verb)
+    values = _read_values(path, verb)
     for group in verb.settings:
         values = canonical(group, values)
     names = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
@@ -50,7 +49,7 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
 
 
 def check_value(flag: Flag, value: Any) -> Any:
-    """Return the value of a verb's own flag: a text, texts or whether it is on."""
+    """Check the value of a verb's own flag: a text, texts, or whether a switch is on."""
     name = flag.names[0]
     if flag.switch:
         if not isinstance(value, bool):
@@ -66,14 +65,16 @@ def check_value(flag: Flag, value: Any) -> Any:
     return texts if flag.many else texts[0]
 
 
-def _values_in(path: Path, verb: Verb) -> dict[str, Any]:
-    """Return the settings in a file; of a file with sections, those of the verb's."""
+def _read_values(path: Path, verb: Verb) -> dict[str, Any]:
+    """Return the settings in a file; if it has sections, those of the verb."""
     values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
-    known = {_section(group) for each in VERBS.values() for group in each.settings}
+    known: set[str] = set()
+    for other_verb in VERBS.values():
+        known.update(_section_name(group) for group in other_verb.settings)
     if not any(isinstance(values.get(name), dict) for name in known):
         return values
     sections = sections_of(path, with_preset(path, values), known)
-    names = [_section(group) for group in verb.settings]
+    names = [_section_name(group) for group in verb.settings]
     chosen = [sections[name] for name in names if name in sections]
     if not chosen:
         raise ConfigError(
@@ -86,8 +87,8 @@ def _values_in(path: Path, verb: Verb) -> dict[str, Any]:
     return merged
 
 
-def _section(group: type[Settings]) -> str:
-    """Return what a group of settings is called in recipes and presets."""
+def _section_name(group: type[Settings]) -> str:
+    """Return the name of a group of settings in recipes and presets."""
     return group.__name__.removesuffix("Config").lower()
 
 

@@ -1,6 +1,6 @@
-"""The verbs of the stages: check what needs no model, run the stage, print what came of it.
+"""The verbs of the stages: check the flags and files, run the stage, and print its results.
 
-Names, numbers, input files and the output's place are refused before the base model is loaded.
+Wrong names, numbers, input files and output folders are refused before the base model is loaded.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from drllm.config import (
 from drllm.errors import CheckpointError, ConfigError, ModelError
 from drllm.evaluation.questions import check_output, tasks_of, without_routers
 from drllm.listener import duration
+from drllm.models.routers.places import check_place
 from drllm.pipeline.folder import loaded
 from drllm.processes import is_first
 from drllm.records import static_paths
@@ -83,7 +84,8 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     targets_config = command.of(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
     check_model_name(command)
-    questions = collect_questions(None, config)
+    with terminal.busy("reading the questions"):
+        questions = collect_questions(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
     _print_splits(get_tasks(config.dataset or ""), terminal)
@@ -124,7 +126,7 @@ def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
 
 
 def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> None:
-    """Print what a search found, and which questions it set aside."""
+    """Print the results of a search, and how many questions failed."""
     file = folder / "search.jsonl"
     if not records.is_new:
         terminal.say(f"{file} is complete already; nothing was searched again")
@@ -141,7 +143,7 @@ def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> N
 def _supervise(
     records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
-    """Choose targets and write them, unless the file that is there has to stay."""
+    """Choose targets and write them, unless an existing file has to stay."""
     supervision = pick_targets(records, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
@@ -150,7 +152,7 @@ def _supervise(
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
         if manifest is not None and _is_up_to_date(manifest, output, config):
-            terminal.say(f"{output} is made from this search already; it stays as it is")
+            terminal.say(f"{output} was made from this search already")
             return
     if not supervision:
         terminal.note(
@@ -163,9 +165,9 @@ def _supervise(
 
 
 def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
-    """Whether targets were made from the search beside them, by the rule that is asked for.
+    """Whether targets were made from the search beside them, by the rule of this command.
 
-    Targets by a rule that `supervise` was given stay, unless another rule is asked for here.
+    Targets that `drllm supervise` made by another rule stay if this command names no rule.
     """
     search_digest = sha256(output.with_name("search.jsonl"))
     if search_digest not in manifest.get("inputs", {}).values():
@@ -177,7 +179,7 @@ def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseC
 def _print_forecast(
     questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
-    """Search a few questions, and print what all of them will take."""
+    """Search a few questions, and print the time, memory and disk that all of them need."""
     config = command.of(SearchConfig)
     with loaded(command.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
@@ -214,7 +216,7 @@ def _print_forecast(
             f"{base.name}, {base.runtime['dtype']} on {device}",
         )
     terminal.say(f"a prompt of {parts[0].task}, as the model reads it:\n{parts[0].prompt}")
-    terminal.say("nothing was written; leave --dry-run out to search")
+    terminal.say("nothing was written; to search, leave --dry-run out")
 
 
 @verb(
@@ -328,7 +330,9 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     check_model_name(command)
-    for parts in split_tasks(config):
+    with terminal.busy("reading the questions"):
+        splits = split_tasks(config)
+    for parts in splits:
         _print_parts(parts, config, terminal)
     from drllm.tuning.run import tune
 
@@ -400,7 +404,10 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     places = command.paths("routers")
     if not places:
         config = without_routers(config)
-    tasks = tasks_of(config)
+    for place in places:
+        check_place(place)
+    with terminal.busy("reading the questions"):
+        tasks = tasks_of(config)
     paths = static_paths.read_path_list(  # before a model is loaded
         config.paths or "", needs_names=config.max_drop is not None
     ).values()
@@ -513,12 +520,12 @@ def report(command: CommandLine, terminal: Terminal) -> None:
 )
 def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""
-    from drllm.models.export import check_output, export_path
-
     check_model_name(command)
     output = command.path("output_dir")
     plan = static_paths.read_path(str(command.path("path")))
     check_folder(output, "--output-dir")
+    from drllm.models.export import check_output, export_path
+
     check_output(output)
     with (
         loaded(model_of(command, path=plan), terminal) as base,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
 
 HELP = ("-h", "--help", "--help-all")
-EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+SEE_VERBS = "'drllm --help' explains the verbs"
+EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
 PLACEHOLDERS = {int: "N", float: "X"}
 """How a value of a type is written in the help, where a setting doesn't say it."""
 
@@ -90,7 +91,7 @@ class Flag:
         elif self.group is not None:
             expected = EXPECTED[self.kind]
         else:
-            expected = "one"
+            expected = "a value"
         return f"{expected} ({self.help})"
 
 
@@ -192,10 +193,10 @@ def find_verb(name: str) -> Verb:
     """Return the verb of a name; ConfigError for an unknown or removed one."""
     if name in REMOVED_VERBS:
         raise ConfigError(REMOVED_VERBS[name])
+    if name.startswith("-"):
+        raise ConfigError(f"no verb stands before {name}; write drllm VERB {name} …: {SEE_VERBS}")
     if name not in VERBS:
-        kind = "flag" if name.startswith("-") else "verb"
-        names = [*VERBS, *FOREIGN]
-        raise ConfigError(unknown_name(kind, name, names) + "; 'drllm --help' explains them")
+        raise ConfigError(f"{unknown_name('verb', name, [*VERBS, *FOREIGN])}; {SEE_VERBS}")
     return VERBS[name]
 
 

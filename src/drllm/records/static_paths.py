@@ -314,6 +314,8 @@ class _Content:
 
 def _read(place: str) -> _Content:
     """Read `FILE` or `FILE:NAME`."""
+    if place.lstrip().startswith(("{", "[")):
+        raise RecordError(f"a path is {place}; write that into a .json file, and give the file")
     file = Path(place)
     name = None
     if not file.exists() and ":" in place:

@@ -92,7 +92,8 @@ def export(model_folder, drllm):
 def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None:
     output = tmp_path / "out"
     said = export(written(tmp_path, '{"path": [0, 1, 2, 3, 1, 2, 3, 4]}'), output)
-    assert said.err == ""
+    # On a slow machine lines such as "loading the model …" may be there.
+    assert [line for line in said.err.splitlines() if not line.endswith(" …")] == []
     for text in (
         f"export      {output}",
         "path        0 1 2 3 1 2 3 4",

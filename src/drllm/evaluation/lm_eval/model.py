@@ -37,7 +37,8 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.healed import load_path
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.depth_control import encode_calibration, make_policy, read_calibration
-from drllm.models.routers.files import CONFIG_FILE, find_routers
+from drllm.models.routers.files import find_routers
+from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel

@@ -24,7 +24,8 @@ from drllm.models.base.layers import base_of
 from drllm.models.cards import CARD_FILE
 from drllm.models.routers.card import FOLDER, MARK, write_card
 from drllm.models.routers.config import FORMAT_VERSION, RouterConfig, read_config
-from drllm.models.routers.files import CONFIG_FILE, COUNTED_FILE, WEIGHTS_FILE
+from drllm.models.routers.files import COUNTED_FILE, WEIGHTS_FILE
+from drllm.models.routers.places import CONFIG_FILE
 from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.records.identity import differ
 

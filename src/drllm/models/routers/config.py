@@ -14,7 +14,8 @@ import msgspec
 
 from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
 from drllm.models.base.prompts import PromptForm
-from drllm.models.routers.files import CONFIG_FILE, find_routers
+from drllm.models.routers.files import find_routers
+from drllm.models.routers.places import CONFIG_FILE, explain_missing_config
 from drllm.records.codec import describe_invalid, read_json
 
 FORMAT_VERSION = 1
@@ -92,7 +93,7 @@ def read_config(folder: Path | str) -> RouterConfig:
     """Read the `router_config.json` of a routers folder; CheckpointError if it is no good."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(_explain_missing_config(path.parent))
+        raise CheckpointError(explain_missing_config(path.parent))
     try:
         values = read_json(path, dict[str, Any])
     except RecordError as error:
@@ -126,20 +127,3 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
     for name in names:
         if name not in values:
             raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
-
-
-def _explain_missing_config(folder: Path) -> str:
-    """Say why a place isn't a folder of routers, and what to give instead."""
-    if folder.is_file():
-        return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
-    problem = f"{folder} has no {CONFIG_FILE}"
-    advice = "give a folder that 'drllm train' has written"
-    if (folder / "routers" / CONFIG_FILE).is_file():
-        return f"{problem}; did you mean {folder / 'routers'}?"
-    if (folder / "config.json").is_file():
-        return f"{problem}; is it a base model? Then give it as --model"
-    if not folder.exists():
-        return f"{problem}, since it doesn't exist; {advice}"
-    if not any(folder.iterdir()):
-        return f"{problem}, since it is empty; {advice}"
-    return f"{problem}; {advice}"

@@ -9,8 +9,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.base import hub
 from drllm.models.cards import CARD_FILE, HUB_ID
+from drllm.models.routers.places import CONFIG_FILE
 
-CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "routers.safetensors"
 COUNTED_FILE = "config.json"  # the file that the hub counts downloads by; nothing else reads it
 FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
