@@ -42,11 +42,11 @@ from drllm.evaluation.flops import ModelShape, prompt_flops
 from drllm.evaluation.latency import (
     Clock,
     Rounds,
-    decoding,
+    copy_sharing_weights,
     empty_cache,
-    reading,
-    take_turns,
-    twin,
+    prepare_decoding,
+    prepare_reading,
+    time_in_turns,
 )
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, left_padded
@@ -150,7 +150,7 @@ class Figure:
 
 def without_layers(model: Any) -> Any:
     """Return a copy whose loop runs no layer: embeddings, last norm and output weights alone."""
-    bare = twin(model)
+    bare = copy_sharing_weights(model)
     for config in (bare.config, bare.get_decoder().config):
         config.num_hidden_layers = 0
     return bare
@@ -182,10 +182,10 @@ def variants(base: BaseModel) -> dict[str, Any]:
     executing = RouterPolicy(common.that_execute(stack))
     policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": executing}
     policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
-    models = {"untouched": base.model, "control": twin(base.model)}
+    models = {"untouched": base.model, "control": copy_sharing_weights(base.model)}
     models["bare"] = without_layers(base.model)
     for name, policy in policies.items():
-        models[name] = RoutedModel(twin(base.model), policy=policy).model
+        models[name] = RoutedModel(copy_sharing_weights(base.model), policy=policy).model
     return models
 
 
@@ -194,17 +194,19 @@ def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Fi
     models = variants(base)
     one = token_ids(base, 1, PROMPT_TOKENS)
     eight = token_ids(base, 8, PROMPT_TOKENS)
-    decode = partial(decoding, num_tokens=DECODED)
+    decode = partial(prepare_decoding, num_tokens=DECODED)
 
     def time_models(way: Way, ids: Tensor, names: Sequence[str], num_rounds: int) -> Rounds:
-        return take_turns({name: way(models[name], ids) for name in names}, num_rounds, clock)
+        return time_in_turns({name: way(models[name], ids) for name in names}, num_rounds, clock)
 
     models["untouched"](eight)  # not timed: makes room
     most = [name for name in models if name != "routers"]
-    read = time_models(reading, one, most, repeats["prompt"])
+    read = time_models(prepare_reading, one, most, repeats["prompt"])
     decoded = time_models(decode, one, most, repeats["decode"])
-    batch = time_models(reading, eight, ("untouched", "attached", "routers"), repeats["batch"])
-    routed = time_models(reading, one, ("attached", "routers"), repeats["routers"])
+    batch = time_models(
+        prepare_reading, eight, ("untouched", "attached", "routers"), repeats["batch"]
+    )
+    routed = time_models(prepare_reading, one, ("attached", "routers"), repeats["routers"])
     return [
         *overhead_figures("prefill_batch_1", read),
         *overhead_figures("prefill_batch_8", batch),
@@ -269,7 +271,7 @@ def count_stored(base: BaseModel) -> list[dict[str, Any]]:
         "4 prompts, layer 0 skipped by all": [[0] + [1] * (L - 1)] * 4,
         "8 prompts, 8 plans": mixed,
     }
-    routed = RoutedModel(twin(base.model))
+    routed = RoutedModel(copy_sharing_weights(base.model))
     counts = []
     for case, plan in cases.items():
         ids = token_ids(base, len(plan), 20)
@@ -326,7 +328,9 @@ class ManyPrompts:
         policy = ThreePlans(base.num_layers)
         self.plans = [policy.plan_of(len(row)) for row in self.rows]
         self.given = FixedPolicy(self.plans, base.num_layers)
-        self.routed = RoutedModel(twin(base.model), policy=policy, tokenizer=base.tokenizer)
+        self.routed = RoutedModel(
+            copy_sharing_weights(base.model), policy=policy, tokenizer=base.tokenizer
+        )
         self.length = {"max_new_tokens": num_new, "min_new_tokens": num_new}
 
     def mixed(self, size: int) -> Answers:
@@ -381,7 +385,7 @@ def many_prompts(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> M
             return lambda: answers.update({name: ways[name](size)})
 
         calls = {name: partial(prepare, name, size, answers) for name in ways}
-        rounds = take_turns(calls, repeats["many"], clock)
+        rounds = time_in_turns(calls, repeats["many"], clock)
         for name in ("routed_and_grouped", "grouped"):
             label = f"{name}_batches_of_{size}"
             results.figures.append(Figure("e", label, ratios(rounds, "mixed", name)))
@@ -400,7 +404,7 @@ def many_prompts(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> M
 
 def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
     """Return a routed copy that runs a path with an adapter; its values don't matter here."""
-    routed = RoutedModel(twin(base.model))
+    routed = RoutedModel(copy_sharing_weights(base.model))
     rank = HealConfig().rank
     maps = routed.injection.linear_maps
     routed.injection.lora.create("healed", rank, rank, path.layers, maps, seed=0)
@@ -411,10 +415,12 @@ def with_adapter(base: BaseModel, path: StaticPath) -> RoutedModel:
 def models_without_layers(base: BaseModel) -> dict[str, Any]:
     """Return the models of (f): untouched, and without k layers in each of three ways."""
     L = base.num_layers
-    models = {"untouched": base.model, "control": twin(base.model)}
+    models = {"untouched": base.model, "control": copy_sharing_weights(base.model)}
     for k in NUM_SKIPPED:
         plan = skipping(L, k)
-        models[f"routed {k}"] = RoutedModel(twin(base.model), policy=FixedPolicy(plan, L)).model
+        models[f"routed {k}"] = RoutedModel(
+            copy_sharing_weights(base.model), policy=FixedPolicy(plan, L)
+        ).model
         models[f"healed {k}"] = with_adapter(base, StaticPath(to_path(plan))).model
         with tempfile.TemporaryDirectory() as folder:
             export_path(base, [layer for layer in range(L) if plan[layer]], folder)
@@ -436,11 +442,14 @@ def exported(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[
     """Measure (f)."""
     ids = token_ids(base, 1, PROMPT_TOKENS)
     models = models_without_layers(base)
-    decode = partial(decoding, num_tokens=DECODED)
+    decode = partial(prepare_decoding, num_tokens=DECODED)
     figures = []
-    for name, way, num_tokens in (("prefill", reading, PROMPT_TOKENS), ("decode", decode, 1)):
+    for name, way, num_tokens in (
+        ("prefill", prepare_reading, PROMPT_TOKENS),
+        ("decode", decode, 1),
+    ):
         calls = {model_name: way(model, ids) for model_name, model in models.items()}
-        rounds = take_turns(calls, repeats["exported"], clock)
+        rounds = time_in_turns(calls, repeats["exported"], clock)
         control = ratios(rounds, "control", "untouched")
         figures.append(Figure("f", f"{name}_exported_control", control))
         for k, saved in zip(NUM_SKIPPED, saved_shares(base, num_tokens), strict=True):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from drllm.statistics.intervals import is_single, mean_interval
-from drllm.statistics.paired import mcnemar_exact, paired_interval, won_lost
+from drllm.statistics.intervals import is_right_or_wrong, mean_interval
+from drllm.statistics.paired import count_won_lost, mcnemar_exact, paired_interval
 
 ACCURACY = "accuracy"
 SEED = 0
@@ -21,9 +21,9 @@ def compared(quantity: str, ours: Sequence[float], theirs: Sequence[float]) -> d
     """
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     found = {"mean": fmean(ours), "change": fmean(changes), "n": len(changes)}
-    if quantity != ACCURACY or not (is_single(ours) and is_single(theirs)):
+    if quantity != ACCURACY or not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
         return found | {"interval": mean_interval(changes, SEED)}
-    won, lost = won_lost(ours, theirs)
+    won, lost = count_won_lost(ours, theirs)
     interval = paired_interval(won, lost, len(changes))
     return found | {
         "interval": interval,

@@ -30,7 +30,7 @@ from drllm.config import (
     TuneConfig,
 )
 from drllm.errors import CheckpointError, ConfigError, ModelError
-from drllm.evaluation.questions import check_output, tasks_of, without_routers
+from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.listener import duration
 from drllm.models.routers.places import check_place
 from drllm.pipeline.folder import loaded
@@ -407,7 +407,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     for place in places:
         check_place(place)
     with terminal.busy("reading the questions"):
-        tasks = tasks_of(config)
+        tasks = select_tasks(config)
     paths = static_paths.read_path_list(  # before a model is loaded
         config.paths or "", needs_names=config.max_drop is not None
     ).values()

@@ -24,7 +24,7 @@ from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import make_task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import RenderedTask, draw_stock_task
-from drllm.evaluation.questions import chosen_on, is_fitted, sources_of
+from drllm.evaluation.questions import find_sources, fitting_split, needs_fitting
 from drllm.evaluation.systems import BatchResult, KeepBlocks, SystemRun, TaskRunner
 from drllm.evaluation.tables import TaskRuns, depth_name
 from drllm.listener import OnProgress
@@ -116,7 +116,7 @@ class EvaluationContext:
         self.depths = {"": 0.0}  # share saved by name; the depth of training has no name
         for share in read_curve(config.curve):
             self.depths[depth_name(share)] = share
-        self.sources = sources_of(tasks, config)
+        self.sources = find_sources(tasks, config)
         self._sources_by_name = {source.name: source for source in self.sources.values()}
         self._targets = []
         if config.supervision is not None:
@@ -167,7 +167,7 @@ class EvaluationContext:
             made_on.update(routers.config.training.get("tasks", ()))
         # Of names that aren't ours it isn't known whether they hold the same questions.
         has_known_names = made_on <= {*TASKS}
-        is_fresh = has_known_names and config.supervision is None and not is_fitted(config)
+        is_fresh = has_known_names and config.supervision is None and not needs_fitting(config)
         part = None if split == "test" and is_fresh else split
         written = draw_stock_task(task, part, limit, config.seed, config.num_fewshot)
         return RenderedTask(written, task.tasks, self.lm, chat=config.chat)
@@ -214,7 +214,7 @@ class EvaluationContext:
         """Return what baselines are fitted on: questions of a source, and targets."""
         source = self._sources_by_name[name]
         limit = self.config.num_calibration or NUM_CALIBRATION
-        harness_task = self.harness_task(source, chosen_on(source, self.config), limit)
+        harness_task = self.harness_task(source, fitting_split(source, self.config), limit)
         questions = _questions_with_one_prompt(harness_task)
 
         def measure_once(

@@ -1,8 +1,8 @@
 """Measured time: base and routed model reading prompts and decoding, taking turns.
 
-Models under comparison share their weights and are timed in interleaved rounds, each round in
-another order, so that whatever else the machine does hits all of them alike; what is reported are
-medians, and ratios of one round.
+The models share their weights and are timed in interleaved rounds, each round in another order, so
+that other work on the machine affects all of them alike. Medians are reported, and ratios within a
+round.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -38,7 +38,7 @@ from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, T
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]  # seconds by what was timed, for every round
-Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # returns what is timed, ready to be called
+Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # returns the call that is timed
 
 BATCH_SIZES = (1, 4, 16)
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
@@ -53,14 +53,22 @@ def measure(
     num_read: int,
     num_written: int,
 ) -> Timings:
-    """Time systems, each a policy or None for base, while they read prompts and while they decode.
+    """Time systems while they read prompts and while they decode.
 
-    Prompts are cut to one length, the shortest one's or `num_read`, so that no padding is timed; a
-    batch of more rows than there are prompts holds some several times. A round that isn't measured
-    comes first. RoutingError for a model that is routed already.
+    Prompts are cut to one length, the shortest prompt's or `num_read`, so that no padding is timed.
+    A batch with more rows than there are prompts has some prompts several times. The first round
+    isn't counted.
+
+    Args:
+        model: The base model; RoutingError if it is routed already.
+        systems: For each system by name, its policy; None for base.
+        prompts: Tokens of the prompts.
+        rounds: How often each system is timed.
+        num_read: Maximum tokens that are read of a prompt.
+        num_written: Tokens that are decoded in one timing.
     """
     T = min(num_read, *map(len, prompts))
-    models = {name: twin(model) for name in systems}
+    models = {name: copy_sharing_weights(model) for name in systems}
     routed: dict[str, RoutedModel] = {}
     for name, policy in systems.items():
         if policy is not None:
@@ -68,8 +76,8 @@ def measure(
     full = full_decisions(len(find_layers(model)[1]))
     clock = device_clock(model.device)
     ways: list[tuple[Literal["prefill", "decode"], Callable[..., Any], int]] = [
-        ("prefill", reading, T),
-        ("decode", partial(decoding, num_tokens=num_written), num_written),
+        ("prefill", prepare_reading, T),
+        ("decode", partial(prepare_decoding, num_tokens=num_written), num_written),
     ]
     timings = []
     for size in BATCH_SIZES:
@@ -77,8 +85,8 @@ def measure(
         ids = torch.tensor(rows, device=model.device)  # [B, T]
         for phase, way, num_tokens in ways:
             calls = {name: way(twin_model, ids) for name, twin_model in models.items()}
-            take_turns(calls, 1, clock)  # forgotten
-            seconds = take_turns(calls, rounds, clock)
+            time_in_turns(calls, 1, clock)  # a first round, not counted
+            seconds = time_in_turns(calls, rounds, clock)
             for name in systems:
                 routes = [full]
                 if name in routed:
@@ -96,11 +104,11 @@ def measure(
     return Timings(prompt_tokens=T, new_tokens=num_written, timings=tuple(timings))
 
 
-def take_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, each prepared before its clock starts, every round in another order.
+def time_in_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Rounds:
+    """Time calls in turn, every round in another order; each is prepared before its clock starts.
 
-    In a fixed order one call would always follow the same other one, and find its weights and code
-    in the processor's caches, or not.
+    In a fixed order a call would always follow the same other call, whose weights and code may be
+    in the processor's caches.
     """
     rounds = []
     for number in range(repeats):
@@ -114,38 +122,39 @@ def take_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Roun
     return rounds
 
 
-def twin(model: Any) -> Any:
+def copy_sharing_weights(model: Any) -> Any:
     """Return a copy of a model that shares its weights."""
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
 def empty_cache(model: Any) -> dict[str, Cache]:
-    """Return a cache, by the name under which the model takes it."""
+    """Return an empty cache, by the name of the model's argument for it."""
     return {cache_argument(model): DynamicCache(config=model.config)}
 
 
-def reading(model: Any, ids: Tensor) -> Prepare:
+def prepare_reading(model: Any, ids: Tensor) -> Prepare:
     """Prepare to read prompts `[B, T]` into a new cache."""
     return lambda: partial(model, ids, logits_to_keep=1, **empty_cache(model))
 
 
-def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
-    """Prepare to read more tokens, one by one, after prompts `[B, T]`, read once here.
+def prepare_decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
+    """Prepare to decode tokens one by one after prompts `[B, T]`, which are read once here.
 
-    Each has its own copy of the cache. Whichever tokens they are, the time is the same.
+    Each call has its own copy of the cache. The tokens are the prompts' first ones, since the time
+    doesn't depend on them.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
 
-    def decode(own: Mapping[str, Cache]) -> None:
+    def decode(cache_copy: Mapping[str, Cache]) -> None:
         for _ in range(num_tokens):
-            model(ids[:, :1], logits_to_keep=1, **own)
+            model(ids[:, :1], logits_to_keep=1, **cache_copy)
 
     return lambda: partial(decode, copy.deepcopy(cache))
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Return a clock that tells the time when the device has done all that it was asked to do."""
+    """Return a clock that waits until the device has finished its work, then tells the time."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -165,10 +174,10 @@ def write_latency(
     config: EvaluateConfig,
     output: Path,
 ) -> None:
-    """Time the base model, not routed yet, and the routed one, and write `latency.json`.
+    """Time the base model, which must not be routed yet, and the routed one; write `latency.json`.
 
-    Without `latency` or routers nothing is measured, and a file of an earlier evaluation is
-    removed, so that no result is shown with another one's times.
+    Without `latency` or routers nothing is measured. A file of an earlier evaluation is removed
+    then, so that no result is shown with the times of another one.
     """
     path = output / LATENCY_FILE
     if not config.latency or folder is None or routers is None:
@@ -177,49 +186,70 @@ def write_latency(
     timed = choose_prompts(prompts, config.latency_read, config.seed)
     systems = {BASE: None, ROUTED: RouterPolicy(routers)}
     weights = folder / WEIGHTS_FILE
-    lengths = (config.latency_rounds, config.latency_read, config.latency_written)
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
         runtime={**base.runtime, "num_threads": torch.get_num_threads()},
-        machine=machine(base.model.device),
+        machine=describe_machine(base.model.device),
         routers=str(folder),
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(base.model, systems, timed, *lengths),
+        measured=measure(
+            base.model,
+            systems,
+            timed,
+            config.latency_rounds,
+            config.latency_read,
+            config.latency_written,
+        ),
     )
     write_json(path, latency)
 
 
-def timed_tokens(config: EvaluateConfig) -> int:
-    """Return how many tokens a measurement runs at most; 0 where no time is measured."""
+def count_timed_tokens(config: EvaluateConfig) -> int:
+    """Return how many tokens a measurement runs at most; 0 if no time is measured."""
     if not config.latency:
         return 0
-    a_row = config.latency_read + config.latency_written
-    return config.latency_rounds * len(DESCRIPTIONS) * sum(BATCH_SIZES) * a_row
+    tokens_a_row = config.latency_read + config.latency_written
+    return config.latency_rounds * len(DESCRIPTIONS) * sum(BATCH_SIZES) * tokens_a_row
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-    """Draw the prompts that are timed: one a row of the largest batch, if there are so many.
+    """Draw the prompts that are timed: one for each row of the largest batch, if there are enough.
 
-    Those that are long enough are drawn first, then the longest of the others. Of each its last
-    tokens are kept: with worked examples or a chat template all prompts of a task begin alike.
+    Prompts that are long enough come first, then the longest of the others. Each is cut to its last
+    tokens, because with worked examples or a chat template all prompts of a task begin alike.
     """
     drawn = random.Random(seed).sample(list(prompts), len(prompts))
-    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: else as drawn
+    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: equal ones stay as drawn
     chosen = drawn[: max(BATCH_SIZES)]
     T = min(length, *map(len, chosen))
     return [list(ids[-T:]) for ids in chosen]
 
 
-def machine(device: torch.device) -> str:
-    """Say in words on what a model on this device runs: accelerator, system, processor, cores."""
-    listed = Path("/proc/cpuinfo")  # Python itself doesn't know the processor's name on Linux
-    text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    processor = " ".join(named[1].split()) if named else platform.processor()
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    system = f"{platform.system()} {platform.machine()}"
-    return ", ".join(filter(None, (accelerator, system, processor, f"{cores} cores")))
+def describe_machine(device: torch.device) -> str:
+    """Describe the machine in words: accelerator, operating system, processor, cores."""
+    parts = []
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    parts.append(f"{platform.system()} {platform.machine()}")
+    parts.append(_read_processor_name())
+    parts.append(f"{_count_cores()} cores")
+    return ", ".join(part for part in parts if part)
+
+
+def _read_processor_name() -> str:
+    """Return the processor's name; on Linux only `/proc/cpuinfo` has it."""
+    file = Path("/proc/cpuinfo")
+    if file.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", file.read_text("utf-8"), re.MULTILINE)
+        if match is not None:
+            return " ".join(match[1].split())
+    return platform.processor()
+
+
+def _count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

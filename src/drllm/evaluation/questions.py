@@ -1,6 +1,6 @@
-"""Which questions an evaluation asks, and which it chooses depths and fits baselines on.
+"""Selects the questions that an evaluation reports, and those that it fits depths and baselines on.
 
-What is chosen or fitted is never reported on the same questions. All of it is checked before a
+Nothing is reported on questions that it was chosen or fitted on. Everything is checked before a
 model is loaded. Loads no torch.
 """
 
@@ -29,31 +29,31 @@ from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 
 
-def tasks_of(
+def select_tasks(
     config: EvaluateConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[Task]:
-    """Return the tasks that are evaluated, those given or the config's, if they can be.
+    """Return the tasks to evaluate, by default those of the config, after checking them.
 
     ConfigError for settings that make no sense together, or a missing package; TaskError for an
-    unknown task, or no questions to be had.
+    unknown task, or one without questions.
     """
     need("eval", "an evaluation")
-    found = _list_tasks(required_tasks(config.tasks) if tasks is None else tasks, config)
+    selected = _list_tasks(required_tasks(config.tasks) if tasks is None else tasks, config)
     check(config)
-    _check_max_drop(config, found)
-    _check_names(config, [task.name for task in found])
-    for task in found:
+    _check_max_drop(config, selected)
+    _check_names(config, [task.name for task in selected])
+    for task in selected:
         _check_questions(task, config)
-    sources = sources_of(found, config)
-    _check_limit(config, [task.name for task in found])
-    if is_fitted(config):
+    sources = find_sources(selected, config)
+    _check_limit(config, [task.name for task in selected])
+    if needs_fitting(config):
         for source in sources.values():
-            _read_questions(source, chosen_on(source, config), config)
-    return found
+            _read_questions(source, fitting_split(source, config), config)
+    return selected
 
 
 def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a task called as another file is, and settings by task that name another task."""
+    """Refuse a task with the name of another file, and settings for tasks that aren't evaluated."""
     if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
@@ -66,10 +66,10 @@ def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
 
 
 def _check_questions(task: Task, config: EvaluateConfig) -> None:
-    """Refuse a task without answers or questions, or whose reward needs a missing package."""
+    """Refuse a task that has no answers or no questions, or whose reward lacks a package."""
     task.check_answers()
     has_own_format = task.harness is None and task.prompt_format is not None
-    if has_own_format:  # asked and graded as in a search
+    if has_own_format:  # prompted and graded as in a search
         check_installed(task.check_reward(None))
     _read_questions(task, config.split_of(task.name), config)
 
@@ -82,25 +82,25 @@ def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
 
 
 def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
-    """Refuse `--max-drop` on other questions than `test`, of nothing, or on too few texts."""
+    """Refuse `--max-drop` on other questions than those of `test`, and on too few texts."""
     if config.max_drop is None:
         return
     for task in tasks:
         split = config.split_of(task.name)
         if split != "test":
             raise ConfigError(
-                f"--max-drop {config.max_drop:g} asks what the test questions exclude, and of "
-                f"{task.name} those of {split} are evaluated; leave it out, or evaluate on test"
+                f"--max-drop {config.max_drop:g} asks what the test questions exclude, but "
+                f"{task.name} is evaluated on {split}; leave it out, or evaluate on test"
             )
     if config.max_loss_increase is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
-            f"--num-texts {config.num_texts} are too few for --max-loss-increase "
+            f"--num-texts {config.num_texts} is too small for --max-loss-increase "
             f"{config.max_loss_increase:g}; give at least {FEWEST_TEXTS}"
         )
 
 
 def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
-    """Return the questions of a split; a TaskError for one that can't be asked, or has none."""
+    """Return the questions of a split; TaskError if it has none, or the harness hides it."""
     if split != "test" and task.reports_test_alone:
         raise TaskError(
             f"task {task.name!r} is the harness' own, of which an evaluation has only the "
@@ -111,22 +111,22 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
-    """Return tasks by name, their answers graded by a function of the user's own if given."""
+    """Return tasks by name; with `--reward` their answers are graded by the user's function."""
     if isinstance(tasks, Task):
         tasks = [tasks]
     elif isinstance(tasks, str):
         tasks = [name.strip() for name in tasks.split(",") if name.strip()]
-    found: list[Task] = []
+    selected: list[Task] = []
     for task in tasks or [""]:
         if isinstance(task, Task):
-            found.append(task)
+            selected.append(task)
         else:
-            found += get_tasks(task)
-    found = [_graded(task, config) for task in found]
-    for name, count in Counter(task.name for task in found).items():
+            selected += get_tasks(task)
+    selected = [_graded(task, config) for task in selected]
+    for name, count in Counter(task.name for task in selected).items():
         if count > 1:
             raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")
-    return found
+    return selected
 
 
 def _graded(task: Task, config: EvaluateConfig) -> Task:
@@ -136,9 +136,9 @@ def _graded(task: Task, config: EvaluateConfig) -> Task:
 
 
 def without_routers(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the settings of an evaluation without routers, which baselines are compared with.
+    """Return the settings of an evaluation without routers: no baselines, since these need them.
 
-    ConfigError where there are no paths either, or for what only routers have.
+    ConfigError if there are no paths either, or for a setting that only routers have.
     """
     if config.paths is None:
         raise ConfigError(
@@ -157,7 +157,7 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check_output(output: Path) -> None:
-    """Refuse, by RecordError, a folder with files that reports would take for results."""
+    """Refuse a folder with other files that reports would read as results, by a RecordError."""
     for path in list_results(output):
         if read_schema(path) != EVALUATION_SCHEMA:
             raise RecordError(
@@ -166,22 +166,22 @@ def check_output(output: Path) -> None:
             )
 
 
-def is_fitted(config: EvaluateConfig) -> bool:
-    """Tell whether an evaluation looks for depths or fits baselines on questions."""
+def needs_fitting(config: EvaluateConfig) -> bool:
+    """Tell whether an evaluation finds depths or fits baselines on questions."""
     baselines = [BASELINES.get(name) for name in select_baselines(config.baselines)]
     return bool(read_curve(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
 
 
-def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
-    """Return, by the name of each task, the task whose questions all is fitted on.
+def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
+    """Return for each task by name its source: the task whose questions everything is fitted on.
 
-    A task's own, unless `fitted_on` names another: where a set has only questions that are
-    reported, or to see what holds elsewhere of what was chosen here. ConfigError if it or
-    `num_calibration` has no effect; TaskError if it names a task that there isn't.
+    It is the task itself, unless `fitted_on` names another. That is needed if a set has only
+    questions that are reported, or to see whether what was chosen on one task holds on another.
+    ConfigError if `fitted_on` or `num_calibration` has no effect; TaskError for an unknown task.
     """
     values = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
     for setting, value in values.items():
-        if value is not None and not is_fitted(config):
+        if value is not None and not needs_fitting(config):
             raise ConfigError(
                 f"{setting} {value} has no effect on the baselines {config.baselines} "
                 f"without --curve; leave it out, or give --curve or baselines that are fitted"
@@ -194,6 +194,6 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     return sources
 
 
-def chosen_on(source: Task, config: EvaluateConfig) -> str:
-    """Return the split of a source: `select`, or `fit` where its `select` is what is reported."""
+def fitting_split(source: Task, config: EvaluateConfig) -> str:
+    """Return the split of a source to fit on: `select`, or `fit` if its `select` is reported."""
     return "fit" if config.split_of(source.name) == "select" else "select"

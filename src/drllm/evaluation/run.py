@@ -19,8 +19,8 @@ from drllm.config import TIMING, EvaluateConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES, read_curve
-from drllm.evaluation.latency import timed_tokens, write_latency
-from drllm.evaluation.questions import check_output, tasks_of, without_routers
+from drllm.evaluation.latency import count_timed_tokens, write_latency
+from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import check_routers, load_routers, save_routers
@@ -109,7 +109,7 @@ def evaluate(
     config = _complete_settings(
         changed(EvaluateConfig, config, settings), paths, has_routers=bool(routers) or is_routed
     )
-    tasks = tasks_of(config, tasks)
+    tasks = select_tasks(config, tasks)
     named_paths = _name_paths(paths, config)
     for path in named_paths.values():
         if isinstance(path, PathFile):
@@ -327,7 +327,7 @@ def _run(
     context.chunks.open()
     with listener.busy("reading the questions"):
         comparisons = [TaskComparison(context, task) for task in inputs.tasks]
-    num_timed = timed_tokens(inputs.config) if inputs.routers.stacks else 0
+    num_timed = count_timed_tokens(inputs.config) if inputs.routers.stacks else 0
     progress = context.progress
     progress.plan(num_timed)
     with listener.progress("evaluating", "") as progress.report:
@@ -383,11 +383,11 @@ def _judge(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig
 ) -> tuple[Evaluation, ...]:
     """Return the records of all tasks, their tests corrected for each other."""
-    from drllm.evaluation.tables import correct, depth_name, drop_candidates
+    from drllm.evaluation.tables import correct_tables, depth_name, drop_candidates
 
     # Without routers the most accurate path stands first.
     rivals = () if header["routers"] else header["paths"]
-    tables = correct([task_runs.table() for task_runs in runs], rivals)
+    tables = correct_tables([task_runs.table() for task_runs in runs], rivals)
     curves = []
     for task_runs, table in zip(runs, tables, strict=True):
         curves.append(task_runs.curve(table))

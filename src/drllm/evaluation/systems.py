@@ -131,7 +131,7 @@ class TaskRunner:
         prompts = self.harness_task.prompts()  # by which the answers of a block are told apart
         blocks: list[Block] = []
         for block in batches(lengths, size):  # one takes long enough by itself
-            blocks += distinct(block, prompts)
+            blocks += separate_repeats(block, prompts)
         return blocks
 
     def run(
@@ -209,7 +209,7 @@ class TaskRunner:
         for number, block in enumerate(self._blocks):
             key = f"block {number} {json.dumps(self._decisions_key(block, decides, note))}"
             calls[key] = partial(self._run_block, block, decides)
-        return joined(self._blocks, keep(calls))
+        return join_blocks(self._blocks, keep(calls))
 
     def _decisions_key(self, block: Block, decides: Sequence[Decides], note: str) -> Any:
         """Return what tells the decisions on a block from others, as far as they are known."""
@@ -295,7 +295,7 @@ class TaskRunner:
         return losses
 
 
-def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
+def separate_repeats(block: Block, prompts: Sequence[str]) -> list[list[int]]:
     """Divide a block so that no part of it has a prompt twice."""
     parts: defaultdict[int, list[int]] = defaultdict(list)
     num_seen: Counter[str] = Counter()
@@ -306,7 +306,7 @@ def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
     return list(parts.values())
 
 
-def joined(blocks: Sequence[Block], results: Sequence[BatchResult]) -> BatchResult:
+def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> BatchResult:
     """Return the results of all blocks as one of all questions, in the questions' order."""
     places = [place for block in blocks for place in block]
     return BatchResult(
@@ -328,7 +328,7 @@ def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> li
     return ordered
 
 
-def mean_of(systems: Sequence[SystemRun], name: str) -> SystemRun:
+def average_runs(systems: Sequence[SystemRun], name: str) -> SystemRun:
     """Return the mean outcomes of systems on the same questions."""
     means: dict[str, Any] = {}
     for quantity in ("correct", "gold_logprob", "text_loss", "seconds", "executions"):

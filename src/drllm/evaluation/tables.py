@@ -17,13 +17,13 @@ from drllm.cost import share_saved
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import RenderedTask
-from drllm.evaluation.systems import SystemRun, mean_of
+from drllm.evaluation.systems import SystemRun, average_runs
 from drllm.paths import Plan
 from drllm.records import results
 from drllm.statistics.exclusion import DropTest
 from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.paired import Outcomes
-from drllm.statistics.verdicts import Differences, compare, correct_together, upper
+from drllm.statistics.verdicts import Differences, capitalize, compare, correct_together
 
 DESCRIPTIONS = {
     results.BASE: "the untouched model: every layer once",
@@ -181,10 +181,10 @@ class TaskRuns:
         these seeds may vary with other questions; a question is resampled with its answers under
         all seeds.
         """
-        mean = mean_of(routed, "mean over seeds")
+        mean = average_runs(routed, "mean over seeds")
         against_permuted = None
         if permuted:
-            against_permuted = self._compare(mean, mean_of(permuted, ""))
+            against_permuted = self._compare(mean, average_runs(permuted, ""))
         return results.Seeds(
             setting=routed[0].setting,
             num_seeds=len(routed),
@@ -206,7 +206,7 @@ class TaskRuns:
         """Return the record of the task.
 
         Args:
-            table: Its systems, corrected for all tasks by `correct`.
+            table: Its systems, corrected for all tasks by `correct_tables`.
             curve: Its depths.
             header: What the records of all tasks have in common.
             drop_test: The test of `--max-drop`, over all tasks.
@@ -249,7 +249,7 @@ class TaskRuns:
 
     def _notes(self) -> list[str]:
         """Return the notes on the task, its cost and its systems as sentences, without repeats."""
-        sentences = [f"{upper(note.removesuffix('.'))}." for note in dict.fromkeys(self.notes)]
+        sentences = [f"{capitalize(note.removesuffix('.'))}." for note in dict.fromkeys(self.notes)]
         if isinstance(self.shape, str):
             sentences.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
         for system in self.trained:
@@ -268,7 +268,7 @@ class TaskRuns:
             return against_base.headline(full_name, saves_layers=saves_layers, cost=cost)
         advice = against_base.advice(full_name, saves_layers=saves_layers)
         return (
-            f"{advice} ({cost}). {upper(name)} minus base: {against_base.details}. "
+            f"{advice} ({cost}). {capitalize(name)} minus base: {against_base.details}. "
             f"Routed minus {name}: {system.routed_against.details}."
         )
 
@@ -375,7 +375,7 @@ def _spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
     return results.Spread.of([fmean(each) for each in values])
 
 
-def correct(
+def correct_tables(
     tables: Sequence[Sequence[results.System]], rivals: Collection[str] = ()
 ) -> list[list[results.System]]:
     """Correct each system's tests against base for the number of tasks.

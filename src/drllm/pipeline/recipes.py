@@ -20,7 +20,7 @@ from drllm.config.files import (
     without_empty_removed,
 )
 from drllm.errors import ConfigError
-from drllm.evaluation.questions import tasks_of, without_routers
+from drllm.evaluation.questions import select_tasks, without_routers
 from drllm.extras import need
 from drllm.records.static_paths import PATHS_FILE, read_path
 from drllm.search.questions import SearchQuestion, collect_questions
@@ -74,7 +74,7 @@ class Recipe:
     @cached_property
     def tasks(self) -> list[Task]:
         """The tasks of the evaluation; raises as `check` does."""
-        return tasks_of(self.evaluate)
+        return select_tasks(self.evaluate)
 
     @cached_property
     def tuned(self) -> list[TaskSplits]:

@@ -10,7 +10,7 @@ from drllm.records.static_paths import FIT, SELECT, TEST, NamedPath, PathScore, 
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Figure, Listing, Section, Table
 from drllm.reporting.numbers import NONE, count, difference, excluded, percent, plain, signed
-from drllm.statistics.verdicts import lower
+from drllm.statistics.verdicts import uncapitalize
 
 COLUMNS = (
     "path|layers|accuracy on test|minus full's (95 %)|loss excluded above|next-token loss on test|"
@@ -54,7 +54,7 @@ def advice(record: StaticPaths) -> Iterator[str]:
             saves_layers = path.executions < record.num_layers
             sentence = tested.against_full.advice(f"path {path.name}", saves_layers=saves_layers)
             if len(record.tasks) > 1:
-                sentence = f"On {task}: {lower(sentence)}"
+                sentence = f"On {task}: {uncapitalize(sentence)}"
             yield f"{sentence}."
 
 

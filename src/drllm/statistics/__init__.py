@@ -1,1 +1,1 @@
-"""Statistics: intervals, paired tests, power, and what they allow to be said. Loads no torch."""
+"""Intervals, paired tests, power and verdicts. Loads no torch."""

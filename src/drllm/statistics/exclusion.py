@@ -1,23 +1,23 @@
-"""Whether candidates lose less than a limit, tested in an order that is fixed beforehand.
+"""Tests whether candidates lose less than a limit, in an order that is fixed beforehand.
 
-A candidate (a static path, or the routed model at some depth) passes where its comparison with base
-excludes a loss of accuracy of the limit, and, where that has a limit too, such an increase of the
-next-token loss; on every task. As all of it has to hold, no correction is due for there being
-several limits and tasks (Berger 1982, Technometrics 24 (4)).
+A candidate is a static path, or the routed model at some depth. It passes if its comparison with
+base excludes a loss of accuracy as large as the limit. If the next-token loss has a limit too, an
+increase as large as that must be excluded as well. Both must hold on every task. Since all of them
+must hold, their number needs no correction (Berger 1982, Technometrics 24 (4)).
 
-Several candidates are tested in an order fixed beforehand, from the fewest layers left out, up to
-the first that fails. So each may be tested at the full level, and the chance that any candidate
-passes wrongly stays what it is for one; see `pass_in_order`.
+Several candidates are tested in an order fixed beforehand, the fewest layers left out first, until
+one fails. So each is tested at the full level, and the probability that any candidate passes
+wrongly is no larger than for a single one; see `pass_in_order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from drllm.statistics.power import questions_to_exclude, rounded_up
+from drllm.statistics.power import questions_to_exclude, round_up
 from drllm.statistics.verdicts import FEWEST_TEXTS, Differences, Verdict
 
 T = TypeVar("T")
@@ -37,10 +37,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One candidate tested on one task; empty `failures` mean that it passes.
+    """One candidate tested on one task; it passes if `failures` is empty.
 
-    `needed` is about how many questions (of next-token loss, texts) would do where too few are all
-    that is amiss, were the differences those that were measured.
+    `needed` is about how many questions (for next-token loss, texts) would probably pass if the
+    differences stay as measured; None where no number would.
     """
 
     task: str
@@ -56,11 +56,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def passed(self) -> bool:
-        """Whether it loses less than the limits on every task."""
+        """Whether the candidate loses less than the limits on every task."""
         return not any(test.failures for test in self.tasks)
 
     def reason(self) -> str:
-        """Say why it fails, task by task."""
+        """Say why the candidate fails, task by task."""
         reasons = []
         for test in self.tasks:
             if test.failures:
@@ -74,15 +74,15 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         numbers = [number for number in needed if number is not None]
         if not numbers or len(numbers) < len(needed):
             return ""
-        questions = f"{rounded_up(max(numbers)):,} questions"
+        questions = f"{round_up(max(numbers)):,} questions"
         return f"about {questions} would probably show it if the differences stay the same"
 
 
 class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which candidates lose less than the limits; `docs/formats.md` has the fields.
 
-    `trials` are in the fixed order; all but the last passed, or all of them. What comes after the
-    first failure is `untested`.
+    `trials` are in the fixed order, and only the last one may have failed. The candidates after it
+    are `untested`.
     """
 
     limits: Limits
@@ -91,7 +91,7 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def chosen(self) -> str | None:
-        """The last candidate that passed, which leaves out most layers; None if none did."""
+        """The last candidate that passed, which leaves out the most layers; None if none did."""
         names = [trial.name for trial in self.trials if trial.passed]
         return names[-1] if names else None
 
@@ -114,14 +114,14 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
     """Return how many candidates pass before the first that fails; later ones aren't tested.
 
-    Where the order is fixed before any result is known, each candidate may be tested at the full
-    level α: the probability that any candidate passes wrongly is at most α, since the first one
-    that should fail has to pass wrongly before a later one is tested. Choosing the best of all that
-    pass, or an order by results, would need a correction.
+    If the order is fixed before any result is known, each candidate may be tested at the full level
+    α. A later candidate is tested only if the first one that should fail has passed wrongly, so the
+    probability that any candidate passes wrongly is at most α. To choose the best of all that pass,
+    or to order them by results, would need a correction.
 
     Args:
-        candidates: What is tested, in the fixed order.
-        passes: The test of one candidate, at the level α.
+        candidates: The candidates in the fixed order.
+        passes: Tests one candidate at the level α.
 
     Source: Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen 2001, Journal of Statistical
         Planning and Inference 99.
@@ -139,69 +139,79 @@ def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
 def exclude_drop(
     candidates: Mapping[str, Mapping[str, Differences | None]], limits: Limits
 ) -> DropTest:
-    """Test candidates in their order.
+    """Test candidates in their order, until one fails.
 
     Args:
         candidates: For each candidate, in the fixed order, how it differs from base on each task;
             None where it wasn't evaluated.
-        limits: The losses that are to be excluded.
+        limits: The losses to exclude.
     """
     if not candidates:
         raise ValueError("there is no candidate to test")
     trials = []
     for name, by_task in candidates.items():
-        tests = tuple(_test(task, found, limits) for task, found in by_task.items())
-        trials.append(Trial(name=name, tasks=tests))
+        tests = [_test_on_task(task, by_task[task], limits) for task in by_task]
+        trials.append(Trial(name=name, tasks=tuple(tests)))
     num_passed = pass_in_order(trials, lambda trial: trial.passed)
     tested = trials[: num_passed + 1]
     untested = tuple(trial.name for trial in trials[num_passed + 1 :])
     return DropTest(limits=limits, trials=tuple(tested), untested=untested)
 
 
-def _test(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
+class _Failure(NamedTuple):
+    """Why a limit isn't kept, and about how many questions would do; None where no number would."""
+
+    reason: str
+    needed: int | None = None
+
+
+def _test_on_task(task: str, differences: Differences | None, limits: Limits) -> TaskTest:
     """Test one candidate on one task."""
     if differences is None:
         return TaskTest(task=task, failures=("it was not evaluated",))
-    failures: list[str] = []
-    needed: list[int | None] = []
-    accuracy = differences.accuracy
-    drop = limits.max_drop / 100
-    if accuracy.shown == "guessing":
-        failures.append("base is not shown to be above chance")
-        needed.append(None)
-    elif not _is_excluded(accuracy, drop):
-        failures.append(f"a loss of up to {accuracy.write_excluded()} points is not excluded")
-        needed.append(_needed(accuracy, drop))
+    failures: list[_Failure] = []
+    failures += _test_accuracy(differences.accuracy, limits.max_drop / 100)
     if limits.max_loss_increase is not None:
-        _test_text(differences.text_loss, limits.max_loss_increase, failures, needed)
-    numbers = [number for number in needed if number is not None]
-    total = max(numbers) if numbers and len(numbers) == len(needed) else None
-    return TaskTest(task=task, failures=tuple(failures), needed=total)
+        failures += _test_text(differences.text_loss, limits.max_loss_increase)
+    reasons = tuple(failure.reason for failure in failures)
+    numbers = [failure.needed for failure in failures if failure.needed is not None]
+    needed = None
+    if numbers and len(numbers) == len(failures):
+        needed = max(numbers)
+    return TaskTest(task=task, failures=reasons, needed=needed)
 
 
-def _test_text(
-    loss: Verdict | None, limit: float, failures: list[str], needed: list[int | None]
-) -> None:
-    """Add why an increase of the next-token loss isn't excluded, and how many texts would do."""
+def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
+    """Return why a loss of accuracy isn't excluded; empty if it is."""
+    if accuracy.shown == "guessing":
+        return [_Failure("base is not shown to be above chance")]
+    if _is_excluded(accuracy, limit):
+        return []
+    reason = f"a loss of up to {accuracy.write_excluded()} points is not excluded"
+    return [_Failure(reason, _estimate_needed(accuracy, limit))]
+
+
+def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
+    """Return why an increase of the next-token loss isn't excluded; empty if it is."""
     if loss is None:
-        failures.append("no next-token loss is known")
-        needed.append(None)
-    elif loss.excluded_loss is None:
-        failures.append(f"{loss.n} texts are too few to exclude any increase of their loss")
-        needed.append(FEWEST_TEXTS if loss.n < FEWEST_TEXTS else None)
-    elif not _is_excluded(loss, limit):
-        failures.append(
-            f"an increase of the next-token loss by up to {loss.write_excluded()} nats is not "
-            f"excluded"
-        )
-        needed.append(_needed(loss, limit))
+        return [_Failure("no next-token loss is known")]
+    if loss.excluded_loss is None:
+        reason = f"{loss.n} texts are too few to exclude any increase of their loss"
+        return [_Failure(reason, FEWEST_TEXTS if loss.n < FEWEST_TEXTS else None)]
+    if _is_excluded(loss, limit):
+        return []
+    increase = f"an increase of the next-token loss by up to {loss.write_excluded()} nats"
+    return [_Failure(f"{increase} is not excluded", _estimate_needed(loss, limit))]
 
 
 def _is_excluded(verdict: Verdict, limit: float) -> bool:
     return verdict.excluded_loss is not None and verdict.excluded_loss < limit
 
 
-def _needed(verdict: Verdict, limit: float) -> int | None:
-    loss = verdict.mean if verdict.quantity == "text_loss" else -verdict.mean
+def _estimate_needed(verdict: Verdict, limit: float) -> int | None:
+    """Estimate how many questions or texts would probably exclude a loss of the limit."""
+    loss = -verdict.mean
+    if verdict.quantity == "text_loss":
+        loss = verdict.mean
     end = max(verdict.excluded_loss or 0.0, loss)
     return questions_to_exclude(verdict.n, loss, end, limit)

@@ -1,6 +1,6 @@
 """Confidence intervals of accuracies and of means, and a one-sided bound of a mean.
 
-Whatever draws takes a seed.
+Functions that resample take a seed.
 """
 
 import math
@@ -19,21 +19,24 @@ _CHUNK = 1 << 22  # resampled values held at once
 
 
 def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of an accuracy: Wilson's, or a bootstrap for means over draws."""
-    if is_single(correct):
+    """Return the 95 % interval of an accuracy.
+
+    It is Wilson's, or a bootstrap interval if the values are means over several draws.
+    """
+    if is_right_or_wrong(correct):
         return wilson_interval(round(sum(correct)), len(correct))
     return mean_interval(correct, seed)
 
 
-def is_single(correct: Sequence[float]) -> bool:
-    """Tell whether each question was answered once, so that it is right or wrong."""
+def is_right_or_wrong(correct: Sequence[float]) -> bool:
+    """Tell whether each question is right or wrong, rather than a mean over several draws."""
     return all(value in (0, 1) for value in correct)
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a share of right answers, of `n` in all.
+    """Return the score interval of the share of right answers among `n`.
 
-    Unlike the normal interval it stays inside [0, 1] and doesn't vanish at 0 or n right answers.
+    Unlike the normal interval it stays inside [0, 1], and keeps its width at 0 or n right answers.
 
     Source: Wilson 1927, JASA 22 (158).
     """
@@ -52,11 +55,11 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 def mean_interval(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile interval of a mean over questions, which are resampled.
+    """Return the percentile bootstrap interval of a mean over questions.
 
-    For values that are no counts: accuracies averaged over several draws a question,
-    log-probabilities, and paired differences of them. Where all values are equal the interval has
-    no width: resampling can't tell what it hasn't seen, and that is no sign of certainty.
+    Used for values that aren't counts: accuracies averaged over several draws a question,
+    log-probabilities, and paired differences of them. If all values are equal, the interval has no
+    width. That is no sign of certainty, since resampling knows only the values that it has seen.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
     """
@@ -74,7 +77,7 @@ def sum_interval(
     """Return the weighted sum of the means of independent values, and its 95 % interval.
 
     Args:
-        weighted: Pairs of a weight and the values whose mean it weighs.
+        weighted: Pairs of a weight and the values whose mean is weighted by it.
         seed: Seed of the resampling.
 
     Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
@@ -94,13 +97,18 @@ def sum_interval(
 def upper_bound(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> float:
-    """Return a one-sided upper bound of a mean; infinite where there are too few values for one.
+    """Return a one-sided upper bound of a mean; infinite if there are too few values for one.
 
-    The values are differences of two systems by text, the confidence lies in (0.5, 1). Means are
-    resampled in units of their own standard error, which makes up for skewed differences; the
-    percentiles of plain means, ends of `mean_interval`, exclude too much where some texts lose far
-    more than the rest. Where one in ten does, twenty are too few for either. Equal values are
-    bounded by their value, which is no sign of certainty. No values are a ValueError.
+    Means are resampled in units of their own standard error, which corrects for skewed values. The
+    percentiles of plain means, the ends of `mean_interval`, exclude too much if some texts lose far
+    more than the others. If one text in ten does, twenty texts are too few for either method. Equal
+    values are bounded by their value, which is no sign of certainty.
+
+    Args:
+        values: Differences of two systems, one a text; none is a ValueError.
+        seed: Seed of the resampling.
+        draws: Number of resampled means.
+        confidence: Confidence of the bound, in (0.5, 1).
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
     """
@@ -119,14 +127,14 @@ def upper_bound(
 
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:
-    """Yield values drawn anew, `[some of the draws, n]` at a time."""
+    """Yield resampled values, some of the draws at a time, `[draws, n]`."""
     import numpy as np
 
     n = len(values)
     if n == 0:
         raise ValueError("an interval needs at least one question")
-    # The Mersenne Twister's own stream, taken modulo n: the draws that torch.randint gives for this
-    # seed, with which earlier results were made.
+    # The Mersenne Twister's stream modulo n gives the same draws as torch.randint with this seed.
+    # Earlier results were made with those.
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     while draws > 0:
         size = min(draws, max(1, _CHUNK // n))

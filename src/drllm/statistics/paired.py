@@ -1,7 +1,7 @@
 """Paired tests: two systems on the same questions, and correction for several tests.
 
-Of `n` questions, `won` are those that the first system has right and the second wrong, `lost` the
-other way round.
+Of `n` questions, `won` are those that the first system answers right and the second wrong; `lost`
+are those that the second answers right and the first wrong.
 """
 
 import math
@@ -12,15 +12,18 @@ from typing import Any
 import msgspec
 
 from drllm.bisection import bisect
-from drllm.statistics.intervals import is_single
+from drllm.statistics.intervals import is_right_or_wrong
 
 
 class Outcomes(msgspec.Struct, kw_only=True):
-    """What one system did at one setting, question by question and text by text.
+    """One system's outcomes at one setting, question by question and text by text.
 
-    `executions` are a mean a forward pass, in layer equivalents. `correct` is 1 or 0 a question, or
-    the share of several draws; `gold_logprob` is in nats. Losses are means over a text, in nats a
-    token. What isn't known is empty.
+    Attributes:
+        name: The system.
+        executions: Mean executions a forward pass, in layer equivalents.
+        correct: For each question 1 or 0, or the share of right answers over several draws.
+        gold_logprob: For each question the gold option's log-probability in nats; empty if unknown.
+        text_loss: For each text the mean next-token loss in nats a token; empty if unknown.
     """
 
     name: str
@@ -30,10 +33,10 @@ class Outcomes(msgspec.Struct, kw_only=True):
     text_loss: Sequence[float] = ()
 
 
-def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
-    """Count the questions won and lost; a ValueError unless both answered the same ones once."""
-    if not (is_single(ours) and is_single(theirs)):
-        raise ValueError("only answers that are right or wrong can be won or lost: one a question")
+def count_won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
+    """Count the questions won and lost; ValueError unless each is right or wrong on both sides."""
+    if not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
+        raise ValueError("questions are won or lost only if each has one answer, right or wrong")
     won = 0
     lost = 0
     for our_score, their_score in zip(ours, theirs, strict=True):
@@ -45,8 +48,8 @@ def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
 def mcnemar_exact(won: int, lost: int) -> float:
     """Return the two-sided p-value of the exact McNemar test.
 
-    Only questions on which two systems disagree count; if neither is better, each of those is
-    won with probability one half. Without any disagreement it is 1.
+    Only questions on which the systems disagree count. If neither is better, each of those is won
+    with a probability of one half. Without any disagreement the p-value is 1.
 
     Source: McNemar 1947, Psychometrika 12 (2), in its exact form.
     """
@@ -60,9 +63,9 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Return the score interval of the difference between two accuracies on the same questions.
 
-    All differences that a score test on the questions won and lost doesn't reject. Unlike a
-    bootstrap or the normal interval it doesn't vanish where few questions or none are won or
-    lost, and it stays inside [-1, 1].
+    It holds all differences that a score test on the questions won and lost doesn't reject. Unlike
+    a bootstrap or the normal interval, it keeps its width if few questions or none are won or lost,
+    and it stays inside [-1, 1].
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """
@@ -85,29 +88,35 @@ def paired_interval(
 
 
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
-    """Return how many questions the counts lie above what is supposed, and its deviation if true.
+    """Return Tango's score for a supposed difference, and its standard deviation.
 
-    `won` and `lost` are numbers or arrays of them; the difference of the accuracies, in [-1, 1], is
-    supposed to be true. The test rejects where the one is more than z times the other.
+    The score is by how many questions `won - lost` exceeds what the supposed difference predicts.
+    The test rejects the difference if the score is more than z standard deviations from 0.
+
+    Args:
+        won: A number of questions, or an array of them.
+        lost: The same.
+        n: All questions.
+        difference: The supposed difference of the accuracies, in [-1, 1].
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """
     import numpy as np
 
-    # The share lost that is likeliest under this difference solves a quadratic equation.
+    # The likeliest share of lost questions under this difference solves a quadratic equation.
     half = (won + lost - (2 * n - won + lost) * difference) / 2
     root = np.sqrt(np.maximum(0.0, half**2 + 2 * n * lost * difference * (1 - difference)))
     share_lost = (half + root) / (2 * n)
-    # An exact 0 may come out as less than that.
+    # Rounding may make an exact 0 negative.
     variance = np.maximum(0.0, n * (2 * share_lost + difference * (1 - difference)))
     return won - lost - n * difference, np.sqrt(variance)
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for being several, in the order given.
+    """Return p-values corrected for their number, in the same order.
 
-    A task whose adjusted p-value is at most α may be called significant; the chance that any such
-    call is false stays at most α.
+    A test whose corrected p-value is at most α is significant. The probability that any of these
+    tests is significant by chance is at most α.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6 (2).
     """

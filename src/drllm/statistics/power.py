@@ -1,10 +1,11 @@
-"""What so many questions can show: the power of a test, and the questions that a claim needs.
+"""Power and sample-size calculations: what a number of questions can show or exclude.
 
-Probabilities are exact sums over how many questions may be answered differently and how many of
-these are won; nothing is drawn. Differences and losses are shares of the questions, not points.
-`discordant` is the share of questions that one system has right and the other wrong.
+Probabilities are exact sums over the possible numbers of questions that are answered differently,
+and of those that are won; nothing is sampled. Differences and losses are shares of the questions,
+not points. `discordant` is the share of questions that one system answers right and the other
+wrong.
 
-Axes: M numbers of questions answered differently, W numbers of those that are won.
+Axes: M possible numbers of questions answered differently, W possible numbers of those won.
 """
 
 import functools
@@ -17,25 +18,28 @@ from drllm.statistics.intervals import Floats
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
-"""Questions that must differ before anything can be shown: on fewer, not even differences that all
-point one way are significant (2 / 2**5 > 0.05)."""
+"""Fewest questions that must differ before anything can be shown. On fewer, differences aren't
+significant even if all have the same sign (2 / 2**5 > 0.05)."""
 POWER = 0.8
 NEGLIGIBLE = 1e-12
-"""Numbers of different answers with a smaller probability are left out; with ten thousand
-questions that changes no probability by more than 1e-8."""
+"""Counts with a smaller probability are left out of sums; with ten thousand questions that changes
+no result by more than 1e-8."""
 
 
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
-    The difference of the accuracies, a share of the questions, is at most that of the different
-    answers. The test is two-sided at the level α.
+    Args:
+        n: How many questions are asked.
+        discordant: Share of questions that are answered differently.
+        difference: The true difference of the accuracies, at most `discordant`.
+        alpha: The level of the test, which is two-sided.
 
     Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
         averaged over that number.
     """
     weights, differing, won = _possible_counts(n, discordant)
-    # The chance of so many questions won or more, were both systems equally good.
+    # If both systems are equally good: the probability to win at least this many questions.
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
     lost = (differing - won).clip(0.0)
     is_shown = (2 * tails < alpha) & (won > lost)
@@ -49,7 +53,7 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 def questions_needed(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> int:
     """Return how many questions, more than n, would probably show a difference.
 
-    `discordant` is taken as large as the difference, in (0, 1], where that asks for more.
+    The difference is in (0, 1]; `discordant` counts as at least as large.
     """
     discordant = max(discordant, difference)
 
@@ -80,9 +84,9 @@ def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int |
         limit: The loss that is to be excluded, above 0.
 
     Returns:
-        The number that excludes it with a probability of 80 %, were the true loss the measured one
-        (0 for a gain), since the interval's width falls with the root of n; None where the measured
-        loss is the limit or more, so that no number would do.
+        The number that excludes the limit with a probability of 80 % if the true loss is the
+        measured one (0 for a gain); the interval's width falls with the root of n. None if the
+        measured loss is as large as the limit, since then no number would do.
 
     Example:
         >>> questions_to_exclude(400, 0.0, 0.04, 0.02)
@@ -97,11 +101,11 @@ def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int |
     return math.ceil(n * (width / room) ** 2)
 
 
-def rounded_up(number: int) -> int:
-    """Round a number of questions up to two digits, which is all that an estimate is good for.
+def round_up(number: int) -> int:
+    """Round an estimated number of questions up to two digits.
 
     Example:
-        >>> rounded_up(3036), rounded_up(7)
+        >>> round_up(3036), round_up(7)
         (3100, 7)
     """
     unit: int = 10 ** max(0, len(str(number)) - 2)
@@ -111,8 +115,8 @@ def rounded_up(number: int) -> int:
 def detectable_mean(differences: Sequence[float]) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
-    For scores that are no counts, one per question, whose spread is taken as it is; None where they
-    have none.
+    The scores are one a question and aren't counts. Their observed spread is taken as the true one;
+    None if it is 0.
 
     Source: the normal approximation of a paired test's power.
     """
@@ -127,7 +131,7 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 
 @functools.lru_cache(maxsize=4)
 def _possible_counts(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
-    """Return how many of n questions may be answered differently, and how many of them won.
+    """Return how many of n questions may be answered differently, and how many of these won.
 
     Returns:
         The probabilities `[M, 1]` of the numbers `[M, 1]` that differ, and the numbers `[1, W]`
@@ -144,7 +148,7 @@ def _possible_counts(n: int, discordant: float) -> tuple[Floats, Floats, Floats]
 
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:
-    """Return probabilities of so many successes; 0 where they are more than the trials."""
+    """Return the binomial probabilities of successes; 0 where they exceed the trials."""
     import numpy as np
     from scipy.special import gammaln, xlog1py, xlogy
 

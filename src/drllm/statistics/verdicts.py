@@ -1,12 +1,12 @@
-"""What a comparison of two systems shows: decided here, and worded here.
+"""Decides what a comparison of two systems shows, and words it.
 
-Right and wrong answers are compared by McNemar's exact test and Tango's interval; where the two
+Right and wrong answers are compared by McNemar's exact test and Tango's interval. If the two
 disagree, the weaker claim is made and the reason is given. Means are compared by their bootstrap
-interval. A difference of accuracy or of the gold answers' log-probability is claimed only where
-base is above chance.
+interval. A difference of accuracy or of the gold answers' log-probability is claimed only if base
+is above chance.
 
-Every comparison also gives the loss from which on every loss is excluded, the end of the two-sided
-95 % interval: "a loss of more than 1.9 points is excluded".
+Every comparison also says which loss it excludes, by the end of the two-sided 95 % interval: "a
+loss of more than 1.9 points is excluded".
 """
 
 import math
@@ -18,18 +18,18 @@ import msgspec
 from msgspec.structs import replace
 
 from drllm.statistics import power
-from drllm.statistics.intervals import is_single, mean_interval, upper_bound
-from drllm.statistics.paired import Outcomes, holm, mcnemar_exact, paired_interval, won_lost
+from drllm.statistics.intervals import is_right_or_wrong, mean_interval, upper_bound
+from drllm.statistics.paired import Outcomes, count_won_lost, holm, mcnemar_exact, paired_interval
 
 Quantity: TypeAlias = Literal["accuracy", "gold_logprob", "text_loss", "label_accuracy"]
 Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
 
 ROUNDING = 1e-4
-"""Differences up to here, in points or nats, are those of arithmetic in another order."""
+"""Smaller differences, in points or nats, are rounding errors."""
 FEWEST_TEXTS = 30
-"""On fewer texts no increase of their loss is excluded. The bound is exceeded too often where some
-texts lose far more than the rest: with one in ten of them, on 20 texts in 17 % of the cases where
-5 % were promised, on 30 texts in 8 %."""
+"""With fewer texts no increase of their loss is excluded. The bound is exceeded too often if some
+texts lose far more than the others. If one text in ten does, it is exceeded in 17 % of the cases
+with 20 texts and in 8 % with 30, where it should be 5 %."""
 EXCLUDING = 0.975
 """One-sided confidence of the end of a two-sided 95 % interval."""
 
@@ -45,8 +45,8 @@ def signed(value: float, digits: int) -> str:
 class _Words(NamedTuple):
     """How a quantity is written.
 
-    `relevant` is a difference that a comparison must be able to show; `loss` is what a change for
-    the worse is called.
+    `things` are what it is measured on, `loss` is the word for a change for the worse, and
+    `relevant` is a difference that a comparison must be able to show.
     """
 
     title: str
@@ -81,12 +81,12 @@ _WORDS: dict[Quantity, _Words] = {
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a comparison of one system with another shows; `docs/formats.md` has the fields.
 
-    `shown` is `none shown` where a difference worth having would probably have been shown, `too
-    few` where it wouldn't (`needed` questions would show `target` with a probability of 80 %), and
-    `guessing` where nothing can be claimed since base isn't above chance. `won`, `lost` and `p` are
-    None for means; where there is a `p_corrected`, it decides. Of `text_loss` more is worse.
-    `excluded_loss` is the size from which on every loss (of `text_loss` every increase) is
-    excluded; None where none is, and in files of earlier versions.
+    `shown` is `none shown` if a difference worth having would probably have been shown. It is `too
+    few` if it wouldn't; then `needed` questions would show `target` with a probability of 80 %. It
+    is `guessing` if base isn't above chance, so that nothing can be claimed. `won`, `lost` and `p`
+    are None for means. If there is a `p_corrected`, it decides. A higher `text_loss` is worse.
+    Every loss larger than `excluded_loss` (for `text_loss`, every larger increase) is excluded; it
+    is None if no loss is, and in files of earlier versions.
     """
 
     quantity: Quantity
@@ -112,12 +112,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def target(self) -> float:
-        """The difference that must be detectable: the one seen, or one worth having."""
+        """The difference that must be detectable: the measured one, or one worth having."""
         return max(abs(self.mean), self._words.relevant)
 
     @property
     def label(self) -> str:
-        """What is shown in one or two words, for the cell of a table."""
+        """The result in one or two words, for the cell of a table."""
         if self.is_better is not None:
             return "better" if self.is_better else "worse"
         if self.shown == "none shown":
@@ -169,7 +169,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def exclusion(self) -> str:
-        """What loss is excluded, in words; empty where none is."""
+        """Which loss is excluded, in words; empty if none is."""
         if self.excluded_loss is None:
             return ""
         loss = self._words.loss
@@ -193,7 +193,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return f"no difference is shown, and one of {target} would probably have been"
         if self.shown == "guessing":
             return "no verdict"
-        needed = power.rounded_up(self.needed or 0)
+        needed = power.round_up(self.needed or 0)
         return (
             f"inconclusive: about {needed} {self._words.things} would show a difference of {target}"
         )
@@ -207,14 +207,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return signed(self._words.scale * value, self._words.digits)
 
     def write_excluded(self) -> str:
-        """Write the excluded loss in points or nats, without a sign; a dash where none is."""
+        """Write the excluded loss in points or nats, without a sign; a dash if none is."""
         if self.excluded_loss is None:
             return "–"
         return self.write(self.excluded_loss).removeprefix("+")
 
 
 class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Two systems compared in all that is known of both; None where either side doesn't know it."""
+    """Two systems compared in each quantity; None for one that isn't known of both."""
 
     accuracy: Verdict
     gold_logprob: Verdict | None = None
@@ -225,7 +225,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
         Args:
             name: The first system.
-            saves_layers: Whether it runs fewer layers than the second.
+            saves_layers: Whether it runs fewer layers than the second system.
             cost: How many layers it saves, in words.
         """
         sentences = [f"{self.advice(name, saves_layers=saves_layers)} ({cost})."]
@@ -243,7 +243,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return "; ".join(parts)
 
     def advice(self, name: str, *, saves_layers: bool) -> str:
-        """Say in a few words what to do with the first system, with the arguments of `headline`."""
+        """Say what to do with the first system; the arguments are those of `headline`."""
         if self.accuracy.shown == "guessing":
             return (
                 f"Take a task that base can do: here base may be guessing, so {name} isn't judged"
@@ -259,9 +259,11 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.accuracy.is_better:
             return f"Use {name}: its answers are better"
         if not saves_layers:
-            return f"{upper(name)} isn't worth it: it is not shown to be better and saves nothing"
+            return (
+                f"{capitalize(name)} isn't worth it: it is not shown to be better and saves nothing"
+            )
         if self.accuracy.excluded_loss is None:
-            return f"{upper(name)} saves layers, and no loss is shown"
+            return f"{capitalize(name)} saves layers, and no loss is shown"
         loss = f"{self.accuracy.write_excluded()} points"
         if self.accuracy.shown == "too few":
             return f"Use {name} only where a loss of {loss} is acceptable, or ask more questions"
@@ -271,10 +273,10 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def compare(
     ours: Outcomes, theirs: Outcomes, seed: int, *, above_chance: bool = True
 ) -> Differences:
-    """Compare two systems on the same questions and texts; a gain is a gain of ours.
+    """Compare two systems on the same questions and texts; differences are ours minus theirs.
 
-    Where base isn't shown to be above chance, the next-token loss is judged nevertheless: nobody
-    guesses it. Another number of questions or texts is a ValueError.
+    The next-token loss is judged even if base isn't shown to be above chance, since it can't be
+    guessed. Different numbers of questions or texts are a ValueError.
     """
     gold_logprob = None
     if ours.gold_logprob and theirs.gold_logprob:
@@ -294,9 +296,9 @@ def compare(
 def _compare_accuracy(
     ours: Sequence[float], theirs: Sequence[float], seed: int, *, above_chance: bool
 ) -> Verdict:
-    if not (is_single(ours) and is_single(theirs)):
+    if not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
         return judge_means("accuracy", ours, theirs, seed, above_chance=above_chance)
-    won, lost = won_lost(ours, theirs)
+    won, lost = count_won_lost(ours, theirs)
     return judge_counts(won, lost, len(ours), above_chance=above_chance)
 
 
@@ -309,16 +311,23 @@ def judge_counts(
     p_corrected: float | None = None,
     num_tests: int = 1,
 ) -> Verdict:
-    """Judge two accuracies by the questions won and lost of n, with the arguments of `Verdict`.
+    """Judge two accuracies by the questions won and lost of n.
 
-    Won and lost may be fractions, where a question can be won in part: difference and interval are
-    of the fractions, and only the exact test, which needs whole questions, is of rounded ones.
+    Args:
+        won: Questions that only the first system answers right. It may be a fraction, if a question
+            can be won in part; only the exact test rounds it.
+        lost: Questions that only the second system answers right.
+        n: All questions.
+        above_chance: Whether base is shown to be above chance; if not, nothing is claimed.
+        p_corrected: The exact test's p-value, corrected for several tests; if given, it decides.
+        num_tests: How many tests it is corrected for.
 
-    Source: ours, of McNemar's exact test and Tango's interval.
+    Source: ours, from McNemar's exact test and Tango's interval.
     """
     interval = paired_interval(won, lost, n)
     p = mcnemar_exact(round(won), round(lost))
-    is_shown_by_test = (p if p_corrected is None else p_corrected) < power.ALPHA
+    decisive_p = p if p_corrected is None else p_corrected
+    is_shown_by_test = decisive_p < power.ALPHA
     is_shown_by_interval = not interval[0] <= 0 <= interval[1]
     verdict = Verdict(
         quantity="accuracy",
@@ -338,7 +347,7 @@ def judge_counts(
         return _without_claim(verdict)
     if is_shown_by_test and is_shown_by_interval:
         return replace(verdict, shown="higher" if won > lost else "lower")
-    # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
+    # The strictest of Holm's levels, so that the power isn't overstated.
     alpha = power.ALPHA / num_tests
     discordant = (won + lost) / n
     target = verdict.target
@@ -350,7 +359,7 @@ def judge_counts(
 
 
 def _disagreement(by_test: bool, by_interval: bool, p_corrected: float | None) -> str | None:
-    """Say in what test and interval disagree; None where they agree."""
+    """Say how the test and the interval disagree; None if they agree."""
     if by_test == by_interval:
         return None
     if by_test:
@@ -371,7 +380,15 @@ def judge_means(
     *,
     above_chance: bool = True,
 ) -> Verdict:
-    """Judge two means over the same questions or texts by the bootstrap interval."""
+    """Judge two means over the same questions or texts by the bootstrap interval.
+
+    Args:
+        quantity: What the values are.
+        ours: The first system's values, one a question or text.
+        theirs: The second system's values.
+        seed: Seed of the resampling.
+        above_chance: Whether base is shown to be above chance; if not, nothing is claimed.
+    """
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
     n = len(values)
     low, high = mean_interval(values, seed)
@@ -403,10 +420,10 @@ def judge_means(
 
 
 def _excluded_increase(increases: Sequence[float], high: float, seed: int) -> float | None:
-    """Return the next-token loss's increase from which on all are excluded; None if none is.
+    """Return the increase of next-token loss above which all are excluded; None if none is.
 
-    The weaker of two statements, since percentiles of means exclude too much where some texts lose
-    far more than the rest: the end of the interval, or the studentised bound if that is higher.
+    It is the end of the interval, or the studentised bound if that is higher, because percentiles
+    of means exclude too much if some texts lose far more than the others.
     """
     if len(increases) < FEWEST_TEXTS:
         return None
@@ -417,7 +434,7 @@ def _excluded_increase(increases: Sequence[float], high: float, seed: int) -> fl
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Judge comparisons again, their exact tests corrected for each other by Holm's method.
+    """Judge comparisons again, with their exact tests corrected by Holm's method.
 
     Comparisons without an exact test stay as they are.
     """
@@ -441,14 +458,14 @@ def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
-    """Say of each list of rounds whether the first of two systems is faster.
+    """Say for each comparison whether the first of two systems is faster.
 
     Args:
-        ratios: For each comparison, how many times as long the first system took, round by round.
+        ratios: For each comparison, the first system's time divided by the second's in each round.
 
-    Source: the sign test, corrected by Holm's method for there being several.
+    Source: the sign test, corrected by Holm's method for the number of comparisons.
     """
-    counts = []  # of rounds in which the first was faster, and slower
+    counts = []  # of rounds in which the first system was faster, and slower
     for rounds in ratios:
         faster = sum(ratio < 1 for ratio in rounds)
         slower = sum(ratio > 1 for ratio in rounds)
@@ -468,13 +485,13 @@ def _without_claim(verdict: Verdict) -> Verdict:
     return replace(verdict, shown="guessing", reason=reason, excluded_loss=None)
 
 
-def upper(text: str) -> str:
-    """Return a sentence as it stands at the beginning of a line."""
+def capitalize(text: str) -> str:
+    """Return a text with its first letter in upper case, as a sentence begins."""
     return text[0].upper() + text[1:]
 
 
-def lower(text: str) -> str:
-    """Return a sentence as it stands within another."""
+def uncapitalize(text: str) -> str:
+    """Return a text with its first letter in lower case, as within a sentence."""
     return text[0].lower() + text[1:]
 
 

@@ -132,7 +132,7 @@ def _divide_anew(
     parts: dict[str, list[Example]] = {part: [] for part in PARTS}
     for examples in splits.values():
         for example in examples:
-            parts[part_of(example.question)].append(example)
+            parts[assign_part(example.question)].append(example)
     parts[FIT] = choose(parts[FIT], num_fit, seed)
     for part, examples in parts.items():
         if not examples:
@@ -142,11 +142,11 @@ def _divide_anew(
     return TaskSplits(task, parts, is_divided=True)
 
 
-def part_of(question: str) -> str:
+def assign_part(question: str) -> str:
     """Return the part of a question of a set that is divided by its texts.
 
     Example:
-        >>> part_of("What is ice?") == part_of(" what is  ICE?")
+        >>> assign_part("What is ice?") == assign_part(" what is  ICE?")
         True
     """
     # Not the hash of `find_split`: in a set with some of the splits it would fill some parts only.

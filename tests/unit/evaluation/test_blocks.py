@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.evaluation.systems import BatchResult, distinct, joined
+from drllm.evaluation.systems import BatchResult, join_blocks, separate_repeats
 from drllm.models.scoring.batching import batches
 from drllm.records.codec import decode, encode
 
@@ -34,7 +34,7 @@ def test_a_batch_has_so_many_tokens_with_padding_or_one_prompt(lengths, size, ma
 
 
 def test_no_part_of_a_block_has_a_prompt_twice():
-    assert distinct([0, 1, 2, 3], ["a", "b", "a", "a"]) == [[0, 1], [2], [3]]
+    assert separate_repeats([0, 1, 2, 3], ["a", "b", "a", "a"]) == [[0, 1], [2], [3]]
 
 
 @given(lengths, sizes, st.integers(1, 3), st.booleans())
@@ -48,7 +48,7 @@ def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_dra
         return [(place, draw) for place in places]
 
     draws = range(num_draws)
-    found = joined(
+    found = join_blocks(
         blocks,
         [
             BatchResult(

@@ -13,12 +13,12 @@ from drllm.evaluation import latency
 from drllm.evaluation.latency import (
     BATCH_SIZES,
     choose_prompts,
-    decoding,
-    machine,
+    copy_sharing_weights,
+    describe_machine,
     measure,
-    reading,
-    take_turns,
-    twin,
+    prepare_decoding,
+    prepare_reading,
+    time_in_turns,
     write_latency,
 )
 from drllm.models.base.identity import fingerprint
@@ -62,7 +62,7 @@ def test_systems_take_turns_in_another_order_every_round():
         return partial(called.append, name)
 
     calls = {name: partial(prepare, name) for name in "abc"}
-    rounds = take_turns(calls, 8, lambda: float(next(seconds)))
+    rounds = time_in_turns(calls, 8, lambda: float(next(seconds)))
     orders = ["".join(called[start : start + 3]) for start in range(0, 24, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert {order[0] for order in orders} == {"a", "b", "c"}
@@ -80,7 +80,7 @@ def test_every_system_phase_and_batch_size_has_its_timing(base, systems, monkeyp
         assert each.num_tokens == each.batch_size * (5 if each.phase == "prefill" else 1)
     assert (found.prompt_tokens, found.new_tokens) == (5, 1)
     with pytest.raises(KeyError, match="base"):
-        found.of("base", "prefill", 2)
+        found.find_timing("base", "prefill", 2)
 
 
 def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, systems):
@@ -89,7 +89,7 @@ def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, syst
     measure(model, systems, PROMPTS, 1, 16, 1)
     assert torch.equal(before, model(torch.tensor([PROMPTS[0]])).logits)
     weights = {p.data_ptr() for p in model.parameters()}
-    assert {p.data_ptr() for p in twin(model).parameters()} == weights
+    assert {p.data_ptr() for p in copy_sharing_weights(model).parameters()} == weights
     RoutedModel(model)  # would be refused if it were routed
     with pytest.raises(RoutingError, match="routed already"):
         measure(model, systems, PROMPTS, 1, 16, 1)
@@ -107,9 +107,9 @@ def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, rout
     assert len(set(costs)) > 1, "the prompts must take several routes"
     for phase, size in itertools.product(PHASES, BATCH_SIZES):
         rows = [costs[row % 3] for row in range(size)]
-        assert found.of("routed", phase, size).executions == statistics.mean(rows)
-        assert found.of("static", phase, size).executions == 7.0
-        assert found.of("base", phase, size).executions == 6.0
+        assert found.find_timing("routed", phase, size).executions == statistics.mean(rows)
+        assert found.find_timing("static", phase, size).executions == 7.0
+        assert found.find_timing("base", phase, size).executions == 6.0
 
 
 def test_reading_starts_anew_and_decoding_starts_behind_the_prompt(tiny_llama):
@@ -122,12 +122,12 @@ def test_reading_starts_anew_and_decoding_starts_behind_the_prompt(tiny_llama):
 
     model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     ids = torch.tensor([PROMPTS[1]])
-    read = reading(model, ids)
+    read = prepare_reading(model, ids)
     read()()
     read()()
     assert lengths == [(5, 0), (5, 0)]
     lengths.clear()
-    decode = decoding(model, ids, 2)
+    decode = prepare_decoding(model, ids, 2)
     decode()()
     decode()()
     assert lengths == [(5, 0), (1, 5), (1, 6), (1, 5), (1, 6)]
@@ -135,7 +135,7 @@ def test_reading_starts_anew_and_decoding_starts_behind_the_prompt(tiny_llama):
 
 def test_long_prompts_are_cut(base):
     found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1, 16, 1)
-    assert found.of("base", "prefill", 4).num_tokens == 4 * 16
+    assert found.find_timing("base", "prefill", 4).num_tokens == 4 * 16
 
 
 def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_measured(
@@ -176,10 +176,10 @@ def test_of_short_prompts_the_longest_are_drawn_and_of_few_all_cut_to_the_shorte
 
 
 def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):
-    words = machine(torch.device("cpu"))
+    words = describe_machine(torch.device("cpu"))
     assert words.endswith(" cores")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
-    assert machine(torch.device("cuda:1")) == f"Card 1, {words}"
+    assert describe_machine(torch.device("cuda:1")) == f"Card 1, {words}"
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
@@ -187,4 +187,4 @@ def test_models_with_sliding_windows_are_timed_beyond_their_window(family):
     model = make_tiny(family)
     window = model.config.get_text_config().sliding_window
     found = measure(model, {"base": None}, [[5] * 3 * window], 1, 2 * window, window)
-    assert found.of("base", "decode", 1).num_tokens == window
+    assert found.find_timing("base", "decode", 1).num_tokens == window

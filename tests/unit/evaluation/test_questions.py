@@ -6,10 +6,10 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.questions import (
     check_output,
-    chosen_on,
-    is_fitted,
-    sources_of,
-    tasks_of,
+    find_sources,
+    fitting_split,
+    needs_fitting,
+    select_tasks,
 )
 from drllm.tasks.registry import get_task, get_tasks
 
@@ -20,22 +20,22 @@ def test_prompts_without_answers_are_not_evaluated(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Say something."}\n')
     with pytest.raises(TaskError, match="'prompts'"):
-        tasks_of(EvaluateConfig(), str(file))
+        select_tasks(EvaluateConfig(), str(file))
 
 
 def test_a_task_is_fitted_on_its_own_questions_unless_another_is_named():
     config = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "arc_easy"})
-    sources = sources_of(TASKS, config)
+    sources = find_sources(TASKS, config)
     assert sources == {"arc_easy": TASKS[0], "hellaswag": TASKS[0]}
     elsewhere = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "piqa"})
-    assert sources_of(TASKS, elsewhere)["hellaswag"] is get_task("piqa")
+    assert find_sources(TASKS, elsewhere)["hellaswag"] is get_task("piqa")
 
 
 def test_depths_are_never_chosen_on_the_split_that_is_reported():
     [arc, _] = TASKS
-    assert chosen_on(arc, EvaluateConfig(split="test")) == "select"
-    assert chosen_on(arc, EvaluateConfig(split="select")) == "fit"
-    assert chosen_on(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
+    assert fitting_split(arc, EvaluateConfig(split="test")) == "select"
+    assert fitting_split(arc, EvaluateConfig(split="select")) == "fit"
+    assert fitting_split(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_depths_are_never_chosen_on_the_split_that_is_reported():
     ],
 )
 def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fitted):
-    assert is_fitted(EvaluateConfig(**settings)) is fitted
+    assert needs_fitting(EvaluateConfig(**settings)) is fitted
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
 @pytest.mark.usefixtures("few_harness_tasks")
 def test_sources_that_make_no_sense_are_refused(values, message):
     with pytest.raises((ConfigError, TaskError), match=message):
-        sources_of(TASKS, EvaluateConfig(**values))
-    sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-influence"))
+        find_sources(TASKS, EvaluateConfig(**values))
+    find_sources(TASKS, EvaluateConfig(num_calibration=9, baselines="block-influence"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_sources_that_make_no_sense_are_refused(values, message):
         ({"limit": 4, "limits": {"builtin_facts": 3}}, "--limit 4 has no effect"),
         (
             {"max_drop": 2.0, "max_loss_increase": 0.1, "num_texts": 29},
-            "--num-texts 29 are too few",
+            "--num-texts 29 is too small",
         ),
         ({"max_drop": 2.0, "split": "select"}, "--max-drop 2 asks what the test questions"),
         ({"max_loss_increase": 0.1}, "without --max-drop"),
@@ -84,14 +84,14 @@ def test_sources_that_make_no_sense_are_refused(values, message):
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises((ConfigError, TaskError), match=message):
-        tasks_of(EvaluateConfig(tasks="builtin_facts", **values))
+        select_tasks(EvaluateConfig(tasks="builtin_facts", **values))
 
 
 def test_a_task_that_is_called_as_the_measured_times_are_is_refused(write_rows):
     row = {"question": "One or two?", "choices": ["one", "two"], "answer": 0}
     file = write_rows("latency", [{**row, "id": str(n)} for n in range(3)])
     with pytest.raises(ConfigError, match=r"latency\.json holds the measured times; rename"):
-        tasks_of(EvaluateConfig(tasks=str(file)))
+        select_tasks(EvaluateConfig(tasks=str(file)))
 
 
 def test_a_file_that_would_be_taken_for_a_result_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from drllm.evaluation import run as stage
 from drllm.evaluation.baselines.base import read_curve, select_baselines
 from drllm.evaluation.baselines.random_routes import permute_routes
 from drllm.evaluation.latency import device_clock, measure
-from drllm.evaluation.questions import is_fitted
+from drllm.evaluation.questions import needs_fitting
 from drllm.evaluation.run import evaluate
 from drllm.evaluation.tables import TaskRuns
 from drllm.listener import Listener
@@ -76,7 +76,7 @@ def settings(**values):
     drawn = select_baselines("permuted-routes,random-decisions,label-frequency")
     if "num_random_draws" not in values and set(drawn) & set(select_baselines(config.baselines)):
         few["num_random_draws"] = 3
-    if "num_calibration" not in values and is_fitted(config):
+    if "num_calibration" not in values and needs_fitting(config):
         few["num_calibration"] = 12
     return dataclasses.replace(config, **few)
 

@@ -9,7 +9,7 @@ from drllm.config import EvaluateConfig
 from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import (
     TaskRuns,
-    correct,
+    correct_tables,
     depth_name,
     drop_candidates,
     seeds_sentence,
@@ -238,12 +238,12 @@ def test_a_curve_has_base_first_and_each_system_from_the_most_executions_to_the_
 
 def test_tables_of_several_tasks_are_corrected_system_by_system():
     found = runs(run("base", RIGHT_50), run("routed", RIGHT_80))
-    tables = correct([found.table(), found.table()])
+    tables = correct_tables([found.table(), found.table()])
     [first, second] = [table[1].against_base.accuracy for table in tables]
     assert first.p_corrected == second.p_corrected == 2 * first.p
     assert first.num_tests == 2
     assert tables[0][0].against_base is None
-    [alone] = correct([found.table()])
+    [alone] = correct_tables([found.table()])
     assert alone == list(found.table())
 
 

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from drllm.statistics.paired import (
+    count_won_lost,
     holm,
     mcnemar_exact,
     paired_interval,
-    won_lost,
 )
 
 
@@ -177,8 +177,8 @@ def test_adjusted_p_values_reject_what_the_stepwise_procedure_rejects(seed):
 
 
 def test_only_answers_that_are_right_or_wrong_are_won_and_lost():
-    assert won_lost([1, 1, 0, 0], [0, 1, 1, 0]) == (1, 1)
+    assert count_won_lost([1, 1, 0, 0], [0, 1, 1, 0]) == (1, 1)
     with pytest.raises(ValueError, match="right or wrong"):
-        won_lost([1, 0.5], [1, 0])
+        count_won_lost([1, 0.5], [1, 0])
     with pytest.raises(ValueError, match="shorter"):
-        won_lost([1, 0], [1])
+        count_won_lost([1, 0], [1])

@@ -9,7 +9,7 @@ import pytest
 from drllm.config import SPLITS, EvaluateConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.lm_eval.graders import make_entry
-from drllm.evaluation.questions import tasks_of
+from drllm.evaluation.questions import select_tasks
 from drllm.tasks.files import with_columns
 from drllm.tasks.graded import GradedTask
 from drllm.tasks.registry import get_task, get_tasks
@@ -73,7 +73,7 @@ def test_prompts_alone_have_no_answers_and_are_refused_where_these_are_needed(tm
     with pytest.raises(TaskError, match="'exact' doesn't fit task 'mine'; it takes kl"):
         task.prompts(examples[0], "exact")
     with pytest.raises(TaskError, match="without answers, which can be searched and tuned on"):
-        tasks_of(EvaluateConfig(), [task])
+        select_tasks(EvaluateConfig(), [task])
     with pytest.raises(TaskError, match="without answers"):  # as lm-eval comes to it
         make_entry(task)
 

@@ -11,7 +11,7 @@ from drllm.tasks.base import NoSplitError, Task
 from drllm.tasks.examples import Example, with_options
 from drllm.tasks.registry import get_task
 from drllm.tuning.beam import make_rungs
-from drllm.tuning.data_splits import part_of, split_task, split_tasks
+from drllm.tuning.data_splits import assign_part, split_task, split_tasks
 from drllm.tuning.objectives import GOLD, KL, LOSS, choose_objective, make_prompt
 
 
@@ -66,7 +66,7 @@ def test_no_question_that_was_certified_or_tested_on_is_fitted_on_now():
     now = {FIT: FIT, SELECT: SELECT, "certify": SELECT, TEST: TEST}
     for example in OneSet(2000).examples("test"):
         before = part_by_hash(f"tune:{question_key(example.question)}", bounds)
-        assert part_of(example.question) == now[before]
+        assert assign_part(example.question) == now[before]
 
 
 def test_the_digest_of_a_tunings_questions_is_that_of_earlier_files():

@@ -14,7 +14,7 @@ from drllm.config import EvaluateConfig
 from drllm.errors import TaskError
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import draw_stock_task
-from drllm.evaluation.questions import tasks_of
+from drllm.evaluation.questions import select_tasks
 from drllm.evaluation.run import evaluate
 from drllm.records.results import read_results
 from drllm.tasks.harness import LmEvalTask
@@ -115,9 +115,9 @@ def test_nothing_is_fitted_on_questions_that_are_reported(tmp_path, base):
     name = written_task(tmp_path, OPTIONS, {"train": train, "test": ROWS})
     for values in ({"split": "select"}, {"curve": "0.1"}):
         with pytest.raises(TaskError, match="has only the questions that it reports"):
-            tasks_of(config_of(name, **values))
+            select_tasks(config_of(name, **values))
     fitted_on = {"larger": "builtin_facts"}
-    assert tasks_of(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
+    assert select_tasks(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
 
 
 def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_from_it(
@@ -133,7 +133,7 @@ def test_a_set_that_is_reported_whole_is_asked_in_part_where_routers_learned_fro
 @pytest.mark.thorough  # lists thousands of files
 def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monkeypatch, capfd):
     with pytest.raises(TaskError, match=r"'boolqq'.*'boolq'"):
-        tasks_of(config_of("boolqq"))
+        select_tasks(config_of("boolqq"))
 
     def unreached(*_: Any, **__: Any):
         logging.getLogger("huggingface_hub").warning("Retrying in 1s")
@@ -141,6 +141,6 @@ def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monk
 
     monkeypatch.setattr(ConfigurableTask, "download", unreached)
     with pytest.raises(TaskError, match="'boolq' of the harness can't be loaded") as caught:
-        tasks_of(config_of("boolq"))
+        select_tasks(config_of("boolq"))
     assert "\n" not in str(caught.value)
     assert "Retrying" not in "".join(capfd.readouterr())
