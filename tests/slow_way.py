@@ -4,6 +4,7 @@ And what such tests are made of: routers that decide, paths, and how scores are 
 """
 
 import copy
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ on these models: 6e-6 was measured, rounded up for other processors."""
 SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
 measured on these models)."""
+LOGPROB_TOLERANCE = 1e-4
+"""Nats that a continuation may differ from the harness' own number (design figure)."""
 FULL = (1,) * 6
 QUESTIONS = [
     Request([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
@@ -154,6 +157,80 @@ class ListedModel:
                 logits[never] = -torch.inf
             row.append(int(logits.argmax()))
         return row[len(tokens) :]
+
+
+class LayerWalk:
+    """A plain Llama, run layer by layer on one unpadded prompt.
+
+    Attributes:
+        hidden: What the next layer reads, `[1, T, D]`.
+    """
+
+    def __init__(self, model: Any, prompt: Sequence[int]) -> None:
+        num_tokens = len(prompt)
+        self.layers = model.model.layers
+        self.hidden = model.model.embed_tokens(torch.tensor([list(prompt)]))
+        self.positions = model.model.rotary_emb(self.hidden, torch.arange(num_tokens)[None])
+        mask = torch.full((num_tokens, num_tokens), -torch.inf, dtype=self.hidden.dtype)
+        self.mask = mask.triu(1)[None, None]
+
+    @torch.no_grad()
+    def run(self, layer: int, times: int) -> None:
+        """Execute a layer as often as its decision says."""
+        for _ in range(times):
+            output = self.layers[layer](
+                self.hidden, attention_mask=self.mask, position_embeddings=self.positions
+            )
+            self.hidden = output[0] if isinstance(output, tuple) else output
+
+
+def inputs_alone(model: Any, prompt: Sequence[int], decisions: Sequence[int]) -> list[Tensor]:
+    """Return what each layer reads, `[T, D]`, after the executions of the layers before it."""
+    walk = LayerWalk(model, prompt)
+    inputs = []
+    for layer, times in enumerate(decisions):
+        inputs.append(walk.hidden[0])
+        walk.run(layer, times)
+    return inputs
+
+
+def window_means(tokens: Sequence[Tensor], num_windows: int) -> list[Tensor]:
+    """Return the means of `[D]` over at most so many windows of tokens, added up one by one."""
+    num_filled = min(len(tokens), num_windows)
+    edges = [window * len(tokens) // num_filled for window in range(num_filled + 1)]
+    means = []
+    for start, end in itertools.pairwise(edges):
+        total = torch.zeros_like(tokens[0], dtype=torch.float64)
+        for token in tokens[start:end]:
+            total = total + token.double()
+        means.append((total / (end - start)).float())
+    return means
+
+
+def router_logits(stack: RouterStack, layer: int, windows: Sequence[Tensor]) -> Tensor:
+    """Run one router as the paper draws it: logits for each window, then their mean."""
+    logits = []
+    with torch.no_grad():
+        for mean in windows:
+            inner = stack.hidden_weight[layer] @ mean + stack.hidden_bias[layer]
+            inner = nn.functional.gelu(inner, approximate="tanh")
+            logits.append(stack.decision_weight[layer] @ inner + stack.decision_bias[layer])
+    return torch.stack(logits).mean(dim=0)
+
+
+def route_alone(model: Any, stack: RouterStack, prompt: Sequence[int]) -> list[int]:
+    """Route one prompt layer by layer, each router on what the decisions before it have left."""
+    walk = LayerWalk(model, prompt)
+    num_layers = stack.config.num_layers
+    route: list[int] = []
+    for layer in range(num_layers):
+        windows = window_means(list(walk.hidden[0]), stack.config.num_windows)
+        decision = int(router_logits(stack, layer, windows).argmax())
+        if layer == num_layers - 1 and not any(route):
+            decision = max(decision, 1)  # D-10: an empty path is no model
+        walk.run(layer, decision)
+        route.append(decision)
+    return route
 
 
 def largest_list(model: nn.Module) -> tuple[nn.Module, str]:

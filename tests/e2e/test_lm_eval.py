@@ -13,9 +13,8 @@ import pytest
 from drllm.cli import main
 from drllm.tasks.examples import choose
 from drllm.tasks.registry import get_task
+from slow_way import LOGPROB_TOLERANCE
 
-LOGPROB_TOLERANCE = 1e-4
-"""Nats that a continuation may differ from the harness' own number (design figure)."""
 ROUNDING = 1e-12
 """Of a standard error, whose questions are added up in another order by several processes."""
 

@@ -20,10 +20,7 @@ from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.paths import StaticPath
 from healed_folder import written_healed
 from paths_json import written_paths
-from slow_way import ListedModel, routers_for
-
-LOGPROB_TOLERANCE = 1e-4
-"""Nats that a continuation may differ from the harness' own number (design figure)."""
+from slow_way import LOGPROB_TOLERANCE, ListedModel, routers_for
 
 QUESTIONS = {
     "what is it?": [" a cat", " a dog and a cat", " 7"],

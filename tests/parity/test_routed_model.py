@@ -26,6 +26,7 @@ from slow_way import (
     Opaque,
     Recorder,
     right_padded,
+    route_alone,
     tiny_routers,
 )
 
@@ -75,34 +76,11 @@ def test_keys_and_weights_never_change(tiny_llama):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def slow_route(model, stack, prompt):
-    """Route one prompt by hand: layer by layer, windows cut in plain Python."""
-    hidden = model.model.embed_tokens(torch.tensor([prompt]))
-    positions = torch.arange(len(prompt))[None]
-    rotary = model.model.rotary_emb(hidden, positions)
-    mask = torch.full((len(prompt), len(prompt)), -torch.inf).triu(1)[None, None]
-    route, W = [], min(stack.config.num_windows, len(prompt))
-    for index, layer in enumerate(model.model.layers):
-        logits = []
-        for w in range(W):
-            tokens = hidden[0, w * len(prompt) // W : (w + 1) * len(prompt) // W]
-            inner = stack.hidden_weight[index] @ tokens.mean(0) + stack.hidden_bias[index]
-            inner = torch.nn.functional.gelu(inner, approximate="tanh")
-            logits.append(stack.decision_weight[index] @ inner + stack.decision_bias[index])
-        decision = int(torch.stack(logits).mean(0).argmax())
-        if index == 5 and not any(route):
-            decision = decision or 1
-        route.append(decision)
-        for _ in range(decision):
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    return route
-
-
 def test_routers_decide_in_a_padded_batch_as_they_do_by_hand(tiny_llama):
     model = tiny_llama()
     stack = tiny_routers()
     with torch.no_grad():
-        expected = [slow_route(model, stack, prompt) for prompt in PROMPTS]
+        expected = [route_alone(model, stack, prompt) for prompt in PROMPTS]
     assert len({value for row in expected for value in row}) == 3, "the sample must be a test"
     routed = RoutedModel(model, stack)
     routed.generate(**batch(), max_new_tokens=5)

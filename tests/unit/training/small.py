@@ -1,6 +1,5 @@
 """A small set of features, the base model it stands for, and who listens to its training."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from drllm.config import TrainConfig
 from drllm.listener import Listener, OnProgress
 from drllm.training.features import Features
+from slow_way import window_means
 
 L, W, D = 3, 4, 6
 IDENTITY: dict[str, Any] = {
@@ -52,20 +52,10 @@ def means_of(features: Features) -> torch.Tensor:
     return features.rows(range(len(features.labels)))
 
 
-def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
-    """Means over the windows of `[T, D]`, in a loop."""
-    number = min(len(hidden), W)
-    edges = [window * len(hidden) // number for window in range(number + 1)]
-    return [
-        sum(hidden[token] for token in range(start, end)) / (end - start)
-        for start, end in itertools.pairwise(edges)
-    ]
-
-
 def assert_windows(means: torch.Tensor, inputs: Sequence[torch.Tensor], **close: float) -> None:
     """What one target's routers read, `[L, W, D]`, is the slow means of its layers' inputs."""
     for layer, hidden in enumerate(inputs):
-        windows = torch.stack(slow_windows(hidden)).float()
+        windows = torch.stack(window_means(list(hidden), W))
         torch.testing.assert_close(means[layer, : len(windows)], windows, **close)
         assert not means[layer, len(windows) :].any()
 

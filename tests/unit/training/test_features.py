@@ -16,6 +16,7 @@ from drllm.records.codec import read_json_lines
 from drllm.records.manifest import write_or_remove
 from drllm.records.supervision import RejectedQuestion
 from drllm.training.feature_store import FeatureStore
+from slow_way import inputs_alone
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -41,18 +42,8 @@ def features_of(records=RECORDS, model=BASE, **options):
 
 def slow_inputs(record) -> list[torch.Tensor]:
     """What each layer reads, `[T, D]`, after the labelled executions of the layers before it."""
-    ids = torch.tensor([Letters()(record.prompt)["input_ids"]])
-    T = ids.shape[1]
-    hidden = BASE.model.embed_tokens(ids)
-    positions = BASE.model.rotary_emb(hidden, torch.arange(T)[None])
-    causal = torch.full((T, T), -math.inf, dtype=hidden.dtype).triu(1)[None, None]
-    inputs = []
-    for layer, times in zip(BASE.model.layers, record.optimal_layer_config, strict=True):
-        inputs.append(hidden[0])
-        for _ in range(times):
-            output = layer(hidden, attention_mask=causal, position_embeddings=positions)
-            hidden = output[0] if isinstance(output, tuple) else output
-    return inputs
+    ids = Letters()(record.prompt)["input_ids"]
+    return inputs_alone(BASE, ids, record.optimal_layer_config)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

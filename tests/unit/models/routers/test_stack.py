@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack, Spans, Windows
+from slow_way import router_logits, window_means
 
 L, D, W, H = 3, 5, 4, 7
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
@@ -29,25 +29,13 @@ def pool(hidden, readable, num_windows):
     return Spans(readable, num_windows).means(hidden)
 
 
-def slow_pool(tokens, windows):
-    filled = min(len(tokens), windows)
-    edges = [window * len(tokens) // filled for window in range(filled + 1)]
-    means = []
-    for start, end in itertools.pairwise(edges):
-        total = torch.zeros_like(tokens[0], dtype=torch.float64)
-        for token in tokens[start:end]:
-            total = total + token.double()
-        means.append((total / (end - start)).float())
-    return means
-
-
 def assert_pooled_like_the_slow_loop(hidden, readable, windows):
     pooled = pool(hidden, readable, windows)
     assert pooled.means.shape == (len(hidden), windows, hidden.shape[2])
     assert pooled.means.dtype == torch.float32
     for row in range(len(hidden)):
         tokens = [hidden[row, t] for t in range(hidden.shape[1]) if readable[row, t]]
-        expected = slow_pool(tokens, windows)
+        expected = window_means(tokens, windows)
         assert int(pooled.filled[row]) == len(expected)
         for window, mean in enumerate(expected):
             torch.testing.assert_close(pooled.means[row, window], mean, **CLOSE)
@@ -89,19 +77,6 @@ def test_the_window_edges_of_long_prompts_are_exact(length):
     torch.testing.assert_close(means[0], torch.tensor(expected), rtol=1e-6, atol=0.0)
 
 
-def slow_logits(stack, layer, windows):
-    """One router as the paper draws it: logits for each window, then their mean."""
-    inner = nn.Linear(D, H)
-    outer = nn.Linear(H, 3)
-    inner.weight.data = stack.hidden_weight.data[layer]
-    inner.bias.data = stack.hidden_bias.data[layer]
-    outer.weight.data = stack.decision_weight.data[layer]
-    outer.bias.data = stack.decision_bias.data[layer]
-    with torch.no_grad():
-        logits = [outer(nn.functional.gelu(inner(mean), approximate="tanh")) for mean in windows]
-    return sum(logits) / len(logits)
-
-
 def batch_of_windows():
     means = torch.randn(6, L, W, D, generator=generator(3))
     filled = torch.tensor([4, 1, 2, 3, 4, 1])
@@ -116,7 +91,7 @@ def test_logits_are_the_mean_over_the_filled_windows_of_each_routers_own_alone_a
     logits = stack(means, filled)
     assert logits.shape == (6, L, 3)
     for row, layer in itertools.product(range(6), range(L)):
-        expected = slow_logits(stack, layer, list(means[row, layer, : filled[row]]))
+        expected = router_logits(stack, layer, list(means[row, layer, : filled[row]]))
         alone = stack.layer_logits(layer, Windows(means=means[:, layer], filled=filled))
         torch.testing.assert_close(logits[row, layer].detach(), expected, **CLOSE)
         torch.testing.assert_close(alone[row].detach(), expected, **CLOSE)
