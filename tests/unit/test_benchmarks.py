@@ -67,42 +67,42 @@ def one_question(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def written(figures_of):
+def generation(figures_of):
     """What the benchmark of generation writes."""
     return figures_of("generate")
 
 
 @pytest.mark.thorough
-def test_every_comparison_has_its_figure_and_bound(written):
+def test_every_comparison_has_its_figure_and_bound(generation):
     ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1")
     expected = dict.fromkeys(ways, 1.02) | {"routers_prefill_batch_1": 1.01}
     for way in ("prefill", "decode"):
         for k in (3, 6, 10):
             expected[f"{way}_batch_1_skip_{k}_of_12"] = pytest.approx(1.03 * (1 - k / 12))
             exported = f"{way}_exported_without_{k}_of_12"  # the head stays, so less is saved
-            assert 1 - 0.8 * k / 12 < written["bounds"][exported] < 1
-            expected[exported] = written["bounds"][exported]
-    assert written["bounds"] == expected
-    assert written["is_met"].keys() == expected.keys()
-    assert {*ways, "routers_prefill_batch_1"} <= written["overhead"].keys()
-    assert len(written["speedup"]) == 4
+            assert 1 - 0.8 * k / 12 < generation["bounds"][exported] < 1
+            expected[exported] = generation["bounds"][exported]
+    assert generation["bounds"] == expected
+    assert generation["is_met"].keys() == expected.keys()
+    assert {*ways, "routers_prefill_batch_1"} <= generation["overhead"].keys()
+    assert len(generation["speedup"]) == 4
     assert {f"decode_healed_without_{k}_of_12" for k in (3, 6, 10)} <= {
-        *written["share_of_the_time"]
+        *generation["share_of_the_time"]
     }
-    figures = written["overhead"] | written["share_of_the_time"] | written["speedup"]
-    assert figures == {name: middle for name, (_, middle, _) in written["quartiles"].items()}
+    figures = generation["overhead"] | generation["share_of_the_time"] | generation["speedup"]
+    assert figures == {name: middle for name, (_, middle, _) in generation["quartiles"].items()}
 
 
 @pytest.mark.thorough
-def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(written):
-    assert len(written["stored"]) == 5
-    for count in written["stored"]:
+def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(generation):
+    assert len(generation["stored"]) == 5
+    for count in generation["stored"]:
         assert count["is_exact"], count
-    skipped = next(c for c in written["stored"] if c["case"] == "1 prompt, 10 layers skipped")
+    skipped = next(c for c in generation["stored"] if c["case"] == "1 prompt, 10 layers skipped")
     assert skipped["bytes"] * NUM_LAYERS == skipped["bytes_untouched"] * (NUM_LAYERS - 10)
-    assert set(written["answers_that_differ"].values()) == {0}, "grouped and mixed batches"
-    assert len(written["share_of_the_bound"]) == 6
-    assert min(written["share_of_the_bound"].values()) > 0
+    assert set(generation["answers_that_differ"].values()) == {0}, "grouped and mixed batches"
+    assert len(generation["share_of_the_bound"]) == 6
+    assert min(generation["share_of_the_bound"].values()) > 0
 
 
 @pytest.mark.parametrize("script", sorted(file.stem for file in BENCHMARKS.glob("*.py")))
@@ -117,21 +117,21 @@ def test_a_missed_bound_is_said_plainly(benchmark):
 
 
 @pytest.fixture(scope="module")
-def found(figures_of):
+def strategies(figures_of):
     return figures_of("search_quality")
 
 
 @pytest.mark.thorough
-def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_away(found):
-    assert found["strategies"].keys() == {"tree", "walk"}
-    assert found["speedup"].keys() == {"tree / walk"}
-    allowance = found["executions_a_question"]
-    for one in itertools.chain(*found["strategies"].values()):
+def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_away(strategies):
+    assert strategies["strategies"].keys() == {"tree", "walk"}
+    assert strategies["speedup"].keys() == {"tree / walk"}
+    allowance = strategies["executions_a_question"]
+    for figures in itertools.chain(*strategies["strategies"].values()):
         # Less than one more path of 2L executions is left over.
-        assert allowance - 2 * NUM_LAYERS < one["executions"] <= allowance
+        assert allowance - 2 * NUM_LAYERS < figures["executions"] <= allowance
         for name in ("valid", "saving", "improving"):
-            assert one[f"{name} after"] <= one[name] <= found["questions"]
-        assert one["shortest"] <= one["shortest after"] <= NUM_LAYERS
+            assert figures[f"{name} after"] <= figures[name] <= strategies["questions"]
+        assert figures["shortest"] <= figures["shortest after"] <= NUM_LAYERS
 
 
 def test_the_executions_counted_are_those_that_the_evaluator_runs(quality, one_question):
@@ -214,34 +214,34 @@ def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
 
 
 @pytest.fixture(scope="module")
-def searched(figures_of):
+def evaluator(figures_of):
     """What the benchmark of the evaluator writes."""
     return figures_of("search", "--questions", "3", "--paths", "4", "--sample", "12")
 
 
 @pytest.mark.thorough
-def test_the_evaluator_is_compared_on_every_reward_and_comes_to_the_same_verdicts(searched):
+def test_the_evaluator_is_compared_on_every_reward_and_comes_to_the_same_verdicts(evaluator):
     rewards = {"loglikelihood", "letter", "boxed"}
-    assert rewards == searched["speedup"].keys() == searched["kl_overhead"].keys()
-    for result in searched["results"]:
+    assert rewards == evaluator["speedup"].keys() == evaluator["kl_overhead"].keys()
+    for result in evaluator["results"]:
         assert result["paths"] == result["verdicts_compared"] == 12
-        assert result["speedup"] == searched["speedup"][result["reward"]]
+        assert result["speedup"] == evaluator["speedup"][result["reward"]]
         assert sum(result["parts"].values()) == pytest.approx(1)
         assert result["parts"]["layers, prompts"] > 0
         assert result["parts"]["handling states"] > 0
-    assert set(searched["verdicts_that_differ"].values()) == {0}
+    assert set(evaluator["verdicts_that_differ"].values()) == {0}
 
 
 @pytest.mark.thorough
-def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(searched):
-    for result in searched["results"]:
+def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(evaluator):
+    for result in evaluator["results"]:
         shares = result["executions_a_path"]
         assert 0 < shares["run"] <= shares["perfect_sharer"] * (1 + 1e-9)
         assert shares["perfect_sharer"] < shares["asked"]
 
 
 @pytest.fixture(scope="module")
-def trained(benchmark, figures_of, model_folder):
+def training(benchmark, figures_of, model_folder):
     """What the benchmark of the training writes; of the sizes only two."""
     script = benchmark("training")
     sizes_of = script.sizes_of
@@ -252,8 +252,8 @@ def trained(benchmark, figures_of, model_folder):
 
 
 @pytest.mark.thorough
-def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(trained):
-    result = trained["result"]
+def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(training):
+    result = training["result"]
     assert (result["questions"], result["epochs"]) == (12, 25)
     assert 0 <= max(result["relative_differences"]) < 1e-5  # float32
     assert list(result["rounded_otherwise"]) == [
@@ -264,7 +264,7 @@ def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(trained
     assert 0 < result["by_rounding_alone"][-1] < 1e-5
     assert result["losses_are_equal"] is True
     assert 0 <= max(result["in_double"]) < 1e-12
-    assert "torch.float32" in trained["machine"]  # what the times are of
+    assert "torch.float32" in training["machine"]  # what the times are of
     assert result["last_loss"] > 0
 
 
@@ -289,9 +289,9 @@ def test_losses_are_equal_that_differ_by_little_or_by_ten_times_what_rounding_do
 
 
 @pytest.mark.thorough
-def test_the_bound_is_made_of_epochs_batches_and_routers(trained):
-    result = trained["result"]
-    assert trained["speedup"] == result["speedup"] < result["bound"]
+def test_the_bound_is_made_of_epochs_batches_and_routers(training):
+    result = training["result"]
+    assert training["speedup"] == result["speedup"] < result["bound"]
     assert result["ours_s"] == pytest.approx(result["pass_s"] + result["fit_s"])
     factors = (result["epochs"], result["batch_1_loses"], result["routers_in_the_loop"])
     assert math.prod(factors) == pytest.approx(result["bound"])
@@ -304,14 +304,14 @@ def test_a_fit_is_measured_at_parts_of_each_side(benchmark):
 
 
 @pytest.mark.thorough
-def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
-    sizes = [(point["N"], point["L"], point["D"]) for point in trained["scale"]]
+def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(training):
+    sizes = [(point["N"], point["L"], point["D"]) for point in training["scale"]]
     assert sizes == [(14, 4, 32), (7, 4, 32)]
-    first, second = trained["scale"]
+    first, second = training["scale"]
     assert first["share_of_time"] == 1
     assert second["share_of_time"] == second["seconds"] / first["seconds"]
     assert first["features_gib"] * 2**30 > 4 * 14 * 4 * 8 * 32  # float32
-    for point in trained["scale"]:
+    for point in training["scale"]:
         if sys.platform == "linux":
             assert 0 < point["own_gib"] < point["peak_gib"]
 
