@@ -163,7 +163,7 @@ def main() -> None:
         if file.exists() and file.suffix == ".json":
             row["figures"] = json.loads(file.read_text(encoding="utf-8"))
         figures["steps"][name] = row
-        common.write(options, figures)
+        common.write_figures(options, figures)
     if any(row["ended"].startswith("failed") for row in figures["steps"].values()):
         sys.exit(1)
 

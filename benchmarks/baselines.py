@@ -114,7 +114,7 @@ def compare(
         "ours": lambda: ours(base, texts, sizes["skipped"], clock),
         "theirs": lambda: theirs(stock, texts, sizes["skipped"], clock),
     }
-    runs = common.in_turns(ways, sizes["repeats"])
+    runs = common.run_in_turns(ways, sizes["repeats"])
     mine, other = runs[-1]["ours"], runs[-1]["theirs"]
     pairs = zip(mine["influence"], other["influence"], strict=True)
     return {
@@ -173,11 +173,11 @@ def main() -> None:
         "ours": OURS,
         "theirs": THEIRS,
         "task": options.task,
-        **common.of(base, options),
+        **common.describe_run(base, options),
         **sizes,
         "result": result,
     }
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

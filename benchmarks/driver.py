@@ -270,7 +270,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "runs": ways,
     }
-    common.write(options, result)
+    common.write_figures(options, result)
 
 
 if __name__ == "__main__":

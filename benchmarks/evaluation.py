@@ -108,7 +108,7 @@ def executing_routers(base: BaseModel) -> RouterStack:
         base_model=base.name,
         base_fingerprint=fingerprint(base.model),
     )
-    return common.that_execute(RouterStack(config, torch.Generator().manual_seed(0)))
+    return common.make_executing(RouterStack(config, torch.Generator().manual_seed(0)))
 
 
 def compare(
@@ -228,8 +228,10 @@ def main() -> None:
     for name in names:
         results.append(compare(base, name, sizes, options.data_dir, clock))
         report(results[-1])
-        common.refuse(base, f"answers of {name}", results[-1]["verdicts_that_differ"])
-        common.refuse(base, f"log-probabilities of {name}", results[-1].get("far_apart", 0))
+        common.refuse_differences(base, f"answers of {name}", results[-1]["verdicts_that_differ"])
+        common.refuse_differences(
+            base, f"log-probabilities of {name}", results[-1].get("far_apart", 0)
+        )
     figures = {
         "speedup": {result["task"]: result["speedup"] for result in results},
         "bound": {result["task"]: result["bound"] for result in results},
@@ -238,10 +240,10 @@ def main() -> None:
         "repeats": sizes["repeats"],
         "ours": OURS,
         "theirs": THEIRS,
-        **common.of(base, options),
+        **common.describe_run(base, options),
         "results": results,
     }
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def variants(base: BaseModel) -> dict[str, Any]:
     L = base.num_layers
     config = RouterConfig(num_layers=L, hidden_size=base.model.config.hidden_size)
     stack = RouterStack(config, torch.Generator().manual_seed(0))
-    executing = RouterPolicy(common.that_execute(stack))
+    executing = RouterPolicy(common.make_executing(stack))
     policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": executing}
     policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
     models = {"untouched": base.model, "control": copy_sharing_weights(base.model)}
@@ -503,8 +503,8 @@ def main() -> None:
         figures += exported(base, repeats, clock)
         figures += many.figures
     print_table(figures, counts, many)
-    common.refuse(base, "answers of (e)", sum(many.differ.values()))
-    common.refuse(base, "caches of (d)", sum(not count["is_exact"] for count in counts))
+    common.refuse_differences(base, "answers of (e)", sum(many.differ.values()))
+    common.refuse_differences(base, "caches of (d)", sum(not count["is_exact"] for count in counts))
     with_bounds = [figure for figure in figures if figure.bound is not None]
     result = {
         "overhead": medians(figures, "ac"),
@@ -519,10 +519,10 @@ def main() -> None:
         "repeats": repeats,
         "ours": OURS,
         "theirs": THEIRS,
-        **common.of(base, options),
+        **common.describe_run(base, options),
         "drllm": f"{importlib.metadata.version('drllm')} at {common.commit_of()}",
     }
-    common.write(options, result)
+    common.write_figures(options, result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import common
 import torch
-from common.searched import searched_paths
+from common.search_rounds import make_search_rounds
 from evaluation import choices_of
 from search import routing
 from training import CONFIG, drawn_targets, pooled
@@ -69,7 +69,7 @@ def search_by_options(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
             block = prompts[start : start + BLOCK]
             with routing(base) as routed:
                 evaluator = Evaluator(routed, block, None)
-                for pairs in searched_paths(base.num_layers, len(block), sizes["paths"]):
+                for pairs in make_search_rounds(base.num_layers, len(block), sizes["paths"]):
                     evaluator.evaluate(pairs)
 
     return run
@@ -85,7 +85,7 @@ def search_by_answers(base: BaseModel, sizes: Sizes, _: Path) -> Callable[[], No
             contexts = [tokenize_prompt(routed, prompt).tokens for prompt in prompts]
             batch = AnswerBatch(routed, base.tokenizer, contexts, None)
             batch._end_tokens.clear()  # so that each is written to its length
-            for pairs in searched_paths(base.num_layers, len(prompts), sizes["paths"]):
+            for pairs in make_search_rounds(base.num_layers, len(prompts), sizes["paths"]):
                 batch.answers(pairs, [length] * len(pairs), lambda _p, _t, over: over or None)
 
     return run
@@ -245,7 +245,7 @@ def main() -> None:
     if options.png:
         width = 1.3 * drawing.WIDE
         options.png.write_bytes(drawing.draw_png(partial(draw_growth, growth), width))
-    common.write(options, {**common.of(base, options), "seconds": growth})
+    common.write_figures(options, {**common.describe_run(base, options), "seconds": growth})
 
 
 if __name__ == "__main__":

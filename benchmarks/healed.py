@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import common
-from common.quantities import QUICK, WHOLE, less_full, quantities
+from common.quantities import QUICK, WHOLE, compare_with_full, measure_quantities
 
 from drllm.config import TuneConfig
 from drllm.config.fields import LARGEST_INT
@@ -44,12 +44,12 @@ def main() -> None:
     paths = {"full": StaticPath(range(base.num_layers))}
     paths |= {name: load_path(routed, file) for name, file in files.items()}
     options.clock = "none"
-    figures: dict[str, Any] = {"of": common.of(base, options), "part": TEST, "tasks": {}}
+    figures: dict[str, Any] = {"of": common.describe_run(base, options), "part": TEST, "tasks": {}}
     for parts in divided:
-        found = quantities(routed, parts, TEST, [*paths.values()], sizes)
+        found = measure_quantities(routed, parts, TEST, [*paths.values()], sizes)
         name = parts.task.name
-        figures["tasks"][name] = less_full(name, TEST, found, [*paths])
-    common.write(options, figures)
+        figures["tasks"][name] = compare_with_full(name, TEST, found, [*paths])
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,16 @@ from typing import Any
 
 import common
 import torch
-from common.asked import CALIBRATED_ON, Asked, Values, depth_bias_of, mean_executions, tokens_of
-from common.asked import GOLD_LOG_PROBABILITY as RIGHT
 from common.compare import SEED, compared, in_words, mean_change
+from common.path_values import (
+    CALIBRATED_ON,
+    QuestionSet,
+    Values,
+    depth_bias_of,
+    mean_executions,
+    tokens_of,
+)
+from common.path_values import GOLD_LOG_PROBABILITY as RIGHT
 
 from drllm.agreement import compute_metrics, count_baselines
 from drllm.config import TrainConfig, TuneConfig
@@ -103,18 +110,18 @@ def rivals(options: argparse.Namespace, numbers: Mapping[str, int], routed: Rout
         return [make_prompt(parts.task, example, GOLD) for example in chosen]
 
     calibrated_on = tokens_of(routed, prompts(SELECT, CALIBRATED_ON))
-    asked = Asked(routed, prompts(TEST, numbers["questions"]))
-    num = len(asked.prompts)
-    full = asked.along([StaticPath(range(routed.num_layers))] * num)
+    questions = QuestionSet(routed, prompts(TEST, numbers["questions"]))
+    num = len(questions.prompts)
+    full = questions.evaluate([StaticPath(range(routed.num_layers))] * num)
     permutation = torch.randperm(num, generator=torch.Generator().manual_seed(SEED)).tolist()
 
     def compare(routers: RouterStack) -> tuple[dict[str, Any], dict[str, Values]]:
         routers = routers.to(routed.model.device)
         bias = depth_bias_of(routed, routers, calibrated_on, options.executions)
-        taken = route_prompts(routed, RouterPolicy(routers, depth_bias=bias), asked.prompts)
-        plans = [StaticPath(to_path(route)) for route in taken.tolist()]
-        values = {"own": asked.along(plans), "full": full}
-        values["permuted"] = asked.along([plans[place] for place in permutation])
+        routes = route_prompts(routed, RouterPolicy(routers, depth_bias=bias), questions.prompts)
+        plans = [StaticPath(to_path(route)) for route in routes.tolist()]
+        values = {"own": questions.evaluate(plans), "full": full}
+        values["permuted"] = questions.evaluate([plans[place] for place in permutation])
         figures: dict[str, Any] = {"executions": mean_executions(plans)}
         for rival in RIVALS:
             figures[rival] = {
@@ -164,7 +171,10 @@ def main() -> None:
             print(f"{name}: {hits_in_words(found)}")
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         compare = rivals(options, numbers, routed)
-        figures: dict[str, Any] = {"of": common.of(base, options), "held_out": len(held_out)}
+        figures: dict[str, Any] = {
+            "of": common.describe_run(base, options),
+            "held_out": len(held_out),
+        }
         figures |= {"baselines": trivial, "sizes": {}}
         for size in sizes:
             seeds: list[dict[str, Any]] = []
@@ -186,7 +196,7 @@ def main() -> None:
             figures["sizes"][str(size)] = {"seeds": seeds, "mean of seeds": mean}
             words = "; ".join(f"less {name} {in_words(RIGHT, one)}" for name, one in mean.items())
             print(f"{size} targets, {len(values)} seeds: right option {words}", flush=True)
-            common.write(options, figures)
+            common.write_figures(options, figures)
     detach(base.model)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common.searched import searched_paths
+from common.search_rounds import make_search_rounds
 from torch import nn
 
 from drllm.models.base.load import load
@@ -78,7 +78,7 @@ def main() -> None:
     base, task = common.base_of(options), get_task(options.task)
     examples = choose(task.examples("search", options.data_dir), sizes["questions"], 0)
     prompts = [task.prompt(example, "loglikelihood") for example in examples]
-    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"])
+    rounds = make_search_rounds(base.num_layers, len(prompts), sizes["paths"])
     pairs = list(itertools.chain.from_iterable(rounds))
     found: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = {}
@@ -88,7 +88,11 @@ def main() -> None:
         started = clock()
         found[name] = Evaluator(routed, prompts, 4.0).evaluate(pairs)
         seconds[name] = clock() - started
-    figures: dict[str, Any] = {**common.of(base, options), "task": task.name, "repeats": 1}
+    figures: dict[str, Any] = {
+        **common.describe_run(base, options),
+        "task": task.name,
+        "repeats": 1,
+    }
     figures |= {"ours": "the other precisions", "theirs": "float32", "precisions": {}}
     figures |= {"questions": len(prompts), "verdicts": len(pairs)}
     figures["speedup"] = {name: seconds["float32"] / took for name, took in seconds.items()}
@@ -115,7 +119,7 @@ def main() -> None:
             f"{row['median_margin_moved']:.3f} nats (median); "
             f"speedup {figures['speedup'][name]:.2f}"
         )
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import common
 import torch
 from common import bound
-from common.searched import LEAVES, Pair, Rounds, searched_paths
+from common.search_rounds import LEAVES, Pair, Rounds, make_search_rounds
 from torch import nn
 
 from drllm.config import SearchConfig
@@ -246,7 +246,7 @@ def compare(
     leaves: int,
 ) -> dict[str, Any]:
     """Time both ways on one block of questions, and count the verdicts on which they differ."""
-    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"], leaves)
+    rounds = make_search_rounds(base.num_layers, len(prompts), sizes["paths"], leaves)
     everything = [pair for pairs in rounds for pair in pairs]
     rng = random.Random(0)
     runs: list[dict[str, float]] = []
@@ -353,7 +353,7 @@ def main() -> None:
             results.append(compare(base, reward, prompts, sizes, clock, options.leaves))
             report(results[-1])
             differ = results[-1]["verdicts_that_differ"]
-            common.refuse(base, f"verdicts of {reward}", differ)
+            common.refuse_differences(base, f"verdicts of {reward}", differ)
     by_reward = {result["reward"]: result for result in results}
     figures = {
         "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},
@@ -365,10 +365,10 @@ def main() -> None:
         "repeats": sizes["repeats"],
         "ours": OURS,
         "theirs": THEIRS,
-        **common.of(base, options),
+        **common.describe_run(base, options),
         "results": results,
     }
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

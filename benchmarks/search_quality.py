@@ -478,7 +478,7 @@ def main() -> None:
         if options.quick:  # a quick run measures anew, whatever was measured before
             options.output_dir = Path(folder)
         result = report(*search_all(routed, task, examples, options), options)
-    common.write(options, result)
+    common.write_figures(options, result)
 
 
 if __name__ == "__main__":

@@ -142,9 +142,14 @@ def main() -> None:
     print(f"texts of llama.cpp equal to those of transformers: {equal} of {len(asked)} prompts")
     print(f"time of the path by that of the full one: {shares}; layers {layers or 'given'} of {L}")
     print(f"llama.cpp against transformers, along the path: {faster:.2f} times as fast")
-    figures = {**common.of(base, options), "prompts": len(asked), "equal": equal, "repeats": 1}
+    figures = {
+        **common.describe_run(base, options),
+        "prompts": len(asked),
+        "equal": equal,
+        "repeats": 1,
+    }
     figures |= {"overhead": shares, "speedup": faster, "ours": OURS, "theirs": THEIRS}
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

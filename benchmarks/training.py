@@ -391,7 +391,7 @@ def main() -> None:
         print(json.dumps(fit_there(options.fit, clock)))
         return
     base = common.base_of(options)
-    measured = common.of(base, options)  # before --double changes the model's dtype
+    measured = common.describe_run(base, options)  # before --double changes the model's dtype
     records = drawn_targets(base, sizes["questions"], options.data_dir)
     with tempfile.TemporaryDirectory() as name:
         result, features = compare(base, records, Path(name), clock)
@@ -411,7 +411,7 @@ def main() -> None:
         "result": result,
         "scale": scale,
     }
-    common.write(options, figures)
+    common.write_figures(options, figures)
     if not result["losses_are_equal"]:
         raise SystemExit(
             f"the losses differ by more than {EQUAL_LOSSES} and {TIMES_ROUNDING} times rounding"

@@ -127,7 +127,7 @@ def compare(
         values[name] = ways[name]()
         return clock() - started
 
-    runs = common.in_turns({name: partial(seconds_of, name) for name in ways}, repeats)
+    runs = common.run_in_turns({name: partial(seconds_of, name) for name in ways}, repeats)
     away = {
         name: float(np.abs(np.subtract(values[name], values["ours"])).max())
         for name in ("theirs", "batched")
@@ -190,10 +190,10 @@ def main() -> None:
         "theirs": THEIRS,
         "batched": BATCHED,
         "task": options.task,
-        **common.of(base, options),
+        **common.describe_run(base, options),
         **sizes,
     }
-    common.write(options, figures)
+    common.write_figures(options, figures)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def clock_of(options: argparse.Namespace) -> Clock:
     return read
 
 
-def in_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> list[dict[str, Result]]:
+def run_in_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> list[dict[str, Result]]:
     """Run all ways so many times, after once to warm up, in an order that turns round each time."""
     runs = []
     for repeat in range(repeats + 1):
@@ -95,7 +95,7 @@ def base_of(options: argparse.Namespace) -> BaseModel:
     return load(ModelConfig(model=options.model, dtype=dtype, device=device))
 
 
-def that_execute(routers: RouterStack) -> RouterStack:
+def make_executing(routers: RouterStack) -> RouterStack:
     """Return a copy of routers that compute all they do, and whose every answer is to execute."""
     copied = copy.deepcopy(routers)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def that_execute(routers: RouterStack) -> RouterStack:
     return copied
 
 
-def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
+def describe_run(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
     """Say which model was measured, with which clock and on what machine."""
     device = base.model.device
     words = [platform.machine(), str(device), str(base.model.dtype)]
@@ -114,7 +114,7 @@ def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
     return {"model": base.name, "clock": options.clock, "machine": ", ".join(words)}
 
 
-def refuse(base: BaseModel, what: str, differ: int) -> None:
+def refuse_differences(base: BaseModel, what: str, differ: int) -> None:
     """End without figures where two ways that are compared came to different results.
 
     In float32 they never may; a dtype of fewer digits decides near ties by chance, so there the
@@ -133,7 +133,7 @@ def commit_of(checkout: Path = Path(__file__).parent) -> str:
     return found.stdout.strip() or "an unknown commit"
 
 
-def write(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+def write_figures(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
     """Write the figures as JSON if `--json` asks for it."""
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class Quantity(NamedTuple):
     values: list[list[float]]
 
 
-def quantities(
+def measure_quantities(
     routed: RoutedModel,
     parts: TaskSplits,
     part: str,
@@ -64,7 +64,7 @@ def quantities(
     return found
 
 
-def less_full(
+def compare_with_full(
     task: str, part: str, found: Mapping[str, Quantity], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Compare the named paths with the full one, which comes first, and print what is found."""

@@ -12,7 +12,7 @@ Rounds = list[list[Pair]]
 LEAVES = SearchConfig().leaves_per_round
 
 
-def searched_paths(
+def make_search_rounds(
     num_layers: int, num_questions: int, num_paths: int, leaves: int = LEAVES
 ) -> Rounds:
     """Return the rounds of a tree search: in each, `leaves` new paths of every question.
@@ -24,8 +24,12 @@ def searched_paths(
     searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
     rng = random.Random(0)
     rounds: Rounds = []
-    while pairs := [(q, path) for q, search in enumerate(searches) for path in search.ask(leaves)]:
+    while True:
+        pairs: list[Pair] = []
+        for question, search in enumerate(searches):
+            pairs += [(question, decisions) for decisions in search.ask(leaves)]
+        if not pairs:
+            return rounds
         for question, decisions in pairs:
             searches[question].tell(decisions, float(rng.random() < 0.5))
         rounds.append(pairs)
-    return rounds

@@ -24,7 +24,7 @@ Values = dict[str, list[float]]
 Plans = Sequence[StaticPath]
 
 
-class Asked:
+class QuestionSet:
     """Questions with options, of which the first few are read as texts too."""
 
     def __init__(self, routed: RoutedModel, prompts: Sequence[Any], num_texts: int = 0) -> None:
@@ -36,25 +36,32 @@ class Asked:
             texts = make_text_items(routed, prompts[:num_texts])
             self.texts = PathScorer(routed, texts, LOSS, STATE_CACHE_GB)
 
-    def along(self, plans: Plans) -> Values:
+    def evaluate(self, plans: Plans) -> Values:
         """Return what each question gives along its own path."""
         num = len(plans)
-        found: Values = {ACCURACY: [0.0] * num, GOLD_LOG_PROBABILITY: [0.0] * num}
+        values: Values = {ACCURACY: [0.0] * num, GOLD_LOG_PROBABILITY: [0.0] * num}
         if self.num_texts:
-            found[TEXT_LOSS] = [0.0] * self.num_texts
-        places: dict[StaticPath, list[int]] = {}
+            values[TEXT_LOSS] = [0.0] * self.num_texts
+        places_of: dict[StaticPath, list[int]] = {}
         for place, path in enumerate(plans):
-            places.setdefault(path, []).append(place)
-        for path, own in places.items():
-            scores = self.options.score([path], own)
-            for place, right, gold in zip(own, scores.right[0], scores.objective[0], strict=True):
-                found[ACCURACY][place] = right
-                found[GOLD_LOG_PROBABILITY][place] = gold
-            if read := [place for place in own if place < self.num_texts]:
-                losses = self.texts.score([path], read).objective[0]
-                for place, value in zip(read, losses, strict=True):
-                    found[TEXT_LOSS][place] = -value
-        return found
+            places_of.setdefault(path, []).append(place)
+        for path, places in places_of.items():
+            scores = self.options.score([path], places)
+            results = zip(places, scores.right[0], scores.objective[0], strict=True)
+            for place, right, gold in results:
+                values[ACCURACY][place] = right
+                values[GOLD_LOG_PROBABILITY][place] = gold
+            self._read_texts(path, places, values)
+        return values
+
+    def _read_texts(self, path: StaticPath, places: Sequence[int], values: Values) -> None:
+        """Fill in the loss of those questions that are read as texts too."""
+        read = [place for place in places if place < self.num_texts]
+        if not read:
+            return
+        losses = self.texts.score([path], read).objective[0]
+        for place, value in zip(read, losses, strict=True):
+            values[TEXT_LOSS][place] = -value
 
 
 def tokens_of(routed: RoutedModel, prompts: Sequence[Any]) -> list[list[int]]:
