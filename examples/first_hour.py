@@ -1,7 +1,7 @@
-"""The first hour in one script: attach, search, supervise, train, evaluate, report.
+"""All stages in one script: attach, search, supervise, train, evaluate, report.
 
-It is small on purpose: 16 questions under 6 simulations teach little, and 12 tell little; the
-report says so. What has been done already in the folder is resumed, not done again.
+It is small on purpose: routers learn little from 16 questions, and 12 test questions show little,
+as the report will say. Run again, it resumes from the files in the output folder.
 
     python examples/first_hour.py [--model smollm2-135m] [--output runs/first_hour]
 """
@@ -17,13 +17,13 @@ TASK = "builtin_facts"
 
 
 def main() -> None:
-    """Go through all stages, and say after each what came of it."""
+    """Run all stages, and print a line of results after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")
     parser.add_argument("--output", type=Path, default=Path("runs/first_hour"))
     options = parser.parse_args()
 
-    # Attach: the model stays the same object, and follows decisions from now on.
+    # Attach: the model stays the same object, but runs the layers that are chosen from now on.
     base = drllm.load(options.model)
     routed = drllm.attach(base)
     inputs = routed.tokenizer("The capital of France is", return_tensors="pt").to(routed.device)
@@ -35,20 +35,21 @@ def main() -> None:
         print(f"{name}: {routed.tokenizer.decode(output[0])!r}")
     print(f"its route: {drllm.sketch(routed.last_route[0].tolist())}")
 
-    # Search: which layer paths answer a question as the whole model does?
+    # Search: which layer paths answer each question as well as the whole model?
     records = drllm.search_paths(base, TASK, limit=16, num_simulations=6, output_dir=options.output)
-    print(f"search: {sum(len(each.paths) for each in records)} paths of {len(records)} questions")
+    num_paths = sum(len(record.paths) for record in records)
+    print(f"search: {num_paths} paths of {len(records)} questions")
 
-    # Supervise: a target path a question: of those that save, the one closest to the model.
+    # Supervise: choose a target path per question, the saving one closest to the whole model.
     targets = drllm.supervise(records, output=options.output / "supervision.jsonl")
     print(f"targets: {len(targets)}, of {targets.summary['questions']} questions")
 
-    # Train routers on them, and attach these.
+    # Train routers on the targets, and attach them.
     routers = drllm.train(base, targets, num_epochs=5, output_dir=options.output / "routers")
     routed = drllm.attach(base, routers)
     print(f"routers: {sum(weight.numel() for weight in routers.parameters())} weights")
 
-    # Evaluate on questions that neither search nor training has seen, and report.
+    # Evaluate on questions that neither the search nor the training has seen, and report.
     results = drllm.evaluate(
         routed, TASK, limit=12, baselines="none", output_dir=options.output / "eval"
     )

@@ -1,9 +1,9 @@
-"""A policy of your own: skip a layer where the one before it hardly changed the prompt's end.
+"""A policy of your own: skip a layer if the previous one hardly changed the end of the prompt.
 
 No training and no routers: at each layer the policy compares the mean hidden state of the last
-quarter of the prompt with what it was one layer earlier. Where the cosine of the two is above a
-threshold, the layer is skipped. It is shown for how little it takes, not for its answers: whether
-a policy is worth having is for `drllm evaluate` and a comparison at equal executions to say.
+quarter of the prompt with that of one layer earlier. If the cosine of the two is above a threshold,
+the layer is skipped. The example shows how little code a policy takes. Its answers may be bad: only
+an evaluation at equal executions shows whether a policy is worth using.
 
     python examples/own_policy.py [--model smollm2-135m] [--threshold 0.985] [PROMPT …]
 """
@@ -25,27 +25,28 @@ PROMPTS = (
 
 @drllm.POLICIES.register("settled")
 class SettledPolicy(drllm.Policy):
-    """Skip a layer where the one before it hardly changed the prompt's end; never two in a row."""
+    """Skip a layer if the previous one hardly changed the end of the prompt; never two in a row."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
     def decide(self, layer: int, prompts: drllm.PromptView) -> torch.Tensor:
-        """Return 0 where the prompt's end has settled, else 1."""
+        """Return 0 for prompts whose end hardly changed, else 1."""
         end = prompts.windows(4).means[:, -1]  # [B, D]; zeros where a prompt has under 4 tokens
         if layer == 0:
             decisions = torch.ones(prompts.num_rows, dtype=torch.long, device=end.device)
         else:
-            likeness = torch.cosine_similarity(end, self.before.to(end.device))
-            # A skipped layer changes nothing, which says nothing about the next.
+            similarity = torch.cosine_similarity(end, self.before.to(end.device))
+            # A skipped layer changes nothing, so its states don't show that the prompt has settled.
             ran = self.decisions.to(end.device) == 1
-            decisions = torch.where(ran & (likeness > self.threshold), 0, 1)
-        self.before, self.decisions = end, decisions
+            decisions = torch.where(ran & (similarity > self.threshold), 0, 1)
+        self.before = end
+        self.decisions = decisions
         return decisions
 
 
 def main() -> None:
-    """Answer each prompt with all layers and under the policy, and print both."""
+    """Answer each prompt with all layers and with the policy, and print both answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", default=PROMPTS, metavar="PROMPT")
     parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")

@@ -1,7 +1,7 @@
-"""One stage in several processes, one a device, as torchrun or `accelerate launch` starts them.
+"""Divides the work of one stage among processes that torchrun or `accelerate launch` has started.
 
-All run the same stage on the same questions. The first alone reads and writes what the stage keeps;
-work is divided piece by piece, and every process gets all results, so that all end alike.
+All processes run the same stage on the same questions, each on its own device. Only the first one
+reads and writes files. The work is divided job by job, and every process gets all results.
 """
 
 import datetime
@@ -14,39 +14,46 @@ from drllm.errors import DrllmError
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(weeks=52)
-"""How long a process waits for the others: some have much more to do. One that died is noticed."""
+"""How long a process waits for the others, which may have much more to do.
+
+A process that died is noticed earlier.
+"""
 divides = False
-"""Whether all work on one stage: the command line says so; in a script each may do its own."""
+"""Whether the processes share one stage; the command line sets it for verbs that divide work."""
 
 
 def launched() -> int:
-    """Return how many processes a launcher has started."""
+    """Return the number of processes that a launcher has started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def count() -> int:
-    """Return how many processes run this stage."""
+    """Return the number of processes that share this stage."""
     return launched() if divides else 1
 
 
 def is_first() -> bool:
-    """Tell whether this process is the one that reads, writes and speaks."""
+    """Whether this process is the one that reads, writes and prints."""
     return count() == 1 or os.environ.get("RANK") == "0"
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Return what the first process makes, in all of them; an error of ours is raised in all."""
+    """Run a function in the first process and return its result in all.
+
+    A DrllmError is raised in all processes.
+    """
     if count() == 1:
         return make()
     outcomes = [_run_job(make) if is_first() else None]
     _connected().broadcast_object_list(outcomes)
-    return _value_of(outcomes[0])  # type: ignore[no-any-return]
+    return _unpack_result(outcomes[0])  # type: ignore[no-any-return]
 
 
 def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
-    """Return the results of all jobs, each done by one of the processes; all must call it alike.
+    """Run each job in one of the processes, and return all results in all of them.
 
-    An error of ours in a job is raised in all processes. A job may not share in turn.
+    All processes must call it with the same jobs. A DrllmError of a job is raised in all of them.
+    A job must not call `share` itself.
     """
     if count() == 1:
         return [job() for job in jobs]
@@ -59,11 +66,11 @@ def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
     gathered: dict[int, Any] = {}
     for part in parts:
         gathered.update(part)
-    return [_value_of(gathered[place]) for place in range(len(jobs))]
+    return [_unpack_result(gathered[place]) for place in range(len(jobs))]
 
 
 def _connected() -> Any:
-    """Return torch's collectives, by gloo: only Python's objects are sent, whatever the devices."""
+    """Return torch's collectives. They use gloo, because only Python objects are sent."""
     from torch import distributed
 
     if not distributed.is_initialized():
@@ -72,14 +79,14 @@ def _connected() -> Any:
 
 
 def _run_job(job: Callable[[], Any]) -> tuple[Any, DrllmError | None]:
-    """Return a job's result, or the error of ours that it raised."""
+    """Return the result of a job and None, or None and the DrllmError that it raised."""
     try:
         return job(), None
     except DrllmError as error:
         return None, error
 
 
-def _value_of(outcome: Any) -> Any:
+def _unpack_result(outcome: Any) -> Any:
     """Return the result of a job, or raise its error."""
     value, error = outcome
     if error is not None:

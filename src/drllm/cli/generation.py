@@ -84,8 +84,9 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
         rows = read_prompts(file)
     elif not is_chat:
         prompt = command.values["prompt"] or _read_standard_input()
-    calibration = _read_calibration(depth)
-    routers = _read_routers(command)
+    with terminal.busy("reading the routers"):
+        calibration = _read_calibration(depth)
+        routers = _read_routers(command)
     path = _read_path(command)
     form = _choose_form(config, routers)
     _check_conversations(file, rows, form, config)

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 """Language models that were on the hub before its ids had owners."""
 
+LOADING = "loading torch"  # what takes seconds in the first import of a stage
+
 COLUMNS = Flag(
     "columns",
     f"columns of a file or hub set that hold {', '.join(FIELDS)}; grader=exact sets the grader",
@@ -92,8 +94,8 @@ def search(command: CommandLine, terminal: Terminal) -> None:
     if command.values["dry_run"]:
         _print_forecast(questions, command, terminal)
         return
-    from drllm.search.run import search_paths
-
+    with terminal.busy(LOADING):
+        from drllm.search.run import search_paths
     records = search_paths(command.of(ModelConfig), questions, config, folder, listener=terminal)
     _print_search(records, folder, terminal)
     with only_writer(folder, "search", "--output-dir"):
@@ -276,9 +278,9 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     features = command.optional_path("features")
     if features is not None:
         check_folder(features, "--features")
-    from drllm.training.checkpoint import is_finished
-    from drllm.training.stage import train
-
+    with terminal.busy(LOADING):
+        from drllm.training.checkpoint import is_finished
+        from drllm.training.stage import train
     folders = list(config.by_seed(output))
     if all(is_finished(folder) for folder in folders):
         raise CheckpointError(
@@ -334,8 +336,8 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
         splits = split_tasks(config)
     for parts in splits:
         _print_parts(parts, config, terminal)
-    from drllm.tuning.run import tune
-
+    with terminal.busy(LOADING):
+        from drllm.tuning.run import tune
     tune(command.of(ModelConfig), None, config, output, listener=terminal)
     if is_first():
         show_paths(output / static_paths.PATHS_FILE, terminal)
@@ -371,8 +373,8 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     plan = static_paths.read_path(config.named_path())
     read_sources(config)  # a mistake in them is reported before a model is loaded
-    from drllm.tuning.heal import heal
-
+    with terminal.busy(LOADING):
+        from drllm.tuning.heal import heal
     model = model_of(command, path=plan)
     heal(model, config=config, output_dir=output, listener=terminal)
     show_healed(output / HEALED_FILE, terminal)
@@ -416,11 +418,12 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     _print_splits(tasks, terminal)
     folders: list[Path] = []
     routers: RouterStack | None = None
-    for place in places:
-        folder, stack = read_routers(place)
-        folders.append(folder)
-        if routers is None:
-            routers = stack
+    with terminal.busy("reading the routers"):
+        for place in places:
+            folder, stack = read_routers(place)
+            folders.append(folder)
+            if routers is None:
+                routers = stack
     tuned = None
     if routers is None:
         tuned = next((path for path in paths if path.record), None)
@@ -524,8 +527,8 @@ def export(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output_dir")
     plan = static_paths.read_path(str(command.path("path")))
     check_folder(output, "--output-dir")
-    from drllm.models.export import check_output, export_path
-
+    with terminal.busy(LOADING):
+        from drllm.models.export import check_output, export_path
     check_output(output)
     with (
         loaded(model_of(command, path=plan), terminal) as base,

@@ -1,7 +1,6 @@
-"""Every setting of every stage, once: type, default, bounds, unit and help text.
+"""The settings of all stages: type, default, bounds, unit and help text.
 
-A field of one of these classes is all it takes to add a flag, a key of YAML files and their checks.
-Loads no torch.
+A field in one of these classes adds a flag, a key of YAML files, and their checks. Loads no torch.
 """
 
 from drllm.config.constants import SPLITS

@@ -1,4 +1,4 @@
-"""What a setting is: a field with a type, bounds and help text, checked when its group is made."""
+"""Settings: fields with a type, bounds and a help text, which are checked when they are made."""
 
 import dataclasses
 import pkgutil
@@ -15,7 +15,10 @@ from drllm.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class NamesIn(Iterable[str]):
-    """The names in a registry `module:attribute`, of a module above this one, in their order."""
+    """The names in a registry, given as `module:attribute`, in the registry's order.
+
+    The registry may be in a module that imports this one: it is imported when names are read.
+    """
 
     registry: str
 
@@ -40,14 +43,14 @@ def setting(
     """Declare one field of a group of settings.
 
     Args:
-        default: Its value where none is given; None is accepted only where it is the default.
-        help: What it means, with its unit.
-        minimum: Least value.
-        maximum: Greatest value.
-        above: A bound that itself isn't accepted.
-        choices: The texts that it accepts.
+        default: The default value; None is accepted only if it is the default.
+        help: The help text, with the unit.
+        minimum: Lowest accepted value.
+        maximum: Highest accepted value.
+        above: A lower bound that itself isn't accepted.
+        choices: The accepted texts.
         alias: A second name, such as that of a published command.
-        idle: Another field of the group, and its value with which this one has no effect.
+        idle: Another field of the group, and a value of it that leaves this field without effect.
         decisive: Whether results depend on it.
         value: How a value is written, for the help; an example of a setting by task.
         basic: Whether `--help` shows it; `--help-all` shows all.
@@ -70,12 +73,12 @@ def setting(
 basic = partial(setting, basic=True)
 """Declares a field that `--help` shows."""
 incidental = partial(setting, decisive=False)
-"""Declares a field that results don't depend on: places, memory, where the work is done."""
+"""Declares a field that results don't depend on: places, memory, devices of the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A group of settings that checks its values when it is made."""
+    """A group of settings; making one checks all values."""
 
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
@@ -85,10 +88,10 @@ class Settings:
             _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
-        """Refuse settings that others of the group leave without effect.
+        """Refuse settings that another setting of the group leaves without effect.
 
-        Not checked when the settings are made, since a file and the command line may each give a
-        part of them. A setting with its default value counts as not given.
+        This isn't checked when the settings are made, because a file and the command line may each
+        give a part of them. A setting with its default value counts as absent.
         """
         for field in dataclasses.fields(self):
             idle = field.metadata["idle"]
@@ -104,13 +107,13 @@ class Settings:
         return dataclasses.asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that must be equal for two results to be the same one."""
+        """Return the settings on which results depend."""
         names = [field.name for field in dataclasses.fields(self) if field.metadata["decisive"]]
         return {name: getattr(self, name) for name in names}
 
 
 def _no_effect(flag: str, value: Any, other: str, other_value: Any) -> ConfigError:
-    """Return the error for a setting that another one leaves without effect."""
+    """Return the error for a setting without effect."""
     setting = flag if value is True else f"{flag} {_format(value)}"
     if other_value is None or other_value is False:
         return ConfigError(
@@ -133,7 +136,7 @@ LARGEST_INT = 2**63 - 1
 
 
 def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
-    """Return the types that each setting of a group takes; `int | None` is two."""
+    """Return the accepted types of each setting of a group, two for `int | None`."""
     hints = typing.get_type_hints(group)
     return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
@@ -144,9 +147,9 @@ def is_by_task(kinds: tuple[type, ...]) -> bool:
 
 
 def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
-    """Return the number that a text writes, where a setting takes one; else the value itself.
+    """Convert a text to a number if the setting accepts one; return any other value unchanged.
 
-    The values of a setting by task are read one by one.
+    The values of a setting by task are converted one by one.
     """
     if isinstance(value, dict) and is_by_task(kinds):
         task_kinds = _kinds_by_task(kinds)
@@ -160,7 +163,7 @@ def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def _kinds_by_task(kinds: tuple[type, ...]) -> tuple[type, ...]:
-    """Return the types that one task's value of a setting by task may have."""
+    """Return the accepted types of one task's value, for a setting by task."""
     hint = typing.get_args(kinds[0])[1]
     return typing.get_args(hint) or (hint,)
 
@@ -180,7 +183,7 @@ def _format(value: Any) -> str:
 
 
 def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
-    """Refuse a value of another type, outside the bounds, or not among the choices."""
+    """Refuse a value of a wrong type, outside the bounds, or not among the choices."""
     if is_by_task(kinds):
         _check_by_task(name, value, kinds, rules)
         return
@@ -227,13 +230,13 @@ def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
 
 
 def check_text(flag: str, text: str) -> None:
-    """Refuse a text that is empty or that no file could be named by, naming the flag."""
+    """Refuse a text that is empty or can't name a file; the message names the flag."""
     if not text.strip() or "\0" in text:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
 def required_tasks(names: str | None, flag: str = "--tasks") -> str:
-    """Return the names of the tasks that a stage asks; ConfigError where none is named."""
+    """Return the names of the tasks; ConfigError if none is named."""
     if names is None:
         raise ConfigError(
             f"no task is given; name one as {flag}, for example {flag} questions.jsonl or "
@@ -243,9 +246,9 @@ def required_tasks(names: str | None, flag: str = "--tasks") -> str:
 
 
 def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
-    """Return a group of settings, by default that of all defaults, with some changed by name.
+    """Return a copy of a group of settings, or of the defaults, with some settings changed.
 
-    A setting may be given under its published name, its alias.
+    A setting may be given by its published name, its alias.
     """
     names = {field.metadata["alias"]: field.name for field in dataclasses.fields(kind)}
     values = (config or kind()).to_dict()
@@ -255,13 +258,13 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
 
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
-    """Make a group of settings of those values that belong to it."""
+    """Make a group of settings from the values that belong to it; ignore the others."""
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: values[name] for name in names if name in values})
 
 
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
-    """Make a settings group of a mapping that is part of `where`; ConfigError if it doesn't fit."""
+    """Make a group of settings from values; ConfigError, which names `where`, for a wrong one."""
     known = kinds_of(kind)
     for name in map(str, values):
         if name in known:

@@ -1,7 +1,7 @@
-"""Settings in YAML files: sections of a recipe, presets, and what a verb reads with `--config`.
+"""Reads settings from YAML files: recipes, presets, and the files of `--config`.
 
-Names may have dashes or be published ones. Numbers are read as texts, and become what the setting
-is: 1.10 may be the name of a branch.
+Names may have dashes, or be published ones. Numbers are read as texts and converted to the type of
+the setting, since 1.10 may be the name of a branch.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, numbers and dates as texts; no tags, and no name twice."""
+    """Reads YAML without tags and repeated names; numbers and dates stay texts."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
         first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", "stamp"))]
@@ -49,7 +49,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file of names, in which dashes become underscores, and values."""
+    """Read a YAML file of names and values; dashes in names become underscores.
+
+    `what` says for messages what the file should hold.
+    """
     remedy = f"give a YAML file with {what}"
     if not path.is_file():
         state = "isn't a file" if path.exists() else "doesn't exist"
@@ -108,7 +111,7 @@ def sections_of(
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Write the names of settings as the dataclasses have them."""
+    """Replace the dashes in the names of settings by underscores."""
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 

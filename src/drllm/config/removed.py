@@ -27,6 +27,6 @@ REMOVED_FLAGS: dict[str, str] = {
     "--worked-answers": "--worked-answers was removed: every comparison says what loss it "
     "excludes; evaluate the task itself, for example --tasks gsm8k",
 }
-"""Name of a removed flag, with dashes → the whole message: why it went, and what to use instead.
+"""The message for each removed flag: why it went, and what to use instead.
 
-A setting that was removed is looked up by its flag."""
+A removed setting is looked up by its flag."""

@@ -1,1 +1,1 @@
-"""All stages in a row: `folder.run` carries out a recipe."""
+"""Runs all stages of a recipe in a row (`folder.run`)."""

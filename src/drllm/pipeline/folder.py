@@ -1,8 +1,8 @@
-"""A run folder: all stages of a recipe in a row, skipping what is done.
+"""Runs the stages of a recipe in a run folder, and skips the finished ones.
 
-A stage is done when `run.manifest.json` says that it was made from exactly what it would be made
-from now (settings, questions, hashes of its input files, version), and every file that it wrote
-is still there, unchanged. What resumes inside a stage is up to the stage.
+A stage is finished if `run.manifest.json` records the settings, questions, input files and version
+that it would be run with now, and if all files that it wrote are there and unchanged. Each stage
+resumes its own unfinished work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINED_FILES = (*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "la
 
 
 class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One stage of a run, as `docs/formats.md` describes it."""
+    """The state of one stage in `run.manifest.json` (docs/formats.md)."""
 
     made_from: dict[str, Any]
     outputs: dict[str, str] = {}  # empty until the stage ends
@@ -51,7 +51,7 @@ class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`run.manifest.json`: what each stage was made from, what it wrote and how long it took."""
+    """`run.manifest.json`: the inputs, the outputs and the time of each stage."""
 
     schema: Literal["drllm.run"] = "drllm.run"
     schema_version: int = codec.SCHEMA_VERSION
@@ -59,7 +59,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stages: dict[str, StageDone] = {}
 
     def is_done(self, stage: str, made_from: Mapping[str, Any], folder: Path) -> bool:
-        """Whether a stage need not run again: its inputs and outputs are unchanged."""
+        """Whether a stage is finished, and its inputs and outputs are unchanged."""
         done = self.stages.get(stage)
         if done is None or not done.outputs or done.made_from != made_from:
             return False
@@ -67,7 +67,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_run(folder: Path) -> RunManifest:
-    """Read a folder's `run.manifest.json`; empty where there is none."""
+    """Read the `run.manifest.json` of a folder; return an empty one if there is none."""
     path = folder / RUN_FILE
     if not path.exists():
         return RunManifest()
@@ -75,17 +75,17 @@ def read_run(folder: Path) -> RunManifest:
         return codec.read_json(path, RunManifest)
     except RecordError as error:
         raise RecordError(
-            f"{error}; delete {path}, and finished stages are checked or made anew"
+            f"{error}; delete {path}, and the stages are checked or run again"
         ) from error
 
 
 def hash_of(path: Path) -> str:
-    """Return a file's hash; empty for one that isn't there."""
+    """Return the hash of a file; empty if it doesn't exist."""
     return codec.sha256(path) if path.is_file() else ""
 
 
 def _digest_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
-    """Return, by task, a hash of the questions that an evaluation would ask."""
+    """Return a hash of the questions of each task that an evaluation would ask."""
     digests: dict[str, str] = {}
     for task in tasks:
         split = config.split_of(task.name)
@@ -116,9 +116,9 @@ def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], Bas
 
 
 def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
-    """Carry out a recipe in a folder, skipping what is done; return how long each stage took.
+    """Run a recipe in a folder, skip finished stages, and return the time of each stage in words.
 
-    A recipe, its tasks or a folder that can't be used are refused before anything is written.
+    A wrong recipe, task or folder is refused before anything is written.
     """
     recipe.check()
     check_folder(folder, "--output-dir")
@@ -129,11 +129,11 @@ def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage that may have to run.
+    """A stage of a run.
 
     Attributes:
-        made_from: What its results follow from: settings, hashes of its inputs.
-        run: Runs it, and returns the files that it wrote.
+        made_from: The settings and the hashes of the inputs that decide its results.
+        run: A function that runs it, and returns the files that it wrote.
     """
 
     made_from: dict[str, Any]
@@ -141,7 +141,7 @@ class Stage:
 
 
 class RunFolder:
-    """The stages of a recipe in a folder; `load` returns the base model."""
+    """Runs the stages of a recipe in a folder; `load` returns the base model."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, load: Callable[[], BaseModel], listener: Listener
@@ -161,7 +161,7 @@ class RunFolder:
             self.router_folders = list(recipe.train.by_seed(self.routers))
 
     def run_stages(self, names: Sequence[str]) -> dict[str, str]:
-        """Run the named stages that aren't done, in order; return how long each one took."""
+        """Run the named stages in order, unless finished; return the time of each, in words."""
         times = {}
         for number, name in enumerate(names, start=1):
             is_done = self._run_stage(name)
@@ -174,7 +174,7 @@ class RunFolder:
         return times
 
     def _run_stage(self, name: str) -> bool:
-        """Run a stage unless it is done; return whether it was."""
+        """Run a stage unless it is finished; return whether it was finished."""
         stage = self._stage(name)
         version = importlib.metadata.version("drllm")
         made_from = {"drllm_version": version, **stage.made_from}
@@ -187,7 +187,7 @@ class RunFolder:
         for path in stage.run():
             hashes[path.relative_to(self.folder).as_posix()] = codec.sha256(path)
         seconds = round(time.perf_counter() - started, 3)
-        self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
+        self._record(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
         return False
 
     def _keep_recipe(self) -> None:
@@ -202,7 +202,7 @@ class RunFolder:
             codec.write_atomically(file, text)
 
     def begin(self, name: str, made_from: dict[str, Any]) -> None:
-        """Note that a stage begins; delete what it wrote when it last ended."""
+        """Record that a stage begins, and delete the files that it wrote before."""
         before = self.manifest.stages.get(name, StageDone(made_from=made_from))
         if name == "train" and before.made_from != made_from:
             from drllm.training.stage import discard
@@ -213,9 +213,9 @@ class RunFolder:
             leads_elsewhere = path.resolve() != self.folder.resolve() / output  # through a link
             if not leads_elsewhere:
                 path.unlink(missing_ok=True)
-        self._note(name, StageDone(made_from=made_from))
+        self._record(name, StageDone(made_from=made_from))
 
-    def _note(self, name: str, done: StageDone) -> None:
+    def _record(self, name: str, done: StageDone) -> None:
         """Write the state of a stage to the manifest."""
         self.manifest.stages[name] = done
         self.manifest.schema_version = codec.SCHEMA_VERSION
@@ -234,7 +234,7 @@ class RunFolder:
         }
         return stages[name]()
 
-    # --- the stages: what each is made from, and how it runs -------------------------------------
+    # --- the stages: the inputs of each, and how it runs -----------------------------------------
 
     def _search(self) -> Stage:
         recipe = self.recipe
@@ -322,7 +322,7 @@ class RunFolder:
         return Stage(made_from, self._run_heal)
 
     def _heal_config(self) -> HealConfig:
-        """Return the settings of healing; a path that this run tunes is named with its file."""
+        """Return the settings of healing; a path that this run tunes gets its file."""
         config = self.recipe.heal
         assert config is not None
         if self.recipe.tune is None:
@@ -356,11 +356,11 @@ class RunFolder:
         return Stage(made_from, self._run_evaluate)
 
     def _is_timed(self) -> bool:
-        """Whether the evaluation measures time, which it does of a routed model alone."""
+        """Whether the evaluation measures time: only a routed model is timed."""
         return self.recipe.evaluate.latency and self.recipe.has_routers
 
     def _static_paths(self) -> list[Path]:
-        """Return the files of static paths that this run makes."""
+        """Return the files of static paths that this run writes."""
         files = []
         if self.recipe.runs("tune"):
             files.append(self.paths_file)
@@ -369,7 +369,7 @@ class RunFolder:
         return files
 
     def _evaluate_config(self) -> EvaluateConfig:
-        """Return the settings of the evaluation, with this run's files unless others are given."""
+        """Return the settings of the evaluation; by default it uses the files of this run."""
         config = self.recipe.evaluate
         if self.router_folders and needs_targets(config.baselines) and config.supervision is None:
             config = dataclasses.replace(config, supervision=str(self.supervision_file))

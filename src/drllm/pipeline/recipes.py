@@ -1,6 +1,6 @@
 """Recipes: the settings of all stages in one YAML file.
 
-Everything in them is checked before a model is loaded and before anything is written.
+They are checked completely before a model is loaded and before anything is written.
 """
 
 import dataclasses
@@ -31,17 +31,20 @@ from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextSource, read_sources
 
 ROUTING = ("search", "supervise", "train")
-"""Sections and stages of routers; with a static path and none of them a recipe makes no routers."""
+"""Sections and stages of routers.
+
+A recipe with a section of a static path and none of these trains no routers.
+"""
 PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
-"""Sections and stages of a static path, which a recipe has only if it says so."""
+"""Sections and stages of a static path; they run only if the recipe has the section."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of all stages.
 
-    Without `tune` no static path is looked for, without `heal` none is healed. With `tune`, the
-    `path` of `heal` is the name of one that is found.
+    Without `tune`, no static path is searched; without `heal`, none is healed. With `tune`, the
+    `path` of `heal` is the name of a path that `tune` will find.
     """
 
     model: config.ModelConfig = dataclasses.field(default_factory=config.ModelConfig)
@@ -54,14 +57,14 @@ class Recipe:
     has_routers: bool = True
 
     def to_yaml(self) -> str:
-        """Write all settings, defaults too; the text is a recipe itself."""
+        """Write all settings, including defaults, as the text of a recipe."""
         values = {name: getattr(self, name).to_dict() for name in SECTIONS if self.runs(name)}
         if "search" in values:
             del values["search"]["output_dir"]  # the folder that the text lies in
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def runs(self, name: str) -> bool:
-        """Whether the recipe has a section, or runs the stage of that name."""
+        """Whether the recipe has a section, or runs a stage, of that name."""
         if name in ROUTING:
             return self.has_routers
         return getattr(self, name, True) is not None
@@ -78,16 +81,16 @@ class Recipe:
 
     @cached_property
     def tuned(self) -> list[TaskSplits]:
-        """The tasks that a static path is looked for, with their questions; raises as `check`."""
+        """The tasks of tuning, with their questions; raises as `check` does."""
         return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
     def healed(self) -> list[TextSource]:
-        """What a path is healed on; raises as `check`."""
+        """The texts that a path is healed on; raises as `check` does."""
         return read_sources(self.heal or config.HealConfig())
 
     def check(self) -> None:
-        """Refuse settings that make no sense or have no effect, and a missing package."""
+        """Refuse wrong settings, settings without effect, and a missing package."""
         need("eval,report", "a run")
         self._check_tasks()
         _ = self.tasks  # reading them checks them
@@ -112,7 +115,7 @@ class Recipe:
         if self.evaluate.max_drop is not None and self.evaluate.paths is None:
             raise ConfigError(
                 f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
-                f"order fixed beforehand, and what tune finds has no names yet; leave it out, "
+                f"order fixed beforehand, but the paths of tune have no names yet; leave it out, "
                 f"then 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
             )
 
@@ -126,7 +129,7 @@ class Recipe:
             )
 
     def _check_tasks(self) -> None:
-        """Refuse a section that asks questions and names no task."""
+        """Refuse a section that needs a task and names none."""
         names = {"evaluate": self.evaluate.tasks}
         if self.has_routers:
             names["search"] = self.search.dataset
@@ -148,7 +151,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read and check a recipe; `data_dir` replaces that of every stage that asks questions."""
+    """Read a recipe; `data_dir` replaces that of every section with questions."""
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = sections_of(path, values, SECTIONS)
     groups: dict[str, Any] = {}
