@@ -38,7 +38,7 @@ sys.exit(status)
 SMALL = [
     ("drllm.tuning.task_scorer", "MOST_PAIRS", 12),
     ("drllm.tuning.task_scorer", "MOST_ANSWERS", 2),
-    ("drllm.evaluation.systems", "LEAST_SCORED", 2),
+    ("drllm.evaluation.systems", "MIN_BLOCK_SIZE", 2),
     ("drllm.training.features", "MAXIMUM_TOKENS", 64),
 ]
 """So that there are several pieces of work to divide."""

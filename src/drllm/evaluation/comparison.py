@@ -1,4 +1,7 @@
-"""What an evaluation runs: every system on every task, at every depth."""
+"""Runs an evaluation: every system on every task, at every depth.
+
+`EvaluationContext` holds what all tasks share, `TaskComparison` runs the systems on one task.
+"""
 
 import functools
 import json
@@ -46,15 +49,15 @@ from drllm.tasks.registry import TASKS
 
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
 NUM_CALIBRATION = 64
-"""Questions that depths are found and baselines fitted on, unless another number is given."""
-PROBES = 12  # times that all of these are routed, about, until the depth is found
-NUM_RANDOM_DRAWS = 10  # draws of the baselines that are drawn, unless another number is given
+"""Default number of questions that depths are found and baselines fitted on."""
+NUM_PROBES = 12  # about how often all of these are routed until a depth is found
+NUM_RANDOM_DRAWS = 10  # default number of draws of a random baseline
 
 
 class PlannedWork:
-    """The progress of an evaluation: work done, of the work planned, in tokens.
+    """The progress of an evaluation: how many of the planned tokens are done.
 
-    `report` is called whenever one of them changes.
+    `report` is called whenever either number changes.
     """
 
     report: OnProgress
@@ -69,29 +72,37 @@ class PlannedWork:
 
     @contextmanager
     def replanned(self, cost: int) -> Iterator[None]:
-        """Count planned work as done when the block ends, however much of it was needed."""
-        rest = self._total - self._done - cost
+        """Count planned work as done when the block ends, even if less was needed."""
+        planned_afterwards = self._total - self._done - cost
         yield
-        self._total = self._done + rest
+        self._total = self._done + planned_afterwards
 
     @contextmanager
     def during(self, name: str, cost: int) -> Iterator[None]:
-        """Report what a block does, and when it ends that its work is done."""
-        self.tell(name)
+        """Report the name of a block's work, and count it as done when the block ends."""
+        self.report_current(name)
         yield
         self._done += cost
-        self.tell(name)
+        self.report_current(name)
 
-    def tell(self, name: str, more: float = 0.0) -> None:
-        """Report what is being done, and how much of it beyond what is done."""
-        self.report(self._done + more, self._total, name)
+    def report_current(self, name: str, partly_done: float = 0.0) -> None:
+        """Report the current work by name, and how many of its tokens are done."""
+        self.report(self._done + partly_done, self._total, name)
 
 
 class EvaluationContext:
     """What all tasks of one evaluation share; without routers there is no routed model.
 
-    `tuned_on` names tasks that some of the paths were chosen for, on `select`. `prompts` are the
-    tokens of those asked so far, and `chunks` keeps finished systems and blocks.
+    `prompts` has the tokens of all prompts so far, and `chunks` keeps finished systems and blocks.
+
+    Args:
+        lm: The model as the harness takes one.
+        routers: Routers by folder, those of the first seed first.
+        paths: Static paths by name.
+        tuned_on: Names of the tasks that some of the paths were chosen on, on `select`.
+        tasks: The tasks that are evaluated.
+        config: The settings.
+        output: The folder of the evaluation.
     """
 
     def __init__(
@@ -122,12 +133,12 @@ class EvaluationContext:
         if config.supervision is not None:
             self._targets = list(read_supervision(Path(config.supervision)))
         self.chunks = Chunks(output / PARTIAL_FOLDER, self._identity(tasks), stage="evaluation")
-        # Each is made once, when it is first needed.
+        # Both are cached: a material or a baseline is made when it is first needed.
         self.material = functools.cache(self._material)
         self.baseline = functools.cache(self._baseline)
 
     def _identity(self, tasks: Sequence[Task]) -> dict[str, object]:
-        """Return what must be equal for an interrupted evaluation to be resumed."""
+        """Return the values that must be equal to resume an interrupted evaluation."""
         files = [folder / WEIGHTS_FILE for folder in self.routers]
         if self.config.supervision is not None:
             files.append(Path(self.config.supervision))
@@ -149,8 +160,8 @@ class EvaluationContext:
     def harness_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
         """Return the questions of a task as the harness asks them.
 
-        They go by way of a task folder, which the harness' own tasks don't need. An evaluation of
-        other questions isn't resumed.
+        Our tasks are written to a task folder first; the harness' own tasks don't need one. An
+        evaluation that was interrupted with other questions is refused.
         """
         if isinstance(task, LmEvalTask):
             harness_task = self._stock_task(task, split, limit)
@@ -165,7 +176,7 @@ class EvaluationContext:
         made_on = set(self.tuned_on)
         for routers in self.routers.values():
             made_on.update(routers.config.training.get("tasks", ()))
-        # Of names that aren't ours it isn't known whether they hold the same questions.
+        # A task that isn't ours may hold the same questions under another name.
         has_known_names = made_on <= {*TASKS}
         is_fresh = has_known_names and config.supervision is None and not needs_fitting(config)
         part = None if split == "test" and is_fresh else split
@@ -187,21 +198,21 @@ class EvaluationContext:
         return RenderedTask(written, folder, self.lm, chat=config.chat)
 
     def run_once(self, name: str, run: Callable[[KeepBlocks], SystemRun], cost: int) -> SystemRun:
-        """Run a system, or return what an earlier start of this evaluation has kept of it.
+        """Run a system, or return its result if it was kept before an interruption.
 
         Args:
-            name: The key under which it is kept.
-            run: Runs it, given what keeps its blocks.
-            cost: Its work, in tokens.
+            name: The key of the result.
+            run: Runs the system; its argument runs and keeps blocks.
+            cost: The system's work, in tokens.
         """
         parts = self.chunks.within(name)
 
         def keep_blocks(calls: Mapping[str, Callable[[], BatchResult]]) -> list[BatchResult]:
-            found: list[BatchResult] = []
+            results: list[BatchResult] = []
             for result in parts.get_or_make_all(calls, BatchResult):
-                found.append(result)
-                self.progress.tell(name, cost * len(found) / len(calls))
-            return found
+                results.append(result)
+                self.progress.report_current(name, cost * len(results) / len(calls))
+            return results
 
         with self.progress.during(name, cost):
             return self.chunks.get_or_make(name, SystemRun, lambda: run(keep_blocks))
@@ -211,7 +222,7 @@ class EvaluationContext:
         return BASELINES.get(name)(self.lm.routed, lambda: self.material(source))
 
     def _material(self, name: str) -> Material:
-        """Return what baselines are fitted on: questions of a source, and targets."""
+        """Return the material that baselines are fitted on: questions of a source, and targets."""
         source = self._sources_by_name[name]
         limit = self.config.num_calibration or NUM_CALIBRATION
         harness_task = self.harness_task(source, fitting_split(source, self.config), limit)
@@ -238,9 +249,9 @@ class EvaluationContext:
 
 
 def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]:
-    """Return the questions whose options follow one prompt, by place.
+    """Return the questions whose options all follow the same prompt, by place.
 
-    Where the options stand in the prompt, each has another.
+    A question whose prompt lists the options may have another prompt for each of them.
     """
     questions: dict[int, Request] = {}
     if not harness_task.has_options:
@@ -254,9 +265,9 @@ def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]
 
 @dataclass(frozen=True)
 class SystemPlan:
-    """A system that isn't a baseline, and what decides in it: base, routed, or a path.
+    """A system that isn't a baseline, with its decisions: base, routed, or a path.
 
-    `depth` names the depth that it was brought to; empty for that of training.
+    `depth` names the depth that it was brought to; empty for the depth of training.
     """
 
     name: str
@@ -265,7 +276,7 @@ class SystemPlan:
 
     @property
     def at_depth(self) -> str:
-        """Its depth, as a part of a sentence."""
+        """The depth as part of a sentence."""
         return f" at {self.depth}" if self.depth else ""
 
 
@@ -273,7 +284,7 @@ BASE_MODEL = SystemPlan(BASE, BaselineRun(FullPolicy()))
 
 
 class TaskComparison:
-    """Every system on one task. `cost` is the work that it takes, in tokens, about."""
+    """Runs every system on one task. `cost` is about how many tokens that takes."""
 
     def __init__(self, context: EvaluationContext, task: Task) -> None:
         config = context.config
@@ -291,15 +302,15 @@ class TaskComparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        self.folders = list(context.routers)  # of the first seed's routers, then of others
+        self.folders = list(context.routers)  # that of the first seed, then the other seeds'
         tokens_a_question = self.runner.num_tokens // len(self.harness_task.keys)
         num_calibration = config.num_calibration or NUM_CALIBRATION
-        self._depth_cost = PROBES * num_calibration * tokens_a_question
+        self._depth_cost = NUM_PROBES * num_calibration * tokens_a_question
         self.cost = self._planned_cost()
         context.progress.plan(self.cost)
 
     def _planned_cost(self) -> int:
-        """Return the tokens that all systems read and write, and that finding depths takes."""
+        """Return how many tokens all systems and the search for depths read and write."""
         context = self.context
         num_systems = 1 + len(context.paths)
         if self.folders:
@@ -312,10 +323,10 @@ class TaskComparison:
         return num_systems * self.runner.num_tokens + num_searches * self._depth_cost
 
     def run(self) -> TaskRuns:
-        """Run base, at each depth the routed model and its baselines, other seeds' routers, paths.
+        """Run all systems: base, the routed model and its baselines at each depth, and paths.
 
-        Baselines run at the first routers' executions; of other seeds only the permuted routes do,
-        at their own.
+        Baselines run at the executions of the first seed's routers. For other seeds only their
+        permuted routes run, at their own executions.
         """
         systems = [self._run_plan(BASE_MODEL)]
         seeds = []
@@ -324,7 +335,7 @@ class TaskComparison:
             baselines = self._run_baselines(plan.at_depth, routed)
             systems += [routed, *baselines]
             if len(self.folders) > 1:
-                permuted = [each for each in baselines if each.name == PERMUTED]
+                permuted = [baseline for baseline in baselines if baseline.name == PERMUTED]
                 seeds.append(self._run_other_seeds(plan, routed, permuted))
         for name, path in self.context.paths.items():
             systems.append(self._run_plan(SystemPlan(name, BaselineRun(path))))
@@ -340,7 +351,7 @@ class TaskComparison:
         )
 
     def _routed_plans(self) -> list[SystemPlan]:
-        """Return the routed model of the first seed at each depth that it can be brought to."""
+        """Return the first seed's routed model at each depth that it can be brought to."""
         if not self.folders:
             return []
         plans = []
@@ -353,7 +364,7 @@ class TaskComparison:
     def _run_other_seeds(
         self, first: SystemPlan, routed: SystemRun, permuted: Sequence[SystemRun]
     ) -> tuple[list[SystemRun], list[SystemRun]]:
-        """Return routers of all seeds at one depth, and their own routes permuted, if asked for."""
+        """Return all seeds' routed models at one depth, and their permuted routes if these run."""
         all_routed = [routed]
         all_permuted = list(permuted)
         for folder in self.folders[1:]:
@@ -367,7 +378,7 @@ class TaskComparison:
         return all_routed, all_permuted
 
     def _shape(self) -> ModelShape | str:
-        """Return what the cost is derived from, or why it can't be."""
+        """Return the shape that the cost is derived from, or the reason why it can't be."""
         routed = self.context.lm.routed
         try:
             return ModelShape.of(routed.model, routed.injection.lora.all_weights())
@@ -375,7 +386,7 @@ class TaskComparison:
             return str(error)
 
     def _at_depth(self, folder: Path, depth: str, obstacle: str) -> SystemPlan | None:
-        """Return the routed model at a depth; None, and a note, where it can't be brought there."""
+        """Return the routed model at a depth; None, with a note, if it can't be brought there."""
         routers = self.context.routers[folder]
         if not depth:
             return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers)))
@@ -398,7 +409,7 @@ class TaskComparison:
         return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers, depth_bias=bias)), depth)
 
     def _run_plan(self, plan: SystemPlan, label: str = "") -> SystemRun:
-        """Run a system; the label tells it apart from others of its name."""
+        """Run a system; the label distinguishes it from others of its name."""
         runner = self.runner
         return self.context.run_once(
             f"{self.harness_task.written.name}: {plan.name}{label}",
@@ -407,7 +418,7 @@ class TaskComparison:
         )
 
     def _run_baselines(self, label: str, routed: SystemRun) -> list[SystemRun]:
-        """Run the baselines that can be had at the routed model's executions; note the others."""
+        """Run the baselines that can match the routed model's executions; note the others."""
         systems = []
         for name in self.context.baselines:
             baseline = self.context.baseline(name, self.source.name)
@@ -419,7 +430,7 @@ class TaskComparison:
         return systems
 
     def _run_baseline(self, name: str, label: str, routed: SystemRun) -> SystemRun:
-        """Run a baseline, drawn as often as it is to be, at the routed model's executions."""
+        """Run a baseline at the routed model's executions, with all of its draws."""
         num_draws = self.context.num_draws(name)
 
         def run(keep: KeepBlocks) -> SystemRun:

@@ -1,7 +1,7 @@
-"""The evaluation as a stage: tasks in, `eval/TASK.json` and samples out.
+"""The evaluation as a stage: it reads tasks, and writes `eval/TASK.json` and samples.
 
-Questions are asked in blocks. What a system did on a block is kept as soon as it is done, in
-`partial/`, and not done again when the same evaluation is started anew.
+Questions are asked in blocks. A system's result on a block is kept in `partial/` as soon as it is
+done, and read when the same evaluation is started again.
 """
 
 from __future__ import annotations
@@ -72,34 +72,33 @@ def evaluate(
     """Evaluate base, routed model, baselines and static paths on tasks.
 
     Args:
-        model: A `RoutedModel`, whose own routers are evaluated; or the base model (a name or a
-            `ModelConfig`, what `load` returns, or a model of transformers), with `routers`, `paths`
+        model: A `RoutedModel`, whose own routers are evaluated. Or the base model (a name, a
+            `ModelConfig`, the result of `load`, or a model of transformers) with `routers`, `paths`
             or both.
         tasks: Tasks, their names or files of questions; None for those of the config.
         config: Splits, samples, baselines, depths.
         output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
-            task folder; an evaluation that was interrupted there is resumed. None writes nothing
-            that stays.
-        routers: Folders of routers, or routers. Further ones are of the same training with other
-            seeds: they run at every depth too, with their own routes permuted if that baseline is
-            asked for, and say how far seeds lie apart. Baselines are compared with the first.
+            task folder. An evaluation that was interrupted there is resumed. None keeps no files.
+        routers: Folders of routers, or routers. Further ones come from the same training with other
+            seeds, and show how far seeds differ: they run at every depth too, with their own
+            permuted routes if that baseline runs. Baselines are compared with the first.
         paths: Static paths by name, or files as `--paths` takes them; None for those of the config.
             Without routers they are compared with base alone.
-        tokenizer: The model's; None loads the one of its name, unless it comes with one.
-        listener: Hears how far it is.
-        settings: Settings of `EvaluateConfig` by name, in place of the config's.
+        tokenizer: The model's tokenizer; None loads it by the model's name.
+        listener: Is told the progress.
+        settings: Settings of `EvaluateConfig` by name, which replace those of the config.
 
     Returns:
         The results in the order of the tasks. They are written when all tasks are done, since
-        p-values are corrected for how many there are.
+        p-values are corrected for the number of tasks.
 
     Raises:
-        ConfigError: A baseline that lacks what it is fitted on, a depth that makes no sense,
-            neither routers nor paths, or an `output_dir` that holds another evaluation.
-        PathError: A path that the model can't run, or whose name another system has.
-        TaskError: An unknown task, or one without questions in the split.
-        CheckpointError: Routers of another model.
-        RecordError: An `output_dir` with other files that would be taken for results.
+        ConfigError: A baseline lacks what it is fitted on, a depth makes no sense, there are
+            neither routers nor paths, or `output_dir` holds another evaluation.
+        PathError: The model can't run a path, or another system has its name.
+        TaskError: A task is unknown, or has no questions in the split.
+        CheckpointError: The routers belong to another model.
+        RecordError: `output_dir` has other files that would be read as results.
 
     Source: the comparison is ours (docs/differences.md, D-18).
     """
@@ -144,23 +143,23 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Routers:
-    """The routers that are evaluated, by their folders, and their weights' SHA-256."""
+    """The routers that are evaluated, and the SHA-256 of their weights, by folder."""
 
     stacks: dict[Path, RouterStack]
     hashes: dict[Path, str]
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the first seed's routers; None where there are none."""
+        """The folder of the first seed's routers; None without routers."""
         return next(iter(self.stacks), None)
 
     @property
     def first(self) -> RouterStack | None:
-        """The first seed's routers, which baselines are compared with; None without any."""
+        """The first seed's routers, which baselines are compared with; None without routers."""
         return None if self.folder is None else self.stacks[self.folder]
 
     def check_and_move(self, base: BaseModel) -> None:
-        """Refuse routers of another model, and move all to its device."""
+        """Refuse routers of another model, and move all of them to the model's device."""
         for stack in self.stacks.values():
             check_routers(base.model, stack)
             stack.to(base.model.device)
@@ -168,7 +167,7 @@ class _Routers:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What an evaluation reads, checked. `adapters` are those that a given model holds."""
+    """The checked inputs of an evaluation; `adapters` are those that the model already holds."""
 
     base: BaseModel
     tasks: Sequence[Task]
@@ -191,19 +190,19 @@ class _Inputs:
 def _complete_settings(
     config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
 ) -> EvaluateConfig:
-    """Return the settings with the names of paths, and with the reward's file pinned."""
+    """Return the settings with the names of the paths, and with the reward's file pinned."""
     if paths is not None:
         names = [paths] if isinstance(paths, str) else list(paths)
         config = replace(config, paths=",".join(names) or None)
     if not has_routers:
         config = without_routers(config)
     if config.reward is not None:
-        config = replace(config, reward=pin_reward(config.reward))  # records say which file it was
+        config = replace(config, reward=pin_reward(config.reward))  # records have the file's hash
     return config
 
 
 def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
-    """Return the static paths by name; a PathError for a name that another system has."""
+    """Return the static paths by name; PathError for the name of another system."""
     named: Mapping[str, StaticPath | PathFile]
     if isinstance(paths, Mapping):
         named = paths
@@ -220,7 +219,7 @@ def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, Sta
 def _resolve_paths(
     named: Mapping[str, StaticPath | PathFile], base: BaseModel
 ) -> dict[str, StaticPath]:
-    """Return the paths as the model runs them; a PathError for one that it can't run."""
+    """Return the paths as the model runs them; PathError for one that it can't run."""
     paths = {}
     for name, path in named.items():
         if isinstance(path, PathFile):
@@ -231,7 +230,7 @@ def _resolve_paths(
 
 
 def _routers_of(model: RoutedModel, routers: Sequence[Path | str | RouterStack]) -> list[Any]:
-    """Return the routers of a routed model, if any; a ConfigError if others are given too."""
+    """Return the routers of a routed model, if it has any; ConfigError if others are given too."""
     if routers:
         raise ConfigError(
             "a RoutedModel is evaluated with its own routers, but other routers are given; give "
@@ -241,34 +240,34 @@ def _routers_of(model: RoutedModel, routers: Sequence[Path | str | RouterStack])
 
 
 def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> _Routers:
-    """Load routers from their folders; those that have none get one in the output."""
+    """Load routers from their folders; routers without a folder are saved in the output first."""
     stacks: dict[Path, RouterStack] = {}
-    for number, given in enumerate(routers):
-        if isinstance(given, RouterStack):
+    for number, place in enumerate(routers):
+        if isinstance(place, RouterStack):
             folder = output / "routers" / str(number)
-            save_routers(given, folder)
+            save_routers(place, folder)
         else:
-            folder = Path(given)
+            folder = Path(place)
         stacks[folder] = load_routers(folder)
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in stacks}
     if len(set(hashes.values())) < len(routers):
-        raise ConfigError("the same routers are given twice; give those of each seed once")
+        raise ConfigError("the same routers are given twice; give the routers of each seed once")
     return _Routers(stacks, hashes)
 
 
 def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
-    """Note where the evaluation puts prompts in other words than the routers were trained on."""
+    """Print a note if the evaluation words prompts in another way than the training did."""
     rewards = routers.config.training.get("rewards")
     reward = OPTIONS_REWARD if config.reward is None else config.reward
     if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
         listener.note(
-            f"drllm: the routers were trained on prompts for {', '.join(map(str, rewards))}, the "
-            f"evaluation asks by {reward}; give both the same --reward to have them alike"
+            f"drllm: the routers were trained on prompts for {', '.join(map(str, rewards))}, but "
+            f"the evaluation asks by {reward}; give both the same --reward for the same prompts"
         )
 
 
 def _header(inputs: _Inputs) -> dict[str, Any]:
-    """Return what the records of all tasks have in common."""
+    """Return the fields that the records of all tasks share."""
     routers = inputs.routers
     others = [folder for folder in routers.stacks if folder != routers.folder]
     manifest = new_manifest(
@@ -299,7 +298,7 @@ def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
 
 
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two evaluations the same one; how often time is measured doesn't."""
+    """Return the values that make two evaluations the same; settings of the timing don't count."""
     names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
     identity = {"config": header["config"] | dict.fromkeys(TIMING)}
     for name in names:
@@ -311,7 +310,7 @@ def _run(
     inputs: _Inputs, header: Mapping[str, Any], output: Path, listener: Listener, stack: ExitStack
 ) -> Results:
     """Run every system on every task, measure time, and write the results."""
-    # Only here, since they load the harness, which an installation without `eval` lacks.
+    # Imported here because it loads the harness, which an installation without `eval` lacks.
     from drllm.evaluation.comparison import EvaluationContext, TaskComparison
 
     context = EvaluationContext(
@@ -344,7 +343,7 @@ def _run(
 
 
 def _harness_model(inputs: _Inputs) -> RoutedLM:
-    """Return the routed model as the harness takes one, with the adapters that paths run with."""
+    """Return the routed model as the harness takes one, with the adapters of healed paths."""
     from drllm.evaluation.lm_eval.model import RoutedLM
     from drllm.models.healed import load_path
 
@@ -375,7 +374,7 @@ def _write(
     samples = [sample for task_runs in runs for sample in task_runs.samples()]
     write_records(output / SAMPLES_FILE, samples, manifest)
     for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
-        shutil.rmtree(cache)  # what the harness made of the rows, to read them
+        shutil.rmtree(cache)  # the harness' own copy of the rows
     return evaluations
 
 
@@ -385,7 +384,7 @@ def _judge(
     """Return the records of all tasks, their tests corrected for each other."""
     from drllm.evaluation.tables import correct_tables, depth_name, drop_candidates
 
-    # Without routers the most accurate path stands first.
+    # Without routers the findings begin with the most accurate path, so all paths are rivals.
     rivals = () if header["routers"] else header["paths"]
     tables = correct_tables([task_runs.table() for task_runs in runs], rivals)
     curves = []
@@ -408,7 +407,7 @@ def _judge(
 
 
 def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
-    """Refuse, by a ConfigError, questions that paths were fitted or chosen on."""
+    """Refuse to evaluate a path on questions that it was chosen on, by a ConfigError."""
     record = path.record
     if record is None:
         return
@@ -417,8 +416,8 @@ def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConf
             continue
         if task.name in record.divided:
             raise ConfigError(
-                f"{path.file} was tuned on a part of the questions of {task.name} that an "
-                f"evaluation asks; 'drllm show {path.file}' has what its paths do on the others"
+                f"{path.file} was tuned on some of the questions of {task.name} that an "
+                f"evaluation asks; 'drllm show {path.file}' shows its results on the others"
             )
         split = config.split_of(task.name)
         if split != "test":

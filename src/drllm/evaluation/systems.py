@@ -1,11 +1,12 @@
-"""The systems of a comparison, run on one task's questions: base, routed, and its baselines.
+"""Runs the systems of a comparison on one task's questions: base, routed, baselines and paths.
 
-Routers read the question alone: one route holds for all of its options, and for the text that it
-stands in.
+Routers read only the question, so all of its options have one route, and so has the text that it
+is part of.
 
 Axes: Q questions, L layers.
 """
 
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -34,15 +35,15 @@ from drllm.tasks.examples import choose
 Answers: TypeAlias = list[list[OptionScore | str]]  # for each question, the answers to its requests
 Block: TypeAlias = Sequence[int]  # places of the questions that are asked together
 
-LEAST_SCORED = 64
-"""Questions of a block whose options are scored, in whole batches: seconds of work, which hide the
-file's writing."""
+MIN_BLOCK_SIZE = 64
+"""Fewest questions of a block whose options are scored. They take seconds, so that writing the
+block's file hardly counts."""
 
 
 class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What some questions were answered under all draws of a system; `seconds` is the first's time.
+    """The answers to some questions under all draws of a system, and the first draw's time.
 
-    `routes` has every question's decisions; it is empty where a path can't be expressed.
+    `routes` has for each draw every question's decisions; it is empty for a static path.
     """
 
     answers: list[Answers]
@@ -51,44 +52,44 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class SystemRun(Outcomes, kw_only=True):
-    """One system's outcomes on a task; the mean over draws, or of the first one.
+    """One system's outcomes on a task.
 
-    Of draws `correct` and `gold_logprob` are means, `text_loss` is the first one's; the executions
-    are a mean over questions and draws.
+    If there are several draws, `correct` and `gold_logprob` are means over them, and `text_loss` is
+    the first one's. The executions are a mean over questions and draws.
     """
 
     executions: float = 0.0
     correct: Sequence[float] = ()
     setting: str = ""  # its depth in words; empty for the routers as they were trained
     path: StaticPath | None = None
-    # For each draw, every question's decisions; empty where a path can't be expressed.
+    # For each draw, every question's decisions; empty for a static path.
     routes: list[list[Decisions]] = field(default_factory=list)
     # The option chosen or the text generated, of the first draw.
     answers: list[int | str] = field(default_factory=list)
-    # Mean scores by all metrics of the harness, by name.
+    # For each metric of the harness by name, the mean scores of the questions.
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0  # wall time of the first draw, measured block by block and added up
-    # Of answers that are generated, mean a token; None with options.
+    seconds: float = 0.0  # wall time of the first draw, added up over the blocks
+    # Mean executions a generated token; None with options.
     decode_executions: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
-        """System and setting."""
+        """The system with its setting."""
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
 
 KeepBlocks: TypeAlias = Callable[[Mapping[str, Callable[[], BatchResult]]], list[BatchResult]]
-"""Called with what runs each block, by key; returns the results that were kept under the same key,
-else those of now. The key has the decisions: were they others after an interruption, the block
-would be run again."""
+"""Runs blocks, given by key as functions, and returns their results. A result that was kept under
+the same key before an interruption is read instead. The key contains the decisions, so that a block
+is run again if they differ."""
 
 
 class TaskRunner:
-    """All questions of a task, under one system after another.
+    """Runs one system after another on all questions of a task.
 
-    The text's loss is read of `num_texts` of them, drawn with the seed. `num_tokens` are those that
-    a system reads and writes at most.
+    The next-token loss is measured on the texts of `num_texts` questions, drawn with the seed.
+    `num_tokens` is how many tokens a system reads and writes at most.
     """
 
     def __init__(self, lm: RoutedLM, harness_task: RenderedTask, num_texts: int, seed: int) -> None:
@@ -105,11 +106,11 @@ class TaskRunner:
         self.num_tokens = sum(lengths) + sum(text_lengths)
         self._blocks: list[Block] = self._divide(lengths)
         if harness_task.has_options:
-            # Whatever the first pass sets up would count as time of the base model.
+            # A first pass, so that its set-up doesn't count as time of the base model.
             lm.scorer.score(self._requests[0], FullPolicy())
 
     def _question_lengths(self) -> list[int]:
-        """Return the tokens that are read and written of each question, at most."""
+        """Return for each question how many tokens are read and written, at most."""
         if self.harness_task.has_options:
             lengths = []
             for requests in self._requests:
@@ -121,23 +122,30 @@ class TaskRunner:
         return [len(tokens) + num_new for tokens in self.harness_task.prompt_tokens]
 
     def _divide(self, lengths: Sequence[int]) -> list[Block]:
-        """Divide the questions into blocks of like length."""
+        """Divide the questions into blocks of similar length."""
         scorer = self.lm.scorer
         size = scorer.max_batch_size
         if isinstance(scorer.batch_size, int):
             size = scorer.batch_size
         if self.harness_task.has_options:
-            return list(batches(lengths, size * math.ceil(LEAST_SCORED / size)))
-        prompts = self.harness_task.prompts()  # by which the answers of a block are told apart
+            return list(batches(lengths, size * math.ceil(MIN_BLOCK_SIZE / size)))
+        prompts = self.harness_task.prompts()  # a block's answers are found by their prompt
         blocks: list[Block] = []
-        for block in batches(lengths, size):  # one takes long enough by itself
+        for block in batches(lengths, size):  # a batch takes long enough to be a block
             blocks += separate_repeats(block, prompts)
         return blocks
 
     def run(
         self, name: str, draws: Sequence[BaselineRun], setting: str, keep: KeepBlocks
     ) -> SystemRun:
-        """Run a system that decides by a policy, a path, or one or more draws of plans."""
+        """Run a system whose decisions are a policy's, a path's, or one or more draws of plans.
+
+        Args:
+            name: The system.
+            draws: Its decisions, one item a draw.
+            setting: The depth in words; empty for the depth of training.
+            keep: Runs and keeps blocks.
+        """
         note = draws[0].note
         decides = [self._by_key(draw.decides) for draw in draws]
         path = decides[0] if isinstance(decides[0], StaticPath) else None
@@ -164,7 +172,7 @@ class TaskRunner:
         return system
 
     def _grade(self, result: BatchResult) -> SystemRun:
-        """Return the outcomes of a system's answers, without its name and its cost."""
+        """Return the outcomes of a system's answers; its name and cost aren't set yet."""
         harness_task = self.harness_task
         draws = [harness_task.grade(answers) for answers in result.answers]
         metrics = {}
@@ -174,7 +182,10 @@ class TaskRunner:
         system = SystemRun(
             name="",
             correct=metrics[harness_task.written.metric],
-            answers=[harness_task.answer(*each) for each in enumerate(result.answers[0])],
+            answers=[
+                harness_task.answer(place, answers)
+                for place, answers in enumerate(result.answers[0])
+            ],
             metrics=metrics,
         )
         if harness_task.has_options:
@@ -198,13 +209,13 @@ class TaskRunner:
         return system.executions if max(num_tokens) > 1 else None
 
     def _by_key(self, decides: Tensor | Policy | StaticPath) -> Decides:
-        """Return a plan's rows `[Q, L]` by question; anything else as it is."""
+        """Return the rows of a plan `[Q, L]` by question; a policy or a path stays as it is."""
         if not isinstance(decides, Tensor):
             return decides
         return dict(zip(self.harness_task.keys, map(tuple, decides.tolist()), strict=True))
 
     def _run_blocks(self, keep: KeepBlocks, decides: Sequence[Decides], note: str) -> BatchResult:
-        """Run all blocks under all draws; the results are in the questions' order."""
+        """Run all blocks under all draws; return the results in the questions' order."""
         calls = {}
         for number, block in enumerate(self._blocks):
             key = f"block {number} {json.dumps(self._decisions_key(block, decides, note))}"
@@ -212,7 +223,7 @@ class TaskRunner:
         return join_blocks(self._blocks, keep(calls))
 
     def _decisions_key(self, block: Block, decides: Sequence[Decides], note: str) -> Any:
-        """Return what tells the decisions on a block from others, as far as they are known."""
+        """Return what identifies the decisions on a block, as far as they are known beforehand."""
         plans = [self._rows(plan, block) for plan in decides if isinstance(plan, Mapping)]
         if plans:
             return plans
@@ -221,13 +232,13 @@ class TaskRunner:
         return note
 
     def _run_block(self, block: Block, draws: Sequence[Decides]) -> BatchResult:
-        """Run a block's questions under the first draw, which is timed, and under further plans."""
+        """Run a block's questions under the first draw, which is timed, and under the others."""
         started = self._clock()
         first_answers, first_routes = self._run_draw(block, draws[0])
         seconds = self._clock() - started
         further = [draw for draw in draws[1:] if isinstance(draw, Mapping)]
         answers = [first_answers]
-        if further and self.harness_task.has_options:  # what options have in common runs once
+        if further and self.harness_task.has_options:  # prefixes that draws share run once
             scored = self.lm.scorer.score_plans(self._requests_of(block), further)
             answers += [self._by_question(block, scores) for scores in scored]
         else:
@@ -239,7 +250,7 @@ class TaskRunner:
         return BatchResult(answers=answers, routes=routes, seconds=seconds)
 
     def _run_draw(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
-        """Return a block's answers, and the routes that its questions took; none of a path."""
+        """Return a block's answers and its questions' routes; a path has no routes."""
         if self.harness_task.has_options:
             answers, routes = self.lm.scorer.score(self._requests_of(block), decides)
             keys = [self.harness_task.keys[place] for place in block]
@@ -247,7 +258,7 @@ class TaskRunner:
         return self._generate(block, decides)
 
     def _generate(self, block: Block, decides: Decides) -> tuple[Answers, list[Decisions]]:
-        """Generate a block's answers; return them and the routes that its questions took."""
+        """Generate a block's answers; return them and the questions' routes."""
         routed = self.lm.routed
         instances = [self.harness_task.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
@@ -278,7 +289,7 @@ class TaskRunner:
         for place in block:
             end = start + len(self._requests[place])
             for logprob, _ in answers[start:end]:
-                if not math.isfinite(logprob):  # refused before it is kept
+                if not math.isfinite(logprob):  # refused before the block is kept
                     raise ModelError(
                         f"a log-probability of question {self.harness_task.ids[place]} is "
                         f"{logprob}; load the model with --dtype float32"
@@ -296,7 +307,7 @@ class TaskRunner:
 
 
 def separate_repeats(block: Block, prompts: Sequence[str]) -> list[list[int]]:
-    """Divide a block so that no part of it has a prompt twice."""
+    """Divide a block into parts in which no prompt occurs twice."""
     parts: defaultdict[int, list[int]] = defaultdict(list)
     num_seen: Counter[str] = Counter()
     for place in block:
@@ -307,7 +318,7 @@ def separate_repeats(block: Block, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> BatchResult:
-    """Return the results of all blocks as one of all questions, in the questions' order."""
+    """Join the results of all blocks into one, in the questions' order."""
     places = [place for block in blocks for place in block]
     return BatchResult(
         answers=_in_order(places, [result.answers for result in results]),
@@ -317,19 +328,18 @@ def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> Batc
 
 
 def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-    """Join what each block has of each draw, `[block][draw][question]`, in the questions' order."""
-    ordered = []
-    for of_draw in zip(*parts, strict=True):
+    """Join values `[block][draw][question]` of blocks, for each draw in the questions' order."""
+    draws = []
+    for blocks in zip(*parts, strict=True):
         values: list[Any] = [None] * len(places)
-        joined_values = [value for part in of_draw for value in part]
-        for place, value in zip(places, joined_values, strict=True):
+        for place, value in zip(places, itertools.chain(*blocks), strict=True):
             values[place] = value
-        ordered.append(values)
-    return ordered
+        draws.append(values)
+    return draws
 
 
 def average_runs(systems: Sequence[SystemRun], name: str) -> SystemRun:
-    """Return the mean outcomes of systems on the same questions."""
+    """Return the mean outcomes of several systems on the same questions."""
     means: dict[str, Any] = {}
     for quantity in ("correct", "gold_logprob", "text_loss", "seconds", "executions"):
         values = [getattr(system, quantity) for system in systems]

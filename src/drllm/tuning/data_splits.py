@@ -1,6 +1,6 @@
-"""How the questions of a task are divided to fit, choose and test a static path. Loads no torch.
+"""Divides the questions of a task to fit, choose and test a static path. Loads no torch.
 
-What is chosen or fitted is never reported on the same questions.
+No path is reported on questions that it was fitted or chosen on.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,16 @@ from drllm.tasks.rewards import check_installed
 from drllm.tuning.objectives import LOSS, choose_objective, choose_reward
 
 BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
-"""Where the share of each part ends, of a set that doesn't have all four splits."""
+"""Where the share of each part ends, in a set that lacks one of the four splits."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSplits:
-    """The questions of one task by part; `is_divided` says that its own splits weren't used.
+    """The questions of one task by part.
 
-    `spare` are questions of the splits `fit` and `search` that no part has: routers and baselines
-    use these splits.
+    `is_divided` is True if the questions were divided anew, since the task lacks one of the splits.
+    `spare` are questions of `fit` and `search` that are in no part; routers and baselines use these
+    splits.
     """
 
     task: Task
@@ -36,10 +37,10 @@ class TaskSplits:
     spare: Sequence[Example] = ()
 
     def digest_values(self) -> tuple[str, dict[str, list[Example]]]:
-        """Return what the digest of a tuning's questions is made of.
+        """Return the values that the digest of a tuning's questions is made of.
 
-        As commit 3820ce17 has it, which certified on the spare questions, so that its files are
-        known again.
+        They are those of commit 3820ce17, which certified on the spare questions, so that its
+        files are recognised.
         """
         if self.is_divided:
             return self.task.name, self.examples
@@ -52,7 +53,7 @@ class TaskSplits:
         return self.task.name, examples
 
     def is_generated(self, objective: str) -> bool:
-        """Whether answers are generated and graded; options and worked solutions are read."""
+        """Whether answers are generated and graded, rather than options or solutions scored."""
         if objective != LOSS:
             return False
         has_solutions = any(example.solution for example in self.examples[FIT])
@@ -62,36 +63,36 @@ class TaskSplits:
 def split_tasks(
     config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[TaskSplits]:
-    """Return the tasks with their questions by part, if they can be tuned on."""
+    """Return the tasks with their questions by part, after checking that they can be tuned on."""
     config.check_effects()
     if tasks is None:
         tasks = required_tasks(config.tasks)
-    found = _list_tasks(tasks)
-    for task in found:
+    all_tasks = _list_tasks(tasks)
+    for task in all_tasks:
         objective = choose_objective(task, config)
         if task.has_answers:
             check_installed(choose_reward(task, objective))
-    return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in found]
+    return [split_task(task, config.data_dir, config.num_fit, config.seed) for task in all_tasks]
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
     if isinstance(tasks, (str, Task)):
         tasks = [tasks]
-    found: list[Task] = []
+    all_tasks: list[Task] = []
     for task in tasks:
         if isinstance(task, str):
-            found += get_tasks(task)
+            all_tasks += get_tasks(task)
         else:
-            found.append(task)
-    return found
+            all_tasks.append(task)
+    return all_tasks
 
 
 def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskSplits:
     """Divide the questions of a task.
 
-    Of `search` at most `num_fit` are fitted on, drawn with the seed; `select` chooses and `test`
-    tests. A task that lacks one of the splits has all of its questions divided anew by their texts:
-    20 % to fit, 40 % to choose and 40 % to test.
+    Paths are fitted on at most `num_fit` questions of `search`, drawn with the seed, chosen on
+    `select` and tested on `test`. If a task lacks one of the splits, all of its questions are
+    divided anew by their texts: 20 % to fit, 40 % to choose and 40 % to test.
     """
     splits = _read_splits(task, None if data_dir is None else Path(data_dir))
     if len(splits) == len(SPLITS):
@@ -100,7 +101,7 @@ def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> Tas
 
 
 def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
-    """Return the questions of the splits that have any; a TaskError if none has."""
+    """Return the questions of the splits that have any; TaskError if none has."""
     splits: dict[str, list[Example]] = {}
     problems = []
     for split in SPLITS:
@@ -120,10 +121,11 @@ def _use_splits(
     task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
 ) -> TaskSplits:
     fit = choose(splits["search"], num_fit, seed)
-    fitted = {question_key(example.question) for example in fit}
-    left = [each for each in splits["search"] if question_key(each.question) not in fitted]
+    fit_keys = {question_key(example.question) for example in fit}
+    left = [item for item in splits["search"] if question_key(item.question) not in fit_keys]
+    spare = [*splits["fit"], *left]
     examples = {FIT: fit, SELECT: splits["select"], TEST: splits["test"]}
-    return TaskSplits(task, examples, is_divided=False, spare=[*splits["fit"], *left])
+    return TaskSplits(task, examples, is_divided=False, spare=spare)
 
 
 def _divide_anew(
@@ -143,7 +145,7 @@ def _divide_anew(
 
 
 def assign_part(question: str) -> str:
-    """Return the part of a question of a set that is divided by its texts.
+    """Return the part of a question, in a set that is divided by its questions' texts.
 
     Example:
         >>> assign_part("What is ice?") == assign_part(" what is  ICE?")

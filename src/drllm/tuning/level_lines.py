@@ -1,28 +1,28 @@
-"""The lines that a tuning prints: what the best path of a level saves and loses."""
+"""Formats the lines that a tuning prints: what the best path of a level saves and loses."""
 
 from drllm.statistics.verdicts import signed
 
 AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
 AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
-"""The numbers at the axis of a drawn interval, whose columns stand for `AXIS_STEP` each."""
+"""The numbers above the axis of a drawn interval; a column of it is `AXIS_STEP` nats."""
 HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
-"""What stands above the lines."""
+"""The line above all others."""
 
 
 def level_line(saved: float, change: tuple[float, float, float]) -> str:
-    """Return the words on a level with the interval drawn on the axis of `HEAD`."""
+    """Return the line of a level: its words, then its interval drawn on the axis of `HEAD`."""
     return f"{describe_level(saved, change):<46}  {draw_interval(*change)}"
 
 
 def describe_level(saved: float, change: tuple[float, float, float]) -> str:
-    """Say what the best path of a level saves, and its change on `select`."""
+    """Describe what the best path of a level saves, and its change on `select`."""
     mean, low, high = (signed(value, 3) for value in change)
     saving = f"{saved:.3g} saved".replace("-", "−")
     return f"{saving}  {mean} nats ({low} to {high})"
 
 
 def draw_interval(mean: float, low: float, high: float) -> str:
-    """Draw a mean and its interval in columns of a fixed axis; what lies outside is an arrow."""
+    """Draw a mean and its interval on a fixed axis; an end outside of it is an arrow."""
     first = _column(low)
     last = _column(high)
     cells = [" "] * AXIS_WIDTH
@@ -40,7 +40,7 @@ def draw_interval(mean: float, low: float, high: float) -> str:
 
 
 def _column(value: float) -> int:
-    """Return the column of a value, which may lie outside of the axis."""
+    """Return the column of a value; it may be outside of the axis."""
     return round((value - AXIS_FROM) / AXIS_STEP)
 
 

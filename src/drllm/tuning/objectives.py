@@ -1,4 +1,4 @@
-"""What a static path is to keep high on a task, and how its questions are asked for that.
+"""The objectives that a static path is tuned for, and the prompts that measure them.
 
 Loads no torch.
 """
@@ -9,24 +9,24 @@ from drllm.tasks.base import Task
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt
 
 GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-"""Objectives: the gold option's log-probability among the options; that of a token of the right
-answer; minus the KL from the full path over the prompt's tokens. All in nats, the larger the
-better."""
+"""Objectives, in nats and the larger the better. `GOLD` is the log-probability of the gold option
+among the options, `LOSS` the mean log-probability of a token of the right answer, and `KL` minus
+the KL from the full path over the prompt's tokens."""
 
 
 def choose_objective(task: Task, config: TuneConfig) -> str:
-    """Return a task's objective: the one of the settings, or the one that fits its answers."""
+    """Return a task's objective: that of the settings, or the one that fits its answers."""
     if not task.has_answers:
         if config.objective not in (None, KL):
             raise ConfigError(
-                f"--objective {config.objective} needs right answers, and {task.name} has prompts "
-                f"alone; leave it out, or give {KL}"
+                f"--objective {config.objective} needs right answers, but {task.name} has only "
+                f"prompts; leave it out, or give {KL}"
             )
         return KL
     has_options = OPTIONS_REWARD in task.rewards
     if config.objective == GOLD and not has_options:
         raise ConfigError(
-            f"--objective {GOLD} needs options, and the answers of {task.name} are generated; "
+            f"--objective {GOLD} needs options, but the answers of {task.name} are generated; "
             f"leave it out, or give {LOSS}"
         )
     if config.objective is not None:
@@ -35,12 +35,12 @@ def choose_objective(task: Task, config: TuneConfig) -> str:
 
 
 def choose_reward(task: Task, objective: str) -> str:
-    """Return the reward that a task's questions are asked for."""
+    """Return the reward by which a task's questions are prompted and graded."""
     return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
 
 
 def make_prompt(task: Task, example: Example, objective: str) -> Prompt:
-    """Return a question's prompt; a worked solution is read after the question as it stands."""
+    """Return a question's prompt; a worked solution follows the plain question."""
     if objective == LOSS and example.solution:
         return Prompt(
             text=f"Question: {example.question}\nAnswer:",

@@ -1,6 +1,6 @@
-"""How good paths are on questions: the objective, right answers and next-token losses.
+"""Scores static paths on questions: the objective, right answers and next-token losses.
 
-Many paths of many questions are scored in common passes that share what paths begin with.
+Many pairs of a path and a question are scored in shared passes, in which common prefixes run once.
 
 Axes: N paths, Q questions.
 """
@@ -27,12 +27,12 @@ from drllm.tasks.examples import Prompt
 from drllm.tasks.rewards import grade
 from drllm.tuning.objectives import GOLD, KL, LOSS
 
-BLOCK_SIZE = 32  # questions scored together, of like length
-WORST = -100.0  # nats that stand for a value that isn't finite, which can't be averaged
+BLOCK_SIZE = 32  # questions of similar length that are scored together
+WORST = -100.0  # nats in place of a value that isn't finite, so that means are finite
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What paths are worth on questions, `[N][Q]`; `right` is empty where nothing is chosen."""
+    """The scores of paths on questions, `[N][Q]`; `right` is empty without options."""
 
     objective: list[list[float]]
     right: list[list[float]] = []
@@ -41,7 +41,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question as it is scored: tokens, and which continuation is the right one."""
+    """A question as it is scored: its tokens, and the place of the right continuation."""
 
     request: Request
     gold: int | None = None
@@ -63,10 +63,10 @@ class PathScorer:
         self.state_cache_gb = state_cache_gb
 
     def score(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
-        """Score paths on the questions at some places or all, those of a block in common passes.
+        """Score paths on the questions at some places, or on all.
 
-        A log-probability that isn't finite counts as minus infinity would: a path with one is the
-        worst; of the full path it is a ModelError.
+        A log-probability that isn't finite counts as `WORST`, so its path is the worst; for the
+        full path it is a ModelError.
         """
         started = time.perf_counter()
         if places is None:
@@ -86,13 +86,13 @@ class PathScorer:
     def _score_block(
         self, paths: Sequence[StaticPath], places: Sequence[int]
     ) -> tuple[Floats, Floats]:
-        """Return objectives and right answers of paths on the questions of a block, `[N, Q]`."""
+        """Return the objectives and right answers of paths on a block's questions, `[N, Q]`."""
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.request for item in items], self.state_cache_gb)
-        # Path by path, so that paths which begin alike stand in one pass.
+        # Sorted, so that paths with a common prefix are in the same pass.
         order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
         pairs = list(itertools.product(order, range(len(items))))
-        # As decisions where these can say it: by them the full path is known, whose KL is 0.
+        # As decisions where possible: the full path, whose KL is 0, is recognised by them.
         plans = [path.plan(self.routed.num_layers) for path in paths]
         scores = batch.scores(
             [(row, plans[number]) for number, row in pairs], kl=self.objective == KL
@@ -102,14 +102,14 @@ class PathScorer:
         for (number, row), score in zip(pairs, scores, strict=True):
             value, is_right = self._value(items[row], score.logprobs, score.kl)
             if not math.isfinite(value):
-                self._refuse_of_full(paths[number])
+                self._refuse_full_path(paths[number])
                 value = WORST
             objective[number, row] = value
             right[number, row] = is_right
         return objective, right
 
-    def _refuse_of_full(self, path: StaticPath) -> None:
-        """Refuse, by a ModelError, that the base model's own scores aren't finite."""
+    def _refuse_full_path(self, path: StaticPath) -> None:
+        """Raise a ModelError if the path is the full one, whose scores must be finite."""
         if path.layers == tuple(range(self.routed.num_layers)):
             raise ModelError(
                 "the base model's own log-probabilities are not finite; load it with --dtype "
@@ -138,23 +138,20 @@ def log_share(sums: Sequence[float], place: int) -> float:
 
 
 def make_items(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
-    """Return prompts as they are scored.
-
-    ConfigError, ModelError: what `tokenize_prompt` refuses.
-    """
+    """Return prompts as they are scored; raises as `tokenize_prompt` does."""
     return [_make_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
 
 
 def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
     if objective == GOLD:
         return Item(tokenized.request, tokenized.prompt.gold)
-    if objective == KL:  # what follows the prompt is not looked at, but something has to
+    if objective == KL:  # only the prompt is scored, but a request needs a continuation
         return Item(Request(tokenized.tokens, [tokenized.tokens[:1]]))
     return Item(Request(tokenized.tokens, [_right_continuation(tokenized)]))
 
 
 def make_text_items(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
-    """Return the prompts with their right answers as texts; every token but the first counts."""
+    """Return the prompts with their right answers as texts, scored from the second token on."""
     items = []
     for prompt in prompts:
         tokenized = tokenize_prompt(routed, prompt)

@@ -1,7 +1,7 @@
-"""Tuning as a stage: questions of one or more tasks in, `paths.json` out, resumable.
+"""Tuning as a stage: it reads questions of one or more tasks, and writes `paths.json`.
 
-Paths are fitted on one part of the questions, chosen on another and tested on the rest; see
-`data_splits`.
+Paths are fitted on one part of the questions, chosen on another and tested on a third; see
+`data_splits`. An interrupted tuning can be resumed.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ from drllm.tuning.objectives import GOLD
 from drllm.tuning.task_scorer import TEXTS_OF, TaskScorer
 
 CHUNKS_FOLDER = "paths.partial"
-FINAL = 1  # levels whose time testing takes, about
+FINAL = 1  # testing takes about as long as this many levels
 
 
 def tune(
@@ -63,25 +63,25 @@ def tune(
 ) -> StaticPaths:
     """Find static paths that save layers on tasks at the least loss, and write `paths.json`.
 
-    What is done is kept; after an interruption the same call resumes, and ends with the same paths.
+    Finished work is kept: after an interruption the same call resumes, and finds the same paths.
 
     Args:
         model: A name or a `ModelConfig` (loaded here), what `load` returns, a `RoutedModel`, or a
             causal language model of transformers.
         tasks: Tasks, their names or files of questions; None for those of the config.
         config: The settings.
-        output_dir: Folder for `paths.json`; None writes nothing that stays.
-        tokenizer: The model's; None loads the one of its name, unless it comes with one.
-        listener: Hears how far it is.
-        settings: Settings of `TuneConfig` by name, in place of the config's.
+        output_dir: Folder for `paths.json`; None keeps no files.
+        tokenizer: The model's tokenizer; None loads it by the model's name.
+        listener: Is told the progress.
+        settings: Settings of `TuneConfig` by name, which replace those of the config.
 
     Returns:
-        The full path and the best path of each cost, from the most executions to the fewest;
-        marked are those that a shorter path does better than.
+        The full path and the best path of each cost, from the most executions to the fewest. A path
+        is marked as dominated if a shorter one does at least as well.
 
     Raises:
-        ConfigError: Settings without effect or that make no sense, or a folder of another run.
-        TaskError: An unknown task, or too few questions.
+        ConfigError: Settings have no effect or make no sense, or the folder is another run's.
+        TaskError: A task is unknown, or has too few questions.
 
     Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
     """
@@ -98,7 +98,7 @@ def tune(
 
 
 class _Tuning:
-    """One run: search, choice, test."""
+    """One run of a tuning: it searches, chooses and tests paths."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class _Tuning:
         self._is_cut = False  # by `--minutes`
 
     def run(self) -> StaticPaths:
-        """Search, or return what an earlier run of the same has written."""
+        """Search for paths, or return the result that an earlier run with these settings wrote."""
         finished = from_first(self._read_finished)
         if finished is not None:
             if not finished.is_cut:
-                self.chunks.remove()  # where a kill ended the clean-up
+                self.chunks.remove()  # a killed run may have left them
             return finished
         self.chunks.open()
         with self.listener.progress("tuning", "") as self.progress.report:
@@ -148,7 +148,7 @@ class _Tuning:
         return result
 
     def _read_finished(self) -> StaticPaths | None:
-        """Return what the folder holds; None if there is nothing, or more is asked for."""
+        """Return the folder's result; None if there is none, or it was cut and may go on now."""
         file = self.folder / PATHS_FILE
         if not file.exists():
             return None
@@ -169,10 +169,10 @@ class _Tuning:
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
         best_paths: list[StaticPath] = []
-        for level in self.beam.levels(self._measure, self._grows):
+        for level in self.beam.levels(self._score_fit, self._may_extend):
             for task in self.tasks:
                 task.objectives(SELECT, [self.full, *level.paths])
-            best = max(level.paths, key=lambda path: (self._grows(path), self._gain(path)))
+            best = max(level.paths, key=lambda path: (self._may_extend(path), self._gain(path)))
             if not best_paths:
                 self.listener.note(HEAD)
             best_paths.append(best)
@@ -181,7 +181,7 @@ class _Tuning:
             if self._is_time_over():
                 self._is_cut = not is_last
                 break
-            if not (is_last or self._grows(best)):
+            if not (is_last or self._may_extend(best)):
                 limit = f"--max-loss {self.config.max_loss:g}"
                 self.listener.note(
                     f"all paths of this level lose more than {limit}: none is edited further"
@@ -197,7 +197,7 @@ class _Tuning:
         self.listener.note(f"{level_line(saved, change)}\n  {edits}")
 
     def _is_time_over(self) -> bool:
-        """Tell whether no further level begins, and print it if so."""
+        """Tell whether the minutes are over, and print it if they are."""
         minutes = self.config.minutes
         if minutes is None or self._seconds() <= 60 * minutes:
             return False
@@ -205,14 +205,14 @@ class _Tuning:
         return True
 
     def _seconds(self) -> float:
-        """Return the seconds of scoring, of each process; those of kept scores count too."""
+        """Return the seconds of scoring a process; those of scores that were kept count too."""
         return sum(task.seconds for task in self.tasks) / count()
 
     def _note_scored(self, num_pairs: int, note: str) -> None:
         self.progress.add(num_pairs, note, self._seconds())
 
     def _test(self, paths: Sequence[StaticPath]) -> None:
-        """Score all paths on what tests them, in common passes."""
+        """Score all paths on the questions and texts that test them."""
         num_pairs = 0
         for task in self.tasks:
             for part in (SELECT, TEST):
@@ -225,14 +225,14 @@ class _Tuning:
                 task.objectives(part, paths)
                 task.objectives(TEXTS_OF + part, paths)
 
-    def _measure(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
-        """Return the mean of the tasks' objectives on the first questions of `fit`."""
+    def _score_fit(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
+        """Return for each path the mean of the tasks' objectives on first questions of `fit`."""
         most = self.beam.num_questions
         if num_questions == self.beam.rungs[0][0]:  # a level begins
             self.progress.expect(self._pairs_of_level(len(paths)))
         total = np.zeros(len(paths))
         for task in self.tasks:
-            # Of a task with fewer questions as large a share.
+            # A task with fewer questions has the same share of them scored.
             num = -(-num_questions * task.num_questions(FIT) // most)
             means = [np.mean(values) for values in task.objectives(FIT, paths, num)]
             total += np.array(means)
@@ -247,7 +247,7 @@ class _Tuning:
         return share * num_pairs(num_paths, self.beam.rungs) + self.beam.width * num_select
 
     def _gain(self, path: StaticPath) -> float:
-        """Return what a path has more of the objective than the full one, on `select`."""
+        """Return the objective of a path minus that of the full one, on `select`."""
         total = 0.0
         for task in self.tasks:
             total += fmean(task.differences(SELECT, path, self.full))
@@ -261,8 +261,8 @@ class _Tuning:
             weighted.append((1 / len(self.tasks), differences))
         return sum_interval(weighted, self.config.seed)
 
-    def _grows(self, path: StaticPath) -> bool:
-        """Tell whether no task shows that a path loses more than is allowed."""
+    def _may_extend(self, path: StaticPath) -> bool:
+        """Tell whether a path may be extended: no task shows that it loses more than allowed."""
         for task in self.tasks:
             differences = task.differences(SELECT, path, self.full)
             _, highest = mean_interval(differences, self.config.seed)
@@ -270,8 +270,8 @@ class _Tuning:
                 return False
         return True
 
-    def _dominated(self, paths: Sequence[StaticPath]) -> list[bool]:
-        """Tell of each path but the full one whether a shorter one does as well on `select`."""
+    def _find_dominated(self, paths: Sequence[StaticPath]) -> list[bool]:
+        """Tell for each path whether a shorter one does as well; never for the full one."""
         gains = [self._gain(path) for path in paths]
         dominated = []
         for place, path in enumerate(paths):
@@ -286,7 +286,7 @@ class _Tuning:
 
     def _make_record(self, paths: Sequence[StaticPath]) -> StaticPaths:
         named = []
-        for path, is_dominated in zip(paths, self._dominated(paths), strict=True):
+        for path, is_dominated in zip(paths, self._find_dominated(paths), strict=True):
             scores = [
                 self._score(task, part, path) for part in (FIT, SELECT, TEST) for task in self.tasks
             ]
@@ -312,7 +312,7 @@ class _Tuning:
         )
 
     def _score(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:
-        """Return how a path did on a part of a task's questions."""
+        """Return the scores of a path on a part of a task's questions."""
         [values] = task.objectives(part, [path])
         score = PathScore(
             task=task.name, part=part, num_questions=len(values), objective=fmean(values)
@@ -321,7 +321,7 @@ class _Tuning:
             differences = task.differences(part, path, self.full)
             low, high = mean_interval(differences, self.config.seed)
             score = replace(score, change=(fmean(differences), low, high))
-        if part == FIT:  # on which paths were fitted: nothing is claimed there
+        if part == FIT:  # paths were fitted on it, so nothing is claimed there
             return score
         ours = self._outcomes(task, part, path)
         score = replace(score, text_loss=fmean(ours.text_loss))
@@ -349,9 +349,9 @@ class _Tuning:
 
 
 class _Progress:
-    """How far a tuning is, in levels; testing counts as `FINAL` levels more.
+    """The progress of a tuning in levels; testing counts as `FINAL` further levels.
 
-    `report` is called with the levels done, of so many, and what was done last.
+    `report` is called with the levels that are done, all levels, and a text on the last work.
     """
 
     report: OnProgress
@@ -360,33 +360,33 @@ class _Progress:
         self._num_levels = beam.max_saved
         self._first_block = first_block
         self._level = 0  # the last one that is done
-        self._done = 0.0  # as reported, which never goes back
-        self._pairs = 0  # questions times paths scored since
-        self._expected = 1.0  # of so many
+        self._done = 0.0  # levels, as reported; it never decreases
+        self._pairs = 0  # questions times paths that were scored since the last level
+        self._expected = 1.0  # questions times paths until the next level
 
     def begin_level(self, saved: int, note: str) -> None:
-        """Report that a level is done, and what its best path is."""
+        """Report that a level is done, with a note on its best path."""
         self._level = saved
         self._pairs = 0
         self._report(note)
 
     def begin_test(self, expected: float) -> None:
-        """Note that all levels are done, and how many questions times paths will be scored."""
+        """Begin the test after all levels; `expected` questions times paths will be scored."""
         self._level = self._num_levels
         self.expect(expected)
 
     def expect(self, expected: float) -> None:
-        """Note how many questions times paths will be scored until the next level."""
+        """Set how many questions times paths will be scored until the next level."""
         self._pairs = 0
         self._expected = expected
 
     def add(self, num_pairs: int, note: str, seconds: float) -> None:
-        """Count questions times paths that were scored, and report them.
+        """Count questions times paths that were scored, and report the progress.
 
         Args:
-            num_pairs: How many they are.
-            note: What they were.
-            seconds: The time of all scores, of kept ones too.
+            num_pairs: Questions times paths.
+            note: A text that describes them.
+            seconds: The time of all scores so far, of kept ones too.
         """
         self._pairs += num_pairs
         self._report(note)

@@ -1,4 +1,4 @@
-"""One task's questions, and what is known of paths on them: each pair is scored once, and kept.
+"""Scores static paths on one task; each pair of a path and a question is scored once, and kept.
 
 Axes: N paths, Q questions.
 """
@@ -28,21 +28,22 @@ from drllm.tuning.path_scorer import (
     make_text_items,
 )
 
-MOST_PAIRS = 100  # questions times paths that are scored in one go, and that a kill loses, at most
-MOST_ANSWERS = 32  # the same of answers that are generated
-NUM_TEXTS = 100  # questions of a part whose text's next-token loss is read too, at most
+MOST_PAIRS = 100  # most questions times paths that are scored at once, and lost by a kill
+MOST_ANSWERS = 32  # the same for generated answers
+NUM_TEXTS = 100  # most questions of a part whose texts' next-token loss is measured too
 TEXTS_OF = "texts of "
 
 
 class TaskScorer:
-    """Scores paths on one task, part by part; `seconds` is the time that it took.
+    """Scores paths on the parts of one task; `seconds` is the time that all scores took.
 
     Args:
         routed: The model.
         splits: The task with its questions.
         config: The settings.
-        chunks: Keeps what is scored.
-        on_scored: Called with the number of questions times paths scored, and what they were.
+        chunks: Keeps the scores.
+        on_scored: Called with the number of questions times paths that were scored, and a text that
+            describes them.
     """
 
     def __init__(
@@ -64,14 +65,14 @@ class TaskScorer:
         self.is_generated = splits.is_generated(self.objective)
         self.seconds = 0.0
         self._scorers: dict[str, PathScorer] = {}
-        # Objective and right answers on the first questions of a part, [2, Q].
+        # By part and path, the objective and right answers on the part's first questions, [2, Q].
         self._scores: dict[tuple[str, StaticPath], Floats] = defaultdict(lambda: np.zeros((2, 0)))
         self._grades: dict[tuple[str, StaticPath], list[float]] = {}
 
     def prompts(self, part: str) -> list[Prompt]:
-        """Return how the questions of a part are asked."""
+        """Return the prompts of a part's questions."""
         examples = self.splits.examples[part]
-        if part == FIT:  # in random order, since a search looks at the first ones first
+        if part == FIT:  # in random order, since a search begins with the first questions
             order = np.random.RandomState(self.config.seed).permutation(len(examples))
             examples = [examples[place] for place in order]
         else:
@@ -79,7 +80,7 @@ class TaskScorer:
         return [make_prompt(self.task, example, self.objective) for example in examples]
 
     def scorer(self, part: str) -> PathScorer:
-        """Return what scores paths on a part; `texts of PART` reads the texts of its questions."""
+        """Return the scorer of a part; for `texts of PART`, that of its questions' texts."""
         if part not in self._scorers:
             self._scorers[part] = self._make_scorer(part)
         return self._scorers[part]
@@ -96,29 +97,29 @@ class TaskScorer:
         return PathScorer(self.routed, items, objective, self.config.state_cache_gb)
 
     def num_questions(self, part: str) -> int:
-        """Return how many questions of a part are asked, or how many of its texts are read."""
+        """Return how many questions or texts a part has."""
         return len(self.scorer(part).items)
 
     def objectives(
         self, part: str, paths: Sequence[StaticPath], num: int | None = None
     ) -> list[list[float]]:
-        """Return the objective of paths on the first questions of a part, each asked once."""
-        most = self.num_questions(part)
-        num = most if num is None else min(num, most)
-        by_start: dict[int, list[StaticPath]] = {}  # paths by how many questions are known
+        """Return the objective of paths on the first `num` questions of a part, or on all."""
+        total = self.num_questions(part)
+        num = total if num is None else min(num, total)
+        by_start: dict[int, list[StaticPath]] = {}  # paths by how many questions are scored already
         for path in dict.fromkeys(paths):
             start = self._scores[part, path].shape[1]
             if start < num:
                 by_start.setdefault(start, []).append(path)
-        for start, unknown in by_start.items():
-            scores = self._score_range(part, unknown, start, num)
-            for place, path in enumerate(unknown):
-                known = self._scores[part, path]
-                self._scores[part, path] = np.concatenate((known, scores[:, place]), axis=1)
+        for start, new_paths in by_start.items():
+            new_scores = self._score_range(part, new_paths, start, num)  # [2, N, Q]
+            for place, path in enumerate(new_paths):
+                scores = self._scores[part, path]
+                self._scores[part, path] = np.concatenate((scores, new_scores[:, place]), axis=1)
         return [self._scores[part, path][0].tolist() for path in paths]
 
     def _score_range(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Floats:
-        """Score paths on a range of questions, a few of like length in each go, `[2, N, Q]`."""
+        """Score paths on a range of questions, a few of similar length at once, `[2, N, Q]`."""
         scorer = self.scorer(part)
         order = sorted(range(first, last), key=lambda place: scorer.items[place].request.length)
         size = max(1, MOST_PAIRS // len(paths))
@@ -128,20 +129,20 @@ class TaskScorer:
         for number, places in enumerate(blocks):
             key = f"{self.name} {part} {first} to {last} from {number * size} {digest}"
             calls[key] = partial(scorer.score, paths, places)
-        found = np.zeros((2, len(paths), last - first))
+        all_scores = np.zeros((2, len(paths), last - first))
         num_scored = 0
         for places, scores in zip(blocks, self.chunks.get_or_make_all(calls, Scores), strict=True):
             columns = [place - first for place in places]
-            found[0][:, columns] = scores.objective
-            found[1][:, columns] = scores.right or 0.0
+            all_scores[0][:, columns] = scores.objective
+            all_scores[1][:, columns] = scores.right or 0.0
             self.seconds += scores.seconds
             num_scored += len(places)
             note = f"scoring {len(paths)} candidate paths, question {num_scored} of {len(order)}"
             self.on_scored(len(paths) * len(places), note)
-        return found
+        return all_scores
 
     def correct(self, part: str, path: StaticPath) -> list[float]:
-        """Return which questions of a part are answered right; empty where nothing says so."""
+        """Return for each question of a part whether it is answered right; empty if unknown."""
         if self.objective == GOLD:
             self.objectives(part, [path])
             right: list[float] = self._scores[part, path][1].tolist()
@@ -153,7 +154,7 @@ class TaskScorer:
         return self._grades[part, path]
 
     def _grade(self, part: str, path: StaticPath) -> list[float]:
-        """Generate the answers of a part along a path, some in each go, and grade them."""
+        """Generate the answers of a part along a path, some at once, and grade them."""
         prompts = self.prompts(part)
         digest = hash_values(path.layers)[:16]
         calls = {}
@@ -169,7 +170,7 @@ class TaskScorer:
         return grades
 
     def differences(self, part: str, path: StaticPath, full: StaticPath) -> list[float]:
-        """Return what a path has more of the objective than the full one, question by question."""
+        """Return for each question the objective of a path minus that of the full one."""
         ours, theirs = self.objectives(part, [path, full])
         return [a - b for a, b in zip(ours, theirs, strict=True)]
 

@@ -526,7 +526,7 @@ BROKEN_OFF = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(systems, "LEAST_SCORED", 4)
+    monkeypatch.setattr(systems, "MIN_BLOCK_SIZE", 4)
 
 
 def without_times(folder):
