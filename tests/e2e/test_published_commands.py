@@ -142,7 +142,7 @@ def test_two_places_to_read_from_are_not_chosen_between(refused: Callable[[str],
 @pytest.mark.parametrize(
     ("main_tasks", "added_tasks", "says"),
     [
-        ([], [], "data/squad_v2/supervision.jsonl, which isn't there; make them: drllm search"),
+        ([], [], "data/squad_v2/supervision.jsonl, which doesn't exist; make them: drllm search"),
         (["squad_v2"], ["squad_v2"], "--with-squad has no effect"),
         ([], ["squad_v2", "arc_easy"], "holds arc_easy too; give the file as --supervision"),
     ],

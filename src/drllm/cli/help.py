@@ -1,4 +1,4 @@
-"""The texts of `drllm --help`, and of a verb's `--help` and `--help-all`."""
+"""Prints `drllm --help`, and a verb's `--help` and `--help-all`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drllm.cli.verbs import CONFIG, FOREIGN, SECTIONS, VERBS, Flag, Verb, flags_
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
 
-WIDEST = 26  # columns for a flag; the text of a longer one begins on the next line
+FLAG_WIDTH = 26  # columns; the text of a longer flag begins on the next line
 
 
 def print_overview(terminal: Terminal) -> None:
@@ -32,7 +32,7 @@ def print_overview(terminal: Terminal) -> None:
 
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
-    """Print what a verb does and its basic flags; all of them with `everything`."""
+    """Print what a verb does, and its basic flags, or all flags with `everything`."""
     flags = list(flags_of(verb))
     usage = ["drllm", verb.name, "[flags]"]
     usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]
@@ -45,17 +45,19 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
             group = flag.group
             title = (group.__doc__ or "").partition("\n")[0].rstrip(".")
             terminal.say(f"\n{title[0].lower()}{title[1:]}:")
-        terminal.beside(f"  {_name(flag, everything)}", _text(flag, verb), WIDEST)
+        terminal.beside(
+            f"  {_format_flag(flag, everything)}", _describe_flag(flag, verb), FLAG_WIDTH
+        )
     terminal.say()
     if verb.settings:
-        terminal.beside(f"  {_name(CONFIG, everything)}", CONFIG.help, WIDEST)
+        terminal.beside(f"  {_format_flag(CONFIG, everything)}", CONFIG.help, FLAG_WIDTH)
     num_hidden = len(flags) - len(shown)
     if num_hidden:
-        terminal.beside("  --help-all", f"{num_hidden} more flags and settings", WIDEST)
+        terminal.beside("  --help-all", f"{num_hidden} more flags and settings", FLAG_WIDTH)
 
 
-def _name(flag: Flag, everything: bool) -> str:
-    """Return a flag with its placeholder, as a user writes it."""
+def _format_flag(flag: Flag, everything: bool) -> str:
+    """Return a flag and its placeholder, as a user writes them."""
     if flag.is_in_files:
         return f"{flag.name}: {flag.value}"
     names = flag.names if everything else flag.names[:1]
@@ -69,8 +71,8 @@ def _name(flag: Flag, everything: bool) -> str:
     return text
 
 
-def _text(flag: Flag, verb: Verb) -> str:
-    """Return a flag's help with its default."""
+def _describe_flag(flag: Flag, verb: Verb) -> str:
+    """Return the help of a flag and its default."""
     if flag.is_in_files:
         return f"{flag.help} (in the file of --config)"
     if flag.name == "model" and verb.model_from:

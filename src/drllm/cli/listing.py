@@ -1,4 +1,4 @@
-"""`drllm ls`: everything that is chosen by name, and what a model's architecture allows."""
+"""`drllm ls`: lists tasks, models, baselines and other names, and checks architectures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _list_architectures(terminal: Terminal) -> None:
 
 
 def _try_architectures(terminal: Terminal) -> None:
-    """Print whether a tiny model of every family is routed exactly."""
+    """Check a tiny model of every family, and print which ones are routed exactly."""
     from drllm.models.check import check
     from drllm.models.families import FAMILIES
 
@@ -79,7 +79,7 @@ def _try_architectures(terminal: Terminal) -> None:
 
 
 def _try_model(terminal: Terminal, model: str) -> None:
-    """Print whether a model is routed exactly."""
+    """Check one model, and print whether it is routed exactly."""
     from drllm.models.base.load import load
     from drllm.models.check import check_model
 
@@ -91,7 +91,7 @@ def _try_model(terminal: Terminal, model: str) -> None:
 
 
 def _print_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
-    """Print a table of checks, and how many of them ended how."""
+    """Print a table of checks, and the number of checks by status."""
     rows = []
     for finding in findings:
         prefill = _format_difference(finding.prefill)
@@ -159,7 +159,7 @@ def list_names(command: CommandLine, terminal: Terminal) -> None:
 
 
 def _list_registry(name: str, terminal: Terminal) -> None:
-    """Print the names in a registry, each with what it is."""
+    """Print the names in a registry and their descriptions."""
     registry: Registry[Any] = pkgutil.resolve_name(_REGISTRIES[name])
     terminal.table(f"{registry.kind}|what it is", registry.summaries().items())
     if name == "policies":

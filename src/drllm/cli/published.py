@@ -1,4 +1,4 @@
-"""Where the published training finds what the published search has left: it names no file.
+"""Finds the files of the published training, whose command names none.
 
 `--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
 """
@@ -12,14 +12,14 @@ from drllm.errors import ConfigError
 from drllm.records.supervision import join_supervision, read_supervision
 
 FOLDERS = (Path("data/mcts_paths"), Path("data"))
-"""`--output_dir` of the published search command, and the published (and our) default of it."""
+"""`--output_dir` of the published search command, and the default of that flag."""
 
 ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
-"""Switch of the published training → the task whose targets it adds."""
+"""The task whose targets each switch of the published training adds."""
 
 
 def supervision_files(command: CommandLine) -> list[Path]:
-    """Return the files that a training reads; those of `--with-…` are added to the others."""
+    """Return the files that a training reads, including those of `--with-…`."""
     files = command.paths("supervision") or [_default_file(command)]
     added = []
     for switch, task in ADDED.items():
@@ -29,12 +29,12 @@ def supervision_files(command: CommandLine) -> list[Path]:
 
 
 def _default_file(command: CommandLine) -> Path:
-    """Return the targets that the published search leaves; ConfigError where there are none."""
+    """Return the targets that the published search writes; ConfigError if there are none."""
     places = [folder / "supervision.jsonl" for folder in FOLDERS]
     files = [file for file in places if file.is_file()]
     if len(files) > 1:
         raise ConfigError(
-            f"both {' and '.join(map(str, files))} are there; give the one to learn from as "
+            f"both {' and '.join(map(str, files))} exist; give the one to train on as "
             f"--supervision, or both"
         )
     if files:
@@ -42,14 +42,14 @@ def _default_file(command: CommandLine) -> Path:
     remedy = f"search first: {_search_command(command, 'arc,dart', FOLDERS[0])}"
     for file in reversed(places):
         search = file.with_name("search.jsonl")
-        if search.is_file():  # whose default rule found no targets
+        if search.is_file():  # the search is there, but its default rule chose no targets
             remedy = f"make one: drllm supervise --search {search} --output {file}"
     neither = " nor ".join(map(str, places))
     raise ConfigError(f"train needs --supervision FILE, since there is neither {neither}; {remedy}")
 
 
 def _added_file(flag: str, task: str, files: list[Path], command: CommandLine) -> Path:
-    """Return the file of a task whose targets are added to those of other files."""
+    """Return the file of targets that a switch adds; ConfigError if it can't be added."""
     if any(record.task == task for record in join_supervision(files)):
         raise ConfigError(
             f"{flag} has no effect: {', '.join(map(str, files))} already holds targets of "
@@ -58,7 +58,7 @@ def _added_file(flag: str, task: str, files: list[Path], command: CommandLine) -
     file = FOLDERS[1] / task / "supervision.jsonl"
     if not file.is_file():
         raise ConfigError(
-            f"{flag} needs targets of {task} in {file}, which isn't there; make them: "
+            f"{flag} needs targets of {task} in {file}, which doesn't exist; make them: "
             f"{_search_command(command, task, file.parent)}"
         )
     other_tasks = {record.task for record in read_supervision(file)} - {task}

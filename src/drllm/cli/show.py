@@ -33,7 +33,7 @@ RUN_PARTS = (
     HEALED_FILE,
     f"healed/{HEALED_FILE}",
 )
-"""Files of a run folder that are shown, in this order; results follow."""
+"""Files of a run folder, in the order in which they are printed; results follow."""
 
 
 @verb(
@@ -63,7 +63,7 @@ def show_place(command: CommandLine, terminal: Terminal) -> None:
     file = place / "search.jsonl" if place.is_dir() else place
     if "paths" not in _first_row(file):
         raise RecordError(
-            f"{file} is no search.jsonl, and --question {question} draws what a search tried; "
+            f"{file} is no search.jsonl, but --question {question} draws the paths of a search; "
             f"give a search.jsonl or a folder that holds one"
         )
     show_question(read_search(file), question, file, terminal)
@@ -86,11 +86,11 @@ def show(place: Path, terminal: Terminal) -> None:
 
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
-    """Print every part of a folder, with its path above."""
+    """Print every part of a folder, each under its path."""
     if (folder / ROUTERS_FILE).is_file():
         show_routers(folder / ROUTERS_FILE, terminal)
         return
-    parts = _parts_of(folder)
+    parts = _find_parts(folder)
     if not parts:
         refuse_menu(folder)
         raise RecordError(f"{folder} holds no records or results; give a folder that a stage wrote")
@@ -105,15 +105,15 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         terminal.fact("report", folder / "report.html")
 
 
-def _parts_of(folder: Path) -> list[tuple[Path, Renderer]]:
-    """Return the parts of a folder, each with the function that prints it."""
+def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
+    """Return the parts of a folder, and the function that prints each."""
     parts: list[tuple[Path, Renderer]] = []
     unfinished = folder / CHUNKS_FOLDER
     if unfinished.is_dir() and not (folder / "search.jsonl").is_file():
         parts.append((unfinished, show_unfinished))
     files = [folder / name for name in RUN_PARTS]
     parts += [(file, show) for file in files if file.is_file()]
-    # A damaged result counts too: reading it says which file it is.
+    # A damaged result counts too: reading it raises an error that names the file.
     if results.list_results(folder / "eval"):
         parts.append((folder / "eval", show_results))
     if _holds_results(folder):
@@ -122,7 +122,7 @@ def _parts_of(folder: Path) -> list[tuple[Path, Renderer]]:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Whether results lie in the folder itself, as `drllm evaluate` leaves them."""
+    """Whether results lie in the folder itself, where `drllm evaluate` writes them."""
     files = results.list_results(folder)
     if files and (folder / results.SAMPLES_FILE).is_file():
         return True
@@ -140,7 +140,7 @@ def _show_json(path: Path, terminal: Terminal) -> None:
 
 
 def _show_lines(path: Path, terminal: Terminal) -> None:
-    """Print a file of JSON lines; a field of the first line tells what it is."""
+    """Print a file of JSON lines; the fields of its first line show what it holds."""
     first = _first_row(path)
     for field, (_, render) in LINES_RENDERERS.items():
         if field in first:
@@ -178,11 +178,11 @@ JSON_RENDERERS: dict[str, Renderer] = {
     PATHS_FILE: show_paths,
     HEALED_FILE: show_healed,
 }
-"""By name, what prints a file."""
+"""The function that prints a file, by the file's name."""
 
 LINES_RENDERERS: dict[str, tuple[str, Renderer]] = {
     **SEARCH_RENDERERS,
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", show_metrics),
 }
-"""By a field of the first line, what a file of records holds and what prints it."""
+"""What a file of records holds and the function that prints it, by a field of its first line."""

@@ -1,4 +1,4 @@
-"""Static paths, plain and healed, as `drllm show` prints them. Loads no torch."""
+"""Prints static paths, plain and healed. Loads no torch."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from drllm.reporting import path_sections
 
 
 def show_paths(file: Path, terminal: Terminal) -> None:
-    """Print the paths of a `paths.json`, task by task, and what to do with each."""
+    """Print the paths of a `paths.json`, task by task, and advice on them."""
     found = read_paths(file)
     for task in found.tasks:
         if task not in found.objective:

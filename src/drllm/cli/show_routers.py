@@ -1,4 +1,4 @@
-"""Trained routers as `drllm show` prints them: shape, training, metrics. Loads no torch."""
+"""Prints trained routers: their shape, training and metrics. Loads no torch."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.reporting.numbers import plain
 
 METRICS_FILE = "metrics.jsonl"
-NO_METRICS = ("epoch", "split", "learning_rate")  # columns of metrics.jsonl that measure nothing
+NO_METRICS = ("epoch", "split", "learning_rate")  # columns of metrics.jsonl that aren't metrics
 
 
 def show_routers(path: Path, terminal: Terminal) -> None:
@@ -57,7 +57,7 @@ def show_metrics(path: Path, terminal: Terminal) -> None:
 
 
 def show_agreement(path: Path, terminal: Terminal) -> None:
-    """Compare the saved routers with decisions that ignore the question, on each part."""
+    """Print how the saved routers compare with decisions that ignore the question."""
     layers = read_json(path, Layers)
     for part, systems in layers.parts.items():
         metrics = {display_name(name): compute_metrics(counts) for name, counts in systems.items()}

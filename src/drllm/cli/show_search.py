@@ -1,4 +1,4 @@
-"""A search and its targets as people read them; one question's paths as a tree. Loads no torch."""
+"""Prints searches and targets, and the paths of one question as a tree. Loads no torch."""
 
 import difflib
 from collections import Counter
@@ -25,11 +25,11 @@ from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import find_candidates, is_valid, survived
 from drllm.supervision.summary import KINDS, summarise
 
-ANSWER_WIDTH = 14  # columns for what a path answered: its beginning, so that a path stays one line
+ANSWER_WIDTH = 14  # columns for a path's answer, which is cut off so that a path stays one line
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
-    """Print what a search found and what it spent."""
+    """Print the results of a search, its executions and its time."""
     num_layers = records[0].num_layers
     counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
@@ -51,13 +51,13 @@ def _print_retest(paths: Sequence[TriedPath], terminal: Terminal) -> None:
     retested = [path for path in paths if path.retest is not None]
     num_survived = sum(1 for path in retested if survived(path))
     share = of_total(num_survived, len(retested))
-    terminal.fact("re-test", f"{count(len(retested))} paths asked again, {share} survived")
+    terminal.fact("re-test", f"{count(len(retested))} paths tested again, {share} survived")
 
 
 def _print_executions(
     records: Sequence[SearchRecord], paths: Sequence[TriedPath], terminal: Terminal
 ) -> None:
-    """Print the executions of all paths, and how many of them differ within a question."""
+    """Print the executions of all paths, and how many are distinct within a question."""
     total = round(sum(path.executions for path in paths))
     num_distinct = 0
     for record in records:
@@ -89,7 +89,7 @@ def _print_search_time(records: Sequence[SearchRecord], num_paths: int, terminal
 
 
 def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print how many questions of each task have which paths, and targets if there are any."""
+    """Print, for each task, how many questions have each kind of path, and a target."""
     rows = dict(summary.get("tasks", {}))
     if len(rows) != 1:
         improving = [row["improving_targets"] for row in rows.values()]
@@ -115,15 +115,15 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
 
 
 def show_failed(path: Path, terminal: Terminal) -> None:
-    """Print the questions that a search has set aside, each with its last error."""
+    """Print the questions that failed in a search, and the last error of each."""
     questions = [question for _, question in read_json_lines(path, FailedQuestion)]
-    terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
+    terminal.fact("failed", f"{count(len(questions))} questions failed and were set aside")
     rows = [(one.task, one.id, count(one.attempts), one.error) for one in questions]
     terminal.table("task|id|attempts|last error", rows)
 
 
 def show_unfinished(folder: Path, terminal: Terminal) -> None:
-    """Print how far an interrupted search is."""
+    """Print how many batches of an unfinished search are done."""
     terminal.fact(
         "search",
         f"not finished: {count(count_kept_batches(folder))} batches of questions are kept; if it "
@@ -134,7 +134,7 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
 def show_question(
     records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
 ) -> None:
-    """Draw the tree of every question that has an id; ids are unique within a task only."""
+    """Draw the paths of every question with this id; each task may have one."""
     chosen = [record for record in records if record.id == question]
     if not chosen:
         ids = list(dict.fromkeys(record.id for record in records))
@@ -143,7 +143,7 @@ def show_question(
             f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
             f"{', '.join(nearest)}"
         )
-    # The rule is that of the targets next to the search, if there are any.
+    # The rule is that of the supervision.jsonl beside the search, if there is one.
     manifest = read_manifest(place.with_name("supervision.jsonl"), "supervision") or {}
     settings = SuperviseConfig().to_dict()
     settings.update(manifest.get("config", {}))
@@ -154,7 +154,7 @@ def show_question(
 
 
 def _print_question(record: SearchRecord, settings: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a question, its target by the settings, and the tree of its paths."""
+    """Print a question, its target by these settings, and the tree of its paths."""
     rule = settings["target"]
     targets = find_candidates(record, rule, min_saving=settings["min_saving"])
     if isinstance(targets, str):  # why there is none
@@ -171,7 +171,7 @@ def _print_question(record: SearchRecord, settings: Mapping[str, Any], terminal:
 
 
 def _print_tree(record: SearchRecord, terminal: Terminal) -> None:
-    """Print a question's paths as a tree of edits, a line each."""
+    """Print a question's paths as a tree of edits, one line per path."""
     by_decisions = {path.decisions: path for path in record.paths}
     has_answers = any(path.answer is not None for path in record.paths)
     columns = "path|#|right|margin|executions|kl|re-test"
@@ -193,7 +193,7 @@ def _print_tree(record: SearchRecord, terminal: Terminal) -> None:
             cells.append(" ".join((path.answer or "").split()))
         rows.append(cells)
     terminal.table(columns, rows, numbers_from=1, cut_off=("answered", ANSWER_WIDTH))
-    terminal.say("re-test: other ways of asking that were answered right; + survived, − did not")
+    terminal.say("re-test: variants of the prompt that were answered right; + survived, − did not")
 
 
 def _describe_reward(reward: float) -> str:
@@ -213,22 +213,22 @@ def _describe_retest(path: TriedPath) -> str:
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
-    """Draw one question's paths, the full path first, as a tree of edits: decisions and line.
+    """Yield one question's paths as a tree of edits: the decisions and the line of each path.
 
-    A path stands below the one from which the fewest edits lead to it, of several the one tried
-    first. A path's only child follows at the same depth, after "then", so that a long chain of
-    edits stays narrow.
+    The full path is first. The parent of a path is the path with the fewest edits to it, and of
+    several the one that was tried first. An only child is drawn at its parent's depth, after
+    "then", so that a long chain of edits stays narrow.
     """
     children: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):
-        children[_parent_of(path, paths)].append(path.decisions)
+        children[_find_parent(path, paths)].append(path.decisions)
     root = paths[0].decisions
     yield root, "full path"
     yield from _branches(root, children, "")
 
 
-def _parent_of(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
-    """Return the decisions of the path from which the fewest edits lead to another."""
+def _find_parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
+    """Return the decisions of the path with the fewest edits to another path."""
     options = []
     for other in paths:
         edits = edits_between(other.decisions, path.decisions)
@@ -241,7 +241,7 @@ def _parent_of(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
 def _branches(
     parent: Decisions, children: Mapping[Decisions, Sequence[Decisions]], lead: str
 ) -> Iterator[tuple[Decisions, str]]:
-    """Yield the paths below one, each with its line; `lead` is what stands left of them."""
+    """Yield the paths below a path, each with its line; `lead` is the text left of them."""
     siblings = children[parent]
     for number, child in enumerate(siblings, start=1):
         if len(siblings) == 1:
@@ -259,7 +259,10 @@ def _branches(
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
-    """Return the fewest edits from one path to another; None where one isn't executed once."""
+    """Return the fewest edits from one path to another.
+
+    None if a changed layer isn't executed exactly once before: then no edits lead there.
+    """
     edits: list[Action] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:
@@ -276,7 +279,7 @@ def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
 
 
 def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print what a supervision has written and found."""
+    """Print the file that a supervision has written, and its summary."""
     terminal.fact("supervision", output)
     print_supervision(summary, terminal)
     rejected = rejected_path(output)
@@ -285,7 +288,7 @@ def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) 
 
 
 def print_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a summary of `summarise`, or what an older version left of one in a manifest."""
+    """Print the summary of a supervision, which older manifests have without some values."""
     _print_counts(summary, terminal)
     targets = of_total(summary["targets"], summary["questions"])
     executions = summary.get("executions")
@@ -314,7 +317,7 @@ def print_classes(counts: Sequence[int], terminal: Terminal) -> None:
 
 
 def show_supervision(path: Path, terminal: Terminal) -> None:
-    """Print what a file of targets holds, by the counts of its manifest where it has one."""
+    """Print a file of targets: the summary in its manifest, or counts if it has no manifest."""
     records = read_supervision(path)
     manifest = read_manifest(path, "supervision") or {}
     if "summary" in manifest:
@@ -328,7 +331,7 @@ def show_supervision(path: Path, terminal: Terminal) -> None:
 
 
 def show_rejected(path: Path, terminal: Terminal) -> None:
-    """Print how many questions of each task got no target, by reason."""
+    """Print how many questions of each task have no target, by reason."""
     questions = [question for _, question in read_json_lines(path, RejectedQuestion)]
     terminal.fact("without", f"{count(len(questions))} records have no target")
     reasons = Counter((question.task, question.reason) for question in questions)
@@ -346,4 +349,4 @@ SEARCH_RENDERERS: dict[str, tuple[str, Callable[[Path, Terminal], None]]] = {
     "reason": ("questions without a target", show_rejected),
     "error": ("questions that failed", show_failed),
 }
-"""By a field of the first line, what a file of records holds and what prints it."""
+"""What a file of records holds and the function that prints it, by a field of its first line."""

@@ -226,8 +226,8 @@ class _Console(Console):
     """A console that shows the control characters of a text instead of obeying them."""
 
     def __init__(self, *, stderr: bool) -> None:
-        # Other packages redirect the streams for a while, which doesn't concern this one.
-        file = sys.stderr if stderr else sys.stdout
+        # Notes appear even while code of other packages redirects standard error.
+        file = sys.stderr if stderr else None
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
         if not self.is_terminal:
             self.width = UNBROKEN

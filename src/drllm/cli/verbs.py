@@ -1,7 +1,7 @@
-"""The table of verbs: what each one reads, which flags it has, and the function that runs it.
+"""The table of verbs: the settings and flags of each, and the function that runs it.
 
-Each verb is a function that is registered once with its settings and its flags. The parser, the
-help and the messages are made from this table.
+A verb is a function, registered with its settings and flags. The parser, the help and the messages
+use this table.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ HELP = ("-h", "--help", "--help-all")
 SEE_VERBS = "'drllm --help' explains the verbs"
 EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
 PLACEHOLDERS = {int: "N", float: "X"}
-"""How a value of a type is written in the help, where a setting doesn't say it."""
+"""The placeholder for a value of a type in the help, unless the setting has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What a verb reads or writes, or one of its settings.
+    """One flag of a verb: a file, a folder or a switch of its own, or one of its settings.
 
     Attributes:
-        name: With underscores, also of a positional argument.
-        help: What the flag means.
+        name: The name with underscores; a positional argument has one too.
+        help: The help text.
         default: The value without the flag.
-        required: Whether the verb refuses to run without it.
-        many: Whether it takes one value or more.
+        required: Whether the verb needs it.
+        many: Whether it takes several values.
         positional: Whether it is written without its name.
-        switch: Whether it takes no value; False without the flag.
-        value: How a value is written, for the help.
+        switch: Whether it takes no value; without the flag the value is False.
+        value: The placeholder for its value in the help.
         basic: Whether `--help` shows it; `--help-all` shows all flags.
         alias: A second name, such as that of a published command.
-        group: The settings that it belongs to; None for a flag of the verb itself.
+        group: The group of settings that it belongs to; None for a flag of the verb itself.
         kind: The type of a setting's value.
         choices: The values that a setting accepts.
     """
@@ -65,7 +65,7 @@ class Flag:
 
     @property
     def is_in_files(self) -> bool:
-        """Whether it is a setting by task, which only YAML files have."""
+        """Whether it is a setting by task, which only YAML files can give."""
         return is_by_task((self.kind,))
 
     @property
@@ -75,7 +75,7 @@ class Flag:
 
     @property
     def names(self) -> list[str]:
-        """The names as a user writes them; the first is the one to show."""
+        """The names as a user writes them; the first is the main one."""
         if self.positional:
             return [self.name.upper()]
         names = [flag_of(self.name)]
@@ -85,7 +85,7 @@ class Flag:
 
     @property
     def expected(self) -> str:
-        """What to give as its value, for messages."""
+        """The expected value, for messages."""
         if self.choices:
             expected = f"one of {', '.join(self.choices)}"
         elif self.group is not None:
@@ -97,18 +97,18 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One command; `run` does the work.
+    """One command of `drllm`.
 
     Attributes:
         name: Its name.
-        help: What it does, in one line.
+        help: One line that says what it does.
         example: A command line that works.
         run: The function that runs it.
         settings: Groups of settings, each of which becomes a flag.
         flags: Further flags.
         model_from: Where the base model comes from without `--model`.
-        resumes: Whether the same command resumes after an interruption.
-        shares: Whether several processes divide the work.
+        resumes: Whether the same command resumes interrupted work.
+        shares: Whether several processes can divide its work.
     """
 
     name: str
@@ -128,7 +128,7 @@ CONFIG = Flag(
 
 
 class _Verbs(UserDict[str, Any]):
-    """Verbs by name. At first each is the name of its module, which is imported on first use."""
+    """Verbs by name. An entry is the name of the verb's module until its first use imports it."""
 
     def __getitem__(self, name: str) -> Verb:
         module = self.data[name]
@@ -156,7 +156,7 @@ VERBS = _Verbs(
 )
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
-"""Verbs whose arguments another program parses, with their help."""
+"""Verbs whose arguments another program parses, and their help."""
 
 SECTIONS = {
     "everything in one command": ("run",),
@@ -174,11 +174,14 @@ SECTIONS = {
     ),
     "results and names": ("show", "ls"),
 }
-"""Titles and verbs of `drllm --help`, in the order in which data goes through them."""
+"""The titles and verbs of `drllm --help`, in the order of the data flow."""
 
 
 def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Register a function as a verb with the attributes of `Verb`; its docstring is the help."""
+    """Register a function as a verb; its docstring's first line is the help.
+
+    `attributes` are those of `Verb`.
+    """
 
     def register(function: Any) -> Any:
         line = function.__doc__.split("\n")[0].rstrip(".")
@@ -190,7 +193,7 @@ def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
 
 
 def find_verb(name: str) -> Verb:
-    """Return the verb of a name; ConfigError for an unknown or removed one."""
+    """Look up a verb; raise ConfigError for an unknown or removed one."""
     if name in REMOVED_VERBS:
         raise ConfigError(REMOVED_VERBS[name])
     if name.startswith("-"):
@@ -201,7 +204,7 @@ def find_verb(name: str) -> Verb:
 
 
 def flags_of(verb: Verb) -> Iterator[Flag]:
-    """Yield a verb's flags, then its settings, also those that only YAML files can give."""
+    """Yield a verb's own flags, then all of its settings, including those of YAML files only."""
     yield from verb.flags
     for group in verb.settings:
         for field in dataclasses.fields(group):

@@ -96,7 +96,7 @@ def test_the_story_tells_yields_by_task_executions_and_time(printed):
     assert "facts 1 1 (100.0 %) 1 → 1 1 → 1 0 → 0" in out
     assert "other 1 0 (0.0 %) 1 → 1 1 → 1 1 → 1" in out
     assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1" in out
-    assert "re-test 4 paths asked again, 3 (75.0 %) survived" in out
+    assert "re-test 4 paths tested again, 3 (75.0 %) survived" in out
     # facts: 0 1 2 3 and 0 0 1 2 3 share one; other: 0 1 2 3 and 0 2 3.
     assert "executions 24 in all paths, 14 (58.3 %) distinct in a question" in out
     assert "shortest 3.00 executions of 4 for the shortest surviving path, mean of 2" in out
@@ -258,7 +258,7 @@ def test_questions_that_failed_are_shown_with_their_errors(tmp_path: Path, print
     file = failed_file(tmp_path)
     show(tmp_path if folder else file, Terminal())
     out = printed()
-    assert "failed 2 questions were set aside by the search" in out
+    assert "failed 2 questions failed and were set aside" in out
     assert "facts q7 3 TaskError: [b]no[/b] prompt" in out
     assert "facts q7 3 ModelError: not finite" in out
 
