@@ -417,7 +417,7 @@ def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
     places = [trained_for(run_copy / "routers", *rewards), "--output-dir", tmp_path / "eval"]
     command = "evaluate --tasks builtin_facts --device cpu --limit 2 --baselines none --routers"
     said = drllm(command, *places).err
-    assert said.count("were trained on prompts for letter, the") == notes
+    assert said.count("were trained on prompts for letter, but") == notes
 
 
 def test_generate_without_routers_gives_the_base_models_answer(model, tiny_tokenizer, drllm):

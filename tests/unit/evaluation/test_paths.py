@@ -351,5 +351,5 @@ def test_questions_that_a_path_was_chosen_on_are_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="chosen on"):
         run(base, tmp_path / "out", str(file), split="select")
     divided = written_paths(tmp_path / "part.json", base.identity, divided=("builtin_facts",))
-    with pytest.raises(ConfigError, match="a part of the questions of builtin_facts"):
+    with pytest.raises(ConfigError, match="some of the questions of builtin_facts"):
         run(base, tmp_path / "out", str(divided))
