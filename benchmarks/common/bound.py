@@ -42,19 +42,19 @@ def cheapest(base: BaseModel, num_tokens: int, clock: Clock) -> Work:
     head = base.model.get_output_embeddings()
     states = torch.randn(max(HEAD_TOKENS), head.weight.shape[1]).to(head.weight)
 
-    def seconds(run: torch.nn.Module, given: torch.Tensor, **options: bool) -> float:
+    def least_seconds(run: torch.nn.Module, inputs: torch.Tensor, **options: bool) -> float:
         times = []
         for _ in range(REPEATS):
             started = clock()
-            run(given, **options)
+            run(inputs, **options)
             times.append(clock() - started)
         return min(times)
 
     with torch.no_grad():
         decoder = base.model.get_decoder()
-        read = [(seconds(decoder, ids[:num], use_cache=False), num) for num in batches]
-        scored = [seconds(head, states[:num]) / num for num in HEAD_TOKENS]
-    return Work(min(s / num for s, num in read) / num_tokens / base.num_layers, min(scored))
+        rows = [least_seconds(decoder, ids[:num], use_cache=False) / num for num in batches]
+        tokens = [least_seconds(head, states[:num]) / num for num in HEAD_TOKENS]
+    return Work(min(rows) / num_tokens / base.num_layers, min(tokens))
 
 
 def least_to_search(
@@ -67,22 +67,36 @@ def least_to_search(
     `num_after` are the tokens of a prompt's options, which are read behind it and scored;
     `answers` the tokens that were generated under each prompt's paths, none where options are.
     """
-    tried: defaultdict[int, list[Decisions]] = defaultdict(list)
+    paths_of: defaultdict[int, list[Decisions]] = defaultdict(list)
     for place, path in answers:
-        tried[place].append(path)
-    common = len(os.path.commonprefix([*prompts])) if len(prompts) > 1 else 0  # noqa: RUF071
-    layers = common * len(_inner(path for _, path in answers))
-    for place, paths in tried.items():
-        own = len(prompts[place]) - common + num_after[place]
-        inner, scored_there = len(_inner(paths)), 1 + num_after[place]
-        layers += own * inner + scored_there * (distinct_executions(paths) - inner)
-    said: defaultdict[tuple[int, tuple[int, ...]], list[Decisions]] = defaultdict(list)
+        paths_of[place].append(path)
+    num_common = 0
+    if len(prompts) > 1:
+        num_common = len(os.path.commonprefix([*prompts]))  # noqa: RUF071
+    layers = num_common * len(_inner(path for _, path in answers))
+    for place, paths in paths_of.items():
+        num_inner = len(_inner(paths))
+        num_own = len(prompts[place]) - num_common + num_after[place]
+        num_scored = 1 + num_after[place]
+        layers += num_own * num_inner + num_scored * (distinct_executions(paths) - num_inner)
+    read = _paths_that_read_answers(answers)
+    layers += sum(distinct_executions(paths) for paths in read)
+    num_scored = sum(1 + num_after[place] for place, _ in answers)
+    return Work(layers, num_scored + sum(len(paths) for paths in read))
+
+
+def _paths_that_read_answers(
+    answers: Mapping[tuple[int, Decisions], Sequence[int]],
+) -> list[list[Decisions]]:
+    """Return for each token of an answer that is read the paths that read it behind the same text.
+
+    The last token of an answer isn't read.
+    """
+    paths_of: defaultdict[tuple[int, tuple[int, ...]], list[Decisions]] = defaultdict(list)
     for (place, path), tokens in answers.items():
-        for end in range(1, len(tokens)):  # the last token isn't read
-            said[place, tuple(tokens[:end])].append(path)
-    layers += sum(map(distinct_executions, said.values()))
-    scored = sum(1 + num_after[place] for place, _ in answers)
-    return Work(layers, scored + sum(map(len, said.values())))
+        for end in range(1, len(tokens)):
+            paths_of[place, tuple(tokens[:end])].append(path)
+    return list(paths_of.values())
 
 
 def seconds_to_search(
@@ -102,8 +116,10 @@ def seconds_to_search(
 def in_words(result: Mapping[str, Any]) -> str:
     """Say how much of the bound a `speedup` has reached."""
     reached = result["speedup"] / result["bound"]
-    said = f"bound {result['bound']:.2f}: what has to run, at the least that it costs"
-    return f"{said}; {reached:.0%} of it is reached"
+    return (
+        f"bound {result['bound']:.2f}: what has to run, at the least that it costs; "
+        f"{reached:.0%} of it is reached"
+    )
 
 
 def _inner(paths: Iterable[Decisions]) -> set[tuple[int, ...]]:

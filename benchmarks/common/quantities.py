@@ -20,9 +20,9 @@ STATE_CACHE_GB = 1.0
 
 
 class Quantity(NamedTuple):
-    """One of them: the questions as they are asked, N, and what P paths are worth, `[P][N]`."""
+    """A quantity on N questions along P paths, `[P][N]`."""
 
-    asked: list[Item]
+    items: list[Item]
     values: list[list[float]]
 
 
@@ -43,34 +43,31 @@ def measure_quantities(
         chosen = choose(parts.examples[part], num, SEED)
         return [make_prompt(parts.task, example, objective) for example in chosen]
 
-    def scores(items: Sequence[Item], what: str) -> tuple[list[list[float]], list[list[float]]]:
-        found = PathScorer(routed, items, what, STATE_CACHE_GB).score(paths)
-        return found.objective, found.right
-
-    found = {}
+    results = {}
     if objective == GOLD:
-        asked = make_items(routed, prompts(sizes["questions"]), GOLD)
-        objectives, right = scores(asked, GOLD)
-        found[ACCURACY] = Quantity(asked, right)
-        found["gold log-probability"] = Quantity(asked, objectives)
+        items = make_items(routed, prompts(sizes["questions"]), GOLD)
+        scores = PathScorer(routed, items, GOLD, STATE_CACHE_GB).score(paths)
+        results[ACCURACY] = Quantity(items, scores.right)
+        results["gold log-probability"] = Quantity(items, scores.objective)
     texts = prompts(sizes["texts"])
-    asked = make_items(routed, texts, objective)
+    items = make_items(routed, texts, objective)
     read = {"loss of texts": make_text_items(routed, texts)}
     if objective == LOSS:
-        read["loss of right answers"] = asked
-    for name, items in read.items():
-        values, _ = scores(items, LOSS)
-        found[name] = Quantity(asked, [[-value for value in own] for own in values])
-    return found
+        read["loss of right answers"] = items
+    for name, text_items in read.items():
+        scores = PathScorer(routed, text_items, LOSS, STATE_CACHE_GB).score(paths)
+        losses = [[-value for value in values] for values in scores.objective]
+        results[name] = Quantity(items, losses)
+    return results
 
 
 def compare_with_full(
-    task: str, part: str, found: Mapping[str, Quantity], names: Sequence[str]
+    task: str, part: str, results: Mapping[str, Quantity], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Compare the named paths with the full one, which comes first, and print what is found."""
     figures: dict[str, dict[str, Any]] = {}
-    for quantity, (_, values) in found.items():
-        rows = [compared(quantity, own, values[0]) for own in values]
+    for quantity, (_, values) in results.items():
+        rows = [compared(quantity, path_values, values[0]) for path_values in values]
         figures[quantity] = dict(zip(names, rows, strict=True))
         scale = 100 if quantity == ACCURACY else 1
         print(f"{task}, {quantity}, {rows[0]['n']} questions of {part}:")
