@@ -100,12 +100,12 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
 
 
 def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
-    """Return the questions of a split; TaskError if it has none, or the harness hides it."""
+    """Return the questions of a split; TaskError if there are none, or only `test` is reported."""
     if split != "test" and task.reports_test_alone:
         raise TaskError(
-            f"task {task.name!r} is the harness' own, of which an evaluation has only the "
-            f"questions that it reports, none for {split!r}; name another task's questions as "
-            f"fitted_on, or leave out what needs them"
+            f"task {task.name!r} is the harness' own: an evaluation has only the questions that "
+            f"it reports, and none for {split!r}; name another task as fitted_on, or leave out "
+            f"what needs them"
         )
     return load_questions(task, split, config.data_dir)
 

@@ -152,19 +152,19 @@ class _Tuning:
         file = self.folder / PATHS_FILE
         if not file.exists():
             return None
-        found = read_paths(file)
+        record = read_paths(file)
         identity = {
-            "settings": make_settings(TuneConfig, found.config).decisive(),
-            "model": found.model,
+            "settings": make_settings(TuneConfig, record.config).decisive(),
+            "model": record.model,
             # Older files have neither.
-            "runtime": found.runtime or self.identity["runtime"],
-            "questions_sha256": found.questions_sha256 or self.identity["questions_sha256"],
+            "runtime": record.runtime or self.identity["runtime"],
+            "questions_sha256": record.questions_sha256 or self.identity["questions_sha256"],
         }
         remedy = "choose another --output-dir, or delete the old one"
         refuse_other_run(f"the tuning in {file}", identity, self.identity, remedy)
-        if found.is_cut and found.config.get("minutes") != self.config.minutes:
+        if record.is_cut and record.config.get("minutes") != self.config.minutes:
             return None
-        return found
+        return record
 
     def _search(self) -> list[StaticPath]:
         """Return the best path of each level."""
