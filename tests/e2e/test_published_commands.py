@@ -111,7 +111,7 @@ def test_search_training_and_evaluation_chain(command: Callable[..., str], folde
 def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(command, refused):
     write_targets("data/supervision.jsonl", *["arc_easy"] * 4, decisions=(1, 0, 1, 1))
     line = refused(f"{TRAIN} --device cpu --with_commonsense")
-    assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
+    assert "data/commonsense_qa/supervision.jsonl, which doesn't exist" in line
     [search] = re.findall(r"drllm (search .* --budget 2)", line)
     command(f"{search} --device cpu {FEWER}")
     command(f"{TRAIN} --device cpu --with_commonsense")
@@ -136,7 +136,7 @@ def test_without_targets_the_command_that_makes_them_is_named(refused, folder):
 def test_two_places_to_read_from_are_not_chosen_between(refused: Callable[[str], str]):
     for place in ("data", "data/mcts_paths"):
         write_targets(f"{place}/supervision.jsonl", "own")
-    assert "give the one to learn from as --supervision" in refused(TRAIN)
+    assert "give the one to train on as --supervision" in refused(TRAIN)
 
 
 @pytest.mark.parametrize(
