@@ -153,7 +153,7 @@ def fitted_losses(base: BaseModel, features: Features, dtype: torch.dtype) -> li
     trainer = Trainer(features, base.identity, CONFIG, dtype=dtype)
     while not trainer.is_over:
         trainer.train_epoch()
-    return [row["routers_loss"] for row in trainer.rows]
+    return [row["routers_loss"] for row in trainer.metrics]
 
 
 def compare_in_double(base: BaseModel, records: Sequence[SupervisionRecord]) -> list[float]:

@@ -26,7 +26,7 @@ from common import bound
 
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import left_padded
-from drllm.models.check import layers_listed
+from drllm.models.check import replace_layers
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, StaticPath
 from drllm.tasks.examples import OPTIONS_REWARD, choose
@@ -59,7 +59,7 @@ def make_candidates(num_layers: int, num: int) -> list[StaticPath]:
 def one_by_one(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[float]:
     """Score every option of every question in a forward pass of its own."""
     values = []
-    with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
+    with replace_layers(base.model, path.decisions(base.num_layers)), torch.no_grad():
         for item in items:
             context = list(item.request.context)
             sums = []
@@ -76,7 +76,7 @@ def batched(base: BaseModel, items: Sequence[Item], path: StaticPath) -> list[fl
     """Score all options of several questions of like length at once."""
     values = [0.0] * len(items)
     order = sorted(range(len(items)), key=lambda place: items[place].request.length)
-    with layers_listed(base.model, path.decisions(base.num_layers)), torch.no_grad():
+    with replace_layers(base.model, path.decisions(base.num_layers)), torch.no_grad():
         for start in range(0, len(order), BATCH_SIZE):
             places = order[start : start + BATCH_SIZE]
             rows = [

@@ -134,8 +134,8 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
     literal = literal_run(literally, model, tiny_tokenizer, trainer.stack, config)
     for trained, held_out in literal.train():
         trainer.train_epoch()
-        assert trainer.rows[-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
-        assert trainer.rows[-1]["routers_loss"] == pytest.approx(held_out, rel=1e-10)
+        assert trainer.metrics[-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
+        assert trainer.metrics[-1]["routers_loss"] == pytest.approx(held_out, rel=1e-10)
     assert trainer.is_over
     weights = trainer.stack.state_dict()
     for layer, router in enumerate(literal.routers):
@@ -162,7 +162,7 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     apart = []
     for trained, _ in literal.train():
         trainer.train_epoch()
-        apart.append(abs(trainer.rows[-1]["routers_loss"] / trained - 1))
+        apart.append(abs(trainer.metrics[-1]["routers_loss"] / trained - 1))
     record_property("relative differences of the losses", apart)
     assert max(apart) < IN_DOUBLE_WITH_SMOLLM2
 

@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
-from drllm.models.check import layers_listed, make_tiny
+from drllm.models.check import make_tiny, replace_layers
 from drllm.models.families import IN_SUITE
 from drllm.models.routers.stack import RouterStack, Spans
 from drllm.models.routing.kv_cache import cache_argument
@@ -538,7 +538,7 @@ def cases(draw: st.DrawFn, way: str) -> Case:
 
 def slow_logits(case: Case, plan: Sequence[int], tokens: Sequence[int]) -> Tensor:
     model = plain_model(case.family, case.attention)
-    with layers_listed(model, plan), torch.no_grad():
+    with replace_layers(model, plan), torch.no_grad():
         return model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
 
@@ -573,7 +573,7 @@ def check_route(case: Case, said: Said, counts: Counts) -> None:
         layer.register_forward_pre_hook(lambda _layer, args: reads.append(args[0]))
         for layer in find_layers(model)[1]
     ]
-    with layers_listed(model, listed), torch.no_grad():
+    with replace_layers(model, listed), torch.no_grad():
         model(input_ids=torch.tensor([said.tokens[: said.num_read]]), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -616,7 +616,7 @@ def slow_beams(case: Case, plan: Sequence[int], shake: int | None = None) -> lis
         return scores + TOLERANCE * torch.randn(scores.shape, generator=noise)
 
     options = beam_options(case)
-    with layers_listed(model, plan):
+    with replace_layers(model, plan):
         said = generate(
             Side(case, untouched=True),
             options["num_beams"],

@@ -109,7 +109,7 @@ def test_a_number_without_a_point_and_a_list_of_rewards_fit():
 
 
 @pytest.mark.parametrize(
-    ("given", "knob"),
+    ("given", "setting"),
     [
         ({}, None),
         ({"depth_bias": 0.0}, None),
@@ -119,8 +119,8 @@ def test_a_number_without_a_point_and_a_list_of_rewards_fit():
         ({"target_executions": 20, "calibration": "prompts.jsonl"}, "target_executions"),
     ],
 )
-def test_the_depth_control_says_which_knob_is_turned(given, knob):
-    assert DepthConfig(**given).knob() == knob
+def test_the_setting_that_changes_the_depth_is_found(given, setting):
+    assert DepthConfig(**given).find_setting() == setting
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_the_depth_control_says_which_knob_is_turned(given, knob):
         ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),
     ],
 )
-def test_knobs_that_contradict_one_another_are_refused(given, message):
+def test_depth_settings_that_contradict_one_another_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
-        DepthConfig(**given).knob()
+        DepthConfig(**given).check_combination()
 
 
 LIMITS = {"gsm8k": 30, "arc_easy": "all"}
@@ -172,12 +172,12 @@ def test_what_is_no_limit_no_split_and_no_task_is_refused(name, value, says):
         EvaluateConfig(**{name: value})
 
 
-IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["idle"]]
+IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["no_effect_if"]]
 
 
 @pytest.mark.parametrize(("group", "declared"), IDLE, ids=[f.name for _, f in IDLE])
 def test_a_setting_that_another_leaves_without_effect_is_refused(group, declared):
-    other, value = declared.metadata["idle"]
+    other, value = declared.metadata["no_effect_if"]
     rules = declared.metadata
     given = True if declared.default is False else 0.5 if rules["above"] == 0 else rules["minimum"]
     given = "auto" if given is None else given

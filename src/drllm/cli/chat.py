@@ -87,7 +87,7 @@ class Reply:
                 max_new_tokens=num_new,
                 pad_token_id=routed.tokenizer.pad_token_id,
                 streamer=self,
-                **config.sampling(),
+                **config.sampling_options(),
                 **self.form.options(routed.tokenizer),
             )
         finally:

@@ -28,7 +28,7 @@ class CommandLine:
     values: Mapping[str, Any]
     names_model: bool
 
-    def of(self, kind: type[Group]) -> Group:
+    def get_settings(self, kind: type[Group]) -> Group:
         """Return the settings of one group."""
         return next(group for group in self.settings if isinstance(group, kind))
 

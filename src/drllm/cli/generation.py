@@ -1,4 +1,7 @@
-"""`drllm generate`: one prompt with its route drawn, a file of prompts, or a chat (`cli.chat`)."""
+"""The verb `drllm generate`: answers one prompt, a file of prompts, or a chat.
+
+One prompt is answered with a drawing of its route. The chat is in `cli.chat`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from drllm.records.static_paths import PathFile, read_path
 from drllm.tasks.rows import read_messages, read_rows, read_text
 
 if TYPE_CHECKING:
-    from drllm.models.base.prompts import PromptForm
+    from drllm.models.base.prompts import Prompt, PromptForm
     from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.batch_generation import GeneratedAnswer
     from drllm.models.routing.policies import Policy
@@ -67,13 +70,13 @@ class PromptRow:
         Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),
         Flag("output", "with --file: file for the answers (.jsonl); default: print them"),
     ),
-    model_from="that of the routers or the paths.json",
+    model_from="the model that the routers or the paths.json name",
 )
 def generate(command: CommandLine, terminal: Terminal) -> None:
-    """Answer a prompt or a file of prompts, and show the route; or chat."""
-    config = command.of(GenerateConfig)
-    depth = command.of(DepthConfig)
-    config.sampling()
+    """Answer a prompt or a file of prompts, or chat, and show the route."""
+    config = command.get_settings(GenerateConfig)
+    depth = command.get_settings(DepthConfig)
+    config.check_effects()
     check_model_name(command)
     _check_flags(command, config, depth)
     is_chat = _is_chat(command, terminal)
@@ -104,12 +107,12 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
             if is_chat:
                 _print_form(session, routers)
                 chat(session)
-                return
-            if file is not None:
+            elif file is not None:
                 _answer_file(session, file, rows, command.optional_path("output"))
+                _print_form(session, routers)
             else:
                 _answer_prompt(session, form.put(prompt))
-            _print_form(session, routers)
+                _print_form(session, routers)
 
 
 # --- flags and inputs -----------------------------------------------------------------------------
@@ -136,9 +139,9 @@ def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfi
         raise ConfigError(
             f"--batch-size {config.batch_size} has no effect on one PROMPT; leave it out"
         )
-    knob = depth.knob()
-    if knob is not None and not routers:
-        raise ConfigError(f"{flag_of(knob)} has no effect without routers; leave it out")
+    setting = depth.find_setting()
+    if setting is not None and not routers:
+        raise ConfigError(f"{flag_of(setting)} has no effect without routers; leave it out")
     if output:
         target = command.path("output")
         check_file(target, "--output")
@@ -203,12 +206,17 @@ def _read_path(command: CommandLine) -> PathFile | None:
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
-    """Return the form of prompts: that of the flags, else that of the routers' training."""
+    """Return how to render prompts: as the flags say, or else as the routers were trained.
+
+    Without either, the chat template is used.
+    """
     from drllm.models.base.prompts import PromptForm
 
-    if config.chat is None and routers is not None and routers.config.prompt_form is not None:
-        return routers.config.prompt_form
-    return PromptForm(chat=config.chat is not False)
+    if config.chat is not None:
+        return PromptForm(chat=config.chat)
+    if routers is None or routers.config.prompt_form is None:
+        return PromptForm(chat=True)
+    return routers.config.prompt_form
 
 
 def _check_conversations(
@@ -235,23 +243,28 @@ def read_prompts(path: Path) -> list[PromptRow]:
     lines: dict[str, int] = {}  # by id
     for line, values in read_rows(path):
         try:
-            row = _prompt_row(values, line)
-            first = lines.setdefault(str(row.id), line)
-            if first != line:
-                raise TaskError(f"the id {row.id!r} is line {first}'s already; ids must differ")
+            row = _read_prompt_row(values, line)
         except TaskError as error:
             raise TaskError(f"{path}, line {line}: {error}") from error
+        row_id = str(row.id)
+        if row_id in lines:
+            raise TaskError(
+                f"{path}, line {line}: line {lines[row_id]} has the id {row.id!r} too; ids must "
+                f"differ"
+            )
+        lines[row_id] = line
         rows.append(row)
     return rows
 
 
-def _prompt_row(values: dict[str, Any], line: int) -> PromptRow:
+def _read_prompt_row(values: dict[str, Any], line: int) -> PromptRow:
+    """Check one row of a file of prompts; TaskError if it can't be answered."""
     keys = [key for key in PROMPT_KEYS if key in values]
     if not keys:
         raise TaskError(f"the row holds none of {', '.join(PROMPT_KEYS)}; give one of them")
     if len(keys) > 1:
         raise TaskError(f"the row holds both {keys[0]!r} and {keys[1]!r}; give one of them")
-    [key] = keys
+    key = keys[0]
     row_id = values.get("id", f"line-{line}")
     if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
         raise TaskError(f"'id' is {row_id!r}; expected text or a whole number")
@@ -281,12 +294,17 @@ def _set_depth(
     form: PromptForm,
     terminal: Terminal,
 ) -> Policy:
-    """Return the policy for the depth settings; print the depth bias if one is searched."""
+    """Return the policy for the depth settings.
+
+    If drllm searches for a depth bias, the result is printed.
+    """
     from drllm.models.routers.depth_control import encode_calibration, make_policy
 
     texts = []
     for text, is_rendered in calibration:
-        texts.append((text if is_rendered else form.put(text), is_rendered))
+        if not is_rendered:
+            text = form.put(text)
+        texts.append((text, is_rendered))
     prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
     with terminal.busy("searching for a depth bias"):
         policy, bias = make_policy(routed, depth, prompts)
@@ -333,13 +351,13 @@ def _answer_prompt(session: Session, prompt: str) -> None:
     terminal.say()
     if session.path is None:
         terminal.out.print(draw_route(route))
-        cost = _share_of_layers(num_executions(route), routed, 0)
+        executions = _describe_executions(num_executions(route), routed, digits=0)
     else:
         terminal.say(f"path        {session.path.edits}")
-        cost = _share_of_layers(session.path.executions, routed, 2)
+        executions = _describe_executions(session.path.executions, routed)
     num_new = len(reply.tokens)
     passes = "forward pass" if num_new <= 1 else "forward passes"
-    terminal.say(f"executions  {cost}, {num_new} {passes}")
+    terminal.say(f"executions  {executions}, {num_new} {passes}")
     terminal.say(f"tokens      {reply.num_read} read, {num_new} generated")
     terminal.say(f"time        {reply.describe_time()}")
 
@@ -355,7 +373,12 @@ def _answer_file(
     config = session.config
     form = session.form
     terminal = session.terminal
-    prompts = [form.put(row.prompt) if isinstance(row.prompt, str) else row.prompt for row in rows]
+    prompts: list[Prompt] = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            prompts.append(form.put(row.prompt))
+        else:
+            prompts.append(row.prompt)
     num_read = _count_tokens(session, file, rows, prompts)
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
@@ -367,7 +390,7 @@ def _answer_file(
             max_new_tokens=config.max_new_tokens,
             chat=form.chat,
             on_progress=progress,
-            **config.sampling(),
+            **config.sampling_options(),
             **form.options(session.routed.tokenizer),
         )
     seconds = time.perf_counter() - started
@@ -388,7 +411,7 @@ def _answer_file(
 def _count_tokens(
     session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Any]
 ) -> int:
-    """Count the tokens of all prompts; ConfigError, with its line, for a bad prompt."""
+    """Count the tokens of all prompts; a ConfigError names the line of a prompt that can't run."""
     from drllm.models.routing.batch_generation import prompt_tokens
 
     num_tokens = 0
@@ -413,7 +436,7 @@ def _print_totals(
     seconds: float,
     print_line: Callable[[str], None],
 ) -> None:
-    """Print how many prompts were answered, under how many plans, with tokens and time."""
+    """Print the number of prompts, of plans and of tokens, the executions and the time."""
     routes = [answer.route for answer in answers]
     if session.path is None:
         num_plans = len(set(routes))
@@ -425,7 +448,7 @@ def _print_totals(
         print_line(f"path        {session.path.edits}")
         executions = session.path.executions
     num_new = sum(len(answer.tokens) for answer in answers)
-    print_line(f"executions  {_share_of_layers(executions, session.routed, 2)}")
+    print_line(f"executions  {_describe_executions(executions, session.routed)}")
     print_line(f"tokens      {num_read} read, {num_new} generated")
     print_line(
         f"time        {duration(seconds)} ({num_new / seconds:.1f} tokens generated a second)"
@@ -437,7 +460,7 @@ def to_line(
 ) -> str:
     """Write an answer as one line of JSON.
 
-    `executions` are those of a static path; without one they are counted from the route.
+    `executions` are those of a static path; if they are None, the route's are counted.
     """
     key = "prompt" if isinstance(row.prompt, str) else "messages"
     if executions is None:
@@ -453,8 +476,8 @@ def to_line(
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _share_of_layers(executions: float, routed: RoutedModel, digits: int) -> str:
-    """Write executions and their share of the model's layers."""
+def _describe_executions(executions: float, routed: RoutedModel, digits: int = 2) -> str:
+    """Return a text with executions and their share of the model's layers."""
     num_layers = routed.num_layers
     share = 100 * executions / num_layers
     return f"{executions:.{digits}f} of {num_layers} a forward pass ({share:.0f} %)"

@@ -67,13 +67,13 @@ def _list_architectures(terminal: Terminal) -> None:
 
 def _try_architectures(terminal: Terminal) -> None:
     """Check a tiny model of every family, and print which ones are routed exactly."""
-    from drllm.models.check import check
+    from drllm.models.check import check_family
     from drllm.models.families import FAMILIES
 
     findings = []
     with terminal.progress("check", "families") as progress:
         for family in FAMILIES:
-            findings.append(check(family))
+            findings.append(check_family(family))
             progress(len(findings), len(FAMILIES), family)
     _print_findings(findings, terminal)
 

@@ -73,6 +73,6 @@ def _added_file(flag: str, task: str, files: list[Path], command: CommandLine) -
 def _search_command(command: CommandLine, dataset: str, folder: Path) -> str:
     """Return the published command that searches a data set."""
     return (
-        f"drllm search --model {command.of(ModelConfig).model} --dataset {dataset} "
+        f"drllm search --model {command.get_settings(ModelConfig).model} --dataset {dataset} "
         f"--output_dir {folder} --num_simulations 50 --budget 2"
     )

@@ -82,8 +82,8 @@ COLUMNS = Flag(
 )
 def search(command: CommandLine, terminal: Terminal) -> None:
     """Try layer paths for each question, then choose its target path."""
-    config = command.of(SearchConfig)
-    targets_config = command.of(SuperviseConfig)
+    config = command.get_settings(SearchConfig)
+    targets_config = command.get_settings(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
     check_model_name(command)
     with terminal.busy("reading the questions"):
@@ -96,7 +96,9 @@ def search(command: CommandLine, terminal: Terminal) -> None:
         return
     with terminal.busy(LOADING):
         from drllm.search.run import search_paths
-    records = search_paths(command.of(ModelConfig), questions, config, folder, listener=terminal)
+    records = search_paths(
+        command.get_settings(ModelConfig), questions, config, folder, listener=terminal
+    )
     _print_search(records, folder, terminal)
     with only_writer(folder, "search", "--output-dir"):
         _supervise(records, targets_config, folder / "supervision.jsonl", terminal)
@@ -109,7 +111,7 @@ def check_model_name(command: CommandLine) -> None:
     """
     from drllm.models.base.smollm2 import ALIAS
 
-    model = command.of(ModelConfig).model
+    model = command.get_settings(ModelConfig).model
     if model == ALIAS or Path(model).expanduser().exists():
         return
     if model in HUB_IDS_WITHOUT_OWNER or re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
@@ -182,8 +184,8 @@ def _print_forecast(
     questions: Sequence[SearchQuestion], command: CommandLine, terminal: Terminal
 ) -> None:
     """Search a few questions, and print the time, memory and disk that all of them need."""
-    config = command.of(SearchConfig)
-    with loaded(command.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
+    config = command.get_settings(SearchConfig)
+    with loaded(command.get_settings(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
@@ -234,7 +236,7 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     """Choose one target path for each searched question."""
     output = command.path("output")
     check_file(output, "--output", "supervision")
-    supervision = supervise(command.paths("search"), command.of(SuperviseConfig), output)
+    supervision = supervise(command.paths("search"), command.get_settings(SuperviseConfig), output)
     print_written(output, supervision.summary, terminal)
 
 
@@ -268,7 +270,7 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
 def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
     output, flag = _routers_folder(command)
-    config = command.of(TrainConfig)
+    config = command.get_settings(TrainConfig)
     files = published.supervision_files(command)
     config.check_effects()
     check_trackers(config.trackers)
@@ -286,7 +288,14 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
-    train(command.of(ModelConfig), files, config, output, features=features, listener=terminal)
+    train(
+        command.get_settings(ModelConfig),
+        files,
+        config,
+        output,
+        features=features,
+        listener=terminal,
+    )
     if not is_first():
         return
     for folder in folders:
@@ -328,7 +337,7 @@ def _routers_folder(command: CommandLine) -> tuple[Path, str]:
 )
 def tune_verb(command: CommandLine, terminal: Terminal) -> None:
     """Find one path with fewer layers for a whole task."""
-    config = command.of(TuneConfig)
+    config = command.get_settings(TuneConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     check_model_name(command)
@@ -338,7 +347,7 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
         _print_parts(parts, config, terminal)
     with terminal.busy(LOADING):
         from drllm.tuning.run import tune
-    tune(command.of(ModelConfig), None, config, output, listener=terminal)
+    tune(command.get_settings(ModelConfig), None, config, output, listener=terminal)
     if is_first():
         show_paths(output / static_paths.PATHS_FILE, terminal)
 
@@ -362,13 +371,13 @@ def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> N
         COLUMNS,
         Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),
     ),
-    model_from="that of the paths.json",
+    model_from="the model that the paths.json names",
     resumes=True,
 )
 def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train an adapter that recovers what a shorter path loses."""
     check_model_name(command)
-    config = command.of(HealConfig)
+    config = command.get_settings(HealConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
     plan = static_paths.read_path(config.named_path())
@@ -394,14 +403,14 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
         COLUMNS,
         Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
-    model_from="that of the routers or the paths.json",
+    model_from="the model that the routers or the paths.json name",
     resumes=True,
     shares=True,
 )
 def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     """Compare the base model, routers, baselines and static paths on tasks."""
     check_model_name(command)
-    config = command.of(EvaluateConfig)
+    config = command.get_settings(EvaluateConfig)
     output = command.path("output_dir")
     places = command.paths("routers")
     if not places:
@@ -456,7 +465,7 @@ def model_of(
     path: static_paths.PathFile | None = None,
 ) -> ModelConfig:
     """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
-    config = command.of(ModelConfig)
+    config = command.get_settings(ModelConfig)
     if command.names_model:
         return config
     if path is not None and path.record is not None and path.record.model.get("id"):
@@ -519,7 +528,7 @@ def report(command: CommandLine, terminal: Terminal) -> None:
         ),
         Flag("output_dir", "folder to write", required=True, value="DIR", alias="output"),
     ),
-    model_from="that of the paths.json",
+    model_from="the model that the paths.json names",
 )
 def export(command: CommandLine, terminal: Terminal) -> None:
     """Write a static path as an ordinary checkpoint."""

@@ -17,8 +17,8 @@ class EvaluateConfig(Settings):
         None,
         value="TASKS",
         alias="dataset",
-        help="task names, separated by commas: drllm's or the harness', FILE.jsonl, or "
-        "OWNER/NAME of the hub",
+        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
+        "or OWNER/NAME of the hub",
     )
     data_dir: str | None = incidental(
         None,
@@ -61,7 +61,7 @@ class EvaluateConfig(Settings):
     max_new_tokens: int | None = setting(
         None,
         minimum=1,
-        idle=("reward", None),
+        no_effect_if=("reward", None),
         help="with --reward: maximum tokens of a generated answer; default: 256",
     )
     chat: bool = setting(False, help="use the tokenizer's chat template")
@@ -97,7 +97,7 @@ class EvaluateConfig(Settings):
     max_loss_increase: float | None = setting(
         None,
         above=0.0,
-        idle=("max_drop", None),
+        no_effect_if=("max_drop", None),
         help="with --max-drop: largest allowed increase of the texts' loss, in nats per token",
     )
     num_calibration: int | None = setting(
@@ -125,19 +125,19 @@ class EvaluateConfig(Settings):
     latency_rounds: int = incidental(
         8,
         minimum=1,
-        idle=("latency", False),
+        no_effect_if=("latency", False),
         help="with --latency: rounds of timing both models",
     )
     latency_read: int = incidental(
         128,
         minimum=1,
-        idle=("latency", False),
+        no_effect_if=("latency", False),
         help="with --latency: maximum tokens of a timed prompt",
     )
     latency_written: int = incidental(
         64,
         minimum=1,
-        idle=("latency", False),
+        no_effect_if=("latency", False),
         help="with --latency: tokens decoded per timing",
     )
     seed: int = setting(

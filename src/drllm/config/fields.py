@@ -35,7 +35,7 @@ def setting(
     above: float | None = None,
     choices: Iterable[str] | None = None,
     alias: str | None = None,
-    idle: tuple[str, Any] | None = None,
+    no_effect_if: tuple[str, Any] | None = None,
     decisive: bool = True,
     value: str | None = None,
     basic: bool = False,
@@ -50,7 +50,8 @@ def setting(
         above: A lower bound that itself isn't accepted.
         choices: The accepted texts.
         alias: A second name, such as that of a published command.
-        idle: Another field of the group, and a value of it that leaves this field without effect.
+        no_effect_if: Another field of the group, and the value of it at which this field has no
+            effect.
         decisive: Whether results depend on it.
         value: How a value is written, for the help; an example of a setting by task.
         basic: Whether `--help` shows it; `--help-all` shows all.
@@ -62,7 +63,7 @@ def setting(
         "above": above,
         "choices": choices,
         "alias": alias,
-        "idle": idle,
+        "no_effect_if": no_effect_if,
         "decisive": decisive,
         "value": value,
         "basic": basic,
@@ -94,11 +95,11 @@ class Settings:
         give a part of them. A setting with its default value counts as absent.
         """
         for field in dataclasses.fields(self):
-            idle = field.metadata["idle"]
+            condition = field.metadata["no_effect_if"]
             value = getattr(self, field.name)
-            if idle is None or value == field.default:
+            if condition is None or value == field.default:
                 continue
-            other_name, other_value = idle
+            other_name, other_value = condition
             if getattr(self, other_name) == other_value:
                 raise _no_effect(flag_of(field.name), value, flag_of(other_name), other_value)
 

@@ -1,7 +1,6 @@
-"""Settings of generation, and of the routers' depth."""
+"""Settings of `drllm generate`: how text is generated, and how many layers the routers run."""
 
-from dataclasses import dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass, fields
 from typing import Any
 
 from drllm.config.fields import Settings, basic, flag_of, setting
@@ -27,21 +26,21 @@ class GenerateConfig(Settings):
         None,
         above=0.0,
         maximum=1.0,
-        idle=("temperature", 0.0),
+        no_effect_if=("temperature", 0.0),
         help="sample from the likeliest tokens up to this total probability; default: 1",
     )
     seed: int | None = setting(
         None,
         minimum=0,
-        idle=("temperature", 0.0),
+        no_effect_if=("temperature", 0.0),
         help="seed of the sampling; default: 0",
     )
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that choose tokens.
 
-        The model's own settings for sampling are overridden. A sampling setting at temperature 0
-        is refused.
+        They override the sampling settings of the model itself. At temperature 0, which is greedy,
+        the sampling settings are refused.
         """
         self.check_effects()
         if self.temperature == 0:
@@ -57,30 +56,33 @@ class GenerateConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig(Settings):
-    """The routers' depth: at most one of these settings; default: as they were trained."""
+    """How many layers the routers run; the default leaves them as they were trained.
+
+    At most one of these settings may be given, apart from `calibration`.
+    """
 
     depth_bias: float = setting(
         0.0,
         minimum=-1e6,
         maximum=1e6,
-        help="cost of an execution in logits; below 0 runs more layers",
+        help="cost of an execution in logits; a negative cost makes the routers run more layers",
     )
     target_executions: float | None = basic(
         None,
         minimum=1.0,
-        help="mean executions per forward pass; the depth bias for it is searched",
+        help="mean executions per forward pass; drllm searches for the depth bias that gives it",
     )
     calibration: str | None = basic(
         None,
         value="FILE",
-        idle=("target_executions", None),
-        help="with --target-executions: prompts (.jsonl) to search the depth bias on",
+        no_effect_if=("target_executions", None),
+        help="with --target-executions: file of prompts (.jsonl) to search the depth bias on",
     )
     router_penalty: float | None = setting(
         None,
         minimum=-1.0,
         maximum=1.0,
-        help="published setting: -1 skips all layers, 0.5 executes all",
+        help="setting of the published code: -1 skips all layers, 0.5 executes all",
     )
     static_routing: bool = setting(
         False,
@@ -88,16 +90,22 @@ class DepthConfig(Settings):
         help="execute every layer once and ignore the routers",
     )
 
-    def knob(self) -> str | None:
+    def find_setting(self) -> str | None:
         """Return the name of the setting that changes the depth; None if none does.
 
-        Several of them, and a target without calibration prompts or the reverse, are refused here
-        and not when the settings are made: a file and the command line may each give a part.
+        Settings that don't go together are refused, as `check_combination` says.
         """
-        changed = [
-            field.name for field in fields_of(self) if getattr(self, field.name) != field.default
-        ]
-        names = [name for name in changed if name != "calibration"]
+        self.check_combination()
+        names = self._list_changed()
+        return names[0] if names else None
+
+    def check_combination(self) -> None:
+        """Refuse several settings of the depth, and a target without calibration prompts.
+
+        This isn't checked when the settings are made, because a file and the command line may each
+        give a part of them.
+        """
+        names = self._list_changed()
         if len(names) > 1:
             flags = " and ".join(flag_of(name) for name in names)
             raise ConfigError(f"{flags} would each set the depth; leave all but one out")
@@ -107,4 +115,8 @@ class DepthConfig(Settings):
                 f"them as --calibration, for example supervision.jsonl"
             )
         self.check_effects()
-        return names[0] if names else None
+
+    def _list_changed(self) -> list[str]:
+        """List the settings that differ from their default, without `calibration`."""
+        settings = [field for field in fields(self) if field.name != "calibration"]
+        return [field.name for field in settings if getattr(self, field.name) != field.default]

@@ -1,4 +1,4 @@
-"""Settings of the search."""
+"""Settings of `drllm search` and `drllm.search_paths`."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class SearchConfig(Settings):
         None,
         value="TASKS",
         alias="tasks",
-        help="task names, separated by commas: drllm's or the harness', FILE.jsonl, or "
-        "OWNER/NAME of the hub",
+        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
+        "or OWNER/NAME of the hub",
     )
     output_dir: str = incidental(
         "data/",
@@ -37,13 +37,14 @@ class SearchConfig(Settings):
     )
     reward: str | None = basic(
         None,
-        help="reward that scores answers, or FILE.py:FUNCTION; of several, separated by commas, "
-        "the first applicable one is used; default: the task's",
+        help="reward that scores answers, or FILE.py:FUNCTION; several are separated by commas, "
+        "and each task uses the first that fits it; default: the reward of the task",
     )
     max_new_tokens: int | None = setting(
         None,
         minimum=1,
-        help="maximum tokens of a generated answer; the reward boxed needs room for the working",
+        help="maximum tokens of a generated answer; the reward 'boxed' needs enough for the whole "
+        "solution",
     )
     num_fewshot: int | None = setting(
         None,
@@ -77,7 +78,7 @@ class SearchConfig(Settings):
         0.1,
         minimum=0.0,
         maximum=1.0,
-        help="share of selections that are random (paper: 0.1)",
+        help="probability that a child is selected at random (paper: 0.1)",
     )
     leaves_per_round: int = setting(
         4,
@@ -109,20 +110,22 @@ class SearchConfig(Settings):
     num_workers: int | None = incidental(
         None,
         minimum=1,
-        idle=("executor", "local"),
+        no_effect_if=("executor", "local"),
         help="with --executor ray: number of workers, one per device; default: one for each device",
     )
     ray_address: str | None = incidental(
         None,
         value="HOST:PORT",
-        idle=("executor", "local"),
+        no_effect_if=("executor", "local"),
         help="with --executor ray: address of a cluster, or auto; default: Ray is started here",
     )
     seed: int = setting(0, minimum=0, help="seed of the search and of --limit")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reward is None:
+            return
         rewards = NamesIn("drllm.tasks.rewards:REWARDS")
-        for name in () if self.reward is None else self.reward.split(","):
+        for name in self.reward.split(","):
             if name not in rewards and ".py:" not in name:
                 raise ConfigError("--reward: " + unknown_name("value", name, rewards))

@@ -55,7 +55,7 @@ class TrainConfig(Settings):
     gamma: float = setting(
         2.0,
         minimum=0.0,
-        idle=("loss", "cross_entropy"),
+        no_effect_if=("loss", "cross_entropy"),
         help="exponent of the focal loss (paper: 2)",
     )
     class_weights: str = setting(
@@ -67,7 +67,7 @@ class TrainConfig(Settings):
         0.999,
         minimum=0.0,
         maximum=0.9999999,
-        idle=("class_weights", "none"),
+        no_effect_if=("class_weights", "none"),
         help="beta of the effective-number class weights (paper: 0.999)",
     )
     validation_fraction: float = setting(

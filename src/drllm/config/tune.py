@@ -13,8 +13,8 @@ class TuneConfig(Settings):
         None,
         value="TASKS",
         alias="dataset",
-        help="task names, separated by commas: drllm's or the harness', FILE.jsonl, or "
-        "OWNER/NAME of the hub",
+        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
+        "or OWNER/NAME of the hub",
     )
     data_dir: str | None = incidental(
         None,

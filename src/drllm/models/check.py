@@ -81,7 +81,7 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
     return model.float().eval().requires_grad_(False)
 
 
-def check(family: str) -> Finding:
+def check_family(family: str) -> Finding:
     """Check a tiny model of a family; ArchitectureError if the table doesn't have the family."""
     if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
@@ -105,7 +105,7 @@ def check_model(model: Any) -> Finding:
     )
     with quiet():
         try:
-            plans = mixed_plans(len(find_layers(model)[1]))
+            plans = make_plans(len(find_layers(model)[1]))
             prefill, decode = _compare_routed(model, plans)
         except (ArchitectureError, RoutingError) as error:
             return replace(finding, status="refused", reason=str(error))
@@ -121,7 +121,7 @@ def check_model(model: Any) -> Finding:
     return finding
 
 
-def mixed_plans(num_layers: int) -> list[list[int]]:
+def make_plans(num_layers: int) -> list[list[int]]:
     """Return four plans for L layers: skip the first, repeat all, mix, and run only the middle."""
     return [
         [0] + [1] * (num_layers - 1) if num_layers > 1 else [1],
@@ -132,7 +132,7 @@ def mixed_plans(num_layers: int) -> list[list[int]]:
 
 
 @contextmanager
-def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
+def replace_layers(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """Replace the list of layers of a model that isn't routed by a path inside the block.
 
     This defines what a routed model has to equal. Settings for each layer (kinds of attention,
@@ -173,7 +173,7 @@ def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, 
     examples = _make_examples(model)
     expected = []
     for example, plan in zip(examples, plans, strict=True):
-        with layers_listed(model, plan):
+        with replace_layers(model, plan):
             expected.append(_read_alone(model, example))
     routed = RoutedModel(model)
     try:

@@ -70,18 +70,18 @@ def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[
         value = config.get(setting.name, setting.default)
         if value != setting.default or setting.name in ALWAYS_WRITTEN:
             values[setting.name] = value
-    return {name: value for name, value in values.items() if not _is_idle(group, name, values)}
+    return {name: value for name, value in values.items() if _has_effect(group, name, values)}
 
 
-def _is_idle(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
-    """Tell whether another setting leaves this one without effect, which the verb would refuse."""
+def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
+    """Tell whether a setting has an effect beside the others; the verb refuses one without."""
     settings = {setting.name: setting for setting in fields(group)}
-    idle = settings[name].metadata["idle"]
-    if not idle:
-        return False
-    other_name, idle_value = idle
+    condition = settings[name].metadata["no_effect_if"]
+    if condition is None:
+        return True
+    other_name, value_without_effect = condition
     other_value = values.get(other_name, settings[other_name].default)
-    return bool(other_value == idle_value)
+    return bool(other_value != value_without_effect)
 
 
 def write_command(verb: str, values: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer)
     header = _Header(
         identity=dict(identity),
         epochs_done=trainer.epochs_done,
-        metrics=trainer.rows,
+        metrics=trainer.metrics,
     )
     content = to_safetensors(tensors, {HEADER: encode(header).decode()})
     try:
@@ -132,7 +132,7 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
         trainer.optimizer.state[weight] = state
     trainer.stack.load_state_dict(weights)
     trainer.epochs_done = header.epochs_done
-    trainer.rows = header.metrics
+    trainer.metrics = header.metrics
 
 
 def _select_tensors(

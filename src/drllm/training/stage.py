@@ -282,7 +282,7 @@ def fit_seed(
     training = _describe_training(trainer, layers, identity, prompts or PromptInfo())
     routers.config = dataclasses.replace(routers.config, training=training)
     save_routers(routers, output)
-    return trainer.rows
+    return trainer.metrics
 
 
 def remove_state(output: Path) -> None:
@@ -316,10 +316,10 @@ def _run_epochs(
     try:
         while not trainer.is_over:
             trainer.train_epoch(on_step)
-            lines = [json.dumps(row) + "\n" for row in trainer.rows]
+            lines = [json.dumps(row) + "\n" for row in trainer.metrics]
             write_atomically(output / METRICS_FILE, "".join(lines))
             save_checkpoint(output, identity, trainer)
-            rows = [row for row in trainer.rows if row["epoch"] == trainer.epochs_done]
+            rows = [row for row in trainer.metrics if row["epoch"] == trainer.epochs_done]
             log_rows(trackers, rows, trainer.steps_done)
         return trainer.evaluate()
     except DivergedError:  # it would diverge again if it were resumed
@@ -342,7 +342,7 @@ def _describe_training(
         "num_trained": len(trainer.trained),
         "num_held_out": len(trainer.held_out),
         "tasks": dict(sorted(Counter(trainer.features.tasks).items())),
-        "metrics": [row for row in trainer.rows if row["epoch"] == layers.epoch],
+        "metrics": [row for row in trainer.metrics if row["epoch"] == layers.epoch],
         "against_baselines": layers.against_baselines(),
     }
 

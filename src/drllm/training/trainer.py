@@ -130,7 +130,7 @@ class Trainer:
         self.device = torch.device(device)
         self.dtype = dtype
         self.epochs_done = 0
-        self.rows: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, Any]] = []
 
         self.setup_split()
         self.setup_loss()
@@ -256,10 +256,10 @@ class Trainer:
             if on_step is not None:
                 on_step(self.steps_done + step + 1, step_counts)
         metrics = compute_metrics(counts)
-        self.rows.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": rate})
+        self.metrics.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": rate})
         if self.held_out:
             metrics = compute_metrics(self._count_rows(self.held_out))
-            self.rows.append({"epoch": epoch, "split": VALIDATION, **metrics})
+            self.metrics.append({"epoch": epoch, "split": VALIDATION, **metrics})
         self.epochs_done = epoch
 
     def compute_loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:

@@ -89,11 +89,11 @@ def test_an_answer_is_one_line_with_its_cost():
 
 
 def test_the_flags_say_all_about_the_draws_of_which_there_are_none_without_a_temperature():
-    assert GenerateConfig().sampling() == {"do_sample": False, "num_beams": 1}
+    assert GenerateConfig().sampling_options() == {"do_sample": False, "num_beams": 1}
     config = GenerateConfig(temperature=0.7, top_p=0.9, seed=3)
     expected = {"do_sample": True, "num_beams": 1, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-    assert config.sampling() == expected
-    assert GenerateConfig(temperature=0.7).sampling() == {**expected, "top_p": 1.0}
+    assert config.sampling_options() == expected
+    assert GenerateConfig(temperature=0.7).sampling_options() == {**expected, "top_p": 1.0}
 
 
 def test_what_may_begin_the_next_prompt_is_held_back():

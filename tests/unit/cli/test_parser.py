@@ -98,14 +98,14 @@ def test_a_setting_by_task_is_no_flag_and_the_answer_says_where_it_goes(name: st
         parsed(f"evaluate --routers r --{name} gsm8k=3")
     value = {"limits": 30, "splits": "select", "fitted-on": "arc_easy"}[name]
     file.write_text(f"{name}: {{gsm8k: {value}}}\n")
-    settings = parsed(f"evaluate --routers r --config {file}").of(EvaluateConfig)
+    settings = parsed(f"evaluate --routers r --config {file}").get_settings(EvaluateConfig)
     assert getattr(settings, name.replace("-", "_")) == {"gsm8k": value}
 
 
 def test_underscores_and_dashes_are_the_same():
     dashes = parsed("search --num-simulations 7 --stop-rule=paper")
     assert dashes == parsed("search --num_simulations=7 --stop_rule paper")
-    assert dashes.of(SearchConfig).num_simulations == 7
+    assert dashes.get_settings(SearchConfig).num_simulations == 7
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_underscores_and_dashes_are_the_same():
     ids=["keeps underscores", "on", "off", "on by a flag", "with an exponent", "published name"],
 )
 def test_a_value_is_read_as_its_setting_wants_it(line, group, setting, value):
-    assert getattr(parsed(line).of(group), setting) == value
+    assert getattr(parsed(line).get_settings(group), setting) == value
 
 
 def test_behind_two_dashes_everything_is_text():
@@ -136,7 +136,9 @@ def test_a_prompt_may_begin_with_a_dash(prompt: str):
 @pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-1e-3"])
 def test_a_number_may_be_negative(number: str):
     for words in (["--depth-bias", number], [f"--depth-bias={number}"]):
-        assert parse(["generate", "x", *words]).of(DepthConfig).depth_bias == float(number)
+        assert parse(["generate", "x", *words]).get_settings(DepthConfig).depth_bias == float(
+            number
+        )
 
 
 def test_positional_words_and_flags_may_be_mixed():
@@ -149,16 +151,16 @@ def test_of_a_flag_given_twice_the_last_counts_and_files_add_up():
     command = parsed(
         "train --run-name n --num-epochs 3 --supervision a --num-epochs 4 --supervision b"
     )
-    assert command.of(TrainConfig).num_epochs == 4
+    assert command.get_settings(TrainConfig).num_epochs == 4
     assert command.paths("supervision") == [Path("a"), Path("b")]
 
 
 @pytest.mark.parametrize("flag", ["--tasks", "--dataset"])
 def test_tasks_have_either_name_with_every_verb(flag: str):
-    assert parsed(f"search {flag} a").of(SearchConfig).dataset == "a"
-    assert parsed(f"tune {flag} a").of(TuneConfig).tasks == "a"
-    assert parsed(f"heal {flag} a").of(HealConfig).tasks == "a"
-    assert parsed(f"evaluate {flag} a").of(EvaluateConfig).tasks == "a"
+    assert parsed(f"search {flag} a").get_settings(SearchConfig).dataset == "a"
+    assert parsed(f"tune {flag} a").get_settings(TuneConfig).tasks == "a"
+    assert parsed(f"heal {flag} a").get_settings(HealConfig).tasks == "a"
+    assert parsed(f"evaluate {flag} a").get_settings(EvaluateConfig).tasks == "a"
 
 
 def test_a_training_reads_several_files_or_none_that_is_named():
@@ -174,10 +176,10 @@ def test_a_training_reads_several_files_or_none_that_is_named():
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(file: Path, order: str):
     file.write_text("num-epochs: 7\nlearning_rate: 0.5\nmodel_id: owner/name\n")
     request = parsed("train --supervision s --run-name n " + order.format(file))
-    settings = request.of(TrainConfig)
+    settings = request.get_settings(TrainConfig)
     assert (settings.num_epochs, settings.learning_rate) == (9, 0.5)
     assert settings.gamma == TrainConfig().gamma
-    assert request.of(ModelConfig).model == "owner/name"
+    assert request.get_settings(ModelConfig).model == "owner/name"
     assert request.names_model
 
 
@@ -190,21 +192,21 @@ def test_a_file_may_name_what_a_verb_reads(file: Path):
 
 def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
     request = parsed("train --run-name n --config paper --num-epochs 3")
-    settings = request.of(TrainConfig)
+    settings = request.get_settings(TrainConfig)
     assert (settings.num_epochs, settings.warmup_steps) == (3, 500)
     assert settings.class_weights == "effective_number"
     assert not request.names_model
     search = parsed("search --config released")
-    assert search.of(SearchConfig).strategy == "walk"
-    assert search.of(SuperviseConfig).target == "released"
+    assert search.get_settings(SearchConfig).strategy == "walk"
+    assert search.get_settings(SuperviseConfig).target == "released"
 
 
 def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
     model, train = "model: {model_id: a/b}", "train: {num-epochs: 7}"
     file.write_text(f"config: released\n{model}\n{train}\nevaluate: {{}}")
     request = parsed(f"train --run-name n --config {file}")
-    settings = request.of(TrainConfig)
-    assert request.of(ModelConfig).model == "a/b"
+    settings = request.get_settings(TrainConfig)
+    assert request.get_settings(ModelConfig).model == "a/b"
     assert (settings.num_epochs, settings.max_grad_norm) == (7, 1.0)
 
 
@@ -226,12 +228,12 @@ def test_sections_that_do_not_fit_are_refused(file: Path, text: str, said: str):
 def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
     file.write_text("curve: 0.10\nlimit: 3\nepsilon: 2\nrevision: 0123456\noutput-dir: 2024\n")
     request = parsed(f"evaluate --routers r --config {file}")
-    settings = request.of(EvaluateConfig)
+    settings = request.get_settings(EvaluateConfig)
     assert (settings.curve, settings.limit, settings.max_drop) == ("0.10", 3, 2)
-    assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
+    assert request.get_settings(ModelConfig).revision == "0123456"  # to YAML an octal number
     assert request.values["output_dir"] == "2024"
     line = "evaluate --routers r --curve 0.10 --limit 3 --epsilon 2"
-    assert settings == parsed(line).of(EvaluateConfig)
+    assert settings == parsed(line).get_settings(EvaluateConfig)
 
 
 def test_without_a_model_it_is_known_that_none_was_given():
@@ -239,7 +241,7 @@ def test_without_a_model_it_is_known_that_none_was_given():
     not_given = parsed("evaluate --routers r")
     assert given.names_model
     assert not not_given.names_model
-    assert given.of(ModelConfig) == not_given.of(ModelConfig)
+    assert given.get_settings(ModelConfig) == not_given.get_settings(ModelConfig)
 
 
 QUIET_WORDS = [

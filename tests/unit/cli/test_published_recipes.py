@@ -120,7 +120,7 @@ def test_a_stage_with_a_preset_has_the_settings_of_the_recipe_that_names_it(pres
     groups = {"search": SearchConfig, "supervise": SuperviseConfig, "train": TrainConfig}
     for section, settings in own.items():
         if groups[section] in map(type, request.settings):
-            found, theirs = request.of(groups[section]), getattr(recipe, section)
+            found, theirs = request.get_settings(groups[section]), getattr(recipe, section)
             assert {n: getattr(found, n) for n in settings} == {
                 n: getattr(theirs, n) for n in settings
             }

@@ -10,11 +10,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from drllm.errors import ArchitectureError
 from drllm.models import check as checking
 from drllm.models.check import (
-    check,
+    check_family,
     check_model,
-    layers_listed,
+    make_plans,
     make_tiny,
-    mixed_plans,
+    replace_layers,
 )
 from drllm.models.families import COMMON, FAMILIES, IN_SUITE, REFUSED
 from drllm.models.routing.injection import LayerCall
@@ -27,7 +27,7 @@ DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
 
 @pytest.fixture(scope="module")
 def findings():
-    return {family: check(family) for family in FAMILIES}
+    return {family: check_family(family) for family in FAMILIES}
 
 
 @pytest.mark.thorough
@@ -57,7 +57,7 @@ def test_a_refusal_gives_its_reason_in_one_line_and_what_was_compared_a_differen
 
 def test_a_family_that_transformers_lacks_is_absent(monkeypatch):
     monkeypatch.setattr(checking, "CONFIG_MAPPING", {})
-    found = check("llama")
+    found = check_family("llama")
     assert (found.status, found.class_name) == ("absent", "")
     assert version("transformers") in found.reason
 
@@ -78,7 +78,7 @@ def test_the_list_of_layers_is_put_back_after_an_error(tiny_model):
     layers, kinds = model.model.layers, list(model.config.layer_types)
 
     def fail_inside():
-        with layers_listed(model, [2, 0, 1, 0, 1, 1]):
+        with replace_layers(model, [2, 0, 1, 0, 1, 1]):
             assert len(model.model.layers) == 5
             assert [kinds[i] for i in (0, 0, 2, 4, 5)] == model.config.layer_types
             raise KeyError
@@ -122,8 +122,8 @@ def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 30])
-def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
-    plans = mixed_plans(num_layers)
+def test_the_plans_can_be_run_by_a_model_of_any_depth(num_layers):
+    plans = make_plans(num_layers)
     assert all(len(plan) == num_layers and sum(plan) > 0 for plan in plans)
     assert all(0 <= value <= 2 for plan in plans for value in plan)
 

@@ -51,17 +51,17 @@ def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):
     against = replace(evaluation.routed.against_base, accuracy=few)
     routed = replace(evaluation.routed, against_base=against)
     run = clone(run, replace(evaluation, systems=(evaluation.base, routed)))
-    limits = [line.of(EvaluateConfig).limit for line in commands(run, "evaluate")]
+    limits = [line.get_settings(EvaluateConfig).limit for line in commands(run, "evaluate")]
     assert 10 * math.ceil(few.needed / 10) in limits
 
 
 def test_routers_that_are_worse_need_more_or_other_targets(run):
     [search] = commands(run, "search")
-    config = search.of(SearchConfig)
+    config = search.get_settings(SearchConfig)
     assert (config.limit, config.num_simulations) == (4 * len(run.search), 30)
     assert config.output_dir != str(run.folder)  # whose search stays
     [supervise] = commands(run, "supervise")
-    assert supervise.of(SuperviseConfig).target == "least_kl"
+    assert supervise.get_settings(SuperviseConfig).target == "least_kl"
     assert supervise.values["search"] == [str(run.folder / "search.jsonl")]
 
 
@@ -70,22 +70,28 @@ def test_targets_of_the_default_saving_are_to_save_half_of_it(run):
     named = [source for source in run.sources if source.name == "supervision.jsonl"]
     run = dataclasses.replace(run, sources=[dataclasses.replace(named[0], manifest=manifest)])
     [supervise] = commands(run, "supervise")
-    config = supervise.of(SuperviseConfig)
+    config = supervise.get_settings(SuperviseConfig)
     assert (config.target, config.min_saving) == ("least_kl", 0.025)
 
 
 def test_one_training_asks_for_others_with_its_settings(run):
     router_config = {"base_model": "mine", "training": {"settings": {"num_epochs": 3}}}
     [train] = commands(dataclasses.replace(run, router_config=router_config), "train")
-    assert (train.of(TrainConfig).num_epochs, train.of(TrainConfig).num_seeds) == (3, 3)
+    assert (
+        train.get_settings(TrainConfig).num_epochs,
+        train.get_settings(TrainConfig).num_seeds,
+    ) == (3, 3)
 
 
 def test_one_depth_asks_for_a_curve_and_a_curve_for_a_choice(run):
     (evaluation,) = run.evaluations
     [single] = commands(clone(run, replace(evaluation, curve=(), drop_test=None)), "evaluate")
-    assert (single.of(EvaluateConfig).curve, single.of(EvaluateConfig).max_drop) != (None, 2)
+    assert (
+        single.get_settings(EvaluateConfig).curve,
+        single.get_settings(EvaluateConfig).max_drop,
+    ) != (None, 2)
     [several] = commands(clone(run, replace(evaluation, drop_test=None)), "evaluate")
-    assert several.of(EvaluateConfig).max_drop == 2
+    assert several.get_settings(EvaluateConfig).max_drop == 2
     assert several.values["output_dir"] != str(run.folder / "eval")
 
 
@@ -131,8 +137,8 @@ def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run):
     rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
     systems = (*evaluation.systems[:2], rival)
     [tune] = commands(clone(run, replace(evaluation, systems=systems)), "tune")
-    assert tune.of(ModelConfig).model == evaluation.model["id"]
-    assert tune.of(TuneConfig).tasks == evaluation.task
+    assert tune.get_settings(ModelConfig).model == evaluation.model["id"]
+    assert tune.get_settings(TuneConfig).tasks == evaluation.task
 
 
 @pytest.mark.parametrize("accuracies", [(0.3, 0.4, 0.3), (0.7, 0.3, 0.3), (0.7, 0.7, 0.6)])
@@ -157,7 +163,7 @@ def test_settings_of_every_kind_can_stand_in_a_command():
     command = evaluate_command({"routers": "r", "config": config})
     expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
     assert command == expected + "--max-drop 2.0"
-    assert parsed(command).of(EvaluateConfig).chat
+    assert parsed(command).get_settings(EvaluateConfig).chat
 
 
 def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
@@ -166,7 +172,7 @@ def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
     write, rest = command.split(" && ")
     subprocess.run(write, shell=True, check=True)
     assert [file.name for file in tmp_path.iterdir()] == [SETTINGS_FILE]
-    assert parsed(rest).of(EvaluateConfig).limits == {"a": 3}
+    assert parsed(rest).get_settings(EvaluateConfig).limits == {"a": 3}
 
 
 def test_settings_that_others_leave_without_effect_are_left_out():

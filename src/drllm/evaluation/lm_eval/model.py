@@ -181,8 +181,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
             prompts = encode_calibration(texts, self.tokenizer, chat=False)
             return make_policy(self.routed, depth, prompts)[0]
-        rival = depth.knob() if self.routed.routers is None else "routers"
-        if rival:
+        rival: str | None = "routers"
+        if self.routed.routers is None:
+            rival = depth.find_setting()
+        if rival is not None:
             raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
         plan = read_path(path)
         self.path_source = str(plan.file)
@@ -344,7 +346,7 @@ def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
     if settings.pop(PUBLISHED, False):
         settings["static_routing"] = True
     depth = changed(DepthConfig, None, settings)
-    depth.knob()  # refuses settings that don't go together
+    depth.check_combination()
     return depth
 
 

@@ -285,7 +285,7 @@ def make_policy(
     Without a depth setting it is the model's current policy. Only `target_executions` needs
     prompts.
     """
-    setting = config.knob()
+    setting = config.find_setting()
     routers = routed.routers
     if setting is None:
         return routed.policy, None

@@ -219,7 +219,7 @@ class RouterPolicy(Policy):
         depth_bias: float = 0.0,
         router_penalty: float | None = None,
     ) -> None:
-        DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
+        DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).check_combination()
         self.routers = routers
         self.depth_bias = depth_bias
         self.router_penalty = router_penalty
