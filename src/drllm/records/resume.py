@@ -197,7 +197,7 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
     try:
         return codec.read_json(folder / MARKER_FILE, _Marker)
     except RecordError as error:
-        raise RecordError(f"{error}; delete {folder} to begin anew") from error
+        raise RecordError(f"{error}; delete {folder} to start from scratch") from error
 
 
 def _read_chunk(file: Path, kind: type[T]) -> T | None:

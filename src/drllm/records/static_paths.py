@@ -95,7 +95,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     Attributes:
         tasks: The tasks that the paths are for.
-        divided: The tasks whose own splits weren't used. Their questions were divided anew.
+        divided: The tasks whose own splits weren't used. Their questions were divided again.
         objective: The objective of each task.
         num_layers: L of the model.
         runtime: Device and precision of the scores.
@@ -122,7 +122,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if self.divided:
             sets = ", ".join(self.divided)
             sentences.append(
-                f"The questions of {sets} were divided anew, so test isn't the set's own test "
+                f"The questions of {sets} were divided again, so test isn't the set's own test "
                 f"split."
             )
         if self.choice is not msgspec.UNSET and self.choice is not None:

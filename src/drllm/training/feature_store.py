@@ -253,33 +253,35 @@ class FeatureStore:
         return all(count in counts for count in block.filled.tolist())
 
     def _broken(self, path: Path) -> RecordError:
-        return RecordError(f"{path} is broken; delete it to pool its targets anew")
+        return RecordError(f"{path} is broken; delete it to pool its targets again")
 
     def _refuse_old_file(self) -> None:
         path = self.folder / OLD_FILE
         if path.exists() or path.is_symlink():
             raise RecordError(
                 f"{path} was written by an older version of drllm; delete {self.folder} to pool "
-                f"the features anew, or choose another folder"
+                f"the features again, or choose another folder"
             )
 
     def _check_manifest(self) -> None:
         """Refuse features of another run, and a manifest that is missing or broken."""
         values = read_manifest(self.folder / "features", "features")
-        anew = f"delete {self.folder} to pool the features anew"
+        remedy = f"delete {self.folder} to pool the features again"
         if values is None:
             raise RecordError(
-                f"{self.folder} is broken ({self.manifest_path.name} is missing); {anew}"
+                f"{self.folder} is broken ({self.manifest_path.name} is missing); {remedy}"
             )
         try:
             stored = msgspec.convert(values, _Manifest)
         except msgspec.ValidationError as error:
-            raise RecordError(f"{self.manifest_path}: {describe_invalid(error)}; {anew}") from error
+            raise RecordError(
+                f"{self.manifest_path}: {describe_invalid(error)}; {remedy}"
+            ) from error
         refuse_other_run(
             f"{self.folder} holds other features: what is there",
             _make_identity(stored),
             _make_identity(msgspec.convert(self.manifest, _Manifest)),
-            "choose another folder, or delete it to pool them anew",
+            "choose another folder, or delete it to pool them again",
         )
 
     def _check_space(self, note: Callable[[str], None]) -> None:

@@ -339,8 +339,8 @@ def _describe_training(
         "steps": trainer.steps_done,
         "warmup_steps": trainer.schedule.num_warmup_steps,
         "class_weights": list(trainer.class_weights),
-        "num_trained": len(trainer.trained),
-        "num_held_out": len(trainer.held_out),
+        "num_trained": len(trainer.train_rows),
+        "num_held_out": len(trainer.validation_rows),
         "tasks": dict(sorted(Counter(trainer.features.tasks).items())),
         "metrics": [row for row in trainer.metrics if row["epoch"] == layers.epoch],
         "against_baselines": layers.against_baselines(),
@@ -348,7 +348,7 @@ def _describe_training(
 
 
 def discard(output: Path, config: TrainConfig) -> None:
-    """Delete what earlier trainings left in a folder, so that the next one starts anew."""
+    """Delete what earlier trainings left in a folder, so that the next one starts from scratch."""
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)

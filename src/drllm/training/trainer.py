@@ -1,8 +1,9 @@
-"""One training of routers in memory: set-up, steps, epochs and metrics.
+"""The trainer of the routers: it splits the targets, runs the epochs and computes the metrics.
 
-Weights, moments and a batch are on the training's device. All inputs are there too if they fit into
-a part of its free memory; otherwise one batch of them is read at a time. Each random draw depends
-on the seed and on its purpose alone, so resuming needs no generator's state.
+It writes no files; `training.stage` does. Weights, the optimiser's state and each batch are on one
+device. If all inputs fit into a part of that device's free memory, they are loaded at the start;
+otherwise each batch is read when it is needed. Each random draw depends only on the seed and on its
+purpose, so a resumed training needs no state of a random generator.
 
 Axes: N targets, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -31,9 +32,9 @@ from drllm.training.losses import compute_class_weights, compute_focal_losses
 
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
-INPUTS_SHARE = 0.25  # of free memory, that all inputs may fill
-INPUTS_MAXIMUM = 2**32  # bytes: MPS holds no larger tensor
-FUSED = ("cpu", "cuda")  # devices for which every torch that we support has a fused AdamW
+INPUTS_SHARE = 0.25  # largest share of free memory that all inputs may fill
+INPUTS_MAXIMUM = 2**32  # bytes; MPS can't hold a larger tensor
+FUSED = ("cpu", "cuda")  # devices with a fused AdamW in all supported versions of torch
 
 
 class DivergedError(ConfigError):
@@ -56,14 +57,15 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
     rows = list(range(len(questions)))
     if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
         return rows, []
-    # Each question's place in [0, 1); those below the threshold are held out.
-    places = [hash_text(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
-    threshold = max(fraction, math.nextafter(min(places), math.inf))
-    trained = [row for row in rows if places[row] >= threshold]
-    if not trained:
+    # Each question has a position in [0, 1); those below the threshold are held out. The threshold
+    # is above the lowest position, so at least one question is held out.
+    positions = [hash_text(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
+    threshold = max(fraction, math.nextafter(min(positions), math.inf))
+    train_rows = [row for row in rows if positions[row] >= threshold]
+    if not train_rows:
         return rows, []
-    held_out = [row for row in rows if places[row] < threshold]
-    return trained, held_out
+    validation_rows = [row for row in rows if positions[row] < threshold]
+    return train_rows, validation_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,13 @@ class Schedule:
     @classmethod
     def from_config(cls, config: TrainConfig, num_steps: int) -> "Schedule":
         """Make the schedule of a config; a warm-up below 1 is a share of all steps."""
-        warmup = config.warmup_steps
-        if warmup >= num_steps:
-            warmup = WARMUP_SHARE
-        if warmup < 1:
-            warmup = warmup * num_steps
-        return cls(config.learning_rate, num_steps, int(warmup))
+        steps_or_share = config.warmup_steps
+        if steps_or_share >= num_steps:
+            steps_or_share = WARMUP_SHARE
+        num_warmup_steps = int(steps_or_share)
+        if steps_or_share < 1:
+            num_warmup_steps = int(steps_or_share * num_steps)
+        return cls(config.learning_rate, num_steps, num_warmup_steps)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0; it is always above 0."""
@@ -101,19 +104,19 @@ class Trainer:
 
     Args:
         features: The training set.
-        base_identity: Identity of the base model, as `describe` returns it.
+        base_identity: Identity of the base model, as `BaseModel.identity` gives it.
         config: The settings.
         device: Where weights and batches are.
         dtype: Of weights and batches.
 
     Attributes:
-        trained: Numbers of the targets to train on.
-        held_out: Numbers of the other targets.
+        train_rows: Indices of the targets to train on.
+        validation_rows: Indices of the targets that are held out.
         label_counts: `[L][C]`: how often each decision is a layer's label in training.
         schedule: Learning rates of all steps.
         stack: The routers.
-        rows: Lines of metrics so far.
-        epochs_done: Epochs so far.
+        metrics: One entry for each finished epoch and part of the targets, as in `metrics.jsonl`.
+        epochs_done: How many epochs are finished.
     """
 
     def __init__(
@@ -140,11 +143,11 @@ class Trainer:
 
     def setup_split(self) -> None:
         """Divide the targets and plan the steps."""
-        self.trained, self.held_out = hold_out(
+        self.train_rows, self.validation_rows = hold_out(
             self.features.questions, self.config.validation_fraction, self.config.seed
         )
-        self.label_counts = class_counts(self.features.labels[self.trained].tolist())
-        self.steps_per_epoch = math.ceil(len(self.trained) / self.config.gradient_accumulation)
+        self.label_counts = class_counts(self.features.labels[self.train_rows].tolist())
+        self.steps_per_epoch = math.ceil(len(self.train_rows) / self.config.gradient_accumulation)
         self.schedule = Schedule.from_config(
             self.config, self.steps_per_epoch * self.config.num_epochs
         )
@@ -189,23 +192,28 @@ class Trainer:
 
     def setup_inputs(self) -> None:
         """Load all inputs if they fit into memory."""
-        self.inputs: Tensor | None = None  # [L, N, W, D], as the routers read them
+        self.inputs: Tensor | None = None  # [L, N, W, D], since each layer's router reads its own
         N, L, W, D = self.features.shape
         num_bytes = N * L * W * D * self.dtype.itemsize
-        if num_bytes < min(INPUTS_SHARE * free_bytes(self.device), INPUTS_MAXIMUM):
-            inputs = torch.empty(L, N, W, D, dtype=self.dtype, device=self.device)
-            for rows in split_rows(range(N)):
-                inputs[:, rows[0] : rows[-1] + 1] = self._read_inputs(rows).transpose(0, 1)
-            self.inputs = inputs
+        if num_bytes >= min(INPUTS_SHARE * free_bytes(self.device), INPUTS_MAXIMUM):
+            return
+        inputs = torch.empty(L, N, W, D, dtype=self.dtype, device=self.device)
+        for rows in split_rows(range(N)):
+            start = rows[0]
+            end = start + len(rows)
+            features = self._to_device(self.features.rows(rows))  # [B, L, W, D]
+            inputs[:, start:end] = features.transpose(0, 1)
+        self.inputs = inputs
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return on_device(tensor.to(self.dtype), self.device)  # in this order: MPS has no float64
 
     def _read_inputs(self, rows: Sequence[int]) -> Tensor:
         """Return the routers' inputs for some targets, `[B, L, W, D]`."""
-        if self.inputs is not None:
-            return self.inputs.index_select(1, on_device(rows, self.device)).transpose(0, 1)
-        return self._to_device(self.features.rows(rows))
+        if self.inputs is None:
+            return self._to_device(self.features.rows(rows))
+        inputs = self.inputs.index_select(1, on_device(rows, self.device))  # [L, B, W, D]
+        return inputs.transpose(0, 1)
 
     def notes(self) -> list[str]:
         """Return what a user should know about the training, one sentence each."""
@@ -216,7 +224,7 @@ class Trainer:
                 f"--warmup-steps is {self.config.warmup_steps:g}, but the run has only "
                 f"{num_steps} steps; warming up for {self.schedule.num_warmup_steps} instead"
             )
-        if len(self.trained) == 1:
+        if len(self.train_rows) == 1:
             notes.append("there is only 1 target to train on; the routers will repeat it for all")
         if all(skips == repeats == 0 for skips, _, repeats in self.label_counts):
             notes.append(
@@ -238,27 +246,27 @@ class Trainer:
         """Train for one epoch, then measure on the held-out targets.
 
         Args:
-            on_step: Called after each step with the number of steps done, and the counts of its
-                rows before it learned from them.
+            on_step: Called after each step with the number of finished steps, and the counts of the
+                step's decisions before its update.
 
         Raises:
             DivergedError: A loss that isn't finite.
         """
         epoch = self.epochs_done + 1
         batches = shuffle_batches(
-            self.trained, self.config.gradient_accumulation, self.config.seed, epoch
+            self.train_rows, self.config.gradient_accumulation, self.config.seed, epoch
         )
         counts = Counts()
-        for step, rows in enumerate(batches):
-            rate = self.schedule.rate(self.steps_done + step)
+        for step, rows in enumerate(batches, start=self.steps_done):
+            rate = self.schedule.rate(step)
             step_counts = self._train_step(rows, rate)
             counts += step_counts
             if on_step is not None:
-                on_step(self.steps_done + step + 1, step_counts)
-        metrics = compute_metrics(counts)
+                on_step(step + 1, step_counts)
+        metrics = compute_metrics(counts)  # `rate` is that of the last step
         self.metrics.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": rate})
-        if self.held_out:
-            metrics = compute_metrics(self._count_rows(self.held_out))
+        if self.validation_rows:
+            metrics = compute_metrics(self._count_rows(self.validation_rows))
             self.metrics.append({"epoch": epoch, "split": VALIDATION, **metrics})
         self.epochs_done = epoch
 
@@ -268,10 +276,14 @@ class Trainer:
         return compute_focal_losses(logits, labels, self.loss_weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
-        """Count how the routers decide on the targets trained on and on those held out, by part."""
-        counts = {TRAIN: self._count_rows(self.trained)}
-        if self.held_out:
-            counts[VALIDATION] = self._count_rows(self.held_out)
+        """Count the routers' decisions on the training targets and on the validation targets.
+
+        Returns:
+            The counts by part, without a validation part if no target is held out.
+        """
+        counts = {TRAIN: self._count_rows(self.train_rows)}
+        if self.validation_rows:
+            counts[VALIDATION] = self._count_rows(self.validation_rows)
         return counts
 
     def build_routers(self) -> RouterStack:
@@ -281,10 +293,10 @@ class Trainer:
         return build_stack(self.stack.config, weights)
 
     def _train_step(self, rows: list[int], rate: float) -> Counts:
-        """Train on rows for one step, and count the decisions made on them before it.
+        """Train on rows for one step; return the counts of the decisions before the update.
 
-        Source: The sum and the clipping are those of transformers' Trainer, which the released code
-            uses (docs/differences.md, D-32).
+        Source: The released code uses transformers' Trainer, which sums the losses of the rows and
+            clips their gradient (docs/differences.md, D-32).
         """
         loss, counts = self._evaluate_batch(rows)
         self.optimizer.zero_grad()
@@ -312,7 +324,8 @@ class Trainer:
         logits = self.stack(self._read_inputs(rows), filled)
         loss = self.compute_loss(logits, rows)
         decisions = logits.detach().argmax(dim=-1)  # [B, L]
-        # Copied together, since the host waits for each copy; small integers are exact as floats.
+        # The loss and the decisions are copied to the CPU together, because the CPU waits for each
+        # copy. Small integers are exact as floats.
         copied = torch.cat([loss.detach()[None], decisions.flatten().to(loss)]).cpu()
         loss_value = float(copied[0])
         decisions = copied[1:].long().view(decisions.shape)
@@ -325,18 +338,19 @@ class Trainer:
 
 
 def count_decisions(decisions: Tensor, labels: Tensor, loss: float) -> Counts:
-    """Count a batch: decisions against labels, both `[B, L]`, and their mean loss.
+    """Count the decisions of a batch by their labels, both `[B, L]`; `loss` is the batch's mean.
 
-    Decisions that skip every layer cost 1, since one layer is always executed.
+    A row that skips every layer counts as 1 execution, since one layer is always executed.
     """
     L = labels.shape[1]
     C = NUM_DECISIONS
-    cells = (torch.arange(L) * C + labels) * C + decisions  # [B, L]: cells of [L, C, C]
-    confusion = torch.bincount(cells.flatten(), minlength=L * C * C).view(L, C, C)
+    # The place of each (layer, label, decision) in a flat table of [L, C, C].
+    places = (torch.arange(L) * C + labels) * C + decisions  # [B, L]
+    confusion = torch.bincount(places.flatten(), minlength=L * C * C).view(L, C, C)
     layers: list[Confusion] = []
     for layer in confusion.tolist():
-        rows = tuple(tuple(row) for row in layer)
-        layers.append(rows)
+        matrix = tuple(tuple(row) for row in layer)
+        layers.append(matrix)
     return Counts(
         confusion=tuple(layers),
         executions=int(decisions.sum(dim=1).clamp(min=1).sum()),
@@ -354,5 +368,6 @@ def shuffle_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> It
 
 def make_generator(purpose: str, *numbers: int) -> torch.Generator:
     """Return a CPU generator, seeded with a purpose and numbers such as the seed."""
-    seed = hash_text(" ".join([purpose, *map(str, numbers)])) >> 1
+    text = " ".join([purpose, *map(str, numbers)])
+    seed = hash_text(text) >> 1  # 63 bits fit into a signed integer
     return torch.Generator().manual_seed(seed)

@@ -26,7 +26,7 @@ BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
 class TaskSplits:
     """The questions of one task by part.
 
-    `is_divided` is True if the questions were divided anew, since the task lacks one of the splits.
+    `is_divided` is True if the task lacks a split, so that its questions were divided again.
     `spare` are questions of `fit` and `search` that are in no part; routers and baselines use these
     splits.
     """
@@ -92,12 +92,12 @@ def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> Tas
 
     Paths are fitted on at most `num_fit` questions of `search`, drawn with the seed, chosen on
     `select` and tested on `test`. If a task lacks one of the splits, all of its questions are
-    divided anew by their texts: 20 % to fit, 40 % to choose and 40 % to test.
+    divided again by their texts: 20 % to fit, 40 % to choose and 40 % to test.
     """
     splits = _read_splits(task, None if data_dir is None else Path(data_dir))
     if len(splits) == len(SPLITS):
         return _use_splits(task, splits, num_fit, seed)
-    return _divide_anew(task, splits, num_fit, seed)
+    return _divide_again(task, splits, num_fit, seed)
 
 
 def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
@@ -128,7 +128,7 @@ def _use_splits(
     return TaskSplits(task, examples, is_divided=False, spare=spare)
 
 
-def _divide_anew(
+def _divide_again(
     task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
 ) -> TaskSplits:
     parts: dict[str, list[Example]] = {part: [] for part in PARTS}

@@ -287,7 +287,7 @@ def test_nothing_is_pushed_to_a_public_repository_that_should_be_private(said):
 
 def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said):
     [warning] = said["local warned"]
-    assert "'/home/me/models/tiny' is no hub id, so the pushed routers don't name" in warning
+    assert "'/home/me/models/tiny' isn't a hub id, so the pushed routers don't name" in warning
     files = Hub.repositories["someone/local"]
     assert json.loads(files["router_config.json"])["base_model"] == ""
     assert all(b"/home/me" not in content for content in files.values())
@@ -297,9 +297,9 @@ def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("no-rights", "the token may not write there (You don't have the rights to create a mod"),
+        ("no-rights", "the token has no write access (You don't have the rights to create a mod"),
         ("no-rights", "give a token with write access to no-rights, or a repository of your own"),
-        ("read-only", "the token may not write there (This token can"),
+        ("read-only", "the token has no write access (This token can"),
         ("bad-token", "the hub doesn't accept the token; make one with write access in your set"),
         ("too-much", "the hub refused: Your plan is used up"),
         ("unreachable", "the hub can't be reached ("),

@@ -77,7 +77,7 @@ def test_what_was_lost_from_fit_to_test_is_said_once_in_the_report_and_on_the_te
 def test_a_set_that_was_divided_anew_is_named_in_the_report_and_on_the_terminal(
     tuned, text_of, drllm
 ):
-    said, file = "of builtin_facts were divided anew", tuned.path / "paths.json"
+    said, file = "of builtin_facts were divided again", tuned.path / "paths.json"
     assert said not in text_of(tuned.path)
     tuned.change("paths.json", lambda values: values.update(divided=["builtin_facts"]))
     assert said in text_of(tuned.path)

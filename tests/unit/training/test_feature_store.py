@@ -344,7 +344,7 @@ def replace_block(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return spoil
 
 
-BROKEN_BLOCK = r"features-\d{6}\.safetensors is broken; delete it to pool its targets anew"
+BROKEN_BLOCK = r"features-\d{6}\.safetensors is broken; delete it to pool its targets again"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (replace_block(Path.touch), BROKEN_BLOCK),
     "a FIFO": (replace_block(os.mkfifo), "it is a FIFO"),
@@ -368,7 +368,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "targets as floats": (with_tensors(targets=torch.Tensor.float), BROKEN_BLOCK),
     "no manifest": (
         lambda folder: (folder / MANIFEST).unlink(),
-        r"is broken \(features\.manifest\.json is missing\); delete .* to pool the features anew",
+        r"is broken \(features\.manifest\.json is missing\); delete .* to pool the features again",
     ),
     "no JSON": (
         lambda folder: (folder / MANIFEST).write_text("{"),
@@ -376,7 +376,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one file of an older version": (
         lambda folder: (folder / "features.safetensors").touch(),
-        r"features\.safetensors was written by an older version of drllm; delete .* anew, or",
+        r"features\.safetensors was written by an older version of drllm; delete .* again, or",
     ),
     "a FIFO as an older version": (
         lambda folder: os.mkfifo(folder / "features.safetensors"),

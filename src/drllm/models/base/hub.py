@@ -25,7 +25,7 @@ FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 """The errors that `explain` takes."""
 
 
-def options_in(options: Mapping[str, Any]) -> dict[str, Any]:
+def select_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Select the options of `from_pretrained` that concern the hub."""
     names = ("token", "cache_dir", "local_files_only")
     return {name: options[name] for name in names if name in options}

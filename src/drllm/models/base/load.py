@@ -41,7 +41,7 @@ _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
     SafetensorError,
     ValueError,
 )
-# The same for a model, and what its class raises for an unknown option.
+# What transformers raises for a model that it can't open; an unknown option is a TypeError.
 _MODEL_ERRORS: tuple[type[Exception], ...] = (*_TOKENIZER_ERRORS, TypeError)
 
 
@@ -103,8 +103,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         raise ConfigError(
             f"device={config.device!r} has no effect with device_map; leave one of the two out"
         )
-    # With a device map weights go to the GPU one by one, so they need no memory on the host all at
-    # once. Quantised weights can't be moved later.
+    # With a device map the weights are read to the GPU one by one, so the CPU's memory need not
+    # hold all of them. Without one, quantised weights couldn't be moved to the GPU later.
     if device.type == "cuda" or options.get("quantization_config") is not None:
         options.setdefault("device_map", {"": device})
     _check_attention(config.attn_implementation)
@@ -114,20 +114,21 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
 
     with hub.quiet():
         source, revision = _locate(config, options)
-        if config.model != name:  # warn only if the hub has the model
+        is_replaced = config.model != name
+        if is_replaced:  # warn after `_locate`, which raises if the hub's model can't be used
             logger.warning(
                 "%s isn't installed, so %s is the hub's %s, which has other weights",
                 smollm2.DISTRIBUTION,
                 name,
                 config.model,
             )
-        tokenizer, loaded = _open(config, source, revision, dtype, options)
+        tokenizer, base_model = _open(config, source, revision, dtype, options)
     if options.get("device_map") is None:
-        loaded.to(device)
-    loaded.name_or_path = config.model  # the alias, not its folder
-    loaded.eval()
-    loaded.requires_grad_(False)
-    return BaseModel(loaded, _pad_left(tokenizer), name=config.model, revision=revision)
+        base_model.to(device)
+    base_model.name_or_path = config.model  # the alias, not its folder
+    base_model.eval()
+    base_model.requires_grad_(False)
+    return BaseModel(base_model, _pad_left(tokenizer), name=config.model, revision=revision)
 
 
 def load_tokenizer(model: Any) -> Any:
@@ -149,24 +150,38 @@ def load_tokenizer(model: Any) -> Any:
 
 def resolve_device(name: str) -> torch.device:
     """Return a device of this machine; `auto` is CUDA, else MPS, else the CPU."""
-    num_cuda = torch.cuda.device_count()
-    num_mps = int(torch.backends.mps.is_available())
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        local_rank = os.environ.get("LOCAL_RANK")
-        if local_rank is None:
-            return torch.device("cuda")
-        return torch.device(f"cuda:{int(local_rank) % num_cuda}")  # a GPU for each process
+        return _choose_gpu()
     if name == "auto":
-        return torch.device("mps" if num_mps else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-    kind, _, index = name.partition(":")
-    count = {"cpu": 1, "cuda": num_cuda, "mps": num_mps}[kind]
-    if int(index or 0) >= count:
-        available = f"{count} of that kind" if count else "none"
+    kind, _, digits = name.partition(":")
+    index = int(digits) if digits else 0
+    count = _count_devices(kind)
+    if index >= count:
+        noun = "device" if count == 1 else "devices"
         raise ConfigError(
-            f"--device is {name!r}, but this machine has {available}; use --device auto or cpu"
+            f"--device is {name!r}, but this machine has {count} {kind} {noun}; use --device auto "
+            f"or cpu"
         )
     return torch.device(name)
+
+
+def _choose_gpu() -> torch.device:
+    """Return the current GPU, or under torchrun a GPU of the process's own."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None:
+        return torch.device("cuda")
+    return torch.device(f"cuda:{int(local_rank) % torch.cuda.device_count()}")
+
+
+def _count_devices(kind: str) -> int:
+    """Return how many devices of a kind (`cpu`, `cuda` or `mps`) this machine has."""
+    if kind == "cuda":
+        return torch.cuda.device_count()
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return 1
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -230,17 +245,20 @@ def _open(
     options: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Load the tokenizer and the model; refuse weights that don't fit the config."""
-    common = {"trust_remote_code": config.trust_remote_code, **hub.options_in(options)}
+    tokenizer_options = {
+        "trust_remote_code": config.trust_remote_code,
+        **hub.select_options(options),
+    }
     if revision is not None:
-        common["revision"] = revision
-    options = {**options, **common}
+        tokenizer_options["revision"] = revision
+    model_options = {**options, **tokenizer_options}
     if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
+        model_options["attn_implementation"] = config.attn_implementation
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            **options,
+            **model_options,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -253,17 +271,21 @@ def _open(
         ) from error
     except _MODEL_ERRORS as error:
         raise _explain(error, config) from error
-    _refuse_weights("missing keys", info["missing_keys"], config.model)
-    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    _refuse_weights("mismatched keys", mismatched, config.model)
+    _check_weights("missing keys", info["missing_keys"], config.model)
+    # Some versions of transformers give a name, others a name and two shapes.
+    mismatched_keys = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    _check_weights("mismatched keys", mismatched_keys, config.model)
     num_unused = len(info["unexpected_keys"])
     if num_unused:
         logger.warning("%s has %d weights that its class doesn't use", config.model, num_unused)
     return tokenizer, model
 
 
-def _refuse_weights(problem: str, keys: Sequence[str], model: str) -> None:
-    """Refuse weights that transformers fills with random numbers after a mere warning."""
+def _check_weights(problem: str, keys: Sequence[str], model: str) -> None:
+    """Refuse a model if it has missing or mismatched weights.
+
+    transformers would only warn, and fill them with random numbers.
+    """
     if not keys:
         return
     names = ", ".join(sorted(keys)[:MAX_NAMES])
@@ -304,7 +326,7 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
         )
-    return name, hub.find_commit(name, revision, advice=advice, **hub.options_in(options))
+    return name, hub.find_commit(name, revision, advice=advice, **hub.select_options(options))
 
 
 def _advise(name: str) -> str:
@@ -344,14 +366,15 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     message = hub.first_line(error)
     if "trust_remote_code" in text and not config.trust_remote_code:
         return ModelError(
-            f"model {name!r} needs modelling code of its own, which drllm doesn't run unasked; "
-            f"read that code, then pass --trust-remote-code"
+            f"model {name!r} needs modelling code of its own, which drllm runs only with "
+            f"--trust-remote-code; read that code before you pass the flag"
         )
     if attention and re.search("attn_implementation|attention", text, re.I):
-        remedy = "install what it needs, or give" if isinstance(error, ImportError) else "give"
+        advice = "give --attn-implementation sdpa or eager"
+        if isinstance(error, ImportError):
+            advice = f"install what it needs, or {advice}"
         return ConfigError(
-            f"--attn-implementation {attention!r} can't be used with {name!r}: {message}; {remedy} "
-            f"--attn-implementation sdpa or eager"
+            f"--attn-implementation {attention!r} can't be used with {name!r}: {message}; {advice}"
         )
     if isinstance(error, TypeError):
         return ConfigError(f"an option doesn't fit the model {name!r}: {message}")
@@ -362,7 +385,7 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if name in ALIASES:
-        message += f"; delete {smollm2.converted()} to have it converted anew"
+        message += f"; delete {smollm2.converted()} to convert it again"
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {name!r} are broken or cut off: {message}")
     return ModelError(f"model {name!r} can't be opened: {message}")

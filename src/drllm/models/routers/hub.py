@@ -1,4 +1,4 @@
-"""Pushes routers to the hub with a model card."""
+"""Push routers to the Hugging Face hub, for `RoutedModel.push_to_hub`."""
 
 import dataclasses
 import re
@@ -19,8 +19,8 @@ from drllm.models.routers.checkpoint import complete_config, save_routers
 from drllm.models.routers.config import RouterConfig
 from drllm.models.routers.stack import RouterStack
 
-NEW_TOKEN = (
-    f"make one with write access in your settings there, then pass it as token=... or set "
+TOKEN_ADVICE = (
+    f"make one with write access in your settings on the hub, then pass it as token=... or set "
     f"{hub.TOKEN_VARIABLE}"
 )
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
@@ -35,7 +35,7 @@ def push_routers(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Push routers with a model card to the hub; the repository is made if it doesn't exist.
+    """Push routers with a model card to a repository on the hub, and make it if necessary.
 
     If the base model is only on this machine, its name isn't pushed, and a warning says so.
 
@@ -43,17 +43,17 @@ def push_routers(
         The commit's address.
 
     Raises:
-        CheckpointError: The name can't be a repository's, there is no token or no network, or the
+        CheckpointError: The repository's name isn't valid, there is no token or no network, or the
             hub refuses the push.
     """
     config = _remove_local_name(complete_config(routers.config, model))
     if not HUB_ID.fullmatch(repo):
         raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"can't push to {repo}: {hub.no_network()}; unset it to push")
+        raise CheckpointError(f"can't push to {repo}: HF_HUB_OFFLINE is set; unset it to push")
     token = token or huggingface_hub.get_token()
     if token is None:
-        raise CheckpointError(f"can't push to {repo} on the hub without a token: {NEW_TOKEN}")
+        raise CheckpointError(f"can't push to {repo} on the hub without a token: {TOKEN_ADVICE}")
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
         save_routers(routers, folder, config=config, place=repo)
@@ -77,7 +77,7 @@ def _create_repository(
 ) -> None:
     """Make the repository and the branch if they don't exist.
 
-    An existing public repository is refused if a private one is asked for.
+    Refuse a public repository that exists already if `private` is True.
     """
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.model_info(repo).private:
@@ -92,19 +92,23 @@ def _create_repository(
 def _remove_local_name(config: RouterConfig) -> RouterConfig:
     """Return a config without the base model's name if only this machine has that model.
 
-    Elsewhere that name would be useless, and it would reveal the names of local folders.
+    On other machines the name would be useless, and it would reveal the names of local folders.
     """
     name = config.base_model
-    has_hub_form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-    is_on_hub = has_hub_form and not Path(name).expanduser().exists()
-    if not name or name in ALIASES or is_on_hub:
+    if not name or name in ALIASES or _is_hub_id(name):
         return config
     warnings.warn(
-        f"{name!r} is no hub id, so the pushed routers don't name their base model; whoever "
-        f"loads them gives it as base=...",
+        f"{name!r} isn't a hub id, so the pushed routers don't name their base model; pass it as "
+        f"base=... when you load them",
         stacklevel=4,
     )
     return dataclasses.replace(config, base_model="", base_revision=None)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, and no file or folder here has this name."""
+    has_form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    return has_form and not Path(name).expanduser().exists()
 
 
 def _explain(repo: str, error: Exception) -> str:
@@ -112,10 +116,11 @@ def _explain(repo: str, error: Exception) -> str:
     if not isinstance(error, HfHubHTTPError):
         return f"{hub.no_network()} ({hub.first_line(error)}); connect and push again"
     if error.response.status_code == 401:
-        return f"the hub doesn't accept the token; {NEW_TOKEN}"
+        return f"the hub doesn't accept the token; {TOKEN_ADVICE}"
     if error.response.status_code == 403:
+        owner = repo.split("/")[0]
         return (
-            f"the token may not write there ({hub.read_hub_message(error)}); give a token with "
-            f"write access to {repo.split('/')[0]}, or a repository of your own"
+            f"the token has no write access ({hub.read_hub_message(error)}); give a token with "
+            f"write access to {owner}, or a repository of your own"
         )
     return f"the hub refused: {hub.read_hub_message(error)}"

@@ -21,7 +21,7 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 class GenerateHandle:
     """The override of a model's `generate`; a plain object, so that models copy and pickle.
 
-    Without it, `generate` without a cache would decide anew at every step, the beams of a prompt
+    Without it, `generate` without a cache would decide again at every step, the beams of a prompt
     could get different decisions, and routers would read a draft's tokens as part of the prompt.
     """
 

@@ -273,7 +273,7 @@ class ForwardOverride:
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def original(self) -> Callable[..., Any]:
-        """Return the forward that the override replaced. It is looked up anew at each call."""
+        """Return the forward that the override replaced. It is looked up at each call."""
         if self.previous is not None:
             return self.previous
         forward: Callable[..., Any] = type(self.module).forward.__get__(self.module)

@@ -334,7 +334,7 @@ class RoutedModel:
             ConfigError: An option has no effect, since the base model is loaded already.
             ModelError: The base model can't be loaded.
         """
-        hub_options = base_hub.options_in(options)
+        hub_options = base_hub.select_options(options)
         folder = find_routers(routers, revision, **hub_options)
         refuse_menu(folder)
         if not (base is None or isinstance(base, (str, Path))):

@@ -144,9 +144,9 @@ def test_a_converted_model_that_is_broken_is_to_be_deleted(copied, monkeypatch):
     monkeypatch.setenv(alias.CACHE_VARIABLE, str(copied.parent))
     cut_off(copied)
     made = copied.rename(copied.with_name(f"{alias.ALIAS}-v{alias.FORMAT}"))
-    assert f"delete {made} to have it converted" in refused(ModelError, alias.ALIAS)
+    assert f"delete {made} to convert it again" in refused(ModelError, alias.ALIAS)
     (made / "model.safetensors").unlink()
-    assert f"delete {made} to have it converted" in refused(ModelError, alias.ALIAS)
+    assert f"delete {made} to convert it again" in refused(ModelError, alias.ALIAS)
 
 
 def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
@@ -190,7 +190,7 @@ def test_attention_that_is_not_installed_says_what_to_do(saved, monkeypatch):
         (None, {"dtype": "bf16"}, "unknown value 'bf16'; did you mean 'bfloat16'"),
         (None, {"dtype": "Tensor"}, "unknown value 'Tensor'"),
         (None, {"device": "gpu"}, "unknown device 'gpu'"),
-        (None, {"device": "cpu:1"}, "'cpu:1', but this machine has 1 of that kind; use --device"),
+        (None, {"device": "cpu:1"}, "'cpu:1', but this machine has 1 cpu device; use --device"),
         (None, {"device": "cuda:99"}, "'cuda:99', but this machine has"),
         (None, {"device": "mps:7"}, "'mps:7', but this machine has"),
         (None, {"attn_implementation": "spda"}, "implementation 'spda'; did you mean 'sdpa'?"),

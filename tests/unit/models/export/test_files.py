@@ -135,9 +135,9 @@ def test_the_card_gives_verdicts_on_no_questions_that_the_path_was_chosen_on(tmp
 
 
 def test_the_card_says_which_set_was_divided_anew(tmp_path):
-    said = "of arc_easy were divided anew, so test isn't the set's own"
+    said = "of arc_easy were divided again, so test isn't the set's own"
     assert said in card_of(tmp_path, "5.00", divided=("arc_easy",))
-    assert "divided anew" not in card_of(tmp_path, "5.00")
+    assert "divided again" not in card_of(tmp_path, "5.00")
 
 
 def test_the_card_of_a_path_from_another_file_claims_no_tuning(tmp_path):
