@@ -3,7 +3,7 @@
 It works with counts, not ratios, because counts can be summed over batches, layers and processes.
 There are three baselines. The first executes every layer. The second makes each layer's most common
 training label the decision. The third draws each layer's decision as often as it was a training
-label; its counts are expected values, and nothing is really drawn. Loads no torch.
+label; its counts are expected values, and nothing is really drawn. Doesn't import torch.
 
 Axes: L layers, C = 3 decisions.
 """

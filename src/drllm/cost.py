@@ -1,7 +1,7 @@
 """Costs: layer executions in layer equivalents, and the budget of a path.
 
 Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. No measured time is
-derived from them. Loads no torch.
+derived from them. Doesn't import torch.
 """
 
 import math

@@ -3,7 +3,7 @@
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
 decision vector only if it visits the layers in order and none more than twice. A `StaticPath` is a
-path that serves a whole task, with the adapter that it was healed with. Loads no torch.
+path that serves a whole task, with the adapter that it was healed with. Doesn't import torch.
 """
 
 from collections import Counter

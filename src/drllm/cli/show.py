@@ -1,4 +1,4 @@
-"""`drllm show`: prints any file or folder that drllm wrote. Loads no torch."""
+"""`drllm show`: prints any file or folder that drllm wrote. Doesn't import torch."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prints static paths, plain and healed. Loads no torch."""
+"""Prints static paths, plain and healed. Doesn't import torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Prints the results of an evaluation, and what to do next. Loads no torch.
+"""Prints the results of an evaluation, and what to do next. Doesn't import torch.
 
 Sentences about the results are those that the evaluation itself has written.
 """

@@ -1,4 +1,4 @@
-"""Prints trained routers: their shape, training and metrics. Loads no torch."""
+"""Prints trained routers: their shape, training and metrics. Doesn't import torch."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prints searches and targets, and the paths of one question as a tree. Loads no torch."""
+"""Prints searches and targets, and the paths of one question as a tree. Doesn't import torch."""
 
 import difflib
 from collections import Counter

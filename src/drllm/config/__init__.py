@@ -1,6 +1,7 @@
 """The settings of all stages: type, default, bounds, unit and help text.
 
-A field in one of these classes adds a flag, a key of YAML files, and their checks. Loads no torch.
+A field in one of these classes adds a flag, a key of YAML files, and their checks. Doesn't import
+torch.
 """
 
 from drllm.config.constants import SPLITS

@@ -1,7 +1,7 @@
 """Selects the questions that an evaluation reports, and those that it fits depths and baselines on.
 
 Nothing is reported on questions that it was chosen or fitted on. Everything is checked before a
-model is loaded. Loads no torch.
+model is loaded. Doesn't import torch.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
 """Typed records and their files: search, supervision, results, manifests; JSON; resume.
 
-`docs/formats.md` describes the same files for readers without Python. Loads no torch.
+`docs/formats.md` describes the same files for readers without Python. Doesn't import torch.
 """

@@ -1,7 +1,7 @@
 """Search: which paths answer each question right, and what each path costs.
 
 `run.search_paths` is the stage, `strategies` choose paths, `evaluator` scores them, and `retest`
-checks the right ones in other ways of asking. Loads no torch.
+checks the right ones in other ways of asking. Doesn't import torch.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The questions of a search with their prompts, and the batches they are searched in.
 
-Loads no torch.
+Doesn't import torch.
 """
 
 from __future__ import annotations

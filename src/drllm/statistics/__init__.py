@@ -1,1 +1,1 @@
-"""Intervals, paired tests, power and verdicts. Loads no torch."""
+"""Intervals, paired tests, power and verdicts. Doesn't import torch."""

@@ -1,8 +1,7 @@
 """Rules: which path becomes a question's target, or the reason why none does.
 
-A rule is one function here (or in a module that `TARGETS` names), under
-`@TARGETS.register("name")`. Decisions that depend on other questions (copies, quotas) are made in
-`select`. Loads no torch.
+A rule is one function with `@TARGETS.register("name")`, here or in your own Python. It sees one
+question; `select` handles what depends on other questions (copies, quotas). Doesn't import torch.
 """
 
 import inspect
@@ -22,7 +21,7 @@ OVER_QUOTA = "over the quota"
 REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
 TWICE = "same question twice"
-"""Why a record has no target: an earlier record has the same question, and counts."""
+"""Why a record has no target: an earlier record has the same question, and only that one counts."""
 
 MIN_SAVING = 0.05
 """Minimum share of the full path's executions that a target of `least_kl` saves."""
@@ -49,8 +48,8 @@ def survived(path: TriedPath) -> bool:
 
 
 Rule: TypeAlias = Callable[..., list[TriedPath] | str]
-"""Returns the paths of a search record that may become its target, the best first, or the reason
-why there are none. A rule with a parameter `min_saving` gets the value of `--min-saving`."""
+"""A function of a search record. It returns the paths that may become the target, the best first,
+or the reason why there are none. If it has a parameter `min_saving`, it gets `--min-saving`."""
 
 TARGETS: Registry[Rule] = Registry("target rule")
 
@@ -59,7 +58,7 @@ TARGETS: Registry[Rule] = Registry("target rule")
 def shortest(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among the paths that survived the re-test, then largest margin in it.
 
-    The full path is among them, for a question that no shorter path answers.
+    The full path may be among them; it becomes the target if no shorter path survived.
     """
     return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
 
@@ -80,14 +79,16 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
     if isinstance(valid, str):
         return valid
     better = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
-    return better or ONLY_FULL_PATH
+    if not better:
+        return ONLY_FULL_PATH
+    return better
 
 
 @TARGETS.register("released")
 def released(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among all right paths, re-tested or not: the published code's rule.
 
-    Among equally long ones, the path with the fewest different layers (docs/differences.md, D-35).
+    Of equally long paths, the one with the fewest different layers (docs/differences.md, D-35).
     """
 
     def order(path: TriedPath) -> tuple[float, int, int]:
@@ -95,7 +96,9 @@ def released(record: SearchRecord) -> list[TriedPath] | str:
         return path.executions, num_different_layers, path.simulation
 
     valid = [path for path in record.paths if is_valid(path)]
-    return sorted(valid, key=order) or NO_VALID_PATH
+    if not valid:
+        return NO_VALID_PATH
+    return sorted(valid, key=order)
 
 
 @TARGETS.register("least_kl")
@@ -107,36 +110,51 @@ def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[Tried
 
     Source: ours (docs/differences.md, D-24).
     """
-    maximum = (1 - min_saving) * record.full.executions + 1e-9
-    measured = [path for path in record.paths[1:] if path.kl is not None]
+    maximum = (1 - min_saving) * record.full.executions + 1e-9  # the product may be rounded down
+    other_paths = record.paths[1:]  # the first is the full path
+    measured = [path for path in other_paths if path.kl is not None]
     if not measured:
         return NO_KL
     short = [path for path in measured if path.executions <= maximum]
-    short.sort(key=lambda path: (path.kl or 0.0, path.executions, path.simulation))
-    return short or SAVES_TOO_LITTLE
+    if not short:
+        return SAVES_TOO_LITTLE
+    return sorted(short, key=_rank_by_kl)
+
+
+def _rank_by_kl(path: TriedPath) -> tuple[float, float, int]:
+    assert path.kl is not None
+    return path.kl, path.executions, path.simulation
 
 
 def _survivors(
     record: SearchRecord, order: Callable[[TriedPath], tuple[float, float]]
 ) -> list[TriedPath] | str:
-    """Return the paths that survived the re-test, in an order, the earlier simulation first."""
+    """Return the paths that survived the re-test, sorted by `order`, then by simulation."""
     if not any(is_valid(path) for path in record.paths):
         return NO_VALID_PATH
     survivors = [path for path in record.paths if survived(path)]
-    survivors.sort(key=lambda path: (*order(path), path.simulation))
-    return survivors or NOT_SURVIVED
+    if not survivors:
+        return NOT_SURVIVED
+    return sorted(survivors, key=lambda path: (*order(path), path.simulation))
 
 
 def _retest_margin(path: TriedPath) -> float:
-    """Return the margin in the re-test; a path without one comes last."""
-    margin = path.retest.margin if path.retest else None
-    return -math.inf if margin is None else margin
+    """Return the margin in the re-test; minus infinity if there is none."""
+    if path.retest is None or path.retest.margin is None:
+        return -math.inf
+    return path.retest.margin
 
 
 def find_candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
-    """Return the paths that may become one question's target, the best first, or why none can."""
+    """Return the paths that may become a question's target, the best first; or the reason for none.
+
+    Args:
+        record: The search of the question.
+        target: The name of the rule.
+        min_saving: The value of `--min-saving`, for rules that read it; None: the default.
+    """
     rule = TARGETS.get(target)
     if not reads_min_saving(target):
         return rule(record)

@@ -1,1 +1,1 @@
-"""Tasks: questions, prompts, and the grading of answers. Loads no torch."""
+"""Tasks: questions, prompts, and the grading of answers. Doesn't import torch."""

@@ -1,6 +1,6 @@
 """Tasks: sets of questions, with their prompts for a search and for an evaluation.
 
-Loads no torch.
+Doesn't import torch.
 """
 
 from __future__ import annotations

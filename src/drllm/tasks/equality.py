@@ -1,4 +1,4 @@
-"""Whether two short LaTeX answers mean the same number or expression. Loads no torch.
+"""Whether two short LaTeX answers mean the same number or expression. Doesn't import torch.
 
 math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
 works only in the main thread and replaces the caller's. Here it runs in a process of its own, which

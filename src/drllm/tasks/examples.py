@@ -1,6 +1,6 @@
 """Questions and prompts: the texts that a task returns.
 
-A task never sees a model or a tokenizer. Loads no torch.
+A task never sees a model or a tokenizer. Doesn't import torch.
 """
 
 from collections.abc import Mapping, Sequence

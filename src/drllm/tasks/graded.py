@@ -2,7 +2,7 @@
 
 The function is `def reward(example, text) -> float`. It returns the grade of a text that was
 generated for an example, from 0 to 1; 1 is right. The hash of the file becomes a part of the
-reward's name, so that records say which function it was. Loads no torch.
+reward's name, so that records say which function it was. Doesn't import torch.
 """
 
 import functools

@@ -1,7 +1,7 @@
 r"""Prompt formats: the prompts of a search for the questions of a task, for each reward.
 
 The prompts of `OPTIONS` for `loglikelihood` are byte for byte those of lm-evaluation-harness for
-ARC, PIQA and the cloze form of MMLU. Loads no torch.
+ARC, PIQA and the cloze form of MMLU. Doesn't import torch.
 """
 
 from dataclasses import dataclass, replace

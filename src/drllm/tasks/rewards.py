@@ -2,7 +2,7 @@
 
 A reward grades generated answers, or scores the options of a question. A reward is one class here
 (or in a module that `REWARDS` names), under `@REWARDS.register("name")`. `equality` compares
-mathematical expressions. Loads no torch.
+mathematical expressions. Doesn't import torch.
 """
 
 import re

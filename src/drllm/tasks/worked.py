@@ -1,6 +1,6 @@
 """Tasks with worked examples before each question, or with room for a chain of thought.
 
-Loads no torch.
+Doesn't import torch.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Beam search over edits of a path, with successive halving over questions. Loads no torch.
+"""Beam search over edits of a path, with successive halving over questions. Doesn't import torch.
 
 A level holds the best paths that save the same number of layers. The candidates of a level skip one
 layer more than the paths of the level before. Most candidates are dropped after few questions.

@@ -1,4 +1,4 @@
-"""Divides the questions of a task to fit, choose and test a static path. Loads no torch.
+"""Divides the questions of a task to fit, choose and test a static path. Doesn't import torch.
 
 No path is reported on questions that it was fitted or chosen on.
 """

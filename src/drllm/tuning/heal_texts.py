@@ -1,6 +1,7 @@
-"""The texts that `heal` trains on: questions with their answers, and other texts. Loads no torch.
+"""The texts that `heal` trains on: questions with their answers, and other texts.
 
-Some texts, chosen by their hash, are held out to measure on, and never trained on.
+Some texts, chosen by their hash, are held out to measure on, and never trained on. Doesn't import
+torch.
 """
 
 import functools

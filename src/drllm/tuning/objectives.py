@@ -1,6 +1,6 @@
 """The objectives that a static path is tuned for, and the prompts that measure them.
 
-Loads no torch.
+Doesn't import torch.
 """
 
 from drllm.config import TuneConfig

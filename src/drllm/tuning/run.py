@@ -171,7 +171,7 @@ class _Tuning:
         best_paths: list[StaticPath] = []
         for level in self.beam.levels(self._score_fit, self._may_extend):
             for task in self.tasks:
-                task.objectives(SELECT, [self.full, *level.paths])
+                task.score_paths(SELECT, [self.full, *level.paths])
             best = max(level.paths, key=lambda path: (self._may_extend(path), self._gain(path)))
             if not best_paths:
                 self.listener.note(HEAD)
@@ -222,8 +222,8 @@ class _Tuning:
         self.progress.begin_test(num_pairs)
         for task in self.tasks:
             for part in (SELECT, TEST):
-                task.objectives(part, paths)
-                task.objectives(TEXTS_OF + part, paths)
+                task.score_paths(part, paths)
+                task.score_paths(TEXTS_OF + part, paths)
 
     def _score_fit(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
         """Return for each path the mean of the tasks' objectives on first questions of `fit`."""
@@ -234,7 +234,7 @@ class _Tuning:
         for task in self.tasks:
             # A task with fewer questions has the same share of them scored.
             num = -(-num_questions * task.num_questions(FIT) // most)
-            means = [np.mean(values) for values in task.objectives(FIT, paths, num)]
+            means = [np.mean(values) for values in task.score_paths(FIT, paths, num)]
             total += np.array(means)
         mean: Floats = total / len(self.tasks)
         return mean
@@ -250,21 +250,21 @@ class _Tuning:
         """Return the objective of a path minus that of the full one, on `select`."""
         total = 0.0
         for task in self.tasks:
-            total += fmean(task.differences(SELECT, path, self.full))
+            total += fmean(task.compare_paths(SELECT, path, self.full))
         return total / len(self.tasks)
 
     def _change(self, path: StaticPath) -> tuple[float, float, float]:
         """Return the gain of a path with its 95 % interval."""
         weighted = []
         for task in self.tasks:
-            differences = task.differences(SELECT, path, self.full)
+            differences = task.compare_paths(SELECT, path, self.full)
             weighted.append((1 / len(self.tasks), differences))
         return sum_interval(weighted, self.config.seed)
 
     def _may_extend(self, path: StaticPath) -> bool:
         """Tell whether a path may be extended: no task shows that it loses more than allowed."""
         for task in self.tasks:
-            differences = task.differences(SELECT, path, self.full)
+            differences = task.compare_paths(SELECT, path, self.full)
             _, highest = mean_interval(differences, self.config.seed)
             if highest < -self.config.max_loss:
                 return False
@@ -313,12 +313,12 @@ class _Tuning:
 
     def _score(self, task: TaskScorer, part: str, path: StaticPath) -> PathScore:
         """Return the scores of a path on a part of a task's questions."""
-        [values] = task.objectives(part, [path])
+        [values] = task.score_paths(part, [path])
         score = PathScore(
             task=task.name, part=part, num_questions=len(values), objective=fmean(values)
         )
         if path != self.full:
-            differences = task.differences(part, path, self.full)
+            differences = task.compare_paths(part, path, self.full)
             low, high = mean_interval(differences, self.config.seed)
             score = replace(score, change=(fmean(differences), low, high))
         if part == FIT:  # paths were fitted on it, so nothing is claimed there
@@ -337,12 +337,12 @@ class _Tuning:
         return replace(score, against_full=verdicts)
 
     def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
-        [objective] = task.objectives(part, [path])
-        [texts] = task.objectives(TEXTS_OF + part, [path])
+        [objective] = task.score_paths(part, [path])
+        [texts] = task.score_paths(TEXTS_OF + part, [path])
         return Outcomes(
             name=self._name(path),
             executions=path_executions(path),
-            correct=task.correct(part, path),
+            correct=task.grade_path(part, path),
             gold_logprob=objective if task.objective == GOLD else [],
             text_loss=[-value for value in texts],
         )

@@ -1,4 +1,4 @@
-"""Scores static paths on one task; each pair of a path and a question is scored once, and kept.
+"""Scores static paths on one task, and keeps the scores, so that nothing is scored twice.
 
 Axes: N paths, Q questions.
 """
@@ -28,22 +28,30 @@ from drllm.tuning.path_scorer import (
     make_text_items,
 )
 
-MOST_PAIRS = 100  # most questions times paths that are scored at once, and lost by a kill
-MOST_ANSWERS = 32  # the same for generated answers
-NUM_TEXTS = 100  # most questions of a part whose texts' next-token loss is measured too
+MOST_PAIRS = 100
+"""How many questions times paths are scored at once. A killed run loses at most this work."""
+MOST_ANSWERS = 32
+"""How many answers are generated before they are kept. A killed run loses at most these."""
+NUM_TEXTS = 100
+"""On how many questions of a part the next-token loss of the texts is measured, at most."""
 TEXTS_OF = "texts of "
+"""Put before the name of a part, this names the texts of its questions, which are scored by their
+next-token loss."""
 
 
 class TaskScorer:
-    """Scores paths on the parts of one task; `seconds` is the time that all scores took.
+    """Scores paths on the parts of one task.
 
     Args:
         routed: The model.
         splits: The task with its questions.
         config: The settings.
-        chunks: Keeps the scores.
-        on_scored: Called with the number of questions times paths that were scored, and a text that
-            describes them.
+        chunks: The files that keep the scores.
+        on_scored: Called after each block with its number of questions times paths, and a text that
+            describes the progress.
+
+    Attributes:
+        seconds: How long scoring took in all.
     """
 
     def __init__(
@@ -65,9 +73,10 @@ class TaskScorer:
         self.is_generated = splits.is_generated(self.objective)
         self.seconds = 0.0
         self._scorers: dict[str, PathScorer] = {}
-        # By part and path, the objective and right answers on the part's first questions, [2, Q].
+        # For each part and path, [2, Q]: the objective of the questions scored so far, and whether
+        # each is answered right.
         self._scores: dict[tuple[str, StaticPath], Floats] = defaultdict(lambda: np.zeros((2, 0)))
-        self._grades: dict[tuple[str, StaticPath], list[float]] = {}
+        self._grades: dict[tuple[str, StaticPath], list[float]] = {}  # of generated answers
 
     def prompts(self, part: str) -> list[Prompt]:
         """Return the prompts of a part's questions."""
@@ -80,7 +89,7 @@ class TaskScorer:
         return [make_prompt(self.task, example, self.objective) for example in examples]
 
     def scorer(self, part: str) -> PathScorer:
-        """Return the scorer of a part; for `texts of PART`, that of its questions' texts."""
+        """Return the scorer of a part's questions, or of their texts (see `TEXTS_OF`)."""
         if part not in self._scorers:
             self._scorers[part] = self._make_scorer(part)
         return self._scorers[part]
@@ -100,61 +109,78 @@ class TaskScorer:
         """Return how many questions or texts a part has."""
         return len(self.scorer(part).items)
 
-    def objectives(
-        self, part: str, paths: Sequence[StaticPath], num: int | None = None
+    def score_paths(
+        self, part: str, paths: Sequence[StaticPath], limit: int | None = None
     ) -> list[list[float]]:
-        """Return the objective of paths on the first `num` questions of a part, or on all."""
-        total = self.num_questions(part)
-        num = total if num is None else min(num, total)
-        by_start: dict[int, list[StaticPath]] = {}  # paths by how many questions are scored already
-        for path in dict.fromkeys(paths):
-            start = self._scores[part, path].shape[1]
-            if start < num:
-                by_start.setdefault(start, []).append(path)
-        for start, new_paths in by_start.items():
-            new_scores = self._score_range(part, new_paths, start, num)  # [2, N, Q]
+        """Score paths on a part, and return the objective of each path on each question.
+
+        Only the first `limit` questions are scored, or all without a limit. Scores of further
+        questions that earlier calls made are returned too.
+        """
+        end = self.num_questions(part)
+        if limit is not None:
+            end = min(limit, end)
+        for start, new_paths in self._group_paths(part, paths, end).items():
+            new_scores = self._score_range(part, new_paths, start, end)  # [2, N, Q]
             for place, path in enumerate(new_paths):
                 scores = self._scores[part, path]
                 self._scores[part, path] = np.concatenate((scores, new_scores[:, place]), axis=1)
         return [self._scores[part, path][0].tolist() for path in paths]
 
-    def _score_range(self, part: str, paths: Sequence[StaticPath], first: int, last: int) -> Floats:
-        """Score paths on a range of questions, a few of similar length at once, `[2, N, Q]`."""
+    def _group_paths(
+        self, part: str, paths: Sequence[StaticPath], end: int
+    ) -> dict[int, list[StaticPath]]:
+        """Group the paths that lack scores by the number of questions they are scored on."""
+        groups: dict[int, list[StaticPath]] = {}
+        for path in dict.fromkeys(paths):
+            num_scored = self._scores[part, path].shape[1]
+            if num_scored < end:
+                groups.setdefault(num_scored, []).append(path)
+        return groups
+
+    def _score_range(self, part: str, paths: Sequence[StaticPath], start: int, end: int) -> Floats:
+        """Score paths on a range of questions, `[2, N, Q]`, in blocks of similar length."""
         scorer = self.scorer(part)
-        order = sorted(range(first, last), key=lambda place: scorer.items[place].request.length)
-        size = max(1, MOST_PAIRS // len(paths))
+        places = sorted(range(start, end), key=lambda place: scorer.items[place].request.length)
+        block_size = max(1, MOST_PAIRS // len(paths))
         digest = hash_values(path.layers for path in paths)[:16]
-        blocks = [order[start : start + size] for start in range(0, len(order), size)]
+        blocks = []
         calls = {}
-        for number, places in enumerate(blocks):
-            key = f"{self.name} {part} {first} to {last} from {number * size} {digest}"
-            calls[key] = partial(scorer.score, paths, places)
-        all_scores = np.zeros((2, len(paths), last - first))
+        for first in range(0, len(places), block_size):
+            block = places[first : first + block_size]
+            blocks.append(block)
+            key = f"{self.name} {part} {start} to {end} from {first} {digest}"
+            calls[key] = partial(scorer.score, paths, block)
+        all_scores = np.zeros((2, len(paths), end - start))
         num_scored = 0
-        for places, scores in zip(blocks, self.chunks.get_or_make_all(calls, Scores), strict=True):
-            columns = [place - first for place in places]
+        for block, scores in zip(blocks, self.chunks.get_or_make_all(calls, Scores), strict=True):
+            columns = [place - start for place in block]
             all_scores[0][:, columns] = scores.objective
-            all_scores[1][:, columns] = scores.right or 0.0
+            if scores.right:  # empty if the questions have no options
+                all_scores[1][:, columns] = scores.right
             self.seconds += scores.seconds
-            num_scored += len(places)
-            note = f"scoring {len(paths)} candidate paths, question {num_scored} of {len(order)}"
-            self.on_scored(len(paths) * len(places), note)
+            num_scored += len(block)
+            note = f"scoring {len(paths)} candidate paths, question {num_scored} of {len(places)}"
+            self.on_scored(len(paths) * len(block), note)
         return all_scores
 
-    def correct(self, part: str, path: StaticPath) -> list[float]:
-        """Return for each question of a part whether it is answered right; empty if unknown."""
+    def grade_path(self, part: str, path: StaticPath) -> list[float]:
+        """Grade a path on each question of a part, from 0 (wrong) to 1 (right).
+
+        The result is empty if neither options are compared nor answers generated.
+        """
         if self.objective == GOLD:
-            self.objectives(part, [path])
+            self.score_paths(part, [path])
             right: list[float] = self._scores[part, path][1].tolist()
             return right
         if not self.is_generated:
             return []
         if (part, path) not in self._grades:
-            self._grades[part, path] = self._grade(part, path)
+            self._grades[part, path] = self._grade_generated(part, path)
         return self._grades[part, path]
 
-    def _grade(self, part: str, path: StaticPath) -> list[float]:
-        """Generate the answers of a part along a path, some at once, and grade them."""
+    def _grade_generated(self, part: str, path: StaticPath) -> list[float]:
+        """Generate answers to all questions of a part along a path, and grade them."""
         prompts = self.prompts(part)
         digest = hash_values(path.layers)[:16]
         calls = {}
@@ -169,10 +195,10 @@ class TaskScorer:
             self.on_scored(len(block_grades), note)
         return grades
 
-    def differences(self, part: str, path: StaticPath, full: StaticPath) -> list[float]:
-        """Return for each question the objective of a path minus that of the full one."""
-        ours, theirs = self.objectives(part, [path, full])
-        return [a - b for a, b in zip(ours, theirs, strict=True)]
+    def compare_paths(self, part: str, path: StaticPath, full: StaticPath) -> list[float]:
+        """Return, for each question, the objective of a path minus that of the full path."""
+        path_scores, full_scores = self.score_paths(part, [path, full])
+        return [score - other for score, other in zip(path_scores, full_scores, strict=True)]
 
     @property
     def chance(self) -> float:

@@ -1,4 +1,4 @@
-"""Baselines that drop layers in a fixed order, whatever the question.
+"""Baselines that drop layers in one fixed order on all questions.
 
 Axes: Q questions, B rows, T tokens, D hidden, L layers, k layers dropped.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class LayerDropping(base.Baseline):
     """Drops k or k + 1 layers on each question to match the routed model's mean executions."""
 
-    num_kept: ClassVar[int] = 1  # layers that are never dropped
+    num_kept: ClassVar[int] = 1  # how many layers are never dropped
 
     def find_obstacle(self, executions: float) -> str | None:
-        """Return the reason why it can't run so few executions; None if it can."""
+        """Return the reason why the baseline can't reach these mean executions; None if it can."""
         if executions >= min(self.num_kept, self.num_layers):
             return super().find_obstacle(executions)
         return (
@@ -37,21 +37,27 @@ class LayerDropping(base.Baseline):
 
     @abstractmethod
     def choose_layers(self, number: int) -> Sequence[int]:
-        """Return `number` layers to drop, or as many as may be dropped; never all L."""
+        """Return the layers to drop: `number` of them, or fewer if no more may be dropped.
 
-    def decisions(self, number: int) -> Decisions:
-        """Return the decisions that drop `number` layers, or as many as may be dropped."""
+        At least one layer must stay.
+        """
+
+    def choose_decisions(self, number: int) -> Decisions:
+        """Return the decisions that drop the layers of `choose_layers`."""
         return drop_layers(self.choose_layers(number), self.num_layers)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
-        """Return decisions that drop k or k + 1 layers; the full path if routes run more layers."""
+        """Return decisions that drop k or k + 1 layers on each question.
+
+        If the routes have more executions than the model has layers, nothing is dropped.
+        """
         executions = base.average_executions(routes)
         if executions > self.num_layers:
             note = f"runs all {self.num_layers} layers, since it can't repeat any"
             return base.BaselineRun(routes.new_ones(routes.shape), note)
-        num_dropped = self.num_layers - int(executions)  # on the questions that drop more
-        shorter = self.decisions(num_dropped)
-        longer = self.decisions(max(num_dropped - 1, 0))
+        num_dropped = self.num_layers - int(executions)  # k + 1
+        shorter = self.choose_decisions(num_dropped)
+        longer = self.choose_decisions(max(num_dropped - 1, 0))
         return base.BaselineRun(mix_decisions(shorter, longer, executions, len(routes), generator))
 
 
@@ -66,8 +72,9 @@ class LastLayers(LayerDropping):
     num_kept = 2
 
     def choose_layers(self, number: int) -> Sequence[int]:
-        """Return layers from the end; the first layer is kept too."""
-        return range(self.num_layers - 2, 0, -1)[:number]
+        """Return the deepest layers before the last one; the first layer is kept too."""
+        deepest_first = range(self.num_layers - 2, 0, -1)
+        return deepest_first[:number]
 
 
 @base.register
@@ -106,36 +113,37 @@ class BlockInfluence(LayerDropping):
 
     def choose_layers(self, number: int) -> Sequence[int]:
         """Return the least influential layers; the most influential layer is kept."""
-        return self.by_influence[:-1][:number]
+        droppable = self.by_influence[:-1]
+        return droppable[:number]
 
 
-class _ByMeasure(LayerDropping):
-    """Drops layers one by one, each time the one without which a measure is best."""
+class _GreedyDropping(LayerDropping):
+    """Drops layers greedily: each step drops the layer whose absence leaves a measure best."""
 
-    measure: ClassVar[str]
+    measure_name: ClassVar[str]  # as `Material.measure` takes it
 
     _order: Sequence[int] = ()  # the layers dropped so far, in order
 
     def choose_layers(self, number: int) -> Sequence[int]:
         """Return the first layers of the greedy order, extending it if necessary."""
-        measure = self.material.measure(self.measure)
+        measure = self.material.measure(self.measure_name)
         self._order = drop_greedily(measure, self.num_layers, number, self._order)
         return self._order[:number]
 
 
 @base.register
-class GreedyByLoss(_ByMeasure):
+class GreedyByLoss(_GreedyDropping):
     """Drops layers one by one, each time the layer whose absence raises next-token loss least."""
 
     name = "greedy by loss"
     source = "SLEB, arXiv 2402.09025"
     fitted_on = base.CALIBRATION
     order = 70
-    measure = "loss"
+    measure_name = "loss"
 
 
 @base.register
-class GreedyByAnswers(_ByMeasure):
+class GreedyByAnswers(_GreedyDropping):
     """Drops layers one by one, by the log-probability of the gold answers without them."""
 
     name = "greedy by answers"
@@ -143,7 +151,7 @@ class GreedyByAnswers(_ByMeasure):
     fitted_on = base.CHOICE
     order = 80
     needs = ("questions", "a task with options")
-    measure = "answers"
+    measure_name = "answers"
 
 
 def drop_layers(layers: Collection[int], num_layers: int) -> Decisions:
@@ -158,10 +166,18 @@ def mix_decisions(
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw for each question which of two decisions `[L]` it runs under, `[Q, L]`.
+    """Give each question one of two decisions at random, to reach given mean executions.
 
-    `executions` are the mean executions to reach, between those of the two decisions. The result is
-    as near as Q questions allow: within half the difference of the two, divided by Q.
+    Args:
+        first: Decisions `[L]`.
+        second: Other decisions `[L]`; the order of the two doesn't matter.
+        executions: The mean executions to reach, between those of the two decisions.
+        num_questions: Q.
+        generator: The source of the random draw.
+
+    Returns:
+        Decisions `[Q, L]`. With Q questions, the mean can miss `executions` by up to d / 2Q, where
+        d is the difference in executions between the two decisions.
     """
     import torch
 
@@ -169,8 +185,9 @@ def mix_decisions(
     low = num_executions(shorter)
     high = num_executions(longer)
     share = (executions - low) / (high - low) if high > low else 0.0
+    num_longer = round(share * num_questions)
     order = torch.randperm(num_questions, generator=generator)
-    is_longer = order < round(share * num_questions)
+    is_longer = order < num_longer  # [Q]; true at this number of random places
     return torch.where(is_longer[:, None], torch.tensor(longer), torch.tensor(shorter))
 
 
@@ -228,7 +245,7 @@ class _InfluenceRecorder(Policy):
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
-    """Return all layers, least influential first; among equal ones the deepest first."""
+    """Return all layers, least influential first; of equally influential layers, deepest first."""
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
 
 
@@ -241,11 +258,11 @@ def drop_greedily(
 ) -> list[int]:
     """Return the order in which layers are dropped greedily.
 
-    Each step tries to drop every layer that is left, and drops the one with the best value; among
-    equal ones the deepest.
+    Each step measures the model without each of the remaining layers, and drops the layer without
+    which the value is best. If several values are equal, it drops the deepest layer.
 
     Args:
-        measure: Values candidates.
+        measure: Returns the value of each candidate; larger is better.
         num_layers: L.
         number: How many layers to drop; fewer if no more may be dropped. One layer always stays.
         start: The first layers of the order, which are dropped already.
@@ -254,10 +271,12 @@ def drop_greedily(
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
     """
     order = list(start)
-    left = [layer for layer in reversed(range(num_layers)) if layer not in {*keep, *order}]
-    while len(order) < min(number, num_layers - 1) and left:
-        candidates = [drop_layers([*order, layer], num_layers) for layer in left]
+    excluded = {*keep, *start}
+    remaining = [layer for layer in reversed(range(num_layers)) if layer not in excluded]
+    maximum = min(number, num_layers - 1)
+    while len(order) < maximum and remaining:
+        candidates = [drop_layers([*order, layer], num_layers) for layer in remaining]
         values = measure(candidates)
-        best = values.index(max(values))  # among equal values the first
-        order.append(left.pop(best))
+        best = values.index(max(values))  # of equal values, that of the deepest layer
+        order.append(remaining.pop(best))
     return order

@@ -1,7 +1,7 @@
 """Strategies: which path of a question to try next, and when its search ends.
 
 A strategy is one class in one module of this package, under `@STRATEGIES.register("name")`. It
-knows no model: the caller asks for paths and tells their rewards. Loads no torch.
+knows no model: the caller asks for paths and tells their rewards. Doesn't import torch.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,7 @@
 """Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
 
 A simulation selects, expands, is evaluated (by the caller, between `ask` and `tell`) and backs up.
-Loads no torch.
+Doesn't import torch.
 """
 
 import math

@@ -3,7 +3,7 @@
 A reader returns the question of a row, without the task's name, and without an id if the row has
 none. It returns None for a row that doesn't belong to the task, and raises a TaskError, without
 file or line, for a row that can't be used. `*_columns` return the columns that the harness' task
-file reads. Rows of `sets.yaml` name these functions. Loads no torch.
+file reads. Rows of `sets.yaml` name these functions. Doesn't import torch.
 """
 
 import functools

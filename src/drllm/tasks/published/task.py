@@ -1,6 +1,7 @@
 """Published tasks: questions from the hub, or from a data folder of the same layout.
 
-The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only to read the hub.
+The sets themselves are rows of `sets.yaml`. Imports `datasets` only to read the hub. Doesn't import
+torch.
 """
 
 import functools

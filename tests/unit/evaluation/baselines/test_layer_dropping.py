@@ -61,7 +61,10 @@ def test_executions_are_those_of_the_routes(without_a_model, kind, skipped, ques
 def test_all_questions_drop_one_layer_more_or_less(without_a_model, kind):
     baseline = without_a_model(kind, L)
     drawn = baseline.at(routes_with(150, 40), rng()).decides
-    assert {tuple(row) for row in drawn.tolist()} == {baseline.decisions(3), baseline.decisions(4)}
+    assert {tuple(row) for row in drawn.tolist()} == {
+        baseline.choose_decisions(3),
+        baseline.choose_decisions(4),
+    }
     assert int((drawn.sum(dim=1) == 26).sum()) == 30
     again, other = (baseline.at(routes_with(150, 40), rng(seed)).decides for seed in (0, 1))
     assert torch.equal(drawn, again)
@@ -76,7 +79,7 @@ def test_where_more_is_executed_than_there_are_layers_the_full_path_runs(without
 
 def test_even_distances_differ_by_one_layer_at_most_and_keep_both_ends(without_a_model):
     for number in range(L - 1):
-        decisions = without_a_model(EvenlySpaced, L).decisions(number)
+        decisions = without_a_model(EvenlySpaced, L).choose_decisions(number)
         skipped = [layer for layer, runs in enumerate(decisions) if not runs]
         assert len(skipped) == number
         assert decisions[0] == decisions[-1] == 1
@@ -86,7 +89,7 @@ def test_even_distances_differ_by_one_layer_at_most_and_keep_both_ends(without_a
 
 def test_the_deepest_layers_go_but_the_last_stays(without_a_model):
     for number in range(L - 1):
-        decisions = without_a_model(LastLayers, L).decisions(number)
+        decisions = without_a_model(LastLayers, L).choose_decisions(number)
         assert decisions == (1,) * (L - 1 - number) + (0,) * number + (1,)
 
 
@@ -104,7 +107,7 @@ def test_fewer_executions_than_layers_are_kept_cannot_be_had(without_a_model, ki
 @pytest.mark.parametrize("kind", [LastLayers, EvenlySpaced])
 def test_a_model_of_two_ends_has_nothing_to_drop(without_a_model, kind, num_layers):
     baseline = without_a_model(kind, num_layers)
-    assert baseline.decisions(0) == baseline.decisions(1) == (1,) * num_layers
+    assert baseline.choose_decisions(0) == baseline.choose_decisions(1) == (1,) * num_layers
 
 
 @pytest.mark.parametrize("executions", [2, 2.4, 3.1, 5])
