@@ -210,7 +210,7 @@ def check_answers(base, prompts, found, sample):
 def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     smollm2, benchmark, request, record_property, reward, num_questions, num_paths
 ):
-    obvious = benchmark("search")  # times the way that is compared with here
+    search = benchmark("search")  # times the way that is compared with here
     if num_questions > 10:
         prompts = real(reward, num_questions, request.getfixturevalue("data_dir"))
     else:
@@ -220,7 +220,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     routed = RoutedModel(smollm2.model, tokenizer=smollm2.tokenizer)
     try:
         evaluator = Evaluator(routed, prompts, 4.0)
-        for pairs in obvious.searched_paths(30, num_questions, num_paths):
+        for pairs in search.make_search_rounds(30, num_questions, num_paths):
             outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
             found.update(zip(pairs, outcomes, strict=True))
         pairs = list(found)
