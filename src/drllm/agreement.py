@@ -78,8 +78,10 @@ def _add_losses(first: float | None, second: float | None) -> float | None:
 def _add_layers(
     first: tuple[Confusion, ...], second: tuple[Confusion, ...]
 ) -> tuple[Confusion, ...]:
-    if not first or not second:
-        return first or second
+    if not first:
+        return second
+    if not second:
+        return first
     layers = zip(first, second, strict=True)
     return tuple(_add_confusions(*pair) for pair in layers)
 

@@ -55,7 +55,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
     Args:
         kind: What the name stands for, in the singular ("task", "flag").
         name: The unknown name.
-        choices: All valid names, of which there are few.
+        choices: All valid names; there should be few.
     """
     valid = sorted(choices)
     message = nearest_name(kind, name, valid)

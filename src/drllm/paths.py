@@ -209,7 +209,7 @@ def adapter_of(plan: Plan) -> str:
 def _check_index(layer: object, place: int) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise PathError(
-            f"{layer!r} at position {place} of the path (counted from 0) is no layer; give an "
+            f"{layer!r} at position {place} of the path (counted from 0) isn't a layer; give an "
             f"index from 0"
         )
     return int(layer)

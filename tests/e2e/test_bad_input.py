@@ -240,7 +240,7 @@ EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
 EVALUATE --curve 0.1,1.5 => --curve is '0.1,1.5'
 EVALUATE --supervision run/supervision.jsonl => --supervision run/supervision.jsonl has no effect
-EVALUATE --limits gsm8k=3 => --limits is no flag; write it into a YAML file, such as 'limits: {gsm
+EVALUATE --limits gsm8k=3 => --limits isn't a flag; write it into a YAML file, such as 'limits: {gsm
 EVALUATE --config s.yaml => limits: unknown task 'gsm8k' => s.yaml: limits: {gsm8k: 3}\\n
 EVALUATE --limit 5 --config s.yaml => --limit 5 has no effect => s.yaml: \
 limits: {builtin_facts: 3}\\n
@@ -361,14 +361,14 @@ HARNESS --tasks= => no task is named; give --tasks NAME,NAME
 HARNESS --tasks far_away --include_path . => can't be fetched from the hub ( \
 => far_away.yaml: task: far_away\\ndataset_path: nobody/nothing\\noutput_type: multiple_choice\\n
 LM_EVAL ASKED --model_args pretrained=checkpoints/none,num_windows=8 => \
-pretrained=checkpoints/none is no folder of routers (there is no such folder)
+pretrained=checkpoints/none isn't a folder of routers (there is no such folder)
 LM_EVAL ASKED --model_args pretrained=tiny,num_windows=8 => leave num_windows out
 LM_EVAL ASKED --model_args pretrained=checkpoints/none,base=tiny => base=tiny has no effect
 LM_EVAL ASKED => no model is named
 lm-eval run --model hf --model_args pretrained=run/routers ASKED => which --model hf can't load
 LM_EVAL --model_args pretrained=./nowhere ASKED => there is no folder './nowhere'
 HARNESS,num_window=8 ASKED => unknown model argument 'num_window'
-HARNESS,batch_size=8 ASKED => batch_size=8 is no model argument
+HARNESS,batch_size=8 ASKED => batch_size=8 isn't a model argument
 HARNESS,num_windows=4 ASKED => num_windows is 4
 HARNESS,base=OTHER ASKED => these routers were trained for
 generate --model run/routers hello => run/routers doesn't hold a model

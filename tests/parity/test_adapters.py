@@ -388,7 +388,7 @@ def zeros(rank, num_in, num_out):
 BAD = {
     r"\[7\] have no nn.Linear": lambda lora, maps: lora.create("c", 2, 2, [7], maps, 0),
     "'a', which is in the model already": lambda lora, maps: lora.add("a", lora.weights("b"), maps),
-    "is no name": lambda lora, maps: lora.add("", lora.weights("b"), maps),
+    "give it a name": lambda lora, maps: lora.add("", lora.weights("b"), maps),
     r"'0\.self_attn\.q'; did you mean": lambda lora, maps: lora.add(
         "c", LoraWeights(2, 2, {"0.self_attn.q": zeros(2, 32, 32)}), maps
     ),

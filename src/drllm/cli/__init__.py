@@ -83,7 +83,7 @@ def _help_flags(words: list[str]) -> set[str]:
 def _run_verb(words: list[str], terminal: Terminal) -> int:
     """Parse a command line, run its verb, and return the exit status.
 
-    A launcher may run the same verb in several processes, of which only the first one prints.
+    A launcher may run the same verb in several processes; only the first one prints.
     """
     command = parse(words)
     verb = VERBS[command.verb]

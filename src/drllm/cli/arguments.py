@@ -146,7 +146,7 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
     flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
     if name in flags:
         return ConfigError(
-            f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
+            f"{name} isn't a flag; write it into a YAML file, such as '{flags[name].name}: "
             f"{flags[name].value}', and give that as --config FILE"
         )
     if name in REMOVED_FLAGS:

@@ -131,7 +131,7 @@ class Progress:
         self._begin(0.0)
 
     def _begin(self, done: float) -> None:
-        """Begin a task of the stage, of which some work may be done already."""
+        """Begin a task of the stage; some of its work may be done already."""
         self.started = time.monotonic()
         self.printed_at = self.started
         self.printed_step = 0

@@ -81,7 +81,8 @@ def show(place: Path, terminal: Terminal) -> None:
         _show_lines(place, terminal)
     else:
         raise RecordError(
-            f"{place} is no folder and no .json or .jsonl file; give one that drllm has written"
+            f"{place} is neither a folder nor a .json or .jsonl file; give one that drllm has "
+            f"written"
         )
 
 

@@ -29,8 +29,8 @@ class HealConfig(Settings):
         basic=True,
         value="FILE,...",
         help="more texts to train on: .jsonl files with a field text, .txt files with a text per"
-        " paragraph, or hub data sets OWNER/NAME[:CONFIG[:SPLIT]], of which the first "
-        "--limit texts (default: 10,000)",
+        " paragraph, or the first --limit texts (default: 10,000) of hub data sets "
+        "OWNER/NAME[:CONFIG[:SPLIT]]",
     )
     data_dir: str | None = incidental(
         None,

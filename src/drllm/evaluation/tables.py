@@ -382,7 +382,7 @@ def correct_tables(
 
     Args:
         tables: The systems of each task.
-        rivals: Names of systems of which the best is picked, so that all their tests count as one
+        rivals: Names of systems. The best of them is picked, so all their tests count as one
             family.
     """
     corrected = [list(table) for table in tables]

@@ -247,8 +247,8 @@ def _describe_malformed(data: bytes | str, message: str) -> str:
         text = data.decode() if isinstance(data, bytes) else data
         json.loads(text, parse_constant=constants.append)  # accepts more than JSON allows
         if constants:
-            return f"{constants[0]} is no number of JSON; expected a finite one"
-        return r"half a surrogate pair (\ud800 to \udfff), which is no text"
+            return f"{constants[0]} isn't a number in JSON; expected a finite number"
+        return r"half a surrogate pair (\ud800 to \udfff), which isn't text"
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason})"
     except (ValueError, RecursionError):

@@ -298,7 +298,7 @@ def _list_paths(content: _Content, needs_names: bool) -> list[tuple[str, PathFil
         full = StaticPath(range(record.num_layers))
         paths = [path for path in record.paths if not path.dominated and path.path != full]
     if not paths:
-        raise PathError(f"{content.file} holds no path but the full one; give a file with others")
+        raise PathError(f"{content.file} has only the full path; give a file with other paths")
     return [(path.name, _make_path_file(content.file, path, record)) for path in paths]
 
 

@@ -262,8 +262,9 @@ def _answer(sample: results.Sample, system: str) -> str:
     if 0 < outcome.correct < 1:
         grade = f"graded {plain(outcome.correct, 2)}"
     if outcome.answer is None:
-        right_or_wrong = "right" if outcome.correct >= 1 else "wrong"
-        return grade or right_or_wrong
+        if grade:
+            return grade
+        return "right" if outcome.correct >= 1 else "wrong"
     text = outcome.answer
     if isinstance(text, int):
         text = sample.choices[text]

@@ -59,8 +59,8 @@ def search_paths(
         model: A name or a `ModelConfig` (loaded here, or by the workers of Ray), what `load`
             returns, a `RoutedModel`, or a causal language model of transformers.
         examples: One of: names of tasks, or a file; a list of tasks; a list of their examples; a
-            list of rows (dicts with the fields of a `.jsonl` file), all of which are searched
-            whatever their split; what `collect_questions` returned. None for the tasks that
+            list of rows (dicts with the fields of a `.jsonl` file), which are all searched,
+            whichever split they are in; what `collect_questions` returned. None for the tasks that
             `config.dataset` names.
         config: The settings; `config.output_dir` is for the command line and isn't read here.
         output_dir: Folder that gets the files; None writes none.
@@ -369,7 +369,7 @@ class SearchProgress:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether every question failed so far, and so many that all will."""
+        """Whether every question failed so far, and enough did to give up."""
         enough = min(HOPELESS, self.num_questions)
         return self.num_failed == self.num_done >= enough
 

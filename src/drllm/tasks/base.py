@@ -158,8 +158,8 @@ class Task(ABC):
         """Return the reward to use; a TaskError if none fits.
 
         Args:
-            reward: A name, or a comma list, of which the first that fits is used (`letter,boxed`
-                for tasks with options and problems). None for the task's default.
+            reward: A name, or a comma list whose first fitting name is used (`letter,boxed` for
+                tasks with options and problems). None for the task's default.
         """
         if not self.rewards:
             raise TaskError(

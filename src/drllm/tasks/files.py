@@ -119,8 +119,8 @@ def with_columns(names: str, columns: str) -> str:
         names_with_columns.append(name)
     if not has_source:
         raise ConfigError(
-            f"--columns {columns} has no effect on {names or 'no task'}, which is no file and no "
-            f"data set of the hub; leave it out"
+            f"--columns {columns} has no effect on {names or 'no task'}, which is neither a "
+            f"file nor a data set of the hub; leave it out"
         )
     return ",".join(names_with_columns)
 

@@ -78,7 +78,7 @@ def _check_depth(record: SupervisionRecord, num_layers: int) -> None:
 
 
 def are_too_many(num_rejected: int, total: int) -> bool:
-    """Tell whether so many targets are set aside that they must belong to another model.
+    """Tell whether the targets must belong to another model, since too many are set aside.
 
     Example:
         >>> are_too_many(1, 2), are_too_many(1, 1), are_too_many(40, 400), are_too_many(41, 400)

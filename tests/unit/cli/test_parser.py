@@ -94,7 +94,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest_and_not_with_all():
 
 @pytest.mark.parametrize("name", ["limits", "splits", "fitted-on"])
 def test_a_setting_by_task_is_no_flag_and_the_answer_says_where_it_goes(name: str, file: Path):
-    with pytest.raises(ConfigError, match=rf"^--{name} is no flag; write it into a YAML file"):
+    with pytest.raises(ConfigError, match=rf"^--{name} isn't a flag; write it into a YAML file"):
         parsed(f"evaluate --routers r --{name} gsm8k=3")
     value = {"limits": 30, "splits": "select", "fitted-on": "arc_easy"}[name]
     file.write_text(f"{name}: {{gsm8k: {value}}}\n")

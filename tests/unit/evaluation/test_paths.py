@@ -280,7 +280,7 @@ def test_paths_that_cannot_be_systems_are_refused(base, tmp_path):
         f"{file}:4.0": "unknown path '4.0'; did you mean '4.00'",
         f"{file},{file}:4.00": "'4.00' is there twice",
         str(other): "num_layers 7 .this model has 6",
-        str(full): "no path but the full one",
+        str(full): "has only the full path",
     }.items():
         with pytest.raises(PathError, match=said):
             run(base, tmp_path / "eval", paths)

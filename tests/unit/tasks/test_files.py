@@ -306,7 +306,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, rows, message):
         (b"\n\n", "is empty"),
         (b'{"question": "W', "line 1: "),
         (b'"text"\n', "line 1: expected `object`"),
-        (b'{"question": NaN}', "line 1: NaN is no number"),
+        (b'{"question": NaN}', "line 1: NaN isn't a number"),
         (b'\n [{"question": "Why?"}]\n', "is one JSON list; write each of its objects on a line"),
         (b'[\n  {"question": "Why?"}\n]\n', "is one JSON list"),
     ],

@@ -115,7 +115,7 @@ def measure_confidences(
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which prompts with these confidences run so many executions on average.
+    """Find the threshold at which prompts with these confidences reach the mean executions.
 
     `confidences` are those of `measure_confidences`, `[N, L − 1]`.
     """

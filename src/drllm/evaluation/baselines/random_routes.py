@@ -86,8 +86,8 @@ class LabelFrequency(base.Baseline):
         note = ""
         if abs(expected - executions) > TOLERANCE:
             note = (
-                f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
-                f"{expected:.2f} where the routed model has {executions:.2f}"
+                f"not at equal executions: the nearest mean that tilted labels give is "
+                f"{expected:.2f}, and the routed model has {executions:.2f}"
             )
         return base.BaselineRun(draw_decisions(frequencies, len(routes), generator), note)
 

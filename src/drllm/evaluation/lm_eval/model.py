@@ -165,7 +165,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:
                 raise ConfigError(
-                    f"{name}={arg_dict[name]} is no model argument; give --{name} {arg_dict[name]}"
+                    f"{name}={arg_dict[name]} isn't a model argument; give "
+                    f"--{name} {arg_dict[name]}"
                 )
         if "pretrained" not in arg_dict:
             raise ConfigError(
@@ -379,7 +380,7 @@ def _check_windows(
         return
     if routers is None:
         raise ConfigError(
-            f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no "
+            f"num_windows={num_windows} needs routers, and pretrained={pretrained} isn't a "
             f"folder of routers{_missing_folder(pretrained)}; give their folder, or leave "
             f"num_windows out"
         )
@@ -404,7 +405,7 @@ def _resolve_source(
         return _Source(routers, pretrained.name)
     if base is not None:
         raise ConfigError(
-            f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
+            f"base={base} has no effect: pretrained={pretrained} isn't a folder of routers"
             f"{_missing_folder(pretrained)}; give the base as pretrained and the routers as "
             f"routers="
         )

@@ -273,8 +273,10 @@ class RequestScorer:
         all_packed = bool(order) and can_pack(model, lengths[order[0]])
         num_rows = []
         for question in questions:
-            is_packed = all_packed or can_pack(model, question.length)
-            num_rows.append(1 if is_packed else len(question.split()))
+            if all_packed or can_pack(model, question.length):
+                num_rows.append(1)
+            else:
+                num_rows.append(len(question.split()))
         batcher = MemoryBatcher(model)
         while order:
             if isinstance(self.batch_size, int):

@@ -1,4 +1,4 @@
-"""Explains why a place holds no routers, without loading torch."""
+"""Check that a folder may hold routers, and explain why one doesn't. Doesn't import torch."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def check_place(place: Path) -> None:
-    """Raise CheckpointError for a place that is no folder of routers and no hub id either.
+    """Raise CheckpointError for a place that is neither a folder of routers nor a hub id.
 
     Whether a hub id exists is known only when the routers are fetched.
     """

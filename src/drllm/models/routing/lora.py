@@ -294,7 +294,7 @@ class LoraAdapters:
         """Refuse a name that can't be used, and a model with PEFT layers of its own."""
         need("heal", "a healed path")
         if not name:
-            raise RoutingError("an adapter can't be called '', which is no name")
+            raise RoutingError("an adapter can't be called ''; give it a name")
         if name in self._configs:
             raise RoutingError(
                 f"an adapter can't be called {name!r}, which is in the model already"

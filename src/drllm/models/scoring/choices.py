@@ -235,7 +235,10 @@ class ChoiceBatch:
         packed = self._rows.packed
         num_logits = []
         for own, after in zip(packed.num_own, packed.num_after, strict=True):
-            num_logits.append(after + own if kl else after)
+            if kl:
+                num_logits.append(own + after)
+            else:
+                num_logits.append(after)
         return PathSize(packed.mask.shape[-1], 1 + max(num_logits))
 
     def _score_rows(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:

@@ -155,13 +155,15 @@ class TreeSearch(PathSearch):
         return child
 
     def _edits_to_draw(self, node: Node) -> list[Action]:
-        """Return a node's untried edits; for a right path its skips alone, while any are left."""
+        """Return a node's untried edits; if its path is right, only skips while any are left."""
         trial = self.trials.get(node.decisions)
         is_right = trial is not None and trial.reward >= 1
         if not is_right:
             return node.untried
         skips = [action for action in node.untried if action.decision == Decision.SKIP]
-        return skips or node.untried
+        if not skips:
+            return node.untried
+        return skips
 
     def _promise(self, action: Action) -> float:
         """Estimate what an edit adds to the score, from the paths that made the same changes.
