@@ -1,8 +1,9 @@
-"""Answer many prompts: route all of them first, then decode those with equal plans together.
+"""Answer many prompts in batches, for `drllm.generate_many` and the command line.
 
-Decoding a batch takes as long as reading the weights, so skipping a layer saves time only if every
-row of the batch skips it. Each prompt passes the model twice, once to be routed and once to be
-answered: to keep K and V of the first pass would take memory for all prompts at once.
+All prompts are routed first. Then prompts with equal plans are decoded together: decoding takes as
+long as reading the weights, so skipping a layer saves time only if every row of the batch skips it.
+Each prompt passes through the model twice, once to be routed and once to be answered. To keep K and
+V of the first pass would take memory for all prompts at once.
 """
 
 from __future__ import annotations
@@ -78,21 +79,21 @@ def generate_many(
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> list[GeneratedAnswer]:
-    """Answer many prompts, those with equal plans together.
+    """Answer many prompts, and decode prompts with equal plans together.
 
-    All prompts are routed first, and then put into batches so that as few layers as possible are
-    run. They aren't routed first if they fit in one batch, or if the policy doesn't read them.
+    All prompts are routed first, and then put into batches that run as few layers as possible.
+    Nothing is routed first if the prompts fit in one batch, or if the policy doesn't read them.
 
-    In float32 a greedy answer, or one of beam search, is what `routed.generate` gives for the
-    prompt alone. Samples come from torch's generator and depend on the batches: the same seed,
-    prompts and `batch_size` give the same answers.
+    In float32 the answers of greedy decoding and beam search equal those that `routed.generate`
+    gives for each prompt alone. Samples come from torch's generator and depend on the batches: the
+    same seed, prompts and `batch_size` give the same answers.
 
     Args:
         routed: The model, made with its tokenizer. Its current policy decides.
         prompts: Texts, or conversations as lists of messages. An iterator is read to its end.
         batch_size: Maximum prompts in a batch.
         max_new_tokens: Maximum tokens of an answer.
-        chat: Put texts into the user's turn of the tokenizer's chat template, where it has one.
+        chat: Put texts into the user's turn of the tokenizer's chat template, if it has one.
         route_first: False skips the first pass and batches prompts of similar length. This is
             faster if answers are short or a prefill is expensive (on a CPU).
         do_sample: Sample tokens instead of taking the likeliest.
@@ -180,7 +181,7 @@ def _generate_batch(
 ) -> tuple[list[list[int]], list[Decisions]]:
     """Answer one batch; return the answers' tokens and each prompt's route.
 
-    The answers of a prompt are neighbours.
+    The several answers of a prompt stand next to one another.
     """
     ids, mask = left_padded(rows, routed.model.device)
     # Older transformers apply the repetition penalty to padding too. So the padding repeats the
@@ -202,7 +203,7 @@ def _generate_batch(
 
 
 def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Return an answer up to its first end token, without what fills up a short answer."""
+    """Return an answer up to its first end token, without the padding after it."""
     for length, token in enumerate(tokens, start=1):
         if token in ends:
             return tokens[:length]
@@ -212,7 +213,7 @@ def _cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 def prompt_tokens(
     routed: RoutedModel, prompt: Prompt, *, chat: bool, max_new_tokens: int
 ) -> list[int]:
-    """Return the tokens of a prompt, after checking that the context holds it and its answer."""
+    """Return the tokens of a prompt. Refuse it if it and its answer don't fit the context."""
     if routed.tokenizer is None:
         raise ConfigError("prompts are texts; give RoutedModel its tokenizer")
     if not prompt and not isinstance(prompt, str):
@@ -233,7 +234,7 @@ def prompt_tokens(
 class _Batch:
     """Prompts that are answered together, and the policy that decides for them."""
 
-    places: list[int]  # of the prompts in the list of all prompts
+    places: list[int]  # the prompts' indices in the list of all prompts
     policy: Policy
 
 
@@ -244,7 +245,7 @@ def _make_batches(
     allows_padding: bool,
     route_first: bool,
 ) -> Iterator[_Batch]:
-    """Yield the batches. Without padding, all prompts of a batch have the same length."""
+    """Yield the batches. If padding isn't allowed, a batch has prompts of one length."""
     plans = _find_plans(routed, rows, batch_size, route_first)
     by_length: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
@@ -281,10 +282,11 @@ def _find_plans(
 def _split_by_plan(
     places: Sequence[int], plans: Sequence[Decisions], batch_size: int
 ) -> Iterator[list[int]]:
-    """Split a list of prompts into batches so that the fewest executions are run.
+    """Split a list of prompts into batches that run the fewest layers in total.
 
-    A batch runs a layer as often as the row that runs it most. Among splits of equal cost, the one
-    with the fewest batches of mixed plans wins. Prompts of one plan must be neighbours.
+    A batch runs a layer as often as the row that runs it most. Among splits of equal cost, the
+    split with the fewest batches of mixed plans wins. Prompts with equal plans must stand next to
+    one another in the list.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
     """

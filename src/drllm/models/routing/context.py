@@ -1,9 +1,10 @@
-"""Values that hold inside a `with` block or a forward pass, in one thread alone.
+"""Values that only one thread sees, inside a `with` block or a forward pass.
 
-`routed.using(...)` and `routed.fixed(...)` set an `Override`; the pass that is running is a
-`ThreadValue`. Both are kept in context variables, which `torch.compile` can't trace. So each also
-has a plain attribute, `in_use`, which a compiled graph guards: while it is False, nothing is looked
-up. A model compiles without graph breaks outside of such blocks, and with graph breaks inside.
+`routed.using(...)` and `routed.fixed(...)` set an `Override`. The running pass is a `ThreadValue`.
+Both classes keep their values in context variables, which `torch.compile` can't trace. So both also
+have a plain attribute, `in_use`, which a compiled graph guards. While `in_use` is False, no context
+variable is read. A model compiles without graph breaks outside of these blocks, and with graph
+breaks inside.
 """
 
 import threading
@@ -21,11 +22,11 @@ _count_lock = threading.Lock()
 
 
 class _UseCount:
-    """Counts how many values are set now, by all owners in all threads."""
+    """Counts the values that are set now, over all owners and threads."""
 
     def __init__(self) -> None:
         self._num_set = 0
-        self.in_use = False  # whether any value is set: the plain attribute that a graph guards
+        self.in_use = False  # whether any value is set; a graph guards this attribute
 
     def _count(self, change: int) -> None:
         with _count_lock:
@@ -38,7 +39,7 @@ class Override(_UseCount, Generic[Value]):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        # Pairs of an owner's id and its value, the innermost block first.
+        # Pairs (id of the owner, value), the innermost block first.
         self._blocks: ContextVar[tuple[tuple[int, Value], ...]] = ContextVar(name, default=())
 
     @contextmanager
@@ -62,15 +63,16 @@ class Override(_UseCount, Generic[Value]):
         return None
 
 
-# The values of this thread, by the id of their `ThreadValue`.
+# This thread's values, by the id of their `ThreadValue`.
 _thread_values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
 
 
 class ThreadValue(_UseCount, Generic[Value]):
-    """A value that each thread has for itself, from `begin` to `end`. The object can be pickled.
+    """A value of each thread, set by `begin` and dropped by `end`. The object can be pickled.
 
-    A value that is set while torch traces is kept in a plain attribute, since one thread alone
-    traces. A value that was set before the trace is looked up in the thread, also by traced code.
+    If torch is tracing when the value is set, a plain attribute keeps the value, since only one
+    thread traces at a time. A value from before the trace is looked up in the thread, by traced
+    code too.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,7 @@ class ThreadValue(_UseCount, Generic[Value]):
         return value
 
     def begin(self, value: Value) -> None:
-        """Set the value. One that is still set is dropped."""
+        """Set the value. An earlier value that is still set is dropped."""
         self.end()
         if torch.compiler.is_compiling():
             self._traced = value

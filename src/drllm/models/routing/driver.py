@@ -1,7 +1,8 @@
-"""The drivers of a routed model: what happens at each layer of a forward pass.
+"""The drivers of a routed model, which run the layers of each forward pass.
 
-`RoutingDriver` asks the policy for decisions once, pins them, runs each layer on the rows that
-execute it, and records the route. `PathPass` runs a static path, whose layers may be in any order.
+A model has one `RoutingDriver`, which starts a `RoutedPass` for each forward pass. The pass asks
+the policy for decisions once, pins them, runs each layer on the rows that execute it, and records
+the route. `PathPass` runs a static path, whose layers may be in any order.
 
 Axes: B rows, T tokens, D hidden, K keys, L layers.
 """
@@ -34,8 +35,8 @@ RowDecisions: TypeAlias = tuple[int, ...]
 class GenerateCall(NamedTuple):
     """One call of `generate`."""
 
-    copies: int  # neighbouring rows that belong to one prompt: its beams, or its answers
-    decisions: dict[int, RowDecisions]  # pinned by layer, where there is no cache to pin them in
+    copies: int  # number of neighbouring rows with the same prompt: its beams or its answers
+    decisions: dict[int, RowDecisions]  # by layer; empty if a cache holds them
 
 
 _policy: Override[Policy] = Override("policy")
@@ -47,9 +48,9 @@ _generate: Override[GenerateCall] = Override("generate call")
 class RoutingDriver(Driver):
     """Runs the plan of every row, layer by layer.
 
-    The policy decides once, when a row's prompt passes. All later tokens follow these decisions:
-    they are pinned in the cache, or in the `generate` call if there is no cache. A layer isn't
-    computed for the rows that skip it.
+    The policy decides once, when a row's prompt passes through the model. The decisions are then
+    pinned in the cache, or in the `generate` call if there is no cache, and all later tokens follow
+    them. A layer isn't computed for the rows that skip it.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -60,13 +61,13 @@ class RoutingDriver(Driver):
 
     @property
     def last_route(self) -> list[RowDecisions]:
-        """The route of this thread's last prompts, `[L]`; if it ran none, of any thread's."""
+        """The route of this thread's last prompts, `[L]`; of any thread's if this one ran none."""
         if self._last_traced:
             return self._last_traced
         return self._last_by_thread.get(threading.get_ident()) or self._last_of_all
 
     def set_last_route(self, route: list[RowDecisions]) -> None:
-        """Make a route the last one of this thread."""
+        """Set the last route of this thread."""
         if torch.compiler.is_compiling():  # a graph can't tell threads apart
             self._last_traced = route
             return
@@ -116,18 +117,19 @@ class RoutedPass(Driver):
 
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
-        # Not `forward` itself, which holds this pass: only the garbage collector frees a cycle.
+        # `forward` isn't kept: it holds this pass, and only the garbage collector frees a cycle.
         self.attention_mask = forward.attention_mask
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
         self.copies = 1 if self.generate is None else self.generate.copies
-        # The decisions that were made in this pass, `[L]` at its end; empty where they were pinned.
+        # The decisions made in this pass, `[L]` at its end; empty if they were pinned earlier.
         self.route: list[RowDecisions] = []
         self._readable: Tensor | None = None
-        # Whether every row has a real token: a scalar on the device, until `_to_numbers` reads it.
+        # Whether every row has a real token: a scalar on the device. None if the policy doesn't
+        # read the prompt, and once the scalar was checked.
         self._has_prompts: Tensor | None = None
         self._spans: dict[tuple[int, torch.device], Spans] = {}
-        # The decisions by layer, if the policy doesn't read the prompt and made them all at once.
+        # The decisions by layer of a policy that doesn't read the prompt, made all at once.
         self._by_layer: dict[int, RowDecisions] = {}
         self._has_begun = False
         self._static_pass: PathPass | None = None
@@ -164,7 +166,7 @@ class RoutedPass(Driver):
         return self.policy.path.adapter if isinstance(self.policy, PathPolicy) else ""
 
     def end(self) -> None:
-        """Keep the route if this pass decided one."""
+        """Record the route if decisions were made in this pass."""
         if self.route:
             self.driver.set_last_route(self.route)
         if self._static_pass is not None:
@@ -191,7 +193,7 @@ class RoutedPass(Driver):
         return PathPass(path)
 
     def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> RowDecisions | None:
-        """Return the decisions that were made for a layer before; None if there are none."""
+        """Return the decisions that a layer has already; None if the policy has yet to decide."""
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
             return self.route[layer]
         if entry is not None:
@@ -201,9 +203,9 @@ class RoutedPass(Driver):
     def _decide(self, call: LayerCall, hidden: Tensor) -> RowDecisions:
         """Ask the policy for the decisions of all rows at a layer, and add them to the route.
 
-        A policy that doesn't read the prompt decides for all layers at once. Between two layers the
-        same code takes several times as long, since matrix products evict it from the processor's
-        caches.
+        A policy that doesn't read the prompt decides for all layers at once. To ask it between two
+        layers would take several times as long, since matrix products evict its code from the
+        processor's caches.
         """
         if self._readable is None:
             self._prepare(call, hidden)
@@ -216,7 +218,10 @@ class RoutedPass(Driver):
         return decisions
 
     def _prepare(self, call: LayerCall, hidden: Tensor) -> None:
-        """Find the tokens that the policy may read; ask one that reads none for all layers."""
+        """Find the tokens that the policy may read.
+
+        A policy that doesn't read the prompt is asked for its decisions at all layers.
+        """
         if self.policy.reads_prompt:
             readable = _readable_tokens(self.driver, self.attention_mask, hidden)
             self._readable = readable[:: self.copies]
@@ -260,11 +265,11 @@ class RoutedPass(Driver):
     def _to_numbers(self, decisions: Tensor | Sequence[int]) -> Sequence[int]:
         """Return a layer's decisions as numbers. At the first layer, refuse rows without a prompt.
 
-        Both are read from the device in one transfer, if the decisions are there too.
+        Decisions on the device are transferred together with the result of this check.
         """
         has_prompts = self._has_prompts
         self._has_prompts = None
-        if has_prompts is None:  # checked already
+        if has_prompts is None:  # there is nothing to check
             return decisions.tolist() if isinstance(decisions, Tensor) else decisions
         if isinstance(decisions, Tensor) and decisions.dim() == 1:
             values = torch.cat([decisions, has_prompts.to(decisions)[None]]).tolist()
@@ -301,7 +306,7 @@ class RoutedPass(Driver):
 
 
 def _pinned_entry(cache: Cache) -> RoutedCacheLayer | None:
-    """Return the entry of the first layer if decisions are pinned in it."""
+    """Return the entry of the first layer if decisions are pinned in it, else None."""
     first = cache.layers[0] if cache.layers else None
     if isinstance(first, RoutedCacheLayer) and first.decisions is not None:
         return first
@@ -319,7 +324,7 @@ def _run_rows(call: LayerCall, hidden: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor:
-    """Mark the tokens of this pass that the policy may read, `[B, T]` bool."""
+    """Return which tokens of this pass the policy may read, `[B, T]` bool."""
     B = hidden.shape[0]
     readable = _readable.get(driver)
     if readable is None:
@@ -339,7 +344,7 @@ def _readable_tokens(driver: RoutingDriver, mask: Any, hidden: Tensor) -> Tensor
 
 
 def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
-    """Mark the tokens that aren't padding, read from the attention mask, `[B, T]` bool."""
+    """Return which tokens aren't padding, according to the attention mask, `[B, T]` bool."""
     B, T = hidden.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=hidden.device)
@@ -350,9 +355,9 @@ def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
         )
     if mask.dim() == 2:
         return mask[:, -T:].bool()
-    # A real token sees itself, whatever window the layer has, and nothing after it. A padded token
-    # sees nothing, or all keys where that keeps the softmax finite. A static cache has K > T, and
-    # its keys after T aren't filled yet.
+    # A real token sees itself, whatever window the layer has, and nothing after it. Padding sees
+    # nothing, or all keys if the softmax must stay finite. With a static cache K > T, and the keys
+    # after T aren't filled yet.
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
     itself = seen[:, :, :T].diagonal(dim1=1, dim2=2)
     return itself & ~seen.triu(1).any(dim=2)
@@ -361,16 +366,17 @@ def _real_tokens(mask: Any, hidden: Tensor) -> Tensor:
 class PathPass(Driver):
     """One forward pass along a static path, the same for all rows.
 
-    The model's loop calls its layers in order. A step of the path runs as soon as the loop has
-    called the step's layer, with the arguments of that call, and the steps before it have run. So
-    if the path repeats a block of layers, the block runs again when its last layer is called.
-    Masks and positions are those that the base model makes for each layer, so nothing depends on
-    the config. With a cache, each execution has its own pass in the layer's entry.
+    The model's loop calls the layers in order, but the path may run them in another order. A step
+    of the path runs as soon as the steps before it have run and the loop has called its layer. The
+    step gets the arguments of that call. So if the path repeats a block of layers, the block runs
+    again when the loop calls its last layer. Each layer gets the masks and positions that the base
+    model makes for it, so nothing depends on the config. With a cache, each execution of a layer
+    has its own pass in the layer's entry.
     """
 
     def __init__(self, path: StaticPath) -> None:
         self.path = path
-        self._left = list(reversed(path.layers))  # the next layer to run stands last
+        self._left = list(reversed(path.layers))  # layers still to run, the next one last
         self._calls: list[LayerCall] = []
         self._entries: list[RoutedCacheLayer | None] = []
         self._num_run: Counter[int] = Counter()  # executions so far, by layer
@@ -424,7 +430,7 @@ class PathPass(Driver):
 
 
 def check_rows(decisions: Sequence[int], hidden: Tensor) -> None:
-    """Refuse a batch of another size than the one that decisions were pinned for."""
+    """Refuse a batch that has more or fewer rows than the pinned decisions."""
     if len(decisions) != hidden.shape[0]:
         raise RoutingError(
             f"decisions for {len(decisions)} rows are pinned, but the batch has "

@@ -1,6 +1,6 @@
-"""The override of `generate`: tells routing where prompts end and which rows are copies.
+"""The override of `generate`. It tells routing where prompts end and which rows are copies.
 
-The decoding itself is the model's own.
+The model's own `generate` then does the decoding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,12 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
 @dataclass(eq=False)
 class GenerateHandle:
-    """The override of a model's `generate`; a plain object, so that models copy and pickle.
+    """The override of a model's `generate`.
 
-    Without it, `generate` without a cache would decide again at every step, the beams of a prompt
-    could get different decisions, and routers would read a draft's tokens as part of the prompt.
+    Without the override, three things would go wrong. Without a cache, `generate` would decide
+    again at every step. The beams of a prompt could get different decisions. Routers would read a
+    draft's tokens as part of the prompt. The override is a plain object, so that a model with it
+    can be copied and pickled.
     """
 
     model: Any
@@ -72,9 +74,10 @@ def take_off_overrides(model: Any) -> dict[str, Any]:
 def make_option_lookup(
     model: Any, options: Mapping[str, Any], args: Sequence[Any] = ()
 ) -> Callable[[str], Any]:
-    """Return a function that looks up an option of a call of `generate`; None if it isn't set.
+    """Return a function that looks up an option of a `generate` call by name.
 
-    Keyword arguments come first, then the generation config of the call, then the model's.
+    Keyword arguments come first, then the call's generation config, then the model's. The function
+    returns None for an option that isn't set.
     """
     config = options.get("generation_config")
     if "generation_config" not in options and len(args) > 1:
@@ -92,7 +95,7 @@ def make_option_lookup(
 
 
 def _refuse_options(option: Callable[[str], Any], reads_prompt: bool) -> None:
-    """Refuse options of `generate` that would make decisions wrong."""
+    """Refuse options of `generate` under which decisions would be wrong."""
     early_exit = option("assistant_early_exit")
     if early_exit is not None:
         raise RoutingError(

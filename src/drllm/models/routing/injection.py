@@ -1,8 +1,9 @@
-"""How routing gets into an unmodified model: one forward override per layer, one pair of hooks.
+"""Puts routing into an unmodified model: overrides of forwards, and a pair of hooks.
 
-`Injection` puts the overrides on and takes them off. A `Driver` decides what runs *at* a layer. It
-gets a `LayerCall`, which has the layer's arguments and runs the layer on some of the rows. No
-modelling code is copied and no state-dict key changes (docs/decisions/0002-injection-not-forks.md).
+`Injection` overrides the forward of the decoder and of each layer, and takes the overrides off. A
+`Driver` decides what runs *at* a layer. It gets a `LayerCall`, which has the layer's arguments and
+runs the layer on some of the rows. No modelling code is copied and no state-dict key changes
+(docs/decisions/0002-injection-not-forks.md).
 
 Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary.
 """
@@ -29,7 +30,8 @@ from drllm.models.routing.lora import LoraAdapters, LoraWeights
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 
 ROTARY = ("position_embeddings", "position_embeddings_global", "position_embeddings_local")
-"""Cosines and sines: `[B, T, E]`, or a table `[K, E]` that the layer looks positions up in."""
+"""Names of the arguments with cosines and sines: `[B, T, E]`, or a table `[K, E]` in which the
+layer looks up positions."""
 
 BATCH_AXES: dict[str, int | None] = {
     "attention_mask": 0,
@@ -37,8 +39,8 @@ BATCH_AXES: dict[str, int | None] = {
     "position_ids": -2,
     "cache_position": None,
 }
-"""Batch axis of each tensor argument of a layer; None for a tensor without one. An argument that
-isn't listed is refused. Its shape doesn't tell, since T may equal B."""
+"""Batch axis of each tensor argument of a layer; None for a tensor without a batch axis. Other
+tensor arguments are refused. Their shapes don't show the batch axis, since T may equal B."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names of a layer's cache in all versions of transformers, to notice a cache of another class."""
@@ -51,7 +53,7 @@ class Driver:
     """Runs the layers of a forward pass. This class runs each layer once, as the model does."""
 
     def begin(self, forward: Forward) -> Driver:
-        """Return the driver of a new forward pass. Called before its first layer."""
+        """Return the driver of a new forward pass. It is called before the first layer."""
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Driver:
         return call.run(hidden)
 
     def compiles(self, cache: Cache | None) -> bool:
-        """Say whether a pass can be compiled: its plan is known before it starts."""
+        """Say whether a pass can be compiled, that is, its plan is known before it starts."""
         return True
 
     def adapter(self, cache: Cache | None) -> str:
@@ -79,12 +81,12 @@ class Forward:
     attention_mask: Any
     rejected: tuple[str, ...]  # names of requested outputs that routing can't return
     driver: Driver = field(init=False)
-    # A cache with pinned decisions, which say which layers run as without routing.
+    # The cache, if decisions are pinned in it and layers may run without the driver; else None.
     pinned: Cache | None = None
     visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
-    # The whole argument and its part, by the argument's name and the part. A part is cut once a
-    # pass; so is an index.
+    # The whole argument and its part, by the argument's name and the part; each is cut once a pass.
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
+    # The numbers of rows as a tensor, by the rows and the device.
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
@@ -100,8 +102,8 @@ _driver: Override[Driver] = Override("driver")
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A probe with one token shows what the layers return and how the loop uses it. Each later pass
-    must call the layers in order.
+    A probe with one token shows what the layers return and how the loop uses their outputs. Each
+    later pass must call the layers in order.
 
     Args:
         model: The model.
@@ -138,7 +140,7 @@ class Injection:
         return None
 
     def install(self) -> None:
-        """Put the overrides and hooks on, also again after `remove`."""
+        """Put the overrides and hooks on the model. This also works after `remove`."""
         self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         self.decoder_handle = DecoderHandle(self)
         for handle in self.handles:
@@ -194,9 +196,10 @@ class Injection:
 
     @cached_property
     def can_drop_tokens(self) -> bool:
-        """Whether the last layer may return fewer tokens than it was given; tested with two.
+        """Whether the last layer may return fewer tokens than it was given.
 
-        Some loops reshape what the last layer returns to the shape of the input.
+        A pass of two tokens shows this. Some loops reshape the last layer's output to the shape of
+        the input, and would fail.
         """
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.driven_by(_DropToken()):
@@ -221,7 +224,10 @@ class Injection:
         self.current.begin(forward)
 
     def _check_handle(self, handle: LayerHandle) -> None:
-        """Refuse a layer that lost its override; let a recomputed layer find its pass again."""
+        """Refuse a layer that lost its override. Wrap the layer's checkpointing function.
+
+        The wrapped function lets a recomputed layer find its pass again.
+        """
         if not handle.is_on_top and handle not in _find_overrides(handle.module):
             raise RoutingError(
                 f"the routing of {handle.place} was taken off the model by other code; "
@@ -265,7 +271,10 @@ class _DropToken(Driver):
 
 
 class ForwardOverride:
-    """Replaces the forward of one module; a plain object, so that models copy and pickle."""
+    """Replaces the forward of one module.
+
+    An override is a plain object, so that a model with it can be copied and pickled.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -285,11 +294,11 @@ class ForwardOverride:
 
     @property
     def is_on_top(self) -> bool:
-        """Whether ours is the outermost override of the module."""
+        """Whether this is the outermost override of the module."""
         return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
 
     def put_on(self) -> None:
-        """Put the override on, also again after `take_off`."""
+        """Put the override on the module. This also works after `take_off`."""
         self.module.forward = self.forward
 
     def take_off(self) -> None:
@@ -303,9 +312,11 @@ class ForwardOverride:
 class DecoderHandle(ForwardOverride):
     """The override of the decoder's forward, which keeps some passes from being compiled.
 
-    These run uncompiled: passes under routers, since every route would need a graph of its own
-    until torch gives up; the pass that makes a cache's entries; and all passes of a model with
-    adapters, which are switched for each pass. Other passes compile.
+    Three kinds of passes run uncompiled:
+
+    - passes under routers: every route would need a graph of its own, until torch gives up;
+    - the pass that makes a cache's entries;
+    - all passes of a model with adapters, since the adapters are switched for each pass.
     """
 
     place = "the decoder"
@@ -315,7 +326,7 @@ class DecoderHandle(ForwardOverride):
         self.injection = injection
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Replace the decoder's own forward."""
+        """Run one pass of the decoder, uncompiled where necessary."""
         if self.injection.lora.names:
             return _uncompiled(self._run_switched, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -324,7 +335,8 @@ class DecoderHandle(ForwardOverride):
                 return _uncompiled(self.original(), *args, **kwargs)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        # Not through `original`: after a graph break torch would mistake its method for this one.
+        # Not through `original`: after a graph break, torch would mistake the method that it
+        # returns for this method.
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _run_switched(self, *args: Any, **kwargs: Any) -> Any:
@@ -365,7 +377,7 @@ class LayerHandle(ForwardOverride):
         self.positional = tuple(names[1:])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Replace the layer's own forward."""
+        """Let the driver of the pass run the layer."""
         forward = self.injection.current.get()
         if forward is None:  # the layer is called by itself, outside of a pass
             return self.original()(hidden_states, *args, **kwargs)
@@ -382,8 +394,8 @@ class LayerHandle(ForwardOverride):
         output = forward.driver.layer(call, hidden_states)
         if not self.injection.returns_tuple:
             return output
-        # A layer's other outputs belong to one run of all rows. They are returned only if they were
-        # requested and the driver allowed it.
+        # A layer's other outputs are right only if all rows ran the layer once. So they are
+        # returned only if they were requested and the driver allowed them.
         extras = call.extras if forward.rejected else ()
         return (output, *extras)
 
@@ -408,7 +420,7 @@ class LayerCall:
         self.num_layers = handle.injection.num_layers
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward  # the pass that this call belongs to
-        self.extras: tuple[Any, ...] = ()  # returned besides hidden states when it last ran
+        self.extras: tuple[Any, ...] = ()  # other outputs of the layer's last run
         self.cache = _find_cache(args, kwargs)
         if self.cache is None:
             for name in CACHE_NAMES:
@@ -484,7 +496,7 @@ class LayerCall:
         if axis is None or (name in ROTARY and tensor.dim() == 2):
             return tensor
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
-            # Some models check the mask's number of rows, and here there are several copies of one.
+            # Some models check the mask's number of rows, and here several copies of one row run.
             if name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4:
                 return tensor.expand(len(rows), -1, -1, -1)
             return tensor
@@ -499,12 +511,12 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class RoutedRecomputation:
-    """A layer's checkpointing function that recomputes it within the pass it belongs to.
+    """Wraps a layer's checkpointing function, so that the layer is recomputed within its own pass.
 
     A backward pass calls a checkpointed layer again, after the forward pass is over and perhaps in
-    another thread. Up to transformers 5.22 the override is part of what is recomputed, so it has to
-    find its pass again. In later versions the checkpoint is inside the override, and this class
-    changes nothing.
+    another thread. Up to transformers 5.22 the override itself is recomputed, so it has to find its
+    pass again. In later versions the checkpoint is inside the override, and this class changes
+    nothing.
     """
 
     checkpoint: Callable[..., Any]
@@ -515,7 +527,7 @@ class RoutedRecomputation:
         forward = self.current.get()
 
         def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if forward is None or self.current.get() is forward:  # not recomputed yet
+            if forward is None or self.current.get() is forward:  # this isn't a recomputation
                 return function(*inner_args, **inner_kwargs)
             self.current.begin(forward)
             try:
@@ -537,14 +549,14 @@ def _find_overrides(layer: Any) -> list[Any]:
 
 
 def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
-    """Refuse several sequences in one row, since decisions are made for a row."""
+    """Refuse several sequences in one row, since decisions are made for a whole row."""
     is_packed = False
     for name, value in kwargs.items():
         if name.startswith("cu_seq_lens") and value is not None:
             is_packed = True
     positions = kwargs.get("position_ids")
-    # Without a mask, transformers takes positions that start again for a new sequence. A single
-    # position can't start again; to test it would make a decode step wait for the device.
+    # Without a mask, transformers begins a new sequence where the positions restart. A single
+    # position can't restart, and to test it would make a decode step wait for the device.
     if mask is None and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
         restarts = positions.diff(dim=-1) < 0
         if restarts.numel() > 0 and bool(restarts.any()):

@@ -1,8 +1,8 @@
-"""The K/V cache under routing: one pass per execution of a layer, with only the rows that ran.
+"""The K/V cache under routing, which stores K and V only for the rows that ran a layer.
 
 `RoutedCacheLayer` replaces an entry of a `Cache` in place, whether transformers or the user made
-the cache. So lengths, masks, beam reordering and continuation keep working, and the pinned
-decisions travel with the cache.
+the cache. The new entry has one *pass* for each execution of its layer. Lengths, masks, beam
+reordering and continuation keep working, and the pinned decisions travel with the cache.
 
 Axes: B rows, H heads, T tokens, E head size.
 """
@@ -22,22 +22,20 @@ from drllm.models.base.devices import on_device
 from drllm.models.base.layers import is_kv
 from drllm.paths import StaticPath
 
-ROOM = 32  # tokens that K and V have room for whenever they are copied
+ROOM = 32  # number of tokens that K and V get spare room for when they are copied
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """The dynamic entry of transformers with spare room, so that a step copies only its new tokens.
 
-    Where gradients are recorded or a graph is compiled, it copies everything, as its base class.
+    If gradients are recorded or a graph is compiled, all tokens are copied, as in the base class.
     """
 
     keys: Any
     values: Any
-    is_initialized = False  # transformers 4.56 has no such attribute, later ones set it
+    is_initialized = False  # transformers sets this attribute only after 4.56
     _room: list[Tensor] | None = None  # K and V, with space behind them for later tokens
-    _view: Tensor | None = (
-        None  # the keys after the last update; reordering or cropping sets others
-    )
+    _view: Tensor | None = None  # `keys` after the last update; reordering replaces `keys`
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store K and V of new tokens, `[B, H, T, E]`, and return K and V of all tokens."""
@@ -88,17 +86,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The cache entry of one layer: an inner entry per pass, and the pinned decisions.
+    """The cache entry of one layer: the pinned decisions, and an inner entry for each pass.
 
-    Pass k holds K and V of exactly those rows that execute the layer more than k times. A layer
-    that no row runs keeps a *shadow*: an entry of the same class that stores the number 1 for each
-    token, so that the class itself computes lengths and masks. The shadow isn't one of the passes.
-    `pristine` is the empty entry that was in this place. Every pass starts as a copy of it.
+    Pass k holds K and V of exactly the rows that execute the layer more than k times. A layer that
+    no row runs has a *shadow* instead of passes: an entry of the same class that stores the number
+    1 for each token, so that the class itself computes lengths and masks. `pristine` is the empty
+    entry that was in this place of the cache. Every pass starts as a copy of it.
     """
 
     max_batch_size = 0
-    """Fits no batch. Up to 5.0, transformers keeps a static cache for the next `generate`, which
-    must not see the decisions of this one."""
+    """A size that fits no batch. Up to 5.0, transformers keeps a static cache for the next
+    `generate`, which must not see the decisions of this one."""
 
     decisions: tuple[int, ...] | None
     path: StaticPath | None
@@ -108,7 +106,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, pristine: CacheLayerMixin) -> None:
         # No super().__init__(): it would set keys and values that this entry doesn't have.
-        # It is empty, but may have memory for all rows already. Each pass allocates its own.
+        # The empty entry may have memory for all rows already. Each pass allocates its own memory.
         pristine.keys = None
         pristine.values = None
         pristine.is_initialized = False
@@ -116,7 +114,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_sliding = getattr(pristine, "is_sliding", False)
         self.is_croppable = getattr(pristine, "is_croppable", True)
         self.max_cache_len = getattr(pristine, "max_cache_len", 0)
-        # If the inner entries are, the mask code masks the places that they haven't filled yet.
+        # If True, the mask code masks the places that the inner entries haven't filled yet.
         self.is_compileable = getattr(pristine, "is_compileable", False)
         self.reset()
         self._active: CacheLayerMixin | None = None
@@ -146,11 +144,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._active = None
 
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
-        """Count tokens that passed a layer that no row runs.
+        """Count the tokens that passed a layer that no row runs.
 
-        After the prompt they are only added up, and stored when somebody reads the length. The mask
-        code reads the length of few layers, so at all others a skip costs almost nothing. `like` is
-        any tensor of the layer's device and dtype.
+        After the prompt, tokens are only added up; they are stored when somebody reads the length.
+        The mask code reads the lengths of few layers, so to skip any other layer costs almost
+        nothing. `like` is any tensor of the layer's device and dtype.
         """
         assert self.shadow is not None
         # A growing number isn't a constant of a compiled graph, so a graph stores tokens at once.
@@ -161,7 +159,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether decisions were pinned."""
+        """Whether decisions are pinned."""
         return self.decisions is not None
 
     @property
@@ -184,7 +182,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def _sliding_window_tensor(self) -> Any:
-        # transformers yields it with K and V to a caller that iterates over the cache.
+        # transformers yields this tensor with K and V to a caller that iterates over the cache.
         return getattr(self._only_pass(), "_sliding_window_tensor", None)
 
     def __copy__(self) -> "RoutedCacheLayer":
@@ -266,8 +264,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.shadow = None
         self.is_plain = False  # whether all rows run the layer once, as without routing
         self._uncounted = 0
-        # Those of the `Forward`, kept here by the entry of the first layer: the next token's pass
-        # runs the same rows.
+        # The indices of a `Forward`. The entry of the first layer keeps them, since the pass of the
+        # next token runs the same rows.
         self.indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def activate_past_recording(self) -> None:
@@ -293,7 +291,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             entry.offload()
 
     def prefetch(self) -> None:
-        """Move every pass back."""
+        """Move every pass back to the accelerator."""
         for entry in self._entries():
             entry.prefetch()
 
@@ -308,7 +306,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return [*self.passes, self.shadow]
 
     def _representative(self) -> CacheLayerMixin:
-        """Return the running pass, or any entry if none runs: all have the same length."""
+        """Return the running pass; if none runs, any entry, since all have the same length."""
         if self._active is not None:
             return self._active
         entries = self._entries()
@@ -351,7 +349,7 @@ def _read_indices(indices: Tensor) -> list[int]:
 def _indices_of_version(indices: Tensor, version: int) -> list[int]:  # noqa: ARG001
     """Return indices as numbers. All layers of a cache get the same tensor, which is read once.
 
-    The memo's key is the tensor itself and its version, which counts the changes in place.
+    The memo's key is the tensor and its version. Each change in place raises the version.
     """
     return indices.tolist()
 
@@ -359,7 +357,8 @@ def _indices_of_version(indices: Tensor, version: int) -> list[int]:  # noqa: AR
 def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
     """Store the number 1 per token, `[1, 1, T, 1]`, in an entry that only has to know its length.
 
-    Not 0: up to transformers 5.0, the length of a static entry is its number of nonzero keys.
+    The number 0 wouldn't do: up to transformers 5.0, the length of a static entry is its number of
+    nonzero keys.
     """
     # The length is added to a range: `arange(length, …)` would read it and break a compiled graph.
     positions = torch.arange(num_tokens, device=like.device) + entry.get_seq_length()
@@ -369,7 +368,7 @@ def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
 
 
 def find_entry(cache: Cache, index: int) -> Any:
-    """Return a layer's entry. A cache that creates its entries lazily creates it now."""
+    """Return a layer's entry. A cache that creates entries lazily creates this entry now."""
     if isinstance(cache, EncoderDecoderCache):
         raise RoutingError("the cache has a half for an encoder; it can't be routed")
     if getattr(cache, "layer_class_to_replicate", None) is not None:

@@ -29,11 +29,11 @@ _switching = threading.Lock()
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraWeights:
-    """The weights of one adapter. For an input x, a linear map adds `alpha / rank · B A x`."""
+    """The weights of one adapter: a linear map of x gets `alpha / rank · B A x` added to it."""
 
     rank: int  # R
     alpha: float
-    # A `[R, in]` and B `[out, R]` by map, named `LAYER.PLACE` as `find_linear_maps` does.
+    # A `[R, in]` and B `[out, R]` by linear map, whose name is LAYER.PLACE (`find_linear_maps`).
     maps: dict[str, tuple[Tensor, Tensor]]
 
     def layers(self) -> list[int]:
@@ -41,7 +41,7 @@ class LoraWeights:
         return sorted({layer_of_map(name) for name in self.maps})
 
     def num_entries(self, layer: int) -> int:
-        """Return the number of weights in a layer: its multiplications per token."""
+        """Return the adapter's number of weights in a layer, one multiplication per token each."""
         total = 0
         for name, (a, b) in self.maps.items():
             if layer_of_map(name) == layer:
@@ -73,7 +73,7 @@ class LoraAdapters:
         self._base = base_of(model)
         self._configs: dict[str, Any] = {}  # by adapter
         self._places: dict[str, LoraPlace] = {}  # by linear map
-        self._running = ""  # the adapter of the passes that run now; empty if none has one
+        self._running = ""  # the adapter of the passes that run now; empty for none
         self._num_passes = 0
 
     @property
@@ -131,7 +131,7 @@ class LoraAdapters:
     ) -> list[nn.Parameter]:
         """Put a new adapter on all linear maps of some layers, and return its parameters.
 
-        It changes nothing yet: A is random, as PEFT initialises it, and B is zero. The parameters
+        The adapter has no effect yet: A is random, as in PEFT, and B is zero. The parameters
         are float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers
         have no linear maps.
         """
@@ -202,7 +202,7 @@ class LoraAdapters:
             self._places = {}
 
     def install(self) -> None:
-        """Put the LoRA layers into the model, also again after `remove`."""
+        """Put the LoRA layers into the model. This also works after `remove`."""
         for place in self._places.values():
             setattr(place.parent, place.attribute, place.lora)
 
@@ -220,7 +220,7 @@ class LoraAdapters:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Let one adapter run inside the block, which is one pass; an empty name lets none run.
+        """Switch one adapter on inside the block, which is one pass; an empty name is for none.
 
         Raises:
             RoutingError: The model has no such adapter, or another thread runs a pass with a
@@ -262,7 +262,7 @@ class LoraAdapters:
         return {key: place for key, place in self._places.items() if name in place.lora.lora_A}
 
     def _inject(self, name: str, rank: int, alpha: float, changed: Mapping[str, nn.Module]) -> None:
-        """Let PEFT put LoRA layers around maps, and leave everything else as it was."""
+        """Let PEFT put LoRA layers around linear maps, and leave everything else as it was."""
         self._check_new(name)
         from peft import inject_adapter_in_model
 
@@ -325,7 +325,7 @@ class LoraAdapters:
 def _leave_meta(lora: Any, name: str) -> None:
     """Give an adapter memory if its map's weight is offloaded, on the device where the map runs."""
     if lora.lora_A[name].weight.device.type == "meta":
-        hook = getattr(lora.base_layer, "_hf_hook", None)  # of accelerate
+        hook = getattr(lora.base_layer, "_hf_hook", None)  # accelerate's hook
         device = getattr(hook, "execution_device", None)
         device = torch.device("cpu") if device is None else torch.device(device)
         lora.lora_A[name].to_empty(device=device)

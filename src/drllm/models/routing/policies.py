@@ -37,13 +37,13 @@ class PromptView:
 
     Attributes:
         hidden: `[B, T, D]`, the layer's input. Padded positions may hold anything.
-        readable: `[B, T]` bool, the tokens that the policy may read: no padding, and nothing
-            behind the end of the prompt, where the caller said where that is.
+        readable: `[B, T]` bool, the tokens that the policy may read: no padding, and no token
+            after the prompt if the caller gave the prompt's length.
     """
 
     hidden: Tensor
     readable: Tensor
-    # By number of windows and device. All layers of a pass share it.
+    # The places of the windows, by their number and the device; shared by all layers of a pass.
     spans: dict[tuple[int, torch.device], Spans] = field(default_factory=dict)
 
     @property
@@ -52,7 +52,7 @@ class PromptView:
         return int(self.hidden.shape[0])
 
     def windows(self, num_windows: int) -> Windows:
-        """Average each prompt in W windows, in float32."""
+        """Return the means of each prompt in W windows, in float32."""
         from drllm.models.routers.stack import Spans
 
         device = self.hidden.device  # the layers may be on several devices
@@ -73,8 +73,8 @@ class Policy(Protocol):
 
     Attributes:
         reads_prompt: Whether `decide` may read the `PromptView`. A policy that never reads it sets
-            this to False. It is then called for all layers before the first one runs, and it also
-            works where a pass doesn't hold the whole prompt, or where it isn't known which tokens
+            this to False. It is then called for all layers before the first layer runs. It also
+            works if a pass doesn't hold the whole prompt, or if the mask doesn't say which tokens
             are padding.
     """
 
@@ -153,7 +153,7 @@ class PathPolicy(Policy):
 
 
 def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
-    """Return the plan that a policy has for every prompt; None if prompts may differ."""
+    """Return the plan that a policy has for every prompt; None if plans may differ."""
     if type(policy) is FullPolicy:  # a subclass may decide otherwise
         return (1,) * num_layers
     if type(policy) is FixedPolicy and policy.is_shared:
@@ -167,8 +167,9 @@ def find_shared_plan(policy: Policy, num_layers: int) -> Plan | None:
 class RecordingPolicy(Policy):
     """Follow another policy, and record the input that every router would read.
 
-    Under the decisions of target paths this is teacher forcing. Under routers it is what they read
-    at inference. After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
+    If the other policy follows target paths, this is teacher forcing. If it follows routers, the
+    record is what they read at inference. After a forward pass `means` is `[B, L, W, D]` in float32
+    and `filled` is `[B]`.
 
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
@@ -207,7 +208,7 @@ class RouterPolicy(Policy):
             combined with a depth bias.
 
     Raises:
-        ConfigError: Both a depth bias and a router penalty, or a value out of range.
+        ConfigError: Both a depth bias and a router penalty are given, or a value is out of range.
 
     Source: Dr.LLM section 3.2; `depth_bias` is ours (D-20).
     """
@@ -249,7 +250,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def apply_depth_bias(logits: Tensor, depth_bias: float) -> Tensor:
-    """Lower the logit of decision d by `depth_bias · d`: every execution costs the same.
+    """Lower the logit of decision d by `depth_bias · d`, so that each execution costs the same.
 
     With a bias above 0, the layers whose routers are least sure are skipped first. With a bias
     below 0, layers are repeated. Logits are `[B, 3]`: skip, execute and repeat.
@@ -263,12 +264,12 @@ def apply_depth_bias(logits: Tensor, depth_bias: float) -> Tensor:
 
 
 def apply_router_penalty(logits: Tensor, router_penalty: float) -> Tensor:
-    """Blend the routers' probabilities with a fixed decision, as published; returns `[B, 3]`.
+    """Blend the routers' probabilities with a fixed decision, as published; return `[B, 3]`.
 
-    At a penalty of -1 every layer is skipped, at -0.5 the routers decide alone, at 0.5 every layer
-    is executed, and at 1 every layer is repeated; in between, two neighbours are mixed. So the
-    routers have a say from -0.75 to 0 only: below, every layer is skipped; from 0 to 0.75 every
-    layer is executed; above, every layer is repeated.
+    At a penalty of -1 every layer is skipped. At -0.5 the routers decide alone. At 0.5 every layer
+    is executed, and at 1 every layer is repeated. In between, two neighbours are mixed. So the
+    routers have a say only from -0.75 to 0. Below -0.75 every layer is skipped, from 0 to 0.75
+    every layer is executed, and above 0.75 every layer is repeated.
 
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
     """

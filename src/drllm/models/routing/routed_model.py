@@ -1,5 +1,8 @@
 """`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
 
+`attach` and `detach` put routing on a model and take it off. The stages load or unwrap their base
+model with `unrouted`.
+
 Axes: B rows, L layers.
 """
 
@@ -52,7 +55,7 @@ def attach(
 
     Args:
         model: As for `RoutedModel`; also a `RoutedModel`, or what `drllm.load` returns.
-        routers: Trained routers, their folder, or OWNER/NAME on the hub; None for none.
+        routers: Trained routers, their folder, or OWNER/NAME on the hub; None for no routers.
         tokenizer: As for `RoutedModel`.
         policy: As for `RoutedModel`.
 
@@ -92,8 +95,8 @@ def unrouted(
     """Yield a stage's base model, without routing inside the block.
 
     Args:
-        model: Settings or a name, whose model is loaded; what `load` returns; or a model of
-            transformers or a `RoutedModel`, whose routing is put back after the block.
+        model: Settings or a name, to load a model; or a loaded model: what `load` returns, a model
+            of transformers, or a `RoutedModel`. Its routing is put back after the block.
         tokenizer: The model's tokenizer; None for the one that the model comes with.
         listener: Told about the loading.
     """
@@ -150,7 +153,7 @@ def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
 def _load_base(
     base: Any, made_for: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
 ) -> Any:
-    """Return the base model. A name is loaded, and for None the model that the files name."""
+    """Return the base model. Load a base that is a name; for None, load what the files name."""
     if isinstance(base, (str, Path)):
         return loading.load(str(base), revision=None, **options)
     if base is not None:
@@ -165,11 +168,11 @@ def _load_base(
 class RoutedModel:
     """A base model under routing.
 
-    The model is used in place: `routed.model` is the same object, its weights and state-dict keys
-    are unchanged, and its forward passes and its `generate` are routed, whoever calls them. A pass
-    without a cache or with an empty one is a prompt. Its decisions hold for all later tokens on the
-    same cache, or in the same `generate`. Without routers and without a policy every layer is
-    executed once, and results are the same bit for bit.
+    The model is used in place: `routed.model` is the same object, with the same weights and
+    state-dict keys. Its forward passes and its `generate` are routed, whoever calls them. A pass
+    without a cache, or with an empty cache, reads a prompt. The decisions for a prompt hold for all
+    later tokens on the same cache, or in the same `generate`. Without routers and without a policy
+    every layer is executed once, and results equal the base model's bit for bit.
 
     Args:
         model: A decoder-only model of transformers, or a PEFT model around one.
@@ -252,7 +255,7 @@ class RoutedModel:
         return self.model(*args, **inputs)
 
     def to(self, *args: Any, **kwargs: Any) -> RoutedModel:
-        """Move or convert the model, as its own `to`. Routers move along, and stay float32."""
+        """Move or convert the model, as its own `to` does. Routers move too, and stay float32."""
         self.model.to(*args, **kwargs)
         return self._move_routers()
 
@@ -320,9 +323,10 @@ class RoutedModel:
 
         Args:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
-                the hub; a folder of that name comes first. Or a folder of `drllm heal`: the model
-                then follows its path.
-            base: The base model, or its id or folder; None loads the one that the folder names.
+                the hub. If there is a folder of that name, the folder is used. A folder of
+                `drllm heal` works too: the model then follows the healed path.
+            base: The base model, or its id or folder. None loads the base model that the routers
+                or the healed path name.
             tokenizer: The base model's tokenizer; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
             options: How the base model is loaded, as for `load`: `dtype`, `device`, `device_map`,
@@ -363,8 +367,8 @@ class RoutedModel:
     def last_route(self) -> Tensor:
         """The decisions for the last prompts of this thread, int `[B, L]`.
 
-        `generate` has a row for every beam and every answer, so B counts these. If this thread ran
-        no prompt, and always for a compiled model, it is the last route of any thread.
+        In `generate`, every beam and every answer is a row of its own. If this thread ran no
+        prompt, this is the last route of any thread. For a compiled model it always is.
 
         Raises:
             RoutingError: No prompt has passed yet.
@@ -386,10 +390,10 @@ class RoutedModel:
         answers, assisted decoding and streaming work, with a cache and without.
 
         Raises:
-            RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
-                decide on the first chunk alone; `guidance_scale` without a cache, whose second
-                prompt would get the decisions of the first; `assistant_early_exit`, whose drafts
-                leave layers out without routing; or the model is detached.
+            RoutingError: The model is detached, or an option would make decisions wrong.
+                `prefill_chunk_size` would let a policy decide on the first chunk of the prompt
+                alone. `guidance_scale` without a cache would give its second prompt the decisions
+                of the first. `assistant_early_exit` would leave out layers without routing.
         """
         self._check_attached()
         return self.model.generate(*args, **inputs)
@@ -406,11 +410,11 @@ class RoutedModel:
     def fixed(
         self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> AbstractContextManager[None]:
-        """Pin decisions inside the block, `[L]` for every row or `[B, L]`, or a static path.
+        """Pin decisions or a static path inside the block.
 
-        A static path may run its layers in any order; `last_route` then says how often each layer
-        ran. A healed path needs the model for itself: while a pass runs along it, another thread
-        can't run another path.
+        Decisions are `[L]` for every row, or `[B, L]`. A static path may run its layers in any
+        order; `last_route` then says how often each layer ran. A healed path needs the model for
+        itself: while a pass runs along it, another thread can't run another path.
 
         Raises:
             PathError: This model can't run the decisions or the path.
@@ -421,7 +425,7 @@ class RoutedModel:
     def policy_of(
         self, plan: StaticPath | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> Policy:
-        """Return the policy that follows a plan, given as to `fixed`."""
+        """Return the policy that follows a plan. The plan is as for `fixed`."""
         if not isinstance(plan, StaticPath):
             return FixedPolicy(plan, self.num_layers)
         decisions = plan.check(self.num_layers).plan(self.num_layers)
@@ -433,7 +437,7 @@ class RoutedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base model inside the block. Like `using`, it is for one thread."""
+        """Run the base model inside the block. As with `using`, the block is for one thread."""
         with self.using(FullPolicy()), self.injection.driven_by(Driver()):
             yield
 
@@ -449,7 +453,8 @@ class RoutedModel:
         """Take the routing off, and return the model exactly as it was before.
 
         Raises:
-            RoutingError: It was taken off already, or other code has put an override over ours.
+            RoutingError: The routing was taken off already, or other code has put an override over
+                ours.
         """
         self._check_attached()
         return detach(self.model)
@@ -471,7 +476,7 @@ class RoutedModel:
     ) -> str | None:
         """Save the routers with a model card. The base model isn't copied.
 
-        Routers that are in the folder already are replaced with their card: all files or none.
+        If the folder holds routers already, all of their files are replaced, or none.
 
         Args:
             folder: The folder; made if necessary.
@@ -507,8 +512,8 @@ class RoutedModel:
 
         Args:
             repo: OWNER/NAME; made if necessary.
-            private: Make the repository private. One that is public already is refused.
-            token: A token with write access; None takes that of HF_TOKEN or of the login.
+            private: Make the repository private. A repository that is public already is refused.
+            token: A token with write access; None takes the token of HF_TOKEN or of the login.
             revision: Branch, made if necessary; None for the default branch.
             commit_message: First line of the commit.
 
