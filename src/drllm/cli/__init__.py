@@ -1,7 +1,7 @@
 """The command line: `drllm VERB …` parses flags, calls a stage, and prints its results.
 
-A mistake of the user becomes one line and exit status 2, an interruption one sentence and exit
-status 130. Any other exception is a defect of drllm and keeps its traceback.
+A mistake of the user ends in one line and exit status 2. An interruption ends in one sentence and
+exit status 130. Any other exception is a defect of drllm and keeps its traceback.
 """
 
 import os
@@ -21,10 +21,10 @@ from drllm.extras import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of the process, and return its exit status.
+    """Run one command, and return its exit status.
 
-    The status is 0 or what the verb returns, 2 after a mistake of the user, and 130 after an
-    interruption.
+    Without arguments, the command is the one in `sys.argv`. The status is 0 or what the verb
+    returns, 2 after a mistake of the user, and 130 after an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal = Terminal()
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words, terminal)
     except DrllmError as error:
         if not processes.is_first():
-            time.sleep(3)  # if the first process fails too, the launcher ends this one meanwhile
+            time.sleep(3)  # if the first process failed too, the launcher ends this one now
             terminal.err.quiet = False
         terminal.fail(str(error))
         return 2
@@ -44,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.fail(f"interrupted; {advice}")
         return 130
     except BrokenPipeError:
-        # The reader of our output has closed it (`drllm show … | head`), which is no error.
+        # The reader of our output has closed the pipe (`drllm show … | head`). That is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _run(words: list[str], terminal: Terminal) -> int:
+    """Print help or the version, or run the verb; return the exit status."""
     if not words:
         raise ConfigError(
             "no verb is given; 'drllm --help' lists them, and 'drllm run demo' tries all stages"
@@ -83,7 +84,7 @@ def _help_flags(words: list[str]) -> set[str]:
 def _run_verb(words: list[str], terminal: Terminal) -> int:
     """Parse a command line, run its verb, and return the exit status.
 
-    A launcher may run the same verb in several processes; only the first one prints.
+    A launcher may run the same verb in several processes. Only the first process prints.
     """
     command = parse(words)
     verb = VERBS[command.verb]

@@ -1,7 +1,7 @@
-"""Reads the words of a command line with argparse: the flags and the text of each.
+"""Reads a command line with argparse: finds its flags, and the text of each value.
 
-argparse only splits the words. The settings convert and check the values, so that a mistake in a
-file and on the command line gets the same answer.
+argparse only splits the words. The settings convert and check the values, so a mistake gets the
+same message in a file and on the command line.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
 FILE_FLAGS = ("--search", "--supervision", "--dataset", "--tasks", "--path")
-"""Flags of files that users may forget to write; of those of a verb the first is suggested."""
+"""Flags that take a file. If a file name stands without a flag, the message suggests the first of
+these flags that the verb has."""
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
 _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 
 
 def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the flags in a command line, by name: texts, or whether a switch is on.
+    """Return the values in a command line by the names of their flags.
 
-    Everything after `--` is a positional argument. ConfigError for an unknown flag, a missing
-    value, and a word that belongs to no flag.
+    A value is a text, a list of texts, or a boolean for a switch. Everything after `--` is a
+    positional argument. Raises ConfigError for an unknown flag, a missing value, or a word that
+    belongs to no flag.
     """
     end = words.index("--") if "--" in words else len(words)
     written = [_with_dashes(word) for word in words[:end]]
@@ -46,7 +48,7 @@ def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_dashes(word: str) -> str:
-    """Write the underscores of a flag's name as dashes."""
+    """Replace the underscores in a flag's name with dashes."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -54,7 +56,7 @@ def _with_dashes(word: str) -> str:
 
 
 def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
-    """Return argparse's parser for a verb, and the verb's flags by all of their names."""
+    """Build argparse's parser for a verb, and a dictionary of the verb's flags by every name."""
     parser = argparse.ArgumentParser(
         add_help=False,
         allow_abbrev=False,
@@ -100,7 +102,7 @@ def _positional_values(verb: Verb, words: list[str]) -> tuple[dict[str, Any], li
 def _refuse(
     error: argparse.ArgumentError, flags: dict[str, Flag], words: Sequence[str]
 ) -> NoReturn:
-    """Raise the ConfigError for a flag without its value, or a switch with one."""
+    """Raise a ConfigError for a flag without a value, or for a switch with a value."""
     names = (error.argument_name or "").split("/")
     flag_word = next(word for word in words if word.partition("=")[0] in names)
     name, _, value = flag_word.partition("=")
@@ -111,7 +113,7 @@ def _refuse(
 
 
 def _refuse_word(verb: Verb, word: str, flags: dict[str, Flag], words: Sequence[str]) -> NoReturn:
-    """Raise the ConfigError for a word that is neither a flag nor its value."""
+    """Raise a ConfigError for a word that is neither a flag nor the value of a flag."""
     if word in words:
         before = words[words.index(word) - 1]
         flag = flags.get(before)
@@ -135,7 +137,7 @@ def _superfluous_value(flag: Flag, name: str, value: str) -> ConfigError:
 
 
 def _opposite(name: str) -> str:
-    """Return the flag that turns a switch off, or on again."""
+    """Return the opposite of a switch: `--no-x` for `--x`, and `--x` for `--no-x`."""
     if name.startswith("--no-"):
         return name.replace("--no-", "--", 1)
     return name.replace("--", "--no-", 1)
@@ -159,5 +161,5 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
 
 
 def see_all_flags(verb: Verb) -> str:
-    """Return the hint, for messages, at the list of a verb's flags."""
+    """Return a hint for messages: the command that lists all flags of a verb."""
     return f"('drllm {verb.name} --help-all' lists all)"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 LEAVE = "/exit"
-INCOMPLETE = "\ufffd"  # a tokenizer decodes an incomplete character to this
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class Session:
 
 
 class Reply:
-    """Generates one answer, and shows it on a terminal while it grows.
+    """Generates one answer, and prints the text on a terminal while it is generated.
 
-    It is a streamer of transformers, whose `generate` hands it each new token.
+    A reply is a streamer of transformers: transformers calls `put` with each new token.
 
     Attributes:
-        num_read: Tokens of the prompt.
-        tokens: Tokens that were generated so far.
-        times: When the prompt and each new token arrived, in seconds of a clock.
+        num_read: The number of tokens in the prompt.
+        tokens: The tokens that were generated so far.
+        times: When the prompt and each new token arrived, in seconds of `time.perf_counter`.
     """
 
     def __init__(self, routed: RoutedModel, form: PromptForm, terminal: Terminal) -> None:
@@ -70,7 +70,7 @@ class Reply:
         self._num_shown = 0
 
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
-        """Answer a prompt that is rendered already, or a conversation."""
+        """Answer a rendered prompt or a conversation."""
         import torch
 
         from drllm.models.routing.batch_generation import prompt_tokens
@@ -103,7 +103,7 @@ class Reply:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second after the first token; None if there is no second one."""
+        """Tokens a second after the first new token; None with fewer than two new tokens."""
         num_after_first = len(self.times) - 2
         if num_after_first <= 0:
             return None
@@ -135,7 +135,10 @@ class Reply:
             self._show(text[: max(0, num_safe)])
 
     def end(self) -> None:
-        """Do nothing: transformers doesn't call this for an interrupted answer."""
+        """Do nothing, since transformers doesn't call this after an interruption.
+
+        `generate` prints the end of the answer instead.
+        """
 
     def _show(self, text: str) -> None:
         self._terminal.out.print(text[self._num_shown :], end="", soft_wrap=True)
@@ -147,7 +150,7 @@ def chat(session: Session) -> None:
     import torch
 
     terminal = session.terminal
-    with contextlib.suppress(ImportError):  # Windows has none
+    with contextlib.suppress(ImportError):  # Windows has no readline
         importlib.import_module("readline")  # `input` gets a history and editing
     torch.manual_seed(session.config.seed or 0)
     has_template = getattr(session.routed.tokenizer, "chat_template", None) is not None
@@ -168,7 +171,10 @@ def chat(session: Session) -> None:
 
 
 def _read_turn(terminal: Terminal) -> str | None:
-    """Return what the user types, empty for nothing to answer; None if they leave."""
+    """Read a line from the user.
+
+    Returns an empty text if there is nothing to answer, and None if the user leaves.
+    """
     try:
         text = input("> ").strip()
     except EOFError:
@@ -192,7 +198,7 @@ def _describe_turn(session: Session, remembers: bool) -> str:
 def _answer_turn(
     session: Session, text: str, messages: list[dict[str, str]], remembers: bool
 ) -> None:
-    """Answer one turn, print its cost, and add question and answer to the conversation."""
+    """Answer one turn, print its cost, and add the question and the answer to the conversation."""
     terminal = session.terminal
     messages.append({"role": "user", "content": text})
     reply = Reply(session.routed, session.form, terminal)
@@ -204,7 +210,7 @@ def _answer_turn(
         messages.clear()
         return
     except KeyboardInterrupt:
-        pass  # the part that was generated counts
+        pass  # what was generated until now is the answer
     if not reply.tokens:
         messages.pop()
         return

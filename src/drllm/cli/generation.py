@@ -159,14 +159,14 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_chat(command: CommandLine, terminal: Terminal) -> bool:
-    """Whether to chat: there is no prompt, and input and output are a terminal."""
+    """Whether to chat: there is no prompt, and both input and output are a terminal."""
     if command.values["prompt"] or command.values["file"]:
         return False
     return sys.stdin is not None and sys.stdin.isatty() and terminal.out.is_terminal
 
 
 def _read_standard_input() -> str:
-    """Return the prompt that is piped to the command; ConfigError if there is none."""
+    """Read the prompt from standard input; raise ConfigError if there is none."""
     is_piped = sys.stdin is not None and not sys.stdin.isatty()
     text = ""
     if is_piped:
@@ -183,7 +183,7 @@ def _read_standard_input() -> str:
 
 
 def _read_calibration(depth: DepthConfig) -> list[tuple[str, bool]]:
-    """Return the prompts of `--calibration`, and whether each is rendered already."""
+    """Read the prompts of `--calibration`, and for each whether it is already rendered."""
     if depth.calibration is None:
         return []
     from drllm.models.routers.depth_control import read_calibration
@@ -192,6 +192,7 @@ def _read_calibration(depth: DepthConfig) -> list[tuple[str, bool]]:
 
 
 def _read_routers(command: CommandLine) -> RouterStack | None:
+    """Read the routers of `--routers`; return None without the flag."""
     place = command.optional_path("routers")
     if place is None:
         return None
@@ -201,14 +202,15 @@ def _read_routers(command: CommandLine) -> RouterStack | None:
 
 
 def _read_path(command: CommandLine) -> PathFile | None:
+    """Read the static path of `--path`; return None without the flag."""
     place = command.optional_path("path")
     return None if place is None else read_path(str(place))
 
 
 def _choose_form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
-    """Return how to render prompts: as the flags say, or else as the routers were trained.
+    """Choose how to render prompts: as the flags say, or else as the routers were trained.
 
-    Without either, the chat template is used.
+    Without flags and without routers, prompts get the chat template.
     """
     from drllm.models.base.prompts import PromptForm
 
@@ -238,9 +240,12 @@ def _check_conversations(
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped."""
+    """Read a file of prompts.
+
+    The file holds JSON lines with `prompt`, `question` or `messages`, and may be gzipped.
+    """
     rows: list[PromptRow] = []
-    lines: dict[str, int] = {}  # by id
+    lines: dict[str, int] = {}  # line numbers by id
     for line, values in read_rows(path):
         try:
             row = _read_prompt_row(values, line)
@@ -258,7 +263,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
 
 
 def _read_prompt_row(values: dict[str, Any], line: int) -> PromptRow:
-    """Check one row of a file of prompts; TaskError if it can't be answered."""
+    """Read one row of a file of prompts; raise TaskError for a row that can't be answered."""
     keys = [key for key in PROMPT_KEYS if key in values]
     if not keys:
         raise TaskError(f"the row holds none of {', '.join(PROMPT_KEYS)}; give one of them")
@@ -294,9 +299,9 @@ def _set_depth(
     form: PromptForm,
     terminal: Terminal,
 ) -> Policy:
-    """Return the policy for the depth settings.
+    """Make the policy for the depth settings.
 
-    If drllm searches for a depth bias, the result is printed.
+    If the settings need a search for a depth bias, the bias is printed.
     """
     from drllm.models.routers.depth_control import encode_calibration, make_policy
 
@@ -411,7 +416,10 @@ def _answer_file(
 def _count_tokens(
     session: Session, file: Path, rows: Sequence[PromptRow], prompts: Sequence[Any]
 ) -> int:
-    """Count the tokens of all prompts; a ConfigError names the line of a prompt that can't run."""
+    """Count the tokens of all prompts.
+
+    Raises ConfigError with the line of a prompt that can't run.
+    """
     from drllm.models.routing.batch_generation import prompt_tokens
 
     num_tokens = 0
@@ -436,7 +444,7 @@ def _print_totals(
     seconds: float,
     print_line: Callable[[str], None],
 ) -> None:
-    """Print the number of prompts, of plans and of tokens, the executions and the time."""
+    """Print the numbers of prompts, plans and tokens, the executions, and the time."""
     routes = [answer.route for answer in answers]
     if session.path is None:
         num_plans = len(set(routes))
@@ -460,7 +468,8 @@ def to_line(
 ) -> str:
     """Write an answer as one line of JSON.
 
-    `executions` are those of a static path; if they are None, the route's are counted.
+    `executions` is the number of executions of a static path. If it is None, the executions of the
+    answer's route are counted.
     """
     key = "prompt" if isinstance(row.prompt, str) else "messages"
     if executions is None:
@@ -477,7 +486,7 @@ def to_line(
 
 
 def _describe_executions(executions: float, routed: RoutedModel, digits: int = 2) -> str:
-    """Return a text with executions and their share of the model's layers."""
+    """Describe a number of executions and its share of the model's layers."""
     num_layers = routed.num_layers
     share = 100 * executions / num_layers
     return f"{executions:.{digits}f} of {num_layers} a forward pass ({share:.0f} %)"

@@ -1,6 +1,7 @@
 """`drllm lm-eval …`: lm-evaluation-harness' own command line, with our model and our tasks.
 
-`run` also takes `--data_dir` and `--split`; all other words are the harness' to read.
+The subcommand `run` has two more flags, `--data_dir` and `--split`. The harness itself reads all
+other words.
 """
 
 import io
@@ -26,11 +27,14 @@ from drllm.records.codec import hash_values
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
-FOLDER = "tasks"  # below `--output_path`: the task folders of the runs whose results are there
+FOLDER = "tasks"  # the folder in `--output_path` with the tasks of the runs
 
 
 def run(words: Sequence[str]) -> None:
-    """Carry out what follows `drllm lm-eval`; after messages of its own the harness exits."""
+    """Run the command line that follows `drllm lm-eval`.
+
+    The harness may print a message of its own and exit.
+    """
     setup_logging()
     with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
@@ -56,10 +60,13 @@ def run(words: Sequence[str]) -> None:
 
 
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
-    """Carry out `run`: check what the harness would fail at late, and add drllm's tasks."""
+    """Run `lm-eval run` with drllm's tasks.
+
+    Mistakes that the harness would find late are refused before it starts.
+    """
     data_dir = args.data_dir
     split = args.split
-    # The harness takes arguments that it doesn't know for settings of its own.
+    # The harness would read every argument as a setting of its own.
     del args.data_dir
     del args.split
     settings = _read_harness_settings(args)
@@ -97,9 +104,9 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
 
 
 def _read_harness_settings(args: Namespace) -> EvaluatorConfig:
-    """Return the harness' settings; ConfigError for what it refuses."""
+    """Read the harness' settings; raise ConfigError if the harness refuses them."""
     try:
-        # It says what it has to say again when it runs.
+        # The harness prints the same messages again when it runs.
         with quiet("lm_eval"), redirect_stdout(io.StringIO()):
             return EvaluatorConfig.from_cli(args)
     except (ValueError, TypeError, OSError) as error:
@@ -107,7 +114,7 @@ def _read_harness_settings(args: Namespace) -> EvaluatorConfig:
 
 
 def _task_names(settings: EvaluatorConfig) -> list[str]:
-    """Return the names of `--tasks`; ConfigError for none."""
+    """Return the names in `--tasks`; raise ConfigError if there are none."""
     value = settings.tasks or ()
     words = [value] if isinstance(value, str) else [str(word) for word in value]
     names = [name.strip() for name in ",".join(words).split(",")]
@@ -121,7 +128,7 @@ def _task_names(settings: EvaluatorConfig) -> list[str]:
 
 
 def _refuse_routers_elsewhere(settings: EvaluatorConfig) -> None:
-    """Refuse a folder of routers as the model of another class than ours."""
+    """Refuse a folder of routers if `--model` isn't drllm."""
     pretrained = str(settings.model_args.get("pretrained", ""))
     if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
         raise ConfigError(
@@ -131,20 +138,20 @@ def _refuse_routers_elsewhere(settings: EvaluatorConfig) -> None:
 
 
 def _output_folder(settings: EvaluatorConfig) -> Path | None:
-    """Return the folder of `--output_path`; ConfigError for one that can't be written."""
+    """Return the folder of `--output_path`; raise ConfigError if it can't be written."""
     if settings.output_path is None:
         return None
     output = Path(settings.output_path)
     if output.suffix == ".json":
         output = output.parent
-    check_folder(output, "--output_path")  # the harness would fail at the end only
+    check_folder(output, "--output_path")  # the harness would fail only at the end
     return output
 
 
 def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
-    """Change two arguments that the harness would take otherwise than the user means."""
+    """Change two arguments that the harness would understand differently from the user."""
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
-        # The user named none; unlike the harness, we refuse a device that isn't there.
+        # The user named no device. Unlike the harness, our model refuses a missing device.
         args.device = "auto"
     options = dict(settings.gen_kwargs)
     if "max_new_tokens" in options and "max_gen_toks" not in options:
@@ -156,7 +163,10 @@ def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
 def _write_tasks(
     tasks: Sequence[HarnessTask], files: FolderFiles, output: Path | None, stack: ExitStack
 ) -> str:
-    """Write the folder of drllm's tasks, and return it; without results it is temporary."""
+    """Write drllm's tasks into a folder, and return the folder.
+
+    The folder is temporary without `--output_path`, and in all processes but the first.
+    """
     if processes.is_first():
         for task in tasks:
             for note in task.notes:
@@ -172,13 +182,13 @@ def _write_tasks(
 def _execute(
     harness: HarnessCLI, args: Namespace, names: Sequence[str], include_path: str | None
 ) -> None:
-    """Run the harness; what users get wrong becomes one line."""
+    """Run the harness, and turn mistakes of the user into errors of one line."""
     import datasets
     import lm_eval.tasks
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
-    # How fetching a data set fails: no network, or no such set for this user.
+    # Why a data set can't be fetched: no network, or the user has no such data set.
     unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
     try:
         harness.execute(args)
@@ -208,11 +218,11 @@ def _execute(
 
 
 def _cache_key(args: Namespace, files: FolderFiles | None) -> str:
-    """Return a key of requests, for the harness' cache.
+    """Return a key for the requests in the harness' cache.
 
-    The harness tells requests apart by task, number of shots and tokenizer. We add the rows, and
-    every argument but where results go: some change requests (`--gen_kwargs`, `--samples`,
-    `--seed`).
+    The harness tells requests apart by task, number of shots and tokenizer. Our key adds the rows
+    and the arguments, since some arguments change requests (`--gen_kwargs`, `--samples`, `--seed`).
+    Arguments that only say where results go are left out.
     """
     others = ("func", "command", "cache_requests", "output_path")
     arguments = sorted((name, value) for name, value in vars(args).items() if name not in others)

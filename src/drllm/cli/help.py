@@ -32,7 +32,7 @@ def print_overview(terminal: Terminal) -> None:
 
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
-    """Print what a verb does, and its basic flags, or all flags with `everything`."""
+    """Print what a verb does and its basic flags; with `everything`, print all of its flags."""
     flags = list(flags_of(verb))
     usage = ["drllm", verb.name, "[flags]"]
     usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]

@@ -16,7 +16,7 @@ from drllm.cli.verbs import Flag, Verb, find_verb, flags_of
 from drllm.config.fields import from_text, make_settings
 from drllm.errors import ConfigError
 
-MAX_SHOWN = 80  # characters of a wrong value in a message
+MAX_SHOWN = 80  # characters of a wrong value that a message shows
 
 
 def parse(words: Sequence[str]) -> CommandLine:
@@ -41,7 +41,10 @@ def parse(words: Sequence[str]) -> CommandLine:
 
 
 def _read_flag(flag: Flag, values: Mapping[str, Any], verb: Verb) -> Any:
-    """Return the value of a verb's own flag, or its default; ConfigError if one is required."""
+    """Return the value of a verb's own flag, or the default of the flag.
+
+    Raises ConfigError if a required flag is missing.
+    """
     value: Any = flag.default
     if flag.name in values:
         value = check_value(flag, values[flag.name])
@@ -57,7 +60,7 @@ def _read_flag(flag: Flag, values: Mapping[str, Any], verb: Verb) -> Any:
 
 
 def _read_setting(flag: Flag, text: str) -> Any:
-    """Convert the text of a setting to its type; ConfigError if it isn't of that type."""
+    """Convert the text of a setting to its type; raise ConfigError if the text has another type."""
     value = from_text(text, (flag.kind,))
     if not isinstance(value, flag.kind):
         raise ConfigError(f"{flag.names[0]} is {text[:MAX_SHOWN]!r}; give {flag.expected}")
@@ -66,7 +69,7 @@ def _read_setting(flag: Flag, text: str) -> Any:
 
 def _add_columns(verb: Verb, values: dict[str, Any], columns: str) -> None:
     """Append the columns of `--columns` to the tasks that are files or hub data sets."""
-    from drllm.tasks.files import with_columns  # few commands need it
+    from drllm.tasks.files import with_columns  # imported here, since few commands need it
 
     fields = [pair.partition("=")[0].strip() for pair in columns.split(",")]
     for field in fields:

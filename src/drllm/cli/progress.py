@@ -1,8 +1,8 @@
 """Shows how far a stage is: a bar on a terminal, plain lines elsewhere.
 
-Plain lines have no control characters. There is one every tenth of the way, and at least one every
-30 seconds, so that a log shows that the work goes on. An estimate of the time left is shown only
-once it is steady.
+Plain lines have no control characters. A line is printed after every tenth of the work and at least
+every 30 seconds, so that a log shows that the work goes on. The time left is shown only once its
+estimate is steady.
 """
 
 import threading
@@ -15,17 +15,18 @@ from rich.progress import Progress as Bar
 
 from drllm.listener import duration, rough_duration
 
-NUM_STEPS = 10  # plain lines from start to end, at most, beside those every 30 seconds
-MIN_PAUSE_S = 10.0  # between two of them
-FIRST_LINE_S = 1.5  # after which the first plain line is printed at the latest
-LONGEST_PAUSE_S = 30.0  # between two plain lines
-BAR_WIDTH = 14  # columns: a terminal of 60 has room for the time left beside the bar
+NUM_STEPS = 10  # most plain lines in all, without those every 30 seconds
+MIN_PAUSE_S = 10.0  # shortest time between two of these lines
+FIRST_LINE_S = 1.5  # longest time until the first plain line
+LONGEST_PAUSE_S = 30.0  # longest time between two plain lines
+BAR_WIDTH = 14  # columns; a terminal with 60 columns can show the time left too
 RESUMED_WITHIN_S = 2.0
-"""Work that is reported this soon was done by an earlier run and says nothing about the rate."""
+"""Work reported within this time was done by an earlier run. It says nothing about the rate."""
 STEADY = 0.2
-"""Relative change of the estimated time, in the latter half of the work, that counts as steady."""
-MIN_ESTIMATES = 3
-SPACING = 1.1  # ratio of the times at which two estimates are remembered
+"""An estimate is steady if the estimates in the latter half of the elapsed time differ by at most
+this share from it."""
+MIN_ESTIMATES = 3  # least number of estimates that can be steady
+SPACING = 1.1  # ratio of the elapsed times of two successive stored estimates
 
 
 class TimeLeft:
@@ -35,10 +36,10 @@ class TimeLeft:
         self._started = now
         self._counted_from = now
         self._done_before = done
-        self._estimates: list[tuple[float, float]] = []  # elapsed seconds, and of the whole work
+        self._estimates: list[tuple[float, float]] = []  # (elapsed, total) seconds
 
     def update(self, now: float, done: float, total: float) -> float | None:
-        """Take note of work that is done; return the seconds left, None while that is unsteady."""
+        """Record the work that is done, and return the seconds left; None if unsteady."""
         if now - self._started < RESUMED_WITHIN_S:
             self._done_before = done
             self._counted_from = now
@@ -54,7 +55,7 @@ class TimeLeft:
         return seconds - elapsed
 
     def _is_steady(self, elapsed: float, seconds: float) -> bool:
-        """Whether the estimates of the latter half of the time agree with this one."""
+        """Whether the estimates in the latter half of the elapsed time agree with this one."""
         recent = [estimate for moment, estimate in self._estimates if moment >= elapsed / 2]
         if len(recent) < MIN_ESTIMATES:
             return False
@@ -111,14 +112,14 @@ def busy_lines(console: Console, title: str) -> StatusLines:
 class Progress:
     """Shows what a stage does, how far it is, and how long it will still take.
 
-    A context manager, and inside it a callback `(done, total, note="")`. `done` may be a fraction
-    of a unit; if it falls, the next task of the stage has begun. What doesn't fit into the
-    terminal's width is cut off, the end of the note first.
+    Progress is a context manager. Inside the block it is called as `progress(done, total, note)`.
+    `done` may be a fraction of a unit. If `done` falls, the next task of the stage has begun. Text
+    that is too wide for the terminal is cut off at its end.
 
     Args:
-        console: Where it is shown.
+        console: Where the progress is shown.
         title: What is being done.
-        unit: What is counted, in the plural; empty if only the share is of interest.
+        unit: What is counted, in the plural; empty to show only the percentage.
     """
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
@@ -162,7 +163,7 @@ class Progress:
         self.task = self.bar.add_task(self.title, total=None, state="")
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """Show work done, of a total, and what is being worked on."""
+        """Show how much of the total is done, and what is being worked on."""
         now = time.monotonic()
         if done < self.done:
             self._begin(done)
@@ -183,13 +184,13 @@ class Progress:
         return int(NUM_STEPS * self.done / self.total) if self.total else NUM_STEPS
 
     def _is_line_due(self, now: float) -> bool:
-        """Whether a plain line is printed: at the end, and after a tenth that took a while."""
+        """Whether to print a plain line: at the end, and after a tenth that took a while."""
         if self._step <= self.printed_step:
             return False
         return self.done >= self.total or now - self.printed_at >= MIN_PAUSE_S
 
     def _describe(self, now: float, seconds_left: float | None) -> list[str]:
-        """Return the parts of the text beside the share that is done, the time first."""
+        """Return the parts of the text after the percentage; the time left comes first."""
         is_over = self.done >= self.total
         parts: list[str] = []
         if self.note and not is_over:

@@ -1,6 +1,6 @@
-"""Finds the files of the published training, whose command names none.
+"""Finds the files of targets for the published training command, which names no files.
 
-`--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
+Its flags `--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ from drllm.errors import ConfigError
 from drllm.records.supervision import join_supervision, read_supervision
 
 FOLDERS = (Path("data/mcts_paths"), Path("data"))
-"""`--output_dir` of the published search command, and the default of that flag."""
+"""The `--output_dir` of the published search command, and the default of that flag."""
 
 ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
-"""The task whose targets each switch of the published training adds."""
+"""For each switch of the published training command, the task whose targets the switch adds."""
 
 
 def supervision_files(command: CommandLine) -> list[Path]:
@@ -29,7 +29,7 @@ def supervision_files(command: CommandLine) -> list[Path]:
 
 
 def _default_file(command: CommandLine) -> Path:
-    """Return the targets that the published search writes; ConfigError if there are none."""
+    """Return the file of targets from the published search; raise ConfigError if there is none."""
     places = [folder / "supervision.jsonl" for folder in FOLDERS]
     files = [file for file in places if file.is_file()]
     if len(files) > 1:
@@ -49,7 +49,7 @@ def _default_file(command: CommandLine) -> Path:
 
 
 def _added_file(flag: str, task: str, files: list[Path], command: CommandLine) -> Path:
-    """Return the file of targets that a switch adds; ConfigError if it can't be added."""
+    """Return the file of targets that a switch adds; raise ConfigError if it can't be added."""
     if any(record.task == task for record in join_supervision(files)):
         raise ConfigError(
             f"{flag} has no effect: {', '.join(map(str, files))} already holds targets of "

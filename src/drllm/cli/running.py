@@ -47,7 +47,7 @@ def run(command: CommandLine, terminal: Terminal) -> None:
 
 
 def _find_recipe(place: Path) -> Path:
-    """Return the file of a recipe, given as a file or by name."""
+    """Find the file of a recipe, which is given as a file or by name."""
     if place.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(
             f"{place} holds questions or records, but a recipe is a YAML file; try: "

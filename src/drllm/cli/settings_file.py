@@ -22,10 +22,11 @@ from drllm.errors import ConfigError, nearest_name
 
 
 def read_settings(name: str, verb: Verb) -> dict[str, Any]:
-    """Read the settings of a verb from a YAML file, or a preset by name.
+    """Read the settings of a verb from a YAML file, or from a preset by name.
 
-    The file holds the settings, or sections like a recipe, from which those of the verb are read.
-    ConfigError for an unknown setting, a wrong value, and a file without settings of the verb.
+    The file holds either settings or sections, as a recipe does. Of the sections, only those of the
+    verb are read. Raises ConfigError for an unknown setting, a wrong value, or a file without
+    settings of the verb.
     """
     check_text("--config", name)
     path = PRESETS.get(name) or Path(name).expanduser()
@@ -49,7 +50,7 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
 
 
 def check_value(flag: Flag, value: Any) -> Any:
-    """Check the value of a verb's own flag: a text, texts, or whether a switch is on."""
+    """Check the value of a verb's own flag: a text, a list of texts, or a boolean for a switch."""
     name = flag.names[0]
     if flag.switch:
         if not isinstance(value, bool):
@@ -66,7 +67,7 @@ def check_value(flag: Flag, value: Any) -> Any:
 
 
 def _read_values(path: Path, verb: Verb) -> dict[str, Any]:
-    """Return the settings in a file; if it has sections, those of the verb."""
+    """Read the settings in a file; if the file has sections, read those of the verb."""
     values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
     known: set[str] = set()
     for other_verb in VERBS.values():

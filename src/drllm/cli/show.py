@@ -1,4 +1,4 @@
-"""`drllm show`: prints any file or folder that drllm wrote. Doesn't import torch."""
+"""`drllm show`: prints any file or folder that drllm wrote. This module doesn't import torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ RUN_PARTS = (
     HEALED_FILE,
     f"healed/{HEALED_FILE}",
 )
-"""Files of a run folder, in the order in which they are printed; results follow."""
+"""The files of a run folder in the order of printing; results come after them."""
 
 
 @verb(
@@ -70,7 +70,10 @@ def show_place(command: CommandLine, terminal: Terminal) -> None:
 
 
 def show(place: Path, terminal: Terminal) -> None:
-    """Print any file or folder that drllm wrote; RecordError for others, and for broken files."""
+    """Print any file or folder that drllm wrote.
+
+    Raises RecordError for any other file or folder, and for a broken file.
+    """
     if place.name == CHUNKS_FOLDER and place.is_dir():
         show_unfinished(place, terminal)
     elif place.is_dir():
@@ -107,7 +110,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
 
 
 def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
-    """Return the parts of a folder, and the function that prints each."""
+    """Find the parts of a folder, and the function that prints each part."""
     parts: list[tuple[Path, Renderer]] = []
     unfinished = folder / CHUNKS_FOLDER
     if unfinished.is_dir() and not (folder / "search.jsonl").is_file():
@@ -179,11 +182,11 @@ JSON_RENDERERS: dict[str, Renderer] = {
     PATHS_FILE: show_paths,
     HEALED_FILE: show_healed,
 }
-"""The function that prints a file, by the file's name."""
+"""The function that prints a JSON file, by the name of the file."""
 
 LINES_RENDERERS: dict[str, tuple[str, Renderer]] = {
     **SEARCH_RENDERERS,
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", show_metrics),
 }
-"""What a file of records holds and the function that prints it, by a field of its first line."""
+"""By a field in the first line of a file: what the file holds, and the function that prints it."""

@@ -1,4 +1,4 @@
-"""Prints static paths, plain and healed. Doesn't import torch."""
+"""Prints static paths, plain and healed. This module doesn't import torch."""
 
 from pathlib import Path
 

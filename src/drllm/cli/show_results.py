@@ -1,6 +1,6 @@
-"""Prints the results of an evaluation, and what to do next. Doesn't import torch.
+"""Prints the results of an evaluation, and what to do next. This module doesn't import torch.
 
-Sentences about the results are those that the evaluation itself has written.
+The evaluation itself wrote the sentences about its results; here they are only printed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,23 @@ from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
 from drllm.reporting.run import read_run
 
-MAX_STEPS = 3  # next steps that are shown; the report has all
+MAX_STEPS = 3  # number of next steps that are shown; the report has all
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder: of some tasks, or of all; then what is shown in all."""
+    """Print the tables of an `eval` folder, of some tasks or of all, and its drop test.
+
+    The drop test covers all tasks of the evaluation.
+    """
     show_tasks(folder, terminal, tasks)
     for evaluation in results.read_results(folder):
         if evaluation.drop_test is not None:
             terminal.say(evaluation.drop_test.sentence())
-            return  # it is the same in all of them
+            return  # all evaluations of a folder hold the same test
 
 
 def show_tasks(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder, without the test that covers all of its tasks."""
+    """Print the tables of an `eval` folder without its drop test."""
     for evaluation in results.read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
@@ -72,7 +75,7 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
         )
     drop_test = evaluation.drop_test
     for sentence in [*evaluation.findings[len(evaluation.verdict) :], *evaluation.notes]:
-        if drop_test is None or sentence != drop_test.sentence():  # it covers all tasks
+        if drop_test is None or sentence != drop_test.sentence():  # the drop test covers all tasks
             terminal.say(sentence)
 
 

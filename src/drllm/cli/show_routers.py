@@ -1,4 +1,4 @@
-"""Prints trained routers: their shape, training and metrics. Doesn't import torch."""
+"""Prints trained routers: their shape, training and metrics. This module doesn't import torch."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def _describe_training(training: Mapping[str, Any]) -> str:
 
 
 def show_metrics(path: Path, terminal: Terminal) -> None:
-    """Print the metrics of the last epoch, on each part of the targets."""
+    """Print the metrics of the last epoch for each part of the targets."""
     rows = [row for _, row in read_json_lines(path, dict[str, Any])]
     last_epoch = max(row["epoch"] for row in rows)
     last_rows = [row for row in rows if row["epoch"] == last_epoch]

@@ -1,4 +1,7 @@
-"""Prints searches and targets, and the paths of one question as a tree. Doesn't import torch."""
+"""Prints searches and targets, and draws the paths of one question as a tree.
+
+This module doesn't import torch.
+"""
 
 import difflib
 from collections import Counter
@@ -25,7 +28,7 @@ from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import find_candidates, is_valid, survived
 from drllm.supervision.summary import KINDS, summarise
 
-ANSWER_WIDTH = 14  # columns for a path's answer, which is cut off so that a path stays one line
+ANSWER_WIDTH = 14  # columns for a path's answer; the rest of the answer is cut off
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
@@ -143,7 +146,7 @@ def show_question(
             f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
             f"{', '.join(nearest)}"
         )
-    # The rule is that of the supervision.jsonl beside the search, if there is one.
+    # If there is a supervision.jsonl beside the search, the rule of that file is used.
     manifest = read_manifest(place.with_name("supervision.jsonl"), "supervision") or {}
     settings = SuperviseConfig().to_dict()
     settings.update(manifest.get("config", {}))
@@ -154,10 +157,10 @@ def show_question(
 
 
 def _print_question(record: SearchRecord, settings: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a question, its target by these settings, and the tree of its paths."""
+    """Print a question, its target under these settings, and the tree of its paths."""
     rule = settings["target"]
     targets = find_candidates(record, rule, min_saving=settings["min_saving"])
-    if isinstance(targets, str):  # why there is none
+    if isinstance(targets, str):  # the reason why there is no target
         target = f"none: {targets}"
     else:
         best = targets[0]
@@ -213,11 +216,11 @@ def _describe_retest(path: TriedPath) -> str:
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
-    """Yield one question's paths as a tree of edits: the decisions and the line of each path.
+    """Draw one question's paths as a tree of edits: yield the decisions and the line of each path.
 
-    The full path is first. The parent of a path is the path with the fewest edits to it, and of
-    several the one that was tried first. An only child is drawn at its parent's depth, after
-    "then", so that a long chain of edits stays narrow.
+    The full path comes first. The parent of a path is the path from which the fewest edits lead to
+    it; if there are several, the one that was tried first. An only child is drawn at its parent's
+    depth after the word "then", so that a long chain of edits stays narrow.
     """
     children: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):
@@ -228,7 +231,7 @@ def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
 
 
 def _find_parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
-    """Return the decisions of the path with the fewest edits to another path."""
+    """Return the decisions of a path's parent, from which the fewest edits lead to the path."""
     options = []
     for other in paths:
         edits = edits_between(other.decisions, path.decisions)
@@ -241,7 +244,7 @@ def _find_parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
 def _branches(
     parent: Decisions, children: Mapping[Decisions, Sequence[Decisions]], lead: str
 ) -> Iterator[tuple[Decisions, str]]:
-    """Yield the paths below a path, each with its line; `lead` is the text left of them."""
+    """Yield the decisions and the line of all paths below a path; `lead` begins each line."""
     siblings = children[parent]
     for number, child in enumerate(siblings, start=1):
         if len(siblings) == 1:
@@ -259,9 +262,9 @@ def _branches(
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
-    """Return the fewest edits from one path to another.
+    """Return the fewest edits that turn one path into another, or None if no edits do.
 
-    None if a changed layer isn't executed exactly once before: then no edits lead there.
+    Only layers that the first path executes exactly once can be edited.
     """
     edits: list[Action] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -279,7 +282,7 @@ def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
 
 
 def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print the file that a supervision has written, and its summary."""
+    """Print the file of targets that was written, and the summary of the targets."""
     terminal.fact("supervision", output)
     print_supervision(summary, terminal)
     rejected = rejected_path(output)
@@ -288,7 +291,7 @@ def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) 
 
 
 def print_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print the summary of a supervision, which older manifests have without some values."""
+    """Print the summary of a supervision; in older manifests some values are missing."""
     _print_counts(summary, terminal)
     targets = of_total(summary["targets"], summary["questions"])
     executions = summary.get("executions")
@@ -349,4 +352,4 @@ SEARCH_RENDERERS: dict[str, tuple[str, Callable[[Path, Terminal], None]]] = {
     "reason": ("questions without a target", show_rejected),
     "error": ("questions that failed", show_failed),
 }
-"""What a file of records holds and the function that prints it, by a field of its first line."""
+"""By a field in the first line of a file: what the file holds, and the function that prints it."""

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 HUB_IDS_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 """Language models that were on the hub before its ids had owners."""
 
-LOADING = "loading torch"  # what takes seconds in the first import of a stage
+LOADING = "loading torch"  # shown while a stage is imported, which takes seconds
 
 COLUMNS = Flag(
     "columns",
@@ -105,9 +105,9 @@ def search(command: CommandLine, terminal: Terminal) -> None:
 
 
 def check_model_name(command: CommandLine) -> None:
-    """Refuse a name that can't be a model's before any question is read.
+    """Refuse a text that can't be the name of a model, before any question is read.
 
-    It needs no network: whether a hub id exists shows only when the model is loaded.
+    The check needs no network. Only loading the model shows whether a hub id exists.
     """
     from drllm.models.base.smollm2 import ALIAS
 
@@ -123,7 +123,7 @@ def check_model_name(command: CommandLine) -> None:
 
 
 def _print_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
-    """Print how the questions of files and of the harness are divided, by their texts."""
+    """Print how the questions of files and of the harness are divided into splits."""
     for task in tasks:
         if task.name not in TASKS:
             terminal.say(task.describe_splits())
@@ -147,11 +147,11 @@ def _print_search(records: SearchRecords, folder: Path, terminal: Terminal) -> N
 def _supervise(
     records: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
-    """Choose targets and write them, unless an existing file has to stay."""
+    """Choose targets and write them, unless an existing file must be kept."""
     supervision = pick_targets(records, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
-        # A kill between the file and its manifest leaves exactly what would be written now.
+        # A run that was killed before it wrote the manifest left exactly these lines.
         if manifest is None and output.read_bytes() != to_lines(supervision).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
@@ -353,12 +353,12 @@ def tune_verb(command: CommandLine, terminal: Terminal) -> None:
 
 
 def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> None:
-    """Print how many questions of a task fit, choose and test a path."""
+    """Print how many questions of a task are used to fit, choose and test a path."""
     counts = []
     for part, examples in parts.examples.items():
         num = len(examples)
         if part != static_paths.FIT and config.num_judged is not None:
-            num = min(num, config.num_judged)  # those to fit are drawn already, by --num-fit
+            num = min(num, config.num_judged)  # --num-fit has limited the other part already
         counts.append(f"{num} to {part}")
     terminal.say(f"questions of {parts.task.name}: {', '.join(counts)}")
 
@@ -464,7 +464,11 @@ def model_of(
     routers: RouterStack | None = None,
     path: static_paths.PathFile | None = None,
 ) -> ModelConfig:
-    """Return the settings of the base model: the user's, or that of the routers or `paths.json`."""
+    """Return the settings of the base model.
+
+    The model is the one that the user named, or else the one that the paths.json or the routers
+    were made for.
+    """
     config = command.get_settings(ModelConfig)
     if command.names_model:
         return config

@@ -30,7 +30,7 @@ NAME_WIDTH = 14  # columns for the name of a fact
 UNBROKEN = sys.maxsize  # columns of an output that is no terminal: its lines are never broken
 STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold green"}
 LAYERS_PER_ROW = 60
-TICK = 10  # layers from one number above a route to the next
+TICK = 10  # number of layers between two numbers above a route
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -40,16 +40,16 @@ class Terminal(Listener):
     def __init__(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a terminal without █ is no reason to fail
+                stream.reconfigure(errors="replace")  # a terminal that can't show █ must not fail
         self.out = _Console(stderr=False)
         self.err = _Console(stderr=True)
 
     def say(self, text: str = "", indent: int = 0) -> None:
-        """Print lines of the result; a line that is too long is wrapped, and indented there."""
+        """Print lines of the result; wrap long lines, and indent the text after a break."""
         self.out.say(text, indent)
 
     def beside(self, name: str, text: str, width: int) -> None:
-        """Print a name in a column of some width, and a text in a column right of it."""
+        """Print a name in a column of this width, and a text to the right of the column."""
         if len(name) > width:
             self.say(name)
             name = ""
@@ -71,15 +71,15 @@ class Terminal(Listener):
         numbers_from: int = 99,
         cut_off: tuple[str, int] = ("", 0),
     ) -> None:
-        """Print a table; row by row where its longest words don't fit side by side.
+        """Print a table, or a block of lines for each row if the table is too wide.
 
         Args:
             columns: The names of the columns, with `|` in between.
             rows: The cells of each row; a row without cells is a line between sections.
             title: A line above the table.
             numbers_from: The first column that is aligned to the right.
-            cut_off: A column and the width at which its cells are cut off, so that each stays one
-                line. In all other columns narrow terminals break lines, and nothing is lost.
+            cut_off: A column, and the width at which its cells are cut off so that each cell stays
+                on one line. In all other columns a narrow terminal breaks the lines.
         """
         names = columns.split("|")
         cells = [[_to_text(cell) for cell in row] for row in rows]
@@ -118,22 +118,22 @@ class Terminal(Listener):
         self.err.say(text)
 
     def fail(self, text: str) -> None:
-        """Print the one line with which a failed command ends."""
+        """Print the single line that ends a failed command."""
         self.note(f"drllm: {' '.join(text.split())}")
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
-        """Show, for the length of a block, what is being done without measurable progress."""
+        """Show what is being done inside a block whose progress can't be measured."""
         if self.err.is_terminal:
             return self.err.status(what)
         return busy_lines(self.err, what)
 
     def progress(self, title: str, unit: str) -> Progress:
-        """Return a display of the progress of `title`, counted in `unit` (a plural)."""
+        """Return a display of how far the work `title` is, counted in `unit` (a plural)."""
         return Progress(self.err, title, unit)
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Show warnings of drllm, logged or raised, inside the block; hide those of others."""
+        """Show drllm's own warnings inside the block, logged or raised; hide all other warnings."""
         logger = logging.getLogger("drllm")
         handler = _NoteHandler(self)
         propagate_before = logger.propagate
@@ -211,7 +211,7 @@ def _range_of_widths(texts: Sequence[str], max_width: int | None) -> tuple[int, 
 
 
 def _fit_widths(room: int, ranges: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Return widths of columns, within their ranges, that fit; None if none do."""
+    """Choose widths of columns within their ranges so that all fit; return None if they can't."""
     if sum(least for least, _ in ranges) > room:
         return None
     widths = [most for _, most in ranges]
@@ -223,7 +223,7 @@ def _fit_widths(room: int, ranges: Sequence[tuple[int, int]]) -> list[int] | Non
 
 
 class _Console(Console):
-    """A console that shows the control characters of a text instead of obeying them."""
+    """A console that shows control characters in a text instead of obeying them."""
 
     def __init__(self, *, stderr: bool) -> None:
         # Notes appear even while code of other packages redirects standard error.
@@ -233,7 +233,7 @@ class _Console(Console):
             self.width = UNBROKEN
 
     def say(self, text: str, indent: int = 0) -> None:
-        """Print lines; on a terminal, break long ones at words and indent what follows."""
+        """Print lines; on a terminal, break long lines at words and indent the rest."""
         text = printable(text)
         if self.width < UNBROKEN:
             lines = [self._wrap(line, indent) for line in text.split("\n")]

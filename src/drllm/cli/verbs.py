@@ -26,25 +26,25 @@ HELP = ("-h", "--help", "--help-all")
 SEE_VERBS = "'drllm --help' explains the verbs"
 EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
 PLACEHOLDERS = {int: "N", float: "X"}
-"""The placeholder for a value of a type in the help, unless the setting has its own."""
+"""Placeholders for values in the help, by type. A setting may have a placeholder of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag of a verb: a file, a folder or a switch of its own, or one of its settings.
+    """One flag of a verb: a file, folder or switch of the verb itself, or one of its settings.
 
     Attributes:
         name: The name with underscores; a positional argument has one too.
         help: The help text.
         default: The value without the flag.
-        required: Whether the verb needs it.
-        many: Whether it takes several values.
-        positional: Whether it is written without its name.
-        switch: Whether it takes no value; without the flag the value is False.
-        value: The placeholder for its value in the help.
+        required: Whether the verb needs the flag.
+        many: Whether the flag takes several values.
+        positional: Whether the value is written without the flag's name.
+        switch: Whether the flag takes no value; without the flag the value is False.
+        value: The placeholder for the value in the help.
         basic: Whether `--help` shows it; `--help-all` shows all flags.
         alias: A second name, such as that of a published command.
-        group: The group of settings that it belongs to; None for a flag of the verb itself.
+        group: The group of settings with this setting; None for a flag of the verb itself.
         kind: The type of a setting's value.
         choices: The values that a setting accepts.
     """
@@ -65,12 +65,12 @@ class Flag:
 
     @property
     def is_in_files(self) -> bool:
-        """Whether it is a setting by task, which only YAML files can give."""
+        """Whether the flag is a setting by task. Only YAML files can give these settings."""
         return is_by_task((self.kind,))
 
     @property
     def is_on_or_off(self) -> bool:
-        """Whether it takes no value."""
+        """Whether the flag takes no value."""
         return self.switch or self.kind is bool
 
     @property
@@ -100,15 +100,15 @@ class Verb:
     """One command of `drllm`.
 
     Attributes:
-        name: Its name.
-        help: One line that says what it does.
+        name: The name of the verb.
+        help: One line that says what the verb does.
         example: A command line that works.
-        run: The function that runs it.
-        settings: Groups of settings, each of which becomes a flag.
+        run: The function that runs the verb.
+        settings: Groups of settings; each setting becomes a flag.
         flags: Further flags.
         model_from: Where the base model comes from without `--model`.
         resumes: Whether the same command resumes interrupted work.
-        shares: Whether several processes can divide its work.
+        shares: Whether several processes can divide the work.
     """
 
     name: str
@@ -128,7 +128,10 @@ CONFIG = Flag(
 
 
 class _Verbs(UserDict[str, Any]):
-    """Verbs by name. An entry is the name of the verb's module until its first use imports it."""
+    """Verbs by name; the first use of a verb imports its module.
+
+    Until then the entry of the verb is the name of the module.
+    """
 
     def __getitem__(self, name: str) -> Verb:
         module = self.data[name]
@@ -178,9 +181,9 @@ SECTIONS = {
 
 
 def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Register a function as a verb; its docstring's first line is the help.
+    """Register a function as a verb; the first line of its docstring is the help.
 
-    `attributes` are those of `Verb`.
+    `attributes` are attributes of `Verb`.
     """
 
     def register(function: Any) -> Any:
@@ -204,7 +207,7 @@ def find_verb(name: str) -> Verb:
 
 
 def flags_of(verb: Verb) -> Iterator[Flag]:
-    """Yield a verb's own flags, then all of its settings, including those of YAML files only."""
+    """Yield a verb's own flags, then all of its settings, also those of YAML files only."""
     yield from verb.flags
     for group in verb.settings:
         for field in dataclasses.fields(group):

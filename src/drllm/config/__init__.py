@@ -1,7 +1,7 @@
 """The settings of all stages: type, default, bounds, unit and help text.
 
-A field in one of these classes adds a flag, a key of YAML files, and their checks. Doesn't import
-torch.
+Each field of these classes becomes a flag and a key of YAML files, with its checks. This package
+doesn't import torch.
 """
 
 from drllm.config.constants import SPLITS

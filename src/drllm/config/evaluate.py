@@ -1,4 +1,4 @@
-"""Settings of an evaluation."""
+"""Settings of `drllm evaluate`, the evaluation of all systems on tasks."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from drllm.config.constants import SPLITS
 from drllm.config.fields import Settings, basic, incidental, setting
 
 TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
-"""Settings of the timing, on which no other result depends."""
+"""The settings of the timing. No other result depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Settings: fields with a type, bounds and a help text, which are checked when they are made."""
+"""Settings: groups of fields with a type, bounds and a help text.
+
+Making a group of settings checks its values.
+"""
 
 import dataclasses
 import pkgutil
@@ -17,7 +20,7 @@ from drllm.errors import ConfigError, unknown_name
 class NamesIn(Iterable[str]):
     """The names in a registry, given as `module:attribute`, in the registry's order.
 
-    The registry may be in a module that imports this one: it is imported when names are read.
+    The registry is imported only when the names are read, because its module may import this one.
     """
 
     registry: str
@@ -50,11 +53,11 @@ def setting(
         above: A lower bound that itself isn't accepted.
         choices: The accepted texts.
         alias: A second name, such as that of a published command.
-        no_effect_if: Another field of the group, and the value of it at which this field has no
-            effect.
-        decisive: Whether results depend on it.
-        value: How a value is written, for the help; an example of a setting by task.
-        basic: Whether `--help` shows it; `--help-all` shows all.
+        no_effect_if: Another field of the group and a value. If that field has this value, the
+            declared field has no effect.
+        decisive: Whether results depend on the field.
+        value: The placeholder for a value in the help; for a setting by task, an example.
+        basic: Whether `--help` shows the field; `--help-all` shows all fields.
     """
     metadata = {
         "help": help,
@@ -74,12 +77,12 @@ def setting(
 basic = partial(setting, basic=True)
 """Declares a field that `--help` shows."""
 incidental = partial(setting, decisive=False)
-"""Declares a field that results don't depend on: places, memory, devices of the work."""
+"""Declares a field that doesn't change results, such as a folder or a limit of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A group of settings; making one checks all values."""
+    """A group of settings. Making a group checks all of its values."""
 
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
@@ -89,10 +92,10 @@ class Settings:
             _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
-        """Refuse settings that another setting of the group leaves without effect.
+        """Refuse settings that have no effect because of another setting of the group.
 
-        This isn't checked when the settings are made, because a file and the command line may each
-        give a part of them. A setting with its default value counts as absent.
+        Making a group doesn't check this, because a file and the command line may each give a part
+        of the settings. A setting with its default value counts as absent.
         """
         for field in dataclasses.fields(self):
             condition = field.metadata["no_effect_if"]
@@ -188,7 +191,7 @@ def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
     if is_by_task(kinds):
         _check_by_task(name, value, kinds, rules)
         return
-    is_bool = isinstance(value, bool)  # which to Python is an int
+    is_bool = isinstance(value, bool)  # to Python, a bool is an int
     accepted = (*kinds, int) if float in kinds else kinds
     if (is_bool and bool not in kinds) or not isinstance(value, accepted):
         expected = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
@@ -218,7 +221,7 @@ def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
     maximum = rules["maximum"]
     above = rules["above"]
     expected = None
-    if not abs(value) <= LARGEST_INT:  # not a number is refused too
+    if not abs(value) <= LARGEST_INT:  # refuses NaN too
         expected = "a finite number below 2^63"
     elif minimum is not None and value < minimum:
         expected = f"a value of at least {minimum}"
@@ -237,7 +240,7 @@ def check_text(flag: str, text: str) -> None:
 
 
 def required_tasks(names: str | None, flag: str = "--tasks") -> str:
-    """Return the names of the tasks; ConfigError if none is named."""
+    """Return the names of the tasks; raise ConfigError if there are none."""
     if names is None:
         raise ConfigError(
             f"no task is given; name one as {flag}, for example {flag} questions.jsonl or "
@@ -247,9 +250,9 @@ def required_tasks(names: str | None, flag: str = "--tasks") -> str:
 
 
 def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
-    """Return a copy of a group of settings, or of the defaults, with some settings changed.
+    """Copy a group of settings, or the defaults, and change some settings in the copy.
 
-    A setting may be given by its published name, its alias.
+    A setting may be given by its alias, which is its published name.
     """
     names = {field.metadata["alias"]: field.name for field in dataclasses.fields(kind)}
     values = (config or kind()).to_dict()
@@ -259,13 +262,16 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
 
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
-    """Make a group of settings from the values that belong to it; ignore the others."""
+    """Make a group of settings from the values that belong to it; ignore all other values."""
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: values[name] for name in names if name in values})
 
 
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
-    """Make a group of settings from values; ConfigError, which names `where`, for a wrong one."""
+    """Make a group of settings from values.
+
+    Raises ConfigError for an unknown name, with `where` in the message, and for a wrong value.
+    """
     known = kinds_of(kind)
     for name in map(str, values):
         if name in known:

@@ -1,7 +1,7 @@
 """Reads settings from YAML files: recipes, presets, and the files of `--config`.
 
-Names may have dashes, or be published ones. Numbers are read as texts and converted to the type of
-the setting, since 1.10 may be the name of a branch.
+The names of settings may have dashes, and published names are accepted. Numbers are first read as
+texts and then converted to the type of the setting, since 1.10 may be the name of a branch.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
-"""Packaged settings by name: the paper's, the released code's. Their sections are a recipe's."""
+"""Packaged settings by name: those of the paper and of the released code, in the sections of a
+recipe."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without tags and repeated names; numbers and dates stay texts."""
+    """Reads YAML, but refuses tags and repeated names, and keeps numbers and dates as texts."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
         first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", "stamp"))]
@@ -51,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Read a YAML file of names and values; dashes in names become underscores.
 
-    `what` says for messages what the file should hold.
+    `what` describes for messages what the file should hold.
     """
     remedy = f"give a YAML file with {what}"
     if not path.is_file():
@@ -64,7 +65,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text; {remedy}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # Of YAML's own errors some have a place; a text "\U00110000" raises ValueError.
+        # Only some of YAML's errors have a place. A text "\U00110000" raises ValueError.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
@@ -78,7 +79,10 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a file over those of the preset that it names as `config`."""
+    """Return the sections of a file, completed by the preset that the file names as `config`.
+
+    A setting in the file wins over the same setting in the preset.
+    """
     sections = dict(values)
     if "config" not in sections:
         return sections
@@ -87,7 +91,7 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path}: config: " + unknown_name("preset", name, PRESETS))
     for section, preset in read_yaml(PRESETS[name], "settings").items():
         settings = sections.get(section) or {}
-        if isinstance(settings, dict):  # what holds no settings is refused by `sections_of`
+        if isinstance(settings, dict):  # `sections_of` refuses any other value
             settings = {**preset, **with_underscores(settings)}
         sections[section] = settings
     return sections
@@ -96,7 +100,10 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def sections_of(
     path: Path, values: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the sections of a file; ConfigError for an unknown one, or one without settings."""
+    """Return the sections of a file.
+
+    Raises ConfigError for an unknown section, and for a section that isn't names and values.
+    """
     names = list(names)
     sections = {}
     for name, section in with_underscores(values).items():
@@ -111,12 +118,15 @@ def sections_of(
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Replace the dashes in the names of settings by underscores."""
+    """Replace the dashes in the names of settings with underscores."""
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under our names, a group's numbers as such; others are left as they are."""
+    """Return settings under our names, with a group's numbers converted from text.
+
+    Settings of other groups are left as they are.
+    """
     names = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
     settings = {names.get(name, name): value for name, value in values.items()}
     for name, kinds in kinds_of(group).items():
@@ -126,10 +136,11 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def without_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Return settings without those that were removed since and are null.
+    """Return settings without removed settings whose value is null.
 
-    Files of commit 3820ce17 list every setting of that commit, those that weren't set as null.
-    `names` are the settings of today: what is removed in one section may exist in another.
+    Files of commit 3820ce17 list every setting of that commit; a setting that wasn't given is null.
+    `names` are the current settings, since a setting that was removed from one section may exist in
+    another section.
     """
     settings = {}
     for name, value in values.items():

@@ -37,10 +37,10 @@ class GenerateConfig(Settings):
     )
 
     def sampling_options(self) -> dict[str, Any]:
-        """Return the options of transformers' `generate` that choose tokens.
+        """Return the options of transformers' `generate` that say how tokens are chosen.
 
-        They override the sampling settings of the model itself. At temperature 0, which is greedy,
-        the sampling settings are refused.
+        The options override the sampling settings of the model itself. Temperature 0 is greedy
+        decoding. Settings of the sampling are refused then.
         """
         self.check_effects()
         if self.temperature == 0:
@@ -93,17 +93,17 @@ class DepthConfig(Settings):
     def find_setting(self) -> str | None:
         """Return the name of the setting that changes the depth; None if none does.
 
-        Settings that don't go together are refused, as `check_combination` says.
+        Raises ConfigError for settings that `check_combination` refuses.
         """
         self.check_combination()
         names = self._list_changed()
         return names[0] if names else None
 
     def check_combination(self) -> None:
-        """Refuse several settings of the depth, and a target without calibration prompts.
+        """Refuse more than one setting of the depth, and a target without calibration prompts.
 
-        This isn't checked when the settings are made, because a file and the command line may each
-        give a part of them.
+        Making the settings doesn't check this, because a file and the command line may each give a
+        part of the settings.
         """
         names = self._list_changed()
         if len(names) > 1:

@@ -1,4 +1,4 @@
-"""Settings of healing a static path."""
+"""Settings of `drllm heal`, the training of an adapter for a static path."""
 
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ class HealConfig(Settings):
     )
 
     def named_path(self) -> str:
-        """Return the file of the path; ConfigError if none is named."""
+        """Return the place of the path; raise ConfigError if no path is named."""
         if self.path is None:
             raise ConfigError("no path is given; give --path FILE, or --path paths.json:NAME")
         return self.path

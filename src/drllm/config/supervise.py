@@ -1,4 +1,4 @@
-"""Settings that choose the targets."""
+"""Settings of `drllm supervise`, which chooses the targets."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Settings of the training of routers."""
+"""Settings of `drllm train`, the training of routers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,14 +104,15 @@ class TrainConfig(Settings):
 
     @property
     def trackers(self) -> list[str]:
-        """The names in `report_to`, each once."""
+        """The names in `report_to`, without duplicates."""
         named = [] if self.report_to is None else self.report_to.split(",")
         return list(dict.fromkeys(name.strip() for name in named))
 
     def by_seed(self, output: Path) -> "dict[Path, TrainConfig]":
-        """Return the folder of every seed's routers, with the settings of that training alone.
+        """Return the folder of every seed, with the settings of the training with this seed alone.
 
-        The first seed's routers lie in `output`, those of a further seed S in `seed_S` below it.
+        The first seed's routers lie in `output`. The routers of a further seed S lie in
+        `output/seed_S`.
         """
         first, *more = range(self.seed, self.seed + self.num_seeds)
         folders = {first: output} | {seed: output / f"seed_{seed}" for seed in more}

@@ -1,4 +1,4 @@
-"""Settings of the search for static paths."""
+"""Settings of `drllm tune`, the search for static paths."""
 
 from dataclasses import dataclass
 

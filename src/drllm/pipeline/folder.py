@@ -1,8 +1,8 @@
-"""Runs the stages of a recipe in a run folder, and skips the finished ones.
+"""Runs the stages of a recipe in a run folder, and skips finished stages.
 
-A stage is finished if `run.manifest.json` records the settings, questions, input files and version
-that it would be run with now, and if all files that it wrote are there and unchanged. Each stage
-resumes its own unfinished work.
+A stage is finished if `run.manifest.json` records the same settings, questions, input files and
+version that the stage would use now. All files that the stage wrote must be there and unchanged
+too. Each stage resumes its own unfinished work.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The state of one stage in `run.manifest.json` (docs/formats.md)."""
 
     made_from: dict[str, Any]
-    outputs: dict[str, str] = {}  # empty until the stage ends
+    outputs: dict[str, str] = {}  # hashes by file; empty until the stage ends
     seconds: float = 0.0
 
 
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunManifest:
 
 
 def hash_of(path: Path) -> str:
-    """Return the hash of a file; empty if it doesn't exist."""
+    """Return the hash of a file, or an empty text if the file doesn't exist."""
     return codec.sha256(path) if path.is_file() else ""
 
 
@@ -103,14 +103,14 @@ def _digest_split(task: Task, split: str, limit: int | None, config: EvaluateCon
 def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with listener.busy(f"loading {config.model}"):
-        from drllm.models.routing.routed_model import unrouted  # which takes seconds
+        from drllm.models.routing.routed_model import unrouted  # this import takes seconds
     with unrouted(config, listener=listener) as base:
         yield base
 
 
 @contextmanager
 def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], BaseModel]]:
-    """Yield a function that returns the base model, and loads it when first called."""
+    """Yield a function that returns the base model; the first call loads the model."""
     with ExitStack() as stack:
         yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
 
@@ -132,8 +132,8 @@ class Stage:
     """A stage of a run.
 
     Attributes:
-        made_from: The settings and the hashes of the inputs that decide its results.
-        run: A function that runs it, and returns the files that it wrote.
+        made_from: The settings and the hashes of inputs that the stage's results depend on.
+        run: A function that runs the stage, and returns the files that it wrote.
     """
 
     made_from: dict[str, Any]
@@ -161,11 +161,11 @@ class RunFolder:
             self.router_folders = list(recipe.train.by_seed(self.routers))
 
     def run_stages(self, names: Sequence[str]) -> dict[str, str]:
-        """Run the named stages in order, unless finished; return the time of each, in words."""
+        """Run the named stages in order, except finished ones; return the time of each in words."""
         times = {}
         for number, name in enumerate(names, start=1):
             is_done = self._run_stage(name)
-            if number == 1:  # the folder fits the recipe
+            if number == 1:  # the stage didn't refuse the folder
                 self._keep_recipe()
             took = duration(self.manifest.stages[name].seconds)
             times[name] = f"{took}, done before" if is_done else took
@@ -181,7 +181,7 @@ class RunFolder:
         if self.manifest.is_done(name, made_from, self.folder):
             return True
         started = time.perf_counter()
-        if name != "search":  # which refuses a folder with another search: nothing changes
+        if name != "search":  # search itself may refuse the folder, and nothing may change before
             self.begin(name, made_from)
         hashes = {}
         for path in stage.run():
@@ -191,7 +191,7 @@ class RunFolder:
         return False
 
     def _keep_recipe(self) -> None:
-        """Write the recipe into the folder, unless it is there."""
+        """Write the recipe into the folder, unless the same recipe is there."""
         file = self.folder / RECIPE_FILE
         text = self.recipe.to_yaml()
         try:
@@ -202,7 +202,7 @@ class RunFolder:
             codec.write_atomically(file, text)
 
     def begin(self, name: str, made_from: dict[str, Any]) -> None:
-        """Record that a stage begins, and delete the files that it wrote before."""
+        """Record that a stage begins, and delete the files of its last run."""
         before = self.manifest.stages.get(name, StageDone(made_from=made_from))
         if name == "train" and before.made_from != made_from:
             from drllm.training.stage import discard
@@ -210,7 +210,8 @@ class RunFolder:
             discard(self.routers, self.recipe.train)
         for output in before.outputs:
             path = self.folder / output
-            leads_elsewhere = path.resolve() != self.folder.resolve() / output  # through a link
+            # The path may lead out of the folder through a link.
+            leads_elsewhere = path.resolve() != self.folder.resolve() / output
             if not leads_elsewhere:
                 path.unlink(missing_ok=True)
         self._record(name, StageDone(made_from=made_from))
@@ -223,6 +224,7 @@ class RunFolder:
         codec.write_json(self.folder / RUN_FILE, self.manifest)
 
     def _stage(self, name: str) -> Stage:
+        """Return a stage with its current inputs."""
         stages = {
             "search": self._search,
             "supervise": self._supervise,
@@ -322,7 +324,7 @@ class RunFolder:
         return Stage(made_from, self._run_heal)
 
     def _heal_config(self) -> HealConfig:
-        """Return the settings of healing; a path that this run tunes gets its file."""
+        """Return the settings of healing; a path that this run tunes is named with its file."""
         config = self.recipe.heal
         assert config is not None
         if self.recipe.tune is None:
@@ -369,7 +371,7 @@ class RunFolder:
         return files
 
     def _evaluate_config(self) -> EvaluateConfig:
-        """Return the settings of the evaluation; by default it uses the files of this run."""
+        """Return the settings of the evaluation, which uses the files of this run by default."""
         config = self.recipe.evaluate
         if self.router_folders and needs_targets(config.baselines) and config.supervision is None:
             config = dataclasses.replace(config, supervision=str(self.supervision_file))

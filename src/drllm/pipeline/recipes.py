@@ -1,6 +1,6 @@
 """Recipes: the settings of all stages in one YAML file.
 
-They are checked completely before a model is loaded and before anything is written.
+A recipe is checked completely before a model is loaded and before anything is written.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextSource, read_sources
 
 ROUTING = ("search", "supervise", "train")
-"""Sections and stages of routers.
+"""The sections and stages of routers.
 
-A recipe with a section of a static path and none of these trains no routers.
+A recipe trains no routers if it has a section of a static path and none of these sections.
 """
 PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
-"""Sections and stages of a static path; they run only if the recipe has the section."""
+"""The sections and stages of a static path. A stage runs only if the recipe has its section."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,44 +60,44 @@ class Recipe:
         """Write all settings, including defaults, as the text of a recipe."""
         values = {name: getattr(self, name).to_dict() for name in SECTIONS if self.runs(name)}
         if "search" in values:
-            del values["search"]["output_dir"]  # the folder that the text lies in
+            del values["search"]["output_dir"]  # the folder in which the recipe lies
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def runs(self, name: str) -> bool:
-        """Whether the recipe has a section, or runs a stage, of that name."""
+        """Whether the recipe has a section or a stage with this name."""
         if name in ROUTING:
             return self.has_routers
         return getattr(self, name, True) is not None
 
     @cached_property
     def questions(self) -> list[SearchQuestion]:
-        """The questions of the search; raises as `check` does."""
+        """The questions of the search; reading them raises the same errors as `check`."""
         return collect_questions(None, self.search)
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The tasks of the evaluation; raises as `check` does."""
+        """The tasks of the evaluation; reading them raises the same errors as `check`."""
         return select_tasks(self.evaluate)
 
     @cached_property
     def tuned(self) -> list[TaskSplits]:
-        """The tasks of tuning, with their questions; raises as `check` does."""
+        """The tasks of tuning with their questions; reading them raises the errors of `check`."""
         return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
     def healed(self) -> list[TextSource]:
-        """The texts that a path is healed on; raises as `check` does."""
+        """The texts that a path is healed on; reading them raises the same errors as `check`."""
         return read_sources(self.heal or config.HealConfig())
 
     def check(self) -> None:
         """Refuse wrong settings, settings without effect, and a missing package."""
         need("eval,report", "a run")
         self._check_tasks()
-        _ = self.tasks  # reading them checks them
+        _ = self.tasks  # reading the tasks checks them
         if self.has_routers:
             self._check_routers()
         else:
-            paths = self.evaluate.paths or PATHS_FILE  # of the run, if no others are given
+            paths = self.evaluate.paths or PATHS_FILE  # by default those of this run
             without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
             self._check_tuning()
@@ -151,7 +151,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read a recipe; `data_dir` replaces that of every section with questions."""
+    """Read a recipe; `data_dir` replaces the `data_dir` of every section with questions."""
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = sections_of(path, values, SECTIONS)
     groups: dict[str, Any] = {}

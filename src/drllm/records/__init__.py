@@ -1,4 +1,6 @@
-"""Typed records and their files: search, supervision, results, manifests; JSON; resume.
+"""Typed records and their files: search, supervision, results and manifests.
 
-`docs/formats.md` describes the same files for readers without Python. Doesn't import torch.
+The package also reads and writes JSON, and keeps the unfinished work of interrupted runs.
+`docs/formats.md` describes the same files for readers without Python. This package doesn't import
+torch.
 """

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 2
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
-"""How NaN and infinity begin in MessagePack: a float whose exponent bits are all set."""
+"""The first bytes of NaN and infinity in MessagePack: a float whose exponent bits are all set."""
 _MESSAGE_PARTS = (
     (re.compile(r"Object missing required field (`.*?`)", re.DOTALL), r"the field \1 is missing"),
     (re.compile(r"Object contains unknown field (`.*?`)", re.DOTALL), r"unknown field \1"),
@@ -45,7 +45,7 @@ _READ_SIZE = 1 << 20  # bytes
 
 
 class Version(msgspec.Struct):
-    """The fields that name the schema and version of any of our files."""
+    """The schema and the versions that each of our files names."""
 
     schema: str = ""
     schema_version: int = 0
@@ -53,7 +53,7 @@ class Version(msgspec.Struct):
 
 
 def decode(data: bytes | str, kind: type[T], where: str) -> T:
-    """Read one JSON value: a struct (its `__post_init__` is run), or `dict[str, Any]`.
+    """Read one JSON value as a struct or as `dict[str, Any]`; a struct's `__post_init__` runs.
 
     Args:
         data: The JSON text.
@@ -74,28 +74,28 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise RecordError(f"{where}: {_describe_malformed(data, str(error))}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deep to be read") from error
-    except ValueError as error:  # from _refuse_…, or for a number of thousands of digits
+    except ValueError as error:  # from `_refuse_…`, or a number has thousands of digits
         raise RecordError(f"{where}: {error}") from error
 
 
 def _decode_bytes(raw: bytes, kind: type[T]) -> T:
-    """Decode JSON; ValueError for a newer version or a duplicate key."""
+    """Decode JSON; raise ValueError for a newer version or a duplicate key."""
     if b'"schema_version"' in raw:
         _refuse_newer(raw)
     value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
-    # What drllm wrote encodes to the same bytes again. Only other files need the slow check.
+    # A file of drllm encodes to the same bytes again. Only other files need the slow check.
     if _ENCODER.encode(value) != raw.rstrip():
         json.loads(raw, object_pairs_hook=_refuse_duplicates)
     return value
 
 
 def encode(value: Any) -> bytes:
-    """Return one value as JSON, without a newline; refuse numbers that aren't finite."""
+    """Encode one value as JSON without a newline; raise RecordError for NaN and infinity."""
     try:
         data = _ENCODER.encode(value)
     except UnicodeEncodeError as error:
         raise RecordError(f"text that isn't UTF-8 can't be written: {error.object!r}") from error
-    # msgspec writes null for None, and for NaN and infinity.
+    # msgspec writes null for None, but also for NaN and infinity.
     if b"null" in data and _may_hold_infinity(value):
         for place, number in _find_infinities(msgspec.to_builtins(value), ""):
             raise RecordError(f"`{place}` is {number}, which JSON can't hold")
@@ -103,13 +103,16 @@ def encode(value: Any) -> bytes:
 
 
 def read_json(path: Path | str, kind: type[T]) -> T:
-    """Read a file of one JSON value; RecordError if it is missing or `decode` refuses it."""
+    """Read a file of one JSON value.
+
+    Raises RecordError if the file is missing, or if `decode` refuses its content.
+    """
     with _open_file(Path(path)) as file:
         return decode(file.read(), kind, str(path))
 
 
 def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Yield each line's number, from 1, and its value."""
+    """Yield the number and the value of each line; the first line has number 1."""
     number = 0
     with _open_file(Path(path)) as file:
         for number, line in enumerate(file, start=1):
@@ -119,7 +122,7 @@ def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
 
 
 def read_text(path: Path | str) -> str:
-    """Read a whole UTF-8 file, without its byte order mark; RecordErrors as in `read_json`."""
+    """Read a whole UTF-8 file without its byte order mark; raise RecordError if that fails."""
     try:
         with _open_file(Path(path)) as file:
             return file.read().decode("utf-8-sig")
@@ -135,11 +138,11 @@ def write_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see either the old content or the new one, never a part.
 
-    A missing folder is made. A RecordError says what can't be written.
+    A missing folder is created. Raises RecordError if the file can't be written.
     """
     refuse_special_file(path, "write")
     clear_half_written(path.parent)
-    # Not tempfile.mkstemp, whose files only their owner may read.
+    # tempfile.mkstemp isn't used: only the owner may read its files.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +168,9 @@ def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> Non
 
 
 def clear_half_written(folder: Path) -> None:
-    """Delete temporary files of this machine's killed processes from a folder."""
+    """Delete temporary files that killed processes of this machine left in a folder."""
     pattern = re.compile(rf"\..+\.{_host()}-(\d+)-\w{{8}}")
-    with contextlib.suppress(OSError):  # tidiness isn't worth an error
+    with contextlib.suppress(OSError):  # a leftover file does no harm
         # os.listdir is fast: a folder may hold thousands of chunks, and each write calls this.
         for name in os.listdir(folder):  # noqa: PTH208
             match = pattern.fullmatch(name) if name.startswith(".") else None
@@ -176,7 +179,9 @@ def clear_half_written(folder: Path) -> None:
 
 
 def refuse_special_file(path: Path, verb: str) -> bool:
-    """Refuse to `verb` ("read", "write") a folder, a FIFO and the like.
+    """Refuse a folder, a FIFO, and any other path that isn't a regular file.
+
+    `verb` ("read" or "write") is for messages.
 
     Returns:
         Whether the file exists.
@@ -219,12 +224,13 @@ def hash_values(values: Iterable[object]) -> str:
 
 @functools.cache
 def _host() -> str:
-    """Return 8 hex digits for this machine, since process ids mean nothing on another one."""
+    """Return 8 hex digits that name this machine, since process ids only hold on one machine."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes; raise RecordError if the file can't be read."""
     if not refuse_special_file(path, "read"):
         raise RecordError(f"{path} doesn't exist; give a file that a stage has written")
     try:
@@ -245,7 +251,7 @@ def _describe_malformed(data: bytes | str, message: str) -> str:
     constants: list[str] = []
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        json.loads(text, parse_constant=constants.append)  # accepts more than JSON allows
+        json.loads(text, parse_constant=constants.append)  # Python accepts more than JSON allows
         if constants:
             return f"{constants[0]} isn't a number in JSON; expected a finite number"
         return r"half a surrogate pair (\ud800 to \udfff), which isn't text"
@@ -259,6 +265,7 @@ def _describe_malformed(data: bytes | str, message: str) -> str:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object; raise ValueError if a key is there twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -281,7 +288,7 @@ def _refuse_newer(data: bytes) -> None:
 
 
 def _may_hold_infinity(value: Any) -> bool:
-    """Check quickly for NaN and infinity; True may be a false alarm, False never is wrong."""
+    """Check quickly for NaN and infinity; True may be a false alarm, but False is certain."""
     try:
         return _NOT_FINITE.search(msgspec.msgpack.encode(value)) is not None
     except OverflowError:  # a whole number beyond 64 bits

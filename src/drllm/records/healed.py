@@ -19,7 +19,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measurement during the training. KL is that from the full path, in nats a token."""
+    """A measurement during the training. KL is the KL from the full path, in nats per token."""
 
     step: int
     tokens: int
@@ -29,9 +29,9 @@ class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Next-token losses on held-out texts, in nats a token.
+    """Next-token losses on held-out texts, in nats per token.
 
-    They are those along the full path, along the path alone, and along the healed path.
+    The losses are those of the full path, of the path alone, and of the healed path.
     """
 
     full: float
@@ -41,11 +41,11 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class HealedPath(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A path and its adapter, which changes all layers of the path from `first_layer` on.
+    """A path and its adapter. The adapter changes all layers of the path from `first_layer` on.
 
-    `tasks` and `texts` name the sources that it was trained on, and `divided` the tasks whose own
-    splits weren't used. `questions_sha256` is the digest of all sources. `held_out` has the losses
-    by source.
+    `tasks` and `texts` name the sources that the adapter was trained on, and `divided` names the
+    tasks whose own splits weren't used. `questions_sha256` is the digest of all sources. `held_out`
+    has the losses by source.
     """
 
     name: str
@@ -86,7 +86,7 @@ def read_healed(file: Path) -> HealedPath:
     """Read the `path.json` of a healed path.
 
     Raises:
-        RecordError: The file can't be read, the adapter beside it is missing or another one, or
+        RecordError: The file can't be read, the adapter beside it is missing or was changed, or
             this version can't run the path.
     """
     record = read_json(file, HealedPath)

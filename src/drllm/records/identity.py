@@ -3,21 +3,24 @@
 from drllm.listener import logger
 
 QUANTISED = "quantised"
-"""How the fingerprint of quantised weights begins."""
+"""The first part of the fingerprint of quantised weights."""
 
 
 def have_same_weights(first: str, second: str, where: str) -> bool:
-    """Tell whether two fingerprints are of the same base model, in any precision.
+    """Tell whether two fingerprints belong to the same base model, in any precision.
 
     A fingerprint has up to three parts with `-` between them. The first is the hash of the weights,
     or `QUANTISED`. The second is the hash of the embedding, which most quantisations don't change.
-    The third is the hash of the way in which the model is quantised. If either model is quantised,
-    only the embeddings are compared, if both are there, and a warning says that precisions differ.
+    The third is the hash of the way in which the model is quantised.
+
+    If either model is quantised, only the hashes of the embeddings are compared, if both
+    fingerprints have one. If the fingerprints differ nevertheless, a warning says that precisions
+    differ.
 
     Args:
         first: A fingerprint.
         second: Another fingerprint.
-        where: The file or setting of the second one, for the warning.
+        where: The file or setting of the second fingerprint, for the warning.
     """
     first_weights, first_embedding = _split_fingerprint(first)
     second_weights, second_embedding = _split_fingerprint(second)
@@ -35,7 +38,7 @@ def have_same_weights(first: str, second: str, where: str) -> bool:
 
 
 def _split_fingerprint(fingerprint: str) -> tuple[str, str]:
-    """Return the hashes of weights and embedding; that of the embedding is empty in older files."""
+    """Return the hashes of the weights and of the embedding; older files have no second hash."""
     weights, _, rest = fingerprint.partition("-")
     return weights, rest.partition("-")[0]
 

@@ -1,4 +1,7 @@
-"""Reads and writes records files. The manifest beside each says what made it, and its hash."""
+"""Reads and writes records files, and the manifest beside each file.
+
+A manifest says how the file was made, and holds the hash of the file.
+"""
 
 import contextlib
 import importlib.metadata
@@ -38,7 +41,7 @@ class _Manifest(msgspec.Struct):
 
 
 def manifest_path(path: Path) -> Path:
-    """Return where the manifest of a records file lies: `search.jsonl` → `search.manifest.json`."""
+    """Return the path of a records file's manifest: `search.jsonl` → `search.manifest.json`."""
     return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
 
 
@@ -50,7 +53,7 @@ def new_manifest(
     inputs: Sequence[Path] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a manifest: what a reader needs to trust and reproduce a file.
+    """Make a manifest: what a reader needs to trust and reproduce a file.
 
     Args:
         schema: The kind of file (`search`, …).
@@ -82,7 +85,10 @@ def new_manifest(
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
-    """Read the manifest of a records file; None if it has none, as a user's file may."""
+    """Read the manifest of a records file; return None if there is none.
+
+    Files that users write themselves need no manifest.
+    """
     file = manifest_path(path)
     if not codec.refuse_special_file(file, "read"):
         return None
@@ -136,7 +142,10 @@ def write_or_remove(path: Path, records: Sequence[Any]) -> None:
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
-    """Write a records file and its manifest, to which their number and the hash are added."""
+    """Write a records file and its manifest.
+
+    The number of records and the hash of the file are added to the manifest.
+    """
     text = to_lines(records)
     manifest_file = manifest_path(path)
     codec.refuse_special_file(path, "write")

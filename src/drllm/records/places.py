@@ -36,7 +36,7 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
 
     Args:
         file: The file to write.
-        flag: The flag that names it.
+        flag: The flag that names the file.
         schema: Records of this kind ("supervision") may be replaced.
     """
     check_folder(file.parent, flag)
@@ -49,7 +49,7 @@ def check_file(file: Path, flag: str, schema: str = "") -> None:
 
 
 def _is_of_another_stage(file: Path, schema: str) -> bool:
-    """Tell whether a file is a manifest, or another stage wrote it.
+    """Tell whether a file is a manifest, or was written by another stage.
 
     A records file whose manifest names the schema may be replaced.
     """
@@ -64,7 +64,7 @@ def _is_of_another_stage(file: Path, schema: str) -> bool:
 
 
 def stage_folder(output: Path | str | None, stack: ExitStack) -> Path:
-    """Return the folder that a stage writes to; without an output a temporary one.
+    """Return the folder that a stage writes to; without an output, make a temporary folder.
 
     If several processes run the stage, all but the first get temporary folders.
     """

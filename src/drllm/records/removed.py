@@ -6,18 +6,18 @@ from typing import NoReturn
 from drllm.errors import RecordError
 
 OLD_VERSION = "0.1.0.dev0, commit 3820ce17"
-"""The last version that reads such files."""
+"""The last version that reads the refused files."""
 
 MENU_FILE = "menu.json"
 MENU_SCHEMA = "drllm.menu"
 
 
 def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:
-    """Raise the RecordError for a file whose content was removed after `OLD_VERSION`.
+    """Raise a RecordError for a file whose content was removed after `OLD_VERSION`.
 
     Args:
         file: The file.
-        content: What it holds, with the article ("a menu of paths").
+        content: What the file holds, with an article ("a menu of paths").
         remedy: What to do instead ("give …").
     """
     raise RecordError(

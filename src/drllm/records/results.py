@@ -39,7 +39,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields at the beginning of every file of results, which `new_manifest` makes."""
+    """The fields at the beginning of every file of results. `new_manifest` makes them."""
 
     schema: str
     schema_version: int
@@ -63,7 +63,7 @@ class StepRecord(
 
 
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FLOPs of reading a prompt: of products with weights, and of attention."""
+    """The FLOPs of reading a prompt: for products with weights, and for attention."""
 
     weights: float
     attention: float
@@ -122,7 +122,7 @@ class Point(Scores, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """System and setting, which is its name in the samples."""
+        """The name of the point in the samples: its system and setting."""
         return f"{self.system}, {self.setting}" if self.setting else self.system
 
 
@@ -137,7 +137,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise one value for each seed; there must be at least one."""
+        """Summarise the values of one or more seeds."""
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(
             mean=statistics.fmean(values),
@@ -151,8 +151,9 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scores of several seeds' routers at one depth.
 
-    `setting` names the depth; it is empty for the one that the routers were trained for. Both
-    differences start from the mean over the seeds: minus base, and minus permuted routes.
+    `setting` names the depth. It is empty for the depth that the routers were trained for.
+    `against_base` is the mean over the seeds minus base, and `against_permuted` is the mean minus
+    permuted routes.
     """
 
     setting: str
@@ -236,7 +237,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """The main findings: on `compared_system`, then on the best path if that is another one."""
+        """The main findings: on `compared_system`, then on the best path if it is another."""
         return self.findings[: 2 if self.routed and self.paths else 1]
 
     @property
@@ -260,7 +261,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def score(self) -> str:
-        """The name of what is averaged over the questions."""
+        """The name of the score that is averaged over the questions."""
         return self.metric if self.is_graded else "accuracy"
 
     @property
@@ -272,17 +273,17 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return compared.against_base.accuracy.won is None
 
     def system(self, name: str) -> System | None:
-        """Return the system of that name, if it was evaluated."""
+        """Return the system with this name, or None if it wasn't evaluated."""
         return next((system for system in self.systems if system.name == name), None)
 
 
 class SampleOutcome(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """One system's outcome on one question; `decisions` is None if it is a mean over draws.
+    """One system's outcome on one question; `decisions` is None for a mean over draws.
 
     `answer` is the number of the chosen option, from 0, or the generated text. Only base and the
-    routed model have it.
+    routed model have an answer.
     """
 
     correct: float
@@ -332,7 +333,10 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_schema(path: Path) -> str:
-    """Read the schema that a JSON file names; empty if it names none or can't be read."""
+    """Read the schema that a JSON file names; return an empty text if there is none.
+
+    A file that can't be read has no schema.
+    """
     try:
         return read_json(path, Version).schema
     except RecordError:
@@ -342,19 +346,19 @@ def read_schema(path: Path) -> str:
 class Results(tuple[Evaluation, ...]):
     """What `evaluate` returns: one evaluation for each task, in order.
 
-    `folder` holds their files; it is None if nothing was written.
+    `folder` holds the files of the evaluations; it is None if nothing was written.
     """
 
     folder: Path | None = None
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read one `eval/TASK.json`; RecordError if it can't be trusted."""
+    """Read one `eval/TASK.json`; raise RecordError if the file can't be trusted."""
     return read_result_file(path, Evaluation, EVALUATION_SCHEMA)
 
 
 def read_result_file(path: Path, kind: type[T], schema: str) -> T:
-    """Read a file of results; RecordError if its schema is another one or too old."""
+    """Read a file of results; raise RecordError for another schema or a too old version."""
     version = read_json(path, Version)
     if version.schema != schema:
         raise RecordError(f"{path} says {version.schema!r}; expected {schema!r}; give another file")
@@ -394,7 +398,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def _read_samples(file: Path) -> dict[str, list[Sample]]:
-    """Read the samples by task; there are none if the file is missing."""
+    """Read the samples by task; without the file there are no samples."""
     samples: dict[str, list[Sample]] = {}
     if file.exists():
         for sample in read_records(file, Sample, "samples"):
@@ -450,10 +454,10 @@ def refuse_duplicates(what: str, names: Sequence[str]) -> None:
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The times of one system that reads (`prefill`) or decodes a batch, one for each round.
+    """The times of one system in one phase, with one time for each round.
 
-    `num_tokens` counts all rows of the batch in one round, and `executions` is the mean over
-    forward passes.
+    The system reads a batch (`prefill`) or decodes it. `num_tokens` counts all rows of the batch in
+    one round, and `executions` is the mean over forward passes.
     """
 
     system: str
@@ -470,12 +474,12 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def place(self) -> tuple[str, int]:
-        """Phase and batch size."""
+        """The phase and the batch size."""
         return self.phase, self.batch_size
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measured times of several systems, which take turns in every round.
+    """Measured times of several systems. The systems take turns in every round.
 
     Every prompt has `prompt_tokens` tokens, and a timing decodes `new_tokens` for each row.
     """
@@ -496,14 +500,14 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return len(self.timings[0].seconds)
 
     def find_timing(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing; KeyError if it wasn't measured."""
+        """Return one timing; raise KeyError if it wasn't measured."""
         for timing in self.timings:
             if timing.system == system and timing.place == (phase, batch_size):
                 return timing
         raise KeyError((system, phase, batch_size))
 
     def compute_ratios(self, above: str, below: str, phase: str, batch_size: int) -> list[float]:
-        """Return the time of one system over that of another, round by round."""
+        """Divide the time of one system by the time of another system, round by round."""
         numerators = self.find_timing(above, phase, batch_size).seconds
         denominators = self.find_timing(below, phase, batch_size).seconds
         return [a / b for a, b in zip(numerators, denominators, strict=True)]
@@ -537,6 +541,6 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_latency(folder: Path) -> Latency | None:
-    """Read the measured times in an `eval` folder; None if there are none."""
+    """Read the measured times in an `eval` folder; return None if there are none."""
     path = folder / LATENCY_FILE
     return read_result_file(path, Latency, LATENCY_SCHEMA) if path.is_file() else None

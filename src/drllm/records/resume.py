@@ -37,10 +37,12 @@ _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")  # parts of an identity that messages don't name
 _ABSENT: Any = object()
 _VERSION = importlib.metadata.version("drllm")
-MAX_SHOWN = 60  # characters of a value in a message
+MAX_SHOWN = 60  # characters of a value that a message shows
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The marker of a folder: the identity of the run that the chunks belong to."""
+
     schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = _VERSION
     identity: dict[str, Any]
@@ -68,7 +70,7 @@ class Chunks:
         self._identity = _to_plain(identity)
         self._later: dict[str, Any] = {}  # parts of the identity that `expect` added
         self._is_marked = False
-        self._stem = ""  # how the files of parts begin; set by `within`
+        self._stem = ""  # beginning of the names of parts' files; `within` sets it
 
     def open(self) -> bool:
         """Check the folder; return whether an earlier start left chunks there.
@@ -88,7 +90,10 @@ class Chunks:
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Add what becomes known during the run to the identity; refuse it if it has changed."""
+        """Add values that become known only during the run to the identity.
+
+        Raises ConfigError if an earlier start of the run added other values.
+        """
         plain = _to_plain(identity)
         if name in self._later:
             self._refuse_other({name: self._later[name]}, {name: plain})
@@ -119,7 +124,7 @@ class Chunks:
                 (self.folder / name).unlink(missing_ok=True)
 
     def get_or_make(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
-        """Return a chunk; if it isn't there, make it and keep it.
+        """Return a chunk; if the chunk isn't there, make and keep it.
 
         A new chunk is encoded and decoded, so that it equals what a later start reads.
         """
@@ -145,7 +150,10 @@ class Chunks:
             yield chunk
 
     def within(self, key: str) -> "Chunks":
-        """Return the parts of a chunk, which are kept like chunks until the chunk itself is put."""
+        """Return an object that keeps the parts of one chunk.
+
+        Parts are kept like chunks, until the chunk itself is put.
+        """
         parts = copy.copy(self)
         parts._stem = self._file(key).name.removesuffix("json")
         return parts
@@ -164,7 +172,7 @@ class Chunks:
         codec.clear_half_written(self.folder)
         if marker is not None:
             _delete_ours(self.folder)
-        with contextlib.suppress(OSError):  # missing, or it holds other files
+        with contextlib.suppress(OSError):  # the folder is missing, or holds other files
             self.folder.rmdir()
 
     def _put_and_decode(self, key: str, kind: type[T], value: Any) -> T:
@@ -186,7 +194,7 @@ class Chunks:
 
 
 def _read_marker(folder: Path, stage: str) -> _Marker | None:
-    """Read the marker of a folder; None if it has none."""
+    """Read the marker of a folder; return None if there is none."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecordError(
             f"{folder} is a link or a file; what a {stage} keeps lies in a folder of its own: "
@@ -201,7 +209,10 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
 
 
 def _read_chunk(file: Path, kind: type[T]) -> T | None:
-    """Read a chunk; None if it is missing, or with a warning if it can't be read."""
+    """Read a chunk; return None if it is missing.
+
+    If the chunk can't be read, warn and return None.
+    """
     try:
         if file.is_symlink():
             raise RecordError(f"{file} is a link")

@@ -17,10 +17,10 @@ _DECISIONS = frozenset((0, 1, 2))
 
 
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a path did when its question was asked in other ways; `margin` is the mean over them.
+    """The result of a path on variants of its question; `margin` is the mean over the variants.
 
-    A path survives if it is right in most of them and its margin is close enough to the full
-    path's. It also survives if there are no other ways of asking.
+    A path survives if it is right on most variants and its margin is close enough to the full
+    path's. It also survives if there are no variants.
     """
 
     passed: int
@@ -110,7 +110,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
     """What `search_paths` returns and `supervise` takes: one record per question, in order.
 
     Attributes:
-        model: What is known of the base model's identity.
+        model: The known part of the base model's identity.
         file: The `search.jsonl` that holds the records; None if they were never written.
         failed: The questions that failed.
         is_new: Whether anything was searched just now; False if all records come from a file.
@@ -131,7 +131,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
         failed: Sequence[FailedQuestion] = (),
         is_new: bool = True,
     ) -> "SearchRecords":
-        """Return records with their attributes."""
+        """Make a tuple of records, and set its attributes."""
         search_records = cls(records)
         search_records.model = {}
         if search_records:

@@ -9,10 +9,10 @@ BOUNDS = {
     "single": {"select": 0.5, "test": 1.0},
     "own": {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0},
 }
-"""Where the share of each split ends, by the origin of a question.
+"""The bound at which the share of each split ends, by the origin of a question.
 
-The origins are: a set's training questions, its validation questions, a set that is only evaluated
-(`single`), and a set that serves every stage (`own`).
+The origins are: the training questions of a set (`train`), its validation questions (`validation`),
+a set that is only evaluated (`single`), and a set that serves every stage (`own`).
 """
 
 
@@ -23,7 +23,7 @@ def find_split(question: str, origin: str) -> str:
     trained on is never reported on. White space and case don't matter.
 
     Args:
-        question: Its text.
+        question: The text of the question.
         origin: A key of `BOUNDS`.
 
     Source: ours.

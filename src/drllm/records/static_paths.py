@@ -1,4 +1,4 @@
-"""Read and write `paths.json`, the static paths of `drllm tune`, and read other files of a path.
+"""Reads and writes `paths.json`, the static paths of `drllm tune`; reads all other files of paths.
 
 Axes: L layers.
 """
@@ -51,8 +51,8 @@ FORMS = (
 class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scores of a path on one part of a task's questions; `docs/formats.md` has the fields.
 
-    A larger objective is better. `change` is its difference from that of the full path, with the
-    95 % interval. `against_full` has the differences of accuracy and next-token loss.
+    A larger objective is better. `change` is the objective minus the objective of the full path,
+    with the 95 % interval. `against_full` has the differences of accuracy and next-token loss.
     """
 
     task: str
@@ -68,7 +68,7 @@ class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class NamedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One path of a `paths.json`, its cost in layer equivalents, and its scores.
 
-    A path is `dominated` if another one saves more and does at least as well on `select`.
+    A path is `dominated` if another path saves more and does at least as well on `select`.
     """
 
     name: str
@@ -100,9 +100,9 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
         num_layers: L of the model.
         runtime: Device and precision of the scores.
         questions_sha256: The digest of all questions of all parts.
-        is_cut: The search ended early, because its time was over.
+        is_cut: Whether the search ended early because its time was over.
         paths: The paths.
-        choice: The certificate of earlier versions, which is ignored.
+        choice: The certificate of an earlier version; it is ignored.
     """
 
     tasks: tuple[str, ...]
@@ -142,7 +142,7 @@ class StaticPaths(Header, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file: Path) -> None:
-    """Refuse a model that a record's paths weren't made for, with a PathError.
+    """Raise a PathError if the paths of a record weren't made for this model.
 
     `model` is the model's identity. Models with equal fingerprints are the same, whatever their
     names; if one of them has no fingerprint, the names are compared.
@@ -163,7 +163,7 @@ def check_model(record: StaticPaths | HealedPath, model: Mapping[str, Any], file
 
 
 def steps_to_write(path: StaticPath) -> tuple[StepRecord, ...]:
-    """Return a path's steps for a file."""
+    """Convert a path to the steps that a file holds."""
     return tuple(StepRecord(layer=layer, adapter=path.adapter) for layer in path.layers)
 
 
@@ -188,7 +188,7 @@ class _PlanFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 @dataclass(frozen=True, slots=True)
 class PathFile:
-    """The path of a file, before it is known how many layers the model has.
+    """The path in a file. The number of the model's layers isn't known yet.
 
     Attributes:
         file: The file.
@@ -206,7 +206,7 @@ class PathFile:
 
     @property
     def is_healed(self) -> bool:
-        """Whether it is a healed path."""
+        """Whether the file holds a healed path."""
         return isinstance(self.record, HealedPath)
 
     def path_for(self, model: Mapping[str, Any]) -> StaticPath:
@@ -247,12 +247,13 @@ def read_path(place: str) -> PathFile:
 
 
 def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathFile]:
-    """Read the paths in `FILE[:NAME],...`, by name. A file without names gives its own stem.
+    """Read the paths in `FILE[:NAME],...`, by name.
 
-    A `paths.json` without NAME gives all its paths except the full one and dominated ones. If
-    `needs_names` is set, it is refused, with the names to choose from. A name that occurs in more
-    than one file gets a prefix: the folder, or the file if it isn't called `paths.json`. If the
-    same path is given plain and healed, only the healed one gets a prefix.
+    A path without a name of its own gets the stem of its file. A `paths.json` without NAME gives
+    all its paths except the full one and dominated ones; if `needs_names` is set, it is refused
+    with a message that lists the names. A name that occurs in more than one file gets a prefix: the
+    folder, or the file if it isn't called `paths.json`. If the same path is given plain and healed,
+    only the healed path gets a prefix.
 
     Raises:
         RecordError: As for `read_path`.
@@ -280,7 +281,7 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
 
 
 def _choose_prefix(path: PathFile, name: str) -> str:
-    """Return the prefix that tells a path from others of its name: its folder, or its file."""
+    """Return the prefix that tells a path from others with its name: its folder, or its file."""
     if path.file.name in (PATHS_FILE, HEALED_FILE) or name == path.file.stem:
         return path.file.resolve().parent.name
     return path.file.stem
@@ -327,7 +328,7 @@ def _read(place: str) -> _Content:
     text = read_text(file).strip()
     if f'"{MENU_SCHEMA}"' in text:  # a menu in a file of another name
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")
-    if f'"{PATHS_SCHEMA}"' in text:  # an incomplete or newer one isn't read as a plan either
+    if f'"{PATHS_SCHEMA}"' in text:  # a broken or newer paths.json is no plan either
         return _Content(file, name, paths=read_paths(file))
     if name is not None:
         raise RecordError(f"{file} isn't a paths.json, so it has no path called {name!r}")

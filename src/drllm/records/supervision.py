@@ -22,9 +22,9 @@ from drllm.records.search import Question
 from drllm.records.splits import question_key
 
 _FROM_QUESTION = "\ud800"
-"""Marks fields to make from the question; no file can hold this text."""
+"""The default of fields that are made from the question. No file can hold this text."""
 _TARGET_FIELDS = ("question", "prompt", "optimal_layer_config")
-"""Fields that must be equal in two lines of one target; margins may differ in the last bits."""
+"""Fields that must be equal if two files hold one target. Margins may differ in the last bits."""
 
 
 class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A target with its place, for messages."""
+    """A target with its file and line, for messages."""
 
     record: SupervisionRecord
     file: Path
@@ -126,7 +126,7 @@ class _Target:
 
 
 class _Merger:
-    """Collects the targets of several files, and refuses those that contradict each other."""
+    """Collects the targets of several files, and refuses targets that contradict each other."""
 
     def __init__(self) -> None:
         self.targets: list[_Target] = []

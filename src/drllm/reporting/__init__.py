@@ -1,1 +1,1 @@
-"""The report of a run, made from its files alone; loads no model and no torch."""
+"""The report of a run, made from its files alone. This package loads no model and no torch."""

@@ -1,6 +1,6 @@
 """The parts of a report before they become HTML or Markdown: plain values with plain text.
 
-Texts hold no markup: the templates escape all of them.
+Texts hold no markup. The templates escape all texts.
 """
 
 import re
@@ -14,7 +14,7 @@ from drllm.reporting.numbers import NONE
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """A list of lines. With `codes`, a command for each line, the list is numbered."""
+    """A list of lines. It is numbered if `codes` has a command for each line."""
 
     lines: Sequence[str]
     codes: Sequence[str] = ()
@@ -30,7 +30,7 @@ class Verdicts(msgspec.Struct, frozen=True):
 
 
 class Tile(msgspec.Struct, frozen=True):
-    """One key figure with a note in small print; `label` is that of its verdict."""
+    """One key figure with a note in small print; `label` is the label of its verdict."""
 
     title: str
     value: str
@@ -47,7 +47,7 @@ class Tiles(msgspec.Struct, frozen=True):
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row is its name.
 
-    The columns in `words` hold words and are left-aligned; the others hold numbers. The row with
+    The columns in `words` hold words and are left-aligned; all others hold numbers. The row with
     the name `bold` stands out. `same` lists the columns that were left out because every row has
     the same value there.
     """
@@ -68,14 +68,15 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         words: str = "",
         bold: str = "",
     ) -> "Table":
-        """Make a table without the columns that are empty.
+        """Make a table without empty columns.
 
-        If all of several rows have the same value in a column, `same` has it instead.
+        If several rows all have the same value in a column, the column is left out and listed in
+        `same`.
 
         Args:
             caption: What the table shows.
             header: The columns' names, with `|` between them.
-            rows: The cells of each row; the first is its name.
+            rows: The cells of each row; the first cell is the row's name.
             words: Names of the columns that hold words, with `|` between them.
             bold: Name of the row that stands out.
         """
@@ -106,7 +107,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """A drawing with its name and caption, and a description for readers who can't see it (`alt`).
+    """A drawing with its name, its caption, and a text for readers who can't see it (`alt`).
 
     A large figure takes the page's width, and is drawn a second time for phones.
     """
@@ -119,7 +120,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Code(msgspec.Struct, frozen=True):
-    """A text that is shown as it is, below its title."""
+    """A text that is shown unchanged, below its title."""
 
     title: str
     text: str
@@ -130,7 +131,7 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks. `level` is 2, 3 or 4. Readers open a folded section themselves."""
+    """A heading with its blocks. `level` is 2, 3 or 4. A folded section is closed on the page."""
 
     title: str
     blocks: Sequence[Block] = ()
@@ -139,7 +140,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A whole report: title, a line about it, the blocks at its top, and sections."""
+    """A whole report: a title, a line about the report, the blocks at the top, and the sections."""
 
     title: str
     about: str
@@ -158,5 +159,5 @@ class Document(msgspec.Struct, frozen=True):
 
 
 def lower_sections(sections: Iterable[Section]) -> list[Section]:
-    """Return sections with headings one level lower."""
+    """Move the headings of sections one level down."""
     return [msgspec.structs.replace(section, level=section.level + 1) for section in sections]

@@ -1,4 +1,4 @@
-"""Writes commands for the reader to paste, from the settings in the files of a run."""
+"""Writes commands that the reader can paste, from the settings in the files of a run."""
 
 import json
 import shlex
@@ -14,22 +14,25 @@ RUNTIME = ("dtype", "device", "attn_implementation")
 SETTINGS_FILE = "drllm-settings.yaml"
 """The file for settings by task, which have no flags."""
 ALWAYS_WRITTEN = ("tasks", "dataset")
-"""Settings that a command has even if they are at their default."""
+"""Settings that are written into a command even if they have their default value."""
 
 
 def find_runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return how the model ran; the manifest of a search has this in its plan."""
+    """Return the settings with which the model ran.
+
+    The manifest of a search has them in its plan.
+    """
     plan = manifest.get("plan") or {}
     runtime = manifest.get("runtime") or plan.get("runtime")
     return runtime if isinstance(runtime, dict) else {}
 
 
 def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
-    """Return the command that evaluates with the settings of a result.
+    """Write the command that evaluates with the settings of a result.
 
     Args:
         manifest: The result, as plain values.
-        changes: Settings of `EvaluateConfig` that differ, or values of flags (`output_dir`).
+        changes: Other values for settings of `EvaluateConfig` or for flags (`output_dir`).
     """
     values = _model_values(manifest)
     values["routers"] = manifest.get("routers")
@@ -38,19 +41,19 @@ def evaluate_command(manifest: Mapping[str, Any], **changes: Any) -> str:
 
 
 def search_command(manifest: Mapping[str, Any], **changes: Any) -> str:
-    """Return the command that searches with the settings of a search's manifest."""
+    """Write the command that searches with the settings in a search's manifest."""
     settings = _changed_settings(SearchConfig, manifest.get("config") or {})
     return write_command("search", _model_values(manifest) | settings | changes)
 
 
 def supervise_command(manifest: Mapping[str, Any], **changes: Any) -> str:
-    """Return the command that makes targets with the settings of their manifest."""
+    """Write the command that makes targets with the settings in the manifest of targets."""
     settings = _changed_settings(SuperviseConfig, manifest.get("config") or {})
     return write_command("supervise", settings | changes)
 
 
 def train_command(router_config: Mapping[str, Any], **changes: Any) -> str:
-    """Return the command that trains with the settings of a routers' config."""
+    """Write the command that trains with the settings in the config of routers."""
     values = {"model": router_config.get("base_model") or None}
     training = router_config.get("training") or {}
     settings = _changed_settings(TrainConfig, training.get("settings") or {})
@@ -64,7 +67,7 @@ def _model_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from the default; names of earlier versions are ignored."""
+    """Return the settings that differ from their default; ignore names of earlier versions."""
     values: dict[str, Any] = {}
     for setting in fields(group):
         value = config.get(setting.name, setting.default)
@@ -74,7 +77,10 @@ def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[
 
 
 def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
-    """Tell whether a setting has an effect beside the others; the verb refuses one without."""
+    """Tell whether a setting has an effect beside the others.
+
+    A verb refuses a setting without effect.
+    """
     settings = {setting.name: setting for setting in fields(group)}
     condition = settings[name].metadata["no_effect_if"]
     if condition is None:
@@ -85,7 +91,7 @@ def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> 
 
 
 def write_command(verb: str, values: Mapping[str, Any]) -> str:
-    """Return the command line of a verb with values by flag; None is left out.
+    """Write the command line of a verb from the values of its flags; leave out None.
 
     Settings by task have no flags, so the command first writes them to a file.
     """

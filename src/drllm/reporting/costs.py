@@ -1,4 +1,4 @@
-"""The section of a report on costs: measured times, then counted and derived numbers."""
+"""The section of a report on costs: first measured times, then counted and derived numbers."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -23,7 +23,7 @@ COST_CAPTION = (
 
 
 def costs_section(evaluations: Sequence[Evaluation], latency: Latency | None) -> Section:
-    """Return the section on the costs of all tasks' systems."""
+    """Build the section on the costs of all tasks' systems."""
     blocks: list[Block] = []
     if latency is None:
         blocks.append("No time was measured; drllm evaluate --latency measures a routed model's.")

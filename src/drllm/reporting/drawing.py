@@ -1,8 +1,8 @@
-"""Style of a report's drawings, helpers to draw them, and their output as SVG and PNG.
+"""The style of a report's drawings, functions that help to draw them, and output as SVG and PNG.
 
-matplotlib draws without pyplot, so nothing global changes. In an `<svg>` element colours are CSS
-variables, which follow the page's light or dark scheme, and texts have the page's font. A PNG has
-the colours of the light scheme. The variables' values are in `templates/style.css`.
+matplotlib draws without pyplot, so nothing global changes. In an `<svg>` element, colours are CSS
+variables that follow the page's light or dark scheme, and texts have the page's font. A PNG has the
+colours of the light scheme. The values of the variables are in `templates/style.css`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Colours: TypeAlias = Mapping[str, str]  # name of a colour → what matplotlib draws with
+Colours: TypeAlias = Mapping[str, str]  # name of a colour → colour for matplotlib
 Draw: TypeAlias = Callable[[Colours, float], "Figure"]
-"""Draws a figure in some colours, with a width in inches."""
+"""Draws a figure, given its colours and its width in inches."""
 
-NARROW = 4.2  # inches of a figure whose 8-point texts can still be read on a phone
-WIDE = 9.0  # inches of a large figure
+NARROW = 4.2  # inches; 8-point texts can still be read on a phone
+WIDE = 9.0  # inches; the width of a large figure
 PNG_DPI = 160
 
 NAMES = ("ink", "faint", "grid", "skip", "repeat", "run", "s0", "s1", "s2", "s3", "s4", "s5")
@@ -43,10 +43,10 @@ _FAINT = ("axes.edgecolor", "xtick.color", "ytick.color")
 
 
 def draw_svg(draw: Draw, name: str, width: float = NARROW) -> str:
-    """Return a drawing as an `<svg>` element for a page that has others.
+    """Return a drawing as an `<svg>` element for a page with several drawings.
 
-    The name must be unique on the page. The ids of the drawing's shapes depend on it, so they are
-    unique too, and the same in every run.
+    The name must be unique on the page. The ids of the drawing's shapes depend on the name, so they
+    are unique too, and the same in every run.
     """
     import matplotlib
 
@@ -58,10 +58,10 @@ def draw_svg(draw: Draw, name: str, width: float = NARROW) -> str:
 
 
 def _without_foreign_parts(text: str) -> str:
-    """Return matplotlib's SVG without what disturbs a page, and with CSS variables as colours.
+    """Remove the parts of matplotlib's SVG that disturb a page; make its colours CSS variables.
 
-    It removes the file header, the metadata with addresses, a style for the whole page, the fixed
-    size, duplicate ids, and fonts.
+    The removed parts are the file header, the metadata with addresses, a style for the whole page,
+    the fixed size, duplicate ids, and fonts.
     """
     text = text[text.index("<svg") :]
     foreign = r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
@@ -92,7 +92,7 @@ def _lay_out(figure: Figure) -> Figure:
     engine.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The solver's last bits depend on addresses in memory, and names in the file on those bits.
+        # The last bits depend on addresses in memory, and names in the file depend on these bits.
         bounds = axes.get_position(original=True).bounds
         left, bottom, width, height = (round(value, 6) for value in bounds)
         axes.set_position((left, bottom, width, height))
@@ -118,7 +118,7 @@ def _style(colours: Colours) -> dict[Any, Any]:
 def make_panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with this size in inches, and its panels row by row."""
+    """Make a figure with this size in inches; return the figure and its panels row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

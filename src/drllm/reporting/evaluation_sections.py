@@ -1,7 +1,7 @@
 """The sections of a report on an evaluation: key figures, plot, systems, routes and questions.
 
 Every claim is a finding of the evaluation or the label of a verdict. Nothing is judged here, and
-nothing derived is called measured. `drllm show` prints `describe_times`. Axes: L layers.
+nothing derived is called measured. `drllm show` uses `describe_times` too. Axes: L layers.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ from drllm.statistics.exclusion import DropTest
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.summary import class_counts
 
-LONGEST = 120  # characters of a question or an answer; the samples have all of it
+LONGEST = 120  # characters; longer questions and answers are cut off
 ROWS = 5
-"""How many questions of each kind are shown: always the first ones, so that nobody picks them."""
+"""Number of questions shown of each kind. They are the first ones, so that nobody picks them."""
 
 
 def build_tiles(evaluation: results.Evaluation, latency: results.Latency | None) -> Tiles:
-    """Return the key figures: layers saved, differences from base, most accurate system, time."""
+    """Build the key figures: layers saved, differences from base, most accurate system, time."""
     compared = evaluation.compared_system
     if compared is None or compared.against_base is None:
         return Tiles([build_time_tile(latency)])
@@ -89,7 +89,7 @@ def _difference_tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile
 
 
 def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
-    """Return the sections with the plot, the systems, limits on the loss, routes and answers."""
+    """Build the sections with the plot, the systems, limits on the loss, routes and answers."""
     parts = [
         Section("Accuracy over layers run", [_plot(evaluation)]),
         Section("Systems", _systems(evaluation)),
@@ -107,7 +107,7 @@ def build_sections(run: Run, evaluation: results.Result) -> list[Section]:
 
 
 def _systems(evaluation: results.Evaluation) -> list[Block]:
-    """Return the table of systems, and the findings that no other section has."""
+    """Return the table of systems, and all findings that aren't in another section."""
     blocks: list[Block] = [results_table(evaluation)]
     drop_test = evaluation.drop_test
     drop_sentence = drop_test.sentence() if drop_test else None
@@ -120,7 +120,7 @@ def _systems(evaluation: results.Evaluation) -> list[Block]:
 
 
 def _drop_test(drop_test: DropTest) -> list[Block]:
-    """Say whether a loss is excluded, and list every trial."""
+    """Return a sentence on whether a loss is excluded, and a list of all trials."""
     trials = [f"{trial.name}: {trial.reason() or 'passes'}." for trial in drop_test.trials]
     if drop_test.untested:
         trials.append(f"Not tested after a failure: {', '.join(drop_test.untested)}.")
@@ -152,7 +152,7 @@ def _plot(evaluation: results.Evaluation) -> Figure:
 
 
 def build_details(evaluation: results.Evaluation) -> list[Section]:
-    """Return the folded sections: what the systems are, and all depths in numbers."""
+    """Build the folded sections: what the systems are, and all depths in numbers."""
     parts = [Section("What the systems are", [systems_table(evaluation)], folded=True)]
     if evaluation.curve:
         parts.append(Section("All depths in numbers", [depths_table(evaluation)], folded=True))
@@ -162,12 +162,12 @@ def build_details(evaluation: results.Evaluation) -> list[Section]:
 def compare_side_by_side(
     what: str, named: Sequence[tuple[str, results.Evaluation]], caption: str
 ) -> Section:
-    """Return the section that compares base, the routed model and paths of runs or tasks.
+    """Build the section that compares base, the routed model and paths of runs or tasks.
 
     Args:
         what: "run" or "task".
         named: Evaluations by the name of their run or task.
-        caption: Of the table.
+        caption: The caption of the table.
     """
     rows: list[NamedSystem] = []
     for name, evaluation in named:
@@ -180,7 +180,7 @@ def compare_side_by_side(
 
 
 def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
-    """Return how often each layer is skipped, executed and repeated: `[L][3]`."""
+    """Return how often each layer is skipped, executed and repeated, as shares `[L][3]`."""
     shares: list[list[float]] = []
     for layer_counts in class_counts(rows):
         layer_shares = [number / len(rows) for number in layer_counts]
@@ -214,12 +214,12 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
 
 
 def _change(sample: results.Sample) -> float:
-    """Return how routing changes a question's grade; above 0 it is won, below 0 it is lost."""
+    """Return how routing changes a question's grade: above 0 it is won, below 0 it is lost."""
     return sample.systems[results.ROUTED].correct - sample.systems[results.BASE].correct
 
 
 def _changed(evaluation: results.Result, samples: Sequence[results.Sample]) -> list[Block]:
-    """Return how many questions change with routing, and the first of them."""
+    """Say how many questions change with routing, and list the first of them in a table."""
     won = [sample for sample in samples if _change(sample) > 0]
     lost = [sample for sample in samples if _change(sample) < 0]
     same = [sample for sample in samples if _change(sample) == 0]
@@ -256,7 +256,7 @@ def _changed_row(sample: results.Sample) -> list[str]:
 
 
 def _answer(sample: results.Sample, system: str) -> str:
-    """Return what a system answered, and its grade where it is neither right nor wrong."""
+    """Return the answer of a system, with its grade if it is neither right nor wrong."""
     outcome = sample.systems[system]
     grade = ""
     if 0 < outcome.correct < 1:
@@ -273,7 +273,7 @@ def _answer(sample: results.Sample, system: str) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Write a text on one line; a long one is cut between words."""
+    """Write a text on one line; cut a long text between words."""
     line = " ".join(text.split())
     if len(line) <= LONGEST:
         return line
@@ -281,7 +281,7 @@ def _shorten(text: str) -> str:
 
 
 def build_time_tile(latency: results.Latency | None) -> Tile:
-    """Return the tile with the verdict on the measured times."""
+    """Build the tile with the verdict on the measured times."""
     if latency is None:
         return Tile("Measured time", "not measured", "evaluate --latency measures it")
     timings = latency.measured
@@ -298,7 +298,7 @@ def build_time_tile(latency: results.Latency | None) -> Tile:
 
 
 def describe_times(latency: results.Latency) -> str:
-    """Return the verdicts on the measured times in one line."""
+    """Describe the verdicts on the measured times in one line."""
     timings = latency.measured
     by_verdict: dict[str, list[str]] = {}
     for (phase, size), verdict in timings.judge().items():

@@ -1,6 +1,6 @@
 """The drawings of a report: systems by the layers they run, routes, static paths and training.
 
-`drawing` has their style. Axes: L layers.
+The style of the drawings is in `drawing`. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LETTER = 0.066  # width of a letter in a label, in inches
-LINE = 0.15  # height of a label's line, in inches
-MARGIN = 0.6  # room for the labels of an axis, in inches
+LETTER = 0.066  # inches; width of a letter in a label
+LINE = 0.15  # inches; height of a label's line
+MARGIN = 0.6  # inches; room for the labels of an axis
 STATIC = "static paths"
 LOOKS = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s"), STATIC: ("s3", "^")}
-"""Colour and marker of the systems that stand out."""
+"""The colour and marker of the systems that stand out."""
 OTHER_LOOK = ("faint", "D")
 
 Curves: TypeAlias = Mapping[str, Sequence[System | Point]]
@@ -42,10 +42,10 @@ Shares: TypeAlias = Sequence[Sequence[float]]
 
 
 def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
-    """Return the points of each system at all depths, sorted by executions.
+    """Group the points of each system at all depths, sorted by executions.
 
-    The depth that the routers were trained for is among them. All static paths are one curve, with
-    base, the full path, in it.
+    The depth that the routers were trained for is one of the depths. All static paths form one
+    curve, and base, which runs the full path, belongs to it.
     """
     curves: dict[str, list[System | Point]] = {}
     if evaluation.paths:
@@ -62,10 +62,11 @@ def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 
 
 def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
-    """Draw the accuracy of every system over the layers it runs, with its name at its first point.
+    """Draw the accuracy of every system over the layers it runs.
 
-    Base and the main system have intervals. A system at several depths is a line, and so are the
-    static paths, which have their own names where there is room.
+    A system's name belongs to its first point. Base and the main system have intervals. A system at
+    several depths is a line. The static paths are a line too, and have their own names where there
+    is room.
     """
     curves = group_curves(evaluation)
     main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
@@ -97,11 +98,11 @@ def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Fig
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where points and labels are: executions from left to right, percent from low to high."""
+    """The places of points and labels: executions from left to right, percent from low to high."""
 
-    left: float  # of all points
+    left: float  # fewest executions of any point
     right: float
-    room: float  # width of the labels' column, left of all points
+    room: float  # width of the column of labels, left of all points
     low: float
     high: float
     inches: float  # width of one execution
@@ -110,11 +111,11 @@ class _Layout:
 
     @property
     def span(self) -> float:
-        """Width of the panel in executions, from the labels to the last point."""
+        """The width of the panel in executions, from the labels to the last point."""
         return self.right - self.left + self.room
 
     def has_tick(self, value: float) -> bool:
-        """Tell whether a tick is below the points, and not below the labels."""
+        """Tell whether a tick is below the points instead of the labels."""
         return self.left - 0.06 * (self.right - self.left) <= value <= self.right
 
 
@@ -131,7 +132,7 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
     room = (right - left) * share / (1 - share)
     low, high = _find_accuracy_range(points, evaluation.chance)
     heights: list[float] = []
-    for _ in range(3):  # the height of a line depends on the range, and the range on the lines
+    for _ in range(3):  # a line's height depends on the range, and the range on the lines
         line = LINE * (high - low) / (height - MARGIN)
         heights = spread_apart([100 * point.accuracy for point in firsts.values()], line)
         low = min([low, *(place - line for place in heights)])
@@ -149,7 +150,7 @@ def _lay_out(evaluation: Evaluation, curves: Curves, width: float, height: float
 
 
 def _find_accuracy_range(points: Sequence[System | Point], chance: float) -> tuple[float, float]:
-    """Return the lowest and the highest percent to show: all intervals, chance, and some space."""
+    """Find the lowest and the highest percent to show, so that all intervals and chance fit."""
     ends: list[float] = []
     for point in points:
         ends += [100 * end for end in point.interval]
@@ -160,7 +161,7 @@ def _find_accuracy_range(points: Sequence[System | Point], chance: float) -> tup
 
 
 def _label(name: str, points: Sequence[System | Point]) -> str:
-    """Return a system's label, with its accuracy if it has a single point."""
+    """Return the label of a system; a system with a single point has its accuracy there."""
     return f"{name}  {100 * points[0].accuracy:.1f} %" if len(points) == 1 else name
 
 
@@ -202,7 +203,7 @@ def _draw_label(
     line: str,
     is_main: bool,
 ) -> None:
-    """Write a system's label left of all points, with a line to its first point."""
+    """Write the label of a system left of all points, with a line to the system's first point."""
     place = layout.label_heights[name]
     edge = layout.left - 0.09 * layout.room
     executions, accuracy = _position(first)
@@ -221,7 +222,7 @@ def _draw_intervals(axes: Axes, points: Sequence[System | Point], colour: str) -
 def _name_static_paths(
     axes: Axes, evaluation: Evaluation, curves: Curves, layout: _Layout, colour: str
 ) -> None:
-    """Name the static paths that are far enough from the next one."""
+    """Name the static paths that are far enough from the next path."""
     for point, next_point in itertools.pairwise(curves.get(STATIC, ())):
         least = 1.2 if next_point is evaluation.base else 0.6
         if (next_point.executions - point.executions) * layout.inches > least:
@@ -244,7 +245,7 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
         routes: `[L][3]` shares of the decisions on questions.
         targets: `[L][3]` shares of the decisions in targets; a stroke marks their share of skips.
         colours: The colours.
-        width: In inches.
+        width: The width in inches.
     """
     figure, (axes,) = make_panels(1, 1, width, max(2.2, 0.24 * width))
     layers = range(len(routes))
@@ -269,7 +270,7 @@ def draw_routes(routes: Shares, targets: Shares | None, colours: Colours, width:
 
 
 def draw_changes(record: StaticPaths, task: str, colours: Colours, width: float) -> Figure:
-    """Draw how paths change the full path's objective, for each part; `test` has intervals."""
+    """Draw how paths change the objective of the full path, for each part; `test` has intervals."""
     figure, (axes,) = make_panels(1, 1, width, 2.6)
     for part, colour, dash in ((FIT, "faint", ":"), (SELECT, "s2", "--"), (TEST, "s1", "-")):
         saved: list[float] = []
@@ -312,7 +313,7 @@ def draw_router_metrics(
 ) -> Figure:
     """Draw macro-F1, labels hit and loss by epoch.
 
-    A dashed line is the best of the baselines, which ignore the question.
+    A dashed line is the best of the baselines; baselines ignore the question.
     """
     figure, all_axes = make_panels(3, 1, width, 4.6, sharex=True)
     metrics = (("macro_f1", "macro-F1"), ("accuracy", "labels hit"), ("routers_loss", "loss"))
@@ -329,7 +330,7 @@ def draw_router_metrics(
 
 
 def _draw_metric(axes: Axes, epochs: Sequence[Epoch], key: str, colour: str) -> None:
-    """Draw a metric of each split by epoch; the last split has the solid line."""
+    """Draw a metric of each split by epoch; the last split has a solid line."""
     present = {epoch.split for epoch in epochs}
     splits = [split for split in (TRAIN, VALIDATION) if split in present]
     for split in splits:

@@ -1,4 +1,4 @@
-"""Suggests what to do next after a run: commands to paste, the most urgent first."""
+"""Suggests what to do next after a run: commands to paste, with the most urgent first."""
 
 import math
 import shlex
@@ -23,17 +23,17 @@ from drllm.reporting.run import SEARCH_FILE, SUPERVISION_FILE, Run
 from drllm.statistics.verdicts import Verdict
 from drllm.supervision.rules import MIN_SAVING
 
-Step: TypeAlias = tuple[str, str]  # what to do, and the command for it
+Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
 MAX_STEPS = 5
-SIMILAR = 0.01  # executions that differ by this share of the layers count as equal
+SIMILAR = 0.01  # share of the layers; executions that differ by less count as equal
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
-ALLOWED_DROP = 2  # points
+ALLOWED_DROP = 2  # points of accuracy
 
 
 def suggest_steps(run: Run) -> list[Step]:
-    """Return the steps that are worth taking next, each with its command."""
+    """Return the steps that are worth taking next, and the command of each step."""
     if not run.evaluations:
         return [_step_before_evaluation(run)]
     steps: list[Step] = []
@@ -65,7 +65,7 @@ def _step_before_evaluation(run: Run) -> Step:
 
 
 def _searched_tasks(run: Run) -> str | None:
-    """Return the tasks of the targets as a flag takes them; None if no file names them."""
+    """Return the tasks of the targets as the value of a flag; None if no file names them."""
     config = run.manifest_of(SEARCH_FILE).get("config") or {}
     if config.get("dataset"):
         return str(config["dataset"])
@@ -101,7 +101,7 @@ def _suggest_for_task(run: Run, evaluation: Result) -> Iterator[Step]:
 
 
 def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) -> Iterator[Step]:
-    """Yield how to ask questions that can show more about the accuracy."""
+    """Suggest how to ask questions that can show more about the accuracy."""
     if accuracy.shown == "guessing":
         what = (
             f"Take a task that the base model can do; on {evaluation.task} it may be guessing. Or "
@@ -116,14 +116,14 @@ def _suggest_other_questions(run: Run, evaluation: Result, accuracy: Verdict) ->
 
 
 def _drop_step(run: Run, evaluation: Result, system: System) -> Step:
-    """Return how to test whether a loss is excluded."""
+    """Suggest a test of whether a loss is excluded."""
     paths = _name_paths(evaluation.config.get("paths"), system)
     command = _evaluate_command(run, evaluation, "drop", max_drop=ALLOWED_DROP, paths=paths)
     return "Ask whether a loss that you don't allow is excluded:", command
 
 
 def _compare_step(run: Run, evaluation: Evaluation) -> Step:
-    """Return how to compare something with base on a task."""
+    """Suggest a comparison with base on a task."""
     values = {"tasks": evaluation.task, "output_dir": run.folder / "eval"}
     if run.router_config:
         command = write_command("evaluate", {"routers": run.folder / "routers", **values})
@@ -143,7 +143,7 @@ def _tune_command(run: Run, evaluation: Evaluation) -> str:
 
 
 def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: object) -> str:
-    """Return the command that repeats an evaluation with other settings, into a new folder."""
+    """Write the command that repeats an evaluation with other settings, into a new folder."""
     changes["output_dir"] = run.folder / f"eval-{folder}"
     if evaluation.routers and run.router_config:
         changes["routers"] = run.folder / "routers"
@@ -151,9 +151,9 @@ def _evaluate_command(run: Run, evaluation: Result, folder: str, **changes: obje
 
 
 def _name_paths(paths: str | None, system: System) -> str | None:
-    """Return the paths of an evaluation; a `paths.json` without a name gets that of a system.
+    """Return the paths of an evaluation; add a system's name to a `paths.json` without a name.
 
-    `--max-drop` tests paths in a fixed order, so it needs their names.
+    `--max-drop` tests paths in a fixed order, so the flag needs the names of the paths.
     """
     if paths is None:
         return None
@@ -171,7 +171,7 @@ def _generate_command(**values: object) -> str:
 
 
 def _suggest_better_targets(run: Run) -> Iterator[Step]:
-    """Yield how to train better routers: with more targets, or with other ones."""
+    """Suggest how to train better routers: with more targets, or with other targets."""
     if run.search:
         limit = 4 * len(run.search)
         output = run.folder.with_name(f"{run.folder.name}-more")
@@ -207,7 +207,7 @@ def _more_seeds_step(run: Run) -> Step:
 
 
 def _use_step(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Return how to use a system that saves layers and isn't worse than base."""
+    """Suggest how to use a system that saves layers and isn't worse than base."""
     if evaluation.routed:
         routers = run.folder / "routers" if run.router_config else evaluation.routers
         return "Read an answer yourself:", _generate_command(routers=routers)
@@ -226,7 +226,7 @@ def _use_rival_step(run: Run, evaluation: Evaluation, rival: System) -> Step:
 
 
 def _use_path(run: Run, evaluation: Evaluation, system: System) -> Step:
-    """Return how to use a path."""
+    """Suggest how to use a path."""
     path = _find_path_file(run, evaluation, system)
     if path is None:
         return "look for one that does as well:", _tune_command(run, evaluation)
@@ -253,7 +253,8 @@ def _find_path_file(run: Run, evaluation: Evaluation, system: System) -> str | N
 def _find_unbeaten_path(evaluation: Evaluation) -> System | None:
     """Return a static path that the routed model doesn't beat, and that runs as few layers.
 
-    It is the best path if that is unbeaten, and otherwise the most accurate unbeaten baseline.
+    This is the best path if the routed model doesn't beat it. Otherwise it is the most accurate of
+    the unbeaten baselines.
     """
     routed = evaluation.routed
     if routed is None:

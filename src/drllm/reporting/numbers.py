@@ -1,4 +1,4 @@
-"""How numbers and verdicts are written in reports and tables: digits, units, signs."""
+"""Writes numbers and verdicts for reports and tables, with digits, units and signs."""
 
 from drllm.records.results import System
 from drllm.statistics import verdicts
@@ -9,17 +9,17 @@ NBSP = "\u00a0"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share of 1 in percent."""
+    """Write a share, from 0 to 1, in percent."""
     return NONE if share is None else f"{plain(100 * share, digits)}{NBSP}%"
 
 
 def plain(value: float | None, digits: int = 1) -> str:
-    """Write a number with a fixed number of decimals and a true minus sign; zero has none."""
+    """Write a number with a fixed number of decimals and a true minus sign; zero has no sign."""
     return NONE if value is None else signed(value, digits).removeprefix("+")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a change as verdicts do: with its sign, unless it rounds to zero."""
+    """Write a change with its sign, as verdicts do; a change that rounds to zero has no sign."""
     return NONE if value is None else verdicts.signed(value, digits)
 
 
@@ -44,12 +44,12 @@ def of_total(number: int, total: int) -> str:
 
 
 def label(verdict: Verdict | None) -> str:
-    """Return the label of a verdict, for the cell of a table."""
+    """Return the label of a verdict for the cell of a table."""
     return NONE if verdict is None else verdict.label
 
 
 def difference(verdict: Verdict | None) -> str:
-    """Write a difference with its interval: points of accuracy, or nats."""
+    """Write a difference with its interval, in points of accuracy or in nats."""
     if verdict is None:
         return NONE
     low, high = (verdict.write(end) for end in verdict.interval)
@@ -57,7 +57,7 @@ def difference(verdict: Verdict | None) -> str:
 
 
 def excluded(verdict: Verdict | None) -> str:
-    """Write the loss above which every loss is excluded: points of accuracy, or nats."""
+    """Write the loss above which every loss is excluded, in points of accuracy or in nats."""
     return NONE if verdict is None else verdict.write_excluded()
 
 

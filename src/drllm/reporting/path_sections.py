@@ -1,4 +1,4 @@
-"""The results of `drllm tune` and `drllm heal`, as reports and the terminal show them."""
+"""The results of `drllm tune` and `drllm heal`, written for reports and for the terminal."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -45,7 +45,7 @@ def _test_cells(tested: PathScore | None) -> list[str]:
 
 
 def advice(record: StaticPaths) -> Iterator[str]:
-    """Yield advice on each path that no shorter path beats, from its results on `test`."""
+    """Yield advice on each path that no shorter path beats, based on its results on `test`."""
     for task in record.tasks:
         for path in record.paths:
             tested = path.on(task, TEST)
@@ -59,7 +59,7 @@ def advice(record: StaticPaths) -> Iterator[str]:
 
 
 def _write_objective(measured: PathScore | None) -> str:
-    """Write the objective of the full path, or the change from it of another path."""
+    """Write the objective of the full path, or how another path changes it."""
     if measured is None:
         return NONE
     if measured.change is None:
@@ -69,13 +69,13 @@ def _write_objective(measured: PathScore | None) -> str:
 
 
 def describe_path(record: StaticPaths, path: NamedPath) -> str:
-    """Say what a path changes about the full one, and whether a shorter path scored better."""
+    """Describe the edits of a path, and say whether a shorter path scored better."""
     edits = path.path.edits(record.num_layers)
     return f"{edits} (a shorter path scored better on select)" if path.dominated else edits
 
 
 def compare_test_with_fit(record: StaticPaths, task: str) -> str:
-    """Say how much lower paths score on `test` than on `fit`; empty if that isn't known."""
+    """Say how much lower paths score on `test` than on `fit`; return "" if that isn't known."""
     changes: list[float] = []
     for path in record.paths:
         fitted = path.on(task, FIT)
@@ -98,7 +98,7 @@ def _write_change(change: float) -> str:
 
 
 def paths_section(record: StaticPaths, *, folded: bool) -> Section:
-    """Return the section on the paths of a `paths.json`."""
+    """Build the section on the paths of a `paths.json`."""
     blocks = _change_figures(record)
     blocks += [_path_table(record, task) for task in record.tasks]
     sentences = [*advice(record), *record.notes]
@@ -108,7 +108,7 @@ def paths_section(record: StaticPaths, *, folded: bool) -> Section:
 
 
 def _path_table(record: StaticPaths, task: str) -> Table:
-    """Return the table of `path_rows`, with a column that says what each path does."""
+    """Build the table of `path_rows`, with a column that says what each path does."""
     rows = []
     for path, row in zip(record.paths, path_rows(record, task), strict=True):
         rows.append([*row[:2], describe_path(record, path), *row[2:]])
@@ -149,7 +149,7 @@ def loss_rows(record: HealedPath) -> Iterator[list[str]]:
 
 
 def describe_healing(record: HealedPath) -> str:
-    """Say in a sentence what a healed path costs, and what its training changed."""
+    """Say in one sentence what a healed path costs, and what its training changed."""
     divergences = [point.held_out_kl for point in record.curve]
     last = record.curve[-1]
     cost = plain(record.executions, 2).removesuffix(".00")
@@ -162,9 +162,9 @@ def describe_healing(record: HealedPath) -> str:
 
 
 def healed_section(record: HealedPath, *, folded: bool) -> Section:
-    """Return the section on a healed path.
+    """Build the section on a healed path.
 
-    If it isn't folded, its sentence is at the top of the report already.
+    If the section isn't folded, the sentence on the path is already at the top of the report.
     """
     sentence = describe_healing(record)
     curve = Figure(

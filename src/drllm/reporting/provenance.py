@@ -13,7 +13,7 @@ HEADER = "file|made|drllm|seed|ran on|SHA-256|made from"
 
 
 def provenance_section(run: Run) -> Section:
-    """Return the section on the files behind a report, and how to repeat the evaluation."""
+    """Build the section on the files behind a report, and on how to repeat the evaluation."""
     blocks: list[Block] = []
     if run.model:
         about = [f"{key} {value}" for key, value in run.model.items() if value is not None]
@@ -57,7 +57,7 @@ def _source_row(source: ReportSource) -> list[str]:
 
 
 def _ran_on(manifest: Mapping[str, Any]) -> str:
-    """Say how and where the model ran, as far as a manifest has it."""
+    """Say how and where the model ran, if the manifest says so."""
     runtime = find_runtime(manifest)
     values = [runtime.get(name) for name in RUNTIME]
     if runtime.get("num_threads"):
@@ -67,7 +67,7 @@ def _ran_on(manifest: Mapping[str, Any]) -> str:
 
 
 def _libraries(run: Run) -> list[str]:
-    """Return the libraries and versions that the files were made with, without duplicates."""
+    """List the libraries and versions that the files were made with, without duplicates."""
     versions: set[str] = set()
     for source in run.sources:
         libraries = source.manifest.get("libraries") or {}
@@ -76,7 +76,7 @@ def _libraries(run: Run) -> list[str]:
 
 
 def _commands(run: Run) -> list[str]:
-    """Return the commands that repeat the evaluations, without duplicates."""
+    """Write the commands that repeat the evaluations, without duplicates."""
     commands: list[str] = []
     for source in run.sources:
         if source.manifest.get("schema") == EVALUATION_SCHEMA:

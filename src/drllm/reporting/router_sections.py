@@ -1,4 +1,4 @@
-"""The sections of a report on the search with its targets, and on the training of routers."""
+"""The sections of a report on the search and its targets, and on the training of routers."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ from drllm.reporting.numbers import NONE, count, of_total, plain, signed
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
-MIN_QUESTIONS = 5  # an edit that was tried on fewer questions isn't named as best or worst
+MIN_QUESTIONS = 5  # fewest questions of an edit that is named best or worst
 PATH_KINDS = {
     "valid": "valid (answers right)",
     "saving": "saving (right, and shorter than the full path)",
@@ -40,9 +40,9 @@ METRICS = {
 
 
 def search_section(run: Run) -> Section:
-    """Return the section on the searched questions and their targets."""
+    """Build the section on the searched questions and their targets."""
     counts = summarise(run.search, (), {})
-    # A user's own supervision file has no summary; the search has all but the rejected questions.
+    # A user's own supervision file has no summary. The search has all counts but the rejected ones.
     summary = run.summary or counts
     blocks: list[Block] = []
     if run.search:
@@ -71,7 +71,7 @@ def _describe_search(records: Sequence[SearchRecord], counts: Mapping[str, Any])
 
 
 def _describe_edits(records: Sequence[SearchRecord]) -> list[str]:
-    """Say which layer is the best and which is the worst to skip, and to repeat."""
+    """Say which layer is best and which is worst to skip, and the same for repeating."""
     sentences: list[str] = []
     for name, decision in (("Skipping", Decision.SKIP), ("Repeating", Decision.REPEAT)):
         effects = edit_effects(records, decision, MIN_QUESTIONS)
@@ -122,7 +122,7 @@ def _describe_targets(
 
 
 def router_section(run: Run) -> Section:
-    """Return the section that compares the routers with decisions that ignore the question."""
+    """Build the section that compares the routers with decisions that ignore the question."""
     blocks: list[Block] = []
     baselines: dict[str, Mapping[str, float | None]] = {}
     if run.layers:

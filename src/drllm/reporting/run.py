@@ -1,7 +1,7 @@
 """Reads a run folder: records, router metrics, results and manifests.
 
-Files that don't exist are listed in `Run.absent`. A file that can't be trusted, or that belongs to
-another model than the others, is an error that names it. Axes: L layers.
+Missing files are listed in `Run.absent`. A file that can't be trusted, or that belongs to another
+model than the other files, raises an error with the file's name. Axes: L layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ SUPERVISION_FILE = "supervision.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSource:
-    """A file that a report is made from, for the table of files."""
+    """A file that a report is made from. The report lists all of these files in a table."""
 
     name: str
     sha256: str
@@ -51,8 +51,8 @@ class Run:
     """The content of a run folder; missing parts are empty or None.
 
     Attributes:
-        num_layers: L, which is the same in all files.
-        model: The base model's identity, from the first file that has it.
+        num_layers: L; it is the same in all files.
+        model: The base model's identity, from the first file that names a model.
         layers: How the saved routers agree with their targets, layer by layer.
         sources: The files that were read.
         absent: A line for each file that is missing.
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """The name of the folder."""
         return self.folder.resolve().name
 
     @property
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know before trusting the numbers."""
+        """Sentences that a reader should know before trusting the numbers."""
         inputs = self.manifest_of(SUPERVISION_FILE).get("inputs") or {}
         digests = [source.sha256 for source in self.sources if source.name == SEARCH_FILE]
         if SEARCH_FILE not in inputs or not digests or digests == [inputs[SEARCH_FILE]]:
@@ -102,7 +102,7 @@ class Run:
         ]
 
     def manifest_of(self, name: str) -> Mapping[str, Any]:
-        """Return the manifest of a file that was read; empty if it has none."""
+        """Return the manifest of a file that was read; it is empty if the file has none."""
         for source in self.sources:
             if source.name == name:
                 return source.manifest
@@ -110,7 +110,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a folder of `drllm run` or `drllm evaluate`; any of its parts may be missing.
+    """Read a folder of `drllm run` or `drllm evaluate`; any part of the folder may be missing.
 
     Raises:
         RecordError: The folder has nothing to report, a file can't be trusted, or files belong to
@@ -134,7 +134,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _exists(run: Run, name: str, content: str) -> bool:
-    """Tell whether a file of the run exists; if not, list it as absent."""
+    """Tell whether a file of the run exists; list a missing file as absent."""
     if (run.folder / name).exists():
         return True
     run.absent.append(f"{name} ({content})")
@@ -181,7 +181,7 @@ def _read_routers(run: Run) -> None:
 
 
 def _read_results(run: Run) -> None:
-    """Read results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
+    """Read the results in `eval/`, or in the folder itself, where `drllm evaluate` writes them."""
     prefix = "" if _holds_results(run.folder) else "eval/"
     folder = run.folder / prefix
     paths = results.list_results(folder)
@@ -201,7 +201,7 @@ def _read_results(run: Run) -> None:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Tell whether results are in the folder itself; if there is an `eval/`, they are in that."""
+    """Tell whether results lie in the folder itself; they don't if the folder has an `eval/`."""
     if (folder / "eval").is_dir():
         return False
     schemas = [results.read_schema(path) for path in results.list_results(folder)]
@@ -238,7 +238,7 @@ def _refuse_empty(run: Run) -> None:
     if run.has_training or run.evaluations or run.paths or run.healed:
         return
     for path in results.list_results(run.folder):
-        read_json(path, Version)  # a damaged result is named
+        read_json(path, Version)  # for a damaged result, the error names its file
     raise RecordError(
         f"{run.folder} holds no search.jsonl, supervision.jsonl, routers/, paths.json, healed path "
         f"or eval/; give a folder that 'drllm run' has written"
@@ -246,7 +246,7 @@ def _refuse_empty(run: Run) -> None:
 
 
 def _refuse_other_routers(run: Run) -> None:
-    """Refuse results of other routers than those in the folder, such as older ones."""
+    """Refuse results of other routers than the routers in the folder, such as older routers."""
     weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return
@@ -261,7 +261,7 @@ def _refuse_other_routers(run: Run) -> None:
 
 
 def _find_depth(run: Run) -> int | None:
-    """Return the number of layers, which must be the same in all files."""
+    """Find the number of layers; it must be the same in all files."""
     depths: list[tuple[str, int]] = []
     if run.search:
         depths.append((SEARCH_FILE, run.search[0].num_layers))
@@ -283,7 +283,7 @@ def _find_depth(run: Run) -> int | None:
 
 
 def _find_model(run: Run) -> Mapping[str, Any]:
-    """Return the base model from the first file that has it; all files must have the same one."""
+    """Find the base model in the first file that names one; all files must have the same model."""
     models: list[tuple[str, dict[str, Any]]] = []
     for source in run.sources:
         model = source.manifest.get("model")
@@ -294,7 +294,7 @@ def _find_model(run: Run) -> Mapping[str, Any]:
         if not model.get("fingerprint"):
             continue
         fingerprint = str(model["fingerprint"])
-        # The same weights in another precision count as the first ones.
+        # The same weights in another precision count as the same model.
         if fingerprints and have_same_weights(fingerprints[0][1], fingerprint, name):
             fingerprint = fingerprints[0][1]
         fingerprints.append((name, fingerprint))

@@ -1,4 +1,4 @@
-"""Lays out a report: title, verdicts, and the sections in order."""
+"""Lays out a report: the title, the verdicts, and the sections in order."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ BASE_IS = "Base is the same model with every layer executed once."
 
 
 def build_document(runs: Sequence[Run]) -> blocks.Document:
-    """Lay out the report of one run, or of several runs with a comparison first."""
+    """Lay out the report of one run, or of several runs after a comparison of them."""
     if len(runs) == 1:
         [run] = runs
         return blocks.Document(_title(run), _about(run), _first_blocks(run), _sections(run))
@@ -56,7 +56,7 @@ def _title(run: Run) -> str:
 
 
 def _tasks(run: Run) -> list[str]:
-    """Return the tasks of the evaluations; without any, those of the run's first stage."""
+    """Return the tasks of the evaluations, or without evaluations those of the first stage."""
     if run.evaluations:
         return [evaluation.task for evaluation in run.evaluations]
     if run.search:
@@ -73,7 +73,7 @@ def _is_routed(run: Run) -> bool:
 
 
 def _about(run: Run) -> str:
-    """Return a line with the date, the number of layers, and the evaluated questions."""
+    """Write a line with the date, the number of layers, and the evaluated questions."""
     parts: list[str] = []
     manifests = [source.manifest for source in run.sources]
     dates = [str(manifest["created"]) for manifest in manifests if "created" in manifest]
@@ -99,7 +99,7 @@ def _describe_questions(evaluation: Evaluation) -> str:
 
 
 def _first_blocks(run: Run) -> list[blocks.Block]:
-    """Return the blocks at the top: introduction, verdicts, notes and tiles."""
+    """Build the blocks at the top: introduction, verdicts, notes and tiles."""
     first: list[blocks.Block] = [_introduction(run), blocks.Verdicts(_verdicts(run)), *run.notes]
     if len(run.evaluations) == 1:
         first.append(evaluation_sections.build_tiles(run.evaluations[0], run.latency))
@@ -153,7 +153,7 @@ def _sections(run: Run) -> list[blocks.Section]:
 
 
 def _sections_by_task(run: Run) -> list[blocks.Section]:
-    """Return the comparison of the tasks, then the sections of each."""
+    """Build the comparison of the tasks, then the sections of each task."""
     named = [(evaluation.task, evaluation) for evaluation in run.evaluations]
     caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
     sections = [evaluation_sections.compare_side_by_side("task", named, caption)]
@@ -178,7 +178,7 @@ def _next_section(run: Run) -> blocks.Section:
 
 
 def learning_sections(run: Run) -> list[blocks.Section]:
-    """Return the sections on paths, search and routers for which the run has files."""
+    """Build the sections on paths, search and routers, if the run has files of them."""
     folded = bool(run.evaluations)
     sections: list[blocks.Section] = []
     if run.paths:

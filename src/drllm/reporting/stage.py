@@ -1,6 +1,6 @@
 """Writes the report of one or more run folders: one HTML page, and Markdown with pictures.
 
-The page holds its styles and drawings. Every text is escaped; markup, colours and layout are in
+The page contains its styles and drawings. Every text is escaped. Markup, colours and layout are in
 `templates/`. Sections that are folded on the page are open in the Markdown.
 """
 
@@ -27,7 +27,7 @@ from drllm.reporting.sections import build_document
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
-"""Names of a report's pictures; other files in the folder belong to the user."""
+"""The names of a report's pictures; other files in the folder belong to the user."""
 
 
 def report(
@@ -39,9 +39,9 @@ def report(
     if a file in any folder can't be trusted.
 
     Args:
-        runs: Folders that `drllm run` or `drllm evaluate` has written, or what `drllm.evaluate`
-            has returned, which stands for its folder (for the folder around it if that is called
-            `eval`). Several runs are compared.
+        runs: Folders that `drllm run` or `drllm evaluate` has written, or results of
+            `drllm.evaluate`. Results stand for their folder; if it is called `eval`, they stand for
+            the folder around it. Several runs are compared.
         output: A folder, or the `.html` file to write. The Markdown and the folder of its figures
             get the same name: `report.html`, `report.md`, `report_figures/`. None writes into the
             run folder, if there is only one.
@@ -64,13 +64,13 @@ def report(
     for path, content in files.items():
         write_atomically(path, content)
     for picture in figures_of(page):
-        if picture not in files:  # of an earlier report
+        if picture not in files:  # the picture is of an earlier report
             picture.unlink()
     return page, page.with_suffix(".md")
 
 
 def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
-    """Return the content of a report's files: the pictures, the page and the Markdown, in order."""
+    """Render the files of a report, in order: the pictures, the page and the Markdown."""
     folder = page.with_name(f"{page.stem}_figures")
     files: dict[Path, str | bytes] = {}
     for figure, name in document.figures().items():
@@ -82,13 +82,13 @@ def _render_files(document: Document, page: Path) -> dict[Path, str | bytes]:
 
 
 def figures_of(page: Path) -> list[Path]:
-    """List the pictures of a report by its HTML file, in order."""
+    """List the pictures of a report in order; `page` is the HTML file of the report."""
     places = page.with_name(f"{page.stem}_figures").glob("*.png")
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
 
 
 def _find_folder(run: Path | str | Results) -> Path:
-    """Return the run folder; for results in a folder `eval`, it is the one around that."""
+    """Return the run folder; results in a folder `eval` belong to the folder around it."""
     if not isinstance(run, Results):
         return Path(run)
     if run.folder is None:
@@ -97,7 +97,10 @@ def _find_folder(run: Path | str | Results) -> Path:
 
 
 def _choose_page(folders: Sequence[Path], output: Path | str | None) -> Path:
-    """Return the page to write; the output is a folder, which may not exist yet, or a file."""
+    """Choose the page to write.
+
+    The output is a file or a folder. The folder may not exist yet.
+    """
     if not folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
     if output is None:
@@ -118,7 +121,7 @@ def _choose_page(folders: Sequence[Path], output: Path | str | None) -> Path:
 
 
 def to_html(document: Document) -> str:
-    """Return the whole page."""
+    """Render the whole page."""
     names = document.figures()
 
     def draw(figure: Any, width: float) -> str:
@@ -129,7 +132,7 @@ def to_html(document: Document) -> str:
 
 
 def to_markdown(document: Document, folder: str) -> str:
-    """Return the whole report; its figures are the files `FOLDER/NAME.png`."""
+    """Render the whole report as Markdown; its figures are the files `FOLDER/NAME.png`."""
     names = document.figures()
     text = _render(
         "report.md.j2",
@@ -140,7 +143,7 @@ def to_markdown(document: Document, folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-@cache  # an environment keeps its compiled templates
+@cache  # the environment keeps compiled templates for the next report
 def _environment(autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -177,7 +180,7 @@ def escape(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Escape a text at the start of a line, where some characters would begin a heading or list."""
+    """Escape a text at the start of a line, where some characters begin a heading or a list."""
     return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""The tables of a report about results: a task's systems, their depths, runs and tasks compared."""
+"""The tables of a report on results: the systems of a task, their depths, and comparisons."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -18,13 +18,13 @@ from drllm.reporting.numbers import (
 from drllm.statistics.verdicts import Differences, Verdict
 
 NamedSystem: TypeAlias = tuple[str, Evaluation, System | Point]
-"""The name of a run or a task, its evaluation, and one of its systems."""
+"""The name of a run or a task, its evaluation, and one system of the evaluation."""
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """Return the table of a task's systems, the most accurate first.
+    """Build the table of a task's systems, with the most accurate system first.
 
-    Each is compared with the routed model, or with base if there is no routed model.
+    Each system is compared with the routed model, or with base if there is no routed model.
     """
     systems = sorted(evaluation.systems, key=lambda system: (-system.accuracy, system.executions))
     rows = [_result_row(evaluation, system) for system in systems]
@@ -111,7 +111,7 @@ def _split_verdicts(differences: Differences | None) -> tuple[Verdict | None, Ve
 
 
 def systems_table(evaluation: Evaluation) -> Table:
-    """Return the table of what each system does, and where it comes from."""
+    """Build the table of what each system does, and where it comes from."""
     reads = {None: NONE, True: "yes", False: "no"}
     rows = [
         [
@@ -131,7 +131,7 @@ def systems_table(evaluation: Evaluation) -> Table:
 
 
 def depths_table(evaluation: Evaluation) -> Table:
-    """Return the table of every system at every depth."""
+    """Build the table of every system at every depth."""
     rows = [_depth_row(point) for point in evaluation.curve]
     caption = (
         "Every system at every depth minus base, and the routed model minus it, with 95 % "
@@ -160,7 +160,7 @@ def _depth_row(point: Point) -> list[str]:
 
 
 def compared_table(what: str, named: Sequence[NamedSystem], caption: str) -> Table:
-    """Return the table of systems of several runs or tasks, each compared with its base."""
+    """Build the table of the systems of several runs or tasks, each compared with its base."""
     words = "of task|system|verdict|verdict by loss|than with its routes permuted"
     header = (
         f"{what}|of task|questions|system|layers run|accuracy, %|minus base's, points|"
