@@ -1,7 +1,8 @@
-"""Search: which paths answer each question right, and what each path costs.
+"""Search: find the paths that answer each question right, and what each path costs.
 
-`run.search_paths` is the stage, `strategies` choose paths, `evaluator` scores them, and `retest`
-checks the right ones in other ways of asking. Doesn't import torch.
+`run.search_paths` is the whole stage. `strategies` choose paths, `evaluator` scores the paths, and
+`retest` asks each question again in other words to check the right paths. This file doesn't import
+torch.
 """
 
 from pathlib import Path
@@ -13,6 +14,6 @@ CHUNKS_FOLDER = "search.partial"
 
 
 def count_kept_batches(folder: Path) -> int:
-    """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
-    # The files of a batch that isn't finished have a second suffix.
+    """Count the finished batches in the `CHUNKS_FOLDER` of an interrupted search."""
+    # The files of an unfinished batch have a second suffix.
     return sum(file.name.count(".") == 1 for file in folder.glob("batch-*.json"))

@@ -1,8 +1,8 @@
-"""Actions: the edits of decisions from which every searched path is made.
+"""Actions: the edits that lead from the full path to every path of a search.
 
-An edit turns layers that are executed once into skipped or repeated ones and nothing else. So a
-layer is changed at most once on the way from the full path: there are no edits that change
-nothing, no cycles, no counts above 2, and every decision vector within the budget can be reached.
+An edit skips or repeats layers that are executed once so far. So each layer changes at most once on
+the way from the full path. Every edit changes something, there are no cycles, and no layer runs
+more than twice. Every decision vector within the budget can be reached.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,14 @@ MAX_SKIPPED_AT_ONCE = 2
 
 
 class Action(NamedTuple):
-    """One edit: set neighbouring layers, each executed once so far, to another decision.
+    """One edit: skip one or two neighbouring layers, or repeat one layer.
+
+    Each of these layers is executed once so far.
 
     Source: Dr.LLM section 3.1 (skip one or two neighbouring layers, repeat one).
     """
 
-    layer: int  # the first one
+    layer: int  # the first of the layers
     span: int  # 1, or 2 for a skip
     decision: Decision  # `SKIP` or `REPEAT`
 
@@ -29,9 +31,9 @@ class Action(NamedTuple):
 
 
 def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
-    """List the edits that valid decisions allow, for paths of at most `limit` executions.
+    """List the legal edits of decisions, for paths of at most `limit` executions.
 
-    Single skips come first, then double skips, then repeats, each by layer.
+    Single skips come first, then double skips, then repeats. Each kind is sorted by layer.
     """
     spent = num_executions(decisions)
     actions: list[Action] = []
@@ -53,7 +55,7 @@ def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
 
 
 def apply(decisions: Decisions, action: Action) -> Decisions:
-    """Return the decisions after an edit that is legal for them."""
+    """Return the decisions after a legal edit."""
     before = decisions[: action.layer]
     edited = (int(action.decision),) * action.span
     after = decisions[action.layer + action.span :]

@@ -1,7 +1,7 @@
-"""Searches a batch of questions in step: from questions to search records.
+"""Search a batch of questions in step: from questions to search records.
 
-When a batch fails, its questions are searched one by one, and those that keep failing are set
-aside. `LocalExecutor` searches batches in this process, `ray.RayExecutor` on Ray.
+When a batch fails, its questions are searched one by one. A question that keeps failing is set
+aside. `LocalExecutor` searches batches in this process, and `ray.RayExecutor` searches them on Ray.
 """
 
 import itertools
@@ -30,32 +30,32 @@ from drllm.search.retest import Evaluate, pairs_to_retest, retest_paths
 from drllm.search.strategies import PathSearch, new_search, path_score
 from drllm.tasks.examples import Prompt
 
-ATTEMPTS = 3  # how often a question is tried: with its batch, then alone
+ATTEMPTS = 3  # attempts to search a question: one with its batch, the others alone
 QUESTION_ERRORS = (
     ConfigError,  # a prompt that the chat template refuses
     ModelError,  # log-probabilities that are not finite, a prompt beyond the model's context
     RoutingError,
     TaskError,
-    torch.cuda.OutOfMemoryError,  # a prompt too long for the device
+    torch.cuda.OutOfMemoryError,  # a prompt that is too long for the device
 )
 """Errors that a single question can cause. Any other error ends the search."""
 
 
 class OnStep(Protocol):
-    """Called with the progress of one batch."""
+    """A function that is called with the progress of one batch."""
 
     def __call__(self, share: float, num_paths: int, step: str, /) -> None:
         """Report progress.
 
         Args:
-            share: Share of the batch's work that is done, from 0 to 1.
-            num_paths: Paths of the batch that were run since the search was started or resumed.
-            step: What is being done, in words.
+            share: The share of the batch's work that is done, from 0 to 1.
+            num_paths: How many paths of the batch were run since the search was started or resumed.
+            step: The current step in words.
         """
 
 
 class OnBatchStep(Protocol):
-    """Called with a batch and its progress; see `OnStep`."""
+    """A function that is called with a batch and its progress; see `OnStep`."""
 
     def __call__(self, batch: Batch, share: float, num_paths: int, step: str, /) -> None:
         """Report progress."""
@@ -68,7 +68,7 @@ class Executor(Protocol):
     runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        """Return each prompt as the model reads it; None if the chat template refuses a prompt."""
 
     def search(
         self,
@@ -77,12 +77,12 @@ class Executor(Protocol):
         chunks: Chunks | None = None,
         on_batch_step: "OnBatchStep | None" = None,
     ) -> "Iterator[tuple[Batch, BatchRecords]]":
-        """Search batches, in any order; `chunks` keeps the results of their steps."""
+        """Search batches, and yield them in any order; `chunks` keeps the results of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRecords:
-    """The records of a batch's questions, in order, and the questions that failed every time."""
+    """The records of a batch's questions, in order, and the questions whose attempts all failed."""
 
     records: tuple[SearchRecord, ...]
     failed: tuple[FailedQuestion, ...] = ()
@@ -96,11 +96,11 @@ def search_batch(
     parts: Chunks | None = None,
     on_step: OnStep | None = None,
 ) -> BatchRecords:
-    """Search a batch, and set aside the questions that fail every time.
+    """Search a batch, and set aside the questions whose attempts all fail.
 
-    A batch that fails as a whole is searched question by question, which gives the same records:
-    a question's tree doesn't depend on its neighbours. `parts` keeps the result of every step, so
-    that an interruption loses one round, or the re-test of a few questions.
+    If a batch fails as a whole, its questions are searched one by one. This gives the same records,
+    since a question's tree doesn't depend on the other questions. `parts` keeps the result of every
+    step, so an interruption loses one round, or the re-test of a few questions.
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
@@ -133,7 +133,7 @@ def _search_one_by_one(
 def _search_alone(
     routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
 ) -> SearchRecord | FailedQuestion:
-    """Search a question without neighbours; its first attempt was made with its batch."""
+    """Search a question alone; its first attempt was made with its batch."""
     message = ""
     for _ in range(ATTEMPTS - 1):
         try:
@@ -164,14 +164,14 @@ def search_in_step(
 ) -> list[SearchRecord]:
     """Search several questions of one task in step, each with a tree of its own.
 
-    Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
-    one batch. A question's tree depends only on its own seed and outcomes, not on its neighbours.
+    Every round evaluates one batch: up to `leaves_per_round` new paths of every unfinished
+    question. A question's tree depends only on its own seed and outcomes, not on other questions.
 
     Source: Dr.LLM section 3.1.
     """
     started = time.perf_counter()
     prompts = _tokenize_prompts(routed, [question.prompt for question in questions])
-    # Prompts of the re-test are checked before anything runs: without them there is no target.
+    # The re-test's prompts are checked before anything runs: a target has to pass the re-test.
     retest_prompts = [_tokenize_prompts(routed, question.retests) for question in questions]
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_start_search(routed.num_layers, question, config) for question in questions]
@@ -215,7 +215,7 @@ def _run_rounds(
 ) -> None:
     """Evaluate new paths of all questions, round by round, until every search is over.
 
-    The outcome of every path is added to `outcomes`.
+    Every path's outcome is added to `outcomes`.
     """
     for number in itertools.count():
         pairs = _new_pairs(searches, config.leaves_per_round)
@@ -224,7 +224,7 @@ def _run_rounds(
         round_outcomes = steps.run(f"round {number}", pairs, partial(_evaluate_new, evaluator))
         for (place, decisions), outcome in zip(pairs, round_outcomes, strict=True):
             outcomes[place, decisions] = outcome
-            # Right generated answers have no margin yet, so the search uses none of theirs.
+            # Right generated answers have no margin yet, so searches use no margins of answers.
             margin = outcome.margin if evaluator.scores_options else None
             score = path_score(margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
@@ -240,7 +240,7 @@ def _new_pairs(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pa
 
 
 def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[Outcome]:
-    """Evaluate paths; add the margins that no later path can change."""
+    """Evaluate paths, and add the margins that no later path can change."""
     return evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
 
 
@@ -263,7 +263,7 @@ def _tried_paths(
     outcomes: Mapping[Pair, Outcome],
     retests: Mapping[Pair, Retest],
 ) -> list[list[TriedPath]]:
-    """Return the records of all paths of each question, in the order in which they were tried."""
+    """Return the records of each question's paths, in the order in which the paths were tried."""
     paths: list[list[TriedPath]] = [[] for _ in searches]
     for (place, decisions), outcome in outcomes.items():
         path = TriedPath(
@@ -302,23 +302,23 @@ def _record(
 
 @dataclass
 class BatchProgress:
-    """Estimates how much of a batch is done, and reports it.
+    """Estimates which share of a batch is done, and reports the share.
 
-    The number of paths to re-test is estimated from the candidates among the paths so far.
+    The candidates among the paths so far give an estimate of how many paths will be re-tested.
     """
 
     searches: Sequence[PathSearch]
-    outcomes: Mapping[Pair, Outcome]  # of all paths so far
-    num_simulations: int  # of each question, at most
-    num_retests: Sequence[int]  # other ways of asking, for each question
-    has_late_margins: bool  # right answers are scored once more after the rounds
+    outcomes: Mapping[Pair, Outcome]  # outcomes of all paths so far
+    num_simulations: int  # maximum number of simulations of a question
+    num_retests: Sequence[int]  # for each question, the number of its other prompts
+    has_late_margins: bool  # whether right answers are scored once more after the rounds
     on_step: OnStep | None
-    num_run: int = 0  # paths run, those of an interrupted search included
+    num_run: int = 0  # paths run so far, including paths of an interrupted search
     num_new: int = 0  # paths run since the search was started or resumed
-    share: float = 0.0  # never falls
+    share: float = 0.0  # the largest share reported so far
 
     def report(self, step: str, running: Collection[int] = ()) -> None:
-        """Report a finished step; `running` are the questions whose search goes on."""
+        """Report a finished step; `running` holds the places of unfinished questions."""
         if self.on_step is None:
             return
         self.share = max(self.share, self.num_run / self._estimate_total(running))
@@ -334,7 +334,7 @@ class BatchProgress:
                 num_paths += len(search.trials)
         num_retests = 0
         for place, decisions in pairs_to_retest(self.outcomes):
-            # Full paths are left out during the rounds: they all come first, and would bias this.
+            # Full paths are left out during the rounds: they come first, which would mislead.
             if not running or set(decisions) != {1}:
                 num_retests += self.num_retests[place]
         if self.has_late_margins:
@@ -344,14 +344,14 @@ class BatchProgress:
 
 @dataclass(frozen=True)
 class BatchSteps:
-    """Runs the steps of a batch; the result of a step that was finished before is read instead."""
+    """Runs the steps of a batch, or reads the result of a step that an earlier run finished."""
 
     questions: Sequence[SearchQuestion]
     parts: Chunks | None  # keeps the results; None keeps nothing
     progress: BatchProgress
 
     def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-        """Return the outcomes of a step, which its name and its pairs identify."""
+        """Return the outcomes of a step. Its name and its pairs identify the step."""
 
         def evaluate_now() -> list[Outcome]:
             self.progress.num_new += len(pairs)
@@ -375,20 +375,20 @@ class BatchSteps:
 
 @dataclass(eq=False)
 class LocalExecutor:
-    """Searches in this process, one batch after the other; the model has its tokenizer."""
+    """Searches in this process, one batch after the other."""
 
-    routed: RoutedModel
+    routed: RoutedModel  # with its tokenizer
     identity: Mapping[str, Any]  # of the base model
-    runtime: Mapping[str, Any]  # dtype, device and so on: another one makes another search
+    runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        """Return each prompt as the model reads it; None if the chat template refuses a prompt."""
         return [self._render(prompt) for prompt in prompts]
 
     def _render(self, prompt: Prompt) -> str | None:
         try:
             return render(self.routed.tokenizer, prompt.content, chat=prompt.chat)
-        except ConfigError:  # raised again, and recorded, when the question is searched
+        except ConfigError:  # the search of the question raises the error again, and records it
             return None
 
     def search(

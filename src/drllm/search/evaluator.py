@@ -1,6 +1,6 @@
-"""Scores paths on questions: reward, margin, answer and KL, for many questions at once.
+"""Score paths on many questions at once: reward, margin, answer and KL of each path.
 
-The forward passes and their shared prefixes are in `models.scoring`, the rewards in
+The forward passes, which share the prefixes of paths, are in `models.scoring`. The rewards are in
 `tasks.rewards`.
 """
 
@@ -21,10 +21,10 @@ from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
 
 WRONG_ANSWERS = 4
-"""How many of the most frequent wrong answers a right answer's margin is measured against."""
+"""Number of frequent wrong answers that a right answer is compared with for its margin."""
 CHARACTERS_A_TOKEN = 16
-"""A text with more characters than this per token of the context is most likely too long. Its
-beginning is tokenised first, since tokenising megabytes takes minutes."""
+"""Characters per token of the context from which a text is most likely too long. Only the beginning
+of a longer text is tokenised at first, since tokenising megabytes takes minutes."""
 
 TokenIds = tuple[int, ...]
 
@@ -34,16 +34,16 @@ class Outcome:
     """The result of one path on one question; see `TriedPath`."""
 
     reward: float  # in [0, 1]
-    margin: float | None  # in nats, positive when right; None where it isn't known (yet)
-    # Log-probability of each option, in nats; empty where one isn't finite, and for generated
+    margin: float | None  # in nats, positive if right; None if unknown (or not known yet)
+    # Log-probability of each option, in nats; empty if one of them isn't finite, and for generated
     # answers.
     logprobs: tuple[float, ...]
-    answer: str | None = None  # the generated text; None when options were scored
-    tokens: TokenIds = ()  # of the answer, without the end-of-sequence token
-    # Mean log-probability of the answer's tokens (with the end of sequence), in nats; None when
-    # options were scored, and where it isn't finite.
+    answer: str | None = None  # the generated text; None if options were scored
+    tokens: TokenIds = ()  # tokens of the answer, without the end-of-sequence token
+    # Mean log-probability of the answer's tokens (with the end of sequence), in nats; None if
+    # options were scored, or if the mean isn't finite.
     logprob: float | None = None
-    kl: float | None = None  # in nats a token; None where it wasn't computed or isn't finite
+    kl: float | None = None  # in nats per token; None if not computed or not finite
 
     @property
     def is_right(self) -> bool:
@@ -53,19 +53,20 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as the model reads it, with the chat template applied where the prompt uses it."""
+    """A prompt as the model reads it, with the chat template if the prompt uses it."""
 
     prompt: Prompt
     text: str
     tokens: list[int]
     continuations: list[list[int]]  # the options, or the gold answer if an answer is generated
-    num_unscored: tuple[int, ...]  # leading tokens of each option that aren't scored; empty: 0
+    num_unscored: tuple[int, ...]  # number of first tokens of each option to read without a score
 
     @property
     def request(self) -> Request:
         """The continuations to score after the prompt.
 
-        Where only the prompt's own tokens matter (reward `kl`), its last token is the continuation.
+        For the reward `kl` only the prompt's own tokens matter, so the continuation is the prompt's
+        last token.
         """
         continuations = self.continuations
         if self.prompt.reward == KL_REWARD:
@@ -76,8 +77,9 @@ class TokenizedPrompt:
 def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
     """Render and tokenise a prompt and its possible continuations.
 
-    A ModelError if the prompt and its longest continuation don't fit the model's context. Beyond
-    it some models fail, and others run at positions that they were never trained on.
+    Raises ModelError if the prompt and its longest continuation don't fit the model's context.
+    Beyond the context some models fail, and others run at positions that they were never trained
+    on.
     """
     tokenizer = routed.tokenizer
     context = context_length(routed.model)
@@ -101,9 +103,10 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
 
 
 def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
-    """Refuse a text whose beginning is longer than twice the context, without tokenising the rest.
+    """Refuse a text whose beginning is longer than twice the context.
 
-    Twice, because the cut may fall inside a word, whose tokens then differ from the whole text's.
+    Only the beginning is tokenised. Its end may cut a word, so its tokens may differ from those of
+    the whole text. Twice the context leaves room for this.
     """
     beginning = text[: CHARACTERS_A_TOKEN * context]
     if len(beginning) < len(text) and len(encode(tokenizer, beginning)) > 2 * context:
@@ -120,7 +123,7 @@ def gold_text(prompt: Prompt) -> str:
 
 
 def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
-    """Judge the log-probabilities of a prompt's options; a path without any is wrong."""
+    """Judge a path by the log-probabilities of a prompt's options; without them it is wrong."""
     if prompt.reward == KL_REWARD:
         reward = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
         return Outcome(reward=reward, margin=None, logprobs=(), kl=kl)
@@ -135,11 +138,12 @@ class Evaluator:
 
     Args:
         routed: The model, with its tokenizer.
-        prompts: Prompts of one reward, tokenised already or not.
-        state_cache_gb: Memory for shared states (see `ChoiceBatch`); results don't depend on it.
-        kl: Measure each path's KL from the full path, which then runs even if it isn't among the
-            pairs. The full path's own KL is 0.
-        paths_per_pass: Rows of a forward pass; None picks it by memory. Results don't depend on it.
+        prompts: Prompts with the same reward, as texts or as tokens.
+        state_cache_gb: Memory for shared states (see `ChoiceBatch`); it doesn't change results.
+        kl: Measure each path's KL from the full path. The full path then runs even if it isn't
+            among the pairs; its own KL is 0.
+        paths_per_pass: Rows of a forward pass; None chooses the number by the free memory. It
+            doesn't change results.
     """
 
     def __init__(
@@ -175,15 +179,16 @@ class Evaluator:
 
     @property
     def scores_options(self) -> bool:
-        """Whether margins are known at once; those of generated answers need `with_margins`."""
+        """Whether options are scored; then margins are known without `with_margins`."""
         return isinstance(self._batch, ChoiceBatch)
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        """Return the outcome of each (prompt's place, path), in order.
+        """Return the outcome of each pair (place of a prompt, path), in order.
 
-        Margins of generated answers are None: they depend on the answers of other paths, so
-        `with_margins` adds them when all paths are known. A ModelError if the full path's own
-        log-probabilities aren't finite.
+        The margins of generated answers are None. They depend on the answers of other paths, so
+        `with_margins` adds them when all paths are known.
+
+        Raises ModelError if the full path's own log-probabilities aren't finite.
         """
         if isinstance(self._batch, ChoiceBatch):
             return self._score_options(self._batch, pairs)
@@ -225,22 +230,24 @@ class Evaluator:
     def with_margins(
         self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, wrong_only: bool = False
     ) -> list[Outcome]:
-        """Return the outcomes of all paths of the batch with their margins; known ones stay.
+        """Return the outcomes of all paths of the batch with their margins; known margins stay.
 
-        For a generated answer the margin is the mean token log-probability of the gold answer
-        minus that of the path's own answer if that is wrong, else that of the best of the most
-        frequent wrong answers to the question. It is None where no path answered wrong, and where
-        there is no gold answer, since a function grades.
+        A margin of a generated answer is a difference of two mean token log-probabilities under the
+        path: the gold answer's minus a wrong answer's. If the path's own answer is wrong, it is the
+        wrong answer. Else the wrong answer is the likeliest of the most frequent wrong answers to
+        the question. The margin is None if no path answered wrong, and if there is no gold answer
+        because a function grades.
 
-        With `wrong_only` the margins of right answers stay out, since paths to come may change
-        them. Those of wrong answers are best computed early, while the states are in memory.
+        With `wrong_only` only wrong answers get a margin, since later paths may change the margins
+        of right answers. Margins of wrong answers are best computed early, while the states are in
+        memory.
         """
         has_gold = all(prompt.continuations[0] for prompt in self.prompts)
         if isinstance(self._batch, ChoiceBatch) or not has_gold:
             return list(outcomes)
         completed = list(outcomes)
-        right: list[int] = []  # numbers of the pairs whose margin is missing
-        wrong: list[int] = []
+        right: list[int] = []  # numbers of the pairs with a right answer and no margin
+        wrong: list[int] = []  # numbers of the pairs with a wrong answer and no margin
         for number, outcome in enumerate(outcomes):
             if outcome.margin is None:
                 numbers = right if outcome.is_right else wrong
@@ -258,7 +265,7 @@ class Evaluator:
         numbers: Sequence[int],
         outcomes: list[Outcome],
     ) -> None:
-        """Add the margins of these outcomes: the gold answer against the path's own answer."""
+        """Add the margins of wrong answers: the gold answer against the path's own answer."""
         no_rivals: list[list[TokenIds]] = [[] for _ in self.prompts]
         scores = self._score_answers(batch, pairs, numbers, no_rivals)
         for number, (gold,) in zip(numbers, scores, strict=True):
@@ -273,7 +280,7 @@ class Evaluator:
         rivals: Sequence[Sequence[TokenIds]],
         outcomes: list[Outcome],
     ) -> None:
-        """Add the margins of these outcomes: the gold answer against the best of its rivals."""
+        """Add the margins of right answers: the gold answer against its likeliest rival."""
         scores = self._score_answers(batch, pairs, numbers, rivals)
         for number, (gold, *wrong) in zip(numbers, scores, strict=True):
             margin = _difference(gold, max(wrong, default=None))
@@ -296,16 +303,17 @@ class Evaluator:
         numbers: Sequence[int],
         rivals: Sequence[Sequence[TokenIds]],
     ) -> list[list[float]]:
-        """Score the gold answer, then its rivals, along the paths of some of the pairs.
+        """Score the gold answer and its rivals along the paths of some of the pairs.
 
         Args:
             batch: The batch that generated the answers; its rows hold the prompts' states.
             pairs: All pairs.
-            numbers: Which of the pairs to score.
+            numbers: Numbers of the pairs to score.
             rivals: For each prompt, further answers to score.
 
         Returns:
-            For each number, the mean token log-probability of each answer, in nats.
+            For each number, the mean token log-probability of the gold answer, then of each rival,
+            in nats.
         """
         if not numbers:
             return []
@@ -340,9 +348,10 @@ class Evaluator:
         self._batch.forget()
 
     def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
-        """Return whether all log-probabilities of a path are finite.
+        """Tell whether all log-probabilities of a path are finite.
 
-        A ModelError if those of the full path aren't, since no path can be judged without them.
+        Raises ModelError if the full path has one that isn't finite, since no path can be judged
+        without them.
         """
         place, decisions = pair
         if all(math.isfinite(value) for value in logprobs):
@@ -360,7 +369,7 @@ def _most_common(counts: Counter[TokenIds]) -> list[TokenIds]:
 
 
 def _difference(gold: float, other: float | None) -> float | None:
-    """Return a margin, or None where one of the two is missing or not finite."""
+    """Return a margin; None if a log-probability is missing or not finite."""
     if other is None or not math.isfinite(gold - other):
         return None
     return gold - other

@@ -1,4 +1,4 @@
-"""The forecast of `drllm search --dry-run`: search a few questions, and extrapolate to all."""
+"""Forecast a search for `drllm search --dry-run`: search a few questions, and extrapolate."""
 
 import dataclasses
 import time
@@ -13,8 +13,8 @@ from drllm.search.batch import search_in_step
 from drllm.search.questions import SearchQuestion, split_into_batches
 
 SAMPLE_QUESTIONS = 8
-"""Maximum questions of a task that a forecast searches; never more than one batch."""
-SAMPLE_SIMULATIONS = 10
+"""Maximum number of questions in the sample of a task; the sample is never more than one batch."""
+SAMPLE_SIMULATIONS = 10  # maximum number of simulations of a question in the sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,25 +23,27 @@ class TaskForecast:
 
     task: str
     questions: int
-    paths: int  # full paths included
-    executions: float  # of paths and re-tests; shared ones are run once, but counted for each
-    seconds: float  # on the device that was measured
-    size_bytes: float  # of the records
-    sample_questions: int  # searched for the forecast
-    sample_paths: int  # tried for the forecast
+    paths: int  # number of paths, full paths included
+    # Executions of layers by all paths and re-tests. An execution that several paths share is run
+    # once, but counted for each path.
+    executions: float
+    seconds: float  # on this device
+    size_bytes: float  # size of the records on disk
+    sample_questions: int  # number of questions in the sample
+    sample_paths: int  # number of paths in the sample
     prompt: str  # one prompt, as the model reads it
 
 
 def forecast_search(
     routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
 ) -> list[TaskForecast]:
-    """Search a few questions of each task, and extrapolate to what all of them will take.
+    """Search a few questions of each task, and extrapolate to all questions.
 
-    Nothing is written. Time, executions and disk space per path are taken from the sample. A
+    Nothing is written. The sample gives the time, the executions and the disk space per path. A
     longer search usually takes less per path: its paths share more of their work, and larger
     batches generate answers faster.
     """
-    by_task: dict[str, list[SearchQuestion]] = {}  # each task's questions by length
+    by_task: dict[str, list[SearchQuestion]] = {}  # each task's questions, sorted by length
     for batch in split_into_batches(questions, config.block_size):
         by_task.setdefault(batch.task, []).extend(batch.questions)
     return [
@@ -79,18 +81,18 @@ def _forecast_task(
 
 
 def _sample(questions: Sequence[SearchQuestion], maximum: int) -> list[SearchQuestion]:
-    """Return questions evenly spread over the list, which is sorted by length."""
+    """Return questions spread evenly over a list that is sorted by length."""
     size = min(maximum, len(questions))
     sample: list[SearchQuestion] = []
     for number in range(size):
-        # The middle of one of `size` equal parts.
+        # The list has `size` equal parts; take the middle of each part.
         place = (2 * number + 1) * len(questions) // (2 * size)
         sample.append(questions[place])
     return sample
 
 
 def _count_executions(records: Sequence[SearchRecord]) -> float:
-    """Count the executions of all paths, once for each way of asking that they were run with."""
+    """Count the executions of all paths, in the search and in each re-test."""
     executions = 0.0
     for record in records:
         for path in record.paths:

@@ -1,6 +1,6 @@
-"""The questions of a search with their prompts, and the batches they are searched in.
+"""Collect the questions of a search with their prompts, and split them into batches.
 
-Doesn't import torch.
+This module doesn't import torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
 
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
-"""Names of tasks or a file; or tasks, examples of named tasks, or rows of a file."""
+"""Where questions come from: names of tasks, a file, tasks, examples of named tasks, or rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class SearchQuestion:
     """One question of a search, with all its prompts.
 
     Attributes:
-        place: Position among all questions of the search; the records are in this order.
+        place: Position among all questions of the search, from 0; the records are in this order.
         task: The task's name.
         example: The question and its answer.
         prompt: The prompt that the search uses.
@@ -50,29 +50,29 @@ class SearchQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Questions of one task that are searched together; numbers are from 0."""
+    """Questions of one task that are searched together."""
 
-    number: int
+    number: int  # of the batch in the search, from 0
     questions: tuple[SearchQuestion, ...]
 
     @property
     def task(self) -> str:
-        """The name of their task."""
+        """The name of the questions' task."""
         return self.questions[0].task
 
     @property
     def num_characters(self) -> int:
-        """Characters of their prompts and continuations, as a measure of the work."""
+        """Characters of all prompts and continuations, as a measure of the work."""
         return sum(map(_num_characters, self.questions))
 
     @property
     def key(self) -> str:
-        """The key under which the results of the batch are kept."""
+        """The name of the batch's results on disk."""
         return f"batch {self.number}"
 
 
 class TaskExamples(NamedTuple):
-    """A task, and the examples of it that a search may draw."""
+    """A task, and the examples that a search may draw from the task."""
 
     task: Task
     examples: list[Example]
@@ -86,21 +86,21 @@ class Shard(NamedTuple):
 
 
 def collect_questions(source: QuestionSource | None, config: SearchConfig) -> list[SearchQuestion]:
-    """Return the questions of a search, each one once.
+    """Return the questions of a search, each question once.
 
-    The order of the steps matters. First the limit is applied, then the shard is taken, so that
-    the shards of a search add up to its limit. Copies of an earlier task's questions are left out
-    last, with a warning, so that the questions drawn from a task don't depend on other tasks.
+    The order of the steps matters. The limit is applied first and the shard is taken second, so the
+    shards of a search add up to its limit. A question that an earlier task has too is left out
+    last, with a warning. So the questions drawn from a task don't depend on other tasks.
 
     Args:
-        source: Tasks or their names, whose questions in `config.split` are loaded; examples of
-            named tasks; or rows. None for the tasks that `config.dataset` names.
+        source: Tasks or their names, to load the questions in `config.split`; examples of named
+            tasks; or rows. None stands for the tasks that `config.dataset` names.
         config: The settings.
 
     Raises:
-        ConfigError: A setting without effect, or a missing package.
-        TaskError: An unknown task, a task or a shard without questions, or a reward that doesn't
-            fit a task.
+        ConfigError: A setting has no effect, or a package is missing.
+        TaskError: A task is unknown, a task or a shard has no questions, or a reward doesn't fit a
+            task.
     """
     config.check_effects()
     _check_strategy_settings(config)
@@ -124,9 +124,9 @@ def _draw_questions(
     config: SearchConfig,
     shard: Shard | None,
 ) -> list[SearchQuestion]:
-    """Draw the questions of each task; leave out other shards, and copies with a warning."""
+    """Draw the questions of each task; leave out other shards and copies, and warn of copies."""
     questions: list[SearchQuestion] = []
-    earlier_keys: set[str] = set()  # of the questions of earlier tasks
+    earlier_keys: set[str] = set()  # keys of the questions of earlier tasks
     num_copies = 0
     for group, reward in zip(groups, rewards, strict=True):
         examples = choose(group.examples, config.limit, config.seed)
@@ -155,7 +155,7 @@ def build_question(task: Task, example: Example, reward: str, place: int = 0) ->
 
 
 def split_into_batches(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
-    """Split questions into batches of one task and of similar length, which need little padding."""
+    """Split questions into batches; a batch has one task and similar lengths, so little padding."""
     by_task: dict[str, list[SearchQuestion]] = {}
     for question in questions:
         by_task.setdefault(question.task, []).append(question)
@@ -175,7 +175,7 @@ def _num_characters(question: SearchQuestion) -> int:
 
 
 def parse_shard(text: str) -> Shard:
-    """Read the value of `--shard`, such as `1/8`; a ConfigError if it isn't valid."""
+    """Read the value of `--shard`, such as `1/8`. Raises ConfigError if the value isn't valid."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is not None:
         shard = Shard(int(match[1]), int(match[2]))
@@ -189,8 +189,8 @@ def parse_shard(text: str) -> Shard:
 
 
 def in_shard(example: Example, shard: Shard) -> bool:
-    """Whether a question belongs to a shard, which depends on its text and not on its id."""
-    # Not the hash that `find_split` uses: within one split it covers only a part of its range.
+    """Tell whether a question belongs to a shard; this depends on its text, not on its id."""
+    # Another hash than `find_split`'s, which covers only a part of its range within one split.
     number = hash_text(f"shard:{question_key(example.question)}")
     return number % shard.num_parts == shard.part - 1
 
@@ -213,7 +213,7 @@ def _check_strategy_settings(config: SearchConfig) -> None:
 def _load_examples(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[TaskExamples]:
-    """Return the examples by task: those of tasks first, then single examples, then rows."""
+    """Return the examples by task: whole tasks first, then single examples, then rows."""
     check_data_dir(config.data_dir)  # refused even if no task reads it
     groups: list[TaskExamples] = []
     examples_by_task: dict[str, list[Example]] = {}
@@ -256,7 +256,7 @@ def _apply_prompt_settings(
 def _add_worked_examples(
     group: TaskExamples, config: SearchConfig, max_new_tokens: int | None
 ) -> TaskExamples:
-    """Return the task with worked examples before each question, which aren't searched."""
+    """Return the task with worked examples before each question; the search leaves these out."""
     task, examples = group
     num_shots = config.num_fewshot or 0
     if num_shots == 0:
@@ -275,7 +275,7 @@ def _add_worked_examples(
 
 
 def _choose_rewards(tasks: Sequence[Task], config: SearchConfig) -> list[str]:
-    """Return the reward of each task; refuse rewards that don't fit or need missing packages."""
+    """Return the reward of each task; refuse a reward that doesn't fit or lacks its packages."""
     rewards = [task.check_reward(config.reward) for task in tasks]
     for reward in rewards:
         check_installed(reward)

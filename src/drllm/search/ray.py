@@ -1,7 +1,7 @@
-"""Searches batches on Ray: one worker process a device, on this machine or on a cluster.
+"""Search batches on Ray: one worker process per device, on this machine or on a cluster.
 
-Keeps every worker busy with a small number of batches, and replaces workers that die. Ray is
-imported only when an executor is created.
+`RayExecutor` keeps every worker busy with a small number of batches, and replaces workers that die.
+Ray is imported only when an executor is created.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ from drllm.search.questions import Batch
 from drllm.tasks.examples import Prompt
 
 BATCHES_A_WORKER = 2
-"""Batches that a worker holds: the one it searches and the next one, so that it never waits."""
+"""Batches that a worker holds: the current batch and the next, so that the worker never waits."""
 MAX_LOSSES = 3
-"""A question is set aside when this many workers died while they searched it alone."""
-MAX_FAILED_STARTS = 3  # workers in a row that may die while they load the model
-START_TIMEOUT_S = 600.0  # how long the first worker may take to load the model
+"""Number of workers that may die on one question alone; then the question is set aside."""
+MAX_FAILED_STARTS = 3  # number of workers in a row that may die while they load the model
+START_TIMEOUT_S = 600.0  # maximum time until the first worker has loaded the model
 CONNECT_TIMEOUT_S = 5.0
-"""How long connecting to an address may take; Ray itself tries for minutes."""
+"""Maximum time to connect to an address; Ray itself would try for minutes."""
 
 
 class Worker:
@@ -68,7 +68,7 @@ class Worker:
         return base.identity, base.runtime
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        """Return each prompt as the model reads it; None if the chat template refuses a prompt."""
         return self.local.render_prompts(prompts)
 
     def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> BatchRecords:
@@ -98,7 +98,7 @@ class Seat:
 
     @property
     def next_future(self) -> Any:
-        """The future to wait for: the model's, then the first job's; None without jobs."""
+        """The future to wait for: the loaded model, then the first job; None without jobs."""
         if not self.is_ready:
             return self.starting
         return self.jobs[0][0] if self.jobs else None
@@ -106,23 +106,23 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlan:
-    """How many workers run, and what each gets."""
+    """How many workers run, and what each worker gets."""
 
     num_workers: int
-    device: str  # "cuda", "cpu", or what the model's settings name
-    num_threads: int  # of torch, in each worker
-    num_sharing: int  # workers that share the memory of one machine
+    device: str  # "cuda", "cpu", or the device in the model's settings
+    num_threads: int  # threads of torch in each worker
+    num_sharing: int  # number of workers that share the memory of one machine
     options: Mapping[str, int]  # Ray's options of an actor
 
 
 class RayExecutor:
-    """Searches batches on Ray, one worker a device, as `LocalExecutor` does; a context manager.
+    """Searches batches on Ray with one worker per device; a context manager.
 
-    A worker that dies is replaced, and its jobs are searched again. The records are the same
-    wherever and however often a batch is searched. With the device `auto` each worker gets a GPU if
-    Ray has any, else the CPU. By default there is one worker per GPU, or one per CPU core. Without
-    a cluster's address Ray is started on this machine and stopped afterwards, unless this process
-    has started Ray already: then that one is used.
+    A worker that dies is replaced, and its jobs are searched again. The records are the same as
+    those of `LocalExecutor`, wherever and however often a batch is searched. With the device `auto`
+    each worker gets a GPU if Ray has GPUs, else the CPU. By default there is one worker per GPU, or
+    one per CPU core. Without a cluster's address the executor starts Ray on this machine and stops
+    Ray afterwards. If this process has started Ray already, the executor uses this Ray.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class RayExecutor:
             self.ray.shutdown()
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return the text that the model reads of each prompt; None if its template refuses it."""
+        """Return each prompt as the model reads it; None if the chat template refuses a prompt."""
         seat = next(seat for seat in self.seats if seat.is_ready)
         texts: list[str | None] = self.ray.get(seat.worker.render_prompts.remote(list(prompts)))
         return texts
@@ -174,7 +174,7 @@ class RayExecutor:
     ) -> Iterator[tuple[Batch, BatchRecords]]:
         """Search batches on all workers, and yield them in any order.
 
-        Batches are taken from the iterable only as workers have room for them. Workers of a cluster
+        A batch is taken from the iterable only when a worker has room for it. Workers of a cluster
         don't keep the steps of an unfinished batch, since they may not see the folder.
         """
         jobs = Jobs(batches)
@@ -193,7 +193,7 @@ class RayExecutor:
                     yield finished
 
     def _worker_config(self, config: SearchConfig) -> SearchConfig:
-        """Return the settings with a worker's share of the memory for shared states."""
+        """Return the settings with one worker's share of the memory for shared states."""
         if config.state_cache_gb is None:
             return config
         return dataclasses.replace(
@@ -212,12 +212,15 @@ class RayExecutor:
                 seat.jobs.append((future, batch))
 
     def _finish_job(self, seat: Seat, jobs: "Jobs") -> tuple[Batch, BatchRecords] | None:
-        """Return what a worker's first job completes, if anything; replace a worker that died."""
+        """Return the batch that a worker's first job completes; None if it completes no batch.
+
+        A worker that died is replaced.
+        """
         future, batch = seat.jobs[0]
         try:
             result = self._get(future)
         except self._loss_errors:
-            # Only the first job was running: the others can't have killed the worker.
+            # Only the first job was running, so the other jobs can't have killed the worker.
             waiting = list(seat.jobs)[1:]
             jobs.retries.extend(batch for _, batch in waiting)
             self._replace(seat)
@@ -226,7 +229,7 @@ class RayExecutor:
         return jobs.finish(batch, result)
 
     def _start_workers(self, model: ModelConfig, num_workers: int | None) -> None:
-        """Start all workers, and wait until the first has loaded the model."""
+        """Start all workers, and wait until one of them has loaded the model."""
         self.plan = plan_workers(self.ray, model, num_workers)
         self._model = dataclasses.replace(model, device=self.plan.device)
         self.seats = [self._new_seat() for _ in range(self.plan.num_workers)]
@@ -240,7 +243,7 @@ class RayExecutor:
         return Seat(worker, starting)
 
     def _replace(self, seat: Seat) -> None:
-        """Start a new worker in the place of one that died."""
+        """Replace a worker that died by a new worker."""
         self.ray.kill(seat.worker)  # a worker that can't be reached may still be alive
         self.seats[self.seats.index(seat)] = self._new_seat()
 
@@ -264,7 +267,7 @@ class RayExecutor:
         return [seats[future] for future in done]
 
     def _finish_start(self, seat: Seat) -> None:
-        """Mark a worker that has loaded the model as ready, and replace one that died meanwhile."""
+        """Mark a worker as ready when it has loaded the model; replace it if it died meanwhile."""
         try:
             identity, runtime = self._get(seat.starting)
         except self._loss_errors as error:
@@ -292,7 +295,7 @@ class RayExecutor:
                 )
 
     def _get(self, future: Any) -> Any:
-        """Return a future's value; a DrllmError of the worker is raised as such."""
+        """Return a future's value. If the worker raised a DrllmError, raise the same error."""
         try:
             return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
@@ -306,11 +309,11 @@ def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> Worke
 
     Args:
         ray: The package, connected.
-        model: Its device is `auto`, `cuda` or `cpu`; a ConfigError for a numbered one.
-        num_workers: None for one per GPU, or one per CPU core.
+        model: The model's settings, with the device `auto`, `cuda` or `cpu`.
+        num_workers: None for one worker per GPU, or one per CPU core.
 
     Raises:
-        ConfigError: More workers than devices.
+        ConfigError: The device has a number, or there are more workers than devices.
     """
     if ":" in model.device:
         raise ConfigError(
@@ -331,14 +334,14 @@ def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> Worke
         device = "cuda" if uses_gpus else "cpu"
 
     nodes = ray.nodes()
-    # A local Ray may be told of more cores than there are, so that workers can share them.
+    # `connect` may report more cores to a local Ray than there are, so that workers share cores.
     num_real_cores = min(num_cores, os.cpu_count() or 1) if len(nodes) == 1 else num_cores
     num_threads = max(1, num_real_cores // num_workers)
     if uses_gpus:
         num_sharing = 1  # workers don't share a GPU
         options = {"num_gpus": 1, "num_cpus": 0}
     else:
-        # The workers that fit on the node with the most cores.
+        # The number of workers that fit on the node with the most cores.
         most_cores = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
         num_sharing = min(num_workers, max(1, most_cores // num_threads))
         options = {"num_gpus": 0, "num_cpus": num_threads}
@@ -366,19 +369,19 @@ def _too_few_devices(
 class Jobs:
     """The batches of a search, for workers that may die.
 
-    When a worker dies, the questions of its batch are searched again one by one, which gives the
+    When a worker dies, the questions of its batch are searched again one by one. This gives the
     same decisions and rewards. A question whose workers keep dying is set aside.
 
     Attributes:
-        retries: Jobs to run again, each a whole batch or one question of a batch. They come before
-            new batches.
+        retries: Jobs to run again, before new batches. A job is a whole batch or one question of a
+            batch.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.retries: deque[Batch] = deque()
         self._new = iter(batches)
-        self._losses: Counter[int] = Counter()  # workers, by the question's place in the search
-        self._split: dict[int, SplitBatch] = {}  # by the batch's number
+        self._losses: Counter[int] = Counter()  # place of a question → number of lost workers
+        self._split: dict[int, SplitBatch] = {}  # number of a batch → the batch
 
     def next_job(self) -> Batch | None:
         """Return the next job; None if there is none at the moment."""
@@ -387,7 +390,7 @@ class Jobs:
         return next(self._new, None)
 
     def finish(self, job: Batch, result: BatchRecords) -> tuple[Batch, BatchRecords] | None:
-        """Return the whole batch with its result; None while questions of it are missing."""
+        """Return the whole batch with its result; None while some of its questions are missing."""
         split = self._split.get(job.number)
         if split is None:
             return job, result
@@ -398,7 +401,7 @@ class Jobs:
         return split.batch, split.join_results()
 
     def lose(self, job: Batch) -> tuple[Batch, BatchRecords] | None:
-        """Record that a worker died during a job; return as `finish` if that ends the batch."""
+        """Record that a worker died during a job; return the batch if this ends it (`finish`)."""
         if len(job.questions) > 1:
             self._split_up(job)
             return None
@@ -432,10 +435,10 @@ class SplitBatch:
     """A batch whose questions are searched one by one, and the results so far."""
 
     batch: Batch
-    results: dict[int, BatchRecords] = field(default_factory=dict)  # by the question's place
+    results: dict[int, BatchRecords] = field(default_factory=dict)  # place of a question → result
 
     def join_results(self) -> BatchRecords:
-        """Return the results of all questions as one, in order."""
+        """Join the results of all questions, in the questions' order."""
         records: list[SearchRecord] = []
         failed: list[FailedQuestion] = []
         for question in self.batch.questions:
@@ -450,18 +453,18 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
 
     Args:
         ray: The package.
-        address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or that Ray
-            finds on this machine; None starts Ray here.
-        num_workers: Minimum number of cores that a Ray started here reports.
+        address: HOST:PORT of a cluster; `auto` for the cluster that `RAY_ADDRESS` names or that Ray
+            finds on this machine; None to start Ray here.
+        num_workers: Minimum number of cores that Ray reports if it is started here.
 
     Raises:
-        ConfigError: Not an address, or no cluster there.
+        ConfigError: The address isn't valid, or there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         num_cores = max(os.cpu_count() or 1, num_workers or 1)
-        # A RAY_ADDRESS in the environment isn't read: without --ray-address, this machine.
+        # "local" ignores RAY_ADDRESS: without --ray-address Ray runs on this machine.
         ray.init(address="local", num_cpus=num_cores, include_dashboard=False, **quiet_options)
         return
     match = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)

@@ -1,4 +1,4 @@
-"""The re-test: a right path must also answer its question in other ways of asking it."""
+"""The re-test: ask each question in other words, and keep the paths that are right again."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,18 +13,19 @@ from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, judge_op
 
 Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
 RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
-"""Evaluates the pairs of a named step, or returns the results kept of an interrupted search."""
+"""A function that evaluates the pairs of a step, or reads the results of an interrupted search. Its
+arguments are the step's name, the pairs, and the function that evaluates them."""
 
 MARGIN_TOLERANCE = 0.5
-"""Nats that a path's mean margin may lie below the full path's."""
-PATHS_AT_ONCE = 64  # re-tested between two savings of results; never splits a question
+"""How far a path's mean margin may lie below the full path's, in nats."""
+PATHS_AT_ONCE = 64  # paths after which results are saved, at the end of a question
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
-    """Whether a path may become its question's target.
+    """Tell whether a path may become its question's target.
 
-    It must be right. It must also be the full path, a shorter path, or one that is right where the
-    full path is wrong.
+    The path must be right. It must also be the full path, be shorter than the full path, or be
+    right where the full path is wrong.
     """
     if not outcome.is_right:
         return False
@@ -35,7 +36,7 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
 
 
 def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return the pairs to re-test, by question: candidates, and the full path for its margin."""
+    """Return the pairs to re-test, by question: the full path for its margin, and candidates."""
     candidates = [pair for pair in outcomes if _is_candidate_pair(pair, outcomes)]
     pairs: dict[Pair, None] = {}  # an ordered set
     for place, decisions in candidates:
@@ -66,10 +67,10 @@ def retest_paths(
     """Evaluate every path that may become a target on the other prompts of its question.
 
     Args:
-        evaluator: The evaluator of the outcomes. Its states are freed when other prompts run.
+        evaluator: The evaluator of the outcomes. Its states are freed before other prompts run.
         retest_prompts: For each question, its other prompts.
         config: The settings.
-        outcomes: By question and path, with the full path of each question.
+        outcomes: The outcome of each question and path, the full path of each question included.
         run_step: Evaluates the pairs of a few questions at a time, and may keep the results.
 
     Returns:
@@ -97,9 +98,10 @@ def retest_paths(
 def _group_prompts(
     pairs: Sequence[Pair], retest_prompts: Sequence[Sequence[TokenizedPrompt]]
 ) -> list[dict[int, TokenizedPrompt]]:
-    """Return the first other prompt of each question by its place, then the second ones, and so on.
+    """Group prompts by number: the first other prompt of each question, then the second, and so on.
 
-    A question may have fewer prompts than others: one with 3 options has fewer rotations.
+    A group is a dictionary from the question's place to the prompt. Some questions have fewer
+    prompts than others: a question with 3 options has fewer rotations.
     """
     places = list(dict.fromkeys(place for place, _ in pairs))
     num_groups = max((len(retest_prompts[place]) for place in places), default=0)
@@ -114,7 +116,7 @@ def _group_prompts(
 
 
 def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Split pairs, which are sorted by question, into parts of whole questions."""
+    """Split pairs into parts of whole questions; the pairs are sorted by question."""
     part: list[Pair] = []
     for pair in pairs:
         is_next_question = bool(part) and pair[0] != part[-1][0]
@@ -132,7 +134,7 @@ def _new_retest(
     config: SearchConfig,
     outcomes: Mapping[Pair, Outcome],
 ) -> "NormalisedRetest | PromptRetest":
-    """Return the re-test of these prompts: one that runs them only if it has to."""
+    """Return the re-test of these prompts; it runs the model only if the prompts need this."""
     for place, prompt in prompts.items():
         by_character = dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
         if prompt.prompt != by_character:
@@ -145,7 +147,7 @@ class NormalisedRetest:
     """Judges options by their log-probability per character; no layer runs again."""
 
     prompts: Mapping[int, TokenizedPrompt]
-    outcomes: Mapping[Pair, Outcome]  # of the search itself
+    outcomes: Mapping[Pair, Outcome]  # outcomes of the search itself
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes by the normalised log-probabilities."""
@@ -166,7 +168,7 @@ class PromptRetest:
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes on the other prompts, margins included."""
-        if self._evaluator is None:  # not before it is needed: all results may have been kept
+        if self._evaluator is None:  # made late: the results may all be on disk already
             self._evaluator = self._new_evaluator()
         # The new evaluator numbers only the questions of these prompts.
         new_places = {place: number for number, place in enumerate(self.prompts)}
@@ -187,13 +189,13 @@ def judge_retest(
 ) -> Retest:
     """Decide whether a path survives the re-test.
 
-    It survives if it is right on most of the other prompts, and if its mean margin is at most
-    `tolerance` nats below the full path's. A path of a question without other prompts survives.
+    A path survives if it is right on most of the other prompts, and if its mean margin is at most
+    `tolerance` below the full path's. If a question has no other prompts, all its paths survive.
 
     Args:
         outcomes: The outcomes of the path, one per prompt.
         full_outcomes: The outcomes of the full path, in the same order.
-        tolerance: In nats.
+        tolerance: How far the margin may lie below the full path's, in nats.
     """
     num_passed = sum(outcome.is_right for outcome in outcomes)
     # Margins are compared only on prompts where both paths have one.

@@ -1,4 +1,7 @@
-"""The search stage: from questions to `search.jsonl`, resumable at any moment."""
+"""The search stage: from questions to `search.jsonl`. A search can be resumed at any moment.
+
+`search_paths` is the stage for Python users; `run_search` is the same stage with an executor.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ from drllm.search.questions import (
 )
 from drllm.supervision.rules import is_improving, survived
 
-HOPELESS = 16  # the search ends if its first questions fail, as many as this
+HOPELESS = 16  # the search ends if this many questions fail before any question succeeds
 MAX_PROMPT_CHARACTERS = 600
-"""Maximum characters of a prompt that are shown; a longer one loses its middle."""
-MIN_QUESTIONS_TO_WARN = 5  # of a task on which the full path is never right
-MAX_TEXT_CHARACTERS = 60  # characters of a question or an answer in a warning
+"""Maximum characters of a prompt that are shown; a longer prompt is shown without its middle."""
+MIN_QUESTIONS_TO_WARN = 5  # minimum questions of a task to warn that the full path is never right
+MAX_TEXT_CHARACTERS = 60  # maximum characters of a question or an answer in a warning
 
 
 def search_paths(
@@ -51,32 +54,33 @@ def search_paths(
 ) -> SearchRecords:
     """Search the paths of questions, and write `search.jsonl` with its manifest.
 
-    Results are kept as they come. After an interruption at any moment the same call resumes: it
-    loses one round of one batch, and ends with the same records as an unbroken run, except for
-    their times. Questions that fail every time are set aside in `search.failed.jsonl`.
+    Results are kept as they come. After an interruption the same call resumes the search. The
+    interruption loses at most one round of one batch. The records are the same as without the
+    interruption, except for their times. A question that fails every time is set aside in
+    `search.failed.jsonl`.
 
     Args:
-        model: A name or a `ModelConfig` (loaded here, or by the workers of Ray), what `load`
-            returns, a `RoutedModel`, or a causal language model of transformers.
-        examples: One of: names of tasks, or a file; a list of tasks; a list of their examples; a
-            list of rows (dicts with the fields of a `.jsonl` file), which are all searched,
-            whichever split they are in; what `collect_questions` returned. None for the tasks that
+        model: A name or a `ModelConfig` (the model is loaded here, or by the workers of Ray), the
+            result of `load`, a `RoutedModel`, or a causal language model of transformers.
+        examples: Names of tasks, or a file; a list of tasks; a list of examples of tasks; a list of
+            rows (dicts with the fields of a `.jsonl` file), which are all searched, in whichever
+            split they are; or the result of `collect_questions`. None stands for the tasks that
             `config.dataset` names.
         config: The settings; `config.output_dir` is for the command line and isn't read here.
-        output_dir: Folder that gets the files; None writes none.
-        tokenizer: The model's tokenizer. None takes the one that comes with the model, or loads it
-            by the model's name.
+        output_dir: The folder for the files; None writes no files.
+        tokenizer: The model's tokenizer. None takes the tokenizer that comes with the model, or
+            loads the tokenizer by the model's name.
         listener: Gets progress, one prompt of each task, and warnings.
-        settings: Settings of `SearchConfig` by name, in place of the config's.
+        settings: Settings of `SearchConfig` by name; they replace the settings in `config`.
 
     Returns:
         One record per question that could be searched, in the questions' order.
 
     Raises:
-        ConfigError: A setting without effect; a folder with another search.
-        TaskError: No questions, questions that can't be loaded, or every question failed.
-        RecordError: The folder can't be written, another search writes to it, or it holds a
-            `search.jsonl` that isn't ours.
+        ConfigError: A setting has no effect, or the folder holds another search.
+        TaskError: There are no questions, questions can't be loaded, or every question failed.
+        RecordError: The folder can't be written, another search writes to the folder, or the folder
+            holds a `search.jsonl` without its manifest.
 
     Source: Dr.LLM section 3.1.
     """
@@ -152,10 +156,10 @@ def _search_into(folder: Path, search: _Search, identity: Mapping[str, Any]) -> 
     if manifest is not None:
         _refuse_other_search(file, manifest, identity)
         records_on_disk = read_search(file)
-        chunks.remove()  # a kill after the manifest leaves them
+        chunks.remove()  # they are left if the process was killed after it wrote the manifest
         return records_on_disk
     is_begun = chunks.open()
-    # A kill between file and manifest leaves a file while every batch is still kept.
+    # A process that is killed between file and manifest leaves the file and all its batches.
     is_ours = is_begun and all(chunks.has(batch.key) for batch in search.batches)
     if file.exists() and not is_ours:
         raise RecordError(
@@ -181,7 +185,7 @@ def _identity(
     texts: Sequence[str | None],
     config: SearchConfig,
 ) -> dict[str, Any]:
-    """Return what a search on disk must share with this one to be resumed, or to be its result."""
+    """Return what a search on disk must have in common with this search to be taken for it."""
     prompts: list[Any] = []
     for question in questions:
         prompts += [question.prompt, *question.retests]
@@ -198,7 +202,7 @@ def _identity(
 def _refuse_other_search(
     file: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """Refuse a complete search of other settings, questions or model."""
+    """Refuse a complete search with other settings, questions or another model."""
     version = importlib.metadata.version("drllm")
     refuse_other_run(
         str(file),
@@ -227,7 +231,7 @@ class _Search:
     config: SearchConfig
     listener: Listener
     batches: Sequence[Batch]
-    prompts: Mapping[str, str]  # one of each task, as the model reads it
+    prompts: Mapping[str, str]  # for each task, one prompt as the model reads it
 
     def run(self, chunks: Chunks | None) -> tuple[list[SearchRecord], list[FailedQuestion]]:
         """Search the batches that `chunks` doesn't hold; return records in the questions' order."""
@@ -248,7 +252,7 @@ class _Search:
         return records, failed
 
     def _search_batches(self, chunks: Chunks | None) -> list[BatchRecords]:
-        """Return the results of all batches, those that `chunks` holds first."""
+        """Return the results of all batches; results that `chunks` holds come first."""
         with self.listener.progress("searching", "") as on_progress:
             progress = SearchProgress.of(self.batches, on_progress)
             results: list[BatchRecords] = []
@@ -266,7 +270,10 @@ class _Search:
     def _search_remaining(
         self, remaining: Sequence[Batch], chunks: Chunks | None, progress: SearchProgress
     ) -> Iterator[BatchRecords]:
-        """Search batches and keep their results; a TaskError if all of the first questions fail."""
+        """Search batches and keep their results.
+
+        Raises TaskError if all of the first questions fail.
+        """
         first_block = self._time_first_block()
         work_left = sum(batch.num_characters for batch in remaining)
         searched = self.executor.search(remaining, self.config, chunks, progress.report)
@@ -286,14 +293,14 @@ class _Search:
             yield result
 
     def _time_first_block(self) -> FirstBlock | None:
-        """Start to time the first batch; None for Ray, whose workers search several at once."""
+        """Start to time the first batch; None for Ray, whose workers search several batches."""
         if not isinstance(self.executor, LocalExecutor):
             return None
         return FirstBlock(self.listener, self.executor.routed.model.device)
 
 
 def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
-    """Return the result that `chunks` keeps of a batch; None unless it has the same questions."""
+    """Return a batch's result from `chunks`; None if there is none for the same questions."""
     result = chunks.get(batch.key, BatchRecords)
     if result is None:
         return None
@@ -307,24 +314,24 @@ def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
 class SearchProgress:
     """Counts the searched questions and paths, and reports progress.
 
-    Progress is measured in characters of prompts: long questions come last and take longer, so the
-    time left would be too short if each question counted the same.
+    Progress is measured in characters of prompts. Long questions come last and take longer, so the
+    estimate of the time left would be too short if all questions counted the same.
     """
 
     num_questions: int
-    num_characters: int  # of all batches
+    num_characters: int  # characters of all batches
     on_progress: OnProgress
-    num_done: int = 0  # questions, those of an interrupted search included
-    num_characters_done: int = 0  # of the same questions
-    num_failed: int = 0
+    num_done: int = 0  # finished questions, including questions of an interrupted search
+    num_characters_done: int = 0  # characters of the finished questions
+    num_failed: int = 0  # questions that failed
     num_valid: int = 0  # questions with a right path that survived the re-test
-    num_improving: int = 0  # questions with such a path where the full path is wrong
+    num_improving: int = 0  # questions whose full path is wrong, with a path that survived
     num_new_paths: int = 0  # paths run since the search was started or resumed
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, batches: Sequence[Batch], on_progress: OnProgress) -> SearchProgress:
-        """Return the progress of these batches before the first of them."""
+        """Return the progress of a search before its first batch."""
         num_questions = sum(len(batch.questions) for batch in batches)
         num_characters = sum(batch.num_characters for batch in batches)
         return cls(num_questions, num_characters, on_progress)
@@ -345,13 +352,15 @@ class SearchProgress:
         self.report(batch)
 
     def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0, step: str = "") -> None:
-        """Report progress, within a batch too.
+        """Report progress, also within a batch.
+
+        A finished batch is counted already, so its `share`, `num_paths` and `step` are left out.
 
         Args:
-            batch: The batch that is being searched, or was finished just now.
-            share: Share of its work that is done; 0 for a finished one, which is counted already.
-            num_paths: Paths that were run for it so far; 0 for a finished one.
-            step: What is being done, in words; empty for a finished one.
+            batch: The batch that is being searched, or the batch that was finished just now.
+            share: The share of the batch's work that is done.
+            num_paths: How many paths of the batch were run so far.
+            step: The current step in words.
         """
         note = f"{self.num_done} of {self.num_questions} questions, {batch.task}"
         if step:
@@ -369,13 +378,13 @@ class SearchProgress:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether every question failed so far, and enough did to give up."""
+        """Whether all questions so far failed, and enough of them to end the search."""
         enough = min(HOPELESS, self.num_questions)
         return self.num_failed == self.num_done >= enough
 
 
 def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
-    """Show one prompt of each task, so that a wrong template is seen before hours are spent."""
+    """Show one prompt of each task, so that users see a wrong template before hours are spent."""
     for task, text in prompts.items():
         logger.info("the model reads, for example, %r", text)
         num_left_out = len(text) - MAX_PROMPT_CHARACTERS
@@ -387,7 +396,7 @@ def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
 
 
 def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener) -> None:
-    """Warn if the full path is never right on a task: usually its prompt or grading is wrong."""
+    """Warn if the full path is never right on a task: usually the prompt or grading is wrong."""
     by_task: dict[str, list[SearchRecord]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)

@@ -1,5 +1,5 @@
-"""Supervision: which of the paths that a search tried becomes a question's target.
+"""Supervision: choose a target for each question among the paths of a search.
 
-`rules` pick one question's target or say why it has none, `select` applies them to all questions
-and enforces quotas, and `summary` counts the results. Doesn't import torch.
+`rules` choose the target of one question, or say why it has none. `select` applies a rule to all
+questions and enforces quotas. `summary` counts the results. This package doesn't import torch.
 """

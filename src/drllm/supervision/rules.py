@@ -1,7 +1,8 @@
-"""Rules: which path becomes a question's target, or the reason why none does.
+"""Rules: choose the path that becomes a question's target, or say why there is none.
 
-A rule is one function with `@TARGETS.register("name")`, here or in your own Python. It sees one
-question; `select` handles what depends on other questions (copies, quotas). Doesn't import torch.
+A rule is a function with `@TARGETS.register("name")`, here or in your own Python code. A rule sees
+one question. `select` handles what depends on other questions: copies and quotas. This module
+doesn't import torch.
 """
 
 import inspect
@@ -21,35 +22,38 @@ OVER_QUOTA = "over the quota"
 REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
 TWICE = "same question twice"
-"""Why a record has no target: an earlier record has the same question, and only that one counts."""
+"""Why a record has no target: only the first record of a question counts, and this is a later one.
+"""
 
 MIN_SAVING = 0.05
-"""Minimum share of the full path's executions that a target of `least_kl` saves."""
+"""Default of `--min-saving`: the minimum share of the full path's executions that a target of
+`least_kl` saves."""
 
 
 def is_valid(path: TriedPath) -> bool:
-    """Whether a path answered right."""
+    """Tell whether a path answered right."""
     return path.reward >= 1
 
 
 def is_saving(path: TriedPath, record: SearchRecord) -> bool:
-    """Whether a path answered right with fewer executions than the full path."""
+    """Tell whether a path answered right with fewer executions than the full path."""
     return is_valid(path) and path.executions < record.full.executions
 
 
 def is_improving(path: TriedPath, record: SearchRecord) -> bool:
-    """Whether a path answered right where the full path failed."""
+    """Tell whether a path answered right where the full path failed."""
     return is_valid(path) and not is_valid(record.full)
 
 
 def survived(path: TriedPath) -> bool:
-    """Whether a path answered right, and again in the re-test."""
+    """Tell whether a path answered right in the search and survived the re-test."""
     return is_valid(path) and path.retest is not None and path.retest.survived
 
 
 Rule: TypeAlias = Callable[..., list[TriedPath] | str]
-"""A function of a search record. It returns the paths that may become the target, the best first,
-or the reason why there are none. If it has a parameter `min_saving`, it gets `--min-saving`."""
+"""A function of a search record. A rule returns the paths that may become the target, the best
+first, or the reason why there are none. A rule with a parameter `min_saving` gets the value of
+`--min-saving`."""
 
 TARGETS: Registry[Rule] = Registry("target rule")
 
@@ -58,7 +62,7 @@ TARGETS: Registry[Rule] = Registry("target rule")
 def shortest(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among the paths that survived the re-test, then largest margin in it.
 
-    The full path may be among them; it becomes the target if no shorter path survived.
+    The full path may be one of these paths; it becomes the target if no shorter path survived.
     """
     return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
 
@@ -88,7 +92,7 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
 def released(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among all right paths, re-tested or not: the published code's rule.
 
-    Of equally long paths, the one with the fewest different layers (docs/differences.md, D-35).
+    Of equally long paths the best has the fewest different layers (docs/differences.md, D-35).
     """
 
     def order(path: TriedPath) -> tuple[float, int, int]:
@@ -105,8 +109,9 @@ def released(record: SearchRecord) -> list[TriedPath] | str:
 def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[TriedPath] | str:
     """Least KL from the full path among the paths that save enough, right or not.
 
-    With few options and many paths, whether one answer is right is mostly chance. The distance of
-    a path's next-token distributions from the full path's is regular enough to be learned.
+    With few options and many paths, a right answer is mostly chance. A path's KL from the full path
+    is regular enough for routers to learn: it measures how far the next-token distributions are
+    apart.
 
     Source: ours (docs/differences.md, D-24).
     """
@@ -148,12 +153,14 @@ def _retest_margin(path: TriedPath) -> float:
 def find_candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
-    """Return the paths that may become a question's target, the best first; or the reason for none.
+    """Return the paths that may become a question's target, the best first.
+
+    If there are none, return the reason.
 
     Args:
         record: The search of the question.
         target: The name of the rule.
-        min_saving: The value of `--min-saving`, for rules that read it; None: the default.
+        min_saving: The value of `--min-saving` for rules that read it; None for the default.
     """
     rule = TARGETS.get(target)
     if not reads_min_saving(target):
@@ -164,5 +171,5 @@ def find_candidates(
 
 
 def reads_min_saving(target: str) -> bool:
-    """Whether a rule depends on `--min-saving`."""
+    """Tell whether a rule depends on `--min-saving`."""
     return "min_saving" in inspect.signature(TARGETS.get(target)).parameters

@@ -1,6 +1,6 @@
-"""Picks targets for all questions: applies the rule, leaves out copies, then enforces quotas.
+"""Pick targets for all questions: apply the rule, leave out copies, then enforce quotas.
 
-`supervise` is the stage: from search records to `supervision.jsonl` with its manifest.
+`supervise` is the whole stage: from search records to `supervision.jsonl` with its manifest.
 """
 
 import itertools
@@ -31,9 +31,9 @@ class Supervision(tuple[SupervisionRecord, ...]):
     """The targets of searched questions, in the order of the questions.
 
     Attributes:
-        reasons: For each record, why it has no target; None if it has one.
-        summary: Counts; see `summarise`.
-        rewards: Names of the rewards that the targets were searched with.
+        reasons: For each search record, why it has no target; None if it has a target.
+        summary: Counts of questions, paths and targets; see `summarise`.
+        rewards: Names of the rewards that the searches of the targets used.
     """
 
     reasons: tuple[str | None, ...]
@@ -49,22 +49,22 @@ def supervise(
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
-    Questions without a target are written to `supervision.rejected.jsonl` (named after the output),
-    each with its reason. If every question has a target, that file is removed.
+    Questions without a target are written to `supervision.rejected.jsonl` (named after the output)
+    with their reasons. If every question has a target, this file is removed.
 
     Args:
-        searches: Search records from `search_paths`, or `search.jsonl` files, of one base model
-            (for example the shards of a search), in this order. A question in several of them
-            counts once.
+        searches: Search records from `search_paths`, or `search.jsonl` files, all of one base model
+            (for example the shards of a search). Their order is kept. A question in several
+            searches counts once.
         config: The rule and the quotas.
-        output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
-        settings: Settings of `SuperviseConfig` by name, in place of the config's.
+        output: The `supervision.jsonl` to write or to replace; None writes nothing.
+        settings: Settings of `SuperviseConfig` by name; they replace the settings in `config`.
 
     Raises:
-        ConfigError: Settings that don't fit the searches.
-        RecordError: No file; a file that is named twice, can't be trusted, or is also the output;
-            searches of different base models or numbers of layers; two questions with one id; no
-            target at all. Nothing is written then.
+        ConfigError: Settings don't fit the searches.
+        RecordError: There is no file; a file is named twice, can't be trusted, or is also the
+            output; searches have different base models or numbers of layers; two questions have
+            the same id; or no question has a target. Nothing is written in these cases.
     """
     config = changed(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
@@ -91,7 +91,7 @@ def supervise(
 def _list_sources(
     searches: SearchSource | Sequence[SearchRecord | SearchSource],
 ) -> list[SearchRecords | Path]:
-    """Return the sources as a list: files, and the records of searches."""
+    """Return the sources as a list of files and of records of searches."""
     if isinstance(searches, SearchRecords):
         return [searches]
     if isinstance(searches, (str, Path)):
@@ -134,11 +134,11 @@ def write_supervision(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write the targets of the sources' records with their manifest, and the questions without."""
+    """Write the targets with their manifest, and the questions without a target."""
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",
-        model=max((source.model for source in sources), key=len),  # the one with the most fields
+        model=max((source.model for source in sources), key=len),  # the model with the most fields
         config=config.to_dict(),
         inputs=inputs,
         extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
@@ -146,7 +146,8 @@ def write_supervision(
     if len(inputs) == len(sources):
         counts = _count_by_source(supervision, sources)
         manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
-    # Written first: targets with a manifest must never lie beside rejected questions of other ones.
+    # Rejected questions are written first, so the manifest never stands for rejected questions of
+    # an earlier run.
     records = itertools.chain.from_iterable(sources)
     rejected = [
         RejectedQuestion.of(record, reason)
@@ -181,7 +182,7 @@ def _count_by_source(
 def check_settings(
     config: SuperviseConfig, tasks: Collection[str], search: SearchConfig | None = None
 ) -> dict[str, int]:
-    """Return the quotas; refuse settings that don't fit these tasks or this search."""
+    """Return the quotas; refuse settings that don't fit the tasks or the search."""
     if search is not None and not search.kl and config.target == "least_kl":
         raise ConfigError(
             "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
@@ -202,8 +203,9 @@ def check_settings(
 def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervision:
     """Pick a target path for each searched question.
 
-    Questions with the same text are one question, even in different tasks: the first record
-    counts, whether it has a target or not. Quotas are filled in the order of the questions.
+    Questions with the same text are one question, even in different tasks. Only the first record of
+    a question counts, whether it has a target or not. Quotas are filled in the order of the
+    questions.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
@@ -234,7 +236,7 @@ def _find_candidates(
 ) -> list[TriedPath] | str:
     """Return the paths that may be the record's target, the best first, or why there are none.
 
-    `keys` holds the keys of all questions before; this one's is added.
+    `keys` holds the keys of all earlier questions; the key of this question is added.
     """
     key = question_key(record.question)
     if key in keys:
@@ -258,7 +260,7 @@ def _target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
 
 
 def read_quotas(text: str | None) -> dict[str, int]:
-    """Read the value of `--quotas`, a comma list of TASK=COUNT; None for no quotas."""
+    """Read the value of `--quotas`, a comma list of TASK=COUNT; None means no quotas."""
     if text is None:
         return {}
     quotas: dict[str, int] = {}
@@ -278,17 +280,19 @@ def read_quotas(text: str | None) -> dict[str, int]:
 def find_surplus(
     records: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
 ) -> set[int]:
-    """Return the places of the targets to drop for the quotas and the share of improving ones.
+    """Return the places of the targets to drop for the quotas and the share of improving targets.
 
-    A task with a quota keeps its first targets. If there is also a share, and too few of these
-    improve, improving targets from beyond the quota replace the first ones that don't improve. A
-    task without enough improving targets stays below the share, as in the published code. With a
-    share but no quota, the last targets that don't improve are dropped until the share is reached:
-    task by task if any task has a quota, else in all tasks together.
+    A task with a quota keeps its first targets. If there is also a share and too few of the kept
+    targets improve, some targets that don't improve are replaced: the first of them give way to
+    improving targets from beyond the quota. A task without enough improving targets stays below the
+    share, as in the published code.
+
+    With a share but no quota, the last targets that don't improve are dropped until the share is
+    reached. This is done task by task if any task has a quota, else in all tasks together.
 
     Args:
         records: All targets, in the order of their questions.
-        quotas: Task → maximum targets.
+        quotas: Task → maximum number of targets.
         share: Minimum share of improving targets; None for no minimum.
 
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
@@ -326,13 +330,13 @@ def _drop_for_share(places: Sequence[int], improving: Collection[int], share: fl
     """Return the places that a group drops so that enough of its other targets improve."""
     replaceable = [place for place in places if place not in improving]
     num_improving = len(places) - len(replaceable)
-    # i / (i + n) >= share; a rounding error of the quotient never costs a target.
+    # Solves i / (i + n) >= share for n; a rounding error of the quotient never costs a target.
     num_kept = math.floor(num_improving * (1 - share) / share + _ROUNDING)
     return set(replaceable[num_kept:])
 
 
 def _no_targets_message(summary: Mapping[str, Any]) -> str:
-    """Return the message for a search without any target: the reasons, and what to do."""
+    """Return the message for searches without any target: the reasons, and what to do."""
     rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
     # A quota alone always leaves a target, and a share always leaves the improving ones.
     if rules.OVER_QUOTA in rejected:
@@ -353,7 +357,7 @@ def _no_targets_message(summary: Mapping[str, Any]) -> str:
 
 
 def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
-    """Refuse searches of different base models; the same weights may have two ids."""
+    """Refuse searches of different base models; two ids of the same weights are one model."""
     in_both = first.model.keys() & other.model.keys()
     names = ["fingerprint", "num_layers", "hidden_size", "class"]
     if "fingerprint" not in in_both:
@@ -371,7 +375,7 @@ def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
 
 
 def _check_ids(sources: Sequence[SearchRecords]) -> None:
-    """Refuse two questions with the same id, which readers of the targets couldn't tell apart."""
+    """Refuse two questions with the same id: readers of the targets couldn't tell them apart."""
     seen: dict[tuple[str, str], tuple[str, Path | None]] = {}
     for source in sources:
         for record in source:

@@ -1,6 +1,7 @@
-"""Counts of a search: its paths, those that survived the re-test, and its targets.
+"""Count the paths of a search, the paths that survived the re-test, and the targets.
 
-Also how single edits change the reward, and how often targets skip, execute or repeat each layer.
+Further functions tell how single edits change the reward, and how often targets skip, execute or
+repeat each layer.
 """
 
 from collections import Counter
@@ -39,17 +40,16 @@ def summarise(
 ) -> dict[str, Any]:
     """Count the questions, paths and targets of a search.
 
-    Of records with the same question only the first counts, even in different tasks and files.
+    Only the first record of a question counts, even if the question is in several tasks or files.
 
     Args:
         records: All search records.
-        targets: Their targets; those from a user's own file may belong to other questions.
+        targets: The targets. Targets from a user's own file may belong to other questions.
         rejected: Reason → number of questions without a target.
 
     Returns:
-        The `summary` of docs/formats.md. `questions` equals `targets` plus the sum of `rejected`,
-        which has every reason. Questions and paths are counted as the search found them, and after
-        the re-test.
+        The `summary` of docs/formats.md. `questions` equals `targets` plus the sum of `rejected`.
+        `rejected` has every reason. Questions and paths are counted before and after the re-test.
     """
     first_records: dict[str, SearchRecord] = {}
     for record in records:
@@ -103,7 +103,7 @@ def _summarise_task(
 
 
 def _count_questions(counted: Sequence[CountedRecord]) -> dict[str, int]:
-    """Count the questions that the full path answers right, and those with a path of each kind."""
+    """Count the questions that the full path answers right, and those with each kind of path."""
     totals = {"base_correct": sum(is_valid(record.full) for record, _ in counted)}
     for name in _COUNTS:
         totals[name] = sum(counts[name] > 0 for _, counts in counted)
@@ -129,9 +129,9 @@ def _count_paths(record: SearchRecord) -> dict[str, int]:
 
 
 def _count_wrong(records: Sequence[SearchRecord], targets: Sequence[SupervisionRecord]) -> int:
-    """Count the targets whose path answered wrong, of questions that have right answers.
+    """Count the targets whose path answered wrong.
 
-    Targets of questions without a record aren't counted.
+    Targets of questions without a right answer or without a record aren't counted.
     """
     is_wrong: dict[tuple[str, str, Decisions], bool] = {}
     for record in records:
@@ -152,10 +152,9 @@ def class_counts(rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int, int], .
 def edit_effects(
     records: Sequence[SearchRecord], decision: Decision, min_questions: int
 ) -> list[tuple[int, float]]:
-    """Return how one edit of each layer alone changes the mean reward, best first.
+    """Return how skipping or repeating each layer alone changes the mean reward, best first.
 
-    The edit skips or repeats the layer. Layers that were edited alone on fewer than
-    `min_questions` questions are left out.
+    A layer is left out if it was edited alone on fewer than `min_questions` questions.
     """
     changes: dict[int, list[float]] = {}
     for record in records:

@@ -1,1 +1,1 @@
-"""Tasks: questions, prompts, and the grading of answers. Doesn't import torch."""
+"""Tasks: questions, prompts, and the grading of answers. This package doesn't import torch."""

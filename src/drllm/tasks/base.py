@@ -1,6 +1,6 @@
 """Tasks: sets of questions, with their prompts for a search and for an evaluation.
 
-Doesn't import torch.
+`Task` is the interface of all tasks. This module doesn't import torch.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from drllm.tasks.prompt_formats import PromptFormat
 
 
 class NoSplitError(TaskError):
-    """A task has no such split, or the data folder lacks its file."""
+    """A task doesn't have a split, or the data folder lacks the split's file."""
 
 
 class Function(str):
-    """A function that a task file of the harness names by `!function`, as `module.name`."""
+    """A function's name, `module.name`, which a task file of the harness has after `!function`."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Harness:
-    """How lm-evaluation-harness evaluates a task."""
+    """How lm-evaluation-harness ("the harness") evaluates a task."""
 
-    # The columns that the task file reads: names of columns of the row, or name → field of the
-    # question, or a function that makes them from a question and its row.
+    # The columns that the harness' task file reads: names of columns of the row; or column → field
+    # of the question; or a function that makes the columns from a question and its row.
     columns: tuple[str, ...] | Mapping[str, str] | Callable[[Example, Row], dict[str, Any]]
-    # The harness' task file below its folder `tasks`, with `{part}` if each part of the set has
-    # its own; empty if `settings` are the whole task.
+    # The task file in the harness' folder `tasks`, with `{part}` if each part of the set has a file
+    # of its own; empty if `settings` are the whole task.
     file: str = ""
-    # Changes to the harness' file or, without one, the whole task.
+    # Changes to the harness' file; without a file, the whole task.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    generated: bool = False  # answers are generated; else options are scored
+    generated: bool = False  # whether answers are generated; else options are scored
     metric: str = "acc"  # the harness' metric that we report
-    filter: str = "none"  # the harness' filter of generated texts that this metric is taken after
+    filter: str = "none"  # the harness' filter of generated texts, applied before the metric
     shots: int = 0  # default number of worked examples before a question
     max_new_tokens: int = 0  # maximum tokens of an answer; 0 if options are scored
     part_of: str = ""  # the column that names a row's part of the set; empty for sets of one part
     notes: tuple[str, ...] = ()  # for readers of the results
 
     def make_row(self, example: Example, row: Row) -> dict[str, Any]:
-        """Return the columns of one question; a TaskError if its row lacks one of them."""
+        """Return the columns of one question. Raises TaskError if the row lacks a column."""
         if callable(self.columns):
             return self.columns(example, row)
         if isinstance(self.columns, Mapping):
@@ -61,7 +61,7 @@ class Harness:
 
 
 def name_for_harness(name: str) -> str:
-    """Return a name without characters that have a meaning on the harness' command line."""
+    """Replace the characters of a name that have a meaning on the harness' command line."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
@@ -72,9 +72,9 @@ class Task(ABC):
         name: The name that users write.
         description: One line for `drllm ls tasks`.
         prompt_format: The prompts of a search; None if the task is only evaluated.
-        harness: How the harness evaluates the task; None for the prompts of a search.
-        group: A name that stands for this task and others; empty for most.
-        aliases: Other names of the task, accepted wherever its name is.
+        harness: How the harness evaluates the task; None if it evaluates the prompts of a search.
+        group: A name that stands for this task and others; empty for most tasks.
+        aliases: Other names of the task, accepted wherever the name is accepted.
     """
 
     name: str
@@ -88,28 +88,28 @@ class Task(ABC):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in a fixed order; no question is in two splits.
 
-        A split that is only reported is returned as published, with its copies. Splits to search
-        and train on have each text once. Files are read from the data folder or, without one, from
-        the hub. A task that comes with its own questions reads neither.
+        A split that is only reported is returned as published, with its copies. A split to search
+        or train on has each text once. Files are read from the data folder; without a data folder,
+        from the hub. A task that comes with its own questions reads neither.
 
         Raises:
-            NoSplitError: The task has no such split, or the data folder lacks its file.
-            TaskError: No network, or a line that can't be used; the message has its number.
+            NoSplitError: The task doesn't have the split, or the data folder lacks its file.
+            TaskError: There is no network, or a line can't be used; the message has its number.
         """
 
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of one split, each with its row; {} stands for no row."""
+        """Return the questions of one split, each with its row, which is {} if there is no row."""
         return [(example, {}) for example in self.examples(split, data_dir)]
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions that worked examples for a split are drawn from.
+        """Return the questions from which worked examples for a split are drawn.
 
-        They belong to another split, so no reported question is shown with its answer.
+        These questions belong to another split, so no reported question is shown with its answer.
         """
         return self.rows(choose_shots_split(check_split(split)), data_dir)
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the rows of a split's file that aren't usable as questions: id → reason."""
+        """Return the unusable rows of a split's file: id of the row → reason."""
         return {}
 
     def describe_splits(self) -> str:
@@ -125,12 +125,12 @@ class Task(ABC):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The rewards that fit, the default first; empty if the task is only evaluated."""
+        """The rewards that fit the task, the default first; empty if the task is only evaluated."""
         return () if self.prompt_format is None else self.prompt_format.rewards
 
     @property
     def has_answers(self) -> bool:
-        """Whether the questions have answers, rather than being prompts alone."""
+        """Whether the questions have answers; questions without answers are prompts alone."""
         return KL_REWARD not in self.rewards
 
     def check_answers(self) -> None:
@@ -142,7 +142,7 @@ class Task(ABC):
             )
 
     def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return the prompt of a question; a TaskError if the reward doesn't fit."""
+        """Return the prompt of a question. Raises TaskError if the reward doesn't fit."""
         return self.prompts(example, reward)[0]
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
@@ -155,11 +155,11 @@ class Task(ABC):
         return self.prompt_format.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the reward to use; a TaskError if none fits.
+        """Return the reward to use. Raises TaskError if no reward fits.
 
         Args:
-            reward: A name, or a comma list whose first fitting name is used (`letter,boxed` for
-                tasks with options and problems). None for the task's default.
+            reward: A name, or a comma list of names; the first name that fits is used. For example,
+                `letter,boxed` fits tasks with options and problems. None for the task's default.
         """
         if not self.rewards:
             raise TaskError(
@@ -178,7 +178,7 @@ class Task(ABC):
 
 
 def check_data_dir(data_dir: str | None) -> None:
-    """Raise a TaskError if the folder of the tasks' files isn't a folder."""
+    """Raise a TaskError if the data folder isn't a folder."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise TaskError(
             f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
@@ -186,7 +186,10 @@ def check_data_dir(data_dir: str | None) -> None:
 
 
 def load_questions(task: Task, split: str, data_dir: str | None) -> list[Example]:
-    """Return a task's questions in a split; a TaskError if there are none, or no such folder."""
+    """Return a task's questions in a split.
+
+    Raises TaskError if there are no questions, or if the data folder isn't a folder.
+    """
     check_data_dir(data_dir)
     examples = task.examples(split, data_dir)
     if not examples:
@@ -198,17 +201,17 @@ def load_questions(task: Task, split: str, data_dir: str | None) -> list[Example
 
 
 def check_split(split: str) -> str:
-    """Return the name of a split; a TaskError if there is no such split."""
+    """Return the name of a split unchanged. Raises TaskError if the split doesn't exist."""
     if split not in SPLITS:
         raise TaskError(unknown_name("split", split, SPLITS))
     return split
 
 
 def choose_shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
-    """Return the split that worked examples for the questions of a split are drawn from.
+    """Return the split from which worked examples for the questions of a split are drawn.
 
-    It is `fit`, on which nothing is chosen or reported. For the questions of `fit` itself, and for
-    a task without it, it is the first other split.
+    Usually this is `fit`, on which nothing is chosen or reported. For the questions of `fit`
+    itself, and for a task without `fit`, it is the first other split.
 
     Example:
         >>> choose_shots_split("test"), choose_shots_split("fit")

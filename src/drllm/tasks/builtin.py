@@ -1,7 +1,7 @@
 """Tasks that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
 
-Their questions are in `data/`, each with its split; they were written for this project. Loads no
-torch.
+The questions were written for this project. They are in `data/`, and each question names its split.
+This module doesn't import torch.
 """
 
 import functools
@@ -18,17 +18,16 @@ DATA = Path(__file__).parent / "data"
 
 @functools.cache
 def load_rows(name: str) -> tuple[Row, ...]:
-    """Return all rows of a file in `data/`, of all splits."""
+    """Return the rows of a file in `data/`, for all splits."""
     return tuple(row for _, row in read_rows(DATA / name))
 
 
 @register
 class BuiltinFacts(Task):
-    """Four-way questions on general knowledge; wrong options are other answers of the same kind.
+    """Questions on general knowledge with four options; wrong options are answers of the same kind.
 
     An id names the kind, the subject, and whether the question asks for the subject or the answer.
-    Both directions of a fact are in the same split, and each place has the right option equally
-    often.
+    Both questions of a fact are in the same split. The right option is equally often in each place.
     """
 
     name = "builtin_facts"
@@ -49,11 +48,11 @@ class BuiltinFacts(Task):
 
 @register
 class BuiltinArithmetic(Task):
-    """Short arithmetic problems, made by rule; a test solves each of them.
+    """Short arithmetic problems, made by rules; a test solves each problem.
 
     Rows have the fields of DART-Math. Levels go from 1 (one step) to 5 (discounts, linear
     equations, remainders of powers). Problems of one kind with the same numbers are in the same
-    split, even if they are worded differently.
+    split, even if their words differ.
     """
 
     name = "builtin_arithmetic"

@@ -1,8 +1,9 @@
-"""Whether two short LaTeX answers mean the same number or expression. Doesn't import torch.
+"""Compare two short LaTeX answers: do they mean the same number or expression?
 
-math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
-works only in the main thread and replaces the caller's. Here it runs in a process of its own, which
-is killed when a comparison takes too long, so any thread can compare.
+math-verify stops comparisons that never finish (`9^{9^{9^9}}`) with an alarm signal. The signal
+works only in the main thread, and replaces an alarm of the caller. Here math-verify runs in a
+process of its own, which is killed when a comparison takes too long. So any thread can compare.
+This module doesn't import torch.
 """
 
 import atexit
@@ -18,7 +19,7 @@ from decimal import Decimal
 from drllm.extras import need
 from drllm.listener import logger
 
-LIMIT_S = 5.0  # maximum seconds of one comparison; math-verify's own default
+LIMIT_S = 5.0  # maximum seconds for one comparison, math-verify's own default
 
 _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
 _WORKER = """
@@ -47,10 +48,10 @@ def plain_number(text: str) -> Decimal | None:
 
 @functools.lru_cache(maxsize=65536)
 def same_value(gold: str, answer: str) -> bool:
-    r"""Whether an answer means the same as the gold answer, by math-verify.
+    r"""Tell whether an answer means the same as the gold answer, by math-verify.
 
-    Both are LaTeX or plain text, without `\boxed`. False if the comparison takes more than
-    `LIMIT_S` seconds.
+    Both are LaTeX or plain text, without `\boxed`. The result is False if the comparison takes more
+    than `LIMIT_S` seconds.
     """
     gold_number = plain_number(gold)
     answer_number = plain_number(answer)
@@ -60,7 +61,7 @@ def same_value(gold: str, answer: str) -> bool:
 
 
 class _Comparer:
-    """Compares in another process, which is started on first use and after a time-out or a fork."""
+    """Compares in another process. It is started on first use, and after a time-out or a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,7 +77,7 @@ class _Comparer:
         return bool(json.loads(result))
 
     def _ask(self, line: str) -> str:
-        """Send a line to the process and return its answer; empty if that takes too long."""
+        """Send a line to the process and return its answer; empty if the answer takes too long."""
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None

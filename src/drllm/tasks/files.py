@@ -1,7 +1,8 @@
-"""Tasks from a `.jsonl` file of the user's own, or from any data set of the hub.
+"""Tasks from a `.jsonl` file of the user's own, or from any data set on the hub.
 
-Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`, or `prompt` or
-`messages` alone; a name such as `FILE.jsonl?question=query&answer=target` names their columns.
+A row has `question`, `choices` and `answer`; or `question`, `answer` and `grader`; or `prompt` or
+`messages` alone. If the columns have other names, the task's name lists them after a `?`:
+`FILE.jsonl?question=query&answer=target`.
 """
 
 import functools
@@ -51,12 +52,12 @@ GRADER_FORMATS = {
     ),
     "boxed": replace(BOXED, max_new_tokens=None),
 }
-"""Grader → its prompts; graders that aren't listed use those of `exact`."""
+"""Grader → its prompts. Graders that aren't listed use the prompts of `exact`."""
 PROMPTS_ALONE = PromptFormat(rewards=(KL_REWARD,), templates=("{question}",), max_new_tokens=1)
 
 FIELDS = ("question", "choices", "answer", "grader", "prompt", "messages")
-WITH_CHOICES = "'choices'"  # kinds of rows, as messages name them
-WITHOUT_ANSWER = "a prompt alone"
+WITH_CHOICES = "'choices'"  # the kind of rows with options, as messages name it
+WITHOUT_ANSWER = "a prompt alone"  # the kind of rows without an answer
 
 OTHER_FORMATS = {
     ".csv": "a CSV file",
@@ -66,11 +67,11 @@ OTHER_FORMATS = {
     ".parquet": "a Parquet file",
     ".xlsx": "an Excel file",
 }
-"""Ending → kind of file that users may have questions in, but that can't be read."""
+"""Ending → kind of file. Users may have questions in these formats, but they can't be read."""
 
 
 def is_source(name: str) -> bool:
-    """Whether a name is that of a file of questions, or of a data set of the hub."""
+    """Tell whether a name stands for a question file or a data set on the hub."""
     source = name.partition("?")[0]
     if source.endswith(FILE_NAMES):
         return True
@@ -80,7 +81,7 @@ def is_source(name: str) -> bool:
 
 
 def refuse_other_formats(name: str) -> None:
-    """Raise a TaskError for a file of questions in a format that isn't read, such as CSV."""
+    """Raise a TaskError for a question file in a format that can't be read, such as CSV."""
     source = name.partition("?")[0]
     kind = _other_format(source)
     if kind is not None:
@@ -91,19 +92,19 @@ def refuse_other_formats(name: str) -> None:
 
 
 def _other_format(source: str) -> str | None:
-    """Return the kind of a file that can't be read; None for other names."""
+    """Return the kind of a file in a format that can't be read; None for other names."""
     return OTHER_FORMATS.get(Path(source.removesuffix(".gz")).suffix.lower())
 
 
 def with_columns(names: str, columns: str) -> str:
-    """Return a comma list of tasks with `?` and the columns appended to each file and hub set.
+    """Append `?` and the columns to each file and hub set in a comma list of tasks.
 
     Args:
         names: The tasks.
         columns: A comma list of FIELD=COLUMN.
 
     Raises:
-        ConfigError: The list has no file and no hub set.
+        ConfigError: The list has neither a file nor a hub set.
         TaskError: A file isn't in JSON lines.
     """
     query = columns.replace(",", "&")
@@ -126,12 +127,12 @@ def with_columns(names: str, columns: str) -> str:
 
 
 def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
-    """Load the task of a file or of a hub set, once unless the file changes. See `FileTask`.
+    """Load the task of a file or of a hub set; a file that hasn't changed is read only once.
 
-    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`; the first `HUB_ROWS` rows of the split (by default
-    `train`) are its questions. After a `?` come `FIELD=COLUMN` pairs for the fields in `FIELDS`; a
-    column inside another is written with a `.`. `grader` names the grader itself, by default
-    `exact` for answers without choices.
+    A hub set is `OWNER/NAME[:CONFIG[:SPLIT]]`. Its questions are the first `HUB_ROWS` rows of the
+    split, by default `train`. After a `?` come pairs `FIELD=COLUMN` for the fields in `FIELDS`; a
+    `.` separates a column from a field inside it. For `grader` the pair names the grader itself,
+    not a column. Answers without choices have the grader `exact` by default. See `FileTask`.
     """
     file = Path(name.partition("?")[0])
     state = None
@@ -145,7 +146,7 @@ def load_source(name: str, reserved_names: tuple[str, ...] = ()) -> "FileTask":
 def _read_source(
     name: str, reserved_names: tuple[str, ...], _state: tuple[int, int] | None
 ) -> "FileTask":
-    """Read a file or a hub set; a changed file has another state, so it is read again."""
+    """Read a file or a hub set. A changed file has another `_state`, so it is read again."""
     source, _, query = name.partition("?")
     columns = _parse_columns(source, query)
     if source.endswith(FILE_NAMES):
@@ -176,24 +177,26 @@ def _parse_columns(source: str, query: str) -> dict[str, str]:
 
 
 class FileTask(Task):
-    """The questions of one file or hub set; which rewards fit depends on the rows.
+    """The questions of one file or hub set; the rewards that fit depend on the rows.
 
-    The text of a question decides which of the four splits it belongs to. So one file serves
-    search, training and evaluation, and no question is both trained on and reported.
+    A question's text decides its split, one of the four. So one file serves search, training and
+    evaluation, and no question is both trained on and reported.
 
     All rows are of one kind:
 
-    - `question`, `choices` and `answer`: the right option's index from 0, its text, or its letter;
-    - `question`, `answer` and `grader`: a reward that grades text, the same in all rows;
+    - `question`, `choices` and `answer`; the answer is the right option's index from 0, its text,
+      or its letter;
+    - `question`, `answer` and `grader`; the grader is a reward that grades text, the same in all
+      rows;
     - `prompt` (or `question`) without an answer;
-    - `messages`: a conversation, whose last answer is left out.
+    - `messages`, a conversation; its last answer is left out.
 
     Args:
         path: The file, or the name of the hub set.
-        reserved_names: Names of other tasks; a file with one of these becomes the task `NAME_file`.
+        reserved_names: Names of other tasks. A file NAME with such a name is the task `NAME_file`.
         rows: The rows with their line numbers.
         columns: Field → column, for fields that have another name in the rows.
-        skips: Leave out unusable rows with a warning; otherwise they raise a TaskError.
+        skips: Whether to leave out unusable rows with a warning; otherwise they raise a TaskError.
     """
 
     def __init__(
@@ -211,7 +214,7 @@ class FileTask(Task):
         reader = QuestionReader(path, self.name, columns or {}, skips)
         reader.read(rows)
         self.all = reader.examples
-        self.num_rows = reader.num_rows  # usable rows, repeated ones included
+        self.num_rows = reader.num_rows  # number of usable rows, including repeated rows
         self.prompt_format = _prompt_format(reader)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
@@ -229,7 +232,7 @@ class FileTask(Task):
         return list(examples.values())
 
     def describe_splits(self) -> str:
-        """Return one line: the questions of each split, and how many rows repeat a text."""
+        """Return one line: how many questions each split has, and how many rows repeat a text."""
         description = f"{self.path}{super().describe_splits().removeprefix(self.name)}"
         num_questions = sum(len(self.examples(split)) for split in SPLITS)
         num_repeated = self.num_rows - num_questions
@@ -249,7 +252,7 @@ def _prompt_format(reader: "QuestionReader") -> PromptFormat:
         return OPTIONS
     if reader.kind == WITHOUT_ANSWER:
         return PROMPTS_ALONE
-    # Answers may be letters of options that the question's text lists: at least A to E.
+    # The question's text may list options, with letters as answers: allow at least A to E.
     last = max(LETTERS.find(example.answer) for example in reader.examples)
     letters = LETTERS[: max(5, last + 1)]
     prompt_format = GRADER_FORMATS.get(reader.grader, GRADER_FORMATS["exact"])
@@ -260,20 +263,25 @@ def _prompt_format(reader: "QuestionReader") -> PromptFormat:
 class QuestionReader:
     """Makes questions from rows of one kind; a repeated question counts once."""
 
-    path: Path
-    task: str
-    columns: Mapping[str, str]
-    skips: bool
+    path: Path  # the file, or the name of the hub set
+    task: str  # the task's name
+    columns: Mapping[str, str]  # field → column
+    skips: bool  # whether unusable rows are left out
     examples: list[Example] = field(default_factory=list)
-    kind: str = ""  # of the first row; see `_find_kind`
-    grader: str = ""  # empty for rows with choices or without an answer
-    num_rows: int = 0  # usable rows, repeated ones included
-    num_skipped: int = 0
-    first_reason: str = ""  # why the first of them was skipped
+    kind: str = ""  # the kind of the first row; see `_find_kind`
+    grader: str = ""  # the grader's name; empty for rows with choices or without an answer
+    num_rows: int = 0  # number of usable rows, including repeated rows
+    num_skipped: int = 0  # number of rows that were left out
+    first_reason: str = ""  # why the first of these rows was left out
+    # (key of the question, choices) → line number and question
     _seen: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = field(default_factory=dict)
 
     def read(self, rows: Iterable[tuple[int, Row]]) -> None:
-        """Read all rows; a TaskError for an unusable row or, with `skips`, if all are unusable."""
+        """Read all rows.
+
+        Raises TaskError for an unusable row. With `skips`, raises TaskError only if all rows are
+        unusable.
+        """
         for line, row in rows:
             try:
                 self._add(line, row)
@@ -316,7 +324,7 @@ class QuestionReader:
 
 
 def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the fields of a row, taken from other columns where `columns` names these."""
+    """Return the fields of a row; fields in `columns` are read from the columns given there."""
     fields = {name: row[name] for name in FIELDS if name in row}
     for name, column in columns.items():
         fields[name] = column if name == "grader" else _column_value(row, column)
@@ -326,7 +334,7 @@ def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _column_value(row: Row, column: str) -> Any:
-    """Return the value of a column, or inside one: `options.text`, `target.0.at`."""
+    """Return the value of a column, or a value inside a column: `options.text`, `target.0.at`."""
     if column in row:
         return row[column]
     value: Any = row
@@ -399,12 +407,12 @@ def _messages_to_answer(row: Row) -> Messages:
 
 
 def _gold_index(row: Row, choices: tuple[str, ...]) -> int:
-    """Return the index of the right option, which a row names by index, text or letter."""
+    """Return the index of the right option. The row gives the index, the text or the letter."""
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         return read_index(answer, len(choices), "answer")
     text = read_text(row, "answer")
-    if text in choices:  # a choice's text comes before a letter
+    if text in choices:  # checked first: a choice's text may be a letter
         return choices.index(text)
     letters = LETTERS[: len(choices)]
     if len(text) == 1 and text in letters:

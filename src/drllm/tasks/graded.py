@@ -1,8 +1,8 @@
 """Rewards from a user's file: `FILE.py:FUNCTION` grades generated answers.
 
-The function is `def reward(example, text) -> float`. It returns the grade of a text that was
-generated for an example, from 0 to 1; 1 is right. The hash of the file becomes a part of the
-reward's name, so that records say which function it was. Doesn't import torch.
+The function is `def reward(example, text) -> float`. It returns the grade of a generated text, from
+0 to 1; 1 is right. The file's hash becomes a part of the reward's name, so records say which
+version of the function graded. This module doesn't import torch.
 """
 
 import functools
@@ -21,13 +21,13 @@ from drllm.tasks.prompt_formats import add_context
 
 SUFFIX = ".py:"
 _HASH = re.compile(r"@[0-9a-f]{16}$")
-MAX_NEW_TOKENS = 256  # default maximum tokens of an answer
+MAX_NEW_TOKENS = 256  # default of the maximum tokens of an answer
 
 
 class GradedTask(Task):
-    """A task whose answers a function grades; the prompts are the questions as they are.
+    """A task whose answers a function grades. A question's text is its prompt.
 
-    The questions need no answers. A ConfigError if there is no such `FILE.py:FUNCTION`.
+    The questions need no answers. Raises ConfigError if the file or the function doesn't exist.
     """
 
     def __init__(self, task: Task, reward: str, max_new_tokens: int | None = None) -> None:
@@ -39,11 +39,11 @@ class GradedTask(Task):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The function's reward alone."""
+        """The function's reward, the only reward that fits."""
         return (self.reward,)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the function's reward, always."""
+        """Return the function's reward, whatever `reward` is."""
         return self.reward
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
@@ -55,7 +55,7 @@ class GradedTask(Task):
         return self.task.shots(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the only prompt of a question; there are none for a re-test."""
+        """Return the only prompt of a question; there is no prompt for the re-test."""
         prompt = Prompt(
             text=add_context(example, example.question),
             reward=reward,
@@ -70,9 +70,9 @@ class GradedTask(Task):
 
 
 def pin_reward(reward: str) -> str:
-    """Return `FILE.py:FUNCTION@HASH`, with the hash of the file.
+    """Return `FILE.py:FUNCTION@HASH` with the file's hash.
 
-    A ConfigError if there is no such file or function.
+    Raises ConfigError if the file or the function doesn't exist.
     """
     if _HASH.search(reward):
         load_function(reward)
@@ -91,8 +91,8 @@ def pin_reward(reward: str) -> str:
 def load_function(name: str) -> Callable[[Example, str], Any]:
     """Load the function that a reward names.
 
-    A ConfigError if the file has another hash, has no such function, or raises or exits when it
-    runs.
+    Raises ConfigError if the file has another hash or lacks the function, or if the file raises or
+    exits when it runs.
     """
     reward, _, digest = name.rpartition("@")
     file, _, function_name = reward.rpartition(":")
@@ -113,7 +113,7 @@ def load_function(name: str) -> Callable[[Example, str], Any]:
 def grade_by_function(prompt: Prompt, text: str) -> float:
     """Return the grade that the function gives an answer.
 
-    A TaskError if that isn't a number from 0 to 1, or if the function raises or exits.
+    Raises TaskError if the grade isn't a number from 0 to 1, or if the function raises or exits.
     """
     example = Example(
         question=prompt.question, answer=prompt.answer, other_answers=prompt.other_answers

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, by the harness' names or by a task file.
+"""Tasks of lm-evaluation-harness ("the harness"), by their names or by a task file.
 
-The harness is imported only when such a task is named.
+The harness is imported only when a user names one of its tasks.
 """
 
 import functools
@@ -19,11 +19,11 @@ from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt, with_options
 
 FEWSHOT_SEED = 1234  # the harness' default, so that its command line draws the same examples
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
-"""The harness' kinds of requests that are supported, and our names for them."""
+"""The supported kinds of the harness' requests → our names of these kinds."""
 UNSUPPORTED = ("UNSAFE_CODE", "MULTIMODAL")
-"""Attributes of the harness' tasks that run code or show images."""
+"""Attributes that are true for tasks that run code or show images."""
 PREFERRED_METRICS = ("acc", "exact_match")
-"""Metrics that we report if a task has them, else its first metric."""
+"""Metrics to report if a task has them; else the task's first metric is reported."""
 MAX_DRAWS = 10  # attempts to draw worked examples without the question itself
 GENERATED_REWARDS = ("exact", "boxed")
 MAX_NEW_TOKENS = 256
@@ -33,19 +33,22 @@ MAX_NEW_TOKENS = 256
 class LmEvalTask(Task):
     """A task of the harness, or all tasks of a group or of a task file.
 
-    `test` has the questions that the harness reports. The other splits share the training questions
-    or, if there are none, the validation questions, unless the harness reports these. A hash of the
-    text decides the split. Questions that are also reported, or that don't have exactly one right
-    answer, are left out. Without such questions the reported ones are divided among all splits, and
-    paths or routers made on some of them are evaluated on `test` alone. All prompts are the
-    harness' own, worked examples included.
+    `test` has the questions that the harness reports. The other splits share the unreported
+    questions: the training questions, or the validation questions if there are no training
+    questions and the harness reports other questions. A hash of the text decides the split. An
+    unreported question is left out if it is also reported, or if it doesn't have exactly one right
+    answer.
+
+    Without unreported questions, all splits share the reported questions. Paths or routers that
+    were made on some of them are then evaluated on `test` alone. All prompts are the harness' own,
+    worked examples included.
 
     Args:
         name: A name that the harness' `--tasks` accepts.
         known_names: Names of our own tasks, for the suggestion in an error.
 
     Raises:
-        TaskError: An unknown name, questions that can't be fetched, or a task of a kind that isn't
+        TaskError: The name is unknown, questions can't be fetched, or the task's kind isn't
             supported.
     """
 
@@ -67,7 +70,7 @@ class LmEvalTask(Task):
 
     @functools.cached_property
     def unreported(self) -> list[Example]:
-        """The questions that the harness doesn't report, each text once; may be empty."""
+        """The questions that the harness doesn't report, each text once; maybe none."""
         reported = {question_key(example.question) for *_, example in self.reported}
         examples: dict[str, Example] = {}
         for leaf, task in self.tasks.items():
@@ -82,7 +85,7 @@ class LmEvalTask(Task):
 
     @property
     def reports_test_alone(self) -> bool:
-        """Whether there are unreported questions; without any the reported ones are divided."""
+        """Whether there are unreported questions; else all splits share the reported questions."""
         return bool(self.unreported)
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
@@ -108,15 +111,15 @@ class LmEvalTask(Task):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The rewards that fit: log-probabilities of options, or grades of generated answers."""
+        """The rewards that fit the task: for options, or for generated answers."""
         if self.kind == "choices":
             return (OPTIONS_REWARD,)
         return GENERATED_REWARDS
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the harness' prompt of a question; for options also its score by character.
+        """Return the harness' prompt of a question; for options, also with scores by character.
 
-        A question is never among its own worked examples, which depend only on its text.
+        The worked examples depend only on the question's text, and never include the question.
         """
         self.check_reward(reward)
         leaf, doc = self._doc_of(example)
@@ -157,7 +160,7 @@ class LmEvalTask(Task):
         return self._docs[example.id]
 
     def _context(self, leaf: str, doc: Mapping[str, Any], example: Example) -> str:
-        """Render a question after worked examples, none of which is the question itself."""
+        """Render a question after worked examples; the question itself isn't one of them."""
         task = self.tasks[leaf]
         text = str(task.doc_to_text(doc))
         prefix = task.doc_to_prefix(doc)
@@ -169,7 +172,7 @@ class LmEvalTask(Task):
             context = task.fewshot_context(doc, num_fewshot=num_shots, gen_prefix=prefix)
             if context.count(text) == 1:
                 return str(context)
-        # Every draw contains the question: use no worked examples.
+        # Every draw has the question as a worked example, so use no worked examples.
         return str(task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix))
 
     def _example(self, leaf: str, example_id: str, doc: Mapping[str, Any]) -> Example:
@@ -182,7 +185,7 @@ class LmEvalTask(Task):
         if len(golds) != 1:
             self._unclear.add(example_id)
         gold = golds[0] if golds else 0
-        # With several inputs the options come before the text, which is the target.
+        # A task with several inputs puts the options before the text, so the text is the target.
         text = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
         return with_options(str(text), choices, gold, example_id, self.name)
 
@@ -209,7 +212,7 @@ class LmEvalTask(Task):
 
 
 def warn_of_code(file: Path) -> None:
-    """Warn if a task file, or another one in its folder, makes the harness run Python code."""
+    """Warn if a task file, or another file in its folder, makes the harness run Python code."""
     if not file.is_file():
         return
     for neighbour in [file, *sorted(file.parent.glob("*.y*ml"))]:
@@ -225,11 +228,11 @@ def warn_of_code(file: Path) -> None:
 def _kind_and_metric(name: str, tasks: Mapping[str, Any]) -> tuple[str, str]:
     """Return the kind of the tasks, `choices` or `generated`, and the metric that we report.
 
-    A TaskError unless they are of one kind and share a metric.
+    Raises TaskError unless the tasks have the same kind and share a metric.
 
     Args:
         name: The name that the user wrote.
-        tasks: The harness' tasks that it stands for.
+        tasks: The harness' tasks that the name stands for.
     """
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     metrics = [list(task.aggregation()) for task in tasks.values()]
@@ -257,7 +260,7 @@ def _is_in_all(metric: str, lists: Sequence[Sequence[str]]) -> bool:
 
 
 def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
-    """Return the rows that the harness doesn't report: for training, else for validation."""
+    """Return the rows that the harness doesn't report: training rows, else validation rows."""
     docs: Iterable[Mapping[str, Any]] = ()
     if task.has_training_docs():
         docs = task.training_docs()
@@ -267,7 +270,7 @@ def _unreported_docs(task: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
-    """Return the indices of the options that the harness counts as right; may be empty."""
+    """Return the indices of the options that the harness counts as right; maybe none."""
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     golds = gold if isinstance(gold, list) else [gold]
@@ -281,7 +284,7 @@ def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
 
 @functools.cache
 def _own_tasks() -> Any:
-    """Return the manager of the harness' own tasks; it takes seconds to read thousands of files."""
+    """Return the manager of the harness' own tasks; it reads thousands of files for seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -318,8 +321,9 @@ def _find_task(name: str, known_names: tuple[str, ...]) -> tuple[Any, str]:
         file = Path(name)
         if not file.is_file():
             raise TaskError(f"there is no task file {name}; give one, or the name of a task")
-        # The whole folder is included, since a group names other files in it. The task is loaded
-        # by its name, since a group that is loaded by its path is named after its list of tasks.
+        # The whole folder is included, since a group names other files in the folder. The task is
+        # loaded by its name: the harness would name a group that is loaded by its path after its
+        # list of tasks.
         manager = TaskManager(include_path=file.parent, include_defaults=False)
         names = {
             str(entry.yaml_path): entry_name for entry_name, entry in manager.task_index.items()

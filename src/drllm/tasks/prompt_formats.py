@@ -1,7 +1,7 @@
-r"""Prompt formats: the prompts of a search for the questions of a task, for each reward.
+r"""Prompt formats: how a search turns a task's questions into prompts, for each reward.
 
-The prompts of `OPTIONS` for `loglikelihood` are byte for byte those of lm-evaluation-harness for
-ARC, PIQA and the cloze form of MMLU. Doesn't import torch.
+For `loglikelihood`, the prompts of `OPTIONS` are byte for byte the prompts of lm-evaluation-harness
+for ARC, PIQA and the cloze form of MMLU. This module doesn't import torch.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ LETTER_TEMPLATE = (
 LETTER_TOKENS = 10
 """Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
 BOXED_TOKENS = 15
-"""Maximum tokens of a boxed answer; no room for a chain of thought (Dr.LLM section 4)."""
-ANSWER_TOKENS = 16  # minimum limit of other answers; a longer right answer raises it
-SPARE_TOKENS = 8  # what the limit of an answer leaves beyond the right answer
+"""Maximum tokens of a boxed answer, without room for a chain of thought (Dr.LLM section 4)."""
+ANSWER_TOKENS = 16  # maximum tokens of other answers; a long right answer raises this limit
+SPARE_TOKENS = 8  # tokens that the raised limit leaves beyond the right answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,14 @@ class PromptFormat:
     """Makes the prompts of a search for the questions of a task.
 
     Attributes:
-        rewards: The rewards that fit, the default first: `loglikelihood` scores the options' texts,
-            `letter` asks for one of their letters, others grade a generated answer. Prompts without
-            answers have `kl` alone.
-        templates: Texts around `{question}` and, for generated answers, `{context}`: first that of
-            the search, then those of the re-test.
-        max_new_tokens: Maximum tokens of an answer; None for the length of its longest right answer
-            and a few more.
-        letters: Letters that an answer may name, if the question's own text lists the options.
+        rewards: The rewards that fit, the default first. `loglikelihood` scores the options' texts,
+            `letter` asks for an option's letter, and other rewards grade a generated answer.
+            Prompts without answers have only `kl`.
+        templates: Texts around `{question}` and, for generated answers, `{context}`. The first
+            template is for the search, the others are for the re-test.
+        max_new_tokens: Maximum tokens of an answer; None allows the longest right answer and a few
+            tokens more.
+        letters: Letters that an answer may name, if the question's text lists the options.
     """
 
     rewards: tuple[str, ...]
@@ -42,10 +42,11 @@ class PromptFormat:
     letters: str = "ABCDE"
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question for one of the rewards, then those of the re-test.
+        """Return the prompt of a question for a reward, then the prompts of the re-test.
 
-        The re-test uses other templates. Options are also scored by character. Letters are asked
-        for in every rotation of the options, so that the right one moves.
+        The re-test uses other templates. For scored options it also has the first prompt, with
+        scores by character. For letters it has a prompt for every rotation of the options, so the
+        right letter changes.
         """
         if reward == OPTIONS_REWARD:
             prompts = [_scored_prompt(example, template) for template in self.templates]
@@ -72,13 +73,13 @@ class PromptFormat:
 
 
 class GapFormat(PromptFormat):
-    """Questions with a gap (`_`): each option fills it, and the text after it is scored.
+    """Questions with a gap (`_`): each option fills the gap, and the text after the gap is scored.
 
-    Source: Trinh and Le (arXiv 1806.02847), as lm-evaluation-harness' WinoGrande has it.
+    Source: Trinh and Le (arXiv 1806.02847), as in lm-evaluation-harness' WinoGrande.
     """
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question, then those of the re-test, from other templates."""
+        """Return the prompt of a question, then its prompts for the re-test, by other templates."""
         return tuple(_gap_prompt(example, template) for template in self.templates)
 
 
@@ -124,14 +125,14 @@ def _scored_prompt(example: Example, template: str) -> Prompt:
 
 
 def _tokens_needed(example: Example) -> int:
-    """Return a limit that leaves room for the longest right answer."""
+    """Return a limit of tokens that leaves room for the longest right answer."""
     answers = (example.answer, *example.other_answers)
     most_bytes = max(len(answer.encode()) for answer in answers)  # a token has at least one byte
     return max(ANSWER_TOKENS, most_bytes + SPARE_TOKENS)
 
 
 def _gap_prompt(example: Example, template: str) -> Prompt:
-    """Return a prompt that ends before the gap; white space before it belongs to the options."""
+    """Return a prompt that ends before the gap; white space before the gap goes to the options."""
     before, _, after = template.format(question=example.question).partition("_")
     text = before.rstrip()
     space = before[len(text) :]
@@ -142,7 +143,7 @@ def _gap_prompt(example: Example, template: str) -> Prompt:
 
 
 def _letter_prompt(example: Example, rotation: int) -> Prompt:
-    """Return a prompt that lists the options by letter, the first `rotation` moved to the end."""
+    """Return a prompt that lists the options by letter; the first `rotation` options come last."""
     assert example.gold is not None
     choices = example.choices[rotation:] + example.choices[:rotation]
     letters = LETTERS[: len(choices)]
@@ -159,7 +160,7 @@ def _letter_prompt(example: Example, rotation: int) -> Prompt:
 
 
 def add_context(example: Example, text: str) -> str:
-    """Return a text with the example's context before it, if there is any."""
+    """Return a text with the example's context before it, if the example has a context."""
     if not example.context:
         return text
     return f"{example.context}\n\n{text}"

@@ -1,4 +1,4 @@
-"""Looks up tasks by name: our own, groups of them, files of users, and the harness' tasks."""
+"""Look up tasks by name: our own tasks, groups of them, files of users, and the harness' tasks."""
 
 import functools
 from collections import Counter
@@ -14,7 +14,7 @@ from drllm.tasks.harness import LmEvalTask
 TASKS: Registry[Task] = Registry(
     "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
 )
-"""Every task of our own by name. All modules in `tasks/published` are imported."""
+"""All tasks of our own, by name. A look-up imports all modules in `tasks/published`."""
 
 _lm_eval_task = functools.lru_cache(maxsize=8)(LmEvalTask)
 
@@ -22,14 +22,14 @@ TaskOrClass = TypeVar("TaskOrClass", Task, type[Task])
 
 
 def register(task: TaskOrClass) -> TaskOrClass:
-    """Register a task under its name; as the decorator of a class, register an instance."""
+    """Register a task under its name. If this decorates a class, register an instance."""
     instance = task() if isinstance(task, type) else task
     TASKS.register(instance.name)(instance)
     return task
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """Return the groups: names that stand for several tasks in any list of tasks."""
+    """Return the groups: each name that stands for several tasks, with these tasks' names."""
     members: dict[str, tuple[str, ...]] = {}
     for name in TASKS:
         group = TASKS.get(name).group
@@ -44,19 +44,19 @@ def task_names() -> list[str]:
 
 
 def is_task_name(name: str) -> bool:
-    """Whether a name is that of a task, a group, an alias, or a file of questions."""
+    """Tell whether a name stands for a task, a group, an alias, a question file or a hub set."""
     return is_source(name) or _resolve_alias(name) in task_names()
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name: one of ours, a file of questions, a hub set, or one of the harness.
+    """Return a task by name: a task of ours, a question file, a hub set, or a task of the harness.
 
-    The harness' tasks are available if lm-evaluation-harness is installed; a `.yaml` file is a task
+    The harness' tasks are available if lm-evaluation-harness is installed. A `.yaml` file is a task
     file of the harness.
 
     Raises:
-        TaskError: An unknown name (the message has the nearest), a missing file or one in another
-            format, or the name of a group.
+        TaskError: The name is unknown (the message suggests the nearest name) or stands for a
+            group, or a file is missing or has another format.
     """
     refuse_other_formats(name)
     if is_source(name):
@@ -73,7 +73,7 @@ def get_task(name: str) -> Task:
 
 
 def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order; a group is replaced by its tasks."""
+    """Return the tasks of a comma list, in order. The tasks of a group replace its name."""
     counts: Counter[str] = Counter()
     for part in names.split(","):
         name = _resolve_alias(part.strip())
@@ -92,7 +92,7 @@ def get_tasks(names: str) -> list[Task]:
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
-    """Return name, rewards (the default first) and description of all tasks and groups."""
+    """Return the name, rewards (the default first) and description of all tasks and groups."""
     descriptions: list[tuple[str, str, str]] = []
     for name in TASKS:
         task = TASKS.get(name)

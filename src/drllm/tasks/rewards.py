@@ -1,8 +1,8 @@
 """Rewards: decide which answers are right.
 
-A reward grades generated answers, or scores the options of a question. A reward is one class here
-(or in a module that `REWARDS` names), under `@REWARDS.register("name")`. `equality` compares
-mathematical expressions. Doesn't import torch.
+A reward grades generated answers, or scores the options of a question. A reward is a class with
+`@REWARDS.register("name")`. `equality` compares mathematical expressions. This module doesn't
+import torch.
 """
 
 import re
@@ -19,7 +19,8 @@ from drllm.tasks.graded import SUFFIX, grade_by_function
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
 _UNFINISHED_CHARACTER = "\ufffd"
-"""What tokenizers decode the first bytes of a character to while the others are missing."""
+"""The text that tokenizers decode from the first bytes of a character whose last bytes are missing.
+"""
 
 
 class Reward:
@@ -27,14 +28,14 @@ class Reward:
 
     Attributes:
         scores_options: Whether the prompt's continuations are scored; else an answer is generated.
-        needs: The extra with the packages that the reward needs; empty for none.
+        needs: The extra of this package that installs what the reward needs; empty for none.
     """
 
     scores_options: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
-        """Return the grade of a prompt of this reward, as the function `verdict` describes."""
+        """Return the grade of an answer to a prompt of this reward; see the function `verdict`."""
         raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
 
     def gold_text(self, prompt: Prompt) -> str:
@@ -69,10 +70,10 @@ def grade(prompt: Prompt, text: str) -> float:
 
 
 def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    """Return the grade of a generated answer, as soon as no continuation can change it.
+    """Return the grade of a generated answer as soon as no continuation can change the grade.
 
-    None while the grade is open, which it never is when the answer is finished. The text has no
-    special tokens.
+    Until then the result is None. A finished answer always has a grade. The text has no special
+    tokens.
 
     Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
         verdict is ours.
@@ -83,15 +84,16 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
 
 
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
-    """Return reward and margin of a question from the log-probabilities of its options.
+    """Return the reward and the margin of a question from the log-probabilities of its options.
 
-    The reward is 1.0 if the gold option has the best score; among equal scores the first is the
-    best, as in lm-evaluation-harness. The margin is its score minus the best score of the others.
+    The reward is 1.0 if the gold option has the best score, else 0.0. Among equal scores the first
+    is the best, as in lm-evaluation-harness. The margin is the gold option's score minus the best
+    score of the other options. A score is a log-probability. If the prompt is `normalised`, it is
+    divided by the option's length in characters, without its leading space.
 
     Args:
-        logprobs: Sums in nats. If the prompt is `normalised`, each is divided by the option's
-            length in characters, without its leading space.
-        prompt: Its `gold` is the right option's index.
+        logprobs: The sum of each option's log-probabilities, in nats.
+        prompt: The prompt; its `gold` is the right option's index.
     """
     assert prompt.gold is not None
     scores = list(logprobs)
@@ -136,7 +138,7 @@ class Letter(Reward):
         if letter is None:
             return 0.0 if finished else None
         if letter.end() == len(text) and not finished:
-            return None  # the next character may turn it into a word
+            return None  # the next character may turn the letter into a word
         return float(letter.group() == prompt.answer)
 
 
@@ -181,7 +183,8 @@ class Exact(Reward):
 
 def first_boxed(text: str) -> str | None:
     r"""Return the content of the first `\boxed{…}` that closes, or None."""
-    open_braces: list[int | None] = []  # where a box's content starts; None for other braces
+    # For each open brace, the place where a box's content starts; None for other braces.
+    open_braces: list[int | None] = []
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         mark = token.group()
         if mark == "{":
@@ -196,5 +199,5 @@ def first_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer without differences of case, outer marks and runs of white space."""
+    """Return an answer in lower case, without marks around it, and with single spaces."""
     return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)

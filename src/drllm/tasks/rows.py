@@ -1,4 +1,4 @@
-"""Readers of question files (JSON lines, plain or gzipped), hub sets, and fields of rows."""
+"""Read rows from question files (JSON lines, plain or gzipped) and hub sets, and fields of rows."""
 
 import gzip
 import re
@@ -13,17 +13,17 @@ from drllm.listener import quiet
 from drllm.records.codec import decode, refuse_special_file
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
-"""The name of a data set of the hub: OWNER/NAME[:CONFIG[:SPLIT]]."""
-HUB_ROWS = 10_000  # maximum rows that are read of one
+"""The name of a data set on the hub: OWNER/NAME[:CONFIG[:SPLIT]]."""
+HUB_ROWS = 10_000  # maximum number of rows to read from a data set on the hub
 EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
 
 
 class EmptyTextError(TaskError):
-    """A text is empty, so its row isn't usable; other rows of the set may be."""
+    """A text is empty, so its row isn't usable; other rows of the set may be usable."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line that isn't blank of a `.jsonl[.gz]` file."""
+    """Yield `(line number, object)` for each line of a `.jsonl[.gz]` file that isn't blank."""
     is_empty = True
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
@@ -66,10 +66,10 @@ def hub_rows(
         repository: The id of the data set.
         config: The configuration; None if there is only one.
         split: The split.
-        what: What is fetched, for error messages.
+        what: The name of what is fetched, for error messages.
         instead: What the user can give instead, for error messages.
-        columns: The only columns to read; empty for all.
-        stream: Fetch only the rows that are read.
+        columns: The columns to read; empty for all columns.
+        stream: Whether to fetch only the rows that the caller reads.
     """
     need("eval", f"fetching {what} from the hub", "datasets")
     import datasets
@@ -81,8 +81,8 @@ def hub_rows(
             rows = rows.select_columns([name for name in columns if name in rows.column_names])
         yield from rows
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # Offline, gated and missing sets are OSErrors; a configuration or split that the
-        # repository or the cache lacks is a ValueError; files it can't read are the third.
+        # OSError: the hub is offline, or the set is gated or missing. ValueError: the repository or
+        # the cache lacks the configuration or the split. DatasetsError: the files can't be read.
         cause = " ".join(str(error).split()) or type(error).__name__
         raise TaskError(
             f"{what} can't fetch {split} of {repository} from the hub ({cause}); connect or log "
@@ -106,7 +106,10 @@ def read_hub_set(name: str, kind: str) -> Iterator[Mapping[str, Any]]:
 
 
 def read_text(row: Mapping[str, Any], key: str) -> str:
-    """Return a text field of a row unchanged; a TaskError if it is missing, blank or not a text."""
+    """Return a text field of a row unchanged.
+
+    Raises TaskError if the field is missing, blank or not a text.
+    """
     value = _field(row, key)
     if not isinstance(value, str):
         raise TaskError(f"{key!r} is {value!r}; expected text")
@@ -116,7 +119,7 @@ def read_text(row: Mapping[str, Any], key: str) -> str:
 
 
 def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
-    """Return a field that is a list of at least `minimum` texts, none of them blank."""
+    """Return a field of a row: a list of at least `minimum` texts, none of them blank."""
     value = _field(row, key)
     if not isinstance(value, list):
         raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
@@ -131,7 +134,7 @@ def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...
 
 
 def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]:
-    """Return a field that is an object with the fields that `keys` name."""
+    """Return a field of a row: an object, which should have the fields `keys`."""
     value = row.get(key)
     if not isinstance(value, Mapping):
         expected = " and ".join(map(repr, keys))
@@ -140,7 +143,10 @@ def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, An
 
 
 def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return role and text of each message of a row; a TaskError if there are none."""
+    """Return the role and the text of each message of a row.
+
+    Raises TaskError if there are no messages.
+    """
     messages = row["messages"]
     expected = "objects with role and content"
     if not isinstance(messages, list) or not messages:
@@ -152,7 +158,10 @@ def read_messages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def read_index(value: Any, count: int, key: str) -> int:
-    """Return a value of the field `key` if it is an index from 0 of one of `count` options."""
+    """Return a value of the field `key` if it is the index of one of `count` options, from 0.
+
+    Raises TaskError if it isn't.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")
     return value

@@ -1,6 +1,6 @@
 """Tasks with worked examples before each question, or with room for a chain of thought.
 
-Doesn't import torch.
+This module doesn't import torch.
 """
 
 import functools
@@ -16,16 +16,16 @@ from drllm.tasks.rewards import get_reward
 
 
 class WorkedTask(Task):
-    """A task with worked examples before each question, always the same ones.
+    """A task with the same worked examples before each question.
 
-    Examples and question are one text, as base models expect it. If the model has a chat template,
-    that text is the user's turn.
+    The examples and the question are one text, as base models expect. If the model has a chat
+    template, this text is the user's turn.
 
     Args:
         task: The task.
         shots: The worked examples, with their answers.
-        max_new_tokens: Maximum tokens of a generated answer; a prompt for an answer in a box then
-            asks for the steps too. None leaves the task's limit.
+        max_new_tokens: Maximum tokens of a generated answer. With this limit a prompt for a boxed
+            answer asks for the steps too. None keeps the task's limit.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WorkedTask(Task):
         return self.task.examples(split, data_dir)
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the prompt of a question and those of the re-test, each after the examples.
+        """Return the prompt of a question and its prompts for the re-test, with worked examples.
 
         The examples use the same template as the question.
         """
@@ -79,7 +79,7 @@ class WorkedTask(Task):
         return tuple(replace(prompt, max_new_tokens=self.max_new_tokens) for prompt in prompts)
 
     def _render_example_once(self, shot: Example, reward: str, way: int) -> str:
-        """Render a worked example with its answer, by one of the prompts of its task."""
+        """Render a worked example with its answer; `way` is the number of the prompt to use."""
         prompts = self._prompts_alone(shot, reward)
         prompt = prompts[way % len(prompts)]  # an example with fewer options has fewer rotations
         if prompt.continuations:

@@ -1,7 +1,8 @@
-"""Strategies: which path of a question to try next, and when its search ends.
+"""Strategies: choose the path of a question to try next, and decide when the search ends.
 
-A strategy is one class in one module of this package, under `@STRATEGIES.register("name")`. It
-knows no model: the caller asks for paths and tells their rewards. Doesn't import torch.
+A strategy is a class with `@STRATEGIES.register("name")`, in a module of its own in this package. A
+strategy never sees a model: the caller asks for paths and tells their rewards. This package doesn't
+import torch.
 """
 
 from abc import ABC, abstractmethod
@@ -17,9 +18,9 @@ from drllm.registry import Registry
 class Trial(NamedTuple):
     """The result of one path on the question."""
 
-    simulation: int  # 0 for the full path, else the simulation that tried it, from 1
+    simulation: int  # number of the simulation that tried the path, from 1; 0 for the full path
     reward: float  # in [0, 1]; 1 is a right answer
-    score: float | None = None  # in nats, more is better; None where the caller has none
+    score: float | None = None  # in nats, more is better; None if the caller has none
 
 
 class PathSearch(ABC):
@@ -27,9 +28,9 @@ class PathSearch(ABC):
 
     The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`. A path is
     in flight from `ask` to `tell`. The search is over when `ask` returns nothing while no path is
-    in flight. Many searches can advance in step this way, and one batch evaluates their paths. The
-    full path comes first, alone, and doesn't count as a simulation. Subclasses choose paths in
-    `_select`; `_rng` is the only source of randomness.
+    in flight. In this way many searches can advance in step, and one batch evaluates all their
+    paths. The full path comes first, alone, and doesn't count as a simulation. Subclasses choose
+    paths in `_select`; `_rng` is the only source of randomness.
 
     Attributes:
         trials: The trial of every path whose reward is known, in the order of `tell`.
@@ -71,9 +72,9 @@ class PathSearch(ABC):
         return paths
 
     def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward, in [0, 1], of a path in flight; the search may be over already.
+        """Record the reward, in [0, 1], of a path in flight, even if the search is over.
 
-        The score ranks paths of equal reward (see `path_score`). It helps to choose edits and is
+        The score ranks paths of equal reward (see `path_score`). It helps to choose edits, and is
         never part of the reward.
         """
         if not 0 <= reward <= 1:
@@ -94,14 +95,15 @@ class PathSearch(ABC):
 
     @property
     def _num_begun(self) -> int:
-        """Simulations finished or in flight."""
+        """Number of simulations that are finished or in flight."""
         return self.num_simulations_done + len(self._in_flight)
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
-        """Whether the stop rule ends the search with this path.
+        """Tell whether the stop rule ends the search with this path.
 
-        Another right path ends it if the full path was wrong, or if it saves enough layers: one
-        under the rule `paper`, two under `released`.
+        A right path other than the full path ends the search in two cases: the full path was wrong,
+        or the path saves enough executions. Enough is 1 under the rule `paper` and 2 under
+        `released`.
         """
         rule = self.config.stop_rule
         if rule == "exhaust" or decisions == self._full or reward < 1:
@@ -116,18 +118,18 @@ class PathSearch(ABC):
     def _select(self) -> Decisions | None:
         """Return a path that is neither tried nor in flight.
 
-        None if no path is left, or if the choice needs the reward of a path in flight.
+        Returns None if no path is left, or if the choice needs the reward of a path in flight.
         """
 
     def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
-        """Learn from the reward of the full path, or of a path that `_select` returned."""
+        """Learn from the reward of a path: the full path, or a path that `_select` returned."""
 
 
 def path_score(margin: float | None, kl: float | None) -> float | None:
-    """Return a path's score: its margin, or the negative of its KL where there is no margin.
+    """Return a path's score: its margin, or minus its KL if there is no margin.
 
-    All scores of one question are of the same kind: a reward gives either every path a margin, or
-    none.
+    All scores of one question are of the same kind: a reward gives a margin to every path or to no
+    path.
     """
     if margin is not None:
         return margin
@@ -140,6 +142,6 @@ STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
-    """Start a search of one question by the strategy that `config.strategy` names."""
+    """Start the search of one question with the strategy that `config.strategy` names."""
     strategy = STRATEGIES.get(config.strategy)
     return strategy(num_layers, config, rng)

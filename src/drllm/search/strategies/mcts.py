@@ -1,7 +1,7 @@
 """Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
 
-A simulation selects, expands, is evaluated (by the caller, between `ask` and `tell`) and backs up.
-Doesn't import torch.
+A simulation selects nodes, expands one node, and backs up the reward. The caller evaluates the new
+path between `ask` and `tell`. This module doesn't import torch.
 """
 
 import math
@@ -17,19 +17,19 @@ WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
 
 EDITS_DRAWN = 8
-"""Edits that are drawn at random when a node widens; the most promising one is made."""
+"""Number of edits drawn at random when a node widens; the most promising edit is made."""
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One decision vector `[L]`. All trails that lead to it share its statistics."""
+    """The node of one decision vector `[L]`. All trails that lead to the node share its numbers."""
 
     decisions: Decisions
     executions: int
     untried: list[Action]  # legal edits that aren't children yet
     children: "dict[Action, Node]" = field(default_factory=dict)  # by edit; nodes may share one
-    visits: int = 0  # simulations that passed through or ended here, or are in flight
-    value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
+    visits: int = 0  # simulations that pass through the node or end here, in flight or finished
+    value_sum: float = 0.0  # sum of the rewards of these simulations; 0 while in flight
     is_closed: bool = False  # every path below was tried or is in flight
 
     @property
@@ -39,7 +39,7 @@ class Node:
 
     @property
     def room(self) -> int:
-        """How many open children the node may have."""
+        """The maximum number of open children."""
         return math.ceil(WIDENING_FACTOR * float(self.visits**WIDENING_EXPONENT))
 
 
@@ -60,27 +60,27 @@ class EditGain:
 class TreeSearch(PathSearch):
     """Monte Carlo tree search over the decisions of one question.
 
-    Each simulation goes down from the full path, makes one edit that leads to a decision vector
-    never tried before, and adds that vector's reward to every node it passed. An edit that leads
-    to a known vector is linked to its node, and the simulation continues from there. Below a node
-    it goes to the child with the highest
+    Each simulation goes down from the full path, and makes one edit that leads to a new decision
+    vector. The reward of this vector is added to every node on the way. If an edit leads to a known
+    vector, the edit is linked to the node of this vector, and the simulation continues there. From
+    a node the simulation goes to the child with the highest
 
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
 
-    with Q and v the child's sum of rewards and visits, V the node's visits; ties go to the higher
-    score, and now and then it is a random child. Length enters here and where edits are drawn,
-    never the reward. Nodes below which nothing new is left are closed and passed over; the search
-    is over when the root is closed.
+    Here Q and v are the child's sum of rewards and its visits, and V is the node's visits. Ties go
+    to the higher score, and now and then a random child is taken. A path's length counts here and
+    when edits are drawn, but never in the reward. A node with nothing new below it is closed and
+    passed over. The search is over when the root is closed.
 
-    The new edit is one of a few drawn at random: the one that promises the highest score by the
-    paths seen so far. A right path is edited by skips alone while any are left, since nothing else
-    makes it shorter; repeats are for paths that are still wrong.
+    A few edits are drawn at random. The paths so far say which of them promises the highest score,
+    and this edit is made. A right path gets only skips while any are left, since only skips make it
+    shorter. Repeats are for paths that are still wrong.
 
-    A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
-    so that the next paths of a round go elsewhere; backing up its reward undoes the loss exactly.
+    A path in flight counts as a visit with reward 0 on every node of its way (a virtual loss), so
+    the next paths of a round go elsewhere. Backing up the path's reward undoes the loss exactly.
 
-    A node of V visits has room for ceil(5 · sqrt(V)) children (closed ones not counted), so that
-    the roughly 3L edits of the full path don't use up all simulations.
+    A node with V visits has room for ceil(5 · sqrt(V)) open children. So the roughly 3L edits of
+    the full path don't use up all simulations.
 
     Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
         transpositions, widening, the choice of edits and of ties are ours
@@ -93,13 +93,14 @@ class TreeSearch(PathSearch):
         super().__init__(num_layers, config, rng)
         self.nodes: dict[Decisions, Node] = {}
         self.root = self._get_node(self._full)
-        self.root.visits = 1  # the full path's own evaluation, the first of all
-        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}  # of paths in flight
+        self.root.visits = 1  # the evaluation of the full path, which comes first
+        # For each path in flight, the nodes from the root to the path.
+        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}
         self._gains: dict[tuple[int, int], EditGain] = {}  # by (layer, decision)
         self._all_gains = EditGain()  # of all layers and decisions together
 
     def _select(self) -> Decisions | None:
-        """Go down from the root to a new path: select children, expand once."""
+        """Go down from the root: select children, and expand one node to get a new path."""
         trail = [self.root]
         while trail:
             node = trail[-1]
@@ -113,7 +114,7 @@ class TreeSearch(PathSearch):
                 trail.pop()
                 continue
             trail.append(child)
-            is_new = child.visits == 0  # an edit may also lead to a known node: go on below it
+            is_new = child.visits == 0  # if not, the edit led to a known node: continue below it
             if is_new:
                 self._start_simulation(trail)
                 return child.decisions
@@ -126,13 +127,13 @@ class TreeSearch(PathSearch):
         self._trails[trail[-1].decisions] = trail
 
     def _select_child(self, node: Node, children: list[Node]) -> Node:
-        """Return the child with the highest bound, now and then a random one."""
+        """Return the child with the highest bound, or now and then a random child."""
         if self._rng.random() < self.config.random_child_probability:
             return self._rng.choice(children)
         return max(children, key=lambda child: self._rank(node, child))
 
     def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
-        """Return a child's upper confidence bound, less its length penalty, and its score."""
+        """Return a child's upper confidence bound minus its length penalty, and its score."""
         value = child.value_sum / child.visits
         constant = self.config.exploration_constant
         exploration = constant * math.sqrt(math.log(parent.visits) / child.visits)
@@ -144,7 +145,7 @@ class TreeSearch(PathSearch):
         return value + exploration - length, score
 
     def _expand(self, node: Node) -> Node:
-        """Make a new edit: a random one or, once scores are known, the most promising of a few."""
+        """Make the most promising of a few new edits, or a random edit before scores are known."""
         edits = self._edits_to_draw(node)
         num_drawn = EDITS_DRAWN if self._gains else 1
         drawn = [self._rng.choice(edits) for _ in range(num_drawn)]
@@ -155,7 +156,7 @@ class TreeSearch(PathSearch):
         return child
 
     def _edits_to_draw(self, node: Node) -> list[Action]:
-        """Return a node's untried edits; if its path is right, only skips while any are left."""
+        """Return a node's untried edits; for a right path only skips, while any are left."""
         trial = self.trials.get(node.decisions)
         is_right = trial is not None and trial.reward >= 1
         if not is_right:
@@ -166,10 +167,10 @@ class TreeSearch(PathSearch):
         return skips
 
     def _promise(self, action: Action) -> float:
-        """Estimate what an edit adds to the score, from the paths that made the same changes.
+        """Estimate what an edit adds to the score, from paths with the same changes.
 
-        The mean gain of a layer is shrunk towards the mean of all, which counts as one more path.
-        So an edit that no path contains promises the mean.
+        The mean gain of a layer is shrunk towards the mean of all layers, which counts as one more
+        path. So an edit that no path contains promises the mean of all layers.
         """
         mean = self._all_gains.total / max(1, self._all_gains.num_paths)
         promise = 0.0
@@ -200,7 +201,7 @@ class TreeSearch(PathSearch):
             self._all_gains.add(gain_of_edit)
 
     def _get_node(self, decisions: Decisions) -> Node:
-        """Return the node of a decision vector, a new one the first time."""
+        """Return the node of a decision vector; make the node the first time."""
         if decisions not in self.nodes:
             legal = list(legal_actions(decisions, self.limit))
             self.nodes[decisions] = Node(decisions, num_executions(decisions), legal)

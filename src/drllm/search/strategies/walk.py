@@ -13,10 +13,10 @@ class WalkSearch(PathSearch):
     """A random walk of edits that starts from the full path.
 
     Each simulation edits the last path once, at random, whatever its reward. When no legal edit is
-    left, the walk starts again from the full path. A path that was tried before isn't evaluated
-    again, but counts as a simulation, and the next edit starts there. Unlike the released code this
-    walk makes only legal edits: each has an effect, no layer runs more than twice, and no path
-    exceeds the budget.
+    left, the walk starts again from the full path. If the walk comes to a path that was tried
+    before, the path isn't evaluated again, but it counts as a simulation, and the next edit starts
+    there. Unlike the released code this walk makes only legal edits: each edit has an effect, no
+    layer runs more than twice, and no path exceeds the budget.
 
     Source: the published code of Dr.LLM (commit 14e8837), whose tree gives every node one child.
     """

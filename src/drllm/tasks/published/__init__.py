@@ -1,4 +1,4 @@
 """Published question sets, as rows of `sets.yaml`.
 
-The registry of tasks imports every module in this folder.
+The registry of tasks imports all modules in this folder.
 """

@@ -1,9 +1,10 @@
 """Readers: functions that make questions from rows of published sets.
 
-A reader returns the question of a row, without the task's name, and without an id if the row has
-none. It returns None for a row that doesn't belong to the task, and raises a TaskError, without
-file or line, for a row that can't be used. `*_columns` return the columns that the harness' task
-file reads. Rows of `sets.yaml` name these functions. Doesn't import torch.
+A reader returns the question of a row, or None if the row doesn't belong to the task. The question
+lacks the task's name, and it lacks an id if the row has no id. A reader raises a TaskError for a
+row that can't be used; the message lacks the file and the line. A function `*_columns` returns the
+columns that the harness' task file reads. `sets.yaml` uses the names of these functions. This
+module doesn't import torch.
 """
 
 import functools
@@ -20,19 +21,20 @@ from drllm.tasks.prompt_formats import LETTERS
 from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import EmptyTextError, read_index, read_object, read_text, read_texts
 
-UNANSWERABLE = "unanswerable"  # what SQuAD's prompts ask for where the passage holds no answer
-DART_LEVELS = (1, 2, 3, 4, 5)  # as MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2
+UNANSWERABLE = "unanswerable"  # the right answer in SQuAD if the passage holds no answer
+DART_LEVELS = (1, 2, 3, 4, 5)  # the levels of MATH, 1 is the easiest; a task each (Dr.LLM, Table 2)
 
 
 @dataclass(frozen=True)
 class Columns:
     """Reads a question with options from columns of any name."""
 
-    question: str = "question"  # the question's column
-    # The column that lists the options, or a column for each of them.
+    question: str = "question"  # the column with the question
+    # The column with the list of options, or one column for each option.
     choices: str | tuple[str, ...] = "choices"
     answer: str = "answer"  # the column that says which option is right
-    # The value of that column for each option, in order; empty if the value is an index from 0.
+    # The values of the answer column that stand for the options, in the options' order; empty if
+    # the value is an index from 0.
     answers: tuple[Any, ...] = ()
 
     def __call__(self, row: Row) -> Example:
@@ -54,7 +56,8 @@ class Columns:
 def labelled(row: Row) -> Example:
     """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
 
-    Labels are letters or numbers, at least 2; the answer key is one of them. ARC and CommonsenseQA.
+    There are at least 2 labels, letters or numbers, and the answer key is one of the labels. ARC
+    and CommonsenseQA have these columns.
     """
     options = read_object(row, "choices", "text", "label")
     choices = read_texts(options, "text", minimum=2)
@@ -71,9 +74,9 @@ def labelled(row: Row) -> Example:
 
 
 def hellaswag(row: Row) -> Example:
-    """Read a raw row (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`) or a clean one.
+    """Read a raw row (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`) or a clean row.
 
-    A clean row has `query`, `choices` and `label`; its texts stay as they are.
+    A clean row has `query`, `choices` and `label`, and its texts stay as they are.
     """
     if "query" in row:
         query = read_text(row, "query")
@@ -95,9 +98,9 @@ def hellaswag(row: Row) -> Example:
 
 
 def clean(text: str) -> str:
-    """Remove the marks of the web pages that HellaSwag's texts come from.
+    """Remove the mark-up of the web pages that HellaSwag's texts come from.
 
-    Source: what lm-evaluation-harness' task does with the raw rows; compared in a test.
+    Source: lm-evaluation-harness' task does the same with the raw rows; a test compares the two.
     """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -106,7 +109,8 @@ def clean(text: str) -> str:
 def mmlu(row: Row) -> Example:
     """Read `subject`, `question`, `choices` and `answer` (index from 0).
 
-    The line on the subject and the stripped question are those of lm-evaluation-harness.
+    As in lm-evaluation-harness, the context is a line on the subject, and white space around the
+    question is removed.
     """
     example = Columns()(row)
     subject = read_text(row, "subject").replace("_", " ")
@@ -134,8 +138,8 @@ def gsm8k(row: Row) -> Example:
 def dart(row: Row, level: int) -> Example | None:
     """Read `query`, `gt_ans` and `level`, or the level inside `query_metadata`.
 
-    None for a problem of another level. A few problems of MATH have no level ("Level ?"). In a data
-    folder, which its owner can correct, such a row is an error.
+    Returns None for a problem of another level. A few problems of MATH have no level ("Level ?").
+    In a data folder such a row is an error, since the folder's owner can correct the row.
     """
     row_level = _level(row)
     if row_level not in DART_LEVELS:
@@ -155,12 +159,12 @@ dart_5 = functools.partial(dart, level=5)
 
 
 def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
-    """Keep one row of each problem in DART's pool, and only problems with a level."""
+    """Keep one row of each problem in DART's pool; leave out problems without a level."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(str(row.get("query")), row)
     levelled = [row for row in first.values() if _level(row) in DART_LEVELS]
-    if not levelled:  # the format of levels has changed: let the reader refuse the first row
+    if not levelled:  # levels must have another format now: the reader refuses the first row
         return list(first.values())
     num_without = len(first) - len(levelled)
     if num_without > 0:
@@ -181,7 +185,7 @@ def _level(row: Row) -> Any:
 def squad(row: Row) -> Example:
     """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
 
-    Every answer that people gave is right. Answers that are only punctuation can't be graded.
+    Every answer in the list is right. An answer of nothing but punctuation can't be graded.
     """
     texts = read_texts(read_object(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
     answers: dict[str, str] = {}  # normalised text → text, so that each answer counts once
@@ -201,7 +205,7 @@ def squad(row: Row) -> Example:
 
 
 def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
-    """Return the answers as one text, since datasets infers a type from lists."""
+    """Return the columns, with all answers as one text: datasets would infer a type from a list."""
     texts = {name: read_text(row, name) for name in ("title", "context", "question")}
     answers = read_texts(row["answers"], "text", minimum=0)
     return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

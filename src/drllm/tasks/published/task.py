@@ -1,7 +1,7 @@
-"""Published tasks: questions from the hub, or from a data folder of the same layout.
+"""Published tasks: questions from the hub, or from a data folder with the same files.
 
-The sets themselves are rows of `sets.yaml`. Imports `datasets` only to read the hub. Doesn't import
-torch.
+`sets.yaml` describes each set in one row. This module imports `datasets` only to read the hub, and
+never imports torch.
 """
 
 import functools
@@ -32,7 +32,7 @@ from drllm.tasks.rows import EmptyTextError, hub_rows, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
-"""Files of questions that are kept in memory, since every stage reads them."""
+"""Number of question files that are kept in memory, since every stage reads the same files."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,16 +42,17 @@ class PublishedTask(Task):
     Attributes:
         name, description, prompt_format, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
-        config: The set's configuration there; None if there is only one.
-        files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
-            or `own`, as `records.splits.find_split` divides them. Other files are never read.
-        read: Makes a question from a row; see `readers`.
+        config: The set's configuration on the hub; None if there is only one.
+        files: Name of a file (on the hub, of a split) → its origin: `train`, `validation`, `single`
+            or `own`. The origin decides how `records.splits.find_split` divides the file. Other
+            files are never read.
+        read: A function that makes a question from a row; see `readers`.
         shots_file: A file of worked examples, which are never asked as questions.
         folder: The task's folder in a data folder; by default the task's name.
-        columns: The only columns that are needed; empty for all.
-        related: Tasks whose reported questions mustn't be trained on either.
-        thin_out: Returns the few rows to keep from a long file on the hub; its second argument is
-            the file's name for messages.
+        columns: The columns to read; empty for all columns.
+        related: Other tasks whose reported questions mustn't be trained on.
+        thin_out: A function that returns the few rows to keep from a long file on the hub; its
+            second argument is the file's name for messages.
     """
 
     name: str
@@ -75,12 +76,12 @@ class PublishedTask(Task):
         return [example for example, _ in self.rows(split, data_dir)]
 
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of one split, each with the row that it was read from.
+        """Return the questions of one split with their rows, in the file's order.
 
-        They are in the file's order. A file that is only reported is returned as published. Other
-        files keep the first question of each text, and leave out training questions that are also
-        in a reported file of this task or of a related one. Files are `TASK/FILE.jsonl[.gz]` in the
-        data folder, or those on the hub. Rows with an empty text, such as an empty option, are
+        A file that is only reported is returned as published. From other files only the first
+        question of each text is returned. A training question is left out if it is also in a
+        reported file of this task or of a related task. Files are `TASK/FILE.jsonl[.gz]` in the
+        data folder, or files on the hub. A row with an empty text, such as an empty option, is
         skipped with a warning. `Task.examples` lists the errors.
         """
         file = self._file(split)
@@ -96,7 +97,7 @@ class PublishedTask(Task):
         return questions
 
     def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
-        """Return the unusable rows; their ids are the file's name with the row's number."""
+        """Return the unusable rows; a row's id is the file's name and the row's number."""
         return self._questions(self._file(split), data_dir).skipped
 
     def _file(self, split: str) -> str:
@@ -111,7 +112,7 @@ class PublishedTask(Task):
         )
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of the `shots_file`; without such a file, as `Task.shots`."""
+        """Return the questions of the `shots_file`; without one, the questions of `Task.shots`."""
         if self.shots_file:
             return list(self._questions(self.shots_file, data_dir).questions)
         return self.rows(choose_shots_split(check_split(split), self._splits()), data_dir)
@@ -124,7 +125,7 @@ class PublishedTask(Task):
         return splits
 
     def _reported(self, data_dir: Path | str | None) -> set[str]:
-        """Return the keys of all reported questions of this task and related ones.
+        """Return the keys of all reported questions of this task and of related tasks.
 
         Files that the data folder lacks are left out.
         """
@@ -141,7 +142,7 @@ class PublishedTask(Task):
         return keys
 
     def _questions(self, file: str, data_dir: Path | str | None) -> "Questions":
-        """Return the questions of a file; see `rows` for what is refused."""
+        """Return the questions of a file; see `Task.examples` for the errors."""
         if data_dir is None:
             return _read(self, file, None, 0, 0)
         check_data_dir(str(data_dir))
@@ -154,7 +155,7 @@ class PublishedTask(Task):
         return _read(self, file, path, state.st_mtime_ns, state.st_size)
 
     def _no_file(self, file: str, data_dir: Path | str) -> NoSplitError:
-        """Return the error for a file that the data folder lacks, with the files that it has."""
+        """Return the error for a missing file; it lists the files that the data folder has."""
         present = ""
         for name in self.files:
             if self._find(name, data_dir):
@@ -206,7 +207,7 @@ class Questions(NamedTuple):
 def _read(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
 ) -> Questions:
-    """Read a file on the hub (without a path) or in a data folder; a changed file is read again."""
+    """Read a file in a data folder or, without a path, on the hub; read a changed file again."""
     rows: Iterable[tuple[int, Row]]
     if path is None:
         rows = enumerate(task._hub_rows(file), start=1)
@@ -231,7 +232,7 @@ def _read(
         if example is None:
             continue
         example_id = example.id
-        if not example_id or example_id in questions:  # a copy needs another id
+        if not example_id or example_id in questions:  # a question with the same id needs another
             example_id = f"{file}-{number}"
         questions[example_id] = replace(example, id=example_id, task=task.name), row
     if skipped:
@@ -240,7 +241,7 @@ def _read(
 
 
 def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions: int) -> None:
-    """Warn of unusable rows; a TaskError if there are no others."""
+    """Warn of unusable rows. Raises TaskError if no row is usable."""
     reason = next(iter(skipped.values()))
     if num_questions == 0:
         raise TaskError(f"{first_line}: {reason}, and no other row is usable")
@@ -251,14 +252,15 @@ def _warn_of_skipped(first_line: str, skipped: Mapping[str, str], num_questions:
 
 
 _thinned: dict[tuple[str, str | None, str], list[Row]] = {}
-"""The rows that `thin_out` kept of files on the hub, which several tasks share."""
+"""The rows that `thin_out` kept: (repository, configuration, file) → rows. Several tasks share a
+file."""
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
-    """Find the file in a folder that has the rows of `stem`; None if there is none.
+    """Find the file in a folder that has the rows of `stem`; None if there is no such file.
 
-    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`.
-    Several parts without the whole are a TaskError.
+    The file is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows,
+    `STEM_subsetN.jsonl[.gz]`. Raises TaskError if there are several parts and no whole file.
     """
     whole = _files_named(folder, stem)
     if whole:
@@ -273,7 +275,7 @@ def find_file(folder: Path, stem: str) -> Path | None:
 
 
 def _files_named(folder: Path, pattern: str) -> list[Path]:
-    """Return the files in a folder whose name without its ending matches a pattern."""
+    """Return the question files in a folder whose names, without the endings, match a pattern."""
     files: list[Path] = []
     for ending in FILE_NAMES:
         files += sorted(folder.glob(pattern + ending))
@@ -286,7 +288,7 @@ def _warn_of_part(path: Path) -> None:
 
 
 class Loader(yaml.SafeLoader):
-    """Reads YAML in which `!function` names a function that the harness calls."""
+    """A YAML loader that reads `!function` as the name of a function that the harness calls."""
 
 
 Loader.add_constructor("!function", lambda _, node: Function(node.value))
@@ -302,13 +304,13 @@ _KINDS: dict[str, type] = {
 
 
 def tasks_in(table: str) -> list[PublishedTask]:
-    """Return the tasks that a table in the format of `sets.yaml` describes."""
+    """Return the tasks of a table in the format of `sets.yaml`."""
     rows = yaml.load(table, Loader=Loader).items()
     return [PublishedTask(name=name, **_fields(row)) for name, row in rows]
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a task, or of a part of it, with names replaced by objects."""
+    """Return the fields of a task, or of one of its parts; names of objects become the objects."""
     fields = dict(row)
     for key, value in row.items():
         if isinstance(value, list):
