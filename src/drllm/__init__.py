@@ -1,6 +1,7 @@
 """Layer routing for frozen Hugging Face language models: skip, execute or repeat each layer.
 
-Public names are those of `__init__.pyi`, resolved on use, so that `import drllm` loads no torch.
+The public names stand in `__init__.pyi`. Each is imported when it is first used, so that
+`import drllm` loads no torch.
 """
 
 import importlib
@@ -16,7 +17,7 @@ __all__ = list(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # it takes as long to import as all of this
+        from importlib.metadata import version  # takes as long as the rest of `import drllm`
 
         return version("drllm")
     if name in _PUBLIC:

@@ -1,9 +1,10 @@
 """How far routers agree with the target paths, beside baselines that ignore the question.
 
-It works with counts, not ratios, because counts can be summed over batches, layers and processes.
-There are three baselines. The first executes every layer. The second makes each layer's most common
-training label the decision. The third draws each layer's decision as often as it was a training
-label; its counts are expected values, and nothing is really drawn. Doesn't import torch.
+The module works with counts. Unlike ratios, counts can be summed over batches, layers and
+processes. There are three baselines. The first executes every layer. The second always decides for
+a layer's most common training label. The third draws a layer's decision as often as it was a
+training label. Its counts are expected values, and nothing is really drawn. This module doesn't
+import torch.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -35,10 +36,10 @@ LabelCounts: TypeAlias = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Counts over a set of targets; expected values where decisions are drawn.
+    """Counts over a set of targets; expected values if decisions are drawn.
 
     Attributes:
-        confusion: `[L]` confusions, one a layer; empty where nothing was counted.
+        confusion: `[L]` confusions, one per layer; empty if nothing was counted.
         executions: Cost of the decisions over all targets, in layer equivalents.
         examples: Number of targets.
         loss: Sum of the targets' losses, each a mean over layers; None for decisions that aren't
@@ -134,12 +135,12 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def count_baselines(labels: LabelCounts, trained_labels: LabelCounts) -> dict[str, Counts]:
-    """Count how each baseline decides on some targets; return the counts by its name.
+    """Count how each baseline decides on some targets. Return the counts by baseline.
 
     Args:
         labels: `[L][C]` label counts of the targets to decide on.
-        trained_labels: `[L][C]` label counts of the targets trained on, from which majorities and
-            frequencies come.
+        trained_labels: `[L][C]` label counts of the training targets, which give the majorities
+            and the frequencies.
     """
     always_execute = [_make_constant(Decision.EXECUTE) for _ in labels]
     frequencies = [_compute_frequencies(layer) for layer in trained_labels]
@@ -157,7 +158,7 @@ def _compute_frequencies(label_counts: Sequence[float]) -> list[float]:
 
 
 def _find_majority(label_counts: Sequence[float]) -> Decision:
-    """Return the most common label; equally common ones are preferred in this order."""
+    """Return the most common label. On a tie, prefer execute, then skip."""
     order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)
     return max(order, key=label_counts.__getitem__)
 
@@ -209,7 +210,7 @@ def judge_routers(parts: Mapping[str, Mapping[str, Counts]]) -> str:
 
     Accuracy is tested against the better of the two constant baselines. The decisions on one target
     depend on each other, so a target counts as one trial: won and lost labels are divided by the
-    number of layers. Macro-F1 has no test; it is compared with that of the best baseline.
+    number of layers. Macro-F1 has no test; it is compared with the best baseline's macro-F1.
 
     Args:
         parts: What `add_baselines` returns for `TRAIN` and, if targets were held out, for
@@ -243,13 +244,13 @@ def _compare_accuracy(routers: Counts, constant: Counts, constant_name: str) -> 
         lost_labels / num_layers, routers.examples - won
     )  # rounding may make the sum too large
     verdict = judge_counts(won, lost, routers.examples)
-    # Won and lost are fractions of targets here, which a reader couldn't check.
+    # Won and lost are left out: they are fractions of targets here, which no reader could check.
     verdict = replace(verdict, quantity="label_accuracy", won=None, lost=None)
     return verdict.sentence(ROUTERS, constant_name)
 
 
 def _count_won_and_lost(routers: Counts, constant: Counts) -> tuple[float, float]:
-    """Count the labels that only the routers hit, and those that only a constant decision hits."""
+    """Count the labels hit only by the routers, and the labels hit only by a constant decision."""
     won = 0.0
     lost = 0.0
     for layer, constant_layer in zip(routers.confusion, constant.confusion, strict=True):

@@ -1,9 +1,9 @@
-"""Bisection: find where a condition turns, and the setting for a target number of executions."""
+"""Bisection: find where a condition turns true, or the setting for a number of executions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-NUM_HALVINGS = 60  # of the range; a double has no more digits
+NUM_HALVINGS = 60  # times the range is halved; a double has no more digits
 
 
 class Setting(NamedTuple):
@@ -18,8 +18,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    Returns the last value at which the condition was false, and the first at which it was true. The
-    two ends aren't tested, and `high` may be below `low`.
+    Returns the last value at which the condition was false, and the first value at which it was
+    true. The two ends aren't tested, and `high` may be below `low`.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -40,11 +40,11 @@ def nearest_setting(
     """Find the setting whose mean executions are nearest to a target.
 
     Over N prompts the mean changes in steps of at least 1/N, so the target is seldom met exactly.
-    From `low` to `high` the mean must only rise or only fall. For a target beyond an end, that end
-    is nearest.
+    From `low` to `high` the mean must only rise or only fall. If the range doesn't reach the
+    target, an end of the range is nearest.
 
     Args:
-        measure: Returns the mean executions with a setting.
+        measure: A function that returns the mean executions for a value of the setting.
         executions: The target.
         low: One end of the range.
         high: The other end.
@@ -58,6 +58,6 @@ def nearest_setting(
 
     bisect(is_past, low, high)
     nearest = min(means.values(), key=lambda mean: abs(mean - executions))
-    # The middle of the step: at its edge rounding errors would decide.
+    # Return the middle of the step, since rounding errors would decide at its edges.
     values = [value for value, mean in means.items() if mean == nearest]
     return Setting((min(values) + max(values)) / 2, nearest)

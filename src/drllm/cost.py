@@ -1,7 +1,7 @@
 """Costs: layer executions in layer equivalents, and the budget of a path.
 
 Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. No measured time is
-derived from them. Doesn't import torch.
+derived from them. This module doesn't import torch.
 """
 
 import math
@@ -11,9 +11,9 @@ from drllm.paths import StaticPath, num_executions, to_path
 
 
 def max_executions(budget: float, num_layers: int) -> int:
-    """Return the maximum executions of a path within a budget, which is a factor of L.
+    """Return the maximum executions of a path within a budget, given as a factor of L.
 
-    A rounding error of the product never lowers it.
+    A rounding error of the product never lowers the result.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
     """
@@ -21,13 +21,13 @@ def max_executions(budget: float, num_layers: int) -> int:
 
 
 def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
-    """Count the executions of one question's paths when common beginnings are run once.
+    """Count the executions of one question's paths if common beginnings are run only once.
 
     Example:
         >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
         4
     """
-    states: dict[tuple[int, int], int] = {}  # a state and the layer that is run next → the state
+    states: dict[tuple[int, int], int] = {}  # (state, layer that runs next) → new state
     for row in rows:
         state = 0
         for layer in to_path(row):
@@ -49,7 +49,7 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
     """Return the mean executions of the forward passes that decode answers.
 
     The pass that reads the prompt gives the first new token, so n tokens take n - 1 more passes.
-    Long answers count more than short ones. None if no answer needed another pass.
+    Long answers count more than short answers. Return None if no answer needed another pass.
 
     Args:
         rows: Decisions `[L]` of each prompt, which hold for its whole answer.

@@ -1,9 +1,9 @@
 """Every exception that drllm raises on purpose.
 
-Each is a `DrllmError`, and also the built-in that a caller would catch. A message says what is
-wrong with which value, what was expected, the nearest valid choice, and what to do. The command
-line prints it on one line and exits with status 2; any other exception is a defect of ours and
-keeps its traceback.
+Each is a `DrllmError`, and also a kind of the built-in exception that a caller would catch. A
+message says what is wrong with which value, what was expected, the nearest valid choice, and what
+to do. The command line prints the message on one line and exits with status 2. Any other exception
+is a defect of drllm and keeps its traceback.
 """
 
 import difflib
@@ -30,7 +30,7 @@ class TaskError(DrllmError, ValueError):
 
 
 class RecordError(DrllmError, ValueError):
-    """A file of ours that can't be trusted; the message names the file and the line."""
+    """A file of drllm that can't be trusted; the message names the file and the line."""
 
 
 class ModelError(DrllmError, OSError):
@@ -81,7 +81,7 @@ def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return a text with its control characters as escapes, except line ends and tabs.
 
-    All output for people goes through here once: a terminal obeys control characters, and marks of
-    the writing direction can make a text look like another one.
+    All output for people passes through this function once. A terminal obeys control characters,
+    and marks of the writing direction can make a text look like another text.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -21,8 +21,8 @@ def need(extras: str, purpose: str, *packages: str) -> None:
 
     Args:
         extras: A comma list of the extras that the packages belong to.
-        purpose: What needs them, as the subject of a sentence ("a report").
-        packages: The packages that are needed; by default all of the extras'.
+        purpose: What needs the packages, as the subject of a sentence ("a report").
+        packages: The packages that are needed; by default all packages of the extras.
     """
     missing: dict[str, str] = {}  # package → its extra
     for extra in extras.split(","):

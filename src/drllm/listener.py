@@ -1,7 +1,7 @@
 """Progress and notes of a stage, and the logger.
 
-A stage takes a `Listener` and never prints. The command line passes its terminal. From Python pass
-a subclass of your own, or nothing: notes are then logged, and progress is dropped.
+A stage takes a `Listener` and never prints. The command line passes its terminal. From Python, pass
+an object of your own subclass, or nothing: notes are then logged, and progress is dropped.
 """
 
 import logging
@@ -20,9 +20,9 @@ class OnProgress(Protocol):
         """Report progress.
 
         Args:
-            done: Units of work done, maybe a fraction. If it falls, a new part has begun.
+            done: Units of work done, maybe a fraction. If `done` falls, a new part has begun.
             total: Units of work of this part.
-            note: What is being done: parts joined by ", ", the most important first.
+            note: What is being done: phrases joined by ", ", the most important first.
         """
 
 
@@ -38,10 +38,10 @@ class Listener:
         return nullcontext()
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Return a context that yields a callback for progress, proportional to the time it takes.
+        """Return a context that yields a callback for progress.
 
-        Progress is counted in `unit` (a plural). If that is empty, only the share that is done has
-        a meaning.
+        Progress should be proportional to time. It is counted in `unit`, a plural. If `unit` is
+        empty, only the share of the work that is done has a meaning.
         """
         return nullcontext(_ignore)
 
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """Write a time that is only estimated: in whole seconds, or minutes, rounded up.
+    """Format a time that is only estimated, in whole seconds or minutes, rounded up.
 
     Example:
         >>> [rough_duration(seconds) for seconds in (0.2, 59.0, 61.0, 3599.0, 7260.0)]

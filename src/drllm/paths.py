@@ -1,9 +1,10 @@
 """Paths and decisions: two ways to write down which layers run, and conversions between them.
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
-layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
-decision vector only if it visits the layers in order and none more than twice. A `StaticPath` is a
-path that serves a whole task, with the adapter that it was healed with. Doesn't import torch.
+layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). All decisions can be written as a path. A path can
+be written as decisions only if it visits the layers in order and none more than twice. A
+`StaticPath` is one path for a whole task, with its adapter if the path was healed. This module
+doesn't import torch.
 """
 
 from collections import Counter
@@ -32,9 +33,12 @@ class Decision(IntEnum):
 
 
 def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
-    """Return the decisions as a tuple; a PathError if no model of this depth can run them.
+    """Return the decisions as a tuple.
 
     If `num_layers` is None, any length of at least 1 is accepted.
+
+    Raises:
+        PathError: No model of this depth can run the decisions.
     """
     if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
@@ -64,7 +68,7 @@ def num_executions(decisions: Sequence[int]) -> int:
 
 
 def to_path(decisions: Sequence[int]) -> Path:
-    """Write decisions as the path they run; PathError as for `check_decisions`.
+    """Write decisions as the path that they run. Raises what `check_decisions` raises.
 
     Example:
         >>> to_path([1, 1, 0, 2, 1])
@@ -80,8 +84,8 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
     """Write a path as decisions `[L]`.
 
     Raises:
-        PathError: An index outside the model, a layer visited out of order or more than twice,
-            or an empty path.
+        PathError: The path is empty, has an index that isn't a layer of the model, or visits a
+            layer out of order or more than twice.
 
     Example:
         >>> to_decisions([0, 1, 3, 3, 4], num_layers=5)
@@ -139,7 +143,7 @@ class StaticPath:
         adapter: Name, in the routed model, of the adapter that the path runs with; empty for none.
 
     Raises:
-        PathError: No layers, or a value that isn't the index of a layer.
+        PathError: There are no layers, or a value isn't the index of a layer.
 
     Example:
         >>> StaticPath([0, 2, 3]).edits(num_layers=4)
@@ -157,17 +161,17 @@ class StaticPath:
         object.__setattr__(self, "adapter", adapter)
 
     def with_adapter(self, name: str) -> "StaticPath":
-        """Return the path with an adapter, or without one if the name is empty."""
+        """Return the path with an adapter, or without an adapter if the name is empty."""
         return StaticPath(self.layers, name)
 
     def check(self, num_layers: int) -> "StaticPath":
-        """Return the path; a PathError if a model of L layers lacks one of its layers."""
+        """Return the path. Raise PathError if a model of L layers lacks one of its layers."""
         for place, layer in enumerate(self.layers):
             _check_layer(layer, place, num_layers)
         return self
 
     def decisions(self, num_layers: int) -> Decisions:
-        """Return the layers as decisions `[L]`; a PathError where these can't express them."""
+        """Return the layers as decisions `[L]`. Raise PathError if decisions can't express them."""
         return to_decisions(self.layers, num_layers)
 
     def plan(self, num_layers: int) -> "Plan":

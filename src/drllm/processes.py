@@ -1,7 +1,7 @@
 """Divides the work of one stage among processes that torchrun or `accelerate launch` has started.
 
-All processes run the same stage on the same questions, each on its own device. Only the first one
-reads and writes files. The work is divided job by job, and every process gets all results.
+All processes run the same stage on the same questions, each on its own device. Only the first
+process reads and writes files. The work is divided job by job, and every process gets all results.
 """
 
 import datetime
@@ -33,12 +33,12 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reads, writes and prints."""
+    """Say whether this process is the first, which reads, writes and prints."""
     return count() == 1 or os.environ.get("RANK") == "0"
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Run a function in the first process and return its result in all.
+    """Run a function in the first process, and return its result in all processes.
 
     A DrllmError is raised in all processes.
     """
@@ -50,10 +50,10 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
-    """Run each job in one of the processes, and return all results in all of them.
+    """Run each job in one of the processes, and return all results in every process.
 
-    All processes must call it with the same jobs. A DrllmError of a job is raised in all of them.
-    A job must not call `share` itself.
+    All processes must call `share` with the same jobs. A DrllmError of a job is raised in all
+    processes. A job must not call `share` itself.
     """
     if count() == 1:
         return [job() for job in jobs]

@@ -20,8 +20,8 @@ class Registry(Generic[T]):
 
     Args:
         kind: What a name stands for, in the singular, for messages ("baseline").
-        modules: Modules with entries, imported on the first look-up; `package.*` means every module
-            of a package.
+        modules: Modules that register entries. They are imported on the first look-up. `package.*`
+            means every module of a package.
         error: The error for an unknown name.
     """
 
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         """Register the decorated class or function under a name and its aliases.
 
         Defining the same class or function again, for example in a notebook cell that is run twice,
-        replaces the first definition. A name that is in use for something else is a ValueError.
+        replaces the first definition. A ValueError is raised if a name stands for something else.
         """
 
         def add(entry: Any) -> Any:
@@ -54,7 +54,7 @@ class Registry(Generic[T]):
         self._entries[name] = entry
 
     def get(self, name: str) -> T:
-        """Return the entry of a name; the error for an unknown name suggests the nearest."""
+        """Return the entry of a name. The error for an unknown name suggests the nearest name."""
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))

@@ -1,1 +1,1 @@
-"""The frozen base model and everything that rides on it."""
+"""The frozen base model, and the routing, routers, scoring and exports built on it."""

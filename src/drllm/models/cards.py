@@ -1,4 +1,4 @@
-"""Model cards: the hub's metadata above a body that a template fills in."""
+"""Model cards: metadata for the hub, then a body that is rendered from a template."""
 
 import re
 from functools import cache
@@ -10,16 +10,17 @@ from huggingface_hub import ModelCard, ModelCardData
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""The form of a hub id, OWNER/NAME. Only such a name is given to the hub as a base model."""
+"""The form of a hub id, OWNER/NAME. Cards name only base models whose name has this form."""
 
 
 def render_card(template: Path, metadata: ModelCardData, **values: Any) -> str:
     """Return the text of a model card.
 
     Args:
-        template: The body, a Jinja template of Markdown. It has two filters: `line` writes a value
-            as text that ends neither its line nor its code span, `number` a number in four digits.
-        metadata: What the hub reads: library, base model, tags. It becomes the front matter.
+        template: The body, a Jinja template of Markdown. The filter `line` writes a value as text
+            that stays within one line and one code span. The filter `number` writes a number in
+            four digits.
+        metadata: What the hub reads: library, base model, tags. It is written as front matter.
         values: The template's variables.
     """
     body = _load_template(template).render(**values)

@@ -1,9 +1,9 @@
 """Check that routing a model gives exact results, for `drllm ls architectures --try`.
 
-The routed model generates for a padded batch, with a cache and another plan for each row. A plain
-model runs each row alone, without padding or cache, and its list of layers is replaced by the row's
-path. Then all logits are compared. The model may be a tiny random one of a family in
-`families.yaml`, or any other.
+The routed model generates for a padded batch, with a cache and a different plan for each row. The
+plain model runs each row alone, without padding or cache, and its list of layers is replaced by the
+layers of the row's path. Then all logits are compared. The model may be a tiny random model of a
+family in `families.yaml`, or any other model.
 
 Axes: B rows, L layers, T tokens, V vocabulary.
 """
@@ -85,7 +85,11 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
 
 
 def check_family(family: str) -> Finding:
-    """Check a tiny model of a family; ArchitectureError if the table doesn't have the family."""
+    """Check a tiny model of a family.
+
+    Raises:
+        ArchitectureError: The table of families doesn't have the family.
+    """
     if family in FAMILIES and family not in CONFIG_MAPPING:
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)
@@ -126,7 +130,7 @@ def check_model(model: Any) -> Finding:
 def make_plans(num_layers: int) -> list[list[int]]:
     """Return four plans for L layers: skip the first, repeat all, mix, and run only the middle.
 
-    The first plan executes the layer of a model that has only one.
+    If the model has only one layer, the first plan executes it.
     """
     skip_first = [1] * num_layers
     if num_layers > 1:
@@ -142,9 +146,9 @@ def make_plans(num_layers: int) -> list[list[int]]:
 def replace_layers(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """Replace a model's list of layers by the layers of a path, inside the block.
 
-    The model must not be routed; a routed model must give the same results. Settings for each layer
-    (kinds of attention, rotary or not) follow the path too. Use the model without a cache: a layer
-    that is listed twice would write to one cache entry twice.
+    The model must not be routed. Routing must give the same results. Settings for each layer (kinds
+    of attention, rotary or not) follow the path too. Use the model without a cache: a layer that is
+    listed twice would write to one cache entry twice.
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
@@ -199,7 +203,7 @@ def _compare_routed(model: Any, plans: Sequence[Sequence[int]]) -> tuple[float, 
 def _compare_plain(model: Any) -> tuple[float, float]:
     """Compare a batch of the plain model, with padding and a cache, with each prompt alone.
 
-    Returns the same differences as `_compare_routed`.
+    Return the same two differences as `_compare_routed`.
     """
     examples = _make_examples(model)
     expected = [_read_alone(model, example) for example in examples]
@@ -225,7 +229,7 @@ def _read_alone(model: Any, example: _Example) -> Tensor:
 
 
 def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
-    """Return the same logits, `[B, T_new, V]`, from a padded batch that generates with a cache."""
+    """Return the logits for all answers, `[B, T_new, V]`, from a padded batch with a cache."""
     ids, mask = left_padded([example.prompt for example in examples], model.device)
     num_read = ids.shape[1]
 
@@ -238,7 +242,7 @@ def _generate_batch(model: Any, examples: Sequence[_Example]) -> Tensor:
         generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
         max_new_tokens=NUM_NEW,
         use_cache=True,  # off by default in some models
-        prefix_allowed_tokens_fn=force_answer,  # both models read the same tokens
+        prefix_allowed_tokens_fn=force_answer,  # so that both models read the same tokens
         output_logits=True,
         return_dict_in_generate=True,
     )

@@ -1,8 +1,9 @@
 """Write a path as an ordinary checkpoint: the base model's layers, in the order of the path.
 
 The export builds the model's own class with the layers of the path, gives it the base model's
-weights, writes it, loads it again, and compares. Only then the folder appears. Whether a config
-expresses the path is checked on the layers that the class builds from it, not by the model's name.
+weights, writes it, loads it again, and compares. The folder appears only after that. Whether a
+config expresses the path is checked on the layers that the class builds from the config, not by the
+model's name.
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
@@ -41,8 +42,8 @@ NUM_TOKENS = 32  # length of the row on which the checkpoint is compared with th
 
 MERGED_TOLERANCE = 1e-4
 MERGED_TOLERANCE_16_BITS = 0.25
-"""With a merged adapter, logits may differ by this share of their standard deviation: each sum of a
-weight and its update is rounded, in 16 bits coarsely."""
+"""With a merged adapter, logits may differ by this share of their standard deviation. The sum of a
+weight and its update is rounded, and more coarsely in 16 bits."""
 
 BUILD_ERRORS = (
     ValueError,
@@ -52,7 +53,7 @@ BUILD_ERRORS = (
     StrictDataclassError,
     NotImplementedError,  # from a class that looks at its weights while it is built
 )
-"""Errors of a class of transformers that can't be built from a config."""
+"""What transformers raises if a class can't be built from a config."""
 
 CONFIG_FILE = "config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -69,7 +70,7 @@ OLDER_NAMES: dict[str, dict[str, str]] = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
 }
-"""By type of model, the settings that have another name in transformers 4 than in 5."""
+"""By model type: the name of a setting in transformers 5 → its name in transformers 4."""
 
 
 class Export(NamedTuple):
@@ -101,15 +102,16 @@ def export_path(
     doesn't need drllm. PEFT merges a healed path's adapter into the weights. An ordinary checkpoint
     can't share a layer, so a layer that the path runs twice is written twice.
 
-    The folder appears when everything is written and checked: the checkpoint is loaded again, and
-    its weights, and its logits of a short row of tokens, equal those of the base model along the
-    path bit by bit. With a merged adapter the logits are equal up to rounding.
+    The folder appears only when everything is written and checked. For the check, the checkpoint is
+    loaded again. Its weights must equal those of the base model along the path bit for bit, and so
+    must its logits for a short row of tokens. With a merged adapter the logits must be equal up to
+    rounding.
 
     Args:
         base: The base model, which isn't routed. It isn't changed.
-        path: A path, or layer indices in the order executed: in any order, each any number of
-            times. For a `PathFile` the card says how the path was found.
-        output: The folder to make. An empty one may exist.
+        path: A path, or layer indices in the order executed. The order is free, and a layer may
+            come any number of times. For a `PathFile` the card says how the path was found.
+        output: The folder to make. An empty folder may exist.
 
     Raises:
         PathError: The path is empty, has a layer that the model doesn't have, or is for another
@@ -158,7 +160,7 @@ def export_path(
 def _run_base(
     model: Any, path: StaticPath, file: PathFile | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the base model along a path. Return the weights that its adapter changes, and logits."""
+    """Run the base model along a path. Return the adapter's merged weights, and the logits."""
     routed = RoutedModel(model)
     try:
         if file is not None:
@@ -184,7 +186,7 @@ def _create_folder(output: Path) -> Iterator[Path]:
         if place.is_dir():
             place.rmdir()
         folder.rename(place)
-    except DrllmError:  # some of them are an OSError too
+    except DrllmError:  # some kinds of it are OSErrors too
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or hub.first_line(error)
@@ -197,7 +199,7 @@ def _create_folder(output: Path) -> Iterator[Path]:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a file or a folder that isn't empty, with a ConfigError."""
+    """Raise ConfigError if the output is a file, or a folder that isn't empty."""
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; give the name of a folder to make")
     if folder.is_dir() and any(folder.iterdir()):
@@ -237,13 +239,13 @@ class NamedWeight(NamedTuple):
 
     name: str
     values: Tensor
-    is_copy: bool  # the path runs the weight's layer earlier too
+    is_copy: bool  # whether the path runs the weight's layer earlier too
 
 
 def _weights_along(
     base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> Iterator[NamedWeight]:
-    """Yield the weights of the model for a path, with those that an adapter is merged into."""
+    """Yield the weights of the exported model. The merged weights replace the base model's."""
     layers = find_layers(base)[1]
     prefix = name_of_layers(base, layers)
     for name, weight in base.state_dict().items():
@@ -261,7 +263,7 @@ def _weights_along(
 def _fill(
     exported: Any, base: Any, path: tuple[int, ...], merged: Mapping[str, Tensor]
 ) -> tuple[int, int]:
-    """Give an exported model its weights. Return their size and that of repeated ones, in bytes."""
+    """Give an exported model its weights. Return the bytes of all, and of the repeated layers."""
     weights: dict[str, Tensor] = {}
     num_repeated_bytes = 0
     for weight in _weights_along(base, path, merged):
@@ -326,14 +328,14 @@ def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int)
 def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]) -> None:
     """Refuse exported layers that differ from the layers of the base model that they copy.
 
-    The classes, the names and shapes of tensors, every plain attribute (a window, a switch for
-    RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds are
-    compared. On the meta device values aren't compared.
+    The function compares the classes, the names and shapes of tensors, every plain attribute (a
+    window, a switch for RoPE, a scale) except a layer's index, and the values of buffers. On the
+    meta device values aren't compared.
 
     Args:
-        ours: The layers that are built from the config for the path.
+        ours: The exported layers, built from the config for the path.
         theirs: The layers of the base model.
-        path: The layer of the base model that each of ours copies.
+        path: The layer of the base model that each exported layer copies.
 
     Raises:
         ArchitectureError: A layer differs. The message names the layer and the difference.
@@ -349,7 +351,7 @@ def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]
 
 
 def _find_difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> str | None:
-    """Describe how a copied layer differs from its source; None if it doesn't."""
+    """Describe how a copied layer differs from its source; return None if it doesn't."""
     ours_by_name = _describe_layer(ours)
     theirs_by_name = _describe_layer(theirs)
     for name in {**theirs_by_name, **ours_by_name}:
@@ -385,7 +387,7 @@ def _describe_layer(layer: nn.Module) -> dict[str, Any]:
 
 
 def _write(folder: Path, exported: Any, base: BaseModel, card: str) -> None:
-    """Write an exported model, its generation config, tokenizer and card."""
+    """Write an exported model with its generation config, tokenizer and card."""
     # save_pretrained refuses generation settings that loading accepts, so they are written below.
     exported.generation_config = GenerationConfig()
     exported.save_pretrained(folder)
@@ -426,10 +428,10 @@ def add_older_names(config: dict[str, Any]) -> None:
     """Add to a config, in place, the names that transformers 4 and early versions of 5 read.
 
     Transformers 5 keeps the settings of RoPE under `rope_parameters`. Transformers 4 doesn't read
-    that key, and uses its defaults without a warning. A config may have both. The older names are
-    those that transformers 5 itself still reads.
+    that key, and uses its defaults without a warning. A config may have both names. Transformers 5
+    still reads the older names.
     """
-    for part in [config, *config.values()]:  # a composite config has one for the text
+    for part in [config, *config.values()]:  # a composite config has a part for the text
         if not isinstance(part, dict):
             continue
         if "attention_layers" in part and "attention_types" in part:  # gpt_neo: runs of kinds
@@ -459,7 +461,8 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "default":
         scaling = {name: value for name, value in parameters.items() if name not in outside}
     if kind == "longrope" and "original_max_position_embeddings" in config:
-        # Models that have this length outside, such as phi3, accept only these three inside.
+        # If the config has this length outside of the scaling, as in phi3, only these three keys
+        # may be in the scaling.
         factors = {name: parameters[name] for name in ("short_factor", "long_factor")}
         scaling = {"type": kind, **factors}
     return {**older, "rope_scaling": scaling, **local}
@@ -503,7 +506,8 @@ def _verify(
                 f"loaded again, the export has other values in {name!r}, so it was removed; this "
                 f"{type(base).__name__} can't be exported"
             )
-    # The last bits of a product depend on the memory address of its factors, so use the same ones.
+    # The last bits of a product depend on the memory addresses of its factors, so both models get
+    # the same tensors.
     loaded.load_state_dict(weights, assign=True)
     logits = _compute_logits(loaded)
     difference = float((logits - expected).abs().max())
@@ -529,7 +533,7 @@ def model_card(
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
-    For a path of a `paths.json` the card also says how the path was found and how it did.
+    For a path of a `paths.json`, the card also says how the path was found and how it scored.
     """
     layers = path.layers
     num_layers = base["num_layers"]
@@ -554,7 +558,7 @@ def model_card(
 
 
 def _describe_for_hub(base: Mapping[str, Any]) -> ModelCardData:
-    """Return the hub's metadata; it names the base model only if that came from the hub."""
+    """Return metadata for the hub. It names the base model only if that came from the hub."""
     metadata = ModelCardData(library_name="transformers", tags=["layer-path"])
     if base["revision"]:
         metadata.base_model = base["id"]

@@ -60,7 +60,7 @@ def save_healed(folder: Path, record: HealedPath, routed: RoutedModel, adapter: 
 
 
 def _describe_for_hub(record: HealedPath) -> ModelCardData:
-    """Return the hub's metadata; it names the base model only if that came from the hub."""
+    """Return metadata for the hub. It names the base model only if that came from the hub."""
     metadata = ModelCardData(library_name="peft", tags=["lora", "layer-path"])
     if record.model.get("revision"):
         metadata.base_model = record.model["id"]
@@ -74,8 +74,8 @@ def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
 
     Raises:
         PathError: The path is for another model.
-        RecordError: The adapter is broken, or isn't that of the path.
-        RoutingError: The adapter is for other linear maps, or the model can't have one.
+        RecordError: The adapter is broken, or belongs to another path.
+        RoutingError: The adapter is for other linear maps, or the model can't have an adapter.
         ConfigError: PEFT isn't installed.
     """
     name = getattr(base_of(routed.model), "name_or_path", "")
@@ -88,7 +88,7 @@ def load_path(routed: RoutedModel, plan: PathFile) -> StaticPath:
 
 
 def _config_to_write(config: Any, record: HealedPath) -> dict[str, Any]:
-    """Return PEFT's values for `adapter_config.json`, in an order that is always the same."""
+    """Return PEFT's values for `adapter_config.json`, always in the same order."""
     values = config.to_dict()
     for name, value in values.items():
         if isinstance(value, set):

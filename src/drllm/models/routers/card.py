@@ -1,6 +1,6 @@
 """The model card of saved routers, made from `router_config.json` alone.
 
-The card claims nothing that isn't recorded there.
+The card claims nothing that isn't recorded in that file.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
 
     Args:
         config: The routers' config.
-        place: Where they will be loaded from: a folder or a hub id.
+        place: Where the routers will be loaded from: a folder or a hub id.
     """
     training = config.training
     comparison = _as_mapping(training.get("against_baselines"))
@@ -67,7 +67,7 @@ def write_card(config: RouterConfig, place: str = FOLDER) -> str:
 
 
 def _describe_for_hub(config: RouterConfig) -> ModelCardData:
-    """Return the hub's metadata; it names the base model only if that name is a hub id."""
+    """Return metadata for the hub. It names the base model only if the name is a hub id."""
     metadata = ModelCardData(library_name=LIBRARY, tags=["layer-routing", "dynamic-depth"])
     if HUB_ID.fullmatch(config.base_model):
         metadata.base_model = config.base_model

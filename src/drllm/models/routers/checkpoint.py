@@ -30,7 +30,7 @@ from drllm.models.routers.stack import NUM_DECISIONS, RouterStack
 from drllm.records.identity import differ
 
 COUNTED_CONTENT = b'{"library_name": "drllm"}\n'
-PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save and pickle begin a file
+PICKLES = (b"PK\x03\x04", b"\x80")  # the first bytes of files by torch.save and by pickle
 BASE_FIELDS = ("base_class", "num_layers", "hidden_size", "base_fingerprint")
 """The fields of a config that must fit the base model."""
 
@@ -44,12 +44,12 @@ def save_routers(
 ) -> None:
     """Write config, weights and a model card; the base model is not saved.
 
-    All files are replaced or none is; other files in the folder stay.
+    All of these files are replaced, or none. Other files in the folder stay.
 
     Args:
         routers: The routers.
         folder: Where to write; made if it doesn't exist.
-        config: Saved in place of the config that the routers have.
+        config: The config to save instead of the routers' own config.
         place: Where the routers will be loaded from, for the card: a folder or a hub id.
 
     Raises:
@@ -111,7 +111,7 @@ def _encode_config(config: RouterConfig) -> bytes:
 
 
 def _replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder, replacing those that are there: all of them, or none.
+    """Write files into a folder, in place of earlier files: all of them, or none.
 
     All new files are on disk before the first old file is moved, and old files are put back if a
     step fails. The config is moved away first and put in place last. So a process that is killed in
@@ -147,7 +147,7 @@ def _write_to_disk(path: Path, content: bytes) -> None:
 
 
 def _remove_leftovers(folder: Path, names: list[str]) -> None:
-    """Remove the files that were replaced, and those that a killed save left."""
+    """Remove the files that were replaced, and the files that a killed save left."""
     for name in names:
         for path in folder.glob(f".{name}.*"):
             if path.suffix in (".new", ".old"):
@@ -178,7 +178,7 @@ def load_routers(folder: Path | str) -> RouterStack:
 
 def build_stack(config: RouterConfig, tensors: Mapping[str, Tensor]) -> RouterStack:
     """Return routers with the weights of a state dict."""
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+    with torch.device("meta"):  # so that no random weights are drawn
         stack = RouterStack(config)
     stack.load_state_dict(tensors, assign=True)
     return stack
@@ -198,7 +198,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     try:
         with safe_open(path, framework="pt") as weights:
-            # Copied, since the tensors would otherwise stay a view of the file.
+            # The tensors are copied. Otherwise they would stay views of the file.
             tensors = {name: weights.get_tensor(name).clone() for name in weights.keys()}  # noqa: SIM118
             return tensors, dict(weights.metadata() or {})
     except (SafetensorError, OSError) as error:
@@ -242,7 +242,7 @@ def _find_misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | N
 def check_routers(model: Any, routers: RouterStack) -> None:
     """Refuse routers that were made for another model; the message lists every difference.
 
-    PEFT adapters and devices don't matter. If only the id differs, it is a warning.
+    PEFT adapters and devices don't matter. If only the base model's id differs, a warning says so.
     """
     config = routers.config
     differences = _compare_base(config, describe(model))
@@ -273,7 +273,7 @@ def _compare_base(config: RouterConfig, identity: Mapping[str, Any]) -> list[str
 
 
 def complete_config(config: RouterConfig, model: Any) -> RouterConfig:
-    """Return a config with what it didn't say about its base model filled in."""
+    """Return a config in which the missing facts about the base model are filled in."""
     identity = describe(model)
     if not config.base_model:
         base = base_of(model)

@@ -35,16 +35,16 @@ class RouterConfig:
         num_windows: W.
         router_width: H.
         base_model: Hub id, alias or path of the base model.
-        base_revision: Its revision, if known.
+        base_revision: Revision of the base model, if known.
         base_class: Class name of the base model.
         base_fingerprint: Hash over three named weight tensors of the base model.
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
-            empty where the routers weren't trained on targets.
-        training: Settings and final metrics, for people to read. The code reads two keys only:
-            `rewards` and `prompt_form`, the rewards and the form of the prompts trained on.
+            empty if the routers weren't trained on targets.
+        training: Settings and final metrics, for people to read. The code reads only two keys:
+            `rewards` and `prompt_form`, the rewards and the form of the training's prompts.
 
     Raises:
-        ConfigError: A value has another type, or a size is below 1.
+        ConfigError: A value has the wrong type, or a size is below 1.
     """
 
     num_layers: Size
@@ -82,7 +82,7 @@ class RouterConfig:
 
     @property
     def prompt_form(self) -> PromptForm | None:
-        """The form of the prompts trained on; None where it isn't recorded."""
+        """The form of the training's prompts; None if it isn't recorded."""
         try:
             return msgspec.convert(self.training.get("prompt_form"), PromptForm | None)
         except msgspec.ValidationError as error:
@@ -90,7 +90,11 @@ class RouterConfig:
 
 
 def read_config(folder: Path | str) -> RouterConfig:
-    """Read the `router_config.json` of a routers folder; CheckpointError if it is no good."""
+    """Read the `router_config.json` in a folder of routers.
+
+    Raises:
+        CheckpointError: The file is missing, broken, or not the config of routers.
+    """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(explain_missing_config(path.parent))

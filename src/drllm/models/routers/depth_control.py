@@ -1,6 +1,6 @@
 """Depth control: finds the depth bias for a number of executions, and makes policies from settings.
 
-The bias is found by measuring the routes of a calibration set of prompts.
+To find the bias, the routes of a calibration set of prompts are measured.
 
 Axes: N prompts, L layers.
 """
@@ -28,18 +28,18 @@ TOLERANCE = 0.25
 """How far the mean executions of the calibration set may be from the target. Often no bias comes
 nearer: when a layer is skipped, later routers read other states, and a single prompt may lose
 twenty executions at once."""
-DECIMALS = 6  # of biases, so that they can be copied from a message
+DECIMALS = 6  # decimals of a bias, few enough to copy it from a message
 RESOLUTION = 1e-5  # two biases nearer than this count as the same
 WIDEST = 2.0**19
-"""The largest bias to try. Where all logits are smaller, every router skips or repeats at it."""
-GRID_SIZE = 16  # intervals in which the search starts again after a jump
+"""The largest bias to try. If all logits are smaller, every router skips or repeats under it."""
+GRID_SIZE = 16  # number of intervals in which the search starts again after a jump
 
 
 class Calibration(NamedTuple):
     """A depth bias, and what it does on the calibration set.
 
     Attributes:
-        depth_bias: For `RouterPolicy`, or as `--depth-bias`.
+        depth_bias: The bias, for `RouterPolicy` or `--depth-bias`.
         executions: Measured mean executions of the prompts under this bias.
         num_prompts: N.
         num_probes: How many biases were measured, each on all prompts.
@@ -76,7 +76,7 @@ def route_prompts(
 
 
 def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse an empty list, a prompt without tokens, and one longer than the context."""
+    """Refuse an empty list, a prompt without tokens, and a prompt longer than the context."""
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
     context = context_length(routed.model)
@@ -93,7 +93,7 @@ def _check_prompts(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Non
 class _Recorder(Policy):
     """Reads the inputs of some layers, and makes the same decision at each layer.
 
-    Layers after the last one that is read are skipped, since nobody needs their states.
+    The last layer that is read and all later layers are skipped: nobody needs their outputs.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ def record_at_layers(
     *,
     decision: int,
 ) -> Tensor:
-    """Return what a function reads at some layers' inputs for each prompt, `[N, layers, …]`.
+    """Return what a function reads from the inputs of some layers, `[N, layers, …]`.
 
-    Every layer before the last of these gets the same decision.
+    All layers before the last layer that is read get the same decision.
     """
-    # `route_prompts` runs the longest prompts first; in this order its batches are consecutive.
+    # `route_prompts` runs the longest prompts first. In this order, its batches are consecutive.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     recorder = _Recorder(read, layers, decision)
     route_prompts(routed, recorder, [prompts[row] for row in order])
@@ -148,7 +148,7 @@ def run_prompts(routed: RoutedModel, policy: Policy, prompts: Sequence[Sequence[
 
 
 class _Probes:
-    """Measures the mean executions of prompts under depth biases; each bias is measured once."""
+    """Measures the mean executions of prompts under depth biases, once for each bias."""
 
     def __init__(
         self,
@@ -197,15 +197,15 @@ def find_depth_bias(
     """Find the depth bias under which prompts have a target number of executions on average.
 
     Each bias is measured by routing all prompts, since a decision changes what later routers read.
-    The mean is a step function of the bias: it may jump over values, and it may rise as well as
-    fall. Bisection usually finds the target all the same. If it ends in a jump, it starts again in
-    each of 16 equal intervals.
+    The mean is a step function of the bias: the mean may jump over values, and it may rise as well
+    as fall. Bisection usually finds the target all the same. If bisection ends in a jump, it starts
+    again in each of 16 equal intervals.
 
     Args:
         routed: A model with routers.
         prompts: The calibration set, token ids of each prompt.
         target_executions: Mean executions, from 1 to 2L.
-        routers: The routers to find a bias for; None takes those of the model.
+        routers: The routers to find a bias for; None takes the model's routers.
         batch_size: Prompts in a forward pass.
         tolerance: How far the mean may be from the target.
 
@@ -214,7 +214,8 @@ def find_depth_bias(
 
     Raises:
         ConfigError: There are no routers or no usable prompts, a model of L layers can't run the
-            target, or the mean jumps over it; the message then names the nearest values.
+            target, or the mean jumps over the target. In the last case the message names the
+            nearest values.
 
     Source: ours (D-20).
     """
@@ -244,7 +245,7 @@ def find_depth_bias(
 
 
 def _propose_biases(measure: Callable[[float], float], target: float) -> Iterator[float]:
-    """Yield biases one by one, each chosen by what the earlier ones measured."""
+    """Yield biases to measure. The next bias depends on the measurements so far."""
     yield 0.0
     direction = 1.0 if measure(0.0) > target else -1.0
     near = 0.0
@@ -282,8 +283,8 @@ def make_policy(
 ) -> tuple[Policy, Calibration | None]:
     """Return the policy of depth settings, and the calibration if a target was calibrated.
 
-    Without a depth setting it is the model's current policy. Only `target_executions` needs
-    prompts.
+    Without a depth setting, the policy is the model's current policy. Only `target_executions`
+    needs prompts.
     """
     setting = config.find_setting()
     routers = routed.routers
@@ -308,8 +309,8 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
     """Read the prompts of a calibration file.
 
     Each line is an object with `prompt` or `question`. Lines of `supervision.jsonl` and
-    `search.jsonl` are recognised by their other fields; their prompts are rendered already, with
-    any chat template.
+    `search.jsonl` are recognised by their other fields. Prompts of these two files are rendered
+    already, with the chat template if there is one.
 
     Returns:
         Each prompt, and whether it is rendered already.
@@ -331,7 +332,7 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
 def encode_calibration(
     prompts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of calibration prompts; `chat` adds the template where it is missing."""
+    """Return the tokens of calibration prompts; `chat` adds the template if it is missing."""
     tokens = []
     for text, is_rendered in prompts:
         prompt = render(tokenizer, text, chat=chat and not is_rendered)

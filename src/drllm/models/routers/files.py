@@ -12,12 +12,12 @@ from drllm.models.cards import CARD_FILE, HUB_ID
 from drllm.models.routers.places import CONFIG_FILE
 
 WEIGHTS_FILE = "routers.safetensors"
-COUNTED_FILE = "config.json"  # the file that the hub counts downloads by; nothing else reads it
+COUNTED_FILE = "config.json"  # only the hub reads this file, to count downloads
 FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
 
 
 def find_routers(place: Path | str, revision: str | None = None, **options: Any) -> Path:
-    """Return the folder of routers that a name stands for, downloaded from the hub if necessary.
+    """Return the folder of routers that a name stands for. Download it from the hub if necessary.
 
     Args:
         place: A folder, or OWNER/NAME on the hub. A folder of that name is preferred. A folder
@@ -56,6 +56,6 @@ def _download(name: str, revision: str | None, options: dict[str, Any]) -> Path:
     with hub.quiet():
         try:
             return Path(huggingface_hub.snapshot_download(name, **options))
-        except OfflineModeIsEnabled:  # some versions raise it even for a commit in the cache
+        except OfflineModeIsEnabled:  # some versions raise this even for a cached commit
             options["local_files_only"] = True
             return Path(huggingface_hub.snapshot_download(name, **options))

@@ -106,7 +106,7 @@ def _remove_local_name(config: RouterConfig) -> RouterConfig:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a hub id, and no file or folder here has this name."""
+    """Say whether a name has the form of a hub id, and isn't a file or folder here."""
     has_form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
     return has_form and not Path(name).expanduser().exists()
 

@@ -30,12 +30,12 @@ def fit_logistic(
     never varies gets weight 0.
 
     Args:
-        inputs: Of any scale; the returned map takes them unscaled.
-        labels: Classes, from 0.
+        inputs: Inputs of any scale; the returned map takes unscaled inputs.
+        labels: Classes, counted from 0.
         num_classes: C.
         weights: Weight of each example, `[N]`; all equal by default.
-        penalty: None chooses the one of `PENALTIES` that fits a held-out fifth of the examples
-            best; the map is then fitted on all of them.
+        penalty: Weight of the penalty. None chooses, among `PENALTIES`, the penalty with which the
+            map fits a held-out fifth of the examples best. The map is then fitted on all examples.
     """
     num_examples = len(inputs)
     if weights is None:
@@ -58,7 +58,8 @@ def _choose_penalty(inputs: Tensor, labels: Tensor, num_classes: int, weights: T
     num_examples = len(inputs)
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     num_held_out = round(HELD_OUT * num_examples)
-    held_out = weights.index_fill(0, order[num_held_out:], 0.0)  # weights of the held-out examples
+    # The weights of the held-out examples, and 0 for all other examples.
+    held_out = weights.index_fill(0, order[num_held_out:], 0.0)
 
     def loss_held_out(penalty: float) -> float:
         linear = _fit(inputs, labels, num_classes, weights - held_out, penalty)
@@ -93,7 +94,7 @@ def _fit(
 def _compute_loss(
     linear: nn.Linear, inputs: Tensor, labels: Tensor, num_classes: int, weights: Tensor
 ) -> Tensor:
-    """Return the weighted mean over examples of their summed cross-entropy."""
+    """Return the weighted mean, over examples, of the cross-entropy summed over decisions."""
     logits = linear(inputs).view(-1, num_classes)
     losses = cross_entropy(logits, labels.flatten(), reduction="none")
     losses = losses.view(len(inputs), -1).sum(dim=1)  # [N]

@@ -10,7 +10,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def check_place(place: Path) -> None:
-    """Raise CheckpointError for a place that is neither a folder of routers nor a hub id.
+    """Raise CheckpointError if a place is neither a folder of routers nor a hub id.
 
     Whether a hub id exists is known only when the routers are fetched.
     """

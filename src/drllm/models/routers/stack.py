@@ -20,21 +20,21 @@ class Windows:
     """What a router reads of a batch of prompts."""
 
     means: Tensor  # [B, W, D] in float32: mean hidden state of each window, zeros past `filled`
-    filled: Tensor  # [B]: number of windows that hold tokens, min(T, W)
+    filled: Tensor  # [B]: number of windows that hold tokens
     are_all_filled: bool = False  # whether every row is known to fill all W windows
 
 
 class Spans:
     """Where the W windows lie in a batch of prompts.
 
-    Window w holds the readable tokens floor(w·T/W) … floor((w+1)·T/W) − 1, counted without the
-    padding. A row of T < W tokens has T windows of one token.
+    In a row with n readable tokens, window w holds the readable tokens floor(w·n/W) …
+    floor((w+1)·n/W) − 1. A row of n < W tokens has n windows of one token.
 
     Args:
-        readable: `[B, T]` bool, the tokens that a router may read; at least one a row.
+        readable: `[B, T]` bool, the tokens that a router may read; at least one in each row.
         num_windows: W.
 
-    Source: Dr.LLM section 3.2; that no token at the end is dropped is ours (D-03).
+    Source: Dr.LLM section 3.2; dropping no token at the end is ours (D-03).
     """
 
     def __init__(self, readable: Tensor, num_windows: int) -> None:
@@ -52,7 +52,8 @@ class Spans:
         inside = (rank >= first) & (rank < end) & readable[:, None, :]  # [B, W, T]
         self.shares = inside / inside.sum(dim=2, keepdim=True).clamp(min=1)  # [B, W, T]
         self.readable = readable
-        # These two save a few steps a layer. On an accelerator, reading them would wait for it.
+        # These two flags save a few steps in each layer. On an accelerator they stay False, since
+        # the host would have to wait for them.
         is_on_cpu = readable.device.type == "cpu"
         self.is_all_readable = is_on_cpu and bool(readable.all())
         self.are_all_filled = is_on_cpu and bool((self.filled == num_windows).all())
@@ -78,7 +79,7 @@ class RouterStack(nn.Module):
 
     Args:
         config: Shapes and the base model they belong to.
-        generator: Source of the initial weights.
+        generator: The random generator that the initial weights are drawn from.
 
     Source: Dr.LLM section 3.2 and appendix (bottleneck 128).
 
@@ -114,7 +115,7 @@ class RouterStack(nn.Module):
         """
         B, L, W, D = means.shape
         H = self.config.router_width
-        # Weights come first in the products, so that their gradients have the same layout.
+        # Weights come first in the products, so that their gradients have the weights' layout.
         rows = means.transpose(0, 1).reshape(L, B * W, D)
         inner = torch.baddbmm(
             self.hidden_bias[..., None], self.hidden_weight, rows.transpose(1, 2)
@@ -133,7 +134,7 @@ class RouterStack(nn.Module):
         inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
         inner = nn.functional.gelu(inner, approximate="tanh").transpose(-1, -2)  # [B, H, W]
         if windows.are_all_filled:
-            inner = inner.mean(dim=-1)  # saves four small steps a layer
+            inner = inner.mean(dim=-1)  # saves four small steps in each layer
         else:
             inner = _average_filled(inner, filled[..., None])
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])

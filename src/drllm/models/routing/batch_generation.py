@@ -267,7 +267,7 @@ def _find_plans(
 ) -> list[Decisions] | None:
     """Return the decisions for each prompt, or None to batch prompts by their length alone."""
     policy = routed.policy
-    if type(policy) in (FullPolicy, FixedPolicy):  # these read nothing
+    if type(policy) in (FullPolicy, FixedPolicy):  # these policies read nothing
         view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
         by_layer = [policy.decide(layer, view) for layer in range(routed.num_layers)]
         return [tuple(map(int, decisions)) for decisions in zip(*by_layer, strict=True)]

@@ -80,7 +80,7 @@ class ThreadValue(_UseCount, Generic[Value]):
         self._traced: Value | None = None
 
     def get(self) -> Value | None:
-        """Return the value, or None between `end` and `begin`."""
+        """Return the value, or None if it isn't set."""
         if not self.in_use:
             return self._traced
         if self._traced is not None and torch.compiler.is_compiling():

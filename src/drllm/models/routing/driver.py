@@ -61,7 +61,10 @@ class RoutingDriver(Driver):
 
     @property
     def last_route(self) -> list[RowDecisions]:
-        """The route of this thread's last prompts, `[L]`; of any thread's if this one ran none."""
+        """The route of this thread's last prompts, `[L]`.
+
+        If this thread ran no prompts, this is the last route of any thread.
+        """
         if self._last_traced:
             return self._last_traced
         return self._last_by_thread.get(threading.get_ident()) or self._last_of_all
@@ -235,7 +238,7 @@ class RoutedPass(Driver):
     def _execute_once_at_least(self, decisions: RowDecisions) -> RowDecisions:
         """Let a row that skipped all layers before the last one execute the last one.
 
-        Otherwise it would answer from its embeddings (D-10).
+        Otherwise the row would answer from its embeddings (D-10).
         """
         checked = list(decisions)
         for row, value in enumerate(decisions):
@@ -319,7 +322,7 @@ def _run_rows(call: LayerCall, hidden: Tensor, rows: tuple[int, ...]) -> Tensor:
         return call.run(hidden)
     index = call.forward.index(rows, hidden.device)
     output = call.run(hidden.index_select(0, index), rows)
-    hidden = hidden.to(output.device)  # the layer may be on another device than the one before
+    hidden = hidden.to(output.device)  # layers may be on different devices
     return hidden.index_copy(0, call.forward.index(rows, output.device), output)
 
 

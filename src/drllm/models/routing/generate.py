@@ -129,7 +129,7 @@ def end_tokens(ends: Any) -> list[int]:
 
 
 def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Return each prompt's number of tokens, `[B]`, padding not counted."""
+    """Return each prompt's number of tokens without padding, `[B]`; None if it isn't known."""
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return torch.as_tensor(mask.sum(dim=1))

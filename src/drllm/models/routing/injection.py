@@ -107,7 +107,7 @@ class Injection:
 
     Args:
         model: The model.
-        default: The driver that runs the layers while no other is active.
+        default: The driver that runs the layers while no other driver is active.
 
     Raises:
         ArchitectureError: `find_layers` or `probe` refuses the model.
@@ -314,7 +314,8 @@ class DecoderHandle(ForwardOverride):
 
     Three kinds of passes run uncompiled:
 
-    - passes under routers: every route would need a graph of its own, until torch gives up;
+    - passes under a policy that reads the prompt, such as routers: every route would need a graph
+      of its own, until torch gives up;
     - the pass that makes a cache's entries;
     - all passes of a model with adapters, since the adapters are switched for each pass.
     """
@@ -355,7 +356,7 @@ _uncompiled: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
 
 
 def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    """Return the cache among the arguments of a call; None where there is none."""
+    """Return the cache among the arguments of a call; None if there is no cache."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return value
@@ -569,7 +570,7 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
 
 
 def _check_tensors(name: str, tensors: Any, kind: str) -> None:
-    """Refuse an argument that can't be cut, or whose batch axis would be a guess."""
+    """Refuse an argument that can't be cut, or whose batch axis isn't known."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise RoutingError(
             f"the layers of this model take {name!r} as a {kind}, which can't be cut by rows; load "

@@ -105,7 +105,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     shadow: CacheLayerMixin | None
 
     def __init__(self, pristine: CacheLayerMixin) -> None:
-        # No super().__init__(): it would set keys and values that this entry doesn't have.
+        # super().__init__() isn't called: it would set `keys` and `values`, which are properties.
         # The empty entry may have memory for all rows already. Each pass allocates its own memory.
         pristine.keys = None
         pristine.values = None
@@ -211,7 +211,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Do nothing: each pass initialises itself at its first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store K and V of the running pass, `[R, H, T, E]`, and return those of all its tokens."""
+        """Store K and V of the running pass, `[R, H, T, E]`. Return K and V of all its tokens."""
         if self._active is None:
             raise RoutingError(
                 "this cache belongs to a routed model, and its layer was run without routing; "
@@ -378,7 +378,7 @@ def find_entry(cache: Cache, index: int) -> Any:
 
 
 def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
-    """Return the routed entry of a layer. At the first visit it replaces the cache's own entry."""
+    """Return a layer's routed entry. At the first visit, put it in place of the cache's entry."""
     entry = find_entry(cache, index)
     if isinstance(entry, RoutedCacheLayer):
         return entry

@@ -29,7 +29,7 @@ _switching = threading.Lock()
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraWeights:
-    """The weights of one adapter: a linear map of x gets `alpha / rank · B A x` added to it."""
+    """The weights of one adapter, which adds `alpha / rank · B A x` to a linear map of x."""
 
     rank: int  # R
     alpha: float
@@ -94,8 +94,8 @@ class LoraAdapters:
         """Put an adapter with given weights into the model.
 
         Args:
-            name: Its name in the model.
-            weights: Its weights.
+            name: The adapter's name in the model.
+            weights: The adapter's weights.
             maps: The linear maps that an adapter may change, by name.
 
         Raises:
@@ -131,9 +131,9 @@ class LoraAdapters:
     ) -> list[nn.Parameter]:
         """Put a new adapter on all linear maps of some layers, and return its parameters.
 
-        The adapter has no effect yet: A is random, as in PEFT, and B is zero. The parameters
-        are float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers
-        have no linear maps.
+        The adapter has no effect yet: A is random, as in PEFT, and B is zero. The parameters are
+        float32 and need gradients. Raises what `add` raises, and a RoutingError if the layers have
+        no linear maps or the model's weights are offloaded.
         """
         changed: dict[str, Any]
         changed = {key: module for key, module in maps.items() if layer_of_map(key) in layers}
@@ -192,7 +192,7 @@ class LoraAdapters:
         return merged
 
     def drop(self, name: str) -> None:
-        """Take an adapter out of the model. After the last one the linear maps are put back."""
+        """Take an adapter out of the model. After the last adapter, put the linear maps back."""
         self.check(name)
         for place in self._find_places(name).values():
             place.lora.delete_adapter(name)
@@ -220,7 +220,7 @@ class LoraAdapters:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Switch one adapter on inside the block, which is one pass; an empty name is for none.
+        """Switch one adapter on for one pass, inside the block; with an empty name, switch none on.
 
         Raises:
             RoutingError: The model has no such adapter, or another thread runs a pass with a

@@ -48,7 +48,7 @@ class PromptView:
 
     @property
     def num_rows(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return int(self.hidden.shape[0])
 
     def windows(self, num_windows: int) -> Windows:

@@ -95,9 +95,9 @@ def unrouted(
     """Yield a stage's base model, without routing inside the block.
 
     Args:
-        model: Settings or a name, to load a model; or a loaded model: what `load` returns, a model
-            of transformers, or a `RoutedModel`. Its routing is put back after the block.
-        tokenizer: The model's tokenizer; None for the one that the model comes with.
+        model: The settings or the name of a model to load; or a loaded model: what `load` returns,
+            a model of transformers, or a `RoutedModel`. Its routing is put back after the block.
+        tokenizer: The model's tokenizer; None takes the tokenizer that the model comes with.
         listener: Told about the loading.
     """
     with ExitStack() as stack:
@@ -153,7 +153,10 @@ def _refuse_options(names: Iterable[str], options: Mapping[str, Any]) -> None:
 def _load_base(
     base: Any, made_for: Mapping[str, Any], folder: Path, options: Mapping[str, Any]
 ) -> Any:
-    """Return the base model. Load a base that is a name; for None, load what the files name."""
+    """Return the base model.
+
+    A name or folder is loaded. For None, the model that the files name is loaded.
+    """
     if isinstance(base, (str, Path)):
         return loading.load(str(base), revision=None, **options)
     if base is not None:
@@ -360,7 +363,7 @@ class RoutedModel:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """The number of layers, L."""
         return self.injection.num_layers
 
     @property
