@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words, terminal)
     except DrllmError as error:
         if not processes.is_first():
-            time.sleep(3)  # if the first process failed too, the launcher ends this one now
+            time.sleep(3)  # if the first process failed too, its launcher ends this process now
             terminal.err.quiet = False
         terminal.fail(str(error))
         return 2

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 LEAVE = "/exit"
-INCOMPLETE = "\ufffd"  # what a tokenizer decodes an incomplete character to
+INCOMPLETE = "\ufffd"  # the decoded text of an incomplete character
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def _answer_turn(
         messages.clear()
         return
     except KeyboardInterrupt:
-        pass  # what was generated until now is the answer
+        pass  # the text so far is the answer
     if not reply.tokens:
         messages.pop()
         return

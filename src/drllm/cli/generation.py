@@ -150,7 +150,7 @@ def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfi
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a word of the command line was written in UTF-8."""
+    """Tell whether a word of the command line was written in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -159,7 +159,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_chat(command: CommandLine, terminal: Terminal) -> bool:
-    """Whether to chat: there is no prompt, and both input and output are a terminal."""
+    """Tell whether to chat: there is no prompt, and both input and output are a terminal."""
     if command.values["prompt"] or command.values["file"]:
         return False
     return sys.stdin is not None and sys.stdin.isatty() and terminal.out.is_terminal
@@ -183,7 +183,7 @@ def _read_standard_input() -> str:
 
 
 def _read_calibration(depth: DepthConfig) -> list[tuple[str, bool]]:
-    """Read the prompts of `--calibration`, and for each whether it is already rendered."""
+    """Read the prompts of `--calibration`, each with whether it is already rendered."""
     if depth.calibration is None:
         return []
     from drllm.models.routers.depth_control import read_calibration

@@ -60,9 +60,9 @@ def run(words: Sequence[str]) -> None:
 
 
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
-    """Run `lm-eval run` with drllm's tasks.
+    """Run `lm-eval run`, with drllm's tasks if `--data_dir` or `--split` is given.
 
-    Mistakes that the harness would find late are refused before it starts.
+    Mistakes that the harness would find late are refused before the harness starts.
     """
     data_dir = args.data_dir
     split = args.split
@@ -188,7 +188,7 @@ def _execute(
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
-    # Why a data set can't be fetched: no network, or the user has no such data set.
+    # The errors of a failed download: no network, or no data set that the user may read.
     unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
     try:
         harness.execute(args)

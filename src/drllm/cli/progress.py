@@ -15,17 +15,17 @@ from rich.progress import Progress as Bar
 
 from drllm.listener import duration, rough_duration
 
-NUM_STEPS = 10  # most plain lines in all, without those every 30 seconds
+NUM_STEPS = 10  # most plain lines in all, not counting the lines every 30 seconds
 MIN_PAUSE_S = 10.0  # shortest time between two of these lines
 FIRST_LINE_S = 1.5  # longest time until the first plain line
 LONGEST_PAUSE_S = 30.0  # longest time between two plain lines
 BAR_WIDTH = 14  # columns; a terminal with 60 columns can show the time left too
 RESUMED_WITHIN_S = 2.0
-"""Work reported within this time was done by an earlier run. It says nothing about the rate."""
+"""Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
 STEADY = 0.2
 """An estimate is steady if the estimates in the latter half of the elapsed time differ by at most
 this share from it."""
-MIN_ESTIMATES = 3  # least number of estimates that can be steady
+MIN_ESTIMATES = 3  # with fewer estimates, none is steady
 SPACING = 1.1  # ratio of the elapsed times of two successive stored estimates
 
 
@@ -39,7 +39,10 @@ class TimeLeft:
         self._estimates: list[tuple[float, float]] = []  # (elapsed, total) seconds
 
     def update(self, now: float, done: float, total: float) -> float | None:
-        """Record the work that is done, and return the seconds left; None if unsteady."""
+        """Record the work that is done, and return the seconds left.
+
+        Returns None while the estimate is unsteady.
+        """
         if now - self._started < RESUMED_WITHIN_S:
             self._done_before = done
             self._counted_from = now
@@ -55,7 +58,7 @@ class TimeLeft:
         return seconds - elapsed
 
     def _is_steady(self, elapsed: float, seconds: float) -> bool:
-        """Whether the estimates in the latter half of the elapsed time agree with this one."""
+        """Tell whether the estimates in the latter half of the elapsed time agree with this one."""
         recent = [estimate for moment, estimate in self._estimates if moment >= elapsed / 2]
         if len(recent) < MIN_ESTIMATES:
             return False
@@ -184,7 +187,7 @@ class Progress:
         return int(NUM_STEPS * self.done / self.total) if self.total else NUM_STEPS
 
     def _is_line_due(self, now: float) -> bool:
-        """Whether to print a plain line: at the end, and after a tenth that took a while."""
+        """Tell whether to print a plain line: at the end, and after a tenth that took a while."""
         if self._step <= self.printed_step:
             return False
         return self.done >= self.total or now - self.printed_at >= MIN_PAUSE_S

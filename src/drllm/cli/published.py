@@ -1,6 +1,7 @@
 """Finds the files of targets for the published training command, which names no files.
 
-Its flags `--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
+The flags `--with-squad` and `--with-commonsense` of this command add targets (docs/differences.md,
+D-31).
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 
 
 def supervision_files(command: CommandLine) -> list[Path]:
-    """Return the files that a training reads, including those of `--with-…`."""
+    """Return the files that a training reads, including the files of `--with-…`."""
     files = command.paths("supervision") or [_default_file(command)]
     added = []
     for switch, task in ADDED.items():

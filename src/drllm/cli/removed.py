@@ -6,4 +6,4 @@ REMOVED_VERBS: dict[str, str] = {
     "sweep": "'sweep' was removed; give 'drllm run' a recipe for each setting, and choose by their "
     "reports",
 }
-"""The message for each removed verb: why it went, and what to use instead."""
+"""The message for each removed verb: why the verb was removed, and what to use instead."""

@@ -126,7 +126,7 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Whether results lie in the folder itself, where `drllm evaluate` writes them."""
+    """Tell whether results lie in the folder itself, where `drllm evaluate` writes them."""
     files = results.list_results(folder)
     if files and (folder / results.SAMPLES_FILE).is_file():
         return True

@@ -92,7 +92,7 @@ def _print_search_time(records: Sequence[SearchRecord], num_paths: int, terminal
 
 
 def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print, for each task, how many questions have each kind of path, and a target."""
+    """Print for each task how many questions have a path of each kind, or a target."""
     rows = dict(summary.get("tasks", {}))
     if len(rows) != 1:
         improving = [row["improving_targets"] for row in rows.values()]
@@ -118,7 +118,7 @@ def _print_counts(summary: Mapping[str, Any], terminal: Terminal) -> None:
 
 
 def show_failed(path: Path, terminal: Terminal) -> None:
-    """Print the questions that failed in a search, and the last error of each."""
+    """Print the questions that failed in a search, and the last error of each question."""
     questions = [question for _, question in read_json_lines(path, FailedQuestion)]
     terminal.fact("failed", f"{count(len(questions))} questions failed and were set aside")
     rows = [(one.task, one.id, count(one.attempts), one.error) for one in questions]
@@ -137,7 +137,7 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
 def show_question(
     records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
 ) -> None:
-    """Draw the paths of every question with this id; each task may have one."""
+    """Draw the paths of every question with this id; questions of several tasks may share it."""
     chosen = [record for record in records if record.id == question]
     if not chosen:
         ids = list(dict.fromkeys(record.id for record in records))
@@ -219,8 +219,9 @@ def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
     """Draw one question's paths as a tree of edits: yield the decisions and the line of each path.
 
     The full path comes first. The parent of a path is the path from which the fewest edits lead to
-    it; if there are several, the one that was tried first. An only child is drawn at its parent's
-    depth after the word "then", so that a long chain of edits stays narrow.
+    it. If several paths are equally near, the path that was tried first is the parent. An only
+    child is drawn at its parent's depth after the word "then", so that a long chain of edits stays
+    narrow.
     """
     children: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):

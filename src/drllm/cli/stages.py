@@ -169,7 +169,7 @@ def _supervise(
 
 
 def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
-    """Whether targets were made from the search beside them, by the rule of this command.
+    """Tell whether targets were made from the search beside them, by the rule of this command.
 
     Targets that `drllm supervise` made by another rule stay if this command names no rule.
     """
@@ -304,7 +304,7 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
 
 
 def _routers_folder(command: CommandLine) -> tuple[Path, str]:
-    """Return the folder that the routers are written to, and the flag that names it."""
+    """Return the folder that the routers are written to, and the flag that names the folder."""
     name = command.values["run_name"]
     output = command.values["output_dir"]
     remedy = "give --output-dir DIR, or --run-name NAME (writes checkpoints/NAME)"
@@ -466,8 +466,8 @@ def model_of(
 ) -> ModelConfig:
     """Return the settings of the base model.
 
-    The model is the one that the user named, or else the one that the paths.json or the routers
-    were made for.
+    The model is the one that the user named. Without a name it is the model of the paths.json or of
+    the routers.
     """
     config = command.get_settings(ModelConfig)
     if command.names_model:

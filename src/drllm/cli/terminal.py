@@ -163,7 +163,7 @@ class _NoteHandler(logging.Handler):
 def _log_own_warning(
     message: Any, category: type[Warning], filename: str, *_: Any, **__: Any
 ) -> None:
-    """Log a warning that drllm's own code raised; ignore any other."""
+    """Log a warning that drllm's own code raised; ignore all other warnings."""
     if issubclass(category, UserWarning) and PACKAGE in Path(filename).resolve().parents:
         logging.getLogger("drllm").warning("%s", message)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from drllm.cli.command_line import CommandLine
     from drllm.cli.terminal import Terminal
 
-HELP = ("-h", "--help", "--help-all")
+HELP = ("-h", "--help", "--help-all")  # flags that print the help of a verb
 SEE_VERBS = "'drllm --help' explains the verbs"
 EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
 PLACEHOLDERS = {int: "N", float: "X"}
@@ -34,7 +34,7 @@ class Flag:
     """One flag of a verb: a file, folder or switch of the verb itself, or one of its settings.
 
     Attributes:
-        name: The name with underscores; a positional argument has one too.
+        name: The name with underscores; a positional argument has a name too.
         help: The help text.
         default: The value without the flag.
         required: Whether the verb needs the flag.
@@ -42,7 +42,7 @@ class Flag:
         positional: Whether the value is written without the flag's name.
         switch: Whether the flag takes no value; without the flag the value is False.
         value: The placeholder for the value in the help.
-        basic: Whether `--help` shows it; `--help-all` shows all flags.
+        basic: Whether `--help` shows the flag; `--help-all` shows all flags.
         alias: A second name, such as that of a published command.
         group: The group of settings with this setting; None for a flag of the verb itself.
         kind: The type of a setting's value.
@@ -75,7 +75,7 @@ class Flag:
 
     @property
     def names(self) -> list[str]:
-        """The names as a user writes them; the first is the main one."""
+        """The names as a user writes them; the first name is the main one."""
         if self.positional:
             return [self.name.upper()]
         names = [flag_of(self.name)]
@@ -196,7 +196,7 @@ def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
 
 
 def find_verb(name: str) -> Verb:
-    """Look up a verb; raise ConfigError for an unknown or removed one."""
+    """Look up a verb; raise ConfigError for an unknown or a removed verb."""
     if name in REMOVED_VERBS:
         raise ConfigError(REMOVED_VERBS[name])
     if name.startswith("-"):

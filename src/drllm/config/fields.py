@@ -48,8 +48,8 @@ def setting(
     Args:
         default: The default value; None is accepted only if it is the default.
         help: The help text, with the unit.
-        minimum: Lowest accepted value.
-        maximum: Highest accepted value.
+        minimum: The lowest accepted value.
+        maximum: The highest accepted value.
         above: A lower bound that itself isn't accepted.
         choices: The accepted texts.
         alias: A second name, such as that of a published command.
@@ -132,6 +132,7 @@ def _no_effect(flag: str, value: Any, other: str, other_value: Any) -> ConfigErr
 Group = TypeVar("Group", bound=Settings)
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+# The texts that are read as numbers.
 _NUMBERS = {
     int: re.compile(r"[+-]?\d{1,20}"),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
@@ -146,7 +147,7 @@ def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
 
 
 def is_by_task(kinds: tuple[type, ...]) -> bool:
-    """Whether a setting has a value for each task; only YAML files can give such values."""
+    """Tell whether a setting has a value for each task. Only YAML files can give these values."""
     return typing.get_origin(kinds[0]) is dict
 
 

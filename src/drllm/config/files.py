@@ -16,8 +16,7 @@ from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
-"""Packaged settings by name: those of the paper and of the released code, in the sections of a
-recipe."""
+"""Files of packaged settings by name. They have the sections of a recipe."""
 
 
 class _Loader(yaml.SafeLoader):

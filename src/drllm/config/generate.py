@@ -40,7 +40,7 @@ class GenerateConfig(Settings):
         """Return the options of transformers' `generate` that say how tokens are chosen.
 
         The options override the sampling settings of the model itself. Temperature 0 is greedy
-        decoding. Settings of the sampling are refused then.
+        decoding; raises ConfigError if sampling settings are given with it.
         """
         self.check_effects()
         if self.temperature == 0:

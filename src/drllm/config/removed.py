@@ -27,6 +27,6 @@ REMOVED_FLAGS: dict[str, str] = {
     "--worked-answers": "--worked-answers was removed: every comparison says what loss it "
     "excludes; evaluate the task itself, for example --tasks gsm8k",
 }
-"""The message for each removed flag: why it went, and what to use instead.
+"""The message for each removed flag: why the flag was removed, and what to use instead.
 
 A removed setting is looked up by its flag."""

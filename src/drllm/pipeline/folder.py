@@ -59,7 +59,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stages: dict[str, StageDone] = {}
 
     def is_done(self, stage: str, made_from: Mapping[str, Any], folder: Path) -> bool:
-        """Whether a stage is finished, and its inputs and outputs are unchanged."""
+        """Tell whether a stage is finished, and its inputs and outputs are unchanged."""
         done = self.stages.get(stage)
         if done is None or not done.outputs or done.made_from != made_from:
             return False
@@ -67,7 +67,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_run(folder: Path) -> RunManifest:
-    """Read the `run.manifest.json` of a folder; return an empty one if there is none."""
+    """Read the `run.manifest.json` of a folder; return an empty manifest if there is none."""
     path = folder / RUN_FILE
     if not path.exists():
         return RunManifest()
@@ -181,7 +181,7 @@ class RunFolder:
         if self.manifest.is_done(name, made_from, self.folder):
             return True
         started = time.perf_counter()
-        if name != "search":  # search itself may refuse the folder, and nothing may change before
+        if name != "search":  # the search may refuse the folder, and nothing may change before
             self.begin(name, made_from)
         hashes = {}
         for path in stage.run():
@@ -358,7 +358,7 @@ class RunFolder:
         return Stage(made_from, self._run_evaluate)
 
     def _is_timed(self) -> bool:
-        """Whether the evaluation measures time: only a routed model is timed."""
+        """Tell whether the evaluation measures time; only a routed model is timed."""
         return self.recipe.evaluate.latency and self.recipe.has_routers
 
     def _static_paths(self) -> list[Path]:

@@ -43,7 +43,7 @@ PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
 class Recipe:
     """The settings of all stages.
 
-    Without `tune`, no static path is searched; without `heal`, none is healed. With `tune`, the
+    Without `tune`, no static path is searched; without `heal`, no path is healed. With `tune`, the
     `path` of `heal` is the name of a path that `tune` will find.
     """
 
@@ -64,7 +64,7 @@ class Recipe:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def runs(self, name: str) -> bool:
-        """Whether the recipe has a section or a stage with this name."""
+        """Tell whether the recipe has a section or a stage with this name."""
         if name in ROUTING:
             return self.has_routers
         return getattr(self, name, True) is not None
@@ -97,7 +97,7 @@ class Recipe:
         if self.has_routers:
             self._check_routers()
         else:
-            paths = self.evaluate.paths or PATHS_FILE  # by default those of this run
+            paths = self.evaluate.paths or PATHS_FILE  # by default the paths of this run
             without_routers(dataclasses.replace(self.evaluate, paths=paths))
         if self.tune is not None:
             self._check_tuning()
@@ -148,6 +148,7 @@ SECTIONS: dict[str, Any] = {
     for section in dataclasses.fields(Recipe)
     if section.name != "has_routers"
 }
+"""The class of the settings in each section of a recipe, by the name of the section."""
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:

@@ -26,7 +26,7 @@ from drllm.errors import RecordError
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
-"""The schema version that we write, and the newest one that we read."""
+"""The schema version that we write, and the newest version that we read."""
 
 _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
@@ -154,7 +154,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _write_and_replace(temporary: Path, path: Path, content: str | bytes) -> None:
-    """Write a temporary file and rename it; delete it if anything fails."""
+    """Write a temporary file and rename it; delete the temporary file if anything fails."""
     try:
         with temporary.open("xb") as file:
             raw = content.encode() if isinstance(content, str) else content
@@ -224,7 +224,7 @@ def hash_values(values: Iterable[object]) -> str:
 
 @functools.cache
 def _host() -> str:
-    """Return 8 hex digits that name this machine, since process ids only hold on one machine."""
+    """Return 8 hex digits that name this machine; process ids are valid on one machine only."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 

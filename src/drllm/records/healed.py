@@ -19,7 +19,10 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 class HealPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measurement during the training. KL is the KL from the full path, in nats per token."""
+    """A measurement during the training.
+
+    Both KL divergences are from the full path, in nats per token.
+    """
 
     step: int
     tokens: int
@@ -108,7 +111,7 @@ def read_healed(file: Path) -> HealedPath:
 
 
 def refuse_parts_of_layers(steps: Sequence[StepRecord], file: Path) -> None:
-    """Refuse steps that don't run a whole layer, which older files may have."""
+    """Refuse steps that don't run a whole layer; older files may have these steps."""
     for step in steps:
         if step.run != "all":
             content = f"a path that runs the {step.run} of layer {step.layer} alone"

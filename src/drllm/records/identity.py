@@ -13,9 +13,9 @@ def have_same_weights(first: str, second: str, where: str) -> bool:
     or `QUANTISED`. The second is the hash of the embedding, which most quantisations don't change.
     The third is the hash of the way in which the model is quantised.
 
-    If either model is quantised, only the hashes of the embeddings are compared, if both
-    fingerprints have one. If the fingerprints differ nevertheless, a warning says that precisions
-    differ.
+    If a model is quantised, its weights can't be compared. Then the hashes of the embeddings are
+    compared, provided that both fingerprints have one. If the fingerprints aren't equal, a warning
+    says that precisions differ.
 
     Args:
         first: A fingerprint.

@@ -22,11 +22,11 @@ from drllm.agreement import (
 )
 
 LAYERS_FILE = "layers.json"
-SIZE = len(DECISIONS)
+SIZE = len(DECISIONS)  # C
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `layers.json`: counts on the targets trained on and on any held-out targets."""
+    """One `layers.json`: counts on the training targets and, if there are any, held-out targets."""
 
     schema: Literal["drllm.layers"] = "drllm.layers"
     schema_version: Literal[1] = 1

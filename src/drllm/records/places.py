@@ -16,6 +16,7 @@ from drllm.records.manifest import manifest_path
 
 _NAMES = ("run.yaml", "router_config.json", "routers.safetensors", "metrics.jsonl", "report.html")
 _ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
+"""Names and endings of files that `check_file` never lets a stage replace."""
 
 
 def check_folder(folder: Path, flag: str) -> None:

@@ -27,7 +27,7 @@ def refuse_removed(file: Path, content: str, remedy: str) -> NoReturn:
 
 
 def refuse_menu(place: Path) -> None:
-    """Refuse a `menu.json`, or a folder that holds one; let everything else pass."""
+    """Refuse a `menu.json`, or a folder that holds a menu; let everything else pass."""
     file = place / MENU_FILE if place.is_dir() else place
     if file.name == MENU_FILE and file.is_file():
         refuse_removed(file, "a menu of paths", "give the file of one of its paths")

@@ -54,7 +54,10 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class StepRecord(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """One step of a path; see `drllm.paths.Step`."""
+    """One step of a path: the run of one layer.
+
+    Only older files have steps that run a part of a layer, or a layer with another scale than 1.
+    """
 
     layer: int
     run: Literal["all", "attention", "mlp"] = "all"
@@ -237,7 +240,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """The main findings: on `compared_system`, then on the best path if it is another."""
+        """The main findings, on `compared_system` and on the best path if it is another system."""
         return self.findings[: 2 if self.routed and self.paths else 1]
 
     @property
@@ -333,9 +336,9 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_schema(path: Path) -> str:
-    """Read the schema that a JSON file names; return an empty text if there is none.
+    """Read the schema that a JSON file names.
 
-    A file that can't be read has no schema.
+    Returns an empty text if the file names no schema or can't be read.
     """
     try:
         return read_json(path, Version).schema
@@ -447,7 +450,7 @@ def _check_accuracies(path: Path, evaluation: Evaluation, samples: Sequence[Samp
 
 
 def refuse_duplicates(what: str, names: Sequence[str]) -> None:
-    """Raise a ValueError if a name is there twice."""
+    """Raise a ValueError if two names are equal."""
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{what} {name!r} is there twice")

@@ -32,10 +32,12 @@ T = TypeVar("T")
 
 MARKER_FILE = "drllm.resume.json"
 
+# The names of files that this module writes.
 _OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
+# The names of temporary files that a killed `codec.write_atomically` leaves.
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")  # parts of an identity that messages don't name
-_ABSENT: Any = object()
+_ABSENT: Any = object()  # stands for a missing value
 _VERSION = importlib.metadata.version("drllm")
 MAX_SHOWN = 60  # characters of a value that a message shows
 
@@ -102,7 +104,7 @@ class Chunks:
             self._is_marked = False
 
     def has(self, key: str) -> bool:
-        """Return whether a chunk is there."""
+        """Tell whether a chunk is there."""
         return from_first(self._file(key).is_file)
 
     def get(self, key: str, kind: type[T]) -> T | None:
@@ -135,7 +137,7 @@ class Chunks:
         return self._put_and_decode(key, kind, from_first(lambda: made))
 
     def get_or_make_all(self, makes: Mapping[str, Callable[[], Any]], kind: type[T]) -> Iterator[T]:
-        """Yield the chunks of several keys in order; several processes share the missing ones."""
+        """Yield the chunks of several keys in order; several processes share the missing chunks."""
         chunks: dict[str, T | None] = {key: self.get(key, kind) for key in makes}
         missing = [key for key, chunk in chunks.items() if chunk is None]
         for key in makes:
@@ -211,7 +213,7 @@ def _read_marker(folder: Path, stage: str) -> _Marker | None:
 def _read_chunk(file: Path, kind: type[T]) -> T | None:
     """Read a chunk; return None if it is missing.
 
-    If the chunk can't be read, warn and return None.
+    A chunk that can't be read counts as missing, and a warning says so.
     """
     try:
         if file.is_symlink():
@@ -233,7 +235,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _delete_ours(folder: Path) -> None:
-    """Delete the files that drllm wrote, the marker last."""
+    """Delete the files that drllm wrote; delete the marker last."""
     names = [name for name in _names_in(folder) if _is_ours(name)]
     with _named_errors(folder):
         for name in sorted(names, key=lambda name: name == MARKER_FILE):
@@ -280,7 +282,7 @@ def refuse_other_run(
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Say in words where two identities differ, in the order of the current one."""
+    """Say in words where two identities differ, in the order of the current identity."""
     return list(_differences("", _to_plain(stored), _to_plain(current)))
 
 

@@ -41,7 +41,7 @@ def part_by_hash(text: str, bounds: Mapping[str, float]) -> str:
 
 
 def hash_text(text: str) -> int:
-    """Return a hash of 64 bits; unlike Python's own it is the same on every machine."""
+    """Return a hash of 64 bits. Unlike Python's own hash, it is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -46,6 +46,7 @@ FORMS = (
     '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 3, …]}, a paths.json of \'drllm tune\', or a '
     "folder of 'drllm heal'"
 )
+"""The forms of a file with a path, for messages."""
 
 
 class PathScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,7 +222,10 @@ class PathFile:
         return self.path(model["num_layers"])
 
     def path(self, num_layers: int) -> StaticPath:
-        """Return the path for a model of L layers; raise a PathError if it can't run the path."""
+        """Return the path for a model of L layers.
+
+        Raises PathError if the model can't run the path.
+        """
         try:
             if self.static is not None:
                 return self.static.check(num_layers)
@@ -250,10 +254,10 @@ def read_path_list(places: str, *, needs_names: bool = False) -> dict[str, PathF
     """Read the paths in `FILE[:NAME],...`, by name.
 
     A path without a name of its own gets the stem of its file. A `paths.json` without NAME gives
-    all its paths except the full one and dominated ones; if `needs_names` is set, it is refused
-    with a message that lists the names. A name that occurs in more than one file gets a prefix: the
-    folder, or the file if it isn't called `paths.json`. If the same path is given plain and healed,
-    only the healed path gets a prefix.
+    all its paths except the full one and dominated ones. If `needs_names` is set, a `paths.json`
+    without NAME is refused, and the message lists the names. A name that occurs in more than one
+    file gets a prefix: the folder, or the file if it isn't called `paths.json`. If the same path is
+    given plain and healed, only the healed path gets a prefix.
 
     Raises:
         RecordError: As for `read_path`.

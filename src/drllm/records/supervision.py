@@ -91,7 +91,7 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 
 
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
-    """Read several `supervision.jsonl` files as one; a target in two of them counts once.
+    """Read several `supervision.jsonl` files as one; a target in two files counts once.
 
     Raises:
         RecordError: A file is given twice or can't be trusted, a question has two targets, two

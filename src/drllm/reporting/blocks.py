@@ -45,7 +45,7 @@ class Tiles(msgspec.Struct, frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """A table of texts; the first cell of each row is its name.
+    """A table of texts; the first cell of each row is the row's name.
 
     The columns in `words` hold words and are left-aligned; all others hold numbers. The row with
     the name `bold` stands out. `same` lists the columns that were left out because every row has
@@ -131,7 +131,7 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks. `level` is 2, 3 or 4. A folded section is closed on the page."""
+    """A heading with its blocks. `level` is 2, 3 or 4. Readers must open a folded section."""
 
     title: str
     blocks: Sequence[Block] = ()

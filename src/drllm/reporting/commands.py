@@ -77,7 +77,7 @@ def _changed_settings(group: type[Settings], config: Mapping[str, Any]) -> dict[
 
 
 def _has_effect(group: type[Settings], name: str, values: Mapping[str, Any]) -> bool:
-    """Tell whether a setting has an effect beside the others.
+    """Tell whether a setting has an effect, given the other settings.
 
     A verb refuses a setting without effect.
     """

@@ -26,6 +26,7 @@ NARROW = 4.2  # inches; 8-point texts can still be read on a phone
 WIDE = 9.0  # inches; the width of a large figure
 PNG_DPI = 160
 
+# The names of colours, which are CSS variables of the page.
 NAMES = ("ink", "faint", "grid", "skip", "repeat", "run", "s0", "s1", "s2", "s3", "s4", "s5")
 _STYLE = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
 LIGHT: Colours = {name: re.findall(rf"--{name}: (#\w{{6}});", _STYLE)[0] for name in NAMES}
@@ -92,7 +93,7 @@ def _lay_out(figure: Figure) -> Figure:
     engine.execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The last bits depend on addresses in memory, and names in the file depend on these bits.
+        # The last bits of bounds depend on memory addresses, and names in the file on these bits.
         bounds = axes.get_position(original=True).bounds
         left, bottom, width, height = (round(value, 6) for value in bounds)
         axes.set_position((left, bottom, width, height))

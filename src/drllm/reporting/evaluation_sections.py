@@ -1,7 +1,7 @@
 """The sections of a report on an evaluation: key figures, plot, systems, routes and questions.
 
 Every claim is a finding of the evaluation or the label of a verdict. Nothing is judged here, and
-nothing derived is called measured. `drllm show` uses `describe_times` too. Axes: L layers.
+nothing derived is called measured. `describe_times` is for `drllm show`. Axes: L layers.
 """
 
 from collections.abc import Sequence

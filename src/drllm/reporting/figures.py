@@ -64,9 +64,9 @@ def group_curves(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 def draw_accuracy(evaluation: Evaluation, colours: Colours, width: float) -> Figure:
     """Draw the accuracy of every system over the layers it runs.
 
-    A system's name belongs to its first point. Base and the main system have intervals. A system at
-    several depths is a line. The static paths are a line too, and have their own names where there
-    is room.
+    A line joins the name of a system to its first point. Base and the main system have intervals. A
+    system at several depths is a line. The static paths are a line too, and have their own names
+    where there is room.
     """
     curves = group_curves(evaluation)
     main = STATIC if evaluation.paths and evaluation.routed is None else ROUTED
@@ -293,7 +293,7 @@ def draw_changes(record: StaticPaths, task: str, colours: Colours, width: float)
 
 
 def draw_kl(curve: Sequence[HealPoint], colours: Colours, width: float) -> Figure:
-    """Draw the KL on training texts and on held-out texts over the tokens trained on."""
+    """Draw the KL on training texts and on held-out texts by the number of training tokens."""
     figure, (axes,) = make_panels(1, 1, width, 2.6)
     tokens = [point.tokens / 1000 for point in curve]
     trained: list[Any] = [

@@ -26,7 +26,7 @@ from drllm.supervision.rules import MIN_SAVING
 Step: TypeAlias = tuple[str, str]  # (what to do, the command)
 
 MAX_STEPS = 5
-SIMILAR = 0.01  # share of the layers; executions that differ by less count as equal
+SIMILAR = 0.01  # share of the layers; a smaller difference of executions doesn't count
 PROMPT = "Why is the sky blue?"
 DEPTHS = "0.02,0.05,0.1"
 ALLOWED_DROP = 2  # points of accuracy

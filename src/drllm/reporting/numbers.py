@@ -9,7 +9,7 @@ NBSP = "\u00a0"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share, from 0 to 1, in percent."""
+    """Write a share in percent: 0.25 is 25 %."""
     return NONE if share is None else f"{plain(100 * share, digits)}{NBSP}%"
 
 

@@ -42,7 +42,7 @@ METRICS = {
 def search_section(run: Run) -> Section:
     """Build the section on the searched questions and their targets."""
     counts = summarise(run.search, (), {})
-    # A user's own supervision file has no summary. The search has all counts but the rejected ones.
+    # A user's own supervision file has no summary. The search has all but the rejected questions.
     summary = run.summary or counts
     blocks: list[Block] = []
     if run.search:

@@ -246,7 +246,7 @@ def _refuse_empty(run: Run) -> None:
 
 
 def _refuse_other_routers(run: Run) -> None:
-    """Refuse results of other routers than the routers in the folder, such as older routers."""
+    """Refuse results of routers that aren't the folder's routers, such as older routers."""
     weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return

@@ -56,7 +56,7 @@ def _title(run: Run) -> str:
 
 
 def _tasks(run: Run) -> list[str]:
-    """Return the tasks of the evaluations, or without evaluations those of the first stage."""
+    """Return the tasks of the evaluations; without evaluations, the tasks of the first stage."""
     if run.evaluations:
         return [evaluation.task for evaluation in run.evaluations]
     if run.search:
