@@ -1,1 +1,1 @@
-"""What routing gains: systems compared on the same questions, with intervals."""
+"""The evaluation: compares base, routed model, baselines and paths on the same questions."""

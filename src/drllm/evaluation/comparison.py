@@ -1,6 +1,6 @@
-"""Runs an evaluation: every system on every task, at every depth.
+"""Runs every system of an evaluation on every task, at every depth.
 
-`EvaluationContext` holds what all tasks share, `TaskComparison` runs the systems on one task.
+`EvaluationContext` holds what all tasks share. `TaskComparison` runs the systems on one task.
 """
 
 import functools
@@ -50,14 +50,14 @@ from drllm.tasks.registry import TASKS
 TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
 NUM_CALIBRATION = 64
 """Default number of questions that depths are found and baselines fitted on."""
-NUM_PROBES = 12  # about how often all of these are routed until a depth is found
+NUM_PROBES = 12  # about how often all calibration questions are routed until a depth is found
 NUM_RANDOM_DRAWS = 10  # default number of draws of a random baseline
 
 
 class PlannedWork:
     """The progress of an evaluation: how many of the planned tokens are done.
 
-    `report` is called whenever either number changes.
+    `report` is called with both numbers and the name of the current work.
     """
 
     report: OnProgress
@@ -67,19 +67,19 @@ class PlannedWork:
         self._done = 0
 
     def plan(self, cost: int) -> None:
-        """Add to the planned work."""
+        """Add the tokens of some work to the planned tokens."""
         self._total += cost
 
     @contextmanager
     def replanned(self, cost: int) -> Iterator[None]:
-        """Count planned work as done when the block ends, even if less was needed."""
+        """Correct the planned tokens at the end of a block that needed more or less than `cost`."""
         planned_afterwards = self._total - self._done - cost
         yield
         self._total = self._done + planned_afterwards
 
     @contextmanager
     def during(self, name: str, cost: int) -> Iterator[None]:
-        """Report the name of a block's work, and count it as done when the block ends."""
+        """Report a block's work by name, and count its tokens as done when the block ends."""
         self.report_current(name)
         yield
         self._done += cost
@@ -91,16 +91,17 @@ class PlannedWork:
 
 
 class EvaluationContext:
-    """What all tasks of one evaluation share; without routers there is no routed model.
+    """What all tasks of one evaluation share: the model, its routers and paths, and the settings.
 
-    `prompts` has the tokens of all prompts so far, and `chunks` keeps finished systems and blocks.
+    Without routers there is no routed model. `prompts` has the tokens of all prompts of the tasks
+    that are done. `chunks` stores the results of finished systems and blocks.
 
     Args:
-        lm: The model as the harness takes one.
-        routers: Routers by folder, those of the first seed first.
+        lm: The model, with the interface of the harness' models.
+        routers: Routers by folder, the first seed's routers first.
         paths: Static paths by name.
-        tuned_on: Names of the tasks that some of the paths were chosen on, on `select`.
-        tasks: The tasks that are evaluated.
+        tuned_on: Names of the tasks on whose `select` questions some of the paths were chosen.
+        tasks: The tasks to evaluate.
         config: The settings.
         output: The folder of the evaluation.
     """
@@ -124,7 +125,7 @@ class EvaluationContext:
         self.progress = PlannedWork()
         self.prompts: list[list[int]] = []
         self.baselines = select_baselines(config.baselines)
-        self.depths = {"": 0.0}  # share saved by name; the depth of training has no name
+        self.depths = {"": 0.0}  # name → share of executions saved; "" is the depth of training
         for share in read_curve(config.curve):
             self.depths[depth_name(share)] = share
         self.sources = find_sources(tasks, config)
@@ -133,7 +134,7 @@ class EvaluationContext:
         if config.supervision is not None:
             self._targets = list(read_supervision(Path(config.supervision)))
         self.chunks = Chunks(output / PARTIAL_FOLDER, self._identity(tasks), stage="evaluation")
-        # Both are cached: a material or a baseline is made when it is first needed.
+        # Both are cached: each material and each baseline is made once, when it is first needed.
         self.material = functools.cache(self._material)
         self.baseline = functools.cache(self._baseline)
 
@@ -152,7 +153,7 @@ class EvaluationContext:
         }
 
     def num_draws(self, baseline: str) -> int:
-        """Return how often a baseline is drawn."""
+        """Return how many random draws of a baseline to run."""
         if not BASELINES.get(baseline).is_drawn:
             return 1
         return self.config.num_random_draws or NUM_RANDOM_DRAWS
@@ -160,8 +161,9 @@ class EvaluationContext:
     def harness_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
         """Return the questions of a task as the harness asks them.
 
-        Our tasks are written to a task folder first; the harness' own tasks don't need one. An
-        evaluation that was interrupted with other questions is refused.
+        drllm's tasks are written to a task folder first; the harness' own tasks don't need a
+        folder. If an interrupted evaluation asked other questions, it can't be resumed and is
+        refused.
         """
         if isinstance(task, LmEvalTask):
             harness_task = self._stock_task(task, split, limit)
@@ -176,7 +178,7 @@ class EvaluationContext:
         made_on = set(self.tuned_on)
         for routers in self.routers.values():
             made_on.update(routers.config.training.get("tasks", ()))
-        # A task that isn't ours may hold the same questions under another name.
+        # A task of the user may hold the same questions under another name.
         has_known_names = made_on <= {*TASKS}
         is_fresh = has_known_names and config.supervision is None and not needs_fitting(config)
         part = None if split == "test" and is_fresh else split
@@ -198,11 +200,11 @@ class EvaluationContext:
         return RenderedTask(written, folder, self.lm, chat=config.chat)
 
     def run_once(self, name: str, run: Callable[[KeepBlocks], SystemRun], cost: int) -> SystemRun:
-        """Run a system, or return its result if it was kept before an interruption.
+        """Run a system, or return its result if it was stored before an interruption.
 
         Args:
             name: The key of the result.
-            run: Runs the system; its argument runs and keeps blocks.
+            run: Runs the system. Its argument is a function that runs blocks and stores results.
             cost: The system's work, in tokens.
         """
         parts = self.chunks.within(name)
@@ -218,7 +220,7 @@ class EvaluationContext:
             return self.chunks.get_or_make(name, SystemRun, lambda: run(keep_blocks))
 
     def _baseline(self, name: str, source: str) -> Baseline:
-        """Return a baseline that is fitted on a source's questions when it is first used."""
+        """Return a baseline, which is fitted on a source's questions when it is first used."""
         return BASELINES.get(name)(self.lm.routed, lambda: self.material(source))
 
     def _material(self, name: str) -> Material:
@@ -251,7 +253,7 @@ class EvaluationContext:
 def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]:
     """Return the questions whose options all follow the same prompt, by place.
 
-    A question whose prompt lists the options may have another prompt for each of them.
+    In other questions the prompt contains the option, so each option has a prompt of its own.
     """
     questions: dict[int, Request] = {}
     if not harness_task.has_options:
@@ -265,9 +267,9 @@ def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]
 
 @dataclass(frozen=True)
 class SystemPlan:
-    """A system that isn't a baseline, with its decisions: base, routed, or a path.
+    """Base, the routed model or a path, with its decisions.
 
-    `depth` names the depth that it was brought to; empty for the depth of training.
+    `depth` names the depth of the routed model; empty for the depth of training.
     """
 
     name: str
@@ -284,7 +286,7 @@ BASE_MODEL = SystemPlan(BASE, BaselineRun(FullPolicy()))
 
 
 class TaskComparison:
-    """Runs every system on one task. `cost` is about how many tokens that takes."""
+    """Runs every system on one task. `cost` is about how many tokens the systems read and write."""
 
     def __init__(self, context: EvaluationContext, task: Task) -> None:
         config = context.config
@@ -302,7 +304,7 @@ class TaskComparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
-        self.folders = list(context.routers)  # that of the first seed, then the other seeds'
+        self.folders = list(context.routers)  # the routers' folders, the first seed's first
         tokens_a_question = self.runner.num_tokens // len(self.harness_task.keys)
         num_calibration = config.num_calibration or NUM_CALIBRATION
         self._depth_cost = NUM_PROBES * num_calibration * tokens_a_question
@@ -325,8 +327,8 @@ class TaskComparison:
     def run(self) -> TaskRuns:
         """Run all systems: base, the routed model and its baselines at each depth, and paths.
 
-        Baselines run at the executions of the first seed's routers. For other seeds only their
-        permuted routes run, at their own executions.
+        Baselines run at the executions of the first seed's routers. The only baseline of another
+        seed is its permuted routes, at the executions of its own routers.
         """
         systems = [self._run_plan(BASE_MODEL)]
         seeds = []
@@ -351,7 +353,7 @@ class TaskComparison:
         )
 
     def _routed_plans(self) -> list[SystemPlan]:
-        """Return the first seed's routed model at each depth that it can be brought to."""
+        """Return the first seed's routed model at each depth that it can reach."""
         if not self.folders:
             return []
         plans = []
@@ -364,7 +366,10 @@ class TaskComparison:
     def _run_other_seeds(
         self, first: SystemPlan, routed: SystemRun, permuted: Sequence[SystemRun]
     ) -> tuple[list[SystemRun], list[SystemRun]]:
-        """Return all seeds' routed models at one depth, and their permuted routes if these run."""
+        """Run the other seeds at one depth; return the runs of all seeds, and of permuted routes.
+
+        The second list is empty if permuted routes aren't among the baselines.
+        """
         all_routed = [routed]
         all_permuted = list(permuted)
         for folder in self.folders[1:]:
@@ -378,7 +383,7 @@ class TaskComparison:
         return all_routed, all_permuted
 
     def _shape(self) -> ModelShape | str:
-        """Return the shape that the cost is derived from, or the reason why it can't be."""
+        """Return the model's shape, or the reason why its cost can't be derived."""
         routed = self.context.lm.routed
         try:
             return ModelShape.of(routed.model, routed.injection.lora.all_weights())
@@ -386,7 +391,7 @@ class TaskComparison:
             return str(error)
 
     def _at_depth(self, folder: Path, depth: str, obstacle: str) -> SystemPlan | None:
-        """Return the routed model at a depth; None, with a note, if it can't be brought there."""
+        """Return the routed model at a depth; None, with a note, if it can't reach the depth."""
         routers = self.context.routers[folder]
         if not depth:
             return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers)))
@@ -409,7 +414,7 @@ class TaskComparison:
         return SystemPlan(ROUTED, BaselineRun(RouterPolicy(routers, depth_bias=bias)), depth)
 
     def _run_plan(self, plan: SystemPlan, label: str = "") -> SystemRun:
-        """Run a system; the label distinguishes it from others of its name."""
+        """Run a system; the label distinguishes it from other systems of its name."""
         runner = self.runner
         return self.context.run_once(
             f"{self.harness_task.written.name}: {plan.name}{label}",
@@ -418,7 +423,7 @@ class TaskComparison:
         )
 
     def _run_baselines(self, label: str, routed: SystemRun) -> list[SystemRun]:
-        """Run the baselines that can match the routed model's executions; note the others."""
+        """Run the baselines that can match the routed model's executions; add notes on others."""
         systems = []
         for name in self.context.baselines:
             baseline = self.context.baseline(name, self.source.name)

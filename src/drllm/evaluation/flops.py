@@ -3,8 +3,8 @@
 Nothing here is measured. `latency` measures time, and `drllm.cost` counts executions.
 
 A multiplication and an addition count as two FLOPs. Only matrix products count, not norms,
-activations, the softmax or rotations. Every token attends to every token of the pass, those that
-the causal mask hides included, since the usual code computes them too.
+activations, the softmax or rotations. Every token attends to every token of the pass, even to
+tokens that the causal mask hides, since the usual code computes their products too.
 
 Axes: L layers, T tokens.
 """
@@ -24,29 +24,31 @@ from drllm.records.results import Flops
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Fields of configurations that say how many experts a layer has."""
 NOT_DERIVED = (*EXPERTS, "kv_lora_rank", "multi_query", "lambda_std_dev")
-"""Fields of models whose cost isn't derived: a token runs only some of a layer's experts, or
-attention has another shape than heads times head size."""
+"""Fields of models whose cost isn't derived, because a token runs only some of a layer's experts,
+or because attention has another shape than heads times head size."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The numbers of a model that its cost is derived from."""
 
-    # Entries of all matrices that a layer multiplies a token with, [L].
+    # The number of entries of all matrices that a layer multiplies a token with, [L].
     matrices: tuple[int, ...]
-    head: int  # entries of the output matrix
-    queries: int  # numbers in a token's queries, over all heads
+    head: int  # number of entries of the output matrix
+    queries: int  # size of a token's queries, over all heads
     kv_bytes: int  # bytes of the keys and values that a layer keeps for a token
-    # For each adapter by name, the entries that it adds to each layer, [L].
+    # Name of an adapter → the number of entries that it adds to each layer, [L].
     adapters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, adapters: Mapping[str, LoraWeights] | None = None) -> "ModelShape":
         """Read the shape of a model of transformers, routed or not; nothing is run.
 
-        The matrices, and how many query heads share a head of keys, are read from the model itself,
-        since a configuration may have fields that no layer reads. ArchitectureError for a model
-        whose cost doesn't follow from these numbers (experts, latent K/V).
+        The matrices, and how many query heads share a key head, are read from the model itself,
+        since a configuration may have fields that no layer reads.
+
+        Raises:
+            ArchitectureError: The cost doesn't follow from these numbers (experts, latent K/V).
         """
         _, layers = find_layers(model)
         model = base_of(model)
@@ -93,9 +95,10 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
 
 
 def kv_bytes(shape: ModelShape, plan: Plan) -> int:
-    """Return the bytes of K and V that a token adds to the cache, while every layer still sees it.
+    """Return the bytes of keys and values that a token adds to the cache.
 
-    A skipped layer keeps none; a repeated one keeps those of both executions.
+    A skipped layer adds none; a repeated layer adds those of both executions. The number holds
+    while every layer still sees the token.
     """
     return shape.kv_bytes * len(layers_of(plan))
 

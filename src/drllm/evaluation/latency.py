@@ -1,8 +1,7 @@
-"""Measured time: base and routed model reading prompts and decoding, taking turns.
+"""Measures the time that base and the routed model take to read prompts and to decode.
 
-The models share their weights and are timed in interleaved rounds, each round in another order, so
-that other work on the machine affects all of them alike. Medians are reported, and ratios within a
-round.
+The models share their weights. They take turns, in another order each round, so that other work on
+the machine affects both alike. Results are medians of the times, and ratios within a round.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -37,8 +36,8 @@ from drllm.records.manifest import new_manifest
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED, Latency, Timing, Timings
 
 Clock: TypeAlias = Callable[[], float]
-Rounds: TypeAlias = list[dict[str, float]]  # seconds by what was timed, for every round
-Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # returns the call that is timed
+Rounds: TypeAlias = list[dict[str, float]]  # for each round, name of a call → seconds
+Prepare: TypeAlias = Callable[[], Callable[[], Any]]  # prepares and returns the call to time
 
 BATCH_SIZES = (1, 4, 16)
 DESCRIPTIONS = {BASE: "the untouched model", ROUTED: "the routers decide"}
@@ -55,17 +54,20 @@ def measure(
 ) -> Timings:
     """Time systems while they read prompts and while they decode.
 
-    Prompts are cut to one length, the shortest prompt's or `num_read`, so that no padding is timed.
-    A batch with more rows than there are prompts has some prompts several times. The first round
-    isn't counted.
+    All prompts are cut to the same length, so that no padding is timed: `num_read`, or the length
+    of the shortest prompt if this is smaller. If there are fewer prompts than rows in a batch,
+    prompts are repeated. The first round isn't counted.
 
     Args:
-        model: The base model; RoutingError if it is routed already.
-        systems: For each system by name, its policy; None for base.
+        model: The base model.
+        systems: Name of a system → its policy; None for base.
         prompts: Tokens of the prompts.
         rounds: How often each system is timed.
-        num_read: Maximum tokens that are read of a prompt.
-        num_written: Tokens that are decoded in one timing.
+        num_read: Maximum number of tokens read of each prompt.
+        num_written: Number of tokens decoded in one timing.
+
+    Raises:
+        RoutingError: The model is routed already.
     """
     T = min(num_read, *map(len, prompts))
     models = {name: copy_sharing_weights(model) for name in systems}
@@ -105,7 +107,7 @@ def measure(
 
 
 def time_in_turns(calls: Mapping[str, Prepare], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, every round in another order; each is prepared before its clock starts.
+    """Time calls in turn, in another order each round; the preparation of a call isn't timed.
 
     In a fixed order a call would always follow the same other call, whose weights and code may be
     in the processor's caches.
@@ -128,7 +130,7 @@ def copy_sharing_weights(model: Any) -> Any:
 
 
 def empty_cache(model: Any) -> dict[str, Cache]:
-    """Return an empty cache, by the name of the model's argument for it."""
+    """Return an empty cache as a keyword argument of the model."""
     return {cache_argument(model): DynamicCache(config=model.config)}
 
 
@@ -138,10 +140,10 @@ def prepare_reading(model: Any, ids: Tensor) -> Prepare:
 
 
 def prepare_decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Prepare:
-    """Prepare to decode tokens one by one after prompts `[B, T]`, which are read once here.
+    """Prepare to decode tokens one by one after prompts `[B, T]`.
 
-    Each call has its own copy of the cache. The tokens are the prompts' first ones, since the time
-    doesn't depend on them.
+    The prompts are read once, here. Each call has its own copy of the cache. It decodes the
+    prompts' first tokens, since the time doesn't depend on which tokens are decoded.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
@@ -174,10 +176,11 @@ def write_latency(
     config: EvaluateConfig,
     output: Path,
 ) -> None:
-    """Time the base model, which must not be routed yet, and the routed one; write `latency.json`.
+    """Time the base model and the routed model, and write `latency.json`.
 
-    Without `latency` or routers nothing is measured. A file of an earlier evaluation is removed
-    then, so that no result is shown with the times of another one.
+    The base model must not be routed yet. Without `latency` or without routers, nothing is
+    measured, and the file of an earlier evaluation is removed, so that no result is shown with the
+    times of another evaluation.
     """
     path = output / LATENCY_FILE
     if not config.latency or folder is None or routers is None:
@@ -207,7 +210,7 @@ def write_latency(
 
 
 def count_timed_tokens(config: EvaluateConfig) -> int:
-    """Return how many tokens a measurement runs at most; 0 if no time is measured."""
+    """Return how many tokens are read and decoded at most in the timing; 0 without timing."""
     if not config.latency:
         return 0
     tokens_a_row = config.latency_read + config.latency_written
@@ -215,13 +218,14 @@ def count_timed_tokens(config: EvaluateConfig) -> int:
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], length: int, seed: int) -> list[list[int]]:
-    """Draw the prompts that are timed: one for each row of the largest batch, if there are enough.
+    """Draw the prompts to time: one for each row of the largest batch, if there are enough.
 
-    Prompts that are long enough come first, then the longest of the others. Each is cut to its last
-    tokens, because with worked examples or a chat template all prompts of a task begin alike.
+    Prompts that are long enough come first, then the longest of the others. Each prompt is cut to
+    its last tokens, because with worked examples or a chat template all prompts of a task begin
+    alike.
     """
     drawn = random.Random(seed).sample(list(prompts), len(prompts))
-    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: equal ones stay as drawn
+    drawn.sort(key=lambda ids: -min(len(ids), length))  # stable: equal lengths stay as drawn
     chosen = drawn[: max(BATCH_SIZES)]
     T = min(length, *map(len, chosen))
     return [list(ids[-T:]) for ids in chosen]

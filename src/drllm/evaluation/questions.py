@@ -1,7 +1,7 @@
-"""Selects the questions that an evaluation reports, and those that it fits depths and baselines on.
+"""Selects the questions that an evaluation reports, and the questions that it fits on.
 
-Nothing is reported on questions that it was chosen or fitted on. Everything is checked before a
-model is loaded. Doesn't import torch.
+Depths are found and baselines fitted on other questions than those that are reported. All checks
+happen before a model is loaded. This module doesn't import torch.
 """
 
 from collections import Counter
@@ -32,10 +32,11 @@ from drllm.tasks.rewards import check_installed
 def select_tasks(
     config: EvaluateConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[Task]:
-    """Return the tasks to evaluate, by default those of the config, after checking them.
+    """Check and return the tasks to evaluate; None takes the config's tasks.
 
-    ConfigError for settings that make no sense together, or a missing package; TaskError for an
-    unknown task, or one without questions.
+    Raises:
+        ConfigError: Settings make no sense together, or a package is missing.
+        TaskError: A task is unknown, or has no questions.
     """
     need("eval", "an evaluation")
     selected = _list_tasks(required_tasks(config.tasks) if tasks is None else tasks, config)
@@ -53,7 +54,7 @@ def select_tasks(
 
 
 def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a task with the name of another file, and settings for tasks that aren't evaluated."""
+    """Refuse a task named as the file of times, and settings for tasks that aren't evaluated."""
     if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
@@ -82,7 +83,7 @@ def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
 
 
 def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
-    """Refuse `--max-drop` on other questions than those of `test`, and on too few texts."""
+    """Refuse `--max-drop` on questions of another split than `test`, and on too few texts."""
     if config.max_drop is None:
         return
     for task in tasks:
@@ -100,7 +101,11 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
 
 
 def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Example]:
-    """Return the questions of a split; TaskError if there are none, or only `test` is reported."""
+    """Return the questions of a split.
+
+    Raises:
+        TaskError: The split has no questions, or the task has only the questions of `test`.
+    """
     if split != "test" and task.reports_test_alone:
         raise TaskError(
             f"task {task.name!r} is the harness' own: an evaluation has only the questions that "
@@ -111,7 +116,7 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
-    """Return tasks by name; with `--reward` their answers are graded by the user's function."""
+    """Return the tasks that are named; `--reward` makes the user's function grade answers."""
     if isinstance(tasks, Task):
         tasks = [tasks]
     elif isinstance(tasks, str):
@@ -136,9 +141,10 @@ def _graded(task: Task, config: EvaluateConfig) -> Task:
 
 
 def without_routers(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the settings of an evaluation without routers: no baselines, since these need them.
+    """Return the settings of an evaluation without routers, and so without baselines.
 
-    ConfigError if there are no paths either, or for a setting that only routers have.
+    Raises:
+        ConfigError: There are no paths either, or a setting only has an effect on routers.
     """
     if config.paths is None:
         raise ConfigError(
@@ -157,7 +163,7 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder with other files that reports would read as results, by a RecordError."""
+    """Raise RecordError if a folder has other files that reports would read as results."""
     for path in list_results(output):
         if read_schema(path) != EVALUATION_SCHEMA:
             raise RecordError(
@@ -173,11 +179,15 @@ def needs_fitting(config: EvaluateConfig) -> bool:
 
 
 def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
-    """Return for each task by name its source: the task whose questions everything is fitted on.
+    """Return each task's source by the task's name: the task whose questions are used for fitting.
 
-    It is the task itself, unless `fitted_on` names another. That is needed if a set has only
-    questions that are reported, or to see whether what was chosen on one task holds on another.
-    ConfigError if `fitted_on` or `num_calibration` has no effect; TaskError for an unknown task.
+    The source is the task itself, unless `fitted_on` names another task. Another source is needed
+    if all questions of a task are reported. It also shows whether depths and baselines that are
+    chosen on one task hold on another.
+
+    Raises:
+        ConfigError: `fitted_on` or `num_calibration` has no effect.
+        TaskError: A task is unknown.
     """
     values = {"fitted_on": config.fitted_on, "--num-calibration": config.num_calibration}
     for setting, value in values.items():

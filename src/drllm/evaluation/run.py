@@ -1,7 +1,7 @@
-"""The evaluation as a stage: it reads tasks, and writes `eval/TASK.json` and samples.
+"""The stage `evaluate`: it reads tasks, and writes `eval/TASK.json` and samples.
 
-Questions are asked in blocks. A system's result on a block is kept in `partial/` as soon as it is
-done, and read when the same evaluation is started again.
+Questions are asked in blocks. A system's result on a block is stored in `partial/` as soon as the
+block is done, and read if the same evaluation is started again.
 """
 
 from __future__ import annotations
@@ -75,27 +75,28 @@ def evaluate(
         model: A `RoutedModel`, whose own routers are evaluated. Or the base model (a name, a
             `ModelConfig`, the result of `load`, or a model of transformers) with `routers`, `paths`
             or both.
-        tasks: Tasks, their names or files of questions; None for those of the config.
+        tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
         config: Splits, samples, baselines, depths.
         output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
-            task folder. An evaluation that was interrupted there is resumed. None keeps no files.
-        routers: Folders of routers, or routers. Further ones come from the same training with other
-            seeds, and show how far seeds differ: they run at every depth too, with their own
-            permuted routes if that baseline runs. Baselines are compared with the first.
-        paths: Static paths by name, or files as `--paths` takes them; None for those of the config.
-            Without routers they are compared with base alone.
+            task folder. An interrupted evaluation in this folder is resumed. None keeps no files.
+        routers: Routers, or their folders. If there are several, they come from the same training
+            with different seeds. Baselines are compared with the first. The others show how much
+            seeds differ: they run at every depth too, each with its own permuted routes if this
+            baseline runs.
+        paths: Static paths by name, or files as for `--paths`; None takes the config's paths.
+            Without routers, paths are compared with base alone.
         tokenizer: The model's tokenizer; None loads it by the model's name.
-        listener: Is told the progress.
-        settings: Settings of `EvaluateConfig` by name, which replace those of the config.
+        listener: Receives the progress.
+        settings: Settings of `EvaluateConfig` by name, which replace the config's settings.
 
     Returns:
-        The results in the order of the tasks. They are written when all tasks are done, since
+        The results in the order of the tasks. The files are written when all tasks are done, since
         p-values are corrected for the number of tasks.
 
     Raises:
         ConfigError: A baseline lacks what it is fitted on, a depth makes no sense, there are
             neither routers nor paths, or `output_dir` holds another evaluation.
-        PathError: The model can't run a path, or another system has its name.
+        PathError: The model can't run a path, or a path has the name of another system.
         TaskError: A task is unknown, or has no questions in the split.
         CheckpointError: The routers belong to another model.
         RecordError: `output_dir` has other files that would be read as results.
@@ -167,7 +168,7 @@ class _Routers:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The checked inputs of an evaluation; `adapters` are those that the model already holds."""
+    """The checked inputs of an evaluation; `adapters` are the adapters that the model came with."""
 
     base: BaseModel
     tasks: Sequence[Task]
@@ -190,7 +191,7 @@ class _Inputs:
 def _complete_settings(
     config: EvaluateConfig, paths: Paths | None, *, has_routers: bool
 ) -> EvaluateConfig:
-    """Return the settings with the names of the paths, and with the reward's file pinned."""
+    """Return the settings with the names of the paths, and with the hash of the reward's file."""
     if paths is not None:
         names = [paths] if isinstance(paths, str) else list(paths)
         config = replace(config, paths=",".join(names) or None)
@@ -202,7 +203,7 @@ def _complete_settings(
 
 
 def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, StaticPath | PathFile]:
-    """Return the static paths by name; PathError for the name of another system."""
+    """Return the static paths by name; raise PathError if one has another system's name."""
     named: Mapping[str, StaticPath | PathFile]
     if isinstance(paths, Mapping):
         named = paths
@@ -219,7 +220,7 @@ def _name_paths(paths: Paths | None, config: EvaluateConfig) -> Mapping[str, Sta
 def _resolve_paths(
     named: Mapping[str, StaticPath | PathFile], base: BaseModel
 ) -> dict[str, StaticPath]:
-    """Return the paths as the model runs them; PathError for one that it can't run."""
+    """Return the paths as the model runs them; raise PathError if it can't run one of them."""
     paths = {}
     for name, path in named.items():
         if isinstance(path, PathFile):
@@ -230,7 +231,7 @@ def _resolve_paths(
 
 
 def _routers_of(model: RoutedModel, routers: Sequence[Path | str | RouterStack]) -> list[Any]:
-    """Return the routers of a routed model, if it has any; ConfigError if others are given too."""
+    """Return a routed model's own routers, if any; raise ConfigError if others are given too."""
     if routers:
         raise ConfigError(
             "a RoutedModel is evaluated with its own routers, but other routers are given; give "
@@ -256,7 +257,7 @@ def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> 
 
 
 def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
-    """Print a note if the evaluation words prompts in another way than the training did."""
+    """Print a note if the evaluation's prompts have another form than the training's prompts."""
     rewards = routers.config.training.get("rewards")
     reward = OPTIONS_REWARD if config.reward is None else config.reward
     if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
@@ -287,7 +288,7 @@ def _header(inputs: _Inputs) -> dict[str, Any]:
 
 
 def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
-    """Refuse, by a ConfigError, a folder with the results of another evaluation."""
+    """Raise ConfigError if the folder has the results of another evaluation."""
     for file in list_results(output):
         refuse_other_run(
             f"the evaluation in {file}",
@@ -298,7 +299,7 @@ def _refuse_other_results(output: Path, header: Mapping[str, Any]) -> None:
 
 
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that make two evaluations the same; settings of the timing don't count."""
+    """Return the values by which evaluations are compared; settings of the timing don't count."""
     names = ("routers_sha256", "paths", "other_seeds", "model", "runtime")
     identity = {"config": header["config"] | dict.fromkeys(TIMING)}
     for name in names:
@@ -343,7 +344,7 @@ def _run(
 
 
 def _harness_model(inputs: _Inputs) -> RoutedLM:
-    """Return the routed model as the harness takes one, with the adapters of healed paths."""
+    """Return the routed model as a model of the harness, with the adapters of healed paths."""
     from drllm.evaluation.lm_eval.model import RoutedLM
     from drllm.models.healed import load_path
 
@@ -363,7 +364,7 @@ def _measure_latency(inputs: _Inputs, prompts: Sequence[Sequence[int]], output: 
 def _write(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig, output: Path
 ) -> tuple[Evaluation, ...]:
-    """Write the results of all tasks, their tests corrected for each other, and the samples."""
+    """Write the results of all tasks, and the samples; return the results."""
     from drllm.evaluation.comparison import TASKS_FOLDER
     from drllm.evaluation.lm_eval.folders import CACHE
 
@@ -381,7 +382,7 @@ def _write(
 def _judge(
     runs: Sequence[TaskRuns], header: Mapping[str, Any], config: EvaluateConfig
 ) -> tuple[Evaluation, ...]:
-    """Return the records of all tasks, their tests corrected for each other."""
+    """Return the records of all tasks, with tests corrected for the number of tasks."""
     from drllm.evaluation.tables import correct_tables, depth_name, drop_candidates
 
     # Without routers the findings begin with the most accurate path, so all paths are rivals.
@@ -407,7 +408,7 @@ def _judge(
 
 
 def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConfig) -> None:
-    """Refuse to evaluate a path on questions that it was chosen on, by a ConfigError."""
+    """Raise ConfigError if a path would be evaluated on questions that it was chosen on."""
     record = path.record
     if record is None:
         return

@@ -1,7 +1,7 @@
 """Runs the systems of a comparison on one task's questions: base, routed, baselines and paths.
 
-Routers read only the question, so all of its options have one route, and so has the text that it
-is part of.
+Routers read only the question. So all options of a question have the same route, and so does the
+text that begins with the question.
 
 Axes: Q questions, L layers.
 """
@@ -36,14 +36,15 @@ Answers: TypeAlias = list[list[OptionScore | str]]  # for each question, the ans
 Block: TypeAlias = Sequence[int]  # places of the questions that are asked together
 
 MIN_BLOCK_SIZE = 64
-"""Fewest questions of a block whose options are scored. They take seconds, so that writing the
-block's file hardly counts."""
+"""The fewest questions in a block, if options are scored. Scoring them takes seconds, so the time
+to write the block's file hardly counts."""
 
 
 class BatchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The answers to some questions under all draws of a system, and the first draw's time.
 
-    `routes` has for each draw every question's decisions; it is empty for a static path.
+    `answers` and `routes` have an item for each draw, with the answers to every question or its
+    decisions. `routes` is empty for a static path.
     """
 
     answers: list[Answers]
@@ -55,21 +56,21 @@ class SystemRun(Outcomes, kw_only=True):
     """One system's outcomes on a task.
 
     If there are several draws, `correct` and `gold_logprob` are means over them, and `text_loss` is
-    the first one's. The executions are a mean over questions and draws.
+    the first draw's. The executions are a mean over questions and draws.
     """
 
     executions: float = 0.0
     correct: Sequence[float] = ()
-    setting: str = ""  # its depth in words; empty for the routers as they were trained
+    setting: str = ""  # the depth in words; empty for the depth of training
     path: StaticPath | None = None
     # For each draw, every question's decisions; empty for a static path.
     routes: list[list[Decisions]] = field(default_factory=list)
-    # The option chosen or the text generated, of the first draw.
+    # The first draw's answers: the chosen options, or the generated texts.
     answers: list[int | str] = field(default_factory=list)
-    # For each metric of the harness by name, the mean scores of the questions.
+    # Name of a metric of the harness → each question's score, a mean over the draws.
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0  # wall time of the first draw, added up over the blocks
-    # Mean executions a generated token; None with options.
+    # Mean executions for a generated token; None if options are scored.
     decode_executions: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -80,16 +81,16 @@ class SystemRun(Outcomes, kw_only=True):
 
 
 KeepBlocks: TypeAlias = Callable[[Mapping[str, Callable[[], BatchResult]]], list[BatchResult]]
-"""Runs blocks, given by key as functions, and returns their results. A result that was kept under
-the same key before an interruption is read instead. The key contains the decisions, so that a block
-is run again if they differ."""
+"""Takes key → a function that runs a block, and returns the blocks' results. If a result was stored
+under the same key before an interruption, it is read instead. A key contains the decisions, so a
+block is run again if its decisions have changed."""
 
 
 class TaskRunner:
     """Runs one system after another on all questions of a task.
 
-    The next-token loss is measured on the texts of `num_texts` questions, drawn with the seed.
-    `num_tokens` is how many tokens a system reads and writes at most.
+    The next-token loss is measured on the texts of `num_texts` questions, which are drawn with the
+    seed. `num_tokens` is the largest number of tokens that a system reads and writes.
     """
 
     def __init__(self, lm: RoutedLM, harness_task: RenderedTask, num_texts: int, seed: int) -> None:
@@ -99,18 +100,18 @@ class TaskRunner:
         self._requests: list[list[HarnessRequest]] = []  # by question
         if harness_task.has_options:
             self._requests = harness_task.requests()
-        places = choose(range(len(harness_task.keys)), num_texts, seed)  # as `tune` draws its texts
+        places = choose(range(len(harness_task.keys)), num_texts, seed)  # as `tune` draws texts
         self._texts = [harness_task.text(place) for place in places]
         text_lengths = [len(text.context) + len(text.continuation) for text in self._texts]
         lengths = self._question_lengths()
         self.num_tokens = sum(lengths) + sum(text_lengths)
         self._blocks: list[Block] = self._divide(lengths)
         if harness_task.has_options:
-            # A first pass, so that its set-up doesn't count as time of the base model.
+            # A first pass, so that the time for setting up isn't counted for the base model.
             lm.scorer.score(self._requests[0], FullPolicy())
 
     def _question_lengths(self) -> list[int]:
-        """Return for each question how many tokens are read and written, at most."""
+        """Return the largest number of tokens that each question reads and writes."""
         if self.harness_task.has_options:
             lengths = []
             for requests in self._requests:
@@ -138,13 +139,13 @@ class TaskRunner:
     def run(
         self, name: str, draws: Sequence[BaselineRun], setting: str, keep: KeepBlocks
     ) -> SystemRun:
-        """Run a system whose decisions are a policy's, a path's, or one or more draws of plans.
+        """Run a system that decides by a policy, by a path, or by one or more draws of plans.
 
         Args:
-            name: The system.
-            draws: Its decisions, one item a draw.
+            name: The system's name.
+            draws: The system's decisions, one item for each draw.
             setting: The depth in words; empty for the depth of training.
-            keep: Runs and keeps blocks.
+            keep: Runs blocks and stores their results.
         """
         note = draws[0].note
         decides = [self._by_key(draw.decides) for draw in draws]
@@ -199,7 +200,7 @@ class TaskRunner:
         return [gold_logprob(place, scores) for place, scores in enumerate(answers)]
 
     def _decode_executions(self, system: SystemRun, result: BatchResult) -> float | None:
-        """Return the mean executions a generated token of the first draw."""
+        """Return the mean executions for a generated token, in the first draw."""
         num_tokens = []
         for [answer] in result.answers[0]:
             tokens = self.lm.tok_encode(str(answer), add_special_tokens=False)
@@ -209,7 +210,7 @@ class TaskRunner:
         return system.executions if max(num_tokens) > 1 else None
 
     def _by_key(self, decides: Tensor | Policy | StaticPath) -> Decides:
-        """Return the rows of a plan `[Q, L]` by question; a policy or a path stays as it is."""
+        """Return a plan's rows `[Q, L]` by question; return a policy or a path as it is."""
         if not isinstance(decides, Tensor):
             return decides
         return dict(zip(self.harness_task.keys, map(tuple, decides.tolist()), strict=True))
@@ -223,7 +224,7 @@ class TaskRunner:
         return join_blocks(self._blocks, keep(calls))
 
     def _decisions_key(self, block: Block, decides: Sequence[Decides], note: str) -> Any:
-        """Return what identifies the decisions on a block, as far as they are known beforehand."""
+        """Return values that identify a block's decisions, as far as these are known beforehand."""
         plans = [self._rows(plan, block) for plan in decides if isinstance(plan, Mapping)]
         if plans:
             return plans
@@ -232,7 +233,7 @@ class TaskRunner:
         return note
 
     def _run_block(self, block: Block, draws: Sequence[Decides]) -> BatchResult:
-        """Run a block's questions under the first draw, which is timed, and under the others."""
+        """Run a block's questions under all draws; only the first draw is timed."""
         started = self._clock()
         first_answers, first_routes = self._run_draw(block, draws[0])
         seconds = self._clock() - started
@@ -299,7 +300,7 @@ class TaskRunner:
         return by_question
 
     def _losses(self, answers: Sequence[OptionScore]) -> list[float]:
-        """Return the next-token loss of each text, a token."""
+        """Return the next-token loss of each text, in nats a token."""
         losses = []
         for text, (logprob, _) in zip(self._texts, answers, strict=True):
             losses.append(-logprob / len(text.continuation))
@@ -328,7 +329,7 @@ def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> Batc
 
 
 def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-    """Join values `[block][draw][question]` of blocks, for each draw in the questions' order."""
+    """Join blocks' values `[block][draw][question]` to `[draw][question]`, in the task's order."""
     draws = []
     for blocks in zip(*parts, strict=True):
         values: list[Any] = [None] * len(places)

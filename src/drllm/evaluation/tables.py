@@ -1,6 +1,6 @@
 """Turns systems' outcomes into an evaluation's records: table, curve, seeds, findings, samples.
 
-Every difference is a `Verdict`, and the findings are their sentences.
+Every difference between two systems is a `Verdict`. The findings are sentences on these verdicts.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,18 +30,19 @@ DESCRIPTIONS = {
     results.ROUTED: "the routers decide, reading the question alone",
 }
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
-"""Systems whose answers are kept in the samples; the texts of all would be many."""
+"""Systems whose answers are in the samples. The answers of all systems would be many texts."""
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
-MENTIONED_SHARE = 0.01  # a larger share of routes that the permutation left unchanged is mentioned
+MENTIONED_SHARE = 0.01  # findings mention a larger share of routes that permuting left unchanged
 
 
 @dataclass(frozen=True)
 class TaskRuns:
     """The outcomes of every system on one task.
 
-    `systems` are base, then at each depth the routed model and its baselines, if there are routers,
-    and paths last. `shape` is the model's, or the reason why its cost can't be derived. `seeds` has
-    for each depth the routers of several seeds, and the same with permuted routes, if these ran.
+    `systems` begins with base. If there are routers, the routed model and its baselines at each
+    depth follow. Paths come last. `shape` is the model's shape, or the reason why its cost can't be
+    derived. `seeds` has two lists for each depth: the routed models of several seeds, and their
+    permuted routes. The second list is empty if permuted routes didn't run.
     """
 
     harness_task: RenderedTask
@@ -83,7 +84,7 @@ class TaskRuns:
         )
 
     def _description(self, system: SystemRun) -> dict[str, Any]:
-        """Return what a system is, as fields of its row."""
+        """Return the fields of a system's row that describe the system."""
         if system.name in BASELINES:
             baseline = BASELINES.get(system.name)
             names = ("description", "source", "fitted_on", "reads_question")
@@ -100,7 +101,7 @@ class TaskRuns:
         return fmean(fmean(map(eq, routes, permuted)) for permuted in system.routes)
 
     def _cost(self, system: SystemRun) -> tuple[results.Flops | None, float | None]:
-        """Return the mean FLOPs of a prompt and one predicted token, and K/V bytes a token."""
+        """Return the mean FLOPs of a prompt and one predicted token, and the K/V bytes a token."""
         shape = self.shape
         if isinstance(shape, str) or not (system.routes or system.path):
             return None, None
@@ -121,9 +122,10 @@ class TaskRuns:
         return mean_flops, fmean(kv)
 
     def curve(self, table: Sequence[results.System]) -> tuple[results.Point, ...]:
-        """Return base, then each system's depths from the most executions to the fewest.
+        """Return the points of a curve: base, then each system at its depths, then paths.
 
-        Paths come last, in the same order. Base and paths have the same numbers as in the table.
+        The depths of a system, and the paths, are sorted from the most executions to the fewest.
+        Base and paths have the same numbers as in the table.
         """
         base = self.systems[0]
         deeper = [system for system in self.systems if system.setting]
@@ -176,10 +178,10 @@ class TaskRuns:
     ) -> results.Seeds:
         """Return the results of routers of several seeds at one depth.
 
-        Two numbers must not be mixed up. The spread shows how much a result varies with the
-        training's randomness, on the same questions. The intervals show how much the mean over
-        these seeds may vary with other questions; a question is resampled with its answers under
-        all seeds.
+        The spread and the intervals measure different things. The spread shows how much a result
+        varies with the training's randomness, on the same questions. The intervals show how much
+        the mean over these seeds may vary with other questions; a question is resampled with its
+        answers under all seeds.
         """
         mean = average_runs(routed, "mean over seeds")
         against_permuted = None
@@ -206,9 +208,9 @@ class TaskRuns:
         """Return the record of the task.
 
         Args:
-            table: Its systems, corrected for all tasks by `correct_tables`.
-            curve: Its depths.
-            header: What the records of all tasks have in common.
+            table: The task's systems, with tests corrected by `correct_tables`.
+            curve: The points of the task's curve.
+            header: The fields that the records of all tasks share.
             drop_test: The test of `--max-drop`, over all tasks.
         """
         written = self.harness_task.written
@@ -226,7 +228,7 @@ class TaskRuns:
         return replace(evaluation, findings=tuple(self._findings(evaluation)))
 
     def _findings(self, evaluation: results.Evaluation) -> list[str]:
-        """Return what a reader may conclude: first what to do with the systems that matter most."""
+        """Return the findings for the reader; what to do with the main systems comes first."""
         systems = _main_systems(evaluation)
         findings = [self._headline(system, evaluation) for system in systems]
         if evaluation.drop_test is not None:
@@ -313,7 +315,7 @@ class TaskRuns:
 
 
 def _main_systems(evaluation: results.Evaluation) -> list[results.System]:
-    """Return the systems that the findings begin with: the compared one, then the best path."""
+    """Return the systems that the findings begin with: the compared system, then the best path."""
     compared = evaluation.compared_system
     if compared is None or compared.against_base is None:
         raise ValueError("nothing is compared with base")
@@ -326,7 +328,7 @@ def _main_systems(evaluation: results.Evaluation) -> list[results.System]:
 def _test_sentences(
     systems: Sequence[results.System], evaluation: results.Evaluation
 ) -> Iterator[str]:
-    """Yield how the main systems differ from base, with the numbers of the exact tests."""
+    """Yield sentences on how the main systems differ from base, with the exact tests' numbers."""
     for system in systems:
         assert system.against_base is not None
         yield system.against_base.accuracy.sentence(evaluation.name_in_sentence(system))
@@ -338,7 +340,7 @@ def _test_sentences(
 
 
 def _why_named(system: results.System, evaluation: results.Evaluation) -> str:
-    """Return why a path is named among several, in brackets; empty where it needs no reason."""
+    """Say in brackets why the findings name this one of several paths; "" for other systems."""
     num_paths = len(evaluation.paths)
     if system.name not in evaluation.paths or num_paths < 2:
         return ""
@@ -369,7 +371,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _spread(values: Sequence[Sequence[float]]) -> results.Spread | None:
-    """Return the spread of the seeds' means; None if one of them isn't known."""
+    """Return the spread of the seeds' means; None if a seed has no values."""
     if not all(values):
         return None
     return results.Spread.of([fmean(each) for each in values])
@@ -382,8 +384,8 @@ def correct_tables(
 
     Args:
         tables: The systems of each task.
-        rivals: Names of systems. The best of them is picked, so all their tests count as one
-            family.
+        rivals: Names of the systems from which the best is picked. All of their tests are corrected
+            together.
     """
     corrected = [list(table) for table in tables]
     groups: dict[str, list[tuple[list[results.System], int, Differences]]] = {}
@@ -400,7 +402,7 @@ def correct_tables(
 
 
 def depth_name(share: float) -> str:
-    """Return what the depth that saves a share of the executions is called.
+    """Return the name of the depth that saves a share of the executions.
 
     Example:
         >>> depth_name(0.1)
@@ -414,15 +416,16 @@ def drop_candidates(
     curves: Mapping[str, Sequence[results.Point]],
     depths: Sequence[str] = (),
 ) -> dict[str, dict[str, Differences | None]]:
-    """Return what `--max-drop` tests, in order: how it differs from base on each task.
+    """Return the candidates of `--max-drop` in order, with their differences from base by task.
 
-    The order is fixed by the settings: the routed model at the depths of `--curve`, or without them
-    as it was trained; then the paths in their own order. A depth that the routers couldn't be
-    brought to on a task has None there, so it isn't shown to lose less.
+    The settings fix the order. The routed model comes first, at the depths of `--curve`, or at the
+    depth of training without `--curve`. The paths follow in their own order. If the routers
+    couldn't reach a depth on a task, the difference is None there, so the depth isn't shown to lose
+    less.
 
     Args:
         tables: The systems of each task.
-        curves: Their depths.
+        curves: The points of each task's curve.
         depths: The names of the depths of `--curve`, the fewest layers left out first.
     """
     candidates: dict[str, dict[str, Differences | None]] = {}

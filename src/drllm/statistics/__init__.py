@@ -1,1 +1,1 @@
-"""Intervals, paired tests, power and verdicts. Doesn't import torch."""
+"""Statistics of comparisons: intervals, paired tests, power and verdicts. Imports no torch."""

@@ -1,13 +1,14 @@
-"""Tests whether candidates lose less than a limit, in an order that is fixed beforehand.
+"""Tests whether candidates lose less than a limit, one after another (`evaluate --max-drop`).
 
 A candidate is a static path, or the routed model at some depth. It passes if its comparison with
-base excludes a loss of accuracy as large as the limit. If the next-token loss has a limit too, an
-increase as large as that must be excluded as well. Both must hold on every task. Since all of them
-must hold, their number needs no correction (Berger 1982, Technometrics 24 (4)).
+base excludes a loss of accuracy as large as the limit, on every task. If the next-token loss has a
+limit too, an increase as large as that limit must be excluded as well. A candidate must pass all of
+these tests, so they need no correction for their number (Berger 1982, Technometrics 24 (4)).
 
-Several candidates are tested in an order fixed beforehand, the fewest layers left out first, until
-one fails. So each is tested at the full level, and the probability that any candidate passes
-wrongly is no larger than for a single one; see `pass_in_order`.
+The order of the candidates is fixed before any result is known, and the candidate that leaves out
+the fewest layers comes first. Testing ends when a candidate fails. So each candidate is tested at
+the full level, and the probability that any candidate passes wrongly is no larger than for a single
+candidate; see `pass_in_order`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ T = TypeVar("T")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The losses to exclude: points of accuracy, and nats a token of text unless it is None."""
+    """The losses to exclude: points of accuracy, and nats a token of text.
+
+    `max_loss_increase` is None if the next-token loss isn't tested.
+    """
 
     max_drop: float
     max_loss_increase: float | None = None
@@ -37,10 +41,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One candidate tested on one task; it passes if `failures` is empty.
+    """The test of one candidate on one task; the candidate passes if `failures` is empty.
 
-    `needed` is about how many questions (for next-token loss, texts) would probably pass if the
-    differences stay as measured; None where no number would.
+    `failures` says why the candidate doesn't pass. `needed` is about how many questions (texts, for
+    the next-token loss) would probably be enough to pass if the differences stay as measured. It is
+    None if no number would be enough.
     """
 
     task: str
@@ -49,7 +54,7 @@ class TaskTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One candidate tested on every task."""
+    """The tests of one candidate on every task."""
 
     name: str
     tasks: tuple[TaskTest, ...]
@@ -69,7 +74,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return ", and ".join(reasons)
 
     def remedy(self) -> str:
-        """Say how many questions would probably pass; empty where no number would."""
+        """Say how many questions would probably be enough; return "" if no number would."""
         needed = [test.needed for test in self.tasks if test.failures]
         numbers = [number for number in needed if number is not None]
         if not numbers or len(numbers) < len(needed):
@@ -79,10 +84,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which candidates lose less than the limits; `docs/formats.md` has the fields.
+    """Which candidates lose less than the limits; `docs/formats.md` describes the fields.
 
-    `trials` are in the fixed order, and only the last one may have failed. The candidates after it
-    are `untested`.
+    `trials` are in the fixed order, and only the last trial may have failed. `untested` names the
+    candidates after it.
     """
 
     limits: Limits
@@ -91,12 +96,15 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def chosen(self) -> str | None:
-        """The last candidate that passed, which leaves out the most layers; None if none did."""
+        """The last candidate that passed: it leaves out the most layers. None if none passed."""
         names = [trial.name for trial in self.trials if trial.passed]
         return names[-1] if names else None
 
     def sentence(self) -> str:
-        """Say in one sentence what is shown, or why nothing is and how many questions would do."""
+        """Say in one sentence what is shown.
+
+        If nothing is shown, the sentence has the reason, and how many questions would be enough.
+        """
         last = self.trials[-1]
         if self.chosen is None:
             reason = last.reason()
@@ -112,12 +120,13 @@ class DropTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
-    """Return how many candidates pass before the first that fails; later ones aren't tested.
+    """Return how many candidates pass before one fails; the candidates after it aren't tested.
 
     If the order is fixed before any result is known, each candidate may be tested at the full level
-    α. A later candidate is tested only if the first one that should fail has passed wrongly, so the
-    probability that any candidate passes wrongly is at most α. To choose the best of all that pass,
-    or to order them by results, would need a correction.
+    α. The first candidate that should fail either fails, which ends the test, or passes wrongly,
+    which has a probability of at most α. So α is also the limit for all candidates together.
+    Choosing the best candidate that passes, or ordering candidates by results, would need a
+    correction.
 
     Args:
         candidates: The candidates in the fixed order.
@@ -139,11 +148,11 @@ def pass_in_order(candidates: Sequence[T], passes: Callable[[T], bool]) -> int:
 def exclude_drop(
     candidates: Mapping[str, Mapping[str, Differences | None]], limits: Limits
 ) -> DropTest:
-    """Test candidates in their order, until one fails.
+    """Test candidates in their order until one fails.
 
     Args:
         candidates: For each candidate, in the fixed order, how it differs from base on each task;
-            None where it wasn't evaluated.
+            None if it wasn't evaluated there.
         limits: The losses to exclude.
     """
     if not candidates:
@@ -159,7 +168,10 @@ def exclude_drop(
 
 
 class _Failure(NamedTuple):
-    """Why a limit isn't kept, and about how many questions would do; None where no number would."""
+    """Why a limit isn't kept, and about how many questions would be enough.
+
+    `needed` is None if no number would be enough.
+    """
 
     reason: str
     needed: int | None = None
@@ -182,7 +194,7 @@ def _test_on_task(task: str, differences: Differences | None, limits: Limits) ->
 
 
 def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
-    """Return why a loss of accuracy isn't excluded; empty if it is."""
+    """Return why a loss of accuracy isn't excluded; an empty list if it is excluded."""
     if accuracy.shown == "guessing":
         return [_Failure("base is not shown to be above chance")]
     if _is_excluded(accuracy, limit):
@@ -192,7 +204,7 @@ def _test_accuracy(accuracy: Verdict, limit: float) -> list[_Failure]:
 
 
 def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
-    """Return why an increase of the next-token loss isn't excluded; empty if it is."""
+    """Return why an increase of the next-token loss isn't excluded; an empty list if it is."""
     if loss is None:
         return [_Failure("no next-token loss is known")]
     if loss.excluded_loss is None:
@@ -209,7 +221,7 @@ def _is_excluded(verdict: Verdict, limit: float) -> bool:
 
 
 def _estimate_needed(verdict: Verdict, limit: float) -> int | None:
-    """Estimate how many questions or texts would probably exclude a loss of the limit."""
+    """Estimate how many questions or texts would probably exclude a loss as large as the limit."""
     loss = -verdict.mean
     if verdict.quantity == "text_loss":
         loss = verdict.mean

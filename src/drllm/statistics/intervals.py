@@ -1,6 +1,6 @@
 """Confidence intervals of accuracies and of means, and a one-sided bound of a mean.
 
-Functions that resample take a seed.
+Functions that resample values take a seed, so that their results can be repeated.
 """
 
 import math
@@ -8,20 +8,21 @@ from collections.abc import Iterator, Sequence
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:  # numpy is loaded where something is computed: every command imports this module
+if TYPE_CHECKING:  # every command imports this module, so numpy is imported inside functions
     import numpy as np
     import numpy.typing as npt
 
 Floats: TypeAlias = "npt.NDArray[np.float64]"
 
 BOOTSTRAP_DRAWS = 10_000
-_CHUNK = 1 << 22  # resampled values held at once
+_CHUNK = 1 << 22  # most resampled values in memory at once
 
 
 def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of an accuracy.
 
-    It is Wilson's, or a bootstrap interval if the values are means over several draws.
+    If each value is 1 (right) or 0 (wrong), this is Wilson's interval. If the values are means over
+    several draws, it is a bootstrap interval.
     """
     if is_right_or_wrong(correct):
         return wilson_interval(round(sum(correct)), len(correct))
@@ -29,14 +30,15 @@ def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def is_right_or_wrong(correct: Sequence[float]) -> bool:
-    """Tell whether each question is right or wrong, rather than a mean over several draws."""
+    """Tell whether each value is 1 (right) or 0 (wrong), rather than a mean over several draws."""
     return all(value in (0, 1) for value in correct)
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of the share of right answers among `n`.
+    """Return Wilson's score interval of the share of right answers among `n` answers.
 
-    Unlike the normal interval it stays inside [0, 1], and keeps its width at 0 or n right answers.
+    Unlike the normal interval, it stays inside [0, 1], and it has a width even if no answer or
+    every answer is right.
 
     Source: Wilson 1927, JASA 22 (158).
     """
@@ -46,7 +48,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # With no or only right answers the bound is 0 or 1 itself, without a rounding error.
+    # Without a rounding error: the lower bound is 0 if no answer is right, the upper bound is 1 if
+    # all are.
     lower = 0.0 if correct == 0 else centre - half
     upper = 1.0 if correct == n else centre + half
     return lower, upper
@@ -57,9 +60,10 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a mean over questions.
 
-    Used for values that aren't counts: accuracies averaged over several draws a question,
-    log-probabilities, and paired differences of them. If all values are equal, the interval has no
-    width. That is no sign of certainty, since resampling knows only the values that it has seen.
+    This interval is for values that aren't counts: accuracies averaged over several draws a
+    question, log-probabilities, and paired differences of either. If all values are equal, the
+    interval has no width. This doesn't make the mean certain, since resampling knows only the
+    measured values.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
     """
@@ -74,10 +78,10 @@ def mean_interval(
 def sum_interval(
     weighted: Sequence[tuple[float, Sequence[float]]], seed: int
 ) -> tuple[float, float, float]:
-    """Return the weighted sum of the means of independent values, and its 95 % interval.
+    """Return a weighted sum of independent means, and the two ends of its 95 % interval.
 
     Args:
-        weighted: Pairs of a weight and the values whose mean is weighted by it.
+        weighted: For each mean, its weight and the values that are averaged.
         seed: Seed of the resampling.
 
     Source: Zou and Donner 2008, Statistics in Medicine 27 (10), from the interval of each mean.
@@ -97,18 +101,22 @@ def sum_interval(
 def upper_bound(
     values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> float:
-    """Return a one-sided upper bound of a mean; infinite if there are too few values for one.
+    """Return a one-sided upper bound of a mean; infinite if there are too few values for a bound.
 
-    Means are resampled in units of their own standard error, which corrects for skewed values. The
-    percentiles of plain means, the ends of `mean_interval`, exclude too much if some texts lose far
-    more than the others. If one text in ten does, twenty texts are too few for either method. Equal
-    values are bounded by their value, which is no sign of certainty.
+    Resampled means are measured in units of their own standard error, which corrects for skewed
+    values. `mean_interval` uses percentiles of the means themselves, which exclude too much if some
+    texts lose far more than the others. If one text in ten does, twenty texts are too few for
+    either method. If all values are equal, the bound is this value. This doesn't make the mean
+    certain.
 
     Args:
-        values: Differences of two systems, one a text; none is a ValueError.
+        values: The differences of two systems, one for each text.
         seed: Seed of the resampling.
         draws: Number of resampled means.
         confidence: Confidence of the bound, in (0.5, 1).
+
+    Raises:
+        ValueError: There are no values.
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
     """
@@ -120,21 +128,21 @@ def upper_bound(
     studentised = []
     for resamples in _resamples(sample, seed, draws):
         distance = resamples.mean(axis=1) - sample.mean()
-        with np.errstate(divide="ignore"):  # infinite where one value was drawn n times
+        with np.errstate(divide="ignore"):  # infinite if one value was drawn n times
             studentised.append(np.where(distance == 0, 0.0, distance / resamples.std(axis=1)))
     lowest = np.quantile(np.concatenate(studentised), 1 - confidence, method="lower")
     return float(sample.mean() - lowest * sample.std())
 
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:
-    """Yield resampled values, some of the draws at a time, `[draws, n]`."""
+    """Yield resampled values, a part of the draws at a time, `[draws, n]`."""
     import numpy as np
 
     n = len(values)
     if n == 0:
         raise ValueError("an interval needs at least one question")
     # The Mersenne Twister's stream modulo n gives the same draws as torch.randint with this seed.
-    # Earlier results were made with those.
+    # Earlier results were computed with torch's draws.
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     while draws > 0:
         size = min(draws, max(1, _CHUNK // n))

@@ -1,7 +1,7 @@
-"""Paired tests: two systems on the same questions, and correction for several tests.
+"""Paired tests of two systems on the same questions, and the correction for several tests.
 
-Of `n` questions, `won` are those that the first system answers right and the second wrong; `lost`
-are those that the second answers right and the first wrong.
+`won` is the number of questions that the first system answers right and the second wrong. `lost` is
+the number that the second answers right and the first wrong. `n` is the number of all questions.
 """
 
 import math
@@ -20,7 +20,7 @@ class Outcomes(msgspec.Struct, kw_only=True):
 
     Attributes:
         name: The system.
-        executions: Mean executions a forward pass, in layer equivalents.
+        executions: Mean executions in a forward pass, in layer equivalents.
         correct: For each question 1 or 0, or the share of right answers over several draws.
         gold_logprob: For each question the gold option's log-probability in nats; empty if unknown.
         text_loss: For each text the mean next-token loss in nats a token; empty if unknown.
@@ -34,7 +34,11 @@ class Outcomes(msgspec.Struct, kw_only=True):
 
 
 def count_won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
-    """Count the questions won and lost; ValueError unless each is right or wrong on both sides."""
+    """Count the questions won and lost.
+
+    Raises:
+        ValueError: A value is neither 1 (right) nor 0 (wrong).
+    """
     if not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
         raise ValueError("questions are won or lost only if each has one answer, right or wrong")
     won = 0
@@ -48,8 +52,8 @@ def count_won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int,
 def mcnemar_exact(won: int, lost: int) -> float:
     """Return the two-sided p-value of the exact McNemar test.
 
-    Only questions on which the systems disagree count. If neither is better, each of those is won
-    with a probability of one half. Without any disagreement the p-value is 1.
+    Only questions on which the systems disagree count. If neither system is better, each of these
+    questions is won with a probability of one half. If there are none, the p-value is 1.
 
     Source: McNemar 1947, Psychometrika 12 (2), in its exact form.
     """
@@ -63,9 +67,9 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Return the score interval of the difference between two accuracies on the same questions.
 
-    It holds all differences that a score test on the questions won and lost doesn't reject. Unlike
-    a bootstrap or the normal interval, it keeps its width if few questions or none are won or lost,
-    and it stays inside [-1, 1].
+    The interval holds all differences that a score test on the questions won and lost doesn't
+    reject. It stays inside [-1, 1]. Unlike a bootstrap interval or the normal interval, it has a
+    width even if few questions or none are won or lost.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """
@@ -90,12 +94,12 @@ def paired_interval(
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
     """Return Tango's score for a supposed difference, and its standard deviation.
 
-    The score is by how many questions `won - lost` exceeds what the supposed difference predicts.
+    The score is `won - lost` minus the number of questions that the supposed difference predicts.
     The test rejects the difference if the score is more than z standard deviations from 0.
 
     Args:
-        won: A number of questions, or an array of them.
-        lost: The same.
+        won: The number of questions won, or an array of such numbers.
+        lost: The number of questions lost, or an array of such numbers.
         n: All questions.
         difference: The supposed difference of the accuracies, in [-1, 1].
 

@@ -1,11 +1,11 @@
 """Power and sample-size calculations: what a number of questions can show or exclude.
 
-Probabilities are exact sums over the possible numbers of questions that are answered differently,
-and of those that are won; nothing is sampled. Differences and losses are shares of the questions,
-not points. `discordant` is the share of questions that one system answers right and the other
-wrong.
+Nothing is sampled: probabilities are exact sums over the possible numbers of questions that two
+systems answer differently, and of questions that are won. Differences and losses are shares of the
+questions, not points. `discordant` is the share of questions that one system answers right and the
+other wrong.
 
-Axes: M possible numbers of questions answered differently, W possible numbers of those won.
+Axes: M possible numbers of questions answered differently, W possible numbers of questions won.
 """
 
 import functools
@@ -18,12 +18,12 @@ from drllm.statistics.intervals import Floats
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
-"""Fewest questions that must differ before anything can be shown. On fewer, differences aren't
+"""The fewest differing questions that can show a difference. With fewer, differences aren't
 significant even if all have the same sign (2 / 2**5 > 0.05)."""
 POWER = 0.8
 NEGLIGIBLE = 1e-12
-"""Counts with a smaller probability are left out of sums; with ten thousand questions that changes
-no result by more than 1e-8."""
+"""Sums leave out counts with a smaller probability. With ten thousand questions this changes no
+result by more than 1e-8."""
 
 
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
@@ -35,11 +35,11 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
         difference: The true difference of the accuracies, at most `discordant`.
         alpha: The level of the test, which is two-sided.
 
-    Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
-        averaged over that number.
+    Source: O'Brien 1998 and G*Power's exact McNemar test: the power for each number of differing
+        answers, averaged over these numbers.
     """
     weights, differing, won = _possible_counts(n, discordant)
-    # If both systems are equally good: the probability to win at least this many questions.
+    # The probability of winning at least this many questions if both systems are equally good.
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
     lost = (differing - won).clip(0.0)
     is_shown = (2 * tails < alpha) & (won > lost)
@@ -51,9 +51,10 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
 
 def questions_needed(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> int:
-    """Return how many questions, more than n, would probably show a difference.
+    """Return the number of questions, above n, that would probably show a difference.
 
-    The difference is in (0, 1]; `discordant` counts as at least as large.
+    The difference is in (0, 1]. If `discordant` is smaller than the difference, the difference is
+    used in its place.
     """
     discordant = max(discordant, difference)
 
@@ -78,15 +79,15 @@ def questions_to_exclude(n: int, mean: float, end: float, limit: float) -> int |
     """Return about how many questions or texts would probably exclude a loss of `limit`.
 
     Args:
-        n: How many there are.
-        mean: The loss that was measured on them; a gain is below 0.
-        end: The end of its 95 % interval, on the side of larger losses.
-        limit: The loss that is to be excluded, above 0.
+        n: The number of questions or texts that were measured.
+        mean: Their mean loss; a gain is below 0.
+        end: The end of the 95 % interval of the loss, on the side of larger losses.
+        limit: The loss to exclude, above 0.
 
     Returns:
         The number that excludes the limit with a probability of 80 % if the true loss is the
-        measured one (0 for a gain); the interval's width falls with the root of n. None if the
-        measured loss is as large as the limit, since then no number would do.
+        measured loss (0 for a gain). The interval's width falls with the square root of n. None if
+        the measured loss is as large as the limit, since then no number would be enough.
 
     Example:
         >>> questions_to_exclude(400, 0.0, 0.04, 0.02)
@@ -115,8 +116,8 @@ def round_up(number: int) -> int:
 def detectable_mean(differences: Sequence[float]) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
-    The scores are one a question and aren't counts. Their observed spread is taken as the true one;
-    None if it is 0.
+    There is one difference for each question, and the differences aren't counts. Their observed
+    spread is taken as the true spread. None if the spread is 0, or for fewer than two differences.
 
     Source: the normal approximation of a paired test's power.
     """
@@ -131,11 +132,11 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 
 @functools.lru_cache(maxsize=4)
 def _possible_counts(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
-    """Return how many of n questions may be answered differently, and how many of these won.
+    """Return how many of n questions may be answered differently, and how many may be won.
 
     Returns:
-        The probabilities `[M, 1]` of the numbers `[M, 1]` that differ, and the numbers `[1, W]`
-        that may be won.
+        The probabilities `[M, 1]` of the numbers of differing questions, these numbers `[M, 1]`,
+        and the possible numbers of questions won `[1, W]`.
     """
     import numpy as np
 

@@ -1,12 +1,12 @@
-"""Decides what a comparison of two systems shows, and words it.
+"""Decides what a comparison of two systems shows, and says it in words.
 
-Right and wrong answers are compared by McNemar's exact test and Tango's interval. If the two
-disagree, the weaker claim is made and the reason is given. Means are compared by their bootstrap
-interval. A difference of accuracy or of the gold answers' log-probability is claimed only if base
-is above chance.
+Right and wrong answers are compared by McNemar's exact test and Tango's interval. If the test and
+the interval disagree, the weaker claim is made and the reason is given. Means are compared by their
+bootstrap interval. A difference of accuracy or of the gold answers' log-probability is claimed only
+if base is above chance.
 
-Every comparison also says which loss it excludes, by the end of the two-sided 95 % interval: "a
-loss of more than 1.9 points is excluded".
+Every comparison also says which loss it excludes: "a loss of more than 1.9 points is excluded".
+This number is the end of the two-sided 95 % interval.
 """
 
 import math
@@ -27,15 +27,15 @@ Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing
 ROUNDING = 1e-4
 """Smaller differences, in points or nats, are rounding errors."""
 FEWEST_TEXTS = 30
-"""With fewer texts no increase of their loss is excluded. The bound is exceeded too often if some
-texts lose far more than the others. If one text in ten does, it is exceeded in 17 % of the cases
-with 20 texts and in 8 % with 30, where it should be 5 %."""
+"""With fewer texts no increase of their loss is excluded, because the true increase is above the
+bound too often if some texts lose far more than the others. If one text in ten does, this happens
+in 17 % of the cases with 20 texts and in 8 % with 30. It should happen in 5 %."""
 EXCLUDING = 0.975
-"""One-sided confidence of the end of a two-sided 95 % interval."""
+"""The one-sided confidence of each end of a two-sided 95 % interval."""
 
 
 def signed(value: float, digits: int) -> str:
-    """Write a change with its sign and a true minus; what rounds to zero has no sign."""
+    """Write a change with its sign (the minus is U+2212); a change that rounds to 0 has no sign."""
     text = f"{value:+.{digits}f}"
     if not text.strip("+-0."):
         return text[1:]
@@ -45,8 +45,8 @@ def signed(value: float, digits: int) -> str:
 class _Words(NamedTuple):
     """How a quantity is written.
 
-    `things` are what it is measured on, `loss` is the word for a change for the worse, and
-    `relevant` is a difference that a comparison must be able to show.
+    `things` are the things that the quantity is measured on. `loss` is the word for a change for
+    the worse. `relevant` is a difference that a comparison must be able to show.
     """
 
     title: str
@@ -79,14 +79,17 @@ _WORDS: dict[Quantity, _Words] = {
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a comparison of one system with another shows; `docs/formats.md` has the fields.
+    """What a comparison of two systems shows; `docs/formats.md` describes the fields.
 
-    `shown` is `none shown` if a difference worth having would probably have been shown. It is `too
-    few` if it wouldn't; then `needed` questions would show `target` with a probability of 80 %. It
-    is `guessing` if base isn't above chance, so that nothing can be claimed. `won`, `lost` and `p`
-    are None for means. If there is a `p_corrected`, it decides. A higher `text_loss` is worse.
-    Every loss larger than `excluded_loss` (for `text_loss`, every larger increase) is excluded; it
-    is None if no loss is, and in files of earlier versions.
+    If no difference is shown, `shown` says why. With `none shown`, a difference worth having would
+    probably have been shown. With `too few`, it wouldn't, and `needed` questions would show
+    `target` with a probability of 80 %. With `guessing`, base isn't above chance, so nothing can be
+    claimed.
+
+    `won`, `lost` and `p` are None for means. `p_corrected` decides instead of `p`, unless it is
+    None. A higher `text_loss` is worse. Every loss larger than `excluded_loss` is excluded (for
+    `text_loss`, every larger increase). `excluded_loss` is None if no loss is excluded, and in
+    files of earlier versions.
     """
 
     quantity: Quantity
@@ -127,25 +130,25 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.shown
 
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
-        """Return one sentence with all numbers, those of the exact test included."""
+        """Return one sentence with all numbers, including those of the exact test."""
         numbers = self._numbers(with_test=True)
         return f"{self._words.title} of {ours} minus {theirs}: {self._conclude(numbers)}."
 
     def statement(self) -> str:
-        """Return a shorter sentence, where it is clear which two systems are compared.
+        """Return a shorter sentence, for places where it is clear which systems are compared.
 
-        It has the size of the difference, what it excludes and how sure it is, without the exact
-        test's numbers.
+        The sentence has the size of the difference, the excluded loss and how sure the difference
+        is. It doesn't have the exact test's numbers.
         """
         return f"{self._words.title} changes by {self.details}."
 
     @property
     def details(self) -> str:
-        """The size of the difference, what it excludes and how sure it is."""
+        """The size of the difference, the excluded loss and how sure the difference is."""
         return self._conclude(self._numbers(with_test=False))
 
     def _conclude(self, numbers: str) -> str:
-        """Add to the numbers what they exclude, and how sure the difference is."""
+        """Add to the numbers which loss is excluded, and how sure the difference is."""
         parts = [numbers]
         if self.exclusion:
             parts.append(self.exclusion)
@@ -153,7 +156,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return "; ".join(parts)
 
     def _numbers(self, *, with_test: bool) -> str:
-        """Return the size of the difference with its interval and what it was measured on."""
+        """Return the size of the difference, its interval, and the number of questions or texts."""
         size = f"{self.write(self.mean)} {self._words.unit}"
         sample = f"{self.n} {self._words.things}"
         if self.interval[0] == self.interval[1]:
@@ -169,7 +172,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def exclusion(self) -> str:
-        """Which loss is excluded, in words; empty if none is."""
+        """Which loss is excluded, in words; empty if no loss is excluded."""
         if self.excluded_loss is None:
             return ""
         loss = self._words.loss
@@ -207,14 +210,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return signed(self._words.scale * value, self._words.digits)
 
     def write_excluded(self) -> str:
-        """Write the excluded loss in points or nats, without a sign; a dash if none is."""
+        """Write the excluded loss in points or nats, without a sign; a dash if it is None."""
         if self.excluded_loss is None:
             return "–"
         return self.write(self.excluded_loss).removeprefix("+")
 
 
 class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Two systems compared in each quantity; None for one that isn't known of both."""
+    """The comparison of two systems in each quantity; None if one system lacks the quantity."""
 
     accuracy: Verdict
     gold_logprob: Verdict | None = None
@@ -224,9 +227,9 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Return at most three sentences: what to do, then accuracy, then next-token loss.
 
         Args:
-            name: The first system.
-            saves_layers: Whether it runs fewer layers than the second system.
-            cost: How many layers it saves, in words.
+            name: The first system's name.
+            saves_layers: Whether the first system runs fewer layers than the second.
+            cost: How many layers the first system saves, in words.
         """
         sentences = [f"{self.advice(name, saves_layers=saves_layers)} ({cost})."]
         sentences.append(self.accuracy.statement())
@@ -243,7 +246,7 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return "; ".join(parts)
 
     def advice(self, name: str, *, saves_layers: bool) -> str:
-        """Say what to do with the first system; the arguments are those of `headline`."""
+        """Say what to do with the first system; the arguments are as for `headline`."""
         if self.accuracy.shown == "guessing":
             return (
                 f"Take a task that base can do: here base may be guessing, so {name} isn't judged"
@@ -276,7 +279,10 @@ def compare(
     """Compare two systems on the same questions and texts; differences are ours minus theirs.
 
     The next-token loss is judged even if base isn't shown to be above chance, since it can't be
-    guessed. Different numbers of questions or texts are a ValueError.
+    guessed.
+
+    Raises:
+        ValueError: The systems have different numbers of questions or texts.
     """
     gold_logprob = None
     if ours.gold_logprob and theirs.gold_logprob:
@@ -314,13 +320,13 @@ def judge_counts(
     """Judge two accuracies by the questions won and lost of n.
 
     Args:
-        won: Questions that only the first system answers right. It may be a fraction, if a question
-            can be won in part; only the exact test rounds it.
-        lost: Questions that only the second system answers right.
-        n: All questions.
+        won: How many questions only the first system answers right. The number may be a fraction if
+            a question can be won in part; only the exact test rounds it.
+        lost: How many questions only the second system answers right.
+        n: The number of all questions.
         above_chance: Whether base is shown to be above chance; if not, nothing is claimed.
         p_corrected: The exact test's p-value, corrected for several tests; if given, it decides.
-        num_tests: How many tests it is corrected for.
+        num_tests: How many tests `p_corrected` is corrected for.
 
     Source: ours, from McNemar's exact test and Tango's interval.
     """
@@ -384,7 +390,7 @@ def judge_means(
 
     Args:
         quantity: What the values are.
-        ours: The first system's values, one a question or text.
+        ours: The first system's values, one for each question or text.
         theirs: The second system's values.
         seed: Seed of the resampling.
         above_chance: Whether base is shown to be above chance; if not, nothing is claimed.
@@ -420,10 +426,10 @@ def judge_means(
 
 
 def _excluded_increase(increases: Sequence[float], high: float, seed: int) -> float | None:
-    """Return the increase of next-token loss above which all are excluded; None if none is.
+    """Return the next-token loss above which every increase is excluded; None if none is excluded.
 
-    It is the end of the interval, or the studentised bound if that is higher, because percentiles
-    of means exclude too much if some texts lose far more than the others.
+    The result is the end of the interval, or the studentised bound if this is higher. The interval
+    alone would exclude too much if some texts lose far more than the others.
     """
     if len(increases) < FEWEST_TEXTS:
         return None
@@ -434,7 +440,7 @@ def _excluded_increase(increases: Sequence[float], high: float, seed: int) -> fl
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Judge comparisons again, with their exact tests corrected by Holm's method.
+    """Judge comparisons again, after correcting their exact tests by Holm's method.
 
     Comparisons without an exact test stay as they are.
     """
@@ -465,7 +471,7 @@ def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
 
     Source: the sign test, corrected by Holm's method for the number of comparisons.
     """
-    counts = []  # of rounds in which the first system was faster, and slower
+    counts = []  # for each comparison, the rounds in which the first system is faster, and slower
     for rounds in ratios:
         faster = sum(ratio < 1 for ratio in rounds)
         slower = sum(ratio > 1 for ratio in rounds)
@@ -486,12 +492,12 @@ def _without_claim(verdict: Verdict) -> Verdict:
 
 
 def capitalize(text: str) -> str:
-    """Return a text with its first letter in upper case, as a sentence begins."""
+    """Write the first letter of a text in upper case, as at the start of a sentence."""
     return text[0].upper() + text[1:]
 
 
 def uncapitalize(text: str) -> str:
-    """Return a text with its first letter in lower case, as within a sentence."""
+    """Write the first letter of a text in lower case, as within a sentence."""
     return text[0].lower() + text[1:]
 
 

@@ -1,7 +1,7 @@
-"""The state of a training between two epochs, and whether another training may resume it.
+"""Saves the state of a training after each epoch, and resumes the same training from it.
 
-`checkpoint.safetensors` holds weights and the optimiser's moments. Its header says which epoch
-they belong to, the metrics so far, and which training made them.
+`checkpoint.safetensors` holds weights and the optimiser's moments. Its header holds the number of
+finished epochs, the metrics so far, and the identity of the training.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 def make_identity(
     config: TrainConfig, base_identity: Mapping[str, Any], targets_digest: str
 ) -> dict[str, Any]:
-    """Return the values that tell one training from another with the same seed."""
+    """Return the values by which a training recognises its own files."""
     return {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
@@ -95,7 +95,7 @@ def is_finished(output: Path) -> bool:
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds this training's finished routers; refuse those of another one."""
+    """Tell whether a folder holds this training's finished routers; refuse another training's."""
     if not is_finished(output):
         return False
     config = read_config(output)
@@ -121,7 +121,7 @@ def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
 
 
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
+    """Copy a saved state into a new trainer; raise KeyError or ValueError if it doesn't fit."""
     weights = _select_tensors(trainer, tensors, WEIGHTS)
     moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
 

@@ -30,9 +30,9 @@ from drllm.records.resume import refuse_other_run
 
 FEATURES_FOLDER = "features"
 OLD_FILE = "features.safetensors"
-"""One file for all targets, which drllm wrote before each block had its own."""
-FEATURE_VERSION = 1  # raised when the same targets would be pooled to other numbers
-TIGHT = 0.5  # share of the free space from which a pass notes what it needs
+"""The one file for all targets that older versions of drllm wrote."""
+FEATURE_VERSION = 1  # increased when the same targets are pooled to other numbers
+TIGHT = 0.5  # a pass that needs a larger share of the free space prints how much it needs
 NOT_DONE = 0
 NOT_FINITE = -1
 """Values of `filled`: the target isn't pooled yet, or its states aren't finite."""
@@ -53,13 +53,13 @@ class Shape(NamedTuple):
 class BlockMeans:
     """The means of all targets, `[N, L, W, D]`, in the files of their blocks.
 
-    The files are mapped, so the features may be larger than memory.
+    The files are memory-mapped, so the features may be larger than memory.
     """
 
     def __init__(self, blocks: Sequence[Tensor], block_of: Sequence[int], row_of: Sequence[int]):
         self.blocks = blocks  # each [B, L, W, D]
         self.block_of = block_of  # [N]: the block that each target is in
-        self.row_of = row_of  # [N]: its row there
+        self.row_of = row_of  # [N]: the row of each target in its block
 
     def __getitem__(self, targets: Tensor) -> Tensor:
         """Copy the means of some targets into memory, `[B, L, W, D]`."""
@@ -90,7 +90,7 @@ class _Manifest(msgspec.Struct):
 
 
 class FeatureStore:
-    """A folder of features. It is made with the first block, and other files in it stay.
+    """A folder of features. The folder is made with the first block; other files in it stay.
 
     Args:
         folder: The folder.
@@ -105,7 +105,7 @@ class FeatureStore:
     def open(self, manifest: Mapping[str, Any], shape: Shape) -> None:
         """Read the features that are in the folder; write nothing.
 
-        Afterwards `filled` says for each target whether it is there, and `means` reads the means.
+        Afterwards `filled` says which targets have features, and `means` reads the means.
 
         Args:
             manifest: What the features are made from.
@@ -113,7 +113,7 @@ class FeatureStore:
 
         Raises:
             ConfigError: The folder holds other features; the message says what differs.
-            RecordError: Broken or unreadable files, or features of an older version.
+            RecordError: A file is broken or can't be read, or an older version wrote the features.
         """
         config = {**manifest["config"], "feature_dtype": self.dtype}
         self.manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
@@ -122,12 +122,12 @@ class FeatureStore:
 
     @property
     def num_missing(self) -> int:
-        """How many targets aren't in the folder yet."""
+        """The number of targets that have no features in the folder yet."""
         return int((self.filled == NOT_DONE).sum())
 
     @contextlib.contextmanager
     def writing(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Allow writing blocks inside the `with` block; read all of them again at its end.
+        """Allow writing blocks in a `with` statement; at its end, read all blocks again.
 
         Args:
             note: Receives a line that says how much disk the missing blocks need.
@@ -150,7 +150,7 @@ class FeatureStore:
         Args:
             targets: `[B]` targets that no other block has.
             means: `[B, L, W, D]` of any floating dtype.
-            filled: `[B]` windows that hold tokens, or `NOT_FINITE`.
+            filled: `[B]` numbers of windows that hold tokens, or `NOT_FINITE`.
         """
         path = self.folder / f"features-{targets[0]:06d}.safetensors"
         filled = filled.to("cpu", torch.int64)
@@ -209,7 +209,7 @@ class FeatureStore:
         row_of = [0] * num_targets
         blocks: list[Tensor] = []
         files = self.block_files()
-        if files:  # without blocks a manifest may be replaced
+        if files:  # a manifest without blocks may be replaced
             self._check_manifest()
         for path in files:
             block = self._read_block(path)
@@ -226,7 +226,7 @@ class FeatureStore:
             block = Block(**load_file(path))
         except OSError as error:
             raise RecordError(f"can't read {path}: {error.strerror or error}") from error
-        except (SafetensorError, TypeError) as error:  # TypeError: other names of tensors
+        except (SafetensorError, TypeError) as error:  # TypeError: tensors have other names
             raise self._broken(path) from error
         if not self._is_valid(block):
             raise self._broken(path)

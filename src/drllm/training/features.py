@@ -1,7 +1,7 @@
 """The routers' inputs, pooled in one pass of the frozen base model over the targets.
 
-With a frozen base and teacher forcing every router's input is a constant of its example, so
-training doesn't need the base model again.
+The base model is frozen, and the layers follow the target's decisions. So a router's input for an
+example never changes, and training doesn't need the base model again.
 
 Axes: N targets, B rows, D hidden, L layers, W windows.
 """
@@ -28,8 +28,8 @@ from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, BlockMeans, FeatureStore, Shape
 from drllm.training.targets import OVERFLOWS, EncodedTargets, are_too_many, encode_targets
 
-MAXIMUM_TOKENS = 16_384  # of a batch, padding counted; a longer prompt has a batch to itself
-ROWS_AT_ONCE = 32  # read from disk together
+MAXIMUM_TOKENS = 16_384  # of a batch, with padding; a longer prompt is a batch of its own
+ROWS_AT_ONCE = 32  # rows that are read from disk together
 
 
 class Batch(NamedTuple):
@@ -40,10 +40,10 @@ class Batch(NamedTuple):
 
 
 class BatchFeatures(NamedTuple):
-    """What the routers read of a batch."""
+    """The routers' inputs for a batch."""
 
     means: Tensor  # [B, L, W, D]; 0 where they aren't finite
-    filled: Tensor  # [B]: windows that hold tokens, or `NOT_FINITE`
+    filled: Tensor  # [B]: how many windows hold tokens, or `NOT_FINITE`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,14 +51,14 @@ class Features:
     """The training set of the routers, in the order of the targets.
 
     Attributes:
-        means: `[M, L, W, D]`, M ≥ N: the mean hidden state of each window before each layer. They
-            may be on disk; `rows` reads them.
+        means: `[M, L, W, D]`, M ≥ N: the mean hidden state of each window before each layer. The
+            means may be on disk; `rows` reads them.
         filled: `[N]`: how many windows hold tokens.
         labels: `[N, L]` int64: the target paths' decisions.
         questions: `[N]` texts of the questions; they decide which targets are held out.
         tasks: `[N]` names of the tasks.
         made_from: Hash of the prompts, and dtype of the base model.
-        places: `[N]`: the row of `means` of each target; None if it is the target's number.
+        places: `[N]`: each target's row in `means`; None if the row is the target's number.
         rejected: Targets that were set aside, and why.
     """
 
@@ -74,7 +74,7 @@ class Features:
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read the windows of some targets into memory, `[B, L, W, D]`; zeros past `filled`.
 
-        They are float32, or float64 if they are stored as that.
+        The result is float32, or float64 if the means are stored as float64.
         """
         rows = torch.as_tensor(index, dtype=torch.int64)
         if self.places is not None:
@@ -90,7 +90,7 @@ class Features:
 
     @property
     def digest(self) -> str:
-        """A hash of the targets: all but the means, whose last bits depend on the machine."""
+        """A hash of everything but the means, whose last bits depend on the machine."""
         parts = tuple(self.shape), tuple(self.questions), tuple(self.tasks)
         numbers = (self.filled.tolist(), self.labels.tolist())
         return hash_values([(parts, numbers, self.made_from)])
@@ -107,7 +107,7 @@ def collect_features(
     batch_size: int | None = None,
     listener: Listener | None = None,
 ) -> Features:
-    """Run the base model once along each target path and keep what the routers read.
+    """Run the base model once along each target path, and store the routers' inputs.
 
     A router's input is the state before its layer, after the labelled decisions of the layers
     before it. Batches depend on the prompts' lengths alone. So a pass that was killed and resumed
@@ -119,8 +119,8 @@ def collect_features(
         tokenizer: Its tokenizer.
         records: The targets. A few that the model can't run are set aside.
         num_windows: W.
-        store: The features' folder; the blocks that are in it already are used again.
-        batch_size: Prompts in a pass; None leaves it to `choose_batch_size`.
+        store: The folder of the features. Blocks that it already has are used again.
+        batch_size: Prompts in a pass; None calls `choose_batch_size`.
         listener: Receives notes and progress.
 
     Raises:
@@ -157,11 +157,11 @@ def choose_batch_size(device: str, num_values: int) -> int:
 
     Args:
         device: The model's type of device.
-        num_values: How many numbers the features of one prompt are.
+        num_values: How many numbers the features of one prompt have.
     """
     if device == "cpu":
         return 8  # a few prompts keep a CPU busy
-    # Each of torchrun's processes gets the features of all of them, so they must stay small.
+    # Each process of torchrun gets the features of all processes, so these must stay small.
     return min(64, max(8, 2**24 // num_values))
 
 
@@ -220,7 +220,7 @@ def _make_batch(targets: EncodedTargets, labels: Tensor, rows: Sequence[int]) ->
 def _find_missing_blocks(
     targets: EncodedTargets, filled: Tensor, batch_size: int
 ) -> list[list[int]]:
-    """Divide the targets into blocks, and return the targets of each that aren't pooled yet.
+    """Divide the targets into blocks, and return each block's targets that aren't pooled yet.
 
     All or none of a block's targets are missing, unless an earlier pass had another batch size.
     """
@@ -248,7 +248,7 @@ def assist(model: Any, num_windows: int) -> None:
 def _pool_batches(
     routed: RoutedModel, num_windows: int, work: Sequence[Batch] = ()
 ) -> list[BatchFeatures]:
-    """Pool the first process's batches in all processes, and return all results to each.
+    """Pool the first process's batches in all processes; return all results in each process.
 
     An empty list of batches tells the other processes that the pass is over.
     """
@@ -292,7 +292,7 @@ def _check_finite(model: Any, targets: EncodedTargets, filled: Tensor) -> None:
 
 
 def _build_features(model: Any, targets: EncodedTargets, store: FeatureStore) -> Features:
-    """Return the features in a complete folder, without targets whose states overflow."""
+    """Return the features of a complete folder, without the targets whose states overflow."""
     is_usable = store.filled != NOT_FINITE
     usable = is_usable.nonzero().flatten()  # [N]
     rows: list[int] = usable.tolist()

@@ -15,12 +15,12 @@ def compute_class_weights(counts: Sequence[float], beta: float) -> tuple[float, 
 
     The weight of a class with n labels is the inverse of its effective number
     (1 − βⁿ) / (1 − β), scaled so that the classes present have weights of mean 1. A class without
-    labels has no effective number, so it gets weight 1, that of an average class. That weight only
-    matters where held-out targets have the label.
+    labels has no effective number, so it gets weight 1, the weight of an average class. This weight
+    only matters if held-out targets have the label.
 
     Args:
-        counts: `[C]` labels of each class.
-        beta: In [0, 1): 0 gives equal weights, values near 1 inverse frequencies.
+        counts: `[C]` numbers of labels of each class.
+        beta: In [0, 1): 0 gives equal weights, and values near 1 give inverse frequencies.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
     """
@@ -54,7 +54,7 @@ def compute_focal_losses(logits: Tensor, labels: Tensor, weights: Tensor, gamma:
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
     """
     log_p = logits.log_softmax(dim=-1).gather(-1, labels[..., None]).squeeze(-1)
-    # Computed from log p, 1 − p keeps its digits where p is near 1. The floor keeps the gradient
-    # finite where p is 1 and gamma below 1; the loss is 0 there anyway, since log p is.
+    # 1 − p is computed from log p, so that it keeps its digits if p is near 1. The minimum keeps
+    # the gradient finite if p is 1 and gamma is below 1. The loss is 0 there, since log p is 0.
     remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -weights[labels] * remaining**gamma * log_p

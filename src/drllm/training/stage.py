@@ -1,4 +1,4 @@
-"""The training stage: targets in, one folder of routers for each seed out.
+"""The stage `train`: it reads targets, and writes a folder of routers for each seed.
 
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
@@ -86,17 +86,17 @@ def train(
     Args:
         model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
             model of transformers.
-        targets: One target path a question, from `drllm.supervise`; or a `supervision.jsonl`, or
-            several.
+        targets: Target paths from `drllm.supervise`, one for each question; or one or several files
+            `supervision.jsonl`.
         config: The settings.
-        output_dir: Receives the first seed's routers; the folder `seed_S` in it receives those of
+        output_dir: Folder for the first seed's routers. Its folder `seed_S` gets the routers of
             each further seed S. None trains in a temporary folder.
-        tokenizer: The model's tokenizer; None takes the one that the model comes with, or loads it
-            by the model's name.
-        features: A folder that keeps the routers' inputs for further trainings. Without it they
-            lie in the output folder, and are deleted once the routers are trained.
+        tokenizer: The model's tokenizer; None takes the tokenizer that the model comes with, or
+            loads it by the model's name.
+        features: A folder that keeps the routers' inputs for further trainings. Without it, the
+            inputs are in the output folder, and are deleted once the routers are trained.
         listener: Receives notes and progress.
-        settings: Settings of `TrainConfig` by name, in place of the config's.
+        settings: Settings of `TrainConfig` by name, which replace the config's settings.
 
     Returns:
         The first seed's routers.
@@ -175,7 +175,8 @@ def _train_seeds(
             device=base.model.device,
             listener=listener,
         )
-        # Before the checkpoint goes, so that after a kill the next call still cleans up.
+        # The features are deleted before the checkpoint, so that after a kill the next call still
+        # cleans up.
         if features_folder is None and folder == unfinished[-1]:
             store.remove()
         remove_state(folder)
@@ -186,7 +187,7 @@ def _train_seeds(
 def _find_unfinished(
     seeds: Mapping[Path, TrainConfig], base: BaseModel, features: Features
 ) -> list[Path]:
-    """Return the folders whose routers aren't trained yet; refuse those of another training."""
+    """Return the folders whose routers aren't trained yet; refuse another training's folders."""
     digest = features.digest
     unfinished = []
     for folder, config in seeds.items():
@@ -220,7 +221,7 @@ def train_seed(
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed on features, and write their folder.
 
-    Arguments and result are those of `fit_seed`. Its checkpoint is removed at the end.
+    The arguments and the result are those of `fit_seed`. The checkpoint is removed at the end.
     """
     rows = fit_seed(
         features,
@@ -259,8 +260,8 @@ def fit_seed(
         listener: Receives progress.
 
     Returns:
-        The lines of `metrics.jsonl`. Training metrics are counted during the epoch: each target
-        just before the step that learns from it.
+        The lines of `metrics.jsonl`. Training metrics are counted during the epoch: each target is
+        counted just before the step that trains on it.
     """
     listener = listener or Listener()
     trainer = Trainer(features, base_identity, config, device=device)
@@ -286,7 +287,7 @@ def fit_seed(
 
 
 def remove_state(output: Path) -> None:
-    """Delete the files for resuming, once the routers are saved; the checkpoint goes last."""
+    """Delete the files for resuming, after the routers are saved; the checkpoint goes last."""
     (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
@@ -348,7 +349,7 @@ def _describe_training(
 
 
 def discard(output: Path, config: TrainConfig) -> None:
-    """Delete what earlier trainings left in a folder, so that the next one starts from scratch."""
+    """Delete checkpoints, weights and features, so that the next training starts from scratch."""
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)

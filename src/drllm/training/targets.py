@@ -1,7 +1,7 @@
 """The targets that a base model can be trained on, tokenised.
 
-A target whose prompt this model can't read is set aside and counted. If there are many of them, the
-targets belong to another model and are refused.
+A target is set aside and counted if the model can't read its prompt. If many targets are set aside,
+the targets belong to another model, and all of them are refused.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"
 OVERFLOWS = "hidden states that are NaN or infinite"
 REJECTED_FILE = "rejected.jsonl"
-MAXIMUM_SET_ASIDE = 0.1  # share of the targets that may be set aside; a single one always may
+MAXIMUM_SET_ASIDE = 0.1  # share of the targets that may be set aside; one target always may
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,8 @@ def encode_targets(
     """Tokenise the targets' prompts, and set aside those that the model can't read.
 
     Raises:
-        RecordError: There are no targets, one has another number of layers, or too many are set
-            aside.
+        RecordError: There are no targets, a target has another number of layers than the model, or
+            too many targets are set aside.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROJECT = "drllm"
 FOLDER = "trackers"
 RUN_FILE = "trackers.json"
-"""Names the run that an unfinished training reports to; deleted with the checkpoint."""
+"""Names the run that an unfinished training reports to. The file is deleted with the checkpoint."""
 WANDB = "wandb"
 TENSORBOARD = "tensorboard"
 
@@ -41,7 +41,7 @@ class _Options:
     Attributes:
         run_name: What the tracker calls the run.
         arguments: Further arguments of the tracker's class.
-        failures: Errors by which the tracker says that it can't start.
+        failures: Errors that the tracker raises if it can't start.
         has_config: Whether the run has its config already, or gets it from the arguments.
     """
 
@@ -121,7 +121,7 @@ def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
         options.arguments["logging_dir"] = str(folder)
     try:
         tracker = tracker_class(options.run_name, **options.arguments)
-        if hasattr(tracker, "start"):  # older versions start when they are made
+        if hasattr(tracker, "start"):  # trackers of older versions start when they are made
             tracker.start()
         if not options.has_config:
             tracker.store_init_configuration(config)
@@ -143,7 +143,8 @@ def _choose_options(
         arguments = _wandb_arguments(folder, run_id, config)
         return _Options(arguments=arguments, failures=(OSError, wandb.Error), has_config=True)
     if name == TENSORBOARD:
-        # Steps after the last checkpoint are logged again, or are those of another training.
+        # Steps after the last checkpoint are purged: they will be logged again, or belong to
+        # another training.
         return _Options(
             run_name=name,
             arguments={"purge_step": trainer.steps_done + 1},
@@ -160,5 +161,5 @@ def _wandb_arguments(folder: Path, run_id: str, config: dict[str, Any]) -> dict[
         "dir": str(folder),
         "config": config,
         "reinit": "create_new",  # beside a run that the caller may have open
-        "settings": {"console": "off"},  # what is printed, progress bars too, stays ours
+        "settings": {"console": "off"},  # W&B doesn't capture printed text and progress bars
     }

@@ -106,8 +106,8 @@ class Trainer:
         features: The training set.
         base_identity: Identity of the base model, as `BaseModel.identity` gives it.
         config: The settings.
-        device: Where weights and batches are.
-        dtype: Of weights and batches.
+        device: The device of weights and batches.
+        dtype: The dtype of weights and batches.
 
     Attributes:
         train_rows: Indices of the targets to train on.
@@ -250,7 +250,7 @@ class Trainer:
                 step's decisions before its update.
 
         Raises:
-            DivergedError: A loss that isn't finite.
+            DivergedError: The loss isn't finite.
         """
         epoch = self.epochs_done + 1
         batches = shuffle_batches(
@@ -263,7 +263,7 @@ class Trainer:
             counts += step_counts
             if on_step is not None:
                 on_step(step + 1, step_counts)
-        metrics = compute_metrics(counts)  # `rate` is that of the last step
+        metrics = compute_metrics(counts)  # `rate` is the last step's rate
         self.metrics.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": rate})
         if self.validation_rows:
             metrics = compute_metrics(self._count_rows(self.validation_rows))

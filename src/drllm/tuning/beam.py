@@ -1,9 +1,10 @@
-"""Beam search over edits of a path, with successive halving over questions. Doesn't import torch.
+"""Beam search over paths that skip layers, with successive halving over questions.
 
 A level holds the best paths that save the same number of layers. The candidates of a level skip one
-layer more than the paths of the level before. Most candidates are dropped after few questions.
+layer more than the paths of the level before. Most candidates are dropped after few questions. This
+module doesn't import torch.
 
-Source: ours, of greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767) and successive
+Source: ours, from greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767) and successive
 halving (Jamieson and Talwalkar 2016, AISTATS).
 """
 
@@ -21,7 +22,7 @@ from drllm.tuning.data_splits import TaskSplits
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
 """Returns the objective of N paths on the first n questions, `[N]`. Larger is better."""
 
-SHARE_SKIPPED = 1 / 6  # share of the layers that is skipped at most by default
+SHARE_SKIPPED = 1 / 6  # by default, the largest share of the layers that is skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,14 @@ class Beam:
     """A beam search over paths that skip more and more layers."""
 
     num_layers: int
-    width: int  # paths of a level
-    max_saved: int  # layers that the paths of the last level save
+    width: int  # number of paths in a level
+    max_saved: int  # number of layers that the paths of the last level save
     num_questions: int
 
     def levels(self, measure: Measure, grows: Callable[[StaticPath], bool]) -> Iterator[Level]:
         """Yield the levels, from the fewest layers saved to the most.
 
-        After a level was yielded, `grows` decides which of its paths the next level builds on.
+        After each level, `grows` decides which of its paths the next level builds on.
         """
         parents = [StaticPath(range(self.num_layers))]
         for saved in range(1, self.max_saved + 1):
@@ -64,7 +65,7 @@ class Beam:
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:
-        """For each rung of a level, its number of questions and of paths that it keeps."""
+        """For each rung of a level, its number of questions, and how many paths it keeps."""
         return make_rungs(self.num_questions, self.width)
 
     def _find_best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
@@ -78,7 +79,7 @@ class Beam:
 
 
 def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) -> Beam:
-    """Return the beam search of some settings on tasks.
+    """Make the beam search for some settings and tasks.
 
     Raises:
         ConfigError: `max_skipped` is below 1, or leaves no layer.
@@ -96,7 +97,7 @@ def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) 
 
 
 def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
-    """Yield the paths that skip one layer more. A path of one layer yields none."""
+    """Yield the paths that skip one more layer; none for a path of one layer."""
     if len(path.layers) == 1:
         return
     for place in range(len(path.layers)):
@@ -104,10 +105,10 @@ def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
 
 
 def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
-    """Return the rungs of successive halving: number of questions, and of paths that are kept.
+    """Return the rungs of successive halving: for each, how many questions and paths kept.
 
-    All candidates are scored on an eighth of the questions, the best of these on a third, and the
-    best of these on all.
+    All candidates are scored on an eighth of the questions. The best of these are scored on a
+    third, and the best of those on all questions.
 
     Example:
         >>> make_rungs(300, 3)
@@ -119,7 +120,7 @@ def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
     kept_by_size: dict[int, int] = {}
     kept_by_size[max(fewest, -(-num // 8))] = 4 * beam
     kept_by_size[max(fewest, -(-num // 3))] = 2 * beam
-    kept_by_size[num] = beam  # rungs with the same number of questions are one, which keeps fewest
+    kept_by_size[num] = beam  # rungs with equally many questions become one, with fewest paths
     return list(kept_by_size.items())
 
 

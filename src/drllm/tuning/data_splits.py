@@ -1,6 +1,6 @@
-"""Divides the questions of a task to fit, choose and test a static path. Doesn't import torch.
+"""Divides the questions of a task into parts to fit, choose and test a static path.
 
-No path is reported on questions that it was fitted or chosen on.
+No path is reported on questions that it was fitted or chosen on. This module doesn't import torch.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from drllm.tasks.rewards import check_installed
 from drllm.tuning.objectives import LOSS, choose_objective, choose_reward
 
 BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
-"""Where the share of each part ends, in a set that lacks one of the four splits."""
+"""Where each part ends, as a share of all questions, if a task lacks one of the four splits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class TaskSplits:
     """The questions of one task by part.
 
     `is_divided` is True if the task lacks a split, so that its questions were divided again.
-    `spare` are questions of `fit` and `search` that are in no part; routers and baselines use these
-    splits.
+    `spare` are questions of the splits `fit` and `search` that are in no part. Routers and
+    baselines use these splits.
     """
 
     task: Task
@@ -37,10 +37,10 @@ class TaskSplits:
     spare: Sequence[Example] = ()
 
     def digest_values(self) -> tuple[str, dict[str, list[Example]]]:
-        """Return the values that the digest of a tuning's questions is made of.
+        """Return the values for the digest of a tuning's questions.
 
-        They are those of commit 3820ce17, which certified on the spare questions, so that its
-        files are recognised.
+        They are the same as in commit 3820ce17, which certified paths on the spare questions, so
+        that the files of this commit are recognised.
         """
         if self.is_divided:
             return self.task.name, self.examples
@@ -53,7 +53,7 @@ class TaskSplits:
         return self.task.name, examples
 
     def is_generated(self, objective: str) -> bool:
-        """Whether answers are generated and graded, rather than options or solutions scored."""
+        """Tell whether answers are generated and graded, instead of scoring known texts."""
         if objective != LOSS:
             return False
         has_solutions = any(example.solution for example in self.examples[FIT])
@@ -63,7 +63,7 @@ class TaskSplits:
 def split_tasks(
     config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[TaskSplits]:
-    """Return the tasks with their questions by part, after checking that they can be tuned on."""
+    """Check that tasks can be tuned on, and return them with their questions by part."""
     config.check_effects()
     if tasks is None:
         tasks = required_tasks(config.tasks)
@@ -101,7 +101,7 @@ def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> Tas
 
 
 def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
-    """Return the questions of the splits that have any; TaskError if none has."""
+    """Return the questions of the splits that have any; raise TaskError if no split has any."""
     splits: dict[str, list[Example]] = {}
     problems = []
     for split in SPLITS:
@@ -145,11 +145,12 @@ def _divide_again(
 
 
 def assign_part(question: str) -> str:
-    """Return the part of a question, in a set that is divided by its questions' texts.
+    """Return the part of a question, if a task is divided by the texts of its questions.
 
     Example:
         >>> assign_part("What is ice?") == assign_part(" what is  ICE?")
         True
     """
-    # Not the hash of `find_split`: in a set with some of the splits it would fill some parts only.
+    # This isn't the hash of `find_split`, which would leave parts empty if the task has only some
+    # of the splits.
     return part_by_hash(f"tune:{question_key(question)}", BOUNDS)

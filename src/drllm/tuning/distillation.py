@@ -1,8 +1,8 @@
 """The loss of healing and its gradients: the KL of a healed path from the full path.
 
 Teacher and student are the same frozen model. The teacher runs the full path, and the student the
-path with its adapter. Both run up to their last states; norm and head then run on a part of the
-tokens at a time, since the logits of all tokens would take much memory.
+path with its adapter. Both run up to their last states. The norm and the head then run on a part of
+the tokens at a time, since the logits of all tokens would take much memory.
 
 Axes: B rows, T tokens, D hidden, N real tokens of a batch, V vocabulary.
 """
@@ -26,11 +26,11 @@ from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import Tokens
 
 LOGITS_AT_ONCE = 2**25
-"""Logits that are computed at once: 128 MB in float32, and several times that for gradients."""
+"""How many logits are computed at once. They are 128 MB in float32; gradients take more."""
 
 
 class LastStates(NamedTuple):
-    """The states behind the last layer, at all real tokens of a batch, each `[N, D]`."""
+    """The states after the last layer, at all real tokens of a batch, each `[N, D]`."""
 
     teacher: Tensor
     student: Tensor
@@ -63,7 +63,7 @@ class Distillation:
         self._num_shared = num_shared_layers(self.full, path, first_layer)
 
     def compute_gradients(self, batch: Sequence[Tokens]) -> Tensor:
-        """Set the parameters' gradients to those of the mean KL, and return the KL, a scalar."""
+        """Compute the parameters' gradients of the mean KL, and return the KL, a scalar."""
         teacher, student = self.last_states(batch)
         leaf = student.detach().requires_grad_()  # collects the gradients of all parts
         size = self._num_tokens_at_once()
@@ -103,7 +103,7 @@ class Distillation:
         )
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return a context manager in which the model computes in low precision, if it should."""
+        """Return a context manager in which the model computes in `low_precision`, if it is set."""
         if self.low_precision is None:
             return nullcontext()
         return torch.autocast(self.routed.device.type, self.low_precision)
@@ -134,9 +134,9 @@ class Distillation:
 
 
 class StatesPass(PathPass):
-    """A pass along a path, or the rest of it, that keeps the state behind each layer.
+    """A pass along a path that stores the state after each layer.
 
-    The rest begins after the first `num_run` layers of the path, with the state `start`.
+    With a state `start`, the pass begins after the first `num_run` layers of the path.
     """
 
     def __init__(self, path: StaticPath, start: Tensor | None = None, num_run: int = 0) -> None:
@@ -154,7 +154,7 @@ class StatesPass(PathPass):
 
 
 def num_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> int:
-    """Return the number of layers that both paths begin with and that the adapter leaves alone."""
+    """Return how many layers both paths begin with before the adapter changes a layer."""
     shared = 0
     for layer, full_layer in zip(path.layers, full.layers, strict=False):
         if layer != full_layer or layer >= first_layer:
@@ -164,11 +164,12 @@ def num_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> i
 
 
 def choose_low_precision(model: Any) -> torch.dtype | None:
-    """Return the dtype in which float32 weights compute faster on their device; None if in none."""
+    """Return a dtype in which a float32 model computes faster on its device; None if none does."""
     if model.dtype != torch.float32:
         return None
     if model.device.type == "cpu":
-        # Slower on a CPU without instructions for it. Older torch doesn't say whether it has them.
+        # bfloat16 is slower on a CPU without instructions for it. Older versions of torch don't
+        # say whether the CPU has them.
         has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         is_faster = has_instructions is not None and has_instructions()
     else:

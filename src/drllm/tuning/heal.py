@@ -64,8 +64,9 @@ MEMORY_GB = 1.0  # for states that paths share while texts are measured
 STEPS_AHEAD = 16  # steps whose sequences are sorted into batches together
 ANSWERS_AT_ONCE = 32  # prompts that are answered together
 CHECKS_AFTER = 3
-"""After the last step come a check and the losses by source. The losses run three paths and a check
-runs two, so together they take less time than three checks."""
+"""How many checks' time is set aside for the measurements after the last step: a check, and the
+losses by source. The losses run three paths and a check runs two, so together they take less time
+than three checks."""
 
 
 def heal(
@@ -82,27 +83,27 @@ def heal(
 ) -> HealedPath:
     """Train an adapter that recovers what a path loses, and write the path and the adapter.
 
-    The base model isn't changed. After an interruption the same call resumes; with a number of
-    steps it ends with the same adapter.
+    The base model isn't changed. After an interruption the same call resumes. If the number of
+    steps is set, the resumed call ends with the same adapter.
 
     Args:
         model: As for `tune`.
-        path: A path, or a file as for `--path`; None for that of the config.
-        tasks: Tasks, their names or files of questions; None for those of the config.
-        texts: Texts, or names of files and data sets in one string; None for those of the config.
+        path: A path, or a file as for `--path`; None takes the config's path.
+        tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
+        texts: Texts, or names of files and data sets in one string; None takes the config's texts.
         config: The settings.
-        output_dir: Folder for the healed path; None for a temporary one.
+        output_dir: Folder for the healed path; None uses a temporary folder.
         tokenizer: As for `tune`.
-        listener: Gets progress and notes.
-        settings: Settings of `HealConfig` by name, which override the config.
+        listener: Receives progress and notes.
+        settings: Settings of `HealConfig` by name, which replace the config's settings.
 
     Returns:
         The content of the folder's `path.json`: the path, the KL during the training, and the
         losses by source.
 
     Raises:
-        ConfigError: The settings don't fit the model or the path, the loss diverged, the folder is
-            that of another run, or PEFT isn't installed.
+        ConfigError: The settings don't fit the model or the path, the loss diverged, the folder
+            belongs to another run, or PEFT isn't installed.
         PathError: The model can't run the path, or the path is for another model.
         TaskError: A task is unknown, there are too few texts, or a file can't be read.
 
@@ -261,7 +262,7 @@ class HealRun:
         )
 
     def _read_finished(self) -> HealedPath | None:
-        """Return the result that is in the folder already; refuse that of another run."""
+        """Return the result that the folder already has; refuse the result of another run."""
         file = self.folder / HEALED_FILE
         if not file.exists():
             return None
@@ -269,13 +270,13 @@ class HealRun:
         remedy = "choose another --output-dir, or delete the old one"
         name = f"the healed path in {file}"
         refuse_other_run(name, _identity(healed), _identity(self.record), remedy)
-        self.chunks.remove()  # a kill may have ended the clean-up
+        self.chunks.remove()  # the earlier run may have been killed before it removed them
         return healed
 
     # --- texts ---
 
     def _read_texts(self) -> dict[str, list[Tokens]]:
-        """Read the texts of all sources; keep those held out, and return those to train on."""
+        """Read the texts of all sources; store held-out texts, and return the texts to train on."""
         with self.listener.busy("reading the texts"):
             texts = {source.name: self._tokenize(source) for source in self.sources}
         for name, tokens in texts.items():
@@ -301,7 +302,7 @@ class HealRun:
         self.listener.note(note)
 
     def _tokenize(self, source: TextSource) -> list[Tokens]:
-        """Return the tokens of a source's texts; of a question, those with its answer."""
+        """Return the tokens of a source's texts, or of its questions with their answers."""
         if source.texts:
             return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
         texts: list[Tokens] = []
@@ -450,7 +451,7 @@ class HealRun:
         items = []
         for text in texts:
             request = Request(text[:1], [text[1:]])
-            if objective == KL:  # of the prompt; a request needs a continuation all the same
+            if objective == KL:  # the KL is over the prompt, but a request needs a continuation
                 request = Request(text, [text[:1]])
             items.append(Item(request))
         scorer = PathScorer(self.routed, items, objective, MEMORY_GB)
@@ -499,10 +500,11 @@ def learning_rate(peak: float, progress: float) -> float:
 def make_batches(
     by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
 ) -> Iterator[list[Tokens]]:
-    """Yield the sequences of each step, without end; the same for the same settings and texts.
+    """Yield the sequences of each step, without end.
 
-    Each source gives the same number of sequences, drawn at random. The sequences of a batch have
-    similar lengths, and fit into `batch_size` times `max_tokens` tokens.
+    The same settings and texts give the same sequences. Each source gives the same number of
+    sequences, drawn at random. The sequences of a batch have similar lengths, and fit into
+    `batch_size` times `max_tokens` tokens.
     """
     random = Random(config.seed)
     max_tokens = config.batch_size * config.max_tokens
@@ -520,7 +522,7 @@ def make_batches(
 def _identity(record: HealedPath) -> dict[str, Any]:
     """Return the values by which a run recognises its own files."""
     return {
-        # Older records have settings that were removed since.
+        # Older records have settings that no longer exist.
         "settings": make_settings(HealConfig, record.config).decisive(),
         "model": record.model,
         "runtime": record.runtime,

@@ -1,7 +1,7 @@
 """The texts that `heal` trains on: questions with their answers, and other texts.
 
-Some texts, chosen by their hash, are held out to measure on, and never trained on. Doesn't import
-torch.
+Some texts, chosen by their hash, are held out: they are measured on, and never trained on. This
+module doesn't import torch.
 """
 
 import functools
@@ -38,7 +38,8 @@ class TextSource:
         name: Its name in records and reports.
         prompts: The questions of a task.
         texts: The texts of a file, of a data set of the hub, or from the caller.
-        is_open: The prompts have no right answers. They are read with the full path's answers.
+        is_open: Whether the prompts lack right answers. They are then read with the full path's
+            answers.
         is_divided: As in `TaskSplits`.
     """
 
@@ -58,10 +59,10 @@ def read_sources(
 
     Args:
         config: The settings.
-        tasks: Tasks, or their names; None for those of the settings. Of each task, the questions
+        tasks: Tasks, or their names; None takes the tasks of the settings. The questions of a task
             are those that `tune` fits paths on.
-        texts: Texts; or names of files and data sets of the hub in one string; None for those of
-            the settings.
+        texts: Texts, or one string with the names of files and data sets of the hub; None takes the
+            texts of the settings.
 
     Raises:
         ConfigError: There is nothing to train on, or two sources have the same name.
@@ -106,7 +107,7 @@ def _make_task_source(splits: TaskSplits) -> TextSource:
 
 
 def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
-    """Read files of texts and data sets of the hub, named in one string with commas."""
+    """Read files of texts and data sets of the hub, from a comma-separated list of names."""
     words = [word.strip() for word in names.split(",")]
     sources = []
     for word in dict.fromkeys(words):
@@ -124,9 +125,9 @@ def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
     return sources
 
 
-@functools.cache  # read twice: to check the settings, and to train
+@functools.cache  # a data set is needed twice: to check the settings, and to train
 def _read_hub_texts(name: str, num: int) -> list[str]:
-    """Read the first `num` texts of a data set of the hub, without blank ones."""
+    """Read the first `num` texts of a data set of the hub; blank texts are left out."""
     texts: list[str] = []
     for row in read_hub_set(name, "--text"):
         text = row.get("text")
@@ -145,8 +146,8 @@ def _read_hub_texts(name: str, num: int) -> list[str]:
 def digest_sources(sources: Sequence[TextSource]) -> str:
     """Return the digest by which a run recognises its sources.
 
-    It is the digest of the `repr` that they had at commit 3820ce17, where the class was called
-    `Source`, so that a run of that version resumes.
+    It is the digest of the sources' `repr` at commit 3820ce17, where the class was called `Source`,
+    so that a run of that version can be resumed.
     """
     texts = []
     for source in sources:
@@ -183,11 +184,11 @@ class SplitTexts(NamedTuple):
 def split_texts(by_source: Mapping[str, Sequence[Tokens]], config: HealConfig) -> SplitTexts:
     """Split each source's texts into sequences to train on and sequences to measure on.
 
-    A text counts once, however often it occurs. A text that is trained on is cut into sequences of
-    `max_tokens`; of one that is held out only the first such sequence is read.
+    A text that occurs several times counts once. Texts to train on are cut into sequences of
+    `max_tokens`. Of a held-out text, only the first sequence is used.
 
     Raises:
-        TaskError: A source has fewer than two texts that no source before it has.
+        TaskError: A source has fewer than two texts that no earlier source has.
     """
     num_per_source = math.ceil(config.num_held_out / len(by_source))
     size = config.max_tokens

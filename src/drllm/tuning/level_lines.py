@@ -4,13 +4,13 @@ from drllm.statistics.verdicts import signed
 
 AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
 AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
-"""The numbers above the axis of a drawn interval; a column of it is `AXIS_STEP` nats."""
+"""The numbers above the axis of a drawn interval. One column of the axis is `AXIS_STEP` nats."""
 HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
-"""The line above all others."""
+"""The heading of the lines."""
 
 
 def level_line(saved: float, change: tuple[float, float, float]) -> str:
-    """Return the line of a level: its words, then its interval drawn on the axis of `HEAD`."""
+    """Return the line of a level: a description, then the interval on the axis of `HEAD`."""
     return f"{describe_level(saved, change):<46}  {draw_interval(*change)}"
 
 

@@ -9,13 +9,13 @@ from drllm.tasks.base import Task
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt
 
 GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-"""Objectives, in nats and the larger the better. `GOLD` is the log-probability of the gold option
-among the options, `LOSS` the mean log-probability of a token of the right answer, and `KL` minus
-the KL from the full path over the prompt's tokens."""
+"""The objectives, in nats; larger is better. `GOLD` is the log-probability of the gold option among
+the options. `LOSS` is the mean log-probability of the right answer's tokens. `KL` is the negative
+KL from the full path over the prompt's tokens."""
 
 
 def choose_objective(task: Task, config: TuneConfig) -> str:
-    """Return a task's objective: that of the settings, or the one that fits its answers."""
+    """Return a task's objective: the settings' objective, or else one that fits its answers."""
     if not task.has_answers:
         if config.objective not in (None, KL):
             raise ConfigError(
@@ -40,7 +40,7 @@ def choose_reward(task: Task, objective: str) -> str:
 
 
 def make_prompt(task: Task, example: Example, objective: str) -> Prompt:
-    """Return a question's prompt; a worked solution follows the plain question."""
+    """Return a question's prompt. If a worked solution is scored, it follows the plain question."""
     if objective == LOSS and example.solution:
         return Prompt(
             text=f"Question: {example.question}\nAnswer:",

@@ -63,10 +63,12 @@ class PathScorer:
         self.state_cache_gb = state_cache_gb
 
     def score(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
-        """Score paths on the questions at some places, or on all.
+        """Score paths on the questions at some places, or on all questions.
 
-        A log-probability that isn't finite counts as `WORST`, so its path is the worst; for the
-        full path it is a ModelError.
+        A log-probability that isn't finite counts as `WORST`.
+
+        Raises:
+            ModelError: A log-probability of the full path isn't finite.
         """
         started = time.perf_counter()
         if places is None:
@@ -92,7 +94,8 @@ class PathScorer:
         # Sorted, so that paths with a common prefix are in the same pass.
         order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
         pairs = list(itertools.product(order, range(len(items))))
-        # As decisions where possible: the full path, whose KL is 0, is recognised by them.
+        # Decisions instead of paths where possible, since they show which path is the full path,
+        # whose KL is 0.
         plans = [path.plan(self.routed.num_layers) for path in paths]
         scores = batch.scores(
             [(row, plans[number]) for number, row in pairs], kl=self.objective == KL
@@ -119,7 +122,7 @@ class PathScorer:
     def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, bool]:
         """Return the objective, and whether the right option is the likeliest.
 
-        Given are the continuations' summed log-probabilities and the prompt's KL.
+        `sums` are the summed log-probabilities of the continuations, and `kl` is the prompt's KL.
         """
         if self.objective == KL:
             return (-math.inf if kl is None else -kl), False
@@ -132,13 +135,16 @@ class PathScorer:
 
 
 def log_share(sums: Sequence[float], place: int) -> float:
-    """Return the log of an option's share of the probability, from all options' summed logs."""
+    """Return the log of an option's share of the probability of all options.
+
+    `sums` are the summed log-probabilities of the options.
+    """
     highest = max(sums)
     return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
 
 
 def make_items(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
-    """Return prompts as they are scored; raises as `tokenize_prompt` does."""
+    """Return prompts as items to score; raise errors as `tokenize_prompt` does."""
     return [_make_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
 
 
@@ -151,7 +157,7 @@ def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
 
 
 def make_text_items(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
-    """Return the prompts with their right answers as texts, scored from the second token on."""
+    """Return prompts with their right answers as texts, which are scored from the second token."""
     items = []
     for prompt in prompts:
         tokenized = tokenize_prompt(routed, prompt)
@@ -167,7 +173,7 @@ def _right_continuation(tokenized: TokenizedPrompt) -> Sequence[int]:
 def grade_answers(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> list[float]:
     """Generate the answers of prompts along a path, and grade them."""
     grades = [0.0] * len(prompts)
-    places_by_way: dict[tuple[int, bool], list[int]] = {}  # of prompts that are asked in one go
+    places_by_way: dict[tuple[int, bool], list[int]] = {}  # places of prompts answered together
     for place, prompt in enumerate(prompts):
         places_by_way.setdefault((prompt.max_new_tokens, prompt.chat), []).append(place)
     with routed.fixed(path):

@@ -1,4 +1,4 @@
-"""Tuning as a stage: it reads questions of one or more tasks, and writes `paths.json`.
+"""The stage `tune`: it reads questions of one or more tasks, and writes `paths.json`.
 
 Paths are fitted on one part of the questions, chosen on another and tested on a third; see
 `data_splits`. An interrupted tuning can be resumed.
@@ -63,24 +63,24 @@ def tune(
 ) -> StaticPaths:
     """Find static paths that save layers on tasks at the least loss, and write `paths.json`.
 
-    Finished work is kept: after an interruption the same call resumes, and finds the same paths.
+    Finished work is stored. After an interruption the same call resumes, and finds the same paths.
 
     Args:
         model: A name or a `ModelConfig` (loaded here), what `load` returns, a `RoutedModel`, or a
             causal language model of transformers.
-        tasks: Tasks, their names or files of questions; None for those of the config.
+        tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
         config: The settings.
         output_dir: Folder for `paths.json`; None keeps no files.
         tokenizer: The model's tokenizer; None loads it by the model's name.
-        listener: Is told the progress.
-        settings: Settings of `TuneConfig` by name, which replace those of the config.
+        listener: Receives the progress.
+        settings: Settings of `TuneConfig` by name, which replace the config's settings.
 
     Returns:
         The full path and the best path of each cost, from the most executions to the fewest. A path
         is marked as dominated if a shorter one does at least as well.
 
     Raises:
-        ConfigError: Settings have no effect or make no sense, or the folder is another run's.
+        ConfigError: Settings have no effect or make no sense, or the folder belongs to another run.
         TaskError: A task is unknown, or has too few questions.
 
     Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
@@ -127,7 +127,7 @@ class _Tuning:
         self.tasks = [
             TaskScorer(routed, each, config, self.chunks, self._note_scored) for each in splits
         ]
-        self._is_cut = False  # by `--minutes`
+        self._is_cut = False  # whether `--minutes` ended the search early
 
     def run(self) -> StaticPaths:
         """Search for paths, or return the result that an earlier run with these settings wrote."""
@@ -148,7 +148,7 @@ class _Tuning:
         return result
 
     def _read_finished(self) -> StaticPaths | None:
-        """Return the folder's result; None if there is none, or it was cut and may go on now."""
+        """Return the folder's result; None if it has none, or if a cut search may go on."""
         file = self.folder / PATHS_FILE
         if not file.exists():
             return None
@@ -156,7 +156,7 @@ class _Tuning:
         identity = {
             "settings": make_settings(TuneConfig, record.config).decisive(),
             "model": record.model,
-            # Older files have neither.
+            # Older files have neither of these two.
             "runtime": record.runtime or self.identity["runtime"],
             "questions_sha256": record.questions_sha256 or self.identity["questions_sha256"],
         }
@@ -205,7 +205,7 @@ class _Tuning:
         return True
 
     def _seconds(self) -> float:
-        """Return the seconds of scoring a process; those of scores that were kept count too."""
+        """Return each process's seconds of scoring, including the seconds of stored scores."""
         return sum(task.seconds for task in self.tasks) / count()
 
     def _note_scored(self, num_pairs: int, note: str) -> None:
@@ -226,13 +226,13 @@ class _Tuning:
                 task.score_paths(TEXTS_OF + part, paths)
 
     def _score_fit(self, paths: Sequence[StaticPath], num_questions: int) -> Floats:
-        """Return for each path the mean of the tasks' objectives on first questions of `fit`."""
+        """Return each path's mean objective over the tasks, on the first questions of `fit`."""
         most = self.beam.num_questions
         if num_questions == self.beam.rungs[0][0]:  # a level begins
             self.progress.expect(self._pairs_of_level(len(paths)))
         total = np.zeros(len(paths))
         for task in self.tasks:
-            # A task with fewer questions has the same share of them scored.
+            # The same share of each task's questions is scored.
             num = -(-num_questions * task.num_questions(FIT) // most)
             means = [np.mean(values) for values in task.score_paths(FIT, paths, num)]
             total += np.array(means)
@@ -247,7 +247,7 @@ class _Tuning:
         return share * num_pairs(num_paths, self.beam.rungs) + self.beam.width * num_select
 
     def _gain(self, path: StaticPath) -> float:
-        """Return the objective of a path minus that of the full one, on `select`."""
+        """Return the objective of a path minus the objective of the full path, on `select`."""
         total = 0.0
         for task in self.tasks:
             total += fmean(task.compare_paths(SELECT, path, self.full))
@@ -262,7 +262,7 @@ class _Tuning:
         return sum_interval(weighted, self.config.seed)
 
     def _may_extend(self, path: StaticPath) -> bool:
-        """Tell whether a path may be extended: no task shows that it loses more than allowed."""
+        """Tell whether a path may be edited further: no task shows that it loses too much."""
         for task in self.tasks:
             differences = task.compare_paths(SELECT, path, self.full)
             _, highest = mean_interval(differences, self.config.seed)
@@ -271,7 +271,7 @@ class _Tuning:
         return True
 
     def _find_dominated(self, paths: Sequence[StaticPath]) -> list[bool]:
-        """Tell for each path whether a shorter one does as well; never for the full one."""
+        """Tell for each path whether a shorter path does as well; never for the full path."""
         gains = [self._gain(path) for path in paths]
         dominated = []
         for place, path in enumerate(paths):
@@ -321,7 +321,7 @@ class _Tuning:
             differences = task.compare_paths(part, path, self.full)
             low, high = mean_interval(differences, self.config.seed)
             score = replace(score, change=(fmean(differences), low, high))
-        if part == FIT:  # paths were fitted on it, so nothing is claimed there
+        if part == FIT:  # paths were fitted on this part, so nothing is claimed
             return score
         ours = self._outcomes(task, part, path)
         score = replace(score, text_loss=fmean(ours.text_loss))
@@ -351,7 +351,8 @@ class _Tuning:
 class _Progress:
     """The progress of a tuning in levels; testing counts as `FINAL` further levels.
 
-    `report` is called with the levels that are done, all levels, and a text on the last work.
+    `report` is called with the number of finished levels, the number of all levels, and a text
+    about the last work.
     """
 
     report: OnProgress
@@ -359,8 +360,8 @@ class _Progress:
     def __init__(self, beam: Beam, first_block: FirstBlock) -> None:
         self._num_levels = beam.max_saved
         self._first_block = first_block
-        self._level = 0  # the last one that is done
-        self._done = 0.0  # levels, as reported; it never decreases
+        self._level = 0  # the last finished level
+        self._done = 0.0  # finished levels, as reported; the number never decreases
         self._pairs = 0  # questions times paths that were scored since the last level
         self._expected = 1.0  # questions times paths until the next level
 
@@ -386,7 +387,7 @@ class _Progress:
         Args:
             num_pairs: Questions times paths.
             note: A text that describes them.
-            seconds: The time of all scores so far, of kept ones too.
+            seconds: The time of all scores so far, including stored scores.
         """
         self._pairs += num_pairs
         self._report(note)

@@ -1,4 +1,4 @@
-"""Scores static paths on one task, and keeps the scores, so that nothing is scored twice.
+"""Scores static paths on one task, and stores the scores, so that nothing is scored twice.
 
 Axes: N paths, Q questions.
 """
@@ -31,12 +31,12 @@ from drllm.tuning.path_scorer import (
 MOST_PAIRS = 100
 """How many questions times paths are scored at once. A killed run loses at most this work."""
 MOST_ANSWERS = 32
-"""How many answers are generated before they are kept. A killed run loses at most these."""
+"""How many answers are generated before they are stored. A killed run loses at most these."""
 NUM_TEXTS = 100
-"""On how many questions of a part the next-token loss of the texts is measured, at most."""
+"""The largest number of a part's questions on whose texts the next-token loss is measured."""
 TEXTS_OF = "texts of "
-"""Put before the name of a part, this names the texts of its questions, which are scored by their
-next-token loss."""
+"""A prefix for the name of a part: `texts of PART` are the texts of the part's questions, which are
+scored by their next-token loss."""
 
 
 class TaskScorer:
@@ -46,7 +46,7 @@ class TaskScorer:
         routed: The model.
         splits: The task with its questions.
         config: The settings.
-        chunks: The files that keep the scores.
+        chunks: The files that the scores are stored in.
         on_scored: Called after each block with its number of questions times paths, and a text that
             describes the progress.
 
@@ -114,8 +114,8 @@ class TaskScorer:
     ) -> list[list[float]]:
         """Score paths on a part, and return the objective of each path on each question.
 
-        Only the first `limit` questions are scored, or all without a limit. Scores of further
-        questions that earlier calls made are returned too.
+        Only the first `limit` questions are scored, or all questions without a limit. If earlier
+        calls scored further questions, their scores are returned too.
         """
         end = self.num_questions(part)
         if limit is not None:
@@ -130,7 +130,7 @@ class TaskScorer:
     def _group_paths(
         self, part: str, paths: Sequence[StaticPath], end: int
     ) -> dict[int, list[StaticPath]]:
-        """Group the paths that lack scores by the number of questions they are scored on."""
+        """Group the paths that lack scores by how many questions they are already scored on."""
         groups: dict[int, list[StaticPath]] = {}
         for path in dict.fromkeys(paths):
             num_scored = self._scores[part, path].shape[1]

@@ -1,1 +1,1 @@
-"""Baselines with as many executions as the routed model, which useful routers have to beat."""
+"""Baselines that run as many layers as the routed model. Useful routers must beat them."""

@@ -1,7 +1,8 @@
-"""Define what a baseline is, what it may be fitted on, and the registry of baselines.
+"""The base class of baselines, the data that they may be fitted on, and their registry.
 
-To add a baseline, write a module of this package with a class under `@register`, and a test. These
-modules import torch inside functions only, so that the command line lists baselines without torch.
+To add a baseline, write a module in this package with a class under `@register`, and a test. The
+modules import torch inside functions only, so that the command line can list the baselines without
+torch.
 
 Axes: Q questions, L layers, N calibration prompts.
 """
@@ -39,7 +40,7 @@ CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
 """Values of `Baseline.fitted_on`."""
 QUESTIONS = (CALIBRATION, CHOICE)
-"""The values that need questions of the split on which settings are chosen."""
+"""The values that need questions of the split for choosing settings."""
 STATE_CACHE_GB = 1.0  # size of the state cache while candidates are measured
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
@@ -48,7 +49,7 @@ Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """The data of one task that baselines may be fitted on, never the questions reported on.
+    """The data of one task that baselines may be fitted on, never the questions that are reported.
 
     Attributes:
         routed: The routed model.
@@ -57,8 +58,9 @@ class Material:
         golds: The right option of each question.
         supervision: The routers' targets; empty if the evaluation has none.
         name: The task's name.
-        remember: Takes the name of a measure, candidates and the measure, and returns the values.
-            It calls the measure for new candidates only, since that is the slowest part of fitting.
+        remember: A function that takes a measure's name, candidates and the measure, and returns
+            the candidates' values. It calls the measure for new candidates only, since measuring is
+            the slowest part of fitting.
     """
 
     routed: RoutedModel
@@ -72,16 +74,16 @@ class Material:
     )
 
     def measure(self, kind: str) -> Measure:
-        """Return a measure of candidates, in nats, that remembers its values.
+        """Return a function that measures candidates in nats, and remembers their values.
 
         Args:
-            kind: `loss` measures the mean log-probability of the calibration prompts' tokens, the
-                first token of each left out. `answers` measures the mean log-probability of the
-                gold option among a question's options.
+            kind: `loss` measures the mean log-probability of the calibration prompts' tokens,
+                without the first token of each prompt. `answers` measures the mean log-probability
+                of the gold option among a question's options.
 
         Raises:
-            ModelError: When it is called, if the full path has no finite value. Other candidates
-                without one count as the worst.
+            ModelError: The returned function raises this if the full path's value isn't finite. A
+                value of another candidate that isn't finite counts as the worst.
 
         Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
             log-probability (D-18).
@@ -132,8 +134,8 @@ class BaselineRun:
     """How a baseline decides on a task's questions.
 
     Attributes:
-        decides: Decisions for each question `[Q, L]`, a policy, or one path for all.
-        note: Further information for the reader, as a part of a sentence.
+        decides: Decisions for each question `[Q, L]`, a policy, or one path for all questions.
+        note: Further information for the reader, as part of a sentence.
     """
 
     decides: Tensor | Policy | StaticPath
@@ -144,13 +146,13 @@ class Baseline(ABC):
     """A baseline of a routed model on one task; it is fitted on first use.
 
     Attributes:
-        description: What it does: the first line of the class's docstring.
-        fitted_on: The data its decisions are fitted on; never the questions reported on.
-        order: Its place in tables.
+        description: What the baseline does: the first line of the class's docstring.
+        fitted_on: The data that decisions are fitted on; never the questions that are reported.
+        order: The baseline's place in tables.
         needs: A field of the material that must not be empty, and its name in messages.
         is_drawn: Whether to average over several random draws. In other baselines chance only
             decides which questions run one more layer.
-        reads_question: Whether its decisions depend on the question.
+        reads_question: Whether decisions depend on the question.
     """
 
     name: ClassVar[str]
@@ -214,10 +216,13 @@ def list_baselines() -> list[type[Baseline]]:
 
 
 def select_baselines(names: str) -> list[str]:
-    """Return the names of the baselines in a comma list, in their order in tables.
+    """Return the names of the baselines in a comma-separated list, in their order in tables.
 
-    A name may have dashes or underscores instead of spaces; an unknown name is a ConfigError. The
-    list may also be `all`, `none`, or `quick`: the baselines that need no fitting.
+    A name may have dashes or underscores instead of spaces. The list may also be `all`, `none`, or
+    `quick`, which selects the baselines that need no fitting.
+
+    Raises:
+        ConfigError: A name is unknown.
     """
     baselines = list_baselines()
     if names == "none":
@@ -244,7 +249,7 @@ def dashed(name: str) -> str:
 
 
 def needs_targets(baselines: str) -> bool:
-    """Tell whether a baseline in a comma list needs the routers' targets."""
+    """Tell whether a baseline in a comma-separated list needs the routers' targets."""
     needs = [BASELINES.get(name).needs for name in select_baselines(baselines)]
     return any(need is not None and need[0] == "supervision" for need in needs)
 
@@ -270,7 +275,7 @@ def check(config: EvaluateConfig) -> None:
 
 
 def read_curve(curve: str | None) -> list[float]:
-    """Read the shares of executions to save at each point of a curve, `0.1,0.2`, in order.
+    """Read the shares of executions to save from a list such as `0.1,0.2`, the smallest first.
 
     Raises:
         ConfigError: A share isn't between 0 and 1, or occurs twice.

@@ -39,7 +39,7 @@ class ConfidenceExit(Baseline):
 
     @cached_property
     def lens(self) -> LogitLens:
-        """The final norm and head, applied after any layer."""
+        """The model's final norm and head, for use after any layer."""
         from drllm.models.scoring.logit_lens import LogitLens
 
         return LogitLens(self.routed)
@@ -63,7 +63,7 @@ class ExitPolicy(Policy):
     After every layer but the last, the model's final norm and output head read the state of the
     prompt's last real token. Once the likeliest token's probability exceeds the threshold, all
     further layers are skipped, for the prompt and for its answer. Nothing is trained. The first
-    layer always runs. With a threshold of 1 all layers run, with 0 only the first.
+    layer always runs. With a threshold of 1, all layers run; with 0, only the first layer runs.
 
     Source: CALM (arXiv 2207.07061), changed as D-18 says.
     """
@@ -78,7 +78,7 @@ class ExitPolicy(Policy):
         """Return 1 for rows that continue, and 0 for rows that have stopped."""
         import torch
 
-        device = prompts.hidden.device  # layers may lie on several
+        device = prompts.hidden.device  # the layers may be on several devices
         if layer == 0:
             self._running = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
         elif bool(self._running.any()):
@@ -92,7 +92,7 @@ def measure_confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
     import torch
 
     T = prompts.hidden.shape[1]
-    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], tokens after the last real one
+    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding after the last token
     rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
     last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def measure_confidences(
 ) -> Tensor:
     """Measure the confidence after each layer but the last, on the full path, `[N, L − 1]`.
 
-    A prompt runs the full path until it stops, so these numbers tell where it stops at any
+    A prompt runs the full path until it exits, so these confidences tell where it exits at any
     threshold. The model needs at least two layers. See `record_at_layers`.
     """
     from drllm.models.routers.depth_control import record_at_layers
@@ -115,9 +115,9 @@ def measure_confidences(
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which prompts with these confidences reach the mean executions.
+    """Find the threshold at which prompts run these executions on average.
 
-    `confidences` are those of `measure_confidences`, `[N, L − 1]`.
+    `confidences` are the prompts' confidences `[N, L − 1]`, from `measure_confidences`.
     """
 
     def mean_executions(threshold: float) -> float:

@@ -122,7 +122,7 @@ class _GreedyDropping(LayerDropping):
 
     measure_name: ClassVar[str]  # as `Material.measure` takes it
 
-    _order: Sequence[int] = ()  # the layers dropped so far, in order
+    _order: Sequence[int] = ()  # the beginning of the greedy order, as far as it is known
 
     def choose_layers(self, number: int) -> Sequence[int]:
         """Return the first layers of the greedy order, extending it if necessary."""
@@ -166,18 +166,18 @@ def mix_decisions(
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each question one of two decisions at random, to reach given mean executions.
+    """Give each question one of two plans at random, to reach given mean executions.
 
     Args:
-        first: Decisions `[L]`.
-        second: Other decisions `[L]`; the order of the two doesn't matter.
-        executions: The mean executions to reach, between those of the two decisions.
+        first: The decisions `[L]` of one plan.
+        second: The decisions `[L]` of the other plan. The order of the two doesn't matter.
+        executions: The mean executions to reach, between the executions of the two plans.
         num_questions: Q.
         generator: The source of the random draw.
 
     Returns:
         Decisions `[Q, L]`. With Q questions, the mean can miss `executions` by up to d / 2Q, where
-        d is the difference in executions between the two decisions.
+        d is the difference in executions between the two plans.
     """
     import torch
 
@@ -187,7 +187,7 @@ def mix_decisions(
     share = (executions - low) / (high - low) if high > low else 0.0
     num_longer = round(share * num_questions)
     order = torch.randperm(num_questions, generator=generator)
-    is_longer = order < num_longer  # [Q]; true at this number of random places
+    is_longer = order < num_longer  # [Q]; true for `num_longer` random questions
     return torch.where(is_longer[:, None], torch.tensor(longer), torch.tensor(shorter))
 
 
@@ -235,7 +235,7 @@ class _InfluenceRecorder(Policy):
     def add(
         self, index: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Add the cosines of a layer's real tokens; used as a hook of the layer."""
+        """Add a layer's cosines at the real tokens; this is a forward hook of the layer."""
         import torch
 
         before: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -245,7 +245,7 @@ class _InfluenceRecorder(Policy):
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
-    """Return all layers, least influential first; of equally influential layers, deepest first."""
+    """Return all layers, least influential first; equally influential layers, deepest first."""
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
 
 
@@ -264,7 +264,8 @@ def drop_greedily(
     Args:
         measure: Returns the value of each candidate; larger is better.
         num_layers: L.
-        number: How many layers to drop; fewer if no more may be dropped. One layer always stays.
+        number: How many layers to drop. Fewer are dropped if `keep` leaves no more, and one layer
+            always stays.
         start: The first layers of the order, which are dropped already.
         keep: Layers that are never dropped.
 
@@ -277,6 +278,6 @@ def drop_greedily(
     while len(order) < maximum and remaining:
         candidates = [drop_layers([*order, layer], num_layers) for layer in remaining]
         values = measure(candidates)
-        best = values.index(max(values))  # of equal values, that of the deepest layer
+        best = values.index(max(values))  # the first of equal values: the deepest layer
         order.append(remaining.pop(best))
     return order

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_TILT = 60.0  # in either direction; less frequent decisions then have a probability of 0
-TOLERANCE = 1e-6  # largest difference between expected executions that count as equal
+MAX_TILT = 60.0  # largest |θ|; the decisions that it makes less frequent have a probability of 0
+TOLERANCE = 1e-6  # expected executions that differ by no more count as equal
 
 
 @base.register
 class PermutedRoutes(base.Baseline):
     """Each question runs the route of another question.
 
-    Controls for everything but the match between question and route. The same routes run equally
-    often, so total executions and the use of each layer are the same. If this does as well as the
-    routed model, the routers found a good mixture of routes, but it doesn't matter which question
-    gets which route.
+    This controls for everything but the match between question and route. The same routes run
+    equally often, so total executions and the use of each layer are the same. If this baseline does
+    as well as the routed model, the routers found a good mixture of routes, but it doesn't matter
+    which question gets which route.
     """
 
     name = "permuted routes"
@@ -45,8 +45,8 @@ class PermutedRoutes(base.Baseline):
 class RandomDecisions(base.Baseline):
     """Each question's skips and repeats are at random layers.
 
-    Controls for how much is executed, question by question. If this does as well as the routed
-    model, it doesn't matter which layers the routers pick.
+    This controls for how much is executed on each question. If this baseline does as well as the
+    routed model, it doesn't matter which layers the routers pick.
     """
 
     name = "random decisions"
@@ -65,9 +65,9 @@ class RandomDecisions(base.Baseline):
 class LabelFrequency(base.Baseline):
     """Each layer's decision is drawn by the targets' frequencies, tilted to equal executions.
 
-    Controls for the frequencies of the targets at each layer. If this does as well as the routed
-    model, the routers learned these frequencies and no more. Executions equal the routed model's on
-    average.
+    This controls for the frequencies of the targets at each layer. If this baseline does as well as
+    the routed model, the routers learned these frequencies and no more. On average, executions
+    equal the routed model's.
     """
 
     name = "label frequency"
@@ -93,28 +93,30 @@ class LabelFrequency(base.Baseline):
 
 
 def permute_routes(routes: Tensor, generator: torch.Generator) -> Tensor:
-    """Give each question the route of another, `[Q, L]`; all such orders are equally likely.
+    """Give each question the route of another question, `[Q, L]`.
 
-    A question may still get the same decisions, if another question had the same route. A single
-    question keeps its route.
+    All orders that do so are equally likely. A question may still get the same decisions, if the
+    other question had the same route. If there is only one question, it keeps its route.
     """
     import torch
 
     Q = len(routes)
     places = torch.arange(Q)
     order = torch.randperm(Q, generator=generator)
-    # Rejection keeps all valid orders equally likely. One draw in e is valid, whatever Q is.
+    # Drawing again until an order is valid keeps all valid orders equally likely. About one draw in
+    # e is valid, whatever Q is.
     while Q > 1 and bool((order == places).any()):
         order = torch.randperm(Q, generator=generator)
     return routes[order]
 
 
 def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
-    """Tilt the targets' frequencies at each layer to reach mean executions, `[L, 3]`.
+    """Tilt the targets' frequencies at each layer to reach given mean executions, `[L, 3]`.
 
     The weight of a decision d is its count times exp(-θ d), with one θ for all layers. θ is chosen
-    so that draws run these executions on average, or as near as the labels allow. Of all
-    distributions with this mean, the result is the nearest to the targets' own in relative entropy.
+    so that draws run these executions on average, or as near to them as the labels allow. Of all
+    distributions with this mean, the result is the nearest to the targets' distribution in relative
+    entropy.
 
     Args:
         label_counts: `[L][3]`, from `router_config.json`.
@@ -147,13 +149,13 @@ def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -
 
 
 def expected_executions(probabilities: Tensor) -> float:
-    """Return the expected executions of `draw_decisions`, with its rule for empty draws."""
+    """Return the expected executions of `draw_decisions`, which never skips all layers."""
     drawn = float((probabilities @ probabilities.new_tensor([0, 1, 2])).sum())
     return drawn + float(probabilities[:, 0].prod())
 
 
 def draw_decisions(probabilities: Tensor, num_questions: int, generator: torch.Generator) -> Tensor:
-    """Draw each question's decisions by the probabilities `[L, 3]` of each layer, `[Q, L]`.
+    """Draw each question's decisions `[Q, L]` by the probabilities `[L, 3]` of each layer.
 
     If a draw skips all layers, the last layer is executed, as in a routed model.
     """

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.routed_model import RoutedModel
 
-MAX_BIAS = 1024.0  # in either direction; the router's logits are far smaller
+MAX_BIAS = 1024.0  # largest bias in either direction; the router's logits are far smaller
 
 
 @register
 class SequenceRouterBaseline(Baseline):
     """One linear router decides for all layers, from the mean of the prompt's embeddings.
 
-    Shows how well the prompt's tokens alone predict good decisions, without the layers' states. The
-    router runs with the depth bias that gives the routed model's executions.
+    This shows how well the prompt's tokens alone predict good decisions, without the layers'
+    states. The router runs with the depth bias that gives the routed model's executions.
     """
 
     name = "sequence router"
@@ -82,7 +82,7 @@ class SequenceRouterPolicy(Policy):
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
         """Return a layer's column of the plans; the first layer makes the plans."""
         if layer == 0:
-            inputs = prompts.mean().cpu()  # where the router is
+            inputs = prompts.mean().cpu()  # the router is on the CPU
             with full_precision(inputs.device):
                 self._plans = make_plans(self.router, inputs, self.depth_bias)
         return self._plans[:, layer]
@@ -116,7 +116,8 @@ def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
 def read_first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return the prompts' mean embeddings, which the first layer reads, `[N, D]`.
 
-    The prompts skip all layers but the last, which routing always runs. See `record_at_layers`.
+    To read them, the prompts skip all layers but the last, which routing always runs. See
+    `record_at_layers`.
     """
     from drllm.models.routers.depth_control import record_at_layers
 

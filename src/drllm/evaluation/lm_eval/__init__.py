@@ -1,4 +1,4 @@
-"""Run routed models in lm-evaluation-harness, and its tasks in our evaluations.
+"""Run routed models in lm-evaluation-harness, and the harness' tasks in drllm's evaluations.
 
-No other package imports `lm_eval`.
+No other package of drllm imports `lm_eval`.
 """

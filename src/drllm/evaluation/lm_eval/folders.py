@@ -5,7 +5,7 @@
     FOLDER/cache/                     the cache of `datasets`
 
 The name of a rows file has a hash of its content, so that `datasets` can't use old rows from its
-cache. Imports neither torch nor the harness.
+cache. This module imports neither torch nor the harness.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ SHOWN = "shown"
 ROWS = "rows"
 CACHE = "cache"
 """Folders below a task folder."""
-MAX_LISTED = 5  # ids in a note on questions that aren't asked; the results have all
-SEED = 0  # draws the questions of `--limit` on the harness' command line
+MAX_LISTED = 5  # most ids in a note on questions that aren't asked; the results list all
+SEED = 0  # seed for drawing the questions of `--limit` on the harness' command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """A task as the harness knows it."""
+    """What the harness is told about a task, and what results say about it."""
 
     name: str
     harness_name: str  # its name for the harness' `--tasks`
@@ -56,7 +56,7 @@ class HarnessTask:
     # The questions of all leaves.
     examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
-    notes: tuple[str, ...]  # what readers of the results have to know
+    notes: tuple[str, ...]  # sentences for readers of the results
     # Questions that aren't asked: id → reason.
     not_asked: dict[str, str] = field(default_factory=dict)
     # For the harness' own tasks: leaf → the places of its questions that are asked.
@@ -99,7 +99,7 @@ class FolderFiles:
 
         Args:
             leaf: The task's name.
-            file: The harness' own task file on which it is based, or empty.
+            file: The harness' own task file that the task includes; empty if it includes none.
             rows: The rows of the questions (`ASKED`) and of the worked examples (`SHOWN`).
             settings: Further entries of the task file.
         """
@@ -113,7 +113,7 @@ class FolderFiles:
         self.tasks[f"{leaf}.yaml"] = {
             **content,
             "task": leaf,
-            "tag": None,  # otherwise the harness' own tags would select these tasks alone
+            "tag": None,  # otherwise the harness' own tags would select only these tasks
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": row_paths, "cache_dir": CACHE},
@@ -121,8 +121,8 @@ class FolderFiles:
             "validation_split": None,
             "test_split": ASKED,
             "fewshot_split": SHOWN if rows[SHOWN] else None,
-            # With `num_fewshot`, even if it is 0: a command line then can't change it, which would
-            # make the harness show questions that are asked.
+            # These have `num_fewshot`, even if it is 0, so that a command line can't change it.
+            # Otherwise the harness would show questions that are asked.
             **settings,
         }
 
@@ -143,7 +143,7 @@ class FolderFiles:
         return path
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder, which may hold other files; equal rows files stay."""
+        """Write the files into a folder; its other files stay, and so do equal rows files."""
         folder = folder.resolve()
         for name, text in self.rows.items():
             path = folder / name
@@ -183,10 +183,10 @@ def make_task_folder(
     Args:
         tasks: The tasks.
         split: The split of their questions.
-        limit: Maximum number of questions of each task, drawn with the seed; None is all.
+        limit: Maximum number of questions of each task, drawn with the seed; None takes all.
         seed: Seed of the drawing.
         data_dir: The folder of published data sets.
-        num_fewshot: Worked examples before each question; None leaves it to each task.
+        num_fewshot: Worked examples before each question; None takes each task's own number.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
@@ -234,7 +234,7 @@ def _draw_questions(
     data_dir: Path | str | None,
     shots: int,
 ) -> _Questions:
-    """Draw the questions to ask, leaving out those that are worked examples."""
+    """Draw the questions to ask; questions that are worked examples are left out."""
     drawn = choose(task.rows(split, data_dir), limit, seed)
     shown: list[QuestionRow] = []
     if shots:
@@ -305,7 +305,7 @@ def _add_task(
 
 
 def _make_lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
-    """Make the rows of some questions, each with its part of the task."""
+    """Make the rows of some questions, each with the part of the task that it belongs to."""
     lines = []
     for example, row in questions:
         try:
@@ -345,14 +345,18 @@ def make_own_task_folder(
     num_processes: int,
     **more: Any,
 ) -> tuple[list[HarnessTask], FolderFiles]:
-    """Describe drllm's own tasks, which a harness command names by `--tasks`, to the harness.
+    """Describe to the harness the tasks of drllm that a harness command names by `--tasks`.
 
     Args:
-        names: The tasks; a task of the harness is a ConfigError.
+        names: The names of the tasks.
         limit: The value of `--limit`.
         data_dir: See `make_task_folder`.
         num_processes: How many processes share the questions of each task.
         more: `split` and `num_fewshot`, see `make_task_folder`.
+
+    Raises:
+        ConfigError: A task is the harness' own, or `data_dir` or `limit` makes no sense.
+        TaskError: A task has fewer questions than there are processes.
     """
     foreign = [name for name in names if not is_task_name(name)]
     if foreign:

@@ -1,7 +1,7 @@
-"""Describe the tasks that only drllm has to the harness, and grade their answers.
+"""Describe to the harness the tasks that only drllm has, and grade their answers.
 
-Task files refer to the functions of this module by `!function`. Among these are SQuAD's two
-metrics, which the harness would download. Imports no torch.
+Task files name functions of this module by `!function`. `squad` computes SQuAD's two metrics, for
+which the harness would download a file. This module doesn't import torch.
 """
 
 import json
@@ -23,7 +23,7 @@ RULE = ("reward", "answer", "other_answers", "letters")  # fields of a prompt th
 
 
 def make_entry(task: Task) -> Harness:
-    """Return a task's entry for the harness: its own, or one made from its first reward."""
+    """Return a task's own entry for the harness, or make one from the task's first reward."""
     if task.harness is not None:
         return task.harness
     task.check_answers()
@@ -37,8 +37,8 @@ def _make_choices_entry(task: Task) -> Harness:
 
     def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, OPTIONS_REWARD)
-        # The options as one text, a Python literal: `datasets` would turn a column of lists that
-        # hold only dates into dates.
+        # The options are one text, a Python literal, because `datasets` would turn a column of
+        # lists that hold only dates into dates.
         options = [text.removeprefix(" ") for text in prompt.continuations]
         return {"prompt": prompt.text, "options": repr(options), "gold": prompt.gold}
 
@@ -109,8 +109,8 @@ def shown(doc: Mapping[str, Any]) -> str:
 def write_grading(prompt: Prompt) -> str:
     """Write the fields of a prompt that grading needs as one JSON text.
 
-    They are one text, since `datasets` reads columns that hold only dates, or nothing, as other
-    types than text.
+    They are one text because `datasets` doesn't read a column as text if it holds only dates, or
+    nothing.
     """
     rule = {name: getattr(prompt, name) for name in RULE}
     if prompt.question:
@@ -132,14 +132,16 @@ def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     1 if the normalised text equals an answer, else 0. `f1` is the best overlap in words with an
     answer, in [0, 1].
 
-    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (if there is no answer, both metrics are 1
-        for giving none, else 0). The word for "no answer" is from lm-evaluation-harness' prompt.
+    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (if a question has no answer, both metrics
+        are 1 for the answer "no answer", else 0). The word for "no answer" is from
+        lm-evaluation-harness' prompt.
     """
     answer = _normalise_words(results[0])
     if answer == [NO_ANSWER]:
         answer = []
     right_answers = [_normalise_words(text) for text in json.loads(doc["grading"])]
-    # Answers of only articles and punctuation are left out; if all are, there is no answer.
+    # Right answers that have only articles and punctuation are left out. If none remains, the
+    # question has no answer.
     right_answers = [words for words in right_answers if words] or [[]]
     overlaps = [_overlap(answer, words) for words in right_answers]
     return {"exact": float(answer in right_answers), "f1": max(overlaps)}

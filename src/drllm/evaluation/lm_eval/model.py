@@ -56,7 +56,7 @@ PASSED_ON = (
     "enable_thinking",
     "chat_template_args",
 )
-"""Arguments that the harness' own class gets."""
+"""Arguments that are passed on to the harness' own class."""
 PUBLISHED = "is_static_routing"  # the published name of `static_routing`
 DEPTH = (*(field.name for field in fields(DepthConfig)), PUBLISHED)
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
@@ -90,7 +90,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     Raises:
         ConfigError: An argument is unknown or has no effect.
-        CheckpointError: The routers are those of another model, or have other windows.
+        CheckpointError: The routers belong to another model, or have another number of windows.
         ModelError: The base model can't be loaded.
 
     Source: ours; lm-evaluation-harness' `HFLM` (docs/differences.md, D-27).
@@ -128,7 +128,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             if accelerator is not None:
                 device = str(accelerator.device)
             self.base = _load_base(source, device, loading)
-        with quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
+        with quiet("lm_eval.models.huggingface"):  # it warns if the model is loaded already
             super().__init__(
                 self.base.model,
                 tokenizer=self.base.tokenizer,
@@ -147,7 +147,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.routers_source = None if source.routers is None else str(routers or pretrained)
         self.path_source: str | None = None
         self.policy = self._make_policy(depth, path)
-        # The policy for a batch of prompts that are generated from.
+        # Returns the policy for a batch of prompts that are to be answered.
         self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
@@ -177,7 +177,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
     def _make_policy(self, depth: DepthConfig, path: str | None) -> Policy:
-        """Make the policy: a static path, or that of the depth settings."""
+        """Make the policy of a static path, or of the depth settings."""
         if path is None:
             texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
             prompts = encode_calibration(texts, self.tokenizer, chat=False)
@@ -196,7 +196,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[OptionScore]:
-        """Score continuations; those of one question are scored together."""
+        """Score continuations; the continuations of one question are scored together."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
         encoded = [self.encode_request(request) for request in requests]
@@ -269,10 +269,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return output
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate answers; decisions are made in the prefill, and pinned.
+        """Generate answers; decisions are made in the prefill, and stay for the whole answer.
 
-        If the model has no room for a whole answer, it is shorter, with a warning (see
-        `limit_answers`).
+        If the model has no room for a whole answer, the answer is shorter, and a warning is logged
+        (see `limit_answers`).
         """
         remaining, places = drop_repeats(requests)
         limited = limit_answers(
@@ -299,7 +299,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """Return the information that the harness writes into its results.
 
-        `prompts` is the number of questions of all processes; for rolling texts, of windows.
+        `prompts` is the number of questions of all processes, or of windows for rolling texts.
         """
         prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
         executions: float = executed / max(prompts, 1)
@@ -362,7 +362,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
 
 def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
-    """Load the base model, at the user's revision or else at the one that the routers name."""
+    """Load the base model at the user's revision, or else at the routers' revision."""
     settings = {
         **loading,
         "model": source.base,
@@ -413,7 +413,7 @@ def _resolve_source(
 
 
 def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | None) -> _Source:
-    """Load the routers of a folder; their base model is `base`, or the one that they name."""
+    """Load the routers of a folder; the base model is `base`, or the model that they name."""
     if routers is not None:
         raise ConfigError(
             f"pretrained={folder} is a folder of routers, and routers={routers} is given too; "
@@ -431,7 +431,7 @@ def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | 
 
 
 def _missing_folder(pretrained: str | BaseModel) -> str:
-    """Return a remark if a name looks like a folder that doesn't exist, else nothing."""
+    """Return a remark if a name looks like a folder that doesn't exist; else return ""."""
     if isinstance(pretrained, BaseModel):
         return ""
     folder = Path(pretrained)

@@ -1,6 +1,6 @@
 """Read the common beginning of prompts, such as worked examples, only once.
 
-This is possible where one plan is run for all prompts.
+This is possible if one plan is run for all prompts.
 
 Axes: B prompts, L layers, T tokens.
 """
@@ -34,7 +34,7 @@ class PrefixedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
-    """The beginning of prompts, as it was read under a plan."""
+    """The beginning of prompts, and its cache from reading it under a plan."""
 
     plan: Any
     tokens: list[int]
@@ -45,9 +45,9 @@ class _Prefix:
 class CommonPrefix:
     """Reads the common beginning of a batch's prompts once, and keeps it for later batches.
 
-    It needs a single plan for all prompts, which is known before they are read, and a model that
-    can read prompts in parts (see `can_split`). The generated text is the same, up to the last bits
-    of the logits.
+    This needs a single plan for all prompts that is known before they are read, and a model that
+    can read prompts in parts (see `can_split`). The generated text is the same as for prompts that
+    are read whole, up to the last bits of the logits.
     """
 
     def __init__(self, routed: RoutedModel) -> None:
@@ -97,7 +97,7 @@ class CommonPrefix:
         return PrefixedPrompts(ids.gather(1, index), options, routes)
 
     def _looks_back(self, options: Mapping[str, Any]) -> bool:
-        """Tell whether `generate` needs whole prompts, copies of them, or another cache."""
+        """Tell whether `generate` needs whole prompts, copies of prompts, or another cache."""
         option = make_option_lookup(self.routed.model, options)
         num_beams = option("num_beams") or 1
         num_sequences = option("num_return_sequences") or 1
@@ -106,9 +106,10 @@ class CommonPrefix:
         return any(option(name) for name in (*LOOKS_BACK, "cache_implementation"))
 
     def _find(self, plan: Any, prompts: list[list[int]]) -> _Prefix | None:
-        """Return the beginning to use, or None.
+        """Return the beginning to use; None if there is none.
 
-        The last one is used again if it fits, unless the prompts have twice as much in common.
+        The last beginning is used again if it fits, unless the prompts have twice as much in
+        common.
         """
         common = prompts[0][: count_common_tokens(prompts)]
         prefix = self._last

@@ -2,8 +2,9 @@
 
 A request of the harness is a context and one continuation. The requests of one question are put
 together, so that its context is read once and it has one route. Routers read the common beginning
-of the question's contexts. For most tasks that is the whole context. If the contexts contain the
-options (WinoGrande), it is the text before them, and the text after it is read but not scored.
+of the question's contexts. For most tasks this is the whole context. If the contexts contain the
+options (WinoGrande), it is the text before the options, and the rest of a context is read but not
+scored.
 
 Axes: P questions, L layers.
 """
@@ -33,7 +34,7 @@ from drllm.models.scoring.packing import Request
 from drllm.paths import Decisions, StaticPath
 
 OptionScore: TypeAlias = tuple[float, bool]
-"""A continuation's log-probability in nats, and whether it is the likeliest one."""
+"""A continuation's log-probability in nats, and whether it is the likeliest continuation."""
 
 Plan: TypeAlias = Mapping[Any, Decisions]
 """Question → its decisions."""
@@ -43,12 +44,12 @@ Decides: TypeAlias = Policy | Plan | StaticPath
 
 STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; emptied after each batch
 
-ENOUGH_TOKENS = 512  # from this size on a pass keeps a processor busy, and time grows with size
+ENOUGH_TOKENS = 512  # tokens that keep a processor busy; the time of larger passes grows with size
 LEAST_FILLED = 0.8  # share of a pass's columns that each row fills, in passes of `ENOUGH_TOKENS`
 STEPS = 16
-"""Into how many steps a context's length is divided, to which prompts are rounded up. The harness
-generates answers together if their maximum lengths are equal, so prompts of similar length should
-get the same maximum."""
+"""The number of steps into which the model's context length is divided. Lengths of prompts are
+rounded up to a whole step. The harness generates answers together if their maximum lengths are
+equal, so prompts of similar length should get the same maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ class HarnessRequest:
 class RequestBatch:
     """The harness' requests, grouped by question."""
 
-    # Of each request, the place of its question and the number of its continuation.
+    # For each request, the place of its question and the number of its continuation.
     places: list[tuple[int, int]]
     questions: list[Request] = field(default_factory=list)
-    keys: list[Hashable] = field(default_factory=list)  # of each question, its identity
+    keys: list[Hashable] = field(default_factory=list)  # the identity of each question
 
     def add(
         self,
@@ -84,7 +85,8 @@ class RequestBatch:
             contexts: Place of a request → its context.
             requests: All requests.
         """
-        numbers: dict[tuple[tuple[int, ...], int], int] = {}  # of each distinct continuation
+        # A distinct continuation and its number of unscored tokens → the continuation's number.
+        numbers: dict[tuple[tuple[int, ...], int], int] = {}
         for place, context in contexts.items():
             unscored = context[len(prompt) :]
             tokens = (*unscored, *requests[place].continuation)
@@ -108,16 +110,16 @@ def batch_requests(
 ) -> RequestBatch:
     """Group requests by question.
 
-    The harness repeats requests if processes share the work unevenly; these are scored once. If a
-    context and its continuation are longer than the model reads, the context is cut at its start,
-    as the harness does.
+    If processes share the work unevenly, the harness repeats requests. Repeated requests are scored
+    once. If a context and its continuation are longer than the model reads, the context is cut at
+    its start, as in the harness.
 
     Args:
         requests: The requests.
         max_length: How many tokens the model reads.
         by_prompt: Whether decisions depend on the prompt. Then the contexts of a question are cut
-            to the same length. Otherwise each is cut by itself, and contexts without a common
-            beginning become separate questions.
+            to the same length. Otherwise each context is cut by itself, and contexts without a
+            common beginning become separate questions.
 
     Raises:
         TaskError: A continuation is longer than the model reads; or, with `by_prompt`, the contexts
@@ -157,7 +159,7 @@ def _cut_contexts(
     """Cut the contexts of one question's requests at their start, so that they fit the model.
 
     The last token of a continuation isn't read. A context keeps at least one token, which predicts
-    the next one.
+    the first token of the continuation.
     """
     longest = max(len(requests[place].continuation) for place in places)
     contexts = {}
@@ -178,9 +180,10 @@ class RequestScorer:
 
     Attributes:
         routed: The model.
-        max_length: How many tokens it reads.
-        batch_size: Rows in a pass, or `auto` to choose by memory. A question is one row, or one for
-            each continuation if the model can't take them packed. It is never split.
+        max_length: How many tokens the model reads.
+        batch_size: Rows in a pass, or `auto` to choose by memory. A question is one row. If the
+            model can't take packed continuations, it is one row for each continuation. A question
+            is never split over two passes.
         max_batch_size: Maximum rows in a pass with `auto`.
         counts: The number of prompts that were routed, and the sum of their executions.
     """
@@ -236,7 +239,7 @@ class RequestScorer:
     def score_plans(
         self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
     ) -> list[list[OptionScore]]:
-        """Return the answers under each plan; common prefixes of their paths run once."""
+        """Return the answers under each plan; common prefixes of the plans' paths run once."""
         questions = batch_requests(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
         for places, batch in self._batches(questions.questions):
@@ -265,7 +268,7 @@ class RequestScorer:
         return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
 
     def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], ChoiceBatch]]:
-        """Yield each pass's places of questions, and their batch, the longest questions first."""
+        """Yield each pass's questions, as places and as a batch, the longest questions first."""
         model = self.routed.model
         lengths = [question.length for question in questions]
         order = sorted(range(len(questions)), key=lengths.__getitem__, reverse=True)
@@ -335,7 +338,7 @@ def limit_answers(
         encode: Encodes a prompt.
         max_length: How many tokens the model reads and writes in total.
         max_new_tokens: The answer's length if a request doesn't set it.
-        warns: Whether to warn of limited answers.
+        warns: Whether to log a warning about limited answers.
 
     Source: ours (docs/differences.md, D-27).
     """
@@ -393,8 +396,9 @@ def _warn_once(message: str) -> None:
 def drop_repeats(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """Drop the requests that the harness repeats to give each process the same number.
 
-    Returns the remaining requests, and of each original request the place of its answer among
-    theirs.
+    Returns:
+        The remaining requests; and for each original request, the place of its answer among the
+        answers to the remaining requests.
     """
     remaining: list[Any] = []
     places: list[int] = []

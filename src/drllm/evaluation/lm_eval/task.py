@@ -1,4 +1,4 @@
-"""Render and grade tasks by lm-evaluation-harness: tasks of drllm's folders, or its own."""
+"""Let lm-evaluation-harness render and grade tasks: drllm's task folders, or its own tasks."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ from drllm.tasks.harness import FEWSHOT_SEED, LmEvalTask, find_gold_indices, loa
 from drllm.tuning.path_scorer import log_share
 
 Key: TypeAlias = tuple[str, int]
-"""Identifies a question: the harness' task, and the number of the row in it."""
+"""Identifies a question: the name of the harness' task, and the number of the question's row."""
 
 
 class RenderedTask:
@@ -37,7 +37,7 @@ class RenderedTask:
         chat: Whether to apply the chat template, with worked examples as turns.
 
     Attributes:
-        keys: Identifies each question.
+        keys: The key of each question.
         instances: Each question's requests, in the order of its options.
         docs: Each question's row.
     """
@@ -118,7 +118,7 @@ class RenderedTask:
         return golds
 
     def text(self, place: int) -> HarnessRequest:
-        """Return a question and its right answer as a text to measure next-token loss on.
+        """Return a question with its right answer, as a text to measure the next-token loss on.
 
         With options the text is the question and the right option, and all tokens but the first are
         predicted. With generated answers only the right answer is predicted (for GSM8K a worked
@@ -134,7 +134,7 @@ class RenderedTask:
         answer = task.doc_to_target(self.docs[place])
         if isinstance(answer, list):
             answer = answer[0]
-        if not str(answer):  # a prompt without an answer, which a function grades
+        if not str(answer):  # there is no right answer; a function grades answers
             return _predict_all(key, self.prompt_tokens[place])
         continuation = task.config.target_delimiter + str(answer)
         arguments = (str(instances[0].args[0]), continuation)
@@ -211,9 +211,9 @@ def draw_stock_task(
         task: The task.
         split: Draw only from this split, since something is fitted on the other questions. None
             draws from all questions that the harness reports.
-        limit: Maximum number of questions; None is all.
+        limit: Maximum number of questions; None takes all.
         seed: Seed of the drawing.
-        num_fewshot: Worked examples before each question; None leaves it to the task.
+        num_fewshot: Worked examples before each question; None takes the task's own number.
     """
     note = "asked as lm-evaluation-harness has it, on the questions that it reports"
     questions = task.reported
