@@ -22,8 +22,7 @@ OVER_QUOTA = "over the quota"
 REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
 TWICE = "same question twice"
-"""Why a record has no target: only the first record of a question counts, and this is a later one.
-"""
+"""Why a record has no target: an earlier record of the same question counts in its place."""
 
 MIN_SAVING = 0.05
 """Default of `--min-saving`: the minimum share of the full path's executions that a target of

@@ -19,8 +19,7 @@ from drllm.tasks.graded import SUFFIX, grade_by_function
 _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
 _UNFINISHED_CHARACTER = "\ufffd"
-"""The text that tokenizers decode from the first bytes of a character whose last bytes are missing.
-"""
+"""The text that tokenizers return for a character whose last bytes are still missing."""
 
 
 class Reward:

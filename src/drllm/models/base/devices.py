@@ -1,4 +1,4 @@
-"""Copy tensors from the host to a device without blocking."""
+"""Copy tensors from the host to a device without waiting for the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def on_device(values: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
-    """Return a tensor, or numbers as a tensor, on a device, without waiting for a GPU.
+    """Put a tensor or a list of numbers on a device as a tensor, without waiting for a GPU.
 
     A copy from pinned memory runs while the host goes on. A copy from other memory would wait until
     the GPU has finished all its queued work.

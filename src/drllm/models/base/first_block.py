@@ -11,8 +11,8 @@ from drllm.listener import Listener, rough_duration
 class FirstBlock:
     """Times the first block of a stage, then tells how long the whole stage takes at most.
 
-    The first block is the slowest for its size, since caches are cold, and a stage may end early.
-    So the time is an upper bound, unless later blocks hold longer texts than their share of the
+    The first block is slow for its size, since caches are cold, and a stage may end early. So the
+    estimated time is an upper bound, unless later blocks have longer texts than their share of the
     work suggests.
 
     Args:
@@ -27,13 +27,13 @@ class FirstBlock:
         self.started = time.monotonic()
 
     def finish(self, share: float, seconds: float | None = None) -> None:
-        """Report the time and memory of the stage.
+        """Report the time and the memory of the stage, once.
 
-        Only the first call reports; a call for a block without work doesn't count. Nothing is
-        reported if no work remains.
+        Only the first call for a block with work counts. It reports nothing if no work remains
+        after the block.
 
         Args:
-            share: The block's share of the remaining work, in (0, 1].
+            share: The block's share of the work, in [0, 1].
             seconds: How long the block took; by default the time since this object was made.
         """
         if self.is_over or share <= 0:
@@ -49,7 +49,7 @@ class FirstBlock:
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes in use: the peak on CUDA, elsewhere the current use of this process."""
+    """Return the memory in use in bytes: on CUDA the peak, elsewhere this process's current use."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

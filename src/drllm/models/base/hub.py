@@ -1,4 +1,4 @@
-"""Use the Hugging Face hub: find a model's commit, explain errors, and silence its library."""
+"""Use the Hugging Face hub: find a model's commit, explain errors, and silence the library."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,9 +20,9 @@ from drllm.errors import ModelError
 TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...]
 ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
-"""What the hub's library raises. The first is the base error of the HTTP library that it uses."""
+"""Errors that the hub's library raises. The first is the base error of its HTTP library."""
 FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
-"""The errors that `explain` takes."""
+"""Errors that a download may raise and that `explain` can explain."""
 
 
 def select_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,8 +34,16 @@ def select_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def find_commit(name: str, revision: str | None, *, advice: str, **options: Any) -> str:
     """Return the commit of a hub model's revision.
 
-    It fetches the model's config, the smallest file that shows whether the model exists. `advice`
-    says what to do if there is no such model.
+    This fetches the model's config, the smallest file that shows whether the model exists.
+
+    Args:
+        name: The model's hub id.
+        revision: The revision; None for the default branch.
+        advice: What the user can do if the model doesn't exist, for the error message.
+        options: Options of `hf_hub_download`.
+
+    Raises:
+        ModelError: The config can't be fetched, or the name stands for routers.
     """
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision, **options)
@@ -55,10 +63,10 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, advice
 
     Args:
         error: One of `FETCH_ERRORS`.
-        kind: What was fetched, such as `model`.
-        name: Its hub id.
-        revision: Its revision.
-        advice: What to do where the error itself has no remedy.
+        kind: The kind of thing to fetch, such as `model`.
+        name: The thing's hub id.
+        revision: The thing's revision.
+        advice: What the user can do if the error itself has no remedy.
     """
     subject = f"{kind} {name!r}"
     if revision:
@@ -99,7 +107,7 @@ def no_network() -> str:
 
 
 def read_hub_message(error: errors.HfHubHTTPError) -> str:
-    """Return the first line of the hub's own message, or of its library's if there is none."""
+    """Return the first line of the hub's message; without one, of the library's message."""
     message = (error.server_message or "").strip()
     if not message:
         return first_line(error)
@@ -107,7 +115,7 @@ def read_hub_message(error: errors.HfHubHTTPError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's class name without one."""
+    """Return the first line of an error's message; without a message, the error's class name."""
     for line in str(error).splitlines():
         if line.strip():
             return line.strip().rstrip(".")

@@ -1,7 +1,7 @@
 """Identify a base model: class, L, D, and a fingerprint of its weights.
 
-A PEFT adapter doesn't change the identity. Weights that accelerate has offloaded are loaded to be
-read.
+A PEFT adapter doesn't change the identity. Weights that accelerate has offloaded are loaded for the
+fingerprint.
 
 Axes: D hidden, L layers.
 """
@@ -20,7 +20,7 @@ from drllm.errors import ModelError
 from drllm.models.base.layers import base_of, find_layers
 from drllm.records.identity import QUANTISED
 
-FINGERPRINT_VALUES = 2**20  # values read from each tensor, enough to tell fine-tunes apart
+FINGERPRINT_VALUES = 2**20  # values to read from each tensor, enough to tell fine-tunes apart
 WRAPPED = ("base_layer", "original_module")
 """The names under which PEFT's layers hold the module that they replace."""
 
@@ -41,12 +41,12 @@ def fingerprint(model: nn.Module) -> str:
     """Return a short text that identifies a model's weights; its fine-tunes have other texts.
 
     The fingerprint hashes the names, the shapes and the signs of the values of three weights: the
-    input embedding, and the first matrix of the middle and of the last layer. Signs survive every
-    change of dtype, so routers trained on a float32 model fit the same model in bfloat16. They
-    don't survive quantisation, which mostly leaves the embedding alone. So the text has 16 digits
-    for all three weights, then 8 for the embedding. For a quantised model it has `QUANTISED`, 8
-    digits for the embedding, then 8 for how the model is quantised (see `have_same_weights`). An
-    adapter that isn't merged doesn't count.
+    input embedding, the first matrix of the middle layer, and the first matrix of the last layer.
+    Signs survive every change of dtype, so routers trained on a float32 model fit the same model in
+    bfloat16. Signs don't survive quantisation, which mostly leaves the embedding alone. So the text
+    has 16 digits for all three weights, then 8 digits for the embedding. For a quantised model the
+    text has `QUANTISED`, 8 digits for the embedding, then 8 digits for the quantisation (see
+    `have_same_weights`). An adapter that isn't merged doesn't count.
 
     Raises:
         ArchitectureError: See `find_layers`.
@@ -80,7 +80,7 @@ def _digest(content: bytes) -> str:
 
 
 def _read_signs(place: str, module: nn.Module) -> bytes | None:
-    """Return the name, shape and signs of a module's first matrix as bytes; None without one."""
+    """Return the name, shape and signs of a module's first matrix as bytes; None if it has none."""
     path = _first_matrix(module)
     if path is None:
         return None
@@ -88,7 +88,7 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
     name = place
     if place != "embedding":
         name = ".".join([place, *(part for part in path.split(".") if part not in WRAPPED)])
-    # The module itself, then the submodules down to the weight's owner.
+    # The module itself, then its submodules down to the owner of the weight.
     modules = [module.get_submodule(".".join(parents[:n])) for n in range(len(parents) + 1)]
     with _weights_present(modules, attribute):
         weight = modules[-1].get_parameter(attribute).detach()
@@ -103,9 +103,9 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
 
 
 def _first_matrix(module: nn.Module) -> str | None:
-    """Return the name of a module's first unquantised matrix; None if it has none.
+    """Return the name of a module's first unquantised matrix; None if there is none.
 
-    In a PEFT layer this is a matrix of the original module, which comes first.
+    In a PEFT layer this is a matrix of the original module, since the original module comes first.
     """
     for path, weight in module.named_parameters():
         is_packed = type(weight).__module__.partition(".")[0] == "torchao"
@@ -118,7 +118,8 @@ def _first_matrix(module: nn.Module) -> str | None:
 def _weights_present(modules: Sequence[nn.Module], attribute: str) -> Iterator[None]:
     """Let accelerate load an offloaded weight inside the block, as it does for a forward pass.
 
-    Its hook is on the weight's owner, which is the last module, or on a module around it.
+    The last of the modules owns the weight. accelerate's hook is on this module or on a module
+    around it.
     """
     owner = modules[-1]
     with ExitStack() as stack:

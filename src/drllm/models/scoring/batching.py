@@ -21,22 +21,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-MAX_PATHS = 256  # enough to keep any device busy; more paths in a pass only take memory
+MAX_PATHS = 256  # paths that keep any device busy; more paths in a pass only take memory
 SHARE_OF_FREE_MEMORY = 0.5
-"""The other half is for activations inside a layer, fragments and other programs."""
-FLOAT_BYTES = 4
-MAX_STATE_CACHE_GB = 16
+"""Share of the free memory that a pass may take. The other half is for activations inside a layer,
+fragments and other programs."""
+FLOAT_BYTES = 4  # bytes of a number in fp32
+MAX_STATE_CACHE_GB = 16  # maximum size of the cache of states by default
 
 _num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # see `share_memory`
 
 
 @dataclass(frozen=True, slots=True)
 class PathSize:
-    """The size of one path of one prompt in memory while its pass runs."""
+    """The size of one path of one prompt in memory while the pass runs."""
 
-    num_tokens: int  # of its row, past tokens included
-    num_logits: int  # tokens whose logits are computed
-    keeps_kv: bool = False  # whether its K/V is kept, and copied into a cache to generate from
+    num_tokens: int  # number of tokens of the row, including its past
+    num_logits: int  # number of tokens whose logits are computed
+    keeps_kv: bool = False  # whether K/V is kept, and copied into a cache for generation
 
     def num_bytes(self, model: Any) -> int:
         """Return the bytes that the path takes in a model."""
@@ -48,9 +49,9 @@ class PathSize:
             head_size = getattr(config, "head_dim", None)
             head_size = head_size or config.hidden_size // config.num_attention_heads
             kv_size = 2 * heads * head_size
-            state_size += 2 * kv_size  # in the state, and in the cache
+            state_size += 2 * kv_size  # K/V is in the state and in the cache
         states = self.num_tokens * config.num_hidden_layers * state_size * num_bytes
-        # In the model's dtype, in fp32, and once more in fp32 for what is computed from them.
+        # Logits in the model's dtype, a copy in fp32, and log-probabilities in fp32.
         logits = self.num_logits * config.vocab_size * (num_bytes + 2 * FLOAT_BYTES)
         return int(states + logits)
 
@@ -60,13 +61,13 @@ class MemoryBatcher:
     """Splits work over forward passes that fit into memory."""
 
     model: Any
-    # The cache that the passes fill: it will take some of the memory that is free now.
+    # The cache that the passes fill; it will take some of the memory that is free now.
     states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
-    maximum: int | None = None  # paths in a pass; None picks the number by the free memory
-    _limit: int = sys.maxsize  # lowered when memory runs out
+    maximum: int | None = None  # maximum paths in a pass; None decides by the free memory
+    _limit: int = sys.maxsize  # maximum paths in a pass since memory ran out
 
     def num_paths(self, size: PathSize) -> int:
-        """Return how many paths the next pass takes."""
+        """Return the number of paths in the next pass."""
         if self.maximum is not None:
             return min(self.maximum, self._limit)
         free = free_bytes(self.model.device)
@@ -81,15 +82,15 @@ class MemoryBatcher:
         size: PathSize,
         one_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result]:
-        """Run all items, as many in a pass as memory allows.
+        """Run all items, in passes that are as large as memory allows.
 
         Args:
-            items: One for each path.
+            items: One item for each path.
             size: The size of the largest path.
-            one_pass: Returns the results of a part of the items, in their order.
+            one_pass: A function that returns the results of some of the items, in their order.
 
         Raises:
-            ModelError: Not even one path fits.
+            ModelError: A single path doesn't fit.
         """
         results: list[Result] = []
         while len(results) < len(items):
@@ -104,12 +105,12 @@ class MemoryBatcher:
                     raise ModelError(self._explain(size)) from error
             else:
                 continue
-            # Outside of the except block, so that the memory of the failed pass is free by now.
+            # Outside of the except block, where the memory of the failed pass is free again.
             self._halve(len(part))
         return results
 
     def _explain(self, size: PathSize) -> str:
-        """Explain that not even one path fits, and what to do."""
+        """Explain that a single path doesn't fit, and what to do."""
         advice = "load the model with --dtype bfloat16, or use a device with more memory"
         if self.states.max_bytes:
             advice = f"lower --state-cache-gb, {advice}"
@@ -119,7 +120,7 @@ class MemoryBatcher:
         )
 
     def _halve(self, num_paths: int) -> None:
-        """Let later passes take half as many paths as the one that ran out of memory."""
+        """Let later passes take half as many paths as the pass that ran out of memory."""
         self._limit = max(num_paths // 2, 1)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -135,18 +136,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error means that an allocator had no memory left."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
-    # torch has a class for CUDA alone; its other allocators raise a bare error that names them.
+    # torch has an error class only for CUDA. Its other allocators raise a RuntimeError with their
+    # name in the message.
     return re.search("DefaultCPUAllocator|MPS backend out of memory", str(error)) is not None
 
 
 def share_memory(num_sharing: int) -> None:
-    """Set how many processes, this one included, share the machine's memory."""
+    """Set how many processes, including this one, share the machine's memory."""
     global _num_sharing
     _num_sharing = num_sharing
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device, on a CPU this process's share.
+    """Return the free memory of a device in bytes; on a CPU, this process's share.
 
     On a CUDA device the memory that torch caches counts as free.
     """
@@ -158,18 +160,21 @@ def free_bytes(device: torch.device) -> int:
 
 
 def prefix_cache(gigabytes: float | None, device: torch.device) -> PrefixCache:
-    """Return an empty cache of this size; None is a quarter of the free memory, at most 16 GB."""
+    """Return an empty cache of a maximum size in GB.
+
+    None means a quarter of the free memory, at most `MAX_STATE_CACHE_GB`.
+    """
     if gigabytes is None:
         gigabytes = min(free_bytes(device) / 4 / GIGABYTE, MAX_STATE_CACHE_GB)
     return PrefixCache(gigabytes * GIGABYTE)
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int = sys.maxsize) -> list[list[int]]:
-    """Group prompts by their lengths in tokens into batches, the longest first.
+    """Group prompts of similar length into batches; return the places of each batch's prompts.
 
-    A batch then has little padding, and one that is too large for memory fails at the start. A
-    batch has at most `size` prompts and `max_tokens` tokens, padding included; a longer prompt is
-    a batch by itself. Returns the places of each batch's prompts.
+    The longest prompts come first, so a batch that is too large for memory fails at the start.
+    Similar lengths need little padding. A batch has at most `size` prompts and at most `max_tokens`
+    tokens, including padding. A prompt with more tokens is a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     parts: list[list[int]] = []

@@ -1,8 +1,8 @@
 """Score the continuations of many (prompt, plan) pairs at once: log-likelihoods, KL, greedy flags.
 
-`ChoiceBatch` scores the continuations of each prompt under decisions, along static paths, or under
-a policy. The paths of one prompt share their common prefixes, within a call and across calls, and
-the prompts share their common beginning.
+`ChoiceBatch` scores the continuations of each prompt. The layers run under decisions, along static
+paths, or under a policy. The paths of one prompt share their common prefixes, within a call and
+across calls, and the prompts share their common beginning.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
 """
@@ -31,15 +31,15 @@ from drllm.paths import adapter_of
 class Score:
     """The score of one prompt's continuations along one path, in nats."""
 
-    logprobs: tuple[float, ...]  # of each continuation, summed over its scored tokens
-    # Mean KL from the full path over the prompt's tokens; None if not requested, or not finite.
+    logprobs: tuple[float, ...]  # for each continuation, the sum over its scored tokens
+    # Mean KL from the full path over the prompt's tokens; None if not requested or not finite.
     kl: float | None = None
-    # Of each continuation, whether all its scored tokens are the likeliest; empty if not requested.
+    # For each continuation, whether all scored tokens are the likeliest; empty if not requested.
     greedy: tuple[bool, ...] = ()
 
 
 def _join_scores(parts: Sequence[Score]) -> Score:
-    """Join the scores of a request's rows; the KL is that of the first row."""
+    """Join the scores of a request's rows; the first row gives the KL."""
     logprobs: list[float] = []
     greedy: list[bool] = []
     for part in parts:
@@ -50,7 +50,7 @@ def _join_scores(parts: Sequence[Score]) -> Score:
 
 @dataclass(eq=False)
 class _OncePerRequest(Policy):
-    """Gives all rows of a request one decision of another policy: they have the same context."""
+    """Gives all rows of a request the decision of its first row: their context is the same."""
 
     policy: Policy
     rows_of: Sequence[range]  # the rows of each request; together they are all rows of the batch
@@ -76,18 +76,18 @@ class _OncePerRequest(Policy):
 class _Targets:
     """The tokens that a row has to predict."""
 
-    columns: Tensor  # of each token, the column of the logits that predicts it
-    ids: Tensor
-    owners: Tensor  # of each token, the number of its continuation
+    columns: Tensor  # for each token, the column of the logits that predicts the token
+    ids: Tensor  # the tokens' ids
+    owners: Tensor  # for each token, the number of its continuation
 
 
 class ChoiceBatch:
     """Scores the continuations of a batch of requests.
 
-    All continuations of a request are packed into one row, after one copy of its context (see
-    `pack`). That needs a special attention mask. If the model's attention can't take one, or some
-    layers see fewer tokens than the row has, each continuation gets a row of its own with a copy of
-    the context. The scores are the same.
+    All continuations of a request are packed into one row, after one copy of the context (see
+    `pack`). This needs a special attention mask. Some models can't use the mask, and in some models
+    a layer sees fewer tokens than the row has. Then each continuation gets a row of its own with a
+    copy of the context. The scores are the same.
 
     Source: ours; the scores equal those of lm-evaluation-harness, whose rows hold the context and
         one continuation without its last token.
@@ -102,15 +102,15 @@ class ChoiceBatch:
         paths_per_pass: int | None = None,
         contexts: PackedRows | None = None,
     ) -> None:
-        """Lay the requests out as rows; nothing is run yet.
+        """Lay the requests out as rows; no layer runs yet.
 
         Args:
             routed: The model.
             requests: The prompts and their continuations.
             state_cache_gb: Maximum size of the cache of shared states in GB (see `prefix_cache`).
-            paths_per_pass: Maximum number of paths in a forward pass; None picks it by memory.
-            contexts: Rows that hold the requests' contexts, with the states of their paths. Then
-                only the continuations are run.
+            paths_per_pass: Maximum number of paths in a forward pass; None decides by the memory.
+            contexts: Rows that hold the requests' contexts with the states of their paths. Only
+                the continuations are run after these rows.
 
         Raises:
             RoutingError: A prompt or a continuation has no tokens.
@@ -122,14 +122,14 @@ class ChoiceBatch:
         self.states = contexts.states if contexts else prefix_cache(state_cache_gb, device)
 
         packs = can_pack(routed.model, max(request.length for request in self.requests))
-        self._parts: list[Request] = []  # [B], a row each
+        self._parts: list[Request] = []  # [B], one for each row
         self._rows_of: list[range] = []  # [P], the rows of each request
         for request in self.requests:
             parts = [request] if packs else request.split()
             first = len(self._parts)
             self._rows_of.append(range(first, first + len(parts)))
             self._parts += parts
-        # `contexts` has one row for each request. Unpacked rows are more, and read whole.
+        # `contexts` has one row per request. Without packing there are more rows, without a past.
         past = contexts if packs else None
         self._rows = packed_rows(routed, self._parts, self.states, contexts=past)
         self._kl = KlFromFull(self._rows)
@@ -138,7 +138,7 @@ class ChoiceBatch:
 
     @property
     def shares_beginning(self) -> bool:
-        """Whether a path reads the prompts' common beginning once for all of them."""
+        """Whether a path reads the prompts' common beginning only once for all prompts."""
         return self._rows.past is not None
 
     def forget(self) -> None:
@@ -146,7 +146,7 @@ class ChoiceBatch:
         self._kl.forget()
 
     def logprobs(self, pairs: Sequence[PlanPair]) -> list[tuple[float, ...]]:
-        """Score pairs as `scores` does, and return their `logprobs` alone."""
+        """Score pairs as `scores` does, and return only the log-probabilities."""
         return [score.logprobs for score in self.scores(pairs)]
 
     def scores(
@@ -157,7 +157,7 @@ class ChoiceBatch:
         Pairs with an adapter run in passes of their own.
 
         Args:
-            pairs: The place of a request, and the plan to run.
+            pairs: Pairs of a request's place and the plan to run.
             kl: Whether to measure the mean KL from the full path too.
             greedy: Whether to tell which continuations the path would generate greedily.
 
@@ -189,14 +189,15 @@ class ChoiceBatch:
         return scores
 
     def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
-        """Score every request once under a policy, which reads the prompt and no continuation.
+        """Score every request once under a policy.
 
-        The policy decides in the same pass that scores.
+        The policy reads the prompt but not the continuations. It decides in the pass that scores.
 
         Returns:
             The score of each request, with its `greedy` flags, and the routes, `[P, L]`.
         """
-        # A static path is the same for all rows; the driver has to recognise it, so don't wrap it.
+        # A `PathPolicy` stays as it is: its path is the same for all rows, and the driver has to
+        # recognise it.
         if len(self._parts) > len(self.requests) and not isinstance(policy, PathPolicy):
             policy = _OncePerRequest(policy, self._rows_of)
         model = self.routed.model
@@ -205,8 +206,9 @@ class ChoiceBatch:
             packed = pack(self._parts, dtype=model.dtype, device=model.device)
         num_tokens = packed.ids.shape[1]
         num_kept = max(packed.num_after) + 1
-        # A CPU gets the tokens' indices: a slice isn't contiguous, which makes the head's product
-        # slow. Other devices get their number: the head may be on another device than the tokens.
+        # `logits_to_keep` is a list of indices on a CPU, since a slice isn't contiguous and the
+        # head's product would be slow. On other devices it is a number, since the head may be on
+        # another device than the tokens.
         last: Any = num_kept
         if packed.ids.device.type == "cpu":
             last = torch.arange(num_tokens - num_kept, num_tokens)
@@ -231,7 +233,7 @@ class ChoiceBatch:
         return scores, self.routed.last_route
 
     def _path_size(self, kl: bool) -> PathSize:
-        """Return the size of the largest path; KL needs the logits of the prompt too."""
+        """Return the size of the largest path. With `kl` it includes the prompt's logits."""
         packed = self._rows.packed
         num_logits = []
         for own, after in zip(packed.num_own, packed.num_after, strict=True):
@@ -242,13 +244,13 @@ class ChoiceBatch:
         return PathSize(packed.mask.shape[-1], 1 + max(num_logits))
 
     def _score_rows(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
-        """Score each path's row in one pass; KL is measured on a request's first row alone."""
+        """Score each path's row in one pass; KL is measured only on a request's first row."""
         num_own = self._rows.packed.num_own
         num_after = self._rows.packed.num_after
         kl_rows = {rows[0] for rows in self._rows_of} if kl else set()
         measured = self._kl.with_full([pair for pair in pairs if pair[0] in kl_rows])
         unique = list(dict.fromkeys([*measured, *pairs]))  # the measured pairs first
-        num_ahead = []  # how many tokens of the prompt are kept before its last one, for KL
+        num_ahead = []  # for KL, the number of the prompt's tokens before its last token
         num_kept = []
         for row, _ in unique:
             ahead = num_own[row] - 1 if row in kl_rows else 0
@@ -271,8 +273,8 @@ class ChoiceBatch:
 
     def _score_logits(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""
-        # Of each row, [1, C]; with `greedy` [2, C], the second the number of tokens that aren't the
-        # likeliest.
+        # For each row, `[1, C]` sums of log-probabilities. With `greedy`, `[2, C]`: the second row
+        # is the number of tokens that aren't the likeliest.
         sums = []
         for row, logits in rows:
             targets = self._targets[row]

@@ -1,4 +1,4 @@
-"""Measure the KL divergence of a path's next-token distributions from those of the full path.
+"""Measure how far a path's next-token distributions are from the full path's: KL divergence.
 
 Axes: T tokens of a prompt in one row, V vocabulary.
 """
@@ -32,10 +32,10 @@ class _Distributions:
 class KlFromFull:
     """Measures the mean KL(full path || path) of next-token distributions over a prompt's tokens.
 
-    It computes in fp32 (fp64 for a model in fp64). The tokens of a common prefix count for every
-    prompt, and are measured once for all of them. The full path's distributions on a row are kept
-    while all of them take no more than `SHARE_OF_MEMORY` of the memory for states. Beyond that
-    they are computed again in every pass, from the full path's last state.
+    Computations are in fp32 (in fp64 for a model in fp64). The tokens of a common prefix count for
+    every prompt, but are measured only once. The full path's distributions on a row are kept while
+    all kept distributions fit into `SHARE_OF_MEMORY` of the memory for states. Distributions that
+    aren't kept are computed again in every pass, from the full path's last state.
 
     Source: ours; docs/decisions/0006.
     """
@@ -48,9 +48,10 @@ class KlFromFull:
         self._prefix_sums: dict[Plan, float] = {}
 
     def with_full(self, pairs: Sequence[PlanPair]) -> list[PlanPair]:
-        """Return the pairs of a pass, after the full paths that they are compared with.
+        """Return the pairs of a pass, with the full paths for the comparison in front.
 
-        The full path runs without an adapter. If the pairs have one, the full paths run here.
+        A full path runs without an adapter. If the pairs have an adapter, this method runs the full
+        paths in a pass of their own.
         """
         missing: list[PlanPair] = []  # full paths whose distributions aren't known yet
         full: list[PlanPair] = []  # full paths among the pairs
@@ -65,7 +66,7 @@ class KlFromFull:
         return list(dict.fromkeys([*missing, *full, *pairs]))
 
     def _run_full(self, pairs: Sequence[PlanPair]) -> None:
-        """Run the full path on rows, and keep its distributions."""
+        """Run the full path on rows, and keep the distributions."""
         packed = self._rows.packed
         num_kept = [packed.num_own[row] + packed.num_after[row] for row, _ in pairs]
         with self._rows.run(pairs, num_kept) as driver:
@@ -75,7 +76,7 @@ class KlFromFull:
     def measure(
         self, pairs: Sequence[PlanPair], logits: Sequence[Tensor]
     ) -> dict[PlanPair, float | None]:
-        """Return the KL of each pair; None if it isn't finite.
+        """Return the mean KL of each pair in nats per token; None for a KL that isn't finite.
 
         Args:
             pairs: The pairs that `with_full` returned.
@@ -110,7 +111,7 @@ class KlFromFull:
         if plan == self._full:
             if row not in self._distributions:
                 self._keep(row, values)
-            return 0 * self._distributions[row].negative_entropy.sum()  # NaN if that isn't finite
+            return 0 * self._distributions[row].negative_entropy.sum()  # 0, or NaN if not finite
         full = self._distributions[row]
         cross = (full.probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
         return (full.negative_entropy - cross).sum()
@@ -124,7 +125,7 @@ class KlFromFull:
         self._rows.states.count_other(distributions.num_bytes)
 
     def _limit_memory(self) -> None:
-        """Drop the newest distributions until the others fit their share of the memory."""
+        """Drop the newest distributions until the others fit into their share of the memory."""
         max_bytes = SHARE_OF_MEMORY * self._rows.states.max_bytes
         num_bytes = sum(row.num_bytes for row in self._distributions.values())
         while self._distributions and num_bytes > max_bytes:
@@ -132,7 +133,7 @@ class KlFromFull:
             num_bytes -= self._drop(newest)
 
     def _measure_prefix(self, plans: Sequence[Plan], length: int) -> None:
-        """Measure the common beginning of the prompts under the plans that are new."""
+        """Measure the KL on the prompts' common beginning, for plans without a measurement."""
         assert self._prefix is not None
         new = [(0, plan) for plan in dict.fromkeys(plans) if plan not in self._prefix_sums]
         if not new:

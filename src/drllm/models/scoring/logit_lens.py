@@ -1,7 +1,7 @@
-"""Logit lens: apply a model's final norm and output head after any of its layers.
+"""Logit lens: apply a model's final norm and output head to the states after any layer.
 
-A rule finds the norm and the head. A check shows that nothing else lies between the last layer and
-the logits.
+The lens finds the norm and the head by a rule, for any model. It then checks that nothing else lies
+between the last layer and the logits.
 
 Axes: N states, D hidden, V vocabulary.
 """
@@ -17,19 +17,19 @@ from drllm.models.base.layers import base_of, hooked
 from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
-NUM_TOKENS = 8  # of the check; several, since the embedding of a padding token may be all zeros
+NUM_TOKENS = 8  # tokens for the check; several, since a padding token's embedding may be all zeros
 RELATIVE_TOLERANCE = 1e-3
-"""Largest difference between the check's logits and the model's own, as a share of the largest
-logit. The same two modules compute both, so only the last bits differ; a cap or scale in between
-makes a far larger difference."""
+"""Maximum difference between the lens' logits and the model's own, as a share of the largest logit.
+The same two modules compute both, so only the last bits differ. A cap or a scale in between makes a
+far larger difference."""
 
 
 class LogitLens:
     """The final norm and the output head of a model.
 
-    The norm is the module that runs after the last layer, among the direct children of the module
-    whose loop runs the layers. A model may have none. To find it, a few tokens run through the
-    model without routing, and the lens' logits are compared with the model's own.
+    The norm is a direct child of the module whose loop runs the layers; it runs after the last
+    layer. A model may have no norm. To find the norm, a few tokens run through the model without
+    routing. Then the lens' logits are compared with the model's own.
 
     Raises:
         ArchitectureError: The model has no output head, or computes its logits in another way (a
@@ -54,7 +54,7 @@ class LogitLens:
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states, `[N, D]` to `[N, V]`, at least in float32."""
+        """Return the logits `[N, V]` of hidden states `[N, D]`, in float32 or a wider dtype."""
         logits: Tensor = self.head(self.norm(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

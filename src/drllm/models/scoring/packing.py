@@ -1,6 +1,6 @@
 """Pack each prompt and its continuations into one row of a batch.
 
-A row may have a *past*: first tokens of the prompt whose K/V is known, so that they aren't in it.
+A row may have a *past*: the prompt's first tokens, whose K/V is known. The row doesn't hold them.
 
 Axes: P rows, T tokens of a row, F past tokens.
 """
@@ -18,7 +18,7 @@ Tokens: TypeAlias = Sequence[int]
 
 PADDING = -1
 PROMPT = 0
-"""The owner of a column in `pack`; continuations are numbered from 1."""
+"""Owners of a column in `pack`: padding, or the prompt. Continuations are numbered from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +26,27 @@ class Request:
     """A prompt and the continuations to score after it, as tokens."""
 
     context: Tokens  # tokens of the prompt, at least one
-    # Tokens of each continuation, at least one each; empty for generation.
+    # Tokens of each continuation, at least one for each; empty for generation.
     continuations: Sequence[Tokens] = ()
-    # Of each continuation, how many first tokens are read but not scored, fewer than it has; empty
-    # if all are scored. They differ between continuations, so they can't be part of the prompt:
-    # WinoGrande fills a gap with each option, and scores the text after the gap.
+    # For each continuation, the number of its first tokens that are read but not scored; at least
+    # one token is scored. Empty if all tokens are scored. Unscored tokens differ between the
+    # continuations, so they can't be a part of the prompt: WinoGrande fills a gap with each option,
+    # and scores the text after the gap.
     num_unscored: Sequence[int] = ()
 
     @property
     def scored_from(self) -> list[int]:
-        """Of each continuation, the place of its first scored token."""
+        """For each continuation, the place of its first scored token."""
         return list(self.num_unscored) or [0] * len(self.continuations)
 
     @property
     def num_after(self) -> int:
-        """How many tokens after the context are read; a continuation's last one isn't."""
+        """Number of tokens to read after the context; a continuation's last token isn't read."""
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
     def length(self) -> int:
-        """How many tokens are read: those of the context, once, and of all continuations."""
+        """Number of tokens to read: one copy of the context, and all continuations."""
         return len(self.context) + self.num_after
 
     @property
@@ -54,7 +55,7 @@ class Request:
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
 
     def split(self) -> "list[Request]":
-        """Return equivalent plain requests: this one, or one for each continuation."""
+        """Return equivalent plain requests: this request, or one request for each continuation."""
         if self.is_plain:
             return [self]
         return [
@@ -68,17 +69,17 @@ class PackedBatch:
     """Requests as rows of one batch, padded on the left.
 
     The mask is `[P, 1, T, F + T]` and is added to attention scores. Plain requests without a past
-    have an ordinary mask `[P, T]` of real tokens instead, which any attention takes, one with a
-    window included.
+    have an ordinary mask `[P, T]` instead, 1 for real tokens. Every attention takes an ordinary
+    mask, even attention with a window.
     """
 
     ids: Tensor  # [P, T]
     positions: Tensor  # [P, T], each token's position in its prompt and continuation
-    mask: Tensor
+    mask: Tensor  # [P, 1, T, F + T] or [P, T]
     context: Tensor  # [P, T], true for the prompt's tokens
-    num_past: list[int]  # of each row, how many tokens of the prompt are in its past
-    num_own: list[int]  # of each row, how many tokens of the prompt it holds
-    num_after: list[int]  # of each row, how many tokens follow the prompt
+    num_past: list[int]  # for each row, the number of the prompt's tokens in the past
+    num_own: list[int]  # for each row, the number of the prompt's tokens in the row
+    num_after: list[int]  # for each row, the number of tokens after the prompt
 
 
 def pack(
@@ -88,17 +89,18 @@ def pack(
     device: torch.device,
     num_past: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """Lay requests out as rows, all continuations of a request after one copy of its prompt.
+    """Lay requests out as rows: one copy of a prompt, then all its continuations.
 
-    The mask keeps continuations from seeing one another, and the positions of each continue those
-    of the prompt. So every log-probability is the same as in a row of its own.
+    The mask keeps continuations from seeing one another. The positions of each continuation go on
+    from the prompt's last position. So every log-probability is the same as if the continuation had
+    a row of its own.
 
     Args:
-        requests: One for each row.
+        requests: One request for each row.
         dtype: The dtype of an additive mask.
-        device: Where the batch is needed.
-        num_past: Of each request, how many tokens of its prompt are in the past. A past has F
-            columns, and is padded on the left too. None: there is no past.
+        device: The device of the batch.
+        num_past: For each request, the number of the prompt's tokens in the past. A past has F
+            columns, and is padded on the left too. None if there is no past.
     """
     past = [0] * len(requests) if num_past is None else list(num_past)
     num_own = [len(request.context) - num for request, num in zip(requests, past, strict=True)]
@@ -138,10 +140,10 @@ def pack(
 
 
 def _additive_mask(owners: Tensor, num_past: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the mask `[P, 1, T, F + T]` of rows from the owners of their columns, `[P, T]`.
+    """Return the mask `[P, 1, T, F + T]` of rows from the owners `[P, T]` of their columns.
 
-    A token sees the past of its row, and up to itself the prompt and its own continuation. Padding
-    sees padding, since attention without any key gives NaN.
+    A token sees the past of its row. It also sees the tokens of the prompt and of its own
+    continuation, up to itself. Padding sees padding, since attention without any key gives NaN.
     """
     P, T = owners.shape
     reader = owners[:, :, None]

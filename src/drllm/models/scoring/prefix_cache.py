@@ -1,6 +1,6 @@
 """Cache prefix states: a row's hidden states and K/V after the first executions of a path.
 
-The cache has a maximum size. A scoring pass continues from the states that it finds here.
+The cache has a maximum size. A scoring pass continues from the states in the cache.
 
 Axes: T tokens, D hidden, H heads, E head size.
 """
@@ -18,7 +18,7 @@ from drllm.paths import Path
 GIGABYTE = 1e9
 
 Key: TypeAlias = tuple[int, str, int, Path]
-"""The number of a `PackedRows`, the adapter, the row in these rows, and the layers run so far."""
+"""A state's key: the number of a `PackedRows`, the adapter, the row, and the layers run so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,12 @@ class PrefixState:
     """The state of a row of tokens after some executions."""
 
     hidden: Tensor  # [T, D]
-    keys: Tensor | None = None  # [H, T, E], the K of the last execution, where K/V is kept
-    values: Tensor | None = None
+    keys: Tensor | None = None  # [H, T, E], the K of the last execution; None if K/V isn't kept
+    values: Tensor | None = None  # [H, T, E], its V
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory that the state takes."""
+        """The memory that the state takes, in bytes."""
         tensors = (self.hidden, self.keys, self.values)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -45,17 +45,17 @@ class PrefixCache:
     pass needs isn't evicted before the pass ends, so the cache may exceed its maximum until then.
     """
 
-    max_bytes: float
-    num_bytes: int = 0
+    max_bytes: float  # maximum size in bytes
+    num_bytes: int = 0  # size in bytes, including the memory reported by `count_other`
     peak_bytes: int = 0  # the largest value of `num_bytes` so far
     executions_run: int = 0  # number of states that were computed
-    tokens_run: int = 0  # the sum of their tokens
-    # Each state with the number of the newest batch that holds it.
+    tokens_run: int = 0  # number of tokens in these states
+    # Each state with the number of the newest batch that holds the state.
     _states: dict[Key, tuple[PrefixState, int]] = field(default_factory=dict)
-    # Each batch's keys and bytes, least recently used first.
+    # Number of a batch → the batch's keys and bytes; the least recently used batch is the first.
     _batches: OrderedDict[int, tuple[list[Key], int]] = field(default_factory=OrderedDict)
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _needed: Counter[Key] = field(default_factory=Counter)  # how many passes need a state
+    _numbers: Iterator[int] = field(default_factory=itertools.count)  # of new batches
+    _needed: Counter[Key] = field(default_factory=Counter)  # how many passes need each state
 
     def __len__(self) -> int:
         return len(self._states)
@@ -72,7 +72,7 @@ class PrefixCache:
     def put(self, states: Mapping[Key, PrefixState]) -> None:
         """Keep states that lie in one tensor, and evict other states if necessary.
 
-        The new states are protected until `release`.
+        The new states can't be evicted until `release`.
         """
         batch = next(self._numbers)
         num_bytes = sum(state.num_bytes for state in states.values())
@@ -83,7 +83,7 @@ class PrefixCache:
         self.count_other(num_bytes)
 
     def need(self, key: Key) -> None:
-        """Protect a state from eviction until `release`; each call needs a `release` of its own."""
+        """Protect a state from eviction until `release`; every call needs its own `release`."""
         self._needed[key] += 1
 
     def release(self, keys: Iterable[Key]) -> None:
@@ -115,7 +115,7 @@ class PrefixCache:
                 continue
             del self._batches[batch]
             for key in keys:
-                # A state that was put again belongs to its newest batch, which may be gone already.
+                # A state that was put twice belongs to its newest batch, which may be evicted too.
                 entry = self._states.get(key)
                 if entry is not None and entry[1] == batch:
                     del self._states[key]

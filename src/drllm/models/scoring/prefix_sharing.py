@@ -1,8 +1,8 @@
-"""Run many paths of many prompts in one forward pass, each shared prefix once.
+"""Run many paths of many prompts in one forward pass, and run each shared prefix only once.
 
 A *state* is the hidden state of a row of tokens after a sequence of executions. Skipping a layer
 keeps the state, and two paths share their states as long as they run the same layers. A state is
-exact: it equals that of the path run alone, up to the last bits of batched arithmetic.
+exact: it equals the state of the path run alone, up to the last bits of batched arithmetic.
 
 Axes: P rows of the batch, N (row, plan) pairs, U states run at once, T tokens, F past tokens,
 D hidden, H heads, E head size, S kept tokens, V vocabulary.
@@ -31,19 +31,19 @@ from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Path, Plan, adapter_of, layers_of
 
 Pair: TypeAlias = tuple[int, Decisions]
-"""A prompt's row, and the decisions it runs under."""
+"""A prompt's row, and the decisions to run under."""
 
 PlanPair: TypeAlias = tuple[int, Plan]
-"""A prompt's row, and what it runs: decisions or a static path."""
+"""A prompt's row, and the plan to run: decisions or a static path."""
 
 RowPath: TypeAlias = tuple[int, Path]
-"""A row, and the layers that it has run so far. It names a state."""
+"""A row, and the layers that the row has run so far. The two identify a state."""
 
 MAX_CPU_PADDING = 48
-"""Tokens of padding that take as long as running a layer once more on a CPU, where every token
-costs time."""
+"""Maximum tokens of padding in one run of a layer on a CPU. More padding takes longer than another
+run of the layer, since every token costs time."""
 MAX_PADDING = 4096  # the same on other devices, where the number of runs costs time
-MIN_PREFIX = 8  # common tokens that are worth a pass of their own
+MIN_PREFIX = 8  # minimum common tokens for a pass of their own
 
 
 @dataclass(eq=False)
@@ -57,20 +57,21 @@ class PackedRows:
 
     routed: RoutedModel
     packed: PackedBatch
-    states: PrefixCache  # other packed rows may use it too
-    keep_kv: bool = False  # whether to keep K/V, so that other rows can continue these
-    past: PackedRows | None = None  # rows with `keep_kv`
-    past_rows: Sequence[int] = ()  # of each row, the row of `past` that is its past
-    # Identifies these rows in the cache.
+    states: PrefixCache  # the cache of states; other packed rows may use the same cache
+    keep_kv: bool = False  # whether K/V is kept, so that other rows can continue these rows
+    past: PackedRows | None = None  # the rows that hold the past, with `keep_kv`
+    past_rows: Sequence[int] = ()  # for each row, the row of `past` that is its past
+    # The number that identifies these rows in the cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @contextmanager
     def run(
         self, pairs: Sequence[PlanPair], keep_last: Sequence[int]
     ) -> Iterator[PrefixSharingDriver]:
-        """Compute the states of some pairs that aren't cached, and hold all of them in the block.
+        """Compute the states of pairs, and hold these states inside the block.
 
-        `keep_last` says of each pair how many of its last tokens need logits.
+        Cached states aren't computed again. `keep_last` is, for each pair, the number of last
+        tokens that need logits.
         """
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
@@ -86,7 +87,7 @@ class PackedRows:
             yield driver
 
     def _forward(self, driver: PrefixSharingDriver, keep_last: Sequence[int]) -> None:
-        """Run the model once under the driver; store the logits and the cache in the driver."""
+        """Run the model once with the driver, and store the logits and the cache in the driver."""
         drops_tokens = driver.keep_last is not None
         with torch.no_grad(), self.routed.injection.driven_by(driver):
             output = self.routed.model(
@@ -114,14 +115,14 @@ def packed_rows(
     keep_kv: bool = False,
     contexts: PackedRows | None = None,
 ) -> PackedRows:
-    """Pack requests as rows: after the contexts, after their common prefix, or whole.
+    """Pack requests as rows. Their past is `contexts`, or their common prefix, or there is none.
 
     Args:
         routed: The model.
-        requests: One for each row.
-        states: The cache to use.
-        keep_kv: Whether other rows will continue these.
-        contexts: Rows that hold the requests' prompts, one for each request.
+        requests: One request for each row.
+        states: The cache of states to use.
+        keep_kv: Whether other rows will continue these rows.
+        contexts: Rows that hold the requests' prompts, one row for each request.
     """
     dtype = routed.model.dtype
     device = routed.model.device
@@ -134,7 +135,7 @@ def packed_rows(
         if contexts is not None:
             past = contexts
             past_rows = list(range(len(prompts)))
-            # A context's last token is run again, since its logits are needed.
+            # A context's last token is run again, since it predicts the continuation.
             num_past = [len(prompt) - 1 for prompt in prompts]
         elif num_shared >= MIN_PREFIX:
             prefix = pack([Request(prompts[0][:num_shared])], dtype=dtype, device=device)
@@ -146,7 +147,7 @@ def packed_rows(
 
 
 def count_common_tokens(prompts: Sequence[Tokens]) -> int:
-    """Count the first tokens that all prompts have in common, leaving each at least one token."""
+    """Count the first tokens that all prompts share; at least one token of each isn't counted."""
     num_common = 0
     for tokens in zip(*prompts, strict=False):
         if len(set(tokens)) > 1:
@@ -158,21 +159,22 @@ def count_common_tokens(prompts: Sequence[Tokens]) -> int:
 
 @dataclass(eq=False)
 class PrefixSharingDriver(Driver):
-    """Computes the distinct states of all pairs, layer by layer, and returns the final ones.
+    """Computes the distinct states of all pairs, layer by layer, and returns the final states.
 
     The model's own loop carries the P rows up to the last layer. There the driver returns the final
-    states in the order of the pairs, which the norm and the head then read. The driver holds the
-    states of its pass until `release`.
+    states in the order of the pairs, and the norm and the head read these states. The driver holds
+    the states of its pass until `release`.
     """
 
     rows: PackedRows
     pairs: Sequence[PlanPair]
-    # Of each pair, how many of its last tokens need logits. The driver returns only these tokens,
-    # `[1, sum, D]`, so that the head computes nothing else; None returns all tokens, `[N, T, D]`.
+    # For each pair, the number of its last tokens that need logits. The driver returns only these
+    # tokens, `[1, sum, D]`, so that the head computes nothing else. With None the driver returns
+    # all tokens, `[N, T, D]`.
     keep_last: Sequence[int] | None
-    past: PrefixSharingDriver | None  # ran the rows' past under the same plans, and holds it
-    logits: Sequence[Tensor] = ()  # set after the pass: of each pair's last tokens, [S, V]
-    cache: Cache | None = None  # set after the pass, if it used one
+    past: PrefixSharingDriver | None  # the driver that holds the rows' past under the same plans
+    logits: Sequence[Tensor] = ()  # set after the pass: for each pair's last tokens, [S, V]
+    cache: Cache | None = None  # set after the pass: the pass's cache, if it used a cache
 
     def __post_init__(self) -> None:
         packed = self.rows.packed
@@ -186,7 +188,7 @@ class PrefixSharingDriver(Driver):
         self._used: dict[RowPath, PrefixState] = {}
         self._calls: list[LayerCall] = []
         self._pristine: list[object] = []
-        # Of each pair, how many executions have their state.
+        # For each pair, the number of first executions whose state is known.
         self._done = [self._num_known(row, self._paths[plan]) for row, plan in self.pairs]
         # Whether every state is cached, so that no layer has to run.
         self.has_all_states = self._done == [len(self._paths[plan]) for _, plan in self.pairs]
@@ -202,7 +204,7 @@ class PrefixSharingDriver(Driver):
         return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Compute the states that the layers called so far allow; return them at the last layer."""
+        """Compute the states that can be computed now; at the last layer, return final states."""
         if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
@@ -212,7 +214,7 @@ class PrefixSharingDriver(Driver):
         return self._final_states(hidden) if call.is_last else hidden
 
     def _final_states(self, hidden: Tensor) -> Tensor:
-        """Return the last state of each pair, or the tokens of it that need logits."""
+        """Return the last state of each pair, or only its tokens that need logits."""
         final = []
         for row, plan in self.pairs:
             state = self._used[row, self._paths[plan]]
@@ -254,8 +256,8 @@ class PrefixSharingDriver(Driver):
     def release(self) -> None:
         """Allow the states of this pass to be evicted, and drop all references to its tensors.
 
-        The layer calls refer back to the driver. Without this, logits and caches would stay in
-        memory until the garbage collector runs.
+        The layer calls refer back to the driver. So without `release`, logits and caches would stay
+        in memory until the garbage collector runs.
         """
         self.states.release(self._key(*used) for used in self._used)
         self._used.clear()
@@ -263,7 +265,7 @@ class PrefixSharingDriver(Driver):
         self.logits = ()
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return K and V of a path's last execution with those of the past, `[H, F + T, E]`."""
+        """Return K and V of a path's last execution after the past K and V, `[H, F + T, E]`."""
         state = self._used[row, path]
         assert state.keys is not None
         assert state.values is not None
@@ -273,7 +275,7 @@ class PrefixSharingDriver(Driver):
         return torch.cat([keys, state.keys], dim=1), torch.cat([values, state.values], dim=1)
 
     def routed_cache(self, pairs: Sequence[Pair]) -> Cache:
-        """Turn the pass's cache into that of an ordinary routed batch of some of its pairs.
+        """Turn the pass's cache into the cache of an ordinary routed batch with some of the pairs.
 
         The new cache entries hold each pair's K/V and decisions.
         """
@@ -301,14 +303,14 @@ class PrefixSharingDriver(Driver):
         keys = []
         values = []
         for row, decisions in pairs:
-            num_executions = sum(decisions[:index]) + repeat + 1  # up to this one
+            num_executions = sum(decisions[:index]) + repeat + 1  # up to and including this one
             k, v = self.kv(row, self._paths[decisions][:num_executions])
             keys.append(k)
             values.append(v)
         return left_padded_stack(keys, num_tokens), left_padded_stack(values, num_tokens)
 
     def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
+        """Return the past K and V of a row for a path's last execution, `[H, F, E]`."""
         assert self.past is not None
         keys, values = self.past.kv(self.rows.past_rows[row], path)
         num_past = self.rows.packed.num_past[row]
@@ -321,7 +323,7 @@ class PrefixSharingDriver(Driver):
             if self._hold(row, path[:length]):
                 num_known = length
                 break
-        if self.rows.keep_kv:  # the K/V of every execution is needed: run again from a gap on
+        if self.rows.keep_kv:  # every execution's K/V is needed: run again from the first gap
             for length in range(1, num_known):
                 if not self._hold(row, path[:length]):
                     return length - 1
@@ -395,11 +397,11 @@ class PrefixSharingDriver(Driver):
                 before.append(self._used[row, path[:-1]].hidden)
             else:
                 before.append(prompts[row, -self.lengths[row] :])
-        device = before[0].device  # at a change of device the states may lie on both devices
+        device = before[0].device  # states lie on two devices where the model changes its device
         return left_padded_stack([part.to(device) for part in before])
 
     def _put_past(self, entry: DynamicLayer, states: Sequence[RowPath]) -> int:
-        """Put the past K and V of some states into a cache entry; return how many tokens."""
+        """Put the past K and V of some states into a cache entry; return the number of tokens."""
         kv = [self._past_kv(row, path) for row, path in states]
         keys = left_padded_stack([keys for keys, _ in kv])
         values = left_padded_stack([values for _, values in kv])
@@ -407,7 +409,7 @@ class PrefixSharingDriver(Driver):
         return keys.shape[2]
 
     def _keep(self, states: Sequence[RowPath], tensors: Sequence[Tensor]) -> None:
-        """Cache the hidden states, and K and V, of a run, without padding."""
+        """Cache the hidden states of a run, and its K and V if kept, without padding."""
         lengths = [self.lengths[row] for row, _ in states]
         parts = [without_padding(tensor, lengths) for tensor in tensors]
         new = {}
@@ -418,7 +420,7 @@ class PrefixSharingDriver(Driver):
 
 
 def common_adapter(plans: Sequence[Plan]) -> str:
-    """Return the adapter of all plans, empty for none; a RoutingError if they differ in it."""
+    """Return the adapter of all plans; empty for none. Raises RoutingError if adapters differ."""
     names = {adapter_of(plan) for plan in plans}
     if len(names) > 1:
         raise RoutingError(
@@ -435,7 +437,7 @@ def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
     T = max(num_tokens, *lengths)
     if shortest == T:
         return torch.stack([*parts])
-    # A single `cat`: on a GPU launching a small operation takes as long as launching a large one.
+    # A single `cat`: a GPU takes as long to launch a small operation as a large one.
     zeros = parts[0].new_zeros(*parts[0].shape[:-2], T - shortest, parts[0].shape[-1])
     padded = []
     for part, length in zip(parts, lengths, strict=True):
