@@ -1,8 +1,8 @@
 """Search: find the paths that answer each question right, and what each path costs.
 
 `run.search_paths` is the whole stage. `strategies` choose paths, `evaluator` scores the paths, and
-`retest` asks each question again in other words to check the right paths. This file doesn't import
-torch.
+`retest` asks each question again with other prompts to check the right paths. This file doesn't
+import torch.
 """
 
 from pathlib import Path

@@ -233,10 +233,10 @@ class Evaluator:
         """Return the outcomes of all paths of the batch with their margins; known margins stay.
 
         A margin of a generated answer is a difference of two mean token log-probabilities under the
-        path: the gold answer's minus a wrong answer's. If the path's own answer is wrong, it is the
-        wrong answer. Else the wrong answer is the likeliest of the most frequent wrong answers to
-        the question. The margin is None if no path answered wrong, and if there is no gold answer
-        because a function grades.
+        path: the gold answer's minus a wrong answer's. If the path answered wrong, the wrong answer
+        is the path's own. If the path answered right, the wrong answer is the likeliest of the most
+        frequent wrong answers to the question. The margin is None if no path answered wrong, or if
+        there is no gold answer because a function grades.
 
         With `wrong_only` only wrong answers get a margin, since later paths may change the margins
         of right answers. Margins of wrong answers are best computed early, while the states are in

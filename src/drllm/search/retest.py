@@ -1,4 +1,4 @@
-"""The re-test: ask each question in other words, and keep the paths that are right again."""
+"""The re-test: ask each question with other prompts, and keep the paths that are right again."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ arguments are the step's name, the pairs, and the function that evaluates them."
 
 MARGIN_TOLERANCE = 0.5
 """How far a path's mean margin may lie below the full path's, in nats."""
-PATHS_AT_ONCE = 64  # paths after which results are saved, at the end of a question
+PATHS_AT_ONCE = 64  # minimum paths between two savings of results; a question is never split
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:

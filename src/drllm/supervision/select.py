@@ -146,8 +146,8 @@ def write_supervision(
     if len(inputs) == len(sources):
         counts = _count_by_source(supervision, sources)
         manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
-    # Rejected questions are written first, so the manifest never stands for rejected questions of
-    # an earlier run.
+    # Rejected questions are written first, so targets with a manifest never lie beside rejected
+    # questions of an earlier run.
     records = itertools.chain.from_iterable(sources)
     rejected = [
         RejectedQuestion.of(record, reason)
@@ -338,7 +338,7 @@ def _drop_for_share(places: Sequence[int], improving: Collection[int], share: fl
 def _no_targets_message(summary: Mapping[str, Any]) -> str:
     """Return the message for searches without any target: the reasons, and what to do."""
     rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
-    # A quota alone always leaves a target, and a share always leaves the improving ones.
+    # A quota alone always leaves a target, and a share never drops a target that improves.
     if rules.OVER_QUOTA in rejected:
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "

@@ -61,7 +61,7 @@ def same_value(gold: str, answer: str) -> bool:
 
 
 class _Comparer:
-    """Compares in another process. It is started on first use, and after a time-out or a fork."""
+    """Compares in a process of its own, which starts on first use and after a time-out or fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

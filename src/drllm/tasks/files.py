@@ -193,7 +193,7 @@ class FileTask(Task):
 
     Args:
         path: The file, or the name of the hub set.
-        reserved_names: Names of other tasks. A file NAME with such a name is the task `NAME_file`.
+        reserved_names: Names of other tasks. If NAME is one of them, the task is `NAME_file`.
         rows: The rows with their line numbers.
         columns: Field → column, for fields that have another name in the rows.
         skips: Whether to leave out unusable rows with a warning; otherwise they raise a TaskError.

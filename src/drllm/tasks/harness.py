@@ -284,7 +284,7 @@ def find_gold_indices(task: Any, doc: Mapping[str, Any]) -> list[int]:
 
 @functools.cache
 def _own_tasks() -> Any:
-    """Return the manager of the harness' own tasks; it reads thousands of files for seconds."""
+    """Return the manager of the harness' own tasks. It takes seconds to read thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()

@@ -198,5 +198,5 @@ def first_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer in lower case, without marks around it, and with single spaces."""
+    """Return an answer with folded case and single spaces, and without marks around it."""
     return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)

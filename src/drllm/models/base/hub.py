@@ -63,9 +63,9 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, advice
 
     Args:
         error: One of `FETCH_ERRORS`.
-        kind: The kind of thing to fetch, such as `model`.
-        name: The thing's hub id.
-        revision: The thing's revision.
+        kind: The kind of repository, such as `model`.
+        name: The repository's hub id.
+        revision: The repository's revision; None for the default branch.
         advice: What the user can do if the error itself has no remedy.
     """
     subject = f"{kind} {name!r}"

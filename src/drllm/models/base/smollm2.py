@@ -162,7 +162,7 @@ def _convert(source: Path, target: Path) -> None:
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(target / "generation_config.json", ids)
     save_file(_read_weights(source, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
-    # safetensors makes its file readable by the owner alone, whatever the umask says.
+    # safetensors ignores the umask, and makes its file readable only by the owner.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
 

@@ -89,8 +89,8 @@ class ChoiceBatch:
     a layer sees fewer tokens than the row has. Then each continuation gets a row of its own with a
     copy of the context. The scores are the same.
 
-    Source: ours; the scores equal those of lm-evaluation-harness, whose rows hold the context and
-        one continuation without its last token.
+    Source: ours; the scores are the same as in lm-evaluation-harness, where a row has the context
+        and one continuation without its last token.
     """
 
     def __init__(
