@@ -174,6 +174,11 @@ class EvaluationContext:
         return harness_task
 
     def _stock_task(self, task: LmEvalTask, split: str, limit: int | None) -> RenderedTask:
+        """Return one of the harness' own tasks.
+
+        All questions that the harness reports may be asked, unless routers, paths or baselines may
+        have been trained or fitted on some of them. Then only the questions of the split are asked.
+        """
         config = self.config
         made_on = set(self.tuned_on)
         for routers in self.routers.values():
@@ -186,6 +191,7 @@ class EvaluationContext:
         return RenderedTask(written, task.tasks, self.lm, chat=config.chat)
 
     def _written_task(self, task: Task, split: str, limit: int | None) -> RenderedTask:
+        """Write one of drllm's tasks to its task folder, and return it."""
         config = self.config
         folder = self.output / TASKS_FOLDER / split
         [written], files = make_task_folder(
@@ -253,7 +259,7 @@ class EvaluationContext:
 def _questions_with_one_prompt(harness_task: RenderedTask) -> dict[int, Request]:
     """Return the questions whose options all follow the same prompt, by place.
 
-    In other questions the prompt contains the option, so each option has a prompt of its own.
+    If a prompt contains the options, each option may have a prompt of its own.
     """
     questions: dict[int, Request] = {}
     if not harness_task.has_options:

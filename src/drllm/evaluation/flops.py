@@ -79,7 +79,7 @@ class ModelShape:
 def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
     """Return the FLOPs of reading one prompt of T ≥ 1 tokens in one pass, and predicting one token.
 
-    Source: the usual count (Kaplan et al. 2020, section 2.1), for each layer as often as it runs.
+    Source: the usual count (Kaplan et al. 2020, section 2.1). A layer counts each time it runs.
     """
     layers = layers_of(plan)
     entries = sum(shape.matrices[layer] for layer in layers)

@@ -1,7 +1,7 @@
 """Selects the questions that an evaluation reports, and the questions that it fits on.
 
-Depths are found and baselines fitted on other questions than those that are reported. All checks
-happen before a model is loaded. This module doesn't import torch.
+No question is reported if depths or baselines are fitted on it. All checks happen before a model is
+loaded. This module doesn't import torch.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ def select_tasks(
 
 
 def _check_names(config: EvaluateConfig, names: Sequence[str]) -> None:
-    """Refuse a task named as the file of times, and settings for tasks that aren't evaluated."""
+    """Refuse a task named like the file of times, and settings for tasks that aren't evaluated."""
     if Path(LATENCY_FILE).stem in names:
         raise ConfigError(
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
@@ -76,6 +76,7 @@ def _check_questions(task: Task, config: EvaluateConfig) -> None:
 
 
 def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
+    """Refuse a `--limit` that has no effect."""
     if config.limit is not None and set(names) <= (config.limits or {}).keys():
         raise ConfigError(
             f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
@@ -116,7 +117,7 @@ def _read_questions(task: Task, split: str, config: EvaluateConfig) -> list[Exam
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig) -> list[Task]:
-    """Return the tasks that are named; `--reward` makes the user's function grade answers."""
+    """Return the named tasks; with `--reward`, the user's function grades their answers."""
     if isinstance(tasks, Task):
         tasks = [tasks]
     elif isinstance(tasks, str):
@@ -135,6 +136,7 @@ def _list_tasks(tasks: Task | str | Sequence[Task | str], config: EvaluateConfig
 
 
 def _graded(task: Task, config: EvaluateConfig) -> Task:
+    """Return a task; with `--reward`, the user's function grades its answers."""
     if config.reward is None or isinstance(task, GradedTask):
         return task
     return GradedTask(task, config.reward, config.max_new_tokens)

@@ -94,8 +94,8 @@ def evaluate(
         p-values are corrected for the number of tasks.
 
     Raises:
-        ConfigError: A baseline lacks what it is fitted on, a depth makes no sense, there are
-            neither routers nor paths, or `output_dir` holds another evaluation.
+        ConfigError: A baseline lacks the data that it is fitted on, a depth makes no sense, there
+            are neither routers nor paths, or `output_dir` holds another evaluation.
         PathError: The model can't run a path, or a path has the name of another system.
         TaskError: A task is unknown, or has no questions in the split.
         CheckpointError: The routers belong to another model.
@@ -257,7 +257,7 @@ def _load_routers(routers: Sequence[Path | str | RouterStack], output: Path) -> 
 
 
 def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: Listener) -> None:
-    """Print a note if the evaluation's prompts have another form than the training's prompts."""
+    """Print a note if the evaluation's prompts are worded differently from the training's."""
     rewards = routers.config.training.get("rewards")
     reward = OPTIONS_REWARD if config.reward is None else config.reward
     if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
@@ -344,7 +344,7 @@ def _run(
 
 
 def _harness_model(inputs: _Inputs) -> RoutedLM:
-    """Return the routed model as a model of the harness, with the adapters of healed paths."""
+    """Return the routed model for the harness, with the adapters of healed paths."""
     from drllm.evaluation.lm_eval.model import RoutedLM
     from drllm.models.healed import load_path
 

@@ -111,7 +111,7 @@ class TaskRunner:
             lm.scorer.score(self._requests[0], FullPolicy())
 
     def _question_lengths(self) -> list[int]:
-        """Return the largest number of tokens that each question reads and writes."""
+        """Return how many tokens each question reads and writes at most."""
         if self.harness_task.has_options:
             lengths = []
             for requests in self._requests:
@@ -329,7 +329,7 @@ def join_blocks(blocks: Sequence[Block], results: Sequence[BatchResult]) -> Batc
 
 
 def _in_order(places: Sequence[int], parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-    """Join blocks' values `[block][draw][question]` to `[draw][question]`, in the task's order."""
+    """Join values `[block][draw][question]` to `[draw][question]`, in the questions' order."""
     draws = []
     for blocks in zip(*parts, strict=True):
         values: list[Any] = [None] * len(places)

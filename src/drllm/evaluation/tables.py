@@ -32,6 +32,7 @@ DESCRIPTIONS = {
 SYSTEMS_WITH_ANSWERS = (results.BASE, results.ROUTED)
 """Systems whose answers are in the samples. The answers of all systems would be many texts."""
 FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked", "chance")
+"""Fields of a record that are copied from the task."""
 MENTIONED_SHARE = 0.01  # findings mention a larger share of routes that permuting left unchanged
 
 
@@ -69,6 +70,7 @@ class TaskRuns:
         return tuple(self._row(system) for system in self.trained)
 
     def _row(self, system: SystemRun) -> results.System:
+        """Return a system's row of the table."""
         flops, kv_bytes_per_token = self._cost(system)
         return results.System(
             name=system.name,
@@ -283,6 +285,7 @@ class TaskRuns:
         return f"{change}, {system.executions:.2f} of {self.num_layers} run"
 
     def _against_permuted(self, permuted: results.System) -> str:
+        """Say how the routed model differs from its own routes permuted over the questions."""
         if len(set(self.trained[1].routes[0])) == 1:
             return "All questions took one route, so permuting says nothing."
         against = permuted.routed_against
@@ -367,6 +370,7 @@ def _outcome(system: SystemRun, place: int) -> results.SampleOutcome:
 
 
 def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean of some values; None if there are none."""
     return fmean(values) if values else None
 
 

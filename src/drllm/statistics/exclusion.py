@@ -217,6 +217,7 @@ def _test_text(loss: Verdict | None, limit: float) -> list[_Failure]:
 
 
 def _is_excluded(verdict: Verdict, limit: float) -> bool:
+    """Tell whether a verdict excludes a loss as large as the limit."""
     return verdict.excluded_loss is not None and verdict.excluded_loss < limit
 
 

@@ -104,8 +104,8 @@ def upper_bound(
     """Return a one-sided upper bound of a mean; infinite if there are too few values for a bound.
 
     Resampled means are measured in units of their own standard error, which corrects for skewed
-    values. `mean_interval` uses percentiles of the means themselves, which exclude too much if some
-    texts lose far more than the others. If one text in ten does, twenty texts are too few for
+    values. The ends of `mean_interval` are percentiles of plain means. These exclude too much if
+    some texts lose far more than the others. If one text in ten does, twenty texts are too few for
     either method. If all values are equal, the bound is this value. This doesn't make the mean
     certain.
 

@@ -98,8 +98,8 @@ def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, A
     The test rejects the difference if the score is more than z standard deviations from 0.
 
     Args:
-        won: The number of questions won, or an array of such numbers.
-        lost: The number of questions lost, or an array of such numbers.
+        won: The number of questions won, or an array of numbers.
+        lost: The number of questions lost, or an array of numbers.
         n: All questions.
         difference: The supposed difference of the accuracies, in [-1, 1].
 

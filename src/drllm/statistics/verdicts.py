@@ -189,6 +189,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return f"{claim} ({self.reason})"
 
     def _claim_alone(self) -> str:
+        """Say how sure the difference is, without the reason."""
         target = f"{self.write(self.target).lstrip('+')} {self._words.unit}"
         if self.is_better is not None:
             return f"it is shown to be {self.label}"
@@ -302,6 +303,7 @@ def compare(
 def _compare_accuracy(
     ours: Sequence[float], theirs: Sequence[float], seed: int, *, above_chance: bool
 ) -> Verdict:
+    """Compare accuracies by counts if every answer is right or wrong, else by means."""
     if not (is_right_or_wrong(ours) and is_right_or_wrong(theirs)):
         return judge_means("accuracy", ours, theirs, seed, above_chance=above_chance)
     won, lost = count_won_lost(ours, theirs)
@@ -487,6 +489,7 @@ def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
 
 
 def _without_claim(verdict: Verdict) -> Verdict:
+    """Return a verdict that claims nothing, since base isn't shown to be above chance."""
     reason = "base is not shown to be above chance"
     return replace(verdict, shown="guessing", reason=reason, excluded_loss=None)
 
@@ -502,4 +505,5 @@ def uncapitalize(text: str) -> str:
 
 
 def _is_within(interval: tuple[float, float], limit: float) -> bool:
+    """Tell whether an interval lies between −limit and limit."""
     return -limit < interval[0] and interval[1] < limit

@@ -23,13 +23,15 @@ from drllm.records.resume import differences
 from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-HEADER = "drllm.training"
+HEADER = "drllm.training"  # the header's name in the file's metadata
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What the optimiser keeps for each weight, besides the number of steps."""
-WEIGHTS = "weights"
+WEIGHTS = "weights"  # the prefix of the routers' weights in the file
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The header of a checkpoint."""
+
     identity: dict[str, Any]
     epochs_done: int
     metrics: list[dict[str, Any]]

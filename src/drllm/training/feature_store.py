@@ -285,7 +285,7 @@ class FeatureStore:
         )
 
     def _check_space(self, note: Callable[[str], None]) -> None:
-        """Refuse a pass that doesn't fit on the disk; note a tight fit, and a resumed pass."""
+        """Refuse a pass that doesn't fit on the disk; print a note if it is tight or resumed."""
         num_targets, *row_shape = self.shape
         need = self.num_missing * math.prod(row_shape) * DTYPES[self.dtype].itemsize
         free = shutil.disk_usage(_existing_parent(self.folder)).free

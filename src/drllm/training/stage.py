@@ -221,7 +221,8 @@ def train_seed(
 ) -> list[dict[str, Any]]:
     """Train the routers of one seed on features, and write their folder.
 
-    The arguments and the result are those of `fit_seed`. The checkpoint is removed at the end.
+    The arguments and the result are the same as for `fit_seed`. The checkpoint is removed at the
+    end.
     """
     rows = fit_seed(
         features,

@@ -69,6 +69,7 @@ def encode_targets(
 
 
 def _check_depth(record: SupervisionRecord, num_layers: int) -> None:
+    """Raise RecordError if a target has another number of layers than the base model."""
     depth = len(record.optimal_layer_config)
     if depth != num_layers:
         raise RecordError(

@@ -31,6 +31,8 @@ TENSORBOARD = "tensorboard"
 
 
 class _Run(msgspec.Struct, frozen=True):
+    """The content of `RUN_FILE`."""
+
     id: str
 
 

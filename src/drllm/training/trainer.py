@@ -42,7 +42,7 @@ class DivergedError(ConfigError):
 
 
 def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split the targets into those to train on (at least one) and those to hold out.
+    """Split the targets into targets to train on (at least one) and targets to hold out.
 
     A question's side depends on the seed and its text (by `question_key`) alone. So adding targets
     never moves a question to the other side, and all targets of a question stay together. With

@@ -105,7 +105,7 @@ def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
 
 
 def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
-    """Return the rungs of successive halving: for each, how many questions and paths kept.
+    """Return the rungs of successive halving: pairs of a number of questions and of paths kept.
 
     All candidates are scored on an eighth of the questions. The best of these are scored on a
     third, and the best of those on all questions.

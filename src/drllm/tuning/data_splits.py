@@ -53,7 +53,7 @@ class TaskSplits:
         return self.task.name, examples
 
     def is_generated(self, objective: str) -> bool:
-        """Tell whether answers are generated and graded, instead of scoring known texts."""
+        """Tell whether answers are generated and graded; else options or solutions are scored."""
         if objective != LOSS:
             return False
         has_solutions = any(example.solution for example in self.examples[FIT])
@@ -120,6 +120,7 @@ def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
 def _use_splits(
     task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
 ) -> TaskSplits:
+    """Make the parts from the task's own four splits."""
     fit = choose(splits["search"], num_fit, seed)
     fit_keys = {question_key(example.question) for example in fit}
     left = [item for item in splits["search"] if question_key(item.question) not in fit_keys]
@@ -131,6 +132,7 @@ def _use_splits(
 def _divide_again(
     task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
 ) -> TaskSplits:
+    """Make the parts from all questions, by their texts; raise TaskError if a part is empty."""
     parts: dict[str, list[Example]] = {part: [] for part in PARTS}
     for examples in splits.values():
         for example in examples:

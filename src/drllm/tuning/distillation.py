@@ -26,7 +26,8 @@ from drllm.paths import StaticPath
 from drllm.tuning.heal_texts import Tokens
 
 LOGITS_AT_ONCE = 2**25
-"""How many logits are computed at once. They are 128 MB in float32; gradients take more."""
+"""How many logits are computed at once. They take 128 MB in float32, and several times that with
+their gradients."""
 
 
 class LastStates(NamedTuple):

@@ -353,6 +353,7 @@ class HealRun:
 
     @property
     def _is_over(self) -> bool:
+        """Whether the training is complete, or too many checks in a row show no lower KL."""
         kls = [point.held_out_kl for point in self.state.curve]
         num_without_gain = len(kls) - 1 - kls.index(min(kls))
         return self._progress >= 1 or num_without_gain >= PATIENCE

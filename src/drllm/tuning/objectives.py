@@ -35,7 +35,7 @@ def choose_objective(task: Task, config: TuneConfig) -> str:
 
 
 def choose_reward(task: Task, objective: str) -> str:
-    """Return the reward by which a task's questions are prompted and graded."""
+    """Return the reward that a task's questions are prompted for and graded by."""
     return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
 
 

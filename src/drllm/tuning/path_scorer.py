@@ -112,7 +112,7 @@ class PathScorer:
         return objective, right
 
     def _refuse_full_path(self, path: StaticPath) -> None:
-        """Raise a ModelError if the path is the full one, whose scores must be finite."""
+        """Raise ModelError if the path is the full path, whose scores must be finite."""
         if path.layers == tuple(range(self.routed.num_layers)):
             raise ModelError(
                 "the base model's own log-probabilities are not finite; load it with --dtype "

@@ -83,7 +83,7 @@ def tune(
         ConfigError: Settings have no effect or make no sense, or the folder belongs to another run.
         TaskError: A task is unknown, or has too few questions.
 
-    Source: ours; the objective is that of TALE (arXiv 2510.22767) as a log-probability.
+    Source: ours; the objective is TALE's (arXiv 2510.22767), as a log-probability.
     """
     config = changed(TuneConfig, config, settings)
     listener = listener or Listener()
@@ -240,7 +240,7 @@ class _Tuning:
         return mean
 
     def _pairs_of_level(self, num_paths: int) -> float:
-        """Return about how many questions times paths a level scores."""
+        """Return about how many pairs of a question and a path a level scores."""
         num_fit = sum(task.num_questions(FIT) for task in self.tasks)
         num_select = sum(task.num_questions(SELECT) for task in self.tasks)
         share = num_fit / self.beam.num_questions
@@ -285,6 +285,7 @@ class _Tuning:
         return f"skip{self.routed.num_layers - path_executions(path):.3g}"
 
     def _make_record(self, paths: Sequence[StaticPath]) -> StaticPaths:
+        """Return the content of `paths.json`."""
         named = []
         for path, is_dominated in zip(paths, self._find_dominated(paths), strict=True):
             scores = [
@@ -337,6 +338,7 @@ class _Tuning:
         return replace(score, against_full=verdicts)
 
     def _outcomes(self, task: TaskScorer, part: str, path: StaticPath) -> Outcomes:
+        """Return a path's outcomes on a part of a task's questions."""
         [objective] = task.score_paths(part, [path])
         [texts] = task.score_paths(TEXTS_OF + part, [path])
         return Outcomes(
@@ -362,8 +364,8 @@ class _Progress:
         self._first_block = first_block
         self._level = 0  # the last finished level
         self._done = 0.0  # finished levels, as reported; the number never decreases
-        self._pairs = 0  # questions times paths that were scored since the last level
-        self._expected = 1.0  # questions times paths until the next level
+        self._pairs = 0  # pairs of a question and a path that were scored since the last level
+        self._expected = 1.0  # pairs that will be scored until the next level
 
     def begin_level(self, saved: int, note: str) -> None:
         """Report that a level is done, with a note on its best path."""
@@ -372,20 +374,20 @@ class _Progress:
         self._report(note)
 
     def begin_test(self, expected: float) -> None:
-        """Begin the test after all levels; `expected` questions times paths will be scored."""
+        """Begin the test after all levels, which scores `expected` pairs (see `expect`)."""
         self._level = self._num_levels
         self.expect(expected)
 
     def expect(self, expected: float) -> None:
-        """Set how many questions times paths will be scored until the next level."""
+        """Set how many pairs of a question and a path will be scored until the next level."""
         self._pairs = 0
         self._expected = expected
 
     def add(self, num_pairs: int, note: str, seconds: float) -> None:
-        """Count questions times paths that were scored, and report the progress.
+        """Count pairs of a question and a path that were scored, and report the progress.
 
         Args:
-            num_pairs: Questions times paths.
+            num_pairs: The number of these pairs.
             note: A text that describes them.
             seconds: The time of all scores so far, including stored scores.
         """

@@ -29,7 +29,8 @@ from drllm.tuning.path_scorer import (
 )
 
 MOST_PAIRS = 100
-"""How many questions times paths are scored at once. A killed run loses at most this work."""
+"""How many pairs of a question and a path are scored before they are stored. A killed run loses at
+most these."""
 MOST_ANSWERS = 32
 """How many answers are generated before they are stored. A killed run loses at most these."""
 NUM_TEXTS = 100
@@ -47,8 +48,8 @@ class TaskScorer:
         splits: The task with its questions.
         config: The settings.
         chunks: The files that the scores are stored in.
-        on_scored: Called after each block with its number of questions times paths, and a text that
-            describes the progress.
+        on_scored: Called after each block with its number of pairs of a question and a path, and a
+            text that describes the progress.
 
     Attributes:
         seconds: How long scoring took in all.
@@ -196,7 +197,7 @@ class TaskScorer:
         return grades
 
     def compare_paths(self, part: str, path: StaticPath, full: StaticPath) -> list[float]:
-        """Return, for each question, the objective of a path minus that of the full path."""
+        """Return each question's objective of a path minus the objective of the full path."""
         path_scores, full_scores = self.score_paths(part, [path, full])
         return [score - other for score, other in zip(path_scores, full_scores, strict=True)]
 

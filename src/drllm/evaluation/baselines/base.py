@@ -199,7 +199,7 @@ Kind = TypeVar("Kind", bound=type[Baseline])
 
 
 def register(kind: Kind) -> Kind:
-    """Register a baseline under its name; its docstring's first line describes it."""
+    """Register a baseline under its name; the first line of its docstring describes it."""
     line = (inspect.getdoc(kind) or "").partition("\n")[0]
     kind.description = line[:1].lower() + line[1:].removesuffix(".")
     return BASELINES.register(kind.name)(kind)

@@ -43,7 +43,7 @@ SEED = 0  # seed for drawing the questions of `--limit` on the harness' command 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """What the harness is told about a task, and what results say about it."""
+    """A task, described for the harness and for the results."""
 
     name: str
     harness_name: str  # its name for the harness' `--tasks`
@@ -143,7 +143,7 @@ class FolderFiles:
         return path
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder; its other files stay, and so do equal rows files."""
+        """Write the files into a folder; other files, and rows files that are equal, stay."""
         folder = folder.resolve()
         for name, text in self.rows.items():
             path = folder / name

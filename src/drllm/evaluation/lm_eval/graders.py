@@ -1,7 +1,7 @@
 """Describe to the harness the tasks that only drllm has, and grade their answers.
 
-Task files name functions of this module by `!function`. `squad` computes SQuAD's two metrics, for
-which the harness would download a file. This module doesn't import torch.
+Task files name functions of this module by `!function`. `squad` computes SQuAD's two metrics, which
+the harness would otherwise download. This module doesn't import torch.
 """
 
 import json

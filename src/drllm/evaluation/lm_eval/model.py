@@ -59,8 +59,11 @@ PASSED_ON = (
 """Arguments that are passed on to the harness' own class."""
 PUBLISHED = "is_static_routing"  # the published name of `static_routing`
 DEPTH = (*(field.name for field in fields(DepthConfig)), PUBLISHED)
+"""Arguments that choose the depth."""
 LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
+"""Arguments for loading the base model."""
 FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
+"""The advice in messages about requests without a prompt."""
 
 
 @register_model("drllm")

@@ -402,7 +402,7 @@ def drop_repeats(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """
     remaining: list[Any] = []
     places: list[int] = []
-    places_of: dict[int, list[int]] = {}  # id of a request → its places among the remaining ones
+    places_of: dict[int, list[int]] = {}  # id of a request → its places in `remaining`
     for request in requests:
         request_places = places_of.setdefault(id(request), [])
         repeats = request.repeats or 1  # None in a request made by hand
