@@ -149,7 +149,7 @@ class ReadyMadeWorker:
         self.made: dict[int, BatchRecords] = {}
         return IDENTITY, RUNTIME
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+    def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return the prompts' texts."""
         return [prompt.text for prompt in prompts]
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,13 @@ def words(model_folder: Callable[..., Path]) -> list[str]:
     return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
 
 
+def run_command(words: list[str]) -> None:
+    """Run a command in this process, and end with its status."""
+    sys.exit(main(words))
+
+
 def begun(processes: Any, words: list[str]) -> Any:
-    process = processes.Process(target=main, args=(words,))
+    process = processes.Process(target=run_command, args=(words,))
     process.start()
     return process
 
@@ -45,13 +51,14 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
 ):
     words = [*words, "--num-simulations", str(simulations), "--output-dir"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    whole = to_the_end(processes, [*words, str(undisturbed)])
-    idle = to_the_end(processes, [*words, str(undisturbed)])  # it is complete: nothing to search
+    to_the_end(processes, [*words, str(undisturbed)])
     moments = random.Random(kills)
     done: list[int] = []
-    while len(done) < kills:
+    for num_batches in sorted(moments.choices(range(QUESTIONS), k=kills)):
         process = begun(processes, [*words, str(killed)])
-        process.join(moments.uniform(idle / 2, idle + 2 * (whole - idle) / kills))
+        while count_kept_batches(killed / CHUNKS_FOLDER) < num_batches and process.is_alive():
+            time.sleep(0.001)
+        process.join(moments.uniform(0, 0.5))
         process.kill()
         process.join(MOST_S)
         assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
@@ -71,7 +78,10 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
 def test_a_tuning_killed_at_random_moments_ends_as_an_undisturbed_one(
     kills, processes, model_folder, tmp_path
 ):
-    settings = "--num-fit 30 --num-judged 24 --max-skipped 2 --max-loss 10 --beam 2 --device cpu"
+    settings = (
+        "--tasks builtin_facts --num-fit 30 --num-judged 24 --max-skipped 2 --max-loss 10 --beam 2 "
+        "--device cpu"
+    )
     words = ["tune", "--model", str(model_folder()), *settings.split(), "--output-dir"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     to_the_end(processes, [*words, str(undisturbed)])

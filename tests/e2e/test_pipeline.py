@@ -105,7 +105,8 @@ def test_a_recipe_may_leave_the_search_to_ray(
 
 @pytest.mark.thorough
 def test_a_recipe_may_tune_a_path_that_is_evaluated_beside_the_routers(run_copy, rerun):
-    tune = "tune: {num_fit: 24, num_judged: 24, max_skipped: 1, beam: 1, max_loss: 10.0}\n"
+    settings = "num_fit: 24, num_judged: 24, max_skipped: 1, beam: 1, max_loss: 10.0"
+    tune = f"tune: {{tasks: builtin_facts, {settings}}}\n"
     said = rerun("evaluate:", f"{tune}evaluate:")
     assert "[4/6] tune" in said
     names = [path.name for path in read_paths(run_copy / "paths.json").paths]

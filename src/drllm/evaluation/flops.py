@@ -23,9 +23,11 @@ from drllm.records.results import Flops
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Fields of configurations that say how many experts a layer has."""
-NOT_DERIVED = (*EXPERTS, "kv_lora_rank", "multi_query", "lambda_std_dev")
-"""Fields of models whose cost isn't derived, because a token runs only some of a layer's experts,
-or because attention has another shape than heads times head size."""
+OTHER_ATTENTION = ("kv_lora_rank", "multi_query", "lambda_std_dev", "attention_hidden_size")
+"""Fields of configurations whose attention has another shape than heads times head size."""
+NOT_DERIVED = (*EXPERTS, *OTHER_ATTENTION)
+"""Fields of models whose cost isn't derived: a token runs only some of a layer's experts, or the
+attention is of another kind."""
 
 
 @dataclass(frozen=True, slots=True)
