@@ -1,4 +1,7 @@
-"""The re-test: ask each question with other prompts, and keep the paths that are right again."""
+"""The re-test: ask each question with other prompts, and keep the paths that are right again.
+
+A pair is a question's place in the batch and the decisions of a path.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +21,7 @@ arguments are the step's name, the pairs, and the function that evaluates them."
 
 MARGIN_TOLERANCE = 0.5
 """How far a path's mean margin may lie below the full path's, in nats."""
-PATHS_AT_ONCE = 64  # minimum paths between two savings of results; a question is never split
+MIN_PATHS_PER_PART = 64  # results are kept after each part; a part has whole questions
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
@@ -36,13 +39,15 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
 
 
 def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return the pairs to re-test, by question: the full path for its margin, and candidates."""
+    """Return the pairs to re-test, sorted by question: the full path, then the candidates.
+
+    The margins of the candidates are compared with the full path's.
+    """
     candidates = [pair for pair in outcomes if _is_candidate_pair(pair, outcomes)]
     pairs: dict[Pair, None] = {}  # an ordered set
     for place, decisions in candidates:
         pairs[place, full_decisions(len(decisions))] = None
-    for pair in candidates:
-        pairs[pair] = None
+        pairs[place, decisions] = None
     return sorted(pairs, key=lambda pair: pair[0])
 
 
@@ -64,7 +69,7 @@ def retest_paths(
     outcomes: Mapping[Pair, Outcome],
     run_step: RunStep = evaluate_step,
 ) -> dict[Pair, Retest]:
-    """Evaluate every path that may become a target on the other prompts of its question.
+    """Evaluate each candidate on the other prompts of its question; see `is_candidate`.
 
     Args:
         evaluator: The evaluator of the outcomes. Its states are freed before other prompts run.
@@ -81,9 +86,9 @@ def retest_paths(
     pairs = pairs_to_retest(outcomes)
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
     for number, prompts in enumerate(_group_prompts(pairs, retest_prompts)):
-        retest = _new_retest(evaluator, prompts, config, outcomes)
+        runner = _new_runner(evaluator, prompts, config, outcomes)
         for part in _split_by_question([pair for pair in pairs if pair[0] in prompts]):
-            part_outcomes = run_step(f"retest {number}", part, retest.evaluate)
+            part_outcomes = run_step(f"retest {number}", part, runner.evaluate)
             for pair, outcome in zip(part, part_outcomes, strict=True):
                 results[pair].append(outcome)
     retests: dict[Pair, Retest] = {}
@@ -120,7 +125,7 @@ def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     part: list[Pair] = []
     for pair in pairs:
         is_next_question = bool(part) and pair[0] != part[-1][0]
-        if is_next_question and len(part) >= PATHS_AT_ONCE:
+        if is_next_question and len(part) >= MIN_PATHS_PER_PART:
             yield part
             part = []
         part.append(pair)
@@ -128,18 +133,23 @@ def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield part
 
 
-def _new_retest(
+def _new_runner(
     evaluator: Evaluator,
     prompts: Mapping[int, TokenizedPrompt],
     config: SearchConfig,
     outcomes: Mapping[Pair, Outcome],
 ) -> "NormalisedRetest | PromptRetest":
-    """Return the re-test of these prompts; it runs the model only if the prompts need this."""
-    for place, prompt in prompts.items():
-        by_character = dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
-        if prompt.prompt != by_character:
-            return PromptRetest(evaluator, prompts, config)
-    return NormalisedRetest(prompts, outcomes)
+    """Return an object that evaluates paths on these prompts.
+
+    If the prompts differ from the search's only in `normalised`, the log-probabilities of the
+    search suffice. Otherwise the model runs.
+    """
+    if all(
+        prompt.prompt == dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
+        for place, prompt in prompts.items()
+    ):
+        return NormalisedRetest(prompts, outcomes)
+    return PromptRetest(evaluator, prompts, config)
 
 
 @dataclass(frozen=True)

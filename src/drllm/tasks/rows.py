@@ -1,4 +1,7 @@
-"""Read rows from question files (JSON lines, plain or gzipped) and hub sets, and fields of rows."""
+"""Read rows from question files and from sets on the hub, and check the fields of a row.
+
+Question files are JSON lines, plain or gzipped.
+"""
 
 import gzip
 import re
@@ -13,7 +16,10 @@ from drllm.listener import quiet
 from drllm.records.codec import decode, refuse_special_file
 
 HUB_SET = re.compile(r"([\w.-]+/[\w.-]+(?<!\.yaml))(?::([\w.-]*))?(?::([\w.-]+))?")
-"""The name of a data set on the hub: OWNER/NAME[:CONFIG[:SPLIT]]."""
+"""The name of a data set on the hub: OWNER/NAME[:CONFIG[:SPLIT]].
+
+CONFIG may be empty, as in OWNER/NAME::SPLIT. A path to a `.yaml` file isn't such a name.
+"""
 HUB_ROWS = 10_000  # maximum number of rows to read from a data set on the hub
 EXAMPLE_ROW = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}'  # shown in messages
 
@@ -24,21 +30,22 @@ class EmptyTextError(TaskError):
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line of a `.jsonl[.gz]` file that isn't blank."""
-    is_empty = True
+    found_row = False
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        if not refuse_special_file(path, "read"):
+        exists = refuse_special_file(path, "read")
+        if not exists:
             raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                if is_empty and line.lstrip().startswith(b"["):
+                if not found_row and line.lstrip().startswith(b"["):
                     raise TaskError(
                         f"{path} is one JSON list; write each of its objects on a line of its own, "
                         f"without brackets and commas around them, for example {EXAMPLE_ROW}"
                     )
-                is_empty = False
+                found_row = True
                 yield number, decode(line, dict[str, Any], f"{path}, line {number}")
     except RecordError as error:
         raise TaskError(
@@ -46,7 +53,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error
     except (EOFError, zlib.error, OSError) as error:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
-    if is_empty:
+    if not found_row:
         raise TaskError(f"{path} is empty; give a file with one question a line")
 
 
@@ -134,7 +141,7 @@ def read_texts(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...
 
 
 def read_object(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]:
-    """Return a field of a row: an object, which should have the fields `keys`."""
+    """Return a field of a row that is an object; `keys` only name its fields in the message."""
     value = row.get(key)
     if not isinstance(value, Mapping):
         expected = " and ".join(map(repr, keys))

@@ -114,7 +114,7 @@ def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them
 def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
     routed, retested, tmp_path, monkeypatch, assert_same_run
 ):
-    monkeypatch.setattr(retest, "PATHS_AT_ONCE", 1)
+    monkeypatch.setattr(retest, "MIN_PATHS_PER_PART", 1)
     parts = Chunks(tmp_path, {}, stage="search").within("batch 0")
     for number in range(3):
         steps = []

@@ -131,7 +131,7 @@ def test_one_part_of_a_set_serves_where_the_whole_is_not_there_and_is_warned_abo
         assert len(ARC_EASY.examples("test", tmp_path)) == 3
         assert len(ARC_EASY.examples("test", tmp_path)) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"{part} is a part of the set only; results on it are on that part"
+        f"{part} holds only a part of the set; the results are for this part"
     ]
     write_rows("arc_easy/validation_subset4", ROWS[:4])
     with pytest.raises(TaskError, match=r"validation_subset3\.jsonl, validation_subset4\.jsonl"):

@@ -84,8 +84,7 @@ def describe() -> str:
 def convert_once(source: Path, expected: str, target: Path) -> Path:
     """Convert a GGUF file to a folder, unless the folder exists; return the folder.
 
-    A lock file lets one process convert while other processes wait. So if a temporary folder
-    exists, a killed process has left it.
+    A lock file lets one process convert while other processes wait.
     """
     from safetensors import SafetensorError
 
@@ -117,6 +116,7 @@ def _check_hash(source: Path, expected: str) -> None:
 def _convert_atomically(source: Path, target: Path) -> None:
     """Convert into a temporary folder beside the target, then rename it to the target."""
     temporary = target.with_name(f".{target.name}.tmp")
+    # A folder that exists was left by a killed process, since the lock keeps other processes out.
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -222,10 +222,10 @@ def _read_weights(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
-    The tokenizer that transformers itself reads from a GGUF file is wrong. It doesn't split digits,
-    as `tokenizer.ggml.pre = smollm` demands, so the spaces before a number get into other tokens.
-    Up to transformers 4 this tokenizer also adds a begin token, and uses the begin token as the end
-    token (docs/decisions/0015).
+    The tokenizer that transformers itself reads from a GGUF file is wrong. The setting
+    `tokenizer.ggml.pre = smollm` demands that digits are split, and that tokenizer doesn't split
+    them. So the spaces before a number get into other tokens. Up to transformers 4 it also adds a
+    begin token, and uses the begin token as the end token (docs/decisions/0015).
     """
     _make_tokenizer(read).save(str(target / "tokenizer.json"))
     tokens = read("tokenizer.ggml.tokens")

@@ -43,14 +43,15 @@ class PublishedTask(Task):
         name, description, prompt_format, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
         config: The set's configuration on the hub; None if there is only one.
-        files: Name of a file (on the hub, of a split) → its origin: `train`, `validation`, `single`
-            or `own`. The origin decides how `records.splits.find_split` divides the file. Other
-            files are never read.
+        files: The question files: name → origin. On the hub the name is that of a split. The origin
+            is a key of `records.splits.BOUNDS`, which explains the four origins; it decides how
+            `find_split` divides the file. Only these files and `shots_file` are read.
         read: A function that makes a question from a row; see `readers`.
         shots_file: A file of worked examples, which are never asked as questions.
         folder: The task's folder in a data folder; by default the task's name.
         columns: The columns to read; empty for all columns.
-        related: Other tasks whose reported questions mustn't be trained on.
+        related: Other tasks whose reported questions mustn't be trained on. Reported are the
+            questions of files with the origin `validation`.
         thin_out: A function that returns the few rows to keep from a long file on the hub; its
             second argument is the file's name for messages.
     """
@@ -78,11 +79,11 @@ class PublishedTask(Task):
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split with their rows, in the file's order.
 
-        A file that is only reported is returned as published. From other files only the first
-        question of each text is returned. A training question is left out if it is also in a
-        reported file of this task or of a related task. Files are `TASK/FILE.jsonl[.gz]` in the
-        data folder, or files on the hub. A row with an empty text, such as an empty option, is
-        skipped with a warning. `Task.examples` lists the errors.
+        From files with the origin `train` or `own` only the first question of each text is
+        returned. A question of origin `train` is left out if it is also in a file with the origin
+        `validation` of this task or of a related task. Files are `TASK/FILE.jsonl[.gz]` in the data
+        folder, or files on the hub. A row with an empty text, such as an empty option, is skipped
+        with a warning. `Task.examples` lists the errors.
         """
         file = self._file(split)
         origin = self.files[file]
@@ -92,7 +93,7 @@ class PublishedTask(Task):
             key = question_key(example.question)
             if key not in excluded_keys and find_split(example.question, origin) == split:
                 questions.append((example, row))
-            if origin in ("train", "own"):
+            if origin in ("train", "own"):  # a later question with the same text is left out
                 excluded_keys.add(key)
         return questions
 
@@ -112,7 +113,10 @@ class PublishedTask(Task):
         )
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions of the `shots_file`; without one, the questions of `Task.shots`."""
+        """Return the questions of the `shots_file`; without one, of the split for worked examples.
+
+        `choose_shots_split` names that split.
+        """
         if self.shots_file:
             return list(self._questions(self.shots_file, data_dir).questions)
         return self.rows(choose_shots_split(check_split(split), self._splits()), data_dir)
@@ -127,7 +131,8 @@ class PublishedTask(Task):
     def _reported(self, data_dir: Path | str | None) -> set[str]:
         """Return the keys of all reported questions of this task and of related tasks.
 
-        Files that the data folder lacks are left out.
+        These are the questions of files with the origin `validation`. Files that the data folder
+        lacks are left out.
         """
         tasks: list[Task] = [self]
         tasks += [TASKS.get(name) for name in self.related if name != self.name]
@@ -149,7 +154,8 @@ class PublishedTask(Task):
         path = self._find(file, data_dir)
         if path is None:
             raise self._no_file(file, data_dir)
-        if not path.name.startswith(f"{file}."):
+        is_part = not path.name.startswith(f"{file}.")  # it is FILE_subsetN.jsonl[.gz]
+        if is_part:
             _warn_of_part(path)
         state = path.stat()
         return _read(self, file, path, state.st_mtime_ns, state.st_size)
@@ -207,7 +213,10 @@ class Questions(NamedTuple):
 def _read(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
 ) -> Questions:
-    """Read a file in a data folder or, without a path, on the hub; read a changed file again."""
+    """Read a file in a data folder or, without a path, on the hub.
+
+    The time and the size are only part of the cache's key, so that a changed file is read again.
+    """
     rows: Iterable[tuple[int, Row]]
     if path is None:
         rows = enumerate(task._hub_rows(file), start=1)
@@ -219,6 +228,7 @@ def _read(
     questions: dict[str, QuestionRow] = {}  # by id
     skipped: dict[str, str] = {}
     first_skipped_line = 0
+    # `number` counts rows; in a data folder `line` counts blank lines too, for messages.
     for number, (line, row) in enumerate(rows, start=1):
         try:
             example = task.read(row)
@@ -232,7 +242,7 @@ def _read(
         if example is None:
             continue
         example_id = example.id
-        if not example_id or example_id in questions:  # a question with the same id needs another
+        if not example_id or example_id in questions:  # it is missing or taken
             example_id = f"{file}-{number}"
         questions[example_id] = replace(example, id=example_id, task=task.name), row
     if skipped:
@@ -284,7 +294,7 @@ def _files_named(folder: Path, pattern: str) -> list[Path]:
 
 @functools.cache
 def _warn_of_part(path: Path) -> None:
-    logger.warning("%s is a part of the set only; results on it are on that part", path)
+    logger.warning("%s holds only a part of the set; the results are for this part", path)
 
 
 class Loader(yaml.SafeLoader):
@@ -294,9 +304,12 @@ class Loader(yaml.SafeLoader):
 Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
-_NAMED = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
-_BY_NAME = ("read", "columns", "thin_out", "prompt_format")
-_KINDS: dict[str, type] = {
+# Objects that `sets.yaml` may name.
+_OBJECTS = {**vars(readers), "options": OPTIONS, "gap": GAP, "boxed": BOXED}
+# Fields whose text is the name of such an object.
+_OBJECT_FIELDS = ("read", "columns", "thin_out", "prompt_format")
+# Fields that may be a mapping, and the class to make from it.
+_CLASSES: dict[str, type] = {
     "read": readers.Columns,
     "prompt_format": PromptFormat,
     "harness": Harness,
@@ -310,15 +323,18 @@ def tasks_in(table: str) -> list[PublishedTask]:
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a task, or of one of its parts; names of objects become the objects."""
+    """Turn a row of the table, or a mapping in it, into keyword arguments.
+
+    Lists become tuples, names become the objects, and mappings become objects of their classes.
+    """
     fields = dict(row)
     for key, value in row.items():
         if isinstance(value, list):
             fields[key] = tuple(value)
-        elif isinstance(value, str) and key in _BY_NAME:
-            fields[key] = _NAMED[value]
-        elif isinstance(value, dict) and key in _KINDS:
-            fields[key] = _KINDS[key](**_fields(value))
+        elif isinstance(value, str) and key in _OBJECT_FIELDS:
+            fields[key] = _OBJECTS[value]
+        elif isinstance(value, dict) and key in _CLASSES:
+            fields[key] = _CLASSES[key](**_fields(value))
     return fields
 
 
