@@ -68,7 +68,7 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
     flags: dict[str, Flag] = {}
     known = [*flags_of(verb), CONFIG] if verb.settings else [*verb.flags]
     for flag in known:
-        if flag.positional or flag.is_in_files:
+        if flag.positional or flag.is_only_in_files:
             continue
         action: dict[str, Any] = {"dest": flag.name}
         if flag.switch:

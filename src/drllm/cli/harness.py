@@ -71,7 +71,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     del args.split
     settings = _read_harness_settings(args)
     names = _task_names(settings)
-    _refuse_routers_elsewhere(settings)
+    _refuse_routers_with_other_model(settings)
     output = _output_folder(settings)
     _adjust_arguments(args, settings)
     tasks: list[HarnessTask] = []
@@ -79,8 +79,8 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     if data_dir is not None or split is not None:
         if settings.include_path is not None:
             raise ConfigError(
-                f"--include_path {settings.include_path} has no effect on drllm's tasks, which "
-                f"--data_dir and --split are for; leave it out"
+                f"--data_dir and --split are for drllm's tasks only, and --include_path "
+                f"{settings.include_path} has no effect on them; leave out --include_path"
             )
         tasks, files = make_own_task_folder(
             names,
@@ -94,6 +94,8 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         if settings.cache_requests:
             from lm_eval.caching import cache
 
+            # The harness' own key ignores some arguments and the rows, so each of our keys has a
+            # folder.
             place = str(Path(cache.PATH) / f"drllm-{_cache_key(args, files)}")
             stack.enter_context(patch.object(cache, "PATH", place))
         if files is not None:
@@ -122,12 +124,12 @@ def _task_names(settings: EvaluatorConfig) -> list[str]:
     if not names:
         raise ConfigError(
             "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
-            "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
+            "tasks; 'drllm ls tasks' lists drllm's tasks, which need --split or --data_dir"
         )
     return names
 
 
-def _refuse_routers_elsewhere(settings: EvaluatorConfig) -> None:
+def _refuse_routers_with_other_model(settings: EvaluatorConfig) -> None:
     """Refuse a folder of routers if `--model` isn't drllm."""
     pretrained = str(settings.model_args.get("pretrained", ""))
     if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
@@ -151,7 +153,8 @@ def _output_folder(settings: EvaluatorConfig) -> Path | None:
 def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
     """Change two arguments that the harness would understand differently from the user."""
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
-        # The user named no device. Unlike the harness, our model refuses a missing device.
+        # No device was named. The harness' default is a GPU. Our model would refuse it on a machine
+        # without one.
         args.device = "auto"
     options = dict(settings.gen_kwargs)
     if "max_new_tokens" in options and "max_gen_toks" not in options:
@@ -202,9 +205,9 @@ def _execute(
                 f"task {name!r} is drllm's and not the harness' own; give --split test, or "
                 f"--data_dir FOLDER to have its questions read from files"
             ) from error
-        names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
+        known_names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
         raise TaskError(
-            f"{nearest_name('task', name, names)}; 'drllm lm-eval ls tasks' lists all, "
+            f"{nearest_name('task', name, known_names)}; 'drllm lm-eval ls tasks' lists all, "
             f"--include_path FOLDER adds your own"
         ) from error
     except unreached as error:

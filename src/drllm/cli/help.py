@@ -58,7 +58,7 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
 
 def _format_flag(flag: Flag, everything: bool) -> str:
     """Return a flag and its placeholder, as a user writes them."""
-    if flag.is_in_files:
+    if flag.is_only_in_files:
         return f"{flag.name}: {flag.value}"
     names = flag.names if everything else flag.names[:1]
     if flag.kind is bool and flag.default is not False:
@@ -73,7 +73,7 @@ def _format_flag(flag: Flag, everything: bool) -> str:
 
 def _describe_flag(flag: Flag, verb: Verb) -> str:
     """Return the help of a flag and its default."""
-    if flag.is_in_files:
+    if flag.is_only_in_files:
         return f"{flag.help} (in the file of --config)"
     if flag.name == "model" and verb.model_from:
         return f"{flag.help}; default: {verb.model_from}"

@@ -43,7 +43,7 @@ class Flag:
         switch: Whether the flag takes no value; without the flag the value is False.
         value: The placeholder for the value in the help.
         basic: Whether `--help` shows the flag; `--help-all` shows all flags.
-        alias: A second name, such as that of a published command.
+        alias: A second name, kept so that published commands with old flags still run.
         group: The group of settings with this setting; None for a flag of the verb itself.
         kind: The type of a setting's value.
         choices: The values that a setting accepts.
@@ -64,8 +64,8 @@ class Flag:
     choices: tuple[str, ...] = ()
 
     @property
-    def is_in_files(self) -> bool:
-        """Whether the flag is a setting by task. Only YAML files can give these settings."""
+    def is_only_in_files(self) -> bool:
+        """Whether only a YAML file can give the setting, because it maps tasks to values."""
         return is_by_task((self.kind,))
 
     @property
@@ -130,13 +130,14 @@ CONFIG = Flag(
 class _Verbs(UserDict[str, Any]):
     """Verbs by name; the first use of a verb imports its module.
 
-    Until then the entry of the verb is the name of the module.
+    At first an entry is the name of the module that registers the verb. The import replaces the
+    entry with the `Verb` (see `verb`).
     """
 
     def __getitem__(self, name: str) -> Verb:
-        module = self.data[name]
-        if isinstance(module, str):
-            importlib.import_module(f"drllm.cli.{module}")
+        entry = self.data[name]
+        if isinstance(entry, str):
+            importlib.import_module(f"drllm.cli.{entry}")
         verb: Verb = self.data[name]
         return verb
 
@@ -207,7 +208,7 @@ def find_verb(name: str) -> Verb:
 
 
 def flags_of(verb: Verb) -> Iterator[Flag]:
-    """Yield a verb's own flags, then all of its settings, also those of YAML files only."""
+    """Yield a verb's own flags, then all settings, including those only for YAML files."""
     yield from verb.flags
     for group in verb.settings:
         for field in dataclasses.fields(group):

@@ -46,7 +46,8 @@ class EvaluateConfig(Settings):
     fitted_on: dict[str, str] | None = setting(
         None,
         value="{hellaswag: arc_easy}",
-        help="other tasks whose questions choose the depths and fit the baselines of a task",
+        help="for single tasks: another task, on whose questions depths are chosen and "
+        "baselines fitted",
     )
     num_fewshot: int | None = setting(
         None,
@@ -91,25 +92,26 @@ class EvaluateConfig(Settings):
         above=0.0,
         maximum=100.0,
         alias="epsilon",
-        help="largest allowed loss of accuracy in points; exit status 1 unless the test excludes"
-        " a larger loss",
+        help="largest allowed loss of accuracy in points; exit status 1 unless a statistical "
+        "test excludes a larger loss",
     )
     max_loss_increase: float | None = setting(
         None,
         above=0.0,
         no_effect_if=("max_drop", None),
-        help="with --max-drop: largest allowed increase of the texts' loss, in nats per token",
+        help="with --max-drop: largest allowed increase of the next-token loss (see --num-texts), "
+        "in nats per token",
     )
     num_calibration: int | None = setting(
         None,
         minimum=1,
-        help="questions of the split select on which depths are chosen and baselines fitted; "
+        help="number of questions to choose depths and fit baselines on, from the split 'select'; "
         "default: 64",
     )
     num_texts: int = setting(
         100,
         minimum=1,
-        help="maximum questions whose next-token loss is measured too",
+        help="maximum questions per task on whose texts the next-token loss is measured too",
     )
     num_random_draws: int | None = setting(
         None,

@@ -30,7 +30,10 @@ class Verdicts(msgspec.Struct, frozen=True):
 
 
 class Tile(msgspec.Struct, frozen=True):
-    """One key figure with a note in small print; `label` is the label of its verdict."""
+    """One key figure with a note in small print.
+
+    `label` is the key figure's verdict in one or two words, e.g. "better"; empty without a verdict.
+    """
 
     title: str
     value: str
@@ -47,15 +50,15 @@ class Tiles(msgspec.Struct, frozen=True):
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row is the row's name.
 
-    The columns in `words` hold words and are left-aligned; all others hold numbers. The row with
-    the name `bold` stands out. `same` lists the columns that were left out because every row has
-    the same value there.
+    The columns whose numbers are in `word_columns` hold words and are left-aligned; all others hold
+    numbers. The row with the name `bold` stands out. `same` lists the columns that were left out
+    because every row has the same value there.
     """
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: Sequence[int] = (0,)
+    word_columns: Sequence[int] = (0,)
     bold: str = ""
     same: str = ""
 
@@ -65,7 +68,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         caption: str,
         header: str,
         rows: Sequence[Sequence[str]],
-        words: str = "",
+        word_columns: str = "",
         bold: str = "",
     ) -> "Table":
         """Make a table without empty columns.
@@ -77,7 +80,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
             caption: What the table shows.
             header: The columns' names, with `|` between them.
             rows: The cells of each row; the first cell is the row's name.
-            words: Names of the columns that hold words, with `|` between them.
+            word_columns: Names of the columns that hold words, with `|` between them.
             bold: Name of the row that stands out.
         """
         names = header.split("|")
@@ -91,7 +94,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
                 same.append(f"{names[column]} {rows[0][column]}")
             else:
                 shown.append(column)
-        word_names = {names[0], *words.split("|")}
+        word_names = {names[0], *word_columns.split("|")}
         shown_rows: list[list[str]] = []
         for row in rows:
             cells = [row[column] for column in shown]
@@ -100,7 +103,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
             caption=caption,
             header=[names[column] for column in shown],
             rows=shown_rows,
-            words=[place for place, column in enumerate(shown) if names[column] in word_names],
+            word_columns=[
+                place for place, column in enumerate(shown) if names[column] in word_names
+            ],
             bold=bold,
             same="; ".join(same),
         )
@@ -131,7 +136,10 @@ Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure | Code
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks. `level` is 2, 3 or 4. Readers must open a folded section."""
+    """A heading with its blocks.
+
+    `level` is 2, 3 or 4. A folded section shows only its title until it is opened.
+    """
 
     title: str
     blocks: Sequence[Block] = ()
@@ -153,8 +161,8 @@ class Document(msgspec.Struct, frozen=True):
         for section in self.sections:
             for block in section.blocks:
                 if isinstance(block, Figure):
-                    words = re.sub(r"[^a-z0-9]+", "-", block.name.lower()).strip("-")
-                    names[block] = f"{len(names) + 1:02d}-{words}"
+                    slug = re.sub(r"[^a-z0-9]+", "-", block.name.lower()).strip("-")
+                    names[block] = f"{len(names) + 1:02d}-{slug}"
         return names
 
 

@@ -43,10 +43,13 @@ def fingerprint(model: nn.Module) -> str:
     The fingerprint hashes the names, the shapes and the signs of the values of three weights: the
     input embedding, the first matrix of the middle layer, and the first matrix of the last layer.
     Signs survive every change of dtype, so routers trained on a float32 model fit the same model in
-    bfloat16. Signs don't survive quantisation, which mostly leaves the embedding alone. So the text
-    has 16 digits for all three weights, then 8 digits for the embedding. For a quantised model the
-    text has `QUANTISED`, 8 digits for the embedding, then 8 digits for the quantisation (see
-    `have_same_weights`). An adapter that isn't merged doesn't count.
+    bfloat16. Quantisation changes the signs of the layers, but mostly not those of the embedding.
+    So the embedding has digits of its own, which a model and its quantised form mostly share:
+
+        not quantised: ALL-EMBEDDING (16 and 8 digits)
+        quantised: QUANTISED-EMBEDDING-QUANTISATION (`QUANTISED`, 8 and 8 digits)
+
+    `have_same_weights` compares fingerprints. An adapter that isn't merged doesn't count.
 
     Raises:
         ArchitectureError: See `find_layers`.
@@ -60,6 +63,7 @@ def fingerprint(model: nn.Module) -> str:
     inner = [_read_signs(f"layers.{index}", layers[index]) for index in (middle, last)]
     quantisation: Any = getattr(base.config, "quantization_config", None)
     embedding_digits = _digest(embedding)[:8] if embedding else ""
+    # A layer without an unquantised matrix is quantised, whatever the config says.
     if quantisation is not None or None in inner:
         quantisation_digits = _digest(_describe_quantisation(quantisation, layers[-1]).encode())[:8]
         return f"{QUANTISED}-{embedding_digits}-{quantisation_digits}"
@@ -85,6 +89,7 @@ def _read_signs(place: str, module: nn.Module) -> bytes | None:
     if path is None:
         return None
     *parents, attribute = path.split(".")
+    # The name is the same with and without a PEFT adapter. The embedding's place is name enough.
     name = place
     if place != "embedding":
         name = ".".join([place, *(part for part in path.split(".") if part not in WRAPPED)])
