@@ -240,9 +240,8 @@ def _compare_accuracy(routers: Counts, constant: Counts, constant_name: str) -> 
     won_labels, lost_labels = _count_won_and_lost(routers, constant)
     num_layers = len(routers.confusion)
     won = won_labels / num_layers
-    lost = min(
-        lost_labels / num_layers, routers.examples - won
-    )  # rounding may make the sum too large
+    most_lost = routers.examples - won  # rounding may make the sum of both too large
+    lost = min(lost_labels / num_layers, most_lost)
     verdict = judge_counts(won, lost, routers.examples)
     # Won and lost are left out: they are fractions of targets here, which no reader could check.
     verdict = replace(verdict, quantity="label_accuracy", won=None, lost=None)

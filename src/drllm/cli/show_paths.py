@@ -11,32 +11,34 @@ from drllm.reporting import path_sections
 
 def show_paths(file: Path, terminal: Terminal) -> None:
     """Print the paths of a `paths.json`, task by task, and advice on them."""
-    found = read_paths(file)
-    for task in found.tasks:
-        if task not in found.objective:
+    record = read_paths(file)
+    for task in record.tasks:
+        if task not in record.objective:
             raise RecordError(
                 f"{file} names the task {task!r}, and its 'objective' has "
-                f"{', '.join(found.objective)}; the file was changed, so tune again"
+                f"{', '.join(record.objective)}; the file was changed, so tune again"
             )
-        rows = path_sections.path_rows(found, task)
-        terminal.table(path_sections.COLUMNS, rows, f"{task}, objective {found.objective[task]}", 1)
-        sentence = path_sections.compare_test_with_fit(found, task)
+        rows = path_sections.path_rows(record, task)
+        terminal.table(
+            path_sections.COLUMNS, rows, f"{task}, objective {record.objective[task]}", 1
+        )
+        sentence = path_sections.compare_test_with_fit(record, task)
         if sentence:
             terminal.say(sentence)
-    for path in found.paths[1:]:
-        terminal.fact(path.name, path_sections.describe_path(found, path))
-    for sentence in [*path_sections.advice(found), *found.notes]:
+    for path in record.paths[1:]:
+        terminal.fact(path.name, path_sections.describe_path(record, path))
+    for sentence in [*path_sections.advice(record), *record.notes]:
         terminal.say(sentence)
     terminal.fact("paths", file)
 
 
 def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
-    found = read_healed(file)
+    record = read_healed(file)
     terminal.table(
-        path_sections.LOSS_COLUMNS, path_sections.loss_rows(found), path_sections.LOSS_CAPTION, 1
+        path_sections.LOSS_COLUMNS, path_sections.loss_rows(record), path_sections.LOSS_CAPTION, 1
     )
-    terminal.say(path_sections.describe_healing(found))
-    terminal.fact(found.name, found.path.with_adapter("").edits(found.num_layers))
-    terminal.fact("adapter", f"rank {found.rank}, from layer {found.first_layer} on")
+    terminal.say(path_sections.describe_healing(record))
+    terminal.fact(record.name, record.path.with_adapter("").edits(record.num_layers))
+    terminal.fact("adapter", f"rank {record.rank}, from layer {record.first_layer} on")
     terminal.fact("healed path", file.parent)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import SPLITS
+from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 
 TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
@@ -17,12 +17,11 @@ class EvaluateConfig(Settings):
         None,
         value="TASKS",
         alias="dataset",
-        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
-        "or OWNER/NAME of the hub",
+        help=TASKS_HELP,
     )
     data_dir: str | None = incidental(
         None,
-        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+        help=DATA_DIR_HELP,
     )
     split: str = setting("test", choices=SPLITS, help="part of the questions to evaluate on")
     limit: int | None = basic(

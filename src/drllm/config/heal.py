@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from drllm.config.constants import DATA_DIR_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 from drllm.errors import ConfigError
 
@@ -34,7 +35,7 @@ class HealConfig(Settings):
     )
     data_dir: str | None = incidental(
         None,
-        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+        help=DATA_DIR_HELP,
     )
     limit: int | None = basic(
         None,

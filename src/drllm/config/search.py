@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drllm.config.constants import SPLITS
+from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
 from drllm.config.fields import NamesIn, Settings, basic, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
@@ -17,8 +17,7 @@ class SearchConfig(Settings):
         None,
         value="TASKS",
         alias="tasks",
-        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
-        "or OWNER/NAME of the hub",
+        help=TASKS_HELP,
     )
     output_dir: str = incidental(
         "data/",
@@ -27,7 +26,7 @@ class SearchConfig(Settings):
     )
     data_dir: str | None = incidental(
         None,
-        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+        help=DATA_DIR_HELP,
     )
     split: str = setting("search", choices=SPLITS, help="part of the questions to search")
     limit: int | None = basic(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from drllm.config.constants import DATA_DIR_HELP, TASKS_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 
 
@@ -13,12 +14,11 @@ class TuneConfig(Settings):
         None,
         value="TASKS",
         alias="dataset",
-        help="tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
-        "or OWNER/NAME of the hub",
+        help=TASKS_HELP,
     )
     data_dir: str | None = incidental(
         None,
-        help="folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub",
+        help=DATA_DIR_HELP,
     )
     max_skipped: float | None = basic(
         None,

@@ -262,7 +262,7 @@ def _note_other_prompts(routers: RouterStack, config: EvaluateConfig, listener: 
     reward = OPTIONS_REWARD if config.reward is None else config.reward
     if isinstance(rewards, list) and {*rewards} - {KL_REWARD} and reward not in rewards:
         listener.note(
-            f"drllm: the routers were trained on prompts for {', '.join(map(str, rewards))}, but "
+            f"the routers were trained on prompts for {', '.join(map(str, rewards))}, but "
             f"the evaluation asks by {reward}; give both the same --reward for the same prompts"
         )
 

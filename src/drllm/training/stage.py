@@ -204,7 +204,7 @@ def _write_rejected(
     write_or_remove(path, rejected)
     if rejected:
         listener.note(
-            f"drllm: {len(rejected)} of {num_targets} targets are set aside "
+            f"{len(rejected)} of {num_targets} targets are set aside "
             f"({describe_reasons(rejected)}): {path}"
         )
 
