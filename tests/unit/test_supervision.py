@@ -30,6 +30,7 @@ from drllm.supervision.select import (
     supervise,
 )
 from drllm.supervision.summary import edit_effects, summarise
+from search_records import make_path, make_record
 
 SHORTEST = SuperviseConfig(target="shortest")
 
@@ -52,41 +53,22 @@ def tried(text: str) -> tuple[TriedPath, ...]:
     survived (with this margin, else 1; the first margin is the opposite), and the KL after `~`.
     """
     found = []
-    for place, word in enumerate(text.split()):
+    for word in text.split():
         decisions, is_wrong, again, kl = PATH.fullmatch(word).groups()
         retest = BAD if again == "-" else None
         if again and retest is None:
             margin = None if again == "+none" else float(again[1:] or 1)
             retest = Retest(passed=4, asked=4, margin=margin, survived=True)
-        path = TriedPath(
-            decisions=tuple(map(int, decisions)),
-            simulation=place,
-            reward=0.9 if is_wrong else 1.0,
-            margin=None if retest is None or retest.margin is None else -retest.margin,
-            executions=float(sum(map(int, decisions))),
-            kl=kl and float(kl),
-            retest=retest,
+        margin = None if retest is None or retest.margin is None else -retest.margin
+        reward = 0.9 if is_wrong else 1.0
+        found.append(
+            make_path(decisions, reward, margin=margin, kl=kl and float(kl), retest=retest)
         )
-        found.append(path)
     return tuple(found)
 
 
 def record(paths: str, question: str = "What is water?", **fields: Any) -> SearchRecord:
-    values = {
-        "id": question,
-        "task": "facts",
-        "prompt": f"Q: {question}",
-        "answer": "wet",
-        "reward": "loglikelihood",
-    }
-    found = tried(paths)
-    return SearchRecord(
-        **(values | fields),
-        question=question,
-        num_layers=len(found[0].decisions),
-        paths=found,
-        seconds=1.0,
-    )
+    return make_record(*tried(paths), question=question, **{"id": question, **fields})
 
 
 def chosen(target: str, paths: str, least: float | None = None) -> str:

@@ -1,11 +1,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from drllm.cli import main
 from drllm.cli.show import show
@@ -21,39 +19,16 @@ from drllm.config import SuperviseConfig
 from drllm.errors import RecordError
 from drllm.records.codec import write_atomically
 from drllm.records.manifest import new_manifest, to_lines, write_records
-from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
+from drllm.records.search import FailedQuestion, Retest, SearchRecord
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import pick_targets, supervise
+from search_records import make_path, make_record
 
 SHORTEST = SuperviseConfig(target="shortest")
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
 LOST = Retest(passed=1, asked=4, margin=-0.5, survived=False)
 SEARCH = Path("search.jsonl")
-
-
-def tried(decisions: str, reward: float = 0.0, **fields: Any) -> TriedPath:
-    values = tuple(map(int, decisions))
-    given = {"simulation": 0, "margin": None, **fields}
-    return TriedPath(decisions=values, reward=reward, executions=float(sum(values)), **given)
-
-
-QUESTION = {
-    "id": "q1",
-    "task": "facts",
-    "question": "What is water?",
-    "prompt": "Q: What is water?",
-    "answer": "wet",
-    "reward": "loglikelihood",
-    "seconds": 2.0,
-}
-
-
-def record(*paths: TriedPath, **fields: Any) -> SearchRecord:
-    """A searched question; the first path is the full one, the others are numbered in order."""
-    numbered = tuple(replace(path, simulation=n) for n, path in enumerate(paths))
-    layers = len(paths[0].decisions)
-    return SearchRecord(**{**QUESTION, "num_layers": layers, **fields}, paths=numbered)
 
 
 @pytest.fixture
@@ -70,16 +45,16 @@ def narrow() -> Terminal:
 
 
 FOUND = [
-    record(
-        tried("1111", 1.0, margin=0.5, kl=0.0, retest=KEPT),
-        tried("1110", 1.0, margin=0.25, kl=0.5, retest=KEPT),
-        tried("1100", 1.0, margin=0.0, kl=0.75, retest=LOST),
-        tried("2111", 1.0, margin=1.5, kl=0.25),
+    make_record(
+        make_path("1111", 1.0, margin=0.5, kl=0.0, retest=KEPT),
+        make_path("1110", 1.0, margin=0.25, kl=0.5, retest=KEPT),
+        make_path("1100", 1.0, margin=0.0, kl=0.75, retest=LOST),
+        make_path("2111", 1.0, margin=1.5, kl=0.25),
     ),
-    record(
-        tried("1111", margin=-1.0, kl=0.0),
-        tried("1110", margin=-2.25, kl=1.0),
-        tried("1011", 1.0, margin=0.5, kl=0.25, retest=KEPT),
+    make_record(
+        make_path("1111", margin=-1.0, kl=0.0),
+        make_path("1110", margin=-2.25, kl=1.0),
+        make_path("1011", 1.0, margin=0.5, kl=0.25, retest=KEPT),
         id="q2",
         task="other",
         question="What is ice?",
@@ -104,7 +79,7 @@ def test_the_story_tells_yields_by_task_executions_and_time(printed):
 
 
 def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(printed):
-    copy = record(*FOUND[0].paths, task="other", question="what is  WATER?")
+    copy = make_record(*FOUND[0].paths, task="other", question="what is  WATER?")
     show_search([*FOUND, copy], Terminal())
     out = printed()
     assert "questions 2 and 1 copies, 4 layers, reward loglikelihood" in out
@@ -114,7 +89,7 @@ def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(printed):
 
 
 def test_a_search_without_survivors_has_no_shortest_path(printed):
-    show_search([record(tried("11"), tried("10"))], Terminal())
+    show_search([make_record(make_path("11"), make_path("10"))], Terminal())
     assert "shortest" not in printed()
 
 
@@ -144,7 +119,7 @@ def test_a_search_without_survivors_has_no_shortest_path(printed):
     ],
 )
 def test_tried_paths_are_drawn_as_a_tree_of_edits(decisions: list[str], lines: list[str]):
-    paths = record(*map(tried, decisions)).paths
+    paths = make_record(*map(make_path, decisions)).paths
     assert [line for _, line in draw_paths(paths)] == ["full path", *lines]
 
 
@@ -154,7 +129,7 @@ def test_every_path_is_drawn_once_with_the_edits_that_lead_to_it(data: st.DataOb
     rows = data.draw(st.lists(row, unique=True, max_size=12))
     full = (1, 1, 1, 1)
     every = [full, *(row for row in rows if row != full)]
-    drawn = draw_paths(record(*(tried("".join(map(str, row))) for row in every)).paths)
+    drawn = draw_paths(make_record(*(make_path("".join(map(str, row))) for row in every)).paths)
     assert sorted(decisions for decisions, _ in drawn) == sorted(every)
 
 
@@ -188,27 +163,29 @@ def test_a_questions_tree_has_all_that_was_measured(line_of):
 
 
 def test_what_was_not_measured_is_left_open(line_of):
-    show_question([record(tried("11"), tried("10", 0.5))], "q1", SEARCH, Terminal())
+    show_question([make_record(make_path("11"), make_path("10", 0.5))], "q1", SEARCH, Terminal())
     assert line_of("then skip 1") == "1 0.50 – 1.0 –"
     assert line_of("target") == "none: no KL in the record"
 
 
 def test_generated_answers_stand_beside_their_paths(line_of):
-    paths = tried("11", 1.0, answer="B"), tried("10", answer="I [b]don't\nknow")
-    show_question([record(*paths, reward="letter")], "q1", SEARCH, Terminal())
+    paths = make_path("11", 1.0, answer="B"), make_path("10", answer="I [b]don't\nknow")
+    show_question([make_record(*paths, reward="letter")], "q1", SEARCH, Terminal())
     assert line_of("full path").endswith(" B")
     assert line_of("then skip 1").endswith(" I [b]don't kn…")
 
 
 def test_a_long_answer_keeps_its_path_on_one_line(narrow, line_of):
-    paths = tried("11", answer="so and so " * 20), tried("10", answer="B")
-    show_question([record(*paths, reward="boxed")], "q1", SEARCH, narrow)
+    paths = make_path("11", answer="so and so " * 20), make_path("10", answer="B")
+    show_question([make_record(*paths, reward="boxed")], "q1", SEARCH, narrow)
     assert line_of("full path").endswith("…")
     assert "so and so" in line_of("full path")
 
 
 def test_an_unknown_id_names_the_nearest():
-    found = [record(tried("11"), id=name) for name in ("train-7", "train-71", "other-3", "x")]
+    found = [
+        make_record(make_path("11"), id=name) for name in ("train-7", "train-71", "other-3", "x")
+    ]
     with pytest.raises(
         RecordError, match=r"no question with id 'train-72'; .* of 4: train-7, train-71, other-3"
     ):
@@ -216,7 +193,7 @@ def test_an_unknown_id_names_the_nearest():
 
 
 def test_an_id_of_two_tasks_draws_both(printed):
-    found = [record(tried("11"), task=name) for name in ("one", "two")]
+    found = [make_record(make_path("11"), task=name) for name in ("one", "two")]
     show_question(found, "q1", SEARCH, Terminal())
     out = printed()
     assert "q1 of one" in out
@@ -282,7 +259,7 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
 
 
 def test_a_supervision_is_told_with_tasks_and_reasons(printed):
-    hopeless = record(tried("1111"), id="q3", question="Why?")
+    hopeless = make_record(make_path("1111"), id="q3", question="Why?")
     print_supervision(pick_targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
     out = printed()
@@ -295,8 +272,8 @@ def test_a_supervision_is_told_with_tasks_and_reasons(printed):
 
 def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Path, printed):
     hopeless = [
-        record(tried("1111"), id=f"h{n}", question=f"{n}?", task="fa[ct]s" if n < 2 else "other")
-        for n in range(3)
+        make_record(make_path("1111"), id=f"h{n}", question=f"{n}?", task=task)
+        for n, task in enumerate(("fa[ct]s", "fa[ct]s", "other"))
     ]
     file = search_file(tmp_path, [*FOUND, *hopeless])
     supervise(
@@ -312,7 +289,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
 
 
 def test_copies_of_questions_are_told_apart(printed):
-    copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
+    copies = [make_record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
     print_supervision(pick_targets([*FOUND, *copies], SHORTEST).summary, Terminal())
     out = printed()
     assert "all 2 1 (50.0 %)" in out

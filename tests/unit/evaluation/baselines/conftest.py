@@ -1,7 +1,6 @@
 """A tiny model of four layers, a few questions, the slow way of scoring them, search records."""
 
 import random
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ import slow_way
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Request
-from drllm.records.search import SearchRecord, TriedPath
 from slow_way import gold_logprob_alone
 
 NUM_LAYERS = 4
@@ -62,36 +60,6 @@ def material(routed, material_of):
 def without_a_model():
     """A function that makes a baseline that only knows the number of layers."""
     return lambda kind, num_layers: kind(SimpleNamespace(num_layers=num_layers), lambda: None)
-
-
-@pytest.fixture(scope="session")
-def searched():
-    """A function that returns one question's search, from pairs of decisions and reward."""
-
-    def make(number: int, tried: Sequence[tuple[tuple[int, ...], float]]) -> SearchRecord:
-        paths = tuple(
-            TriedPath(
-                decisions=decisions,
-                simulation=place,
-                reward=float(reward),
-                margin=None,
-                executions=float(sum(decisions)),
-            )
-            for place, (decisions, reward) in enumerate(tried)
-        )
-        return SearchRecord(
-            id=str(number),
-            task="own",
-            question=f"question {number}",
-            prompt=f"question {number}",
-            answer="a",
-            reward="loglikelihood",
-            num_layers=len(tried[0][0]),
-            paths=paths,
-            seconds=0.0,
-        )
-
-    return make
 
 
 @pytest.fixture(scope="module")
