@@ -1,10 +1,10 @@
-"""Writes a run folder as the stages leave it: small, seeded, with numbers that agree."""
+"""Writes small, seeded run folders as the stages leave them, and renders reports about them."""
 
 import functools
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,22 @@ from drllm.records.results import (
     Point,
     Sample,
     SampleOutcome,
+    StepRecord,
     System,
 )
-from drllm.records.search import Retest, SearchRecord, TriedPath
+from drllm.records.search import Retest, SearchRecord
+from drllm.reporting.blocks import Document, Section
+from drllm.reporting.numbers import NBSP
+from drllm.reporting.run import read_run
+from drllm.reporting.sections import build_document
+from drllm.reporting.stage import to_markdown
 from drllm.statistics.exclusion import DropTest, Limits, TaskTest, Trial
 from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.verdicts import Differences, Verdict
 from drllm.supervision.select import pick_targets
 from paths_json import written_paths
+from search_records import make_path, make_record
 
 PINNED = {
     "drllm_version": "0.0.0",
@@ -52,80 +59,56 @@ def question_text(number: int) -> str:
 
 BASELINES = ("permuted routes", "last layers")
 TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers": 4.6}
+CHANCE = 0.25
+OPTIONS = ("it bends", "it sinks", "it rings", "it glows")
+
+find_interval = functools.cache(paired_interval)
 
 
-def means(quantity: Any, mean: float, half: float, n: int) -> Verdict:
-    """A verdict on two means, which is shown where the interval excludes 0."""
-    ends = (mean - half, mean + half)
-    shown = direction(mean) if abs(mean) > half else "none shown"
-    return Verdict(quantity=quantity, mean=mean, interval=ends, n=n, shown=shown)
-
-
-def direction(difference: float) -> Any:
-    return "higher" if difference > 0 else "lower"
-
-
-@functools.cache
-def counted(won: int, lost: int, n: int, above_chance: bool) -> Verdict:
-    """A verdict on accuracies, without the slow search for what could have been shown."""
-    p = mcnemar_exact(won, lost)
-    shown = direction(won - lost) if p < 0.05 else "none shown"
-    interval = paired_interval(won, lost, n)
-    return Verdict(
-        quantity="accuracy",
-        mean=(won - lost) / n,
-        interval=interval,
-        n=n,
-        shown=shown if above_chance else "guessing",
-        won=won,
-        lost=lost,
-        p=p,
-        excluded_loss=max(0.0, -interval[0]) if above_chance else None,
-    )
+def judge(quantity: Any, mean: float, ends: tuple[float, float], n: int, **fields: Any) -> Verdict:
+    """A verdict that shows a difference where the interval excludes 0, unless told otherwise."""
+    shown = "none shown"
+    if ends[0] > 0 or ends[1] < 0:
+        shown = "higher" if mean > 0 else "lower"
+    return Verdict(quantity=quantity, mean=mean, interval=ends, n=n, **{"shown": shown, **fields})
 
 
 def differences(
-    ours: str, theirs: str, right: Mapping[str, set[int]], n: int, chance: float, factor: float
+    ours: str, theirs: str, right: Mapping[str, set[int]], n: int, factor: float
 ) -> Differences:
     """What one system has more than another; accuracies of permuted routes are means over draws."""
-    above = wilson_interval(len(right["base"]), n)[0] > chance
     won = len(right[ours] - right[theirs])
     lost = len(right[theirs] - right[ours])
-    accuracy = counted(won, lost, n, above)
-    if "permuted routes" in (ours, theirs):
-        accuracy = replace(accuracy, won=None, lost=None, p=None)
-    gold = means("gold_logprob", -0.1 * factor, 0.2, n)
+    ends = find_interval(won, lost, n)
+    counts: dict[str, Any] = {"excluded_loss": max(0.0, -ends[0])}
+    if "permuted routes" not in (ours, theirs):
+        counts |= {"won": won, "lost": lost, "p": mcnemar_exact(won, lost)}
+    guessed: dict[str, Any] = {}
+    if wilson_interval(len(right["base"]), n)[0] <= CHANCE:
+        guessed = {"shown": "guessing", "excluded_loss": None}
+    gold = -0.1 * factor
     loss = factor * (TEXT_LOSS[ours] - TEXT_LOSS[theirs])
     return Differences(
-        accuracy=accuracy,
-        gold_logprob=gold if above else replace(gold, shown="guessing"),
-        text_loss=means("text_loss", loss, 0.05, n),
+        accuracy=judge("accuracy", (won - lost) / n, ends, n, **{**counts, **guessed}),
+        gold_logprob=judge("gold_logprob", gold, (gold - 0.2, gold + 0.2), n, **guessed),
+        text_loss=judge("text_loss", loss, (loss - 0.05, loss + 0.05), n),
     )
 
 
+NOT_EXCLUDED = TaskTest(
+    task="arc_easy", failures=("a loss of up to 12.0 points is not excluded",), needed=90
+)
 TESTED = DropTest(
     limits=Limits(max_drop=10.0, max_loss_increase=0.05),
     trials=(
         Trial(name="routed, 10 % saved", tasks=(TaskTest(task="arc_easy"),)),
-        Trial(
-            name="routed, 20 % saved",
-            tasks=(
-                TaskTest(
-                    task="arc_easy",
-                    failures=("a loss of up to 12.0 points is not excluded",),
-                    needed=90,
-                ),
-            ),
-        ),
+        Trial(name="routed, 20 % saved", tasks=(NOT_EXCLUDED,)),
     ),
     untested=("routed, 30 % saved",),
 )
 
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
-SECONDS = {
-    "base": (0.1, 0.12, 0.11),
-    "routed": (0.09, 0.12, 0.0902),
-}
+SECONDS = {"base": (0.1, 0.12, 0.11), "routed": (0.09, 0.12, 0.0902)}
 """What each round of a batch of one row took; decoding half as long, others in proportion."""
 
 WHOLE: dict[str, Any] = {"depths": (0.1, 0.2), "drop_test": TESTED}
@@ -178,29 +161,20 @@ class RunFolderWriter:
         tried = dict.fromkeys([full_decisions(self.num_layers)])
         tried.update(dict.fromkeys(self.edited() for _ in range(simulations)))
         paths = []
-        for simulation, decisions in enumerate(d for d in tried if any(d)):
+        for decisions in filter(any, tried):
             margin = round(ease - self.kl(decisions) + self.rng.gauss(0, 0.4), 3)
             passed = sum(margin + self.rng.gauss(0, 0.5) > 0 for _ in range(4))
             again = Retest(passed=passed, asked=4, margin=margin - 0.1, survived=passed >= 3)
-            paths.append(
-                TriedPath(
-                    decisions=decisions,
-                    simulation=simulation,
-                    reward=float(margin > 0),
-                    margin=margin,
-                    executions=float(sum(decisions)),
-                    retest=again if margin > 0 else None,
-                )
-            )
-        return SearchRecord(
+            retest = again if margin > 0 else None
+            paths.append(make_path(decisions, float(margin > 0), margin=margin, retest=retest))
+        question = question_text(number)
+        return make_record(
+            *paths,
             id=f"train-{number}",
             task="arc_easy",
-            question=question_text(number),
-            prompt=f"Question: {question_text(number)}\nAnswer:",
+            question=question,
+            prompt=f"Question: {question}\nAnswer:",
             answer="it bends",
-            reward="loglikelihood",
-            num_layers=self.num_layers,
-            paths=tuple(paths),
             seconds=0.25,
         )
 
@@ -219,24 +193,17 @@ class RunFolderWriter:
         shape = {"num_layers": self.num_layers, "hidden_size": 576, "num_windows": 8}
         base = {"base_model": "smollm2-135m", "base_fingerprint": self.model["fingerprint"]}
         self.write("routers/router_config.json", {**shape, **base, "training": {}})
+        parts = {"train": 40, "validation": 12} if validation else {"train": 40}
         lines = []
         for epoch in range(1, epochs + 1):
-            learned = 1 - math.exp(-epoch / 6)
-            for split in ("train", "validation") if validation else ("train",):
-                held = 0.55 if split == "validation" else 1.0
-                line: dict[str, Any] = {
-                    "epoch": epoch,
-                    "split": split,
-                    "routers_loss": 0.09 * math.exp(-epoch / 8) + (0.03 if held < 1 else 0.01),
-                    "accuracy": 0.75 + 0.1 * learned * held,
-                    "macro_f1": 0.33 + 0.3 * learned * held,
-                    "f1_skip": 0.6 * learned * held,
-                    "f1_execute": 0.93 + 0.03 * learned * held,
-                    "f1_repeat": None if epoch < 3 else 0.25 * learned * held,
-                }
-                lines.append(json.dumps(line))
-        self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
-        self.layers({"train": 40} | ({"validation": 12} if validation else {}), epochs)
+            for part in parts:
+                learned = (1 - math.exp(-epoch / 6)) * (1.0 if part == "train" else 0.55)
+                scores = {"macro_f1": 0.33 + 0.3 * learned, "accuracy": 0.75 + 0.1 * learned}
+                loss = 0.1 - 0.08 * learned
+                line = {"epoch": epoch, "split": part, "routers_loss": loss, **scores}
+                lines.append(json.dumps(line) + "\n")
+        self.text("routers/metrics.jsonl", "".join(lines))
+        self.layers(parts, epochs)
 
     def layers(self, parts: dict[str, int], epoch: int) -> None:
         """Write the confusions of the saved routers, which hit three labels in four."""
@@ -257,11 +224,9 @@ class RunFolderWriter:
         task: str = "arc_easy",
         questions: int = 60,
         accuracies: tuple[float, float, float] = (0.55, 0.5, 0.49),
-        changes: dict[str, Any] | None = None,
         question: Callable[[int], str] = question_text,
         depths: tuple[float, ...] = (),
         drop_test: DropTest | None = None,
-        chance: float = 0.25,
     ) -> None:
         """Write a result whose accuracies are exactly the given shares of right answers.
 
@@ -288,10 +253,9 @@ class RunFolderWriter:
                 for name in [*right, *deeper]
             }
             about = {"id": f"{task}-{number}", "task": task, "question": question(number)}
-            options = ("it bends", "it sinks", "it rings", "it glows")
-            samples.append(Sample(**about, choices=options, gold=number % 4, systems=outcomes))
+            samples.append(Sample(**about, choices=OPTIONS, gold=number % 4, systems=outcomes))
         mean = sum(sum(each.systems["routed"].decisions or ()) for each in samples) / questions
-        judged = functools.partial(self._judged, right, questions, chance)
+        judged = functools.partial(self._judged, right, questions)
         systems = [
             self._system(name, mean if name != "base" else float(self.num_layers), judged(name))
             for name in right
@@ -313,14 +277,14 @@ class RunFolderWriter:
         result = Evaluation(
             **self.header("drllm.evaluation", config),
             **about,
-            chance=chance,
+            chance=CHANCE,
             runtime=RUNTIME,
             systems=tuple(systems),
             curve=tuple(curve),
             drop_test=drop_test,
             findings=("Accuracy is as high; layers are saved.", "Findings follow."),
         )
-        self.write(f"eval/{task}.json", msgspec.to_builtins(result) | (changes or {}))
+        self.write(f"eval/{task}.json", msgspec.to_builtins(result))
         self.samples += samples
         lines = b"\n".join(map(msgspec.json.encode, self.samples))
         self.text("eval/samples.jsonl", lines.decode() + "\n")
@@ -344,7 +308,7 @@ class RunFolderWriter:
         written_paths(file, self.model, paths=steps, fitted=(0.08, 0.02, 0.14))
         self.change("paths.json", lambda values: values.update(PINNED))
 
-    def latency(self, **changes: Any) -> None:
+    def latency(self) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
         timings = [
             records.results.Timing(
@@ -369,15 +333,14 @@ class RunFolderWriter:
                 prompt_tokens=16, new_tokens=2, timings=tuple(timings)
             ),
         )
-        self.write("eval/latency.json", msgspec.to_builtins(found) | changes)
+        self.write("eval/latency.json", msgspec.to_builtins(found))
 
     def _judged(
-        self, right: dict[str, set[int]], n: int, chance: float, name: str, factor: float = 1.0
+        self, right: dict[str, set[int]], n: int, name: str, factor: float = 1.0
     ) -> dict[str, Any]:
         """Return what a system and a point have in common."""
         base, routed = (
-            differences(*pair, right, n, chance, factor)
-            for pair in ((name, "base"), ("routed", name))
+            differences(*pair, right, n, factor) for pair in ((name, "base"), ("routed", name))
         )
         return {
             "accuracy": len(right[name]) / n,
@@ -433,15 +396,6 @@ class RunFolderWriter:
         change(values)
         self.write(name, values)
 
-    def grade(self) -> None:
-        """Let answers have grades instead of being right or wrong."""
-
-        def apply(values: dict[str, Any]) -> None:
-            values.update(metric="f1")
-            values["systems"][1]["against_base"]["accuracy"].update(won=None, lost=None, p=None)
-
-        self.change("eval/arc_easy.json", apply)
-
     def write(self, name: str, values: Any) -> Path:
         return self.text(name, json.dumps(values))
 
@@ -450,3 +404,44 @@ class RunFolderWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return path
+
+
+def report_text(*folders: Path) -> str:
+    """Return the Markdown about some folders, with plain spaces; nothing is drawn."""
+    document = build_document([read_run(folder) for folder in folders])
+    return to_markdown(document, "figures").replace(NBSP, " ")
+
+
+def section_text(sections: Sequence[Section], title: str = "") -> str:
+    """Return the Markdown below the heading of one of these sections, the first without a title."""
+    title = title or sections[0].title
+    text = to_markdown(Document("", "", [], sections), "figures").replace(NBSP, " ")
+    return text.split(f"## {title}\n")[1].split("\n## ")[0].strip()
+
+
+def table_rows(text: str, header: str) -> list[list[str]]:
+    """Return the cells of the first table whose header begins so, the header first."""
+    rows = text.split(f"\n| {header}", 1)[1].split("\n\n", 1)[0]
+    cells = [line.strip("| ").split(" | ") for line in f"{header}{rows}".splitlines()]
+    return [cells[0], *cells[2:]]
+
+
+def add_paths(evaluation: Evaluation, number: int, *, routed: bool = True) -> Evaluation:
+    """Add static paths to a result, from the fewest layers to the most, or put them in its place.
+
+    The path `skip1` is the most accurate of them.
+    """
+    paths = []
+    for skipped in range(number, 0, -1):
+        accuracy = 0.6 - 0.3 * skipped / number
+        path = replace(
+            evaluation.systems[1],
+            name=f"skip{skipped}",
+            executions=12.0 - skipped,
+            accuracy=accuracy,
+            interval=(accuracy - 0.05, accuracy + 0.05),
+        )
+        paths.append(path)
+    systems = (*(evaluation.systems if routed else evaluation.systems[:1]), *paths)
+    steps = {path.name: (StepRecord(layer=0),) for path in paths}
+    return replace(evaluation, systems=systems, paths=steps, curve=())

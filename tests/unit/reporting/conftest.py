@@ -1,52 +1,13 @@
-"""Run folders, as written by `run_folder`, and the reports about them."""
+"""Run folders, as written by `run_folder`, and a report about one with everything."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
-from drllm.records.results import Evaluation, StepRecord
 from drllm.reporting.run import Run, read_run
-from drllm.reporting.sections import build_document
-from drllm.reporting.stage import report as write_report
-from drllm.reporting.stage import to_markdown
+from drllm.reporting.stage import report
 from run_folder import WHOLE, RunFolderWriter
-
-
-@pytest.fixture(scope="session")
-def with_paths() -> Callable[..., Evaluation]:
-    """A function that adds static paths to a result, from the most layers to the fewest."""
-
-    def add(evaluation: Evaluation, number: int, *, routed: bool = True) -> Evaluation:
-        paths = []
-        for n in range(1, number + 1):
-            accuracy = 0.6 - 0.3 * n / number
-            score = {"accuracy": accuracy, "interval": (accuracy - 0.05, accuracy + 0.05)}
-            path = replace(evaluation.systems[1], name=f"skip{n}", executions=12.0 - n, **score)
-            paths.append(path)
-        named = {path.name: (StepRecord(layer=0),) for path in paths}
-        others = evaluation.systems if routed else evaluation.systems[:1]
-        return replace(evaluation, systems=(*others, *reversed(paths)), paths=named, curve=())
-
-    return add
-
-
-@pytest.fixture(scope="session")
-def whole() -> dict[str, Any]:
-    """What to give `RunFolderWriter.evaluation` for a curve and a test of limits."""
-    return WHOLE
-
-
-@pytest.fixture(scope="session")
-def text_of() -> Callable[..., str]:
-    """A function that returns the Markdown about some folders, which takes no drawing."""
-
-    def render(*folders: Path) -> str:
-        return to_markdown(build_document([read_run(folder) for folder in folders]), "figures")
-
-    return render
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +40,5 @@ def page(new_folder: Callable[..., RunFolderWriter]) -> Path:
     folder = new_folder("run", 30, 1)
     folder.everything(**WHOLE)
     folder.static_paths()
-    html, _ = write_report(folder.path)
+    html, _ = report(folder.path)
     return html
-
-
-@pytest.fixture(scope="session")
-def report(page: Path) -> tuple[str, str]:
-    """Return the HTML and the Markdown of that report, for tests that only look at it."""
-    beside = page.with_suffix(".md")
-    return page.read_text(encoding="utf-8"), beside.read_text(encoding="utf-8")

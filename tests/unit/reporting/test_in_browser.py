@@ -126,6 +126,28 @@ class Browser:
 SIZES = (1280, 390)
 """A desktop and a phone, in CSS pixels."""
 OPEN = "document.querySelectorAll('details').forEach(each => {each.open = true})"
+CUT = (
+    "[...document.querySelectorAll('table, pre, p, li')].filter(each => {"
+    " const box = each.getBoundingClientRect();"
+    " return box.right > window.innerWidth || each.scrollWidth > each.clientWidth + 1})"
+    ".map(each => each.tagName + ': ' + each.textContent.slice(0, 60))"
+)
+DRAWN = (
+    "[...document.querySelectorAll('figure svg')].map(each => {"
+    " const box = each.getBoundingClientRect();"
+    " return [box.width, box.height, box.right, each.querySelectorAll('path').length]})"
+    ".filter(each => each[0] > 0)"
+)
+TEXT_HEIGHTS = (
+    "[...document.querySelectorAll('figure svg text')]"
+    ".filter(each => each.getBoundingClientRect().height > 0)"
+    ".filter(each => !each.getAttribute('transform')?.includes('rotate(-90'))"
+    ".map(each => each.getBoundingClientRect().height)"
+)
+COLOURS = (
+    "getComputedStyle(document.querySelector('figure svg text')).fill + ' on ' +"
+    " getComputedStyle(document.body).backgroundColor"
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,76 +159,35 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     opened.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", SIZES)
-def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
-    browser.open(page, width, scheme)
-    assert browser.messages == []
-    assert browser.requests == []
-
-    for state in ("closed", "opened"):
-        assert browser.value("window.innerWidth") == width, state
-        assert browser.value("document.documentElement.scrollWidth") == width, state
-        browser.value(OPEN)
-
-    drawn = browser.value(
-        "[...document.querySelectorAll('figure svg')].map(each => {"
-        " const box = each.getBoundingClientRect();"
-        " return [box.width, box.height, box.right, each.querySelectorAll('path').length]})"
-        ".filter(each => each[0] > 0)"
-    )
-    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 4
-    for figure_width, height, right, shapes in drawn:
-        assert figure_width > 0.8 * min(width, 528)
-        assert height > 100
-        assert right <= width
-        assert shapes > 5
-
-
-CUT = (
-    "[...document.querySelectorAll('table, pre, p, li')].filter(each => {"
-    " const box = each.getBoundingClientRect();"
-    " return box.right > window.innerWidth || each.scrollWidth > each.clientWidth + 1})"
-    ".map(each => each.tagName + ': ' + each.textContent.slice(0, 60))"
-)
-
-
-@pytest.mark.parametrize("width", SIZES)
-def test_nothing_is_cut_off_and_the_page_is_short(browser, page, width):
-    browser.open(page, width)
-    words = browser.value("document.body.innerText.split(/\\s+/).filter(Boolean).length")
-    assert 300 < words <= 2500
-    if width == 1280:
-        assert browser.value("document.documentElement.scrollHeight") <= 8000
-    for _state in ("closed", "opened"):
-        assert browser.value(CUT) == []
-        browser.value(OPEN)
-
-
-@pytest.mark.parametrize("width", SIZES)
-def test_texts_of_figures_can_be_read(browser, page, width):
-    browser.open(page, width)
-    browser.value(OPEN)
-    heights = browser.value(
-        "[...document.querySelectorAll('figure svg text')]"
-        ".filter(each => each.getBoundingClientRect().height > 0)"
-        ".filter(each => !each.getAttribute('transform')?.includes('rotate(-90'))"
-        ".map(each => each.getBoundingClientRect().height)"
-    )
-    assert len(heights) > 40
-    assert min(heights) > 8
-
-
-def test_colours_differ_between_the_schemes(browser, page):
+def test_the_page_is_short_whole_and_legible_and_fits_the_window(browser, page, width):
     colours = set()
     for scheme in ("light", "dark"):
-        browser.open(page, 1280, scheme)
-        colours.add(
-            browser.value(
-                "getComputedStyle(document.querySelector('figure svg text')).fill + ' on ' +"
-                " getComputedStyle(document.body).backgroundColor"
-            )
-        )
+        browser.open(page, width, scheme)
+        assert browser.messages == []
+        assert browser.requests == []
+        words = browser.value("document.body.innerText.split(/\\s+/).filter(Boolean).length")
+        assert 300 < words <= 2500
+        if width == 1280:
+            assert browser.value("document.documentElement.scrollHeight") <= 8000
+
+        for state in ("closed", "opened"):
+            assert browser.value("window.innerWidth") == width, state
+            assert browser.value("document.documentElement.scrollWidth") == width, state
+            assert browser.value(CUT) == [], state
+            browser.value(OPEN)
+
+        drawn = browser.value(DRAWN)
+        assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 4
+        for figure_width, height, right, shapes in drawn:
+            assert figure_width > 0.8 * min(width, 528)
+            assert height > 100
+            assert right <= width
+            assert shapes > 5
+        heights = browser.value(TEXT_HEIGHTS)
+        assert len(heights) > 40
+        assert min(heights) > 8
+        colours.add(browser.value(COLOURS))
     assert len(colours) == 2
 
 
@@ -223,10 +204,11 @@ def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
 def test_a_page_with_faults_is_noticed(browser, tmp_path):
     (tmp_path / "bad.html").write_text(
         "<script>console.error('no')</script><img src='http://127.0.0.1:9/x.png'>"
-        "<div style='width: 2000px'>wide</div>",
+        "<div style='width: 2000px'>wide</div><p style='width: 2000px'>cut</p>",
         encoding="utf-8",
     )
     browser.open(tmp_path / "bad.html", 390)
     assert any("'no'" in str(message) for message in browser.messages)
     assert browser.requests == ["http://127.0.0.1:9/x.png"]
     assert browser.value("document.documentElement.scrollWidth") > 390
+    assert browser.value(CUT) == ["P: cut"]

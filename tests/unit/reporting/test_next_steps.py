@@ -18,20 +18,16 @@ from drllm.config import (
     TrainConfig,
     TuneConfig,
 )
-from drllm.records.results import StepRecord
 from drllm.reporting.commands import SETTINGS_FILE, evaluate_command
-from drllm.reporting.next_steps import suggest_steps
+from drllm.reporting.next_steps import DEPTHS, suggest_steps
 from drllm.reporting.run import Run, read_run
 from drllm.statistics.verdicts import judge_counts
+from run_folder import add_paths
 
 EVEN = judge_counts(9, 9, 60)  # nothing is shown
 
 
-def clone(run: Run, evaluation: Any) -> Run:
-    return dataclasses.replace(run, evaluations=[evaluation])
-
-
-def parsed(command: str) -> Any:
+def parse_command(command: str) -> Any:
     """Return a command as the command line understands it; nothing in it is left to fill in."""
     assert "…" not in command
     program, *words = shlex.split(command)
@@ -39,19 +35,34 @@ def parsed(command: str) -> Any:
     return parse(words)
 
 
-def commands(run: Run, verb: str) -> list[Any]:
-    """Return the advised commands of a verb, after parsing all of them."""
-    lines = [parsed(command) for _, command in suggest_steps(run)]
+def commands(run: Run, verb: str, **changes: Any) -> list[Any]:
+    """Return the advised commands of a verb, after parsing all of them.
+
+    Changes are those of the run's only evaluation.
+    """
+    if changes:
+        run = dataclasses.replace(run, evaluations=[replace(run.evaluations[0], **changes)])
+    lines = [parse_command(command) for _, command in suggest_steps(run)]
     return [line for line in lines if line.verb == verb]
 
 
-def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):
-    (evaluation,) = run.evaluations
+@pytest.fixture
+def evaluation(run: Run) -> Any:
+    return run.evaluations[0]
+
+
+@pytest.fixture
+def even(evaluation: Any) -> Any:
+    """Differences that show nothing."""
+    return replace(evaluation.routed.against_base, accuracy=EVEN, text_loss=None)
+
+
+def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run, evaluation):
     few = judge_counts(3, 6, 60)
     against = replace(evaluation.routed.against_base, accuracy=few)
     routed = replace(evaluation.routed, against_base=against)
-    run = clone(run, replace(evaluation, systems=(evaluation.base, routed)))
-    limits = [line.get_settings(EvaluateConfig).limit for line in commands(run, "evaluate")]
+    lines = commands(run, "evaluate", systems=(evaluation.base, routed))
+    limits = [line.get_settings(EvaluateConfig).limit for line in lines]
     assert 10 * math.ceil(few.needed / 10) in limits
 
 
@@ -67,8 +78,8 @@ def test_routers_that_are_worse_need_more_or_other_targets(run):
 
 def test_targets_of_the_default_saving_are_to_save_half_of_it(run):
     manifest = {"config": {"target": "least_kl", "min_saving": None}}
-    named = [source for source in run.sources if source.name == "supervision.jsonl"]
-    run = dataclasses.replace(run, sources=[dataclasses.replace(named[0], manifest=manifest)])
+    [source] = [source for source in run.sources if source.name == "supervision.jsonl"]
+    run = dataclasses.replace(run, sources=[dataclasses.replace(source, manifest=manifest)])
     [supervise] = commands(run, "supervise")
     config = supervise.get_settings(SuperviseConfig)
     assert (config.target, config.min_saving) == ("least_kl", 0.025)
@@ -77,66 +88,47 @@ def test_targets_of_the_default_saving_are_to_save_half_of_it(run):
 def test_one_training_asks_for_others_with_its_settings(run):
     router_config = {"base_model": "mine", "training": {"settings": {"num_epochs": 3}}}
     [train] = commands(dataclasses.replace(run, router_config=router_config), "train")
-    assert (
-        train.get_settings(TrainConfig).num_epochs,
-        train.get_settings(TrainConfig).num_seeds,
-    ) == (3, 3)
+    config = train.get_settings(TrainConfig)
+    assert (config.num_epochs, config.num_seeds) == (3, 3)
 
 
 def test_one_depth_asks_for_a_curve_and_a_curve_for_a_choice(run):
-    (evaluation,) = run.evaluations
-    [single] = commands(clone(run, replace(evaluation, curve=(), drop_test=None)), "evaluate")
-    assert (
-        single.get_settings(EvaluateConfig).curve,
-        single.get_settings(EvaluateConfig).max_drop,
-    ) != (None, 2)
-    [several] = commands(clone(run, replace(evaluation, drop_test=None)), "evaluate")
+    [single] = commands(run, "evaluate", curve=(), drop_test=None)
+    assert single.get_settings(EvaluateConfig).curve == DEPTHS
+    [several] = commands(run, "evaluate", drop_test=None)
     assert several.get_settings(EvaluateConfig).max_drop == 2
     assert several.values["output_dir"] != str(run.folder / "eval")
 
 
-def only_path(run: Run, evaluation: Any, step: StepRecord) -> Run:
-    """Return a run with base and one static path that is as good."""
-    even = replace(evaluation.systems[1].against_base, accuracy=EVEN, text_loss=None)
-    path = replace(evaluation.systems[1], against_base=even)
-    systems = (evaluation.base, path)
-    return clone(run, replace(evaluation, systems=systems, paths={path.name: (step,)}))
-
-
-def test_a_path_of_whole_layers_is_offered_for_export(run, with_paths):
-    evaluation = with_paths(run.evaluations[0], 1, routed=False)
-    evaluation = replace(evaluation, config={"paths": "tuned/paths.json"})
-    [export] = commands(only_path(run, evaluation, StepRecord(layer=0)), "export")
+def test_a_path_of_whole_layers_is_offered_for_export(run, evaluation, even):
+    result = add_paths(evaluation, 1, routed=False)
+    base, path = result.systems
+    config = {"paths": "tuned/paths.json"}
+    changes = {"systems": (base, replace(path, against_base=even)), "paths": result.paths}
+    [export] = commands(run, "export", **changes, config=config, curve=())
     assert export.values["path"] == "tuned/paths.json:skip1"
 
 
-def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, with_paths):
-    evaluation = with_paths(run.evaluations[0], 2)
-    even = replace(evaluation.routed.against_base, accuracy=EVEN, text_loss=None)
-    unbeaten = [
-        replace(system, routed_against=even, reads_question=False, draws=1)
-        for system in evaluation.systems[2:]
-    ]
-    systems = (*evaluation.systems[:2], *unbeaten)
+def test_of_static_paths_beside_routers_the_one_of_the_verdict_is_offered(run, evaluation, even):
+    result = add_paths(evaluation, 2)
+    base, routed, *others = result.systems
+    as_good = {"routed_against": even, "reads_question": False, "draws": 1}
+    unbeaten = [replace(system, **as_good) for system in others]
     config = {"paths": "a/skip1.json,b/skip2.json"}
-    evaluation = replace(evaluation, systems=systems, config=config)
-    best = evaluation.best_path
+    result = replace(result, systems=(base, routed, *unbeaten), config=config)
+    best = result.best_path
     assert best.executions <= evaluation.routed.executions
-    [export] = commands(clone(run, evaluation), "export")
+    run = dataclasses.replace(run, evaluations=[result])
+    [export] = commands(run, "export")
     assert export.values["path"].endswith(f"/{best.name}.json")
-    [what] = [
-        what for what, command in suggest_steps(clone(run, evaluation)) if "export" in command
-    ]
-    assert f"minus {best.name}," in what
+    [text] = [text for text, command in suggest_steps(run) if "export" in command]
+    assert f"minus {best.name}," in text
 
 
-def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run):
-    (evaluation,) = run.evaluations
-    even = replace(evaluation.routed.against_base, accuracy=EVEN, text_loss=None)
+def test_a_baseline_that_is_as_good_asks_for_a_path_of_the_same_model(run, evaluation, even):
     last = evaluation.system("last layers")
     rival = replace(last, routed_against=even, executions=evaluation.routed.executions)
-    systems = (*evaluation.systems[:2], rival)
-    [tune] = commands(clone(run, replace(evaluation, systems=systems)), "tune")
+    [tune] = commands(run, "tune", systems=(*evaluation.systems[:2], rival))
     assert tune.get_settings(ModelConfig).model == evaluation.model["id"]
     assert tune.get_settings(TuneConfig).tasks == evaluation.task
 
@@ -148,22 +140,23 @@ def test_every_command_can_be_pasted(folder, accuracies):
     steps = suggest_steps(read_run(folder.path))
     assert steps
     for _, command in steps:
-        parsed(command)
+        parse_command(command)
 
 
 @pytest.mark.parametrize("there", [{}, {"supervision": ()}, {"router_config": {"L": 1}}])
 def test_the_next_stage_of_a_run_folder_can_be_pasted(tmp_path, there):
     [(_, command)] = suggest_steps(Run(folder=tmp_path / "my run", **there))
-    parsed(command)
+    parse_command(command)
 
 
 def test_settings_of_every_kind_can_stand_in_a_command():
     config = {"tasks": "a,b", "chat": True, "max_drop": 2.0, "supervision": "my runs/s.jsonl"}
     config |= {"seed": 0}  # the default, which is left out
+    config |= {"latency_rounds": 2}  # without effect if no time is measured, so it is left out too
     command = evaluate_command({"routers": "r", "config": config})
     expected = "drllm evaluate --routers r --tasks a,b --chat --supervision 'my runs/s.jsonl' "
     assert command == expected + "--max-drop 2.0"
-    assert parsed(command).get_settings(EvaluateConfig).chat
+    assert parse_command(command).get_settings(EvaluateConfig).chat
 
 
 def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
@@ -172,9 +165,4 @@ def test_settings_by_task_are_written_to_a_file_first(tmp_path, monkeypatch):
     write, rest = command.split(" && ")
     subprocess.run(write, shell=True, check=True)
     assert [file.name for file in tmp_path.iterdir()] == [SETTINGS_FILE]
-    assert parsed(rest).get_settings(EvaluateConfig).limits == {"a": 3}
-
-
-def test_settings_that_others_leave_without_effect_are_left_out():
-    config = {"tasks": "a", "latency_rounds": 2}  # measured always, in earlier versions
-    assert evaluate_command({"config": config}) == "drllm evaluate --tasks a"
+    assert parse_command(rest).get_settings(EvaluateConfig).limits == {"a": 3}

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,15 +13,32 @@ from drllm.errors import ConfigError, RecordError
 from drllm.reporting.numbers import of_total, plain, signed
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import build_document
-from drllm.reporting.stage import escape, figures_of, to_html, to_markdown
-from drllm.reporting.stage import report as write_report
+from drllm.reporting.stage import escape, figures_of, report, to_html, to_markdown
+from run_folder import WHOLE, report_text
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path"}
+SHOWN = [
+    "Accuracy over layers run",
+    "Systems",
+    "Limits on the loss",
+    "Routes by layer",
+    "Questions won and lost",
+    "What to do next",
+]
+FOLDED = [
+    "What the systems are",
+    "All depths in numbers",
+    "Cost",
+    "Static paths",
+    "Search and targets",
+    "Router metrics",
+    "Provenance",
+]
 
 
 class Page(HTMLParser):
-    """Collects what a test wants to know of a page, and notices tags that don't nest."""
+    """Collects the tags and texts of a page, and the tags that don't nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,13 +54,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        if not self.open or self.open.pop() != tag:
+        if tag not in VOID and (not self.open or self.open.pop() != tag):
             self.errors.append(f"</{tag}> closes nothing")
 
     def handle_data(self, data: str) -> None:
@@ -54,28 +65,32 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_the_page_nests_has_no_name_twice_and_needs_nothing_from_elsewhere(report):
-    html, _ = report
+@pytest.fixture(scope="module")
+def html(page):
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def md(page):
+    return page.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_page_nests_leads_to_its_sections_and_needs_nothing_from_elsewhere(html):
     page = Page(html)
     assert (page.errors, page.open) == ([], [])
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert not page.all("script")
-    assert not page.all("link")
-    addresses = [
-        value
-        for _, attributes in page.tags
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "srcset") and value
-    ]
-    assert [address for address in addresses if not address.startswith("#")] == []
-    assert "http" not in html
-    assert "@import" not in html
-    assert re.findall(r"url\((?!#)", html) == []
+    links = {str(attributes["href"]) for attributes in page.all("a")}
+    assert len(links) > 8
+    assert links <= {f"#{name}" for name in ids}
+    assert page.all("script") + page.all("link") == []
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert re.findall(r"http|@import|url\((?!#)", html) == []
 
 
-def test_every_figure_is_whole_and_has_words_for_those_who_cannot_see_it(report):
-    html, _ = report
+def test_every_figure_is_whole_and_has_words_for_those_who_cannot_see_it(html):
     ids = set(re.findall(r' id="([^"]+)"', html))
     used = set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html))
     assert used
@@ -86,75 +101,59 @@ def test_every_figure_is_whole_and_has_words_for_those_who_cannot_see_it(report)
     assert min(len(drawing["aria-label"] or "") for drawing in drawings) > 40
 
 
-def test_every_table_has_headers_and_names_each_cell_for_a_narrow_window(report):
-    html, _ = report
+def test_tables_name_each_cell_for_a_narrow_window_and_no_column_repeats_itself(html):
     tables = re.findall(r"<table.*?</table>", html, flags=re.DOTALL)
     assert len(tables) > 5
     for table in tables:
-        names = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)
+        _, *names = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)
         rows = re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("<tbody>")[1], flags=re.DOTALL)
+        columns: list[set[str]] = [set() for _ in names]
         for row in rows:
             assert row.strip().startswith('<th scope="row"')
-            assert re.findall(r'data-label="([^"]*)"', row) == names[1:]
+            cells = re.findall(r'data-label="([^"]*)">(.*?)</td>', row, flags=re.DOTALL)
+            assert [label for label, _ in cells] == names
+            for texts, (_, text) in zip(columns, cells, strict=True):
+                texts.add(text)
+        assert len(rows) == 1 or all(len(texts) > 1 for texts in columns)
 
 
-def test_no_table_has_a_column_that_says_the_same_in_every_row(report):
-    html, _ = report
-    for table in re.findall(r"<table.*?</table>", html, flags=re.DOTALL):
-        body = table.split("<tbody>")[1]
-        columns: dict[str, list[str]] = {}
-        for label, text in re.findall(r'data-label="([^"]*)">(.*?)</td>', body):
-            columns.setdefault(label, []).append(text)
-        for label, texts in columns.items():
-            assert len(texts) == 1 or len(set(texts)) > 1, label
-
-
-def test_the_contents_lead_to_every_section(report):
-    page = Page(report[0])
-    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-    links = [attributes["href"] for attributes in page.all("a")]
-    assert len(links) > 8
-    assert {str(link)[1:] for link in links} <= ids
-
-
-def test_the_order_is_verdict_tiles_plot_table_routes_questions_next_steps_then_folded(report):
-    html, md = report
-    assert re.findall(r"^## (.*)$", md, re.MULTILINE) == ORDER
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ORDER
+def test_verdict_and_tiles_stand_first_and_details_are_folded(html, md):
+    assert re.findall(r"^## (.*)$", md, re.MULTILINE) == SHOWN + FOLDED
+    assert re.findall(r"<h2>(.*?)</h2>", html) == SHOWN + FOLDED
     assert html.index('class="verdict"') < html.index('class="tiles"') < html.index("<h2>")
-    folded = re.findall(r"<details [^>]*><summary><h2>(.*?)</h2>", html)
-    assert folded == ORDER[ORDER.index("What to do next") + 1 :]
+    assert re.findall(r"<details [^>]*><summary><h2>(.*?)</h2>", html) == FOLDED
 
 
-def test_every_colour_that_is_used_is_defined_in_both_schemes(report):
-    html, _ = report
+def test_every_colour_that_is_used_is_defined_in_both_schemes(html):
     assert "prefers-color-scheme: dark" in html
     for drawing in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         assert "var(--ink)" in drawing
         assert re.findall(r"#[0-9a-fA-F]{6}\b", drawing) == []
-    light, dark = (
-        set(re.findall(r"--([\w-]+):", scheme))
-        for scheme in re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
-    )
-    used = set(re.findall(r"var\(--([\w-]+)\)", html))
-    assert used <= light & dark
+    schemes = re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
+    light, dark = (set(re.findall(r"--([\w-]+):", scheme)) for scheme in schemes)
+    assert set(re.findall(r"var\(--([\w-]+)\)", html)) <= light & dark
 
 
-ORDER = [
-    "Accuracy over layers run",
-    "Systems",
-    "Limits on the loss",
-    "Routes by layer",
-    "Questions won and lost",
-    "What to do next",
-    "What the systems are",
-    "All depths in numbers",
-    "Cost",
-    "Static paths",
-    "Search and targets",
-    "Router metrics",
-    "Provenance",
-]
+def test_two_reports_of_the_same_records_are_equal_but_for_their_folders(
+    new_folder, page, html, md
+):
+    folder = new_folder(num_layers=30, seed=1)  # as the fixture's
+    folder.everything(**WHOLE)
+    folder.static_paths()
+    document = build_document([read_run(folder.path)])
+    place = str(folder.path), str(page.parent)
+    assert to_html(document).replace(*place) == html
+    assert to_markdown(document, "report_figures").replace(*place) == md
+
+
+def test_the_markdown_is_the_golden_one(new_folder):
+    folder = new_folder(name="golden", num_layers=6, seed=3)
+    document = build_document([read_run(folder.everything(**WHOLE))])
+    text = re.sub(r"\b[0-9a-f]{64}\b", "SHA-256", to_markdown(document, "figures"))
+    text = text.replace(str(folder.path), "runs/golden")
+    if os.environ.get("DRLLM_UPDATE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
 
 
 EVIL = "<script>alert('x')</script> & \"quoted\" | `code` $\\frac{1}{2}$ 木"
@@ -171,7 +170,7 @@ def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(fold
             text = (folder.path / name).read_text(encoding="utf-8")
             folder.text(name, text.replace(old, new))
     folder.text("run.yaml", "model: </pre><script>alert(1)</script>\n")
-    html, md = (file.read_text(encoding="utf-8") for file in write_report(folder.path))
+    html, md = (file.read_text(encoding="utf-8") for file in report(folder.path))
     page = Page(html)
     assert not any(page.all(tag) for tag in ("img", "script", "b", "i"))
     assert page.errors == []
@@ -186,38 +185,38 @@ def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(fold
         assert "x1b[31m" in text.replace("\\[", "[")
 
 
-def test_the_recipe_can_hold_a_fence_of_its_own(folder, text_of):
+def test_the_recipe_can_hold_a_fence_of_its_own(folder):
     folder.evaluation()
     folder.text("run.yaml", "note: |\n  ```\n  # not a heading\n  ```\n")
-    assert "\n````\nnote: |" in text_of(folder.path)
+    assert "\n````\nnote: |" in report_text(folder.path)
 
 
-def test_two_reports_of_the_same_records_are_equal_but_for_their_folders(
-    new_folder, page, report, whole
-):
-    folder = new_folder(num_layers=30, seed=1)  # as the fixture's
-    folder.everything(**whole)
-    folder.static_paths()
-    found = build_document([read_run(folder.path)])
-    texts = to_html(found), to_markdown(found, "report_figures")
-    for text, earlier in zip(texts, report, strict=True):
-        assert text.replace(str(folder.path), str(page.parent)) == earlier
-
-
-def test_the_markdown_is_the_golden_one(new_folder, text_of, whole):
-    folder = new_folder(name="golden", num_layers=6, seed=3)
-    md = re.sub(r"\b[0-9a-f]{64}\b", "SHA-256", text_of(folder.everything(**whole)))
-    md = md.replace(str(folder.path), "runs/golden")
-    if os.environ.get("DRLLM_UPDATE_GOLDEN"):
-        GOLDEN.write_text(md, encoding="utf-8")
-    assert md == GOLDEN.read_text(encoding="utf-8")
+def test_several_runs_stand_side_by_side_and_then_one_by_one(new_folder):
+    first, second, third = (new_folder(name) for name in ("a", "b", "c"))
+    first.evaluation(**WHOLE)
+    second.evaluation(depths=(0.1,))
+    third.search()
+    text = report_text(first.path, second.path, third.path)
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert headings == ["Runs compared", "Run 1: a", "Run 2: b", "Run 3: c"]
+    comparison = text.split("## Run 1")[0]
+    assert re.findall(r"^\| (\d: \w) \| ([^|]*) \|", comparison, re.MULTILINE) == [
+        ("1: a", "base"),
+        ("1: a", "routed"),
+        ("1: a", "routed, 10 % saved"),
+        ("1: a", "routed, 20 % saved"),
+        ("2: b", "base"),
+        ("2: b", "routed"),
+        ("2: b", "routed, 10 % saved"),
+    ]
+    assert "Nothing was evaluated yet." in text.split("## Run 3")[1]
 
 
 @pytest.fixture
-def quick(folder: Any) -> Path:
-    """A folder that is quick to report on, for tests that ask where and not what."""
+def quick(folder):
+    """A folder that is quick to report on, for tests of where a report lies."""
     folder.evaluation(questions=12)
-    return Path(folder.path)
+    return folder.path
 
 
 @pytest.mark.parametrize(
@@ -225,49 +224,33 @@ def quick(folder: Any) -> Path:
     [(None, "report.html"), ("new/place", "new/place/report.html"), ("one.html", "one.html")],
 )
 def test_the_report_lies_where_it_is_wanted(quick, tmp_path, output, page):
-    html, md = write_report(quick, output=output and tmp_path / output)
+    html, md = report(quick, output=output and tmp_path / output)
     assert html == (tmp_path if output else quick) / page
     assert md == html.with_suffix(".md")
     assert html.is_file()
     assert md.is_file()
 
 
-@pytest.mark.parametrize(("output", "error"), [("one.pdf", ConfigError), ("taken", RecordError)])
-def test_another_kind_of_output_is_refused(quick, tmp_path, output, error):
-    (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(error, match=output):
-        write_report(quick, output=tmp_path / output)
-    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
-
-
-def test_no_run_folder_and_a_broken_one_are_refused(quick, tmp_path):
-    with pytest.raises(ConfigError, match="no run folder"):
-        write_report()
+@pytest.mark.parametrize(
+    ("runs", "output", "error", "message"),
+    [
+        (["quick"], "one.pdf", ConfigError, r"one\.pdf"),
+        (["quick"], "taken", RecordError, "taken"),
+        (["quick", "empty"], "out", RecordError, "holds no search"),
+        ([], None, ConfigError, "no run folder"),
+    ],
+)
+def test_what_cannot_be_reported_or_written_to_is_refused_and_nothing_is_written(
+    quick, tmp_path, runs, output, error, message
+):
+    quick.rename(tmp_path / "quick")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecordError, match="holds no search"):
-        write_report(quick, tmp_path / "empty", output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_several_runs_stand_side_by_side_and_then_one_by_one(new_folder, text_of, whole):
-    first, second, third = (new_folder(name) for name in ("a", "b", "c"))
-    first.evaluation(**whole)
-    second.evaluation(depths=(0.1,))
-    third.search()
-    text = text_of(first.path, second.path, third.path).replace("\u00a0", " ")
-    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert headings == ["Runs compared", "Run 1: a", "Run 2: b", "Run 3: c"]
-    comparison = text.split("## Run 1")[0]
-    assert re.findall(r"^\| (\d: \w \| [^|]*) \|", comparison, re.MULTILINE) == [
-        "1: a | base",
-        "1: a | routed",
-        "1: a | routed, 10 % saved",
-        "1: a | routed, 20 % saved",
-        "2: b | base",
-        "2: b | routed",
-        "2: b | routed, 10 % saved",
-    ]
-    assert "Nothing was evaluated yet." in text.split("## Run 3")[1]
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(error, match=message):
+        report(*[tmp_path / name for name in runs], output=output and tmp_path / output)
+    assert set(tmp_path.rglob("*")) == before
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
 def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(quick, tmp_path):
@@ -275,7 +258,7 @@ def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(
     figures.mkdir()
     for name in ("03-old-curve.png", "mine.png"):
         (figures / name).write_bytes(b"")
-    html, md = write_report(quick, output=tmp_path / "one.html")
+    html, md = report(quick, output=tmp_path / "one.html")
     pictures = re.findall(r"^!\[(.+)\]\((one_figures/[\w-]+\.png)\)$", md.read_text(), re.MULTILINE)
     assert len(pictures) == html.read_text(encoding="utf-8").count("<figure") == 2
     for words, picture in pictures:
@@ -296,25 +279,17 @@ def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(quick):
-    import matplotlib
+    from matplotlib import rcParams
 
-    def settings() -> dict[str, Any]:
-        # Not the backend: looking at it makes matplotlib choose one.
-        return {
-            name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"
-        }
-
-    before = settings()
-    write_report(quick)
-    assert before == settings()
+    names = [name for name in rcParams if name != "backend"]  # reading it chooses a backend
+    before = [rcParams[name] for name in names]
+    report(quick)
+    assert [rcParams[name] for name in names] == before
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_markdown_shows_marks_as_they_are():
+def test_texts_and_numbers_are_written_as_they_are_meant():
     assert escape("a|b <i>arc_easy</i>") == "a\\|b &lt;i&gt;arc_easy&lt;/i&gt;"
-
-
-def test_numbers_are_written_with_a_true_minus_and_zero_without():
     assert [plain(-0.04, 1), plain(-1.25, 2)] == ["0.0", "−1.25"]
     assert [signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)] == ["+0.5", "−0.5", "0.0"]
     assert of_total(3000, 4000) == "3\u00a0000 (75.0\u00a0%)"

@@ -14,13 +14,14 @@ from drllm.errors import RecordError
 from drllm.records.codec import sha256
 from drllm.reporting.run import read_run
 from drllm.reporting.stage import report
+from run_folder import WHOLE, report_text
 
 
 @pytest.fixture(scope="module")
-def full(new_folder: Callable[..., Any], whole: Any) -> Any:
+def full(new_folder: Callable[..., Any]) -> Any:
     """A folder with everything, which `copied` copies."""
     made = new_folder()
-    made.everything(**whole)
+    made.everything(**WHOLE)
     return made
 
 
@@ -42,21 +43,19 @@ def remove(folder: Any, *names: str) -> None:
 
 def test_a_full_folder_is_read_whole_and_every_source_has_its_hash(full):
     run = read_run(full.path)
-    assert run.num_layers == 4
+    assert (run.num_layers, run.model["id"], run.absent) == (4, "smollm2-135m", [])
     assert len(run.search) == 40
     assert len(run.supervision) == run.summary["targets"]
     assert len(run.epochs) == 50
-    assert [evaluation.task for evaluation in run.evaluations] == ["arc_easy"]
-    assert len(run.evaluations[0].samples) == 60
-    assert run.model["id"] == "smollm2-135m"
-    assert run.absent == []
+    [evaluation] = run.evaluations
+    assert (evaluation.task, len(evaluation.samples)) == ("arc_easy", 60)
     assert len(run.sources) == 8
     for source in run.sources:
         assert source.sha256 == sha256(full.path / source.name)
 
 
 @pytest.mark.parametrize(
-    ("removed", "told", "section"),
+    ("removed", "absent", "section"),
     [
         ("search.jsonl", "search.jsonl (what the search found)", "questions were searched"),
         ("supervision.jsonl", "supervision.jsonl (the targets)", "of them improving"),
@@ -69,49 +68,47 @@ def test_a_full_folder_is_read_whole_and_every_source_has_its_hash(full):
         ("run.yaml", "run.yaml (the recipe)", "Recipe (run.yaml)"),
     ],
 )
-def test_a_missing_part_is_left_out_and_named_once(copied, text_of, removed, told, section):
-    assert section in text_of(copied.path)
+def test_a_missing_part_is_left_out_and_named_once(copied, removed, absent, section):
+    assert section in report_text(copied.path)
     remove(copied, removed)
-    text = text_of(copied.path)
-    assert text.count(told) == 1
+    text = report_text(copied.path)
+    assert text.count(absent) == 1
     assert len(re.findall("^Not in this folder: ", text, re.MULTILINE)) == 1
     assert section not in text
 
 
 @pytest.mark.parametrize("kept", ["search", "supervision", "routers", "eval"])
-def test_any_single_part_makes_a_report(copied, text_of, kept):
-    for path in list(copied.path.iterdir()):
-        if not path.name.startswith(kept):
-            remove(copied, path.name)
-    assert "## Provenance" in text_of(copied.path)
+def test_any_single_part_makes_a_report(copied, kept):
+    names = [path.name for path in copied.path.iterdir() if not path.name.startswith(kept)]
+    remove(copied, *names)
+    assert "## Provenance" in report_text(copied.path)
 
 
 @pytest.mark.parametrize("name", ["paths.json", "tuned/paths.json"])
-def test_paths_that_were_tuned_are_found_and_belong_to_the_same_model(copied, text_of, name):
+def test_paths_that_were_tuned_are_found_and_belong_to_the_same_model(copied, name):
     copied.static_paths()
     text = (copied.path / "paths.json").read_text()
     remove(copied, "paths.json")
-    assert "## Static paths" not in text_of(copied.path)
+    assert "## Static paths" not in report_text(copied.path)
     copied.text(name, text)
-    assert "## Static paths" in text_of(copied.path)
+    assert "## Static paths" in report_text(copied.path)
     assert read_run(copied.path).sources[-1].name == name
     copied.change(name, lambda values: values["model"].update(fingerprint="another"))
     with pytest.raises(RecordError, match="different weights, by fingerprint"):
         read_run(copied.path)
 
 
-def test_files_without_manifests_are_read_as_the_users_own(copied, text_of):
+def test_files_without_manifests_are_read_as_the_users_own(copied):
     remove(copied, "search.manifest.json", "supervision.manifest.json")
-    text = text_of(copied.path)
+    text = report_text(copied.path)
     assert "questions, how many have such a path" in text
     assert "by reason" not in text  # only the supervision stage knows the reasons
 
 
 RESULT, SAMPLES = "eval/arc_easy.json", "eval/samples.jsonl"
 TIMES, LAYERS = "eval/latency.json", "routers/layers.json"
-
-
 METRICS, CONFIG = "routers/metrics.jsonl", "routers/router_config.json"
+AWAY = {"accuracy": 0.9, "interval": [0.8, 1.0]}
 
 
 def spoil(folder: Any, name: str, change: Any) -> None:
@@ -120,6 +117,7 @@ def spoil(folder: Any, name: str, change: Any) -> None:
     if change == "half":
         change = path.read_bytes()[: path.stat().st_size // 2]
     if isinstance(change, bytes):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(change)
     elif isinstance(change, dict):
         folder.write(name, change)
@@ -133,15 +131,16 @@ def spoil(folder: Any, name: str, change: Any) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def told(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda times: change(times["measured"]["timings"])
+def times(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda latency: change(latency["measured"]["timings"])
 
 
 def routed(**fields: Any) -> Callable[[Any], Any]:
     return lambda sample: sample["systems"]["routed"].update(fields)
 
 
-AWAY = {"accuracy": 0.9, "interval": [0.8, 1.0]}
+CHANGED_SAMPLES = {"schema": "drllm.samples", "schema_version": 1, "model": {}, "config": {}}
+CHANGED_SAMPLES["sha256"] = "0" * 64
 REFUSED: list[tuple[str, Any, str]] = [
     (RESULT, lambda v: v.update(schema="x"), "arc_easy.json says 'x'"),
     (RESULT, lambda v: v.update(schema_version=99), "schema version 99"),
@@ -162,13 +161,15 @@ REFUSED: list[tuple[str, Any, str]] = [
     (SAMPLES, "half", "samples.jsonl, line"),
     (SAMPLES, routed(decisions=[1, 3, 1, 1]), "samples.jsonl, line 3"),
     (SAMPLES, routed(decisions=[1] * 5), "has 5 decisions, arc_easy.json says 4 layers"),
+    (SAMPLES, routed(answer=4), "line 3: 'routed' answered with option 4"),
     (SAMPLES, lambda v: v.update(gold=4), "line 3: `gold` is 4"),
+    ("eval/samples.manifest.json", CHANGED_SAMPLES, "was changed or cut off after it was written"),
     (TIMES, lambda v: v.update(schema="drllm.x"), "says 'drllm.x'; expected 'drllm.latency'"),
     (TIMES, lambda v: v.update(schema_version=1), "older form"),
-    (TIMES, told(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])), ".seconds[1]`"),
-    (TIMES, told(lambda v: v[2].update(seconds=[0.1])), "as many rou"),
-    (TIMES, told(lambda v: v.pop(0)), "no times of 'base'"),
-    (TIMES, told(lambda v: v.clear()), "no times of 'base' in"),
+    (TIMES, times(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])), ".seconds[1]`"),
+    (TIMES, times(lambda v: v[2].update(seconds=[0.1])), "as many rou"),
+    (TIMES, times(lambda v: v.pop(0)), "no times of 'base'"),
+    (TIMES, times(lambda v: v.clear()), "no times of 'base' in"),
     (TIMES, lambda v: v["model"].update(fingerprint="f" * 16), "base models with different wei"),
     ("search.jsonl", "half", "search.jsonl, line"),
     (LAYERS, lambda v: v.update(schema_version=99), "version 99"),
@@ -179,6 +180,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (METRICS, lambda v: v.update(macro_f1="good"), "metrics.jsonl, line 3"),
     (CONFIG, {"num_windows": 8}, "'num_layers' is missing"),
     (CONFIG, {"num_layers": 5, "num_windows": 8}, "mixes models of different depth"),
+    ("healed/path.json", b"garbage", "healed/path.json"),
     ("run.yaml", b"\xff", "not a UTF-8"),
 ]
 
@@ -198,7 +200,7 @@ def test_what_cannot_be_trusted_is_refused_in_one_line_and_nothing_is_written(
 def test_one_task_in_two_files_is_refused(copied):
     shutil.copy(copied.path / RESULT, copied.path / "eval/again.json")
     with pytest.raises(RecordError, match="holds task 'arc_easy', and so does another file"):
-        report(copied.path)
+        read_run(copied.path)
 
 
 def test_results_of_other_routers_are_refused(copied):
@@ -211,59 +213,39 @@ def test_results_of_other_routers_are_refused(copied):
         read_run(copied.path)
 
 
-def test_targets_of_another_search_are_noted_before_the_first_section(copied, text_of):
+def test_targets_of_another_search_are_noted_before_the_first_section(copied):
     assert read_run(copied.path).notes == []
     copied.search(questions=10)
-    first = text_of(copied.path).split("\n## ")[0]
+    first = report_text(copied.path).split("\n## ")[0]
     assert "were made from another search.jsonl than the one in this folder" in first
 
 
-def test_samples_changed_after_writing_are_refused(copied):
-    values = {"schema": "drllm.samples", "schema_version": 1, "model": {}, "config": {}}
-    copied.write("eval/samples.manifest.json", {**values, "sha256": "0" * 64})
-    with pytest.raises(RecordError, match="was changed or cut off after it was written"):
-        read_run(copied.path)
+def test_samples_without_choices_can_be_reported(copied):
+    lines = (copied.path / SAMPLES).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row.update(choices=[], gold=None)
+        for outcome in row["systems"].values():
+            outcome["answer"] = "so"
+    copied.text(SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
+    assert "## Questions won and lost" in report_text(copied.path)
 
 
-BARE: dict[str, Any] = {"choices": [], "gold": None}
-
-
-def without_options(row: Any) -> Any:
-    return {name: {**each, "answer": "so"} for name, each in row["systems"].items()}
-
-
-def test_samples_without_choices_can_be_reported(copied, text_of):
-    rows = map(json.loads, (copied.path / SAMPLES).read_text(encoding="utf-8").splitlines())
-    bare = [json.dumps({**row, **BARE, "systems": without_options(row)}) for row in rows]
-    copied.text(SAMPLES, "\n".join(bare) + "\n")
-    assert "## Questions won and lost" in text_of(copied.path)
-
-
-def test_the_samples_of_several_tasks_are_kept_apart(folder, text_of):
+def test_the_samples_of_several_tasks_are_kept_apart(folder):
     folder.evaluation()
     folder.evaluation(task="arc_challenge", questions=30, accuracies=(0.3, 0.4, 0.3))
     run = read_run(folder.path)
     counts = {evaluation.task: len(evaluation.samples) for evaluation in run.evaluations}
     assert counts == {"arc_challenge": 30, "arc_easy": 60}
-    text = text_of(folder.path)
-    for task in ("arc_challenge", "arc_easy"):
-        assert text.count(f"\n## {task}\n") == 1
-        assert "### Systems" in text.split(f"\n## {task}\n")[1]
 
 
-def test_a_folder_of_results_alone_is_read_too(folder, tmp_path, text_of):
+def test_a_folder_of_results_alone_is_read_too(folder, tmp_path):
     folder.evaluation()
-    (folder.path / "eval").rename(tmp_path / "results")
-    run = read_run(tmp_path / "results")
+    results = (folder.path / "eval").rename(tmp_path / "results")
+    run = read_run(results)
     assert [evaluation.task for evaluation in run.evaluations] == ["arc_easy"]
     assert sorted(source.name for source in run.sources) == ["arc_easy.json", "samples.jsonl"]
-    assert "| arc_easy.json |" in text_of(tmp_path / "results")
-
-
-def test_a_damaged_healed_path_is_named(copied):
-    file = copied.text("healed/path.json", "garbage")
-    with pytest.raises(RecordError, match=re.escape(str(file))):
-        read_run(copied.path)
+    assert "| arc_easy.json |" in report_text(results)
 
 
 def test_a_damaged_result_is_named_where_it_is_all_that_the_folder_holds(folder):
@@ -279,13 +261,12 @@ def test_files_of_others_beside_a_run_are_no_results(folder):
 
 
 def test_menus_and_certificates_in_results_of_an_earlier_version_are_ignored(copied):
-    expected = read_run(copied.path).evaluations
+    [expected] = read_run(copied.path).evaluations
     pooled = {"tasks": ["arc_easy"], "num_questions": 60, "executions": {"base": 4.0}}
     old = {"menu": "menu", "pooled": pooled, "choice": {"limits": {"epsilon": 2.0}, "trials": []}}
-    copied.change("eval/arc_easy.json", lambda values: values.update(old))
-    [found] = read_run(copied.path).evaluations
-    assert found.systems == expected[0].systems
-    _, markdown = report(copied.path)
-    text = markdown.read_text(encoding="utf-8")
+    copied.change(RESULT, lambda values: values.update(old))
+    [evaluation] = read_run(copied.path).evaluations
+    assert evaluation.systems == expected.systems
+    text = report_text(copied.path)
     assert "pooled" not in text
     assert "The certificate in this file, of drllm 0.0.0, is ignored" in text
