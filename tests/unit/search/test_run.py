@@ -218,18 +218,24 @@ def test_a_result_without_its_manifest_is_not_overwritten(routed, facts, tmp_pat
     assert (tmp_path / "search.jsonl").read_text() == "mine"
 
 
-@pytest.fixture
-def left_over(routed, facts, tmp_path):
-    """A complete search, and next to it the chunks that it was made from."""
-    parts, kept = tmp_path / CHUNKS_FOLDER, tmp_path / "kept"
+@pytest.fixture(scope="module")
+def with_chunks(routed, facts, tmp_path_factory):
+    """The folder of a complete search, and in it the chunks that it was made from."""
+    folder, kept = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("kept")
 
     def keep(done):
         if done == 7:  # said again once the last batch is kept
-            shutil.copytree(parts, kept, dirs_exist_ok=True)
+            shutil.copytree(folder / CHUNKS_FOLDER, kept, dirs_exist_ok=True)
 
-    output = run(routed, tmp_path, [facts], RecordingListener(on_report=keep)).file
-    kept.rename(parts)
-    return output
+    run(routed, folder, [facts], RecordingListener(on_report=keep))
+    kept.rename(folder / CHUNKS_FOLDER)
+    return folder
+
+
+@pytest.fixture
+def left_over(with_chunks, tmp_path):
+    """A complete search, and next to it the chunks that it was made from."""
+    return shutil.copytree(with_chunks, tmp_path, dirs_exist_ok=True) / "search.jsonl"
 
 
 def test_a_run_killed_before_its_manifest_is_completed_from_its_chunks(
@@ -399,7 +405,7 @@ def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
     ended.wait()
     for name in ("search.jsonl", "search.manifest.json", "search.failed.jsonl"):
         (tmp_path / f".{name}.{codec._host()}-{ended.pid}-01234567").write_text("half")
-    run(routed, tmp_path, [facts])
+    run(routed, tmp_path, [facts], limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "search.jsonl",
         "search.manifest.json",

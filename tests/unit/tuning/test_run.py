@@ -1,7 +1,9 @@
 """The stage on a tiny model: what is found, kept, resumed and refused."""
 
 import json
+import shutil
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -43,10 +45,32 @@ def heard():
     return Noting()
 
 
+@contextmanager
+def count_scored():
+    """Give a list to which every scoring adds its number of paths times questions."""
+    counts, score = [], PathScorer.score
+
+    def counting(self, paths, places):
+        counts.append(len(paths) * len(places))
+        return score(self, paths, places)
+
+    with mock.patch.object(PathScorer, "score", counting):
+        yield counts
+
+
 @pytest.fixture(scope="module")
-def unbroken(routed, heard, tmp_path_factory):
+def scored():
+    """How much the unbroken run scored at a time."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def unbroken(routed, heard, scored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
-    return tuned(routed, folder, max_loss=10.0, listener=heard), folder
+    with count_scored() as counts:
+        found = tuned(routed, folder, max_loss=10.0, listener=heard)
+    scored += counts
+    return found, folder
 
 
 def test_the_paths_go_from_the_full_one_to_the_shortest(unbroken):
@@ -144,10 +168,8 @@ def test_how_far_it_is_is_told_within_a_level_too_and_never_goes_back(unbroken, 
     assert heard.progressed[0][2] == "scoring 6 candidate paths, question 16 of 24"
 
 
-def test_no_more_is_scored_at_once_than_a_kill_may_lose(routed, monkeypatch):
-    counted = num_scored(monkeypatch)
-    tuned(routed, max_loss=10.0)
-    assert max(counted) <= MOST_PAIRS
+def test_no_more_is_scored_at_once_than_a_kill_may_lose(unbroken, scored):
+    assert max(scored) <= MOST_PAIRS
 
 
 class Stopped(Listener):
@@ -162,45 +184,27 @@ class Stopped(Listener):
 
 
 def test_an_interrupted_run_is_resumed_and_ends_as_an_unbroken_one(
-    unbroken, routed, tmp_path, monkeypatch
+    unbroken, scored, routed, tmp_path
 ):
-    counted = num_scored(monkeypatch)
-    tuned(routed, tmp_path / "again", max_loss=10.0)
-    whole = sum(counted)
-    counted.clear()
-    with pytest.raises(KeyboardInterrupt):
-        tuned(routed, tmp_path / "out", max_loss=10.0, listener=Stopped())
-    assert list((tmp_path / "out" / CHUNKS_FOLDER).iterdir())
-    found = tuned(routed, tmp_path / "out", max_loss=10.0)
+    with count_scored() as counts:
+        with pytest.raises(KeyboardInterrupt):
+            tuned(routed, tmp_path, max_loss=10.0, listener=Stopped())
+        assert list((tmp_path / CHUNKS_FOLDER).iterdir())
+        found = tuned(routed, tmp_path, max_loss=10.0)
     assert found.paths == unbroken[0].paths
-    assert sum(counted) == whole, "nothing was scored twice"
-
-
-def num_scored(monkeypatch):
-    """Return a list to which every scoring adds its number of paths times questions."""
-    counted, scores = [], PathScorer.score
-
-    def counting(self, paths, places):
-        counted.append(len(paths) * len(places))
-        return scores(self, paths, places)
-
-    monkeypatch.setattr(PathScorer, "score", counting)
-    return counted
+    assert sum(counts) == sum(scored), "nothing was scored twice"
 
 
 def test_when_time_is_over_no_further_level_is_begun_until_there_is_more(
-    unbroken, routed, tmp_path, monkeypatch
+    unbroken, scored, routed, tmp_path
 ):
     found = tuned(routed, tmp_path, max_loss=10.0, minutes=1e-9)
     assert [path.name for path in found.paths] == ["full", "skip1"]
     assert found.is_cut
-    counted = num_scored(monkeypatch)
-    whole = tuned(routed, tmp_path, max_loss=10.0)
+    with count_scored() as counts:
+        whole = tuned(routed, tmp_path, max_loss=10.0)
     assert whole.paths == unbroken[0].paths
-    num = sum(counted)
-    counted.clear()
-    tuned(routed, None, max_loss=10.0)
-    assert 0 < num < sum(counted), "what was scored is kept"
+    assert 0 < sum(counts) < sum(scored), "what was scored is kept"
 
 
 def test_a_level_whose_paths_all_lose_too_much_is_said_to_end_there(routed, heard, unbroken):
@@ -289,9 +293,10 @@ def test_the_command_prints_every_path_and_where_the_file_lies(drllm, model_fold
     assert "24 to fit, 24 to select, 24 to test" in " ".join(said.split())
 
 
-def test_a_finished_tuning_of_an_earlier_version_is_known_again(routed, tmp_path):
+def test_a_finished_tuning_of_an_earlier_version_is_known_again(unbroken, routed, tmp_path):
     """Its settings hold some that there are no more, and it may have a certificate."""
-    found = tuned(routed, tmp_path, max_loss=10.0)
+    found, folder = unbroken
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     written = json.loads((tmp_path / "paths.json").read_text())
     written["config"] |= {"epsilon": 2.0, "max_loss_increase": None}
     written["choice"] = {"limits": {"epsilon": 2.0}, "obstacle": "too few questions"}
