@@ -44,11 +44,11 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_baselines(terminal: Terminal) -> None:
-    from drllm.evaluation.baselines.base import dashed, list_baselines
+    from drllm.evaluation.baselines.base import format_name, list_baselines
 
     rows = []
     for baseline in list_baselines():
-        name = dashed(baseline.name)
+        name = format_name(baseline.name)
         rows.append((name, baseline.description, baseline.fitted_on, baseline.source))
     terminal.table("baseline|what it does|fitted on|source", rows)
 

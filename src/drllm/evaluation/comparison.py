@@ -448,7 +448,7 @@ class TaskComparison:
             routes = torch.tensor(routed.routes[0])  # [Q, L]
             generator = torch.Generator().manual_seed(self.config.seed)
             baseline = self.context.baseline(name, self.source.name)
-            draws = [baseline.at(routes, generator) for _ in range(num_draws)]
+            draws = [baseline.make_run(routes, generator) for _ in range(num_draws)]
             return self.runner.run(name, draws, routed.setting, keep)
 
         cost = self.runner.num_tokens * num_draws

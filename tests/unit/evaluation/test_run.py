@@ -219,8 +219,8 @@ def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, ru
     assert rows["label frequency"]["executions"] == 6
     assert rows["routed"]["executions"] != 6
     assert (
-        "Label frequency: not at equal executions: the nearest mean that tilted labels give is "
-        f"6.00, and the routed model has {rows['routed']['executions']:.2f}."
+        "Label frequency: not at equal executions: the nearest mean that tilted frequencies give "
+        f"is 6.00, and the routed model has {rows['routed']['executions']:.2f}."
     ) in result["findings"]
 
 

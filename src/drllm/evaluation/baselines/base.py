@@ -1,8 +1,8 @@
 """The base class of baselines, the data that they may be fitted on, and their registry.
 
-To add a baseline, write a module in this package with a class under `@register`, and a test. The
-modules import torch inside functions only, so that the command line can list the baselines without
-torch.
+To add a baseline, write a module in this package with a class under `@register`, and a test
+(docs/add-a-baseline.md). The modules import torch inside functions only, so that the command line
+can list the baselines without torch.
 
 Axes: Q questions, L layers, N calibration prompts.
 """
@@ -38,13 +38,19 @@ ROUTES = "nothing but the routed model's own routes on these questions"
 CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
-"""Values of `Baseline.fitted_on`."""
+"""Values of `Baseline.fitted_on`, as tables and reports print them."""
 QUESTIONS = (CALIBRATION, CHOICE)
-"""The values that need questions of the split for choosing settings."""
-STATE_CACHE_GB = 1.0  # size of the state cache while candidates are measured
+"""The values of `fitted_on` for which the evaluation reads further questions to fit on."""
+STATE_CACHE_GB = 1.0  # for states that candidates share while they are measured
 
 Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
-"""Returns the value of each candidate; larger is better."""
+"""Returns the value of each candidate. A candidate is the decisions of a plan that a baseline may
+choose. A larger value is better."""
+
+
+def _measure_all(_name: str, candidates: Sequence[Decisions], measure: Measure) -> list[float]:
+    """Measure all candidates and store nothing. This is the default of `Material.remember`."""
+    return measure(candidates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +61,12 @@ class Material:
         routed: The routed model.
         prompts: The token ids of each calibration prompt of the task, `[N]`.
         questions: The same prompts with their options; empty for a task without options.
-        golds: The right option of each question.
+        golds: The number of the right option of each question.
         supervision: The routers' targets; empty if the evaluation has none.
         name: The task's name.
         remember: A function that takes a measure's name, candidates and the measure, and returns
-            the candidates' values. It calls the measure for new candidates only, since measuring is
-            the slowest part of fitting.
+            the candidates' values. An evaluation stores the values and measures new candidates
+            only, since measuring is the slowest part of fitting. The default stores nothing.
     """
 
     routed: RoutedModel
@@ -69,9 +75,7 @@ class Material:
     golds: Sequence[int] = ()
     supervision: Sequence[SupervisionRecord] = ()
     name: str = ""
-    remember: Callable[[str, Sequence[Decisions], Measure], list[float]] = (
-        lambda _, candidates, measure: measure(candidates)
-    )
+    remember: Callable[[str, Sequence[Decisions], Measure], list[float]] = _measure_all
 
     def measure(self, kind: str) -> Measure:
         """Return a function that measures candidates in nats, and remembers their values.
@@ -82,8 +86,8 @@ class Material:
                 of the gold option among a question's options.
 
         Raises:
-            ModelError: The returned function raises this if the full path's value isn't finite. A
-                value of another candidate that isn't finite counts as the worst.
+            ModelError: The returned function raises this if the value of the full path isn't
+                finite. If the value of another candidate isn't finite, it counts as the worst.
 
         Source: SLEB (arXiv 2402.09025) chooses by perplexity; TALE (arXiv 2510.22767), by
             log-probability (D-18).
@@ -117,7 +121,7 @@ class Material:
         objective: str,
         weights: Sequence[int],
     ) -> list[float]:
-        """Return each candidate's score, a weighted mean over the items."""
+        """Return the value of each candidate: the weighted mean of its scores on the items."""
         import numpy as np
 
         from drllm.tuning.path_scorer import PathScorer
@@ -131,11 +135,11 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class BaselineRun:
-    """How a baseline decides on a task's questions.
+    """How a baseline decides on a task's questions; a baseline with random draws has several runs.
 
     Attributes:
         decides: Decisions for each question `[Q, L]`, a policy, or one path for all questions.
-        note: Further information for the reader, as part of a sentence.
+        note: Further information for the reader of the results, as part of a sentence.
     """
 
     decides: Tensor | Policy | StaticPath
@@ -145,13 +149,20 @@ class BaselineRun:
 class Baseline(ABC):
     """A baseline of a routed model on one task; it is fitted on first use.
 
+    Args:
+        routed: The routed model.
+        read_material: Returns the data to fit on; called once, when the data is first needed.
+
     Attributes:
+        name: The name, with spaces between words.
         description: What the baseline does: the first line of the class's docstring.
+        source: The publication that the baseline is from, or "ours".
         fitted_on: The data that decisions are fitted on; never the questions that are reported.
-        order: The baseline's place in tables.
-        needs: A field of the material that must not be empty, and its name in messages.
-        is_drawn: Whether to average over several random draws. In other baselines chance only
-            decides which questions run one more layer.
+        order: A number that tables are sorted by.
+        required_data: A field of `Material` that must not be empty; None if all may be empty.
+        requirement: The required data in words, for messages.
+        is_drawn: Whether decisions are random, so that results are averaged over several draws. In
+            the other baselines, chance only decides which questions run one more layer.
         reads_question: Whether decisions depend on the question.
     """
 
@@ -160,32 +171,32 @@ class Baseline(ABC):
     source: ClassVar[str]
     fitted_on: ClassVar[str]
     order: ClassVar[float] = float("inf")
-    needs: ClassVar[tuple[str, str] | None] = None
+    required_data: ClassVar[str | None] = None
+    requirement: ClassVar[str] = ""
     is_drawn: ClassVar[bool] = False
     reads_question: ClassVar[bool] = False
 
-    def __init__(self, routed: RoutedModel, read: Callable[[], Material]) -> None:
+    def __init__(self, routed: RoutedModel, read_material: Callable[[], Material]) -> None:
         self.routed = routed
         self.num_layers = routed.num_layers
-        self._read = read
+        self._read_material = read_material
 
     @functools.cached_property
     def material(self) -> Material:
         """The data to fit on, read on first use."""
-        return self._read()
+        return self._read_material()
 
     def find_obstacle(self, executions: float) -> str | None:
         """Return the reason why the baseline can't run at these mean executions; None if it can."""
-        if self.needs is None:
+        if self.required_data is None or getattr(self.material, self.required_data):
             return None
-        field, name = self.needs
-        if getattr(self.material, field):
-            return None
-        return f"it needs {name}"
+        return f"it needs {self.requirement}"
 
     @abstractmethod
-    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
-        """Return how the baseline decides at the routed model's mean executions.
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
+        """Decide on the questions so that the mean executions equal the routed model's.
+
+        A baseline that can't reach these mean executions comes as near to them as it can.
 
         Args:
             routes: The routed model's decisions on the questions, `[Q, L]`.
@@ -195,18 +206,18 @@ class Baseline(ABC):
 
 BASELINES: Registry[type[Baseline]] = Registry("baseline", ("drllm.evaluation.baselines.*",))
 
-Kind = TypeVar("Kind", bound=type[Baseline])
+BaselineClass = TypeVar("BaselineClass", bound=type[Baseline])
 
 
-def register(kind: Kind) -> Kind:
-    """Register a baseline under its name; the first line of its docstring describes it."""
-    line = (inspect.getdoc(kind) or "").partition("\n")[0]
-    kind.description = line[:1].lower() + line[1:].removesuffix(".")
-    return BASELINES.register(kind.name)(kind)
+def register(baseline: BaselineClass) -> BaselineClass:
+    """Register a class of baselines under its name, and set its description."""
+    line = (inspect.getdoc(baseline) or "").partition("\n")[0]
+    baseline.description = line[:1].lower() + line[1:].removesuffix(".")
+    return BASELINES.register(baseline.name)(baseline)
 
 
 def average_executions(routes: Tensor) -> float:
-    """Return the mean number of executions of routes `[Q, L]`."""
+    """Return the executions of routes `[Q, L]`, as a mean over the questions."""
     return mean_executions(routes.tolist())
 
 
@@ -218,8 +229,8 @@ def list_baselines() -> list[type[Baseline]]:
 def select_baselines(names: str) -> list[str]:
     """Return the names of the baselines in a comma-separated list, in their order in tables.
 
-    A name may have dashes or underscores instead of spaces. The list may also be `all`, `none`, or
-    `quick`, which selects the baselines that need no fitting.
+    A name may have dashes or underscores instead of spaces. Instead of a list, `names` may be
+    `all`, `none`, or `quick`, which selects the baselines that need no fitting.
 
     Raises:
         ConfigError: A name is unknown.
@@ -231,27 +242,28 @@ def select_baselines(names: str) -> list[str]:
         return [baseline.name for baseline in baselines]
     if names == "quick":
         return [baseline.name for baseline in baselines if not _needs_fitting(baseline)]
-    listed = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
-    for name in listed:
+    selection = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
+    for name in selection:
         if name not in BASELINES:
-            choices = {*map(dashed, BASELINES), "quick", "all", "none"}
-            raise ConfigError("--baselines: " + unknown_name("baseline", dashed(name), choices))
-    return [baseline.name for baseline in baselines if baseline.name in listed]
+            choices = {*map(format_name, BASELINES), "quick", "all", "none"}
+            problem = unknown_name("baseline", format_name(name), choices)
+            raise ConfigError(f"--baselines: {problem}")
+    return [baseline.name for baseline in baselines if baseline.name in selection]
 
 
 def _needs_fitting(baseline: type[Baseline]) -> bool:
-    return baseline.needs is not None or baseline.fitted_on in QUESTIONS
+    return baseline.required_data is not None or baseline.fitted_on in QUESTIONS
 
 
-def dashed(name: str) -> str:
+def format_name(name: str) -> str:
     """Return a name as users type it, such as `last-layers`."""
     return name.replace(" ", "-")
 
 
 def needs_targets(baselines: str) -> bool:
     """Tell whether a baseline in a comma-separated list needs the routers' targets."""
-    needs = [BASELINES.get(name).needs for name in select_baselines(baselines)]
-    return any(need is not None and need[0] == "supervision" for need in needs)
+    names = select_baselines(baselines)
+    return any(BASELINES.get(name).required_data == "supervision" for name in names)
 
 
 def check(config: EvaluateConfig) -> None:
@@ -260,22 +272,32 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: A baseline is unknown, a depth isn't a share, or a setting has no effect.
     """
-    names = select_baselines(config.baselines)
+    select_baselines(config.baselines)
     read_curve(config.curve)
     config.check_effects()
-    drawn = [baseline.name for baseline in list_baselines() if baseline.is_drawn]
-    trained = [baseline.name for baseline in list_baselines() if needs_targets(baseline.name)]
-    for setting, users in (("num_random_draws", drawn), ("supervision", trained)):
-        value = getattr(config, setting)
-        if value is not None and not set(users) & set(names):
-            raise ConfigError(
-                f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
-                f"leave it out, or add {' or '.join(map(dashed, users))} to --baselines"
-            )
+    baselines = list_baselines()
+    random = [baseline.name for baseline in baselines if baseline.is_drawn]
+    _check_effect(config, "num_random_draws", random)
+    trained_on_targets = [baseline.name for baseline in baselines if needs_targets(baseline.name)]
+    _check_effect(config, "supervision", trained_on_targets)
+
+
+def _check_effect(config: EvaluateConfig, setting: str, users: Sequence[str]) -> None:
+    """Refuse a setting if none of the baselines that use it is selected."""
+    value = getattr(config, setting)
+    selection = select_baselines(config.baselines)
+    if value is not None and not set(users) & set(selection):
+        raise ConfigError(
+            f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
+            f"leave it out, or add {' or '.join(map(format_name, users))} to --baselines"
+        )
 
 
 def read_curve(curve: str | None) -> list[float]:
-    """Read the shares of executions to save from a list such as `0.1,0.2`, the smallest first.
+    """Read the value of `--curve`: the shares of executions to save, such as `0.1,0.2`.
+
+    Returns:
+        The shares, the smallest first; an empty list for None.
 
     Raises:
         ConfigError: A share isn't between 0 and 1, or occurs twice.
@@ -287,7 +309,7 @@ def read_curve(curve: str | None) -> list[float]:
         try:
             share = float(word)
         except ValueError:
-            share = -1.0
+            share = -1.0  # refused like a number out of range
         if not 0 < share < 1 or share in shares:
             raise ConfigError(
                 f"--curve is {curve!r}; give the shares of the executions to save, each above 0 "

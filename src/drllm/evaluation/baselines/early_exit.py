@@ -49,8 +49,9 @@ class ConfidenceExit(Baseline):
         """The calibration prompts' confidences, `[N, L − 1]`."""
         return measure_confidences(self.routed, self.lens, self.material.prompts)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
-        """Return the exit policy."""
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
+        """Return a policy that exits at the threshold for the routed model's executions."""
+        # The policy repeats no layer, so the full path is the most that it can run.
         executions = min(average_executions(routes), float(self.num_layers))
         threshold = find_threshold(self.confidences, executions).value
         note = f"exits above a confidence of {threshold:.4f}"
@@ -58,17 +59,18 @@ class ConfidenceExit(Baseline):
 
 
 class ExitPolicy(Policy):
-    """Runs layers until the next token's probability exceeds a threshold.
+    """Runs layers until the probability of the likeliest next token exceeds a threshold.
 
     After every layer but the last, the model's final norm and output head read the state of the
-    prompt's last real token. Once the likeliest token's probability exceeds the threshold, all
-    further layers are skipped, for the prompt and for its answer. Nothing is trained. The first
-    layer always runs. With a threshold of 1, all layers run; with 0, only the first layer runs.
+    prompt's last real token, and give the probability of each next token. Once the largest of them
+    exceeds the threshold, all further layers are skipped, for the prompt and for its answer.
+    Nothing is trained. The first layer always runs. With a threshold of 1, all layers run; with 0,
+    only the first layer runs.
 
     Source: CALM (arXiv 2207.07061), changed as D-18 says.
     """
 
-    _running: Tensor
+    _running: Tensor  # [B], whether a row hasn't stopped yet; set at the first layer
 
     def __init__(self, lens: LogitLens, threshold: float) -> None:
         self.lens = lens
@@ -103,10 +105,11 @@ def measure_confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
 def measure_confidences(
     routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Measure the confidence after each layer but the last, on the full path, `[N, L − 1]`.
+    """Measure each prompt's confidence after every layer but the last, `[N, L − 1]`.
 
-    A prompt runs the full path until it exits, so these confidences tell where it exits at any
-    threshold. The model needs at least two layers. See `record_at_layers`.
+    The prompts run the full path. Under an exit policy a prompt also runs the full path until it
+    exits, so these confidences tell where it exits at any threshold. The model needs at least two
+    layers.
     """
     from drllm.models.routers.depth_control import record_at_layers
 
@@ -121,7 +124,8 @@ def find_threshold(confidences: Tensor, executions: float) -> Setting:
     """
 
     def mean_executions(threshold: float) -> float:
-        continues = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
+        # [N, L − 1], 1 until the first confidence above the threshold, then 0
+        continues = (confidences <= threshold).long().cumprod(dim=1)
         return float((1 + continues.sum(dim=1)).double().mean())
 
     return nearest_setting(mean_executions, executions, 0.0, 1.0)

@@ -22,18 +22,21 @@ if TYPE_CHECKING:
 
 
 class LayerDropping(base.Baseline):
-    """Drops k or k + 1 layers on each question to match the routed model's mean executions."""
+    """Drops k or k + 1 layers on each question to match the routed model's mean executions.
 
-    num_kept: ClassVar[int] = 1  # how many layers are never dropped
+    A subclass chooses the layers in `choose_layers`.
+    """
+
+    num_kept: ClassVar[int] = 1  # the number of layers that are never dropped
 
     def find_obstacle(self, executions: float) -> str | None:
         """Return the reason why the baseline can't reach these mean executions; None if it can."""
-        if executions >= min(self.num_kept, self.num_layers):
-            return super().find_obstacle(executions)
-        return (
-            f"it keeps at least {self.num_kept} layers, and the routed model has "
-            f"{executions:.2f} executions"
-        )
+        if executions < min(self.num_kept, self.num_layers):
+            return (
+                f"it keeps at least {self.num_kept} layers, and the routed model has "
+                f"{executions:.2f} executions"
+            )
+        return super().find_obstacle(executions)
 
     @abstractmethod
     def choose_layers(self, number: int) -> Sequence[int]:
@@ -43,10 +46,10 @@ class LayerDropping(base.Baseline):
         """
 
     def choose_decisions(self, number: int) -> Decisions:
-        """Return the decisions that drop the layers of `choose_layers`."""
+        """Return the decisions that skip the layers of `choose_layers` and execute all others."""
         return drop_layers(self.choose_layers(number), self.num_layers)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return decisions that drop k or k + 1 layers on each question.
 
         If the routes have more executions than the model has layers, nothing is dropped.
@@ -55,9 +58,9 @@ class LayerDropping(base.Baseline):
         if executions > self.num_layers:
             note = f"runs all {self.num_layers} layers, since it can't repeat any"
             return base.BaselineRun(routes.new_ones(routes.shape), note)
-        num_dropped = self.num_layers - int(executions)  # k + 1
-        shorter = self.choose_decisions(num_dropped)
-        longer = self.choose_decisions(max(num_dropped - 1, 0))
+        most_dropped = self.num_layers - int(executions)  # k + 1
+        shorter = self.choose_decisions(most_dropped)
+        longer = self.choose_decisions(max(most_dropped - 1, 0))
         return base.BaselineRun(mix_decisions(shorter, longer, executions, len(routes), generator))
 
 
@@ -81,7 +84,7 @@ class LastLayers(LayerDropping):
 class EvenlySpaced(LayerDropping):
     """Drops layers at even distances, and keeps the first and the last layer.
 
-    The k layers to drop aren't always among the k + 1 layers to drop.
+    The distances depend on k, so a layer that is dropped with k may be kept with k + 1.
     """
 
     name = "evenly spaced"
@@ -107,25 +110,25 @@ class BlockInfluence(LayerDropping):
     order = 60
 
     @cached_property
-    def by_influence(self) -> list[int]:
+    def layers_by_influence(self) -> list[int]:
         """All layers, least influential first."""
         return order_by_influence(block_influence(self.routed, self.material.prompts))
 
     def choose_layers(self, number: int) -> Sequence[int]:
         """Return the least influential layers; the most influential layer is kept."""
-        droppable = self.by_influence[:-1]
+        droppable = self.layers_by_influence[:-1]
         return droppable[:number]
 
 
 class _GreedyDropping(LayerDropping):
-    """Drops layers greedily: each step drops the layer whose absence leaves a measure best."""
+    """Drops layers one by one; each step drops the layer whose absence gives the best value."""
 
-    measure_name: ClassVar[str]  # as `Material.measure` takes it
+    measure_name: ClassVar[str]  # what gives the value: the argument of `Material.measure`
 
-    _order: Sequence[int] = ()  # the beginning of the greedy order, as far as it is known
+    _order: Sequence[int] = ()  # the layers that are dropped first, as far as they were computed
 
     def choose_layers(self, number: int) -> Sequence[int]:
-        """Return the first layers of the greedy order, extending it if necessary."""
+        """Return the layers that are dropped first, and compute more of them if necessary."""
         measure = self.material.measure(self.measure_name)
         self._order = drop_greedily(measure, self.num_layers, number, self._order)
         return self._order[:number]
@@ -150,7 +153,8 @@ class GreedyByAnswers(_GreedyDropping):
     source = "TALE, arXiv 2510.22767, by log-probability instead of accuracy"
     fitted_on = base.CHOICE
     order = 80
-    needs = ("questions", "a task with options")
+    required_data = "questions"
+    requirement = "a task with options"
     measure_name = "answers"
 
 
@@ -169,22 +173,24 @@ def mix_decisions(
     """Give each question one of two plans at random, to reach given mean executions.
 
     Args:
-        first: The decisions `[L]` of one plan.
-        second: The decisions `[L]` of the other plan. The order of the two doesn't matter.
+        first: The decisions `[L]` of a plan.
+        second: The decisions `[L]` of another plan. The order of the plans doesn't matter.
         executions: The mean executions to reach, between the executions of the two plans.
         num_questions: Q.
         generator: The source of the random draw.
 
     Returns:
-        Decisions `[Q, L]`. With Q questions, the mean can miss `executions` by up to d / 2Q, where
-        d is the difference in executions between the two plans.
+        Decisions `[Q, L]`. If the plans differ by d executions, the mean over Q questions misses
+        `executions` by at most d / 2Q.
     """
     import torch
 
     shorter, longer = sorted((first, second), key=num_executions)
     low = num_executions(shorter)
     high = num_executions(longer)
-    share = (executions - low) / (high - low) if high > low else 0.0
+    share = 0.0  # of the questions that run the longer plan
+    if high > low:
+        share = (executions - low) / (high - low)
     num_longer = round(share * num_questions)
     order = torch.randperm(num_questions, generator=generator)
     is_longer = order < num_longer  # [Q]; true for `num_longer` random questions
@@ -194,9 +200,9 @@ def mix_decisions(
 def block_influence(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Measure how much each layer changes the direction of the hidden states, `[L]`.
 
-    The influence of a layer is 1 minus the mean cosine between its input and its output, over the
-    real tokens of all prompts. A layer that returns its input has influence 0; the maximum is 2.
-    Each prompt runs the full path once. The model is unchanged afterwards.
+    The influence of a layer is 1 minus the mean cosine between its input and its output. The mean
+    is over the real tokens of all prompts. A layer that returns its input has influence 0; the
+    maximum is 2. Each prompt runs the full path once. The model is unchanged afterwards.
 
     Raises:
         ConfigError: There are no prompts, or a prompt is empty or longer than the model's context.
@@ -225,7 +231,7 @@ class _InfluenceRecorder(Policy):
         import torch
 
         self.sums = torch.zeros(num_layers, dtype=torch.float64)  # [L]
-        self._readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], real tokens of the pass
+        self._readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], the batch's real tokens
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         """Execute the layer."""
@@ -235,7 +241,7 @@ class _InfluenceRecorder(Policy):
     def add(
         self, index: int, _layer: object, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Add a layer's cosines at the real tokens; this is a forward hook of the layer."""
+        """Add a layer's cosines at the real tokens. Called after the layer, as a forward hook."""
         import torch
 
         before: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -256,17 +262,17 @@ def drop_greedily(
     start: Sequence[int] = (),
     keep: Sequence[int] = (),
 ) -> list[int]:
-    """Return the order in which layers are dropped greedily.
+    """Return layers in the order in which they are dropped greedily.
 
-    Each step measures the model without each of the remaining layers, and drops the layer without
-    which the value is best. If several values are equal, it drops the deepest layer.
+    Each step tries all remaining layers, and drops the layer whose absence gives the best value. If
+    several values are equal, it drops the deepest of these layers.
 
     Args:
         measure: Returns the value of each candidate; larger is better.
         num_layers: L.
-        number: How many layers to drop. Fewer are dropped if `keep` leaves no more, and one layer
-            always stays.
-        start: The first layers of the order, which are dropped already.
+        number: How many layers to drop. Fewer are dropped if `keep` leaves fewer. One layer always
+            stays.
+        start: The first layers of the result, which an earlier call returned.
         keep: Layers that are never dropped.
 
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
@@ -274,8 +280,8 @@ def drop_greedily(
     order = list(start)
     excluded = {*keep, *start}
     remaining = [layer for layer in reversed(range(num_layers)) if layer not in excluded]
-    maximum = min(number, num_layers - 1)
-    while len(order) < maximum and remaining:
+    most_dropped = min(number, num_layers - 1)
+    while len(order) < most_dropped and remaining:
         candidates = [drop_layers([*order, layer], num_layers) for layer in remaining]
         values = measure(candidates)
         best = values.index(max(values))  # the first of equal values: the deepest layer

@@ -24,10 +24,10 @@ TOLERANCE = 1e-6  # expected executions that differ by no more count as equal
 class PermutedRoutes(base.Baseline):
     """Each question runs the route of another question.
 
-    This controls for everything but the match between question and route. The same routes run
-    equally often, so total executions and the use of each layer are the same. If this baseline does
-    as well as the routed model, the routers found a good mixture of routes, but it doesn't matter
-    which question gets which route.
+    Each route runs as often as in the routed model, so total executions and the use of each layer
+    are the same. Only the match between question and route differs. If this baseline does as well
+    as the routed model, the routers found a good mixture of routes, but it doesn't matter which
+    question gets which route.
     """
 
     name = "permuted routes"
@@ -36,7 +36,7 @@ class PermutedRoutes(base.Baseline):
     order = 10
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return the routes in another order."""
         return base.BaselineRun(permute_routes(routes, generator))
 
@@ -45,7 +45,7 @@ class PermutedRoutes(base.Baseline):
 class RandomDecisions(base.Baseline):
     """Each question's skips and repeats are at random layers.
 
-    This controls for how much is executed on each question. If this baseline does as well as the
+    Each question runs as many layers as in the routed model. If this baseline does as well as the
     routed model, it doesn't matter which layers the routers pick.
     """
 
@@ -55,9 +55,10 @@ class RandomDecisions(base.Baseline):
     order = 20
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
         """Return each route's decisions in random order."""
-        order = routes.double().uniform_(generator=generator).argsort(dim=1)
+        random_keys = routes.double().uniform_(generator=generator)  # [Q, L]
+        order = random_keys.argsort(dim=1)
         return base.BaselineRun(routes.gather(1, order))
 
 
@@ -65,9 +66,10 @@ class RandomDecisions(base.Baseline):
 class LabelFrequency(base.Baseline):
     """Each layer's decision is drawn by the targets' frequencies, tilted to equal executions.
 
-    This controls for the frequencies of the targets at each layer. If this baseline does as well as
-    the routed model, the routers learned these frequencies and no more. On average, executions
-    equal the routed model's.
+    The frequencies are those of skip, execute and repeat in the routers' targets at the layer. They
+    are tilted (see `tilt_frequencies`) so that executions equal the routed model's on average. If
+    this baseline does as well as the routed model, the routers learned these frequencies and no
+    more.
     """
 
     name = "label frequency"
@@ -76,8 +78,8 @@ class LabelFrequency(base.Baseline):
     order = 30
     is_drawn = True
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
-        """Return decisions that are drawn independently."""
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> base.BaselineRun:
+        """Return decisions that are drawn for each question and layer independently."""
         routers = self.routed.routers
         assert routers is not None
         executions = base.average_executions(routes)
@@ -86,7 +88,7 @@ class LabelFrequency(base.Baseline):
         note = ""
         if abs(expected - executions) > TOLERANCE:
             note = (
-                f"not at equal executions: the nearest mean that tilted labels give is "
+                f"not at equal executions: the nearest mean that tilted frequencies give is "
                 f"{expected:.2f}, and the routed model has {executions:.2f}"
             )
         return base.BaselineRun(draw_decisions(frequencies, len(routes), generator), note)
@@ -95,8 +97,8 @@ class LabelFrequency(base.Baseline):
 def permute_routes(routes: Tensor, generator: torch.Generator) -> Tensor:
     """Give each question the route of another question, `[Q, L]`.
 
-    All orders that do so are equally likely. A question may still get the same decisions, if the
-    other question had the same route. If there is only one question, it keeps its route.
+    All orders that do so are equally likely. A question may still get its own decisions, if two
+    questions have the same route. If there is only one question, it keeps its route.
     """
     import torch
 
@@ -114,12 +116,13 @@ def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -
     """Tilt the targets' frequencies at each layer to reach given mean executions, `[L, 3]`.
 
     The weight of a decision d is its count times exp(-θ d), with one θ for all layers. θ is chosen
-    so that draws run these executions on average, or as near to them as the labels allow. Of all
-    distributions with this mean, the result is the nearest to the targets' distribution in relative
-    entropy.
+    so that draws run these executions on average. If the labels don't allow this mean, θ gives the
+    nearest mean. Of all distributions with the same mean, the result is the nearest to the targets'
+    distribution in relative entropy.
 
     Args:
-        label_counts: `[L][3]`, from `router_config.json`.
+        label_counts: How often each decision is a target at each layer, `[L][3]`, from
+            `router_config.json`.
         executions: Mean executions to reach.
 
     Raises:
@@ -149,9 +152,10 @@ def tilt_frequencies(label_counts: Sequence[Sequence[int]], executions: float) -
 
 
 def expected_executions(probabilities: Tensor) -> float:
-    """Return the expected executions of `draw_decisions`, which never skips all layers."""
-    drawn = float((probabilities @ probabilities.new_tensor([0, 1, 2])).sum())
-    return drawn + float(probabilities[:, 0].prod())
+    """Return the expected executions of `draw_decisions` for probabilities `[L, 3]`."""
+    by_layer = probabilities @ probabilities.new_tensor([0, 1, 2])  # [L]
+    skips_all = float(probabilities[:, 0].prod())  # such a draw executes the last layer instead
+    return float(by_layer.sum()) + skips_all
 
 
 def draw_decisions(probabilities: Tensor, num_questions: int, generator: torch.Generator) -> Tensor:
@@ -159,7 +163,7 @@ def draw_decisions(probabilities: Tensor, num_questions: int, generator: torch.G
 
     If a draw skips all layers, the last layer is executed, as in a routed model.
     """
-    drawn = probabilities.multinomial(num_questions, replacement=True, generator=generator)
-    drawn = drawn.T.contiguous()
-    drawn[drawn.sum(dim=1) == 0, -1] = 1
-    return drawn
+    by_layer = probabilities.multinomial(num_questions, replacement=True, generator=generator)
+    decisions = by_layer.T.contiguous()
+    decisions[decisions.sum(dim=1) == 0, -1] = 1
+    return decisions

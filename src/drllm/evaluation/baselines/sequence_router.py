@@ -35,14 +35,15 @@ class SequenceRouterBaseline(Baseline):
     """One linear router decides for all layers, from the mean of the prompt's embeddings.
 
     This shows how well the prompt's tokens alone predict good decisions, without the layers'
-    states. The router runs with the depth bias that gives the routed model's executions.
+    states. The depth bias is chosen so that the mean executions are the routed model's.
     """
 
     name = "sequence router"
     source = "MindSkip in Router-Tuning, arXiv 2410.13184, on our targets"
     fitted_on = TARGETS
     order = 120
-    needs = ("supervision", "the routers' targets; give them as --supervision")
+    required_data = "supervision"
+    requirement = "the routers' targets; give them as --supervision"
     reads_question = True
 
     @cached_property
@@ -63,8 +64,8 @@ class SequenceRouterBaseline(Baseline):
         """The router's inputs on the calibration prompts, `[N, D]`."""
         return read_first_inputs(self.routed, self.material.prompts)
 
-    def at(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
-        """Return the router's policy."""
+    def make_run(self, routes: Tensor, generator: torch.Generator) -> BaselineRun:
+        """Return the router's policy at the depth bias for the routed model's executions."""
         executions = average_executions(routes)
         bias = find_bias(self.router, self.calibration_inputs, executions).value
         return BaselineRun(SequenceRouterPolicy(self.router, bias), f"with a bias of {bias:.4g}")
@@ -73,14 +74,14 @@ class SequenceRouterBaseline(Baseline):
 class SequenceRouterPolicy(Policy):
     """Makes all decisions at the first layer, from its mean input, with a router on the CPU."""
 
-    _plans: Tensor
+    _plans: Tensor  # [B, L], made at the first layer
 
     def __init__(self, router: nn.Linear, depth_bias: float = 0.0) -> None:
         self.router = router
         self.depth_bias = depth_bias
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return a layer's column of the plans; the first layer makes the plans."""
+        """Return a layer's decisions; at the first layer, decide for all layers."""
         if layer == 0:
             inputs = prompts.mean().cpu()  # the router is on the CPU
             with full_precision(inputs.device):
@@ -89,12 +90,13 @@ class SequenceRouterPolicy(Policy):
 
 
 def make_plans(router: nn.Linear, inputs: Tensor, depth_bias: float) -> Tensor:
-    """Make plans `[B, L]` from the mean inputs of layer 0, `[B, D]`; the router has L · C logits.
+    """Decide for all layers from the mean inputs of layer 0, `[B, D]`; return plans `[B, L]`.
 
-    The depth bias is the price of an execution: a higher bias gives fewer executions. A row that
-    would skip all layers runs the last one.
+    The router returns L · C logits for each row. The depth bias is the price of an execution: a
+    higher bias gives fewer executions. A row that would skip all layers runs the last one.
     """
-    plans = apply_depth_bias(router(inputs).view(len(inputs), -1, 3), depth_bias).argmax(dim=-1)
+    logits = router(inputs).view(len(inputs), -1, 3)  # [B, L, C]
+    plans = apply_depth_bias(logits, depth_bias).argmax(dim=-1)
     plans[plans.sum(dim=1) == 0, -1] = 1
     return plans
 
@@ -114,10 +116,9 @@ def find_bias(router: nn.Linear, inputs: Tensor, executions: float) -> Setting:
 
 
 def read_first_inputs(routed: RoutedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the prompts' mean embeddings, which the first layer reads, `[N, D]`.
+    """Return the mean of each prompt's inputs to the first layer, its embeddings, `[N, D]`.
 
-    To read them, the prompts skip all layers but the last, which routing always runs. See
-    `record_at_layers`.
+    To save time, the prompts skip all layers that may be skipped (see `record_at_layers`).
     """
     from drllm.models.routers.depth_control import record_at_layers
 

@@ -68,7 +68,9 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
         routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
         names = ("greedy by loss", "greedy by answers")
         rng = torch.Generator().manual_seed(0)
-        return [BASELINES.get(name)(routed, lambda: known_too).at(routes, rng) for name in names]
+        return [
+            BASELINES.get(name)(routed, lambda: known_too).make_run(routes, rng) for name in names
+        ]
 
     def measured_again(*_):
         raise AssertionError

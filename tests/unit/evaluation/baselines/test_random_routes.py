@@ -23,7 +23,9 @@ def rng(seed=0):
 
 def random_like(routes, generator):
     return (
-        RandomDecisions(SimpleNamespace(num_layers=8), lambda: None).at(routes, generator).decides
+        RandomDecisions(SimpleNamespace(num_layers=8), lambda: None)
+        .make_run(routes, generator)
+        .decides
     )
 
 
