@@ -273,7 +273,7 @@ class TaskRunner:
                 return FixedPolicy([decides[key_of[p]] for p in batch], routed.num_layers)
             return decides
 
-        self.lm.policy_of = policy_of
+        self.lm.choose_policy = policy_of
         texts = self.lm.generate_until(instances, disable_tqdm=True)
         return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 

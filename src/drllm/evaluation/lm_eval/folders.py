@@ -1,11 +1,14 @@
-"""Write an evaluation's tasks as a folder that lm-evaluation-harness reads.
+"""Write drllm's tasks as a task folder that lm-evaluation-harness ("the harness") reads.
 
-    FOLDER/NAME.yaml                  a task, or a group of the task's parts
-    FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
+    FOLDER/NAME.yaml                  a leaf or a group
+    FOLDER/rows/NAME-USE-HASH.jsonl   the questions (`asked`) or worked examples (`shown`) of a leaf
     FOLDER/cache/                     the cache of `datasets`
 
-The name of a rows file has a hash of its content, so that `datasets` can't use old rows from its
-cache. This module imports neither torch nor the harness.
+A *leaf* is a task of the harness that holds questions. A task of drllm becomes one leaf. If its set
+has several parts, it becomes a *group* with a leaf for each part. The name of a rows file has a
+hash of its content, so that `datasets` can't use old rows from its cache.
+
+This module imports neither torch nor the harness.
 """
 
 import hashlib
@@ -28,12 +31,13 @@ from drllm.tasks.examples import Example, QuestionRow, choose
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_tasks, is_task_name, task_names
 
-Line: TypeAlias = tuple[str, dict[str, Any]]
-"""The part of the task that a question belongs to, and its row in a rows file."""
+PartRow: TypeAlias = tuple[str, dict[str, Any]]
+"""The row of a question in a rows file, after the name of the part of the set that it is in. The
+name is empty if the set has one part."""
 
-ASKED = "asked"
-SHOWN = "shown"
-"""The uses of a rows file: questions, and worked examples."""
+QUESTIONS = "asked"
+WORKED_EXAMPLES = "shown"
+"""The uses of a rows file, as they are written in its name."""
 ROWS = "rows"
 CACHE = "cache"
 """Folders below a task folder."""
@@ -43,23 +47,34 @@ SEED = 0  # seed for drawing the questions of `--limit` on the harness' command 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """A task, described for the harness and for the results."""
+    """A task as the harness evaluates it, described for the harness and for the results.
+
+    Attributes:
+        name: The name in drllm.
+        harness_name: The name for the harness' `--tasks`.
+        leaves: Name of a leaf → the number of its questions.
+        metric: The harness' metric that is reported.
+        filter: The harness' filter of answers for this metric, mostly `none`.
+        kind: Whether options are scored or answers are generated.
+        examples: The questions of all leaves.
+        num_fewshot: The number of worked examples before each question; the largest, if the leaves
+            differ.
+        notes: Sentences for readers of the results.
+        not_asked: Id of a question that isn't asked → reason.
+        places: Name of a leaf → the places of its questions that are asked. It is set for the
+            harness' own tasks only. The leaves of a task folder have no other questions.
+    """
 
     name: str
-    harness_name: str  # its name for the harness' `--tasks`
-    # The harness' tasks that hold its questions (the task itself, or the parts of a group), with
-    # the number of their questions.
+    harness_name: str
     leaves: Mapping[str, int]
-    metric: str  # the metric that is reported
-    filter: str  # the harness' filter of answers for this metric, mostly `none`
+    metric: str
+    filter: str
     kind: Literal["choices", "generated"]
-    # The questions of all leaves.
     examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
-    notes: tuple[str, ...]  # sentences for readers of the results
-    # Questions that aren't asked: id → reason.
+    notes: tuple[str, ...]
     not_asked: dict[str, str] = field(default_factory=dict)
-    # For the harness' own tasks: leaf → the places of its questions that are asked.
     places: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -80,8 +95,8 @@ class FolderFiles:
     """The files of a task folder, before they are written.
 
     Attributes:
-        tasks: Name of a task file → its content, with paths of rows files relative to the folder.
-        rows: Path of a rows file relative to the folder → its text.
+        tasks: Name of a task file → its content. Paths in it are relative to the folder.
+        rows: Path of a rows file, relative to the folder → its text.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -89,22 +104,25 @@ class FolderFiles:
 
     @property
     def key(self) -> str:
-        """A hash of the files that doesn't depend on the folder: 16 hexadecimal digits."""
+        """A hash of the content of all files, 16 hexadecimal digits; the same in every folder."""
+        # The task files have the names of the rows files, which have hashes of the rows.
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
     def add_leaf(
         self, leaf: str, file: str, rows: Mapping[str, Sequence[Any]], settings: dict[str, Any]
     ) -> None:
-        """Add a task that holds questions.
+        """Add a leaf.
 
         Args:
-            leaf: The task's name.
-            file: The harness' own task file that the task includes; empty if it includes none.
-            rows: The rows of the questions (`ASKED`) and of the worked examples (`SHOWN`).
-            settings: Further entries of the task file.
+            leaf: The leaf's name.
+            file: The task file of the harness that the leaf includes; empty if it includes none.
+            rows: The rows by use, `QUESTIONS` or `WORKED_EXAMPLES`.
+            settings: Further entries of the task file, with `num_fewshot`. It is set even if it is
+                0, so that a command line can't change it. Otherwise the harness would take worked
+                examples from the questions that are asked.
         """
         row_paths = {}
-        for use in (ASKED, SHOWN):
+        for use in (QUESTIONS, WORKED_EXAMPLES):
             if rows[use]:
                 row_paths[use] = self._add_rows(f"{leaf}-{use}", rows[use])
         content: dict[str, Any] = {}
@@ -119,15 +137,13 @@ class FolderFiles:
             "dataset_kwargs": {"data_files": row_paths, "cache_dir": CACHE},
             "training_split": None,
             "validation_split": None,
-            "test_split": ASKED,
-            "fewshot_split": SHOWN if rows[SHOWN] else None,
-            # These have `num_fewshot`, even if it is 0, so that a command line can't change it.
-            # Otherwise the harness would show questions that are asked.
+            "test_split": QUESTIONS,
+            "fewshot_split": WORKED_EXAMPLES if rows[WORKED_EXAMPLES] else None,
             **settings,
         }
 
     def add_group(self, name: str, leaves: Sequence[str], metric: str) -> None:
-        """Add a group of tasks; its metric is the mean over all their questions."""
+        """Add a group of leaves. Its metric is the mean over all questions of the leaves."""
         self.tasks[f"{name}.yaml"] = {
             "group": name,
             "task": list(leaves),
@@ -143,7 +159,7 @@ class FolderFiles:
         return path
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder; other files, and rows files that are equal, stay."""
+        """Write the files into a folder. Other files stay, and a rows file that didn't change."""
         folder = folder.resolve()
         for name, text in self.rows.items():
             path = folder / name
@@ -158,13 +174,13 @@ class FolderFiles:
 
 
 def _make_absolute(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a task file's content with absolute paths of its rows and cache."""
+    """Return the content of a task file with absolute paths of its rows and its cache."""
     dataset = content.get("dataset_kwargs")
     if dataset is None:  # a group
         return content
     row_paths = {use: str(folder / path) for use, path in dataset["data_files"].items()}
-    absolute = {"data_files": row_paths, "cache_dir": str(folder / CACHE)}
-    return {**content, "dataset_kwargs": absolute}
+    absolute_paths = {"data_files": row_paths, "cache_dir": str(folder / CACHE)}
+    return {**content, "dataset_kwargs": absolute_paths}
 
 
 def make_task_folder(
@@ -185,8 +201,13 @@ def make_task_folder(
         split: The split of their questions.
         limit: Maximum number of questions of each task, drawn with the seed; None takes all.
         seed: Seed of the drawing.
-        data_dir: The folder of published data sets.
+        data_dir: The folder of published data sets; None reads them from the hub.
         num_fewshot: Worked examples before each question; None takes each task's own number.
+
+    Raises:
+        ConfigError: `num_fewshot` is negative.
+        TaskError: Two tasks have the same name for the harness, a task has no questions or too few
+            worked examples, or a file can't be read.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
@@ -195,11 +216,16 @@ def make_task_folder(
     harness_tasks = []
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
-            raise TaskError(f"task {task.name!r} is given twice, or its name is; give it once")
+            raise TaskError(
+                f"task {task.name!r} is given twice, or two tasks are called {name!r} in the "
+                f"harness; give one of them"
+            )
         entry = make_entry(task)
-        shots = entry.shots if num_fewshot is None else num_fewshot
-        questions = _draw_questions(task, split, limit, seed, data_dir, shots)
-        leaves = _add_task(files, task, name, entry, questions, shots)
+        num_shots = num_fewshot
+        if num_shots is None:
+            num_shots = entry.shots
+        questions = _draw_questions(task, split, limit, seed, data_dir, num_shots)
+        leaves = _add_task(files, task, name, entry, questions, num_shots)
         harness_tasks.append(
             HarnessTask(
                 name=task.name,
@@ -208,9 +234,9 @@ def make_task_folder(
                 metric=entry.metric,
                 filter=entry.filter,
                 kind="generated" if entry.generated else "choices",
-                examples=tuple(example for example, _ in questions.asked),
-                num_fewshot=shots,
-                notes=(*entry.notes, *_notes_on(questions.not_asked)),
+                examples=tuple(example for example, _ in questions.to_ask),
+                num_fewshot=num_shots,
+                notes=(*entry.notes, *_describe_omissions(questions.not_asked)),
                 not_asked=questions.not_asked,
             )
         )
@@ -219,10 +245,10 @@ def make_task_folder(
 
 @dataclass(frozen=True, slots=True)
 class _Questions:
-    """The questions of a task."""
+    """The questions of a task: those to ask, worked examples, and the reasons not to ask others."""
 
-    asked: list[QuestionRow]
-    shown: list[QuestionRow]  # worked examples
+    to_ask: list[QuestionRow]
+    worked_examples: list[QuestionRow]
     not_asked: dict[str, str]  # id → reason
 
 
@@ -232,81 +258,80 @@ def _draw_questions(
     limit: int | None,
     seed: int,
     data_dir: Path | str | None,
-    shots: int,
+    num_shots: int,
 ) -> _Questions:
     """Draw the questions to ask; questions that are worked examples are left out."""
-    drawn = choose(task.rows(split, data_dir), limit, seed)
-    shown: list[QuestionRow] = []
-    if shots:
+    questions = choose(task.rows(split, data_dir), limit, seed)
+    worked_examples: list[QuestionRow] = []
+    if num_shots:
         try:
-            shown = task.shots(split, data_dir)
+            worked_examples = task.shots(split, data_dir)
         except TaskError as error:
             raise TaskError(
-                f"{error}; num_fewshot is {shots}, and 0 needs no worked examples"
+                f"{error}; num_fewshot is {num_shots}, and 0 needs no worked examples"
             ) from error
-    shown_keys = {question_key(example.question) for example, _ in shown}
+    example_keys = {question_key(example.question) for example, _ in worked_examples}
     not_asked = dict(task.skipped(split, data_dir))
-    repeated = set()
-    for example, _ in drawn:
-        if question_key(example.question) in shown_keys:
-            repeated.add(example.id)
+    to_ask = []
+    for example, row in questions:
+        if question_key(example.question) in example_keys:
             not_asked[example.id] = "a worked example is the same question"
-    asked = [question for question in drawn if question[0].id not in repeated]
-    if not asked:
+        else:
+            to_ask.append((example, row))
+    if not to_ask:
         raise TaskError(
             f"task {task.name!r} has no questions in split {split!r}; give another split, or "
             f"more questions"
         )
-    return _Questions(asked, shown, not_asked)
+    return _Questions(to_ask, worked_examples, not_asked)
 
 
-def _notes_on(not_asked: Mapping[str, str]) -> list[str]:
+def _describe_omissions(not_asked: Mapping[str, str]) -> list[str]:
     """Return a note for each reason why questions aren't asked."""
+    ids_by_reason: dict[str, list[str]] = {}
+    for question_id, reason in not_asked.items():
+        ids_by_reason.setdefault(reason, []).append(question_id)
     notes = []
-    for reason in dict.fromkeys(not_asked.values()):
-        ids = [row for row, row_reason in not_asked.items() if row_reason == reason]
-        listed = ", ".join(ids[:MAX_LISTED])
+    for reason, ids in ids_by_reason.items():
+        listing = ", ".join(ids[:MAX_LISTED])
         if len(ids) > MAX_LISTED:
-            listed += ", …"
-        notes.append(f"not asked: {len(ids)} ({listed}), since {reason}")
+            listing += ", …"
+        notes.append(f"not asked: {len(ids)} ({listing}), since {reason}")
     return notes
 
 
 def _add_task(
-    files: FolderFiles, task: Task, name: str, entry: Harness, questions: _Questions, shots: int
+    files: FolderFiles,
+    task: Task,
+    name: str,
+    entry: Harness,
+    questions: _Questions,
+    num_shots: int,
 ) -> dict[str, int]:
     """Add the files of a task; return its leaves with the number of their questions."""
-    asked = _make_lines(task, entry, questions.asked)
-    shown = _make_lines(task, entry, questions.shown)
-    settings = {"num_fewshot": shots, **entry.settings}
+    question_rows = _make_rows(task, entry, questions.to_ask)
+    example_rows = _make_rows(task, entry, questions.worked_examples)
+    settings = {"num_fewshot": num_shots, **entry.settings}
     if entry.generated and not entry.file:
-        settings["generation_kwargs"] = _generation_settings(entry, asked)
+        settings["generation_kwargs"] = _make_generation_settings(entry, question_rows)
     leaves = {}
-    for part in sorted({part for part, _ in asked}):
+    for part in sorted({part for part, _ in question_rows}):
         rows = {
-            ASKED: [row for line_part, row in asked if line_part == part],
-            SHOWN: [row for line_part, row in shown if line_part == part],
+            QUESTIONS: _select_part(question_rows, part),
+            WORKED_EXAMPLES: _select_part(example_rows, part),
         }
-        num_shown = len(rows[SHOWN])
-        if shots > num_shown:
-            where = f"task {task.name!r}"
-            if part:
-                where += f" ({part})"
-            raise TaskError(
-                f"{where} has {num_shown} worked examples to show, and num_fewshot is {shots}; "
-                f"give at most {num_shown}"
-            )
+        _check_shots(task, part, num_shots, len(rows[WORKED_EXAMPLES]))
         leaf = f"{name}_{part}" if part else name
-        leaves[leaf] = len(rows[ASKED])
+        leaves[leaf] = len(rows[QUESTIONS])
         files.add_leaf(leaf, entry.file.format(part=part), rows, settings)
     if entry.part_of:
         files.add_group(name, list(leaves), entry.metric)
     return leaves
 
 
-def _make_lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
-    """Make the rows of some questions, each with the part of the task that it belongs to."""
-    lines = []
+def _make_rows(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[PartRow]:
+    """Make the rows of questions for the harness, with the parts that they are in."""
+    rows = []
     for example, row in questions:
         try:
             columns = entry.make_row(example, row)
@@ -316,14 +341,33 @@ def _make_lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) ->
                 f"it"
             ) from error
         part = str(row[entry.part_of]) if entry.part_of else ""
-        lines.append((part, {"drllm_id": example.id, **columns}))
-    return lines
+        rows.append((part, {"drllm_id": example.id, **columns}))
+    return rows
 
 
-def _generation_settings(entry: Harness, asked: Sequence[Line]) -> dict[str, Any]:
+def _select_part(rows: Sequence[PartRow], part: str) -> list[dict[str, Any]]:
+    return [row for row_part, row in rows if row_part == part]
+
+
+def _check_shots(task: Task, part: str, num_shots: int, num_available: int) -> None:
+    """Refuse to show more worked examples than a part of a task has."""
+    if num_shots <= num_available:
+        return
+    name = f"task {task.name!r}"
+    if part:
+        name += f" ({part})"
+    raise TaskError(
+        f"{name} has {num_available} worked examples to show, and num_fewshot is {num_shots}; "
+        f"give at most {num_available}"
+    )
+
+
+def _make_generation_settings(entry: Harness, rows: Sequence[PartRow]) -> dict[str, Any]:
     """Return the options with which answers are generated, and their maximum length."""
-    longest = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in asked)
-    return {**entry.settings["generation_kwargs"], "max_gen_toks": longest}
+    max_tokens = entry.max_new_tokens
+    if max_tokens == 0:  # the rows say how long their answers may be
+        max_tokens = max(row["max_new_tokens"] for _, row in rows)
+    return {**entry.settings["generation_kwargs"], "max_gen_toks": max_tokens}
 
 
 def _digest(text: str) -> str:
@@ -334,58 +378,79 @@ class _Dumper(yaml.SafeDumper):
     """Writes a task file, with functions in the harness' notation."""
 
 
-_Dumper.add_representer(Function, lambda to, name: to.represent_scalar("!function", str(name)))
+_Dumper.add_representer(
+    Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
+)
 
 
 def make_own_task_folder(
     names: Sequence[str],
     *,
+    split: str,
     limit: float | None,
     data_dir: str | None,
+    num_fewshot: int | None,
     num_processes: int,
-    **more: Any,
 ) -> tuple[list[HarnessTask], FolderFiles]:
-    """Describe to the harness the tasks of drllm that a harness command names by `--tasks`.
+    """Make the task folder for the tasks that a command of the harness names by `--tasks`.
 
     Args:
-        names: The names of the tasks.
-        limit: The value of `--limit`.
-        data_dir: See `make_task_folder`.
+        names: The names of the tasks, which must be drllm's.
+        split: The split of their questions.
+        limit: The value of `--limit`, a whole number here.
+        data_dir: The folder of published data sets; None reads them from the hub.
+        num_fewshot: Worked examples before each question; None takes each task's own number.
         num_processes: How many processes share the questions of each task.
-        more: `split` and `num_fewshot`, see `make_task_folder`.
 
     Raises:
-        ConfigError: A task is the harness' own, or `data_dir` or `limit` makes no sense.
-        TaskError: A task has fewer questions than there are processes.
+        ConfigError: A task is the harness' own, `data_dir` has no effect, or `limit` isn't a whole
+            number from 1.
+        TaskError: A leaf has fewer questions than there are processes.
     """
-    foreign = [name for name in names if not is_task_name(name)]
-    if foreign:
-        message = nearest_name("task of drllm's", foreign[0], task_names())
-        raise ConfigError(
-            f"--data_dir and --split have no effect on the harness' own tasks: {message}; "
-            f"'drllm ls tasks' lists them; leave both flags out, or name drllm's tasks in a "
-            f"command of their own"
-        )
+    _refuse_harness_tasks(names)
     tasks = get_tasks(",".join(names))
     if data_dir is not None and not any(isinstance(task, PublishedTask) for task in tasks):
         raise ConfigError(
-            f"--data_dir {data_dir} has no effect: {', '.join(names)} brings its own questions; "
-            f"leave it out, and give --split"
+            f"--data_dir {data_dir} has no effect: {', '.join(names)} has its own questions; leave "
+            f"it out, and give --split"
         )
-    if limit is not None and (limit < 1 or limit != int(limit)):
-        raise ConfigError(
-            f"--limit is {limit:g}; with --data_dir or --split it is a number of questions a task: "
-            f"give a whole number from 1"
-        )
-    max_questions = None if limit is None else int(limit)
     harness_tasks, files = make_task_folder(
-        tasks, limit=max_questions, seed=SEED, data_dir=data_dir, **more
+        tasks,
+        split=split,
+        limit=_check_limit(limit),
+        seed=SEED,
+        data_dir=data_dir,
+        num_fewshot=num_fewshot,
     )
     for task in harness_tasks:
-        for name, number in task.leaves.items():
-            if number < num_processes:  # the harness would crash
+        for leaf, num_questions in task.leaves.items():
+            if num_questions < num_processes:  # the harness would crash
                 raise TaskError(
-                    f"task {name!r} has {number} questions for {num_processes} processes, and the "
-                    f"harness wants one for each; give a higher --limit, or start fewer processes"
+                    f"task {leaf!r} has {num_questions} questions for {num_processes} processes, "
+                    f"and every process needs a question; give a higher --limit, or start fewer "
+                    f"processes"
                 )
     return harness_tasks, files
+
+
+def _refuse_harness_tasks(names: Sequence[str]) -> None:
+    """Refuse the names of tasks that drllm doesn't have."""
+    for name in names:
+        if not is_task_name(name):
+            message = nearest_name("task of drllm", name, task_names())
+            raise ConfigError(
+                f"--data_dir and --split are for drllm's tasks only: {message}; 'drllm ls tasks' "
+                f"lists them; leave both flags out, or name drllm's tasks in a command of their own"
+            )
+
+
+def _check_limit(limit: float | None) -> int | None:
+    """Return the value of `--limit` as a number of questions; the harness also accepts shares."""
+    if limit is None:
+        return None
+    if limit < 1 or limit != int(limit):
+        raise ConfigError(
+            f"--limit is {limit:g}; with --data_dir or --split it is the number of questions of "
+            f"each task; give a whole number from 1"
+        )
+    return int(limit)

@@ -1,7 +1,8 @@
-"""Describe to the harness the tasks that only drllm has, and grade their answers.
+"""Describe drllm's tasks to lm-evaluation-harness ("the harness"), and grade their answers.
 
-Task files name functions of this module by `!function`. `squad` computes SQuAD's two metrics, which
-the harness would otherwise download. This module doesn't import torch.
+`make_entry` makes the description. The harness calls the functions `graded`, `shown`, `squad` and
+`squad_shown`, which task files name after `!function`; so they can't be renamed. `squad` computes
+SQuAD's two metrics, which the harness would otherwise download. This module doesn't import torch.
 """
 
 import json
@@ -19,11 +20,15 @@ from drllm.tasks.rewards import get_reward, grade
 NO_ANSWER = "unanswerable"
 """The answer, shown or generated, that means "the passage doesn't say"."""
 
-RULE = ("reward", "answer", "other_answers", "letters")  # fields of a prompt that grading needs
+RULE = ("reward", "answer", "other_answers", "letters")
+"""The fields of a prompt that grading needs. They are stored in the column `grading` of a row."""
 
 
 def make_entry(task: Task) -> Harness:
-    """Return a task's own entry for the harness, or make one from the task's first reward."""
+    """Return how the harness evaluates a task.
+
+    This is the task's own description. If the task has none, it is made for its first reward.
+    """
     if task.harness is not None:
         return task.harness
     task.check_answers()
@@ -33,7 +38,7 @@ def make_entry(task: Task) -> Harness:
 
 
 def _make_choices_entry(task: Task) -> Harness:
-    """Make the entry of a task whose options are scored."""
+    """Describe a task whose options are scored."""
 
     def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, OPTIONS_REWARD)
@@ -49,18 +54,18 @@ def _make_choices_entry(task: Task) -> Harness:
             "doc_to_text": "prompt",
             "doc_to_choice": "{{options}}",
             "doc_to_target": "gold",
-            **_averaged("acc", "acc_norm"),
+            **_report_means("acc", "acc_norm"),
         },
     )
 
 
 def _make_generated_entry(task: Task) -> Harness:
-    """Make the entry of a task whose answers are generated."""
+    """Describe a task whose answers are generated."""
 
     def columns(example: Example, _row: Row) -> dict[str, Any]:
         prompt = task.prompt(example, task.rewards[0])
         if prompt.messages:
-            raise TaskError("conversations can't be evaluated; give prompts, one text each")
+            raise TaskError("a conversation can't be evaluated; give each prompt as one text")
         return {
             "prompt": prompt.text,
             "grading": write_grading(prompt),
@@ -76,19 +81,19 @@ def _make_generated_entry(task: Task) -> Harness:
             "target_delimiter": "\n",
             "process_results": Function(f"{__name__}.graded"),
             "generation_kwargs": {"until": [], "do_sample": False},
-            **_averaged("exact_match"),
+            **_report_means("exact_match"),
         },
         generated=True,
         metric="exact_match",
         notes=(
-            "asked as a search asks it; a search sends the question through the model's chat "
-            "template, an evaluation does where the harness is told to apply it",
+            "prompted as in a search; a search always applies the model's chat template, an "
+            "evaluation only if the harness is told to",
         ),
     )
 
 
-def _averaged(*metrics: str) -> dict[str, Any]:
-    """Return settings that make the harness report the means of some metrics."""
+def _report_means(*metrics: str) -> dict[str, Any]:
+    """Return settings that make the harness report the mean of each metric."""
     metric_list = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
     ]
@@ -96,7 +101,7 @@ def _averaged(*metrics: str) -> dict[str, Any]:
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade a generated answer by the rule in its row (see `write_grading`): 1 if it is right."""
+    """Grade a generated answer by the rule in its row (see `write_grading`), 1 if it is right."""
     return {"exact_match": grade(_read_prompt(doc), results[0])}
 
 
@@ -109,8 +114,8 @@ def shown(doc: Mapping[str, Any]) -> str:
 def write_grading(prompt: Prompt) -> str:
     """Write the fields of a prompt that grading needs as one JSON text.
 
-    They are one text because `datasets` doesn't read a column as text if it holds only dates, or
-    nothing.
+    The fields aren't columns of their own, since `datasets` doesn't read a column as text if it
+    holds only dates, or nothing.
     """
     rule = {name: getattr(prompt, name) for name in RULE}
     if prompt.question:
@@ -126,15 +131,17 @@ def _read_prompt(doc: Mapping[str, Any]) -> Prompt:
 
 
 def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade an answer as SQuAD 2.0 does; `unanswerable` and an empty text mean "no answer".
+    """Grade an answer as SQuAD 2.0 does. The answers `unanswerable` and "" mean "no answer".
 
-    The row's `grading` is a JSON list of the right answers, empty if there is no answer. `exact` is
-    1 if the normalised text equals an answer, else 0. `f1` is the best overlap in words with an
-    answer, in [0, 1].
+    The row's `grading` is a JSON list of the right answers, empty if there is no answer. If a
+    question has no answer, both metrics are 1 for "no answer", else 0.
 
-    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (if a question has no answer, both metrics
-        are 1 for the answer "no answer", else 0). The word for "no answer" is from
-        lm-evaluation-harness' prompt.
+    Returns:
+        `exact` is 1 if the normalised text equals a right answer, else 0. `f1` is the best overlap
+        in words with a right answer, in [0, 1].
+
+    Source: Rajpurkar et al. 2016, section 6.1, and Rajpurkar et al. 2018 for questions without an
+        answer. The word `unanswerable` is from the harness' prompt.
     """
     answer = _normalise_words(results[0])
     if answer == [NO_ANSWER]:
@@ -155,13 +162,13 @@ def squad_shown(doc: Mapping[str, Any]) -> str:
 
 def _normalise_words(text: str) -> list[str]:
     """Split a text into lower-case words, without punctuation and articles."""
-    plain = "".join(mark for mark in text.lower() if mark not in string.punctuation)
+    plain = "".join(sign for sign in text.lower() if sign not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _overlap(answer: Sequence[str], right: Sequence[str]) -> float:
-    """Return the F1 score of an answer's words against those of a right answer."""
-    if not answer or not right:
-        return float(answer == right)
-    num_common = sum((Counter(answer) & Counter(right)).values())
-    return 2 * num_common / (len(answer) + len(right))
+def _overlap(answer: Sequence[str], right_answer: Sequence[str]) -> float:
+    """Return the F1 score of an answer's words against the words of a right answer."""
+    if not answer or not right_answer:
+        return float(answer == right_answer)
+    num_common = sum((Counter(answer) & Counter(right_answer)).values())
+    return 2 * num_common / (len(answer) + len(right_answer))

@@ -1,4 +1,4 @@
-"""Give lm-evaluation-harness a routed model: `--model drllm`.
+"""The routed model for lm-evaluation-harness ("the harness"), which is used by `--model drllm`.
 
 Axes: P prompts, L layers.
 """
@@ -48,7 +48,7 @@ from drllm.processes import PATIENCE, launched
 from drllm.records.static_paths import read_path
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
-PASSED_ON = (
+HFLM_ARGUMENTS = (
     "add_bos_token",
     "prefix_token_id",
     "truncation",
@@ -56,23 +56,23 @@ PASSED_ON = (
     "enable_thinking",
     "chat_template_args",
 )
-"""Arguments that are passed on to the harness' own class."""
-PUBLISHED = "is_static_routing"  # the published name of `static_routing`
-DEPTH = (*(field.name for field in fields(DepthConfig)), PUBLISHED)
-"""Arguments that choose the depth."""
-LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation")
-"""Arguments for loading the base model."""
-FIXED = "give a fixed plan (path=FILE, or static_routing=true)"
+"""Model arguments that are passed on to the harness' own class."""
+PUBLISHED_STATIC_ROUTING = "is_static_routing"  # `static_routing` in the code of the Dr.LLM paper
+DEPTH_ARGUMENTS = (*(field.name for field in fields(DepthConfig)), PUBLISHED_STATIC_ROUTING)
+"""Model arguments that choose the depth."""
+LOADING_ARGUMENTS = ("dtype", "revision", "trust_remote_code", "attn_implementation")
+"""Model arguments for loading the base model."""
+FIXED_PLAN_ADVICE = "give a fixed plan (path=FILE, or static_routing=true)"
 """The advice in messages about requests without a prompt."""
 
 
 @register_model("drllm")
 class RoutedLM(HFLM):  # type: ignore[misc]
-    """A routed model for the harness.
+    """A routed model for the harness. Its parameters are the harness' `--model_args`.
 
     All continuations of a question follow one copy of its context. The routers read the context
     alone, so each question has one route. Without routers and without a path every layer is
-    executed once, and all results equal those of the harness' `hf` model.
+    executed once, and all results equal the results of the harness' `hf` model.
 
     Args:
         pretrained: A base model (alias, hub id or folder), or a folder of routers, which names its
@@ -80,16 +80,22 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         routers: The routers of a base model: a folder or a hub id; from Python also a
             `RouterStack`.
         base: The base model of a folder of routers, if its config names none.
-        num_windows: The number of windows W that the routers must have. Trained routers can't
-            change it.
+        num_windows: The number of windows W. It is only compared with the routers', since trained
+            routers can't change it.
         path: FILE or FILE:NAME, a static path to run for every prompt, see `read_path`.
         device: auto, cpu, cuda, cuda:1 or mps. Each of several processes gets its own GPU.
         batch_size: Rows in a pass; a question with all its continuations is one row. `auto` chooses
             by memory.
         max_batch_size: Maximum rows in a pass with `auto`.
         max_length: Maximum number of tokens read; by default the model's context length.
-        others: Settings of `DepthConfig` and `ModelConfig` by name (`DEPTH` and `LOADING`), and
-            arguments of the harness' `HFLM` (`PASSED_ON`).
+        arguments: Settings of `DepthConfig` and `ModelConfig` by name (`DEPTH_ARGUMENTS` and
+            `LOADING_ARGUMENTS`), and arguments of the harness' `HFLM` (`HFLM_ARGUMENTS`).
+
+    Attributes:
+        policy: Decides on all prompts whose options are scored.
+        choose_policy: Returns the policy for a batch of prompts that are to be answered; by default
+            `policy`. An evaluation replaces it.
+        generated_routes: The route of each prompt that was answered.
 
     Raises:
         ConfigError: An argument is unknown or has no effect.
@@ -111,15 +117,15 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         batch_size: int | str | None = 1,
         max_batch_size: int | None = MAX_ROWS,
         max_length: int | None = None,
-        **others: Any,
+        **arguments: Any,
     ) -> None:
-        _refuse_unknown(others)
+        _refuse_unknown(arguments)
         if batch_size is None:
             batch_size = 1
         if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
             raise ConfigError(f"--batch_size is '{batch_size}'; give auto or a number from 1")
-        depth = _pop_depth(others)
-        loading = {name: others.pop(name) for name in LOADING if name in others}
+        depth = _read_depth(arguments)
+        loading = _select_arguments(arguments, LOADING_ARGUMENTS)
         source = _resolve_source(pretrained, routers, base)
         _check_windows(num_windows, source.routers, pretrained)
 
@@ -139,32 +145,33 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 max_batch_size=max_batch_size or MAX_ROWS,
                 max_length=max_length,
                 trust_remote_code=loading.get("trust_remote_code", False),
-                **others,
+                **_select_arguments(arguments, HFLM_ARGUMENTS),
             )
-        if accelerator is not None:
+        if accelerator is not None:  # the harness' class sets these only if it loads the model
             self.accelerator = accelerator
             self._rank = accelerator.process_index
             self._world_size = accelerator.num_processes
 
         self.routed = RoutedModel(self.base.model, source.routers, tokenizer=self.base.tokenizer)
-        self.routers_source = None if source.routers is None else str(routers or pretrained)
+        self.routers_source: str | None = None
+        if source.routers is not None:
+            self.routers_source = str(routers or pretrained)
         self.path_source: str | None = None
         self.policy = self._make_policy(depth, path)
-        # Returns the policy for a batch of prompts that are to be answered.
-        self.policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
+        self.choose_policy: Callable[[list[str]], Policy] = lambda _prompts: self.policy
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
-        self.shared_counts = self.scorer.counts
+        self.shared_counts = self.scorer.counts  # the counts of all processes
         self.generated_routes: dict[str, Decisions] = {}
-        self._contexts: list[str] = []  # the prompts of the next `_model_generate`
+        self._prompts: list[str] = []  # the prompts that `_model_generate` answers next
         self._prefix = CommonPrefix(self.routed)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "RoutedLM":
-        """Make a model from `--model_args` and the harness' flags (batch sizes, device)."""
+        """Make a model from `--model_args` (`arg_dict`) and the flags of batch size and device."""
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:
                 raise ConfigError(
@@ -173,35 +180,46 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 )
         if "pretrained" not in arg_dict:
             raise ConfigError(
-                "no model is named; give --model_args pretrained=NAME: a folder of routers, or a "
-                "base model (alias, hub id or folder)"
+                "no model is named; give --model_args pretrained=NAME, where NAME is a folder of "
+                "routers or a base model (alias, hub id or folder)"
             )
         flags = {name: value for name, value in (additional_config or {}).items() if value}
-        return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
+        pretrained = str(arg_dict["pretrained"])  # a name of digits is read as a number
+        return cls(**{**arg_dict, "pretrained": pretrained}, **flags)
 
     def _make_policy(self, depth: DepthConfig, path: str | None) -> Policy:
-        """Make the policy of a static path, or of the depth settings."""
-        if path is None:
-            texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
-            prompts = encode_calibration(texts, self.tokenizer, chat=False)
-            return make_policy(self.routed, depth, prompts)[0]
+        """Make the policy of a static path, or else of the depth settings."""
+        if path is not None:
+            return self._make_path_policy(depth, path)
+        texts: list[tuple[str, bool]] = []
+        if depth.calibration is not None:
+            texts = read_calibration(Path(depth.calibration))
+        prompts = encode_calibration(texts, self.tokenizer, chat=False)
+        policy, _ = make_policy(self.routed, depth, prompts)
+        return policy
+
+    def _make_path_policy(self, depth: DepthConfig, path: str) -> Policy:
+        """Read a static path, and make its policy; refuse routers and depth settings beside it."""
         rival: str | None = "routers"
         if self.routed.routers is None:
             rival = depth.find_setting()
         if rival is not None:
             raise ConfigError(f"path={path} and {rival} would both decide; leave one out")
-        plan = read_path(path)
-        self.path_source = str(plan.file)
-        if plan.named and plan.named.name:
-            self.path_source += f":{plan.named.name}"
-        return self.routed.policy_of(load_path(self.routed, plan))
+        path_file = read_path(path)
+        self.path_source = str(path_file.file)
+        if path_file.named and path_file.named.name:
+            self.path_source += f":{path_file.named.name}"
+        return self.routed.policy_of(load_path(self.routed, path_file))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[OptionScore]:
-        """Score continuations; the continuations of one question are scored together."""
+        """Score continuations; the continuations of a question are scored together."""
         if self.enable_thinking:
-            raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
+            raise ConfigError(
+                "enable_thinking=true is for generated answers, and this task scores options; "
+                "leave it out"
+            )
         encoded = [self.encode_request(request) for request in requests]
         is_silent = disable_tqdm or self.rank != 0
         with tqdm(desc="scoring", total=len(encoded), disable=is_silent) as bar:
@@ -213,7 +231,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return answers
 
     def encode_request(self, instance: Instance) -> HarnessRequest:
-        """Encode a request of the harness."""
+        """Encode a request of the harness; an empty context becomes the model's prefix token."""
         question = (instance.task_name, instance.doc_id)
         context, continuation = instance.args
         if context != "":
@@ -221,8 +239,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             return HarnessRequest(question, context_ids, continuation_ids)
         if self.policy.reads_prompt:
             raise RoutingError(
-                f"{instance.task_name} scores text without a prompt, so nothing can decide on "
-                f"its route; {FIXED}"
+                f"{instance.task_name} scores text without a prompt, and the route depends on the "
+                f"prompt; {FIXED_PLAN_ADVICE}"
             )
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         if tokens[0] != self.prefix_token_id:
@@ -235,11 +253,14 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[OptionScore]:
-        """Score windows of texts, which have no prompt, for rolling log-likelihoods."""
+        """Score windows of long texts for the harness' rolling log-likelihoods.
+
+        The windows have no prompt, so the plan must not depend on the prompt.
+        """
         if self.policy.reads_prompt:
             raise RoutingError(
-                f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
-                f"{FIXED}"
+                f"rolling log-likelihoods have no prompt, and the route depends on the prompt; "
+                f"{FIXED_PLAN_ADVICE}"
             )
         windows = []
         for place, (_, context, continuation) in enumerate(requests):
@@ -248,13 +269,13 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         return answers
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Encode prompts, and store them for `_model_generate`."""
-        self._contexts = list(strings)
+        """Encode prompts, and store their texts, which `_model_generate` isn't called with."""
+        self._prompts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Generate answers for a batch under its policy, and store the routes."""
-        policy = self.policy_of(self._contexts)
+        policy = self.choose_policy(self._prompts)
         prefixed = self._prefix.read(policy, context, kwargs)
         if prefixed is not None:
             context = prefixed.ids
@@ -263,37 +284,37 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             output = super()._model_generate(context, *args, **kwargs)
         if prefixed is not None:
             routes = prefixed.routes
-        else:
-            rows_per_prompt = len(self.routed.last_route) // len(self._contexts)
+        else:  # with several beams, a prompt has as many rows, all with its route
+            rows_per_prompt = len(self.routed.last_route) // len(self._prompts)
             routes = self.routed.last_route[::rows_per_prompt]
         self.scorer.count(routes)
-        for prompt, route in zip(self._contexts, routes.tolist(), strict=True):
+        for prompt, route in zip(self._prompts, routes.tolist(), strict=True):
             self.generated_routes[prompt] = tuple(route)
         return output
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate answers; decisions are made in the prefill, and stay for the whole answer.
+        """Generate answers. Decisions are made while the prompt is read, and hold for the answer.
 
         If the model has no room for a whole answer, the answer is shorter, and a warning is logged
         (see `limit_answers`).
         """
         remaining, places = drop_repeats(requests)
-        limited = limit_answers(
+        remaining = limit_answers(
             remaining, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
         )
-        texts: list[str] = super().generate_until(limited, disable_tqdm=disable_tqdm)
+        texts: list[str] = super().generate_until(remaining, disable_tqdm=disable_tqdm)
         return [texts[place] for place in places]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers to generate at once with `auto`, by memory."""
         size = PathSize(self.max_length, 1, keeps_kv=True)
-        number: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
+        num_rows: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
         if self.world_size > 1:  # all processes use the smallest number
-            number = int(self.all_gather(torch.tensor([number], device=self.device)).min())
-        return number
+            num_rows = int(self.all_gather(torch.tensor([num_rows], device=self.device)).min())
+        return num_rows
 
     def barrier(self) -> None:
-        """Wait for all processes, and add up their counts; the harness calls it in each."""
+        """Wait for all processes, and add up their counts. The harness calls it in each process."""
         super().barrier()
         if self.world_size > 1:
             counts = torch.tensor([self.scorer.counts], device=self.device)
@@ -304,8 +325,11 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
         `prompts` is the number of questions of all processes, or of windows for rolling texts.
         """
-        prompts, executed = self.shared_counts if self.world_size > 1 else self.scorer.counts
-        executions: float = executed / max(prompts, 1)
+        counts = self.scorer.counts
+        if self.world_size > 1:
+            counts = self.shared_counts
+        prompts, total_executions = counts
+        executions: float = total_executions / max(prompts, 1)
         if isinstance(self.policy, PathPolicy):
             executions = path_executions(self.policy.path)
         return {
@@ -328,26 +352,32 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The routers, and where their base model comes from."""
+    """The routers, if there are any, and the base model to load."""
 
     routers: RouterStack | None
-    base: str  # the base model's name
-    revision: str | None = None  # of the base model, if the routers name one
+    base: str  # alias, hub id or folder
+    revision: str | None = None  # the base model's revision, if the routers name one
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
     """Refuse model arguments that neither drllm nor the harness' class knows."""
-    names = (*DEPTH, *LOADING, *PASSED_ON)
+    names = (*DEPTH_ARGUMENTS, *LOADING_ARGUMENTS, *HFLM_ARGUMENTS)
     for name in arguments:
         if name not in names:
-            choices = (*names, *signature(RoutedLM).parameters)
+            named_parameters = [*signature(RoutedLM).parameters][:-1]  # without `arguments`
+            choices = (*names, *named_parameters)
             raise ConfigError(unknown_name("model argument", name, choices))
 
 
-def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
-    """Remove the depth settings from model arguments, and return them."""
-    settings = {name: arguments.pop(name) for name in DEPTH if name in arguments}
-    if settings.pop(PUBLISHED, False):
+def _select_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments with certain names."""
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def _read_depth(arguments: Mapping[str, Any]) -> DepthConfig:
+    """Return the depth settings among model arguments; refuse settings that don't fit together."""
+    settings = _select_arguments(arguments, DEPTH_ARGUMENTS)
+    if settings.pop(PUBLISHED_STATIC_ROUTING, False):
         settings["static_routing"] = True
     depth = changed(DepthConfig, None, settings)
     depth.check_combination()
@@ -355,7 +385,10 @@ def _pop_depth(arguments: dict[str, Any]) -> DepthConfig:
 
 
 def _join_processes(device: str | None) -> Accelerator | None:
-    """Give each of several processes its own device, or all of them the CPU."""
+    """Give each of several processes a GPU of its own, or all of them the CPU.
+
+    Return None if there is only one process.
+    """
     if launched() <= 1:
         return None
     return Accelerator(
@@ -365,7 +398,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
 
 def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) -> BaseModel:
-    """Load the base model at the user's revision, or else at the routers' revision."""
+    """Load the base model at the revision in `loading`, or else at the routers' revision."""
     settings = {
         **loading,
         "model": source.base,
@@ -378,30 +411,29 @@ def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) 
 def _check_windows(
     num_windows: int | None, routers: RouterStack | None, pretrained: str | BaseModel
 ) -> None:
-    """Refuse a number of windows that differs from the routers'."""
+    """Refuse a number of windows that isn't the routers' number."""
     if num_windows is None:
         return
     if routers is None:
         raise ConfigError(
             f"num_windows={num_windows} needs routers, and pretrained={pretrained} isn't a "
-            f"folder of routers{_missing_folder(pretrained)}; give their folder, or leave "
+            f"folder of routers{_note_missing_folder(pretrained)}; give their folder, or leave "
             f"num_windows out"
         )
-    trained = routers.config.num_windows
-    if num_windows != trained:
+    trained_number = routers.config.num_windows
+    if num_windows != trained_number:
         raise CheckpointError(
-            f"num_windows is {num_windows}, but these routers were trained with {trained}; give "
-            f"num_windows={trained}, or leave it out"
+            f"num_windows is {num_windows}, but these routers were trained with {trained_number}; "
+            f"give num_windows={trained_number}, or leave it out"
         )
 
 
 def _resolve_source(
     pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
 ) -> _Source:
-    """Load the routers, and find the name of their base model."""
-    is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
-    if isinstance(pretrained, str) and is_folder:
-        return _resolve_folder(pretrained, routers, base)
+    """Load the routers, and find the name of their base model; see `RoutedLM`."""
+    if isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file():
+        return _resolve_router_folder(pretrained, routers, base)
     if isinstance(routers, str):
         routers = load_routers(find_routers(Path(routers)))
     if isinstance(pretrained, BaseModel):
@@ -409,14 +441,16 @@ def _resolve_source(
     if base is not None:
         raise ConfigError(
             f"base={base} has no effect: pretrained={pretrained} isn't a folder of routers"
-            f"{_missing_folder(pretrained)}; give the base as pretrained and the routers as "
+            f"{_note_missing_folder(pretrained)}; give the base as pretrained and the routers as "
             f"routers="
         )
     return _Source(routers, pretrained)
 
 
-def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | None) -> _Source:
-    """Load the routers of a folder; the base model is `base`, or the model that they name."""
+def _resolve_router_folder(
+    folder: str, routers: str | RouterStack | None, base: str | None
+) -> _Source:
+    """Load the routers of a folder; the base model is `base`, or else the model that they name."""
     if routers is not None:
         raise ConfigError(
             f"pretrained={folder} is a folder of routers, and routers={routers} is given too; "
@@ -433,7 +467,7 @@ def _resolve_folder(folder: str, routers: str | RouterStack | None, base: str | 
     return _Source(stack, config.base_model, config.base_revision)
 
 
-def _missing_folder(pretrained: str | BaseModel) -> str:
+def _note_missing_folder(pretrained: str | BaseModel) -> str:
     """Return a remark if a name looks like a folder that doesn't exist; else return ""."""
     if isinstance(pretrained, BaseModel):
         return ""

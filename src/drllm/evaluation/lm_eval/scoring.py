@@ -1,10 +1,10 @@
-"""Score the harness' requests in batches of questions, each question under one route.
+"""Score the requests of lm-evaluation-harness ("the harness"), under one route for each question.
 
-A request of the harness is a context and one continuation. The requests of one question are put
-together, so that its context is read once and it has one route. Routers read the common beginning
-of the question's contexts. For most tasks this is the whole context. If the contexts contain the
-options (WinoGrande), it is the text before the options, and the rest of a context is read but not
-scored.
+A request of the harness is a context and one continuation. The requests of a question are put
+together, so that the question has one route, and its context is read once. Routers read the common
+beginning of the question's contexts. For most tasks this is the whole context. If the contexts
+contain the options (WinoGrande), it is the text before the options. The rest of the context is then
+read but not scored.
 
 Axes: P questions, L layers.
 """
@@ -37,19 +37,23 @@ OptionScore: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest continuation."""
 
 Plan: TypeAlias = Mapping[Any, Decisions]
-"""Question → its decisions."""
+"""Question → its decisions. Questions are identified as in `HarnessRequest.question`."""
 Paths: TypeAlias = Mapping[Any, Decisions | StaticPath]
 """Question → its decisions or static path."""
 Decides: TypeAlias = Policy | Plan | StaticPath
+"""What decides which layers a question runs."""
 
 STATE_CACHE_GB = 1.0  # for states that the paths of a batch share; emptied after each batch
 
-ENOUGH_TOKENS = 512  # tokens that keep a processor busy; the time of larger passes grows with size
-LEAST_FILLED = 0.8  # share of a pass's columns that each row fills, in passes of `ENOUGH_TOKENS`
+ENOUGH_TOKENS = 512
+"""A pass with this many tokens keeps a processor busy, so a larger pass isn't faster per token."""
+LEAST_FILLED = 0.8
+"""In a pass of `ENOUGH_TOKENS`, the least share of the columns that each row fills. The remaining
+columns are padding."""
 STEPS = 16
-"""The number of steps into which the model's context length is divided. Lengths of prompts are
-rounded up to a whole step. The harness generates answers together if their maximum lengths are
-equal, so prompts of similar length should get the same maximum."""
+"""The number of steps into which the model's context length is divided, to limit answers. The
+harness generates answers together if their maximum lengths are equal. So the length of a prompt is
+rounded up to a whole step, and prompts of similar length get the same maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,18 @@ class HarnessRequest:
 
 @dataclass(slots=True)
 class RequestBatch:
-    """The harness' requests, grouped by question."""
+    """The harness' requests, grouped by question.
 
-    # For each request, the place of its question and the number of its continuation.
+    Attributes:
+        places: For each request, the place of its question in `questions`, and the number of its
+            continuation in the question.
+        questions: The questions. Equal continuations of a question are in it once.
+        keys: The value that identifies each question, see `HarnessRequest.question`.
+    """
+
     places: list[tuple[int, int]]
     questions: list[Request] = field(default_factory=list)
-    keys: list[Hashable] = field(default_factory=list)  # the identity of each question
+    keys: list[Hashable] = field(default_factory=list)
 
     def add(
         self,
@@ -77,15 +87,16 @@ class RequestBatch:
         contexts: Mapping[int, Sequence[int]],
         requests: Sequence[HarnessRequest],
     ) -> None:
-        """Add a question with some of the requests.
+        """Add a question.
 
         Args:
-            key: Identifies the question.
-            prompt: The beginning of all its contexts. The rest of a context is read but not scored.
-            contexts: Place of a request → its context.
-            requests: All requests.
+            key: The value that identifies the question.
+            prompt: The common beginning of its contexts. The rest of a context is read but not
+                scored.
+            contexts: The contexts of the question: place of the request in `requests` → context.
+            requests: All requests, also those of other questions.
         """
-        # A distinct continuation and its number of unscored tokens → the continuation's number.
+        # Tokens after the prompt, and how many of them aren't scored → number of the continuation.
         numbers: dict[tuple[tuple[int, ...], int], int] = {}
         for place, context in contexts.items():
             unscored = context[len(prompt) :]
@@ -98,7 +109,10 @@ class RequestBatch:
         self.questions.append(Request(prompt, continuations, num_unscored))
 
     def answers(self, scores: Mapping[int, Score]) -> list[OptionScore]:
-        """Return the answer to each request from the scores of all questions (place → score)."""
+        """Return the answer to each request.
+
+        `scores` has the score of each question by its place in `questions`.
+        """
         return [
             (scores[place].logprobs[number], scores[place].greedy[number])
             for place, number in self.places
@@ -110,16 +124,17 @@ def batch_requests(
 ) -> RequestBatch:
     """Group requests by question.
 
-    If processes share the work unevenly, the harness repeats requests. Repeated requests are scored
-    once. If a context and its continuation are longer than the model reads, the context is cut at
-    its start, as in the harness.
+    A request that occurs several times is scored once: the harness repeats requests if the number
+    of processes doesn't divide their number. If a context and its continuation are longer than the
+    model reads, the context is cut at its start, as in the harness.
 
     Args:
         requests: The requests.
         max_length: How many tokens the model reads.
-        by_prompt: Whether decisions depend on the prompt. Then the contexts of a question are cut
-            to the same length. Otherwise each context is cut by itself, and contexts without a
-            common beginning become separate questions.
+        by_prompt: Whether decisions depend on the prompt. If so, the contexts of a question are cut
+            so that the longest continuation fits after each of them. Otherwise a context is cut
+            only as its own continuation requires, and contexts without a common beginning become
+            separate questions.
 
     Raises:
         TaskError: A continuation is longer than the model reads; or, with `by_prompt`, the contexts
@@ -130,48 +145,69 @@ def batch_requests(
         if len(request.continuation) > max_length:
             raise TaskError(
                 f"a continuation of {_describe(request.question)} has {len(request.continuation)} "
-                f"tokens, the model reads {max_length}; leave the task out, or use a model with a "
-                f"longer context"
+                f"tokens, and the model reads {max_length}; leave the task out, or use a model "
+                f"with a longer context"
             )
         by_question.setdefault(request.question, []).append(place)
 
     batch = RequestBatch(places=[(0, 0)] * len(requests))
     for key, places in by_question.items():
-        contexts = _cut_contexts(requests, places, max_length, alike=by_prompt)
-        common = os.path.commonprefix(list(contexts.values()))  # noqa: RUF071 (of tokens)
-        if common:
-            batch.add(key, common, contexts, requests)
+        contexts = _cut_contexts(requests, places, max_length, to_same_room=by_prompt)
+        beginning = os.path.commonprefix(list(contexts.values()))  # noqa: RUF071 (of tokens)
+        if beginning:
+            batch.add(key, beginning, contexts, requests)
             continue
         if by_prompt:
             raise TaskError(
-                f"the requests of {_describe(key)} have no prompt in common, so nothing can decide "
-                f"on their route; give a fixed plan (path=FILE, or static_routing=true)"
+                f"the requests of {_describe(key)} have no prompt in common, and their route "
+                f"depends on the prompt; give a fixed plan (path=FILE, or static_routing=true)"
             )
-        for prompt in dict.fromkeys(contexts.values()):
-            same = {place: context for place, context in contexts.items() if context == prompt}
-            batch.add(key, prompt, same, requests)
+        places_by_context: dict[tuple[int, ...], list[int]] = {}
+        for place, context in contexts.items():
+            places_by_context.setdefault(context, []).append(place)
+        for context, context_places in places_by_context.items():
+            batch.add(key, context, dict.fromkeys(context_places, context), requests)
     return batch
 
 
 def _cut_contexts(
-    requests: Sequence[HarnessRequest], places: Sequence[int], max_length: int, *, alike: bool
+    requests: Sequence[HarnessRequest],
+    places: Sequence[int],
+    max_length: int,
+    *,
+    to_same_room: bool,
 ) -> dict[int, tuple[int, ...]]:
-    """Cut the contexts of one question's requests at their start, so that they fit the model.
+    """Cut the contexts of a question's requests at their start, so that they fit the model.
 
     The last token of a continuation isn't read. A context keeps at least one token, which predicts
     the first token of the continuation.
+
+    Args:
+        requests: All requests.
+        places: The places of the question's requests.
+        max_length: How many tokens the model reads.
+        to_same_room: Whether every context leaves room for the question's longest continuation, or
+            only for its own.
+
+    Returns:
+        Place of a request → its context.
     """
     longest = max(len(requests[place].continuation) for place in places)
     contexts = {}
     for place in places:
-        num_after = longest if alike else len(requests[place].continuation)
+        num_after = longest
+        if not to_same_room:
+            num_after = len(requests[place].continuation)
         room = max(max_length + 1 - num_after, 1)
         contexts[place] = tuple(requests[place].context[-room:])
     return contexts
 
 
 def _describe(key: Hashable) -> str:
-    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+    """Return the key of a question as words."""
+    if isinstance(key, tuple):
+        return " ".join(map(str, key))
+    return str(key)
 
 
 @dataclass
@@ -181,9 +217,9 @@ class RequestScorer:
     Attributes:
         routed: The model.
         max_length: How many tokens the model reads.
-        batch_size: Rows in a pass, or `auto` to choose by memory. A question is one row. If the
-            model can't take packed continuations, it is one row for each continuation. A question
-            is never split over two passes.
+        batch_size: Rows in a pass, or `auto` to choose by memory. A question is one row, if the
+            model can read several continuations behind one copy of their prompt (see `can_pack`).
+            Otherwise each continuation is a row. A question is never split over two passes.
         max_batch_size: Maximum rows in a pass with `auto`.
         counts: The number of prompts that were routed, and the sum of their executions.
     """
@@ -213,7 +249,7 @@ class RequestScorer:
             requests: The requests.
             decides: The policy, decisions or path.
             by_prompt: See `batch_requests`.
-            on_progress: Called after each pass with the number of continuations it scored.
+            on_progress: Called after each pass with the number of continuations that it scored.
 
         Returns:
             The answer to each request, and question → its route (empty for a static path).
@@ -225,10 +261,12 @@ class RequestScorer:
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(questions.questions):
             keys = [questions.keys[place] for place in places]
-            policy = decides
-            if isinstance(policy, Mapping):
-                policy = FixedPolicy([policy[key] for key in keys], self.routed.num_layers)
-            batch_scores, batch_routes = self._score_under(batch, policy)
+            policy: Policy
+            if isinstance(decides, Mapping):
+                policy = FixedPolicy([decides[key] for key in keys], self.routed.num_layers)
+            else:
+                policy = decides
+            batch_scores, batch_routes = self._score_batch(batch, policy)
             self.count(batch_routes)
             scores.update(zip(places, batch_scores, strict=True))
             for key, route in zip(keys, batch_routes.tolist(), strict=True):
@@ -239,14 +277,18 @@ class RequestScorer:
     def score_plans(
         self, requests: Sequence[HarnessRequest], plans: Sequence[Paths | StaticPath]
     ) -> list[list[OptionScore]]:
-        """Return the answers under each plan; common prefixes of the plans' paths run once."""
+        """Return the answers to all requests under each of several plans.
+
+        Layers that several plans begin with run once.
+        """
         questions = batch_requests(requests, self.max_length, by_prompt=True)
-        scores: list[dict[int, Score]] = [{} for _ in plans]
+        scores: list[dict[int, Score]] = [{} for _ in plans]  # by plan, then by place
         for places, batch in self._batches(questions.questions):
+            keys = [questions.keys[place] for place in places]
             pairs: list[tuple[int, Decisions | StaticPath]] = []
             for plan in plans:
-                for row, place in enumerate(places):
-                    path = plan[questions.keys[place]] if isinstance(plan, Mapping) else plan
+                for row, key in enumerate(keys):
+                    path = plan[key] if isinstance(plan, Mapping) else plan
                     pairs.append((row, path))
             batch_scores = iter(batch.scores(pairs, greedy=True))
             for plan_scores in scores:
@@ -255,7 +297,7 @@ class RequestScorer:
             batch.forget()
         return [questions.answers(plan_scores) for plan_scores in scores]
 
-    def _score_under(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
+    def _score_batch(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score a batch's questions under a policy; return their routes `[P, L]` too.
 
         If the policy has one plan for all questions, the plan is run as a path, so that the
@@ -268,19 +310,14 @@ class RequestScorer:
         return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
 
     def _batches(self, questions: Sequence[Request]) -> Iterator[tuple[list[int], ChoiceBatch]]:
-        """Yield each pass's questions, as places and as a batch, the longest questions first."""
-        model = self.routed.model
+        """Yield the questions of each pass, as places and as a batch, the longest questions first.
+
+        The places are those in `questions`.
+        """
         lengths = [question.length for question in questions]
-        order = sorted(range(len(questions)), key=lengths.__getitem__, reverse=True)
-        # If the longest question can be packed, all can.
-        all_packed = bool(order) and can_pack(model, lengths[order[0]])
-        num_rows = []
-        for question in questions:
-            if all_packed or can_pack(model, question.length):
-                num_rows.append(1)
-            else:
-                num_rows.append(len(question.split()))
-        batcher = MemoryBatcher(model)
+        num_rows = self._count_rows(questions)
+        order = sorted(range(len(questions)), key=lambda place: lengths[place], reverse=True)
+        batcher = MemoryBatcher(self.routed.model)
         while order:
             if isinstance(self.batch_size, int):
                 max_rows = self.batch_size
@@ -288,14 +325,28 @@ class RequestScorer:
                 num_logits = max(questions[place].num_after for place in order) + 1
                 size = PathSize(lengths[order[0]], num_logits)
                 max_rows = min(self.max_batch_size, batcher.num_paths(size))
-            number = _num_in_pass(order, lengths, num_rows, max_rows)
-            places = order[:number]
-            order = order[number:]
+            num_questions = _fill_pass(order, lengths, num_rows, max_rows)
+            places = order[:num_questions]
+            order = order[num_questions:]
             batch = [questions[place] for place in places]
             yield places, ChoiceBatch(self.routed, batch, STATE_CACHE_GB)
 
+    def _count_rows(self, questions: Sequence[Request]) -> list[int]:
+        """Return how many rows of a pass each question takes."""
+        model = self.routed.model
+        longest = max((question.length for question in questions), default=0)
+        if can_pack(model, longest):  # so all shorter questions can be packed too
+            return [1] * len(questions)
+        num_rows = []
+        for question in questions:
+            if can_pack(model, question.length):
+                num_rows.append(1)
+            else:
+                num_rows.append(len(question.split()))
+        return num_rows
 
-def _num_in_pass(
+
+def _fill_pass(
     order: Sequence[int], lengths: Sequence[int], num_rows: Sequence[int], max_rows: int
 ) -> int:
     """Return how many questions go into the next pass, at least one.
@@ -310,12 +361,13 @@ def _num_in_pass(
     """
     longest = lengths[order[0]]
     rows = 0
-    for number, place in enumerate(order):
+    for num_questions, place in enumerate(order):  # the number without this question
         rows += num_rows[place]
-        is_busy = number * longest >= ENOUGH_TOKENS
-        is_short = lengths[place] < LEAST_FILLED * longest
-        if number > 0 and (rows > max_rows or (is_busy and is_short)):
-            return number
+        is_full = rows > max_rows
+        is_busy = num_questions * longest >= ENOUGH_TOKENS
+        needs_padding = lengths[place] < LEAST_FILLED * longest
+        if num_questions > 0 and (is_full or (is_busy and needs_padding)):
+            return num_questions
     return len(order)
 
 
@@ -330,38 +382,40 @@ def limit_answers(
     """Limit the length of generated answers to the room that the model has for them.
 
     The limit depends on the request's own prompt alone, so it is the same in every batch and
-    process. A request stays unchanged if prompt and answer fit, or the answer takes at most half of
-    the model's context.
+    process. A request stays unchanged if the prompt and the longest answer fit into the model's
+    context, or if the answer takes at most half of the context.
 
     Args:
         requests: The harness' requests.
         encode: Encodes a prompt.
-        max_length: How many tokens the model reads and writes in total.
-        max_new_tokens: The answer's length if a request doesn't set it.
-        warns: Whether to log a warning about limited answers.
+        max_length: The context: how many tokens the model reads and writes in total.
+        max_new_tokens: The maximum length of an answer if a request doesn't set it.
+        warns: Whether to log a warning about shorter answers.
 
     Source: ours (docs/differences.md, D-27).
     """
-    limited: list[Instance] = []
-    rooms: dict[tuple[str, int], list[int]] = {}  # (task, requested length) → limits
+    results: list[Instance] = []
+    limits: dict[tuple[str, int], list[int]] = {}  # (task, requested length) → limits
     for request in requests:
         prompt, settings = request.args
         settings = dict(normalize_gen_kwargs(settings, max_new_tokens))
         length = settings["max_gen_toks"]
-        room = _room_for_answer(prompt, length, encode, max_length)
-        if room < length:
-            settings["max_gen_toks"] = room
-            request = copy.copy(request)
-            request.arguments = (prompt, settings)
-            rooms.setdefault((request.task_name or "a task", length), []).append(room)
-        limited.append(request)
+        limit = _limit_answer(prompt, length, encode, max_length)
+        if limit == length:
+            results.append(request)
+            continue
+        settings["max_gen_toks"] = limit
+        limited_request = copy.copy(request)
+        limited_request.arguments = (prompt, settings)
+        results.append(limited_request)
+        limits.setdefault((request.task_name or "a task", length), []).append(limit)
     if warns:
-        for (task, length), task_rooms in rooms.items():
-            _warn_of_room(task, length, task_rooms, max_length)
-    return limited
+        for (task, length), task_limits in limits.items():
+            _warn_of_limits(task, length, task_limits, max_length)
+    return results
 
 
-def _room_for_answer(
+def _limit_answer(
     prompt: str, length: int, encode: Callable[[str], Sequence[int]], max_length: int
 ) -> int:
     """Return how many tokens an answer may have after a prompt, at most `length`."""
@@ -372,15 +426,15 @@ def _room_for_answer(
     if num_read + length <= max_length:
         return length
     step = max(1, max_length // STEPS)
-    rounded = step * math.ceil(num_read / step)
-    return max(half, max_length - rounded)
+    num_read_rounded_up = step * math.ceil(num_read / step)
+    return max(half, max_length - num_read_rounded_up)
 
 
-def _warn_of_room(task: str, length: int, rooms: Sequence[int], max_length: int) -> None:
-    """Warn that the answers to a task are limited to these numbers of tokens."""
-    most = str(max(rooms))
-    if min(rooms) < max(rooms):
-        most = f"{min(rooms)} to {max(rooms)}"
+def _warn_of_limits(task: str, length: int, limits: Sequence[int], max_length: int) -> None:
+    """Warn that the answers of a task have at most these numbers of tokens."""
+    most = str(max(limits))
+    if min(limits) < max(limits):
+        most = f"{min(limits)} to {max(limits)}"
     _warn_once(
         f"{task} asks for answers of up to {length} tokens, and the model holds {max_length} "
         f"with the question; answers have at most {most}"
@@ -396,18 +450,20 @@ def _warn_once(message: str) -> None:
 def drop_repeats(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """Drop the requests that the harness repeats to give each process the same number.
 
+    A request with `repeats` above 1 needs several answers, so it remains that many times.
+
     Returns:
         The remaining requests; and for each original request, the place of its answer among the
         answers to the remaining requests.
     """
     remaining: list[Any] = []
-    places: list[int] = []
-    places_of: dict[int, list[int]] = {}  # id of a request → its places in `remaining`
+    answer_places: list[int] = []
+    places_by_id: dict[int, list[int]] = {}  # id of a request → its places in `remaining`
     for request in requests:
-        request_places = places_of.setdefault(id(request), [])
-        repeats = request.repeats or 1  # None in a request made by hand
-        if len(request_places) < repeats:
+        request_places = places_by_id.setdefault(id(request), [])
+        num_answers = request.repeats or 1  # None if the request was made by hand
+        if len(request_places) < num_answers:
             request_places.append(len(remaining))
             remaining.append(request)
-        places.append(request_places[-1])
-    return remaining, places
+        answer_places.append(request_places[-1])
+    return remaining, answer_places

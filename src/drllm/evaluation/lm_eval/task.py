@@ -1,4 +1,7 @@
-"""Let lm-evaluation-harness render and grade tasks: drllm's task folders, or its own tasks."""
+"""Let lm-evaluation-harness ("the harness") render the questions of a task and grade the answers.
+
+The task is one of drllm's tasks, in a task folder (see `folders`), or one of the harness' own.
+"""
 
 import copy
 import functools
@@ -30,16 +33,19 @@ Key: TypeAlias = tuple[str, int]
 class RenderedTask:
     """The questions of one task, as the harness renders and grades them.
 
+    The harness' task is a group if the set has several parts. The order of the questions is the
+    same in all lists, and methods take a question's place in this order.
+
     Args:
         written: The task.
-        source: The folder that the task was written to, or the harness' own tasks.
+        source: The folder that the task was written to, or the harness' own tasks by name.
         lm: The model that answers.
         chat: Whether to apply the chat template, with worked examples as turns.
 
     Attributes:
         keys: The key of each question.
-        instances: Each question's requests, in the order of its options.
-        docs: Each question's row.
+        instances: The harness' requests of each question, in the order of its options.
+        docs: The row of each question.
     """
 
     def __init__(
@@ -56,11 +62,17 @@ class RenderedTask:
         for task in self._tasks.values():
             for _, group in itertools.groupby(task.instances, lambda instance: instance.doc_id):
                 self.instances.append(sorted(group, key=lambda instance: instance.idx))
-        self.keys = [(first.task_name, first.doc_id) for first, *_ in self.instances]
-        self.docs = [first.doc for first, *_ in self.instances]
+        first_instances = [instances[0] for instances in self.instances]
+        self.keys: list[Key] = [(first.task_name, first.doc_id) for first in first_instances]
+        self.docs = [first.doc for first in first_instances]
 
     def _build_requests(self, chat: bool) -> None:
         """Make the harness build the requests, without its progress bars."""
+        template = None
+        tokenizer_name = ""
+        if chat:
+            template = self._lm.apply_chat_template
+            tokenizer_name = self._lm.tokenizer_name
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
             for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -70,8 +82,8 @@ class RenderedTask:
                     world_size=1,
                     apply_chat_template=chat,
                     fewshot_as_multiturn=chat,
-                    chat_template=self._lm.apply_chat_template if chat else None,
-                    tokenizer_name=self._lm.tokenizer_name if chat else "",
+                    chat_template=template,
+                    tokenizer_name=tokenizer_name,
                 )
 
     @property
@@ -88,13 +100,13 @@ class RenderedTask:
         ]
 
     def digest(self) -> str:
-        """Return a hash of all requests and of the rows by which answers are graded."""
+        """Return a hash of everything that determines scores: all requests and all rows."""
         args = [[instance.args for instance in instances] for instances in self.instances]
         text = json.dumps([self.keys, args, self.docs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def requests(self) -> list[list[HarnessRequest]]:
-        """Return each question's requests, one for each option, as tokens."""
+        """Return the requests of each question as tokens, one request for each option."""
         return [
             [self._lm.encode_request(instance) for instance in instances]
             for instances in self.instances
@@ -110,7 +122,7 @@ class RenderedTask:
         return [self._lm.tok_encode(prompt) for prompt in self.prompts()]
 
     def golds(self, place: int) -> list[int]:
-        """Return the right options of the question at a place, at least one."""
+        """Return the numbers of a question's right options, at least one, from 0."""
         name, _ = self.keys[place]
         golds = find_gold_indices(self._tasks[name], self.docs[place])
         if not golds:
@@ -118,11 +130,12 @@ class RenderedTask:
         return golds
 
     def text(self, place: int) -> HarnessRequest:
-        """Return a question with its right answer, as a text to measure the next-token loss on.
+        """Return the text of a question on which the next-token loss is measured.
 
-        With options the text is the question and the right option, and all tokens but the first are
-        predicted. With generated answers only the right answer is predicted (for GSM8K a worked
-        solution). Without a right answer the text is the question.
+        If the question has options, the text is the prompt and the right option, and the loss is
+        over all tokens but the first. If answers are generated, the text is the prompt and the
+        right answer (for GSM8K a worked solution), and the loss is over the answer alone. Without a
+        right answer, the text is the prompt, and the loss is over all tokens but the first.
         """
         key = self.keys[place]
         instances = self.instances[place]
@@ -134,71 +147,79 @@ class RenderedTask:
         answer = task.doc_to_target(self.docs[place])
         if isinstance(answer, list):
             answer = answer[0]
-        if not str(answer):  # there is no right answer; a function grades answers
+        if not str(answer):  # the task has no right answers, but a function that grades
             return _predict_all(key, self.prompt_tokens[place])
-        continuation = task.config.target_delimiter + str(answer)
-        arguments = (str(instances[0].args[0]), continuation)
+        prompt = str(instances[0].args[0])
+        arguments = (prompt, task.config.target_delimiter + str(answer))
         instance = Instance("loglikelihood", {}, arguments, 0, (name, doc_id, 1))
         return self._lm.encode_request(instance)
 
     def grade(self, answers: Sequence[Sequence[OptionScore | str]]) -> list[dict[str, float]]:
-        """Let the harness grade the answers to each question; return its metrics by name."""
+        """Let the harness grade the answers to each question.
+
+        Args:
+            answers: The scores of each question's options, or its generated answer alone.
+
+        Returns:
+            For each question, name of a metric → its value.
+        """
         for instances, question_answers in zip(self.instances, answers, strict=True):
             for instance, answer in zip(instances, question_answers, strict=True):
                 instance.resps = [answer]
                 instance.filtered_resps = {}
         for task in self._tasks.values():
             task.apply_filters()
-        return [self._grade(place) for place in range(len(self.keys))]
+        return [self._grade_question(place) for place in range(len(self.keys))]
 
-    def _grade(self, place: int) -> dict[str, float]:
+    def _grade_question(self, place: int) -> dict[str, float]:
         """Return the metrics of one question, after the harness has filtered the answers."""
         name, _ = self.keys[place]
-        metric = self.written.metric
         instances = self.instances[place]
-        filtered = [instance.filtered_resps[self.written.filter] for instance in instances]
-        metrics = self._tasks[name].process_results(self.docs[place], filtered)
-        scores = {}
-        for key, value in metrics.items():
-            if isinstance(value, (bool, int, float)):
-                scores[key] = float(value)
-        if not 0 <= scores.get(metric, -1.0) <= 1:
+        answers = [instance.filtered_resps[self.written.filter] for instance in instances]
+        values = self._tasks[name].process_results(self.docs[place], answers)
+        metrics = {}
+        for metric, value in values.items():
+            if isinstance(value, (bool, int, float)):  # only the harness aggregates other types
+                metrics[metric] = float(value)
+        reported = self.written.metric
+        if not 0 <= metrics.get(reported, -1.0) <= 1:
             raise TaskError(
-                f"task {name!r} scores an answer {metrics.get(metric)} by {metric}, not from 0 to "
-                f"1; 'drllm lm-eval run' takes it"
+                f"the metric {reported} of task {name!r} is {values.get(reported)} for a question, "
+                f"and drllm compares metrics from 0 to 1; evaluate the task with 'drllm lm-eval "
+                f"run'"
             )
-        return scores
+        return metrics
 
     def answer(self, place: int, answers: Sequence[OptionScore | str]) -> int | str:
-        """Return the option that the model chose, from 0, or the text that it generated."""
-        sums = _read_logprobs(answers)
-        if not sums:
+        """Return the number of the option that the model chose, from 0, or the generated text."""
+        logprobs = _read_logprobs(answers)
+        if not logprobs:
             return str(answers[0])
-        if self.written.metric == "acc_norm":  # as the harness chooses
+        if self.written.metric == "acc_norm":  # the harness divides by the number of characters
             name, _ = self.keys[place]
             options = self._tasks[name].doc_to_choice(self.docs[place])
-            sums = [logprob / len(text) for logprob, text in zip(sums, options, strict=True)]
-        return sums.index(max(sums))
+            logprobs = [value / len(text) for value, text in zip(logprobs, options, strict=True)]
+        return logprobs.index(max(logprobs))
 
     def gold_logprob(self, place: int, answers: Sequence[OptionScore | str]) -> float:
         """Return the gold option's log-probability among a question's options, in nats.
 
         The probabilities of several gold options are added.
         """
-        sums = _read_logprobs(answers)
-        shares = [log_share(sums, gold) for gold in self.golds(place)]
-        if len(shares) == 1:
-            return shares[0]
-        return math.log(sum(math.exp(share) for share in shares))
+        logprobs = _read_logprobs(answers)
+        gold_logprobs = [log_share(logprobs, gold) for gold in self.golds(place)]
+        if len(gold_logprobs) == 1:
+            return gold_logprobs[0]
+        return math.log(sum(math.exp(logprob) for logprob in gold_logprobs))
 
 
 def _predict_all(key: Key, tokens: Sequence[int]) -> HarnessRequest:
-    """Make a text into a request that predicts all its tokens but the first."""
+    """Make a request that predicts all tokens of a text but the first."""
     return HarnessRequest(key, tokens[:1], tokens[1:])
 
 
 def _read_logprobs(answers: Sequence[OptionScore | str]) -> list[float]:
-    """Return the log-probabilities of scored options; an empty list for generated answers."""
+    """Return the log-probabilities of scored options; an empty list for a generated answer."""
     return [answer[0] for answer in answers if not isinstance(answer, str)]
 
 
@@ -208,37 +229,38 @@ def draw_stock_task(
     """Draw the questions of one of the harness' own tasks, and set its worked examples.
 
     Args:
-        task: The task.
+        task: The task, or a group of tasks of the harness.
         split: Draw only from this split, since something is fitted on the other questions. None
             draws from all questions that the harness reports.
         limit: Maximum number of questions; None takes all.
         seed: Seed of the drawing.
         num_fewshot: Worked examples before each question; None takes the task's own number.
     """
-    note = "asked as lm-evaluation-harness has it, on the questions that it reports"
+    note = "prompted as in lm-evaluation-harness, on the questions that it reports"
     questions = task.reported
     if split is not None and not task.reports_test_alone:
         ids = {example.id for example in task.examples(split)}
         questions = [question for question in questions if question[2].id in ids]
         note += f": {len(questions)} of {len(task.reported)}, since others are to be fitted on"
-    drawn = choose(questions, limit, seed)
-    places: dict[str, list[int]] = {}
-    for leaf, place, _ in drawn:
+    questions = choose(questions, limit, seed)
+    places: dict[str, list[int]] = {}  # of the questions, by the harness' task
+    for leaf, place, _ in questions:
         places.setdefault(leaf, []).append(place)
-    shots = {}
+    num_shots = dict(task.shots_of)
+    if num_fewshot is not None:
+        num_shots = dict.fromkeys(places, num_fewshot)
     for leaf in places:
-        shots[leaf] = task.shots_of[leaf] if num_fewshot is None else num_fewshot
-        task.tasks[leaf].set_config("num_fewshot", shots[leaf])
-    first = next(iter(task.tasks.values()))
+        task.tasks[leaf].set_config("num_fewshot", num_shots[leaf])
+    first_task = next(iter(task.tasks.values()))
     return HarnessTask(
         name=task.name,
         harness_name=task.name,
         leaves={leaf: len(leaf_places) for leaf, leaf_places in places.items()},
         metric=task.metric,
-        filter=first._filters[0].name,
+        filter=first_task._filters[0].name,
         kind=task.kind,  # type: ignore[arg-type]
-        examples=tuple(example for *_, example in drawn),
-        num_fewshot=max(shots.values()),
+        examples=tuple(example for *_, example in questions),
+        num_fewshot=max(num_shots[leaf] for leaf in places),
         notes=(note,),
         places=places,
     )

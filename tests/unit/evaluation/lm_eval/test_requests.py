@@ -73,7 +73,9 @@ def test_what_is_too_long_loses_its_beginning_alike_where_somebody_decides_on_it
 
 
 def test_a_continuation_that_the_model_cannot_read_is_refused():
-    with pytest.raises(TaskError, match="continuation of arc 0 has 4 tokens, the model reads 3"):
+    with pytest.raises(
+        TaskError, match="continuation of arc 0 has 4 tokens, and the model reads 3"
+    ):
         batch_requests([HarnessRequest(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
 
 
