@@ -1,13 +1,15 @@
 """Beam search over paths that skip layers, with successive halving over questions.
 
-A level holds the best paths that save the same number of layers. The candidates of a level skip one
-layer more than the paths of the level before. Most candidates are dropped after few questions. This
-module doesn't import torch.
+A *level* holds the best paths that save the same number of layers. The candidates of a level skip
+one layer more than the paths of the level before. The best candidates are found in *rungs*: each
+rung scores the remaining candidates on more questions, and keeps fewer of them. So most candidates
+are dropped after few questions. This module doesn't import torch.
 
 Source: ours, from greedy removal (SLEB, arXiv 2402.09025; TALE, arXiv 2510.22767) and successive
 halving (Jamieson and Talwalkar 2016, AISTATS).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -20,9 +22,11 @@ from drllm.statistics.intervals import Floats
 from drllm.tuning.data_splits import TaskSplits
 
 Measure: TypeAlias = Callable[[Sequence[StaticPath], int], Floats]
-"""Returns the objective of N paths on the first n questions, `[N]`. Larger is better."""
+"""Takes N paths and a number n; returns the objective of the paths on the first n questions, `[N]`.
+Larger is better."""
 
-SHARE_SKIPPED = 1 / 6  # by default, the largest share of the layers that is skipped
+MAX_SHARE_SKIPPED = 1 / 6  # by default, the largest share of the layers that is skipped
+MIN_QUESTIONS = 24  # the fewest questions that a rung scores paths on
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +39,27 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """A beam search over paths that skip more and more layers."""
+    """A beam search over paths that skip more and more layers.
+
+    Attributes:
+        num_layers: L of the model.
+        width: The number of paths in a level.
+        max_saved: The number of layers that the paths of the last level save.
+        num_questions: The number of questions that the last rung scores paths on.
+    """
 
     num_layers: int
-    width: int  # number of paths in a level
-    max_saved: int  # number of layers that the paths of the last level save
+    width: int
+    max_saved: int
     num_questions: int
 
-    def levels(self, measure: Measure, grows: Callable[[StaticPath], bool]) -> Iterator[Level]:
+    def levels(self, measure: Measure, may_extend: Callable[[StaticPath], bool]) -> Iterator[Level]:
         """Yield the levels, from the fewest layers saved to the most.
 
-        After each level, `grows` decides which of its paths the next level builds on.
+        Args:
+            measure: Returns the objective of paths.
+            may_extend: Tells whether the next level may skip one more layer of a path. It is called
+                after each level for the paths of the level.
         """
         parents = [StaticPath(range(self.num_layers))]
         for saved in range(1, self.max_saved + 1):
@@ -57,7 +71,7 @@ class Beam:
             unique = list(dict.fromkeys(candidates))
             best = self._find_best(unique, measure)
             yield Level(saved, tuple(best))
-            parents = [path for path in best if grows(path)]
+            parents = [path for path in best if may_extend(path)]
 
     def saved(self, path: StaticPath) -> int:
         """Return how many layers a path saves."""
@@ -65,11 +79,11 @@ class Beam:
 
     @property
     def rungs(self) -> Sequence[tuple[int, int]]:
-        """For each rung of a level, its number of questions, and how many paths it keeps."""
+        """For each rung, the number of questions and the number of paths that are kept."""
         return make_rungs(self.num_questions, self.width)
 
     def _find_best(self, candidates: list[StaticPath], measure: Measure) -> list[StaticPath]:
-        """Return the best candidates, the best first. Most are dropped after few questions."""
+        """Return the best candidates, the best first."""
         paths = candidates
         for num_questions, num_kept in self.rungs:
             values = measure(paths, num_questions)
@@ -84,10 +98,10 @@ def make_beam(config: TuneConfig, tasks: Sequence[TaskSplits], num_layers: int) 
     Raises:
         ConfigError: `max_skipped` is below 1, or leaves no layer.
     """
-    max_skipped = config.max_skipped or max(1, int(SHARE_SKIPPED * num_layers))
+    max_skipped = config.max_skipped or max(1, int(MAX_SHARE_SKIPPED * num_layers))
     if max_skipped >= num_layers:
         raise ConfigError(
-            f"--max-skipped {max_skipped:g} leaves nothing of {num_layers} layers; give at most "
+            f"--max-skipped {max_skipped:g} leaves no layer of {num_layers}; give at most "
             f"{num_layers - 1}"
         )
     if max_skipped < 1:
@@ -104,11 +118,17 @@ def skip_one_layer(path: StaticPath) -> Iterator[StaticPath]:
         yield StaticPath(path.layers[:place] + path.layers[place + 1 :])
 
 
-def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
-    """Return the rungs of successive halving: pairs of a number of questions and of paths kept.
+def make_rungs(num_questions: int, width: int) -> Sequence[tuple[int, int]]:
+    """Return the rungs: for each rung its number of questions, and how many paths it keeps.
 
-    All candidates are scored on an eighth of the questions. The best of these are scored on a
-    third, and the best of those on all questions.
+    The first rung scores all candidates on an eighth of the questions. The second rung scores the
+    best candidates on a third, and the last rung on all questions. A rung has at least
+    `MIN_QUESTIONS` questions, or all questions if there are fewer. Rungs with the same number of
+    questions become one rung, which keeps the fewest paths.
+
+    Args:
+        num_questions: The number of all questions.
+        width: The number of paths that the last rung keeps.
 
     Example:
         >>> make_rungs(300, 3)
@@ -116,25 +136,29 @@ def make_rungs(num: int, beam: int) -> Sequence[tuple[int, int]]:
         >>> make_rungs(24, 3)
         [(24, 3)]
     """
-    fewest = min(num, 24)
-    kept_by_size: dict[int, int] = {}
-    kept_by_size[max(fewest, -(-num // 8))] = 4 * beam
-    kept_by_size[max(fewest, -(-num // 3))] = 2 * beam
-    kept_by_size[num] = beam  # rungs with equally many questions become one, with fewest paths
-    return list(kept_by_size.items())
+    fewest = min(num_questions, MIN_QUESTIONS)
+    kept_by_questions: dict[int, int] = {}
+    kept_by_questions[max(fewest, math.ceil(num_questions / 8))] = 4 * width
+    kept_by_questions[max(fewest, math.ceil(num_questions / 3))] = 2 * width
+    kept_by_questions[num_questions] = width
+    return list(kept_by_questions.items())
 
 
 def num_pairs(num_paths: int, rungs: Sequence[tuple[int, int]]) -> int:
-    """Return the number of (question, path) pairs that a level scores.
+    """Return how many pairs of a question and a path a level scores.
+
+    Args:
+        num_paths: The number of candidates of the level.
+        rungs: The rungs, see `make_rungs`.
 
     Example:
         >>> num_pairs(28, [(38, 12), (100, 6), (300, 3)])  # 28 * 38 + 12 * 62 + 6 * 200
         3008
     """
-    pairs = 0
+    total = 0
     num_scored = 0  # questions of the rung before, whose scores are reused
     for num_questions, num_kept in rungs:
-        pairs += num_paths * (num_questions - num_scored)
+        total += num_paths * (num_questions - num_scored)
         num_paths = min(num_paths, num_kept)
         num_scored = num_questions
-    return pairs
+    return total

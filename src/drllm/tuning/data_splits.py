@@ -1,6 +1,8 @@
-"""Divides the questions of a task into parts to fit, choose and test a static path.
+"""Divides the questions of a task into three parts, to fit, choose and test a static path.
 
-No path is reported on questions that it was fitted or chosen on. This module doesn't import torch.
+A *split* of a task is `search`, `fit`, `select` or `test`, as everywhere in drllm. A *part* is
+`fit`, `select` or `test` of a tuning. No path is reported on questions that it was fitted or chosen
+on. This module doesn't import torch.
 """
 
 from collections.abc import Sequence
@@ -19,16 +21,19 @@ from drllm.tasks.rewards import check_installed
 from drllm.tuning.objectives import LOSS, choose_objective, choose_reward
 
 BOUNDS = {FIT: 0.2, SELECT: 0.6, TEST: 1.0}
-"""Where each part ends, as a share of all questions, if a task lacks one of the four splits."""
+"""Where each part ends, as a share of all questions, if the parts aren't made from splits."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSplits:
     """The questions of one task by part.
 
-    `is_divided` is True if the task lacks a split, so that its questions were divided again.
-    `spare` are questions of the splits `fit` and `search` that are in no part. Routers and
-    baselines use these splits.
+    Attributes:
+        task: The task.
+        examples: Part → its questions.
+        is_divided: Whether the task lacks a split, so that all its questions were divided again.
+        spare: The questions that are in no part: all of the split `fit`, which trains routers and
+            fits baselines, and those of the split `search` beyond the limit.
     """
 
     task: Task
@@ -37,10 +42,10 @@ class TaskSplits:
     spare: Sequence[Example] = ()
 
     def digest_values(self) -> tuple[str, dict[str, list[Example]]]:
-        """Return the values for the digest of a tuning's questions.
+        """Return the values for the digest by which a tuning recognises its questions.
 
-        They are the same as in commit 3820ce17, which certified paths on the spare questions, so
-        that the files of this commit are recognised.
+        They have the form of commit 3820ce17, so that a tuning of that version can be resumed. That
+        version had a part `certify` of the spare questions.
         """
         if self.is_divided:
             return self.task.name, self.examples
@@ -53,17 +58,31 @@ class TaskSplits:
         return self.task.name, examples
 
     def is_generated(self, objective: str) -> bool:
-        """Tell whether answers are generated and graded; else options or solutions are scored."""
+        """Tell whether the accuracy of a path is measured by generating and grading answers.
+
+        It isn't if options or worked solutions are scored.
+        """
         if objective != LOSS:
             return False
-        has_solutions = any(example.solution for example in self.examples[FIT])
-        return not has_solutions and choose_reward(self.task, objective) != OPTIONS_REWARD
+        if any(example.solution for example in self.examples[FIT]):
+            return False
+        return choose_reward(self.task, objective) != OPTIONS_REWARD
 
 
 def split_tasks(
     config: TuneConfig, tasks: Task | str | Sequence[Task | str] | None = None
 ) -> list[TaskSplits]:
-    """Check that tasks can be tuned on, and return them with their questions by part."""
+    """Check that tasks can be tuned on, and return them with their questions by part.
+
+    Args:
+        config: The settings.
+        tasks: Tasks, or their names; None takes the tasks of the settings.
+
+    Raises:
+        ConfigError: A setting has no effect, an objective doesn't fit a task, or a reward isn't
+            installed.
+        TaskError: A task is unknown, or has too few questions.
+    """
     config.check_effects()
     if tasks is None:
         tasks = required_tasks(config.tasks)
@@ -76,6 +95,7 @@ def split_tasks(
 
 
 def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
+    """Return tasks as a list, with names replaced by tasks. A string may hold several names."""
     if isinstance(tasks, (str, Task)):
         tasks = [tasks]
     all_tasks: list[Task] = []
@@ -88,20 +108,30 @@ def _list_tasks(tasks: Task | str | Sequence[Task | str]) -> list[Task]:
 
 
 def split_task(task: Task, data_dir: str | None, num_fit: int, seed: int) -> TaskSplits:
-    """Divide the questions of a task.
+    """Divide the questions of a task into parts.
 
-    Paths are fitted on at most `num_fit` questions of `search`, drawn with the seed, chosen on
-    `select` and tested on `test`. If a task lacks one of the splits, all of its questions are
-    divided again by their texts: 20 % to fit, 40 % to choose and 40 % to test.
+    Paths are fitted on questions of the split `search`, chosen on `select` and tested on `test`. If
+    a task lacks one of the four splits, all of its questions are divided again by their texts: 20 %
+    to fit, 40 % to choose and 40 % to test.
+
+    Args:
+        task: The task.
+        data_dir: The folder of published data sets; None reads them from the hub.
+        num_fit: Maximum number of questions to fit on, drawn with the seed.
+        seed: Seed of the drawing.
+
+    Raises:
+        TaskError: A part would have no questions.
     """
-    splits = _read_splits(task, None if data_dir is None else Path(data_dir))
+    folder = None if data_dir is None else Path(data_dir)
+    splits = _read_splits(task, folder)
     if len(splits) == len(SPLITS):
         return _use_splits(task, splits, num_fit, seed)
     return _divide_again(task, splits, num_fit, seed)
 
 
 def _read_splits(task: Task, folder: Path | None) -> dict[str, list[Example]]:
-    """Return the questions of the splits that have any; raise TaskError if no split has any."""
+    """Return the splits that have questions; raise TaskError if no split has questions."""
     splits: dict[str, list[Example]] = {}
     problems = []
     for split in SPLITS:
@@ -121,11 +151,11 @@ def _use_splits(
     task: Task, splits: dict[str, list[Example]], num_fit: int, seed: int
 ) -> TaskSplits:
     """Make the parts from the task's own four splits."""
-    fit = choose(splits["search"], num_fit, seed)
-    fit_keys = {question_key(example.question) for example in fit}
-    left = [item for item in splits["search"] if question_key(item.question) not in fit_keys]
-    spare = [*splits["fit"], *left]
-    examples = {FIT: fit, SELECT: splits["select"], TEST: splits["test"]}
+    to_fit = choose(splits["search"], num_fit, seed)
+    keys = {question_key(example.question) for example in to_fit}
+    unused = [item for item in splits["search"] if question_key(item.question) not in keys]
+    spare = [*splits["fit"], *unused]
+    examples = {FIT: to_fit, SELECT: splits["select"], TEST: splits["test"]}
     return TaskSplits(task, examples, is_divided=False, spare=spare)
 
 
@@ -141,18 +171,19 @@ def _divide_again(
     for part, examples in parts.items():
         if not examples:
             raise TaskError(
-                f"task {task.name!r} has no questions for part {part!r}; give more questions"
+                f"task {task.name!r} has no questions for the part {part!r} of a tuning; give more "
+                f"questions"
             )
     return TaskSplits(task, parts, is_divided=True)
 
 
 def assign_part(question: str) -> str:
-    """Return the part of a question, if a task is divided by the texts of its questions.
+    """Return the part that a question is in if its task is divided by the texts of its questions.
 
     Example:
         >>> assign_part("What is ice?") == assign_part(" what is  ICE?")
         True
     """
-    # This isn't the hash of `find_split`, which would leave parts empty if the task has only some
-    # of the splits.
+    # The prefix gives another hash than in `find_split`. With that hash, the questions of one split
+    # would all be in the same part.
     return part_by_hash(f"tune:{question_key(question)}", BOUNDS)

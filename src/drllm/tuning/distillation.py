@@ -1,10 +1,11 @@
 """The loss of healing and its gradients: the KL of a healed path from the full path.
 
-Teacher and student are the same frozen model. The teacher runs the full path, and the student the
-path with its adapter. Both run up to their last states. The norm and the head then run on a part of
-the tokens at a time, since the logits of all tokens would take much memory.
+Teacher and student are the same frozen model. The teacher runs the full path, and the student runs
+the path with its adapter. Both run to their last states, which the last layer returns. The norm and
+the head then run on a part of the tokens at a time, since the logits of all tokens would take much
+memory.
 
-Axes: B rows, T tokens, D hidden, N real tokens of a batch, V vocabulary.
+Axes: B rows, T tokens, D hidden, N real tokens of a batch, n tokens of a part, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ their gradients."""
 
 
 class LastStates(NamedTuple):
-    """The states after the last layer, at all real tokens of a batch, each `[N, D]`."""
+    """The states after the last layer at all real tokens of a batch, `[N, D]`, along both paths."""
 
     teacher: Tensor
     student: Tensor
@@ -43,9 +44,9 @@ class Distillation:
     Args:
         routed: The model, with the adapter in it.
         path: The path with its adapter.
-        first_layer: The first layer that the adapter changes.
+        first_layer: The lowest layer that the adapter changes.
         parameters: The adapter's weights. Nothing else gets gradients.
-        low_precision: A dtype for autocast; None to compute in the model's dtype.
+        low_precision: A dtype for autocast; None computes in the model's dtype.
     """
 
     def __init__(
@@ -64,39 +65,45 @@ class Distillation:
         self._num_shared = num_shared_layers(self.full, path, first_layer)
 
     def compute_gradients(self, batch: Sequence[Tokens]) -> Tensor:
-        """Compute the parameters' gradients of the mean KL, and return the KL, a scalar."""
+        """Compute the gradients of the mean KL, and return the mean KL, a scalar.
+
+        The gradients are stored in `grad` of the parameters, in place of old gradients. The mean is
+        over the real tokens of the batch.
+        """
         teacher, student = self.last_states(batch)
-        leaf = student.detach().requires_grad_()  # collects the gradients of all parts
+        # First the gradients of the states, part by part, then the gradients of the parameters.
+        states = student.detach().requires_grad_()
         size = self._num_tokens_at_once()
         kls: list[Tensor] = []
-        for start in range(0, len(leaf), size):
-            kl = self._sum_kl(teacher[start : start + size], leaf[start : start + size])
-            kl = kl / len(leaf)
-            kl.backward(inputs=[leaf])  # type: ignore[no-untyped-call]
+        for start in range(0, len(states), size):
+            kl = self._sum_kl(teacher[start : start + size], states[start : start + size])
+            kl = kl / len(states)
+            kl.backward(inputs=[states])  # type: ignore[no-untyped-call]
             kls.append(kl.detach())
         for parameter in self.parameters:
             parameter.grad = None
-        student.backward(leaf.grad, inputs=list(self.parameters))  # type: ignore[no-untyped-call]
+        student.backward(states.grad, inputs=list(self.parameters))  # type: ignore[no-untyped-call]
         return torch.stack(kls).sum()
 
     def last_states(self, batch: Sequence[Tokens]) -> LastStates:
-        """Return the last states of all real tokens, along the full path and along the path.
+        """Return the last states of all real tokens, of the teacher and of the student.
 
-        The layers that both paths begin with run once.
+        The layers that both paths begin with run once, without gradients.
         """
         # Padding is on the right, where causal attention hides it from real tokens without a mask.
         rows = [torch.tensor(tokens) for tokens in batch]
         ids = on_device(pad_sequence(rows, batch_first=True), self.routed.device)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows])
-        is_real = torch.arange(int(max(lengths))) < lengths[:, None]
-        places = is_real.flatten().nonzero()[:, 0]
-        shared = self._num_shared
+        is_real = torch.arange(int(max(lengths))) < lengths[:, None]  # [B, T]
+        places = is_real.flatten().nonzero()[:, 0]  # [N]
         decoder = self.routed.injection.decoder
         teacher = StatesPass(self.full)
         with torch.no_grad():
             self._run(decoder, teacher, ids)
-        start = teacher.states[shared - 1] if shared else None
-        student = StatesPass(self.path, start, shared)
+        start = None
+        if self._num_shared > 0:
+            start = teacher.states[self._num_shared - 1]
+        student = StatesPass(self.path, start, self._num_shared)
         self._run(decoder, student, ids)
         return LastStates(
             teacher=_select_tokens(teacher.states[-1], places),
@@ -110,44 +117,56 @@ class Distillation:
         return torch.autocast(self.routed.device.type, self.low_precision)
 
     def _sum_kl(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Return the sum of the KL of some tokens, from their last states `[n, D]`."""
+        """Return the KL of some tokens, summed, from their last states `[n, D]`."""
         with torch.no_grad():
             target = self._logits(teacher).log_softmax(dim=-1)  # [n, V]
         logprobs = self._logits(student).log_softmax(dim=-1)
         return F.kl_div(logprobs, target, reduction="sum", log_target=True)
 
     def _num_tokens_at_once(self) -> int:
-        """Return the number of tokens whose logits are computed at once, in one context."""
+        """Return the number of tokens whose logits are computed at once."""
         vocabulary = self.routed.config.get_text_config().vocab_size
         size: int = max(1, LOGITS_AT_ONCE // vocabulary)
+        # `_logits` reads the tokens as one row, which must fit into the context.
         return min(size, context_length(self.routed.model) or size)
 
     def _logits(self, states: Tensor) -> Tensor:
-        """Run the model's own norm and head on last states `[n, D]`, and return logits `[n, V]`."""
+        """Run the model's own norm and head on last states `[n, D]`, and return logits `[n, V]`.
+
+        The whole model runs, so that nothing of its head is left out, but no layer does. The token
+        ids are ignored.
+        """
         ids = torch.zeros(1, len(states), dtype=torch.long, device=self.routed.device)
         ending = StatesPass(self.full, states[None], len(self.full.layers))
         logits: Tensor = self._run(self.routed.model, ending, ids).logits[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _run(self, module: Any, driver: Driver, ids: Tensor) -> Any:
+        """Run the model or its decoder on token ids, with layers as the driver decides."""
         with self.precision(), self.routed.injection.driven_by(driver):
             return module(input_ids=ids, use_cache=False)
 
 
 class StatesPass(PathPass):
-    """A pass along a path that stores the state after each layer.
+    """A pass along a path that stores the states.
 
-    With a state `start`, the pass begins after the first `num_run` layers of the path.
+    `states` has one state for each layer of the model, `[B, T, D]`: what the next layer reads.
+
+    Args:
+        path: The path.
+        start: The state after the first `num_run` layers of the path, which aren't run again; None
+            starts at the embeddings.
+        num_run: The number of layers that `start` has behind it.
     """
 
     def __init__(self, path: StaticPath, start: Tensor | None = None, num_run: int = 0) -> None:
         super().__init__(path)
         self.start = start
         self.states: list[Tensor] = []
-        self._left = list(reversed(path.layers[num_run:]))
+        self._left = list(reversed(path.layers[num_run:]))  # layers still to run, the next one last
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run the layers of the path that can be run now, `[B, T, D]` to `[B, T, D]`."""
+        """Run the layers of the path that come at this call, `[B, T, D]` to `[B, T, D]`."""
         if self.start is not None and call.index == 0:
             hidden = self.start
         self.states.append(super().layer(call, hidden))
@@ -155,13 +174,13 @@ class StatesPass(PathPass):
 
 
 def num_shared_layers(full: StaticPath, path: StaticPath, first_layer: int) -> int:
-    """Return how many layers both paths begin with before the adapter changes a layer."""
-    shared = 0
+    """Return how many layers both paths begin with, up to the first layer with the adapter."""
+    num_shared = 0
     for layer, full_layer in zip(path.layers, full.layers, strict=False):
         if layer != full_layer or layer >= first_layer:
             break
-        shared += 1
-    return shared
+        num_shared += 1
+    return num_shared
 
 
 def choose_low_precision(model: Any) -> torch.dtype | None:
@@ -179,5 +198,5 @@ def choose_low_precision(model: Any) -> torch.dtype | None:
 
 
 def _select_tokens(states: Tensor, places: Tensor) -> Tensor:
-    """Return the states `[N, D]` of some tokens of `[B, T, D]`."""
+    """Return the states `[N, D]` at some places of states `[B, T, D]`, counted row by row."""
     return states.flatten(0, 1).index_select(0, on_device(places, states.device))

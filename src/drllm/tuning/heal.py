@@ -1,8 +1,10 @@
 """The stage `heal`: train an adapter for a path that skips layers.
 
-PEFT puts a LoRA adapter on the layers of the path. Only the adapter is trained. The loss is the
-mean KL of the path's next-token distributions from those of the full path (see `distillation`). An
-interrupted run resumes, and ends with the same adapter.
+PEFT puts a LoRA adapter on the layers of the path, and only the adapter is trained. The loss is the
+mean KL between the next-token distributions of the path and of the full path (see `distillation`).
+Some texts are held out (see `heal_texts`). Now and then a *check* measures the KL on them, and the
+adapter with the lowest KL is the result. An interrupted run resumes, and ends with the same
+adapter.
 """
 
 import itertools
@@ -11,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -32,10 +33,8 @@ from drllm.extras import need
 from drllm.listener import Listener
 from drllm.models.base.first_block import FirstBlock
 from drllm.models.base.load import BaseModel
-from drllm.models.base.prompts import Prompt as Conversation
-from drllm.models.base.prompts import context_length, encode, render
+from drllm.models.base.prompts import context_length
 from drllm.models.healed import save_healed
-from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.models.scoring.batching import batches
 from drllm.models.scoring.packing import Request
@@ -48,25 +47,25 @@ from drllm.records.static_paths import read_path, steps_to_write
 from drllm.tasks.base import Task
 from drllm.tuning.distillation import Distillation, choose_low_precision
 from drllm.tuning.heal_texts import TextSource, Tokens, digest_sources, read_sources, split_texts
+from drllm.tuning.heal_tokens import TextTokenizer
 from drllm.tuning.objectives import KL, LOSS
-from drllm.tuning.path_scorer import Item, PathScorer, make_text_items
+from drllm.tuning.path_scorer import Item, PathScorer
 
 CHUNKS_FOLDER = "heal.partial"
-TRAINING = "training"  # the key of the training's state in the folder of chunks
-NAME = "healed"  # the adapter's name while it is trained
+STATE_KEY = "training"  # the key of the training's state in the folder of chunks
+ADAPTER = "healed"  # the adapter's name while it is trained
 STEPS = 250  # training steps, unless a number or a time is given
 PATIENCE = 3  # the training ends after this many checks in a row without a lower KL
-CHECKS = 10  # how often the held-out texts are measured in a training
+CHECKS = 10  # the number of checks in a training, besides the check before the first step
 WARM_UP = 0.05  # share of the training in which the learning rate rises
 MAX_GRAD_NORM = 1.0
-SAVE_SECONDS = 60  # a killed run loses at most this much work
-MEMORY_GB = 1.0  # for states that paths share while texts are measured
-STEPS_AHEAD = 16  # steps whose sequences are sorted into batches together
-ANSWERS_AT_ONCE = 32  # prompts that are answered together
-CHECKS_AFTER = 3
-"""How many checks' time is set aside for the measurements after the last step: a check, and the
-losses by source. The losses run three paths and a check runs two, so together they take less time
-than three checks."""
+SAVE_SECONDS = 60  # a killed run loses about this much work
+STATE_CACHE_GB = 1.0  # for states that paths share while texts are measured
+STEPS_AHEAD = 16  # the sequences of this many steps are drawn, and sorted into batches, together
+FINAL_CHECKS = 3
+"""The time of this many checks is set aside for the measurements after the last step. These are a
+check, which runs two paths, and the losses by source, which run three. So they take less time than
+three checks."""
 
 
 def heal(
@@ -90,8 +89,9 @@ def heal(
         model: As for `tune`.
         path: A path, or a file as for `--path`; None takes the config's path.
         tasks: Tasks, names of tasks, or files of questions; None takes the config's tasks.
-        texts: Texts, or names of files and data sets in one string; None takes the config's texts.
-        config: The settings.
+        texts: A list of texts, or the names of files and data sets in one string; None takes the
+            config's texts.
+        config: The settings; None takes the defaults.
         output_dir: Folder for the healed path; None uses a temporary folder.
         tokenizer: As for `tune`.
         listener: Receives progress and notes.
@@ -113,18 +113,18 @@ def heal(
     listener = listener or Listener()
     need("heal", "healing")
     sources = read_sources(config, tasks, texts)
-    file = None
-    if not isinstance(path, StaticPath):
-        file = read_path(str(path or config.named_path()))
+    path_file = None
+    if not isinstance(path, StaticPath):  # read before the model is loaded, to fail early
+        path_file = read_path(str(path or config.named_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         routed = RoutedModel(base.model, tokenizer=base.tokenizer)
         stack.callback(routed.detach)
         name = "path"
-        if file is not None:
-            path = file.path_for(base.identity)
-            name = file.named.name if file.named else file.file.stem
+        if path_file is not None:
+            path = path_file.path_for(base.identity)
+            name = path_file.named.name if path_file.named else path_file.file.stem
         assert isinstance(path, StaticPath)
         stack.enter_context(only_writer(folder, "healing", "--output-dir"))
         run = HealRun(base, routed, path, name, sources, config, folder, listener)
@@ -132,19 +132,38 @@ def heal(
 
 
 class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The state of a training."""
+    """The state of a training, which is saved."""
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    step: int = 0  # steps done
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # duration of all steps and checks
     check_seconds: float = 0.0  # duration of the longest check
     train_kl: float | None = None  # a running mean over the last steps
-    curve: list[HealPoint] = []
-    tensors: bytes = b""  # parameters and optimiser, as a file of safetensors
+    curve: list[HealPoint] = []  # one point for each check
+    tensors: bytes = b""  # parameters and optimiser, as a file of safetensors; set by `_save`
 
 
 class HealRun:
-    """One run of the stage: read texts, train, measure losses."""
+    """One run of the stage: it tokenizes texts, trains an adapter, and measures losses.
+
+    Args:
+        base: The model.
+        routed: The same model with its layers routed.
+        path: The path to heal.
+        name: The path's name in the record.
+        sources: The texts.
+        config: The settings.
+        folder: The folder for the healed path.
+        listener: Receives progress and notes.
+
+    Attributes:
+        plain: The path without an adapter.
+        healed: The path with the adapter that is trained.
+        full: The full path.
+        held_out: Name of a source → its held-out sequences.
+        parameters: The adapter's weights.
+        best: The weights at the check with the lowest KL so far.
+    """
 
     def __init__(
         self,
@@ -160,7 +179,7 @@ class HealRun:
         self.base = base
         self.routed = routed
         self.plain = path.check(routed.num_layers).with_adapter("")
-        self.healed = path.with_adapter(NAME)
+        self.healed = path.with_adapter(ADAPTER)
         self.full = StaticPath(range(routed.num_layers))
         self.name = name
         self.sources = sources
@@ -171,7 +190,7 @@ class HealRun:
         self.state = _State()
         self.held_out: dict[str, list[Tokens]] = {}
         self.parameters: list[nn.Parameter] = []
-        self.best: list[Tensor] = []  # the parameters with the lowest KL on held-out texts so far
+        self.best: list[Tensor] = []
 
     def run(self) -> HealedPath:
         """Train, or return the result of an earlier run with the same settings."""
@@ -183,17 +202,17 @@ class HealRun:
             return finished
         self.add_adapter()
         self.chunks.open()
-        texts = self._read_texts()
+        sequences = self._read_texts()
         with self.listener.progress("healing", "") as on_progress:
             self._resume()
-            for message in self._train(texts):
+            for message in self._train(sequences):
                 on_progress(min(self._progress, 1.0), 1.0, message)
             on_progress(1.0, 1.0)
         with self.listener.busy("measuring the losses by source"):
             losses = self._measure_losses()
         curve = tuple(self.state.curve)
         record = msgspec.structs.replace(self.record, curve=curve, held_out=losses)
-        healed = save_healed(self.folder, record, self.routed, NAME)
+        healed = save_healed(self.folder, record, self.routed, ADAPTER)
         self.chunks.remove()
         return healed
 
@@ -216,7 +235,7 @@ class HealRun:
         """Put a new adapter into the model, and create its optimiser and loss."""
         rank = self.config.rank
         self.parameters = self.routed.injection.lora.create(
-            NAME,
+            ADAPTER,
             rank=rank,
             alpha=rank,  # a scaling of 1, so that a learning rate means the same at every rank
             layers=self._adapted_layers(),
@@ -239,7 +258,7 @@ class HealRun:
         return sorted({layer for layer in self.plain.layers if layer >= first_layer})
 
     def _new_record(self) -> HealedPath:
-        """Return the record of this run, without results."""
+        """Return the record of this run; the curve, the losses and the adapter come later."""
         autocast = str(self.low_precision).removeprefix("torch.")
         manifest = new_manifest(
             "healed_path", model=self.base.identity, config=self.config.to_dict()
@@ -273,66 +292,22 @@ class HealRun:
         self.chunks.remove()  # the earlier run may have been killed before it removed them
         return healed
 
-    # --- texts ---
-
     def _read_texts(self) -> dict[str, list[Tokens]]:
-        """Read the texts of all sources; store held-out texts, and return the texts to train on."""
-        with self.listener.busy("reading the texts"):
-            texts = {source.name: self._tokenize(source) for source in self.sources}
-        for name, tokens in texts.items():
-            self._note_cuts(name, tokens)
+        """Tokenize the texts; set `held_out`, and return the sequences to train on by source."""
+        tokenizer = TextTokenizer(self.routed, self.config.max_tokens, self.chunks, self.listener)
+        texts = tokenizer.tokenize_sources(self.sources)
         split = split_texts(texts, self.config)
         self.held_out = split.held_out
-        return split.trained
-
-    def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
-        """Note how many texts of a source are cut, and which --max-tokens would cut none."""
-        size = self.config.max_tokens
-        num = len([text for text in texts if len(text) > size])
-        if num == 0:
-            return
-        longest = max(map(len, texts))
-        context = context_length(self.routed.model)
-        note = (
-            f"{num} of {len(texts)} texts of {name} have over {size} tokens and are cut; each part "
-            f"is trained on without the text before it"
-        )
-        if context is None or longest <= context:
-            note += f"; --max-tokens {longest} would cut none"
-        self.listener.note(note)
-
-    def _tokenize(self, source: TextSource) -> list[Tokens]:
-        """Return the tokens of a source's texts, or of its questions with their answers."""
-        if source.texts:
-            return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
-        texts: list[Tokens] = []
-        if not source.is_open:
-            for item in make_text_items(self.routed, source.prompts):
-                request = item.request
-                texts.append((*request.context, *request.continuations[0]))
-            return texts
-        prompts = [prompt.content for prompt in source.prompts]
-        for start in range(0, len(prompts), ANSWERS_AT_ONCE):
-            part = prompts[start : start + ANSWERS_AT_ONCE]
-            key = f"{source.name} answers from {start}"
-            texts += self.chunks.get_or_make(key, list[Tokens], partial(self._answer, part))
-        return texts
-
-    def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
-        """Answer prompts along the full path, and return them with their answers."""
-        answers = generate_many(self.routed, prompts, max_new_tokens=self.config.max_tokens)
-        tokenizer = self.routed.tokenizer
-        texts: list[Tokens] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
-            texts.append((*prompt_tokens, *answer.tokens))
-        return texts
+        return split.to_train
 
     # --- training ---
 
     @property
     def _progress(self) -> float:
-        """The share of the training that is done."""
+        """The share of the training that is done, by steps or by time; above 1 if it took longer.
+
+        If the settings limit both, the larger share counts.
+        """
         steps = self.config.steps
         minutes = self.config.minutes
         if steps is None and minutes is None:
@@ -344,9 +319,9 @@ class HealRun:
     def _share_of_time(self, seconds: float) -> float:
         """Return the share of the training's time that is over.
 
-        Time for the measurements after the last step is set aside.
+        `seconds` are for the training and the measurements after it, whose time is set aside.
         """
-        training_seconds = seconds - CHECKS_AFTER * self.state.check_seconds
+        training_seconds = seconds - FINAL_CHECKS * self.state.check_seconds
         if training_seconds <= 0:
             return 1.0
         return self.state.seconds / training_seconds
@@ -355,17 +330,22 @@ class HealRun:
     def _is_over(self) -> bool:
         """Whether the training is complete, or too many checks in a row show no lower KL."""
         kls = [point.held_out_kl for point in self.state.curve]
-        num_without_gain = len(kls) - 1 - kls.index(min(kls))
+        last = len(kls) - 1
+        num_without_gain = last - kls.index(min(kls))
         return self._progress >= 1 or num_without_gain >= PATIENCE
 
-    def _train(self, texts: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
-        """Train to the end, and yield a message after each step."""
+    def _train(self, sequences: Mapping[str, Sequence[Tokens]]) -> Iterator[str]:
+        """Train to the end, and yield a message after each step; then use the best adapter.
+
+        `sequences` are the sequences to train on by source.
+        """
         state = self.state
         last_save = 0.0
         if not state.curve:
             self._check_held_out()
         first_block = FirstBlock(self.listener, self.base.model.device)
-        for batch in itertools.islice(make_batches(texts, self.config), state.step, None):
+        # A resumed training skips the batches of the steps that are done.
+        for batch in itertools.islice(make_batches(sequences, self.config), state.step, None):
             if time.monotonic() - last_save > SAVE_SECONDS:
                 self._save()
                 last_save = time.monotonic()
@@ -378,10 +358,10 @@ class HealRun:
                 self._check_held_out()
             kl = state.curve[-1].held_out_kl
             yield f"step {state.step}, KL {state.train_kl:.3f}, on held-out texts {kl:.3f}"
-        if not state.step:
+        if state.step == 0:
             self.listener.note(
                 f"--minutes {self.config.minutes} left no time to train: measuring the held-out "
-                f"texts once takes {state.check_seconds:.0f} s; give more, or a lower "
+                f"texts once takes {state.check_seconds:.0f} s; give more minutes, or a lower "
                 f"--num-held-out"
             )
         with torch.no_grad():
@@ -412,7 +392,7 @@ class HealRun:
     # --- measurements ---
 
     def _check_held_out(self) -> None:
-        """Measure the KL of the held-out texts, and keep the adapter if it is the best so far."""
+        """Measure the KL on the held-out texts, and store the adapter if it is the best so far."""
         started = time.perf_counter()
         state = self.state
         texts: list[Tokens] = []
@@ -436,7 +416,7 @@ class HealRun:
         self.listener.note(f"step {state.step}: KL {kl:.3f} on held-out texts")
 
     def _measure_losses(self) -> dict[str, Losses]:
-        """Return the next-token losses on the held-out texts, by source."""
+        """Return the next-token losses on the held-out texts, by source, along three paths."""
         losses = {}
         for name, texts in self.held_out.items():
             paths = [self.full, self.plain, self.healed]
@@ -448,21 +428,22 @@ class HealRun:
     def _measure_means(
         self, objective: str, paths: Sequence[StaticPath], texts: Sequence[Tokens]
     ) -> list[float]:
-        """Return the mean KL or next-token loss of texts along each path."""
+        """Return the mean KL (`KL`) or next-token loss (`LOSS`) of texts along each path."""
         items = []
         for text in texts:
-            request = Request(text[:1], [text[1:]])
             if objective == KL:  # the KL is over the prompt, but a request needs a continuation
                 request = Request(text, [text[:1]])
+            else:
+                request = Request(text[:1], [text[1:]])
             items.append(Item(request))
-        scorer = PathScorer(self.routed, items, objective, MEMORY_GB)
-        objectives = scorer.score(paths).objective
-        return [-fmean(scores) for scores in objectives]
+        scorer = PathScorer(self.routed, items, objective, STATE_CACHE_GB)
+        objectives = scorer.score(paths).objective  # of each path on each text; larger is better
+        return [-fmean(values) for values in objectives]
 
     # --- saving and resuming ---
 
     def _save(self) -> None:
-        """Save the state of the training."""
+        """Save the state of the training, with the weights and the optimiser, for `_resume`."""
         tensors: dict[str, Tensor] = {}
         for number, parameter in enumerate(self.parameters):
             tensors[f"{number} weight"] = parameter.detach().cpu()
@@ -470,12 +451,12 @@ class HealRun:
             for part, tensor in self.optimizer.state[parameter].items():
                 tensors[f"{number} {part}"] = tensor.cpu()
         self.state.tensors = to_safetensors(tensors)
-        self.chunks.put(TRAINING, self.state)
+        self.chunks.put(STATE_KEY, self.state)
 
     @torch.no_grad()
     def _resume(self) -> None:
         """Load the state that was saved, if there is one."""
-        state = self.chunks.get(TRAINING, _State)
+        state = self.chunks.get(STATE_KEY, _State)
         if state is None:
             return
         for name, tensor in from_safetensors(state.tensors).items():
@@ -485,15 +466,16 @@ class HealRun:
                 parameter.copy_(tensor)
             elif part == "best":
                 self.best[int(number)].copy_(tensor)
-            else:  # a tensor of the optimiser, which counts its steps on the CPU
-                device = parameter.device if tensor.dim() else tensor.device
-                self.optimizer.state[parameter][part] = tensor.to(device)
+            elif tensor.dim() == 0:  # the optimiser's number of steps, which stays on the CPU
+                self.optimizer.state[parameter][part] = tensor
+            else:
+                self.optimizer.state[parameter][part] = tensor.to(parameter.device)
         self.state = state
 
 
 def learning_rate(peak: float, progress: float) -> float:
-    """Return the learning rate at a share of the training: linear warm-up, then cosine decay."""
-    rise = min(1.0, (progress + 0.001) / WARM_UP)
+    """Return the learning rate at a share of the training: linear warm-up times cosine decay."""
+    rise = min(1.0, (progress + 0.001) / WARM_UP)  # above 0 at the first step
     fall = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * rise * fall
 
@@ -501,32 +483,38 @@ def learning_rate(peak: float, progress: float) -> float:
 def make_batches(
     by_source: Mapping[str, Sequence[Tokens]], config: HealConfig
 ) -> Iterator[list[Tokens]]:
-    """Yield the sequences of each step, without end.
+    """Yield a batch of sequences for each step, without end.
 
-    The same settings and texts give the same sequences. Each source gives the same number of
+    The same settings and sequences give the same batches. Each source gives the same number of
     sequences, drawn at random. The sequences of a batch have similar lengths, and fit into
     `batch_size` times `max_tokens` tokens.
+
+    Args:
+        by_source: Name of a source → its sequences.
+        config: The settings.
     """
     random = Random(config.seed)
     max_tokens = config.batch_size * config.max_tokens
-    num = math.ceil(STEPS_AHEAD * config.batch_size / len(by_source))
+    num_per_source = math.ceil(STEPS_AHEAD * config.batch_size / len(by_source))
     while True:
-        ahead: list[Tokens] = []
-        for texts in by_source.values():
-            ahead += random.choices(texts, k=num)
-        groups = batches([len(text) for text in ahead], len(ahead), max_tokens)
+        sequences: list[Tokens] = []
+        for source_sequences in by_source.values():
+            sequences += random.choices(source_sequences, k=num_per_source)
+        lengths = [len(sequence) for sequence in sequences]
+        groups = batches(lengths, len(sequences), max_tokens)  # by similar length
         random.shuffle(groups)
         for rows in groups:
-            yield [ahead[row] for row in rows]
+            yield [sequences[row] for row in rows]
 
 
 def _identity(record: HealedPath) -> dict[str, Any]:
     """Return the values by which a run recognises its own files."""
     return {
-        # Older records have settings that no longer exist.
+        # Older records have settings that no longer exist; `make_settings` ignores them.
         "settings": make_settings(HealConfig, record.config).decisive(),
         "model": record.model,
         "runtime": record.runtime,
-        "path": record.path.layers,  # older records also have each step's scale, which is 1
+        # Only the layers: older records also have a scale for each step, which is always 1.
+        "path": record.path.layers,
         "texts_sha256": record.questions_sha256,
     }

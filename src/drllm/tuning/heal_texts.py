@@ -1,7 +1,8 @@
-"""The texts that `heal` trains on: questions with their answers, and other texts.
+"""The texts that `heal` trains on: the questions of tasks with their answers, and other texts.
 
-Some texts, chosen by their hash, are held out: they are measured on, and never trained on. This
-module doesn't import torch.
+`read_sources` reads the texts. After they are tokenized, `split_texts` chooses some by their hash
+that are *held out*: the loss is measured on them, and they are never trained on. This module
+doesn't import torch.
 """
 
 import functools
@@ -27,20 +28,25 @@ from drllm.tuning.objectives import choose_objective, make_prompt
 
 Tokens: TypeAlias = tuple[int, ...]
 
-LEAST_PER_HELD_OUT = 5  # at most one text in 5 is held out, but at least one of each source
+TEXT_FILE_NAMES = (*FILE_NAMES, ".txt")  # how the names of files of texts end
+LEAST_PER_HELD_OUT = 5
+"""A source has at least this many texts for each text that is held out. But one text of each source
+is always held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
-    """A task or a file whose texts are trained on.
+    """A task, a file or a data set whose texts are trained on. It has prompts or texts, not both.
+
+    The digest of a run contains the names and the order of the fields (see `digest_sources`).
 
     Attributes:
-        name: Its name in records and reports.
+        name: The name in records and reports.
         prompts: The questions of a task.
         texts: The texts of a file, of a data set of the hub, or from the caller.
-        is_open: Whether the prompts lack right answers. They are then read with the full path's
-            answers.
-        is_divided: As in `TaskSplits`.
+        is_open: Whether the prompts lack right answers. The answers that the full path generates
+            are then trained on.
+        is_divided: Whether a task's questions were divided again, as in `TaskSplits`.
     """
 
     name: str
@@ -59,10 +65,10 @@ def read_sources(
 
     Args:
         config: The settings.
-        tasks: Tasks, or their names; None takes the tasks of the settings. The questions of a task
-            are those that `tune` fits paths on.
-        texts: Texts, or one string with the names of files and data sets of the hub; None takes the
-            texts of the settings.
+        tasks: Tasks, or their names; None takes the tasks of the settings. Only the questions that
+            `tune` fits paths on are read.
+        texts: A list of texts, or one string with the names of files and data sets of the hub,
+            separated by commas; None takes the value of `--text`.
 
     Raises:
         ConfigError: There is nothing to train on, or two sources have the same name.
@@ -73,6 +79,7 @@ def read_sources(
     if texts is None:
         texts = config.text
     limit = config.limit or LARGEST_INT
+    # The settings of a tuning divide the questions as `tune` does.
     tune_config = TuneConfig(data_dir=config.data_dir, num_fit=limit, seed=config.seed)
     sources = [_make_task_source(splits) for splits in split_tasks(tune_config, tasks or [])]
     if isinstance(texts, str):
@@ -91,11 +98,14 @@ def _refuse_same_name(names: Sequence[str]) -> None:
     """Refuse two sources of the same name."""
     for name, count in Counter(names).items():
         if count > 1:
-            raise ConfigError(f"two sources are called {name!r}; rename a file, or leave one out")
+            raise ConfigError(
+                f"two tasks or files to train on are called {name!r}; rename a file, or leave out "
+                f"one of the two"
+            )
 
 
 def _make_task_source(splits: TaskSplits) -> TextSource:
-    """Return a task with the questions that `tune` fits paths on."""
+    """Make a source from the questions of a task that `tune` fits paths on."""
     task = splits.task
     objective = choose_objective(task, TuneConfig())
     return TextSource(
@@ -114,9 +124,9 @@ def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
         if not word:
             continue
         file = Path(word).expanduser()
-        is_named_like_file = word.endswith((*FILE_NAMES, ".txt"))
-        if HUB_SET.fullmatch(word) and not file.is_file() and not is_named_like_file:
-            name = word.partition("/")[2]
+        is_file = file.is_file() or word.endswith(TEXT_FILE_NAMES)
+        if HUB_SET.fullmatch(word) and not is_file:
+            name = word.partition("/")[2]  # of OWNER/NAME
             texts = _read_hub_texts(word, config.limit or HUB_ROWS)
         else:
             name = file.name.partition(".")[0]
@@ -125,20 +135,20 @@ def _read_text_sources(names: str, config: HealConfig) -> list[TextSource]:
     return sources
 
 
-@functools.cache  # a data set is needed twice: to check the settings, and to train
-def _read_hub_texts(name: str, num: int) -> list[str]:
-    """Read the first `num` texts of a data set of the hub; blank texts are left out."""
+@functools.cache  # a data set is read twice: to check the settings, and to train
+def _read_hub_texts(name: str, limit: int) -> list[str]:
+    """Read the first texts of a data set of the hub, at most `limit`; leave out blank texts."""
     texts: list[str] = []
     for row in read_hub_set(name, "--text"):
         text = row.get("text")
         if not isinstance(text, str):
             raise TaskError(
-                f"--text {name} has no text in a column 'text' of {list(row)}; give another set, "
-                f"or a file of texts"
+                f"--text {name} has no texts in a column 'text'; its columns are {list(row)}; give "
+                f"another set, or a file of texts"
             )
         if text.strip():
             texts.append(text)
-        if len(texts) == num:
+        if len(texts) == limit:
             break
     return texts
 
@@ -146,8 +156,8 @@ def _read_hub_texts(name: str, num: int) -> list[str]:
 def digest_sources(sources: Sequence[TextSource]) -> str:
     """Return the digest by which a run recognises its sources.
 
-    It is the digest of the sources' `repr` at commit 3820ce17, where the class was called `Source`,
-    so that a run of that version can be resumed.
+    Commit 3820ce17 hashed the `repr` of a list of sources, and the class was called `Source`. The
+    same text is hashed here, so that a run of that version can be resumed.
     """
     texts = []
     for source in sources:
@@ -157,13 +167,14 @@ def digest_sources(sources: Sequence[TextSource]) -> str:
 
 
 def _read_file(file: Path) -> list[str]:
-    """Read the texts of a file: the field `text` of its rows, or its paragraphs."""
+    """Read the texts of a file: the paragraphs of a .txt file, or the fields `text` of rows."""
     if file.suffix == ".txt":
-        return [part for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()]
+        paragraphs = re.split(r"\n\s*\n", read_text(file))
+        return [paragraph for paragraph in paragraphs if paragraph.strip()]
     if not file.name.endswith(FILE_NAMES):
         raise ConfigError(
-            f"--text: {file} is neither .jsonl, .jsonl.gz nor .txt; give a file of one of these, "
-            f"or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
+            f"--text: the name of {file} doesn't end in .jsonl, .jsonl.gz or .txt; give a file of "
+            f"this kind, or a data set of the hub as OWNER/NAME[:CONFIG[:SPLIT]]"
         )
     texts = []
     for line, row in read_rows(file):
@@ -175,39 +186,44 @@ def _read_file(file: Path) -> list[str]:
 
 
 class SplitTexts(NamedTuple):
-    """Sequences of tokens by source."""
+    """The sequences of tokens to train on, and those to measure the loss on; source → sequences."""
 
-    trained: dict[str, list[Tokens]]
+    to_train: dict[str, list[Tokens]]
     held_out: dict[str, list[Tokens]]
 
 
 def split_texts(by_source: Mapping[str, Sequence[Tokens]], config: HealConfig) -> SplitTexts:
-    """Split each source's texts into sequences to train on and sequences to measure on.
+    """Split the texts of each source into sequences to train on and held-out sequences.
 
-    A text that occurs several times counts once. Texts to train on are cut into sequences of
-    `max_tokens`. Of a held-out text, only the first sequence is used.
+    A text that occurs several times counts once, for the first source that has it. Texts to train
+    on are cut into sequences of `max_tokens`. Of a held-out text, only the first sequence is used.
+
+    Args:
+        by_source: Name of a source → its texts, as tokens.
+        config: The settings.
 
     Raises:
         TaskError: A source has fewer than two texts that no earlier source has.
     """
-    num_per_source = math.ceil(config.num_held_out / len(by_source))
+    max_per_source = math.ceil(config.num_held_out / len(by_source))
     size = config.max_tokens
-    trained: dict[str, list[Tokens]] = {}
+    to_train: dict[str, list[Tokens]] = {}
     held_out: dict[str, list[Tokens]] = {}
     seen: set[Tokens] = set()
     for name, texts in by_source.items():
         new_texts = {text for text in texts if len(text) > 1} - seen
-        in_order = sorted(new_texts, key=lambda text: hash_values([text]))
         seen |= new_texts
-        if len(in_order) < 2:
+        if len(new_texts) < 2:
             raise TaskError(
-                f"{name} has {len(in_order)} texts that no other source has, and one is held out "
-                f"to measure on; give at least 2"
+                f"{name} has {len(new_texts)} texts that no source before it has, and one text is "
+                f"held out to measure the loss on; give at least 2"
             )
-        num = min(num_per_source, max(1, len(in_order) // LEAST_PER_HELD_OUT))
-        held_out[name] = [text[:size] for text in in_order[:num]]
-        trained[name] = _cut_texts(in_order[num:], size)
-    return SplitTexts(trained, held_out)
+        shuffled = sorted(new_texts, key=lambda text: hash_values([text]))
+        max_of_texts = max(1, len(shuffled) // LEAST_PER_HELD_OUT)
+        num_held_out = min(max_per_source, max_of_texts)
+        held_out[name] = [text[:size] for text in shuffled[:num_held_out]]
+        to_train[name] = _cut_texts(shuffled[num_held_out:], size)
+    return SplitTexts(to_train, held_out)
 
 
 def _cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
@@ -216,6 +232,6 @@ def _cut_texts(texts: Sequence[Tokens], size: int) -> list[Tokens]:
     for text in texts:
         for start in range(0, len(text), size):
             sequence = text[start : start + size]
-            if len(sequence) > 1:  # one token predicts nothing
+            if len(sequence) > 1:  # no token of a shorter sequence is predicted
                 sequences.append(sequence)
     return sequences

@@ -1,37 +1,44 @@
-"""Formats the lines that a tuning prints: what the best path of a level saves and loses."""
+"""Formats the lines that a tuning prints, one for each level of the search.
+
+A line says what the best path of the level saves, and how much it changes the objective on the part
+`select` of the questions. A *change* is a mean difference from the full path in nats, with the low
+and the high end of its 95 % interval.
+"""
 
 from drllm.statistics.verdicts import signed
 
-AXIS_FROM, AXIS_STEP, AXIS_WIDTH = -0.4, 0.02, 31
+AXIS_FROM = -0.4  # nats at the first column of the axis on which intervals are drawn
+AXIS_STEP = 0.02  # nats for each column
+AXIS_WIDTH = 31  # columns
 AXIS = f"−0.4{'0':>17}{'+0.2':>10}"
-"""The numbers above the axis of a drawn interval. One column of the axis is `AXIS_STEP` nats."""
+"""The numbers above the axis: −0.4 at its first column, 0 and +0.2 above their columns."""
 HEAD = f"{'layers saved, change on select (95 %)':<46}  {AXIS}"
 """The heading of the lines."""
 
 
-def level_line(saved: float, change: tuple[float, float, float]) -> str:
-    """Return the line of a level: a description, then the interval on the axis of `HEAD`."""
+def format_level(saved: float, change: tuple[float, float, float]) -> str:
+    """Return the line of a level: its description, then its interval on the axis of `HEAD`."""
     return f"{describe_level(saved, change):<46}  {draw_interval(*change)}"
 
 
 def describe_level(saved: float, change: tuple[float, float, float]) -> str:
-    """Describe what the best path of a level saves, and its change on `select`."""
+    """Describe the best path of a level: how many layers it saves, and its change."""
     mean, low, high = (signed(value, 3) for value in change)
     saving = f"{saved:.3g} saved".replace("-", "−")
     return f"{saving}  {mean} nats ({low} to {high})"
 
 
 def draw_interval(mean: float, low: float, high: float) -> str:
-    """Draw a mean and its interval on a fixed axis; an end outside of it is an arrow."""
-    first = _column(low)
-    last = _column(high)
+    """Draw a mean and its interval on the axis. An end outside of the axis is drawn as an arrow."""
+    first = _find_column(low)
+    last = _find_column(high)
     cells = [" "] * AXIS_WIDTH
-    for column in range(_within(first), _within(last) + 1):
+    for column in range(_clip_column(first), _clip_column(last) + 1):
         cells[column] = "─"
-    cells[_column(0.0)] = "│"
-    cells[_within(first)] = "├"
-    cells[_within(last)] = "┤"
-    cells[_within(_column(mean))] = "●"
+    cells[_find_column(0.0)] = "│"
+    cells[_clip_column(first)] = "├"
+    cells[_clip_column(last)] = "┤"
+    cells[_clip_column(_find_column(mean))] = "●"
     if first < 0:
         cells[0] = "<"
     if last >= AXIS_WIDTH:
@@ -39,11 +46,11 @@ def draw_interval(mean: float, low: float, high: float) -> str:
     return "".join(cells).rstrip()
 
 
-def _column(value: float) -> int:
-    """Return the column of a value; it may be outside of the axis."""
+def _find_column(value: float) -> int:
+    """Return the column of a value. It may be outside of the axis."""
     return round((value - AXIS_FROM) / AXIS_STEP)
 
 
-def _within(column: int) -> int:
+def _clip_column(column: int) -> int:
     """Return the nearest column of the axis."""
     return min(max(column, 0), AXIS_WIDTH - 1)

@@ -1,6 +1,6 @@
 """The objectives that a static path is tuned for, and the prompts that measure them.
 
-Doesn't import torch.
+This module doesn't import torch.
 """
 
 from drllm.config import TuneConfig
@@ -8,14 +8,23 @@ from drllm.errors import ConfigError
 from drllm.tasks.base import Task
 from drllm.tasks.examples import OPTIONS_REWARD, Example, Prompt
 
-GOLD, LOSS, KL = "gold_logprob", "next_token_loss", "kl"
-"""The objectives, in nats; larger is better. `GOLD` is the log-probability of the gold option among
-the options. `LOSS` is the mean log-probability of the right answer's tokens. `KL` is the negative
-KL from the full path over the prompt's tokens."""
+GOLD = "gold_logprob"
+"""The objective of questions with options: the log-probability of the gold option among the
+options."""
+LOSS = "next_token_loss"
+"""The objective of questions with generated answers: the mean log-probability of the right answer's
+tokens. It is the negative next-token loss, since an objective is better if it is larger."""
+KL = "kl"
+"""The objective of prompts without answers: the negative KL from the full path, over the prompt's
+tokens."""
 
 
 def choose_objective(task: Task, config: TuneConfig) -> str:
-    """Return a task's objective: the settings' objective, or else one that fits its answers."""
+    """Return the objective of the settings, or else an objective that fits the task's answers.
+
+    Raises:
+        ConfigError: The objective of the settings doesn't fit the task.
+    """
     if not task.has_answers:
         if config.objective not in (None, KL):
             raise ConfigError(
@@ -35,12 +44,18 @@ def choose_objective(task: Task, config: TuneConfig) -> str:
 
 
 def choose_reward(task: Task, objective: str) -> str:
-    """Return the reward that a task's questions are prompted for and graded by."""
-    return task.check_reward(OPTIONS_REWARD if objective == GOLD else None)
+    """Return the reward that decides how questions are prompted and graded."""
+    if objective == GOLD:
+        return task.check_reward(OPTIONS_REWARD)
+    return task.check_reward(None)  # the task's default
 
 
 def make_prompt(task: Task, example: Example, objective: str) -> Prompt:
-    """Return a question's prompt. If a worked solution is scored, it follows the plain question."""
+    """Return the prompt on which a question's objective is measured.
+
+    If the question has a worked solution, `LOSS` is measured on the solution after the plain
+    question.
+    """
     if objective == LOSS and example.solution:
         return Prompt(
             text=f"Question: {example.question}\nAnswer:",

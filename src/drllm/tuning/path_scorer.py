@@ -1,6 +1,7 @@
-"""Scores static paths on questions: the objective, right answers and next-token losses.
+"""Scores static paths on questions, by an objective and by their right answers.
 
-Many pairs of a path and a question are scored in shared passes, in which common prefixes run once.
+Many pairs of a path and a question are scored in shared passes. The layers that several paths begin
+with run once. The objectives are explained in `objectives`.
 
 Axes: N paths, Q questions.
 """
@@ -32,7 +33,13 @@ WORST = -100.0  # nats in place of a value that isn't finite, so that means are 
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The scores of paths on questions, `[N][Q]`; `right` is empty without options."""
+    """The scores of paths on questions.
+
+    Attributes:
+        objective: The objective of each path on each question, `[N][Q]`.
+        right: 1 if the right option is the likeliest, else 0, `[N][Q]`; empty without options.
+        seconds: How long scoring took.
+    """
 
     objective: list[list[float]]
     right: list[list[float]] = []
@@ -41,14 +48,24 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question as it is scored: its tokens, and the place of the right continuation."""
+    """A question as it is scored: its tokens, and the number of the right continuation.
+
+    The number is None if the objective compares no options.
+    """
 
     request: Request
     gold: int | None = None
 
 
 class PathScorer:
-    """Scores paths on a fixed list of questions, by one objective."""
+    """Scores paths on a fixed list of questions, by one objective.
+
+    Args:
+        routed: The model.
+        items: The questions.
+        objective: `GOLD`, `LOSS` or `KL`; the items must be made for it (see `make_items`).
+        state_cache_gb: Size of the cache of states that paths share; None chooses it by memory.
+    """
 
     def __init__(
         self,
@@ -63,7 +80,7 @@ class PathScorer:
         self.state_cache_gb = state_cache_gb
 
     def score(self, paths: Sequence[StaticPath], places: Sequence[int] | None = None) -> Scores:
-        """Score paths on the questions at some places, or on all questions.
+        """Score paths on the questions at `places` in the list, or on all questions.
 
         A log-probability that isn't finite counts as `WORST`.
 
@@ -91,15 +108,14 @@ class PathScorer:
         """Return the objectives and right answers of paths on a block's questions, `[N, Q]`."""
         items = [self.items[place] for place in places]
         batch = ChoiceBatch(self.routed, [item.request for item in items], self.state_cache_gb)
-        # Sorted, so that paths with a common prefix are in the same pass.
+        # Sorted, so that paths with a common beginning are in the same pass.
         order = sorted(range(len(paths)), key=lambda number: paths[number].layers)
-        pairs = list(itertools.product(order, range(len(items))))
-        # Decisions instead of paths where possible, since they show which path is the full path,
+        pairs = list(itertools.product(order, range(len(items))))  # (path, question)
+        # Paths are written as decisions if possible. `ChoiceBatch` then recognises the full path,
         # whose KL is 0.
         plans = [path.plan(self.routed.num_layers) for path in paths]
-        scores = batch.scores(
-            [(row, plans[number]) for number, row in pairs], kl=self.objective == KL
-        )
+        rows_and_plans = [(row, plans[number]) for number, row in pairs]
+        scores = batch.scores(rows_and_plans, kl=self.objective == KL)
         objective = np.zeros((len(paths), len(items)))
         right = np.zeros((len(paths), len(items)))
         for (number, row), score in zip(pairs, scores, strict=True):
@@ -119,32 +135,39 @@ class PathScorer:
                 "float32"
             )
 
-    def _value(self, item: Item, sums: Sequence[float], kl: float | None) -> tuple[float, bool]:
-        """Return the objective, and whether the right option is the likeliest.
+    def _value(self, item: Item, logprobs: Sequence[float], kl: float | None) -> tuple[float, bool]:
+        """Return the objective on a question, and whether the right option is the likeliest.
 
-        `sums` are the summed log-probabilities of the continuations, and `kl` is the prompt's KL.
+        Args:
+            item: The question.
+            logprobs: The log-probability of each continuation, summed over its tokens.
+            kl: The KL from the full path over the prompt's tokens; None if it isn't finite.
         """
         if self.objective == KL:
             return (-math.inf if kl is None else -kl), False
         if self.objective == LOSS:
-            return sums[0] / len(item.request.continuations[0]), False
+            return logprobs[0] / len(item.request.continuations[0]), False
         assert item.gold is not None
-        if not all(map(math.isfinite, sums)):
+        if not all(map(math.isfinite, logprobs)):
             return -math.inf, False
-        return log_share(sums, item.gold), sums.index(max(sums)) == item.gold
+        likeliest = logprobs.index(max(logprobs))
+        return log_share(logprobs, item.gold), likeliest == item.gold
 
 
-def log_share(sums: Sequence[float], place: int) -> float:
+def log_share(logprobs: Sequence[float], number: int) -> float:
     """Return the log of an option's share of the probability of all options.
 
-    `sums` are the summed log-probabilities of the options.
+    Args:
+        logprobs: The log-probability of each option, summed over its tokens.
+        number: The number of the option, from 0.
     """
-    highest = max(sums)
-    return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
+    highest = max(logprobs)
+    total = sum(math.exp(logprob - highest) for logprob in logprobs)
+    return logprobs[number] - highest - math.log(total)
 
 
 def make_items(routed: RoutedModel, prompts: Sequence[Prompt], objective: str) -> list[Item]:
-    """Return prompts as items to score; raise errors as `tokenize_prompt` does."""
+    """Return prompts as items to score by an objective. Raises what `tokenize_prompt` raises."""
     return [_make_item(tokenize_prompt(routed, prompt), objective) for prompt in prompts]
 
 
@@ -157,7 +180,10 @@ def _make_item(tokenized: TokenizedPrompt, objective: str) -> Item:
 
 
 def make_text_items(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[Item]:
-    """Return prompts with their right answers as texts, which are scored from the second token."""
+    """Return prompts with their right answers as items to score by `LOSS`, as one text each.
+
+    All tokens of a text but the first are scored.
+    """
     items = []
     for prompt in prompts:
         tokenized = tokenize_prompt(routed, prompt)
@@ -171,13 +197,14 @@ def _right_continuation(tokenized: TokenizedPrompt) -> Sequence[int]:
 
 
 def grade_answers(routed: RoutedModel, path: StaticPath, prompts: Sequence[Prompt]) -> list[float]:
-    """Generate the answers of prompts along a path, and grade them."""
+    """Generate the answers to prompts along a path, and grade each from 0 (wrong) to 1 (right)."""
     grades = [0.0] * len(prompts)
-    places_by_way: dict[tuple[int, bool], list[int]] = {}  # places of prompts answered together
+    # Prompts with the same settings are answered together.
+    places_by_settings: dict[tuple[int, bool], list[int]] = {}
     for place, prompt in enumerate(prompts):
-        places_by_way.setdefault((prompt.max_new_tokens, prompt.chat), []).append(place)
+        places_by_settings.setdefault((prompt.max_new_tokens, prompt.chat), []).append(place)
     with routed.fixed(path):
-        for (max_new_tokens, chat), places in places_by_way.items():
+        for (max_new_tokens, chat), places in places_by_settings.items():
             answers = generate_many(
                 routed,
                 [prompts[place].content for place in places],

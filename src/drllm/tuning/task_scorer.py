@@ -1,5 +1,7 @@
 """Scores static paths on one task, and stores the scores, so that nothing is scored twice.
 
+A killed run loses at most the scores of one block, a small number of questions.
+
 Axes: N paths, Q questions.
 """
 
@@ -28,31 +30,31 @@ from drllm.tuning.path_scorer import (
     make_text_items,
 )
 
-MOST_PAIRS = 100
-"""How many pairs of a question and a path are scored before they are stored. A killed run loses at
-most these."""
-MOST_ANSWERS = 32
-"""How many answers are generated before they are stored. A killed run loses at most these."""
-NUM_TEXTS = 100
-"""The largest number of a part's questions on whose texts the next-token loss is measured."""
+MOST_PAIRS = 100  # maximum pairs of a question and a path in a block
+MOST_ANSWERS = 32  # maximum generated answers in a block
+NUM_TEXTS = 100  # maximum questions of a part on whose texts the next-token loss is measured
 TEXTS_OF = "texts of "
-"""A prefix for the name of a part: `texts of PART` are the texts of the part's questions, which are
-scored by their next-token loss."""
+"""A prefix for the name of a part. `texts of PART` is a part too: its items are the questions of
+PART with their right answers, as texts that are scored by their next-token loss."""
 
 
 class TaskScorer:
-    """Scores paths on the parts of one task.
+    """Scores paths on the parts of one task: `fit`, `select`, `test`, and their texts.
 
     Args:
         routed: The model.
         splits: The task with its questions.
         config: The settings.
         chunks: The files that the scores are stored in.
-        on_scored: Called after each block with its number of pairs of a question and a path, and a
-            text that describes the progress.
+        on_scored: Called after each block with the number of pairs of a question and a path that
+            were scored, and a text that describes the progress.
 
     Attributes:
-        seconds: How long scoring took in all.
+        task: The task.
+        name: The task's name.
+        objective: The task's objective, see `objectives`.
+        is_generated: Whether accuracy is measured by generating and grading answers.
+        seconds: How long scoring took in all, including the time of stored scores.
     """
 
     def __init__(
@@ -74,15 +76,18 @@ class TaskScorer:
         self.is_generated = splits.is_generated(self.objective)
         self.seconds = 0.0
         self._scorers: dict[str, PathScorer] = {}
-        # For each part and path, [2, Q]: the objective of the questions scored so far, and whether
-        # each is answered right.
+        # (part, path) → the scores on the first Q questions of the part, [2, Q]: the objective, and
+        # 1 if the right option is the likeliest.
         self._scores: dict[tuple[str, StaticPath], Floats] = defaultdict(lambda: np.zeros((2, 0)))
         self._grades: dict[tuple[str, StaticPath], list[float]] = {}  # of generated answers
 
     def prompts(self, part: str) -> list[Prompt]:
-        """Return the prompts of a part's questions."""
+        """Return the prompts of the questions of a part: all of `fit`, else `num_judged` of them.
+
+        The questions of `fit` are in random order, since the search begins with the first ones.
+        """
         examples = self.splits.examples[part]
-        if part == FIT:  # in random order, since a search begins with the first questions
+        if part == FIT:
             order = np.random.RandomState(self.config.seed).permutation(len(examples))
             examples = [examples[place] for place in order]
         else:
@@ -90,12 +95,13 @@ class TaskScorer:
         return [make_prompt(self.task, example, self.objective) for example in examples]
 
     def scorer(self, part: str) -> PathScorer:
-        """Return the scorer of a part's questions, or of their texts (see `TEXTS_OF`)."""
+        """Return the scorer of a part, which is made on first use."""
         if part not in self._scorers:
             self._scorers[part] = self._make_scorer(part)
         return self._scorers[part]
 
     def _make_scorer(self, part: str) -> PathScorer:
+        """Make the scorer of a part, for the task's objective, or for `LOSS` on texts."""
         if part.startswith(TEXTS_OF):
             prompts = self.prompts(part.removeprefix(TEXTS_OF))
             prompts = choose(prompts, NUM_TEXTS, self.config.seed)
@@ -107,31 +113,34 @@ class TaskScorer:
         return PathScorer(self.routed, items, objective, self.config.state_cache_gb)
 
     def num_questions(self, part: str) -> int:
-        """Return how many questions or texts a part has."""
+        """Return how many items a part has: questions or texts."""
         return len(self.scorer(part).items)
 
     def score_paths(
         self, part: str, paths: Sequence[StaticPath], limit: int | None = None
     ) -> list[list[float]]:
-        """Score paths on a part, and return the objective of each path on each question.
+        """Return the objective of each path on each question of a part.
 
-        Only the first `limit` questions are scored, or all questions without a limit. If earlier
-        calls scored further questions, their scores are returned too.
+        Args:
+            part: The part.
+            paths: The paths.
+            limit: How many questions to score, from the first; None scores all. If an earlier call
+                scored further questions, their scores are returned too.
         """
         end = self.num_questions(part)
         if limit is not None:
             end = min(limit, end)
-        for start, new_paths in self._group_paths(part, paths, end).items():
-            new_scores = self._score_range(part, new_paths, start, end)  # [2, N, Q]
-            for place, path in enumerate(new_paths):
+        for start, group in self._group_paths(part, paths, end).items():
+            new_scores = self._score_range(part, group, start, end)  # [2, N, Q]
+            for number, path in enumerate(group):
                 scores = self._scores[part, path]
-                self._scores[part, path] = np.concatenate((scores, new_scores[:, place]), axis=1)
+                self._scores[part, path] = np.concatenate((scores, new_scores[:, number]), axis=1)
         return [self._scores[part, path][0].tolist() for path in paths]
 
     def _group_paths(
         self, part: str, paths: Sequence[StaticPath], end: int
     ) -> dict[int, list[StaticPath]]:
-        """Group the paths that lack scores by how many questions they are already scored on."""
+        """Return the paths that lack scores, by the number of questions that have scores."""
         groups: dict[int, list[StaticPath]] = {}
         for path in dict.fromkeys(paths):
             num_scored = self._scores[part, path].shape[1]
@@ -140,13 +149,16 @@ class TaskScorer:
         return groups
 
     def _score_range(self, part: str, paths: Sequence[StaticPath], start: int, end: int) -> Floats:
-        """Score paths on a range of questions, `[2, N, Q]`, in blocks of similar length."""
+        """Score paths on the questions from place `start` to `end`; return scores `[2, N, Q]`.
+
+        The questions are scored in blocks of similar length.
+        """
         scorer = self.scorer(part)
         places = sorted(range(start, end), key=lambda place: scorer.items[place].request.length)
         block_size = max(1, MOST_PAIRS // len(paths))
         digest = hash_values(path.layers for path in paths)[:16]
         blocks = []
-        calls = {}
+        calls = {}  # name of the file for a block's scores → the call that makes them
         for first in range(0, len(places), block_size):
             block = places[first : first + block_size]
             blocks.append(block)
@@ -168,7 +180,7 @@ class TaskScorer:
     def grade_path(self, part: str, path: StaticPath) -> list[float]:
         """Grade a path on each question of a part, from 0 (wrong) to 1 (right).
 
-        The result is empty if neither options are compared nor answers generated.
+        If the objective compares no options and no answers are generated, return an empty list.
         """
         if self.objective == GOLD:
             self.score_paths(part, [path])
@@ -199,11 +211,12 @@ class TaskScorer:
     def compare_paths(self, part: str, path: StaticPath, full: StaticPath) -> list[float]:
         """Return each question's objective of a path minus the objective of the full path."""
         path_scores, full_scores = self.score_paths(part, [path, full])
-        return [score - other for score, other in zip(path_scores, full_scores, strict=True)]
+        pairs = zip(path_scores, full_scores, strict=True)
+        return [path_score - full_score for path_score, full_score in pairs]
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing."""
+        """The accuracy of guessing; 0 if answers are generated."""
         if self.objective != GOLD:
             return 0.0
         examples = self.splits.examples[SELECT]

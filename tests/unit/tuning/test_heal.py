@@ -28,6 +28,7 @@ from drllm.tuning import heal as healing
 from drllm.tuning.distillation import Distillation
 from drllm.tuning.heal import CHUNKS_FOLDER, HealRun, heal, make_batches
 from drllm.tuning.heal_texts import TextSource, digest_sources, read_sources, split_texts
+from drllm.tuning.heal_tokens import TextTokenizer
 
 PATH = StaticPath([0, 1, 3, 5])
 SMALL = {
@@ -206,7 +207,9 @@ def test_the_folder_has_the_best_adapter_and_what_it_makes_of_the_held_out_texts
     found, folder, _ = unbroken
     with begun(routed, PATH, tmp_path) as made:
         path = load_path(made.routed, read_path(str(folder)))
-        texts = {"builtin_facts": made._tokenize(made.sources[0])}
+        chunks = Chunks(tmp_path / "chunks", {}, stage="healing")
+        tokenizer = TextTokenizer(made.routed, made.config.max_tokens, chunks, made.listener)
+        texts = tokenizer.tokenize_sources(made.sources)
         held_out = split_texts(texts, made.config).held_out["builtin_facts"]
         by_path = []
         for alone in (made.full, PATH, path):

@@ -53,7 +53,7 @@ def test_a_configuration_is_asked_for_by_name_and_no_more_than_a_limit_is_read(m
 
 def test_a_data_set_without_the_column_text_is_refused_with_the_columns_that_there_are():
     written("owner/other", "train", [{"id": 1, "body": "one"}])
-    with pytest.raises(TaskError, match=r"--text owner/other has no text .*'id', 'body'.*; give"):
+    with pytest.raises(TaskError, match=r"--text owner/other has no texts.*'id', 'body'.*; give"):
         read_sources(HealConfig(text="owner/other"))
 
 

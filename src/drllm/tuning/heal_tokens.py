@@ -1,0 +1,87 @@
+"""Turns the texts that `heal` trains on into tokens, and answers the prompts without answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from drllm.listener import Listener
+from drllm.models.base.prompts import Prompt as Conversation
+from drllm.models.base.prompts import context_length, encode, render
+from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.records.resume import Chunks
+from drllm.tuning.heal_texts import TextSource, Tokens
+from drllm.tuning.path_scorer import make_text_items
+
+ANSWERS_AT_ONCE = 32  # prompts that are answered, and stored, together
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokenizer:
+    """Tokenizes the texts of sources.
+
+    Args:
+        routed: The model; prompts without answers are answered along its full path.
+        max_tokens: Maximum tokens of a generated answer, and of a sequence to train on.
+        chunks: Stores the generated answers.
+        listener: Gets a note if texts are longer than `max_tokens`.
+    """
+
+    routed: RoutedModel
+    max_tokens: int
+    chunks: Chunks
+    listener: Listener
+
+    def tokenize_sources(self, sources: Sequence[TextSource]) -> dict[str, list[Tokens]]:
+        """Return name of a source → its texts, or its questions with their answers, as tokens."""
+        with self.listener.busy("reading the texts"):
+            texts = {source.name: self._tokenize(source) for source in sources}
+        for name, source_texts in texts.items():
+            self._note_cuts(name, source_texts)
+        return texts
+
+    def _tokenize(self, source: TextSource) -> list[Tokens]:
+        if source.texts:
+            return [tuple(encode(self.routed.tokenizer, text)) for text in source.texts]
+        if source.is_open:
+            return self._answer_source(source)
+        texts: list[Tokens] = []
+        for item in make_text_items(self.routed, source.prompts):
+            request = item.request
+            texts.append((*request.context, *request.continuations[0]))
+        return texts
+
+    def _answer_source(self, source: TextSource) -> list[Tokens]:
+        """Answer the prompts of a source, or read the stored answers."""
+        texts: list[Tokens] = []
+        prompts = [prompt.content for prompt in source.prompts]
+        for start in range(0, len(prompts), ANSWERS_AT_ONCE):
+            block = prompts[start : start + ANSWERS_AT_ONCE]
+            key = f"{source.name} answers from {start}"
+            texts += self.chunks.get_or_make(key, list[Tokens], partial(self._answer, block))
+        return texts
+
+    def _answer(self, prompts: Sequence[Conversation]) -> list[Tokens]:
+        """Answer prompts along the full path, and return the prompts with their answers."""
+        answers = generate_many(self.routed, prompts, max_new_tokens=self.max_tokens)
+        tokenizer = self.routed.tokenizer
+        texts: list[Tokens] = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            prompt_tokens = encode(tokenizer, render(tokenizer, prompt, chat=True))
+            texts.append((*prompt_tokens, *answer.tokens))
+        return texts
+
+    def _note_cuts(self, name: str, texts: Sequence[Tokens]) -> None:
+        """Note how many texts of a source are cut, and which --max-tokens would cut none."""
+        num_cut = len([text for text in texts if len(text) > self.max_tokens])
+        if num_cut == 0:
+            return
+        longest = max(map(len, texts))
+        context = context_length(self.routed.model)
+        note = (
+            f"{num_cut} of {len(texts)} texts of {name} have over {self.max_tokens} tokens and are "
+            f"cut; each part is trained on without the text before it"
+        )
+        if context is None or longest <= context:
+            note += f"; --max-tokens {longest} would cut none"
+        self.listener.note(note)
