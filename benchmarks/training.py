@@ -36,7 +36,7 @@ import torch
 from common.literal_training import Literal, Walk, read_along
 
 from drllm.config import TrainConfig
-from drllm.config.files import PRESETS, canonical, read_yaml
+from drllm.config.files import PRESETS, normalise_settings, read_yaml
 from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel
 from drllm.records.manifest import new_manifest
@@ -61,7 +61,7 @@ TIMES_ROUNDING = 10
 difference of a last bit on and multiplies it, so what rounding does is measured: ours again,
 rounded in other places (`rounded_otherwise`)."""
 PAPER = read_yaml(PRESETS["paper"], "settings")["train"]
-CONFIG = TrainConfig(**canonical(TrainConfig, PAPER))
+CONFIG = TrainConfig(**normalise_settings(TrainConfig, PAPER))
 """Of both ways: the paper's, and every example is learned from."""
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""

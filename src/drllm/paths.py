@@ -200,12 +200,12 @@ Plan: TypeAlias = "Decisions | StaticPath"
 """What one row runs: decisions, or a static path."""
 
 
-def layers_of(plan: Plan) -> Path:
+def get_layers(plan: Plan) -> Path:
     """Return the layers that a plan runs, in order."""
     return plan.layers if isinstance(plan, StaticPath) else to_path(plan)
 
 
-def adapter_of(plan: Plan) -> str:
+def get_adapter(plan: Plan) -> str:
     """Return the name of the adapter that a plan runs with; empty for none."""
     return plan.adapter if isinstance(plan, StaticPath) else ""
 

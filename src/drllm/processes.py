@@ -22,14 +22,14 @@ divides = False
 """Whether the processes share one stage; the command line sets it for verbs that divide work."""
 
 
-def launched() -> int:
+def count_launched() -> int:
     """Return the number of processes that a launcher has started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def count() -> int:
     """Return the number of processes that share this stage."""
-    return launched() if divides else 1
+    return count_launched() if divides else 1
 
 
 def is_first() -> bool:

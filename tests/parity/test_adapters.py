@@ -19,7 +19,7 @@ from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import packed_rows
-from drllm.paths import StaticPath, adapter_of, layers_of
+from drllm.paths import StaticPath, get_adapter, get_layers
 from slow_way import (
     LOGIT_TOLERANCE,
     ListedModel,
@@ -219,7 +219,7 @@ def test_healed_and_plain_paths_are_scored_in_passes_of_their_own(name, tiny_mod
     model = tiny_model(name)
     full = [listed(model, StaticPath(range(6))).logits(each.context) for each in questions]
     for (row, plan), score, twice in zip(pairs, found, again, strict=True):
-        slow = listed(model, StaticPath(layers_of(plan), adapter_of(plan)))
+        slow = listed(model, StaticPath(get_layers(plan), get_adapter(plan)))
         expected = slow.sums(questions[row].context, questions[row].continuations)
         assert_sums([expected, expected], [score, twice])
         ours = slow.logits(questions[row].context).log_softmax(-1)

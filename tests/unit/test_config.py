@@ -12,7 +12,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.config.fields import flag_of, from_dict, is_by_task, kinds_of
+from drllm.config.fields import from_dict, is_by_task, list_kinds, to_flag
 from drllm.errors import ConfigError
 
 GROUPS = [
@@ -56,7 +56,7 @@ def test_every_setting_has_a_line_of_help_and_a_group_comes_back_from_plain_type
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
     for declared in dataclasses.fields(group):
-        if is_by_task(kinds_of(group)[declared.name]):
+        if is_by_task(list_kinds(group)[declared.name]):
             continue
         rules = declared.metadata
         wrong = [
@@ -68,9 +68,9 @@ def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
             if bound is not None:
                 with pytest.raises(ConfigError, match=f"--.*{wanted} {bound}") as caught:
                     group(**{declared.name: bound + step})
-                assert str(caught.value).startswith(flag_of(declared.name))
+                assert str(caught.value).startswith(to_flag(declared.name))
         if rules["choices"]:
-            with pytest.raises(ConfigError, match=f"{flag_of(declared.name)}: .*Valid: "):
+            with pytest.raises(ConfigError, match=f"{to_flag(declared.name)}: .*Valid: "):
                 group(**{declared.name: "no such choice"})
         edges = [bound for bound, step, _ in wrong if bound is not None and step]
         for value in [declared.default, *edges, *(rules["choices"] or ())]:
@@ -99,7 +99,7 @@ UNKNOWN_DEVICE = "unknown device .*Valid: auto, cpu, cuda, mps"
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(group, name, value, said):
-    with pytest.raises(ConfigError, match=f"^{flag_of(name)}(:| is) .*{said}"):
+    with pytest.raises(ConfigError, match=f"^{to_flag(name)}(:| is) .*{said}"):
         group(**{name: value})
 
 
@@ -152,8 +152,8 @@ LIMITS = {"gsm8k": 30, "arc_easy": "all"}
 
 def test_some_tasks_may_have_limits_and_splits_of_their_own():
     config = EvaluateConfig(limit=200, limits=LIMITS, splits={"gsm8k": "select"})
-    assert [config.limit_of(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
-    assert [config.split_of(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
+    assert [config.get_limit(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
+    assert [config.get_split(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from drllm.errors import PathError
 from drllm.paths import (
     Decision,
     StaticPath,
-    adapter_of,
     check_decisions,
-    layers_of,
+    get_adapter,
+    get_layers,
     to_decisions,
     to_path,
 )
@@ -50,8 +50,8 @@ def test_a_healed_path_is_another_path_than_the_plain_one():
     assert plain != healed
     assert healed.with_adapter("") == plain
     assert (plain.plan(3), healed.plan(3)) == ((1, 0, 1), healed)
-    assert (layers_of(plain), layers_of(healed), layers_of((1, 0, 1))) == ((0, 2),) * 3
-    assert (adapter_of(plain), adapter_of(healed), adapter_of((1, 0, 1))) == ("", "name", "")
+    assert (get_layers(plain), get_layers(healed), get_layers((1, 0, 1))) == ((0, 2),) * 3
+    assert (get_adapter(plain), get_adapter(healed), get_adapter((1, 0, 1))) == ("", "name", "")
 
 
 @pytest.mark.parametrize("layers", [[], [-1], [True], [0.5], ["0"]])

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from drllm.cli import main
-from drllm.cli.verbs import VERBS, Flag, Verb, flags_of
-from drllm.config.fields import kinds_of
+from drllm.cli.verbs import VERBS, Flag, Verb, list_flags
+from drllm.config.fields import list_kinds
 
 WITH_SETTINGS = [name for name, verb in VERBS.items() if verb.settings]
 NO_TEXT = ["", " "]
@@ -82,7 +82,7 @@ def wrong_texts(flag: Flag) -> Iterator[WrongValue]:
 def wrong_yaml(flag: Flag) -> Iterator[WrongValue]:
     """Yield values that a setting must refuse in a YAML file."""
     name = flag.name if flag.is_only_in_files else flag.names[0]
-    kinds = kinds_of(flag.group)[flag.name]
+    kinds = list_kinds(flag.group)[flag.name]
     yield WrongValue(name, [1], "give")
     if flag.is_only_in_files:
         yield WrongValue(name, "x", "by task")
@@ -103,7 +103,7 @@ def wrong_yaml(flag: Flag) -> Iterator[WrongValue]:
 
 def settings_of(verb: Verb) -> list[Flag]:
     """Return the settings of a verb, those that only files have too."""
-    return [flag for flag in flags_of(verb) if flag.group is not None]
+    return [flag for flag in list_flags(verb) if flag.group is not None]
 
 
 def check_refused(words: list[str], wrong: WrongValue, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_wrong_value_on_the_command_line_is_named_and_nothing_is_written(verb, folder, capsys):
     _, *example = shlex.split(VERBS[verb].example)
-    for flag in flags_of(VERBS[verb]):
+    for flag in list_flags(VERBS[verb]):
         if flag.positional or flag.is_only_in_files:
             continue
         if not flag.is_on_or_off:

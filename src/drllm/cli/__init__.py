@@ -89,11 +89,11 @@ def _run_verb(words: list[str], terminal: Terminal) -> int:
     command = parse(words)
     verb = VERBS[command.verb]
     processes.divides = verb.shares
-    if processes.launched() > 1 and verb.resumes and not verb.shares:
+    if processes.count_launched() > 1 and verb.resumes and not verb.shares:
         ray = " --executor ray" if verb.name == "search" else ""
         raise ConfigError(
             f"drllm {verb.name} runs in one process, and WORLD_SIZE is "
-            f"{processes.launched()}; start it alone: drllm {verb.name}{ray} …"
+            f"{processes.count_launched()}; start it alone: drllm {verb.name}{ray} …"
         )
     is_quiet = not processes.is_first()
     terminal.err.quiet = is_quiet

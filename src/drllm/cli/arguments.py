@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, flags_of
+from drllm.cli.verbs import CONFIG, HELP, Flag, Verb, list_flags
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
@@ -66,7 +66,7 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
     # Only words like `-a` are flags; any other word that begins with a dash is a value.
     parser._negative_number_matcher = re.compile("-[^A-Za-z-]")
     flags: dict[str, Flag] = {}
-    known = [*flags_of(verb), CONFIG] if verb.settings else [*verb.flags]
+    known = [*list_flags(verb), CONFIG] if verb.settings else [*verb.flags]
     for flag in known:
         if flag.positional or flag.is_only_in_files:
             continue
@@ -145,7 +145,7 @@ def _opposite(name: str) -> str:
 
 def _unknown_flag(verb: Verb, name: str) -> ConfigError:
     """Return the error for an unknown flag."""
-    flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
+    flags = {flag.names[0]: flag for flag in list_flags(verb) if not flag.positional}
     if name in flags:
         return ConfigError(
             f"{name} isn't a flag; write it into a YAML file, such as '{flags[name].name}: "

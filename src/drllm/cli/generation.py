@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from drllm.cli.chat import PathSummary, Reply, Session, chat
 from drllm.cli.command_line import CommandLine
-from drllm.cli.stages import check_model_name, model_of, read_routers
+from drllm.cli.stages import check_model_name, choose_model, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import to_flag
 from drllm.cost import mean_executions, path_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
 from drllm.models.routers.places import check_place
 from drllm.paths import num_executions
-from drllm.pipeline.folder import loaded
+from drllm.pipeline.folder import open_model
 from drllm.records.codec import write_atomically
 from drllm.records.places import check_file
 from drllm.records.static_paths import PathFile, read_path
@@ -93,7 +93,7 @@ def generate(command: CommandLine, terminal: Terminal) -> None:
     path = _read_path(command)
     form = _choose_form(config, routers)
     _check_conversations(file, rows, form, config)
-    with loaded(model_of(command, routers, path), terminal) as base:
+    with open_model(choose_model(command, routers, path), terminal) as base:
         from drllm.models.routing.routed_model import RoutedModel
 
         routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
@@ -141,7 +141,7 @@ def _check_flags(command: CommandLine, config: GenerateConfig, depth: DepthConfi
         )
     setting = depth.find_setting()
     if setting is not None and not routers:
-        raise ConfigError(f"{flag_of(setting)} has no effect without routers; leave it out")
+        raise ConfigError(f"{to_flag(setting)} has no effect without routers; leave it out")
     if output:
         target = command.path("output")
         check_file(target, "--output")

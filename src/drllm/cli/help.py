@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drllm.cli.verbs import CONFIG, FOREIGN, SECTIONS, VERBS, Flag, Verb, flags_of
+from drllm.cli.verbs import CONFIG, FOREIGN, SECTIONS, VERBS, Flag, Verb, list_flags
 
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
@@ -33,7 +33,7 @@ def print_overview(terminal: Terminal) -> None:
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
     """Print what a verb does and its basic flags; with `everything`, print all of its flags."""
-    flags = list(flags_of(verb))
+    flags = list(list_flags(verb))
     usage = ["drllm", verb.name, "[flags]"]
     usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]
     terminal.say(f"usage: {' '.join(usage)}\n")

@@ -12,8 +12,8 @@ from typing import Any
 from drllm.cli.arguments import read_arguments
 from drllm.cli.command_line import CommandLine
 from drllm.cli.settings_file import check_value, read_settings
-from drllm.cli.verbs import Flag, Verb, find_verb, flags_of
-from drllm.config.fields import from_text, make_settings
+from drllm.cli.verbs import Flag, Verb, find_verb, list_flags
+from drllm.config.fields import convert_text, make_settings
 from drllm.errors import ConfigError
 
 MAX_SHOWN = 80  # characters of a wrong value that a message shows
@@ -28,7 +28,7 @@ def parse(words: Sequence[str]) -> CommandLine:
         values.update(read_settings(file, verb))
     values.update(arguments)
     flag_values: dict[str, Any] = {}
-    for flag in flags_of(verb):
+    for flag in list_flags(verb):
         if flag.group is None:
             flag_values[flag.name] = _read_flag(flag, values, verb)
         elif isinstance(arguments.get(flag.name), str):
@@ -61,7 +61,7 @@ def _read_flag(flag: Flag, values: Mapping[str, Any], verb: Verb) -> Any:
 
 def _read_setting(flag: Flag, text: str) -> Any:
     """Convert the text of a setting to its type; raise ConfigError if the text has another type."""
-    value = from_text(text, (flag.kind,))
+    value = convert_text(text, (flag.kind,))
     if not isinstance(value, flag.kind):
         raise ConfigError(f"{flag.names[0]} is {text[:MAX_SHOWN]!r}; give {flag.expected}")
     return value
@@ -75,6 +75,6 @@ def _add_columns(verb: Verb, values: dict[str, Any], columns: str) -> None:
     for field in fields:
         if fields.count(field) > 1:
             raise ConfigError(f"--columns {columns} names {field!r} twice; give it one column")
-    names = {flag.name for flag in flags_of(verb)}
+    names = {flag.name for flag in list_flags(verb)}
     setting = "dataset" if "dataset" in names else "tasks"
     values[setting] = with_columns(values.get(setting) or "", columns)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from drllm.cli.command_line import CommandLine
 from drllm.config import ModelConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import to_flag
 from drllm.errors import ConfigError
 from drllm.records.supervision import join_supervision, read_supervision
 
@@ -25,7 +25,7 @@ def supervision_files(command: CommandLine) -> list[Path]:
     added = []
     for switch, task in ADDED.items():
         if command.values[switch]:
-            added.append(_added_file(flag_of(switch), task, files, command))
+            added.append(_added_file(to_flag(switch), task, files, command))
     return files + added
 
 

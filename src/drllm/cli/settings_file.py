@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli.arguments import see_all_flags
-from drllm.cli.verbs import VERBS, Flag, Verb, flags_of
-from drllm.config.fields import Settings, check_text, flag_of, make_settings
+from drllm.cli.verbs import VERBS, Flag, Verb, list_flags
+from drllm.config.fields import Settings, check_text, make_settings, to_flag
 from drllm.config.files import (
     PRESETS,
-    canonical,
+    drop_empty_removed,
+    normalise_settings,
+    read_sections,
     read_yaml,
-    sections_of,
     with_preset,
-    without_empty_removed,
 )
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
@@ -32,11 +32,11 @@ def read_settings(name: str, verb: Verb) -> dict[str, Any]:
     path = PRESETS.get(name) or Path(name).expanduser()
     values = _read_values(path, verb)
     for group in verb.settings:
-        values = canonical(group, values)
+        values = normalise_settings(group, values)
     names = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
     values = {names.get(name, name): value for name, value in values.items()}
-    setting_names = [flag.name for flag in flags_of(verb) if not flag.positional]
-    values = without_empty_removed(values, setting_names)
+    setting_names = [flag.name for flag in list_flags(verb) if not flag.positional]
+    values = drop_empty_removed(values, setting_names)
     _refuse_unknown(path, values, setting_names, verb)
     try:
         for flag in verb.flags:
@@ -74,7 +74,7 @@ def _read_values(path: Path, verb: Verb) -> dict[str, Any]:
         known.update(_section_name(group) for group in other_verb.settings)
     if not any(isinstance(values.get(name), dict) for name in known):
         return values
-    sections = sections_of(path, with_preset(path, values), known)
+    sections = read_sections(path, with_preset(path, values), known)
     names = [_section_name(group) for group in verb.settings]
     chosen = [sections[name] for name in names if name in sections]
     if not chosen:
@@ -99,6 +99,6 @@ def _refuse_unknown(
     for key in values:
         if key in names:
             continue
-        if flag_of(key) in REMOVED_FLAGS:
-            raise ConfigError(f"{path}: {REMOVED_FLAGS[flag_of(key)]}")
+        if to_flag(key) in REMOVED_FLAGS:
+            raise ConfigError(f"{path}: {REMOVED_FLAGS[to_flag(key)]}")
         raise ConfigError(f"{path}: {nearest_name('setting', key, names)} {see_all_flags(verb)}")

@@ -282,7 +282,7 @@ def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
     return edits
 
 
-def print_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
+def print_targets_file(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Print the file of targets that was written, and the summary of the targets."""
     terminal.fact("supervision", output)
     print_supervision(summary, terminal)

@@ -17,7 +17,7 @@ from drllm.cli.command_line import CommandLine
 from drllm.cli.show import show
 from drllm.cli.show_paths import show_healed, show_paths
 from drllm.cli.show_results import show_next_steps, show_tasks
-from drllm.cli.show_search import print_written, show_search
+from drllm.cli.show_search import print_targets_file, show_search
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.config import (
@@ -33,7 +33,7 @@ from drllm.errors import CheckpointError, ConfigError, ModelError
 from drllm.evaluation.questions import check_output, select_tasks, without_routers
 from drllm.listener import duration
 from drllm.models.routers.places import check_place
-from drllm.pipeline.folder import loaded
+from drllm.pipeline.folder import open_model
 from drllm.processes import is_first
 from drllm.records import static_paths
 from drllm.records.codec import sha256
@@ -165,7 +165,7 @@ def _supervise(
         )
         return
     write_supervision(supervision, [records], output, config)
-    print_written(output, supervision.summary, terminal)
+    print_targets_file(output, supervision.summary, terminal)
 
 
 def _is_up_to_date(manifest: Mapping[str, Any], output: Path, config: SuperviseConfig) -> bool:
@@ -185,7 +185,10 @@ def _print_forecast(
 ) -> None:
     """Search a few questions, and print the time, memory and disk that all of them need."""
     config = command.get_settings(SearchConfig)
-    with loaded(command.get_settings(ModelConfig), terminal) as base, terminal.busy("measuring"):
+    with (
+        open_model(command.get_settings(ModelConfig), terminal) as base,
+        terminal.busy("measuring"),
+    ):
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.forecast import forecast_search
 
@@ -237,7 +240,7 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
     output = command.path("output")
     check_file(output, "--output", "supervision")
     supervision = supervise(command.paths("search"), command.get_settings(SuperviseConfig), output)
-    print_written(output, supervision.summary, terminal)
+    print_targets_file(output, supervision.summary, terminal)
 
 
 @verb(
@@ -380,11 +383,11 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
     config = command.get_settings(HealConfig)
     output = command.path("output_dir")
     check_folder(output, "--output-dir")
-    plan = static_paths.read_path(config.named_path())
+    plan = static_paths.read_path(config.require_path())
     read_sources(config)  # a mistake in them is reported before a model is loaded
     with terminal.busy(LOADING):
         from drllm.tuning.heal import heal
-    model = model_of(command, path=plan)
+    model = choose_model(command, path=plan)
     heal(model, config=config, output_dir=output, listener=terminal)
     show_healed(output / HEALED_FILE, terminal)
 
@@ -436,7 +439,7 @@ def evaluate_verb(command: CommandLine, terminal: Terminal) -> int:
     tuned = None
     if routers is None:
         tuned = next((path for path in paths if path.record), None)
-    with loaded(model_of(command, routers, tuned), terminal) as base:
+    with open_model(choose_model(command, routers, tuned), terminal) as base:
         from drllm.evaluation.run import evaluate
 
         results = evaluate(base, tasks, config, output, routers=folders, listener=terminal)
@@ -459,7 +462,7 @@ def read_routers(place: Path) -> tuple[Path, RouterStack]:
     return folder, load_routers(folder)
 
 
-def model_of(
+def choose_model(
     command: CommandLine,
     routers: RouterStack | None = None,
     path: static_paths.PathFile | None = None,
@@ -544,7 +547,7 @@ def export(command: CommandLine, terminal: Terminal) -> None:
         from drllm.models.export import check_output, export_path
     check_output(output)
     with (
-        loaded(model_of(command, path=plan), terminal) as base,
+        open_model(choose_model(command, path=plan), terminal) as base,
         terminal.busy("writing and checking"),
     ):
         exported = export_path(base, plan, output)

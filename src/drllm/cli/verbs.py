@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli.removed import REMOVED_VERBS
-from drllm.config.fields import Settings, flag_of, is_by_task, kinds_of
+from drllm.config.fields import Settings, is_by_task, list_kinds, to_flag
 from drllm.config.files import PRESETS
 from drllm.errors import ConfigError, unknown_name
 
@@ -78,9 +78,9 @@ class Flag:
         """The names as a user writes them; the first name is the main one."""
         if self.positional:
             return [self.name.upper()]
-        names = [flag_of(self.name)]
+        names = [to_flag(self.name)]
         if self.alias is not None:
-            names.append(flag_of(self.alias))
+            names.append(to_flag(self.alias))
         return names
 
     @property
@@ -207,17 +207,17 @@ def find_verb(name: str) -> Verb:
     return VERBS[name]
 
 
-def flags_of(verb: Verb) -> Iterator[Flag]:
+def list_flags(verb: Verb) -> Iterator[Flag]:
     """Yield a verb's own flags, then all settings, including those only for YAML files."""
     yield from verb.flags
     for group in verb.settings:
         for field in dataclasses.fields(group):
-            yield _flag_of_setting(group, field)
+            yield _make_setting_flag(group, field)
 
 
-def _flag_of_setting(group: type[Settings], field: dataclasses.Field[Any]) -> Flag:
+def _make_setting_flag(group: type[Settings], field: dataclasses.Field[Any]) -> Flag:
     rules = field.metadata
-    kind = kinds_of(group)[field.name][0]
+    kind = list_kinds(group)[field.name][0]
     choices = tuple(rules["choices"] or ())
     value = rules["value"] or "|".join(choices)
     if not value:

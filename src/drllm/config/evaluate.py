@@ -147,11 +147,11 @@ class EvaluateConfig(Settings):
         help="seed of permutations, random draws, --limit and --num-texts",
     )
 
-    def limit_of(self, task: str) -> int | None:
+    def get_limit(self, task: str) -> int | None:
         """Return the maximum number of questions of a task; None for all."""
         limit = (self.limits or {}).get(task, self.limit)
         return None if limit is None or limit == "all" else int(limit)
 
-    def split_of(self, task: str) -> str:
+    def get_split(self, task: str) -> str:
         """Return the split of a task."""
         return (self.splits or {}).get(task, self.split)

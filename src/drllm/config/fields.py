@@ -85,10 +85,10 @@ class Settings:
     """A group of settings. Making a group checks all of its values."""
 
     def __post_init__(self) -> None:
-        kinds = kinds_of(type(self))
+        kinds = list_kinds(type(self))
         for field in dataclasses.fields(self):
             field_kinds = kinds[field.name]
-            name = field.name if is_by_task(field_kinds) else flag_of(field.name)
+            name = field.name if is_by_task(field_kinds) else to_flag(field.name)
             _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
     def check_effects(self) -> None:
@@ -104,7 +104,7 @@ class Settings:
                 continue
             other_name, other_value = condition
             if getattr(self, other_name) == other_value:
-                raise _no_effect(flag_of(field.name), value, flag_of(other_name), other_value)
+                raise _no_effect(to_flag(field.name), value, to_flag(other_name), other_value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""
@@ -140,7 +140,7 @@ _NUMBERS = {
 LARGEST_INT = 2**63 - 1
 
 
-def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
+def list_kinds(group: type[Settings]) -> dict[str, tuple[type, ...]]:
     """Return the accepted types of each setting of a group, two for `int | None`."""
     hints = typing.get_type_hints(group)
     return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
@@ -151,14 +151,14 @@ def is_by_task(kinds: tuple[type, ...]) -> bool:
     return typing.get_origin(kinds[0]) is dict
 
 
-def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
+def convert_text(value: Any, kinds: tuple[type, ...]) -> Any:
     """Convert a text to a number if the setting accepts one; return any other value unchanged.
 
     The values of a setting by task are converted one by one.
     """
     if isinstance(value, dict) and is_by_task(kinds):
         task_kinds = _kinds_by_task(kinds)
-        return {task: from_text(task_value, task_kinds) for task, task_value in value.items()}
+        return {task: convert_text(task_value, task_kinds) for task, task_value in value.items()}
     if not isinstance(value, str):
         return value
     for kind in kinds:
@@ -173,7 +173,7 @@ def _kinds_by_task(kinds: tuple[type, ...]) -> tuple[type, ...]:
     return typing.get_args(hint) or (hint,)
 
 
-def flag_of(name: str) -> str:
+def to_flag(name: str) -> str:
     """Return a setting's name as a flag."""
     return "--" + name.replace("_", "-")
 
@@ -240,7 +240,7 @@ def check_text(flag: str, text: str) -> None:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
-def required_tasks(names: str | None, flag: str = "--tasks") -> str:
+def require_tasks(names: str | None, flag: str = "--tasks") -> str:
     """Return the names of the tasks; raise ConfigError if there are none."""
     if names is None:
         raise ConfigError(
@@ -250,7 +250,7 @@ def required_tasks(names: str | None, flag: str = "--tasks") -> str:
     return names
 
 
-def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
+def replace_settings(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
     """Copy a group of settings, or the defaults, and change some settings in the copy.
 
     A setting may be given by its alias, which is its published name.
@@ -273,11 +273,11 @@ def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
 
     Raises ConfigError for an unknown name, with `where` in the message, and for a wrong value.
     """
-    known = kinds_of(kind)
+    known = list_kinds(kind)
     for name in map(str, values):
         if name in known:
             continue
-        if flag_of(name) in REMOVED_FLAGS:
-            raise ConfigError(f"{where}: {REMOVED_FLAGS[flag_of(name)]}")
+        if to_flag(name) in REMOVED_FLAGS:
+            raise ConfigError(f"{where}: {REMOVED_FLAGS[to_flag(name)]}")
         raise ConfigError(f"{where}: " + unknown_name("setting", name, known))
     return kind(**values)

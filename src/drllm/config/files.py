@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from drllm.config.fields import Settings, flag_of, from_text, kinds_of
+from drllm.config.fields import Settings, convert_text, list_kinds, to_flag
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
@@ -90,13 +90,13 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path}: config: " + unknown_name("preset", name, PRESETS))
     for section, preset in read_yaml(PRESETS[name], "settings").items():
         settings = sections.get(section) or {}
-        if isinstance(settings, dict):  # `sections_of` refuses any other value
+        if isinstance(settings, dict):  # `read_sections` refuses any other value
             settings = {**preset, **with_underscores(settings)}
         sections[section] = settings
     return sections
 
 
-def sections_of(
+def read_sections(
     path: Path, values: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
     """Return the sections of a file.
@@ -121,20 +121,20 @@ def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings under our names, with a group's numbers converted from text.
 
     Settings of other groups are left as they are.
     """
     names = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
     settings = {names.get(name, name): value for name, value in values.items()}
-    for name, kinds in kinds_of(group).items():
+    for name, kinds in list_kinds(group).items():
         if name in settings:
-            settings[name] = from_text(settings[name], kinds)
+            settings[name] = convert_text(settings[name], kinds)
     return settings
 
 
-def without_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+def drop_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
     """Return settings without removed settings whose value is null.
 
     Files of commit 3820ce17 list every setting of that commit; a setting that wasn't given is null.
@@ -143,7 +143,7 @@ def without_empty_removed(values: Mapping[str, Any], names: Container[str]) -> d
     """
     settings = {}
     for name, value in values.items():
-        is_removed = name not in names and flag_of(name) in REMOVED_FLAGS
+        is_removed = name not in names and to_flag(name) in REMOVED_FLAGS
         if value is not None or not is_removed:
             settings[name] = value
     return settings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from drllm.config.fields import Settings, basic, flag_of, setting
+from drllm.config.fields import Settings, basic, setting, to_flag
 from drllm.errors import ConfigError
 
 
@@ -107,7 +107,7 @@ class DepthConfig(Settings):
         """
         names = self._list_changed()
         if len(names) > 1:
-            flags = " and ".join(flag_of(name) for name in names)
+            flags = " and ".join(to_flag(name) for name in names)
             raise ConfigError(f"{flags} would each set the depth; leave all but one out")
         if self.target_executions is not None and self.calibration is None:
             raise ConfigError(

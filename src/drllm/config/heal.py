@@ -82,7 +82,7 @@ class HealConfig(Settings):
         help="seed of the adapter, the order of the texts and --limit",
     )
 
-    def named_path(self) -> str:
+    def require_path(self) -> str:
         """Return the place of the path; raise ConfigError if no path is named."""
         if self.path is None:
             raise ConfigError("no path is given; give --path FILE, or --path paths.json:NAME")

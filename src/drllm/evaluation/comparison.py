@@ -300,7 +300,7 @@ class TaskComparison:
         self.config = config
         self.task = task
         self.harness_task = context.harness_task(
-            task, config.split_of(task.name), config.limit_of(task.name)
+            task, config.get_split(task.name), config.get_limit(task.name)
         )
         self.runner = TaskRunner(context.lm, self.harness_task, config.num_texts, config.seed)
         self.source = context.sources[task.name]

@@ -18,7 +18,7 @@ from torch import nn
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
 from drllm.models.routing.lora import LoraWeights
-from drllm.paths import Plan, adapter_of, layers_of
+from drllm.paths import Plan, get_adapter, get_layers
 from drllm.records.results import Flops
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -83,9 +83,9 @@ def prompt_flops(shape: ModelShape, plan: Plan, num_tokens: int) -> Flops:
 
     Source: the usual count (Kaplan et al. 2020, section 2.1). A layer counts each time it runs.
     """
-    layers = layers_of(plan)
+    layers = get_layers(plan)
     entries = sum(shape.matrices[layer] for layer in layers)
-    adapter = adapter_of(plan)
+    adapter = get_adapter(plan)
     if adapter:
         entries += sum(shape.adapters[adapter][layer] for layer in layers)
     num_pairs = len(layers) * num_tokens * num_tokens
@@ -102,7 +102,7 @@ def kv_bytes(shape: ModelShape, plan: Plan) -> int:
     A skipped layer adds none; a repeated layer adds those of both executions. The number holds
     while every layer still sees the token.
     """
-    return shape.kv_bytes * len(layers_of(plan))
+    return shape.kv_bytes * len(get_layers(plan))
 
 
 def _num_entries(layer: nn.Module) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drllm.config import TIMING, EvaluateConfig
-from drllm.config.fields import flag_of, required_tasks
+from drllm.config.fields import require_tasks, to_flag
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import (
     BASELINES,
@@ -39,7 +39,7 @@ def select_tasks(
         TaskError: A task is unknown, or has no questions.
     """
     need("eval", "an evaluation")
-    selected = _list_tasks(required_tasks(config.tasks) if tasks is None else tasks, config)
+    selected = _list_tasks(require_tasks(config.tasks) if tasks is None else tasks, config)
     check(config)
     _check_max_drop(config, selected)
     _check_names(config, [task.name for task in selected])
@@ -72,7 +72,7 @@ def _check_questions(task: Task, config: EvaluateConfig) -> None:
     has_own_format = task.harness is None and task.prompt_format is not None
     if has_own_format:  # prompted and graded as in a search
         check_installed(task.check_reward(None))
-    _read_questions(task, config.split_of(task.name), config)
+    _read_questions(task, config.get_split(task.name), config)
 
 
 def _check_limit(config: EvaluateConfig, names: Sequence[str]) -> None:
@@ -88,7 +88,7 @@ def _check_max_drop(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
     if config.max_drop is None:
         return
     for task in tasks:
-        split = config.split_of(task.name)
+        split = config.get_split(task.name)
         if split != "test":
             raise ConfigError(
                 f"--max-drop {config.max_drop:g} asks what the test questions exclude, but "
@@ -157,7 +157,7 @@ def without_routers(config: EvaluateConfig) -> EvaluateConfig:
     for name in ("curve", "num_calibration", "baselines", *TIMING):
         value = getattr(config, name)
         if value not in (getattr(default, name), "none"):
-            flag = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+            flag = to_flag(name) if value is True else f"{to_flag(name)} {value}"
             raise ConfigError(
                 f"{flag} has no effect without routers; give them as --routers, or leave it out"
             )
@@ -208,4 +208,4 @@ def find_sources(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Tas
 
 def fitting_split(source: Task, config: EvaluateConfig) -> str:
     """Return the split of a source to fit on: `select`, or `fit` if its `select` is reported."""
-    return "fit" if config.split_of(source.name) == "select" else "select"
+    return "fit" if config.get_split(source.name) == "select" else "select"

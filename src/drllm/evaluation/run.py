@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from drllm.config import TIMING, EvaluateConfig
-from drllm.config.fields import changed
+from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, PathError
 from drllm.evaluation.baselines.base import BASELINES, read_curve
 from drllm.evaluation.latency import count_timed_tokens, write_latency
@@ -107,7 +107,9 @@ def evaluate(
     routers = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
     is_routed = isinstance(model, RoutedModel) and model.routers is not None
     config = _complete_settings(
-        changed(EvaluateConfig, config, settings), paths, has_routers=bool(routers) or is_routed
+        replace_settings(EvaluateConfig, config, settings),
+        paths,
+        has_routers=bool(routers) or is_routed,
     )
     tasks = select_tasks(config, tasks)
     named_paths = _name_paths(paths, config)
@@ -420,7 +422,7 @@ def refuse_chosen_on(path: PathFile, tasks: Sequence[Task], config: EvaluateConf
                 f"{path.file} was tuned on some of the questions of {task.name} that an "
                 f"evaluation asks; 'drllm show {path.file}' shows its results on the others"
             )
-        split = config.split_of(task.name)
+        split = config.get_split(task.name)
         if split != "test":
             raise ConfigError(
                 f"{path.file} was tuned on {task.name}, and --split {split} holds questions that "

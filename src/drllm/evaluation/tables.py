@@ -219,7 +219,7 @@ class TaskRuns:
         evaluation = results.Evaluation(
             **header,
             task=written.name,
-            split=self.config.split_of(written.name),
+            split=self.config.get_split(written.name),
             **{name: getattr(written, name) for name in FROM_TASK},
             num_layers=self.num_layers,
             systems=tuple(table),

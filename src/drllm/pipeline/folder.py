@@ -42,7 +42,7 @@ ROUTER_FILES = ("router_config.json", "routers.safetensors")
 TRAINED_FILES = (*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json")
 
 
-class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class StageState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The state of one stage in `run.manifest.json` (docs/formats.md)."""
 
     made_from: dict[str, Any]
@@ -56,14 +56,14 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schema: Literal["drllm.run"] = "drllm.run"
     schema_version: int = codec.SCHEMA_VERSION
     drllm_version: str = ""
-    stages: dict[str, StageDone] = {}
+    stages: dict[str, StageState] = {}
 
     def is_done(self, stage: str, made_from: Mapping[str, Any], folder: Path) -> bool:
         """Tell whether a stage is finished, and its inputs and outputs are unchanged."""
         done = self.stages.get(stage)
         if done is None or not done.outputs or done.made_from != made_from:
             return False
-        return all(hash_of(folder / name) == digest for name, digest in done.outputs.items())
+        return all(hash_file(folder / name) == digest for name, digest in done.outputs.items())
 
 
 def read_run(folder: Path) -> RunManifest:
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> RunManifest:
         ) from error
 
 
-def hash_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the hash of a file, or an empty text if the file doesn't exist."""
     return codec.sha256(path) if path.is_file() else ""
 
@@ -88,8 +88,8 @@ def _digest_questions(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str
     """Return a hash of the questions of each task that an evaluation would ask."""
     digests: dict[str, str] = {}
     for task in tasks:
-        split = config.split_of(task.name)
-        digests[task.name] = _digest_split(task, split, config.limit_of(task.name), config)
+        split = config.get_split(task.name)
+        digests[task.name] = _digest_split(task, split, config.get_limit(task.name), config)
     return digests
 
 
@@ -100,7 +100,7 @@ def _digest_split(task: Task, split: str, limit: int | None, config: EvaluateCon
 
 
 @contextmanager
-def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
+def open_model(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with listener.busy(f"loading {config.model}"):
         from drllm.models.routing.routed_model import unrouted  # this import takes seconds
@@ -109,10 +109,10 @@ def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
 
 
 @contextmanager
-def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], BaseModel]]:
+def open_model_lazily(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], BaseModel]]:
     """Yield a function that returns the base model; the first call loads the model."""
     with ExitStack() as stack:
-        yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
+        yield functools.cache(lambda: stack.enter_context(open_model(config, listener)))
 
 
 def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
@@ -122,7 +122,7 @@ def run(recipe: Recipe, folder: Path, listener: Listener) -> dict[str, str]:
     """
     recipe.check()
     check_folder(folder, "--output-dir")
-    with loader(recipe.model, listener) as load:
+    with open_model_lazily(recipe.model, listener) as load:
         names = [name for name in STAGES if recipe.runs(name)]
         return RunFolder(recipe, folder, load, listener).run_stages(names)
 
@@ -187,7 +187,7 @@ class RunFolder:
         for path in stage.run():
             hashes[path.relative_to(self.folder).as_posix()] = codec.sha256(path)
         seconds = round(time.perf_counter() - started, 3)
-        self._record(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
+        self._record(name, StageState(made_from=made_from, outputs=hashes, seconds=seconds))
         return False
 
     def _keep_recipe(self) -> None:
@@ -203,7 +203,7 @@ class RunFolder:
 
     def begin(self, name: str, made_from: dict[str, Any]) -> None:
         """Record that a stage begins, and delete the files of its last run."""
-        before = self.manifest.stages.get(name, StageDone(made_from=made_from))
+        before = self.manifest.stages.get(name, StageState(made_from=made_from))
         if name == "train" and before.made_from != made_from:
             from drllm.training.stage import discard
 
@@ -214,9 +214,9 @@ class RunFolder:
             leads_elsewhere = path.resolve() != self.folder.resolve() / output
             if not leads_elsewhere:
                 path.unlink(missing_ok=True)
-        self._record(name, StageDone(made_from=made_from))
+        self._record(name, StageState(made_from=made_from))
 
-    def _record(self, name: str, done: StageDone) -> None:
+    def _record(self, name: str, done: StageState) -> None:
         """Write the state of a stage to the manifest."""
         self.manifest.stages[name] = done
         self.manifest.schema_version = codec.SCHEMA_VERSION
@@ -260,7 +260,7 @@ class RunFolder:
     def _supervise(self) -> Stage:
         made_from = {
             "config": self.recipe.supervise.to_dict(),
-            "search.jsonl": hash_of(self.search_file),
+            "search.jsonl": hash_file(self.search_file),
         }
         return Stage(made_from, self._run_supervise)
 
@@ -276,7 +276,7 @@ class RunFolder:
         made_from = {
             "config": self.recipe.train.decisive(),
             "model": self.recipe.model.to_dict(),
-            "supervision.jsonl": hash_of(self.supervision_file),
+            "supervision.jsonl": hash_file(self.supervision_file),
         }
         return Stage(made_from, self._run_train)
 
@@ -314,12 +314,12 @@ class RunFolder:
 
     def _heal(self) -> Stage:
         config = self._heal_config()
-        plan = read_path(config.named_path())
+        plan = read_path(config.require_path())
         made_from = {
             "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "texts": codec.hash_values(self.recipe.healed),
-            "path": [plan.named.name if plan.named else "", hash_of(plan.file)],
+            "path": [plan.named.name if plan.named else "", hash_file(plan.file)],
         }
         return Stage(made_from, self._run_heal)
 
@@ -352,9 +352,9 @@ class RunFolder:
         for folder in self.router_folders:
             for name in ROUTER_FILES:
                 path = folder / name
-                made_from[path.relative_to(self.routers).as_posix()] = hash_of(path)
+                made_from[path.relative_to(self.routers).as_posix()] = hash_file(path)
         for path in self._static_paths():
-            made_from[path.name] = hash_of(path)
+            made_from[path.name] = hash_file(path)
         return Stage(made_from, self._run_evaluate)
 
     def _is_timed(self) -> bool:

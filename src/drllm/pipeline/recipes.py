@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from drllm import config
-from drllm.config.fields import from_dict, kinds_of
+from drllm.config.fields import from_dict, list_kinds
 from drllm.config.files import (
-    canonical,
+    drop_empty_removed,
+    normalise_settings,
+    read_sections,
     read_yaml,
-    sections_of,
     with_preset,
-    without_empty_removed,
 )
 from drllm.errors import ConfigError
 from drllm.evaluation.questions import select_tasks, without_routers
@@ -122,7 +122,7 @@ class Recipe:
     def _check_healing(self, heal: config.HealConfig) -> None:
         _ = self.healed
         if self.tune is None:
-            read_path(heal.named_path())
+            read_path(heal.require_path())
         elif heal.path is None:
             raise ConfigError(
                 "heal: no path is named; name one that tune will find, for example 'path: skip1'"
@@ -154,7 +154,7 @@ SECTIONS: dict[str, Any] = {
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     """Read a recipe; `data_dir` replaces the `data_dir` of every section with questions."""
     values = with_preset(path, read_yaml(path, "a recipe"))
-    sections = sections_of(path, values, SECTIONS)
+    sections = read_sections(path, values, SECTIONS)
     groups: dict[str, Any] = {}
     names_paths = any(name in sections for name in PATHS)
     names_routers = any(name in sections for name in ROUTING)
@@ -162,8 +162,8 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     for name, kind in SECTIONS.items():
         if name in PATHS and name not in sections:
             continue
-        section = canonical(kind, sections.get(name, {}))
-        section = without_empty_removed(section, kinds_of(kind))
+        section = normalise_settings(kind, sections.get(name, {}))
+        section = drop_empty_removed(section, list_kinds(kind))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "

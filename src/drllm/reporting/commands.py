@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from drllm.config import EvaluateConfig, SearchConfig, SuperviseConfig, TrainConfig
-from drllm.config.fields import Settings, flag_of
+from drllm.config.fields import Settings, to_flag
 
 RUNTIME = ("dtype", "device", "attn_implementation")
 """The settings of `ModelConfig` that say how a base model ran."""
@@ -100,11 +100,11 @@ def write_command(verb: str, values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if isinstance(value, bool):
             switch = name if value else f"no_{name}"
-            words.append(flag_of(switch))
+            words.append(to_flag(switch))
         elif isinstance(value, Mapping):
             by_task[name] = value
         elif value is not None:
-            words += [flag_of(name), str(value)]
+            words += [to_flag(name), str(value)]
     if not by_task:
         return shlex.join(words)
     write_settings = f"{shlex.join(['echo', json.dumps(by_task)])} > {SETTINGS_FILE}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from drllm.config import SearchConfig
-from drllm.config.fields import flag_of, required_tasks
+from drllm.config.fields import require_tasks, to_flag
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import logger
 from drllm.records.splits import hash_text, question_key
@@ -106,7 +106,7 @@ def collect_questions(source: QuestionSource | None, config: SearchConfig) -> li
     _check_strategy_settings(config)
     shard = None if config.shard is None else parse_shard(config.shard)
     if source is None:
-        source = required_tasks(config.dataset, "--dataset")
+        source = require_tasks(config.dataset, "--dataset")
     if isinstance(source, (str, Path)):
         source = get_tasks(str(source))
     groups = _load_examples(source, config)
@@ -205,7 +205,7 @@ def _check_strategy_settings(config: SearchConfig) -> None:
             value = getattr(config, name)
             if value != getattr(defaults, name):
                 raise ConfigError(
-                    f"{flag_of(name)} {value:g} has no effect with --strategy "
+                    f"{to_flag(name)} {value:g} has no effect with --strategy "
                     f"{config.strategy}; leave it out, or choose --strategy {strategy}"
                 )
 

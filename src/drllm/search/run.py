@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.config.fields import changed
+from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener, OnProgress, logger
 from drllm.models.base.first_block import FirstBlock
@@ -84,7 +84,7 @@ def search_paths(
 
     Source: Dr.LLM section 3.1.
     """
-    config = changed(SearchConfig, config, settings)
+    config = replace_settings(SearchConfig, config, settings)
     listener = listener or Listener()
     questions: list[SearchQuestion] = []
     if examples is not None and not isinstance(examples, (str, Path)):

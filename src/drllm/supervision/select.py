@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from drllm.config import SearchConfig, SuperviseConfig
-from drllm.config.fields import changed
+from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records.identity import differ
 from drllm.records.manifest import new_manifest, write_or_remove, write_records
@@ -66,7 +66,7 @@ def supervise(
             output; searches have different base models or numbers of layers; two questions have
             the same id; or no question has a target. Nothing is written in these cases.
     """
-    config = changed(SuperviseConfig, config, settings)
+    config = replace_settings(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
     sources = _list_sources(searches)
     _check_files(sources, output)

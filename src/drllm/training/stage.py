@@ -18,7 +18,7 @@ import torch
 
 from drllm.agreement import TRAIN, VALIDATION, Counts, compute_metrics
 from drllm.config import TrainConfig
-from drllm.config.fields import changed
+from drllm.config.fields import replace_settings
 from drllm.errors import ConfigError
 from drllm.listener import Listener, OnProgress, logger
 from drllm.models.base.load import BaseModel
@@ -107,7 +107,7 @@ def train(
         RecordError: The targets don't fit the model, or the features can't be written.
         CheckpointError: The folder holds another training, or can no longer be written.
     """
-    config = changed(TrainConfig, config, settings)
+    config = replace_settings(TrainConfig, config, settings)
     listener = listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.config import SPLITS, TuneConfig
-from drllm.config.fields import required_tasks
+from drllm.config.fields import require_tasks
 from drllm.errors import TaskError
 from drllm.records.splits import part_by_hash, question_key
 from drllm.records.static_paths import FIT, PARTS, SELECT, TEST
@@ -85,7 +85,7 @@ def split_tasks(
     """
     config.check_effects()
     if tasks is None:
-        tasks = required_tasks(config.tasks)
+        tasks = require_tasks(config.tasks)
     all_tasks = _list_tasks(tasks)
     for task in all_tasks:
         objective = choose_objective(task, config)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import HealConfig
-from drllm.config.fields import changed, make_settings
+from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
 from drllm.errors import ConfigError
 from drllm.extras import need
@@ -109,13 +109,13 @@ def heal(
 
     Source: ours; the adapter is LoRA (arXiv 2106.09685).
     """
-    config = changed(HealConfig, config, settings)
+    config = replace_settings(HealConfig, config, settings)
     listener = listener or Listener()
     need("heal", "healing")
     sources = read_sources(config, tasks, texts)
     path_file = None
     if not isinstance(path, StaticPath):  # read before the model is loaded, to fail early
-        path_file = read_path(str(path or config.named_path()))
+        path_file = read_path(str(path or config.require_path()))
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         base = stack.enter_context(unrouted(model, tokenizer, listener))

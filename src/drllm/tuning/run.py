@@ -15,7 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from drllm.config import TuneConfig
-from drllm.config.fields import changed, make_settings
+from drllm.config.fields import make_settings, replace_settings
 from drllm.cost import path_executions
 from drllm.listener import Listener, OnProgress
 from drllm.models.base.first_block import FirstBlock
@@ -86,7 +86,7 @@ def tune(
 
     Source: ours; the objective is TALE's (arXiv 2510.22767), as a log-probability.
     """
-    config = changed(TuneConfig, config, settings)
+    config = replace_settings(TuneConfig, config, settings)
     listener = listener or Listener()
     splits = split_tasks(config, tasks)
     with ExitStack() as stack:

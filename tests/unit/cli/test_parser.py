@@ -11,7 +11,7 @@ import pytest
 from drllm.cli.command_line import CommandLine
 from drllm.cli.listing import _LISTS, _REGISTRIES
 from drllm.cli.parser import parse
-from drllm.cli.verbs import FOREIGN, VERBS, flags_of
+from drllm.cli.verbs import FOREIGN, VERBS, list_flags
 from drllm.config import (
     DepthConfig,
     EvaluateConfig,
@@ -60,7 +60,7 @@ def test_help_has_the_few_flags_that_one_needs_and_says_how_to_see_the_others(ve
     out = drllm(f"{verb} --help").out
     shown = re.findall(r"^  (--\S+)", out, re.MULTILINE)
     assert 3 <= len(shown) <= 13
-    more = len(list(flags_of(VERBS[verb]))) - len(re.findall(r"^  \S", out, re.MULTILINE)) + 2
+    more = len(list(list_flags(VERBS[verb]))) - len(re.findall(r"^  \S", out, re.MULTILINE)) + 2
     assert re.search(rf"^  --help-all +{more} more", out, re.MULTILINE)
 
 

@@ -9,7 +9,14 @@ from drllm.cli import main
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
-from drllm.pipeline.folder import STAGES, RunFolder, RunManifest, StageDone, loader, read_run
+from drllm.pipeline.folder import (
+    STAGES,
+    RunFolder,
+    RunManifest,
+    StageState,
+    open_model_lazily,
+    read_run,
+)
 from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records.codec import sha256, write_json
 from drllm.tasks.registry import get_tasks
@@ -124,7 +131,7 @@ def test_a_recipe_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, tex
 def done(tmp_path: Path) -> RunManifest:
     """What a folder says in which one stage is done."""
     (tmp_path / "out.txt").write_text("result")
-    stage = StageDone(made_from={"seed": 0}, outputs={"out.txt": sha256(tmp_path / "out.txt")})
+    stage = StageState(made_from={"seed": 0}, outputs={"out.txt": sha256(tmp_path / "out.txt")})
     write_json(tmp_path / "run.manifest.json", RunManifest(stages={"train": stage}))
     return read_run(tmp_path)
 
@@ -140,7 +147,7 @@ def test_a_stage_is_done_if_it_was_made_from_the_same_and_its_files_are_unchange
 
 
 def test_a_stage_that_began_and_did_not_end_is_not_done(tmp_path: Path):
-    manifest = RunManifest(stages={"train": StageDone(made_from={})})
+    manifest = RunManifest(stages={"train": StageState(made_from={})})
     assert not manifest.is_done("train", {}, tmp_path)
 
 
@@ -169,10 +176,10 @@ def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
         place.write_text("x")
     (folder / "link").symlink_to(outside)
     outputs = dict.fromkeys(["../outside/mine.txt", "link/mine.txt", "old.txt"], "0")
-    stage = StageDone(made_from={"seed": 0}, outputs=outputs)
+    stage = StageState(made_from={"seed": 0}, outputs=outputs)
     write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": stage}))
 
-    with loader(ModelConfig(), Listener()) as load:
+    with open_model_lazily(ModelConfig(), Listener()) as load:
         RunFolder(Recipe(), folder, load, Listener()).begin("evaluate", {"seed": 1})
 
     assert (outside / "mine.txt").exists()

@@ -7,7 +7,7 @@ import yaml
 
 from drllm.cli.removed import REMOVED_VERBS
 from drllm.cli.settings_file import read_settings
-from drllm.cli.verbs import VERBS, find_verb, flags_of
+from drllm.cli.verbs import VERBS, find_verb, list_flags
 from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError
 from drllm.pipeline.recipes import Recipe, read_recipe
@@ -29,7 +29,7 @@ def test_a_removed_flag_says_what_took_its_place(drllm, name):
     verb = next(
         verb.name
         for verb in map(VERBS.__getitem__, VERBS)
-        if verb.settings and all(name not in flag.names for flag in flags_of(verb))
+        if verb.settings and all(name not in flag.names for flag in list_flags(verb))
     )
     published = name.replace("-", "_").replace("__", "--", 1)
     for written in {name, published}:
@@ -41,7 +41,7 @@ def test_a_removed_setting_of_a_file_says_so_too(drllm, name, tmp_path: Path):
     verb = next(
         verb.name
         for verb in map(VERBS.__getitem__, VERBS)
-        if verb.settings and all(name not in flag.names for flag in flags_of(verb))
+        if verb.settings and all(name not in flag.names for flag in list_flags(verb))
     )
     file = tmp_path / "settings.yaml"
     file.write_text(f"{name.removeprefix('--').replace('-', '_')}: x\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.config import EvaluateConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, unknown_name
 from drllm.paths import Decisions, StaticPath, to_path
@@ -288,7 +288,7 @@ def _check_effect(config: EvaluateConfig, setting: str, users: Sequence[str]) ->
     selection = select_baselines(config.baselines)
     if value is not None and not set(users) & set(selection):
         raise ConfigError(
-            f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
+            f"{to_flag(setting)} {value} has no effect on the baselines {config.baselines}; "
             f"leave it out, or add {' or '.join(map(format_name, users))} to --baselines"
         )
 

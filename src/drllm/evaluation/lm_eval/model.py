@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drllm.config import DepthConfig, ModelConfig
-from drllm.config.fields import changed
+from drllm.config.fields import replace_settings
 from drllm.cost import path_executions
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.prefix import CommonPrefix
@@ -44,7 +44,7 @@ from drllm.models.routing.policies import PathPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions
-from drllm.processes import PATIENCE, launched
+from drllm.processes import PATIENCE, count_launched
 from drllm.records.static_paths import read_path
 
 MAX_ROWS = 64  # the harness' default of `max_batch_size`
@@ -379,7 +379,7 @@ def _read_depth(arguments: Mapping[str, Any]) -> DepthConfig:
     settings = _select_arguments(arguments, DEPTH_ARGUMENTS)
     if settings.pop(PUBLISHED_STATIC_ROUTING, False):
         settings["static_routing"] = True
-    depth = changed(DepthConfig, None, settings)
+    depth = replace_settings(DepthConfig, None, settings)
     depth.check_combination()
     return depth
 
@@ -389,7 +389,7 @@ def _join_processes(device: str | None) -> Accelerator | None:
 
     Return None if there is only one process.
     """
-    if launched() <= 1:
+    if count_launched() <= 1:
         return None
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
@@ -405,7 +405,7 @@ def _load_base(source: _Source, device: str | None, loading: Mapping[str, Any]) 
         "revision": loading.get("revision") or source.revision,
         "device": device or "auto",
     }
-    return load(changed(ModelConfig, None, settings))
+    return load(replace_settings(ModelConfig, None, settings))
 
 
 def _check_windows(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
-from drllm.config.fields import kinds_of
+from drllm.config.fields import list_kinds
 from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.listener import logger
 from drllm.models.base import hub, smollm2
@@ -210,7 +210,7 @@ def _split_options(
     for name, value in options.items():
         if name == "torch_dtype":  # the name in transformers 4
             settings["dtype"] = value
-        elif name in kinds_of(ModelConfig):
+        elif name in list_kinds(ModelConfig):
             settings[name] = value
         else:
             transformers_options[name] = value

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import DepthConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render
@@ -292,7 +292,7 @@ def make_policy(
         return routed.policy, None
     if routers is None:
         raise ConfigError(
-            f"{flag_of(setting)} has no effect without routers; give --routers, or leave it out"
+            f"{to_flag(setting)} has no effect without routers; give --routers, or leave it out"
         )
     if setting == "static_routing":  # the routers need not run
         return FullPolicy(), None

@@ -24,7 +24,7 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize, prefix_cache
 from drllm.models.scoring.kl import KlFromFull
 from drllm.models.scoring.packing import Request, pack
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair, packed_rows
-from drllm.paths import adapter_of
+from drllm.paths import get_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +166,11 @@ class ChoiceBatch:
         """
         by_adapter: dict[str, list[PlanPair]] = {}
         for place, plan in pairs:
-            by_adapter.setdefault(adapter_of(plan), []).append((place, plan))
+            by_adapter.setdefault(get_adapter(plan), []).append((place, plan))
         scores: dict[str, Iterator[Score]] = {}
         for adapter, group in by_adapter.items():
             scores[adapter] = iter(self._scores_of(group, kl=kl, greedy=greedy))
-        return [next(scores[adapter_of(plan)]) for _, plan in pairs]
+        return [next(scores[get_adapter(plan)]) for _, plan in pairs]
 
     def _scores_of(self, pairs: Sequence[PlanPair], *, kl: bool, greedy: bool) -> list[Score]:
         """Score pairs that all run with the same adapter, or all without one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drllm.models.scoring.prefix_sharing import PackedRows, PlanPair
-from drllm.paths import Plan, adapter_of, full_decisions
+from drllm.paths import Plan, full_decisions, get_adapter
 
 SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that the full path's distributions may take."""
@@ -60,7 +60,7 @@ class KlFromFull:
                 full.append((row, plan))
             elif row not in self._distributions:
                 missing.append((row, self._full))
-        if missing and adapter_of(pairs[0][1]):
+        if missing and get_adapter(pairs[0][1]):
             self._run_full(list(dict.fromkeys(missing)))
             missing = []
         return list(dict.fromkeys([*missing, *full, *pairs]))

@@ -28,7 +28,7 @@ from drllm.models.routing.kv_cache import RoutedCacheLayer, find_entry
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import PackedBatch, Request, Tokens, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
-from drllm.paths import Decisions, Path, Plan, adapter_of, layers_of
+from drllm.paths import Decisions, Path, Plan, get_adapter, get_layers
 
 Pair: TypeAlias = tuple[int, Decisions]
 """A prompt's row, and the decisions to run under."""
@@ -183,7 +183,7 @@ class PrefixSharingDriver(Driver):
         self.lengths = [
             own + after for own, after in zip(packed.num_own, packed.num_after, strict=True)
         ]
-        self._paths = {plan: layers_of(plan) for _, plan in self.pairs}
+        self._paths = {plan: get_layers(plan) for _, plan in self.pairs}
         self._adapter = common_adapter([plan for _, plan in self.pairs])
         self._used: dict[RowPath, PrefixState] = {}
         self._calls: list[LayerCall] = []
@@ -421,7 +421,7 @@ class PrefixSharingDriver(Driver):
 
 def common_adapter(plans: Sequence[Plan]) -> str:
     """Return the adapter of all plans; empty for none. Raises RoutingError if adapters differ."""
-    names = {adapter_of(plan) for plan in plans}
+    names = {get_adapter(plan) for plan in plans}
     if len(names) > 1:
         raise RoutingError(
             "a healed path can't run in one batch with another path, since its adapter is switched "

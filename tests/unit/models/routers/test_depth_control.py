@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drllm.config import DepthConfig
-from drllm.config.fields import flag_of
+from drllm.config.fields import to_flag
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
 from drllm.models.routers import depth_control
@@ -267,7 +267,7 @@ def test_a_target_becomes_the_bias_that_was_found(routed):
     ],
 )
 def test_a_knob_without_routers_is_refused(tiny_llama, config):
-    flag = flag_of(config.find_setting())
+    flag = to_flag(config.find_setting())
     with pytest.raises(ConfigError, match=f"{flag} has no effect"):
         make_policy(RoutedModel(tiny_llama()), config, some_prompts(2))
 
