@@ -1,7 +1,7 @@
 """Layer routing for frozen Hugging Face language models: skip, execute or repeat each layer.
 
-The public names stand in `__init__.pyi`. Each is imported when it is first used, so that
-`import drllm` loads no torch.
+The public names are listed in `__init__.pyi`. A name is imported when it is first used, so that
+`import drllm` doesn't load torch.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 _STUB = (pkgutil.get_data(__name__, "__init__.pyi") or b"").decode()
+# The stub has a line `from MODULE import NAME as NAME` for each public name.
 _PUBLIC = {name: module for module, name in re.findall(r"(?m)^from (\S+) import (\w+) as", _STUB)}
 
 __all__ = list(_PUBLIC)

@@ -1,9 +1,9 @@
-"""Bisection: find where a condition turns true, or the setting for a number of executions."""
+"""Finds by bisection where a condition turns true, and the setting for a number of executions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-NUM_HALVINGS = 60  # times the range is halved; a double has no more digits
+NUM_HALVINGS = 60  # narrows a range of 1 to about 1e-18
 
 
 class Setting(NamedTuple):
@@ -18,8 +18,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    Returns the last value at which the condition was false, and the first value at which it was
-    true. The two ends aren't tested, and `high` may be below `low`.
+    Returns the two ends of the narrowed range: the condition is false at the first and true at the
+    second. The condition isn't tested at the ends that are passed. `high` may be below `low`.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -40,24 +40,26 @@ def nearest_setting(
     """Find the setting whose mean executions are nearest to a target.
 
     Over N prompts the mean changes in steps of at least 1/N, so the target is seldom met exactly.
-    From `low` to `high` the mean must only rise or only fall. If the range doesn't reach the
-    target, an end of the range is nearest.
+    From `low` to `high` the mean must only rise or only fall. If no value in the range reaches the
+    target, the result is an end of the range.
 
     Args:
         measure: A function that returns the mean executions for a value of the setting.
-        executions: The target.
+        executions: The target for the mean.
         low: One end of the range.
         high: The other end.
     """
     means = {low: measure(low), high: measure(high)}  # by value of the setting
     is_falling = means[low] > means[high]
 
-    def is_past(value: float) -> bool:
+    def is_past_target(value: float) -> bool:
         means[value] = measure(value)
-        return (means[value] > executions) != is_falling
+        is_above = means[value] > executions
+        return is_above != is_falling
 
-    bisect(is_past, low, high)
-    nearest = min(means.values(), key=lambda mean: abs(mean - executions))
-    # Return the middle of the step, since rounding errors would decide at its edges.
-    values = [value for value, mean in means.items() if mean == nearest]
-    return Setting((min(values) + max(values)) / 2, nearest)
+    bisect(is_past_target, low, high)  # called to fill `means`
+    nearest_mean = min(means.values(), key=lambda mean: abs(mean - executions))
+    # All values of a step give the same mean. The middle of the step is returned, because at the
+    # edges of the step rounding errors would decide.
+    values = [value for value, mean in means.items() if mean == nearest_mean]
+    return Setting((min(values) + max(values)) / 2, nearest_mean)

@@ -1,7 +1,7 @@
-"""Costs: layer executions in layer equivalents, and the budget of a path.
+"""Counts what paths and decisions cost, and how many executions a budget allows.
 
-Costs are floats in *layer equivalents*: 1.0 is one execution of one layer. No measured time is
-derived from them. This module doesn't import torch.
+Costs are numbers of *layer equivalents*: 1.0 is one execution of one layer. They say nothing about
+measured time. This module doesn't import torch.
 """
 
 import math
@@ -11,9 +11,13 @@ from drllm.paths import StaticPath, num_executions, to_path
 
 
 def max_executions(budget: float, num_layers: int) -> int:
-    """Return the maximum executions of a path within a budget, given as a factor of L.
+    """Return the maximum number of executions of a path within a budget.
 
     A rounding error of the product never lowers the result.
+
+    Args:
+        budget: The maximum executions as a multiple of the number of layers.
+        num_layers: The number of layers of the model.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
     """
@@ -24,15 +28,17 @@ def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
     """Count the executions of one question's paths if common beginnings are run only once.
 
     Example:
-        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
+        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # paths 0 1 2, 0 1 and 0 1 1
         4
     """
-    states: dict[tuple[int, int], int] = {}  # (state, layer that runs next) → new state
-    for row in rows:
+    # A state is a beginning of paths, as a number; 0 is the empty beginning.
+    next_states: dict[tuple[int, int], int] = {}  # (state, layer that runs next) → next state
+    for decisions in rows:
         state = 0
-        for layer in to_path(row):
-            state = states.setdefault((state, layer), len(states) + 1)
-    return len(states)
+        for layer in to_path(decisions):
+            new_state = len(next_states) + 1
+            state = next_states.setdefault((state, layer), new_state)
+    return len(next_states)
 
 
 def mean_executions(rows: Sequence[Sequence[int]]) -> float:
@@ -49,10 +55,11 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
     """Return the mean executions of the forward passes that decode answers.
 
     The pass that reads the prompt gives the first new token, so n tokens take n - 1 more passes.
-    Long answers count more than short answers. Return None if no answer needed another pass.
+    Long answers count more than short answers, because they take more passes. Returns None if no
+    answer took another pass.
 
     Args:
-        rows: Decisions `[L]` of each prompt, which hold for its whole answer.
+        rows: Decisions `[L]` of each prompt; the whole answer runs under them.
         num_new_tokens: Generated tokens of each prompt.
     """
     num_passes = 0
@@ -66,5 +73,10 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
 
 
 def share_saved(mean: float, num_layers: int) -> float:
-    """Return the share of the full path's executions that is saved; negative if more are run."""
+    """Return the share of the full path's executions that is saved; negative if `mean` is larger.
+
+    Args:
+        mean: The mean executions, in layer equivalents.
+        num_layers: The number of layers, which is what the full path costs.
+    """
     return 1.0 - mean / num_layers

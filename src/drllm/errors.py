@@ -10,7 +10,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks of the writing direction, and halves of surrogate pairs."""
 
 
 class DrllmError(Exception):
@@ -57,31 +58,35 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
         name: The unknown name.
         choices: All valid names; there should be few.
     """
-    valid = sorted(choices)
-    message = nearest_name(kind, name, valid)
-    if not message.endswith("?"):
+    valid_names = sorted(choices)
+    message = nearest_name(kind, name, valid_names)
+    has_suggestion = message.endswith("?")
+    if not has_suggestion:
         message += "."
-    return f"{message} Valid: {', '.join(valid)}"
+    return f"{message} Valid: {', '.join(valid_names)}"
 
 
 def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
     """Return the message for an unknown name, with only the closest valid names.
+
+    Use it instead of `unknown_name` where there are many valid names.
 
     Example:
         >>> nearest_name("flag", "--num-epoch", ["--num-epochs", "--seed"])
         "unknown flag '--num-epoch'; did you mean '--num-epochs'?"
     """
     message = f"unknown {kind} {name!r}"
-    close = difflib.get_close_matches(name, sorted(choices), n=2)
-    if not close:
+    closest_names = difflib.get_close_matches(name, sorted(choices), n=2)
+    if not closest_names:
         return message
-    return f"{message}; did you mean {' or '.join(repr(match) for match in close)}?"
+    suggestion = " or ".join(repr(closest) for closest in closest_names)
+    return f"{message}; did you mean {suggestion}?"
 
 
 def printable(text: str) -> str:
     r"""Return a text with its control characters as escapes, except line ends and tabs.
 
-    All output for people passes through this function once. A terminal obeys control characters,
-    and marks of the writing direction can make a text look like another text.
+    All output for people passes through this function once. A terminal obeys control characters.
+    Characters that change the writing direction can make a text look like another text.
     """
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,4 +1,4 @@
-"""Extras: optional packages, and the check that they are installed."""
+"""The extras of the package: which optional packages they install, and whether these are there."""
 
 from importlib.util import find_spec
 
@@ -30,10 +30,10 @@ def need(extras: str, purpose: str, *packages: str) -> None:
             if not _is_installed(package):
                 missing[package] = extra
     if missing:
-        needed = ",".join(dict.fromkeys(missing.values()))
+        missing_extras = ",".join(dict.fromkeys(missing.values()))  # each extra once
         raise ConfigError(
             f"{purpose} needs {', '.join(missing)}, not installed here; "
-            f'run: pip install "drllm[{needed}]"'
+            f'run: pip install "drllm[{missing_extras}]"'
         )
 
 

@@ -1,7 +1,8 @@
-"""Progress and notes of a stage, and the logger.
+"""How a stage reports its progress and its notes: the class `Listener`. Also drllm's logger.
 
-A stage takes a `Listener` and never prints. The command line passes its terminal. From Python, pass
-an object of your own subclass, or nothing: notes are then logged, and progress is dropped.
+A stage takes a listener and never prints. The command line passes its terminal. From Python, pass
+an object of your own subclass of `Listener`. If none is passed, notes are logged and progress isn't
+shown.
 """
 
 import logging
@@ -27,10 +28,13 @@ class OnProgress(Protocol):
 
 
 class Listener:
-    """Receives the notes and the progress of a stage; this base class shows nothing."""
+    """Receives the notes and the progress of a stage.
+
+    This base class logs notes and shows nothing.
+    """
 
     def note(self, text: str) -> None:
-        """Receive a line that the user should see but that isn't part of the result."""
+        """Receive a line that the user should see, although it isn't part of the result."""
         logger.info("%s", text)
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
@@ -40,8 +44,10 @@ class Listener:
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
         """Return a context that yields a callback for progress.
 
-        Progress should be proportional to time. It is counted in `unit`, a plural. If `unit` is
-        empty, only the share of the work that is done has a meaning.
+        Args:
+            title: What is being done.
+            unit: What is counted, in the plural ("questions"). If it is empty, only the share of
+                the work that is done has a meaning. Each unit should take about the same time.
         """
         return nullcontext(_ignore)
 
@@ -56,16 +62,16 @@ def duration(seconds: float) -> str:
         >>> [duration(seconds) for seconds in (59.94, 59.96, 75.0, 3599.6, 7260.0)]
         ['59.9 s', '1 min 0 s', '1 min 15 s', '1 h 0 min', '2 h 1 min']
     """
-    if seconds < 59.95:
+    if seconds < 59.95:  # 59.95 would be written as 60.0
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    whole_seconds = round(seconds)
+    if whole_seconds < 3600:
+        return f"{whole_seconds // 60} min {whole_seconds % 60} s"
+    return f"{whole_seconds // 3600} h {whole_seconds % 3600 // 60} min"
 
 
 def rough_duration(seconds: float) -> str:
-    """Format a time that is only estimated, in whole seconds or minutes, rounded up.
+    """Format an estimated time in whole seconds or minutes, rounded up.
 
     Example:
         >>> [rough_duration(seconds) for seconds in (0.2, 59.0, 61.0, 3599.0, 7260.0)]
@@ -82,12 +88,12 @@ def rough_duration(seconds: float) -> str:
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
     """Silence loggers of other packages inside the block."""
-    other_loggers = [logging.getLogger(name) for name in names]
-    levels = [other.level for other in other_loggers]
-    for other in other_loggers:
-        other.setLevel(logging.CRITICAL)
+    package_loggers = [logging.getLogger(name) for name in names]
+    levels = [package_logger.level for package_logger in package_loggers]
+    for package_logger in package_loggers:
+        package_logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for other, level in zip(other_loggers, levels, strict=True):
-            other.setLevel(level)
+        for package_logger, level in zip(package_loggers, levels, strict=True):
+            package_logger.setLevel(level)

@@ -2,9 +2,8 @@
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). All decisions can be written as a path. A path can
-be written as decisions only if it visits the layers in order and none more than twice. A
-`StaticPath` is one path for a whole task, with its adapter if the path was healed. This module
-doesn't import torch.
+be written as decisions only if it visits the layers in order, and no layer more than twice. A
+`StaticPath` is one path for a whole task. This module doesn't import torch.
 """
 
 from collections import Counter
@@ -18,7 +17,8 @@ from drllm.errors import PathError
 Decisions: TypeAlias = tuple[int, ...]
 """One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
 
-Path: TypeAlias = tuple[int, ...]  # layer indices from 0 in the order executed, at least one
+Path: TypeAlias = tuple[int, ...]
+"""Layer indices from 0 in the order executed, at least one."""
 
 
 class Decision(IntEnum):
@@ -33,7 +33,7 @@ class Decision(IntEnum):
 
 
 def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
-    """Return the decisions as a tuple.
+    """Check decisions, and return them as a tuple.
 
     If `num_layers` is None, any length of at least 1 is accepted.
 
@@ -124,6 +124,7 @@ def sketch(decisions: Sequence[int]) -> str:
 
 
 def _check_layer(layer: object, place: int, num_layers: int) -> None:
+    """Raise PathError if a model of this depth lacks a layer; `place` is its place in the path."""
     if isinstance(layer, bool) or layer not in range(num_layers):
         raise PathError(
             f"{layer!r} at position {place} of the path (counted from 0) is not a layer of a "
@@ -135,8 +136,8 @@ def _check_layer(layer: object, place: int, num_layers: int) -> None:
 class StaticPath:
     """A path that is the same for a whole task.
 
-    Layers may come more than once and in any order. A healed path also has an adapter, so it isn't
-    equal to the plain path of the same layers.
+    Layers may come more than once and in any order. A *healed* path has an adapter that was trained
+    for it, so it isn't equal to the plain path of the same layers.
 
     Attributes:
         layers: Layer indices in the order executed, at least one.
@@ -154,10 +155,10 @@ class StaticPath:
     adapter: str
 
     def __init__(self, layers: Iterable[int], adapter: str = "") -> None:
-        checked = tuple(_check_index(layer, place) for place, layer in enumerate(layers))
-        if not checked:
+        indices = tuple(_check_index(layer, place) for place, layer in enumerate(layers))
+        if not indices:
             raise PathError("the path is empty; at least one layer must be executed")
-        object.__setattr__(self, "layers", checked)
+        object.__setattr__(self, "layers", indices)  # the class is frozen
         object.__setattr__(self, "adapter", adapter)
 
     def with_adapter(self, name: str) -> "StaticPath":
@@ -165,18 +166,18 @@ class StaticPath:
         return StaticPath(self.layers, name)
 
     def check(self, num_layers: int) -> "StaticPath":
-        """Return the path. Raise PathError if a model of L layers lacks one of its layers."""
+        """Return this path, or raise PathError if a model of `num_layers` layers can't run it."""
         for place, layer in enumerate(self.layers):
             _check_layer(layer, place, num_layers)
         return self
 
     def decisions(self, num_layers: int) -> Decisions:
-        """Return the layers as decisions `[L]`. Raise PathError if decisions can't express them."""
+        """Return the layers as decisions `[L]`; raise PathError if decisions can't express them."""
         return to_decisions(self.layers, num_layers)
 
     def plan(self, num_layers: int) -> "Plan":
         """Return the path as decisions `[L]` if they can express it, else the path itself."""
-        if self.adapter:
+        if self.adapter:  # decisions have no adapter
             return self
         try:
             return self.decisions(num_layers)
@@ -190,14 +191,14 @@ class StaticPath:
             >>> StaticPath([0, 1, 3, 3]).edits(num_layers=4)
             'skips layer 2, repeats layer 3'
         """
-        words = _describe_edits(self.layers, num_layers)
+        description = _describe_edits(self.layers, num_layers)
         if self.adapter:
-            return f"{words}, with an adapter"
-        return words
+            return f"{description}, with an adapter"
+        return description
 
 
 Plan: TypeAlias = "Decisions | StaticPath"
-"""What one row runs: decisions, or a static path."""
+"""What one row of a batch runs: decisions, or a static path."""
 
 
 def get_layers(plan: Plan) -> Path:
@@ -211,6 +212,7 @@ def get_adapter(plan: Plan) -> str:
 
 
 def _check_index(layer: object, place: int) -> int:
+    """Check a value without knowing the model's number of layers, and return it as an int."""
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise PathError(
             f"{layer!r} at position {place} of the path (counted from 0) isn't a layer; give an "
@@ -221,16 +223,16 @@ def _check_index(layer: object, place: int) -> int:
 
 def _describe_edits(layers: Path, num_layers: int) -> str:
     counts = Counter(layers)
-    skipped = [layer for layer in range(num_layers) if layer not in counts]
-    by_repeats: dict[int, list[int]] = {}
+    skipped_layers = [layer for layer in range(num_layers) if layer not in counts]
+    repeated_layers: dict[int, list[int]] = {}  # by the number of repeats
     for layer, count in counts.items():
         if count > 1:
-            by_repeats.setdefault(count - 1, []).append(layer)
+            repeated_layers.setdefault(count - 1, []).append(layer)
     parts: list[str] = []
-    if skipped:
-        parts.append(f"skips {_list_layers(skipped)}")
-    for num_repeats, repeated in by_repeats.items():
-        part = f"repeats {_list_layers(repeated)}"
+    if skipped_layers:
+        parts.append(f"skips {_name_layers(skipped_layers)}")
+    for num_repeats, repeated in repeated_layers.items():
+        part = f"repeats {_name_layers(repeated)}"
         if num_repeats == 2:
             part += " twice"
         elif num_repeats > 2:
@@ -243,8 +245,9 @@ def _describe_edits(layers: Path, num_layers: int) -> str:
     return "runs the layers in another order"
 
 
-def _list_layers(layers: Sequence[int]) -> str:
-    names = [str(layer) for layer in layers]
-    if len(names) == 1:
-        return f"layer {names[0]}"
-    return f"layers {', '.join(names[:-1])} and {names[-1]}"
+def _name_layers(layers: Sequence[int]) -> str:
+    """Write layers as `layer 3` or `layers 3, 4 and 5`."""
+    numbers = [str(layer) for layer in layers]
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    return f"layers {', '.join(numbers[:-1])} and {numbers[-1]}"

@@ -1,7 +1,8 @@
 """Divides the work of one stage among processes that torchrun or `accelerate launch` has started.
 
 All processes run the same stage on the same questions, each on its own device. Only the first
-process reads and writes files. The work is divided job by job, and every process gets all results.
+process reads and writes files. The work is divided into jobs. Each job runs in one process, and
+every process gets the results of all jobs.
 """
 
 import datetime
@@ -14,21 +15,22 @@ from drllm.errors import DrllmError
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(weeks=52)
-"""How long a process waits for the others, which may have much more to do.
+"""How long a process waits for the other processes.
 
-A process that died is noticed earlier.
+It is long, because the other processes may have much more to do. If one of them dies, the wait ends
+earlier.
 """
 divides = False
 """Whether the processes share one stage; the command line sets it for verbs that divide work."""
 
 
 def count_launched() -> int:
-    """Return the number of processes that a launcher has started."""
+    """Return the number of processes that a launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def count() -> int:
-    """Return the number of processes that share this stage."""
+    """Return the number of processes that share this stage; 1 if the stage isn't divided."""
     return count_launched() if divides else 1
 
 
@@ -44,8 +46,10 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
-    outcomes = [_run_job(make) if is_first() else None]
-    _connected().broadcast_object_list(outcomes)
+    outcomes: list[Any] = [None]
+    if is_first():
+        outcomes[0] = _run_job(make)
+    _connect().broadcast_object_list(outcomes)  # fills the list in the other processes
     return _unpack_result(outcomes[0])  # type: ignore[no-any-return]
 
 
@@ -58,19 +62,22 @@ def share(jobs: Sequence[Callable[[], T]]) -> list[T]:
     if count() == 1:
         return [job() for job in jobs]
     rank = int(os.environ["RANK"])
-    outcomes = {}
-    for place in range(rank, len(jobs), count()):
-        outcomes[place] = _run_job(jobs[place])
-    parts: list[Any] = [None] * count()
-    _connected().all_gather_object(parts, outcomes)
-    gathered: dict[int, Any] = {}
-    for part in parts:
-        gathered.update(part)
-    return [_unpack_result(gathered[place]) for place in range(len(jobs))]
+    own_outcomes = {}  # by the index of the job
+    for index in range(rank, len(jobs), count()):
+        own_outcomes[index] = _run_job(jobs[index])
+    outcomes_by_process: list[Any] = [None] * count()
+    _connect().all_gather_object(outcomes_by_process, own_outcomes)
+    outcomes: dict[int, Any] = {}
+    for process_outcomes in outcomes_by_process:
+        outcomes.update(process_outcomes)
+    return [_unpack_result(outcomes[index]) for index in range(len(jobs))]
 
 
-def _connected() -> Any:
-    """Return torch's collectives. They use gloo, because only Python objects are sent."""
+def _connect() -> Any:
+    """Connect the processes on the first call, and return `torch.distributed`.
+
+    The backend is gloo, which works without a GPU. Only Python objects are sent.
+    """
     from torch import distributed
 
     if not distributed.is_initialized():

@@ -1,6 +1,6 @@
 """A registry of classes or functions that users choose by name, such as tasks or baselines.
 
-To add one, decorate a class or function in a module that the registry imports.
+To add an entry, decorate a class or function with `register` in a module that the registry imports.
 """
 
 import importlib
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         """Register the decorated class or function under a name and its aliases.
 
         Defining the same class or function again, for example in a notebook cell that is run twice,
-        replaces the first definition. A ValueError is raised if a name stands for something else.
+        replaces the first definition. Raises ValueError if the name of another entry is used again.
         """
 
         def add(entry: Any) -> Any:
@@ -48,40 +48,43 @@ class Registry(Generic[T]):
         return add
 
     def _add(self, name: str, entry: Any) -> None:
-        earlier = self._entries.get(name, entry)
-        if _definition(earlier) != _definition(entry):
+        is_new = name not in self._entries
+        if not is_new and _definition(self._entries[name]) != _definition(entry):
             raise ValueError(f"there is a {self.kind} {name!r} already")
         self._entries[name] = entry
 
     def get(self, name: str) -> T:
         """Return the entry of a name. The error for an unknown name suggests the nearest name."""
-        entries = self._loaded()
+        entries = self._load_entries()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))
         return entries[name]
 
     def summaries(self) -> dict[str, str]:
-        """Return each name with the first line of its docstring, for listings."""
-        docs = {name: inspect.getdoc(entry) or "" for name, entry in self._loaded().items()}
-        return {name: doc.partition("\n")[0] for name, doc in docs.items()}
+        """Return the first line of each entry's docstring by the name of the entry."""
+        summaries = {}
+        for name, entry in self._load_entries().items():
+            docstring = inspect.getdoc(entry) or ""
+            summaries[name] = docstring.partition("\n")[0]
+        return summaries
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded()
+        return name in self._load_entries()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded())
+        return iter(self._load_entries())
 
-    def _loaded(self) -> dict[str, T]:
-        """Return the entries, after importing the modules that register them."""
+    def _load_entries(self) -> dict[str, T]:
+        """Return the entries; the first call imports the modules that register them."""
         for name in self._modules:
             module = importlib.import_module(name.removesuffix(".*"))
             if name.endswith(".*"):
                 for submodule in pkgutil.iter_modules(module.__path__, f"{module.__name__}."):
                     importlib.import_module(submodule.name)
-        self._modules = ()
+        self._modules = ()  # nothing is left to import
         return self._entries
 
 
 def _definition(entry: Any) -> Any:
-    """Return what stays the same when a class or function is defined again."""
+    """Return the qualified name, which stays the same when a class or function is redefined."""
     return getattr(entry, "__qualname__", entry)
