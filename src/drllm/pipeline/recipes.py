@@ -4,6 +4,7 @@ A recipe is checked completely before a model is loaded and before anything is w
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from drllm import config
-from drllm.config.fields import from_dict, list_kinds
+from drllm.config.fields import Settings, from_dict, list_kinds
 from drllm.config.files import (
     drop_empty_removed,
     normalise_settings,
@@ -31,20 +32,26 @@ from drllm.tuning.data_splits import TaskSplits, split_tasks
 from drllm.tuning.heal_texts import TextSource, read_sources
 
 ROUTING = ("search", "supervise", "train")
-"""The sections and stages of routers.
+"""The sections that train routers; each runs the stage of its name.
 
-A recipe trains no routers if it has a section of a static path and none of these sections.
+A recipe trains routers unless it has a section in `PATHS` and none of these.
 """
 PATHS: dict[str, Any] = {"tune": config.TuneConfig, "heal": config.HealConfig}
-"""The sections and stages of a static path. A stage runs only if the recipe has its section."""
+"""The sections that make a static path, and the class of their settings.
+
+Each runs the stage of its name. Without the section, the stage doesn't run.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of all stages.
 
-    Without `tune`, no static path is searched; without `heal`, no path is healed. With `tune`, the
-    `path` of `heal` is the name of a path that `tune` will find.
+    Attributes:
+        tune: None if no static path is searched.
+        heal: None if no path is healed. With `tune`, the setting `path` is the name of a path that
+            `tune` will find.
+        has_routers: Whether routers are trained.
     """
 
     model: config.ModelConfig = dataclasses.field(default_factory=config.ModelConfig)
@@ -58,42 +65,44 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Write all settings, including defaults, as the text of a recipe."""
-        values = {name: getattr(self, name).to_dict() for name in SECTIONS if self.runs(name)}
+        values = {name: getattr(self, name).to_dict() for name in SECTIONS if self.includes(name)}
         if "search" in values:
-            del values["search"]["output_dir"]  # the folder in which the recipe lies
+            del values["search"]["output_dir"]  # the folder that the recipe is written to
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
-    def runs(self, name: str) -> bool:
-        """Tell whether the recipe has a section or a stage with this name."""
+    def includes(self, name: str) -> bool:
+        """Tell whether the recipe includes the section or the stage of this name."""
         if name in ROUTING:
             return self.has_routers
-        return getattr(self, name, True) is not None
+        if name in PATHS:
+            return getattr(self, name) is not None
+        return True  # every recipe has a model, an evaluation and a report
 
     @cached_property
     def questions(self) -> list[SearchQuestion]:
-        """The questions of the search; reading them raises the same errors as `check`."""
+        """The questions of the search. The first access reads them and may raise an error."""
         return collect_questions(None, self.search)
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The tasks of the evaluation; reading them raises the same errors as `check`."""
+        """The tasks of the evaluation. The first access reads them and may raise an error."""
         return select_tasks(self.evaluate)
 
     @cached_property
-    def tuned(self) -> list[TaskSplits]:
-        """The tasks of tuning with their questions; reading them raises the errors of `check`."""
+    def tuning_tasks(self) -> list[TaskSplits]:
+        """The tasks and questions of `tune`. The first access reads them and may raise an error."""
         return split_tasks(self.tune or config.TuneConfig())
 
     @cached_property
-    def healed(self) -> list[TextSource]:
-        """The texts that a path is healed on; reading them raises the same errors as `check`."""
+    def healing_texts(self) -> list[TextSource]:
+        """The texts of `heal`. The first access reads them and may raise an error."""
         return read_sources(self.heal or config.HealConfig())
 
     def check(self) -> None:
-        """Refuse wrong settings, settings without effect, and a missing package."""
+        """Refuse wrong settings, settings without effect, wrong files and missing packages."""
         need("eval,report", "a run")
-        self._check_tasks()
-        _ = self.tasks  # reading the tasks checks them
+        self._check_tasks_are_named()
+        _ = self.tasks  # reads and checks them
         if self.has_routers:
             self._check_routers()
         else:
@@ -105,22 +114,22 @@ class Recipe:
             self._check_healing(self.heal)
 
     def _check_routers(self) -> None:
-        searched = dict.fromkeys(question.task for question in self.questions)
-        check_settings(self.supervise, list(searched), self.search)
+        tasks = dict.fromkeys(question.task for question in self.questions)  # each task once
+        check_settings(self.supervise, list(tasks), self.search)
         self.train.check_effects()
         check_trackers(self.train.trackers)
 
     def _check_tuning(self) -> None:
-        _ = self.tuned
+        _ = self.tuning_tasks  # reads and checks them
         if self.evaluate.max_drop is not None and self.evaluate.paths is None:
             raise ConfigError(
                 f"evaluate: 'max_drop' is {self.evaluate.max_drop:g}, which tests paths in an "
                 f"order fixed beforehand, but the paths of tune have no names yet; leave it out, "
-                f"then 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
+                f"and after the run give 'drllm evaluate --paths RUN/paths.json:NAME --max-drop N'"
             )
 
     def _check_healing(self, heal: config.HealConfig) -> None:
-        _ = self.healed
+        _ = self.healing_texts  # reads and checks them
         if self.tune is None:
             read_path(heal.require_path())
         elif heal.path is None:
@@ -128,8 +137,8 @@ class Recipe:
                 "heal: no path is named; name one that tune will find, for example 'path: skip1'"
             )
 
-    def _check_tasks(self) -> None:
-        """Refuse a section that needs a task and names none."""
+    def _check_tasks_are_named(self) -> None:
+        """Refuse a section that needs a task but doesn't name one."""
         names = {"evaluate": self.evaluate.tasks}
         if self.has_routers:
             names["search"] = self.search.dataset
@@ -144,35 +153,52 @@ class Recipe:
 
 
 SECTIONS: dict[str, Any] = {
-    section.name: PATHS.get(section.name, section.default_factory)
-    for section in dataclasses.fields(Recipe)
-    if section.name != "has_routers"
+    "model": config.ModelConfig,
+    "search": config.SearchConfig,
+    "supervise": config.SuperviseConfig,
+    "train": config.TrainConfig,
+    **PATHS,
+    "evaluate": config.EvaluateConfig,
 }
 """The class of the settings in each section of a recipe, by the name of the section."""
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read a recipe; `data_dir` replaces the `data_dir` of every section with questions."""
+    """Read a recipe.
+
+    Args:
+        path: The YAML file.
+        data_dir: Replaces the `data_dir` of every section with questions; None leaves them.
+
+    Raises:
+        ConfigError: The file isn't a recipe, or a setting is unknown or wrong.
+    """
     values = with_preset(path, read_yaml(path, "a recipe"))
     sections = read_sections(path, values, SECTIONS)
-    groups: dict[str, Any] = {}
-    names_paths = any(name in sections for name in PATHS)
-    names_routers = any(name in sections for name in ROUTING)
-    groups["has_routers"] = names_routers or not names_paths
+    has_path_section = any(name in sections for name in PATHS)
+    has_router_section = any(name in sections for name in ROUTING)
+    groups: dict[str, Any] = {"has_routers": has_router_section or not has_path_section}
     for name, kind in SECTIONS.items():
         if name in PATHS and name not in sections:
             continue
-        section = normalise_settings(kind, sections.get(name, {}))
-        section = drop_empty_removed(section, list_kinds(kind))
-        if name == "search" and "output_dir" in section:
-            raise ConfigError(
-                f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
-                f"writes to the folder given as --output-dir"
-            )
-        if data_dir is not None and name in ("search", "evaluate", *PATHS):
-            section["data_dir"] = data_dir
         try:
-            groups[name] = from_dict(kind, section, name)
+            groups[name] = _make_group(name, kind, sections.get(name, {}), data_dir)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
+
+
+def _make_group(
+    name: str, kind: type[Settings], values: Mapping[str, Any], data_dir: str | None
+) -> Settings:
+    """Make the settings of a section from the values in the recipe."""
+    settings = normalise_settings(kind, values)
+    settings = drop_empty_removed(settings, list_kinds(kind))
+    if name == "search" and "output_dir" in settings:
+        raise ConfigError(
+            f"search: 'output_dir' is {settings['output_dir']!r}; leave it out, a run writes to "
+            f"the folder given as --output-dir"
+        )
+    if data_dir is not None and name in ("search", "evaluate", *PATHS):
+        settings["data_dir"] = data_dir
+    return from_dict(kind, settings, name)

@@ -85,11 +85,11 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
 def test_a_recipe_of_paths_alone_makes_no_routers_also_when_written_out(tmp_path: Path):
     recipe = read_recipe(write(tmp_path, PATHS_ALONE))
     recipe.check()
-    assert [*filter(recipe.runs, STAGES)] == ["tune", "heal", "evaluate", "report"]
+    assert [*filter(recipe.includes, STAGES)] == ["tune", "heal", "evaluate", "report"]
     assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     both = read_recipe(write(tmp_path, PATHS_ALONE + "search: {limit: 2}\n"))
-    assert [*filter(both.runs, STAGES)] == [*STAGES]
-    assert not read_recipe(write(tmp_path, "search: {limit: 2}\n")).runs("heal")
+    assert [*filter(both.includes, STAGES)] == [*STAGES]
+    assert not read_recipe(write(tmp_path, "search: {limit: 2}\n")).includes("heal")
 
 
 @pytest.mark.parametrize(
