@@ -216,7 +216,7 @@ def test_turns_stand_alone_where_the_routers_were_trained_without_the_chat_templ
     form = {"chat": False, "template": TRAINED}
     said = generate("--routers", trained(prompt_form=form)).err
     assert asked == [TRAINED.replace("{prompt}", text) for text in ("What is ice?", "Why?")]
-    assert "Each turn is answered without the earlier ones" in said
+    assert "Each turn is answered without the earlier turns" in said
 
 
 def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(generate, tmp_path):

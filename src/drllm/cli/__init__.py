@@ -1,7 +1,8 @@
-"""The command line: `drllm VERB …` parses flags, calls a stage, and prints its results.
+"""The command line. `main` runs one command, `drllm VERB [flags]`, and turns errors into messages.
 
-A mistake of the user ends in one line and exit status 2. An interruption ends in one sentence and
-exit status 130. Any other exception is a defect of drllm and keeps its traceback.
+After a mistake of the user, the command prints one line and ends with exit status 2. After an
+interruption, it prints one sentence and ends with status 130. Any other exception is a defect of
+drllm and keeps its traceback.
 """
 
 import os
@@ -23,17 +24,24 @@ from drllm.extras import need
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit status.
 
-    Without arguments, the command is the one in `sys.argv`. The status is 0 or what the verb
-    returns, 2 after a mistake of the user, and 130 after an interruption.
+    Args:
+        arguments: The words after `drllm`; None for those in `sys.argv`.
+
+    Returns:
+        0 or what the verb returns, 2 after a mistake of the user, 130 after an interruption.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    words = list(arguments)
     terminal = Terminal()
     try:
         with terminal.warnings():
             return _run(words, terminal)
     except DrllmError as error:
         if not processes.is_first():
-            time.sleep(3)  # if the first process failed too, its launcher ends this process now
+            # If the first process failed too, it prints the error, and the launcher ends this
+            # process during the sleep.
+            time.sleep(3)
             terminal.err.quiet = False
         terminal.fail(str(error))
         return 2
@@ -44,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.fail(f"interrupted; {advice}")
         return 130
     except BrokenPipeError:
-        # The reader of our output has closed the pipe (`drllm show … | head`). That is no error.
+        # The reader of our output has closed the pipe (`drllm show … | head`), which is no error.
+        # Python would complain at its end, when it flushes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -67,18 +76,18 @@ def _run(words: list[str], terminal: Terminal) -> int:
 
         processes.divides = True
         harness.run(words[1:])
-    elif _help_flags(words):
-        everything = "--help-all" in _help_flags(words)
+    elif _find_help_flags(words):
+        everything = "--help-all" in _find_help_flags(words)
         print_help(find_verb(words[0]), terminal, everything=everything)
     else:
         return _run_verb(words, terminal)
     return 0
 
 
-def _help_flags(words: list[str]) -> set[str]:
-    """Return the help flags that stand before `--`."""
-    before = takewhile(lambda word: word != "--", words)
-    return {word.replace("_", "-") for word in before} & set(HELP)
+def _find_help_flags(words: list[str]) -> set[str]:
+    """Return the help flags among the words; a word after `--` is no flag."""
+    words_before = takewhile(lambda word: word != "--", words)
+    return {word.replace("_", "-") for word in words_before} & set(HELP)
 
 
 def _run_verb(words: list[str], terminal: Terminal) -> int:
@@ -89,11 +98,14 @@ def _run_verb(words: list[str], terminal: Terminal) -> int:
     command = parse(words)
     verb = VERBS[command.verb]
     processes.divides = verb.shares
-    if processes.count_launched() > 1 and verb.resumes and not verb.shares:
-        ray = " --executor ray" if verb.name == "search" else ""
+    num_processes = processes.count_launched()
+    if num_processes > 1 and verb.resumes and not verb.shares:
+        single_command = f"drllm {verb.name}"
+        if verb.name == "search":
+            single_command += " --executor ray"
         raise ConfigError(
-            f"drllm {verb.name} runs in one process, and WORLD_SIZE is "
-            f"{processes.count_launched()}; start it alone: drllm {verb.name}{ray} …"
+            f"drllm {verb.name} runs in one process, and WORLD_SIZE is {num_processes}; start it "
+            f"without a launcher: {single_command} …"
         )
     is_quiet = not processes.is_first()
     terminal.err.quiet = is_quiet

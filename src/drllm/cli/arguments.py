@@ -17,8 +17,10 @@ from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, nearest_name
 
 FILE_FLAGS = ("--search", "--supervision", "--dataset", "--tasks", "--path")
-"""Flags that take a file. If a file name stands without a flag, the message suggests the first of
-these flags that the verb has."""
+"""Flags that take a file, in the order of preference.
+
+If a file name stands without a flag, the message suggests the first of them that the verb has.
+"""
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv")
 _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 
@@ -26,25 +28,31 @@ _LOOKS_LIKE_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 def read_arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
     """Return the values in a command line by the names of their flags.
 
-    A value is a text, a list of texts, or a boolean for a switch. Everything after `--` is a
-    positional argument. Raises ConfigError for an unknown flag, a missing value, or a word that
-    belongs to no flag.
+    A value is a text, a list of texts, or a boolean for a switch. Every word after `--` is a
+    positional argument.
+
+    Args:
+        verb: The verb.
+        words: The words after the verb.
+
+    Raises:
+        ConfigError: A flag is unknown, a value is missing, or a word belongs to no flag.
     """
     end = words.index("--") if "--" in words else len(words)
-    written = [_with_dashes(word) for word in words[:end]]
+    words_before = [_with_dashes(word) for word in words[:end]]
+    words_after = words[end + 1 :]
     parser, flags = _make_parser(verb)
     try:
-        namespace, others = parser.parse_known_args(written)
+        namespace, words_without_flag = parser.parse_known_args(words_before)
     except argparse.ArgumentError as error:
-        _refuse(error, flags, written)
-    for word in others:
+        _refuse(error, flags, words_before)
+    for word in words_without_flag:
         if _LOOKS_LIKE_FLAG.fullmatch(word):
             raise _unknown_flag(verb, word.partition("=")[0])
-    free = [*others, *words[end + 1 :]]
-    positional, unused = _positional_values(verb, free)
-    if unused:
-        _refuse_word(verb, unused[0], flags, written)
-    return {**vars(namespace), **positional}
+    values, unused_words = _read_positional(verb, [*words_without_flag, *words_after])
+    if unused_words:
+        _refuse_word(verb, unused_words[0], flags, words_before)
+    return {**vars(namespace), **values}
 
 
 def _with_dashes(word: str) -> str:
@@ -56,7 +64,10 @@ def _with_dashes(word: str) -> str:
 
 
 def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
-    """Build argparse's parser for a verb, and a dictionary of the verb's flags by every name."""
+    """Build argparse's parser for a verb.
+
+    Returns the parser, and the verb's flags by each name that a user can write (`--no-chat` too).
+    """
     parser = argparse.ArgumentParser(
         add_help=False,
         allow_abbrev=False,
@@ -65,26 +76,30 @@ def _make_parser(verb: Verb) -> tuple[argparse.ArgumentParser, dict[str, Flag]]:
     )
     # Only words like `-a` are flags; any other word that begins with a dash is a value.
     parser._negative_number_matcher = re.compile("-[^A-Za-z-]")
+    all_flags = list(list_flags(verb))
+    if verb.settings:
+        all_flags.append(CONFIG)
     flags: dict[str, Flag] = {}
-    known = [*list_flags(verb), CONFIG] if verb.settings else [*verb.flags]
-    for flag in known:
+    for flag in all_flags:
         if flag.positional or flag.is_only_in_files:
             continue
-        action: dict[str, Any] = {"dest": flag.name}
+        options: dict[str, Any] = {"dest": flag.name}
         if flag.switch:
-            action["action"] = "store_true"
+            options["action"] = "store_true"
         elif flag.kind is bool:
-            action["action"] = argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction
         elif flag.many:
-            action.update(action="extend", nargs="+")
+            options["action"] = "extend"
+            options["nargs"] = "+"
         elif flag is CONFIG:
-            action["action"] = "append"
-        added = parser.add_argument(*flag.names, **action)
-        flags.update(dict.fromkeys(added.option_strings, flag))
+            options["action"] = "append"
+        argument = parser.add_argument(*flag.names, **options)
+        for name in argument.option_strings:
+            flags[name] = flag
     return parser, flags
 
 
-def _positional_values(verb: Verb, words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_positional(verb: Verb, words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of positional arguments by name, and the words that are left over."""
     values: dict[str, Any] = {}
     for flag in verb.flags:
@@ -102,8 +117,14 @@ def _positional_values(verb: Verb, words: list[str]) -> tuple[dict[str, Any], li
 def _refuse(
     error: argparse.ArgumentError, flags: dict[str, Flag], words: Sequence[str]
 ) -> NoReturn:
-    """Raise a ConfigError for a flag without a value, or for a switch with a value."""
-    names = (error.argument_name or "").split("/")
+    """Raise a ConfigError for a flag without a value, or for a switch with a value.
+
+    Args:
+        error: The error of argparse.
+        flags: The verb's flags by name.
+        words: The words that argparse read.
+    """
+    names = (error.argument_name or "").split("/")  # argparse joins the names of a flag
     flag_word = next(word for word in words if word.partition("=")[0] in names)
     name, _, value = flag_word.partition("=")
     flag = flags[name]
@@ -113,16 +134,23 @@ def _refuse(
 
 
 def _refuse_word(verb: Verb, word: str, flags: dict[str, Flag], words: Sequence[str]) -> NoReturn:
-    """Raise a ConfigError for a word that is neither a flag nor the value of a flag."""
+    """Raise a ConfigError for a word that is neither a flag nor the value of a flag.
+
+    Args:
+        verb: The verb.
+        word: The word.
+        flags: The verb's flags by name.
+        words: The words before `--`.
+    """
     if word in words:
-        before = words[words.index(word) - 1]
-        flag = flags.get(before)
+        word_before = words[words.index(word) - 1]
+        flag = flags.get(word_before)
         if flag is not None and flag.is_on_or_off:
-            raise _superfluous_value(flag, before, word)
+            raise _superfluous_value(flag, word_before, word)
     advice = f"put texts with spaces in quotes, or see 'drllm {verb.name} --help'"
-    names = [name for name in FILE_FLAGS if name in flags]
-    if names and (word.endswith(FILE_ENDINGS) or Path(word).exists()):
-        advice = f"did you mean {names[0]} {word}?"
+    file_flags = [name for name in FILE_FLAGS if name in flags]
+    if file_flags and (word.endswith(FILE_ENDINGS) or Path(word).exists()):
+        advice = f"did you mean {file_flags[0]} {word}?"
     raise ConfigError(f"{verb.name} has no use for {word!r}; {advice}")
 
 
@@ -131,8 +159,8 @@ def _superfluous_value(flag: Flag, name: str, value: str) -> ConfigError:
     if flag.switch:
         advice = "leave that out"
     else:
-        turns = "off" if name in flag.names else "on"
-        advice = f"{_opposite(name)} turns it {turns}"
+        state = "off" if name in flag.names else "on"  # `--no-x` isn't among the names
+        advice = f"{_opposite(name)} turns it {state}"
     return ConfigError(f"{name} takes no value, but {value!r} follows it; {advice}")
 
 
@@ -147,17 +175,19 @@ def _unknown_flag(verb: Verb, name: str) -> ConfigError:
     """Return the error for an unknown flag."""
     flags = {flag.names[0]: flag for flag in list_flags(verb) if not flag.positional}
     if name in flags:
+        example = f"{flags[name].name}: {flags[name].placeholder}"
         return ConfigError(
-            f"{name} isn't a flag; write it into a YAML file, such as '{flags[name].name}: "
-            f"{flags[name].value}', and give that as --config FILE"
+            f"{name} isn't a flag; write it into a YAML file, such as '{example}', and give that "
+            f"as --config FILE"
         )
     if name in REMOVED_FLAGS:
         return ConfigError(REMOVED_FLAGS[name])
-    known = [name for flag in flags.values() for name in flag.names]
-    known += HELP
+    known_names = [*HELP]
+    for flag in flags.values():
+        known_names += flag.names
     if verb.settings:
-        known.append("--config")
-    return ConfigError(f"{nearest_name('flag', name, known)} {see_all_flags(verb)}")
+        known_names.append("--config")
+    return ConfigError(f"{nearest_name('flag', name, known_names)} {see_all_flags(verb)}")
 
 
 def see_all_flags(verb: Verb) -> str:

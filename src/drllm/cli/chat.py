@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from drllm.models.base.prompts import Prompt, PromptForm
     from drllm.models.routing.routed_model import RoutedModel
 
-LEAVE = "/exit"
-INCOMPLETE = "\ufffd"  # the decoded text of an incomplete character
+LEAVE = "/exit"  # what the user types to leave
+INCOMPLETE = "\ufffd"  # how a tokenizer decodes a part of a character
 
 
 @dataclass(frozen=True, slots=True)
 class PathSummary:
-    """The static path that all prompts run: its edits in words, and its executions."""
+    """The static path that all prompts run.
+
+    Attributes:
+        edits: How the path differs from the full path, in words.
+        executions: What the path costs, in layer equivalents.
+    """
 
     edits: str
     executions: float
@@ -32,7 +37,7 @@ class PathSummary:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The model and the settings that all answers of one command share.
+    """The model and the settings of one command; all of its answers use them.
 
     Attributes:
         routed: The model; its policy decides which layers run.
@@ -50,13 +55,13 @@ class Session:
 
 
 class Reply:
-    """Generates one answer, and prints the text on a terminal while it is generated.
+    """Generates one answer. On a terminal the text is printed while it is generated.
 
-    A reply is a streamer of transformers: transformers calls `put` with each new token.
+    A reply is a streamer of transformers, which calls `put` with each new token.
 
     Attributes:
         num_read: The number of tokens in the prompt.
-        tokens: The tokens that were generated so far.
+        tokens: The tokens of the answer so far.
         times: When the prompt and each new token arrived, in seconds of `time.perf_counter`.
     """
 
@@ -70,7 +75,10 @@ class Reply:
         self._num_shown = 0
 
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
-        """Answer a rendered prompt or a conversation."""
+        """Answer a prompt: a rendered text, or the messages of a conversation.
+
+        Raises ConfigError if the prompt is too long for the model, or if it has no tokens.
+        """
         import torch
 
         from drllm.models.routing.batch_generation import prompt_tokens
@@ -104,7 +112,7 @@ class Reply:
     @property
     def speed(self) -> float | None:
         """Tokens a second after the first new token; None with fewer than two new tokens."""
-        num_after_first = len(self.times) - 2
+        num_after_first = len(self.times) - 2  # without the prompt and the first new token
         if num_after_first <= 0:
             return None
         return num_after_first / (self.times[-1] - self.times[1])
@@ -129,29 +137,36 @@ class Reply:
         if not self._terminal.out.is_terminal:
             return
         text = self.text
-        if not text.endswith(INCOMPLETE):
-            # The last characters may be the beginning of the next prompt, so they aren't shown yet.
-            num_safe = len(text) - len(self.form.next_prompt or "")
-            self._show(text[: max(0, num_safe)])
+        if text.endswith(INCOMPLETE):
+            return
+        # A model may go on and write the beginning of the next prompt, which is cut off the answer.
+        # So the last characters aren't shown until it is clear that they belong to the answer.
+        num_unsure = len(self.form.next_prompt or "")
+        self._show(text[: max(0, len(text) - num_unsure)])
 
     def end(self) -> None:
-        """Do nothing, since transformers doesn't call this after an interruption.
+        """Do nothing: `generate` prints the end of the answer, also after an interruption.
 
-        `generate` prints the end of the answer instead.
+        transformers calls this method only at the end of a complete answer.
         """
 
     def _show(self, text: str) -> None:
+        """Print the part of the text that wasn't printed yet."""
         self._terminal.out.print(text[self._num_shown :], end="", soft_wrap=True)
         self._num_shown = max(self._num_shown, len(text))
 
 
 def chat(session: Session) -> None:
-    """Answer what the user types, until they leave."""
+    """Answer each line that the user types, until the user leaves.
+
+    With the chat template, the model reads the whole conversation at each turn. Without it, the
+    model reads only the last line.
+    """
     import torch
 
     terminal = session.terminal
     with contextlib.suppress(ImportError):  # Windows has no readline
-        importlib.import_module("readline")  # `input` gets a history and editing
+        importlib.import_module("readline")  # gives `input` a history and editing
     torch.manual_seed(session.config.seed or 0)
     has_template = getattr(session.routed.tokenizer, "chat_template", None) is not None
     remembers = session.form.chat and has_template
@@ -171,7 +186,7 @@ def chat(session: Session) -> None:
 
 
 def _read_turn(terminal: Terminal) -> str | None:
-    """Read a line from the user.
+    """Read a line that the user types.
 
     Returns an empty text if there is nothing to answer, and None if the user leaves.
     """
@@ -187,18 +202,27 @@ def _read_turn(terminal: Terminal) -> str | None:
 
 
 def _describe_turn(session: Session, remembers: bool) -> str:
-    """Describe what the model reads at each turn."""
+    """Describe what the model reads at each turn; the words follow "Each turn"."""
     if not remembers:
-        return "is answered without the earlier ones, as in training; --chat keeps the conversation"
+        return (
+            "is answered without the earlier turns, as in training; --chat keeps the conversation"
+        )
     if session.path is None:
-        return "reads the whole conversation, since each one gets its own route"
+        return "reads the whole conversation, since each turn gets its own route"
     return "reads the whole conversation"
 
 
 def _answer_turn(
     session: Session, text: str, messages: list[dict[str, str]], remembers: bool
 ) -> None:
-    """Answer one turn, print its cost, and add the question and the answer to the conversation."""
+    """Answer one turn, print its cost, and add the question and the answer to the conversation.
+
+    Args:
+        session: The model and the settings.
+        text: What the user typed.
+        messages: The conversation so far.
+        remembers: Whether the model reads the whole conversation.
+    """
     terminal = session.terminal
     messages.append({"role": "user", "content": text})
     reply = Reply(session.routed, session.form, terminal)

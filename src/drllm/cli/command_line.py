@@ -1,4 +1,4 @@
-"""A command line after parsing: the verb, its settings, and the values of its flags."""
+"""The class `CommandLine`, the result of parsing: the verb, its settings and its flags' values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class CommandLine:
     Attributes:
         verb: The name of the verb.
         settings: One object for each group of settings that the verb has.
-        values: The values of the verb's own flags, by name.
-        names_model: Whether the user named a base model.
+        values: The values of the verb's own flags by name, with underscores.
+        names_model: Whether the user named a base model, by flag or in a file.
     """
 
     verb: str
@@ -29,7 +29,7 @@ class CommandLine:
     names_model: bool
 
     def get_settings(self, kind: type[Group]) -> Group:
-        """Return the settings of one group."""
+        """Return the settings of a group, by its class."""
         return next(group for group in self.settings if isinstance(group, kind))
 
     def path(self, name: str) -> Path:
@@ -37,9 +37,9 @@ class CommandLine:
         return Path(self.values[name]).expanduser()
 
     def optional_path(self, name: str) -> Path | None:
-        """Return the value of a flag as a path; None if the flag is missing."""
+        """Return the value of a flag as a path; None without the flag."""
         return self.path(name) if self.values[name] else None
 
     def paths(self, name: str) -> list[Path]:
-        """Return all values of a flag as paths."""
+        """Return all values of a flag as paths; an empty list without the flag."""
         return [Path(value).expanduser() for value in self.values[name] or ()]

@@ -64,7 +64,7 @@ class PromptRow:
         Flag(
             "routers",
             "routers: a folder or a hub id; default: every layer is executed once",
-            value="DIR",
+            placeholder="DIR",
         ),
         Flag("path", "static path for all prompts, instead of routers (paths.json:NAME)"),
         Flag("file", "file of prompts to answer, instead of PROMPT (.jsonl)"),

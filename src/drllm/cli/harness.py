@@ -1,7 +1,7 @@
-"""`drllm lm-eval …`: lm-evaluation-harness' own command line, with our model and our tasks.
+"""The verb `drllm lm-eval`: lm-evaluation-harness' own command line, with our model and our tasks.
 
-The subcommand `run` has two more flags, `--data_dir` and `--split`. The harness itself reads all
-other words.
+"The harness" is lm-evaluation-harness. Its subcommand `run` gets two more flags, `--data_dir` and
+`--split`. The harness itself reads all other words.
 """
 
 import io
@@ -31,32 +31,37 @@ FOLDER = "tasks"  # the folder in `--output_path` with the tasks of the runs
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the command line that follows `drllm lm-eval`.
+    """Run the harness' command line on the words after `drllm lm-eval`.
 
     The harness may print a message of its own and exit.
     """
     setup_logging()
     with patch.object(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
-        group = harness._subparsers.choices["run"].add_argument_group(
-            "drllm", "With one of these, all --tasks are names of 'drllm ls tasks' or .jsonl files."
-        )
-        group.add_argument(
-            "--data_dir",
-            "--data-dir",
-            metavar="<path>",
-            help="Folder with the files of drllm's tasks (default: from the hub)",
-        )
-        group.add_argument(
-            "--split",
-            metavar="<split>",
-            help="Questions of drllm's tasks: search, fit, select or test (default: test)",
-        )
+        _add_flags(harness)
         args = harness.parse_args()
         if getattr(args, "command", None) == "run":
             _evaluate(harness, args)
         else:
             harness.execute(args)
+
+
+def _add_flags(harness: HarnessCLI) -> None:
+    """Add `--data_dir` and `--split` to the subcommand `run`."""
+    group = harness._subparsers.choices["run"].add_argument_group(
+        "drllm", "With one of these, all --tasks are names of 'drllm ls tasks' or .jsonl files."
+    )
+    group.add_argument(
+        "--data_dir",
+        "--data-dir",
+        metavar="<path>",
+        help="Folder with the files of drllm's tasks (default: from the hub)",
+    )
+    group.add_argument(
+        "--split",
+        metavar="<split>",
+        help="Questions of drllm's tasks: search, fit, select or test (default: test)",
+    )
 
 
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
@@ -70,18 +75,14 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     del args.data_dir
     del args.split
     settings = _read_harness_settings(args)
-    names = _task_names(settings)
+    names = _read_task_names(settings)
     _refuse_routers_with_other_model(settings)
-    output = _output_folder(settings)
+    output = _read_output_folder(settings)
     _adjust_arguments(args, settings)
     tasks: list[HarnessTask] = []
-    files: FolderFiles | None = None
+    files: FolderFiles | None = None  # the files of drllm's tasks
     if data_dir is not None or split is not None:
-        if settings.include_path is not None:
-            raise ConfigError(
-                f"--data_dir and --split are for drllm's tasks only, and --include_path "
-                f"{settings.include_path} has no effect on them; leave out --include_path"
-            )
+        _refuse_include_path(settings)
         tasks, files = make_own_task_folder(
             names,
             split=split or "test",
@@ -94,10 +95,10 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         if settings.cache_requests:
             from lm_eval.caching import cache
 
-            # The harness' own key ignores some arguments and the rows, so each of our keys has a
-            # folder.
-            place = str(Path(cache.PATH) / f"drllm-{_cache_key(args, files)}")
-            stack.enter_context(patch.object(cache, "PATH", place))
+            # The harness' key of a cached request is too coarse, so its cache gets a folder for
+            # each of our keys.
+            cache_folder = str(Path(cache.PATH) / f"drllm-{_make_cache_key(args, files)}")
+            stack.enter_context(patch.object(cache, "PATH", cache_folder))
         if files is not None:
             folder = _write_tasks(tasks, files, output, stack)
             args.tasks = [task.harness_name for task in tasks]
@@ -115,9 +116,9 @@ def _read_harness_settings(args: Namespace) -> EvaluatorConfig:
         raise ConfigError(str(error)) from error
 
 
-def _task_names(settings: EvaluatorConfig) -> list[str]:
+def _read_task_names(settings: EvaluatorConfig) -> list[str]:
     """Return the names in `--tasks`; raise ConfigError if there are none."""
-    value = settings.tasks or ()
+    value = settings.tasks or ()  # a text, or a list of texts from a file of settings
     words = [value] if isinstance(value, str) else [str(word) for word in value]
     names = [name.strip() for name in ",".join(words).split(",")]
     names = [name for name in names if name]
@@ -139,8 +140,20 @@ def _refuse_routers_with_other_model(settings: EvaluatorConfig) -> None:
         )
 
 
-def _output_folder(settings: EvaluatorConfig) -> Path | None:
-    """Return the folder of `--output_path`; raise ConfigError if it can't be written."""
+def _refuse_include_path(settings: EvaluatorConfig) -> None:
+    """Refuse `--include_path`, a folder of the harness' tasks, if drllm's tasks are evaluated."""
+    if settings.include_path is not None:
+        raise ConfigError(
+            f"--data_dir and --split are for drllm's tasks only, and --include_path "
+            f"{settings.include_path} has no effect on them; leave out --include_path"
+        )
+
+
+def _read_output_folder(settings: EvaluatorConfig) -> Path | None:
+    """Return the folder of `--output_path`, or None without the flag.
+
+    Raises ConfigError if the folder can't be written.
+    """
     if settings.output_path is None:
         return None
     output = Path(settings.output_path)
@@ -151,14 +164,14 @@ def _output_folder(settings: EvaluatorConfig) -> Path | None:
 
 
 def _adjust_arguments(args: Namespace, settings: EvaluatorConfig) -> None:
-    """Change two arguments that the harness would understand differently from the user."""
+    """Change `--device` and `--gen_kwargs` where the harness wouldn't do what the user means."""
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
-        # No device was named. The harness' default is a GPU. Our model would refuse it on a machine
-        # without one.
+        # The device is the harness' default, a GPU. On a machine without a GPU our model would
+        # refuse it.
         args.device = "auto"
     options = dict(settings.gen_kwargs)
     if "max_new_tokens" in options and "max_gen_toks" not in options:
-        # Tasks that set max_gen_toks would ignore max_new_tokens.
+        # A task with its own max_gen_toks would ignore max_new_tokens.
         options["max_gen_toks"] = options.pop("max_new_tokens")
         args.gen_kwargs = options
 
@@ -168,7 +181,8 @@ def _write_tasks(
 ) -> str:
     """Write drllm's tasks into a folder, and return the folder.
 
-    The folder is temporary without `--output_path`, and in all processes but the first.
+    In the first process the folder is in `--output_path`. In the other processes, and without
+    `--output_path`, it is temporary.
     """
     if processes.is_first():
         for task in tasks:
@@ -185,50 +199,61 @@ def _write_tasks(
 def _execute(
     harness: HarnessCLI, args: Namespace, names: Sequence[str], include_path: str | None
 ) -> None:
-    """Run the harness, and turn mistakes of the user into errors of one line."""
+    """Run the harness, and raise a TaskError for a mistake of the user.
+
+    Args:
+        harness: The harness' command line.
+        args: Its arguments.
+        names: The names of the tasks, as the user wrote them.
+        include_path: The user's own folder of the harness' tasks.
+    """
     import datasets
     import lm_eval.tasks
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
-    # The errors of a failed download: no network, or no data set that the user may read.
-    unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
+    # There is no network, or no data set of this name that the user may read.
+    download_errors = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
     try:
         harness.execute(args)
     except ValueError as error:
-        missing = re.fullmatch(r"Tasks not found: (.*)", str(error))
-        if missing is None:
+        match = re.fullmatch(r"Tasks not found: (.*)", str(error))
+        if match is None:
             raise
-        name = missing[1].split(", ")[0]
+        name = match[1].split(", ")[0]
         if is_task_name(name):
             raise TaskError(
-                f"task {name!r} is drllm's and not the harness' own; give --split test, or "
-                f"--data_dir FOLDER to have its questions read from files"
+                f"task {name!r} is a task of drllm and not of the harness; give --split test, or "
+                f"--data_dir FOLDER to read its questions from files"
             ) from error
         known_names = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
         raise TaskError(
             f"{nearest_name('task', name, known_names)}; 'drllm lm-eval ls tasks' lists all, "
             f"--include_path FOLDER adds your own"
         ) from error
-    except unreached as error:
+    except download_errors as error:
         cause = " ".join(str(error).split()).rstrip(".")
         remedy = "connect or log in (hf auth login)"
         if any(is_task_name(name) for name in names):
-            remedy += ", --data_dir FOLDER has drllm's tasks read from files"
+            remedy += (
+                ", or give --data_dir FOLDER to read the questions of drllm's tasks from files"
+            )
         raise TaskError(
             f"the questions of a task can't be fetched from the hub ({cause}); {remedy}"
         ) from error
 
 
-def _cache_key(args: Namespace, files: FolderFiles | None) -> str:
+def _make_cache_key(args: Namespace, files: FolderFiles | None) -> str:
     """Return a key for the requests in the harness' cache.
 
     The harness tells requests apart by task, number of shots and tokenizer. Our key adds the rows
     and the arguments, since some arguments change requests (`--gen_kwargs`, `--samples`, `--seed`).
-    Arguments that only say where results go are left out.
     """
-    others = ("func", "command", "cache_requests", "output_path")
-    arguments = sorted((name, value) for name, value in vars(args).items() if name not in others)
+    without_effect = ("func", "command", "cache_requests", "output_path")
+    arguments = []
+    for name, value in sorted(vars(args).items()):
+        if name not in without_effect:
+            arguments.append((name, value))
     rows = "" if files is None else files.key
     content = (rows, arguments, version("lm_eval"), version("drllm"))
     return hash_values([content])[:16]

@@ -9,7 +9,8 @@ from drllm.cli.verbs import CONFIG, FOREIGN, SECTIONS, VERBS, Flag, Verb, list_f
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
 
-FLAG_WIDTH = 26  # columns; the text of a longer flag begins on the next line
+FLAG_WIDTH = 26  # columns for a flag; the text of a longer flag begins on the next line
+OVERVIEW_WIDTH = 17  # columns for the names in the last lines of the overview
 
 
 def print_overview(terminal: Terminal) -> None:
@@ -27,8 +28,9 @@ def print_overview(terminal: Terminal) -> None:
         for name in names:
             terminal.beside(f"  {name}", texts[name], width)
         terminal.say()
-    terminal.beside("drllm VERB --help", "explains a verb; drllm --version prints the version", 17)
-    terminal.beside("first try:", VERBS["run"].example, 17)
+    more_help = "explains a verb; drllm --version prints the version"
+    terminal.beside("drllm VERB --help", more_help, OVERVIEW_WIDTH)
+    terminal.beside("first try:", VERBS["run"].example, OVERVIEW_WIDTH)
 
 
 def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> None:
@@ -38,34 +40,39 @@ def print_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> N
     usage += [f"[{flag.names[0]}]" for flag in flags if flag.positional]
     terminal.say(f"usage: {' '.join(usage)}\n")
     terminal.say(f"{verb.help[0].upper()}{verb.help[1:]}.\nfor example: {verb.example}\n")
-    shown = [flag for flag in flags if everything or flag.basic]
-    group = None
-    for flag in shown:
-        if everything and flag.group is not None and flag.group is not group:
-            group = flag.group
-            title = (group.__doc__ or "").partition("\n")[0].rstrip(".")
-            terminal.say(f"\n{title[0].lower()}{title[1:]}:")
-        terminal.beside(
-            f"  {_format_flag(flag, everything)}", _describe_flag(flag, verb), FLAG_WIDTH
-        )
+    flags_to_print = [flag for flag in flags if everything or flag.basic]
+    last_group = None
+    for flag in flags_to_print:
+        is_new_group = flag.group is not None and flag.group is not last_group
+        if everything and is_new_group:
+            last_group = flag.group
+            terminal.say(f"\n{_format_title(flag.group)}:")
+        usage_text = f"  {_format_flag(flag, everything)}"
+        terminal.beside(usage_text, _describe_flag(flag, verb), FLAG_WIDTH)
     terminal.say()
     if verb.settings:
         terminal.beside(f"  {_format_flag(CONFIG, everything)}", CONFIG.help, FLAG_WIDTH)
-    num_hidden = len(flags) - len(shown)
+    num_hidden = len(flags) - len(flags_to_print)
     if num_hidden:
         terminal.beside("  --help-all", f"{num_hidden} more flags and settings", FLAG_WIDTH)
 
 
+def _format_title(group: object) -> str:
+    """Return the first line of the docstring of a group of settings, as a title."""
+    summary = (group.__doc__ or "").partition("\n")[0].rstrip(".")
+    return summary[0].lower() + summary[1:]
+
+
 def _format_flag(flag: Flag, everything: bool) -> str:
-    """Return a flag and its placeholder, as a user writes them."""
+    """Return a flag and its placeholder as a user writes them; with `everything`, the alias too."""
     if flag.is_only_in_files:
-        return f"{flag.name}: {flag.value}"
+        return f"{flag.name}: {flag.placeholder}"
     names = flag.names if everything else flag.names[:1]
-    if flag.kind is bool and flag.default is not False:
+    if flag.kind is bool and flag.default is not False:  # `--no-x` has an effect
         names = [name.replace("--", "--[no-]", 1) for name in names]
     text = ", ".join(names)
     if not flag.positional and not flag.is_on_or_off:
-        text += f" {flag.value}"
+        text += f" {flag.placeholder}"
     if flag.many:
         text += " ..."
     return text
@@ -84,6 +91,6 @@ def _describe_flag(flag: Flag, verb: Verb) -> str:
         default = "on"
     elif isinstance(flag.default, float):
         default = f"{flag.default:g}"
-    if flag.help.endswith(")"):
+    if flag.help.endswith(")"):  # extend the last parenthesis, such as "(paper: 25)"
         return f"{flag.help[:-1]}; default: {default})"
     return f"{flag.help} (default: {default})"

@@ -24,6 +24,7 @@ _REGISTRIES = {
     "targets": "drllm.supervision.rules:TARGETS",
     "policies": "drllm.models.routing.policies:POLICIES",
 }
+"""The registries that `drllm ls` prints in the same way, as `module:attribute`."""
 
 
 def _list_tasks(terminal: Terminal) -> None:
@@ -56,13 +57,16 @@ def _list_baselines(terminal: Terminal) -> None:
 def _list_architectures(terminal: Terminal) -> None:
     from drllm.models.families import FAMILIES, REFUSED
 
-    refused = {family for families in REFUSED.values() for family in families}
-    exact = [family for family in FAMILIES if family not in refused]
-    terminal.fact("exact", f"{', '.join(exact)} ({len(exact)} in all)")
+    refused_families: set[str] = set()
+    for families in REFUSED.values():
+        refused_families.update(families)
+    exact_families = [family for family in FAMILIES if family not in refused_families]
+    terminal.fact("exact", f"{', '.join(exact_families)} ({len(exact_families)} in all)")
     for reason, families in REFUSED.items():
         terminal.fact("refused", f"{', '.join(families)}: {reason}")
     terminal.say("Named as in transformers' model_type; docs/architectures.md has the differences.")
-    terminal.say("Try yours: drllm ls architectures --model NAME; all on tiny models: --try")
+    terminal.say("To check a model: drllm ls architectures --model NAME")
+    terminal.say("To check a tiny model of each family: drllm ls architectures --try")
 
 
 def _try_architectures(terminal: Terminal) -> None:
@@ -102,11 +106,13 @@ def _print_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
     counts = Counter(finding.status for finding in findings)
     terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
     terminal.say(
-        "Differences: the largest between routed and plain logits, in standard deviations."
+        "prefill, decode: the largest difference between routed and plain logits, in standard "
+        "deviations."
     )
 
 
 def _format_difference(difference: float | None) -> str:
+    """Write a difference of logits; None means that it wasn't measured."""
     return NONE if difference is None else f"{difference:.0e}"
 
 
@@ -116,6 +122,7 @@ _LISTS = {
     "architectures": _list_architectures,
     "baselines": _list_baselines,
 }
+"""The lists with a function of their own."""
 
 
 @verb(
@@ -124,7 +131,9 @@ _LISTS = {
     flags=(
         Flag("what", ", ".join([*_LISTS, *_REGISTRIES]), required=True, positional=True),
         Flag(
-            "model", "check whether this model is routed exactly (ls architectures)", value="NAME"
+            "model",
+            "check whether this model is routed exactly (ls architectures)",
+            placeholder="NAME",
         ),
         Flag("try", "check a tiny model of each family (ls architectures)", switch=True),
     ),
@@ -133,29 +142,35 @@ def list_names(command: CommandLine, terminal: Terminal) -> None:
     """List names: tasks, models, baselines and more."""
     what = command.values["what"]
     model = command.values["model"]
-    names = [*_LISTS, *_REGISTRIES]
-    if what not in names:
-        raise ConfigError(unknown_name("list", what, names) + "; for example: drllm ls tasks")
-    trials = []
-    if model is not None:
-        trials.append(f"--model {model}")
-    if command.values["try"]:
-        trials.append("--try")
-    if len(trials) > 1:
-        raise ConfigError(f"{' and '.join(trials)} are both given; leave one of them out")
-    if trials and what != "architectures":
-        raise ConfigError(
-            f"{trials[0]} has no effect on the list of {what}; leave it out, "
-            f"or try: drllm ls architectures {trials[0]}"
-        )
+    tries_families = command.values["try"]
+    _check_flags(what, model, tries_families)
     if model is not None:
         _try_model(terminal, model)
-    elif trials:
+    elif tries_families:
         _try_architectures(terminal)
     elif what in _LISTS:
         _LISTS[what](terminal)
     else:
         _list_registry(what, terminal)
+
+
+def _check_flags(what: str, model: str | None, tries_families: bool) -> None:
+    """Refuse an unknown list, and flags that exclude each other or have no effect on the list."""
+    names = [*_LISTS, *_REGISTRIES]
+    if what not in names:
+        raise ConfigError(unknown_name("list", what, names) + "; for example: drllm ls tasks")
+    flags = []
+    if model is not None:
+        flags.append(f"--model {model}")
+    if tries_families:
+        flags.append("--try")
+    if len(flags) > 1:
+        raise ConfigError(f"{' and '.join(flags)} are both given; leave one of them out")
+    if flags and what != "architectures":
+        raise ConfigError(
+            f"{flags[0]} has no effect on the list of {what}; leave it out, "
+            f"or try: drllm ls architectures {flags[0]}"
+        )
 
 
 def _list_registry(name: str, terminal: Terminal) -> None:

@@ -1,7 +1,7 @@
-"""Parses a command line into checked settings.
+"""Parses a command line into checked settings (`parse`).
 
-A flag wins over the file given as `--config`, and the file wins over the default. Every mistake
-becomes one line that names the flag, its value, and what was expected.
+A flag wins over the file given as `--config`, and the file wins over the default. The message about
+a mistake is one line that names the flag, its value, and what was expected.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MAX_SHOWN = 80  # characters of a wrong value that a message shows
 
 
 def parse(words: Sequence[str]) -> CommandLine:
-    """Parse a verb and its flags; raise ConfigError for a mistake."""
+    """Parse a verb and its flags; raise ConfigError for a mistake of the user."""
     verb = find_verb(words[0])
     arguments = read_arguments(verb, words[1:])
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # of settings and of the verb's own flags, by name
     for file in arguments.pop("config", []):
         values.update(read_settings(file, verb))
     values.update(arguments)
-    flag_values: dict[str, Any] = {}
+    flag_values: dict[str, Any] = {}  # of the verb's own flags
     for flag in list_flags(verb):
         if flag.group is None:
             flag_values[flag.name] = _read_flag(flag, values, verb)
@@ -36,12 +36,12 @@ def parse(words: Sequence[str]) -> CommandLine:
     columns = flag_values.get("columns")
     if columns:
         _add_columns(verb, values, columns)
-    groups = tuple(make_settings(group, values) for group in verb.settings)
-    return CommandLine(verb.name, groups, flag_values, "model" in values)
+    settings = tuple(make_settings(group, values) for group in verb.settings)
+    return CommandLine(verb.name, settings, flag_values, names_model="model" in values)
 
 
 def _read_flag(flag: Flag, values: Mapping[str, Any], verb: Verb) -> Any:
-    """Return the value of a verb's own flag, or the default of the flag.
+    """Return the value of one of the verb's own flags, or the default of the flag.
 
     Raises ConfigError if a required flag is missing.
     """
@@ -68,7 +68,13 @@ def _read_setting(flag: Flag, text: str) -> Any:
 
 
 def _add_columns(verb: Verb, values: dict[str, Any], columns: str) -> None:
-    """Append the columns of `--columns` to the tasks that are files or hub data sets."""
+    """Append the columns of `--columns` to the tasks that are files or hub data sets.
+
+    Args:
+        verb: The verb.
+        values: The values of settings by name; the value of the tasks is replaced.
+        columns: The value of `--columns`, `FIELD=COLUMN` pairs separated by commas.
+    """
     from drllm.tasks.files import with_columns  # imported here, since few commands need it
 
     fields = [pair.partition("=")[0].strip() for pair in columns.split(",")]
@@ -76,5 +82,5 @@ def _add_columns(verb: Verb, values: dict[str, Any], columns: str) -> None:
         if fields.count(field) > 1:
             raise ConfigError(f"--columns {columns} names {field!r} twice; give it one column")
     names = {flag.name for flag in list_flags(verb)}
-    setting = "dataset" if "dataset" in names else "tasks"
-    values[setting] = with_columns(values.get(setting) or "", columns)
+    tasks_setting = "dataset" if "dataset" in names else "tasks"
+    values[tasks_setting] = with_columns(values.get(tasks_setting) or "", columns)

@@ -15,28 +15,36 @@ from rich.progress import Progress as Bar
 
 from drllm.listener import duration, rough_duration
 
-NUM_STEPS = 10  # most plain lines in all, not counting the lines every 30 seconds
-MIN_PAUSE_S = 10.0  # shortest time between two of these lines
-FIRST_LINE_S = 1.5  # longest time until the first plain line
-LONGEST_PAUSE_S = 30.0  # longest time between two plain lines
-BAR_WIDTH = 14  # columns; a terminal with 60 columns can show the time left too
+NUM_STEPS = 10  # a plain line is printed after each tenth of the work
+MIN_PAUSE_S = 10.0  # minimum time between two lines after a tenth
+FIRST_LINE_S = 1.5  # maximum time until the first plain line
+MAX_PAUSE_S = 30.0  # maximum time between two plain lines
+BAR_WIDTH = 14  # columns; on a terminal with 60 columns there is room for the time left too
 RESUMED_WITHIN_S = 2.0
 """Work that is reported within this time was done by an earlier run. It isn't part of the rate."""
 STEADY = 0.2
-"""An estimate is steady if the estimates in the latter half of the elapsed time differ by at most
-this share from it."""
-MIN_ESTIMATES = 3  # with fewer estimates, none is steady
-SPACING = 1.1  # ratio of the elapsed times of two successive stored estimates
+"""An estimate is steady if recent estimates differ from it by at most this share.
+
+The recent estimates are those in the latter half of the elapsed time.
+"""
+MIN_ESTIMATES = 3  # minimum recent estimates of a steady estimate
+SPACING = 1.1  # minimum ratio of the elapsed times of two successive estimates that are stored
 
 
 class TimeLeft:
-    """Estimates the time that is left from the rate so far, once the estimate is steady."""
+    """Estimates the time that is left from the rate so far, once the estimate is steady.
+
+    Args:
+        now: The time when the work begins, in seconds.
+        done: Work that an earlier run did, in any unit.
+    """
 
     def __init__(self, now: float, done: float) -> None:
         self._started = now
-        self._counted_from = now
+        self._counted_from = now  # the rate is counted from this time on
         self._done_before = done
-        self._estimates: list[tuple[float, float]] = []  # (elapsed, total) seconds
+        self._estimates: list[tuple[float, float]] = []
+        """Pairs of the elapsed seconds and the estimate of the seconds in all."""
 
     def update(self, now: float, done: float, total: float) -> float | None:
         """Record the work that is done, and return the seconds left.
@@ -47,30 +55,32 @@ class TimeLeft:
             self._done_before = done
             self._counted_from = now
         elapsed = now - self._counted_from
-        num_new = done - self._done_before
-        if elapsed <= 0 or num_new <= 0:
+        num_done = done - self._done_before
+        if elapsed <= 0 or num_done <= 0:
             return None
-        seconds = elapsed * (total - self._done_before) / num_new
+        estimate = elapsed * (total - self._done_before) / num_done  # seconds in all
         if not self._estimates or elapsed >= SPACING * self._estimates[-1][0]:
-            self._estimates.append((elapsed, seconds))
-        if not self._is_steady(elapsed, seconds):
+            self._estimates.append((elapsed, estimate))
+        if not self._is_steady(elapsed, estimate):
             return None
-        return seconds - elapsed
+        return estimate - elapsed
 
-    def _is_steady(self, elapsed: float, seconds: float) -> bool:
-        """Tell whether the estimates in the latter half of the elapsed time agree with this one."""
-        recent = [estimate for moment, estimate in self._estimates if moment >= elapsed / 2]
+    def _is_steady(self, elapsed: float, estimate: float) -> bool:
+        """Tell whether the recent estimates agree with this estimate (see `STEADY`)."""
+        recent = [earlier for moment, earlier in self._estimates if moment >= elapsed / 2]
         if len(recent) < MIN_ESTIMATES:
             return False
-        return all(abs(estimate - seconds) <= STEADY * seconds for estimate in recent)
+        return all(abs(earlier - estimate) <= STEADY * estimate for earlier in recent)
 
 
 class StatusLines:
-    """Prints a plain line soon after the start, then at least every 30 seconds, from a thread.
+    """Prints a plain line soon after the start, and then at least every 30 seconds.
+
+    It is a context manager. Inside the block, a thread prints the lines.
 
     Args:
         console: Where lines are printed.
-        describe: Returns the line to print, given the seconds since the start.
+        describe: Returns the line to print; its argument is the seconds since the start.
     """
 
     def __init__(self, console: Console, describe: Callable[[float], str]) -> None:
@@ -90,14 +100,17 @@ class StatusLines:
         self._thread.join()
 
     def print(self, text: str) -> None:
-        """Print a line now; the next one is due 30 seconds later."""
-        self._next_line = time.monotonic() + LONGEST_PAUSE_S
+        """Print a line now; the thread's next line comes 30 seconds later."""
+        self._next_line = time.monotonic() + MAX_PAUSE_S
         self._console.print(text, soft_wrap=True)
 
     def _run(self) -> None:
-        while not self._is_over.wait(max(0.0, self._next_line - time.monotonic())):
+        while True:
+            seconds_to_wait = max(0.0, self._next_line - time.monotonic())
+            if self._is_over.wait(seconds_to_wait):
+                return
             now = time.monotonic()
-            if now >= self._next_line:
+            if now >= self._next_line:  # `print` may have postponed the line
                 self.print(self._describe(now - self._started))
 
 
@@ -105,7 +118,7 @@ def busy_lines(console: Console, title: str) -> StatusLines:
     """Return plain lines for work whose progress can't be measured."""
 
     def describe(seconds: float) -> str:
-        if seconds < LONGEST_PAUSE_S:
+        if seconds < MAX_PAUSE_S:
             return f"{title} …"
         return f"{title}: {duration(seconds)} so far"
 
@@ -115,14 +128,13 @@ def busy_lines(console: Console, title: str) -> StatusLines:
 class Progress:
     """Shows what a stage does, how far it is, and how long it will still take.
 
-    Progress is a context manager. Inside the block it is called as `progress(done, total, note)`.
-    `done` may be a fraction of a unit. If `done` falls, the next task of the stage has begun. Text
-    that is too wide for the terminal is cut off at its end.
+    It is a context manager. Inside the block it is called as `progress(done, total, note)`, as
+    `listener.OnProgress` explains. Text that is too wide for the terminal is cut off at its end.
 
     Args:
         console: Where the progress is shown.
         title: What is being done.
-        unit: What is counted, in the plural; empty to show only the percentage.
+        unit: What is counted, in the plural ("questions"); empty to show only the percentage.
     """
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
@@ -135,7 +147,7 @@ class Progress:
         self._begin(0.0)
 
     def _begin(self, done: float) -> None:
-        """Begin a task of the stage; some of its work may be done already."""
+        """Begin a part of the stage; some of its work may be done already."""
         self.started = time.monotonic()
         self.printed_at = self.started
         self.printed_step = 0
@@ -149,7 +161,7 @@ class Progress:
             self._start_bar()
         else:
             self.lines.__enter__()
-        self._begin(0.0)
+        self._begin(0.0)  # the time counts from here
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -183,17 +195,26 @@ class Progress:
 
     @property
     def _step(self) -> int:
-        """How many tenths are done."""
-        return int(NUM_STEPS * self.done / self.total) if self.total else NUM_STEPS
+        """How many tenths of the work are done."""
+        if not self.total:
+            return NUM_STEPS
+        return int(NUM_STEPS * self.done / self.total)
 
     def _is_line_due(self, now: float) -> bool:
-        """Tell whether to print a plain line: at the end, and after a tenth that took a while."""
+        """Tell whether to print a plain line: at the end, or after a tenth of the work.
+
+        Lines after a tenth have at least `MIN_PAUSE_S` between them.
+        """
         if self._step <= self.printed_step:
             return False
         return self.done >= self.total or now - self.printed_at >= MIN_PAUSE_S
 
     def _describe(self, now: float, seconds_left: float | None) -> list[str]:
-        """Return the parts of the text after the percentage; the time left comes first."""
+        """Return the parts of the text after the percentage, the most important first.
+
+        They are the time left, the first phrase of the note, the counts, and the rest of the note.
+        At the end they are the counts and the time taken.
+        """
         is_over = self.done >= self.total
         parts: list[str] = []
         if self.note and not is_over:
@@ -208,18 +229,20 @@ class Progress:
 
     def _update_bar(self, bar: Bar, text: str) -> None:
         """Show the bar on a terminal, with as much of the text as there is room for."""
-        room = self.console.width - len(f"{self.title} 100 %  ") - BAR_WIDTH - 1
+        room = self.console.width - len(f"{self.title} 100 %  ") - BAR_WIDTH - 1  # columns
         if len(text) > room:
             text = text[: room - 1] + "…"
         bar.update(self.task, completed=self.done, total=self.total, state=text)
 
     def _plain_line(self, now: float, seconds_left: float | None) -> str:
-        share = 100 * self.done / self.total if self.total else 100.0
-        parts = [f"{share:.0f} %", *self._describe(now, seconds_left)]
+        percentage = 100.0
+        if self.total:
+            percentage = 100 * self.done / self.total
+        parts = [f"{percentage:.0f} %", *self._describe(now, seconds_left)]
         return f"{self.title}: {', '.join(parts)}"
 
     def _status_line(self, seconds: float) -> str:
-        """Return the line that shows that the work goes on."""
+        """Return the line that the thread prints to show that the work goes on."""
         so_far = f"{duration(seconds)} so far"
         if not self.total:
             return f"{self.title}: {so_far}"

@@ -1,4 +1,4 @@
-"""`drllm run`: runs a recipe, given by file or by name."""
+"""The verb `drllm run`: runs a recipe, which is a file or a packaged recipe by name."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.pipeline import folder as run_folder
 from drllm.pipeline.recipes import read_recipe
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).with_name("recipes")  # the folder of the packaged recipes
 
 
 @verb(
@@ -23,17 +23,17 @@ RECIPES = Path(__file__).with_name("recipes")
             required=True,
             positional=True,
         ),
-        Flag("output_dir", "folder of the run; default: runs/RECIPE", value="DIR"),
+        Flag("output_dir", "folder of the run; default: runs/RECIPE", placeholder="DIR"),
         Flag(
             "data_dir",
             "folder with TASK/SPLIT.jsonl[.gz] files; default: fetched from the hub",
-            value="DIR",
+            placeholder="DIR",
         ),
     ),
     resumes=True,
 )
 def run(command: CommandLine, terminal: Terminal) -> None:
-    """Run all stages of a recipe in a row; finished stages are skipped."""
+    """Run all stages of a recipe, one after the other; finished stages are skipped."""
     path = _find_recipe(command.path("recipe"))
     folder = command.optional_path("output_dir") or Path("runs") / path.stem
     recipe = read_recipe(path, command.values["data_dir"])
@@ -47,15 +47,16 @@ def run(command: CommandLine, terminal: Terminal) -> None:
 
 
 def _find_recipe(place: Path) -> Path:
-    """Find the file of a recipe, which is given as a file or by name."""
+    """Return the file of a recipe; `place` is a file or the name of a packaged recipe."""
     if place.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(
             f"{place} holds questions or records, but a recipe is a YAML file; try: "
             f"drllm search --dataset {place}, or drllm tune --tasks {place}"
         )
     names = [path.stem for path in RECIPES.glob("*.yaml")]
-    is_file = place.suffix or place.is_absolute() or place.is_file()
-    if not is_file:
+    # A name without an ending is the name of a packaged recipe, unless there is such a file.
+    means_file = place.suffix or place.is_absolute() or place.is_file()
+    if not means_file:
         if str(place) not in names:
             raise ConfigError(unknown_name("recipe", str(place), names) + "; or give a YAML file")
         return RECIPES / f"{place}.yaml"

@@ -22,35 +22,44 @@ from drllm.errors import ConfigError, nearest_name
 
 
 def read_settings(name: str, verb: Verb) -> dict[str, Any]:
-    """Read the settings of a verb from a YAML file, or from a preset by name.
+    """Read the settings of a verb from a YAML file or a preset.
 
-    The file holds either settings or sections, as a recipe does. Of the sections, only those of the
-    verb are read. Raises ConfigError for an unknown setting, a wrong value, or a file without
-    settings of the verb.
+    The file holds the verb's settings, or sections as a recipe does. Of the sections, only those of
+    the verb are read.
+
+    Args:
+        name: The value of `--config`: a file, or the name of a preset.
+        verb: The verb.
+
+    Raises:
+        ConfigError: A setting is unknown, a value is wrong, or no setting belongs to the verb.
     """
     check_text("--config", name)
     path = PRESETS.get(name) or Path(name).expanduser()
     values = _read_values(path, verb)
     for group in verb.settings:
         values = normalise_settings(group, values)
-    names = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
-    values = {names.get(name, name): value for name, value in values.items()}
-    setting_names = [flag.name for flag in list_flags(verb) if not flag.positional]
-    values = drop_empty_removed(values, setting_names)
-    _refuse_unknown(path, values, setting_names, verb)
+    names_by_alias = {flag.alias: flag.name for flag in verb.flags if flag.alias is not None}
+    values = {names_by_alias.get(key, key): value for key, value in values.items()}
+    known_names = [flag.name for flag in list_flags(verb) if not flag.positional]
+    values = drop_empty_removed(values, known_names)
+    _refuse_unknown(path, values, known_names, verb)
     try:
         for flag in verb.flags:
             if flag.name in values:
                 values[flag.name] = check_value(flag, values[flag.name])
         for group in verb.settings:
-            make_settings(group, values)
+            make_settings(group, values)  # checks the values
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
 
 
 def check_value(flag: Flag, value: Any) -> Any:
-    """Check the value of a verb's own flag: a text, a list of texts, or a boolean for a switch."""
+    """Check and return the value of one of a verb's own flags.
+
+    The value is a text, a list of texts if the flag takes several, or a boolean for a switch.
+    """
     name = flag.names[0]
     if flag.switch:
         if not isinstance(value, bool):
@@ -69,36 +78,39 @@ def check_value(flag: Flag, value: Any) -> Any:
 def _read_values(path: Path, verb: Verb) -> dict[str, Any]:
     """Read the settings in a file; if the file has sections, read those of the verb."""
     values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
-    known: set[str] = set()
-    for other_verb in VERBS.values():
-        known.update(_section_name(group) for group in other_verb.settings)
-    if not any(isinstance(values.get(name), dict) for name in known):
+    all_names: set[str] = set()
+    for any_verb in VERBS.values():
+        all_names.update(_section_name(group) for group in any_verb.settings)
+    has_sections = any(isinstance(values.get(name), dict) for name in all_names)
+    if not has_sections:
         return values
-    sections = read_sections(path, with_preset(path, values), known)
+    sections = read_sections(path, with_preset(path, values), all_names)
     names = [_section_name(group) for group in verb.settings]
-    chosen = [sections[name] for name in names if name in sections]
-    if not chosen:
+    sections_of_verb = [sections[name] for name in names if name in sections]
+    if not sections_of_verb:
         raise ConfigError(
-            f"{path} has no effect on {verb.name}: it has settings of {', '.join(sections)} "
-            f"alone; leave --config out"
+            f"{path} has no effect on {verb.name}: it only has settings of {', '.join(sections)}; "
+            f"leave --config out"
         )
-    merged: dict[str, Any] = {}
-    for section in chosen:
-        merged.update(section)
-    return merged
+    settings: dict[str, Any] = {}
+    for section in sections_of_verb:
+        settings.update(section)
+    return settings
 
 
 def _section_name(group: type[Settings]) -> str:
-    """Return the name of a group of settings in recipes and presets."""
+    """Return the name of a group's section in recipes and presets, such as `train`."""
     return group.__name__.removesuffix("Config").lower()
 
 
 def _refuse_unknown(
-    path: Path, values: Mapping[str, Any], names: Sequence[str], verb: Verb
+    path: Path, values: Mapping[str, Any], known_names: Sequence[str], verb: Verb
 ) -> None:
+    """Raise ConfigError for a setting that the verb doesn't have."""
     for key in values:
-        if key in names:
+        if key in known_names:
             continue
         if to_flag(key) in REMOVED_FLAGS:
             raise ConfigError(f"{path}: {REMOVED_FLAGS[to_flag(key)]}")
-        raise ConfigError(f"{path}: {nearest_name('setting', key, names)} {see_all_flags(verb)}")
+        message = nearest_name("setting", key, known_names)
+        raise ConfigError(f"{path}: {message} {see_all_flags(verb)}")

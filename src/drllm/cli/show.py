@@ -1,4 +1,7 @@
-"""`drllm show`: prints any file or folder that drllm wrote. This module doesn't import torch."""
+"""The verb `drllm show`: finds out what a file or folder holds, and prints it.
+
+This module doesn't import torch.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +9,10 @@ from typing import Any
 
 from drllm.cli.command_line import CommandLine
 from drllm.cli.show_paths import show_healed, show_paths
+from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_latency, show_results
 from drllm.cli.show_routers import show_agreement, show_metrics, show_routers
-from drllm.cli.show_search import SEARCH_RENDERERS, show_question, show_unfinished
+from drllm.cli.show_search import SEARCH_RENDERERS, show_unfinished
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, verb
 from drllm.errors import RecordError
@@ -22,6 +26,7 @@ from drllm.records.static_paths import PATHS_FILE
 from drllm.search import CHUNKS_FOLDER
 
 Renderer = Callable[[Path, Terminal], None]
+"""A function that prints a file or folder."""
 
 ROUTERS_FILE = "router_config.json"
 RUN_PARTS = (
@@ -33,7 +38,7 @@ RUN_PARTS = (
     HEALED_FILE,
     f"healed/{HEALED_FILE}",
 )
-"""The files of a run folder in the order of printing; results come after them."""
+"""The files of a run folder in the order of printing; the results of `evaluate` come last."""
 
 
 @verb(
@@ -49,7 +54,7 @@ RUN_PARTS = (
         Flag(
             "question",
             "id of a searched question: draw the paths that were tried on it",
-            value="ID",
+            placeholder="ID",
         ),
     ),
 )
@@ -61,7 +66,7 @@ def show_place(command: CommandLine, terminal: Terminal) -> None:
         show(place, terminal)
         return
     file = place / "search.jsonl" if place.is_dir() else place
-    if "paths" not in _first_row(file):
+    if "paths" not in _read_first_row(file):
         raise RecordError(
             f"{file} is no search.jsonl, but --question {question} draws the paths of a search; "
             f"give a search.jsonl or a folder that holds one"
@@ -99,10 +104,10 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         refuse_menu(folder)
         raise RecordError(f"{folder} holds no records or results; give a folder that a stage wrote")
     for number, (place, render) in enumerate(parts):
-        if number:
+        if number > 0:
             terminal.say()
-        shown = place.parent if place.name == ROUTERS_FILE else place
-        terminal.say(str(shown))
+        title = place.parent if place.name == ROUTERS_FILE else place
+        terminal.say(str(title))
         render(place, terminal)
     if (folder / "report.html").is_file():
         terminal.say()
@@ -126,7 +131,7 @@ def _find_parts(folder: Path) -> list[tuple[Path, Renderer]]:
 
 
 def _holds_results(folder: Path) -> bool:
-    """Tell whether results lie in the folder itself, where `drllm evaluate` writes them."""
+    """Tell whether the folder itself holds results, as the output folder of `evaluate` does."""
     files = results.list_results(folder)
     if files and (folder / results.SAMPLES_FILE).is_file():
         return True
@@ -134,40 +139,45 @@ def _holds_results(folder: Path) -> bool:
 
 
 def _show_json(path: Path, terminal: Terminal) -> None:
+    """Print a JSON file; the name of the file says what it holds."""
     refuse_menu(path)
     if path.name in JSON_RENDERERS:
         JSON_RENDERERS[path.name](path, terminal)
     elif path.name.endswith(".manifest.json"):
-        _show_lines(path.with_name(path.name.replace(".manifest.json", ".jsonl")), terminal)
+        lines_file = path.with_name(path.name.replace(".manifest.json", ".jsonl"))
+        _show_lines(lines_file, terminal)
     else:
-        show_results(path.parent, terminal, [results.read_evaluation(path).task])
+        task = results.read_evaluation(path).task
+        show_results(path.parent, terminal, [task])
 
 
 def _show_lines(path: Path, terminal: Terminal) -> None:
-    """Print a file of JSON lines; the fields of its first line show what it holds."""
-    first = _first_row(path)
+    """Print a file of JSON lines; a field of its first line says what it holds."""
+    first_row = _read_first_row(path)
     for field, (_, render) in LINES_RENDERERS.items():
-        if field in first:
+        if field in first_row:
             render(path, terminal)
             return
-    known = ", ".join(f"{field!r} ({content})" for field, (content, _) in LINES_RENDERERS.items())
-    fields = ", ".join(sorted(first)) or "nothing"
-    raise RecordError(f"{path}, line 1: has {fields}; expected {known}")
+    expected = [f"{field!r} ({content})" for field, (content, _) in LINES_RENDERERS.items()]
+    fields = ", ".join(sorted(first_row)) or "nothing"
+    raise RecordError(f"{path}, line 1: has {fields}; expected {', '.join(expected)}")
 
 
-def _first_row(path: Path) -> dict[str, Any]:
+def _read_first_row(path: Path) -> dict[str, Any]:
+    """Read the first line of a file of JSON lines; raise RecordError if it can't be read."""
     _, row = next(read_json_lines(path, dict[str, Any]))
     return row
 
 
 def _show_samples(path: Path, terminal: Terminal) -> None:
+    """Print what a `samples.jsonl` holds, and the command that prints its tables."""
     rows = [row for _, row in read_json_lines(path, dict[str, Any])]
     terminal.fact("samples", f"{len(rows)}; systems {', '.join(rows[0]['systems'])}")
     terminal.fact("tables", f"drllm show {path.parent}")
 
 
-def _show_run(path: Path, terminal: Terminal) -> None:
-    _show_folder(path.parent, terminal)
+def _show_run(manifest: Path, terminal: Terminal) -> None:
+    _show_folder(manifest.parent, terminal)
 
 
 def _show_latency_file(path: Path, terminal: Terminal) -> None:
@@ -189,4 +199,7 @@ LINES_RENDERERS: dict[str, tuple[str, Renderer]] = {
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", show_metrics),
 }
-"""By a field in the first line of a file: what the file holds, and the function that prints it."""
+"""What a file of JSON lines holds, and the function that prints it, by a field of its first line.
+
+The first field that the line has decides.
+"""

@@ -1,4 +1,4 @@
-"""Prints static paths, plain and healed. This module doesn't import torch."""
+"""Prints the static paths of `drllm tune`, and a healed path. This module doesn't import torch."""
 
 from pathlib import Path
 
@@ -19,13 +19,12 @@ def show_paths(file: Path, terminal: Terminal) -> None:
                 f"{', '.join(record.objective)}; the file was changed, so tune again"
             )
         rows = path_sections.path_rows(record, task)
-        terminal.table(
-            path_sections.COLUMNS, rows, f"{task}, objective {record.objective[task]}", 1
-        )
+        title = f"{task}, objective {record.objective[task]}"
+        terminal.table(path_sections.COLUMNS, rows, title=title, numbers_from=1)
         sentence = path_sections.compare_test_with_fit(record, task)
         if sentence:
             terminal.say(sentence)
-    for path in record.paths[1:]:
+    for path in record.paths[1:]:  # without the full path
         terminal.fact(path.name, path_sections.describe_path(record, path))
     for sentence in [*path_sections.advice(record), *record.notes]:
         terminal.say(sentence)
@@ -36,9 +35,13 @@ def show_healed(file: Path, terminal: Terminal) -> None:
     """Print a healed path: its losses by source, and how it was trained."""
     record = read_healed(file)
     terminal.table(
-        path_sections.LOSS_COLUMNS, path_sections.loss_rows(record), path_sections.LOSS_CAPTION, 1
+        path_sections.LOSS_COLUMNS,
+        path_sections.loss_rows(record),
+        title=path_sections.LOSS_CAPTION,
+        numbers_from=1,
     )
     terminal.say(path_sections.describe_healing(record))
-    terminal.fact(record.name, record.path.with_adapter("").edits(record.num_layers))
+    plain_path = record.path.with_adapter("")  # the adapter is described below
+    terminal.fact(record.name, plain_path.edits(record.num_layers))
     terminal.fact("adapter", f"rank {record.rank}, from layer {record.first_layer} on")
     terminal.fact("healed path", file.parent)

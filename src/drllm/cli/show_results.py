@@ -1,6 +1,7 @@
-"""Prints the results of an evaluation, and what to do next. This module doesn't import torch.
+"""Prints the results of an evaluation, and the next steps after a run.
 
-The evaluation itself wrote the sentences about its results; here they are only printed.
+The sentences about the results are in the files of the evaluation; here they are only printed. This
+module doesn't import torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,23 +16,26 @@ from drllm.reporting.next_steps import suggest_steps
 from drllm.reporting.numbers import NONE, difference, label, plain, signed, verdict_on_routed
 from drllm.reporting.run import read_run
 
-MAX_STEPS = 3  # number of next steps that are shown; the report has all
+MAX_STEPS = 3  # maximum number of next steps that are printed; the report has all
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder, of some tasks or of all, and its drop test.
+    """Print the tables of an `eval` folder, and the result of its test of a drop in accuracy.
 
-    The drop test covers all tasks of the evaluation.
+    Args:
+        folder: The folder.
+        terminal: Where the tables are printed.
+        tasks: The tasks to print; empty for all tasks. The test of a drop always covers all tasks.
     """
     show_tasks(folder, terminal, tasks)
     for evaluation in results.read_results(folder):
         if evaluation.drop_test is not None:
             terminal.say(evaluation.drop_test.sentence())
-            return  # all evaluations of a folder hold the same test
+            return  # the results of every task hold the same test
 
 
 def show_tasks(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder without its drop test."""
+    """Print the tables of an `eval` folder, without the test of a drop (see `show_results`)."""
     for evaluation in results.read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
@@ -54,7 +58,7 @@ def show_latency(folder: Path, terminal: Terminal) -> None:
 
 
 def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
-    """Print one task's verdict, its tables, and the other findings."""
+    """Print one task's verdict, its tables, and the other findings and notes."""
     terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
     for line in evaluation.verdict:
         terminal.say(line)
@@ -62,35 +66,38 @@ def show_evaluation(evaluation: results.Evaluation, terminal: Terminal) -> None:
     score_columns = f"layers\nrun|{evaluation.score}\n%|minus base's\n(95 % interval)|token\nloss"
     terminal.table(
         f"system|{score_columns}|{verdict_column}",
-        [_system_row(system, evaluation) for system in evaluation.systems],
-        title=_caption(evaluation),
+        [_make_system_row(system, evaluation) for system in evaluation.systems],
+        title=_write_caption(evaluation),
         numbers_from=1,
     )
     if any(point.setting for point in evaluation.curve):
         terminal.table(
             f"depth|system|{score_columns}",
-            _depth_rows(evaluation.curve),
+            _make_depth_rows(evaluation.curve),
             title="at other depths; next-token loss minus base's",
             numbers_from=2,
         )
+    other_findings = evaluation.findings[len(evaluation.verdict) :]  # they begin with the verdict
     drop_test = evaluation.drop_test
-    for sentence in [*evaluation.findings[len(evaluation.verdict) :], *evaluation.notes]:
-        if drop_test is None or sentence != drop_test.sentence():  # the drop test covers all tasks
+    for sentence in [*other_findings, *evaluation.notes]:
+        # The test of a drop covers all tasks, so `show_results` prints it once.
+        is_drop_test = drop_test is not None and sentence == drop_test.sentence()
+        if not is_drop_test:
             terminal.say(sentence)
 
 
-def _caption(evaluation: results.Evaluation) -> str:
-    """Explain what the intervals exclude and how the verdicts are corrected."""
+def _write_caption(evaluation: results.Evaluation) -> str:
+    """Explain what the intervals exclude and whether several comparisons are corrected for."""
     correction = "rows are not corrected for their number"
     if evaluation.routed is None and len(evaluation.paths) > 1:
         correction = "paths are corrected together"
     return f"a loss beyond the interval's lower end is excluded; {correction}"
 
 
-def _system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
-    """Return the cells of a system, in bold if the verdict is about it."""
-    compared = evaluation.compared_system
-    is_compared = compared is not None and system.name == compared.name
+def _make_system_row(system: results.System, evaluation: results.Evaluation) -> list[Text]:
+    """Return the cells of a system, in bold if the task's verdict is about the system."""
+    compared_system = evaluation.compared_system
+    is_compared = compared_system is not None and system.name == compared_system.name
     name = system.name
     if system.draws > 1:
         name += f" ×{system.draws}"
@@ -114,17 +121,20 @@ def _system_row(system: results.System, evaluation: results.Evaluation) -> list[
     return [Text(cell, style=style) for cell in cells]
 
 
-def _depth_rows(curve: Sequence[results.Point]) -> Iterator[list[str]]:
+def _make_depth_rows(curve: Sequence[results.Point]) -> Iterator[list[str]]:
     """Yield the cells of every system at every depth, and an empty row after each depth."""
     depths = list(dict.fromkeys(point.setting for point in curve if point.setting))
     for depth in depths:
         points = [point for point in curve if point.setting == depth]
-        for number, point in enumerate(points):
-            yield [depth if number == 0 else "", *_point_cells(point)]
+        name = depth  # only in the first row of the depth
+        for point in points:
+            yield [name, *_make_point_cells(point)]
+            name = ""
         yield []
 
 
-def _point_cells(point: results.Point) -> list[str]:
+def _make_point_cells(point: results.Point) -> list[str]:
+    """Return the cells of one system at one depth, compared with the base model."""
     accuracy = NONE
     text_loss = NONE
     if point.against_base is not None:

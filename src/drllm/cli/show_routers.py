@@ -1,4 +1,4 @@
-"""Prints trained routers: their shape, training and metrics. This module doesn't import torch."""
+"""Prints a folder of routers: shape, training and metrics. This module doesn't import torch."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.reporting.numbers import plain
 
 METRICS_FILE = "metrics.jsonl"
-NO_METRICS = ("epoch", "split", "learning_rate")  # columns of metrics.jsonl that aren't metrics
+NO_METRICS = ("epoch", "split", "learning_rate")  # fields of metrics.jsonl that aren't metrics
 
 
 def show_routers(path: Path, terminal: Terminal) -> None:
@@ -27,9 +27,10 @@ def show_routers(path: Path, terminal: Terminal) -> None:
     training = config.get("training")
     if training:
         terminal.fact("trained on", _describe_training(training))
-    label_counts = config.get("label_counts")
+    label_counts = config.get("label_counts")  # of each layer: skips, executions and repeats
     if label_counts:
-        print_classes([sum(column) for column in zip(*label_counts, strict=True)], terminal)
+        totals = [sum(column) for column in zip(*label_counts, strict=True)]
+        print_classes(totals, terminal)
     metrics = path.with_name(METRICS_FILE)
     if metrics.is_file():
         show_metrics(metrics, terminal)
@@ -39,6 +40,7 @@ def show_routers(path: Path, terminal: Terminal) -> None:
 
 
 def _describe_training(training: Mapping[str, Any]) -> str:
+    """Describe on how many targets routers were trained; a missing number is `None`."""
     tasks = ", ".join(f"{name} {num}" for name, num in training.get("tasks", {}).items())
     num_trained = training.get("num_trained")
     num_held_out = training.get("num_held_out")
@@ -47,7 +49,7 @@ def _describe_training(training: Mapping[str, Any]) -> str:
 
 
 def show_metrics(path: Path, terminal: Terminal) -> None:
-    """Print the metrics of the last epoch for each part of the targets."""
+    """Print the metrics of the last epoch on each part of the targets (trained on, held out)."""
     rows = [row for _, row in read_json_lines(path, dict[str, Any])]
     last_epoch = max(row["epoch"] for row in rows)
     last_rows = [row for row in rows if row["epoch"] == last_epoch]
@@ -61,9 +63,9 @@ def show_agreement(path: Path, terminal: Terminal) -> None:
     layers = read_json(path, Layers)
     for part, systems in layers.parts.items():
         metrics = {display_name(name): compute_metrics(counts) for name, counts in systems.items()}
-        names = next(iter(metrics.values()))
+        first_metrics = next(iter(metrics.values()))  # every system has the same metrics
         title = f"after epoch {layers.epoch}, on {layers.describe_part(part)}"
-        _print_metrics(names, metrics, title, terminal)
+        _print_metrics(list(first_metrics), metrics, title, terminal)
     terminal.say(compare_by_layer(layers.parts[layers.main_part]))
     terminal.say(judge_routers(layers.parts))
 
@@ -71,6 +73,16 @@ def show_agreement(path: Path, terminal: Terminal) -> None:
 def _print_metrics(
     names: Iterable[str], columns: Mapping[str, Any], title: str, terminal: Terminal
 ) -> None:
-    """Print a table with a row for each metric and a column for each part or system."""
-    rows = [[name, *(plain(column.get(name), 3) for column in columns.values())] for name in names]
+    """Print a table of metrics.
+
+    Args:
+        names: The names of the metrics, one for each row.
+        columns: The metrics of a part or a system, by the title of its column.
+        title: The title of the table.
+        terminal: Where the table is printed.
+    """
+    rows = []
+    for name in names:
+        cells = [plain(metrics.get(name), 3) for metrics in columns.values()]
+        rows.append([name, *cells])
     terminal.table("|".join(["metric", *columns]), rows, title=title, numbers_from=1)

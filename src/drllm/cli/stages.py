@@ -62,7 +62,7 @@ LOADING = "loading torch"  # shown while a stage is imported, which takes second
 COLUMNS = Flag(
     "columns",
     f"columns of a file or hub set that hold {', '.join(FIELDS)}; grader=exact sets the grader",
-    value="FIELD=COLUMN,...",
+    placeholder="FIELD=COLUMN,...",
 )
 
 
@@ -255,15 +255,20 @@ def supervise_verb(command: CommandLine, terminal: Terminal) -> None:
         ),
         *(
             Flag(name, f"train on the {task} targets in data/{task}/ too", switch=True)
-            for name, task in published.ADDED.items()
+            for name, task in published.SWITCHES.items()
         ),
-        Flag("run_name", "write the routers to checkpoints/NAME", value="NAME"),
-        Flag("output_dir", "write the routers to this folder instead", value="DIR", alias="output"),
+        Flag("run_name", "write the routers to checkpoints/NAME", placeholder="NAME"),
+        Flag(
+            "output_dir",
+            "write the routers to this folder instead",
+            placeholder="DIR",
+            alias="output",
+        ),
         Flag(
             "features",
             "folder that keeps the routers' inputs for further trainings; default: features/ in "
             "the routers' folder, deleted after training",
-            value="DIR",
+            placeholder="DIR",
             basic=False,
         ),
     ),
@@ -274,7 +279,7 @@ def train_verb(command: CommandLine, terminal: Terminal) -> None:
     """Train the routers on target paths."""
     output, flag = _routers_folder(command)
     config = command.get_settings(TrainConfig)
-    files = published.supervision_files(command)
+    files = published.find_supervision_files(command)
     config.check_effects()
     check_trackers(config.trackers)
     check_model_name(command)
@@ -333,7 +338,7 @@ def _routers_folder(command: CommandLine) -> tuple[Path, str]:
     settings=(ModelConfig, TuneConfig),
     flags=(
         COLUMNS,
-        Flag("output_dir", "folder for paths.json", default="tuned/", value="DIR"),
+        Flag("output_dir", "folder for paths.json", default="tuned/", placeholder="DIR"),
     ),
     resumes=True,
     shares=True,
@@ -372,7 +377,7 @@ def _print_parts(parts: TaskSplits, config: TuneConfig, terminal: Terminal) -> N
     settings=(ModelConfig, HealConfig),
     flags=(
         COLUMNS,
-        Flag("output_dir", "folder for the healed path", default="healed/", value="DIR"),
+        Flag("output_dir", "folder for the healed path", default="healed/", placeholder="DIR"),
     ),
     model_from="the model that the paths.json names",
     resumes=True,
@@ -401,10 +406,10 @@ def heal_verb(command: CommandLine, terminal: Terminal) -> None:
             "routers",
             "routers: a folder or a hub id; further folders are routers of other seeds",
             many=True,
-            value="DIR",
+            placeholder="DIR",
         ),
         COLUMNS,
-        Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
+        Flag("output_dir", "folder for the results", default="eval/", placeholder="DIR"),
     ),
     model_from="the model that the routers or the paths.json name",
     resumes=True,
@@ -505,7 +510,7 @@ def choose_model(
         Flag(
             "output_dir",
             "folder or .html file to write; default: the run folder",
-            value="PLACE",
+            placeholder="PLACE",
             alias="output",
         ),
     ),
@@ -531,9 +536,9 @@ def report(command: CommandLine, terminal: Terminal) -> None:
             "path",
             'file such as {"path": [0, 1, 3]}, or paths.json:NAME',
             required=True,
-            value="FILE",
+            placeholder="FILE",
         ),
-        Flag("output_dir", "folder to write", required=True, value="DIR", alias="output"),
+        Flag("output_dir", "folder to write", required=True, placeholder="DIR", alias="output"),
     ),
     model_from="the model that the paths.json names",
 )

@@ -1,7 +1,8 @@
 """What the user sees while a command runs: lines, tables, routes, progress, and the error line.
 
-Results go to standard output, everything else to standard error. On a terminal, lines and cells
-break at words and progress is a bar. Elsewhere lines are never broken and progress is plain lines.
+Results go to standard output, everything else to standard error. On a terminal, long lines and
+cells are broken at words, and progress is a bar. In a file or a pipe, lines are never broken, and
+progress is plain lines.
 """
 
 import logging
@@ -27,15 +28,21 @@ from drllm.paths import Decision, sketch
 from drllm.reporting.numbers import NBSP
 
 NAME_WIDTH = 14  # columns for the name of a fact
-UNBROKEN = sys.maxsize  # columns of an output that is no terminal: its lines are never broken
+UNBROKEN = sys.maxsize  # the width in columns of a file or a pipe, so that lines aren't broken
 STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold green"}
-LAYERS_PER_ROW = 60
-TICK = 10  # number of layers between two numbers above a route
-PACKAGE = Path(__file__).resolve().parents[1]
+"""How a route shows each decision, as styles of rich."""
+LAYERS_PER_ROW = 60  # in the drawing of a route
+TICK = 10  # layers between two numbers above a route
+PACKAGE = Path(__file__).resolve().parents[1]  # the folder of drllm's code
 
 
 class Terminal(Listener):
-    """Standard output and standard error of one command."""
+    """Prints the output of one command.
+
+    Attributes:
+        out: Standard output, for results.
+        err: Standard error, for everything else.
+    """
 
     def __init__(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -45,11 +52,17 @@ class Terminal(Listener):
         self.err = _Console(stderr=True)
 
     def say(self, text: str = "", indent: int = 0) -> None:
-        """Print lines of the result; wrap long lines, and indent the text after a break."""
+        """Print lines of the result.
+
+        On a terminal, a long line is broken; its continuation is indented by `indent` columns.
+        """
         self.out.say(text, indent)
 
     def beside(self, name: str, text: str, width: int) -> None:
-        """Print a name in a column of this width, and a text to the right of the column."""
+        """Print a name in a column of this width, and a text to the right of the column.
+
+        The text of a longer name begins on the next line.
+        """
         if len(name) > width:
             self.say(name)
             name = ""
@@ -77,16 +90,18 @@ class Terminal(Listener):
             columns: The names of the columns, with `|` in between.
             rows: The cells of each row; a row without cells is a line between sections.
             title: A line above the table.
-            numbers_from: The first column that is aligned to the right.
-            cut_off: A column, and the width at which its cells are cut off so that each cell stays
-                on one line. In all other columns a narrow terminal breaks the lines.
+            numbers_from: The index of the first column that is aligned to the right.
+            cut_off: The name of a column, and its maximum width. Its cells are cut off there, so
+                that each cell is on one line. In all other columns a narrow terminal breaks lines.
         """
         names = columns.split("|")
+        cut_off_name, cut_off_width = cut_off
         cells = [[_to_text(cell) for cell in row] for row in rows]
         ranges = []
         for place, name in enumerate(names):
-            max_width = cut_off[1] if name == cut_off[0] else None
-            ranges.append(_range_of_widths(_column_texts(name, place, cells), max_width))
+            max_width = cut_off_width if name == cut_off_name else None
+            texts = _read_column(name, place, cells)
+            ranges.append(_measure_widths(texts, max_width))
         widths = _fit_widths(self.out.width - 2 * len(names) - 1, ranges)
         if title:
             self.say(title)
@@ -96,7 +111,8 @@ class Terminal(Listener):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for place, (name, width) in enumerate(zip(names, widths, strict=True)):
             side: Any = "right" if place >= numbers_from else "left"
-            table.add_column(name, justify=side, width=width, no_wrap=name == cut_off[0])
+            is_cut_off = name == cut_off_name
+            table.add_column(name, justify=side, width=width, no_wrap=is_cut_off)
         for row in cells:
             if row:
                 table.add_row(*row)
@@ -128,12 +144,15 @@ class Terminal(Listener):
         return busy_lines(self.err, what)
 
     def progress(self, title: str, unit: str) -> Progress:
-        """Return a display of how far the work `title` is, counted in `unit` (a plural)."""
+        """Return a display of how far the work `title` is, counted in `unit` (see `Progress`)."""
         return Progress(self.err, title, unit)
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Show drllm's own warnings inside the block, logged or raised; hide all other warnings."""
+        """Show drllm's own warnings inside the block, and hide all other warnings.
+
+        A warning is a log record or comes from Python's `warnings`.
+        """
         logger = logging.getLogger("drllm")
         handler = _NoteHandler(self)
         propagate_before = logger.propagate
@@ -163,40 +182,47 @@ class _NoteHandler(logging.Handler):
 def _log_own_warning(
     message: Any, category: type[Warning], filename: str, *_: Any, **__: Any
 ) -> None:
-    """Log a warning that drllm's own code raised; ignore all other warnings."""
+    """Log a warning that drllm's own code raised, and ignore all other warnings.
+
+    It replaces `warnings.showwarning`, whose other parameters it doesn't use.
+    """
     if issubclass(category, UserWarning) and PACKAGE in Path(filename).resolve().parents:
         logging.getLogger("drllm").warning("%s", message)
 
 
 def draw_route(decisions: Sequence[int]) -> Text:
-    """Draw decisions with numbered layers; the three kinds differ in shape, not only in colour."""
-    text = Text()
-    margin = " " * 7
+    """Draw decisions as one character per layer, with numbers above and a legend below.
+
+    The three decisions differ in their characters and not only in colour.
+    """
+    drawing = Text()
+    margin = " " * len("layer  ")
     for start in range(0, len(decisions), LAYERS_PER_ROW):
         row = decisions[start : start + LAYERS_PER_ROW]
-        numbers = range(start, start + len(row), TICK)
-        ticks = "".join(f"{layer:<{TICK}}" for layer in numbers)
-        text.append(f"layer  {ticks.rstrip()}\n{margin}")
+        ticks = ""
+        for layer in range(start, start + len(row), TICK):
+            ticks += f"{layer:<{TICK}}"
+        drawing.append(f"layer  {ticks.rstrip()}\n{margin}")
         for value in row:
-            text.append(sketch([value]), style=STYLES[Decision(value)])
-        text.append("\n")
+            drawing.append(sketch([value]), style=STYLES[Decision(value)])
+        drawing.append("\n")
     legend = []
     for decision, style in STYLES.items():
         mark = (sketch([decision]), style)
         legend.append(Text.assemble(mark, f" {decision.name.lower()}"))
-    return text.append(margin).append_text(Text("  ").join(legend))
+    return drawing.append(margin).append_text(Text("  ").join(legend))
 
 
 def _to_text(cell: str | Text) -> Text:
     return Text(cell) if isinstance(cell, str) else cell
 
 
-def _column_texts(name: str, place: int, cells: Sequence[Sequence[Text]]) -> list[str]:
-    """Return the name of a column and the texts of its cells."""
+def _read_column(name: str, place: int, cells: Sequence[Sequence[Text]]) -> list[str]:
+    """Return the name of a column and the texts of its cells; a row may have fewer cells."""
     return [name, *(row[place].plain for row in cells if place < len(row))]
 
 
-def _range_of_widths(texts: Sequence[str], max_width: int | None) -> tuple[int, int]:
+def _measure_widths(texts: Sequence[str], max_width: int | None) -> tuple[int, int]:
     """Return the widths of a column's longest word and longest line, both at most `max_width`."""
     longest_word = 0
     longest_line = 0
@@ -211,29 +237,34 @@ def _range_of_widths(texts: Sequence[str], max_width: int | None) -> tuple[int, 
 
 
 def _fit_widths(room: int, ranges: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Choose widths of columns within their ranges so that all fit; return None if they can't."""
-    if sum(least for least, _ in ranges) > room:
+    """Choose the widths of columns so that all columns fit; return None if they can't fit.
+
+    Args:
+        room: The width of all columns together.
+        ranges: The minimum and the maximum width of each column.
+    """
+    if sum(minimum for minimum, _ in ranges) > room:
         return None
-    widths = [most for _, most in ranges]
+    widths = [maximum for _, maximum in ranges]
     while sum(widths) > room:
-        places = [place for place, (least, _) in enumerate(ranges) if widths[place] > least]
+        places = [place for place, (minimum, _) in enumerate(ranges) if widths[place] > minimum]
         widest = max(places, key=lambda place: widths[place])
         widths[widest] -= 1
     return widths
 
 
 class _Console(Console):
-    """A console that shows control characters in a text instead of obeying them."""
+    """A console of rich that shows control characters in a text instead of obeying them."""
 
     def __init__(self, *, stderr: bool) -> None:
-        # Notes appear even while code of other packages redirects standard error.
+        # `sys.stderr` is looked up now, so notes appear even while other code redirects it.
         file = sys.stderr if stderr else None
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
         if not self.is_terminal:
             self.width = UNBROKEN
 
     def say(self, text: str, indent: int = 0) -> None:
-        """Print lines; on a terminal, break long lines at words and indent the rest."""
+        """Print lines; on a terminal, break long lines at words and indent the continuations."""
         text = printable(text)
         if self.width < UNBROKEN:
             lines = [self._wrap(line, indent) for line in text.split("\n")]
@@ -241,7 +272,7 @@ class _Console(Console):
         self.print(text, soft_wrap=True)
 
     def _wrap(self, line: str, indent: int) -> str:
-        """Break a line at words; indent less where a long word needs the room."""
+        """Break a line at words; indent the continuation less if a long word needs the room."""
         longest_word = max((len(word) for word in line.split()), default=0)
         indent = max(0, min(indent, self.width - longest_word))
         wrapped = textwrap.wrap(
@@ -257,6 +288,7 @@ class _Console(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
+        """Render as rich does, but write control characters in texts as escapes."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment

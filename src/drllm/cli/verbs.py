@@ -1,7 +1,7 @@
-"""The table of verbs: the settings and flags of each, and the function that runs it.
+"""The table of verbs, with the settings and flags of each verb and the function that runs it.
 
-A verb is a function, registered with its settings and flags. The parser, the help and the messages
-use this table.
+A verb is a command of `drllm`, such as `search`. The decorator `verb` registers a function as a
+verb. The parser, the help and the messages use this table.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 HELP = ("-h", "--help", "--help-all")  # flags that print the help of a verb
 SEE_VERBS = "'drllm --help' explains the verbs"
 EXPECTED = {int: "a whole number", float: "a finite number", str: "a value", bool: "true or false"}
+"""The values of a setting by type, as messages name them."""
 PLACEHOLDERS = {int: "N", float: "X"}
-"""Placeholders for values in the help, by type. A setting may have a placeholder of its own."""
+"""What the help shows in place of a value, by type. A setting may have another placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,12 @@ class Flag:
         many: Whether the flag takes several values.
         positional: Whether the value is written without the flag's name.
         switch: Whether the flag takes no value; without the flag the value is False.
-        value: The placeholder for the value in the help.
+        placeholder: What the help shows in place of the value.
         basic: Whether `--help` shows the flag; `--help-all` shows all flags.
-        alias: A second name, kept so that published commands with old flags still run.
+        alias: A second name, such as the flag's name in the commands of the Dr.LLM paper's code.
         group: The group of settings with this setting; None for a flag of the verb itself.
         kind: The type of a setting's value.
-        choices: The values that a setting accepts.
+        choices: The values that a setting accepts; empty for any value.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Flag:
     many: bool = False
     positional: bool = False
     switch: bool = False
-    value: str = "FILE"
+    placeholder: str = "FILE"
     basic: bool = True
     alias: str | None = None
     group: type[Settings] | None = None
@@ -65,17 +66,17 @@ class Flag:
 
     @property
     def is_only_in_files(self) -> bool:
-        """Whether only a YAML file can give the setting, because it maps tasks to values."""
+        """Whether only a YAML file can give the setting, because its value maps tasks to values."""
         return is_by_task((self.kind,))
 
     @property
     def is_on_or_off(self) -> bool:
-        """Whether the flag takes no value."""
+        """Whether the flag takes no value on the command line."""
         return self.switch or self.kind is bool
 
     @property
     def names(self) -> list[str]:
-        """The names as a user writes them; the first name is the main one."""
+        """The name and the alias as a user writes them, for example `--num-epochs`."""
         if self.positional:
             return [self.name.upper()]
         names = [to_flag(self.name)]
@@ -85,7 +86,7 @@ class Flag:
 
     @property
     def expected(self) -> str:
-        """The expected value, for messages."""
+        """The values that the flag accepts, for messages."""
         if self.choices:
             expected = f"one of {', '.join(self.choices)}"
         elif self.group is not None:
@@ -103,10 +104,10 @@ class Verb:
         name: The name of the verb.
         help: One line that says what the verb does.
         example: A command line that works.
-        run: The function that runs the verb.
+        run: The function that runs the verb. It returns the exit status; None means 0.
         settings: Groups of settings; each setting becomes a flag.
-        flags: Further flags.
-        model_from: Where the base model comes from without `--model`.
+        flags: The verb's own flags, which aren't settings.
+        model_from: Which base model is used without `--model`; empty for the default model.
         resumes: Whether the same command resumes interrupted work.
         shares: Whether several processes can divide the work.
     """
@@ -125,20 +126,21 @@ class Verb:
 CONFIG = Flag(
     "config", f"YAML file with settings, or a preset ({', '.join(PRESETS)}); flags override it"
 )
+"""The flag of every verb that has settings."""
 
 
 class _Verbs(UserDict[str, Any]):
-    """Verbs by name; the first use of a verb imports its module.
+    """Verbs by name; the first look-up of a verb imports its module.
 
-    At first an entry is the name of the module that registers the verb. The import replaces the
-    entry with the `Verb` (see `verb`).
+    Before the import, the entry is the name of the module. The import replaces the entry with the
+    `Verb`, since the module registers its verbs with `verb`.
     """
 
     def __getitem__(self, name: str) -> Verb:
         entry = self.data[name]
         if isinstance(entry, str):
             importlib.import_module(f"drllm.cli.{entry}")
-        verb: Verb = self.data[name]
+        verb: Verb = self.data[name]  # the import has replaced the entry
         return verb
 
 
@@ -158,9 +160,10 @@ VERBS = _Verbs(
         "ls": "listing",
     }
 )
+"""All verbs. A value of this dictionary is the name of the module in `drllm.cli`."""
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
-"""Verbs whose arguments another program parses, and their help."""
+"""Verbs whose arguments another program reads, with their help."""
 
 SECTIONS = {
     "everything in one command": ("run",),
@@ -184,13 +187,15 @@ SECTIONS = {
 def verb(name: str, **attributes: Any) -> Callable[[Any], Any]:
     """Register a function as a verb; the first line of its docstring is the help.
 
-    `attributes` are attributes of `Verb`.
+    Args:
+        name: The name of the verb.
+        attributes: The other attributes of `Verb`.
     """
 
     def register(function: Any) -> Any:
-        line = function.__doc__.split("\n")[0].rstrip(".")
-        text = line[0].lower() + line[1:]
-        VERBS[name] = Verb(name, text, run=function, **attributes)
+        summary = function.__doc__.split("\n")[0].rstrip(".")
+        help_text = summary[0].lower() + summary[1:]
+        VERBS[name] = Verb(name, help_text, run=function, **attributes)
         return function
 
     return register
@@ -201,14 +206,17 @@ def find_verb(name: str) -> Verb:
     if name in REMOVED_VERBS:
         raise ConfigError(REMOVED_VERBS[name])
     if name.startswith("-"):
-        raise ConfigError(f"no verb stands before {name}; write drllm VERB {name} …: {SEE_VERBS}")
+        raise ConfigError(f"no verb stands before {name}; write 'drllm VERB {name}'; {SEE_VERBS}")
     if name not in VERBS:
         raise ConfigError(f"{unknown_name('verb', name, [*VERBS, *FOREIGN])}; {SEE_VERBS}")
     return VERBS[name]
 
 
 def list_flags(verb: Verb) -> Iterator[Flag]:
-    """Yield a verb's own flags, then all settings, including those only for YAML files."""
+    """Yield a verb's own flags, then a flag for each setting.
+
+    A setting that only a YAML file can give has a flag too, so that the help can show it.
+    """
     yield from verb.flags
     for group in verb.settings:
         for field in dataclasses.fields(group):
@@ -216,17 +224,23 @@ def list_flags(verb: Verb) -> Iterator[Flag]:
 
 
 def _make_setting_flag(group: type[Settings], field: dataclasses.Field[Any]) -> Flag:
+    """Return the flag of a setting, made from the declaration of the setting's field."""
     rules = field.metadata
     kind = list_kinds(group)[field.name][0]
     choices = tuple(rules["choices"] or ())
-    value = rules["value"] or "|".join(choices)
-    if not value:
-        value = PLACEHOLDERS.get(kind, "DIR" if "_dir" in field.name else "NAME")
+    if rules["placeholder"] is not None:
+        placeholder = rules["placeholder"]
+    elif choices:
+        placeholder = "|".join(choices)
+    elif "_dir" in field.name:
+        placeholder = "DIR"
+    else:
+        placeholder = PLACEHOLDERS.get(kind, "NAME")
     return Flag(
         field.name,
         rules["help"],
         field.default,
-        value=value,
+        placeholder=placeholder,
         basic=rules["basic"],
         alias=rules["alias"],
         group=group,

@@ -1,7 +1,7 @@
 """The settings of all stages: type, default, bounds, unit and help text.
 
-Each field of these classes becomes a flag and a key of YAML files, with its checks. This package
-doesn't import torch.
+Each field of these classes is a setting. It becomes a flag and a key of YAML files, and its value
+is checked. `config.fields` says how a field is declared. This package doesn't import torch.
 """
 
 from drllm.config.constants import SPLITS

@@ -1,7 +1,11 @@
-"""Constants that settings of several stages share."""
+"""Constants and help texts of settings that several stages have."""
 
 SPLITS = ("search", "fit", "select", "test")
-"""The parts that a task's questions are divided into."""
+"""The parts that a task's questions are divided into (docs/formats.md, "Splits").
+
+Targets are searched on `search`, other things are fitted on `fit`, settings are chosen on `select`,
+and results are reported on `test`.
+"""
 
 TASKS_HELP = (
     "tasks, separated by commas: names of drllm or of lm-evaluation-harness, FILE.jsonl, "
@@ -10,4 +14,3 @@ TASKS_HELP = (
 DATA_DIR_HELP = (
     "folder with TASK/SPLIT.jsonl[.gz] files; default: questions are fetched from the hub"
 )
-"""Help texts of settings that several stages have."""

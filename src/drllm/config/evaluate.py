@@ -6,7 +6,7 @@ from drllm.config.constants import DATA_DIR_HELP, SPLITS, TASKS_HELP
 from drllm.config.fields import Settings, basic, incidental, setting
 
 TIMING = ("latency", "latency_rounds", "latency_read", "latency_written")
-"""The settings of the timing. No other result depends on them."""
+"""The settings of the time measurement. No other result depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class EvaluateConfig(Settings):
 
     tasks: str | None = basic(
         None,
-        value="TASKS",
+        placeholder="TASKS",
         alias="dataset",
         help=TASKS_HELP,
     )
@@ -33,20 +33,20 @@ class EvaluateConfig(Settings):
         None,
         minimum=1,
         choices=("all",),
-        value="{gsm8k: 30, arc_easy: all}",
+        placeholder="{gsm8k: 30, arc_easy: all}",
         help="--limit for single tasks: a number, or all",
     )
     splits: dict[str, str] | None = setting(
         None,
         choices=SPLITS,
-        value="{gsm8k: select}",
+        placeholder="{gsm8k: select}",
         help="--split for single tasks",
     )
     fitted_on: dict[str, str] | None = setting(
         None,
-        value="{hellaswag: arc_easy}",
-        help="for single tasks: another task, on whose questions depths are chosen and "
-        "baselines fitted",
+        placeholder="{hellaswag: arc_easy}",
+        help="for single tasks: another task, whose questions are used to choose depths and fit "
+        "baselines",
     )
     num_fewshot: int | None = setting(
         None,
@@ -55,7 +55,7 @@ class EvaluateConfig(Settings):
     )
     reward: str | None = setting(
         None,
-        value="FILE.py:FUNCTION",
+        placeholder="FILE.py:FUNCTION",
         help="your own function that grades generated answers",
     )
     max_new_tokens: int | None = setting(
@@ -67,24 +67,25 @@ class EvaluateConfig(Settings):
     chat: bool = setting(False, help="use the tokenizer's chat template")
     paths: str | None = basic(
         None,
-        value="FILE[:NAME],...",
+        placeholder="FILE[:NAME],...",
         help="static paths to compare, separated by commas; a paths.json without NAME adds all "
-        "of its paths but the full one",
+        "of its paths except the full path",
     )
     baselines: str = basic(
         "quick",
-        value="NAMES",
+        placeholder="NAMES",
         help="names separated by commas, or quick, all or none; 'drllm ls baselines' explains them",
     )
     supervision: str | None = setting(
         None,
-        value="FILE",
-        help="supervision.jsonl for the baselines that are fitted on the routers' targets",
+        placeholder="FILE",
+        help="supervision.jsonl with the routers' targets, for the baselines that are fitted on "
+        "targets",
     )
     curve: str | None = basic(
         None,
-        value="X,X,...",
-        help="also compare at these shares of saved executions, e.g. 0.1,0.2,0.3",
+        placeholder="X,X,...",
+        help="compare at these shares of saved executions too, e.g. 0.1,0.2,0.3",
     )
     max_drop: float | None = basic(
         None,
@@ -104,13 +105,13 @@ class EvaluateConfig(Settings):
     num_calibration: int | None = setting(
         None,
         minimum=1,
-        help="number of questions to choose depths and fit baselines on, from the split 'select'; "
-        "default: 64",
+        help="number of questions from the split 'select' that are used to choose depths and fit "
+        "baselines; default: 64",
     )
     num_texts: int = setting(
         100,
         minimum=1,
-        help="maximum questions per task on whose texts the next-token loss is measured too",
+        help="maximum questions per task whose text's next-token loss is measured too",
     )
     num_random_draws: int | None = setting(
         None,
@@ -121,13 +122,13 @@ class EvaluateConfig(Settings):
     latency: bool = incidental(
         False,
         basic=True,
-        help="also measure the time of the base and the routed model",
+        help="measure the time of the base model and the routed model too",
     )
     latency_rounds: int = incidental(
         8,
         minimum=1,
         no_effect_if=("latency", False),
-        help="with --latency: rounds of timing both models",
+        help="with --latency: number of times that both models are timed",
     )
     latency_read: int = incidental(
         128,
@@ -139,18 +140,20 @@ class EvaluateConfig(Settings):
         64,
         minimum=1,
         no_effect_if=("latency", False),
-        help="with --latency: tokens decoded per timing",
+        help="with --latency: tokens decoded each time",
     )
     seed: int = setting(
         0,
         minimum=0,
-        help="seed of permutations, random draws, --limit and --num-texts",
+        help="seed of the permuted routes, the random draws, --limit and --num-texts",
     )
 
     def get_limit(self, task: str) -> int | None:
         """Return the maximum number of questions of a task; None for all."""
         limit = (self.limits or {}).get(task, self.limit)
-        return None if limit is None or limit == "all" else int(limit)
+        if limit is None or limit == "all":
+            return None
+        return int(limit)
 
     def get_split(self, task: str) -> str:
         """Return the split of a task."""

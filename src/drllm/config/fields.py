@@ -1,6 +1,8 @@
-"""Settings: groups of fields with a type, bounds and a help text.
+"""The base class of all settings, and the functions that declare, check and convert them.
 
-Making a group of settings checks its values.
+A group of settings is a dataclass, such as `TrainConfig`. Each of its fields is a setting, which
+`setting`, `basic` or `incidental` declares with its default, bounds and help text. Making an object
+of the class checks all values.
 """
 
 import dataclasses
@@ -18,9 +20,12 @@ from drllm.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class NamesIn(Iterable[str]):
-    """The names in a registry, given as `module:attribute`, in the registry's order.
+    """The names in a registry, in the registry's order.
 
     The registry is imported only when the names are read, because its module may import this one.
+
+    Attributes:
+        registry: Where the registry is, as `module:attribute`.
     """
 
     registry: str
@@ -40,23 +45,25 @@ def setting(
     alias: str | None = None,
     no_effect_if: tuple[str, Any] | None = None,
     decisive: bool = True,
-    value: str | None = None,
+    placeholder: str | None = None,
     basic: bool = False,
 ) -> Any:
     """Declare one field of a group of settings.
 
     Args:
-        default: The default value; None is accepted only if it is the default.
+        default: The default value.
         help: The help text, with the unit.
         minimum: The lowest accepted value.
         maximum: The highest accepted value.
         above: A lower bound that itself isn't accepted.
-        choices: The accepted texts.
-        alias: A second name, such as that of a published command.
+        choices: The accepted texts; None accepts any text.
+        alias: A second name, such as the flag's name in the commands of the Dr.LLM paper's code.
         no_effect_if: Another field of the group and a value. If that field has this value, the
             declared field has no effect.
-        decisive: Whether results depend on the field.
-        value: The placeholder for a value in the help; for a setting by task, an example.
+        decisive: Whether results depend on the field. Finished work is reused if the decisive
+            fields are the same.
+        placeholder: What the help shows in place of a value, such as `FILE`; for a setting by task,
+            an example. None for a placeholder by type.
         basic: Whether `--help` shows the field; `--help-all` shows all fields.
     """
     metadata = {
@@ -68,7 +75,7 @@ def setting(
         "alias": alias,
         "no_effect_if": no_effect_if,
         "decisive": decisive,
-        "value": value,
+        "placeholder": placeholder,
         "basic": basic,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -77,7 +84,7 @@ def setting(
 basic = partial(setting, basic=True)
 """Declares a field that `--help` shows."""
 incidental = partial(setting, decisive=False)
-"""Declares a field that doesn't change results, such as a folder or a limit of memory."""
+"""Declares a field on which no result depends, such as a folder or a limit of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,7 @@ class Settings:
         kinds = list_kinds(type(self))
         for field in dataclasses.fields(self):
             field_kinds = kinds[field.name]
+            # In messages a setting has the name of its flag; a setting by task has no flag.
             name = field.name if is_by_task(field_kinds) else to_flag(field.name)
             _check(name, getattr(self, field.name), field_kinds, field.metadata)
 
@@ -111,50 +119,55 @@ class Settings:
         return dataclasses.asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings on which results depend."""
+        """Return the settings on which results depend, by name."""
         names = [field.name for field in dataclasses.fields(self) if field.metadata["decisive"]]
         return {name: getattr(self, name) for name in names}
 
 
-def _no_effect(flag: str, value: Any, other: str, other_value: Any) -> ConfigError:
-    """Return the error for a setting without effect."""
-    setting = flag if value is True else f"{flag} {_format(value)}"
+def _no_effect(flag: str, value: Any, other_flag: str, other_value: Any) -> ConfigError:
+    """Return the error for a setting that has no effect while another setting has this value."""
+    words = flag if value is True else f"{flag} {_format(value)}"
     if other_value is None or other_value is False:
         return ConfigError(
-            f"{setting} has no effect without {other}; give that too, or leave it out"
+            f"{words} has no effect without {other_flag}; give that too, or leave it out"
         )
     return ConfigError(
-        f"{setting} has no effect with {other} {_format(other_value)}; leave it out, or give "
-        f"another {other}"
+        f"{words} has no effect with {other_flag} {_format(other_value)}; leave it out, or give "
+        f"another {other_flag}"
     )
 
 
 Group = TypeVar("Group", bound=Settings)
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-# The texts that are read as numbers.
+"""The accepted types of settings, as messages name them."""
 _NUMBERS = {
     int: re.compile(r"[+-]?\d{1,20}"),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
+"""The texts that are read as numbers. A text with more digits stays a text, and is refused."""
 LARGEST_INT = 2**63 - 1
 
 
 def list_kinds(group: type[Settings]) -> dict[str, tuple[type, ...]]:
-    """Return the accepted types of each setting of a group, two for `int | None`."""
+    """List the accepted types of each setting by name; `int | None` gives two types."""
     hints = typing.get_type_hints(group)
     return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
 
 def is_by_task(kinds: tuple[type, ...]) -> bool:
-    """Tell whether a setting has a value for each task. Only YAML files can give these values."""
+    """Tell whether a setting maps tasks to values. Only a YAML file can give such a mapping."""
     return typing.get_origin(kinds[0]) is dict
 
 
 def convert_text(value: Any, kinds: tuple[type, ...]) -> Any:
-    """Convert a text to a number if the setting accepts one; return any other value unchanged.
+    """Convert a text to a number if the setting accepts a number.
 
-    The values of a setting by task are converted one by one.
+    Any other value is returned unchanged. In a setting by task, every task's value is converted.
+
+    Args:
+        value: The value, as it was read from a file or the command line.
+        kinds: The accepted types of the setting.
     """
     if isinstance(value, dict) and is_by_task(kinds):
         task_kinds = _kinds_by_task(kinds)
@@ -174,7 +187,7 @@ def _kinds_by_task(kinds: tuple[type, ...]) -> tuple[type, ...]:
 
 
 def to_flag(name: str) -> str:
-    """Return a setting's name as a flag."""
+    """Return the flag of a setting: `--num-epochs` for `num_epochs`."""
     return "--" + name.replace("_", "-")
 
 
@@ -188,13 +201,23 @@ def _format(value: Any) -> str:
 
 
 def _check(name: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
-    """Refuse a value of a wrong type, outside the bounds, or not among the choices."""
+    """Refuse a value of a wrong type, outside the bounds, or not among the choices.
+
+    Args:
+        name: The name of the setting, for messages.
+        value: The value.
+        kinds: The accepted types.
+        rules: The metadata of the field, which `setting` made.
+    """
     if is_by_task(kinds):
         _check_by_task(name, value, kinds, rules)
         return
-    is_bool = isinstance(value, bool)  # to Python, a bool is an int
-    accepted = (*kinds, int) if float in kinds else kinds
-    if (is_bool and bool not in kinds) or not isinstance(value, accepted):
+    accepted_kinds = kinds
+    if float in kinds:
+        accepted_kinds = (*kinds, int)
+    is_bool = isinstance(value, bool)
+    is_wrong_bool = is_bool and bool not in kinds  # to Python, a bool is an int
+    if is_wrong_bool or not isinstance(value, accepted_kinds):
         expected = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
         raise ConfigError(f"{name} is {value!r}; give {expected}")
     if isinstance(value, str):
@@ -211,7 +234,7 @@ def _check_by_task(
     if values is None:
         return
     if not isinstance(values, dict):
-        example = f"{name}: {rules['value']}"
+        example = f"{name}: {rules['placeholder']}"
         raise ConfigError(f"{name} is {values!r}; give values by task, as in '{example}'")
     for task, value in values.items():
         _check(f"{name} of {task}", value, _kinds_by_task(kinds), rules)
@@ -235,13 +258,18 @@ def _check_bounds(name: str, value: float, rules: Mapping[str, Any]) -> None:
 
 
 def check_text(flag: str, text: str) -> None:
-    """Refuse a text that is empty or can't name a file; the message names the flag."""
+    """Refuse a text that is empty, or that has a zero byte and so can't name a file."""
     if not text.strip() or "\0" in text:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
 def require_tasks(names: str | None, flag: str = "--tasks") -> str:
-    """Return the names of the tasks; raise ConfigError if there are none."""
+    """Return the names of the tasks; raise ConfigError if they are None.
+
+    Args:
+        names: The value of the setting, task names separated by commas.
+        flag: The flag of the setting, for the message.
+    """
     if names is None:
         raise ConfigError(
             f"no task is given; name one as {flag}, for example {flag} questions.jsonl or "
@@ -251,27 +279,39 @@ def require_tasks(names: str | None, flag: str = "--tasks") -> str:
 
 
 def replace_settings(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
-    """Copy a group of settings, or the defaults, and change some settings in the copy.
+    """Return a copy of a group of settings in which some settings are replaced.
 
-    A setting may be given by its alias, which is its published name.
+    Args:
+        kind: The class of the group.
+        config: The group to copy; None for the defaults.
+        settings: The new values by name. A setting may also be named by its alias.
+
+    Raises:
+        ConfigError: A name is unknown, or a value is wrong.
     """
-    names = {field.metadata["alias"]: field.name for field in dataclasses.fields(kind)}
+    names_by_alias = {field.metadata["alias"]: field.name for field in dataclasses.fields(kind)}
     values = (config or kind()).to_dict()
     for name, value in settings.items():
-        values[names.get(name, name)] = value
+        values[names_by_alias.get(name, name)] = value
     return from_dict(kind, values, "settings")
 
 
 def make_settings(kind: type[Group], values: Mapping[str, Any]) -> Group:
-    """Make a group of settings from the values that belong to it; ignore all other values."""
+    """Make a group of settings from those of the values that belong to it."""
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: values[name] for name in names if name in values})
 
 
 def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
-    """Make a group of settings from values.
+    """Make a group of settings from values that must all belong to it.
 
-    Raises ConfigError for an unknown name, with `where` in the message, and for a wrong value.
+    Args:
+        kind: The class of the group.
+        values: The values by name.
+        where: Where the values come from, for messages.
+
+    Raises:
+        ConfigError: A name is unknown or was removed, or a value is wrong.
     """
     known = list_kinds(kind)
     for name in map(str, values):

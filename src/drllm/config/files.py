@@ -1,7 +1,7 @@
 """Reads settings from YAML files: recipes, presets, and the files of `--config`.
 
-The names of settings may have dashes, and published names are accepted. Numbers are first read as
-texts and then converted to the type of the setting, since 1.10 may be the name of a branch.
+In a file, the name of a setting may have dashes or be an alias. Numbers are first read as texts and
+then converted to the type of the setting, since 1.10 may also be the name of a branch.
 """
 
 import dataclasses
@@ -16,18 +16,31 @@ from drllm.config.removed import REMOVED_FLAGS
 from drllm.errors import ConfigError, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
-"""Files of packaged settings by name. They have the sections of a recipe."""
+"""The files of packaged settings by name. They have the sections of a recipe."""
+
+
+def _resolvers_without_numbers() -> dict[str, list[tuple[str, Any]]]:
+    """Return PyYAML's rules for texts without quotes, except those for numbers and dates.
+
+    PyYAML stores the rules by the first character of the text. A rule is a tag, such as
+    `tag:yaml.org,2002:bool`, and the pattern of the texts that get this tag.
+    """
+    resolvers: dict[str, list[tuple[str, Any]]] = {}
+    for first_character, rules in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        resolvers[first_character] = []
+        for tag, pattern in rules:
+            if not tag.endswith((":int", ":float", ":timestamp")):
+                resolvers[first_character].append((tag, pattern))
+    return resolvers
 
 
 class _Loader(yaml.SafeLoader):
     """Reads YAML, but refuses tags and repeated names, and keeps numbers and dates as texts."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", "stamp"))]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = _resolvers_without_numbers()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse a tag such as `!!python/name`; compose any other node as YAML does."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(
@@ -36,22 +49,31 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        """Refuse a name that isn't a text or is given twice; build any other mapping."""
+        names = set()
         for key, _ in node.value:
-            is_name = isinstance(key, yaml.ScalarNode)
-            if not is_name or key.value in seen:
-                problem = f"{key.value!r} is given twice" if is_name else "a name must be a text"
+            problem = None
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a name must be a text"
+            elif key.value in names:
+                problem = f"{key.value!r} is given twice"
+            if problem is not None:
                 raise yaml.constructor.ConstructorError(
                     problem=problem, problem_mark=key.start_mark
                 )
-            seen.add(key.value)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Read a YAML file of names and values; dashes in names become underscores.
 
-    `what` describes for messages what the file should hold.
+    Args:
+        path: The file.
+        what: What the file should hold, for messages ("a recipe").
+
+    Raises:
+        ConfigError: The file can't be read, or doesn't hold names and values.
     """
     remedy = f"give a YAML file with {what}"
     if not path.is_file():
@@ -65,10 +87,12 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a UTF-8 text; {remedy}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # Only some of YAML's errors have a place. A text "\U00110000" raises ValueError.
+        place = str(path)
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
+        if mark:
+            place += f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise ConfigError(f"{path}{line}: not YAML ({problem}); {remedy}") from error
+        raise ConfigError(f"{place}: not YAML ({problem}); {remedy}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} holds {type(values).__name__}, not names and values; {remedy}, written "
@@ -78,9 +102,13 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a file, completed by the preset that the file names as `config`.
+    """Add the preset that a file names as `config` to the file's sections, and return the sections.
 
-    A setting in the file wins over the same setting in the preset.
+    A setting in the file wins over the same setting in the preset. A file may name no preset.
+
+    Args:
+        path: The file, for messages.
+        values: What the file holds: its sections, and maybe `config`.
     """
     sections = dict(values)
     if "config" not in sections:
@@ -99,15 +127,21 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def read_sections(
     path: Path, values: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the sections of a file.
+    """Check the sections of a file, and return their settings by section.
 
-    Raises ConfigError for an unknown section, and for a section that isn't names and values.
+    Args:
+        path: The file, for messages.
+        values: What the file holds.
+        names: The names of all sections.
+
+    Raises:
+        ConfigError: A section is unknown, or isn't names and values.
     """
-    names = list(names)
+    known_names = list(names)
     sections = {}
     for name, section in with_underscores(values).items():
-        if name not in names:
-            raise ConfigError(f"{path}: " + unknown_name("section", name, names))
+        if name not in known_names:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, known_names))
         if not isinstance(section, dict | None):
             raise ConfigError(
                 f"{path}: section {name!r} is {section}; give settings, written 'name: value'"
@@ -122,12 +156,12 @@ def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under our names, with a group's numbers converted from text.
+    """Replace aliases with the names of a group's settings, and convert its numbers from text.
 
-    Settings of other groups are left as they are.
+    Returns a copy. Settings of other groups stay as they are.
     """
-    names = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
-    settings = {names.get(name, name): value for name, value in values.items()}
+    names_by_alias = {field.metadata["alias"]: field.name for field in dataclasses.fields(group)}
+    settings = {names_by_alias.get(name, name): value for name, value in values.items()}
     for name, kinds in list_kinds(group).items():
         if name in settings:
             settings[name] = convert_text(settings[name], kinds)
@@ -135,15 +169,20 @@ def normalise_settings(group: type[Settings], values: Mapping[str, Any]) -> dict
 
 
 def drop_empty_removed(values: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """Return settings without removed settings whose value is null.
+    """Leave out settings that were removed from drllm and whose value is null.
 
-    Files of commit 3820ce17 list every setting of that commit; a setting that wasn't given is null.
-    `names` are the current settings, since a setting that was removed from one section may exist in
-    another section.
+    This lets old recipes run. A run of commit 3820ce17 wrote a recipe with every setting of that
+    commit, and null where the setting wasn't given.
+
+    Args:
+        values: The settings of a section.
+        names: The names of the settings that the section has today. A setting that was removed from
+            one section may still exist in another section.
     """
     settings = {}
     for name, value in values.items():
         is_removed = name not in names and to_flag(name) in REMOVED_FLAGS
-        if value is not None or not is_removed:
-            settings[name] = value
+        if is_removed and value is None:
+            continue
+        settings[name] = value
     return settings

@@ -1,4 +1,7 @@
-"""Settings of `drllm generate`: how text is generated, and how many layers the routers run."""
+"""Settings of `drllm generate`: how text is generated, and how many layers the routers run.
+
+`drllm lm-eval` takes the settings of `DepthConfig` too.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +17,7 @@ class GenerateConfig(Settings):
     max_new_tokens: int = basic(64, minimum=1, help="maximum number of new tokens")
     chat: bool | None = basic(
         None,
-        help="use the chat template, or don't; default: as the routers were trained",
+        help="use the chat template; default: as the routers were trained",
     )
     batch_size: int | None = setting(
         None,
@@ -27,7 +30,7 @@ class GenerateConfig(Settings):
         above=0.0,
         maximum=1.0,
         no_effect_if=("temperature", 0.0),
-        help="sample from the likeliest tokens up to this total probability; default: 1",
+        help="sample only from the likeliest tokens, up to this total probability; default: 1",
     )
     seed: int | None = setting(
         None,
@@ -39,8 +42,8 @@ class GenerateConfig(Settings):
     def sampling_options(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that say how tokens are chosen.
 
-        The options override the sampling settings of the model itself. Temperature 0 is greedy
-        decoding; raises ConfigError if sampling settings are given with it.
+        The options override the model's own generation config. Temperature 0 is greedy decoding.
+        Raises ConfigError if sampling settings are given with temperature 0.
         """
         self.check_effects()
         if self.temperature == 0:
@@ -50,7 +53,7 @@ class GenerateConfig(Settings):
             "num_beams": 1,
             "temperature": self.temperature,
             "top_p": self.top_p or 1.0,
-            "top_k": 0,
+            "top_k": 0,  # no limit
         }
 
 
@@ -65,7 +68,7 @@ class DepthConfig(Settings):
         0.0,
         minimum=-1e6,
         maximum=1e6,
-        help="cost of an execution in logits; a negative cost makes the routers run more layers",
+        help="cost of one execution, in logits; a negative cost makes the routers run more layers",
     )
     target_executions: float | None = basic(
         None,
@@ -74,7 +77,7 @@ class DepthConfig(Settings):
     )
     calibration: str | None = basic(
         None,
-        value="FILE",
+        placeholder="FILE",
         no_effect_if=("target_executions", None),
         help="with --target-executions: file of prompts (.jsonl) to search the depth bias on",
     )
@@ -91,12 +94,12 @@ class DepthConfig(Settings):
     )
 
     def find_setting(self) -> str | None:
-        """Return the name of the setting that changes the depth; None if none does.
+        """Return the name of the setting that changes the depth; None if no setting does.
 
         Raises ConfigError for settings that `check_combination` refuses.
         """
         self.check_combination()
-        names = self._list_changed()
+        names = self._list_depth_settings()
         return names[0] if names else None
 
     def check_combination(self) -> None:
@@ -105,7 +108,7 @@ class DepthConfig(Settings):
         Making the settings doesn't check this, because a file and the command line may each give a
         part of the settings.
         """
-        names = self._list_changed()
+        names = self._list_depth_settings()
         if len(names) > 1:
             flags = " and ".join(to_flag(name) for name in names)
             raise ConfigError(f"{flags} would each set the depth; leave all but one out")
@@ -116,7 +119,10 @@ class DepthConfig(Settings):
             )
         self.check_effects()
 
-    def _list_changed(self) -> list[str]:
-        """List the settings that differ from their default, without `calibration`."""
+    def _list_depth_settings(self) -> list[str]:
+        """List the settings that differ from their default, except `calibration`.
+
+        The calibration prompts are only used to reach `target_executions`.
+        """
         settings = [field for field in fields(self) if field.name != "calibration"]
         return [field.name for field in settings if getattr(self, field.name) != field.default]

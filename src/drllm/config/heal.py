@@ -9,29 +9,29 @@ from drllm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(Settings):
-    """The training of an adapter that recovers what a shorter path loses."""
+    """The training of an adapter that makes up for the layers that a path skips."""
 
     path: str | None = incidental(
         None,
         basic=True,
-        value="FILE[:NAME]",
+        placeholder="FILE[:NAME]",
         help="path to heal: a file that names its layers, or paths.json:NAME",
     )
     tasks: str | None = incidental(
         None,
         basic=True,
-        value="TASKS",
+        placeholder="TASKS",
         alias="dataset",
-        help="task names, separated by commas: train on their search questions with the right "
-        "answers, or the full model's answers where there are none",
+        help="tasks, separated by commas, whose search questions are trained on, with the right "
+        "answers; a task without right answers gets the full model's answers",
     )
     text: str | None = incidental(
         None,
         basic=True,
-        value="FILE,...",
-        help="more texts to train on: .jsonl files with a field text, .txt files with a text per"
-        " paragraph, or the first --limit texts (default: 10,000) of hub data sets "
-        "OWNER/NAME[:CONFIG[:SPLIT]]",
+        placeholder="FILE,...",
+        help="more texts to train on: .jsonl files with a field 'text', .txt files with a text per "
+        "paragraph, or hub data sets OWNER/NAME[:CONFIG[:SPLIT]] (their first --limit "
+        "texts; default: 10,000)",
     )
     data_dir: str | None = incidental(
         None,
@@ -52,7 +52,8 @@ class HealConfig(Settings):
     minutes: float | None = basic(
         None,
         above=0.0,
-        help="time limit in minutes for training and measuring; reading the texts isn't counted",
+        help="time limit in minutes for training and measuring; the time to read the texts isn't "
+        "counted",
     )
     learning_rate: float = setting(
         2e-3, above=0.0, help="peak learning rate of the cosine schedule"
@@ -60,7 +61,8 @@ class HealConfig(Settings):
     batch_size: int = setting(
         2,
         minimum=1,
-        help="sequences of --max-tokens tokens per step; more where they are shorter",
+        help="sequences of --max-tokens tokens per step; a step takes more sequences if they are "
+        "shorter",
     )
     max_tokens: int = setting(
         512,
@@ -70,7 +72,7 @@ class HealConfig(Settings):
     num_held_out: int = setting(
         64,
         minimum=1,
-        help="number of sequences held out to measure on",
+        help="number of sequences that are held out of the training to measure the loss on",
     )
     autocast: bool = setting(
         True,
@@ -79,11 +81,11 @@ class HealConfig(Settings):
     seed: int = setting(
         0,
         minimum=0,
-        help="seed of the adapter, the order of the texts and --limit",
+        help="seed of the adapter's initial weights, the order of the texts and --limit",
     )
 
     def require_path(self) -> str:
-        """Return the place of the path; raise ConfigError if no path is named."""
+        """Return `path`; raise ConfigError if it is None."""
         if self.path is None:
             raise ConfigError("no path is given; give --path FILE, or --path paths.json:NAME")
         return self.path

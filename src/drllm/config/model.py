@@ -7,6 +7,7 @@ from drllm.config.fields import Settings, basic, setting
 from drllm.errors import ConfigError, unknown_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+"""The accepted devices; `cuda:1` names one of several devices."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ REMOVED_FLAGS: dict[str, str] = {
     "measurements without a lower KL",
     "--dry-run": "--dry-run was removed but for search; tune and heal say after their first block "
     "how long they take at most",
-    "--epsilon": "--epsilon was removed here: no certificate was ever given; ask it of the test "
-    "questions, 'drllm evaluate --paths paths.json:NAME --max-drop 2'",
+    "--epsilon": "--epsilon was removed here: no certificate was ever given; test the drop with "
+    "'drllm evaluate --paths paths.json:NAME --max-drop 2'",
     "--max-loss-increase": "--max-loss-increase was removed here: no certificate was ever given; "
     "give it to 'drllm evaluate' with --max-drop",
     "--worked-answers": "--worked-answers was removed: every comparison says what loss it "
@@ -29,4 +29,4 @@ REMOVED_FLAGS: dict[str, str] = {
 }
 """The message for each removed flag: why the flag was removed, and what to use instead.
 
-A removed setting is looked up by its flag."""
+A setting that was removed from YAML files is looked up by its flag."""

@@ -7,6 +7,11 @@ from drllm.config.fields import NamesIn, Settings, basic, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
+"""Rules for when the search of a question ends.
+
+`exhaust` ends it when all simulations are done. The other rules may end it earlier, as the paper or
+its published code do (docs/differences.md, D-12).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +20,7 @@ class SearchConfig(Settings):
 
     dataset: str | None = basic(
         None,
-        value="TASKS",
+        placeholder="TASKS",
         alias="tasks",
         help=TASKS_HELP,
     )
@@ -36,14 +41,14 @@ class SearchConfig(Settings):
     )
     reward: str | None = basic(
         None,
-        help="reward that scores answers, or FILE.py:FUNCTION; several are separated by commas, "
-        "and each task uses the first that fits it; default: the reward of the task",
+        help="reward that scores answers, or FILE.py:FUNCTION; if several are given, separated by "
+        "commas, each task uses the first that fits it; default: the reward of the task",
     )
     max_new_tokens: int | None = setting(
         None,
         minimum=1,
-        help="maximum tokens of a generated answer; the reward 'boxed' needs enough for the whole "
-        "solution",
+        help="maximum tokens of a generated answer; with the reward 'boxed', a whole solution has "
+        "to fit",
     )
     num_fewshot: int | None = setting(
         None,
@@ -60,12 +65,12 @@ class SearchConfig(Settings):
     strategy: str = setting(
         "tree",
         choices=NamesIn("drllm.search.strategies:STRATEGIES"),
-        help="tree: search a tree of edits; walk: follow one chain of them",
+        help="tree: search a tree of edits; walk: follow a single chain of edits",
     )
     stop_rule: str = setting(
         "exhaust",
         choices=STOP_RULES,
-        help="when to stop a question before all simulations are done",
+        help="when to end the search of a question; exhaust: when all simulations are done",
     )
     exploration_constant: float = setting(
         1.8, minimum=0.0, help="constant c of the UCB rule (paper: 1.8)"
@@ -82,13 +87,14 @@ class SearchConfig(Settings):
     leaves_per_round: int = setting(
         4,
         minimum=1,
-        help="paths of a question evaluated together, with virtual losses (paper: 1)",
+        help="paths of a question that are evaluated together; virtual losses keep them apart "
+        "(paper: 1)",
     )
     kl: bool = setting(
         True,
         help="record each path's mean KL from the full path over the prompt, in nats per token",
     )
-    block_size: int = setting(32, minimum=1, help="questions searched together")
+    block_size: int = setting(32, minimum=1, help="number of questions searched together")
     state_cache_gb: float | None = incidental(
         None,
         above=0.0,
@@ -97,8 +103,9 @@ class SearchConfig(Settings):
     )
     shard: str | None = setting(
         None,
-        value="I/N",
-        help="search part I of N only, counted from 1; 'drllm supervise' joins the parts",
+        placeholder="I/N",
+        help="search only part I of N, where the first part is 1; 'drllm supervise' joins the "
+        "parts",
     )
     executor: str = incidental(
         "local",
@@ -114,7 +121,7 @@ class SearchConfig(Settings):
     )
     ray_address: str | None = incidental(
         None,
-        value="HOST:PORT",
+        placeholder="HOST:PORT",
         no_effect_if=("executor", "local"),
         help="with --executor ray: address of a cluster, or auto; default: Ray is started here",
     )

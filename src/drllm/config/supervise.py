@@ -1,4 +1,4 @@
-"""Settings of `drllm supervise`, which chooses the targets."""
+"""Settings of `drllm supervise`, which chooses the target path of each searched question."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class SuperviseConfig(Settings):
     target: str = basic(
         "least_kl",
         choices=NamesIn("drllm.supervision.rules:TARGETS"),
-        help="rule that chooses the target among the tried paths",
+        help="rule that chooses the target among the tried paths; 'drllm ls targets' explains it",
     )
     min_saving: float | None = basic(
         None,
@@ -23,13 +23,14 @@ class SuperviseConfig(Settings):
     )
     quotas: str | None = setting(
         None,
-        value="TASK=N,...",
-        help="maximum targets per task, e.g. arc_easy=400,dart-1=200: the first ones are kept; "
+        placeholder="TASK=N,...",
+        help="maximum targets per task, e.g. arc_easy=400,dart-1=200; the first targets are kept; "
         "default: no limit",
     )
     quota_improving: float | None = setting(
         None,
         above=0.0,
         maximum=1.0,
-        help="minimum share of improving targets; others are dropped (published: 0.30)",
+        help="minimum share of improving targets; targets that aren't improving are dropped to "
+        "reach it (published: 0.30)",
     )

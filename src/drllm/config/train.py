@@ -19,17 +19,18 @@ class TrainConfig(Settings):
     warmup_steps: float = setting(
         0.1,
         minimum=0.0,
-        help="linear warm-up: below 1 a share of all steps, else steps (paper: 500)",
+        help="linear warm-up of the learning rate: a share of all steps if below 1, else a number "
+        "of steps (paper: 500)",
     )
     gradient_accumulation: int = setting(
         16,
         minimum=1,
-        help="examples per optimiser step (paper: 1 x 16)",
+        help="targets per optimiser step (paper: 16, in batches of 1)",
     )
     loss_reduction: str = setting(
         "mean",
         choices=("mean", "sum"),
-        help="how the losses of a step's examples are combined (released: sum)",
+        help="how the losses of a step's targets are combined (released: sum)",
     )
     max_grad_norm: float | None = setting(
         None,
@@ -44,7 +45,8 @@ class TrainConfig(Settings):
     feature_dtype: str = setting(
         "float32",
         choices=("float32", "bfloat16"),
-        help="precision of the stored routers' inputs; bfloat16 halves their size on disk",
+        help="precision in which the routers' inputs are stored; bfloat16 halves their size on "
+        "disk",
     )
     router_width: int = setting(128, minimum=1, help="hidden width of a router (paper: 128)")
     loss: str = setting(
@@ -61,7 +63,7 @@ class TrainConfig(Settings):
     class_weights: str = setting(
         "none",
         choices=("effective_number", "none"),
-        help="effective_number: rare decisions weigh more (paper: effective_number)",
+        help="effective_number: rare decisions get a larger weight (paper: effective_number)",
     )
     beta: float = setting(
         0.999,
@@ -74,7 +76,7 @@ class TrainConfig(Settings):
         0.1,
         minimum=0.0,
         maximum=0.5,
-        help="share of the targets held out to measure on (ours)",
+        help="share of the targets that are held out of the training to measure on (ours)",
     )
     seed: int = setting(
         0,
@@ -84,13 +86,13 @@ class TrainConfig(Settings):
     num_seeds: int = setting(
         1,
         minimum=1,
-        help="train with this many seeds, from --seed upwards; routers of each further seed S "
-        "are in seed_S/",
+        help="number of trainings, each with a seed of its own, from --seed upwards; the routers "
+        "of every seed S but the first are written to seed_S/",
     )
     report_to: str | None = incidental(
         None,
         basic=True,
-        value="NAMES",
+        placeholder="NAMES",
         help="trackers of accelerate, separated by commas, e.g. tensorboard,wandb; default: none",
     )
 
@@ -98,22 +100,26 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             raise ConfigError(
-                f"--warmup-steps is {self.warmup_steps:g}; give a whole number of steps, or below "
-                f"1 a share of all steps"
+                f"--warmup-steps is {self.warmup_steps:g}; give a whole number of steps, or a "
+                f"share of all steps below 1"
             )
 
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`, without duplicates."""
-        named = [] if self.report_to is None else self.report_to.split(",")
-        return list(dict.fromkeys(name.strip() for name in named))
+        if self.report_to is None:
+            return []
+        names = [name.strip() for name in self.report_to.split(",")]
+        return list(dict.fromkeys(names))
 
     def by_seed(self, output: Path) -> "dict[Path, TrainConfig]":
-        """Return the folder of every seed, with the settings of the training with this seed alone.
+        """Return the settings of the training with each seed, by the folder of its routers.
 
-        The first seed's routers lie in `output`. The routers of a further seed S lie in
-        `output/seed_S`.
+        The routers of the first seed are written to `output`, and the routers of every other seed S
+        to `output/seed_S`.
         """
-        first, *more = range(self.seed, self.seed + self.num_seeds)
-        folders = {first: output} | {seed: output / f"seed_{seed}" for seed in more}
-        return {folder: replace(self, seed=s, num_seeds=1) for s, folder in folders.items()}
+        configs = {}
+        for seed in range(self.seed, self.seed + self.num_seeds):
+            folder = output if seed == self.seed else output / f"seed_{seed}"
+            configs[folder] = replace(self, seed=seed, num_seeds=1)
+        return configs

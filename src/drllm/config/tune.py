@@ -8,11 +8,11 @@ from drllm.config.fields import Settings, basic, incidental, setting
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(Settings):
-    """The search for one path that serves a whole task."""
+    """The search for one static path for a whole task."""
 
     tasks: str | None = basic(
         None,
-        value="TASKS",
+        placeholder="TASKS",
         alias="dataset",
         help=TASKS_HELP,
     )
@@ -23,7 +23,7 @@ class TuneConfig(Settings):
     max_skipped: float | None = basic(
         None,
         above=0.0,
-        help="maximum number of layers left out; default: a sixth of the layers",
+        help="maximum number of layers that a path skips; default: a sixth of the layers",
     )
     objective: str | None = basic(
         None,
@@ -31,7 +31,7 @@ class TuneConfig(Settings):
         help="what a path should preserve; default: gold_logprob for questions with options, "
         "next_token_loss for other answers, kl for prompts without answers",
     )
-    beam: int = setting(3, minimum=1, help="paths of each level that are extended")
+    beam: int = setting(3, minimum=1, help="the best paths kept for each number of skipped layers")
     num_fit: int = setting(
         300,
         minimum=1,
@@ -40,19 +40,19 @@ class TuneConfig(Settings):
     num_judged: int | None = setting(
         None,
         minimum=2,
-        help="maximum questions per task to choose a path on, and as many to test it on; "
-        "default: all",
+        help="maximum questions per task to choose a path on, and maximum questions to test it "
+        "on; default: all",
     )
     max_loss: float = setting(
         0.1,
         minimum=0.0,
-        help="stop extending paths that lose more than this many nats of the objective",
+        help="don't extend paths that lose more than this many nats of the objective",
     )
     minutes: float | None = basic(
         None,
         above=0.0,
         decisive=False,
-        help="start no further level after this many minutes; a later run with more time continues",
+        help="skip no further layer after this many minutes; a later run with more time continues",
     )
     state_cache_gb: float | None = incidental(
         None,

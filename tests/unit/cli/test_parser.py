@@ -213,7 +213,7 @@ def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("generate: {seed: 1}", "has no effect on train: it has settings of generate alone"),
+        ("generate: {seed: 1}", "has no effect on train: it only has settings of generate"),
         ("train: {}\ntrian: {}", "unknown section 'trian'"),
         ("train: {}\nconfig: papers", "config: unknown preset 'papers'"),
         ("model: {}\ntrain: 3", "section 'train' is 3; give settings"),

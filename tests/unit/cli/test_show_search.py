@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 
 from drllm.cli import main
 from drllm.cli.show import show
-from drllm.cli.show_search import (
-    draw_paths,
-    edits_between,
-    print_supervision,
-    show_question,
-    show_search,
-)
+from drllm.cli.show_question import draw_paths, edits_between, show_question
+from drllm.cli.show_search import print_supervision, show_search
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.errors import RecordError
@@ -294,7 +289,7 @@ def test_copies_of_questions_are_told_apart(printed):
     out = printed()
     assert "all 2 1 (50.0 %)" in out
     assert "targets 2 (100.0 %)" in out
-    assert "without none copies 2 records, left out: each question counts once" in out
+    assert "without none copies 2 records left out, since each question counts once" in out
 
 
 def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):

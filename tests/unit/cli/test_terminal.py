@@ -100,7 +100,7 @@ def test_a_bar_says_what_is_done_before_it_counts(clock: SimpleNamespace):
 
 def test_a_log_shows_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress_module, "FIRST_LINE_S", 0.02)
-    monkeypatch.setattr(progress_module, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(progress_module, "MAX_PAUSE_S", 0.02)
     file = io.StringIO()
     console = Console(file=file, width=120)
     with progress_module.busy_lines(console, "loading the model"):
