@@ -19,7 +19,7 @@ from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
-from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
+from drllm.search.evaluator import MAX_RIVALS, Evaluator, gold_text
 from drllm.tasks.examples import Prompt, choose
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade, score_choices, verdict
@@ -191,7 +191,7 @@ def check_answers(base, prompts, found, sample):
                 rivals = [said[:steps]]
                 assert mean(alone.each(*rivals)) == pytest.approx(other, abs=MARGIN_TOLERANCE)
             else:
-                rivals = [tokens for tokens, _ in wrong[place].most_common(WRONG_ANSWERS)]
+                rivals = [tokens for tokens, _ in wrong[place].most_common(MAX_RIVALS)]
                 other = max(mean(alone.each(tokens)) for tokens in rivals)
             apart.append(abs(mean(alone.each(gold)) - other - outcome.margin))
             if apart[-1] >= MARGIN_TOLERANCE:

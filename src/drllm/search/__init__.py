@@ -9,11 +9,12 @@ from pathlib import Path
 
 SEARCH_FILE = "search.jsonl"
 FAILED_FILE = "search.failed.jsonl"
+"""File beside `search.jsonl` for the questions that couldn't be searched."""
 CHUNKS_FOLDER = "search.partial"
-"""Folder beside `search.jsonl` in which an interrupted search keeps its results."""
+"""Folder beside `search.jsonl` that holds the results of an unfinished search."""
 
 
 def count_kept_batches(folder: Path) -> int:
-    """Count the finished batches in the `CHUNKS_FOLDER` of an interrupted search."""
-    # The files of an unfinished batch have a second suffix.
+    """Count the finished batches in the `CHUNKS_FOLDER` of an unfinished search."""
+    # A finished batch is one file, BATCH.json. An unfinished batch has files BATCH.STEP.json.
     return sum(file.name.count(".") == 1 for file in folder.glob("batch-*.json"))

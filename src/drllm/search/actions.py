@@ -1,8 +1,8 @@
-"""Actions: the edits that lead from the full path to every path of a search.
+"""Actions: the edits of decisions that a search makes, starting from the full path.
 
-An edit skips or repeats layers that are executed once so far. So each layer changes at most once on
-the way from the full path. Every edit changes something, there are no cycles, and no layer runs
-more than twice. Every decision vector within the budget can be reached.
+An action edits only layers that the decisions execute once, so every layer is edited at most once.
+Edits never lead back to earlier decisions, and no layer runs more than twice. All decisions within
+the budget can be reached from the full path.
 """
 
 from typing import NamedTuple
@@ -13,49 +13,48 @@ MAX_SKIPPED_AT_ONCE = 2
 
 
 class Action(NamedTuple):
-    """One edit: skip one or two neighbouring layers, or repeat one layer.
+    """One edit: skip one layer, skip two neighbouring layers, or repeat one layer.
 
-    Each of these layers is executed once so far.
-
-    Source: Dr.LLM section 3.1 (skip one or two neighbouring layers, repeat one).
+    Source: Dr.LLM section 3.1.
     """
 
-    layer: int  # the first of the layers
-    span: int  # 1, or 2 for a skip
-    decision: Decision  # `SKIP` or `REPEAT`
+    layer: int  # the first layer that is edited
+    span: int  # number of edited layers: 1 or 2 for a skip, 1 for a repeat
+    decision: Decision  # the new decision of these layers: `SKIP` or `REPEAT`
 
     def __str__(self) -> str:
-        last = self.layer + self.span - 1
-        where = f"{self.layer}" if self.span == 1 else f"{self.layer}-{last}"
-        return f"{self.decision.name.lower()} {where}"
+        layers = str(self.layer)
+        if self.span > 1:
+            layers = f"{self.layer}-{self.layer + self.span - 1}"
+        return f"{self.decision.name.lower()} {layers}"
 
 
 def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
-    """List the legal edits of decisions, for paths of at most `limit` executions.
+    """List the edits of decisions whose result has between 1 and `limit` executions.
 
-    Single skips come first, then double skips, then repeats. Each kind is sorted by layer.
+    Skips of one layer come first, then skips of two layers, then repeats. Each kind is sorted by
+    layer.
     """
-    spent = num_executions(decisions)
+    executions = num_executions(decisions)
     actions: list[Action] = []
     for span in range(1, MAX_SKIPPED_AT_ONCE + 1):
-        if spent - span < 1:  # at least one execution must stay
+        if executions - span < 1:  # at least one execution must stay
             break
-        actions += [
-            Action(layer, span, Decision.SKIP)
-            for layer in range(len(decisions) - span + 1)
-            if decisions[layer] == decisions[layer + span - 1] == Decision.EXECUTE
-        ]
-    if spent < limit:
+        for layer in range(len(decisions) - span + 1):
+            skipped_layers = decisions[layer : layer + span]
+            if all(decision == Decision.EXECUTE for decision in skipped_layers):
+                actions.append(Action(layer, span, Decision.SKIP))
+    if executions < limit:
         actions += [
             Action(layer, 1, Decision.REPEAT)
-            for layer, count in enumerate(decisions)
-            if count == Decision.EXECUTE
+            for layer, decision in enumerate(decisions)
+            if decision == Decision.EXECUTE
         ]
     return tuple(actions)
 
 
 def apply(decisions: Decisions, action: Action) -> Decisions:
-    """Return the decisions after a legal edit."""
+    """Return the decisions after an edit."""
     before = decisions[: action.layer]
     edited = (int(action.decision),) * action.span
     after = decisions[action.layer + action.span :]

@@ -1,7 +1,12 @@
-"""Search a batch of questions in step: from questions to search records.
+"""Search a batch of questions: from questions to search records.
 
-When a batch fails, its questions are searched one by one. A question that keeps failing is set
-aside. `LocalExecutor` searches batches in this process, and `ray.RayExecutor` searches them on Ray.
+The questions of a batch are searched in step: each round runs new paths of all of them in one
+batch of the model. When a batch fails, its questions are searched one by one. A question that keeps
+failing is set aside. `LocalExecutor` searches batches in this process, and `ray.RayExecutor`
+searches them on Ray.
+
+The results of an unfinished search lie in `Chunks`: `chunks` is the store of the whole search, and
+`parts` is the store of one batch within it.
 """
 
 import itertools
@@ -20,7 +25,7 @@ from drllm.listener import logger
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
-from drllm.paths import num_executions
+from drllm.paths import full_decisions, num_executions
 from drllm.records.codec import hash_values
 from drllm.records.resume import Chunks
 from drllm.records.search import FailedQuestion, Retest, SearchRecord, TriedPath
@@ -30,41 +35,42 @@ from drllm.search.retest import Evaluate, pairs_to_retest, retest_paths
 from drllm.search.strategies import PathSearch, new_search, path_score
 from drllm.tasks.examples import Prompt
 
-ATTEMPTS = 3  # attempts to search a question: one with its batch, the others alone
+ATTEMPTS = 3  # attempts to search a question: the first with its batch, the others alone
 QUESTION_ERRORS = (
-    ConfigError,  # a prompt that the chat template refuses
-    ModelError,  # log-probabilities that are not finite, a prompt beyond the model's context
+    ConfigError,  # the chat template refuses a prompt
+    ModelError,  # log-probabilities aren't finite, or a prompt is longer than the model's context
     RoutingError,
     TaskError,
-    torch.cuda.OutOfMemoryError,  # a prompt that is too long for the device
+    torch.cuda.OutOfMemoryError,  # a prompt is too long for the device
 )
 """Errors that a single question can cause. Any other error ends the search."""
 
 
 class OnStep(Protocol):
-    """A function that is called with the progress of one batch."""
+    """A function that gets the progress of one batch after each step."""
 
     def __call__(self, share: float, num_paths: int, step: str, /) -> None:
-        """Report progress.
+        """Take note of the progress.
 
         Args:
             share: The share of the batch's work that is done, from 0 to 1.
-            num_paths: How many paths of the batch were run since the search was started or resumed.
-            step: The current step in words.
+            num_paths: Number of the batch's paths that were run since the search was started or
+                resumed.
+            step: The finished step in words, such as "trying paths".
         """
 
 
 class OnBatchStep(Protocol):
-    """A function that is called with a batch and its progress; see `OnStep`."""
+    """A function that gets a batch and its progress; see `OnStep`."""
 
     def __call__(self, batch: Batch, share: float, num_paths: int, step: str, /) -> None:
-        """Report progress."""
+        """Take note of the progress."""
 
 
 class Executor(Protocol):
-    """Searches batches, in this process or elsewhere."""
+    """Searches batches with a copy of the base model, in this process or in others."""
 
-    identity: Mapping[str, Any]  # of the base model
+    identity: Mapping[str, Any]  # identity of the base model
     runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -77,15 +83,23 @@ class Executor(Protocol):
         chunks: Chunks | None = None,
         on_batch_step: "OnBatchStep | None" = None,
     ) -> "Iterator[tuple[Batch, BatchRecords]]":
-        """Search batches, and yield them in any order; `chunks` keeps the results of steps."""
+        """Search batches, and yield each with its records, in any order.
+
+        Args:
+            batches: The batches.
+            config: The settings.
+            chunks: Keeps the results of steps, so that an interrupted batch can be resumed; None
+                keeps nothing.
+            on_batch_step: Gets the progress within a batch, if the executor knows it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRecords:
-    """The records of a batch's questions, in order, and the questions whose attempts all failed."""
+    """The result of a batch."""
 
-    records: tuple[SearchRecord, ...]
-    failed: tuple[FailedQuestion, ...] = ()
+    records: tuple[SearchRecord, ...]  # in the questions' order
+    failed: tuple[FailedQuestion, ...] = ()  # questions whose attempts all failed
 
 
 def search_batch(
@@ -98,9 +112,16 @@ def search_batch(
 ) -> BatchRecords:
     """Search a batch, and set aside the questions whose attempts all fail.
 
-    If a batch fails as a whole, its questions are searched one by one. This gives the same records,
-    since a question's tree doesn't depend on the other questions. `parts` keeps the result of every
-    step, so an interruption loses one round, or the re-test of a few questions.
+    If the batch as a whole fails, its questions are searched one by one. This gives the same
+    records, since the search of a question doesn't depend on other questions.
+
+    Args:
+        routed: The model, with its tokenizer.
+        batch: The batch.
+        config: The settings.
+        parts: Keeps the result of every step, so that an interruption loses only one step: a round,
+            or the re-test of a few questions. None keeps nothing.
+        on_step: Gets the progress.
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
@@ -133,7 +154,7 @@ def _search_one_by_one(
 def _search_alone(
     routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
 ) -> SearchRecord | FailedQuestion:
-    """Search a question alone; its first attempt was made with its batch."""
+    """Search a question alone up to `ATTEMPTS - 1` times: the first attempt was with its batch."""
     message = ""
     for _ in range(ATTEMPTS - 1):
         try:
@@ -162,16 +183,25 @@ def search_in_step(
     parts: Chunks | None = None,
     on_step: OnStep | None = None,
 ) -> list[SearchRecord]:
-    """Search several questions of one task in step, each with a tree of its own.
+    """Search several questions of one task in step, and return their records.
 
-    Every round evaluates one batch: up to `leaves_per_round` new paths of every unfinished
-    question. A question's tree depends only on its own seed and outcomes, not on other questions.
+    A round evaluates up to `leaves_per_round` new paths of every unfinished question in one batch.
+    Each question has its own `PathSearch`, which depends only on the question's seed and outcomes,
+    not on other questions. After the rounds, right paths are re-tested.
+
+    Args:
+        routed: The model, with its tokenizer.
+        questions: The questions.
+        config: The settings.
+        parts: Keeps the result of every step; None keeps nothing.
+        on_step: Gets the progress.
 
     Source: Dr.LLM section 3.1.
     """
     started = time.perf_counter()
     prompts = _tokenize_prompts(routed, [question.prompt for question in questions])
-    # The re-test's prompts are checked before anything runs: a target has to pass the re-test.
+    # The other prompts are tokenised now too, so that a prompt that is too long is refused before
+    # any path runs.
     retest_prompts = [_tokenize_prompts(routed, question.retests) for question in questions]
     evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [_start_search(routed.num_layers, question, config) for question in questions]
@@ -186,13 +216,13 @@ def search_in_step(
     )
     steps = BatchSteps(questions, parts, progress)
     _run_rounds(searches, evaluator, config, steps, outcomes)
-    by_question = dict(sorted(outcomes.items(), key=lambda item: item[0][0]))
-    completed = _add_late_margins(evaluator, by_question, steps)
-    retests = retest_paths(evaluator, retest_prompts, config, completed, steps.run_retest)
+    sorted_outcomes = _sort_by_question(outcomes)
+    completed_outcomes = _add_late_margins(evaluator, sorted_outcomes, steps)
+    retests = retest_paths(evaluator, retest_prompts, config, completed_outcomes, steps.run_retest)
     seconds = (time.perf_counter() - started) / len(questions)
-    paths = _tried_paths(searches, completed, retests)
+    paths = _list_paths(searches, completed_outcomes, retests)
     return [
-        _record(routed.num_layers, question, prompts[place], paths[place], seconds)
+        _make_record(routed.num_layers, question, prompts[place], paths[place], seconds)
         for place, question in enumerate(questions)
     ]
 
@@ -202,6 +232,7 @@ def _tokenize_prompts(routed: RoutedModel, prompts: Sequence[Prompt]) -> list[To
 
 
 def _start_search(num_layers: int, question: SearchQuestion, config: SearchConfig) -> PathSearch:
+    """Start the search of one question; its random numbers depend only on the seed and its id."""
     seed = f"{config.seed}:{question.task}:{question.example.id}"
     return new_search(num_layers, config, Random(seed))
 
@@ -218,20 +249,22 @@ def _run_rounds(
     Every path's outcome is added to `outcomes`.
     """
     for number in itertools.count():
-        pairs = _new_pairs(searches, config.leaves_per_round)
+        pairs = _ask_for_paths(searches, config.leaves_per_round)
         if not pairs:
             return
-        round_outcomes = steps.run(f"round {number}", pairs, partial(_evaluate_new, evaluator))
+        evaluate = partial(_evaluate_new, evaluator)
+        round_outcomes = steps.run(f"round {number}", pairs, evaluate)
         for (place, decisions), outcome in zip(pairs, round_outcomes, strict=True):
             outcomes[place, decisions] = outcome
-            # Right generated answers have no margin yet, so searches use no margins of answers.
-            margin = outcome.margin if evaluator.scores_options else None
+            margin = None  # of generated answers only wrong ones have a margin yet, so none counts
+            if evaluator.scores_options:
+                margin = outcome.margin
             score = path_score(margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
-        steps.progress.report("trying paths", running={place for place, _ in pairs})
+        steps.progress.report("trying paths", unfinished={place for place, _ in pairs})
 
 
-def _new_pairs(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pair]:
+def _ask_for_paths(searches: Sequence[PathSearch], leaves_per_round: int) -> list[Pair]:
     """Ask every search for its next paths."""
     pairs: list[Pair] = []
     for place, search in enumerate(searches):
@@ -244,6 +277,12 @@ def _evaluate_new(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[Outcome]:
     return evaluator.with_margins(pairs, evaluator.evaluate(pairs), wrong_only=True)
 
 
+def _sort_by_question(outcomes: Mapping[Pair, Outcome]) -> dict[Pair, Outcome]:
+    """Sort outcomes by question; the paths of a question stay in the order in which they ran."""
+    pairs = sorted(outcomes, key=lambda pair: pair[0])
+    return {pair: outcomes[pair] for pair in pairs}
+
+
 def _add_late_margins(
     evaluator: Evaluator, outcomes: dict[Pair, Outcome], steps: "BatchSteps"
 ) -> dict[Pair, Outcome]:
@@ -251,19 +290,23 @@ def _add_late_margins(
     if evaluator.scores_options:
         return outcomes
     pairs = list(outcomes)
-    values = list(outcomes.values())
-    right = [pair for pair, outcome in outcomes.items() if outcome.is_right]
-    completed = steps.run("margins", right, lambda _: evaluator.with_margins(pairs, values))
+
+    def add_margins(_: Sequence[Pair]) -> list[Outcome]:
+        return evaluator.with_margins(pairs, list(outcomes.values()))
+
+    # Only right answers are scored, so only they count as work. The result has all outcomes.
+    right_pairs = [pair for pair, outcome in outcomes.items() if outcome.is_right]
+    completed_outcomes = steps.run("margins", right_pairs, add_margins)
     steps.progress.report("scoring answers")
-    return dict(zip(pairs, completed, strict=True))
+    return dict(zip(pairs, completed_outcomes, strict=True))
 
 
-def _tried_paths(
+def _list_paths(
     searches: Sequence[PathSearch],
     outcomes: Mapping[Pair, Outcome],
     retests: Mapping[Pair, Retest],
 ) -> list[list[TriedPath]]:
-    """Return the records of each question's paths, in the order in which the paths were tried."""
+    """Return the paths of each question, in the order of `outcomes`."""
     paths: list[list[TriedPath]] = [[] for _ in searches]
     for (place, decisions), outcome in outcomes.items():
         path = TriedPath(
@@ -280,7 +323,7 @@ def _tried_paths(
     return paths
 
 
-def _record(
+def _make_record(
     num_layers: int,
     question: SearchQuestion,
     prompt: TokenizedPrompt,
@@ -304,54 +347,69 @@ def _record(
 class BatchProgress:
     """Estimates which share of a batch is done, and reports the share.
 
-    The candidates among the paths so far give an estimate of how many paths will be re-tested.
+    The work is counted in runs: a path on one prompt. A path runs once in the rounds, and once more
+    for each other prompt of a re-test. A right generated answer counts once more for its margin.
     """
 
     searches: Sequence[PathSearch]
     outcomes: Mapping[Pair, Outcome]  # outcomes of all paths so far
     num_simulations: int  # maximum number of simulations of a question
     num_retests: Sequence[int]  # for each question, the number of its other prompts
-    has_late_margins: bool  # whether right answers are scored once more after the rounds
+    has_late_margins: bool  # whether right answers get their margins after the rounds
     on_step: OnStep | None
-    num_run: int = 0  # paths run so far, including paths of an interrupted search
-    num_new: int = 0  # paths run since the search was started or resumed
-    share: float = 0.0  # the largest share reported so far
+    num_run: int = 0  # finished runs, including runs of an interrupted search
+    num_new: int = 0  # runs since the search was started or resumed
+    share: float = 0.0  # the largest share reported so far, so that the share never falls
 
-    def report(self, step: str, running: Collection[int] = ()) -> None:
-        """Report a finished step; `running` holds the places of unfinished questions."""
+    def report(self, step: str, unfinished: Collection[int] = ()) -> None:
+        """Report a finished step.
+
+        Args:
+            step: The step in words.
+            unfinished: Places of the questions that may still try paths; none after the rounds.
+        """
         if self.on_step is None:
             return
-        self.share = max(self.share, self.num_run / self._estimate_total(running))
+        self.share = max(self.share, self.num_run / self._estimate_runs(unfinished))
         self.on_step(self.share, self.num_new, step)
 
-    def _estimate_total(self, running: Collection[int]) -> float:
-        """Estimate how many paths the whole batch runs, re-tests and late margins included."""
+    def _estimate_runs(self, unfinished: Collection[int]) -> float:
+        """Estimate the number of runs of the whole batch.
+
+        The later steps are extrapolated: future paths need as many further runs, on average, as the
+        paths so far.
+        """
         num_paths = 0
         for place, search in enumerate(self.searches):
-            if place in running:
+            if place in unfinished:
                 num_paths += self.num_simulations + 1
             else:
                 num_paths += len(search.trials)
-        num_retests = 0
+        num_further_runs = 0
         for place, decisions in pairs_to_retest(self.outcomes):
-            # Full paths are left out during the rounds: they come first, which would mislead.
-            if not running or set(decisions) != {1}:
-                num_retests += self.num_retests[place]
+            # Every question's full path is among its first paths. Until the rounds are over, it
+            # would make the mean too large.
+            is_full = decisions == full_decisions(len(decisions))
+            if not unfinished or not is_full:
+                num_further_runs += self.num_retests[place]
         if self.has_late_margins:
-            num_retests += sum(outcome.is_right for outcome in self.outcomes.values())
-        return num_paths * (1 + num_retests / len(self.outcomes))
+            num_further_runs += sum(outcome.is_right for outcome in self.outcomes.values())
+        return num_paths * (1 + num_further_runs / len(self.outcomes))
 
 
 @dataclass(frozen=True)
 class BatchSteps:
-    """Runs the steps of a batch, or reads the result of a step that an earlier run finished."""
+    """Runs the steps of a batch, or reads their results if an interrupted search kept them.
+
+    A step is a round, the late margins, or a part of the re-test.
+    """
 
     questions: Sequence[SearchQuestion]
     parts: Chunks | None  # keeps the results; None keeps nothing
     progress: BatchProgress
 
     def run(self, name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-        """Return the outcomes of a step. Its name and its pairs identify the step."""
+        """Return the outcomes of a step; on disk its name and its pairs identify it."""
 
         def evaluate_now() -> list[Outcome]:
             self.progress.num_new += len(pairs)
@@ -377,8 +435,8 @@ class BatchSteps:
 class LocalExecutor:
     """Searches in this process, one batch after the other."""
 
-    routed: RoutedModel  # with its tokenizer
-    identity: Mapping[str, Any]  # of the base model
+    routed: RoutedModel  # the model, with its tokenizer
+    identity: Mapping[str, Any]  # identity of the base model
     runtime: Mapping[str, Any]  # how the model runs, such as its dtype and device
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -388,7 +446,7 @@ class LocalExecutor:
     def _render(self, prompt: Prompt) -> str | None:
         try:
             return render(self.routed.tokenizer, prompt.content, chat=prompt.chat)
-        except ConfigError:  # the search of the question raises the error again, and records it
+        except ConfigError:  # the search of this question will raise the error again and record it
             return None
 
     def search(
@@ -398,8 +456,9 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_batch_step: OnBatchStep | None = None,
     ) -> Iterator[tuple[Batch, BatchRecords]]:
-        """Search batches one by one; `chunks` keeps the results of their steps."""
+        """Search batches in their order; see `Executor.search`."""
         for batch in batches:
             parts = None if chunks is None else chunks.within(batch.key)
             on_step = None if on_batch_step is None else partial(on_batch_step, batch)
-            yield batch, search_batch(self.routed, batch, config, parts=parts, on_step=on_step)
+            result = search_batch(self.routed, batch, config, parts=parts, on_step=on_step)
+            yield batch, result

@@ -1,7 +1,6 @@
-"""Score paths on many questions at once: reward, margin, answer and KL of each path.
+"""Evaluate many paths on many questions: `Evaluator` returns the `Outcome` of each path.
 
-The forward passes, which share the prefixes of paths, are in `models.scoring`. The rewards are in
-`tasks.rewards`.
+`models.scoring` runs the model and `tasks.rewards` grades the answers. This module joins them.
 """
 
 import dataclasses
@@ -17,33 +16,47 @@ from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Request
 from drllm.models.scoring.prefix_sharing import PackedRows, Pair
+from drllm.paths import full_decisions
 from drllm.tasks.examples import KL_REWARD, Prompt
 from drllm.tasks.rewards import get_reward, score_choices, verdict
 
-WRONG_ANSWERS = 4
-"""Number of frequent wrong answers that a right answer is compared with for its margin."""
+MAX_RIVALS = 4
+"""Number of rivals, the most frequent wrong answers, that a right answer's margin compares with."""
 CHARACTERS_A_TOKEN = 16
-"""Characters per token of the context from which a text is most likely too long. Only the beginning
-of a longer text is tokenised at first, since tokenising megabytes takes minutes."""
+"""A text with more characters than this per token of the context is probably too long.
+
+Its beginning is tokenised first to check this, since tokenising megabytes takes minutes."""
 
 TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The result of one path on one question; see `TriedPath`."""
+    """The result of one path on one question.
 
-    reward: float  # in [0, 1]
-    margin: float | None  # in nats, positive if right; None if unknown (or not known yet)
-    # Log-probability of each option, in nats; empty if one of them isn't finite, and for generated
-    # answers.
+    Either the prompt's options were scored, or an answer was generated.
+
+    Attributes:
+        reward: In [0, 1]; 1 is a right answer.
+        margin: How much likelier the right answer is than a wrong answer, in nats. None if unknown.
+            For a generated answer also None until `with_margins` adds it.
+        logprobs: Log-probability of each option, in nats. Empty if one of them isn't finite, and
+            for a generated answer.
+        answer: The generated text; None if options were scored.
+        tokens: Tokens of the generated text, without the end-of-sequence token.
+        logprob: Mean log-probability of these tokens and the end-of-sequence token, in nats. None
+            if it isn't finite, or if options were scored.
+        kl: KL of the path from the full path, in nats per token; None if it isn't measured or
+            isn't finite.
+    """
+
+    reward: float
+    margin: float | None
     logprobs: tuple[float, ...]
-    answer: str | None = None  # the generated text; None if options were scored
-    tokens: TokenIds = ()  # tokens of the answer, without the end-of-sequence token
-    # Mean log-probability of the answer's tokens (with the end of sequence), in nats; None if
-    # options were scored, or if the mean isn't finite.
+    answer: str | None = None
+    tokens: TokenIds = ()
     logprob: float | None = None
-    kl: float | None = None  # in nats per token; None if not computed or not finite
+    kl: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -53,20 +66,29 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as the model reads it, with the chat template if the prompt uses it."""
+    """A prompt as the model reads it.
+
+    Attributes:
+        prompt: The prompt.
+        text: Its text, rendered with the chat template if the prompt uses one.
+        tokens: The tokens of the text.
+        continuations: Tokens of each option; tokens of the gold answer if an answer is generated.
+        num_unscored: For each option, how many of its first tokens are read but not scored; see
+            `Prompt.unscored`.
+    """
 
     prompt: Prompt
     text: str
     tokens: list[int]
-    continuations: list[list[int]]  # the options, or the gold answer if an answer is generated
-    num_unscored: tuple[int, ...]  # number of first tokens of each option to read without a score
+    continuations: list[list[int]]
+    num_unscored: tuple[int, ...]
 
     @property
     def request(self) -> Request:
-        """The continuations to score after the prompt.
+        """The prompt and the continuations to score after it.
 
-        For the reward `kl` only the prompt's own tokens matter, so the continuation is the prompt's
-        last token.
+        For the reward `kl` the continuation has no meaning, since only the prompt's tokens count.
+        But a request needs one, so it is the prompt's last token.
         """
         continuations = self.continuations
         if self.prompt.reward == KL_REWARD:
@@ -75,7 +97,7 @@ class TokenizedPrompt:
 
 
 def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
-    """Render and tokenise a prompt and its possible continuations.
+    """Render and tokenise a prompt and its continuations.
 
     Raises ModelError if the prompt and its longest continuation don't fit the model's context.
     Beyond the context some models fail, and others run at positions that they were never trained
@@ -87,12 +109,18 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
     if context is not None:
         _refuse_overlong(tokenizer, text, context)
     tokens = encode(tokenizer, text)
-    texts = prompt.continuations or (gold_text(prompt),)
-    continuations = [encode_continuation(tokenizer, text, after) for after in texts]
-    unscored = [encode_continuation(tokenizer, text, after) for after in prompt.unscored]
-    num_unscored = tuple(len(tokens) for tokens in unscored)
-    longest = max(len(tokens) for tokens in continuations)
-    if not prompt.continuations:  # an answer is generated
+    is_generated = not prompt.continuations
+    continuation_texts = prompt.continuations
+    if is_generated:
+        continuation_texts = (gold_text(prompt),)
+    continuations = [
+        encode_continuation(tokenizer, text, continuation) for continuation in continuation_texts
+    ]
+    num_unscored = tuple(
+        len(encode_continuation(tokenizer, text, beginning)) for beginning in prompt.unscored
+    )
+    longest = max(len(continuation) for continuation in continuations)
+    if is_generated:
         longest = max(longest, prompt.max_new_tokens)
     if context is not None and len(tokens) + longest > context:
         raise ModelError(
@@ -103,13 +131,15 @@ def tokenize_prompt(routed: RoutedModel, prompt: Prompt) -> TokenizedPrompt:
 
 
 def _refuse_overlong(tokenizer: object, text: str, context: int) -> None:
-    """Refuse a text whose beginning is longer than twice the context.
+    """Refuse a text that is surely longer than the context, without tokenising all of it.
 
-    Only the beginning is tokenised. Its end may cut a word, so its tokens may differ from those of
-    the whole text. Twice the context leaves room for this.
+    Only the beginning is tokenised. It may end within a word, and so get a few more tokens than in
+    the whole text. So the text is refused only if the beginning has twice the context's tokens.
     """
     beginning = text[: CHARACTERS_A_TOKEN * context]
-    if len(beginning) < len(text) and len(encode(tokenizer, beginning)) > 2 * context:
+    if beginning == text:
+        return
+    if len(encode(tokenizer, beginning)) > 2 * context:
         raise ModelError(
             f"a prompt of the question has {len(text)} characters, more than {2 * context} tokens; "
             f"the model's context holds {context}; shorten the question or leave it out"
@@ -123,9 +153,18 @@ def gold_text(prompt: Prompt) -> str:
 
 
 def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None = None) -> Outcome:
-    """Judge a path by the log-probabilities of a prompt's options; without them it is wrong."""
+    """Return the outcome of a path whose log-probabilities of the prompt's options are known.
+
+    Args:
+        logprobs: Log-probability of each option, in nats; empty if one of them isn't finite, which
+            counts as a wrong answer.
+        prompt: The prompt.
+        kl: The path's KL. For the reward `kl`, only it decides the outcome.
+    """
     if prompt.reward == KL_REWARD:
-        reward = 0.0 if kl is None else math.exp(-kl) / 2  # 1 would be right
+        reward = 0.0
+        if kl is not None:
+            reward = math.exp(-kl) / 2  # at most 1/2, since a reward of 1 is a right answer
         return Outcome(reward=reward, margin=None, logprobs=(), kl=kl)
     if not logprobs:
         return Outcome(reward=0.0, margin=None, logprobs=(), kl=kl)
@@ -134,12 +173,16 @@ def judge_options(logprobs: tuple[float, ...], prompt: Prompt, kl: float | None 
 
 
 class Evaluator:
-    """Evaluates paths on a fixed batch of prompts, sharing the work that paths have in common.
+    """Evaluates paths on a fixed batch of prompts.
+
+    A path is given as a pair: the place of a prompt in the batch, and the decisions. Layers that
+    several paths begin with run once.
 
     Args:
         routed: The model, with its tokenizer.
-        prompts: Prompts with the same reward, as texts or as tokens.
-        state_cache_gb: Memory for shared states (see `ChoiceBatch`); it doesn't change results.
+        prompts: Prompts with the same reward, tokenised or not.
+        state_cache_gb: Gigabytes of memory for the states that paths share; None chooses by the
+            free memory. It doesn't change results.
         kl: Measure each path's KL from the full path. The full path then runs even if it isn't
             among the pairs; its own KL is 0.
         paths_per_pass: Rows of a forward pass; None chooses the number by the free memory. It
@@ -179,16 +222,19 @@ class Evaluator:
 
     @property
     def scores_options(self) -> bool:
-        """Whether options are scored; then margins are known without `with_margins`."""
+        """Whether options are scored, and not answers generated.
+
+        The margins of options are known at once, without `with_margins`.
+        """
         return isinstance(self._batch, ChoiceBatch)
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        """Return the outcome of each pair (place of a prompt, path), in order.
+        """Return the outcome of each pair, in order.
 
         The margins of generated answers are None. They depend on the answers of other paths, so
-        `with_margins` adds them when all paths are known.
+        `with_margins` adds them when all answers are known.
 
-        Raises ModelError if the full path's own log-probabilities aren't finite.
+        Raises ModelError if a log-probability of the full path isn't finite.
         """
         if isinstance(self._batch, ChoiceBatch):
             return self._score_options(self._batch, pairs)
@@ -199,22 +245,27 @@ class Evaluator:
         scores = batch.scores(pairs, kl=self.kl)
         for pair, score in zip(pairs, scores, strict=True):
             place, _ = pair
-            is_finite = self._check_finite(pair, score.logprobs)
-            logprobs = score.logprobs if is_finite else ()
+            logprobs = score.logprobs
+            if not _are_finite(logprobs):
+                self._refuse_full_path(pair)
+                logprobs = ()
             outcomes.append(judge_options(logprobs, self.prompts[place].prompt, score.kl))
         return outcomes
 
     def _generate_answers(self, batch: AnswerBatch, pairs: Sequence[Pair]) -> list[Outcome]:
         prompts = [self.prompts[place].prompt for place, _ in pairs]
-        answers = batch.answers(
-            pairs,
-            [prompt.max_new_tokens for prompt in prompts],
-            lambda number, text, is_finished: verdict(prompts[number], text, is_finished),
-            kl=self.kl,
-        )
+
+        def grade(number: int, text: str, is_finished: bool) -> float | None:
+            return verdict(prompts[number], text, is_finished)
+
+        limits = [prompt.max_new_tokens for prompt in prompts]
+        answers = batch.answers(pairs, limits, grade, kl=self.kl)
         outcomes: list[Outcome] = []
         for pair, answer in zip(pairs, answers, strict=True):
-            logprob = answer.logprob if self._check_finite(pair, [answer.logprob]) else None
+            logprob: float | None = answer.logprob
+            if not _are_finite([answer.logprob]):
+                self._refuse_full_path(pair)
+                logprob = None
             outcome = Outcome(
                 reward=answer.grade,
                 margin=None,
@@ -230,33 +281,39 @@ class Evaluator:
     def with_margins(
         self, pairs: Sequence[Pair], outcomes: Sequence[Outcome], *, wrong_only: bool = False
     ) -> list[Outcome]:
-        """Return the outcomes of all paths of the batch with their margins; known margins stay.
+        """Return the outcomes with margins for generated answers; margins that are known stay.
 
-        A margin of a generated answer is a difference of two mean token log-probabilities under the
-        path: the gold answer's minus a wrong answer's. If the path answered wrong, the wrong answer
-        is the path's own. If the path answered right, the wrong answer is the likeliest of the most
-        frequent wrong answers to the question. The margin is None if no path answered wrong, or if
-        there is no gold answer because a function grades.
+        The margin of a generated answer compares two mean log-probabilities of tokens along the
+        path: that of the gold answer minus that of a wrong answer. If the path answered wrong, the
+        wrong answer is its own answer. If the path answered right, the wrong answer is the
+        likeliest rival; the rivals of a question are the most frequent wrong answers of all paths.
+        The margin is None if no path answered wrong, or if there is no gold answer because a
+        function grades.
 
-        With `wrong_only` only wrong answers get a margin, since later paths may change the margins
-        of right answers. Margins of wrong answers are best computed early, while the states are in
-        memory.
+        Args:
+            pairs: All pairs of the batch so far.
+            outcomes: The outcome of each pair.
+            wrong_only: Only wrong answers get margins. Their margins don't depend on later paths,
+                and are cheaper to compute while the states of the paths are still in memory.
         """
         has_gold = all(prompt.continuations[0] for prompt in self.prompts)
         if isinstance(self._batch, ChoiceBatch) or not has_gold:
             return list(outcomes)
-        completed = list(outcomes)
+        completed_outcomes = list(outcomes)
         right: list[int] = []  # numbers of the pairs with a right answer and no margin
         wrong: list[int] = []  # numbers of the pairs with a wrong answer and no margin
         for number, outcome in enumerate(outcomes):
-            if outcome.margin is None:
-                numbers = right if outcome.is_right else wrong
-                numbers.append(number)
-        self._add_margins_of_wrong(self._batch, pairs, wrong, completed)
+            if outcome.margin is not None:
+                continue
+            if outcome.is_right:
+                right.append(number)
+            else:
+                wrong.append(number)
+        self._add_margins_of_wrong(self._batch, pairs, wrong, completed_outcomes)
         if not wrong_only:
-            rivals = self._wrong_answers(pairs, outcomes)
-            self._add_margins_of_right(self._batch, pairs, right, rivals, completed)
-        return completed
+            rivals = self._find_rivals(pairs, outcomes)
+            self._add_margins_of_right(self._batch, pairs, right, rivals, completed_outcomes)
+        return completed_outcomes
 
     def _add_margins_of_wrong(
         self,
@@ -268,8 +325,8 @@ class Evaluator:
         """Add the margins of wrong answers: the gold answer against the path's own answer."""
         no_rivals: list[list[TokenIds]] = [[] for _ in self.prompts]
         scores = self._score_answers(batch, pairs, numbers, no_rivals)
-        for number, (gold,) in zip(numbers, scores, strict=True):
-            margin = _difference(gold, outcomes[number].logprob)
+        for number, (gold_score,) in zip(numbers, scores, strict=True):
+            margin = _compute_margin(gold_score, outcomes[number].logprob)
             outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
 
     def _add_margins_of_right(
@@ -282,19 +339,19 @@ class Evaluator:
     ) -> None:
         """Add the margins of right answers: the gold answer against its likeliest rival."""
         scores = self._score_answers(batch, pairs, numbers, rivals)
-        for number, (gold, *wrong) in zip(numbers, scores, strict=True):
-            margin = _difference(gold, max(wrong, default=None))
+        for number, (gold_score, *rival_scores) in zip(numbers, scores, strict=True):
+            margin = _compute_margin(gold_score, max(rival_scores, default=None))
             outcomes[number] = dataclasses.replace(outcomes[number], margin=margin)
 
-    def _wrong_answers(
+    def _find_rivals(
         self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]
     ) -> list[list[TokenIds]]:
         """Return, for each prompt, the most frequent wrong answers."""
-        counts: list[Counter[TokenIds]] = [Counter() for _ in self.prompts]
+        counters: list[Counter[TokenIds]] = [Counter() for _ in self.prompts]
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.tokens and not outcome.is_right:
-                counts[place][outcome.tokens] += 1
-        return [_most_common(count) for count in counts]
+                counters[place][outcome.tokens] += 1
+        return [_list_most_common(counter) for counter in counters]
 
     def _score_answers(
         self,
@@ -309,11 +366,11 @@ class Evaluator:
             batch: The batch that generated the answers; its rows hold the prompts' states.
             pairs: All pairs.
             numbers: Numbers of the pairs to score.
-            rivals: For each prompt, further answers to score.
+            rivals: For each prompt, the rivals to score.
 
         Returns:
-            For each number, the mean token log-probability of the gold answer, then of each rival,
-            in nats.
+            For each number, the mean log-probability of the gold answer's tokens, then of each
+            rival's tokens, in nats.
         """
         if not numbers:
             return []
@@ -323,14 +380,15 @@ class Evaluator:
         ]
         choices = self._choice_batch(requests, contexts=batch.rows)
         sums = choices.logprobs([pairs[number] for number in numbers])
-        means: list[list[float]] = []
-        for number, sums_of_pair in zip(numbers, sums, strict=True):
+        scores: list[list[float]] = []
+        for number, pair_sums in zip(numbers, sums, strict=True):
             place, _ = pairs[number]
-            lengths = [len(tokens) for tokens in requests[place].continuations]
-            means.append(
-                [total / length for total, length in zip(sums_of_pair, lengths, strict=True)]
-            )
-        return means
+            answers = requests[place].continuations
+            means = [
+                logprob / len(tokens) for logprob, tokens in zip(pair_sums, answers, strict=True)
+            ]
+            scores.append(means)
+        return scores
 
     def _choice_batch(
         self, requests: Sequence[Request], contexts: PackedRows | None = None
@@ -347,29 +405,30 @@ class Evaluator:
         """Free all shared states."""
         self._batch.forget()
 
-    def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
-        """Tell whether all log-probabilities of a path are finite.
+    def _refuse_full_path(self, pair: Pair) -> None:
+        """Raise ModelError if a pair without finite log-probabilities has the full path.
 
-        Raises ModelError if the full path has one that isn't finite, since no path can be judged
-        without them.
+        Such log-probabilities make another path wrong. But if the full path has them, the model
+        itself fails on the prompt.
         """
         place, decisions = pair
-        if all(math.isfinite(value) for value in logprobs):
-            return True
-        if set(decisions) == {1}:
+        if decisions == full_decisions(len(decisions)):
             raise ModelError(
                 f"the base model's own log-probabilities are not finite on "
                 f"{self.prompts[place].text!r}; load it with --dtype float32"
             )
-        return False
 
 
-def _most_common(counts: Counter[TokenIds]) -> list[TokenIds]:
-    return [tokens for tokens, _ in counts.most_common(WRONG_ANSWERS)]
+def _are_finite(logprobs: Sequence[float]) -> bool:
+    return all(math.isfinite(logprob) for logprob in logprobs)
 
 
-def _difference(gold: float, other: float | None) -> float | None:
-    """Return a margin; None if a log-probability is missing or not finite."""
-    if other is None or not math.isfinite(gold - other):
+def _list_most_common(counter: Counter[TokenIds]) -> list[TokenIds]:
+    return [tokens for tokens, _ in counter.most_common(MAX_RIVALS)]
+
+
+def _compute_margin(gold: float, wrong: float | None) -> float | None:
+    """Return the margin; None if a log-probability is missing, or the margin isn't finite."""
+    if wrong is None or not math.isfinite(gold - wrong):
         return None
-    return gold - other
+    return gold - wrong

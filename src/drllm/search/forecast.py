@@ -1,4 +1,8 @@
-"""Forecast a search for `drllm search --dry-run`: search a few questions, and extrapolate."""
+"""Forecast what a search will take, for `drllm search --dry-run`.
+
+A few questions of each task are searched with a few simulations. The time, the executions and the
+disk space of this sample are then scaled to the whole search.
+"""
 
 import dataclasses
 import time
@@ -12,22 +16,21 @@ from drllm.records.search import SearchRecord
 from drllm.search.batch import search_in_step
 from drllm.search.questions import SearchQuestion, split_into_batches
 
-SAMPLE_QUESTIONS = 8
-"""Maximum number of questions in the sample of a task; the sample is never more than one batch."""
+SAMPLE_QUESTIONS = 8  # maximum number of questions in a task's sample, which is one batch
 SAMPLE_SIMULATIONS = 10  # maximum number of simulations of a question in the sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskForecast:
-    """What the search of one task takes at most; a stop rule may end questions early."""
+    """What the search of one task takes at most; a stop rule may take less."""
 
     task: str
-    questions: int
+    questions: int  # number of questions
     paths: int  # number of paths, full paths included
-    # Executions of layers by all paths and re-tests. An execution that several paths share is run
-    # once, but counted for each path.
+    # Number of layer executions of all paths, in the search and in re-tests. An execution that
+    # several paths share is counted for each path, though it runs once.
     executions: float
-    seconds: float  # on this device
+    seconds: float  # time on this device
     size_bytes: float  # size of the records on disk
     sample_questions: int  # number of questions in the sample
     sample_paths: int  # number of paths in the sample
@@ -37,31 +40,31 @@ class TaskForecast:
 def forecast_search(
     routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
 ) -> list[TaskForecast]:
-    """Search a few questions of each task, and extrapolate to all questions.
+    """Search a few questions of each task, and scale the result to all questions.
 
-    Nothing is written. The sample gives the time, the executions and the disk space per path. A
-    longer search usually takes less per path: its paths share more of their work, and larger
-    batches generate answers faster.
+    Nothing is written. The whole search usually takes less per path than the sample: its paths
+    share more of their work, and larger batches generate answers faster.
     """
-    by_task: dict[str, list[SearchQuestion]] = {}  # each task's questions, sorted by length
+    by_task: dict[str, list[SearchQuestion]] = {}
     for batch in split_into_batches(questions, config.block_size):
-        by_task.setdefault(batch.task, []).extend(batch.questions)
+        by_task.setdefault(batch.task, []).extend(batch.questions)  # batches are sorted by length
     return [
-        _forecast_task(routed, task, questions_of_task, config)
-        for task, questions_of_task in by_task.items()
+        _forecast_task(routed, task, task_questions, config)
+        for task, task_questions in by_task.items()
     ]
 
 
 def _forecast_task(
     routed: RoutedModel, task: str, questions: Sequence[SearchQuestion], config: SearchConfig
 ) -> TaskForecast:
-    sample = _sample(questions, min(SAMPLE_QUESTIONS, config.block_size))
-    warm_up = dataclasses.replace(config, num_simulations=1)
-    search_in_step(routed, sample[:1], warm_up)
+    sample = _draw_sample(questions, min(SAMPLE_QUESTIONS, config.block_size))
+    # A first search that isn't timed, since the first passes of a model are slow.
+    warm_up_config = dataclasses.replace(config, num_simulations=1)
+    search_in_step(routed, sample[:1], warm_up_config)
     num_simulations = min(SAMPLE_SIMULATIONS, config.num_simulations)
-    short = dataclasses.replace(config, num_simulations=num_simulations)
+    sample_config = dataclasses.replace(config, num_simulations=num_simulations)
     started = time.perf_counter()
-    records = search_in_step(routed, sample, short)
+    records = search_in_step(routed, sample, sample_config)
     seconds = time.perf_counter() - started
 
     sample_paths = sum(len(record.paths) for record in records)
@@ -80,12 +83,12 @@ def _forecast_task(
     )
 
 
-def _sample(questions: Sequence[SearchQuestion], maximum: int) -> list[SearchQuestion]:
-    """Return questions spread evenly over a list that is sorted by length."""
+def _draw_sample(questions: Sequence[SearchQuestion], maximum: int) -> list[SearchQuestion]:
+    """Return at most `maximum` questions, evenly spaced in a list that is sorted by length."""
     size = min(maximum, len(questions))
     sample: list[SearchQuestion] = []
     for number in range(size):
-        # The list has `size` equal parts; take the middle of each part.
+        # The list is divided into `size` equal parts. Take the middle question of each part.
         place = (2 * number + 1) * len(questions) // (2 * size)
         sample.append(questions[place])
     return sample

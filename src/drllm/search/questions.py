@@ -1,6 +1,7 @@
-"""Collect the questions of a search with their prompts, and split them into batches.
+"""Collect the questions of a search with their prompts, and divide them into shards and batches.
 
-This module doesn't import torch.
+A shard is the part of the questions that one machine searches. A batch is a group of questions that
+are searched together. This module doesn't import torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from drllm.tasks.rewards import check_installed
 from drllm.tasks.worked import WorkedTask
 
 QuestionSource: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
-"""Where questions come from: names of tasks, a file, tasks, examples of named tasks, or rows."""
+"""Where the questions of a search come from.
+
+A text holds names of tasks, separated by commas; a name may be a file. A path is a file. A list
+holds tasks, examples of registered tasks, or rows with the fields of a `.jsonl` file.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +39,11 @@ class SearchQuestion:
     """One question of a search, with all its prompts.
 
     Attributes:
-        place: Position among all questions of the search, from 0; the records are in this order.
+        place: Position among all questions of the search, from 0. Search records are in this order.
         task: The task's name.
         example: The question and its answer.
         prompt: The prompt that the search uses.
-        retests: Other prompts for the question, which a target path must answer right too.
+        retests: Other prompts for the question; the re-test runs right paths on them.
     """
 
     place: int
@@ -63,11 +68,11 @@ class Batch:
     @property
     def num_characters(self) -> int:
         """Characters of all prompts and continuations, as a measure of the work."""
-        return sum(map(_num_characters, self.questions))
+        return sum(_count_characters(question) for question in self.questions)
 
     @property
     def key(self) -> str:
-        """The name of the batch's results on disk."""
+        """The batch's key in the `Chunks` of the search."""
         return f"batch {self.number}"
 
 
@@ -81,20 +86,21 @@ class TaskExamples(NamedTuple):
 class Shard(NamedTuple):
     """One part of a search that is divided among machines."""
 
-    part: int  # from 1
+    part: int  # number of this part, from 1
     num_parts: int
 
 
 def collect_questions(source: QuestionSource | None, config: SearchConfig) -> list[SearchQuestion]:
     """Return the questions of a search, each question once.
 
-    The order of the steps matters. The limit is applied first and the shard is taken second, so the
-    shards of a search add up to its limit. A question that an earlier task has too is left out
-    last, with a warning. So the questions drawn from a task don't depend on other tasks.
+    Three steps choose the questions of a task. First `config.limit` questions are drawn. Then the
+    shard is taken, so all shards together have `config.limit` questions. Last, questions that an
+    earlier task has too are left out, with a warning. So other tasks never change which questions
+    are drawn from a task.
 
     Args:
-        source: Tasks or their names, to load the questions in `config.split`; examples of named
-            tasks; or rows. None stands for the tasks that `config.dataset` names.
+        source: Where the questions come from. Of a task, the questions in `config.split` are
+            loaded; examples and rows are all used. None stands for the tasks of `config.dataset`.
         config: The settings.
 
     Raises:
@@ -124,7 +130,7 @@ def _draw_questions(
     config: SearchConfig,
     shard: Shard | None,
 ) -> list[SearchQuestion]:
-    """Draw the questions of each task; leave out other shards and copies, and warn of copies."""
+    """Choose the questions of each task in the three steps of `collect_questions`."""
     questions: list[SearchQuestion] = []
     earlier_keys: set[str] = set()  # keys of the questions of earlier tasks
     num_copies = 0
@@ -155,27 +161,34 @@ def build_question(task: Task, example: Example, reward: str, place: int = 0) ->
 
 
 def split_into_batches(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
-    """Split questions into batches; a batch has one task and similar lengths, so little padding."""
+    """Split questions into batches of at most `size`.
+
+    The questions of a batch have the same task. They are of similar length, which keeps the padding
+    small.
+    """
     by_task: dict[str, list[SearchQuestion]] = {}
     for question in questions:
         by_task.setdefault(question.task, []).append(question)
     batches: list[Batch] = []
-    for questions_of_task in by_task.values():
-        by_length = sorted(questions_of_task, key=_num_characters)
+    for task_questions in by_task.values():
+        by_length = sorted(task_questions, key=_count_characters)
         for start in range(0, len(by_length), size):
             batch = Batch(len(batches), tuple(by_length[start : start + size]))
             batches.append(batch)
     return batches
 
 
-def _num_characters(question: SearchQuestion) -> int:
+def _count_characters(question: SearchQuestion) -> int:
     """Count the characters of a question's prompt and its continuations."""
     texts = [question.prompt.text, *question.prompt.continuations]
     return sum(len(text) for text in texts)
 
 
 def parse_shard(text: str) -> Shard:
-    """Read the value of `--shard`, such as `1/8`. Raises ConfigError if the value isn't valid."""
+    """Read the value of `--shard`, such as `1/8`.
+
+    Raises ConfigError if the value isn't valid or names the whole search.
+    """
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is not None:
         shard = Shard(int(match[1]), int(match[2]))
@@ -189,14 +202,15 @@ def parse_shard(text: str) -> Shard:
 
 
 def in_shard(example: Example, shard: Shard) -> bool:
-    """Tell whether a question belongs to a shard; this depends on its text, not on its id."""
-    # Another hash than `find_split`'s, which covers only a part of its range within one split.
+    """Tell whether a question belongs to a shard; this depends only on the question's text."""
+    # The hash of `find_split` can't be used: within a split its values are close together, so most
+    # shards would be empty. The prefix gives another hash.
     number = hash_text(f"shard:{question_key(example.question)}")
     return number % shard.num_parts == shard.part - 1
 
 
 def _check_strategy_settings(config: SearchConfig) -> None:
-    """Refuse a changed setting that only another strategy reads."""
+    """Refuse a setting that only another strategy reads, unless it has its default value."""
     defaults = SearchConfig()
     for strategy in STRATEGIES:
         if strategy == config.strategy:
@@ -213,8 +227,8 @@ def _check_strategy_settings(config: SearchConfig) -> None:
 def _load_examples(
     source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[TaskExamples]:
-    """Return the examples by task: whole tasks first, then single examples, then rows."""
-    check_data_dir(config.data_dir)  # refused even if no task reads it
+    """Return the examples by task; the tasks of the list come first, then its examples and rows."""
+    check_data_dir(config.data_dir)  # a wrong folder is refused even if no task reads it
     groups: list[TaskExamples] = []
     examples_by_task: dict[str, list[Example]] = {}
     rows: list[Row] = []
@@ -239,15 +253,18 @@ def _load_examples(
 def _apply_prompt_settings(
     groups: Sequence[TaskExamples], config: SearchConfig
 ) -> list[TaskExamples]:
-    """Wrap the tasks for `--reward FILE.py:…`, `--num-fewshot` and `--max-new-tokens`."""
+    """Apply `--reward FILE.py:FUNCTION`, `--num-fewshot` and `--max-new-tokens` to the tasks.
+
+    A task that a setting changes is wrapped in a task that makes the changed prompts.
+    """
     max_new_tokens = config.max_new_tokens
     groups = list(groups)
-    if config.reward is not None and SUFFIX in config.reward:
+    if config.reward is not None and SUFFIX in config.reward:  # a function in a user's file
         groups = [
             TaskExamples(GradedTask(group.task, config.reward, max_new_tokens), group.examples)
             for group in groups
         ]
-        max_new_tokens = None
+        max_new_tokens = None  # the graded tasks apply it
     if config.num_fewshot or max_new_tokens is not None:
         groups = [_add_worked_examples(group, config, max_new_tokens) for group in groups]
     return groups
@@ -256,18 +273,26 @@ def _apply_prompt_settings(
 def _add_worked_examples(
     group: TaskExamples, config: SearchConfig, max_new_tokens: int | None
 ) -> TaskExamples:
-    """Return the task with worked examples before each question; the search leaves these out."""
+    """Return the task with `--num-fewshot` worked examples before each question.
+
+    The worked examples are left out of the questions to search. Without `--num-fewshot` the task
+    only gets the limit `max_new_tokens`.
+    """
     task, examples = group
-    num_shots = config.num_fewshot or 0
-    if num_shots == 0:
+    if config.num_fewshot is None:
         return TaskExamples(WorkedTask(task, (), max_new_tokens), examples)
+    num_shots = config.num_fewshot
+    # A task of the harness may come with worked examples.
     if any(getattr(task, "shots_of", {}).values()):
-        raise ConfigError(f"--num-fewshot has no effect on {task.name}, which has its own")
+        raise ConfigError(
+            f"--num-fewshot has no effect on {task.name}, which has worked examples of its own; "
+            f"leave it out"
+        )
     pool = [example for example, _ in task.shots(config.split, config.data_dir)]
     if len(pool) < num_shots:
         raise TaskError(
-            f"--num-fewshot is {num_shots}, and {task.name} has {len(pool)} questions to show; "
-            f"give at most {len(pool)}"
+            f"--num-fewshot is {num_shots}, but {task.name} has only {len(pool)} questions for "
+            f"worked examples; give at most {len(pool)}"
         )
     shots = choose(pool, num_shots, config.seed)
     remaining = [example for example in examples if example not in shots]
@@ -275,7 +300,7 @@ def _add_worked_examples(
 
 
 def _choose_rewards(tasks: Sequence[Task], config: SearchConfig) -> list[str]:
-    """Return the reward of each task; refuse a reward that doesn't fit or lacks its packages."""
+    """Return the name of each task's reward; refuse a `--reward` or `--no-kl` that doesn't fit."""
     rewards = [task.check_reward(config.reward) for task in tasks]
     for reward in rewards:
         check_installed(reward)

@@ -1,7 +1,7 @@
 """Search batches on Ray: one worker process per device, on this machine or on a cluster.
 
-`RayExecutor` keeps every worker busy with a small number of batches, and replaces workers that die.
-Ray is imported only when an executor is created.
+`RayExecutor` gives every worker a small number of batches at a time, and replaces workers that die.
+`Jobs` says which batch comes next. Ray is imported only when an executor is made.
 """
 
 import dataclasses
@@ -37,13 +37,15 @@ from drllm.search.questions import Batch
 from drllm.tasks.examples import Prompt
 
 BATCHES_A_WORKER = 2
-"""Batches that a worker holds: the current batch and the next, so that the worker never waits."""
+"""Batches that a worker has: the current batch and the next, so that the worker never waits."""
 MAX_LOSSES = 3
-"""Number of workers that may die on one question alone; then the question is set aside."""
-MAX_FAILED_STARTS = 3  # number of workers in a row that may die while they load the model
-START_TIMEOUT_S = 600.0  # maximum time until the first worker has loaded the model
+"""A question is set aside when this many workers have died while they searched it alone."""
+MAX_FAILED_STARTS = 3
+"""The search ends when this many workers in a row have died while they loaded the model."""
+START_TIMEOUT_S = 600.0  # maximum time in seconds until the first worker has loaded the model
 CONNECT_TIMEOUT_S = 5.0
-"""Maximum time to connect to an address; Ray itself would try for minutes."""
+"""Maximum time in seconds to connect to an address; Ray itself would try for minutes."""
+MAX_PORT = 2**16 - 1
 
 
 class Worker:
@@ -56,8 +58,8 @@ class Worker:
 
         Args:
             model: Which model, and how to load it.
-            num_threads: Threads of torch.
-            num_sharing: Workers that share the memory of this machine.
+            num_threads: Number of threads of torch.
+            num_sharing: Number of workers that share the memory of this machine.
         """
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
@@ -72,19 +74,19 @@ class Worker:
         return self.local.render_prompts(prompts)
 
     def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> BatchRecords:
-        """Search a batch."""
+        """Search a batch; `parts` keeps the result of every step."""
         with quiet():
             return search_batch(self.local.routed, batch, config, parts=parts)
 
 
 @dataclass(eq=False)
 class Seat:
-    """The worker of one device, with its jobs; a worker that dies is replaced by another seat.
+    """The state of one worker, as the executor knows it.
 
     Attributes:
-        worker: Ray's handle of the actor.
-        starting: Ray's future of the loaded model; None once the model is loaded.
-        jobs: Futures of results with their batches, in the order of submission.
+        worker: Ray's handle of the `Worker`.
+        starting: Ray's future of `Worker.load`; None once the model is loaded.
+        jobs: The worker's jobs in their order: Ray's future of each result, and the batch.
     """
 
     worker: Any
@@ -98,10 +100,13 @@ class Seat:
 
     @property
     def next_future(self) -> Any:
-        """The future to wait for: the loaded model, then the first job; None without jobs."""
+        """The future to wait for: of the start, then of the first job; None without jobs."""
         if not self.is_ready:
             return self.starting
-        return self.jobs[0][0] if self.jobs else None
+        if not self.jobs:
+            return None
+        future, _ = self.jobs[0]
+        return future
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +114,27 @@ class WorkerPlan:
     """How many workers run, and what each worker gets."""
 
     num_workers: int
-    device: str  # "cuda", "cpu", or the device in the model's settings
+    device: str  # "cuda" or "cpu" in place of "auto", else the device in the model's settings
     num_threads: int  # threads of torch in each worker
-    num_sharing: int  # number of workers that share the memory of one machine
-    options: Mapping[str, int]  # Ray's options of an actor
+    num_sharing: int  # maximum number of workers that share the memory of one machine
+    options: Mapping[str, int]  # the devices of a worker, as Ray's options of an actor
 
 
 class RayExecutor:
     """Searches batches on Ray with one worker per device; a context manager.
 
     A worker that dies is replaced, and its jobs are searched again. The records are the same as
-    those of `LocalExecutor`, wherever and however often a batch is searched. With the device `auto`
-    each worker gets a GPU if Ray has GPUs, else the CPU. By default there is one worker per GPU, or
-    one per CPU core. Without a cluster's address the executor starts Ray on this machine and stops
-    Ray afterwards. If this process has started Ray already, the executor uses this Ray.
+    those of `LocalExecutor`.
+
+    If this process is connected to Ray already, the executor uses this connection. Otherwise the
+    executor connects to the cluster at `address`, or starts Ray on this machine, and disconnects or
+    stops it at the end.
+
+    Args:
+        model: Which model, and how to load it. With the device `auto` each worker gets a GPU if Ray
+            has GPUs, else the CPU.
+        num_workers: None for one worker per GPU, or one per CPU core without GPUs.
+        address: The cluster's address; see `connect`.
     """
 
     def __init__(
@@ -133,14 +145,15 @@ class RayExecutor:
 
         self.ray: Any = ray
         names = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
+        # The errors of Ray if a worker died.
         self._loss_errors = tuple(getattr(ray.exceptions, name) for name in names)
-        self._starts_ray = not ray.is_initialized()
-        self._is_on_this_machine = self._starts_ray and address is None
+        self._connects = not ray.is_initialized()
+        self._is_on_this_machine = self._connects and address is None
         self.seats: list[Seat] = []
         self.identity: Mapping[str, Any] = {}
         self.runtime: Mapping[str, Any] = {}
         self._failed_starts = 0
-        if self._starts_ray:
+        if self._connects:
             connect(ray, address, num_workers)
         try:
             self._start_workers(model, num_workers)
@@ -152,11 +165,11 @@ class RayExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop the workers, and Ray if this executor has started it."""
+        """Stop the workers, and the connection to Ray if this executor made it."""
         for seat in self.seats:
             self.ray.kill(seat.worker)
         self.seats = []
-        if self._starts_ray:
+        if self._connects:
             self.ray.shutdown()
 
     def render_prompts(self, prompts: Sequence[Prompt]) -> list[str | None]:
@@ -172,64 +185,64 @@ class RayExecutor:
         chunks: Chunks | None = None,
         on_batch_step: OnBatchStep | None = None,
     ) -> Iterator[tuple[Batch, BatchRecords]]:
-        """Search batches on all workers, and yield them in any order.
+        """Search batches on all workers; see `Executor.search`.
 
         A batch is taken from the iterable only when a worker has room for it. Workers of a cluster
-        don't keep the steps of an unfinished batch, since they may not see the folder.
+        don't use `chunks`, since they may not see its folder.
         """
         jobs = Jobs(batches)
-        stored_config = self.ray.put(self._worker_config(config))
-        kept_parts = chunks if self._is_on_this_machine else None
+        stored_config = self.ray.put(self._make_worker_config(config))
+        if not self._is_on_this_machine:
+            chunks = None
         while True:
-            self._hand_out(jobs, stored_config, kept_parts)
+            self._hand_out(jobs, stored_config, chunks)
             if not jobs.retries and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._wait_for_seats():
                 if not seat.is_ready:
                     self._finish_start(seat)
                     continue
-                finished = self._finish_job(seat, jobs)
-                if finished is not None:
-                    yield finished
+                finished_batch = self._finish_job(seat, jobs)
+                if finished_batch is not None:
+                    yield finished_batch
 
-    def _worker_config(self, config: SearchConfig) -> SearchConfig:
+    def _make_worker_config(self, config: SearchConfig) -> SearchConfig:
         """Return the settings with one worker's share of the memory for shared states."""
         if config.state_cache_gb is None:
             return config
-        return dataclasses.replace(
-            config, state_cache_gb=config.state_cache_gb / self.plan.num_sharing
-        )
+        share_gb = config.state_cache_gb / self.plan.num_sharing
+        return dataclasses.replace(config, state_cache_gb=share_gb)
 
-    def _hand_out(self, jobs: "Jobs", stored_config: Any, kept_parts: Chunks | None) -> None:
-        """Fill up the jobs of every worker that has loaded the model."""
+    def _hand_out(self, jobs: "Jobs", stored_config: Any, chunks: Chunks | None) -> None:
+        """Give new jobs to every worker that has loaded the model and has room for a job."""
         for seat in self.seats:
             while seat.is_ready and len(seat.jobs) < BATCHES_A_WORKER:
                 batch = jobs.next_job()
                 if batch is None:
                     return
-                parts = None if kept_parts is None else kept_parts.within(batch.key)
+                parts = None if chunks is None else chunks.within(batch.key)
                 future = seat.worker.search.remote(batch, stored_config, parts)
                 seat.jobs.append((future, batch))
 
     def _finish_job(self, seat: Seat, jobs: "Jobs") -> tuple[Batch, BatchRecords] | None:
-        """Return the batch that a worker's first job completes; None if it completes no batch.
+        """Handle the end of a worker's first job: its result, or the death of the worker.
 
-        A worker that died is replaced.
+        Returns a batch with its result if the job was its last one, else None.
         """
         future, batch = seat.jobs[0]
         try:
             result = self._get(future)
         except self._loss_errors:
-            # Only the first job was running, so the other jobs can't have killed the worker.
-            waiting = list(seat.jobs)[1:]
-            jobs.retries.extend(batch for _, batch in waiting)
+            # Only the first job was running, so the waiting jobs can't have killed the worker.
+            for _, waiting_batch in list(seat.jobs)[1:]:
+                jobs.retries.append(waiting_batch)
             self._replace(seat)
             return jobs.lose(batch)
         seat.jobs.popleft()
         return jobs.finish(batch, result)
 
     def _start_workers(self, model: ModelConfig, num_workers: int | None) -> None:
-        """Start all workers, and wait until one of them has loaded the model."""
+        """Start all workers, and wait until the first of them has loaded the model."""
         self.plan = plan_workers(self.ray, model, num_workers)
         self._model = dataclasses.replace(model, device=self.plan.device)
         self.seats = [self._new_seat() for _ in range(self.plan.num_workers)]
@@ -238,6 +251,7 @@ class RayExecutor:
                 self._finish_start(seat)
 
     def _new_seat(self) -> Seat:
+        """Start a worker; it begins to load the model."""
         worker = self.ray.remote(Worker).options(**self.plan.options).remote()
         starting = worker.load.remote(self._model, self.plan.num_threads, self.plan.num_sharing)
         return Seat(worker, starting)
@@ -248,7 +262,10 @@ class RayExecutor:
         self.seats[self.seats.index(seat)] = self._new_seat()
 
     def _wait_for_seats(self) -> list[Seat]:
-        """Wait for workers that have loaded the model, finished a job, or died; return them."""
+        """Wait until a worker has loaded the model, finished a job, or died.
+
+        Return all workers for which this is true by then.
+        """
         seats: dict[Any, Seat] = {}
         for seat in self.seats:
             if seat.next_future is not None:
@@ -261,13 +278,13 @@ class RayExecutor:
                 f"no worker of Ray has loaded the model within {START_TIMEOUT_S:.0f} s; "
                 f"'ray status' says what its nodes lack"
             )
-        if waiting:
-            more, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0)
-            done += more
+        if waiting:  # `wait` returns only one future, even if more are done
+            also_done, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            done += also_done
         return [seats[future] for future in done]
 
     def _finish_start(self, seat: Seat) -> None:
-        """Mark a worker as ready when it has loaded the model; replace it if it died meanwhile."""
+        """Mark a worker as ready, or replace it if it died while it loaded the model."""
         try:
             identity, runtime = self._get(seat.starting)
         except self._loss_errors as error:
@@ -287,6 +304,7 @@ class RayExecutor:
         seat.starting = None
 
     def _check_same_model(self, model: Mapping[str, Any]) -> None:
+        """Refuse a worker's model if it differs from the first worker's."""
         for name, value in {**self.identity, **self.runtime}.items():
             if value != model.get(name):
                 raise ModelError(
@@ -334,14 +352,16 @@ def plan_workers(ray: Any, model: ModelConfig, num_workers: int | None) -> Worke
         device = "cuda" if uses_gpus else "cpu"
 
     nodes = ray.nodes()
-    # `connect` may report more cores to a local Ray than there are, so that workers share cores.
-    num_real_cores = min(num_cores, os.cpu_count() or 1) if len(nodes) == 1 else num_cores
+    num_real_cores = num_cores
+    if len(nodes) == 1:
+        # To let workers share cores, `connect` tells a local Ray that there are more cores.
+        num_real_cores = min(num_cores, os.cpu_count() or 1)
     num_threads = max(1, num_real_cores // num_workers)
     if uses_gpus:
-        num_sharing = 1  # workers don't share a GPU
+        num_sharing = 1  # a worker has the memory of its GPU to itself
         options = {"num_gpus": 1, "num_cpus": 0}
     else:
-        # The number of workers that fit on the node with the most cores.
+        # As many workers share the memory of a node as fit on the node with the most cores.
         most_cores = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
         num_sharing = min(num_workers, max(1, most_cores // num_threads))
         options = {"num_gpus": 0, "num_cpus": num_threads}
@@ -367,50 +387,60 @@ def _too_few_devices(
 
 
 class Jobs:
-    """The batches of a search, for workers that may die.
+    """The jobs of a search, for workers that may die.
 
-    When a worker dies, the questions of its batch are searched again one by one. This gives the
-    same decisions and rewards. A question whose workers keep dying is set aside.
+    A job is a whole batch or, if a worker died during a batch, one question of the batch. Questions
+    that are searched alone get the same decisions and rewards. A question is set aside when
+    `MAX_LOSSES` workers have died while they searched it alone.
 
     Attributes:
-        retries: Jobs to run again, before new batches. A job is a whole batch or one question of a
-            batch.
+        retries: Jobs to run again, before new batches.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.retries: deque[Batch] = deque()
-        self._new = iter(batches)
-        self._losses: Counter[int] = Counter()  # place of a question → number of lost workers
-        self._split: dict[int, SplitBatch] = {}  # number of a batch → the batch
+        self._new_batches = iter(batches)
+        self._num_losses: Counter[int] = Counter()  # place of a question → number of dead workers
+        self._split_batches: dict[int, SplitBatch] = {}  # number of a batch → the batch
 
     def next_job(self) -> Batch | None:
-        """Return the next job; None if there is none at the moment."""
+        """Return the next job; None if no job is left to hand out now."""
         if self.retries:
             return self.retries.popleft()
-        return next(self._new, None)
+        return next(self._new_batches, None)
 
     def finish(self, job: Batch, result: BatchRecords) -> tuple[Batch, BatchRecords] | None:
-        """Return the whole batch with its result; None while some of its questions are missing."""
-        split = self._split.get(job.number)
-        if split is None:
+        """Record the result of a job.
+
+        Returns the whole batch with its result; None while other questions of the batch are left.
+        """
+        split_batch = self._split_batches.get(job.number)
+        if split_batch is None:
             return job, result
-        split.results[job.questions[0].place] = result
-        if len(split.results) < len(split.batch.questions):
+        [question] = job.questions
+        split_batch.results[question.place] = result
+        if len(split_batch.results) < len(split_batch.batch.questions):
             return None
-        del self._split[job.number]
-        return split.batch, split.join_results()
+        del self._split_batches[job.number]
+        return split_batch.batch, split_batch.join_results()
 
     def lose(self, job: Batch) -> tuple[Batch, BatchRecords] | None:
-        """Record that a worker died during a job; return the batch if this ends it (`finish`)."""
+        """Record that a worker died during a job.
+
+        Returns the same as `finish` if the job's only question is set aside, else None.
+        """
         if len(job.questions) > 1:
-            self._split_up(job)
+            self._split(job)
             return None
         [question] = job.questions
-        self._losses[question.place] += 1
-        num_losses = self._losses[question.place]
+        self._num_losses[question.place] += 1
+        num_losses = self._num_losses[question.place]
         logger.warning(
-            "a worker died while it searched question %s of %s (loss %d of at most %d)",
-            *(question.example.id, question.task, num_losses, MAX_LOSSES),
+            "a worker died while it searched question %s of %s alone (%d of at most %d times)",
+            question.example.id,
+            question.task,
+            num_losses,
+            MAX_LOSSES,
         )
         if num_losses < MAX_LOSSES:
             self.retries.append(job)
@@ -418,14 +448,15 @@ class Jobs:
         failed = failed_question(question, "its worker process died", MAX_LOSSES)
         return self.finish(job, BatchRecords((), (failed,)))
 
-    def _split_up(self, batch: Batch) -> None:
+    def _split(self, batch: Batch) -> None:
         """Turn a batch into one job per question."""
         logger.warning(
             "a worker died while it searched batch %d; its %d questions are searched again, "
             "one by one",
-            *(batch.number, len(batch.questions)),
+            batch.number,
+            len(batch.questions),
         )
-        self._split[batch.number] = SplitBatch(batch)
+        self._split_batches[batch.number] = SplitBatch(batch)
         for question in batch.questions:
             self.retries.append(Batch(batch.number, (question,)))
 
@@ -453,9 +484,10 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
 
     Args:
         ray: The package.
-        address: HOST:PORT of a cluster; `auto` for the cluster that `RAY_ADDRESS` names or that Ray
-            finds on this machine; None to start Ray here.
-        num_workers: Minimum number of cores that Ray reports if it is started here.
+        address: HOST:PORT of a cluster. `auto` stands for the cluster that `RAY_ADDRESS` names or
+            that Ray finds on this machine. None starts Ray on this machine.
+        num_workers: If Ray is started here, it is told that there are at least this many cores, so
+            that workers may share a core.
 
     Raises:
         ConfigError: The address isn't valid, or there is no cluster at the address.
@@ -464,12 +496,12 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
     quiet_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         num_cores = max(os.cpu_count() or 1, num_workers or 1)
-        # "local" ignores RAY_ADDRESS: without --ray-address Ray runs on this machine.
+        # Unlike None, "local" ignores RAY_ADDRESS: without --ray-address Ray runs on this machine.
         ray.init(address="local", num_cpus=num_cores, include_dashboard=False, **quiet_options)
         return
     match = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)
-    is_address = match is not None and int(match[2]) < 1 << 16
-    if address != "auto" and not is_address:
+    is_host_and_port = match is not None and int(match[2]) <= MAX_PORT
+    if address != "auto" and not is_host_and_port:
         raise ConfigError(
             f"--ray-address is {address!r}; give HOST:PORT of a running cluster, 'auto' for one "
             f"on this machine, or leave it out to start one"

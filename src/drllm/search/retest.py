@@ -1,4 +1,7 @@
-"""The re-test: ask each question with other prompts, and keep the paths that are right again.
+"""The re-test: run right paths on other prompts of their questions.
+
+A path may be right by chance, for example because it prefers the first option. Only a path that is
+right on other prompts too survives, and may become a target.
 
 A pair is a question's place in the batch and the decisions of a path.
 """
@@ -15,13 +18,17 @@ from drllm.records.search import Retest
 from drllm.search.evaluator import Evaluator, Outcome, TokenizedPrompt, judge_options
 
 Evaluate: TypeAlias = Callable[[Sequence[Pair]], list[Outcome]]
+"""A function that runs pairs and returns their outcomes, in order."""
 RunStep: TypeAlias = Callable[[str, Sequence[Pair], Evaluate], list[Outcome]]
-"""A function that evaluates the pairs of a step, or reads the results of an interrupted search. Its
-arguments are the step's name, the pairs, and the function that evaluates them."""
+"""A function that returns the outcomes of one step of the re-test.
+
+Its arguments are the step's name, the step's pairs, and the function that evaluates them. It may
+keep the outcomes on disk, and read them there when a search is resumed."""
 
 MARGIN_TOLERANCE = 0.5
 """How far a path's mean margin may lie below the full path's, in nats."""
-MIN_PATHS_PER_PART = 64  # results are kept after each part; a part has whole questions
+MIN_PATHS_PER_PART = 64
+"""Minimum number of paths in a step of the re-test, unless no more are left."""
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
@@ -39,26 +46,37 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
 
 
 def pairs_to_retest(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
-    """Return the pairs to re-test, sorted by question: the full path, then the candidates.
+    """Return the pairs to re-test, sorted by question.
 
-    The margins of the candidates are compared with the full path's.
+    Of each question with candidates, the full path comes first, since the candidates' margins are
+    compared with its margin. The candidates follow.
     """
-    candidates = [pair for pair in outcomes if _is_candidate_pair(pair, outcomes)]
-    pairs: dict[Pair, None] = {}  # an ordered set
-    for place, decisions in candidates:
-        pairs[place, full_decisions(len(decisions))] = None
-        pairs[place, decisions] = None
+    pairs: dict[Pair, None] = {}  # a dictionary used as a set that keeps its order
+    for pair in _list_candidates(outcomes):
+        pairs[_find_full_pair(pair)] = None
+        pairs[pair] = None
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _is_candidate_pair(pair: Pair, outcomes: Mapping[Pair, Outcome]) -> bool:
+def _list_candidates(outcomes: Mapping[Pair, Outcome]) -> list[Pair]:
+    """Return the pairs whose path may become a target."""
+    candidates: list[Pair] = []
+    for pair, outcome in outcomes.items():
+        _, decisions = pair
+        full_outcome = outcomes[_find_full_pair(pair)]
+        if is_candidate(decisions, outcome, full_outcome):
+            candidates.append(pair)
+    return candidates
+
+
+def _find_full_pair(pair: Pair) -> Pair:
+    """Return the pair of the same question with the full path."""
     place, decisions = pair
-    full = outcomes[place, full_decisions(len(decisions))]
-    return is_candidate(decisions, outcomes[pair], full)
+    return place, full_decisions(len(decisions))
 
 
 def evaluate_step(_name: str, pairs: Sequence[Pair], evaluate: Evaluate) -> list[Outcome]:
-    """Evaluate the pairs of a step, without keeping the results."""
+    """Evaluate the pairs of a step: the `RunStep` that keeps nothing on disk."""
     return evaluate(pairs)
 
 
@@ -69,14 +87,16 @@ def retest_paths(
     outcomes: Mapping[Pair, Outcome],
     run_step: RunStep = evaluate_step,
 ) -> dict[Pair, Retest]:
-    """Evaluate each candidate on the other prompts of its question; see `is_candidate`.
+    """Run each candidate on the other prompts of its question, and judge the results.
+
+    `is_candidate` says what a candidate is.
 
     Args:
-        evaluator: The evaluator of the outcomes. Its states are freed before other prompts run.
+        evaluator: The evaluator of the search. Its states are freed before other prompts run.
         retest_prompts: For each question, its other prompts.
         config: The settings.
-        outcomes: The outcome of each question and path, the full path of each question included.
-        run_step: Evaluates the pairs of a few questions at a time, and may keep the results.
+        outcomes: The outcomes of the search for all pairs, with the full path of each question.
+        run_step: Evaluates the pairs of a few questions at a time, and may keep the outcomes.
 
     Returns:
         The re-test of every candidate.
@@ -87,26 +107,25 @@ def retest_paths(
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
     for number, prompts in enumerate(_group_prompts(pairs, retest_prompts)):
         runner = _new_runner(evaluator, prompts, config, outcomes)
-        for part in _split_by_question([pair for pair in pairs if pair[0] in prompts]):
+        pairs_with_prompt = [pair for pair in pairs if pair[0] in prompts]
+        for part in _split_by_question(pairs_with_prompt):
             part_outcomes = run_step(f"retest {number}", part, runner.evaluate)
             for pair, outcome in zip(part, part_outcomes, strict=True):
                 results[pair].append(outcome)
     retests: dict[Pair, Retest] = {}
-    for pair in pairs:
-        if _is_candidate_pair(pair, outcomes):
-            place, decisions = pair
-            full_results = results[place, full_decisions(len(decisions))]
-            retests[pair] = judge_retest(results[pair], full_results, MARGIN_TOLERANCE)
+    for pair in _list_candidates(outcomes):
+        full_results = results[_find_full_pair(pair)]
+        retests[pair] = judge_retest(results[pair], full_results, MARGIN_TOLERANCE)
     return retests
 
 
 def _group_prompts(
     pairs: Sequence[Pair], retest_prompts: Sequence[Sequence[TokenizedPrompt]]
 ) -> list[dict[int, TokenizedPrompt]]:
-    """Group prompts by number: the first other prompt of each question, then the second, and so on.
+    """Group the other prompts: the first of every question, then the second, and so on.
 
-    A group is a dictionary from the question's place to the prompt. Some questions have fewer
-    prompts than others: a question with 3 options has fewer rotations.
+    A group maps the places of questions to prompts. Later groups may lack questions that have fewer
+    prompts: each prompt shows the options in another order, and a question may have few options.
     """
     places = list(dict.fromkeys(place for place, _ in pairs))
     num_groups = max((len(retest_prompts[place]) for place in places), default=0)
@@ -121,7 +140,10 @@ def _group_prompts(
 
 
 def _split_by_question(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Split pairs into parts of whole questions; the pairs are sorted by question."""
+    """Split pairs into parts for `RunStep`; all pairs of a question are in the same part.
+
+    The pairs are sorted by question.
+    """
     part: list[Pair] = []
     for pair in pairs:
         is_next_question = bool(part) and pair[0] != part[-1][0]
@@ -139,25 +161,24 @@ def _new_runner(
     config: SearchConfig,
     outcomes: Mapping[Pair, Outcome],
 ) -> "NormalisedRetest | PromptRetest":
-    """Return an object that evaluates paths on these prompts.
+    """Return an object whose method `evaluate` gives the outcomes of paths on these prompts.
 
-    If the prompts differ from the search's only in `normalised`, the log-probabilities of the
-    search suffice. Otherwise the model runs.
+    Some other prompts are the same text, but score options per character (`Prompt.normalised`).
+    For these the log-probabilities of the search suffice. For other texts the model runs.
     """
-    if all(
-        prompt.prompt == dataclasses.replace(evaluator.prompts[place].prompt, normalised=True)
-        for place, prompt in prompts.items()
-    ):
-        return NormalisedRetest(prompts, outcomes)
-    return PromptRetest(evaluator, prompts, config)
+    for place, prompt in prompts.items():
+        search_prompt = evaluator.prompts[place].prompt
+        if prompt.prompt != dataclasses.replace(search_prompt, normalised=True):
+            return PromptRetest(evaluator, prompts, config)
+    return NormalisedRetest(prompts, outcomes)
 
 
 @dataclass(frozen=True)
 class NormalisedRetest:
     """Judges options by their log-probability per character; no layer runs again."""
 
-    prompts: Mapping[int, TokenizedPrompt]
-    outcomes: Mapping[Pair, Outcome]  # outcomes of the search itself
+    prompts: Mapping[int, TokenizedPrompt]  # by the question's place in the batch
+    outcomes: Mapping[Pair, Outcome]  # the outcomes of the search
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes by the normalised log-probabilities."""
@@ -174,16 +195,17 @@ class PromptRetest:
     search_evaluator: Evaluator
     prompts: Mapping[int, TokenizedPrompt]  # by the question's place in the batch
     config: SearchConfig
-    _evaluator: Evaluator | None = None
+    _evaluator: Evaluator | None = None  # made by the first `evaluate`
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcomes on the other prompts, margins included."""
-        if self._evaluator is None:  # made late: the results may all be on disk already
+        if self._evaluator is None:  # not made earlier, since all outcomes may be on disk
             self._evaluator = self._new_evaluator()
-        # The new evaluator numbers only the questions of these prompts.
+        # In the new evaluator, a question's place is the place of its prompt in `prompts`.
         new_places = {place: number for number, place in enumerate(self.prompts)}
         new_pairs = [(new_places[place], decisions) for place, decisions in pairs]
-        return self._evaluator.with_margins(new_pairs, self._evaluator.evaluate(new_pairs))
+        outcomes = self._evaluator.evaluate(new_pairs)
+        return self._evaluator.with_margins(new_pairs, outcomes)
 
     def _new_evaluator(self) -> Evaluator:
         self.search_evaluator.forget()
@@ -199,31 +221,32 @@ def judge_retest(
 ) -> Retest:
     """Decide whether a path survives the re-test.
 
-    A path survives if it is right on most of the other prompts, and if its mean margin is at most
-    `tolerance` below the full path's. If a question has no other prompts, all its paths survive.
+    A path survives if it is right on more than half of the other prompts, and if its mean margin is
+    at most `tolerance` below the full path's. If a question has no other prompts, all its paths
+    survive.
 
     Args:
-        outcomes: The outcomes of the path, one per prompt.
+        outcomes: The outcomes of the path on the other prompts.
         full_outcomes: The outcomes of the full path, in the same order.
-        tolerance: How far the margin may lie below the full path's, in nats.
+        tolerance: How far the mean margin may lie below the full path's, in nats.
     """
     num_passed = sum(outcome.is_right for outcome in outcomes)
-    # Margins are compared only on prompts where both paths have one.
+    # Margins are compared only on prompts on which both paths have a margin.
     margins: list[float] = []
-    losses: list[float] = []
-    for outcome, full in zip(outcomes, full_outcomes, strict=True):
-        if outcome.margin is not None and full.margin is not None:
+    shortfalls: list[float] = []
+    for outcome, full_outcome in zip(outcomes, full_outcomes, strict=True):
+        if outcome.margin is not None and full_outcome.margin is not None:
             margins.append(outcome.margin)
-            losses.append(full.margin - outcome.margin)
+            shortfalls.append(full_outcome.margin - outcome.margin)
     mean_margin = None
-    mean_loss = 0.0
+    mean_shortfall = 0.0
     if margins:
         mean_margin = sum(margins) / len(margins)
-        mean_loss = sum(losses) / len(losses)
-    is_right = num_passed * 2 > len(outcomes) or not outcomes
+        mean_shortfall = sum(shortfalls) / len(shortfalls)
+    has_passed = not outcomes or num_passed > len(outcomes) / 2
     return Retest(
         passed=num_passed,
         asked=len(outcomes),
         margin=mean_margin,
-        survived=is_right and mean_loss <= tolerance,
+        survived=has_passed and mean_shortfall <= tolerance,
     )

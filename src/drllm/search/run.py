@@ -1,6 +1,7 @@
-"""The search stage: from questions to `search.jsonl`. A search can be resumed at any moment.
+"""The search stage: from questions to `search.jsonl`.
 
-`search_paths` is the stage for Python users; `run_search` is the same stage with an executor.
+`search_paths` is the stage for Python users: it loads the model and collects the questions.
+`run_search` then searches them, and resumes an interrupted search.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from drllm.search.questions import (
 )
 from drllm.supervision.rules import is_improving, survived
 
-HOPELESS = 16  # the search ends if this many questions fail before any question succeeds
+MAX_FAILED_AT_START = 16
+"""The search ends if this many questions fail before any question succeeds."""
 MAX_PROMPT_CHARACTERS = 600
 """Maximum characters of a prompt that are shown; a longer prompt is shown without its middle."""
-MIN_QUESTIONS_TO_WARN = 5  # minimum questions of a task to warn that the full path is never right
+MIN_QUESTIONS_TO_WARN = 5
+"""A task needs this many questions for the warning that the full path is never right on it."""
 MAX_TEXT_CHARACTERS = 60  # maximum characters of a question or an answer in a warning
 
 
@@ -54,19 +57,19 @@ def search_paths(
 ) -> SearchRecords:
     """Search the paths of questions, and write `search.jsonl` with its manifest.
 
-    Results are kept as they come. After an interruption the same call resumes the search. The
-    interruption loses at most one round of one batch. The records are the same as without the
-    interruption, except for their times. A question that fails every time is set aside in
-    `search.failed.jsonl`.
+    After an interruption the same call resumes the search. Of an unfinished batch at most one step
+    is lost. The records are the same as without the interruption, except for their times. A
+    question that fails every time is set aside in `search.failed.jsonl`.
 
     Args:
-        model: A name or a `ModelConfig` (the model is loaded here, or by the workers of Ray), the
-            result of `load`, a `RoutedModel`, or a causal language model of transformers.
-        examples: Names of tasks, or a file; a list of tasks; a list of examples of tasks; a list of
-            rows (dicts with the fields of a `.jsonl` file), which are all searched, in whichever
-            split they are; or the result of `collect_questions`. None stands for the tasks that
-            `config.dataset` names.
-        config: The settings; `config.output_dir` is for the command line and isn't read here.
+        model: A name or a `ModelConfig` to load the model, the result of `load`, a `RoutedModel`,
+            or a causal language model of transformers. With `config.executor` "ray" every worker
+            loads the model, so only a name or a `ModelConfig` will do.
+        examples: Names of tasks, or a file; a list of tasks, of examples, or of rows (dicts with
+            the fields of a `.jsonl` file); or the result of `collect_questions`. Of tasks the
+            questions in `config.split` are searched. Examples and rows are searched whatever their
+            split. None stands for the tasks that `config.dataset` names.
+        config: The settings. `config.output_dir` is read only by the command line.
         output_dir: The folder for the files; None writes no files.
         tokenizer: The model's tokenizer. None takes the tokenizer that comes with the model, or
             loads the tokenizer by the model's name.
@@ -74,7 +77,7 @@ def search_paths(
         settings: Settings of `SearchConfig` by name; they replace the settings in `config`.
 
     Returns:
-        One record per question that could be searched, in the questions' order.
+        The records of all questions that could be searched, in the questions' order.
 
     Raises:
         ConfigError: A setting has no effect, or the folder holds another search.
@@ -130,7 +133,15 @@ def run_search(
     folder: Path | None = None,
     listener: Listener | None = None,
 ) -> SearchRecords:
-    """Search with an executor; see `search_paths`."""
+    """Search questions with an executor; the files and the result are those of `search_paths`.
+
+    Args:
+        executor: Searches the batches.
+        questions: The result of `collect_questions`.
+        config: The settings.
+        folder: The folder for the files; None writes no files.
+        listener: Gets progress, one prompt of each task, and warnings.
+    """
     listener = listener or Listener()
     texts = executor.render_prompts([question.prompt for question in questions])
     search = _Search(
@@ -138,30 +149,32 @@ def run_search(
         config=config,
         listener=listener,
         batches=split_into_batches(questions, config.block_size),
-        prompts=_first_prompts(questions, texts),
+        prompts=_find_first_prompts(questions, texts),
     )
     if folder is None:
         records, failed = search.run(chunks=None)
         return SearchRecords.of(records, executor.identity, failed=failed)
-    identity = _identity(executor, questions, texts, config)
+    identity = _make_identity(executor, questions, texts, config)
     with only_writer(folder, "search", "--output-dir"):
         return _search_into(folder, search, identity)
 
 
 def _search_into(folder: Path, search: _Search, identity: Mapping[str, Any]) -> SearchRecords:
-    """Finish the search of a folder, or return its records if it is complete."""
+    """Run or resume a search in a folder; if the search is complete, return its records."""
     file = folder / SEARCH_FILE
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     manifest = read_manifest(file, "search")
     if manifest is not None:
         _refuse_other_search(file, manifest, identity)
         records_on_disk = read_search(file)
-        chunks.remove()  # they are left if the process was killed after it wrote the manifest
+        chunks.remove()  # a process that was killed just after it wrote the manifest left them
         return records_on_disk
-    is_begun = chunks.open()
-    # A process that is killed between file and manifest leaves the file and all its batches.
-    is_ours = is_begun and all(chunks.has(batch.key) for batch in search.batches)
-    if file.exists() and not is_ours:
+    has_chunks = chunks.open()
+    # The file is written when all batches are done, and its manifest after it. If a process was
+    # killed in between, the folder still has the chunks of all batches. Otherwise the file comes
+    # from elsewhere, and must not be overwritten.
+    has_all_batches = has_chunks and all(chunks.has(batch.key) for batch in search.batches)
+    if file.exists() and not has_all_batches:
         raise RecordError(
             f"{file} exists without its manifest, so it can't be resumed; "
             f"choose another --output-dir"
@@ -179,13 +192,13 @@ def _search_into(folder: Path, search: _Search, identity: Mapping[str, Any]) -> 
     return SearchRecords.of(records, search.executor.identity, file=file, failed=failed)
 
 
-def _identity(
+def _make_identity(
     executor: Executor,
     questions: Sequence[SearchQuestion],
     texts: Sequence[str | None],
     config: SearchConfig,
 ) -> dict[str, Any]:
-    """Return what a search on disk must have in common with this search to be taken for it."""
+    """Return the values that identify a search; a search with other values isn't resumed."""
     prompts: list[Any] = []
     for question in questions:
         prompts += [question.prompt, *question.retests]
@@ -202,7 +215,7 @@ def _identity(
 def _refuse_other_search(
     file: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """Refuse a complete search with other settings, questions or another model."""
+    """Refuse a complete search that has other settings, other questions or another model."""
     version = importlib.metadata.version("drllm")
     refuse_other_run(
         str(file),
@@ -212,10 +225,13 @@ def _refuse_other_search(
     )
 
 
-def _first_prompts(
+def _find_first_prompts(
     questions: Sequence[SearchQuestion], texts: Sequence[str | None]
 ) -> dict[str, str]:
-    """Return the first prompt of each task, as the model reads it."""
+    """Return the first prompt of each task, as the model reads it.
+
+    A prompt is None if the chat template refuses it; these are left out.
+    """
     prompts: dict[str, str] = {}
     for question, text in zip(questions, texts, strict=True):
         if text is not None:
@@ -234,25 +250,33 @@ class _Search:
     prompts: Mapping[str, str]  # for each task, one prompt as the model reads it
 
     def run(self, chunks: Chunks | None) -> tuple[list[SearchRecord], list[FailedQuestion]]:
-        """Search the batches that `chunks` doesn't hold; return records in the questions' order."""
+        """Search all batches, and return records and failed questions in the questions' order.
+
+        Batches that `chunks` holds already aren't searched again.
+        """
         _show_prompts(self.prompts, self.listener)
         results = self._search_batches(chunks)
-        places: dict[tuple[str, str], int] = {}
-        for batch in self.batches:
-            for question in batch.questions:
-                places[question.task, question.example.id] = question.place
         records: list[SearchRecord] = []
         failed: list[FailedQuestion] = []
         for result in results:
             records += result.records
             failed += result.failed
+        places = self._map_places()
         records.sort(key=lambda record: places[record.task, record.id])
         failed.sort(key=lambda question: places[question.task, question.id])
         _warn_of_no_right_answer(records, self.listener)
         return records, failed
 
+    def _map_places(self) -> dict[tuple[str, str], int]:
+        """Return the place of each question by its task and its id."""
+        places: dict[tuple[str, str], int] = {}
+        for batch in self.batches:
+            for question in batch.questions:
+                places[question.task, question.example.id] = question.place
+        return places
+
     def _search_batches(self, chunks: Chunks | None) -> list[BatchRecords]:
-        """Return the results of all batches; results that `chunks` holds come first."""
+        """Return the results of all batches: first those in `chunks`, then new ones."""
         with self.listener.progress("searching", "") as on_progress:
             progress = SearchProgress.of(self.batches, on_progress)
             results: list[BatchRecords] = []
@@ -270,42 +294,47 @@ class _Search:
     def _search_remaining(
         self, remaining: Sequence[Batch], chunks: Chunks | None, progress: SearchProgress
     ) -> Iterator[BatchRecords]:
-        """Search batches and keep their results.
+        """Search batches, keep their results, and yield them.
 
         Raises TaskError if all of the first questions fail.
         """
         first_block = self._time_first_block()
-        work_left = sum(batch.num_characters for batch in remaining)
-        searched = self.executor.search(remaining, self.config, chunks, progress.report)
-        for batch, result in searched:
+        num_characters = sum(batch.num_characters for batch in remaining)
+        results = self.executor.search(remaining, self.config, chunks, progress.report)
+        for batch, result in results:
             if first_block is not None:
-                first_block.finish(batch.num_characters / work_left)
+                first_block.finish(batch.num_characters / num_characters)
             if chunks is not None:
                 chunks.put(batch.key, result)
             progress.add(batch, result)
-            if progress.is_hopeless:
+            if progress.has_only_failed:
                 if chunks is not None:
-                    chunks.remove()
+                    chunks.remove()  # so that the next call tries these questions again
                 raise TaskError(
                     f"none of the first {progress.num_done} questions could be searched; the "
-                    f"last one: {result.failed[-1].error}"
+                    f"last one failed with: {result.failed[-1].error}"
                 )
             yield result
 
     def _time_first_block(self) -> FirstBlock | None:
-        """Start to time the first batch; None for Ray, whose workers search several batches."""
+        """Return an object that estimates the time of the search from its first batch.
+
+        None for Ray: its workers search several batches at a time, so the time of a batch says
+        little about the search.
+        """
         if not isinstance(self.executor, LocalExecutor):
             return None
         return FirstBlock(self.listener, self.executor.routed.model.device)
 
 
 def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
-    """Return a batch's result from `chunks`; None if there is none for the same questions."""
+    """Return a batch's result from `chunks`; None if it isn't there or has other questions."""
     result = chunks.get(batch.key, BatchRecords)
     if result is None:
         return None
-    ids = sorted(question.id for question in (*result.records, *result.failed))
-    if ids != sorted(question.example.id for question in batch.questions):
+    result_ids = sorted(question.id for question in (*result.records, *result.failed))
+    batch_ids = sorted(question.example.id for question in batch.questions)
+    if result_ids != batch_ids:
         return None
     return result
 
@@ -314,18 +343,18 @@ def _read_result(chunks: Chunks, batch: Batch) -> BatchRecords | None:
 class SearchProgress:
     """Counts the searched questions and paths, and reports progress.
 
-    Progress is measured in characters of prompts. Long questions come last and take longer, so the
-    estimate of the time left would be too short if all questions counted the same.
+    Progress is measured in characters of prompts, not in questions. Long questions come last and
+    take longer, so by questions the time left would be estimated too short.
     """
 
-    num_questions: int
-    num_characters: int  # characters of all batches
+    num_questions: int  # of all batches
+    num_characters: int  # of all batches
     on_progress: OnProgress
     num_done: int = 0  # finished questions, including questions of an interrupted search
     num_characters_done: int = 0  # characters of the finished questions
-    num_failed: int = 0  # questions that failed
-    num_valid: int = 0  # questions with a right path that survived the re-test
-    num_improving: int = 0  # questions whose full path is wrong, with a path that survived
+    num_failed: int = 0  # finished questions that failed
+    num_valid: int = 0  # finished questions with a right path that survived the re-test
+    num_improving: int = 0  # of these, the questions whose full path is wrong
     num_new_paths: int = 0  # paths run since the search was started or resumed
     started: float = field(default_factory=time.monotonic)
 
@@ -337,7 +366,13 @@ class SearchProgress:
         return cls(num_questions, num_characters, on_progress)
 
     def add(self, batch: Batch, result: BatchRecords, *, is_new: bool = True) -> None:
-        """Count a finished batch, and report it."""
+        """Count a finished batch, and report it.
+
+        Args:
+            batch: The batch.
+            result: Its result.
+            is_new: Whether the batch was searched now, and not by an interrupted search.
+        """
         self.num_done += len(batch.questions)
         self.num_characters_done += batch.num_characters
         self.num_failed += len(result.failed)
@@ -352,15 +387,15 @@ class SearchProgress:
         self.report(batch)
 
     def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0, step: str = "") -> None:
-        """Report progress, also within a batch.
+        """Report progress, after a batch or after a step of an unfinished batch.
 
-        A finished batch is counted already, so its `share`, `num_paths` and `step` are left out.
+        The last three arguments are for an unfinished batch, which `add` hasn't counted yet.
 
         Args:
-            batch: The batch that is being searched, or the batch that was finished just now.
+            batch: The batch.
             share: The share of the batch's work that is done.
-            num_paths: How many paths of the batch were run so far.
-            step: The current step in words.
+            num_paths: Number of the batch's paths that were run so far.
+            step: The finished step in words.
         """
         note = f"{self.num_done} of {self.num_questions} questions, {batch.task}"
         if step:
@@ -372,15 +407,17 @@ class SearchProgress:
         if self.num_done > 0:
             note += f", right path for {100 * (self.num_valid / self.num_done):.0f} % of questions"
             note += f", {100 * (self.num_improving / self.num_done):.0f} % corrected"
-        work_done = self.num_characters_done + share * batch.num_characters
-        done = self.num_questions * (work_done / self.num_characters)
-        self.on_progress(done, self.num_questions, note)
+        # The bar counts questions, so the share of the characters is scaled to questions.
+        num_characters_done = self.num_characters_done + share * batch.num_characters
+        share_done = num_characters_done / self.num_characters
+        self.on_progress(self.num_questions * share_done, self.num_questions, note)
 
     @property
-    def is_hopeless(self) -> bool:
-        """Whether all questions so far failed, and enough of them to end the search."""
-        enough = min(HOPELESS, self.num_questions)
-        return self.num_failed == self.num_done >= enough
+    def has_only_failed(self) -> bool:
+        """Whether all questions so far failed, and they are enough to end the search."""
+        if self.num_failed < self.num_done:
+            return False
+        return self.num_failed >= min(MAX_FAILED_AT_START, self.num_questions)
 
 
 def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
@@ -396,26 +433,31 @@ def _show_prompts(prompts: Mapping[str, str], listener: Listener) -> None:
 
 
 def _warn_of_no_right_answer(records: Sequence[SearchRecord], listener: Listener) -> None:
-    """Warn if the full path is never right on a task: usually the prompt or grading is wrong."""
+    """Warn of each task on which the full path is never right.
+
+    Then usually the prompt or the grading is wrong.
+    """
     by_task: dict[str, list[SearchRecord]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
-    for task, records_of_task in by_task.items():
-        is_ever_right = any(record.full.reward > 0 for record in records_of_task)
-        if is_ever_right or len(records_of_task) < MIN_QUESTIONS_TO_WARN:
+    for task, task_records in by_task.items():
+        is_ever_right = any(record.full.reward > 0 for record in task_records)
+        if is_ever_right or len(task_records) < MIN_QUESTIONS_TO_WARN:
             continue
-        first = records_of_task[0]
-        if first.full.answer is None:
-            example = "check which option the rows name as right"
-        else:
-            question = first.question[:MAX_TEXT_CHARACTERS]
-            answer = first.full.answer[:MAX_TEXT_CHARACTERS]
-            right_answer = first.answer[:MAX_TEXT_CHARACTERS]
-            example = (
-                f"to {question!r} it answers {answer!r}, and {right_answer!r} is right; check the "
-                f"answers, or give another --reward"
-            )
         listener.note(
-            f"the full model answers none of the {len(records_of_task)} questions of {task} "
-            f"right: {example}"
+            f"the full model answers none of the {len(task_records)} questions of {task} "
+            f"right: {_advise_on_wrong_answer(task_records[0])}"
         )
+
+
+def _advise_on_wrong_answer(record: SearchRecord) -> str:
+    """Say what to check about a question that the full path answers wrong."""
+    if record.full.answer is None:  # options were scored
+        return "check which option the rows name as right"
+    question = record.question[:MAX_TEXT_CHARACTERS]
+    answer = record.full.answer[:MAX_TEXT_CHARACTERS]
+    right_answer = record.answer[:MAX_TEXT_CHARACTERS]
+    return (
+        f"to {question!r} it answers {answer!r}, and {right_answer!r} is right; check the "
+        f"answers, or give another --reward"
+    )

@@ -1,8 +1,8 @@
-"""Strategies: choose the path of a question to try next, and decide when the search ends.
+"""Strategies: choose which path of a question is tried next, and when its search ends.
 
 A strategy is a class with `@STRATEGIES.register("name")`, in a module of its own in this package. A
-strategy never sees a model: the caller asks for paths and tells their rewards. This package doesn't
-import torch.
+strategy never sees a model: its caller asks for paths, runs them, and tells their rewards. This
+package doesn't import torch.
 """
 
 from abc import ABC, abstractmethod
@@ -20,22 +20,23 @@ class Trial(NamedTuple):
 
     simulation: int  # number of the simulation that tried the path, from 1; 0 for the full path
     reward: float  # in [0, 1]; 1 is a right answer
-    score: float | None = None  # in nats, more is better; None if the caller has none
+    score: float | None = None  # ranks paths of equal reward, see `path_score`; None if unknown
 
 
 class PathSearch(ABC):
-    """A search over the paths of one question, by ask and tell.
+    """A search over the paths of one question.
 
-    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`. A path is
-    in flight from `ask` to `tell`. The search is over when `ask` returns nothing while no path is
-    in flight. In this way many searches can advance in step, and one batch evaluates all their
-    paths. The full path comes first, alone, and doesn't count as a simulation. Subclasses choose
-    paths in `_select`; `_rng` is the only source of randomness.
+    The caller gets paths from `ask`, evaluates them, and passes their rewards to `tell`. In between
+    a path is in flight. The caller can so search many questions at a time, and evaluate all their
+    paths in one batch. The search is over when `ask` returns nothing while no path is in flight.
+
+    The full path comes first, alone. Every other path counts as a simulation. Subclasses choose the
+    other paths in `_select`, and draw random numbers only from `_rng`.
 
     Attributes:
         trials: The trial of every path whose reward is known, in the order of `tell`.
         limit: Maximum executions of a path.
-        own_settings: Settings of `SearchConfig` that no other strategy reads.
+        own_settings: Names of the settings of `SearchConfig` that only this strategy reads.
     """
 
     own_settings: ClassVar[tuple[str, ...]] = ()
@@ -68,14 +69,18 @@ class PathSearch(ABC):
                 break
             self._in_flight[decisions] = self._num_begun + 1
             paths.append(decisions)
+        # If no path is in flight now, no reward can come that would lead to more paths.
         self._is_over = not self._in_flight
         return paths
 
     def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward, in [0, 1], of a path in flight, even if the search is over.
+        """Record the reward of a path in flight, even if the search is over.
 
-        The score ranks paths of equal reward (see `path_score`). It helps to choose edits, and is
-        never part of the reward.
+        Args:
+            decisions: The path.
+            reward: Its reward, in [0, 1].
+            score: Ranks paths of equal reward; see `path_score`. A score helps a strategy to choose
+                edits, and is never part of the reward.
         """
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
@@ -88,6 +93,7 @@ class PathSearch(ABC):
             self._is_over = True
 
     def _ask_full_path(self) -> list[Decisions]:
+        """Return the full path; nothing if it is in flight already."""
         if self._in_flight:
             return []
         self._in_flight[self._full] = 0
@@ -99,11 +105,11 @@ class PathSearch(ABC):
         return self.num_simulations_done + len(self._in_flight)
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
-        """Tell whether the stop rule ends the search with this path.
+        """Tell whether the stop rule ends the search after this path.
 
-        A right path other than the full path ends the search in two cases: the full path was wrong,
-        or the path saves enough executions. Enough is 1 under the rule `paper` and 2 under
-        `released`.
+        The rule `exhaust` never does. The others end the search at a right path, other than the
+        full path, in two cases. Either the full path was wrong, or the path saves enough executions
+        of layers: at least 1 under the rule `paper`, and at least 2 under `released`.
         """
         rule = self.config.stop_rule
         if rule == "exhaust" or decisions == self._full or reward < 1:
@@ -116,20 +122,23 @@ class PathSearch(ABC):
 
     @abstractmethod
     def _select(self) -> Decisions | None:
-        """Return a path that is neither tried nor in flight.
+        """Return a path that wasn't tried before and isn't in flight.
 
         Returns None if no path is left, or if the choice needs the reward of a path in flight.
         """
 
     def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
-        """Learn from the reward of a path: the full path, or a path that `_select` returned."""
+        """Learn from the reward of the full path or of a path that `_select` returned.
+
+        Does nothing here; a strategy that uses rewards overrides it.
+        """
 
 
 def path_score(margin: float | None, kl: float | None) -> float | None:
-    """Return a path's score: its margin, or minus its KL if there is no margin.
+    """Return a path's score in nats: its margin, or minus its KL if there is no margin.
 
-    All scores of one question are of the same kind: a reward gives a margin to every path or to no
-    path.
+    Larger scores are better. Scores of one question can be compared: either all its paths have a
+    margin, or none has. The score is None without a margin and a KL.
     """
     if margin is not None:
         return margin
@@ -139,6 +148,7 @@ def path_score(margin: float | None, kl: float | None) -> float | None:
 
 
 STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
+"""Strategies by name; `drllm ls strategies` prints the first line of each docstring."""
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:

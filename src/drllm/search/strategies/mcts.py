@@ -1,7 +1,7 @@
-"""Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
+"""Monte Carlo tree search over the decisions of a question.
 
-A simulation selects nodes, expands one node, and backs up the reward. The caller evaluates the new
-path between `ask` and `tell`. This module doesn't import torch.
+A node of the tree is a decision vector, and its children are the results of one edit. Equal vectors
+share a node, so the tree is in fact a graph. This module doesn't import torch.
 """
 
 import math
@@ -15,26 +15,26 @@ from drllm.search.strategies import STRATEGIES, PathSearch
 
 WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
-
+"""A node with V visits may have WIDENING_FACTOR · V ** WIDENING_EXPONENT open children."""
 EDITS_DRAWN = 8
-"""Number of edits drawn at random when a node widens; the most promising edit is made."""
+"""Number of edits drawn at random for a new child; the most promising of them is made."""
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """The node of one decision vector `[L]`. All trails that lead to the node share its numbers."""
+    """The node of one decision vector; it is the same node whichever edits lead to the vector."""
 
-    decisions: Decisions
+    decisions: Decisions  # [L]
     executions: int
     untried: list[Action]  # legal edits that aren't children yet
-    children: "dict[Action, Node]" = field(default_factory=dict)  # by edit; nodes may share one
-    visits: int = 0  # simulations that pass through the node or end here, in flight or finished
-    value_sum: float = 0.0  # sum of the rewards of these simulations; 0 while in flight
-    is_closed: bool = False  # every path below was tried or is in flight
+    children: "dict[Action, Node]" = field(default_factory=dict)  # by edit
+    visits: int = 0  # simulations through this node, in flight or finished
+    value_sum: float = 0.0  # sum of the rewards of these simulations; a path in flight adds 0
+    is_closed: bool = False  # whether every path below was tried or is in flight
 
     @property
     def open_children(self) -> "list[Node]":
-        """The children below which new paths may be left."""
+        """The children that may still lead to new paths."""
         return [child for child in self.children.values() if not child.is_closed]
 
     @property
@@ -45,46 +45,43 @@ class Node:
 
 @dataclass(slots=True)
 class EditGain:
-    """The gain in score over the full path, summed over the paths that contain one edit."""
+    """How much one edit has raised the score so far, over all paths that contain the edit."""
 
-    total: float = 0.0  # nats
-    num_paths: int = 0
+    total: float = 0.0  # in nats, compared with the full path
+    num_paths: int = 0  # number of paths in the total
 
     def add(self, gain: float) -> None:
-        """Add what one path gained."""
+        """Add the edit's share of one path's gain."""
         self.total += gain
         self.num_paths += 1
 
 
 @STRATEGIES.register("tree")
 class TreeSearch(PathSearch):
-    """Monte Carlo tree search over the decisions of one question.
+    """Edits paths with high rewards more often, by Monte Carlo tree search as in the paper.
 
-    Each simulation goes down from the full path, and makes one edit that leads to a new decision
-    vector. The reward of this vector is added to every node on the way. If an edit leads to a known
-    vector, the edit is linked to the node of this vector, and the simulation continues there. From
-    a node the simulation goes to the child with the highest
+    Selection: each simulation goes down the tree from the full path until it makes a new decision
+    vector. At each node it goes to the child with the highest
 
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
 
-    Here Q and v are the child's sum of rewards and its visits, and V is the node's visits. Ties go
-    to the higher score, and now and then a random child is taken. A path's length counts here and
-    when edits are drawn, but never in the reward. A node with nothing new below it is closed and
-    passed over. The search is over when the root is closed.
+    where Q is the child's sum of rewards, v its number of visits, and V the node's number of
+    visits. Of equal children the one with the higher score is taken. With a small probability a
+    random child is taken instead. A node below which nothing new is left is closed, and no
+    simulation enters it again. The search is over when the root is closed.
 
-    A few edits are drawn at random. The paths so far say which of them promises the highest score,
-    and this edit is made. A right path gets only skips while any are left, since only skips make it
-    shorter. Repeats are for paths that are still wrong.
+    Expansion: a node with V visits may have ceil(5 · sqrt(V)) open children. While it has fewer, a
+    simulation adds a child instead of selecting one. A few edits are drawn at random, and the edit
+    that promises the highest score is made. A path that is right already gets skips first, since
+    repeats would make it longer. If the edit leads to a known vector, the simulation continues from
+    the node of that vector.
 
-    A path in flight counts as a visit with reward 0 on every node of its way (a virtual loss), so
-    the next paths of a round go elsewhere. Backing up the path's reward undoes the loss exactly.
+    Backup: the reward of the new path is added to every node on the way to it. A path in flight
+    counts as a visit with reward 0 (a virtual loss), so that the next paths of a round go
+    elsewhere. Its reward, once known, replaces the 0.
 
-    A node with V visits has room for ceil(5 · sqrt(V)) open children. So the roughly 3L edits of
-    the full path don't use up all simulations.
-
-    Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
-        transpositions, widening, the choice of edits and of ties are ours
-        (docs/decisions/0003-progressive-widening.md).
+    Source: Dr.LLM section 3.1 and appendix for the selection. Shared nodes, the number of children
+        and the choice of edits are ours (docs/decisions/0003-progressive-widening.md).
     """
 
     own_settings = ("exploration_constant", "length_penalty", "random_child_probability")
@@ -94,13 +91,13 @@ class TreeSearch(PathSearch):
         self.nodes: dict[Decisions, Node] = {}
         self.root = self._get_node(self._full)
         self.root.visits = 1  # the evaluation of the full path, which comes first
-        # For each path in flight, the nodes from the root to the path.
+        # The trail of a path in flight: the nodes from the root to the path.
         self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}
         self._gains: dict[tuple[int, int], EditGain] = {}  # by (layer, decision)
-        self._all_gains = EditGain()  # of all layers and decisions together
+        self._all_gains = EditGain()  # sum over all layers and decisions
 
     def _select(self) -> Decisions | None:
-        """Go down from the root: select children, and expand one node to get a new path."""
+        """Go down from the root to a path that is new; None if the whole tree is closed."""
         trail = [self.root]
         while trail:
             node = trail[-1]
@@ -109,31 +106,31 @@ class TreeSearch(PathSearch):
                 child = self._expand(node)
             elif open_children:
                 child = self._select_child(node, open_children)
-            else:
+            else:  # nothing new is left below this node
                 node.is_closed = True
                 trail.pop()
                 continue
             trail.append(child)
-            is_new = child.visits == 0  # if not, the edit led to a known node: continue below it
+            is_new = child.visits == 0
             if is_new:
                 self._start_simulation(trail)
                 return child.decisions
         return None
 
     def _start_simulation(self, trail: list[Node]) -> None:
-        """Remember the trail of a path in flight, with a virtual loss on each of its nodes."""
+        """Remember a path's trail, and count a visit without reward on each of its nodes."""
         for node in trail:
             node.visits += 1
         self._trails[trail[-1].decisions] = trail
 
     def _select_child(self, node: Node, children: list[Node]) -> Node:
-        """Return the child with the highest bound, or now and then a random child."""
+        """Return the child that `_rank` puts first or, with a small probability, a random child."""
         if self._rng.random() < self.config.random_child_probability:
             return self._rng.choice(children)
         return max(children, key=lambda child: self._rank(node, child))
 
     def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
-        """Return a child's upper confidence bound minus its length penalty, and its score."""
+        """Return what children are compared by: bound minus length penalty, then the score."""
         value = child.value_sum / child.visits
         constant = self.config.exploration_constant
         exploration = constant * math.sqrt(math.log(parent.visits) / child.visits)
@@ -145,18 +142,20 @@ class TreeSearch(PathSearch):
         return value + exploration - length, score
 
     def _expand(self, node: Node) -> Node:
-        """Make the most promising of a few new edits, or a random edit before scores are known."""
-        edits = self._edits_to_draw(node)
-        num_drawn = EDITS_DRAWN if self._gains else 1
-        drawn = [self._rng.choice(edits) for _ in range(num_drawn)]
-        action = max(drawn, key=self._promise)
+        """Add a child to a node by the most promising of a few untried edits."""
+        edits = self._list_edits(node)
+        num_drawn = 1
+        if self._gains:  # before any score is known, all edits promise the same
+            num_drawn = EDITS_DRAWN
+        candidates = [self._rng.choice(edits) for _ in range(num_drawn)]
+        action = max(candidates, key=self._promise)
         node.untried.remove(action)
         child = self._get_node(apply(node.decisions, action))
         node.children[action] = child
         return child
 
-    def _edits_to_draw(self, node: Node) -> list[Action]:
-        """Return a node's untried edits; for a right path only skips, while any are left."""
+    def _list_edits(self, node: Node) -> list[Action]:
+        """Return a node's untried edits; only the skips if its path is right and skips are left."""
         trial = self.trials.get(node.decisions)
         is_right = trial is not None and trial.reward >= 1
         if not is_right:
@@ -167,20 +166,20 @@ class TreeSearch(PathSearch):
         return skips
 
     def _promise(self, action: Action) -> float:
-        """Estimate what an edit adds to the score, from paths with the same changes.
+        """Estimate how much an edit adds to the score, from earlier paths that contain it.
 
-        The mean gain of a layer is shrunk towards the mean of all layers, which counts as one more
-        path. So an edit that no path contains promises the mean of all layers.
+        The estimate of each layer is a mean over the earlier paths and one more path, whose gain is
+        the mean of all edits. So an edit without earlier paths promises the mean of all edits.
         """
-        mean = self._all_gains.total / max(1, self._all_gains.num_paths)
+        mean_of_all = self._all_gains.total / max(1, self._all_gains.num_paths)
         promise = 0.0
         for layer in range(action.layer, action.layer + action.span):
             gain = self._gains.get((layer, int(action.decision)), EditGain())
-            promise += (mean + gain.total) / (1 + gain.num_paths)
+            promise += (mean_of_all + gain.total) / (1 + gain.num_paths)
         return promise
 
     def _backup(self, decisions: Decisions, reward: float) -> None:
-        """Add a path's reward to the nodes of its trail, and its score to its edits' gains."""
+        """Add a path's reward to the nodes of its trail, and its gain in score to its edits."""
         for node in self._trails.pop(decisions):
             node.value_sum += reward
         full_score = self.trials[self._full].score
@@ -189,19 +188,19 @@ class TreeSearch(PathSearch):
             self._add_gain(decisions, score - full_score)
 
     def _add_gain(self, decisions: Decisions, gain: float) -> None:
-        """Share a path's gain over the full path evenly among its edits."""
+        """Divide a path's gain over the full path evenly among its edited layers."""
         edits = [
             (layer, decision)
             for layer, decision in enumerate(decisions)
             if decision != Decision.EXECUTE
         ]
         for edit in edits:
-            gain_of_edit = gain / len(edits)
-            self._gains.setdefault(edit, EditGain()).add(gain_of_edit)
-            self._all_gains.add(gain_of_edit)
+            share = gain / len(edits)
+            self._gains.setdefault(edit, EditGain()).add(share)
+            self._all_gains.add(share)
 
     def _get_node(self, decisions: Decisions) -> Node:
-        """Return the node of a decision vector; make the node the first time."""
+        """Return the node of a decision vector; make it if there is none yet."""
         if decisions not in self.nodes:
             legal = list(legal_actions(decisions, self.limit))
             self.nodes[decisions] = Node(decisions, num_executions(decisions), legal)
