@@ -1,5 +1,6 @@
 """Supervision: choose a target for each question among the paths of a search.
 
 `rules` choose the target of one question, or say why it has none. `select` applies a rule to all
-questions and enforces quotas. `summary` counts the results. This package doesn't import torch.
+questions, leaves out duplicates and enforces quotas. `summary` counts the results. This package
+doesn't import torch.
 """

@@ -1,7 +1,10 @@
 """Rules: choose the path that becomes a question's target, or say why there is none.
 
-A rule is a function with `@TARGETS.register("name")`, here or in your own Python code. A rule sees
-one question. `select` handles what depends on other questions: copies and quotas. This module
+A rule is a function with `@TARGETS.register("name")`, here or in your own Python code. It sees the
+search of one question. `select` handles duplicates and quotas, which depend on other questions.
+
+In this module a path is right if it answered right in the search. The re-test asks a question with
+other prompts, and a right path survives it if it is right there too (`search.retest`). This module
 doesn't import torch.
 """
 
@@ -21,108 +24,124 @@ SAVES_TOO_LITTLE = "no path saves enough"
 OVER_QUOTA = "over the quota"
 REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
-TWICE = "same question twice"
-"""Why a record has no target: an earlier record of the same question counts in its place."""
+DUPLICATE = "same question twice"
+"""Why a search record has no target: an earlier record of the same question counts instead."""
 
 MIN_SAVING = 0.05
-"""Default of `--min-saving`: the minimum share of the full path's executions that a target of
-`least_kl` saves."""
+"""Default of `--min-saving`: a target of `least_kl` saves at least this share of the full path's
+executions."""
+
+Candidates: TypeAlias = list[TriedPath] | str
+"""The paths that may become a question's target, the best first; or one of `REASONS` if there are
+none."""
+Rule: TypeAlias = Callable[..., Candidates]
+"""A function that takes a search record and returns the candidates. If a rule has a parameter
+`min_saving`, it gets the value of `--min-saving`."""
+
+TARGETS: Registry[Rule] = Registry("target rule")
+"""Rules by name; `drllm ls targets` prints the first line of each docstring."""
 
 
 def is_valid(path: TriedPath) -> bool:
-    """Tell whether a path answered right."""
+    """Tell whether a path is right."""
     return path.reward >= 1
 
 
 def is_saving(path: TriedPath, record: SearchRecord) -> bool:
-    """Tell whether a path answered right with fewer executions than the full path."""
+    """Tell whether a path is right with fewer executions than the full path."""
     return is_valid(path) and path.executions < record.full.executions
 
 
 def is_improving(path: TriedPath, record: SearchRecord) -> bool:
-    """Tell whether a path answered right where the full path failed."""
+    """Tell whether a path is right where the full path is wrong."""
     return is_valid(path) and not is_valid(record.full)
 
 
 def survived(path: TriedPath) -> bool:
-    """Tell whether a path answered right in the search and survived the re-test."""
+    """Tell whether a path is right and survived the re-test."""
     return is_valid(path) and path.retest is not None and path.retest.survived
 
 
-Rule: TypeAlias = Callable[..., list[TriedPath] | str]
-"""A function of a search record. A rule returns the paths that may become the target, the best
-first, or the reason why there are none. A rule with a parameter `min_saving` gets the value of
-`--min-saving`."""
-
-TARGETS: Registry[Rule] = Registry("target rule")
-
-
 @TARGETS.register("shortest")
-def shortest(record: SearchRecord) -> list[TriedPath] | str:
-    """Fewest executions among the paths that survived the re-test, then largest margin in it.
+def shortest(record: SearchRecord) -> Candidates:
+    """Takes the shortest path that is right in the search and in the re-test.
 
-    The full path may be one of these paths; it becomes the target if no shorter path survived.
+    Of equally short paths, the one with the largest margin in the re-test is taken. The full path
+    becomes the target if it survived the re-test and no shorter path did.
     """
-    return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
+    return _sort_survivors(record, lambda path: (path.executions, -_get_retest_margin(path)))
 
 
 @TARGETS.register("largest_margin")
-def largest_margin(record: SearchRecord) -> list[TriedPath] | str:
-    """Largest margin in the re-test among the paths that survived it, then fewest executions."""
-    return _survivors(record, lambda path: (-_retest_margin(path), path.executions))
+def largest_margin(record: SearchRecord) -> Candidates:
+    """Takes the path that is right in the search and in the re-test by the largest margin.
+
+    The margin is the mean margin in the re-test. Of equal paths the shortest is taken.
+    """
+    return _sort_survivors(record, lambda path: (-_get_retest_margin(path), path.executions))
 
 
 @TARGETS.register("paper")
-def paper(record: SearchRecord) -> list[TriedPath] | str:
-    """Fewest executions among right paths that improve on the full path or save executions.
+def paper(record: SearchRecord) -> Candidates:
+    """Takes the shortest right path that is shorter than the full path, or right where it is wrong.
+
+    No re-test is needed.
 
     Source: Dr.LLM section 3.1.
     """
-    valid = released(record)
-    if isinstance(valid, str):
-        return valid
-    better = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
-    if not better:
+    valid_paths = released(record)
+    if isinstance(valid_paths, str):
+        return valid_paths
+    better_paths = [
+        path for path in valid_paths if is_improving(path, record) or is_saving(path, record)
+    ]
+    if not better_paths:
         return ONLY_FULL_PATH
-    return better
+    return better_paths
 
 
 @TARGETS.register("released")
-def released(record: SearchRecord) -> list[TriedPath] | str:
-    """Fewest executions among all right paths, re-tested or not: the published code's rule.
+def released(record: SearchRecord) -> Candidates:
+    """Takes the shortest right path, as the paper's published code does; it may be the full path.
 
-    Of equally long paths the best has the fewest different layers (docs/differences.md, D-35).
+    No re-test is needed. Of equally short paths, the one with the fewest different layers is taken
+    (docs/differences.md, D-35).
     """
 
-    def order(path: TriedPath) -> tuple[float, int, int]:
+    def rank(path: TriedPath) -> tuple[float, int, int]:
         num_different_layers = sum(decision > 0 for decision in path.decisions)
         return path.executions, num_different_layers, path.simulation
 
-    valid = [path for path in record.paths if is_valid(path)]
-    if not valid:
+    valid_paths = [path for path in record.paths if is_valid(path)]
+    if not valid_paths:
         return NO_VALID_PATH
-    return sorted(valid, key=order)
+    return sorted(valid_paths, key=rank)
 
 
 @TARGETS.register("least_kl")
-def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[TriedPath] | str:
-    """Least KL from the full path among the paths that save enough, right or not.
+def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> Candidates:
+    """Takes the path whose output is closest to the full path's, among paths that save enough.
 
-    With few options and many paths, a right answer is mostly chance. A path's KL from the full path
-    is regular enough for routers to learn: it measures how far the next-token distributions are
-    apart.
+    A path may be right or wrong. The measure is the path's KL from the full path: how far their
+    distributions of the next token are apart. If a question has few options and many paths were
+    tried, most right answers are right by chance. The KL is less random, so routers can learn it.
+
+    Args:
+        record: The search of the question.
+        min_saving: The minimum share of the full path's executions that a path saves.
 
     Source: ours (docs/differences.md, D-24).
     """
-    maximum = (1 - min_saving) * record.full.executions + 1e-9  # the product may be rounded down
-    other_paths = record.paths[1:]  # the first is the full path
-    measured = [path for path in other_paths if path.kl is not None]
-    if not measured:
+    max_executions = (1 - min_saving) * record.full.executions
+    max_executions += 1e-9  # the product may be rounded down
+    other_paths = record.paths[1:]  # all but the full path
+    paths_with_kl = [path for path in other_paths if path.kl is not None]
+    if not paths_with_kl:
         return NO_KL
-    short = [path for path in measured if path.executions <= maximum]
-    if not short:
+    short_paths = [path for path in paths_with_kl if path.executions <= max_executions]
+    if not short_paths:
         return SAVES_TOO_LITTLE
-    return sorted(short, key=_rank_by_kl)
+    return sorted(short_paths, key=_rank_by_kl)
 
 
 def _rank_by_kl(path: TriedPath) -> tuple[float, float, int]:
@@ -130,20 +149,23 @@ def _rank_by_kl(path: TriedPath) -> tuple[float, float, int]:
     return path.kl, path.executions, path.simulation
 
 
-def _survivors(
-    record: SearchRecord, order: Callable[[TriedPath], tuple[float, float]]
-) -> list[TriedPath] | str:
-    """Return the paths that survived the re-test, sorted by `order`, then by simulation."""
+def _sort_survivors(
+    record: SearchRecord, rank: Callable[[TriedPath], tuple[float, float]]
+) -> Candidates:
+    """Return the paths that survived the re-test, the lowest `rank` first.
+
+    Of paths with the same rank, the path that was tried first comes first.
+    """
     if not any(is_valid(path) for path in record.paths):
         return NO_VALID_PATH
     survivors = [path for path in record.paths if survived(path)]
     if not survivors:
         return NOT_SURVIVED
-    return sorted(survivors, key=lambda path: (*order(path), path.simulation))
+    return sorted(survivors, key=lambda path: (*rank(path), path.simulation))
 
 
-def _retest_margin(path: TriedPath) -> float:
-    """Return the margin in the re-test; minus infinity if there is none."""
+def _get_retest_margin(path: TriedPath) -> float:
+    """Return the mean margin in the re-test; minus infinity if there is none."""
     if path.retest is None or path.retest.margin is None:
         return -math.inf
     return path.retest.margin
@@ -151,10 +173,8 @@ def _retest_margin(path: TriedPath) -> float:
 
 def find_candidates(
     record: SearchRecord, target: str, *, min_saving: float | None = None
-) -> list[TriedPath] | str:
-    """Return the paths that may become a question's target, the best first.
-
-    If there are none, return the reason.
+) -> Candidates:
+    """Apply the rule `target` to the search of a question; return the candidates.
 
     Args:
         record: The search of the question.

@@ -1,6 +1,8 @@
-"""Pick targets for all questions: apply the rule, leave out copies, then enforce quotas.
+"""Pick targets for all questions: leave out duplicates, apply the rule, then enforce quotas.
 
-`supervise` is the whole stage: from search records to `supervision.jsonl` with its manifest.
+`supervise` is the whole stage: from search records to `supervision.jsonl` with its manifest. A
+question may be in several search records, for example in those of two tasks. Only its first record
+counts, and the others are duplicates.
 """
 
 import itertools
@@ -19,12 +21,13 @@ from drllm.records.search import SearchRecord, SearchRecords, TriedPath, read_se
 from drllm.records.splits import question_key
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord, rejected_path
 from drllm.supervision import rules
+from drllm.supervision.rules import Candidates
 from drllm.supervision.summary import summarise
 
 SearchSource: TypeAlias = SearchRecords | Path | str
 """The records of one search, or the file that holds them."""
 
-_ROUNDING = 1e-9
+_TOLERANCE = 1e-9  # rounding errors below this never change a number of targets
 
 
 class Supervision(tuple[SupervisionRecord, ...]):
@@ -33,7 +36,7 @@ class Supervision(tuple[SupervisionRecord, ...]):
     Attributes:
         reasons: For each search record, why it has no target; None if it has a target.
         summary: Counts of questions, paths and targets; see `summarise`.
-        rewards: Names of the rewards that the searches of the targets used.
+        rewards: Names of the rewards of the searches that the targets come from.
     """
 
     reasons: tuple[str | None, ...]
@@ -49,12 +52,13 @@ def supervise(
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
-    Questions without a target are written to `supervision.rejected.jsonl` (named after the output)
-    with their reasons. If every question has a target, this file is removed.
+    Questions without a target are written with their reasons to a second file beside the output.
+    It is `supervision.rejected.jsonl` if the output is `supervision.jsonl`. If every question has a
+    target, this file is removed.
 
     Args:
-        searches: Search records from `search_paths`, or `search.jsonl` files, all of one base model
-            (for example the shards of a search). Their order is kept. A question in several
+        searches: Results of `search_paths`, or `search.jsonl` files, all of the same base model.
+            They may be the shards of one search. Their order is kept. A question in several
             searches counts once.
         config: The rule and the quotas.
         output: The `supervision.jsonl` to write or to replace; None writes nothing.
@@ -62,51 +66,51 @@ def supervise(
 
     Raises:
         ConfigError: Settings don't fit the searches.
-        RecordError: There is no file; a file is named twice, can't be trusted, or is also the
-            output; searches have different base models or numbers of layers; two questions have
-            the same id; or no question has a target. Nothing is written in these cases.
+        RecordError: A search can't be used: there is none, a file is missing, damaged, named twice
+            or also the output, base models differ, or two questions have the same id. Or no
+            question has a target. Nothing is written in these cases.
     """
     config = replace_settings(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
     sources = _list_sources(searches)
     _check_files(sources, output)
-    read_quotas(config.quotas)  # refused before large files are read
-    read_sources: list[SearchRecords] = []
+    read_quotas(config.quotas)  # wrong quotas are refused before large files are read
+    all_records: list[SearchRecords] = []
     for source in sources:
         if isinstance(source, Path):
             source = read_search(source)
-        read_sources.append(source)
-    for first, other in itertools.combinations(read_sources, 2):
-        _check_same_model(first, other)
-    _check_ids(read_sources)
-    records = list(itertools.chain.from_iterable(read_sources))
+        all_records.append(source)
+    for first, second in itertools.combinations(all_records, 2):
+        _check_same_model(first, second)
+    _check_ids(all_records)
+    records = list(itertools.chain.from_iterable(all_records))
     supervision = pick_targets(records, config)
     if not supervision:
-        raise RecordError(_no_targets_message(supervision.summary))
+        raise RecordError(_describe_no_targets(supervision.summary))
     if output is not None:
-        write_supervision(supervision, read_sources, output, config)
+        write_supervision(supervision, all_records, output, config)
     return supervision
 
 
 def _list_sources(
     searches: SearchSource | Sequence[SearchRecord | SearchSource],
 ) -> list[SearchRecords | Path]:
-    """Return the sources as a list of files and of records of searches."""
+    """Return all sources as a list; single records become one source at its end."""
     if isinstance(searches, SearchRecords):
         return [searches]
     if isinstance(searches, (str, Path)):
         return [Path(searches)]
     sources: list[SearchRecords | Path] = []
-    records: list[SearchRecord] = []
+    single_records: list[SearchRecord] = []
     for item in searches:
         if isinstance(item, SearchRecord):
-            records.append(item)
+            single_records.append(item)
         elif isinstance(item, SearchRecords):
             sources.append(item)
         else:
             sources.append(Path(item))
-    if records:
-        sources.append(SearchRecords.of(records))
+    if single_records:
+        sources.append(SearchRecords.of(single_records))
     return sources
 
 
@@ -134,44 +138,53 @@ def write_supervision(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write the targets with their manifest, and the questions without a target."""
+    """Write the targets with their manifest, and the questions without a target.
+
+    Args:
+        supervision: The targets.
+        sources: The searches that the targets come from, in the order of `supervision.reasons`.
+        output: The file for the targets.
+        config: The settings, for the manifest.
+    """
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",
-        model=max((source.model for source in sources), key=len),  # the model with the most fields
+        # Every source describes the same model, some with fewer fields.
+        model=max((source.model for source in sources), key=len),
         config=config.to_dict(),
         inputs=inputs,
         extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
     )
-    if len(inputs) == len(sources):
+    is_from_files = len(inputs) == len(sources)
+    if is_from_files:
         counts = _count_by_source(supervision, sources)
         manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
-    # Rejected questions are written first, so targets with a manifest never lie beside rejected
+    # Rejected questions are written first. So targets with a manifest never lie beside rejected
     # questions of an earlier run.
     records = itertools.chain.from_iterable(sources)
-    rejected = [
+    rejected_questions = [
         RejectedQuestion.of(record, reason)
         for record, reason in zip(records, supervision.reasons, strict=True)
         if reason is not None
     ]
-    write_or_remove(rejected_path(output), rejected)
+    write_or_remove(rejected_path(output), rejected_questions)
     write_records(output, supervision, manifest)
 
 
 def _count_by_source(
     supervision: Supervision, sources: Sequence[SearchRecords]
 ) -> list[dict[str, Any]]:
-    """Count the questions, copies and targets of each source, and the rejected ones by reason."""
+    """Return the counts of each source that the manifest records, under the manifest's names."""
     counts: list[dict[str, Any]] = []
     start = 0
     for source in sources:
         reasons = Counter(supervision.reasons[start : start + len(source)])
         start += len(source)
-        num_copies = reasons[rules.TWICE]
+        num_duplicates = reasons[rules.DUPLICATE]
         counts.append(
             {
-                "questions": reasons.total() - num_copies,
-                "copies": num_copies,
+                "questions": reasons.total() - num_duplicates,
+                "copies": num_duplicates,
                 "targets": reasons[None],
                 "rejected": {reason: reasons[reason] for reason in rules.REASONS},
             }
@@ -182,11 +195,17 @@ def _count_by_source(
 def check_settings(
     config: SuperviseConfig, tasks: Collection[str], search: SearchConfig | None = None
 ) -> dict[str, int]:
-    """Return the quotas; refuse settings that don't fit the tasks or the search."""
+    """Return the quotas; refuse settings that don't fit the tasks or the search.
+
+    Args:
+        config: The settings of the targets.
+        tasks: Names of the tasks that are or will be searched.
+        search: The settings of the search, if it is still to come.
+    """
     if search is not None and not search.kl and config.target == "least_kl":
         raise ConfigError(
-            "--no-kl leaves out what --target least_kl needs; leave --no-kl out, or choose another "
-            "rule, such as --target shortest"
+            "--target least_kl needs the KL of paths, which --no-kl leaves out; leave --no-kl out, "
+            "or choose another rule, such as --target shortest"
         )
     if config.min_saving is not None and not rules.reads_min_saving(config.target):
         raise ConfigError(
@@ -203,21 +222,21 @@ def check_settings(
 def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervision:
     """Pick a target path for each searched question.
 
-    Questions with the same text are one question, even in different tasks. Only the first record of
-    a question counts, whether it has a target or not. Quotas are filled in the order of the
-    questions.
+    Records with the same text are of one question, even if their tasks differ. Only the first of
+    them counts, whether it has a target or not. Quotas are filled in the order of the questions.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
-    targets_by_place: dict[int, SupervisionRecord] = {}
-    keys: set[str] = set()
+    targets_by_place: dict[int, SupervisionRecord] = {}  # by the place of the search record
+    earlier_keys: set[str] = set()
     for place, record in enumerate(records):
-        paths = _find_candidates(record, config, keys)
-        if isinstance(paths, str):
-            reasons.append(paths)
+        candidates = _find_candidates(record, config, earlier_keys)
+        earlier_keys.add(question_key(record.question))
+        if isinstance(candidates, str):
+            reasons.append(candidates)
         else:
             reasons.append(None)
-            targets_by_place[place] = _target(record, paths[0])
+            targets_by_place[place] = _make_target(record, candidates[0])
     places = list(targets_by_place)
     for number in find_surplus(list(targets_by_place.values()), quotas, config.quota_improving):
         place = places[number]
@@ -225,27 +244,22 @@ def pick_targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Su
         reasons[place] = rules.OVER_QUOTA
     supervision = Supervision(targets_by_place.values())
     supervision.reasons = tuple(reasons)
-    rejected = Counter(reason for reason in reasons if reason is not None)
-    supervision.summary = summarise(records, supervision, rejected)
+    num_rejected = Counter(reason for reason in reasons if reason is not None)
+    supervision.summary = summarise(records, supervision, num_rejected)
     supervision.rewards = tuple(sorted({records[place].reward for place in targets_by_place}))
     return supervision
 
 
 def _find_candidates(
-    record: SearchRecord, config: SuperviseConfig, keys: set[str]
-) -> list[TriedPath] | str:
-    """Return the paths that may be the record's target, the best first, or why there are none.
-
-    `keys` holds the keys of all earlier questions; the key of this question is added.
-    """
-    key = question_key(record.question)
-    if key in keys:
-        return rules.TWICE
-    keys.add(key)
+    record: SearchRecord, config: SuperviseConfig, earlier_keys: Collection[str]
+) -> Candidates:
+    """Return the candidates for a record's target; a reason if its question came earlier."""
+    if question_key(record.question) in earlier_keys:
+        return rules.DUPLICATE
     return rules.find_candidates(record, config.target, min_saving=config.min_saving)
 
 
-def _target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
+def _make_target(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
     return SupervisionRecord(
         question=record.question,
         optimal_layer_config=path.decisions,
@@ -269,7 +283,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
         if not task or not count.isdecimal() or int(count) < 1:
             raise ConfigError(
                 f"--quotas: {part.strip()!r} isn't a quota; give TASK=COUNT with a count of at "
-                f"least 1, several of them with commas between, e.g. arc_easy=400,dart-1=200"
+                f"least 1, separated by commas, for example arc_easy=400,dart-1=200"
             )
         if task in quotas:
             raise ConfigError(f"--quotas names task {task!r} twice; name it once")
@@ -282,13 +296,15 @@ def find_surplus(
 ) -> set[int]:
     """Return the places of the targets to drop for the quotas and the share of improving targets.
 
-    A task with a quota keeps its first targets. If there is also a share and too few of the kept
-    targets improve, some targets that don't improve are replaced: the first of them give way to
-    improving targets from beyond the quota. A task without enough improving targets stays below the
-    share, as in the published code.
+    An improving target is right where the full path is wrong. Targets are dropped group by group.
+    If there are quotas, each task is a group; otherwise all targets are one group.
 
-    With a share but no quota, the last targets that don't improve are dropped until the share is
-    reached. This is done task by task if any task has a quota, else in all tasks together.
+    A task with a quota keeps its first targets. With a share too, more improving targets may be
+    needed. Then improving targets from beyond the quota replace the first targets that don't
+    improve. If there are too few improving targets, the task stays below the share.
+
+    A group with a share but no quota drops its last targets that don't improve, until the share is
+    reached.
 
     Args:
         records: All targets, in the order of their questions.
@@ -298,91 +314,104 @@ def find_surplus(
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).
     """
-    places_by_task: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # task → places; the task is "" without quotas
     for place, record in enumerate(records):
-        group = record.task if quotas else ""
-        places_by_task.setdefault(group, []).append(place)
+        task = record.task if quotas else ""
+        groups.setdefault(task, []).append(place)
     improving = {place for place, record in enumerate(records) if record.improving}
-    dropped: set[int] = set()
-    for task, places in places_by_task.items():
+    surplus: set[int] = set()
+    for task, places in groups.items():
         if task in quotas:
-            dropped |= _drop_for_quota(places, improving, quotas[task], share or 0.0)
+            surplus |= _drop_for_quota(places, improving, quotas[task], share or 0.0)
         elif share is not None:
-            dropped |= _drop_for_share(places, improving, share)
-    return dropped
+            surplus |= _drop_for_share(places, improving, share)
+    return surplus
 
 
 def _drop_for_quota(
     places: Sequence[int], improving: Collection[int], quota: int, share: float
 ) -> set[int]:
     """Return the places that one task drops for its quota and the share of improving targets."""
-    first = places[:quota]
-    later = places[quota:]
-    replaceable = [place for place in first if place not in improving]
-    min_improving = math.ceil(share * quota - _ROUNDING)
-    num_missing = max(0, min_improving - (len(first) - len(replaceable)))
-    arriving = [place for place in later if place in improving][:num_missing]
-    leaving = replaceable[: len(arriving)]
-    return {*later, *leaving} - set(arriving)
+    within_quota = places[:quota]
+    beyond_quota = places[quota:]
+    replaceable = [place for place in within_quota if place not in improving]
+    num_improving = len(within_quota) - len(replaceable)
+    min_improving = math.ceil(share * quota - _TOLERANCE)
+    num_missing = max(0, min_improving - num_improving)
+    improving_beyond = [place for place in beyond_quota if place in improving]
+    replacements = improving_beyond[:num_missing]
+    replaced_places = replaceable[: len(replacements)]
+    return {*beyond_quota, *replaced_places} - set(replacements)
 
 
 def _drop_for_share(places: Sequence[int], improving: Collection[int], share: float) -> set[int]:
-    """Return the places that a group drops so that enough of its other targets improve."""
-    replaceable = [place for place in places if place not in improving]
-    num_improving = len(places) - len(replaceable)
-    # Solves i / (i + n) >= share for n; a rounding error of the quotient never costs a target.
-    num_kept = math.floor(num_improving * (1 - share) / share + _ROUNDING)
-    return set(replaceable[num_kept:])
+    """Return the places that a group drops, so that enough of the targets that stay improve."""
+    not_improving = [place for place in places if place not in improving]
+    num_improving = len(places) - len(not_improving)
+    # The largest number n with num_improving / (num_improving + n) >= share.
+    max_not_improving = math.floor(num_improving * (1 - share) / share + _TOLERANCE)
+    return set(not_improving[max_not_improving:])
 
 
-def _no_targets_message(summary: Mapping[str, Any]) -> str:
-    """Return the message for searches without any target: the reasons, and what to do."""
-    rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
-    # A quota alone always leaves a target, and a share never drops a target that improves.
-    if rules.OVER_QUOTA in rejected:
+def _describe_no_targets(summary: Mapping[str, Any]) -> str:
+    """Return the message if no question has a target: the reasons, and what to do."""
+    num_rejected = {reason: count for reason, count in summary["rejected"].items() if count > 0}
+    # A quota always leaves a target, and a share never drops improving targets. So targets were
+    # dropped because none of them improves.
+    if rules.OVER_QUOTA in num_rejected:
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "
             "simulations"
         )
-    elif rules.NO_KL in rejected:
+    elif rules.NO_KL in num_rejected:
         remedy = "search again with --kl, or choose another --target"
-    elif rules.SAVES_TOO_LITTLE in rejected:
+    elif rules.SAVES_TOO_LITTLE in num_rejected:
         remedy = "search more simulations, or give a smaller --min-saving"
     else:
         remedy = "search more questions or simulations, or choose another --target"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in num_rejected.items())
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
     )
 
 
-def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
-    """Refuse searches of different base models; two ids of the same weights are one model."""
-    in_both = first.model.keys() & other.model.keys()
+def _check_same_model(first: SearchRecords, second: SearchRecords) -> None:
+    """Refuse searches of different base models.
+
+    Models are compared by the fingerprint of their weights, since the same weights may have two
+    ids. Without fingerprints they are compared by id and revision.
+    """
+    common_names = first.model.keys() & second.model.keys()
     names = ["fingerprint", "num_layers", "hidden_size", "class"]
-    if "fingerprint" not in in_both:
+    if "fingerprint" not in common_names:
         names += ["id", "revision"]
     for name in names:
-        if name not in in_both:
+        if name not in common_names:
             continue
-        value = first.model[name]
-        other_value = other.model[name]
-        if differ(name, value, other_value, str(other.file)):
+        first_value = first.model[name]
+        second_value = second.model[name]
+        if differ(name, first_value, second_value, str(second.file)):
             raise RecordError(
-                f"{first.file} and {other.file} are of different base models "
-                f"({name} {value!r} and {other_value!r}); make one supervision file for each"
+                f"{first.file} and {second.file} are of different base models ({name} "
+                f"{first_value!r} and {second_value!r}); make one supervision file for each"
             )
 
 
 def _check_ids(sources: Sequence[SearchRecords]) -> None:
-    """Refuse two questions with the same id: readers of the targets couldn't tell them apart."""
-    seen: dict[tuple[str, str], tuple[str, Path | None]] = {}
+    """Refuse two different questions of a task with the same id.
+
+    Readers of the targets couldn't tell them apart.
+    """
+    # (task, id) → key of the first question with this id, and its file
+    first_questions: dict[tuple[str, str], tuple[str, Path | None]] = {}
     for source in sources:
         for record in source:
             key = question_key(record.question)
-            first_key, file = seen.setdefault((record.task, record.id), (key, source.file))
+            first_key, first_file = first_questions.setdefault(
+                (record.task, record.id), (key, source.file)
+            )
             if first_key != key:
                 raise RecordError(
-                    f"{file} and {source.file} have different questions with id {record.id!r} of "
-                    f"task {record.task!r}; rename the task of one of them"
+                    f"{first_file} and {source.file} have different questions with id "
+                    f"{record.id!r} of task {record.task!r}; rename the task of one of them"
                 )
