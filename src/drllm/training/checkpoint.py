@@ -1,7 +1,7 @@
-"""Saves the state of a training after each epoch, and resumes the same training from it.
+"""Save the state of a training after each epoch, and resume the training from it.
 
-`checkpoint.safetensors` holds weights and the optimiser's moments. Its header holds the number of
-finished epochs, the metrics so far, and the identity of the training.
+`checkpoint.safetensors` holds the routers' weights and the moments of AdamW. The metadata of the
+file hold the number of finished epochs, the metrics so far, and the identity of the training.
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,15 @@ from drllm.records.resume import differences
 from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-HEADER = "drllm.training"  # the header's name in the file's metadata
+HEADER = "drllm.training"  # the key of the header in the file's metadata
+# A tensor in the file is named PART.NAME: the part of the state, and the name of the weight.
+WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What the optimiser keeps for each weight, besides the number of steps."""
-WEIGHTS = "weights"  # the prefix of the routers' weights in the file
+"""The tensors that the optimiser keeps for each weight, under its own names for them."""
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The header of a checkpoint."""
+    """What a checkpoint holds besides tensors; it is stored as JSON."""
 
     identity: dict[str, Any]
     epochs_done: int
@@ -40,7 +41,13 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 def make_identity(
     config: TrainConfig, base_identity: Mapping[str, Any], targets_digest: str
 ) -> dict[str, Any]:
-    """Return the values by which a training recognises its own files."""
+    """Return the values that identify a training; files with other values aren't resumed.
+
+    Args:
+        config: The settings.
+        base_identity: Identity of the base model.
+        targets_digest: `Features.digest`, a hash of the training set.
+    """
     return {
         "settings": config.decisive(),
         "base_model": base_identity["fingerprint"],
@@ -49,13 +56,12 @@ def make_identity(
 
 
 def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Replace the folder's checkpoint atomically with the state after an epoch."""
+    """Write the trainer's state after an epoch; this atomically replaces an earlier checkpoint."""
     tensors: dict[str, Tensor] = {}
     for name, weight in trainer.stack.named_parameters():
-        tensors[f"{WEIGHTS}.{name}"] = weight
+        tensors[f"{WEIGHTS}.{name}"] = weight.detach().cpu()
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = trainer.optimizer.state[weight][moment]
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            tensors[f"{moment}.{name}"] = trainer.optimizer.state[weight][moment].cpu()
     header = _Header(
         identity=dict(identity),
         epochs_done=trainer.epochs_done,
@@ -71,6 +77,11 @@ def save_checkpoint(output: Path, identity: Mapping[str, Any], trainer: Trainer)
 def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Restore a new trainer from the folder's checkpoint, if there is one.
 
+    Args:
+        output: The routers' folder.
+        identity: The result of `make_identity` for this training.
+        trainer: A trainer that hasn't made a step yet.
+
     Raises:
         CheckpointError: The checkpoint is broken, or belongs to another training.
     """
@@ -79,15 +90,15 @@ def resume_training(output: Path, identity: Mapping[str, Any], trainer: Trainer)
         return
     try:
         header, tensors = _read_checkpoint(path)
-        changes = differences(header.identity, identity)
-        if not changes:
+        different_values = differences(header.identity, identity)
+        if not different_values:
             _restore(trainer, header, tensors)
     except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
-    if changes:
+    if different_values:
         raise CheckpointError(
-            f"{path} belongs to another run, made with {'; '.join(changes)}. Choose another output "
-            f"folder, or delete the checkpoint to train from the beginning"
+            f"{path} belongs to another run, made with {'; '.join(different_values)}; choose "
+            f"another output folder, or delete the checkpoint to train from the beginning"
         )
 
 
@@ -97,7 +108,10 @@ def is_finished(output: Path) -> bool:
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds this training's finished routers; refuse another training's."""
+    """Tell whether a folder holds the finished routers of this training.
+
+    Raises CheckpointError if it holds the finished routers of another training.
+    """
     if not is_finished(output):
         return False
     config = read_config(output)
@@ -106,16 +120,17 @@ def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
         "base_model": config.base_fingerprint,
         "targets_or_base_dtype_sha256": config.training.get("targets"),
     }
-    changes = differences(stored, identity)
-    if changes:
+    different_values = differences(stored, identity)
+    if different_values:
         raise CheckpointError(
-            f"{output} holds trained routers of another run, made with {'; '.join(changes)}; "
-            f"choose another output folder, or delete that one"
+            f"{output} holds trained routers of another run, made with "
+            f"{'; '.join(different_values)}; choose another output folder, or delete this one"
         )
     return True
 
 
 def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    """Return the header and the tensors of a checkpoint, the tensors by their names in the file."""
     with safe_open(path, framework="pt") as file:
         header = decode(file.metadata()[HEADER], _Header, str(path))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -124,13 +139,14 @@ def _read_checkpoint(path: Path) -> tuple[_Header, dict[str, Tensor]]:
 
 def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Copy a saved state into a new trainer; raise KeyError or ValueError if it doesn't fit."""
+    # All tensors are checked before the trainer changes.
     weights = _select_tensors(trainer, tensors, WEIGHTS)
     moments = {moment: _select_tensors(trainer, tensors, moment) for moment in MOMENTS}
 
     num_steps = torch.tensor(float(header.epochs_done * trainer.steps_per_epoch))
     for name, weight in trainer.stack.named_parameters():
         state = {moment: moments[moment][name] for moment in MOMENTS}
-        state["step"] = num_steps.clone().to(trainer.device)
+        state["step"] = num_steps.clone().to(trainer.device)  # AdamW counts steps for each weight
         trainer.optimizer.state[weight] = state
     trainer.stack.load_state_dict(weights)
     trainer.epochs_done = header.epochs_done
@@ -140,7 +156,10 @@ def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -
 def _select_tensors(
     trainer: Trainer, tensors: Mapping[str, Tensor], part: str
 ) -> dict[str, Tensor]:
-    """Return one part of a checkpoint: a tensor for each weight, on the training's device."""
+    """Return one part of a checkpoint, `WEIGHTS` or a moment, by the names of the weights.
+
+    The tensors are on the trainer's device and have its dtype.
+    """
     selected = {}
     for name, weight in trainer.stack.named_parameters():
         tensor = tensors[f"{part}.{name}"]

@@ -1,7 +1,8 @@
-"""The routers' inputs on disk: a manifest, and one safetensors file for each block of targets.
+"""The routers' inputs on disk, in a folder with a manifest and files for blocks of targets.
 
-A block's file is either complete or missing, so an interrupted pass resumes with the blocks that
-have no file yet.
+`features` computes these inputs, which are called features, and says what they are. A block is a
+batch of targets that were pooled together. Its file is either complete or missing, so an
+interrupted pass resumes with the blocks that have no file yet.
 
 Axes: N targets, B targets of a block, L layers, W windows, D hidden.
 """
@@ -30,19 +31,19 @@ from drllm.records.resume import refuse_other_run
 
 FEATURES_FOLDER = "features"
 OLD_FILE = "features.safetensors"
-"""The one file for all targets that older versions of drllm wrote."""
-FEATURE_VERSION = 1  # increased when the same targets are pooled to other numbers
-TIGHT = 0.5  # a pass that needs a larger share of the free space prints how much it needs
-NOT_DONE = 0
-NOT_FINITE = -1
-"""Values of `filled`: the target isn't pooled yet, or its states aren't finite."""
+"""A file of older versions of drllm, which had one file for all targets."""
+FEATURE_VERSION = 1  # must be increased by a change of drllm that gives targets other features
+MAX_SHARE_WITHOUT_NOTE = 0.5
+"""A pass that needs a larger share of the free disk space says how much it needs."""
+NOT_DONE = 0  # value of `filled`: the target isn't pooled yet
+NOT_FINITE = -1  # value of `filled`: the target's states aren't finite
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BLOCK_FILE = re.compile(r"features-\d{6,}\.safetensors")
 
 
 class Shape(NamedTuple):
-    """The shape of all features."""
+    """The shape of the features of all targets."""
 
     num_targets: int  # N
     num_layers: int  # L
@@ -54,33 +55,40 @@ class BlockMeans:
     """The means of all targets, `[N, L, W, D]`, in the files of their blocks.
 
     The files are memory-mapped, so the features may be larger than memory.
+
+    Args:
+        blocks: The means of each block, `[B, L, W, D]`.
+        block_numbers: `[N]`, the block of each target.
+        row_numbers: `[N]`, the row of each target in its block.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], block_of: Sequence[int], row_of: Sequence[int]):
-        self.blocks = blocks  # each [B, L, W, D]
-        self.block_of = block_of  # [N]: the block that each target is in
-        self.row_of = row_of  # [N]: the row of each target in its block
+    def __init__(
+        self, blocks: Sequence[Tensor], block_numbers: Sequence[int], row_numbers: Sequence[int]
+    ) -> None:
+        self.blocks = blocks
+        self.block_numbers = block_numbers
+        self.row_numbers = row_numbers
 
     def __getitem__(self, targets: Tensor) -> Tensor:
         """Copy the means of some targets into memory, `[B, L, W, D]`."""
-        rows = []
+        means = []
         for target in targets.tolist():
-            block = self.blocks[self.block_of[target]]
-            rows.append(block[self.row_of[target]])
-        return torch.stack(rows)
+            block = self.blocks[self.block_numbers[target]]
+            means.append(block[self.row_numbers[target]])
+        return torch.stack(means)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """One file of features."""
+    """The content of one file of features."""
 
-    targets: Tensor  # [B] int64: numbers of the targets, from 0
-    filled: Tensor  # [B] int64: how many windows hold tokens, or `NOT_FINITE`
+    targets: Tensor  # [B] int64, numbers of the targets, from 0
+    filled: Tensor  # [B] int64, how many windows hold tokens, or `NOT_FINITE`
     means: Tensor  # [B, L, W, D]
 
 
 class _Manifest(msgspec.Struct):
-    """The fields of a features manifest that are compared."""
+    """The fields of the manifest that must be the same for features to be used again."""
 
     model: dict[str, Any]
     config: dict[str, Any] = {}
@@ -90,11 +98,20 @@ class _Manifest(msgspec.Struct):
 
 
 class FeatureStore:
-    """A folder of features. The folder is made with the first block; other files in it stay.
+    """A folder of features.
+
+    Use `open` first. Then write the missing blocks within `writing`, if there are any. The folder
+    is created with its first block, and other files in it are never touched.
 
     Args:
         folder: The folder.
         dtype: How means are stored, `float32` or `bfloat16`.
+
+    Attributes:
+        filled: `[N]` int64, how many windows of each target hold tokens, or `NOT_DONE`, or
+            `NOT_FINITE`. Set by `open`.
+        means: The means of all targets that are done. Set by `open`, and again after `writing`.
+        shape: The shape of all features. Set by `open`.
     """
 
     def __init__(self, folder: Path, dtype: str = "float32") -> None:
@@ -103,16 +120,14 @@ class FeatureStore:
         self.manifest_path = manifest_path(folder / "features")
 
     def open(self, manifest: Mapping[str, Any], shape: Shape) -> None:
-        """Read the features that are in the folder; write nothing.
-
-        Afterwards `filled` says which targets have features, and `means` reads the means.
+        """Read the features that are in the folder already; write nothing.
 
         Args:
             manifest: What the features are made from.
-            shape: Their shape.
+            shape: The shape of all features.
 
         Raises:
-            ConfigError: The folder holds other features; the message says what differs.
+            ConfigError: The folder holds features that are made from something else.
             RecordError: A file is broken or can't be read, or an older version wrote the features.
         """
         config = {**manifest["config"], "feature_dtype": self.dtype}
@@ -127,10 +142,11 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def writing(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Allow writing blocks in a `with` statement; at its end, read all blocks again.
+        """Lock the folder for a `with` block in which `write_block` may be called.
 
         Args:
-            note: Receives a line that says how much disk the missing blocks need.
+            note: Receives lines on the disk space that the missing blocks need, and on the targets
+                that are done already.
 
         Raises:
             RecordError: There is too little space, the folder can't be written, or another training
@@ -138,19 +154,20 @@ class FeatureStore:
         """
         self._check_space(note)
         with self._lock():
-            self._read_blocks()  # another training may have written in the meantime
-            if self.num_missing == self.shape.num_targets:
+            self._read_blocks()  # another training may have written blocks since `open`
+            has_no_block = self.num_missing == self.shape.num_targets
+            if has_no_block:
                 write_json(self.manifest_path, self.manifest)
             yield
-        self._read_blocks()
+        self._read_blocks()  # `means` reads the new blocks too
 
     def write_block(self, targets: Sequence[int], means: Tensor, filled: Tensor) -> None:
         """Write the file of a block.
 
         Args:
-            targets: `[B]` targets that no other block has.
-            means: `[B, L, W, D]` of any floating dtype.
-            filled: `[B]` numbers of windows that hold tokens, or `NOT_FINITE`.
+            targets: `[B]`, numbers of targets that no other block has.
+            means: `[B, L, W, D]`, of any floating dtype.
+            filled: `[B]`, how many windows hold tokens, or `NOT_FINITE`.
         """
         path = self.folder / f"features-{targets[0]:06d}.safetensors"
         filled = filled.to("cpu", torch.int64)
@@ -166,9 +183,10 @@ class FeatureStore:
             if not isinstance(cause, OSError):
                 raise
             num_targets = self.shape.num_targets
+            num_done = num_targets - self.num_missing
             raise RecordError(
                 f"can't write {path}: {cause.strerror}; fix that and give the same command again, "
-                f"which resumes after {num_targets - self.num_missing} of {num_targets} targets"
+                f"which resumes after {num_done} of {num_targets} targets"
             ) from cause
         self.filled[targets] = filled
 
@@ -182,18 +200,18 @@ class FeatureStore:
         """Delete the features, and the folder if it holds nothing else."""
         if not self.folder.is_dir():
             return
-        # Under the lock, so that the lock file of a killed training is deleted too.
-        with self._lock():
+        with self._lock():  # releasing it also deletes the lock file of a killed training
             for path in self.block_files():
                 path.unlink()
             (self.folder / OLD_FILE).unlink(missing_ok=True)
             self.manifest_path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the folder isn't empty
             self.folder.rmdir()
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock file of a training that was killed after its last block."""
+        """Delete the lock file that a training left if it was killed after its last block."""
         if (self.folder / ".training.lock").exists():
+            # Taking the lock and releasing it deletes the file; a running training keeps it.
             with contextlib.suppress(RecordError), self._lock():
                 pass
 
@@ -205,20 +223,20 @@ class FeatureStore:
         self._refuse_old_file()
         num_targets = self.shape.num_targets
         self.filled = torch.full((num_targets,), NOT_DONE)
-        block_of = [0] * num_targets
-        row_of = [0] * num_targets
+        block_numbers = [0] * num_targets
+        row_numbers = [0] * num_targets
         blocks: list[Tensor] = []
         files = self.block_files()
-        if files:  # a manifest without blocks may be replaced
+        if files:  # without blocks any manifest may be replaced, so it isn't checked
             self._check_manifest()
         for path in files:
             block = self._read_block(path)
             for row, target in enumerate(block.targets.tolist()):
-                block_of[target] = len(blocks)
-                row_of[target] = row
+                block_numbers[target] = len(blocks)
+                row_numbers[target] = row
             self.filled[block.targets] = block.filled
             blocks.append(block.means)
-        self.means = BlockMeans(blocks, block_of, row_of)
+        self.means = BlockMeans(blocks, block_numbers, row_numbers)
 
     def _read_block(self, path: Path) -> Block:
         refuse_special_file(path, "read")
@@ -227,18 +245,18 @@ class FeatureStore:
         except OSError as error:
             raise RecordError(f"can't read {path}: {error.strerror or error}") from error
         except (SafetensorError, TypeError) as error:  # TypeError: tensors have other names
-            raise self._broken(path) from error
+            raise _make_broken_error(path) from error
         if not self._is_valid(block):
-            raise self._broken(path)
+            raise _make_broken_error(path)
         return block
 
     def _is_valid(self, block: Block) -> bool:
         """Tell whether a block fits these features, and no earlier block has its targets."""
-        num_targets, *row_shape = self.shape
+        num_targets, *target_shape = self.shape
         if block.targets.ndim != 1 or block.targets.dtype != torch.int64:
             return False
         size = len(block.targets)
-        if list(block.means.shape) != [size, *row_shape]:
+        if list(block.means.shape) != [size, *target_shape]:
             return False
         if block.means.dtype != DTYPES[self.dtype]:
             return False
@@ -247,13 +265,11 @@ class FeatureStore:
         targets = block.targets.tolist()
         if len(set(targets)) < size or not all(0 <= target < num_targets for target in targets):
             return False
-        if bool((self.filled[block.targets] != NOT_DONE).any()):
+        is_in_earlier_block = self.filled[block.targets] != NOT_DONE  # [B]
+        if bool(is_in_earlier_block.any()):
             return False
-        counts = [*range(1, self.shape.num_windows + 1), NOT_FINITE]
-        return all(count in counts for count in block.filled.tolist())
-
-    def _broken(self, path: Path) -> RecordError:
-        return RecordError(f"{path} is broken; delete it to pool its targets again")
+        valid_values = [*range(1, self.shape.num_windows + 1), NOT_FINITE]
+        return all(value in valid_values for value in block.filled.tolist())
 
     def _refuse_old_file(self) -> None:
         path = self.folder / OLD_FILE
@@ -286,19 +302,23 @@ class FeatureStore:
 
     def _check_space(self, note: Callable[[str], None]) -> None:
         """Refuse a pass that doesn't fit on the disk; print a note if it is tight or resumed."""
-        num_targets, *row_shape = self.shape
-        need = self.num_missing * math.prod(row_shape) * DTYPES[self.dtype].itemsize
-        free = shutil.disk_usage(_existing_parent(self.folder)).free
+        num_targets, *target_shape = self.shape
+        bytes_per_target = math.prod(target_shape) * DTYPES[self.dtype].itemsize
+        needed_bytes = self.num_missing * bytes_per_target
+        free_bytes = shutil.disk_usage(_find_existing_parent(self.folder)).free
         sentence = (
-            f"the routers' inputs need {_format_size(need)} in {self.folder}, where "
-            f"{_format_size(free)} are free"
+            f"the routers' inputs need {_format_size(needed_bytes)} in {self.folder}, where "
+            f"{_format_size(free_bytes)} are free"
         )
-        if need > free:
-            remedy = "free some space, choose another folder"
+        if needed_bytes > free_bytes:
+            remedy = "free some space or choose another folder"
             if self.dtype != "bfloat16":
-                remedy += ", or give --feature-dtype bfloat16 (half)"
+                remedy = (
+                    "free some space, choose another folder, or give --feature-dtype bfloat16, "
+                    "which needs half"
+                )
             raise RecordError(f"{sentence}; {remedy}")
-        if need > TIGHT * free:
+        if needed_bytes > MAX_SHARE_WITHOUT_NOTE * free_bytes:
             note(sentence)
         num_done = num_targets - self.num_missing
         if num_done > 0:
@@ -306,7 +326,7 @@ class FeatureStore:
 
 
 def _make_identity(manifest: _Manifest) -> dict[str, Any]:
-    """Return the values that tell these features from others."""
+    """Return the values that must be the same for features to be used again."""
     names = ("fingerprint", "class", "num_layers", "hidden_size")
     return {
         "config": manifest.config,
@@ -317,11 +337,16 @@ def _make_identity(manifest: _Manifest) -> dict[str, Any]:
     }
 
 
-def _existing_parent(folder: Path) -> Path:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
+def _make_broken_error(path: Path) -> RecordError:
+    return RecordError(f"{path} is broken; delete it to pool its targets again")
+
+
+def _find_existing_parent(folder: Path) -> Path:
+    """Return the folder itself, or the nearest folder above it that exists."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 def _format_size(num_bytes: int) -> str:

@@ -1,9 +1,14 @@
-"""The routers' inputs, pooled in one pass of the frozen base model over the targets.
+"""Compute the routers' inputs in one pass of the base model over the targets.
 
-The base model is frozen, and the layers follow the target's decisions. So a router's input for an
-example never changes, and training doesn't need the base model again.
+A router reads the hidden states before its layer, pooled: the prompt's tokens are divided into W
+windows, and the states of each window are averaged. The base model is frozen and follows the
+target's decisions in this pass. So the inputs of a target never change, and training doesn't need
+the base model again.
 
-Axes: N targets, B rows, D hidden, L layers, W windows.
+Several processes may share the pass. The first process runs `collect_features`, and the others run
+`assist`.
+
+Axes: N targets, B targets of a batch, D hidden, L layers, W windows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +33,22 @@ from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, BlockMeans, FeatureStore, Shape
 from drllm.training.targets import OVERFLOWS, EncodedTargets, are_too_many, encode_targets
 
-MAXIMUM_TOKENS = 16_384  # of a batch, with padding; a longer prompt is a batch of its own
-ROWS_AT_ONCE = 32  # rows that are read from disk together
+MAXIMUM_TOKENS = 16_384
+"""Maximum number of tokens of a batch, with padding; a longer prompt is a batch by itself."""
+ROWS_AT_ONCE = 32  # number of targets whose inputs are read from disk together
 
 
 class Batch(NamedTuple):
-    """Prompts that the base model reads in one pass."""
+    """Targets whose prompts the base model reads in one batch."""
 
-    prompts: list[Sequence[int]]
-    decisions: Tensor  # [B, L]
+    prompts: list[Sequence[int]]  # tokens of each prompt
+    decisions: Tensor  # [B, L], the target paths
 
 
 class BatchFeatures(NamedTuple):
     """The routers' inputs for a batch."""
 
-    means: Tensor  # [B, L, W, D]; 0 where they aren't finite
+    means: Tensor  # [B, L, W, D]; all 0 for a target whose states aren't finite
     filled: Tensor  # [B]: how many windows hold tokens, or `NOT_FINITE`
 
 
@@ -51,14 +57,15 @@ class Features:
     """The training set of the routers, in the order of the targets.
 
     Attributes:
-        means: `[M, L, W, D]`, M ≥ N: the mean hidden state of each window before each layer. The
-            means may be on disk; `rows` reads them.
-        filled: `[N]`: how many windows hold tokens.
-        labels: `[N, L]` int64: the target paths' decisions.
-        questions: `[N]` texts of the questions; they decide which targets are held out.
-        tasks: `[N]` names of the tasks.
+        means: `[M, L, W, D]`, the mean hidden state of each window before each layer. The means may
+            be on disk, so read them with `rows`. M is N plus the targets whose states aren't
+            finite.
+        filled: `[N]`, how many windows hold tokens.
+        labels: `[N, L]` int64, the target paths' decisions.
+        questions: `[N]`, texts of the questions. They decide which targets are held out.
+        tasks: `[N]`, names of the tasks.
         made_from: Hash of the prompts, and dtype of the base model.
-        places: `[N]`: each target's row in `means`; None if the row is the target's number.
+        places: `[N]`, each target's row in `means`. None if M = N, where target n has row n.
         rejected: Targets that were set aside, and why.
     """
 
@@ -72,9 +79,12 @@ class Features:
     rejected: tuple[RejectedQuestion, ...] = ()
 
     def rows(self, index: Sequence[int]) -> Tensor:
-        """Read the windows of some targets into memory, `[B, L, W, D]`; zeros past `filled`.
+        """Read the means of some targets into memory, `[B, L, W, D]`.
 
-        The result is float32, or float64 if the means are stored as float64.
+        Windows without tokens are 0. The result is float32, or float64 if the means are float64.
+
+        Args:
+            index: `[B]`, numbers of the targets.
         """
         rows = torch.as_tensor(index, dtype=torch.int64)
         if self.places is not None:
@@ -90,10 +100,10 @@ class Features:
 
     @property
     def digest(self) -> str:
-        """A hash of everything but the means, whose last bits depend on the machine."""
-        parts = tuple(self.shape), tuple(self.questions), tuple(self.tasks)
+        """A hash of everything but the means, since their last bits depend on the machine."""
+        texts = (tuple(self.shape), tuple(self.questions), tuple(self.tasks))
         numbers = (self.filled.tolist(), self.labels.tolist())
-        return hash_values([(parts, numbers, self.made_from)])
+        return hash_values([(texts, numbers, self.made_from)])
 
 
 @torch.no_grad()
@@ -109,18 +119,17 @@ def collect_features(
 ) -> Features:
     """Run the base model once along each target path, and store the routers' inputs.
 
-    A router's input is the state before its layer, after the labelled decisions of the layers
-    before it. Batches depend on the prompts' lengths alone. So a pass that was killed and resumed
-    ends with the same files as an uninterrupted one, on the same machine with the same number of
-    threads. A batch that doesn't fit into memory is split.
+    If the pass is killed, the same call resumes it. The batches depend only on the prompts'
+    lengths. So the files end up the same as without the interruption, on the same machine with the
+    same number of threads. A batch that doesn't fit into memory is run in parts.
 
     Args:
         model: The base model, without routing.
         tokenizer: Its tokenizer.
         records: The targets. A few that the model can't run are set aside.
         num_windows: W.
-        store: The folder of the features. Blocks that it already has are used again.
-        batch_size: Prompts in a pass; None calls `choose_batch_size`.
+        store: The folder of the features. Features that it already has are used again.
+        batch_size: Maximum number of prompts in a batch; None calls `choose_batch_size`.
         listener: Receives notes and progress.
 
     Raises:
@@ -136,7 +145,7 @@ def collect_features(
         hidden_size = identity["hidden_size"]
         shape = Shape(len(targets.records), routed.num_layers, num_windows, hidden_size)
         store.open(_make_manifest(model, identity, targets, num_windows), shape)
-        _check_finite(model, targets, store.filled)
+        _refuse_many_overflows(model, targets, store.filled)
         if store.num_missing == 0:
             store.remove_stale_lock()
             listener.note(f"the routers' inputs in {store.folder} are used again")
@@ -146,28 +155,30 @@ def collect_features(
                 batch_size = choose_batch_size(model.device.type, num_values)
             with store.writing(listener.note):
                 _pool_missing(routed, targets, store, batch_size, listener)
-        _pool_batches(routed, num_windows)  # tells the other processes to stop
+        _pool_batches(routed, num_windows)  # without batches: tells the other processes to stop
     finally:
         routed.detach()
     return _build_features(model, targets, store)
 
 
 def choose_batch_size(device: str, num_values: int) -> int:
-    """Return how many prompts to read in one pass.
+    """Return the maximum number of prompts in a batch.
 
     Args:
-        device: The model's type of device.
+        device: The model's type of device, such as "cuda".
         num_values: How many numbers the features of one prompt have.
     """
     if device == "cpu":
         return 8  # a few prompts keep a CPU busy
-    # Each process of torchrun gets the features of all processes, so these must stay small.
+    # Each process of torchrun gets the features of all processes. So that they fit into memory, a
+    # batch has at most 2**24 numbers.
     return min(64, max(8, 2**24 // num_values))
 
 
 def _make_manifest(
     model: Any, identity: Mapping[str, Any], targets: EncodedTargets, num_windows: int
 ) -> dict[str, Any]:
+    """Return the manifest of the features: what they are made from."""
     runtime = {"dtype": _name_dtype(model), "device": model.device.type}
     made_from = {
         "number": len(targets.records),
@@ -193,21 +204,22 @@ def _pool_missing(
     batch_size: int,
     listener: Listener,
 ) -> None:
-    """Pool the targets that aren't in the folder, one block for each batch."""
+    """Pool the targets that aren't in the folder yet; each batch becomes a block of the folder."""
     labels = torch.tensor(targets.decisions)
     blocks = _find_missing_blocks(targets, store.filled, batch_size)
     num_targets = store.shape.num_targets
     num_done = num_targets - store.num_missing
+    num_processes = count()
     with listener.progress("feature pass", "targets") as progress:
         if num_done > 0:
             progress(num_done, num_targets)
-        for start in range(0, len(blocks), count()):
-            group = blocks[start : start + count()]  # one for each process
+        for start in range(0, len(blocks), num_processes):
+            group = blocks[start : start + num_processes]  # a block for each process
             work = [_make_batch(targets, labels, rows) for rows in group]
             results = _pool_batches(routed, store.shape.num_windows, work)
-            for rows, pooled in zip(group, results, strict=True):
-                store.write_block(rows, pooled.means, pooled.filled)
-                _check_finite(routed.model, targets, store.filled)
+            for rows, features in zip(group, results, strict=True):
+                store.write_block(rows, features.means, features.filled)
+                _refuse_many_overflows(routed.model, targets, store.filled)
                 num_done += len(rows)
                 progress(num_done, num_targets)
 
@@ -220,17 +232,24 @@ def _make_batch(targets: EncodedTargets, labels: Tensor, rows: Sequence[int]) ->
 def _find_missing_blocks(
     targets: EncodedTargets, filled: Tensor, batch_size: int
 ) -> list[list[int]]:
-    """Divide the targets into blocks, and return each block's targets that aren't pooled yet.
+    """Divide the targets into blocks, and leave out the targets that are pooled already.
 
-    All or none of a block's targets are missing, unless an earlier pass had another batch size.
+    Args:
+        targets: The targets.
+        filled: `[N]`; it says which targets are pooled already.
+        batch_size: Maximum number of targets in a block.
+
+    Returns:
+        The numbers of each block's targets. Usually all or none of a block are pooled already. Some
+        are if an earlier pass had another batch size.
     """
     lengths = [len(tokens) for tokens in targets.prompts]
     is_missing = (filled == NOT_DONE).tolist()
     blocks = []
-    for rows in batches(lengths, batch_size, MAXIMUM_TOKENS):
-        missing = [row for row in rows if is_missing[row]]
-        if missing:
-            blocks.append(missing)
+    for block in batches(lengths, batch_size, MAXIMUM_TOKENS):
+        missing_rows = [row for row in block if is_missing[row]]
+        if missing_rows:
+            blocks.append(missing_rows)
     return blocks
 
 
@@ -239,7 +258,7 @@ def assist(model: Any, num_windows: int) -> None:
     """Help the first process, which runs `collect_features`, to pool its batches."""
     routed = RoutedModel(model)
     try:
-        while _pool_batches(routed, num_windows):
+        while _pool_batches(routed, num_windows):  # an empty result ends the pass
             pass
     finally:
         routed.detach()
@@ -248,12 +267,13 @@ def assist(model: Any, num_windows: int) -> None:
 def _pool_batches(
     routed: RoutedModel, num_windows: int, work: Sequence[Batch] = ()
 ) -> list[BatchFeatures]:
-    """Pool the first process's batches in all processes; return all results in each process.
+    """Pool batches in all processes, and return all results in each process.
 
-    An empty list of batches tells the other processes that the pass is over.
+    All processes must call this function, but only the first process passes the batches. If it
+    passes none, the result is empty, which tells the other processes that the pass is over.
     """
-    work = from_first(lambda: work)
-    return share([partial(_pool_batch, routed, num_windows, batch) for batch in work])
+    shared_work = from_first(lambda: work)
+    return share([partial(_pool_batch, routed, num_windows, batch) for batch in shared_work])
 
 
 def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> BatchFeatures:
@@ -263,7 +283,7 @@ def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> BatchFea
     def run_rows(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         policy = RecordingPolicy(FixedPolicy(batch.decisions[rows], L), num_windows)
         run_prompts(routed, policy, [batch.prompts[row] for row in rows])
-        return [*zip(policy.means.cpu(), policy.filled.cpu(), strict=True)]
+        return list(zip(policy.means.cpu(), policy.filled.cpu(), strict=True))
 
     longest = max(len(tokens) for tokens in batch.prompts)
     batcher = MemoryBatcher(routed.model, maximum=len(batch.prompts))
@@ -272,46 +292,47 @@ def _pool_batch(routed: RoutedModel, num_windows: int, batch: Batch) -> BatchFea
     filled = torch.stack([row_filled for _, row_filled in results])  # [B]
     is_finite = means.isfinite().flatten(1).all(dim=1)  # [B]
     means = torch.where(is_finite[:, None, None, None], means, 0.0)
-    return BatchFeatures(means, torch.where(is_finite, filled, NOT_FINITE))
+    filled = torch.where(is_finite, filled, NOT_FINITE)
+    return BatchFeatures(means, filled)
 
 
-def _check_finite(model: Any, targets: EncodedTargets, filled: Tensor) -> None:
-    """Stop the pass if too many targets would be set aside."""
-    overflowing = (filled == NOT_FINITE).nonzero().flatten().tolist()
-    if not overflowing:
+def _refuse_many_overflows(model: Any, targets: EncodedTargets, filled: Tensor) -> None:
+    """Raise ModelError if the targets whose states overflow are too many to set aside."""
+    overflowing_rows = (filled == NOT_FINITE).nonzero().flatten().tolist()
+    if not overflowing_rows:
         return
     num_rejected = len(targets.rejected)
     total = num_rejected + len(targets.records)
-    if are_too_many(num_rejected + len(overflowing), total):
-        first = targets.records[overflowing[0]]
+    if are_too_many(num_rejected + len(overflowing_rows), total):
+        first = targets.records[overflowing_rows[0]]
         raise ModelError(
-            f"{len(overflowing)} of {total} targets, the first is question {first.id!r}: a layer "
-            f"of the base model gives NaN or infinity in {model.dtype}; load it with "
-            f"--dtype float32"
+            f"a layer of the base model gives NaN or infinity in {model.dtype} for "
+            f"{len(overflowing_rows)} of {total} targets (the first is question {first.id!r}); "
+            f"load the model with --dtype float32"
         )
 
 
 def _build_features(model: Any, targets: EncodedTargets, store: FeatureStore) -> Features:
     """Return the features of a complete folder, without the targets whose states overflow."""
     is_usable = store.filled != NOT_FINITE
-    usable = is_usable.nonzero().flatten()  # [N]
-    rows: list[int] = usable.tolist()
-    overflowing = (~is_usable).nonzero().flatten().tolist()
-    rejected = [RejectedQuestion.of(targets.records[row], OVERFLOWS) for row in overflowing]
+    usable_rows = is_usable.nonzero().flatten()  # [N]
+    rows: list[int] = usable_rows.tolist()
+    overflowing_rows = (~is_usable).nonzero().flatten().tolist()
+    overflowing = [RejectedQuestion.of(targets.records[row], OVERFLOWS) for row in overflowing_rows]
     prompts = [targets.prompts[row] for row in rows]
     return Features(
         means=store.means,
-        filled=store.filled[usable],
-        labels=torch.tensor(targets.decisions)[usable],
+        filled=store.filled[usable_rows],
+        labels=torch.tensor(targets.decisions)[usable_rows],
         questions=tuple(targets.records[row].question for row in rows),
         tasks=tuple(targets.records[row].task for row in rows),
         made_from=(hash_values(prompts), _name_dtype(model)),
-        places=usable if rejected else None,
-        rejected=(*targets.rejected, *rejected),
+        places=usable_rows if overflowing else None,
+        rejected=(*targets.rejected, *overflowing),
     )
 
 
 def split_rows(index: Sequence[int]) -> Iterator[list[int]]:
-    """Yield a few rows at a time, since features may be larger than memory."""
+    """Divide numbers of targets into short lists, since the features may be larger than memory."""
     for start in range(0, len(index), ROWS_AT_ONCE):
         yield list(index[start : start + ROWS_AT_ONCE])

@@ -1,5 +1,8 @@
 """The stage `train`: it reads targets, and writes a folder of routers for each seed.
 
+`train` is the stage for Python users. It computes the routers' inputs once, with
+`training.features`, and then trains each seed with a `training.trainer.Trainer`.
+
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
 """
@@ -56,11 +59,11 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInfo:
-    """What the routers' config records about the prompts trained on.
+    """What the routers' config records about the prompts of the targets.
 
     Attributes:
         rewards: Names of the rewards that the prompts were made for.
-        form: The form of the prompts; None if they have several.
+        form: The form that all prompts have, such as a chat template; None if they differ.
     """
 
     rewards: Sequence[str] = ()
@@ -80,23 +83,22 @@ def train(
 ) -> RouterStack:
     """Train routers for a frozen model on target paths, and write each seed's folder.
 
-    If the call is killed, the same call resumes it. It ends with the routers of an uninterrupted
-    call, bit for bit on the same machine with the same number of threads.
+    If the call is killed, the same call resumes it. The routers are the same as without the
+    interruption, bit for bit on the same machine with the same number of threads.
 
     Args:
         model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
             model of transformers.
-        targets: Target paths from `drllm.supervise`, one for each question; or one or several files
-            `supervision.jsonl`.
+        targets: The result of `drllm.supervise`; or a file `supervision.jsonl`, or several.
         config: The settings.
-        output_dir: Folder for the first seed's routers. Its folder `seed_S` gets the routers of
-            each further seed S. None trains in a temporary folder.
-        tokenizer: The model's tokenizer; None takes the tokenizer that the model comes with, or
-            loads it by the model's name.
-        features: A folder that keeps the routers' inputs for further trainings. Without it, the
-            inputs are in the output folder, and are deleted once the routers are trained.
+        output_dir: Folder for the first seed's routers. The routers of a further seed S go to its
+            folder `seed_S`. None trains a single seed in a temporary folder.
+        tokenizer: The model's tokenizer. None takes the tokenizer that comes with the model, or
+            loads the tokenizer by the model's name.
+        features: A folder that keeps the routers' inputs for further trainings. None keeps them in
+            the output folder, and deletes them when the routers are trained.
         listener: Receives notes and progress.
-        settings: Settings of `TrainConfig` by name, which replace the config's settings.
+        settings: Settings of `TrainConfig` by name; they replace the settings in `config`.
 
     Returns:
         The first seed's routers.
@@ -114,16 +116,19 @@ def train(
     config.check_effects()
     check_trackers(config.trackers)
     files = _list_files(targets)
-    records: Any = join_supervision(files) if files else targets
+    records: Any = targets
+    if files:
+        records = join_supervision(files)
     with ExitStack() as stack:
         if output_dir is None:
-            output_dir = stack.enter_context(tempfile.TemporaryDirectory()) + "/routers"
+            temporary_folder = stack.enter_context(tempfile.TemporaryDirectory())
+            output_dir = Path(temporary_folder) / "routers"
         output = Path(output_dir)
         check_folder(output, "output")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
         if is_first():
             _train_seeds(base, records, files, config, output, features, listener)
-        else:
+        else:  # the other processes only help to compute the inputs
             assist(base.model, config.num_windows)
         return from_first(lambda: load_routers(output))
 
@@ -146,8 +151,18 @@ def _train_seeds(
     features_folder: Path | str | None,
     listener: Listener,
 ) -> None:
-    """Pool the features once, and train each seed that isn't done."""
-    rewards = getattr(records, "rewards", ())
+    """Compute the routers' inputs once, and train each seed that isn't done.
+
+    Args:
+        base: The base model.
+        records: The targets.
+        files: The files that the targets come from; none if the caller gave records.
+        config: The settings.
+        output: The first seed's folder.
+        features_folder: A folder that keeps the routers' inputs, or None.
+        listener: Receives notes and progress.
+    """
+    rewards = getattr(records, "rewards", ())  # an attribute of `Supervision`
     if files:
         rewards = check_targets(files, base.identity)
     seeds = config.by_seed(output)
@@ -175,12 +190,12 @@ def _train_seeds(
             device=base.model.device,
             listener=listener,
         )
-        # The features are deleted before the checkpoint, so that after a kill the next call still
-        # cleans up.
+        # The features are deleted before the last checkpoint. So if the process is killed in
+        # between, the training counts as unfinished, and the next call deletes both.
         if features_folder is None and folder == unfinished[-1]:
             store.remove()
         remove_state(folder)
-    if features_folder is None:
+    if features_folder is None:  # also if no seed was left to train
         store.remove()
 
 
@@ -191,7 +206,8 @@ def _find_unfinished(
     digest = features.digest
     unfinished = []
     for folder, config in seeds.items():
-        if not is_done(folder, make_identity(config, base.identity, digest)):
+        identity = make_identity(config, base.identity, digest)
+        if not is_done(folder, identity):
             unfinished.append(folder)
     return unfinished
 
@@ -199,7 +215,7 @@ def _find_unfinished(
 def _write_rejected(
     output: Path, rejected: Sequence[RejectedQuestion], num_targets: int, listener: Listener
 ) -> None:
-    """Write the targets that were set aside, and note how many they are."""
+    """Write the targets that were set aside to `REJECTED_FILE`, and note how many they are."""
     path = output / REJECTED_FILE
     write_or_remove(path, rejected)
     if rejected:
@@ -219,10 +235,9 @@ def train_seed(
     device: torch.device | str = "cpu",
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the routers of one seed on features, and write their folder.
+    """Train the routers of one seed on features, write their folder, and remove the checkpoint.
 
-    The arguments and the result are the same as for `fit_seed`. The checkpoint is removed at the
-    end.
+    The arguments and the result are the same as for `fit_seed`.
     """
     rows = fit_seed(
         features,
@@ -247,22 +262,22 @@ def fit_seed(
     device: torch.device | str = "cpu",
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the routers of one seed and save them; the last checkpoint stays.
+    """Train the routers of one seed and save them.
 
-    A checkpoint is written after every epoch, and the same call resumes from it.
+    A checkpoint is written after every epoch, and the same call resumes from it. The last
+    checkpoint stays until `remove_state`: while it is there, the training counts as unfinished.
 
     Args:
         features: The training set.
         base_identity: Identity of the base model.
-        config: The settings, of this seed alone.
+        config: The settings, with this seed as the only seed.
         output: The routers' folder.
-        prompts: What to record about the prompts.
+        prompts: What to record about the prompts; None records nothing.
         device: Where to train.
         listener: Receives progress.
 
     Returns:
-        The lines of `metrics.jsonl`. Training metrics are counted during the epoch: each target is
-        counted just before the step that trains on it.
+        The lines of `metrics.jsonl`; see `Trainer.train_epoch`.
     """
     listener = listener or Listener()
     trainer = Trainer(features, base_identity, config, device=device)
@@ -288,8 +303,9 @@ def fit_seed(
 
 
 def remove_state(output: Path) -> None:
-    """Delete the files for resuming, after the routers are saved; the checkpoint goes last."""
-    (output / RUN_FILE).unlink(missing_ok=True)  # the trackers' runs are complete
+    """Delete the files that a training needs to be resumed, once its routers are saved."""
+    (output / RUN_FILE).unlink(missing_ok=True)
+    # The checkpoint goes last, since without it the training counts as finished.
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
@@ -300,10 +316,10 @@ def _run_epochs(
     trackers: Sequence[Any],
     progress: OnProgress,
 ) -> dict[str, Counts]:
-    """Train the remaining epochs, writing metrics and a checkpoint after each.
+    """Train the remaining epochs; write metrics and a checkpoint after every epoch.
 
     Returns:
-        The final routers' counts, by part.
+        The counts of the final routers, as `Trainer.evaluate` returns them.
     """
     num_steps = trainer.schedule.num_steps
 
@@ -324,7 +340,8 @@ def _run_epochs(
             rows = [row for row in trainer.metrics if row["epoch"] == trainer.epochs_done]
             log_rows(trackers, rows, trainer.steps_done)
         return trainer.evaluate()
-    except DivergedError:  # it would diverge again if it were resumed
+    except DivergedError:
+        # Resumed from the checkpoint, the training would diverge again.
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
         raise
 
@@ -333,10 +350,13 @@ def _describe_training(
     trainer: Trainer, layers: Layers, identity: Mapping[str, Any], prompts: PromptInfo
 ) -> dict[str, Any]:
     """Return what the routers' config records about their training."""
+    prompt_form = None
+    if prompts.form is not None:
+        prompt_form = dataclasses.asdict(prompts.form)
     return {
         "targets": identity["targets_or_base_dtype_sha256"],
         "rewards": list(prompts.rewards),
-        "prompt_form": None if prompts.form is None else dataclasses.asdict(prompts.form),
+        "prompt_form": prompt_form,
         "settings": trainer.config.decisive(),
         "steps": trainer.steps_done,
         "warmup_steps": trainer.schedule.num_warmup_steps,
@@ -350,7 +370,7 @@ def _describe_training(
 
 
 def discard(output: Path, config: TrainConfig) -> None:
-    """Delete checkpoints, weights and features, so that the next training starts from scratch."""
+    """Delete checkpoints, weights and features, so that the next training starts anew."""
     for folder in config.by_seed(output):
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""The targets that a base model can be trained on, tokenised.
+"""Tokenise the targets of a training, and set aside those that the base model can't read.
 
-A target is set aside and counted if the model can't read its prompt. If many targets are set aside,
-the targets belong to another model, and all of them are refused.
+If many targets would be set aside, they must belong to another model. Then all are refused.
 """
 
 from collections import Counter
@@ -13,24 +12,28 @@ from drllm.errors import RecordError
 from drllm.models.base.prompts import context_length, encode
 from drllm.records.supervision import RejectedQuestion, SupervisionRecord
 
+# Why a target is set aside.
 TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"
 OVERFLOWS = "hidden states that are NaN or infinite"
+
 REJECTED_FILE = "rejected.jsonl"
-MAXIMUM_SET_ASIDE = 0.1  # share of the targets that may be set aside; one target always may
+"""File in the output folder that lists the targets that were set aside."""
+MAXIMUM_SET_ASIDE = 0.1
+"""Maximum share of the targets that may be set aside. One of several targets always may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTargets:
-    """Targets with the tokens of their prompts, and the targets that are set aside."""
+    """The targets to train on, with the tokens of their prompts."""
 
     records: Sequence[SupervisionRecord]
-    prompts: Sequence[Sequence[int]]
-    rejected: Sequence[RejectedQuestion]
+    prompts: Sequence[Sequence[int]]  # the tokens of each record's prompt
+    rejected: Sequence[RejectedQuestion]  # the targets that are set aside, not in `records`
 
     @property
     def decisions(self) -> list[tuple[int, ...]]:
-        """The target paths, as decisions."""
+        """The target paths of the records, as decisions."""
         return [record.optimal_layer_config for record in self.records]
 
 
@@ -39,9 +42,15 @@ def encode_targets(
 ) -> EncodedTargets:
     """Tokenise the targets' prompts, and set aside those that the model can't read.
 
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        num_layers: Its number of layers.
+        records: The targets.
+
     Raises:
         RecordError: There are no targets, a target has another number of layers than the model, or
-            too many targets are set aside.
+            too many targets would be set aside.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
@@ -62,7 +71,7 @@ def encode_targets(
     if are_too_many(len(rejected), len(records)):
         raise RecordError(
             f"{len(rejected)} of {len(records)} targets can't be used with this base model "
-            f"({describe_reasons(rejected)}; its context holds {context} tokens), the first is "
+            f"({describe_reasons(rejected)}; its context holds {context} tokens); the first is "
             f"question {rejected[0].id!r}; give targets that were searched with this model"
         )
     return EncodedTargets(records=usable, prompts=prompts, rejected=rejected)
@@ -79,7 +88,11 @@ def _check_depth(record: SupervisionRecord, num_layers: int) -> None:
 
 
 def are_too_many(num_rejected: int, total: int) -> bool:
-    """Tell whether the targets must belong to another model, since too many are set aside.
+    """Tell whether too many targets would be set aside; see `MAXIMUM_SET_ASIDE`.
+
+    Args:
+        num_rejected: Number of targets that would be set aside.
+        total: Number of all targets.
 
     Example:
         >>> are_too_many(1, 2), are_too_many(1, 1), are_too_many(40, 400), are_too_many(41, 400)
@@ -89,6 +102,6 @@ def are_too_many(num_rejected: int, total: int) -> bool:
 
 
 def describe_reasons(rejected: Sequence[RejectedQuestion]) -> str:
-    """Say how many targets were set aside for each reason."""
+    """Say how many targets were set aside for each reason, such as "2 prompt without tokens"."""
     counts = Counter(question.reason for question in rejected)
     return ", ".join(f"{number} {reason}" for reason, number in counts.items())

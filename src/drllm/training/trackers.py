@@ -1,7 +1,7 @@
-"""Reports a training to experiment trackers, through accelerate.
+"""Report the metrics of a training to experiment trackers such as W&B, through accelerate.
 
-A training is one run in each tracker, and a resumed training resumes that run. Trackers only
-listen: the weights don't depend on them.
+A training is one run in each tracker. A training that is resumed resumes this run. Trackers never
+change the weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from drllm.records.codec import read_json, write_json
 if TYPE_CHECKING:
     from drllm.training.trainer import Trainer
 
-PROJECT = "drllm"
-FOLDER = "trackers"
+PROJECT = "drllm"  # the name of the project in trackers
+FOLDER = "trackers"  # folder in the routers' folder for the trackers' files
 RUN_FILE = "trackers.json"
-"""Names the run that an unfinished training reports to. The file is deleted with the checkpoint."""
+"""File in the routers' folder with the id of the run. It is deleted when the training has ended."""
 WANDB = "wandb"
 TENSORBOARD = "tensorboard"
 
@@ -41,10 +41,11 @@ class _Options:
     """How a tracker is started.
 
     Attributes:
-        run_name: What the tracker calls the run.
+        run_name: The first argument of the tracker's class. Its meaning depends on the tracker: the
+            name of a project or of a run.
         arguments: Further arguments of the tracker's class.
         failures: Errors that the tracker raises if it can't start.
-        has_config: Whether the run has its config already, or gets it from the arguments.
+        has_config: Whether the run has the training's settings without our storing them.
     """
 
     run_name: str = PROJECT
@@ -74,13 +75,21 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def log_rows(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: int) -> None:
-    """Log lines of metrics in all trackers, under the names `split/metric` and `epoch`."""
+    """Log lines of `metrics.jsonl` in all trackers, under names such as `train/loss`.
+
+    Args:
+        trackers: The trackers.
+        rows: The lines. The name of a metric is preceded by the line's `split`, except for `epoch`.
+        step: Number of finished steps.
+    """
     values = {}
     for row in rows:
         for name, value in row.items():
             if name == "split" or value is None:
                 continue
-            full_name = "epoch" if name == "epoch" else f"{row['split']}/{name}"
+            full_name = f"{row['split']}/{name}"
+            if name == "epoch":
+                full_name = name
             values[full_name] = value
     for tracker in trackers:
         tracker.log(dict(values), step=step)
@@ -88,13 +97,19 @@ def log_rows(trackers: Sequence[Any], rows: Iterable[Mapping[str, Any]], step: i
 
 @contextmanager
 def run_trackers(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Sequence[Any]]:
-    """Start trackers in the routers' folder, or resume the runs of an unfinished training."""
+    """Start trackers for a `with` block and yield them, or resume an unfinished training's runs.
+
+    Args:
+        names: Names of the trackers; without names nothing is started.
+        trainer: The trainer, restored if the training is resumed.
+        output: The routers' folder.
+    """
     if not names:
         yield ()
         return
     from accelerate import PartialState
 
-    PartialState()  # accelerate's trackers log through it
+    PartialState()  # accelerate's trackers can't log without this object
     run_file = output / RUN_FILE
     is_resumed = trainer.epochs_done > 0 and run_file.exists()
     if not is_resumed:
@@ -104,15 +119,17 @@ def run_trackers(names: Sequence[str], trainer: Trainer, output: Path) -> Iterat
     folder.mkdir(exist_ok=True)
     trackers: list[Any] = []
     try:
-        trackers.extend(_start(name, folder, run.id, trainer) for name in names)
+        for name in names:
+            tracker = _start_tracker(name, folder, run.id, trainer)
+            trackers.append(tracker)  # in the list at once, so that `finally` finishes it
         yield trackers
     finally:
         for tracker in trackers:
             tracker.finish()
 
 
-def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
-    """Start one tracker at the training's step, with the settings as its run's config."""
+def _start_tracker(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
+    """Start one tracker, and store the training's settings as the config of its run."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
@@ -129,7 +146,7 @@ def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
             tracker.store_init_configuration(config)
     except options.failures as error:
         raise ConfigError(
-            f"--report-to {name} can't start: {' '.join(str(error).split())}; mend that (for W&B: "
+            f"--report-to {name} can't start: {' '.join(str(error).split())}; fix that (for W&B: "
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
     return tracker
@@ -138,15 +155,23 @@ def _start(name: str, folder: Path, run_id: str, trainer: Trainer) -> Any:
 def _choose_options(
     name: str, folder: Path, run_id: str, trainer: Trainer, config: dict[str, Any]
 ) -> _Options:
-    """Return how a tracker is started."""
+    """Return how a tracker is started.
+
+    Args:
+        name: The tracker's name.
+        folder: The folder for its files.
+        run_id: The id of the run.
+        trainer: The trainer.
+        config: The training's settings.
+    """
     if name == WANDB:
         import wandb
 
         arguments = _wandb_arguments(folder, run_id, config)
         return _Options(arguments=arguments, failures=(OSError, wandb.Error), has_config=True)
     if name == TENSORBOARD:
-        # Steps after the last checkpoint are purged: they will be logged again, or belong to
-        # another training.
+        # Steps after the last checkpoint are deleted from the log. They will be logged again, or
+        # they belong to an earlier training in this folder.
         return _Options(
             run_name=name,
             arguments={"purge_step": trainer.steps_done + 1},
@@ -162,6 +187,6 @@ def _wandb_arguments(folder: Path, run_id: str, config: dict[str, Any]) -> dict[
         "name": folder.parent.resolve().name,
         "dir": str(folder),
         "config": config,
-        "reinit": "create_new",  # beside a run that the caller may have open
-        "settings": {"console": "off"},  # W&B doesn't capture printed text and progress bars
+        "reinit": "create_new",  # the caller may have a run of W&B open, which stays open
+        "settings": {"console": "off"},  # printed text and progress bars aren't uploaded
     }

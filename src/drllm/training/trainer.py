@@ -1,11 +1,13 @@
 """The trainer of the routers: it splits the targets, runs the epochs and computes the metrics.
 
-It writes no files; `training.stage` does. Weights, the optimiser's state and each batch are on one
-device. If all inputs fit into a part of that device's free memory, they are loaded at the start;
-otherwise each batch is read when it is needed. Each random draw depends only on the seed and on its
-purpose, so a resumed training needs no state of a random generator.
+`training.stage` uses it, and writes all files. The routers' inputs come from `training.features`.
 
-Axes: N targets, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
+Every random draw has a generator of its own, made from the seed and the purpose of the draw. So a
+resumed training needs no state of a random generator.
+
+In this module a row is the number of a target, from 0.
+
+Axes: N targets, B targets of a step, D hidden, L layers, W windows, C = 3 decisions.
 """
 
 import math
@@ -30,11 +32,11 @@ from drllm.supervision.summary import class_counts
 from drllm.training.features import Features, split_rows
 from drllm.training.losses import compute_class_weights, compute_focal_losses
 
-FEWEST_TO_HOLD_OUT = 10
-WARMUP_SHARE = 0.1
-INPUTS_SHARE = 0.25  # largest share of free memory that all inputs may fill
-INPUTS_MAXIMUM = 2**32  # bytes; MPS can't hold a larger tensor
-FUSED = ("cpu", "cuda")  # devices with a fused AdamW in all supported versions of torch
+MIN_TARGETS_TO_HOLD_OUT = 10  # with fewer targets, none is held out
+WARMUP_SHARE = 0.1  # share of the steps that replaces a warm-up which is too long
+MAX_INPUTS_SHARE = 0.25  # maximum share of free memory for the inputs of all targets
+MAX_INPUTS_BYTES = 2**32  # MPS can't hold a larger tensor
+FUSED_DEVICES = ("cpu", "cuda")  # devices with a fused AdamW in all supported versions of torch
 
 
 class DivergedError(ConfigError):
@@ -42,23 +44,28 @@ class DivergedError(ConfigError):
 
 
 def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split the targets into targets to train on (at least one) and targets to hold out.
+    """Split the targets into targets to train on and targets to hold out.
 
-    A question's side depends on the seed and its text (by `question_key`) alone. So adding targets
-    never moves a question to the other side, and all targets of a question stay together. With
-    fewer than 10 targets nothing is held out. With 10 or more and a fraction above 0, at least one
-    question is.
+    The side of a question depends only on its text and the seed. So all targets of a question are
+    on the same side, and new targets never move a question to the other side.
+
+    At least one question is held out, with three exceptions. None is held out if the fraction is 0,
+    if there are fewer than `MIN_TARGETS_TO_HOLD_OUT` targets, or if no target to train on would be
+    left.
 
     Args:
         questions: Each target's question.
         fraction: Expected share of the targets to hold out.
         seed: Another seed holds out other questions.
+
+    Returns:
+        The rows to train on, and the rows that are held out.
     """
     rows = list(range(len(questions)))
-    if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
+    if fraction == 0 or len(questions) < MIN_TARGETS_TO_HOLD_OUT:
         return rows, []
-    # Each question has a position in [0, 1); those below the threshold are held out. The threshold
-    # is above the lowest position, so at least one question is held out.
+    # The hash of a question is a position in [0, 1). Positions below the threshold are held out.
+    # The threshold is above the lowest position, so at least one question is held out.
     positions = [hash_text(f"held out {seed} {question_key(text)}") / 2**64 for text in questions]
     threshold = max(fraction, math.nextafter(min(positions), math.inf))
     train_rows = [row for row in rows if positions[row] >= threshold]
@@ -70,10 +77,10 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rates: a linear warm-up to the peak, then half a cosine down to 0.
+    """The learning rate of every step: a linear warm-up to the peak, then half a cosine down to 0.
 
-    A warm-up as long as the training is shortened to a tenth of it. Otherwise the training would
-    end before the rate reaches its peak (docs/differences.md, D-14).
+    If the warm-up isn't shorter than the training, a tenth of the steps warms up instead. Otherwise
+    the rate would never reach its peak (docs/differences.md, D-14).
     """
 
     peak: float
@@ -82,13 +89,19 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: TrainConfig, num_steps: int) -> "Schedule":
-        """Make the schedule of a config; a warm-up below 1 is a share of all steps."""
+        """Make the schedule of a training.
+
+        Args:
+            config: The settings. Below 1, `warmup_steps` is a share of all steps.
+            num_steps: The number of all steps.
+        """
         steps_or_share = config.warmup_steps
         if steps_or_share >= num_steps:
             steps_or_share = WARMUP_SHARE
-        num_warmup_steps = int(steps_or_share)
         if steps_or_share < 1:
             num_warmup_steps = int(steps_or_share * num_steps)
+        else:
+            num_warmup_steps = int(steps_or_share)
         return cls(config.learning_rate, num_steps, num_warmup_steps)
 
     def rate(self, step: int) -> float:
@@ -102,21 +115,25 @@ class Schedule:
 class Trainer:
     """One training of the routers, from one seed.
 
+    Call `train_epoch` until `is_over`, then `build_routers`.
+
     Args:
         features: The training set.
         base_identity: Identity of the base model, as `BaseModel.identity` gives it.
         config: The settings.
-        device: The device of weights and batches.
-        dtype: The dtype of weights and batches.
+        device: The device of the weights, the optimiser's state and the batches.
+        dtype: The dtype of the weights and the batches.
 
     Attributes:
-        train_rows: Indices of the targets to train on.
-        validation_rows: Indices of the targets that are held out.
-        label_counts: `[L][C]`: how often each decision is a layer's label in training.
+        train_rows: Rows of the targets to train on.
+        validation_rows: Rows of the targets that are held out.
+        label_counts: `[L][C]`, how often each decision is a layer's label in training.
+        class_weights: `[C]`, the weight of each decision in the loss.
         schedule: Learning rates of all steps.
         stack: The routers.
-        metrics: One entry for each finished epoch and part of the targets, as in `metrics.jsonl`.
-        epochs_done: How many epochs are finished.
+        metrics: The lines of `metrics.jsonl` so far: for each finished epoch a line on the targets
+            to train on, and a line on those that are held out, if there are any.
+        epochs_done: Number of finished epochs.
     """
 
     def __init__(
@@ -142,30 +159,35 @@ class Trainer:
         self.setup_inputs()
 
     def setup_split(self) -> None:
-        """Divide the targets and plan the steps."""
+        """Hold out targets, and plan the steps."""
         self.train_rows, self.validation_rows = hold_out(
             self.features.questions, self.config.validation_fraction, self.config.seed
         )
         self.label_counts = class_counts(self.features.labels[self.train_rows].tolist())
-        self.steps_per_epoch = math.ceil(len(self.train_rows) / self.config.gradient_accumulation)
-        self.schedule = Schedule.from_config(
-            self.config, self.steps_per_epoch * self.config.num_epochs
-        )
+        # A step trains on this many targets at a time, instead of accumulating their gradients.
+        step_size = self.config.gradient_accumulation
+        self.steps_per_epoch = math.ceil(len(self.train_rows) / step_size)
+        num_steps = self.steps_per_epoch * self.config.num_epochs
+        self.schedule = Schedule.from_config(self.config, num_steps)
 
     def setup_loss(self) -> None:
-        """Compute the class weights."""
-        totals = [sum(counts) for counts in zip(*self.label_counts, strict=True)]
-        beta = self.config.beta if self.config.class_weights == "effective_number" else 0.0
+        """Compute the class weights, and set the parameters of the loss."""
+        totals = [sum(counts) for counts in zip(*self.label_counts, strict=True)]  # [C]
+        beta = 0.0  # equal weights
+        if self.config.class_weights == "effective_number":
+            beta = self.config.beta
         self.class_weights = compute_class_weights(totals, beta)
         self.loss_weights = self._to_device(torch.tensor(self.class_weights, dtype=torch.float64))
-        self.gamma = self.config.gamma if self.config.loss == "focal" else 0.0
+        self.gamma = 0.0  # cross-entropy
+        if self.config.loss == "focal":
+            self.gamma = self.config.gamma
 
     def setup_model(self, base_identity: Mapping[str, Any]) -> None:
         """Draw the routers' first weights."""
         shape = self.features.shape
         assert base_identity["num_layers"] == shape.num_layers
         assert base_identity["hidden_size"] == shape.hidden_size
-        assert self.config.num_windows == shape.num_windows, "features of other windows"
+        assert self.config.num_windows == shape.num_windows
         router_config = RouterConfig(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
@@ -188,15 +210,19 @@ class Trainer:
             {"params": weights, "weight_decay": self.config.weight_decay},
             {"params": biases, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED)
+        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in FUSED_DEVICES)
 
     def setup_inputs(self) -> None:
-        """Load all inputs if they fit into memory."""
-        self.inputs: Tensor | None = None  # [L, N, W, D], since each layer's router reads its own
+        """Load the inputs of all targets to the device, if they fit.
+
+        Otherwise `inputs` is None, and the inputs of each batch are read when they are needed.
+        """
+        self.inputs: Tensor | None = None
         N, L, W, D = self.features.shape
         num_bytes = N * L * W * D * self.dtype.itemsize
-        if num_bytes >= min(INPUTS_SHARE * free_bytes(self.device), INPUTS_MAXIMUM):
+        if num_bytes >= min(MAX_INPUTS_SHARE * free_bytes(self.device), MAX_INPUTS_BYTES):
             return
+        # Layers come first, so that the inputs of a layer's router lie together.
         inputs = torch.empty(L, N, W, D, dtype=self.dtype, device=self.device)
         for rows in split_rows(range(N)):
             start = rows[0]
@@ -206,7 +232,8 @@ class Trainer:
         self.inputs = inputs
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return on_device(tensor.to(self.dtype), self.device)  # in this order: MPS has no float64
+        # The dtype changes first, since MPS has no float64.
+        return on_device(tensor.to(self.dtype), self.device)
 
     def _read_inputs(self, rows: Sequence[int]) -> Tensor:
         """Return the routers' inputs for some targets, `[B, L, W, D]`."""
@@ -216,7 +243,7 @@ class Trainer:
         return inputs.transpose(0, 1)
 
     def notes(self) -> list[str]:
-        """Return what a user should know about the training, one sentence each."""
+        """Return warnings about settings and targets that make the training less useful."""
         notes = []
         num_steps = self.schedule.num_steps
         if self.config.warmup_steps >= num_steps:
@@ -225,7 +252,10 @@ class Trainer:
                 f"{num_steps} steps; warming up for {self.schedule.num_warmup_steps} instead"
             )
         if len(self.train_rows) == 1:
-            notes.append("there is only 1 target to train on; the routers will repeat it for all")
+            notes.append(
+                "there is only 1 target to train on, so the routers will learn the same path for "
+                "all prompts"
+            )
         if all(skips == repeats == 0 for skips, _, repeats in self.label_counts):
             notes.append(
                 "every target executes every layer, so the routers can only learn the full path"
@@ -243,7 +273,9 @@ class Trainer:
         return self.epochs_done * self.steps_per_epoch
 
     def train_epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
-        """Train for one epoch, then measure on the held-out targets.
+        """Train for one epoch, then compute the metrics of the targets trained on and held out.
+
+        The metrics of a target trained on are those just before the step that trains on it.
 
         Args:
             on_step: Called after each step with the number of finished steps, and the counts of the
@@ -258,28 +290,29 @@ class Trainer:
         )
         counts = Counts()
         for step, rows in enumerate(batches, start=self.steps_done):
-            rate = self.schedule.rate(step)
-            step_counts = self._train_step(rows, rate)
+            step_counts = self._train_step(rows, self.schedule.rate(step))
             counts += step_counts
             if on_step is not None:
                 on_step(step + 1, step_counts)
-        metrics = compute_metrics(counts)  # `rate` is the last step's rate
-        self.metrics.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": rate})
+        metrics = compute_metrics(counts)
+        last_rate = self.schedule.rate(self.steps_done + self.steps_per_epoch - 1)
+        self.metrics.append({"epoch": epoch, "split": TRAIN, **metrics, "learning_rate": last_rate})
         if self.validation_rows:
             metrics = compute_metrics(self._count_rows(self.validation_rows))
             self.metrics.append({"epoch": epoch, "split": VALIDATION, **metrics})
         self.epochs_done = epoch
 
     def compute_loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return the mean loss of logits `[B, L, C]` over some rows and all layers."""
+        """Return the mean loss of logits `[B, L, C]` over the rows `[B]` and all layers."""
         labels = on_device(self.features.labels[rows], self.device)
         return compute_focal_losses(logits, labels, self.loss_weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
-        """Count the routers' decisions on the training targets and on the validation targets.
+        """Count the routers' decisions on all targets.
 
         Returns:
-            The counts by part, without a validation part if no target is held out.
+            The counts by part: `TRAIN` for the targets to train on, and `VALIDATION` for those that
+            are held out, if there are any.
         """
         counts = {TRAIN: self._count_rows(self.train_rows)}
         if self.validation_rows:
@@ -293,15 +326,15 @@ class Trainer:
         return build_stack(self.stack.config, weights)
 
     def _train_step(self, rows: list[int], rate: float) -> Counts:
-        """Train on rows for one step; return the counts of the decisions before the update.
+        """Make one step on some rows; return the counts of the decisions before the update.
 
-        Source: The released code uses transformers' Trainer, which sums the losses of the rows and
-            clips their gradient (docs/differences.md, D-32).
+        Source: The published code uses transformers' Trainer, which sums the losses of the rows and
+            clips the gradient of the sum (docs/differences.md, D-32).
         """
         loss, counts = self._evaluate_batch(rows)
         self.optimizer.zero_grad()
         if self.config.loss_reduction == "sum":
-            loss = loss * len(rows)
+            loss = loss * len(rows)  # from the mean over the rows to their sum
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.max_grad_norm is not None:
             clip_grad_norm_(self.stack.parameters(), self.config.max_grad_norm)
@@ -312,6 +345,7 @@ class Trainer:
 
     @torch.no_grad()
     def _count_rows(self, rows: Sequence[int]) -> Counts:
+        """Count the routers' decisions on some rows."""
         counts = Counts()
         for part in split_rows(rows):
             _, part_counts = self._evaluate_batch(part)
@@ -319,55 +353,61 @@ class Trainer:
         return counts
 
     def _evaluate_batch(self, rows: list[int]) -> tuple[Tensor, Counts]:
-        """Return the loss on some rows, and the counts of the routers' decisions."""
+        """Return the mean loss on some rows, and the counts of the routers' decisions."""
         filled = on_device(self.features.filled[rows], self.device)
-        logits = self.stack(self._read_inputs(rows), filled)
+        logits = self.stack(self._read_inputs(rows), filled)  # [B, L, C]
         loss = self.compute_loss(logits, rows)
         decisions = logits.detach().argmax(dim=-1)  # [B, L]
-        # The loss and the decisions are copied to the CPU together, because the CPU waits for each
-        # copy. Small integers are exact as floats.
-        copied = torch.cat([loss.detach()[None], decisions.flatten().to(loss)]).cpu()
-        loss_value = float(copied[0])
-        decisions = copied[1:].long().view(decisions.shape)
+        # The CPU waits for every copy from the device. So the loss and the decisions are copied in
+        # one tensor. The decisions become floats in it, which are exact for small integers.
+        copy = torch.cat([loss.detach()[None], decisions.flatten().to(loss)]).cpu()
+        loss_value = float(copy[0])
+        decisions = copy[1:].long().view(decisions.shape)
         if not math.isfinite(loss_value):
             raise DivergedError(
-                f"the loss became {loss_value} at a learning rate of up to "
+                f"the loss became {loss_value} with --learning-rate "
                 f"{self.config.learning_rate:.3g}; lower --learning-rate and train again"
             )
         return loss, count_decisions(decisions, self.features.labels[rows], loss_value)
 
 
 def count_decisions(decisions: Tensor, labels: Tensor, loss: float) -> Counts:
-    """Count the decisions of a batch by their labels, both `[B, L]`; `loss` is the batch's mean.
+    """Count the decisions of a batch by their labels.
 
-    A row that skips every layer counts as 1 execution, since one layer is always executed.
+    Args:
+        decisions: `[B, L]`, the routers' decisions.
+        labels: `[B, L]`, the target paths' decisions.
+        loss: The mean loss of the batch.
     """
     L = labels.shape[1]
     C = NUM_DECISIONS
-    # The place of each (layer, label, decision) in a flat table of [L, C, C].
+    # A table [L, C, C] counts each decision by layer and label. Here it is flat, and `places` has
+    # the place in it of each decision.
     places = (torch.arange(L) * C + labels) * C + decisions  # [B, L]
-    confusion = torch.bincount(places.flatten(), minlength=L * C * C).view(L, C, C)
-    layers: list[Confusion] = []
-    for layer in confusion.tolist():
-        matrix = tuple(tuple(row) for row in layer)
-        layers.append(matrix)
+    tables = torch.bincount(places.flatten(), minlength=L * C * C).view(L, C, C)
+    confusion: list[Confusion] = []
+    for table in tables.tolist():
+        matrix = tuple(tuple(row) for row in table)
+        confusion.append(matrix)
+    # At least one layer is always executed, even if the routers skip all layers.
+    executions = decisions.sum(dim=1).clamp(min=1)  # [B]
     return Counts(
-        confusion=tuple(layers),
-        executions=int(decisions.sum(dim=1).clamp(min=1).sum()),
+        confusion=tuple(confusion),
+        executions=int(executions.sum()),
         examples=len(labels),
         loss=loss * len(labels),
     )
 
 
 def shuffle_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield the rows of each step of an epoch; the last step may have fewer."""
+    """Yield the rows of each step of an epoch in random order; the last step may have fewer."""
     order = torch.randperm(len(rows), generator=make_generator("order", seed, epoch)).tolist()
     for start in range(0, len(order), size):
         yield [rows[index] for index in order[start : start + size]]
 
 
 def make_generator(purpose: str, *numbers: int) -> torch.Generator:
-    """Return a CPU generator, seeded with a purpose and numbers such as the seed."""
+    """Return a generator on the CPU whose seed is made from a purpose and numbers."""
     text = " ".join([purpose, *map(str, numbers)])
-    seed = hash_text(text) >> 1  # 63 bits fit into a signed integer
+    seed = hash_text(text) >> 1  # from 64 bits to 63, which fit into a signed integer
     return torch.Generator().manual_seed(seed)

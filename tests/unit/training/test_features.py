@@ -140,7 +140,7 @@ def test_a_prompt_as_long_as_the_context_is_read():
         (
             [*RECORDS, *LONG],
             r"^2 of 9 targets can't be used .*2 longer than the base model's context; its context "
-            r"holds 48 tokens\), the first is question 'q8'; give targets that were searched",
+            r"holds 48 tokens\); the first is question 'q8'; give targets that were searched",
         ),
         (LONG[:1], r"^1 of 1 targets can't be used"),
     ],
@@ -195,8 +195,8 @@ def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, tmp_pat
 def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_path):
     records = [*RECORDS, make_record(8, "really?", FULL)]
     message = (
-        r"^2 of 8 targets, the first is question 'q3': a layer .* NaN or infinity in "
-        r"torch\.float64; load it with --dtype float32"
+        r"^a layer .* NaN or infinity in torch\.float64 for 2 of 8 targets \(the first is question "
+        r"'q3'\); load the model with --dtype float32"
     )
     for _ in range(2):  # the second time they are read
         with pytest.raises(ModelError, match=message):

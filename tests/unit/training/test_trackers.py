@@ -159,7 +159,7 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(tmp_path, monkeypatch,
         raise wandb.Error("no key\nis there")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; mend"):
+    with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; fix"):
         train_seed(make_features(), IDENTITY, WANDB, tmp_path)
 
 
