@@ -439,8 +439,9 @@ def _refuse_harness_tasks(names: Sequence[str]) -> None:
         if not is_task_name(name):
             message = nearest_name("task of drllm", name, task_names())
             raise ConfigError(
-                f"--data_dir and --split are for drllm's tasks only: {message}; 'drllm ls tasks' "
-                f"lists them; leave both flags out, or name drllm's tasks in a command of their own"
+                f"--data_dir and --split have no effect on the harness' own tasks: {message}; "
+                f"'drllm ls tasks' lists drllm's tasks; leave both flags out, or name drllm's "
+                f"tasks in a command of their own"
             )
 
 
